@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything tox runs, from nothing: lint, types, unit, contract, MPI on 1, 2 and 4 ranks, end to end.
+#
+#   ./launch/test.sh                       all
+#   ./launch/test.sh unit,mpi-2            some environments
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+make_venv
+[ -x "$venv/bin/tox" ] || "$venv/bin/python" -m pip install --quiet "tox>=4.11"
+export PATH="$venv/bin:$PATH"
+# A test that is skipped has not been passed: only GPU tests may be left out.
+export MPIPIPE_NO_SKIPS=1
+exec tox run -e "${1:-lint,type,unit,contract,mpi-1,mpi-2,mpi-4,e2e}"

@@ -1,0 +1,125 @@
+"""The one exception tree: grouped by who can do something about it, each with its exit code.
+
+Every message has three parts: what happened (with values), the likely cause, what to do. A user
+error (`MpipipeError`) is shown as that sentence; anything else is our own bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "EXIT_BUG",
+    "EXIT_CHECKPOINT",
+    "EXIT_CONFIG",
+    "EXIT_ENVIRONMENT",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "EXIT_PEER_LOST",
+    "EXIT_PROMPTS",
+    "ChannelClosedError",
+    "CheckpointError",
+    "ConfigError",
+    "DeadlineError",
+    "EnvironmentSetupError",
+    "MpipipeError",
+    "NumericsError",
+    "OutOfPagesError",
+    "OutputError",
+    "PeerLostError",
+    "PlanError",
+    "PromptError",
+    "ProtocolMismatchError",
+    "RemoteError",
+    "UnsupportedModelError",
+]
+
+EXIT_OK = 0
+EXIT_BUG = 1  # an unexpected exception: please report it
+EXIT_CONFIG = 2  # command line, configuration, plan or output folder
+EXIT_CHECKPOINT = 3  # model folder missing, incomplete or of an unsupported family
+EXIT_PROMPTS = 4  # the run finished, but at least one prompt became an error record
+EXIT_ENVIRONMENT = 5  # MPI, ranks, memory, devices
+EXIT_PEER_LOST = 6  # a rank died, hung or raised during the run
+EXIT_INTERRUPTED = 130  # Ctrl-C
+
+
+class MpipipeError(Exception):
+    """A condition the user can mend; `str()` of it is the sentence to show."""
+
+    exit_code = EXIT_BUG
+
+
+class ConfigError(MpipipeError):
+    """The configuration, command line or prompt file path is wrong: edit it."""
+
+    exit_code = EXIT_CONFIG
+
+
+class PlanError(ConfigError):
+    """Layers, stages and memory do not fit together: change the pipeline or memory section."""
+
+
+class OutputError(ConfigError):
+    """The run folder cannot be used: choose another one."""
+
+
+class CheckpointError(MpipipeError):
+    """The model folder is missing, incomplete or inconsistent: copy it again or fix the path."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class UnsupportedModelError(CheckpointError):
+    """The model family cannot be split into stages."""
+
+
+class PromptError(MpipipeError):
+    """One prompt cannot be completed. `kind` is the machine-readable word in its error record."""
+
+    exit_code = EXIT_PROMPTS
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class EnvironmentSetupError(MpipipeError):
+    """MPI, devices, memory or the launch itself are not as needed."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class ProtocolMismatchError(EnvironmentSetupError):
+    """Two ranks run different versions, configurations or plans."""
+
+
+class DeadlineError(EnvironmentSetupError):
+    """Other ranks did not answer within the deadline."""
+
+
+class NumericsError(ConfigError):
+    """The model produced NaN or infinity: choose another `model.dtype`, or check the weights."""
+
+
+class PeerLostError(MpipipeError):
+    """A rank died, hung or raised while the pipeline was running."""
+
+    exit_code = EXIT_PEER_LOST
+
+
+class RemoteError(MpipipeError):
+    """Another rank reported a user error; carries that error's kind and exit code."""
+
+    def __init__(self, message: str, *, kind: str, exit_code: int, rank: int) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.exit_code = exit_code
+        self.rank = rank
+
+
+class ChannelClosedError(MpipipeError):
+    """A channel was used after it was closed (our own bug unless shutting down)."""
+
+
+class OutOfPagesError(MpipipeError):
+    """More pages were asked for than are free (the scheduler must check first)."""
