@@ -1,0 +1,1 @@
+"""What was asked for: the configuration tree and the prompt file."""

@@ -1,0 +1,127 @@
+"""Ranges and choices of the settings: one table each, one sentence per violation.
+
+Not here: types (`binding.py`), and whatever needs the model or the ranks (`planning`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from mpipipe.config.binding import nearest
+from mpipipe.config.schema import AUTO, Config, GenerationConfig
+from mpipipe.errors import ConfigError
+from mpipipe.types import SamplingParams
+
+__all__ = ["check", "default_sampling", "sampling_problem"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": (AUTO, "float32", "bfloat16", "float16"),
+    "pipeline.transport": (AUTO, "mpi"),
+    "pipeline.device": (AUTO, "cpu"),
+    "pipeline.attention": (AUTO, "sdpa", "reference"),
+    "memory.kv_cache": ("paged", "contiguous"),
+    "log.level": ("debug", "info", "warning", "error"),
+    "log.progress": (AUTO, "bar", "plain", "none"),
+}
+
+_POSITIVE_OR_AUTO = (
+    "pipeline.num_stages",
+    "pipeline.num_slots",
+    "pipeline.max_sequences_per_slot",
+    "pipeline.max_tokens_per_step",
+    "pipeline.threads_per_rank",
+    "memory.kv_cache_bytes",
+    "memory.num_kv_pages",
+    "memory.max_context_tokens",
+)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_split(value: Any) -> bool:
+    return value == AUTO or (
+        isinstance(value, tuple) and value != () and all(map(_is_count, value))
+    )
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *(
+        (name, lambda v: v == AUTO or _is_count(v), 'a whole number from 1 on, or "auto"')
+        for name in _POSITIVE_OR_AUTO
+    ),
+    ("pipeline.split", _is_split, 'a list of layer counts from 1 on, e.g. [14, 16], or "auto"'),
+    ("pipeline.handshake_timeout_s", lambda v: 0 < v < math.inf, "seconds, above 0"),
+    ("memory.page_size_tokens", _is_count, "a whole number from 1 on"),
+    ("prompts.limit", lambda v: v >= 0, "0 (all) or the number of prompts to take"),
+    (
+        "name",
+        lambda v: v.strip() != "" and not set("/\\\0\n") & set(v),
+        "a short name without slashes: it becomes a folder name",
+    ),
+    ("output.dir", lambda v: v != "", 'a folder, or "auto"'),
+)
+
+
+def check(config: Config) -> None:
+    """Check every value that can be judged without model and ranks.
+
+    Raises:
+        ConfigError: names the setting, its value and what is allowed.
+    """
+    for name, choices in _CHOICES.items():
+        value = _value(config, name)
+        if value not in choices:
+            guess = nearest(value, choices)
+            hint = f'; did you mean "{guess}"?' if guess else ""
+            allowed = ", ".join(f'"{choice}"' for choice in choices)
+            raise ConfigError(f'{name} = "{value}" is not known: it must be one of {allowed}{hint}')
+    for name, holds, allowed in _RULES:
+        value = _value(config, name)
+        if not holds(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{name} = {shown!r} is out of range: it must be {allowed}")
+    default_sampling(config.generation)
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def default_sampling(generation: GenerationConfig) -> SamplingParams:
+    """The sampling settings of a prompt that overrides nothing; `seed` is still the run's seed.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    fields = {name: getattr(generation, name) for name in GenerationConfig.__slots__}
+    try:
+        sampling = SamplingParams(**fields)
+    except ValueError as error:
+        raise ConfigError(f"generation.{error}") from None
+    problem = sampling_problem(sampling)
+    if problem:
+        raise ConfigError(f"generation.{problem}")
+    return sampling
+
+
+def sampling_problem(sampling: SamplingParams) -> str:
+    """What `SamplingParams` does not check itself: a sentence starting with the field, or empty."""
+    for field in dataclasses.fields(sampling):
+        value = getattr(sampling, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{field.name} = {value} is out of range: it must be finite"
+    if sampling.seed < 0:
+        return f"seed = {sampling.seed} is out of range: it must be 0 or more"
+    if "" in sampling.stop:
+        return "stop holds an empty text, which would end every completion at once: remove it"
+    if any(token < 0 for token in sampling.stop_token_ids):
+        return f"stop_token_ids = {list(sampling.stop_token_ids)} holds a negative id: remove it"
+    return ""

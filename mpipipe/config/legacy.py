@@ -1,0 +1,267 @@
+"""`exp_config.json` and `ds_config.json`: the older experiment style, read by a table.
+
+A JSON file is in that style when it has no sections (no value is an object) and at least one key
+of the table `TARGETS`. Not here: merging and checking (`load.py`). Invariant: nothing is dropped
+silently: a key is mapped, named in a warning, or an error.
+
+| old key | becomes |
+|---|---|
+| `model_path`, `model_name_or_path`, `model` | `model.path` |
+| `tokenizer_path`, `tokenizer_name` | `model.tokenizer_path` |
+| `torch_dtype`, `dtype` | `model.dtype` (`torch.float16`, `fp16`, `half` … understood) |
+| `trust_remote_code` | `model.trust_remote_code` |
+| `prompts`: list | the prompts themselves |
+| `prompts`: text; `prompt_file`, `prompts_file`, `prompts_path` | `prompts.path` |
+| `outputs`, `output_dir`, `output_path` | `output.dir`; a file name loses its suffix |
+| `max_new_tokens`, `generation_length`, `gen_length` | `generation.max_new_tokens` |
+| `max_length` | `generation.max_new_tokens`, with a warning: here the prompt does not count |
+| `do_sample` | false or absent: greedy; true: `temperature` (1 if absent), `top_k` (50 if absent) |
+| `temperature`, `top_k`, `top_p`, `min_p` | the same under `generation`, if `do_sample` |
+| `repetition_penalty`, `seed`, `stop_strings` | `generation`'s; `stop_strings` is `stop` |
+| `pipeline_parallel_size`, `pipeline_size`, `num_stages`, `world_size` | `pipeline.num_stages` |
+| `batch_size` | `pipeline.max_sequences_per_slot` |
+| `name`, `experiment_name`, `run_name` | `name` |
+| `num_return_sequences`, `num_beams` | must be 1 |
+| `local_files_only` | nothing is ever downloaded; false gets a warning |
+| `deepspeed_config`, `ds_config` | the file to read instead of `ds_config.json` beside it |
+| `device_map`, `low_cpu_mem_usage`, `use_cache` | a warning: decided by the plan |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpipipe.config.binding import merge, nearest
+from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
+from mpipipe.config.files import expand_path
+from mpipipe.errors import ConfigError
+
+__all__ = [
+    "DeepSpeedExpectations",
+    "InlinePrompt",
+    "LegacyConfig",
+    "convert",
+    "is_legacy",
+]
+
+InlinePrompt = str | Mapping[str, Any]  # a text, or an object as on a line of a prompt file
+
+TARGETS: dict[str, str] = {
+    "model_path": "model.path",
+    "model_name_or_path": "model.path",
+    "model": "model.path",
+    "tokenizer_path": "model.tokenizer_path",
+    "tokenizer_name": "model.tokenizer_path",
+    "torch_dtype": "model.dtype",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "prompts": "prompts.path",
+    "prompt_file": "prompts.path",
+    "prompts_file": "prompts.path",
+    "prompts_path": "prompts.path",
+    "outputs": "output.dir",
+    "output_dir": "output.dir",
+    "output_path": "output.dir",
+    "max_new_tokens": "generation.max_new_tokens",
+    "generation_length": "generation.max_new_tokens",
+    "gen_length": "generation.max_new_tokens",
+    "max_length": "generation.max_new_tokens",
+    "temperature": "generation.temperature",
+    "top_k": "generation.top_k",
+    "top_p": "generation.top_p",
+    "min_p": "generation.min_p",
+    "repetition_penalty": "generation.repetition_penalty",
+    "seed": "generation.seed",
+    "stop_strings": "generation.stop",
+    "pipeline_parallel_size": "pipeline.num_stages",
+    "pipeline_size": "pipeline.num_stages",
+    "num_stages": "pipeline.num_stages",
+    "world_size": "pipeline.num_stages",
+    "batch_size": "pipeline.max_sequences_per_slot",
+    "name": "name",
+    "experiment_name": "name",
+    "run_name": "name",
+}
+_ONLY_ONE = ("num_return_sequences", "num_beams")
+_DS_KEYS = ("deepspeed_config", "ds_config")
+_DECIDED_BY_PLAN = ("device_map", "low_cpu_mem_usage", "use_cache")
+_SPECIAL = ("do_sample", "local_files_only", *_ONLY_ONE, *_DS_KEYS, *_DECIDED_BY_PLAN)
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # without effect when greedy
+_DEFAULT_TOP_K = 50  # what transformers samples with when nothing else is said
+_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyConfig:
+    """An old experiment file in today's words."""
+
+    values: dict[str, Any]  # section -> setting -> value
+    inline_prompts: tuple[InlinePrompt, ...]
+    warnings: tuple[str, ...]
+    deepspeed: DeepSpeedExpectations | None
+
+
+def is_legacy(raw: Mapping[str, Any]) -> bool:
+    """True when the keys are those of an `exp_config.json`."""
+    known = set(TARGETS) - {"name"} | set(_SPECIAL)
+    return not any(
+        isinstance(value, dict) for key, value in raw.items() if key != "device_map"
+    ) and any(key in known for key in raw)
+
+
+def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
+    """`raw`, read from `path`, by the table above.
+
+    Raises:
+        ConfigError: unknown key, two keys that disagree, or a value that has no meaning here.
+    """
+    warnings: list[str] = []
+    _check_keys(raw, path)
+    inline: tuple[InlinePrompt, ...] = ()
+    mapped: dict[str, tuple[str, Any]] = {}  # target -> (old key, value)
+    for key, old in raw.items():
+        if key not in TARGETS:
+            continue
+        if key == "prompts" and isinstance(old, list):
+            inline = _inline_prompts(old, path)
+            continue
+        target = TARGETS[key]
+        value = _CONVERSIONS.get(key, _same)(key, old, path, warnings)
+        if target in mapped and mapped[target][1] != value:
+            first = mapped[target][0]
+            raise ConfigError(
+                f"{path}: {first!r} and {key!r} both mean {target} but differ: remove one of them"
+            )
+        mapped[target] = (key, value)
+    if inline and "prompts.path" in mapped:
+        first = mapped["prompts.path"][0]
+        raise ConfigError(f"{path}: 'prompts' and {first!r} both give prompts: remove one of them")
+    values = _sampling(
+        {target: value for target, (_, value) in mapped.items()}, raw, path, warnings
+    )
+    _check_special(raw, path, warnings)
+    nested: dict[str, Any] = {}
+    for target, value in values.items():
+        section, _, name = target.rpartition(".")
+        nested = merge(nested, {section: {name: value}} if section else {name: value})
+    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(raw, path))
+
+
+def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
+    known = (*TARGETS, *_SPECIAL)
+    for key in raw:
+        if key not in known:
+            guess = nearest(key, known)
+            hint = f'did you mean "{guess}"?' if guess else f"it may have {', '.join(known)}"
+            raise ConfigError(f'{path}: unknown key "{key}" in an exp_config file; {hint}')
+
+
+def _inline_prompts(prompts: list[Any], path: Path) -> tuple[InlinePrompt, ...]:
+    if not prompts:
+        raise ConfigError(f"{path}: 'prompts' is empty: give at least one prompt")
+    for position, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, (str, dict)):
+            raise ConfigError(
+                f"{path}: prompt {position} of 'prompts' is {prompt!r}: it must be a text"
+            )
+    return tuple(prompts)
+
+
+def _same(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
+    return value
+
+
+def _dtype(key: str, value: Any, path: Path, _warnings: list[str]) -> Any:
+    return dtype_name(value, f"{path}: {key}")
+
+
+def _output_folder(key: str, value: Any, path: Path, warnings: list[str]) -> Any:
+    if not isinstance(value, str) or not value.endswith(_FILE_SUFFIXES):
+        return value
+    folder = str(Path(value).with_suffix(""))
+    warnings.append(
+        f"{path}: {key} = {value!r} is a file; a run writes a folder: taking {folder!r}"
+    )
+    return folder
+
+
+def _max_length(key: str, value: Any, path: Path, warnings: list[str]) -> Any:
+    warnings.append(
+        f"{path}: {key} = {value!r} is taken as the number of new tokens; the prompt does not "
+        "count (write max_new_tokens)"
+    )
+    return value
+
+
+def _stop(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_CONVERSIONS: dict[str, Callable[[str, Any, Path, list[str]], Any]] = {
+    "torch_dtype": _dtype,
+    "dtype": _dtype,
+    "outputs": _output_folder,
+    "output_dir": _output_folder,
+    "output_path": _output_folder,
+    "max_length": _max_length,
+    "stop_strings": _stop,
+}
+
+
+def _sampling(
+    values: dict[str, Any], raw: Mapping[str, Any], path: Path, warnings: list[str]
+) -> dict[str, Any]:
+    """`values` with `do_sample` applied, as transformers understands it."""
+    do_sample = _flag(raw, "do_sample", False, path)
+    if do_sample:
+        return {
+            "generation.temperature": 1.0,
+            "generation.top_k": _DEFAULT_TOP_K,
+            **values,
+        }
+    unused = [name for name in _FILTERS if f"generation.{name}" in values]
+    if unused and values.get("generation.temperature") != 0:
+        why = "do_sample is false" if "do_sample" in raw else "do_sample is absent"
+        warnings.append(
+            f"{path}: {why}, so decoding is greedy and {', '.join(unused)} has no effect; "
+            'add "do_sample": true to sample'
+        )
+    return {name: v for name, v in values.items() if name.rpartition(".")[2] not in _FILTERS}
+
+
+def _flag(raw: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{path}: {key} = {value!r} must be true or false")
+    return value
+
+
+def _check_special(raw: Mapping[str, Any], path: Path, warnings: list[str]) -> None:
+    if not _flag(raw, "local_files_only", True, path):
+        warnings.append(
+            f"{path}: local_files_only is false, but nothing is ever downloaded: "
+            "the model folder must be complete"
+        )
+    for key in _ONLY_ONE:
+        if raw.get(key, 1) != 1:
+            raise ConfigError(f"{path}: {key} = {raw[key]!r} is not supported: it must be 1")
+    warnings.extend(
+        f"{path}: {key} has no effect: the plan places layers and caches"
+        for key in _DECIDED_BY_PLAN
+        if key in raw
+    )
+
+
+def _deepspeed(raw: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | None:
+    for key in _DS_KEYS:
+        if key in raw:
+            if not isinstance(raw[key], str):
+                raise ConfigError(f"{path}: {key} = {raw[key]!r} must be the path of a file")
+            given = Path(expand_path(raw[key], key))
+            beside = path.parent / given
+            return read_expectations(given if given.exists() or not beside.exists() else beside)
+    beside = path.parent / "ds_config.json"
+    return read_expectations(beside) if beside.exists() else None

@@ -1,0 +1,184 @@
+"""A configuration file plus command-line words → one checked, frozen `LoadedConfig`.
+
+Order: defaults ← `extends` chain, base first ← the file ← overrides. Files are TOML or JSON; a
+JSON file in the style of `exp_config.json` goes through `legacy.py`. Not here: resolving `auto`
+(`planning`), reading prompts (`prompts.py`). Invariant: ranks that load the same words from the
+same files get equal configurations with equal hashes.
+
+Paths: `~` and `$VAR` are expanded everywhere. A relative `model.path`, `model.tokenizer_path` or
+`prompts.path` is looked up from the current directory, as on a command line; if it is not there but
+is there from the folder of the file that sets it, that one is taken. `output.dir` is always
+relative to the current directory. `extends` is relative to the file that says it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpipipe.config import legacy
+from mpipipe.config.binding import bind, layer_overrides, merge, to_dict
+from mpipipe.config.checks import check, default_sampling
+from mpipipe.config.files import expand_path, parse_json, read_text
+from mpipipe.config.schema import Config
+from mpipipe.errors import ConfigError
+
+__all__ = [
+    "LoadedConfig",
+    "config_hash",
+    "default_sampling",
+    "load_config",
+    "require_set",
+    "to_dict",
+]
+
+DEMO_SCHEME = "demo:"  # model.path of a model that comes from a package, not a folder
+_INPUT_PATHS = (("model", "path"), ("model", "tokenizer_path"), ("prompts", "path"))
+_ALL_PATHS = (*_INPUT_PATHS, ("output", "dir"))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A configuration with what came beside it."""
+
+    config: Config
+    inline_prompts: tuple[legacy.InlinePrompt, ...] = ()  # used when `prompts.path` is empty
+    warnings: tuple[str, ...] = ()  # sentences to show once, on the head
+    deepspeed: legacy.DeepSpeedExpectations | None = None  # checked once the plan exists
+    sources: tuple[Path, ...] = ()  # the files read, the one given first
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """The checked configuration of `path` (None: defaults) under `section.key=value` words.
+
+    Raises:
+        ConfigError: unreadable file, unknown setting, wrong type or value out of range.
+    """
+    layers = _file_layers(path) if path is not None else []
+    values: dict[str, Any] = {"name": path.stem} if path is not None else {}
+    inline: tuple[legacy.InlinePrompt, ...] = ()
+    warnings: list[str] = []
+    deepspeed = None
+    for layer in reversed(layers):  # the base of the chain first
+        bind(layer.values, str(layer.path))  # errors name the file that is wrong
+        values = merge(values, layer.values)
+        if layer.inline_prompts or layer.values.get("prompts", {}).get("path"):
+            inline = layer.inline_prompts
+        warnings += layer.warnings
+        deepspeed = layer.deepspeed or deepspeed
+    words = layer_overrides(overrides)
+    if words.get("prompts", {}).get("path"):
+        inline = ()
+    bind(words, "command line")
+    config = bind(_expand(merge(values, words)), str(path or "command line"))
+    check(config)
+    sources = tuple(layer.path for layer in layers)
+    return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    path: Path
+    values: dict[str, Any]
+    inline_prompts: tuple[legacy.InlinePrompt, ...]
+    warnings: tuple[str, ...]
+    deepspeed: legacy.DeepSpeedExpectations | None
+
+
+def _file_layers(path: Path) -> list[_Layer]:
+    """The files of the `extends` chain, from `path` to its root."""
+    layers: list[_Layer] = []
+    seen: list[Path] = []
+    next_path: Path | None = path
+    while next_path is not None:
+        real = next_path.resolve()
+        if real in seen:
+            chain = " → ".join(p.name for p in [*seen, real])
+            raise ConfigError(
+                f"{next_path}: extends goes in a circle ({chain}): remove one of them"
+            )
+        seen.append(real)
+        layer, base = _read_layer(next_path)
+        layers.append(layer)
+        next_path = base
+    return layers
+
+
+def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
+    raw = _read_table(path)
+    if path.suffix == ".json" and legacy.is_legacy(raw):
+        old = legacy.convert(raw, path)
+        values = _from_folder(old.values, path.parent)
+        return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
+    extends = raw.pop("extends", None)
+    if extends is not None and (not isinstance(extends, str) or not extends):
+        raise ConfigError(f"{path}: extends = {extends!r} must be the path of one file")
+    base = path.parent / expand_path(extends, "extends") if extends else None
+    return _Layer(path, _from_folder(raw, path.parent), (), (), None), base
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    text = read_text(path, "configuration file")
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{path}: a configuration file ends in .toml or .json: rename it")
+    try:
+        table = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
+    except (ValueError, RecursionError) as error:
+        language = path.suffix[1:].upper()
+        raise ConfigError(f"{path} is not valid {language}: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(
+            f"{path}: expected an object with sections, found a {type(table).__name__}"
+        )
+    return table
+
+
+def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`values` with its input paths taken from `folder` where only that exists."""
+    found = values
+    for section, key in _INPUT_PATHS:
+        table = values.get(section)
+        value = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(value, str) or not value or value.startswith(DEMO_SCHEME):
+            continue
+        expanded = expand_path(value, f"{section}.{key}")
+        beside = folder / expanded
+        if not Path(expanded).exists() and beside.exists():
+            found = merge(found, {section: {key: str(beside)}})
+    return found
+
+
+def _expand(values: dict[str, Any]) -> dict[str, Any]:
+    for section, key in _ALL_PATHS:
+        value = values.get(section, {}).get(key)
+        if isinstance(value, str) and not value.startswith(DEMO_SCHEME):
+            expanded = expand_path(value, f"{section}.{key}")
+            values = merge(values, {section: {key: expanded}})
+    return values
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hex digits of the SHA-256 of the configuration's sorted JSON."""
+    text = json.dumps(to_dict(config), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def require_set(config: Config, *names: str) -> None:
+    """Check that text settings such as `model.path` are not empty.
+
+    Raises:
+        ConfigError: names the empty setting and how to give it.
+    """
+    for name in names:
+        section, _, key = name.partition(".")
+        if not dataclasses.asdict(config)[section][key]:
+            raise ConfigError(
+                f"{name} is not set: give it in the configuration file or as {name}=… "
+                "on the command line"
+            )

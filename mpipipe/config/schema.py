@@ -1,0 +1,155 @@
+"""The frozen configuration tree: what a user may ask for, with a default and a unit per field.
+
+`"auto"` values are resolved once at boot (`planning.resolve`), with a reason, before any rank
+starts work. The docstring under each field is its documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = [
+    "AUTO",
+    "Config",
+    "GenerationConfig",
+    "LogConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PipelineConfig",
+    "PromptsConfig",
+]
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What to run."""
+
+    path: str = ""
+    """Folder with `config.json`, weights and tokenizer; or `demo:smollm2` for the demo model."""
+    tokenizer_path: str = ""
+    """Folder of the tokenizer; empty: `model.path`."""
+    dtype: str = AUTO
+    """`float32`, `bfloat16`, `float16` or `auto` (the checkpoint's; float32 on a CPU)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsConfig:
+    """Where the prompts are."""
+
+    path: str = ""
+    """JSONL file; see prompts/README.md for the accepted lines."""
+    limit: int = 0
+    """Take only the first lines; 0: all."""
+    add_special_tokens: bool = True
+    """Let the tokenizer add its beginning-of-sequence token to plain prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """Default sampling settings; a prompt line may override each of them."""
+
+    max_new_tokens: int = 128
+    """At most this many tokens per prompt."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: off."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that hold this probability; 1: off."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the likeliest one's probability; 0: off."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens already seen; 1: off."""
+    seed: int = 0
+    """Seed of the run; each prompt's own seed derives from it and the prompt's id."""
+    stop: tuple[str, ...] = ()
+    """End the text before any of these."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End at any of these token ids, beside the model's end-of-sequence ids."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token (benchmarks)."""
+    num_logprobs: int = -1
+    """-1: none; k: log-probabilities of the chosen and the k likeliest tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """How the layers are spread and how steps are formed."""
+
+    num_stages: int | str = AUTO
+    """Pipeline stages; `auto`: one per rank."""
+    split: tuple[int, ...] | str = AUTO
+    """Layers per stage, e.g. `[14, 16]`; `auto`: balanced by cost."""
+    num_slots: int | str = AUTO
+    """Micro-batches in flight; `auto`: one per stage. 1 switches overlap off."""
+    max_sequences_per_slot: int | str = AUTO
+    """Sequences of a micro-batch at most; `auto`: 32 on a CPU."""
+    max_tokens_per_step: int | str = AUTO
+    """Token budget of a step: decodes first, then chunks of prompts; `auto`: 512 on a CPU."""
+    transport: str = AUTO
+    """How tensors travel: `mpi`, or `auto`."""
+    device: str = AUTO
+    """`cpu`, or `auto`."""
+    attention: str = AUTO
+    """Attention backend: `sdpa`, `reference`, or `auto`."""
+    threads_per_rank: int | str = AUTO
+    """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
+    handshake_timeout_s: float = 120.0
+    """How long to wait for all ranks to greet each other at start."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """How much may be kept."""
+
+    kv_cache_bytes: int | str = AUTO
+    """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory, and no more
+    than the run can use."""
+    num_kv_pages: int | str = AUTO
+    """Pages of KV cache, the same on every rank; wins over `kv_cache_bytes`."""
+    page_size_tokens: int = 16
+    """Tokens per KV page."""
+    max_context_tokens: int | str = AUTO
+    """Longest prompt + completion; `auto`: what the model was made for."""
+    kv_cache: str = "paged"
+    """`paged`, or `contiguous` (slow and simple: the oracle of the tests)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """Where results go."""
+
+    dir: str = AUTO
+    """The run folder; `auto`: `runs/<config name>-<date>-<time>`."""
+    overwrite: bool = False
+    """Replace the files of an earlier run in `output.dir`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What is written while running."""
+
+    level: str = "info"
+    """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`."""
+    progress: str = AUTO
+    """`bar`, `plain`, `none`, or `auto`: a bar on a terminal, plain lines otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole request, one section per concern."""
+
+    name: str = "run"
+    """Short name of the run; default: the configuration file's stem."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    log: LogConfig = field(default_factory=LogConfig)

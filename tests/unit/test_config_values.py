@@ -1,0 +1,210 @@
+"""What a setting may be: overrides, unknown names, types and ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpipipe.config.binding import to_dict
+from mpipipe.config.load import load_config
+from mpipipe.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def failure(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "value"),
+    [
+        (["generation.seed=7"], "generation.seed", 7),
+        (["generation.temperature=1"], "generation.temperature", 1.0),
+        (["generation.ignore_eos=true"], "generation.ignore_eos", True),
+        (["model.path=2024"], "model.path", "2024"),
+        (["model.path=/data/x y"], "model.path", "/data/x y"),
+        (['model.path="quoted"'], "model.path", "quoted"),
+        (["model.path=a=b"], "model.path", "a=b"),
+        (["model.tokenizer_path="], "model.tokenizer_path", ""),
+        (["name=2024-01-02"], "name", "2024-01-02"),
+        (["name=3"], "name", "3"),
+        (["generation.stop=END"], "generation.stop", ("END",)),
+        (["generation.stop=END", "generation.stop=5"], "generation.stop", ("END", "5")),
+        (['generation.stop=["a", "b"]'], "generation.stop", ("a", "b")),
+        (['generation.stop="\\n"'], "generation.stop", ("\n",)),
+        (["generation.stop=a, b"], "generation.stop", ("a, b",)),
+        (["generation.stop_token_ids=1", "generation.stop_token_ids=2"],
+         "generation.stop_token_ids", (1, 2)),
+        (["pipeline.split=[14, 16]"], "pipeline.split", (14, 16)),
+        (["pipeline.split=14,16"], "pipeline.split", (14, 16)),
+        (["pipeline.split=30"], "pipeline.split", (30,)),
+        (["pipeline.split=auto"], "pipeline.split", "auto"),
+        (["pipeline.num_stages=auto"], "pipeline.num_stages", "auto"),
+        (["pipeline.num_stages=2", "pipeline.num_stages=3"], "pipeline.num_stages", 3),
+    ],
+)  # fmt: skip
+def test_override_values(words: list[str], setting: str, value: object) -> None:
+    section, _, key = setting.rpartition(".")
+    config = to_dict(load_config(None, words).config)
+    found = config[section][key] if section else config[key]
+    assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+def test_repeated_list_override_replaces_the_files_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", '[generation]\nstop = ["x"]\n')
+    assert load_config(path, ["generation.stop=y"]).config.generation.stop == ("y",)
+
+
+@pytest.mark.parametrize("word", ["generation.seed", "=3", "run"])
+def test_override_without_a_value_shows_the_form(word: str) -> None:
+    assert "section.key=value" in failure(None, word)
+
+
+# unknown names
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"),
+    [
+        ("generation.temprature=1", "generation.temperature"),
+        ("max_new_tokens=5", "generation.max_new_tokens"),
+        ("modle.path=x", "model.path"),
+        ("modle.dtpe=x", "model.dtype"),
+        ("model.max_new_tokens=2", "generation.max_new_tokens"),
+        ("pipeline.page_size_tokens=2", "memory.page_size_tokens"),
+        ("nmae=x", "name"),
+        ("temprature=1", "generation.temperature"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(word: str, guess: str) -> None:
+    message = failure(None, word)
+    assert f'did you mean "{guess}"?' in message
+    assert word.partition("=")[0] in message
+
+
+def test_unknown_section_in_a_file_lists_the_sections(tmp_path: Path) -> None:
+    message = failure(write(tmp_path, "a.toml", "[modle]\npath = 'x'\n"))
+    assert "a.toml" in message
+    assert '"model"' in message
+    assert "model, prompts, generation, pipeline, memory, output, log" in message
+
+
+def test_setting_without_a_near_name_lists_its_section() -> None:
+    message = failure(None, "memory.zzz=1")
+    assert "did you mean" not in message
+    assert "kv_cache_bytes" in message
+
+
+@pytest.mark.parametrize("word", ["generation=3", "model=x"])
+def test_section_used_as_a_setting_lists_what_is_in_it(word: str) -> None:
+    section = word.partition("=")[0]
+    assert f"{section} is a section with {section}." in failure(None, word)
+
+
+def test_section_used_as_a_setting_in_a_file(tmp_path: Path) -> None:
+    assert "model.path" in failure(write(tmp_path, "a.toml", 'model = "x"\n'))
+
+
+# types
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('[generation]\nseed = "x"', ["generation.seed", "'x'", "a whole number"]),
+        ("[generation]\nseed = 1.0", ["generation.seed", "1.0", "a whole number"]),
+        ("[generation]\nseed = true", ["generation.seed", "True", "a whole number"]),
+        ('[generation]\ntemperature = "hot"', ["'hot'", "a number"]),
+        ("[generation]\ntemperature = false", ["False", "a number"]),
+        ("[generation]\nignore_eos = 1", ["1", "true or false"]),
+        ("[model]\npath = 3", ["model.path", "3", "a text"]),
+        ("[generation]\nstop = 3", ["a list of texts"]),
+        ("[generation]\nstop = [3]", ["[3]", "a list of texts"]),
+        ("[generation]\nstop_token_ids = [1.5]", ["a list of whole numbers"]),
+        ("[pipeline]\nnum_stages = 2.5", ["2.5", 'a whole number or "auto"']),
+        ("[pipeline]\nsplit = [1, true]", ['a list of whole numbers or "auto"']),
+        (f"[generation]\nseed = {2**63 - 1}0", ["generation.seed"]),
+    ],
+)
+def test_wrong_type_names_setting_value_and_expectation(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    message = failure(write(tmp_path, "a.toml", text))
+    assert all(part in message for part in ["a.toml", *parts])
+
+
+def test_null_in_json_is_a_wrong_type(tmp_path: Path) -> None:
+    message = failure(write(tmp_path, "a.json", '{"generation": {"seed": null}}'))
+    assert "generation.seed = None" in message
+
+
+# ranges
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "model.dtype=int8",
+        "pipeline.transport=nccl",
+        "pipeline.device=cuda",
+        "pipeline.attention=flash",
+        "memory.kv_cache=ring",
+        "log.level=verbose",
+        "log.progress=fancy",
+        "pipeline.num_stages=0",
+        "pipeline.num_stages=-1",
+        "pipeline.num_stages=two",
+        "pipeline.num_slots=0",
+        "pipeline.max_sequences_per_slot=0",
+        "pipeline.max_tokens_per_step=0",
+        "pipeline.threads_per_rank=0",
+        "pipeline.split=[]",
+        "pipeline.split=[14, 0]",
+        "pipeline.split=[14, -2]",
+        "pipeline.handshake_timeout_s=0",
+        "pipeline.handshake_timeout_s=nan",
+        "pipeline.handshake_timeout_s=inf",
+        "memory.kv_cache_bytes=0",
+        "memory.num_kv_pages=0",
+        "memory.page_size_tokens=0",
+        "memory.max_context_tokens=0",
+        "prompts.limit=-1",
+        "name=a/b",
+        "name=",
+        "output.dir=",
+        "generation.max_new_tokens=0",
+        "generation.temperature=-0.1",
+        "generation.temperature=nan",
+        "generation.temperature=inf",
+        "generation.top_k=-1",
+        "generation.top_p=0",
+        "generation.top_p=1.1",
+        "generation.min_p=1.0",
+        "generation.repetition_penalty=0",
+        "generation.repetition_penalty=inf",
+        "generation.num_logprobs=-2",
+        "generation.seed=-1",
+        'generation.stop=""',
+        "generation.stop_token_ids=-1",
+    ],
+)
+def test_value_out_of_range_names_the_setting(word: str) -> None:
+    assert word.partition("=")[0] in failure(None, word)
+
+
+def test_wrong_choice_lists_the_choices_and_the_nearest() -> None:
+    message = failure(None, "model.dtype=bf16")
+    assert '"auto", "float32", "bfloat16", "float16"' in message
+    assert 'did you mean "bfloat16"?' in message
