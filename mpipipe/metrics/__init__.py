@@ -1,0 +1,1 @@
+"""What happened: structured logs, time accounting, summaries."""

@@ -1,0 +1,226 @@
+"""The log of one rank: structlog events as JSON lines in `rank_<r>.log`.
+
+Every line has `time` (UTC), `t_s` (monotonic seconds), `level`, `event`, `rank`, `host`, and what
+was bound. Not here: the terminal, the summary. Invariants: nothing global is configured, so a
+program that uses mpipipe as a library keeps its own structlog; a line is written whole and at
+once; a value that JSON cannot hold, or a full disk, never stops the run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from mpipipe.clock import Clock, MonotonicClock
+from mpipipe.errors import OutputError
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+__all__ = ["ListLog", "Logger", "RunLog", "open_log", "utc_now"]
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # numbers of the logging module
+
+
+class Logger(Protocol):
+    """Where events go: a short name and fields. `exc_info=error` adds a traceback."""
+
+    def debug(self, event: str, **fields: object) -> None:
+        """An event that only helps to find a bug."""
+        ...
+
+    def info(self, event: str, **fields: object) -> None:
+        """An event of a normal run."""
+        ...
+
+    def warning(self, event: str, **fields: object) -> None:
+        """An event that a user should know of, though the run goes on."""
+        ...
+
+    def error(self, event: str, **fields: object) -> None:
+        """An event that ends a request or the run."""
+        ...
+
+    def bind(self, **fields: object) -> Logger:
+        """A logger that adds `fields` to each of its events."""
+        ...
+
+
+def utc_now() -> datetime:
+    """The wall-clock time with its zone."""
+    return datetime.now(UTC)
+
+
+def open_log(
+    path: Path,
+    *,
+    rank: int,
+    host: str,
+    level: str = "info",
+    stage: int | None = None,
+    clock: Clock | None = None,
+    now: Callable[[], datetime] = utc_now,
+) -> RunLog:
+    """Append to the log at `path`; lines below `level` (a key of `_LEVELS`) are dropped.
+
+    Raises:
+        OutputError: the file cannot be opened.
+    """
+    import structlog  # 0.1 s, for its console colours: only ranks that log pay it
+
+    try:
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise OutputError(
+            f"the log {str(path)!r} cannot be written ({error.strerror}): choose another output.dir"
+        ) from error
+    sink = _LineSink(file)
+    bound: dict[str, Any] = {"rank": rank, "host": host}
+    bound |= {} if stage is None else {"stage": stage}
+    logger: FilteringBoundLogger = structlog.wrap_logger(
+        sink,
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            _Stamp(clock or MonotonicClock(), now),
+            _json_line,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        context_class=dict,
+        cache_logger_on_first_use=True,
+        **bound,
+    )
+    return RunLog(logger.bind(), sink)
+
+
+class RunLog:
+    """A `Logger` on an open file. `bind` shares the file; closing one closes all."""
+
+    def __init__(self, logger: FilteringBoundLogger, sink: _LineSink) -> None:
+        self._logger = logger
+        self._sink = sink
+
+    @property
+    def num_lost_lines(self) -> int:
+        """Lines that could not be written: the disk was full, or the log closed."""
+        return self._sink.num_lost_lines
+
+    def debug(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._logger.debug(event, **fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._logger.info(event, **fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._logger.warning(event, **fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._logger.error(event, **fields)
+
+    def bind(self, **fields: object) -> RunLog:
+        """See `Logger`."""
+        return RunLog(self._logger.bind(**fields), self._sink)
+
+    def close(self) -> None:
+        """Close the file; later events are counted as lost. May be called twice."""
+        self._sink.close()
+
+
+class ListLog:
+    """A `Logger` that keeps its events as dicts in `events`, for tests."""
+
+    def __init__(
+        self,
+        events: list[dict[str, object]] | None = None,
+        bound: Mapping[str, object] | None = None,
+    ) -> None:
+        self.events: list[dict[str, object]] = [] if events is None else events
+        self._bound = dict(bound or {})
+
+    def debug(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._keep("debug", event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._keep("info", event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._keep("warning", event, fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        """See `Logger`."""
+        self._keep("error", event, fields)
+
+    def bind(self, **fields: object) -> ListLog:
+        """See `Logger`; events go to the same list."""
+        return ListLog(self.events, {**self._bound, **fields})
+
+    def _keep(self, level: str, event: str, fields: Mapping[str, object]) -> None:
+        self.events.append({"level": level, "event": event, **self._bound, **fields})
+
+
+class _LineSink:
+    """The file under structlog: one locked, flushed write per line, from any thread."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.num_lost_lines = 0
+        self._file = file
+        self._lock = threading.Lock()
+
+    def msg(self, line: str) -> None:
+        with self._lock:
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except (OSError, ValueError):  # disk full, or closed
+                self.num_lost_lines += 1
+
+    debug = info = warning = error = msg
+
+    def close(self) -> None:
+        with self._lock:
+            try:
+                self._file.close()
+            except OSError:  # what was left in the buffer did not fit on the disk
+                self.num_lost_lines += 1
+
+
+class _Stamp:
+    """Puts the two times and the event in front, so that lines can be read by eye."""
+
+    def __init__(self, clock: Clock, now: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._now = now
+
+    def __call__(
+        self, _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        time = self._now().astimezone(UTC).isoformat(timespec="microseconds")
+        front = {
+            "time": time.replace("+00:00", "Z"),
+            "t_s": round(self._clock.now_s(), 6),
+            "level": event.pop("level"),
+            "event": event.pop("event"),
+        }
+        return {**front, **event}
+
+
+def _json_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+    try:
+        return json.dumps(event, ensure_ascii=False, allow_nan=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # NaN, keys that are no text, a circle
+        plain = (str, int, bool, type(None))
+        return json.dumps(
+            {k: v if isinstance(v, plain) else repr(v) for k, v in event.items()},
+            ensure_ascii=False,
+        )

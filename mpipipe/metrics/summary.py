@@ -1,0 +1,198 @@
+"""What a run did and where its time went: the contents of `metrics.json` and the closing text.
+
+Built on the head from what each rank reports and from the completions. Pure: it measures nothing.
+
+Shares and ratios are fractions of 1, `_s` seconds, `_bytes` bytes, `_per_s` per second of the
+generate phase; null where nothing was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpipipe.metrics.accounting import StageTotals
+
+if TYPE_CHECKING:
+    from mpipipe.types import Completion
+
+__all__ = ["PhaseTimes", "RankReport", "RequestTally", "RequestTotals", "RunSummary", "percentile"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTimes:
+    """The run's wall clock on the head, cut into its phases."""
+
+    boot_s: float = 0.0  # start of the process to the agreed plan
+    load_s: float = 0.0  # weights and cache on all ranks
+    generate_s: float = 0.0
+    shutdown_s: float = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """The sum of the phases."""
+        return self.boot_s + self.load_s + self.generate_s + self.shutdown_s
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """One rank's share of the run, gathered by the head at the end."""
+
+    rank: int
+    host: str
+    stage: StageTotals
+    load_s: float = 0.0
+    loaded_bytes: int = 0  # read from weight files
+    weight_bytes: int = 0  # held as parameters
+    kv_bytes: int = 0  # allocated for the KV cache
+    baseline_rss_bytes: int = 0  # resident before loading: Python and its libraries
+    peak_rss_bytes: int = 0
+
+    @property
+    def peak_over_need(self) -> float | None:
+        """Peak above the baseline over weights + KV: 1 is perfect."""
+        need = self.weight_bytes + self.kv_bytes
+        return (self.peak_rss_bytes - self.baseline_rss_bytes) / need if need else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names of the fields, for JSON or msgpack."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RankReport:
+        """The inverse of `to_dict`."""
+        return RankReport(**{**values, "stage": StageTotals.from_dict(values["stage"])})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTotals:
+    """Counts over all prompts and percentiles over the completed ones."""
+
+    num_completed: int
+    num_failed: int
+    num_prompt_tokens: int  # of completed prompts, as are the output tokens
+    num_output_tokens: int
+    ttft_p50_s: float | None
+    ttft_p95_s: float | None
+    latency_p50_s: float | None
+    latency_p95_s: float | None
+
+
+class RequestTally:
+    """Counts completions as they come; keeps two numbers per completed prompt."""
+
+    def __init__(self) -> None:
+        self._num_failed = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._ttfts_s: list[float] = []
+        self._latencies_s: list[float] = []
+
+    def add(self, completion: Completion) -> None:
+        """Count one finished or failed prompt."""
+        if completion.error_kind is not None:
+            self._num_failed += 1
+            return
+        self._num_prompt_tokens += completion.num_prompt_tokens
+        self._num_output_tokens += completion.num_output_tokens
+        self._ttfts_s.append(completion.ttft_s)
+        self._latencies_s.append(completion.latency_s)
+
+    def totals(self) -> RequestTotals:
+        """The counts so far."""
+        return RequestTotals(
+            num_completed=len(self._latencies_s),
+            num_failed=self._num_failed,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            ttft_p50_s=percentile(self._ttfts_s, 50),
+            ttft_p95_s=percentile(self._ttfts_s, 95),
+            latency_p50_s=percentile(self._latencies_s, 50),
+            latency_p95_s=percentile(self._latencies_s, 95),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """Everything that is said about a run at its end."""
+
+    phases: PhaseTimes
+    requests: RequestTotals
+    num_preemptions: int
+    ranks: tuple[RankReport, ...]  # in the order of their stages
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Generated tokens over the generate phase."""
+        return self._per_s(self.requests.num_output_tokens)
+
+    @property
+    def total_tokens_per_s(self) -> float:
+        """Prompt and generated tokens over the generate phase."""
+        return self._per_s(self.requests.num_prompt_tokens + self.requests.num_output_tokens)
+
+    @property
+    def bubble_ratio(self) -> float | None:
+        """Share of all stages' time that was not compute."""
+        return _bubble(
+            [rank.stage.overall.wall_s for rank in self.ranks],
+            [rank.stage.overall.bubble_s for rank in self.ranks],
+        )
+
+    @property
+    def steady_bubble_ratio(self) -> float | None:
+        """The same between consecutive steady steps only: the pipe full, all slots decoding."""
+        return _bubble(
+            [rank.stage.steady.wall_s for rank in self.ranks],
+            [rank.stage.steady.bubble_s for rank in self.ranks],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `metrics.json`.
+
+        * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
+        * `requests`: the fields of `RequestTotals`
+        * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
+        * `bubble_ratio`, `steady_bubble_ratio`: over all stages
+        * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
+          `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
+          each part (`compute_s`, `wait_s`, `send_s`, `idle_s`, `overhead_s`), their sum `wall_s`
+          and the `bubble_ratio`
+        """
+        return {
+            "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
+            "requests": dataclasses.asdict(self.requests),
+            "num_preemptions": self.num_preemptions,
+            "output_tokens_per_s": self.output_tokens_per_s,
+            "total_tokens_per_s": self.total_tokens_per_s,
+            "bubble_ratio": self.bubble_ratio,
+            "steady_bubble_ratio": self.steady_bubble_ratio,
+            "ranks": [_rank_dict(rank) for rank in self.ranks],
+        }
+
+    def _per_s(self, num_tokens: int) -> float:
+        return num_tokens / self.phases.generate_s if self.phases.generate_s > 0 else 0.0
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """The nearest-rank percentile: the smallest value that `percent` % of all do not exceed.
+
+    None without values.
+    """
+    if not values:
+        return None
+    return sorted(values)[max(1, math.ceil(len(values) * percent / 100)) - 1]
+
+
+def _bubble(walls_s: Sequence[float], bubbles_s: Sequence[float]) -> float | None:
+    return sum(bubbles_s) / sum(walls_s) if sum(walls_s) > 0 else None
+
+
+def _rank_dict(rank: RankReport) -> dict[str, Any]:
+    values = rank.to_dict()
+    for name, parts in (("overall", rank.stage.overall), ("steady", rank.stage.steady)):
+        values["stage"][name].update(wall_s=parts.wall_s, bubble_ratio=parts.bubble_ratio)
+    return {**values, "peak_over_need": rank.peak_over_need}

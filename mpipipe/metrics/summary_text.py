@@ -1,0 +1,126 @@
+"""The closing text of a run: a `RunSummary` as a few plain lines and an aligned table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpipipe.metrics.accounting import TimeParts
+    from mpipipe.metrics.summary import RankReport, RunSummary
+
+__all__ = ["summary_lines"]
+
+_TIME_HEADER = (
+    "stage", "rank", "host", "compute", "wait", "send", "idle", "overhead", "bubble", "steady",
+)  # fmt: skip
+_MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
+_LEFT_ALIGNED = ("host",)
+_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def summary_lines(summary: RunSummary) -> list[str]:
+    """Lines for a terminal of 100 columns (long host names aside)."""
+    return [
+        *_headlines(summary),
+        "",
+        *_table(_TIME_HEADER, [_time_row(rank) for rank in summary.ranks]),
+        "",
+        *_table(_MEMORY_HEADER, [_memory_row(rank) for rank in summary.ranks]),
+    ]
+
+
+def _headlines(summary: RunSummary) -> list[str]:
+    requests, phases = summary.requests, summary.phases
+    facts = {
+        "prompts": (
+            f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
+            f"{requests.num_prompt_tokens:,} prompt tokens",
+            f"{requests.num_output_tokens:,} output tokens",
+        ),
+        "wall clock": (
+            _seconds(phases.wall_s),
+            f"boot {_seconds(phases.boot_s)}",
+            f"load {_seconds(phases.load_s)}",
+            f"generate {_seconds(phases.generate_s)}",
+            f"shutdown {_seconds(phases.shutdown_s)}",
+        ),
+        "throughput": (
+            f"{summary.output_tokens_per_s:,.1f} output tokens/s",
+            f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
+            f"{summary.num_preemptions:,} preemptions",
+        ),
+        "first token": (
+            f"{_seconds(requests.ttft_p50_s)} p50",
+            f"{_seconds(requests.ttft_p95_s)} p95",
+        ),
+        "completion": (
+            f"{_seconds(requests.latency_p50_s)} p50",
+            f"{_seconds(requests.latency_p95_s)} p95",
+        ),
+        "bubble": (
+            f"{_share(summary.bubble_ratio)} of all stages' time",
+            f"{_share(summary.steady_bubble_ratio)} in steady state",
+        ),
+    }
+    return [f"{label:<13}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _time_row(rank: RankReport) -> tuple[str, ...]:
+    parts, steady = rank.stage.overall, rank.stage.steady
+    return (
+        str(rank.stage.stage),
+        str(rank.rank),
+        rank.host,
+        *(
+            _part(parts, seconds)
+            for seconds in (
+                parts.compute_s, parts.wait_s, parts.send_s, parts.idle_s, parts.overhead_s,
+            )
+        ),
+        _share(parts.bubble_ratio if parts.wall_s > 0 else None),
+        _share(steady.bubble_ratio if steady.wall_s > 0 else None),
+    )  # fmt: skip
+
+
+def _memory_row(rank: RankReport) -> tuple[str, ...]:
+    sizes = (
+        rank.loaded_bytes, rank.weight_bytes, rank.kv_bytes, rank.baseline_rss_bytes,
+        rank.peak_rss_bytes,
+    )  # fmt: skip
+    return (str(rank.stage.stage), _seconds(rank.load_s), *(_size(size) for size in sizes))
+
+
+def _part(parts: TimeParts, seconds: float) -> str:
+    share = seconds / parts.wall_s if parts.wall_s > 0 else None
+    return f"{_seconds(seconds)} {_share(share):>4}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if name in _LEFT_ALIGNED else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in _BINARY_UNITS:
+        if size < 1024 or unit == _BINARY_UNITS[-1]:
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"

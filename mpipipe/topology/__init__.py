@@ -1,0 +1,1 @@
+"""Where we run: launcher, ranks, cores, memory."""

@@ -1,0 +1,158 @@
+"""What this process may use of its host: cores, memory, name; and what it has used.
+
+Containers and Slurm limit a job through cgroups, and no library call tells: both versions are read
+here, for the process's own group and every group above it. Not here: GPUs, sharing between ranks
+(`planning`). Every reader takes the root folder, so tests give it a fake one. Linux only; a file
+that is missing means "no limit".
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "HostFacts",
+    "host_name",
+    "memory_available_bytes",
+    "peak_rss_bytes",
+    "read_host",
+    "usable_cores",
+]
+
+_ROOT = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What planning needs to know about the host of one rank."""
+
+    host: str
+    usable_cores: int
+    memory_available_bytes: int
+
+
+def read_host() -> HostFacts:
+    """The facts of this process now."""
+    return HostFacts(host_name(), usable_cores(), memory_available_bytes())
+
+
+def host_name() -> str:
+    """The node's name without its domain, as Slurm writes it."""
+    return os.uname().nodename.split(".")[0]
+
+
+def usable_cores(root: Path = _ROOT, affinity: int | None = None) -> int:
+    """Cores this process can keep busy: its affinity mask, or a CPU quota if less; at least 1.
+
+    `affinity` replaces the size of the mask in tests.
+    """
+    cores = affinity if affinity is not None else len(os.sched_getaffinity(0))
+    for group in _cgroups(root, "cpu"):
+        quota, period = _cpu_quota(group)
+        if quota > 0 and period > 0:
+            cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+def memory_available_bytes(root: Path = _ROOT) -> int:
+    """Bytes that can still be allocated: MemAvailable, less by what the cgroups leave.
+
+    Page cache that a group can drop (`inactive_file`) counts as free, as Kubernetes counts it.
+    """
+    available = _kib(root / "proc/meminfo", "MemAvailable") or 0
+    for group in _cgroups(root, "memory"):
+        limit, usage, cache = _memory_use(group)
+        if limit is not None:
+            available = min(available, max(0, limit - max(0, usage - cache)))
+    return available
+
+
+def peak_rss_bytes(root: Path = _ROOT) -> int:
+    """The largest resident size of this process so far.
+
+    VmHWM first: `ru_maxrss` starts at the size of the process that forked this one.
+    """
+    peak = _kib(root / "proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the process's groups for `controller`, own first, then those above; v2 and v1."""
+    base = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0" and not controllers:
+            yield from _upwards(base, path)
+            yield from _upwards(base / "unified", path)
+        elif controller in controllers.split(","):
+            mounts = dict.fromkeys((controllers, controller))  # "cpu,cpuacct" and its link "cpu"
+            for mount in mounts:
+                yield from _upwards(base / mount, path)
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """`mount/path` and each folder above it up to `mount`; folders that do not exist are harmless.
+
+    In a container the path is often the host's and only `mount` itself is there.
+    """
+    group = mount / path.strip("/")
+    yield group
+    while group != mount and mount in group.parents:
+        group = group.parent
+        yield group
+
+
+def _cpu_quota(group: Path) -> tuple[int, int]:
+    """Microseconds of CPU per period, and the period; (-1, 0) without a limit."""
+    words = _text(group / "cpu.max").split()
+    if len(words) == 2:
+        return (-1, 0) if words[0] == "max" else (int(words[0]), int(words[1]))
+    quota = _integer(group / "cpu.cfs_quota_us")
+    period = _integer(group / "cpu.cfs_period_us")
+    return (-1, 0) if quota is None or period is None else (quota, period)
+
+
+def _memory_use(group: Path) -> tuple[int | None, int, int]:
+    """Limit (None: none), usage and droppable page cache of a group, in bytes."""
+    limit = _integer(group / "memory.max")
+    if limit is not None:
+        usage = _integer(group / "memory.current") or 0
+        return limit, usage, _stat(group / "memory.stat", "inactive_file")
+    limit = _integer(group / "memory.limit_in_bytes")
+    usage = _integer(group / "memory.usage_in_bytes") or 0
+    return limit, usage, _stat(group / "memory.stat", "total_inactive_file")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _integer(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _stat(path: Path, key: str) -> int:
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.strip().isdigit():
+            return int(value)
+    return 0
+
+
+def _kib(path: Path, key: str) -> int | None:
+    """Bytes of a `Key:   123 kB` line; None when there is none."""
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    return None

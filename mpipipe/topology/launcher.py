@@ -1,0 +1,170 @@
+"""Who started this process, and as which of how many: read from the environment alone.
+
+Not here: MPI itself, and printing. The variables are those seen under Slurm 22.05 (`srun
+--mpi=pmi2|pmix|none`, sbatch, salloc), MPICH's hydra and Open MPI's mpirun. Invariant: the
+innermost launcher wins, because mpirun inside a Slurm job starts its own daemons with srun, whose
+`SLURM_PROCID` and `SLURM_NTASKS` then count nodes, not ranks.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpipipe.errors import EnvironmentSetupError
+
+__all__ = ["LaunchInfo", "Launcher", "check_world_size", "detect"]
+
+# Slurm numbers its special steps (batch script, interactive shell, extern) from the top of uint32.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+
+class Launcher(str, enum.Enum):
+    """The program that started the ranks."""
+
+    SRUN = "srun"
+    HYDRA = "mpiexec (hydra)"  # MPICH's and Intel MPI's
+    OPENMPI = "mpirun (Open MPI)"
+    PMIX = "a PMIx launcher"
+    TORCHRUN = "torchrun"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchInfo:
+    """The launch as the environment tells it; None: it does not say."""
+
+    launcher: Launcher
+    rank: int | None = None
+    world_size: int | None = None
+    local_rank: int | None = None
+    local_size: int | None = None
+    mpi_expected: bool = False  # the ranks should find each other through MPI
+    detail: str = ""  # srun's --mpi value
+
+
+def detect(environ: Mapping[str, str]) -> LaunchInfo:
+    """The innermost launcher of this process."""
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return LaunchInfo(
+            launcher=Launcher.OPENMPI,
+            rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
+            world_size=_number(environ, "OMPI_COMM_WORLD_SIZE"),
+            local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+            local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+            mpi_expected=True,
+        )
+    in_slurm_step = _in_slurm_step(environ)
+    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE too; only hydra adds MPI_LOCALRANKID.
+    if "PMI_SIZE" in environ and ("MPI_LOCALRANKID" in environ or not in_slurm_step):
+        return LaunchInfo(
+            launcher=Launcher.HYDRA,
+            rank=_number(environ, "PMI_RANK"),
+            world_size=_number(environ, "PMI_SIZE"),
+            local_rank=_number(environ, "MPI_LOCALRANKID"),
+            local_size=_number(environ, "MPI_LOCALNRANKS"),
+            mpi_expected=True,
+        )
+    if in_slurm_step:
+        return _srun(environ)
+    if "PMIX_RANK" in environ:
+        rank = _number(environ, "PMIX_RANK")
+        return LaunchInfo(launcher=Launcher.PMIX, rank=rank, mpi_expected=True)
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return LaunchInfo(
+            launcher=Launcher.TORCHRUN,
+            rank=_number(environ, "RANK"),
+            world_size=_number(environ, "WORLD_SIZE"),
+            local_rank=_number(environ, "LOCAL_RANK"),
+            local_size=_number(environ, "LOCAL_WORLD_SIZE"),
+        )
+    return LaunchInfo(launcher=Launcher.NONE)
+
+
+def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+    """True for a task of srun; False for a batch script or an salloc shell, which are one process.
+
+    A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS, but no SLURM_STEP_ID.
+    """
+    step = _number(environ, "SLURM_STEP_ID")
+    has_rank = _number(environ, "SLURM_PROCID") is not None
+    return step is not None and step < _FIRST_SPECIAL_STEP and has_rank
+
+
+def _srun(environ: Mapping[str, str]) -> LaunchInfo:
+    # SLURM_NTASKS is inherited from the job by some versions; the step's own count is exact.
+    world_size = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if world_size is None:
+        world_size = _number(environ, "SLURM_NTASKS")
+    return LaunchInfo(
+        launcher=Launcher.SRUN,
+        rank=_number(environ, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_size=_slurm_local_size(environ),
+        mpi_expected=True,
+        detail=environ.get("SLURM_MPI_TYPE", ""),
+    )
+
+
+def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
+    """Tasks on this node, out of a list such as `2(x3),1`: three nodes with two, one with one."""
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
+    node = _number(environ, "SLURM_NODEID")
+    if node is None:
+        return None
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        node -= int(repeat or 1)
+        if node < 0:
+            return int(count)
+    return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+def check_world_size(info: LaunchInfo, mpi_world_size: int, mpi_library: str = "") -> None:
+    """Check that MPI connected as many ranks as were started.
+
+    `mpi_library` is what `MPI.Get_library_version()` says; it makes the advice exact.
+
+    Raises:
+        EnvironmentSetupError: ranks that do not see each other, and what to do about it.
+    """
+    if info.launcher is Launcher.TORCHRUN and mpi_world_size == 1 and info.world_size != 1:
+        raise EnvironmentSetupError(
+            f"RANK={info.rank} and WORLD_SIZE={info.world_size} look like torchrun, but the ranks "
+            "meet through MPI: start with mpirun or srun instead (or unset RANK and WORLD_SIZE)"
+        )
+    if not info.mpi_expected or info.world_size is None or mpi_world_size >= info.world_size:
+        return
+    seen = "each is alone in MPI" if mpi_world_size == 1 else f"MPI sees {mpi_world_size}"
+    raise EnvironmentSetupError(
+        f"{info.launcher.value} started {info.world_size} ranks, but {seen}: "
+        f"{_advice(info, mpi_library)}"
+    )
+
+
+def _advice(info: LaunchInfo, mpi_library: str) -> str:
+    first_line = mpi_library.partition("\n")[0]
+    library = " ".join(first_line.partition(",")[0].split())
+    named = f" ({library})" if library else ""
+    if info.launcher is Launcher.SRUN:
+        used = f"--mpi={info.detail or 'none'}"
+        if "open mpi" in mpi_library.lower():
+            fits = "srun --mpi=pmix"
+        elif mpi_library:
+            fits = "srun --mpi=pmi2"
+        else:
+            fits = "srun --mpi=pmi2 for MPICH, or srun --mpi=pmix for Open MPI"
+        return f"{used} does not fit the MPI library{named}; use {fits}"
+    other = "MPICH's mpiexec" if info.launcher is Launcher.OPENMPI else "Open MPI's mpirun"
+    return (
+        f"two MPIs are mixed: this mpiexec and the MPI library of Python{named} are not of one "
+        f"kind; use the mpiexec beside the library (perhaps {other}), and install only one MPI in "
+        "the environment"
+    )

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import pytest
+
+from mpipipe.errors import EnvironmentSetupError
+from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size, detect
+
+# As recorded under Slurm 22.05 with two nodes, MPICH 5.0 and Open MPI 5.0.
+SRUN = {
+    "SLURM_JOB_ID": "1", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "1",
+    "SLURM_NPROCS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEPID": "0",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+SRUN_PMI2 = SRUN | {
+    "PMI_FD": "13", "PMI_JOBID": "1.0", "PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_MPI_TYPE": "pmi2",
+}  # fmt: skip
+SRUN_PMIX = SRUN | {
+    "PMIX_RANK": "3", "PMIX_NAMESPACE": "slurm.pmix.2.0", "SLURM_MPI_TYPE": "pmix",
+}  # fmt: skip
+BATCH = {
+    "SLURM_JOB_ID": "4", "SLURM_LOCALID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "0",
+    "SLURM_NPROCS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+SALLOC = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"}
+HYDRA = {
+    "HYDI_CONTROL_FD": "7", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "9",
+    "PMI_RANK": "1", "PMI_SIZE": "2",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "PMIX_RANK": "1",
+}  # fmt: skip
+# What a rank of mpiexec sees in a batch job: the step is hydra's own proxies, one per node.
+PROXY_STEP = SRUN | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+MPICH_VERSION = "MPICH Version:      5.0.2\nMPICH Release date: x"
+OPENMPI_VERSION = "Open MPI v5.0.11, package: Open MPI root@x, ident: 5.0.11"
+
+
+@pytest.mark.parametrize("environ", [SRUN, SRUN_PMI2, SRUN_PMIX])
+def test_srun_in_all_its_mpi_modes(environ: dict[str, str]) -> None:
+    info = detect(environ)
+    assert info.launcher is Launcher.SRUN
+    assert (info.rank, info.world_size, info.local_rank, info.local_size) == (3, 4, 1, 2)
+    assert info.mpi_expected
+    assert info.detail == environ.get("SLURM_MPI_TYPE", "")
+
+
+def test_the_steps_own_task_count_wins_over_the_jobs() -> None:
+    assert detect(SRUN | {"SLURM_NTASKS": "8"}).world_size == 4
+
+
+@pytest.mark.parametrize("environ", [BATCH, SALLOC, BATCH | {"SLURM_STEP_ID": "4294967291"},
+                                     SALLOC | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"},
+                                     {}])  # fmt: skip
+def test_batch_script_and_allocation_shell_are_one_process(environ: dict[str, str]) -> None:
+    info = detect(environ)
+    assert info == LaunchInfo(launcher=Launcher.NONE)
+    check_world_size(info, 1)
+
+
+def test_mpich_mpiexec() -> None:
+    info = detect(HYDRA)
+    assert info == LaunchInfo(Launcher.HYDRA, 1, 2, 1, 2, mpi_expected=True)
+
+
+def test_open_mpi_mpirun() -> None:
+    info = detect(OPENMPI)
+    assert info == LaunchInfo(Launcher.OPENMPI, 1, 2, 0, 1, mpi_expected=True)
+
+
+def test_mpirun_inside_a_batch_job_wins_over_the_variables_of_its_daemons_step() -> None:
+    assert detect(PROXY_STEP | HYDRA | {"PMI_SIZE": "4"}).world_size == 4
+    assert detect(PROXY_STEP | HYDRA).launcher is Launcher.HYDRA
+    assert detect(PROXY_STEP | OPENMPI).launcher is Launcher.OPENMPI
+    assert detect(BATCH | HYDRA).launcher is Launcher.HYDRA
+
+
+def test_torchrun_is_no_mpi_launch() -> None:
+    info = detect(TORCHRUN)
+    assert info.launcher is Launcher.TORCHRUN
+    assert (info.rank, info.world_size) == (1, 2)
+    assert not info.mpi_expected
+
+
+def test_srun_with_torchrun_like_variables_is_srun() -> None:
+    assert detect(SRUN_PMIX | TORCHRUN).launcher is Launcher.SRUN
+
+
+def test_bare_pmix_launcher() -> None:
+    info = detect({"PMIX_RANK": "2"})
+    assert (info.launcher, info.rank, info.world_size) == (Launcher.PMIX, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "expected"),
+    [("2(x2),1", "0", 2), ("2(x2),1", "1", 2), ("2(x2),1", "2", 1), ("3", "0", 3), ("1,2", "1", 2),
+     ("2", "5", None), ("", "0", None)],
+)  # fmt: skip
+def test_tasks_per_node_list(text: str, node: str, expected: int | None) -> None:
+    info = detect(SRUN | {"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": node})
+    assert info.local_size == expected
+
+
+def test_nonsense_in_the_environment_is_unknown_not_a_crash() -> None:
+    info = detect(HYDRA | {"PMI_RANK": "x", "PMI_SIZE": ""})
+    assert (info.rank, info.world_size) == (None, None)
+    check_world_size(info, 1)
+
+
+@pytest.mark.parametrize("environ", [SRUN_PMI2, SRUN_PMIX, HYDRA, OPENMPI, TORCHRUN])
+def test_a_world_of_the_right_size_is_fine(environ: dict[str, str]) -> None:
+    info = detect(environ)
+    assert info.world_size is not None
+    check_world_size(info, info.world_size, MPICH_VERSION)
+
+
+def failure(environ: dict[str, str], size: int, library: str = "") -> str:
+    with pytest.raises(EnvironmentSetupError) as caught:
+        check_world_size(detect(environ), size, library)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "library", "parts"),
+    [
+        (SRUN_PMIX, MPICH_VERSION, ["started 4 ranks", "alone", "--mpi=pmix does not fit",
+                                    "MPICH Version: 5.0.2", "use srun --mpi=pmi2"]),
+        (SRUN_PMI2, OPENMPI_VERSION, ["--mpi=pmi2 does not fit", "Open MPI v5.0.11)",
+                                      "use srun --mpi=pmix"]),
+        (SRUN, MPICH_VERSION, ["--mpi=none does not fit", "use srun --mpi=pmi2"]),
+        (SRUN, "", ["pmi2 for MPICH", "pmix for Open MPI"]),
+    ],
+)  # fmt: skip
+def test_singletons_under_srun_name_the_right_flag(
+    environ: dict[str, str], library: str, parts: list[str]
+) -> None:
+    message = failure(environ, 1, library)
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "library", "part"),
+    [(HYDRA, OPENMPI_VERSION, "Open MPI's mpirun"), (OPENMPI, MPICH_VERSION, "MPICH's mpiexec")],
+)
+def test_singletons_under_mpirun_mean_two_mpis(
+    environ: dict[str, str], library: str, part: str
+) -> None:
+    message = failure(environ, 1, library)
+    assert "two MPIs are mixed" in message
+    assert part in message
+
+
+def test_a_world_that_is_partly_connected_says_both_numbers() -> None:
+    assert "started 4 ranks, but MPI sees 2" in failure(SRUN_PMI2, 2)
+
+
+def test_torchrun_is_explained() -> None:
+    message = failure(TORCHRUN, 1)
+    assert "torchrun" in message
+    assert "mpirun or srun" in message
+
+
+def test_a_larger_world_than_one_step_is_a_heterogeneous_job() -> None:
+    check_world_size(detect(SRUN_PMI2), 6)

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from mpipipe.clock import ScriptedClock
+from mpipipe.errors import OutputError
+from mpipipe.metrics.log import ListLog, Logger, RunLog, open_log
+
+NOON = datetime(2026, 11, 21, 13, 0, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
+
+
+def opened(path: Path, level: str = "info", stage: int | None = 1) -> RunLog:
+    clock = ScriptedClock(12.5)
+    return open_log(
+        path, rank=3, host="n1", level=level, stage=stage, clock=clock, now=lambda: NOON
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_has_both_times_level_event_and_what_was_bound(tmp_path: Path) -> None:
+    log = opened(tmp_path / "rank_3.log")
+    log.info("weights_loaded", num_bytes=7)
+    assert lines(tmp_path / "rank_3.log") == [
+        {
+            "time": "2026-11-21T12:00:00.250000Z",
+            "t_s": 12.5,
+            "level": "info",
+            "event": "weights_loaded",
+            "rank": 3,
+            "host": "n1",
+            "stage": 1,
+            "num_bytes": 7,
+        }
+    ]
+    log.close()
+
+
+def test_the_readable_fields_come_first(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    log.info("x", a=1)
+    assert list(lines(tmp_path / "l")[0])[:4] == ["time", "t_s", "level", "event"]
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("level", "kept"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
+)
+def test_lines_below_the_level_are_dropped(tmp_path: Path, level: str, kept: int) -> None:
+    log = opened(tmp_path / "l", level=level)
+    log.debug("d")
+    log.info("i")
+    log.warning("w")
+    log.error("e")
+    assert [line["event"] for line in lines(tmp_path / "l")] == ["d", "i", "w", "e"][4 - kept :]
+    log.close()
+
+
+def test_bind_adds_fields_to_later_events_only_of_the_new_logger(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l", stage=None)
+    bound = log.bind(request="a")
+    bound.info("x")
+    log.info("y")
+    first, second = lines(tmp_path / "l")
+    assert first["request"] == "a"
+    assert "request" not in second
+    assert "stage" not in second
+    log.close()
+
+
+def test_a_line_is_on_disk_before_close_and_a_second_log_appends(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    log.info("one")
+    assert len(lines(tmp_path / "l")) == 1
+    log.close()
+    again = opened(tmp_path / "l")
+    again.info("two")
+    again.close()
+    assert [line["event"] for line in lines(tmp_path / "l")] == ["one", "two"]
+
+
+def test_an_exception_becomes_a_traceback_text(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    try:
+        raise RuntimeError("boom")
+    except RuntimeError as error:
+        log.error("failed", exc_info=error)
+    (line,) = lines(tmp_path / "l")
+    assert "RuntimeError: boom" in line["exception"]
+    assert "Traceback" in line["exception"]
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), {"x": float("inf")}, {(1, 2): 3}, Path("/x"), b"\xff", {1, 2}, "a\nb", "\ud800",
+     "é\u2028"],
+)  # fmt: skip
+def test_any_value_gives_exactly_one_valid_line(tmp_path: Path, value: object) -> None:
+    log = opened(tmp_path / "l")
+    log.info("x", value=value)
+    log.info("y")
+    log.close()
+    raw = (tmp_path / "l").read_bytes().split(b"\n")
+    assert raw.pop() == b""
+    found = [json.loads(line.decode("utf-8"), parse_constant=pytest.fail) for line in raw]
+    assert [line["event"] for line in found] == ["x", "y"]
+    assert log.num_lost_lines == 0
+
+
+def test_a_circle_is_written_as_text(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    circle: list[object] = []
+    circle.append(circle)
+    log.info("x", value=circle)
+    assert lines(tmp_path / "l")[0]["value"] == "[[...]]"
+    log.close()
+
+
+def test_percent_signs_are_text(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    log.info("100 %s {done}")
+    assert lines(tmp_path / "l")[0]["event"] == "100 %s {done}"
+    log.close()
+
+
+def test_closing_twice_is_fine_and_later_lines_are_counted_as_lost(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+    log.close()
+    log.close()
+    log.bind(a=1).info("late")
+    assert log.num_lost_lines == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_does_not_stop_the_run() -> None:
+    log = opened(Path("/dev/full"))
+    log.info("x")
+    assert log.num_lost_lines == 1
+    log.close()
+
+
+def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"output\.dir"):
+        opened(tmp_path / "no" / "rank_0.log")
+
+
+def test_lines_of_several_threads_do_not_mix(tmp_path: Path) -> None:
+    log = opened(tmp_path / "l")
+
+    def write(thread: int) -> None:
+        for number in range(50):
+            log.info("x", thread=thread, number=number, text="y" * 500)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [(line["thread"], line["number"]) for line in lines(tmp_path / "l")]
+    assert sorted(found) == [(t, n) for t in range(4) for n in range(50)]
+    log.close()
+
+
+def test_the_programs_own_structlog_is_left_alone(tmp_path: Path) -> None:
+    structlog.reset_defaults()
+    before = structlog.get_config()
+    log = opened(tmp_path / "l")
+    log.info("x")
+    log.close()
+    assert not structlog.is_configured()
+    assert structlog.get_config() == before
+
+
+def test_real_clocks_are_the_default(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "l", rank=0, host="h")
+    log.info("x")
+    (line,) = lines(tmp_path / "l")
+    age = datetime.now(UTC) - datetime.fromisoformat(line["time"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+    log.close()
+
+
+def test_list_log_keeps_levels_fields_and_bound_fields() -> None:
+    log = ListLog()
+    logger: Logger = log
+    logger.bind(rank=1).bind(stage=2).warning("slow", ms=3)
+    logger.debug("x")
+    assert log.events == [
+        {"level": "warning", "event": "slow", "rank": 1, "stage": 2, "ms": 3},
+        {"level": "debug", "event": "x"},
+    ]
+
+
+def test_importing_the_module_does_not_import_structlog() -> None:
+    code = "import sys, mpipipe.metrics.log; sys.exit('structlog' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0

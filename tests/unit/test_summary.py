@@ -1,0 +1,171 @@
+"""The run summary: figures, metrics.json and the closing text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mpipipe.metrics.accounting import StageTotals, TimeParts
+from mpipipe.metrics.summary import (
+    PhaseTimes,
+    RankReport,
+    RequestTally,
+    RunSummary,
+    percentile,
+)
+from mpipipe.metrics.summary_text import summary_lines
+from mpipipe.types import Completion, FinishReason
+
+MIB = 1024**2
+
+
+def completion(index: int, *, ttft_s: float, latency_s: float, tokens: int = 5) -> Completion:
+    return Completion(
+        request_id=str(index),
+        index=index,
+        text="",
+        token_ids=tuple(range(tokens)),
+        finish_reason=FinishReason.LENGTH,
+        num_prompt_tokens=7,
+        queue_s=0.0,
+        ttft_s=ttft_s,
+        latency_s=latency_s,
+    )
+
+
+def failed(index: int) -> Completion:
+    return Completion(
+        request_id=str(index),
+        index=index,
+        text="",
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        num_prompt_tokens=9000,
+        queue_s=0.0,
+        ttft_s=0.0,
+        latency_s=0.0,
+        error_kind="too_long",
+        error_message="",
+    )
+
+
+def rank_report(stage: int, *, compute_s: float, wait_s: float) -> RankReport:
+    overall = TimeParts(compute_s=compute_s, wait_s=wait_s, idle_s=1.0, overhead_s=1.0, send_s=1.0)
+    steady = TimeParts(compute_s=4.0, wait_s=1.0)
+    return RankReport(
+        rank=stage,
+        host=f"node{stage}",
+        stage=StageTotals(stage=stage, num_steps=3, num_tokens=30, overall=overall, steady=steady),
+        load_s=0.5,
+        loaded_bytes=250 * MIB,
+        weight_bytes=200 * MIB,
+        kv_bytes=100 * MIB,
+        baseline_rss_bytes=400 * MIB,
+        peak_rss_bytes=730 * MIB,
+    )
+
+
+@pytest.fixture
+def summary() -> RunSummary:
+    tally = RequestTally()
+    for index in range(20):
+        tally.add(completion(index, ttft_s=0.1 * (index + 1), latency_s=float(index + 1)))
+    tally.add(failed(20))
+    return RunSummary(
+        phases=PhaseTimes(boot_s=1.0, load_s=2.0, generate_s=10.0, shutdown_s=0.5),
+        requests=tally.totals(),
+        num_preemptions=2,
+        ranks=(
+            rank_report(0, compute_s=6.0, wait_s=1.0),
+            rank_report(1, compute_s=5.0, wait_s=2.0),
+        ),
+    )
+
+
+def test_percentiles_are_nearest_rank() -> None:
+    values = [15.0, 20.0, 35.0, 40.0, 50.0]
+    assert [percentile(values, p) for p in (5, 30, 40, 50, 100)] == [15, 20, 20, 35, 50]
+    assert percentile([3.0], 95) == 3.0
+    assert percentile([], 50) is None
+
+
+def test_failed_prompts_count_but_touch_no_figure(summary: RunSummary) -> None:
+    requests = summary.requests
+    assert (requests.num_completed, requests.num_failed) == (20, 1)
+    assert (requests.num_prompt_tokens, requests.num_output_tokens) == (140, 100)
+    assert requests.ttft_p50_s == pytest.approx(1.0)
+    assert requests.ttft_p95_s == pytest.approx(1.9)
+    assert (requests.latency_p50_s, requests.latency_p95_s) == (10.0, 19.0)
+
+
+def test_throughput_is_over_the_generate_phase(summary: RunSummary) -> None:
+    assert summary.output_tokens_per_s == pytest.approx(10.0)
+    assert summary.total_tokens_per_s == pytest.approx(24.0)
+
+
+def test_bubble_ratio_weighs_stages_by_their_time(summary: RunSummary) -> None:
+    assert summary.bubble_ratio == pytest.approx(9 / 20)
+    assert summary.steady_bubble_ratio == pytest.approx(0.2)
+
+
+def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
+    metrics = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert metrics["phases"]["wall_s"] == pytest.approx(13.5)
+    assert metrics["requests"]["num_failed"] == 1
+    assert metrics["num_preemptions"] == 2
+    assert metrics["output_tokens_per_s"] == pytest.approx(10.0)
+    rank = metrics["ranks"][1]
+    assert rank["host"] == "node1"
+    assert rank["loaded_bytes"] == 250 * MIB
+    assert rank["peak_over_need"] == pytest.approx(1.1)
+    overall = rank["stage"]["overall"]
+    parts = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+    assert sum(overall[part] for part in parts) == pytest.approx(overall["wall_s"])
+    assert overall["bubble_ratio"] == pytest.approx(0.5)
+    assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)
+
+
+def test_rank_reports_survive_json(summary: RunSummary) -> None:
+    report = summary.ranks[0]
+    assert RankReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_run_without_a_single_step_still_has_a_summary() -> None:
+    summary = RunSummary(
+        phases=PhaseTimes(),
+        requests=RequestTally().totals(),
+        num_preemptions=0,
+        ranks=(RankReport(rank=0, host="node0", stage=StageTotals(stage=0)),),
+    )
+    metrics = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert metrics["bubble_ratio"] is None
+    assert metrics["requests"]["ttft_p50_s"] is None
+    assert metrics["ranks"][0]["peak_over_need"] is None
+    assert summary_lines(summary)
+
+
+def test_the_text_says_what_the_user_asked_for(summary: RunSummary) -> None:
+    lines = summary_lines(summary)
+    text = "\n".join(lines)
+    for part in (
+        "20 completed, 1 failed",
+        "13.5 s · boot 1.0 s · load 2.0 s · generate 10.0 s · shutdown 0.500 s",
+        "10.0 output tokens/s · 24.0 tokens/s with prompts · 2 preemptions",
+        "1.0 s p50 · 1.9 s p95",
+        "45% of all stages' time · 20% in steady state",
+        "250 MiB",
+        "730 MiB",
+    ):
+        assert part in text, part
+    assert max(map(len, lines)) <= 110
+
+
+def test_table_columns_are_aligned(summary: RunSummary) -> None:
+    lines = summary_lines(summary)
+    header = next(index for index, line in enumerate(lines) if line.lstrip().startswith("stage"))
+    table = lines[header : header + 3]
+    assert len({len(line) for line in table}) == 1, table
+    compute_end = table[0].index("compute") + len("compute")
+    assert [line[compute_end - 1] for line in table[1:]] == ["%", "%"]
+    assert table[1].split()[:5] == ["0", "0", "node0", "6.0", "s"]
