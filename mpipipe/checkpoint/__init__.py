@@ -1,0 +1,1 @@
+"""What is on disk: `config.json` and weight headers, without torch."""

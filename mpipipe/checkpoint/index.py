@@ -1,0 +1,177 @@
+"""Which weight files a model folder has, whether they are whole, and where each tensor lies.
+
+Purpose: find half-copied models before a rank reads a byte of weights, on a login node too (no
+torch). Non-purpose: reading tensors (`weights/sources.py`), and knowing which names a model wants.
+
+Formats, in this order of preference: `model.safetensors`, safetensors shards by their index,
+`pytorch_model.bin`, `.bin` shards by their index. A safetensors header is 8 bytes of length, then
+JSON (https://github.com/huggingface/safetensors, "Format"). A `.bin` file is a zip archive whose
+directory stands at its end, so a file that was cut off has none; the names in it need torch.
+
+Invariants: a returned index lists existing, complete files; every safetensors entry lies inside its
+file and its length follows from dtype and shape.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpipipe.checkpoint.header import TensorEntry, read_header
+from mpipipe.checkpoint.jsonfile import read_json_object, require_content
+from mpipipe.errors import CheckpointError
+
+__all__ = ["CheckpointIndex", "read_index"]
+
+SAFETENSORS, TORCH = "safetensors", "torch"
+_STEMS = ((SAFETENSORS, "model.safetensors"), (TORCH, "pytorch_model.bin"))
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.(safetensors|bin)")
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """The weights of one model folder."""
+
+    folder: Path
+    format: str  # "safetensors" | "torch"
+    files: tuple[Path, ...]  # in the order of their names
+    tensors: Mapping[str, TensorEntry]  # of a safetensors model, in file order; else empty
+    shard_of: Mapping[str, Path]  # tensor name -> file, of a sharded `.bin` model; else empty
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files together."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """Find, check and list the weight files of `folder`.
+
+    Reads headers only: milliseconds per file.
+
+    Raises:
+        CheckpointError: no weights, or a file is missing, empty, cut off, a git-lfs pointer or
+            broken; the message names it.
+    """
+    for kind, name in _STEMS:
+        single, listing = folder / name, folder / f"{name}.index.json"
+        if single.exists():
+            return _index_of(folder, kind, (single,), {})
+        if listing.exists():
+            shard_of = _read_listing(folder, listing)
+            files = tuple(sorted(set(shard_of.values())))
+            return _index_of(folder, kind, files, shard_of)
+    raise CheckpointError(_no_weights(folder))
+
+
+def _index_of(
+    folder: Path, kind: str, files: tuple[Path, ...], shard_of: Mapping[str, Path]
+) -> CheckpointIndex:
+    if kind == TORCH:
+        for path in files:
+            _require_whole_archive(path)
+        return CheckpointIndex(folder, kind, files, {}, shard_of)
+    tensors: dict[str, TensorEntry] = {}
+    for path in files:
+        entries = read_header(path)
+        if doubled := sorted(entries.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"{path.name} and {tensors[doubled[0]].file.name} in {folder} both hold "
+                f"{doubled[0]}: shards of two models are mixed; copy the model again"
+            )
+        tensors.update(entries)
+    _require_listed(folder, tensors, shard_of)
+    return CheckpointIndex(folder, kind, files, tensors, {})
+
+
+def _require_listed(
+    folder: Path, tensors: Mapping[str, TensorEntry], shard_of: Mapping[str, Path]
+) -> None:
+    """The index must not promise tensors that its shards do not hold."""
+    absent = [name for name, path in shard_of.items() if _held_elsewhere(tensors.get(name), path)]
+    if absent:
+        raise CheckpointError(
+            f"the index of {folder} places {len(absent)} tensors in files that do not hold them, "
+            f"first {absent[0]} in {shard_of[absent[0]].name}: index and shards are of different "
+            "models or versions; copy them again"
+        )
+
+
+def _held_elsewhere(entry: TensorEntry | None, path: Path) -> bool:
+    return entry is None or entry.file != path
+
+
+def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
+    """Tensor name -> shard from an index file; every shard must be there."""
+    weight_map = read_json_object(listing).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{listing} has no weight_map: the index is broken; copy it again")
+    strange = [shard for shard in weight_map.values() if not _is_file_name(shard)]
+    if strange:
+        raise CheckpointError(f"{listing} names {strange[0]!r} as a shard: expected a file name")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the {len(shards)} weight files that {listing.name} lists are not "
+            f"in {folder}: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; the model "
+            "was copied in part: copy the missing files"
+        )
+    return {name: folder / shard for name, shard in weight_map.items()}
+
+
+def _is_file_name(shard: object) -> bool:
+    return isinstance(shard, str) and bool(shard) and Path(shard).name == shard
+
+
+def _require_whole_archive(path: Path) -> None:
+    """Raises CheckpointError unless `path` is a complete zip, or the older format of torch < 1.6.
+
+    The older format (a bare pickle) has no directory; whether it is whole shows at loading.
+    """
+    require_content(path)
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP_MAGIC))
+    if start != _ZIP_MAGIC:
+        return
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            end = max(
+                (item.header_offset + item.compress_size for item in archive.infolist()), default=0
+            )
+    except (zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(
+            f"{path} is cut off: it has {size:,} bytes and the directory that stands at the end of "
+            "every .bin file is missing; copy the file again"
+        ) from error
+    if end == 0 or end > size:
+        raise CheckpointError(f"{path} is broken: its directory does not fit it; copy it again")
+
+
+def _no_weights(folder: Path) -> str:
+    """What is in the folder instead of weights, and what that means."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    wanted = "model.safetensors, pytorch_model.bin, or shards with their .index.json"
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if shards:
+        suffix = "safetensors" if shards[0].string.endswith("safetensors") else "bin"
+        return (
+            f"{folder} holds {len(shards)} of {int(shards[0]['total'])} shards but not "
+            f"{shards[0]['stem']}.{suffix}.index.json, which says what is in them: copy it too"
+        )
+    if any(name.startswith("adapter_model.") for name in names):
+        return (
+            f"{folder} holds a LoRA adapter, not a model: merge it into its base model and save "
+            "that first"
+        )
+    other = [n for n in names if n.endswith((".gguf", ".h5", ".msgpack", ".pth", ".ot", ".npz"))]
+    if other:
+        return (
+            f"{folder} holds weights in a format that is not read ({other[0]}): {wanted} are needed"
+        )
+    return f"{folder} has no weights: {wanted} are needed; was the model copied in part?"
