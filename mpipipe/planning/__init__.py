@@ -1,0 +1,1 @@
+"""Which layers go where and what it will cost: pure, without torch."""

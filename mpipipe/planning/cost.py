@@ -1,0 +1,103 @@
+"""What the parts of a model weigh and what a decode step costs in them: a two-line roofline.
+
+Not here: who gets which part (`partition`) and whether it fits (`memory`). Sizes come from the
+`ModelSpec` alone; norms and biases, below 0.1 %, are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpipipe.checkpoint.spec import ModelSpec
+
+__all__ = [
+    "BYTES_PER_S",
+    "FLOPS_PER_S",
+    "DecodeCost",
+    "dtype_bytes",
+    "head_cost_in_layers",
+    "head_decode_cost",
+    "kv_page_bytes",
+    "layer_decode_cost",
+    "stage_weight_bytes",
+]
+
+# One CPU core, measured with SmolLM2-135M in float32: the LM head (28.3 M weights) takes 11 ms for
+# 8 rows, so it streams weights at 10 GB/s; 512 rows through 576 × 6144 reach 61 GFLOP/s. Only
+# their ratio matters for the split.
+BYTES_PER_S = 10e9
+FLOPS_PER_S = 60e9
+
+# The micro-batch the split is made for. With it a SmolLM2 layer costs a sixth of the head
+# (1.9 ms to 11 ms); measured: 1.7–1.9 ms to 11 ms.
+_NUM_SEQUENCES = 8
+_CONTEXT_TOKENS = 384
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element of `dtype`, a name as in `ModelSpec.dtype`."""
+    return _DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """Memory traffic and arithmetic of one decode step."""
+
+    bytes_moved: float
+    flops: float
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time on one CPU core: the slower of moving and computing."""
+        return max(self.bytes_moved / BYTES_PER_S, self.flops / FLOPS_PER_S)
+
+
+def layer_decode_cost(
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    num_sequences: int = _NUM_SEQUENCES,
+    context_tokens: int = _CONTEXT_TOKENS,
+) -> DecodeCost:
+    """One layer, one token for each of `num_sequences` with `context_tokens` tokens cached.
+
+    Moves all weights and all cached K and V once; a weight costs a multiply and an add per
+    sequence, a cached token two of them per query head element (scores and values).
+    """
+    cached_tokens = num_sequences * context_tokens
+    elements = spec.layer_parameters + cached_tokens * spec.kv_elements_per_token_layer
+    matrices = 2 * num_sequences * spec.layer_parameters
+    attention = 4 * cached_tokens * spec.num_heads * spec.head_dim
+    return DecodeCost(float(elements * dtype_bytes(dtype)), float(matrices + attention))
+
+
+def head_decode_cost(
+    spec: ModelSpec, dtype: str, *, num_sequences: int = _NUM_SEQUENCES
+) -> DecodeCost:
+    """The LM head for one token of each of `num_sequences`."""
+    parameters = spec.embedding_parameters
+    return DecodeCost(float(parameters * dtype_bytes(dtype)), float(2 * num_sequences * parameters))
+
+
+def head_cost_in_layers(spec: ModelSpec, dtype: str) -> float:
+    """How many layers take as long as the LM head; the embedding gathers a few rows, so nothing."""
+    return head_decode_cost(spec, dtype).seconds / layer_decode_cost(spec, dtype).seconds
+
+
+def stage_weight_bytes(
+    spec: ModelSpec, dtype: str, *, num_layers: int, has_embedding: bool, has_head: bool
+) -> int:
+    """Bytes of the parameters of a stage. Tied embedding and head on one stage count once."""
+    num_matrices = has_embedding + has_head
+    if spec.tied_embeddings:
+        num_matrices = min(num_matrices, 1)
+    elements = num_layers * spec.layer_parameters + num_matrices * spec.embedding_parameters
+    return elements * dtype_bytes(dtype)
+
+
+def kv_page_bytes(spec: ModelSpec, dtype: str, *, num_layers: int, page_size_tokens: int) -> int:
+    """Bytes that one page takes on a stage of `num_layers` layers."""
+    elements = page_size_tokens * spec.kv_elements_per_token_layer * num_layers
+    return elements * dtype_bytes(dtype)

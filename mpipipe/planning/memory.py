@@ -1,0 +1,164 @@
+"""Do weights and KV cache fit, and how many KV pages can there be.
+
+Not here: what things weigh (`cost`). Ranks of one host draw on the same memory, so everything is
+summed up per host; the number of pages is the same on every rank, so the tightest rank decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpipipe.config.schema import MemoryConfig
+from mpipipe.errors import PlanError
+
+__all__ = ["KvDemand", "RankMemory", "choose_num_pages", "gib"]
+
+# Share of the memory left after the weights that the KV cache may take by itself: the rest is for
+# activations, logits, libraries and whatever else runs on the host.
+_AUTO_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What one rank needs and what its host has."""
+
+    rank: int
+    host: str
+    available_bytes: int  # of the host, shared by its ranks
+    weight_bytes: int
+    page_bytes: int  # of one KV page over the layers of this rank
+
+
+@dataclass(frozen=True, slots=True)
+class KvDemand:
+    """What the run can use. None: not known yet."""
+
+    page_size_tokens: int
+    max_context_tokens: int
+    max_sequences: int  # over all slots
+    longest_request_tokens: int | None = None  # prompt and completion
+    num_requests: int | None = None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest sequence that can occur."""
+        if self.longest_request_tokens is None:
+            return self.max_context_tokens
+        return min(self.longest_request_tokens, self.max_context_tokens)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.longest_tokens // self.page_size_tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that can run at once."""
+        if self.num_requests is None:
+            return self.max_sequences
+        return max(1, min(self.num_requests, self.max_sequences))
+
+    @property
+    def useful_pages(self) -> int:
+        """More than this is never used.
+
+        Every sequence at its longest, and the half page per sequence that the scheduler keeps
+        back at admission (scheduler.policy.admission_headroom).
+        """
+        return self.num_sequences * self.pages_per_sequence + -(-self.num_sequences // 2)
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as text in GiB, or MiB below a tenth of one."""
+    if num_bytes < 2**30 / 10:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def choose_num_pages(
+    memory: MemoryConfig, ranks: Sequence[RankMemory], demand: KvDemand
+) -> tuple[int, str]:
+    """The number of KV pages, and the reason for it.
+
+    Raises:
+        PlanError: the weights do not fit, the pages do not fit beside them, or there are too few
+            pages for the longest request.
+    """
+    _check_fit(ranks, num_pages=0)
+    if isinstance(memory.num_kv_pages, int):
+        num_pages, reason = memory.num_kv_pages, "memory.num_kv_pages"
+    elif isinstance(memory.kv_cache_bytes, int):
+        num_pages, reason = _pages_in(memory.kv_cache_bytes, ranks)
+    else:
+        num_pages, reason = _auto_pages(ranks, demand)
+    _check_demand(num_pages, reason, ranks, demand)
+    _check_fit(ranks, num_pages=num_pages)
+    largest = max(rank.page_bytes for rank in ranks)
+    return num_pages, f"{reason}; {gib(num_pages * largest)} on the fullest rank"
+
+
+def _pages_in(kv_cache_bytes: int, ranks: Sequence[RankMemory]) -> tuple[int, str]:
+    tightest = max(ranks, key=lambda rank: rank.page_bytes)
+    reason = f"memory.kv_cache_bytes over the layers of rank {tightest.rank}, which has the most"
+    return kv_cache_bytes // tightest.page_bytes, reason
+
+
+def _auto_pages(ranks: Sequence[RankMemory], demand: KvDemand) -> tuple[int, str]:
+    """A quarter of what the weights leave on the tightest rank, within what is of use.
+
+    At most `useful_pages`; at least one longest request, where that is known.
+    """
+    budgets = [(_bytes_after_weights(rank, ranks) // _AUTO_SHARE, rank) for rank in ranks]
+    num_pages, tightest = min(
+        ((budget // rank.page_bytes, rank.rank) for budget, rank in budgets),
+    )
+    if num_pages >= demand.useful_pages:
+        what = f"{demand.num_sequences} sequences of at most {demand.longest_tokens} tokens"
+        return demand.useful_pages, f"all that {what} can use"
+    if num_pages < demand.pages_per_sequence and demand.longest_request_tokens is not None:
+        return demand.pages_per_sequence, "the least that holds the longest request"
+    return num_pages, f"a quarter of rank {tightest}'s share of its host's memory after weights"
+
+
+def _bytes_after_weights(rank: RankMemory, ranks: Sequence[RankMemory]) -> int:
+    """This rank's equal share of what the weights leave on its host."""
+    neighbours = [other for other in ranks if other.host == rank.host]
+    left = rank.available_bytes - sum(other.weight_bytes for other in neighbours)
+    return max(0, left) // len(neighbours)
+
+
+def _check_demand(
+    num_pages: int, reason: str, ranks: Sequence[RankMemory], demand: KvDemand
+) -> None:
+    known = demand.longest_request_tokens is not None
+    needed = demand.pages_per_sequence if known else 1
+    if num_pages >= needed:
+        return
+    what = f"the longest request of {demand.longest_tokens} tokens" if known else "any request"
+    largest = max(rank.page_bytes for rank in ranks)
+    raise PlanError(
+        f"the KV cache has {num_pages} pages of {demand.page_size_tokens} tokens ({reason}), but "
+        f"{what} needs {needed}: set memory.num_kv_pages to at least {needed} or "
+        f"memory.kv_cache_bytes to at least {needed * largest}, use more ranks, or shorten the "
+        "prompts or generation.max_new_tokens"
+    )
+
+
+def _check_fit(ranks: Sequence[RankMemory], *, num_pages: int) -> None:
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        on_host = [rank for rank in ranks if rank.host == host]
+        weights = sum(rank.weight_bytes for rank in on_host)
+        pages = sum(rank.page_bytes for rank in on_host) * num_pages
+        available = min(rank.available_bytes for rank in on_host)
+        if weights + pages <= available:
+            continue
+        numbers = ", ".join(str(rank.rank) for rank in on_host)
+        who = f"rank {numbers}" if len(on_host) == 1 else f"ranks {numbers} together"
+        cache = f" and {gib(pages)} of KV cache" if num_pages else ""
+        smaller = "lower memory.kv_cache_bytes or memory.num_kv_pages, " if num_pages else ""
+        raise PlanError(
+            f"{who} on {host} would hold {gib(weights)} of weights{cache}, but only "
+            f"{gib(available)} of memory is available there: {smaller}use more hosts, or a "
+            'smaller model.dtype such as "bfloat16"'
+        )

@@ -1,0 +1,116 @@
+"""`PipelinePlan`: the frozen decision of what runs where, the same on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from mpipipe.errors import PlanError
+
+__all__ = ["PipelinePlan", "Resolved", "StagePlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One `auto` setting that became a value, and why."""
+
+    setting: str  # e.g. "model.dtype"
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """The slice of the model that one rank holds."""
+
+    stage: int
+    rank: int
+    host: str
+    first_layer: int  # inclusive
+    last_layer: int  # exclusive
+    has_embedding: bool
+    has_head: bool
+    weight_bytes: int  # parameters in the run's dtype
+    cost_share: float  # predicted share of a lap's compute; 1 / num_stages is perfect balance
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers of this stage."""
+        return self.last_layer - self.first_layer
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """Everything the ranks must agree on. Equal plans have equal hashes."""
+
+    model_path: str  # absolute
+    model_type: str
+    architecture: str
+    dtype: str  # "float32" | "bfloat16" | "float16"
+    num_layers: int
+    hidden_size: int
+    stages: tuple[StagePlan, ...]
+    num_slots: int
+    max_sequences_per_slot: int
+    max_tokens_per_step: int
+    page_size_tokens: int
+    num_kv_pages: int
+    max_context_tokens: int
+    kv_cache: str  # "paged" | "contiguous"
+    transport: str  # "mpi" | "loopback"
+    device: str  # "cpu"
+    attention: str  # "sdpa" | "reference"
+    threads_per_rank: int
+    resolved: tuple[Resolved, ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.stages)
+
+    @property
+    def head_rank(self) -> int:
+        """The rank that decides: stage 0's."""
+        return self.stages[0].rank
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of the last stage, which samples."""
+        return self.stages[-1].rank
+
+    def stage_of_rank(self, rank: int) -> StagePlan:
+        """The stage that `rank` runs.
+
+        Raises:
+            PlanError: the rank runs no stage.
+        """
+        for stage in self.stages:
+            if stage.rank == rank:
+                return stage
+        raise PlanError(f"rank {rank} has no stage: the plan has {self.num_stages} stages")
+
+    def to_json(self) -> str:
+        """Stable JSON: sorted keys, no spaces that depend on the platform."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> PipelinePlan:
+        """The inverse of `to_json`.
+
+        Raises:
+            PlanError: the text is no plan.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            stages = tuple(StagePlan(**stage) for stage in fields.pop("stages"))
+            resolved = tuple(Resolved(**entry) for entry in fields.pop("resolved"))
+            return PipelinePlan(stages=stages, resolved=resolved, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"this is not a pipeline plan: {error}") from error
+
+    def content_hash(self) -> str:
+        """Twelve hex digits of the SHA-256 of the JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
