@@ -1,0 +1,1 @@
+"""Messages between ranks: msgpack over MPI, or within one process."""

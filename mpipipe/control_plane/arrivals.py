@@ -1,0 +1,139 @@
+"""Where the messages of barriers, gathers, broadcasts and phases wait for their collective.
+
+A peer may be ahead: its message then waits here until this rank comes to the same collective. Per
+kind, name and source the order is kept, so a name can be used again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+from mpipipe.control_plane.messages import (
+    BarrierEntered,
+    BarrierReleased,
+    Broadcast,
+    GatherPart,
+    Hello,
+    PhaseReport,
+    PhaseVerdict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpipipe.clock import Clock
+
+__all__ = ["Arrivals", "Collected", "Collective"]
+
+Collective = (
+    Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
+)
+_Kind = TypeVar(
+    "_Kind",
+    Hello,
+    PhaseReport,
+    PhaseVerdict,
+    BarrierEntered,
+    BarrierReleased,
+    Broadcast,
+    GatherPart,
+)
+_Key = tuple[type, str]
+
+
+@dataclass(frozen=True)
+class Collected(Generic[_Kind]):
+    """What came by source, in the order of the sources, and which did not come in time."""
+
+    messages: dict[int, _Kind]
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    deadline_s: float  # on the clock
+    future: asyncio.Future[None]
+
+
+class Arrivals:
+    """Collective messages by kind, name and source.
+
+    Args:
+        clock: that deadlines are measured on.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._queues: dict[_Key, dict[int, deque[Collective]]] = {}
+        self._waiting: list[_Waiting] = []
+
+    def add(self, source: int, message: Collective) -> None:
+        """Keep `message` and wake whoever waits."""
+        queues = self._queues.setdefault((type(message), _name_of(message)), {})
+        queues.setdefault(source, deque()).append(message)
+        for waiting in self._waiting:
+            _wake(waiting)
+
+    def expire(self) -> bool:
+        """Wake those whose deadline has passed; True if there was one. Polled by the engine."""
+        if not self._waiting:
+            return False
+        now_s = self._clock.now_s()
+        late = [waiting for waiting in self._waiting if now_s >= waiting.deadline_s]
+        for waiting in late:
+            _wake(waiting)
+        return bool(late)
+
+    async def collect(
+        self,
+        kind: type[_Kind],
+        name: str,
+        sources: Sequence[int],
+        limit_s: float,
+        *,
+        hurry: Callable[[_Kind], bool] | None = None,
+        hurry_limit_s: float = 0.0,
+    ) -> Collected[_Kind]:
+        """One message of `kind` and `name` from each of `sources`, or what came within `limit_s`.
+
+        Once `hurry` holds for a message that came, the others get at most `hurry_limit_s` more.
+        """
+        deadline_s = self._clock.now_s() + limit_s
+        # The key holds the kind, which the type checker cannot know.
+        queues = cast("dict[int, deque[_Kind]]", self._queues.setdefault((kind, name), {}))
+        while missing := tuple(source for source in sources if not queues.get(source)):
+            now_s = self._clock.now_s()
+            if hurry is not None and any(hurry(queue[0]) for queue in queues.values() if queue):
+                deadline_s = min(deadline_s, now_s + hurry_limit_s)
+                hurry = None
+            if now_s >= deadline_s:
+                break
+            await self._wait_until(deadline_s)
+        messages = {source: queues[source].popleft() for source in sources if queues.get(source)}
+        return Collected(messages, missing)
+
+    async def _wait_until(self, deadline_s: float) -> None:
+        waiting = _Waiting(deadline_s, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        try:
+            await waiting.future
+        finally:
+            self._waiting.remove(waiting)
+
+
+def _wake(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.future.set_result(None)
+
+
+def _name_of(message: Collective) -> str:
+    match message:
+        case Hello():
+            return ""
+        case PhaseReport() | PhaseVerdict():
+            return message.phase
+        case _:
+            return message.name

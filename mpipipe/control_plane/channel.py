@@ -1,0 +1,83 @@
+"""The contract of a control transport: bytes from rank to rank, in order, nothing lost.
+
+Frames of one source arrive in the order they were sent, whatever their size; frames of different
+sources in any order. A frame to the own rank arrives too. Progress is made by the ProgressEngine
+that the channel was opened with: it must be running while anybody waits.
+
+All methods belong to the event-loop thread. Implementations: `memory`, `mpi`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+__all__ = ["Channel", "MessageStatistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStatistics:
+    """Totals since the channel was opened, frames to the own rank included."""
+
+    num_sent: int
+    num_received: int  # taken over by this process, read or not
+    sent_bytes: int
+    received_bytes: int
+    num_unread: int  # received, not yet read
+
+
+class Channel(Protocol):
+    """Moves frames between the ranks of one launch."""
+
+    @property
+    def rank(self) -> int:
+        """The own number, from 0."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def send_nowait(self, to: int, frame: bytes) -> None:
+        """Start sending `frame` to rank `to` and return at once.
+
+        Raises:
+            ChannelClosedError: the channel was closed.
+            ValueError: there is no rank `to`.
+        """
+        ...
+
+    async def receive(self) -> tuple[int, bytes]:
+        """The next frame as (source rank, frame). One reader at a time.
+
+        Raises:
+            ChannelClosedError: the channel is, or becomes, closed.
+        """
+        ...
+
+    def receive_nowait(self) -> tuple[int, bytes] | None:
+        """The next frame that has arrived already, or None.
+
+        Raises:
+            ChannelClosedError: the channel was closed and nothing is left.
+        """
+        ...
+
+    def statistics(self) -> MessageStatistics:
+        """Totals so far."""
+        ...
+
+    async def aclose(self) -> None:
+        """Finish sending, wait until every rank closes, release. Idempotent.
+
+        Frames that nobody has received by then are lost: part with a barrier first.
+
+        Raises:
+            DeadlineError: another rank did not close; `abort` is all that is left.
+        """
+        ...
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks now, this one with `exit_code`."""
+        ...

@@ -1,0 +1,249 @@
+"""The ranks as one: handshake, agree, barrier, gather and broadcast, made of typed messages.
+
+Rank 0 is the head. Collectives are ordinary messages through the head with a deadline, because an
+MPI collective cannot be cancelled and a dead peer must become an error with a name, not a hang.
+Every rank must call the same collectives in the same order; a deadline that passes ends the run.
+
+Not here: how ranks are ended after an error (the runtime aborts).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from mpipipe.control_plane.handshake import find_mismatch
+from mpipipe.control_plane.messages import (
+    BarrierEntered,
+    BarrierReleased,
+    Broadcast,
+    GatherPart,
+    Hello,
+    PhaseReport,
+    PhaseVerdict,
+)
+from mpipipe.control_plane.messenger import Messenger
+from mpipipe.errors import (
+    DeadlineError,
+    EnvironmentSetupError,
+    MpipipeError,
+    ProtocolMismatchError,
+    RemoteError,
+)
+
+if TYPE_CHECKING:
+    from mpipipe.clock import Clock
+    from mpipipe.control_plane.channel import Channel
+    from mpipipe.progress import ProgressEngine
+
+__all__ = ["Mesh"]
+
+_Kind = TypeVar(
+    "_Kind",
+    Hello,
+    PhaseReport,
+    PhaseVerdict,
+    BarrierEntered,
+    BarrierReleased,
+    Broadcast,
+    GatherPart,
+)
+
+_HEAD = 0
+_NOBODY = -2  # the rank of a verdict that no single rank is the cause of
+_HANDSHAKE = "handshake"
+# Once a rank has reported a failure, the others get this long to report theirs: the lowest-ranked
+# error is the one to show, but a failed run need not wait for a rank that loads for minutes. And so
+# much longer than the head do other ranks wait.
+_GRACE_S = 5.0
+
+
+class Mesh(Messenger):
+    """This rank's view of all ranks: messages and collectives.
+
+    Args:
+        channel: carries the bytes.
+        engine: polls; its `run` must be under way while anything here is awaited.
+        clock: that deadlines are measured on.
+    """
+
+    def __init__(self, channel: Channel, engine: ProgressEngine, clock: Clock) -> None:
+        super().__init__(channel, engine, clock)
+        self._hosts: dict[int, str] = {}
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the rank that decides."""
+        return self.rank == _HEAD
+
+    async def handshake(self, hello: Hello, deadline_s: float) -> tuple[Hello, ...]:
+        """Exchange greetings; returns everybody's, in rank order, on every rank.
+
+        Raises:
+            ProtocolMismatchError: on every rank: versions, configurations or world sizes differ.
+            DeadlineError: on every rank that can be told: a rank did not come within `deadline_s`.
+        """
+        self.send(_HEAD, hello)
+        if self.is_head:
+            hellos = await self._collect_hellos(deadline_s)
+            for greeting in hellos:
+                self._send_to_others(greeting)
+            return hellos
+        verdict = await self._from_head(PhaseVerdict, _HANDSHAKE, deadline_s)
+        if verdict.error_kind == ProtocolMismatchError.__name__:
+            raise ProtocolMismatchError(verdict.error_message)
+        if verdict.error_kind is not None:
+            raise DeadlineError(verdict.error_message)
+        hellos = tuple(
+            [await self._from_head(Hello, "", deadline_s) for _ in range(self.world_size)]
+        )
+        self._hosts = {greeting.rank: greeting.host for greeting in hellos}
+        return hellos
+
+    async def _collect_hellos(self, deadline_s: float) -> tuple[Hello, ...]:
+        collected = await self._arrivals.collect(Hello, "", range(self.world_size), deadline_s)
+        hellos = tuple(collected.messages.values())
+        self._hosts = {greeting.rank: greeting.host for greeting in hellos}
+        error: EnvironmentSetupError | None = None
+        if (mismatch := find_mismatch(hellos)) is not None:
+            error = ProtocolMismatchError(mismatch)
+        elif collected.missing:
+            error = self._deadline_error(collected.missing, "greet the head", deadline_s)
+        self._send_to_others(_verdict(_HANDSHAKE, _HEAD, error))
+        if error is not None:
+            raise error
+        return hellos
+
+    async def agree(self, phase: str, error: MpipipeError | None, deadline_s: float) -> None:
+        """Report this rank's outcome of `phase`; returns when all ranks did well.
+
+        Raises:
+            MpipipeError: this rank's own `error`.
+            RemoteError: the error of the lowest failing rank, on ranks that did well.
+            DeadlineError: ranks did not report within `deadline_s`, and nobody reported an error.
+        """
+        self.send(_HEAD, _report(phase, self.rank, error))
+        if self.is_head:
+            verdict = await self._judge(phase, deadline_s)
+            self._send_to_others(verdict)
+        else:
+            verdict = await self._from_head(PhaseVerdict, phase, deadline_s)
+        if error is not None:
+            raise error
+        if verdict.error_kind is None:
+            return
+        if verdict.rank == _NOBODY:
+            raise DeadlineError(verdict.error_message)
+        raise RemoteError(
+            f"{self._label(verdict.rank)}: {verdict.error_message}",
+            kind=verdict.error_kind,
+            exit_code=verdict.exit_code,
+            rank=verdict.rank,
+        )
+
+    async def _judge(self, phase: str, deadline_s: float) -> PhaseVerdict:
+        """The lowest-ranked error of the phase; else which ranks are missing; else success."""
+        collected = await self._arrivals.collect(
+            PhaseReport,
+            phase,
+            range(self.world_size),
+            deadline_s,
+            hurry=lambda report: report.error_kind is not None,
+            hurry_limit_s=_GRACE_S,
+        )
+        for rank, report in collected.messages.items():
+            if report.error_kind is not None:
+                return PhaseVerdict(
+                    phase, rank, report.error_kind, report.error_message, report.exit_code
+                )
+        if not collected.missing:
+            return PhaseVerdict(phase)
+        what = f"finish the phase {phase!r}"
+        return _verdict(phase, _NOBODY, self._deadline_error(collected.missing, what, deadline_s))
+
+    async def barrier(self, name: str, deadline_s: float) -> None:
+        """Return when every rank has called this with `name`.
+
+        Raises:
+            DeadlineError: a rank did not come within `deadline_s`.
+        """
+        self.send(_HEAD, BarrierEntered(name))
+        if self.is_head:
+            what = f"reach the barrier {name!r}"
+            await self._from_all(BarrierEntered, name, deadline_s, what)
+            self._send_to_others(BarrierReleased(name))
+        else:
+            await self._from_head(BarrierReleased, name, deadline_s)
+
+    async def gather(self, name: str, payload: bytes, deadline_s: float) -> list[bytes] | None:
+        """Every rank's payload in rank order on the head, None elsewhere (which does not wait).
+
+        Raises:
+            DeadlineError: on the head: a part did not come within `deadline_s`.
+        """
+        self.send(_HEAD, GatherPart(name, payload))
+        if not self.is_head:
+            return None
+        what = f"send its part of {name!r}"
+        parts = await self._from_all(GatherPart, name, deadline_s, what)
+        return [part.payload for part in parts]
+
+    async def broadcast(self, name: str, payload: bytes | None, deadline_s: float) -> bytes:
+        """The head's payload on every rank; other ranks pass None. The head does not wait.
+
+        Raises:
+            DeadlineError: the head sent nothing within `deadline_s`.
+        """
+        if not self.is_head:
+            return (await self._from_head(Broadcast, name, deadline_s)).payload
+        assert payload is not None, f"the head broadcasts {name!r} without a payload"
+        self._send_to_others(Broadcast(name, payload))
+        return payload
+
+    # ---- parts of the collectives ----------------------------------------------------------------
+
+    async def _from_head(self, kind: type[_Kind], name: str, deadline_s: float) -> _Kind:
+        """The head's next `kind` under `name`.
+
+        The head is given longer than itself waits, as it is the one who knows who is missing.
+        """
+        limit_s = deadline_s + _GRACE_S
+        collected = await self._arrivals.collect(kind, name, (_HEAD,), limit_s)
+        if collected.missing:
+            what = f"send {kind.__name__} {name!r}"
+            raise self._deadline_error(collected.missing, what, limit_s)
+        return collected.messages[_HEAD]
+
+    async def _from_all(
+        self, kind: type[_Kind], name: str, deadline_s: float, what: str
+    ) -> list[_Kind]:
+        """Every rank's next `kind` under `name`, in rank order."""
+        ranks = range(self.world_size)
+        collected = await self._arrivals.collect(kind, name, ranks, deadline_s)
+        if collected.missing:
+            raise self._deadline_error(collected.missing, what, deadline_s)
+        return list(collected.messages.values())
+
+    def _label(self, rank: int) -> str:
+        host = self._hosts.get(rank)
+        return f"rank {rank}" if host is None else f"rank {rank} on {host}"
+
+    def _deadline_error(
+        self, missing: tuple[int, ...], what: str, waited_s: float
+    ) -> DeadlineError:
+        return DeadlineError(
+            f"{', '.join(map(self._label, missing))} did not {what} within {waited_s:g} s; "
+            "most likely it died, hangs or is still busy (its log says what it did last), or not "
+            "all ranks were started; mend that, or allow more time"
+        )
+
+
+def _report(phase: str, rank: int, error: MpipipeError | None) -> PhaseReport:
+    if error is None:
+        return PhaseReport(phase, rank)
+    return PhaseReport(phase, rank, type(error).__name__, str(error), error.exit_code)
+
+
+def _verdict(phase: str, rank: int, error: MpipipeError | None) -> PhaseVerdict:
+    if error is None:
+        return PhaseVerdict(phase)
+    return PhaseVerdict(phase, rank, type(error).__name__, str(error), error.exit_code)

@@ -1,0 +1,244 @@
+"""The wire vocabulary: one frozen dataclass per message. Read this file first.
+
+Messages travel between ranks as msgpack (see `codec`), tagged by `TAGS`. Fixed facts are sent once
+(`RequestOpened`), then only deltas (`StepScheduled`). Fields are plain values: int, float, str,
+bytes, bool, None, tuples of these, or other dataclasses of this file.
+
+Changing a message or a tag means raising `PROTOCOL_VERSION`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpipipe.types import SamplingParams, TokenLogprobs
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "TAGS",
+    "BarrierEntered",
+    "BarrierReleased",
+    "Broadcast",
+    "Echo",
+    "GatherPart",
+    "GenerationEnded",
+    "Hello",
+    "LogprobsSampled",
+    "Message",
+    "PhaseReport",
+    "PhaseVerdict",
+    "RequestClosed",
+    "RequestOpened",
+    "ScheduledSequence",
+    "SessionEnded",
+    "StepSampled",
+    "StepScheduled",
+]
+
+PROTOCOL_VERSION = 1
+
+
+# ---- coming together -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """rank → head, first message: who I am and what I have."""
+
+    rank: int
+    world_size: int
+    protocol_version: int
+    package_version: str
+    config_hash: str
+    host: str
+    pid: int
+    num_cores: int  # usable by this process (affinity), not of the machine
+    memory_available_bytes: int  # for this process: cgroup and MemAvailable considered
+    launcher: str  # topology.launcher.Launcher, e.g. "srun", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """rank → head: my outcome of a boot phase. `error_kind` is None when it went well."""
+
+    phase: str
+    rank: int
+    error_kind: str | None = None
+    error_message: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseVerdict:
+    """head → all: go on, or stop with this (first, lowest-ranked) error."""
+
+    phase: str
+    rank: int = -1  # the rank that failed; -1 when all went well
+    error_kind: str | None = None
+    error_message: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierEntered:
+    """rank → head: I am at the barrier `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierReleased:
+    """head → all: everybody is at the barrier `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """head → all: one payload under a name."""
+
+    name: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPart:
+    """rank → head: my part of the gather `name`."""
+
+    name: str
+    payload: bytes
+
+
+# ---- generating ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOpened:
+    """head → stages: the fixed facts of a sequence, once."""
+
+    sequence_id: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step.
+
+    `num_computed` tokens are already in the KV cache; this step computes the next `num_tokens`.
+    `num_computed == 0` means a fresh start (first chunk, or recomputation after preemption): the
+    stage forgets the pages it knew. `new_pages` are appended to the sequence's page table.
+    `sample`: these are its last known tokens, so the last stage draws the next one.
+    """
+
+    sequence_id: int
+    num_computed: int
+    num_tokens: int
+    new_pages: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepScheduled:
+    """head → stages: run this micro-batch. Stages run steps in the order they were sent."""
+
+    step: int
+    slot: int
+    sequences: tuple[ScheduledSequence, ...]
+    steady: bool  # every slot is filled and decoding: such steps count for the steady-state bubble
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the hidden state on every edge."""
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def num_sampled(self) -> int:
+        """Length of the ids tensor that comes back from the last stage."""
+        return sum(sequence.sample for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClosed:
+    """head → stages: forget these sequences (finished or cancelled)."""
+
+    sequence_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSampled:
+    """stage 0 → head: the ids of a step came back, in the order of its sampled sequences.
+
+    A step that samples nothing (chunks of prompts only) reports an empty tuple.
+    """
+
+    step: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobsSampled:
+    """last stage → head: log-probabilities, only for steps in which a sequence asked for them.
+
+    One entry per sampled sequence of the step, None for those that did not ask.
+    """
+
+    step: int
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEnded:
+    """head → all: this call of `generate` is over; wait for the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnded:
+    """head → all: leave the session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """Round-trip probe of `bench control`; `reply` says whether it is the answer."""
+
+    number: int
+    payload: bytes
+    reply: bool
+
+
+Message = (
+    Hello
+    | PhaseReport
+    | PhaseVerdict
+    | BarrierEntered
+    | BarrierReleased
+    | Broadcast
+    | GatherPart
+    | RequestOpened
+    | StepScheduled
+    | RequestClosed
+    | StepSampled
+    | LogprobsSampled
+    | GenerationEnded
+    | SessionEnded
+    | Echo
+)
+
+# Numbers are part of the protocol: never reuse one.
+TAGS: dict[int, type[Message]] = {
+    1: Hello,
+    2: PhaseReport,
+    3: PhaseVerdict,
+    4: BarrierEntered,
+    5: BarrierReleased,
+    6: Broadcast,
+    7: GatherPart,
+    8: RequestOpened,
+    9: StepScheduled,
+    10: RequestClosed,
+    11: StepSampled,
+    12: LogprobsSampled,
+    13: GenerationEnded,
+    14: SessionEnded,
+    15: Echo,
+}

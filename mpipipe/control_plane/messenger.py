@@ -1,0 +1,139 @@
+"""Typed messages between ranks: encode, send, and deliver what arrives to mailboxes by type.
+
+Not here: the collectives made of messages (`mesh`), and what messages mean.
+
+Invariants: messages of one source are delivered in the order they were sent; a message that nobody
+has a mailbox for waits until somebody has; messages to the own rank are never encoded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NoReturn
+
+from mpipipe.control_plane import codec
+from mpipipe.control_plane.arrivals import Arrivals, Collective
+from mpipipe.control_plane.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpipipe.clock import Clock
+    from mpipipe.control_plane.channel import Channel, MessageStatistics
+    from mpipipe.control_plane.messages import Message
+    from mpipipe.progress import ProgressEngine
+
+__all__ = ["Messenger"]
+
+# Messages delivered in one round of polling: 100 take 0.5 ms, then tasks get their turn.
+_MAX_PER_ROUND = 100
+
+
+class Messenger:
+    """Typed messages over a channel of bytes.
+
+    Args:
+        channel: carries the bytes.
+        engine: polls; its `run` must be under way while anything here is awaited.
+        clock: that deadlines are measured on.
+    """
+
+    def __init__(self, channel: Channel, engine: ProgressEngine, clock: Clock) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._arrivals = Arrivals(clock)
+        self._mailboxes: dict[type, Mailbox[tuple[int, Message]]] = {}
+        self._backlog: deque[tuple[int, Message]] = deque()
+        self._unregister: Callable[[], None] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The own number, from 0."""
+        return self._channel.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._channel.world_size
+
+    def statistics(self) -> MessageStatistics:
+        """Totals of the channel; messages to the own rank do not count."""
+        return self._channel.statistics()
+
+    def start(self) -> None:
+        """Begin to deliver messages; `aclose` ends it."""
+        if self._unregister is None:
+            self._unregister = self._engine.register(self._poll)
+
+    async def aclose(self) -> None:
+        """Send what is under way, close the channel and every mailbox. Idempotent.
+
+        Raises:
+            DeadlineError: another rank did not close its channel.
+        """
+        if self._unregister is not None:
+            self._unregister()
+        for mailbox in self._mailboxes.values():
+            mailbox.close()
+        await self._channel.aclose()
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks now, this one with `exit_code`."""
+        self._channel.abort(exit_code)
+
+    def send(self, to: int, message: Message) -> None:
+        """Start sending `message` to rank `to`, which may be this one; returns at once.
+
+        Raises:
+            ChannelClosedError: after `aclose`.
+        """
+        if to == self.rank:
+            self._deliver(to, message)
+        else:
+            self._channel.send_nowait(to, codec.encode(message))
+
+    def broadcast_message(self, message: Message) -> None:
+        """Start sending `message` to every rank, this one included; encoded once."""
+        self._send_to_others(message)
+        self._deliver(self.rank, message)
+
+    def _send_to_others(self, message: Message) -> None:
+        if self.world_size == 1:
+            return
+        frame = codec.encode(message)
+        for to in range(self.world_size):
+            if to != self.rank:
+                self._channel.send_nowait(to, frame)
+
+    def mailbox(self, *types: type[Message]) -> Mailbox[tuple[int, Message]]:
+        """A mailbox that gets every (source, message) of `types`, those that wait already first.
+
+        A type belongs to one mailbox: a later one takes it over.
+        """
+        names = ", ".join(kind.__name__ for kind in types)
+        mailbox: Mailbox[tuple[int, Message]] = Mailbox(f"the mailbox of {names}")
+        self._mailboxes.update(dict.fromkeys(types, mailbox))
+        waiting, self._backlog = self._backlog, deque()
+        for source, message in waiting:
+            self._deliver(source, message)
+        return mailbox
+
+    def _poll(self) -> bool:
+        """Deliver what has arrived; called by the engine."""
+        expired = self._arrivals.expire()
+        for count in range(_MAX_PER_ROUND):
+            received = self._channel.receive_nowait()
+            if received is None:
+                return expired or count > 0
+            source, frame = received
+            self._deliver(source, codec.decode(frame))
+        return True
+
+    def _deliver(self, source: int, message: Message) -> None:
+        mailbox = self._mailboxes.get(type(message))
+        if mailbox is not None:
+            mailbox.put((source, message))
+        elif isinstance(message, Collective):
+            self._arrivals.add(source, message)
+        else:
+            self._backlog.append((source, message))

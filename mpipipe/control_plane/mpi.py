@@ -1,0 +1,299 @@
+"""Control frames over MPI. Importing this file loads MPI: import it late.
+
+A ring of pre-posted receives is tested in ring order, which keeps the order of each source: MPI
+matches the messages of one source to receives in the order these were posted. Longer frames travel
+in fragments, marked by their tag. All calls come from the event-loop thread (THREAD_FUNNELED), on a
+private duplicate of the world communicator.
+
+Not here: tensors (data_plane.mpi), and what frames mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NoReturn
+
+import mpi4py
+
+from mpipipe.control_plane.channel import MessageStatistics
+from mpipipe.control_plane.launch_watch import launch_watch
+from mpipipe.control_plane.mailbox import Mailbox
+from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
+from mpipipe.errors import (
+    ChannelClosedError,
+    DeadlineError,
+    EnvironmentSetupError,
+    PeerLostError,
+)
+
+if "mpi4py.MPI" not in sys.modules:
+    # Init and Finalize are ours: Init under a watch, Finalize only after an orderly end.
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    mpi4py.rc.thread_level = "funneled"
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    raise EnvironmentSetupError(
+        f"MPI could not be loaded ({str(error).splitlines()[0]}): install one with `pip install "
+        "mpipipe[mpich]`, load your site's MPI module, or run a single stage without mpirun or srun"
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpipipe.progress import ProgressEngine
+
+__all__ = ["MpiChannel", "library_version", "open_mpi_control_channel"]
+
+_SLOT_BYTES = 32 * 1024
+# 64 frames may arrive between two polls without MPI having to copy them aside. 2 MiB of memory.
+_NUM_SLOTS = 64
+# Tags: what a piece is to the frame it belongs to.
+_WHOLE, _MORE, _LAST = 1, 2, 3
+_CLOSE_LIMIT_S = 30.0
+_CLOSE_POLL_S = 0.5e-3
+# An Abort that hangs is cut short by the kernel: mpi4py holds the GIL in it.
+_ABORT_LIMIT_S = 5
+
+_open_channels: set[MpiChannel] = set()  # not yet closed in order
+
+
+def open_mpi_control_channel(engine: ProgressEngine, *, init_limit_s: float = 120.0) -> MpiChannel:
+    """Start MPI unless it is started, and open this rank's channel. Collective.
+
+    When MPI does not start within `init_limit_s` the process ends with exit code 5.
+    """
+    if not MPI.Is_initialized():
+        with launch_watch(init_limit_s):
+            MPI.Init_thread(MPI.THREAD_FUNNELED)
+        atexit.register(_finalize)
+    communicator = MPI.COMM_WORLD.Dup()
+    communicator.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py raises MPI.Exception
+    channel = MpiChannel(communicator, engine)
+    _open_channels.add(channel)
+    channel.start()
+    return channel
+
+
+class MpiChannel:
+    """This rank's end of the control plane.
+
+    Args:
+        communicator: private; freed by `aclose`.
+        engine: polls.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm, engine: ProgressEngine) -> None:
+        self._communicator = communicator
+        self._engine = engine
+        self._rank = communicator.Get_rank()
+        self._world_size = communicator.Get_size()
+        self._inbox: Mailbox[tuple[int, bytes]] = Mailbox(
+            f"the control channel of rank {self._rank}"
+        )
+        self._slots = [bytearray(_SLOT_BYTES) for _ in range(_NUM_SLOTS)]
+        self._receives: list[MPI.Prequest] = []
+        self._next_slot = 0
+        self._status = MPI.Status()
+        self._pieces: dict[int, list[bytes]] = {}  # of unfinished frames, by source
+        self._sends: deque[MPI.Request] = deque()  # unfinished; each keeps its buffer alive
+        self._unregister: Callable[[], None] | None = None
+        self._closed = False
+        self._num_sent = self._num_received = 0
+        self._sent_bytes = self._received_bytes = 0
+
+    @property
+    def rank(self) -> int:
+        """The own number, from 0."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._world_size
+
+    def start(self) -> None:
+        """Post the receives and let the engine poll."""
+        for slot in self._slots:
+            receive = self._communicator.Recv_init([slot, MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
+            receive.Start()
+            self._receives.append(receive)
+        self._unregister = self._engine.register(self._poll)
+
+    # ---- sending ---------------------------------------------------------------------------------
+
+    def send_nowait(self, to: int, frame: bytes) -> None:
+        """Start sending. Raises as in the contract, and PeerLostError when MPI says so."""
+        if self._closed:
+            raise ChannelClosedError(f"rank {self._rank} sent to rank {to} after closing")
+        if not 0 <= to < self._world_size:
+            raise ValueError(f"there is no rank {to}: ranks are 0 to {self._world_size - 1}")
+        self._num_sent += 1
+        self._sent_bytes += len(frame)
+        if to == self._rank:
+            self._take(to, frame)
+        else:
+            try:
+                self._send_pieces(to, frame)
+            except MPI.Exception as error:
+                raise _lost_peer(f"sending to rank {to}", error) from error
+        self._engine.wake()
+
+    def _send_pieces(self, to: int, frame: bytes) -> None:
+        if len(frame) <= _SLOT_BYTES:
+            self._send_piece(to, frame, _WHOLE)
+            return
+        view = memoryview(frame)
+        for start in range(0, len(frame), _SLOT_BYTES):
+            end = start + _SLOT_BYTES
+            self._send_piece(to, view[start:end], _LAST if end >= len(frame) else _MORE)
+
+    def _send_piece(self, to: int, piece: bytes | memoryview, tag: int) -> None:
+        request = self._communicator.Isend([piece, MPI.BYTE], to, tag)
+        if not request.Test():  # short messages are mostly done at once
+            self._sends.append(request)
+
+    # ---- receiving -------------------------------------------------------------------------------
+
+    async def receive(self) -> tuple[int, bytes]:
+        """The next frame as (source rank, frame). Raises as in the contract."""
+        return await self._inbox.get()
+
+    def receive_nowait(self) -> tuple[int, bytes] | None:
+        """The next frame that was polled already, or None. Raises as in the contract."""
+        return self._inbox.get_nowait()
+
+    def _poll(self) -> bool:
+        try:
+            finished = self._finish_sends()
+            return self._finish_receives() or finished
+        except MPI.Exception as error:
+            raise _lost_peer("polling", error) from error
+
+    def _finish_sends(self) -> bool:
+        # Oldest first, and no further than the first unfinished one: a flood of thousands must not
+        # be looked through at every poll (it cost 250 µs a poll with Testsome).
+        progressed = False
+        while self._sends and self._sends[0].Test():
+            self._sends.popleft()
+            progressed = True
+        return progressed
+
+    def _finish_receives(self) -> bool:
+        for count in range(_NUM_SLOTS):
+            receive = self._receives[self._next_slot]
+            if not receive.Test(self._status):
+                return count > 0
+            num_bytes = self._status.Get_count(MPI.BYTE)
+            piece = bytes(memoryview(self._slots[self._next_slot])[:num_bytes])
+            self._take_piece(self._status.Get_source(), self._status.Get_tag(), piece)
+            receive.Start()
+            self._next_slot = (self._next_slot + 1) % _NUM_SLOTS
+        return True
+
+    def _take_piece(self, source: int, tag: int, piece: bytes) -> None:
+        if tag == _WHOLE:
+            self._take(source, piece)
+            return
+        pieces = self._pieces.setdefault(source, [])
+        pieces.append(piece)
+        if tag == _LAST:
+            self._take(source, b"".join(self._pieces.pop(source)))
+
+    def _take(self, source: int, frame: bytes) -> None:
+        self._num_received += 1
+        self._received_bytes += len(frame)
+        self._inbox.put((source, frame))
+
+    def statistics(self) -> MessageStatistics:
+        """Totals so far."""
+        return MessageStatistics(
+            self._num_sent,
+            self._num_received,
+            self._sent_bytes,
+            self._received_bytes,
+            len(self._inbox),
+        )
+
+    # ---- ending ----------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Finish sending, wait until every rank closes, release.
+
+        Polls by itself, as the engine may have stopped. MPI itself is finalized when the process
+        exits, as it cannot be initialised again for a second pipeline.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        limit_s = time.monotonic() + _CLOSE_LIMIT_S
+        await self._poll_until(lambda: not self._sends, limit_s)
+        everybody = self._communicator.Ibarrier()
+        await self._poll_until(everybody.Test, limit_s)
+        if self._unregister is not None:
+            self._unregister()
+        self._inbox.close()
+        for receive in self._receives:
+            receive.Cancel()
+            receive.Wait()
+            receive.Free()
+        self._communicator.Free()
+        _open_channels.discard(self)
+
+    async def _poll_until(self, condition: Callable[[], bool], limit_s: float) -> None:
+        while not condition():
+            if time.monotonic() >= limit_s:
+                raise DeadlineError(
+                    f"rank {self._rank} could not close its control channel within "
+                    f"{_CLOSE_LIMIT_S:g} s because another rank did not close its own; most likely "
+                    "that rank hangs or died: see its log"
+                )
+            if not self._poll():
+                await asyncio.sleep(_CLOSE_POLL_S)
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks now; this one within 5 s even when MPI hangs."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(_ABORT_LIMIT_S)
+        try:
+            if not MPI.Is_finalized():
+                MPI.COMM_WORLD.Abort(exit_code)
+        finally:
+            os._exit(exit_code)
+
+    def raw_round_trips_s(self, num_bytes: int, num_repetitions: int) -> list[float]:
+        """See `raw_ping`."""
+        return raw_round_trips_s(MPI.COMM_WORLD, self._rank, num_bytes, num_repetitions)
+
+    def raw_one_way_per_s(self, num_bytes: int, num_messages: int) -> float:
+        """See `raw_ping`."""
+        return raw_one_way_per_s(MPI.COMM_WORLD, self._rank, num_bytes, num_messages)
+
+
+def _finalize() -> None:
+    """At exit: finalize MPI after an orderly end; else leave it, as finalizing would hang."""
+    if not _open_channels and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
+    return PeerLostError(
+        f"MPI failed while {doing}: {error}; most likely another rank died: look for the first "
+        "error in the logs of the other ranks"
+    )
+
+
+def library_version() -> str:
+    """Name and version of the MPI library."""
+    return MPI.Get_library_version().splitlines()[0]

@@ -1,0 +1,164 @@
+"""Every message comes back as it was, in bytes that do not change unnoticed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgpack
+import pytest
+
+from mpipipe.control_plane.codec import decode, encode
+from mpipipe.control_plane.messages import (
+    TAGS,
+    BarrierEntered,
+    BarrierReleased,
+    Broadcast,
+    Echo,
+    GatherPart,
+    GenerationEnded,
+    Hello,
+    LogprobsSampled,
+    Message,
+    PhaseReport,
+    PhaseVerdict,
+    RequestClosed,
+    RequestOpened,
+    ScheduledSequence,
+    SessionEnded,
+    StepSampled,
+    StepScheduled,
+)
+from mpipipe.errors import ProtocolMismatchError
+from mpipipe.types import SamplingParams, TokenLogprobs
+
+HELLO = Hello(1, 2, 1, "0.1.0", "abc", "node-b", 77, 4, 8 << 30, "srun")
+SAMPLING = SamplingParams(
+    max_new_tokens=16,
+    temperature=0.5,
+    top_k=5,
+    top_p=0.75,
+    min_p=0.25,
+    repetition_penalty=1.5,
+    seed=9,
+    stop=("\n\n", "END"),
+    stop_token_ids=(2, 50256),
+    ignore_eos=True,
+    num_logprobs=3,
+)
+STEP = StepScheduled(
+    7,
+    1,
+    (
+        ScheduledSequence(3, 20, 1, (), True),
+        ScheduledSequence(4, 0, 300, (5, 6, 70000), False),
+    ),
+    True,
+)
+
+MESSAGES: tuple[Message, ...] = (
+    HELLO,
+    PhaseReport("load", 1),
+    PhaseReport("load", 1, "CheckpointError", "model\udcff.bin is gone", 3),
+    PhaseVerdict("load", 1, "CheckpointError", "gone", 3),
+    BarrierEntered("warm-up"),
+    BarrierReleased("warm-up"),
+    Broadcast("plan", b"\x00\xff"),
+    GatherPart("metrics", b""),
+    RequestOpened(3, (1, 2, 49151), SAMPLING),
+    STEP,
+    RequestClosed((3, 4)),
+    StepSampled(7, (15, 0)),
+    LogprobsSampled(7, (None, TokenLogprobs(15, -0.5, ((15, -0.5), (16, -2.0))))),
+    GenerationEnded(),
+    SessionEnded(),
+    Echo(1, b"ping", False),
+)
+
+# The bytes of MESSAGES. When a line has to change, PROTOCOL_VERSION has to change with it.
+GOLDEN = (
+    "9b01010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e",
+    "9602a46c6f616401c0a000",
+    (
+        "9602a46c6f616401af436865636b706f696e744572726f72b46d6f64656cedb3bf2e62696e2069732067"
+        "6f6e6503"
+    ),
+    "9603a46c6f616401af436865636b706f696e744572726f72a4676f6e6503",
+    "9204a77761726d2d7570",
+    "9205a77761726d2d7570",
+    "9306a4706c616ec40200ff",
+    "9307a76d657472696373c400",
+    (
+        "940803930102cdbfff9b10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb3ff8"
+        "0000000000000992a20a0aa3454e449202cdc450c303"
+    ),
+    "95090701929503140190c3950400cd012c930506ce00011170c2c3",
+    "920a920304",
+    "930b07920f00",
+    "930c0792c0930fcbbfe000000000000092920fcbbfe00000000000009210cbc000000000000000",
+    "910d",
+    "910e",
+    "940f01c40470696e67c2",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_comes_back_equal_with_tuples_as_tuples(message: Message) -> None:
+    decoded = decode(encode(message))
+    assert decoded == message
+    assert type(decoded) is type(message)
+    assert hash(decoded) == hash(message)  # fails when a list has taken the place of a tuple
+
+
+@pytest.mark.parametrize(
+    ("message", "golden"),
+    list(zip(MESSAGES, GOLDEN, strict=True)),
+    ids=lambda value: type(value).__name__,
+)
+def test_the_encoding_is_pinned(message: Message, golden: str) -> None:
+    assert encode(message).hex() == golden
+
+
+def test_every_message_type_is_tried_here() -> None:
+    assert {type(message) for message in MESSAGES} == set(TAGS.values())
+
+
+def test_tags_are_unique_by_type() -> None:
+    assert len(set(TAGS.values())) == len(TAGS)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\xc1",
+        b"\x07",
+        b"\x90",
+        encode(STEP)[:-1],
+        encode(STEP) + b"\x00",
+        b"not msgpack at all",
+        msgpack.packb({"tag": 1}),
+        msgpack.packb([99, 1, 2]),
+        msgpack.packb([[1], 2]),
+        msgpack.packb([11, 7]),  # StepSampled without its ids
+        msgpack.packb([2, "load", 1]),  # PhaseReport without the fields that have defaults
+        msgpack.packb([9, 7, 1, [[3, 20]], True]),  # a sequence with two fields
+        msgpack.packb([9, 7, 1, 5, True]),
+        msgpack.packb([8, 3, [1], [16]]),  # SamplingParams with one field
+        msgpack.packb([8, 3, [1], [0, *dataclasses.astuple(SAMPLING)[1:]]]),  # max_new_tokens = 0
+    ],
+    ids=repr,
+)
+def test_what_is_no_message_is_a_protocol_mismatch(garbage: bytes) -> None:
+    with pytest.raises(ProtocolMismatchError, match="control message could not be read"):
+        decode(garbage)
+
+
+def test_a_greeting_of_another_version_is_told_by_its_version() -> None:
+    frame = msgpack.packb([1, 3, 8, 42, "9.9.9", "a field", "and more"])
+    with pytest.raises(ProtocolMismatchError, match="rank 3, which speaks protocol version 42"):
+        decode(frame)
+
+
+def test_a_step_of_eight_decoding_sequences_stays_small() -> None:
+    sequences = tuple(ScheduledSequence(index, 100 + index, 1, (), True) for index in range(8))
+    assert len(encode(StepScheduled(1000, 1, sequences, True))) <= 64
