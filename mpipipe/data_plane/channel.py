@@ -1,0 +1,66 @@
+"""The contract of a tensor transport: start a transfer, await its end.
+
+Shapes follow from the plan and the step message, so nothing but the tensor travels. Within one
+(source, destination, kind) transfers match in the order they were started. A buffer belongs to the
+transport from `send`/`receive` until `Transfer.wait` returns: do not touch it in between.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ChannelStatistics", "EdgeKind", "TensorChannel", "Transfer"]
+
+
+class EdgeKind(enum.IntEnum):
+    """What travels on an edge; kinds never mix, even between the same two ranks."""
+
+    HIDDEN = 1  # stage s → s+1: hidden states [T, hidden]
+    IDS = 2  # last stage → head: sampled token ids [num_sampled], int64
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Totals since the channel was opened."""
+
+    num_sent: int
+    num_received: int
+    sent_bytes: int
+    received_bytes: int
+
+
+class Transfer(Protocol):
+    """One send or receive under way."""
+
+    async def wait(self) -> None:
+        """Return when the buffer is the caller's again.
+
+        Raises:
+            ChannelClosedError: the channel was closed first.
+        """
+        ...
+
+
+class TensorChannel(Protocol):
+    """Moves tensors between ranks. Implementations: `loopback`, `mpi`."""
+
+    def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> Transfer:
+        """Start sending a contiguous tensor to rank `destination`."""
+        ...
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
+        """Start receiving into a contiguous `buffer` whose shape and dtype equal the sender's."""
+        ...
+
+    def statistics(self) -> ChannelStatistics:
+        """Totals so far."""
+        ...
+
+    async def aclose(self) -> None:
+        """Finish what is under way, then release. Idempotent."""
+        ...

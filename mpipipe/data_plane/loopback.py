@@ -1,0 +1,142 @@
+"""Tensors within one process: the own rank as destination, and virtual ranks in tests.
+
+As with large MPI messages a send is done when its receive has come: the one copy goes straight from
+buffer to buffer. So whoever waits for a send before anybody receives waits for ever, here at once
+and not only with large tensors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
+from mpipipe.data_plane.transfer import PendingTransfer
+from mpipipe.errors import ChannelClosedError, ProtocolMismatchError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoopbackChannel", "open_loopback_channels"]
+
+_Lane = tuple[int, int, EdgeKind]  # source, destination, kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    transfer: PendingTransfer
+    tensor: torch.Tensor
+    owner: LoopbackChannel
+
+
+@dataclass(slots=True)
+class _Crossing:
+    """What has been started on one lane and has no counterpart yet: only one of them is filled."""
+
+    sends: deque[_Posted] = field(default_factory=deque)
+    receives: deque[_Posted] = field(default_factory=deque)
+
+
+class LoopbackChannel:
+    """One virtual rank's end.
+
+    Args:
+        rank: the own number.
+        world_size: number of virtual ranks.
+        lanes: shared by all ends.
+    """
+
+    def __init__(self, rank: int, world_size: int, lanes: dict[_Lane, _Crossing]) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._lanes = lanes
+        self._closed = False
+        self._num_sent = 0
+        self._num_received = 0
+        self._sent_bytes = 0
+        self._received_bytes = 0
+
+    def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> PendingTransfer:
+        """Start sending; see the contract.
+
+        Raises:
+            ValueError: `tensor` is not contiguous, or there is no such rank.
+            ChannelClosedError: after `aclose`.
+        """
+        lane = (self._rank, destination, kind)
+        posted = self._post(f"send of {kind.name} to rank {destination}", tensor, destination)
+        self._num_sent += 1
+        self._sent_bytes += posted.transfer.num_bytes
+        crossing = self._lanes.setdefault(lane, _Crossing())
+        if crossing.receives:
+            _copy(posted, crossing.receives.popleft())
+        else:
+            crossing.sends.append(posted)
+        return posted.transfer
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> PendingTransfer:
+        """Start receiving; see the contract. Raises as `send`."""
+        lane = (source, self._rank, kind)
+        posted = self._post(f"receive of {kind.name} from rank {source}", buffer, source)
+        crossing = self._lanes.setdefault(lane, _Crossing())
+        if crossing.sends:
+            _copy(crossing.sends.popleft(), posted)
+        else:
+            crossing.receives.append(posted)
+        return posted.transfer
+
+    def _post(self, what: str, tensor: torch.Tensor, peer: int) -> _Posted:
+        if self._closed:
+            raise ChannelClosedError(f"{what} was started on rank {self._rank} after closing")
+        if not 0 <= peer < self._world_size:
+            raise ValueError(f"there is no rank {peer}: ranks are 0 to {self._world_size - 1}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{what}: the tensor is not contiguous, its strides are wrong for it")
+        return _Posted(PendingTransfer(what, tensor.nbytes), tensor.detach(), self)
+
+    def statistics(self) -> ChannelStatistics:
+        """Totals so far; a receive counts when its tensor has come."""
+        return ChannelStatistics(
+            self._num_sent, self._num_received, self._sent_bytes, self._received_bytes
+        )
+
+    async def aclose(self) -> None:
+        """Give up what has no counterpart; its waiters get ChannelClosedError. Idempotent."""
+        self._closed = True
+        for crossing in self._lanes.values():
+            for queue in (crossing.sends, crossing.receives):
+                mine = [posted for posted in queue if posted.owner is self]
+                for posted in mine:
+                    queue.remove(posted)
+                    posted.transfer.finish(_closed_first(posted.transfer))
+
+
+def _closed_first(transfer: PendingTransfer) -> ChannelClosedError:
+    return ChannelClosedError(f"the tensor channel was closed during the {transfer.what}")
+
+
+def _copy(sent: _Posted, received: _Posted) -> None:
+    """Move the tensor and finish both; a receive of another shape or type fails."""
+    source, target = sent.tensor, received.tensor
+    if source.shape != target.shape or source.dtype != target.dtype:
+        error = ProtocolMismatchError(
+            f"the {received.transfer.what} expected {tuple(target.shape)} {target.dtype} but got "
+            f"{tuple(source.shape)} {source.dtype}; the ranks disagree about the step, which is a "
+            "bug in mpipipe: please report it with the logs"
+        )
+        sent.transfer.finish()
+        received.transfer.finish(error)
+        return
+    target.copy_(source)
+    receiver = received.owner
+    receiver._num_received += 1
+    receiver._received_bytes += received.transfer.num_bytes
+    sent.transfer.finish()
+    received.transfer.finish()
+
+
+def open_loopback_channels(world_size: int) -> tuple[LoopbackChannel, ...]:
+    """The ends of `world_size` virtual ranks of one event loop."""
+    lanes: dict[_Lane, _Crossing] = {}
+    return tuple(LoopbackChannel(rank, world_size, lanes) for rank in range(world_size))

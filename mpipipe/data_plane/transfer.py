@@ -1,0 +1,53 @@
+"""One send or receive under way, as every transport of this package represents it."""
+
+from __future__ import annotations
+
+import asyncio
+
+__all__ = ["PendingTransfer"]
+
+
+class PendingTransfer:
+    """Done when the transport says so; `wait` may be called again and returns the same outcome.
+
+    Args:
+        what: the transfer in words, for errors.
+        num_bytes: of the tensor.
+    """
+
+    def __init__(self, what: str, num_bytes: int) -> None:
+        self.what = what
+        self.num_bytes = num_bytes
+        self._done = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._done
+
+    def finish(self, error: Exception | None = None) -> None:
+        """The transport is through with the buffer; `error` when it failed. Once only."""
+        assert not self._done, f"{self.what} finished twice"
+        self._done = True
+        self._error = error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return when the buffer is the caller's again. One waiter at a time.
+
+        Cancelling the wait leaves the transfer under way and the buffer in use.
+
+        Raises:
+            ChannelClosedError: the channel was closed first.
+            ProtocolMismatchError: (receive) what came is not what was expected.
+            PeerLostError: the transport failed.
+        """
+        while not self._done:
+            if self._waiter is None or self._waiter.done():
+                self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
