@@ -1,0 +1,1 @@
+"""What is remembered of earlier tokens: page accounting and cache tensors."""

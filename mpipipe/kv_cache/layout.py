@@ -1,0 +1,99 @@
+"""`BatchLayout`: what caches and attention need to know about one step's tokens.
+
+A step is *ragged*: the tokens of all its sequences lie one after the other in one row of T tokens,
+with no padding. Shape letters used in this package: T tokens of the step, B sequences of the step,
+L cached tokens of one sequence (this step's included), P pages, K key/value heads, H query heads,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+import torch
+
+__all__ = ["BatchLayout", "SequenceSpan", "build_layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """Where one sequence lies in the step, and how much of it is cached after the step's write."""
+
+    sequence_id: int
+    query_start: int  # first row in T
+    query_len: int  # rows of this sequence in this step
+    kv_len: int  # L: cached tokens including this step's
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens cached before this step."""
+        return self.kv_len - self.query_len
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """One step's tokens, positions and pages. Built once per step, shared by all layers.
+
+    Decode sequences (query_len 1) come first; `num_decodes` counts the leading ones.
+    """
+
+    spans: tuple[SequenceSpan, ...]  # B entries; decodes first
+    num_decodes: int
+    positions_T: torch.Tensor  # int64 [T]: position of each token in its sequence
+    slots_T: torch.Tensor  # int64 [T]: page * page_size + offset, where K and V are written
+    page_table_BP: torch.Tensor  # int64 [B, max pages of the step], 0-padded
+    kv_lens_B: torch.Tensor  # int64 [B]
+    derived: dict[tuple[object, ...], object] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """What caches and backends compute from the layout once per step (masks, gather indices),
+    so that all layers share it; keys start with the owner's name."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.positions_T.shape[0])
+
+
+def build_layout(
+    entries: Sequence[tuple[SequenceSpan, Sequence[int]]], page_size: int
+) -> BatchLayout:
+    """The layout of a step from its spans and each sequence's pages, in the order of `entries`.
+
+    A sequence's page i holds its tokens [i * page_size, (i + 1) * page_size); pages beyond
+    `kv_len` may be given and are ignored. Spans must lie one after the other from row 0, decodes
+    first; a single-token chunk behind longer ones is treated as a chunk.
+    """
+    spans = tuple(span for span, _ in entries)
+    num_tokens = sum(span.query_len for span in spans)
+    max_pages = max((-(-span.kv_len // page_size) for span in spans), default=0)
+    positions_T = np.empty(num_tokens, dtype=np.int64)
+    pages_T = np.empty(num_tokens, dtype=np.int64)
+    page_table_BP = np.zeros((len(spans), max_pages), dtype=np.int64)
+    row = 0
+    for index, (span, pages) in enumerate(entries):
+        num_pages = -(-span.kv_len // page_size)
+        assert span.query_start == row, f"span {index} starts at {span.query_start}, not {row}"
+        assert len(pages) >= num_pages, f"{len(pages)} pages for {span.kv_len} tokens"
+        table_P = page_table_BP[index]
+        table_P[:num_pages] = pages[:num_pages]
+        end = row + span.query_len
+        if span.query_len == 1:  # no arrays for the common case: a decode costs 1 µs, not 5
+            positions_T[row] = span.kv_len - 1
+            pages_T[row] = table_P[num_pages - 1]
+        else:
+            positions_T[row:end] = np.arange(span.num_computed, span.kv_len)
+            pages_T[row:end] = table_P[positions_T[row:end] // page_size]
+        row = end
+    slots_T = pages_T * page_size + positions_T % page_size
+    return BatchLayout(
+        spans=spans,
+        num_decodes=sum(1 for _ in takewhile(lambda span: span.query_len == 1, spans)),
+        positions_T=torch.from_numpy(positions_T),
+        slots_T=torch.from_numpy(slots_T),
+        page_table_BP=torch.from_numpy(page_table_BP),
+        kv_lens_B=torch.tensor([span.kv_len for span in spans], dtype=torch.int64),
+    )

@@ -1,0 +1,87 @@
+"""Ragged steps for the attention and cache suites: sequences that grow over several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout
+
+PAGE_SIZE = 4
+NUM_PAGES = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Step:
+    layout: BatchLayout
+    query_THD: torch.Tensor
+    key_TKD: torch.Tensor
+    value_TKD: torch.Tensor
+
+
+class PageTable:
+    """Gives pages in a scattered order, so that a wrong page index cannot go unnoticed."""
+
+    def __init__(self) -> None:
+        self.free = [(7 * index + 3) % NUM_PAGES for index in range(NUM_PAGES)]
+        assert len(set(self.free)) == NUM_PAGES
+        self.pages: dict[int, list[int]] = {}
+        self.kv_lens: dict[int, int] = {}
+
+    def layout(self, query_lens: Sequence[tuple[int, int]]) -> BatchLayout:
+        """The layout of a step of (sequence id, tokens) in this order."""
+        entries = []
+        row = 0
+        for sequence_id, query_len in query_lens:
+            pages = self.pages.setdefault(sequence_id, [])
+            kv_len = self.kv_lens.get(sequence_id, 0) + query_len
+            while len(pages) * PAGE_SIZE < kv_len:
+                pages.append(self.free.pop())
+            self.kv_lens[sequence_id] = kv_len
+            entries.append((SequenceSpan(sequence_id, row, query_len, kv_len), list(pages)))
+            row += query_len
+        return build_layout(entries, PAGE_SIZE)
+
+    def drop(self, sequence_id: int) -> None:
+        """Give the sequence's pages back and forget its length, as a preemption does."""
+        self.free.extend(self.pages.pop(sequence_id))
+        self.kv_lens.pop(sequence_id)
+
+
+# Fresh prompts; a decode beside a continued chunk and a new prompt; decodes of unequal lengths
+# (one of them more than 128 tokens behind: its own gather); a single-token chunk at the end.
+MIXED_STEPS: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((0, 5), (1, 9)),
+    ((0, 1), (1, 3), (2, 4)),
+    ((0, 1), (1, 1), (2, 1)),
+    ((1, 1), (2, 1), (3, 200)),
+    ((0, 1), (2, 1), (3, 1), (1, 6)),
+    ((3, 1), (0, 1), (1, 1), (2, 1)),
+    ((0, 1), (2, 2), (1, 1)),
+)
+
+
+def random_steps(shape: Shape, dtype: torch.dtype) -> Iterator[Step]:
+    """The steps of `MIXED_STEPS` with random queries, keys and values; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    pages = PageTable()
+    for query_lens in MIXED_STEPS:
+        layout = pages.layout(query_lens)
+
+        def draw(num_heads: int, num_tokens: int = layout.num_tokens) -> torch.Tensor:
+            # as the layers hand it over: heads first, viewed as tokens first
+            drawn = torch.randn(num_heads, num_tokens, shape.head_dim, generator=generator)
+            return drawn.to(dtype).transpose(0, 1)
+
+        yield Step(
+            layout, draw(shape.num_heads), draw(shape.num_kv_heads), draw(shape.num_kv_heads)
+        )

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from mpipipe.kv_cache.base import KVCache
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.kv_cache.paged import PagedKVCache
+from tests.contract.attention_cases import NUM_PAGES, PAGE_SIZE, PageTable, Shape, random_steps
+
+SHAPE = Shape(4, 2, 8)
+
+
+def new_paged(num_layers: int = 2, num_pages: int = NUM_PAGES) -> PagedKVCache:
+    return PagedKVCache.allocate(
+        num_layers=num_layers,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        num_kv_heads=SHAPE.num_kv_heads,
+        head_dim=SHAPE.head_dim,
+        dtype=torch.float32,
+    )
+
+
+def test_the_layout_says_where_every_token_goes() -> None:
+    layout = build_layout(
+        [
+            (SequenceSpan(7, query_start=0, query_len=1, kv_len=5), [9, 2, 8]),
+            (SequenceSpan(3, query_start=1, query_len=3, kv_len=6), [4, 1]),
+        ],
+        page_size=4,
+    )
+    assert layout.num_tokens == 4
+    assert layout.num_decodes == 1
+    assert layout.positions_T.tolist() == [4, 3, 4, 5]
+    assert layout.slots_T.tolist() == [2 * 4 + 0, 4 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1]
+    assert layout.page_table_BP.tolist() == [[9, 2], [4, 1]]
+    assert layout.kv_lens_B.tolist() == [5, 6]
+    assert layout.spans[1].num_computed == 3
+
+
+def test_a_layout_of_nothing_is_empty() -> None:
+    layout = build_layout([], page_size=4)
+    assert layout.num_tokens == 0
+    assert layout.num_decodes == 0
+
+
+def test_rows_that_leave_a_gap_are_our_bug() -> None:
+    with pytest.raises(AssertionError):
+        build_layout([(SequenceSpan(0, query_start=2, query_len=1, kv_len=1), [0])], page_size=4)
+
+
+@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
+def test_a_cache_returns_what_was_written(cache: KVCache) -> None:
+    written: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for step in random_steps(SHAPE, torch.float32):
+        layout, key_TKD, value_TKD = step.layout, step.key_TKD, step.value_TKD
+        for layer, sign in ((0, 1.0), (1, -1.0)):
+            cache.write(layer, sign * key_TKD, sign * value_TKD, layout)
+            for index, span in enumerate(layout.spans):
+                rows = slice(span.query_start, span.query_start + span.query_len)
+                history = written.setdefault((layer, span.sequence_id), [])
+                history.append(sign * torch.stack((key_TKD[rows], value_TKD[rows])))
+                expected = torch.cat(history, dim=1)
+                key_LKD, value_LKD = cache.read(layer, index, span, layout)
+                assert torch.equal(key_LKD, expected[0])
+                assert torch.equal(value_LKD, expected[1])
+
+
+@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
+def test_padded_reads_hold_the_same_tokens_as_single_reads(cache: KVCache) -> None:
+    for step in random_steps(SHAPE, torch.float32):
+        layout, key_TKD, value_TKD = step.layout, step.key_TKD, step.value_TKD
+        cache.write(0, key_TKD, value_TKD, layout)
+        indices = tuple(reversed(range(len(layout.spans))))
+        max_len = max(span.kv_len for span in layout.spans)
+        keys_BLKD, values_BLKD = cache.read_padded(0, indices, max_len, layout)
+        assert keys_BLKD.shape[1] >= max_len
+        for row, index in enumerate(indices):
+            span = layout.spans[index]
+            key_LKD, value_LKD = cache.read(0, index, span, layout)
+            assert torch.equal(keys_BLKD[row, : span.kv_len], key_LKD)
+            assert torch.equal(values_BLKD[row, : span.kv_len], value_LKD)
+        assert bool(torch.isfinite(keys_BLKD).all())
+        assert bool(torch.isfinite(values_BLKD).all())
+
+
+@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
+def test_a_preempted_sequence_starts_again_from_nothing(cache: KVCache) -> None:
+    pages = PageTable()
+    first = torch.ones(6, SHAPE.num_kv_heads, SHAPE.head_dim)
+    again = 2 * torch.ones(3, SHAPE.num_kv_heads, SHAPE.head_dim)
+    cache.write(0, first, first, pages.layout([(0, 6)]))
+    pages.drop(0)
+    layout = pages.layout([(0, 3)])
+    cache.write(0, again, again, layout)
+    key_LKD, value_LKD = cache.read(0, 0, layout.spans[0], layout)
+    assert torch.equal(key_LKD, again)
+    assert torch.equal(value_LKD, again)
+
+
+def test_forgetting_a_sequence_frees_the_contiguous_cache() -> None:
+    cache = ContiguousKVCache()
+    tokens = torch.ones(2, SHAPE.num_kv_heads, SHAPE.head_dim)
+    cache.write(
+        0, tokens.repeat(2, 1, 1), tokens.repeat(2, 1, 1), PageTable().layout([(0, 2), (1, 2)])
+    )
+    one_sequence = 2 * tokens.nbytes
+    assert cache.num_bytes() == 2 * one_sequence
+    cache.forget(0)
+    assert cache.num_bytes() == one_sequence
+    cache.forget(5)  # a sequence never seen is nothing to complain about
+
+
+def test_reserved_pages_are_zero_and_cost_no_memory_until_written() -> None:
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cache = new_paged(num_layers=2, num_pages=1_000_000)
+    assert cache.num_bytes() == 2 * 2 * 1_000_000 * PAGE_SIZE * 2 * 8 * 4  # 1 GB
+    assert not cache.keys[1][-1].any()
+    after_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after_kib - before_kib < 50_000
