@@ -1,0 +1,1 @@
+"""How tensors get from disk into memory."""

@@ -1,0 +1,275 @@
+"""A stage's weights: from the checkpoint into a module that was built on the meta device.
+
+Purpose: account for every name, then read this stage's tensors one by one in file order, convert
+them to the run's type and make them the module's parameters. Non-purpose: building the module,
+choosing the layers, non-persistent buffers (rotary tables; the models package computes them).
+
+Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
+foreign tensors are never read; afterwards nothing in the module's `state_dict` is on the meta
+device; two names that resolve to one stored tensor share one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mpipipe.checkpoint.index import CheckpointIndex
+from mpipipe.clock import MonotonicClock
+from mpipipe.errors import CheckpointError
+from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
+
+__all__ = ["LoadReport", "load_stage"]
+
+_FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading a stage took."""
+
+    bytes_read: int  # from disk, in the stored type
+    num_tensors: int  # checkpoint tensors read
+    seconds: float
+    parameter_bytes: int  # in memory, in the run's type; shared tensors once
+
+
+def load_stage(
+    module: torch.nn.Module,
+    wanted: Mapping[str, str],
+    index: CheckpointIndex,
+    *,
+    all_names: Collection[str],
+    tied: Mapping[str, str] | None = None,
+    to_canonical: Callable[[str], str] | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadReport:
+    """Fill `module` with its tensors of the checkpoint.
+
+    Args:
+        module: built in `dtype` on the meta device; its parameters and persistent buffers are
+            replaced. One that it keeps in another type (say a float32 scale) stays in that type.
+        wanted: name in `module.state_dict()` -> canonical name (that of the full model).
+        index: from `checkpoint.read_index`.
+        all_names: canonical names of the full model's parameters and persistent buffers.
+        tied: canonical name -> the canonical name it shares a tensor with, for tied embeddings.
+        to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
+        dtype: the run's; stored tensors are converted to the type of their place in `module`.
+        device: where the tensors go.
+
+    Raises:
+        CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
+            listed), or a file cannot be read.
+    """
+    clock = MonotonicClock()
+    start_s = clock.now_s()
+    tied = tied or {}
+    assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
+    types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
+    assert dtype in types, f"the module was built for {types}, not for {dtype}"
+    source = open_source(index)
+    try:
+        slots, stored = _account(
+            module,
+            wanted,
+            index=index,
+            source=source,
+            all_names=all_names,
+            tied=tied,
+            to_canonical=to_canonical,
+        )
+        filler = _Filler(source, stored, device)
+        for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
+            _assign(module, slot, filler.fill(slot))
+    finally:
+        source.close()
+    _share_equal(module, wanted, tied)
+    return LoadReport(
+        bytes_read=filler.bytes_read,
+        num_tensors=filler.num_tensors,
+        seconds=clock.now_s() - start_s,
+        parameter_bytes=_prove_materialised(module),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One tensor to make, and all names of the module that shall be it."""
+
+    names: tuple[str, ...]
+    parts: tuple[Part, ...]
+    meta: torch.Tensor
+
+
+def _account(
+    module: torch.nn.Module,
+    wanted: Mapping[str, str],
+    *,
+    index: CheckpointIndex,
+    source: TensorSource,
+    all_names: Collection[str],
+    tied: Mapping[str, str],
+    to_canonical: Callable[[str], str] | None,
+) -> tuple[list[_Slot], dict[str, StoredTensor]]:
+    """What to read and where it is; raises CheckpointError for anything that does not fit."""
+    resolution = resolve_names(all_names, source.names(), tied, to_canonical)
+    problems = [
+        _listed(resolution.missing, "missing"),
+        _listed(resolution.unexpected, "not part of the model"),
+    ]
+    _raise_if_any(index, problems)
+    slots = _slots(module, wanted, resolution.parts, tied)
+    stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
+    _raise_if_any(index, _misfits(slots, stored))
+    return slots, stored
+
+
+def _slots(
+    module: torch.nn.Module,
+    wanted: Mapping[str, str],
+    parts: Mapping[str, tuple[Part, ...]],
+    tied: Mapping[str, str],
+) -> list[_Slot]:
+    state = module.state_dict(keep_vars=True)
+    stray = sorted(wanted.keys() - state.keys())
+    assert not stray, f"the stage's module has no {stray[:_NAMES_SHOWN]}"
+    names: dict[tuple[Part, ...], list[str]] = {}
+    for name, canonical in wanted.items():
+        names.setdefault(parts[canonical], []).append(name)
+    # A name that was not asked for is tied to one that was, by the module or by the configuration.
+    for name, tensor in state.items():
+        if name not in wanted:
+            source = tied.get(name)
+            twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
+            assert twin is not None, f"no one asked for {name}, which the stage holds"
+            names[parts[wanted[twin]]].append(name)
+    return [_Slot(tuple(found), key, state[found[0]]) for key, found in names.items()]
+
+
+def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
+    shapes, types = [], []
+    for slot in slots:
+        shapes += _wrong_shapes(slot, stored)
+        for part in slot.parts:
+            found = stored[part.source].dtype
+            ours = str(slot.meta.dtype).removeprefix("torch.")
+            if not (found in _FLOATS and ours in _FLOATS) and found != ours:
+                types.append(f"{part.source} is {found}")
+    return [
+        _listed(shapes, "of another shape"),
+        _listed(types, "of a type that cannot be run (quantised weights?)"),
+    ]
+
+
+def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
+    expected = tuple(slot.meta.shape)
+    experts = {part.expert for part in slot.parts} - {None}
+    if experts and len(experts) != expected[0]:
+        return [f"{slot.names[0]} has {len(experts)} experts, expected {expected[0]}"]
+    wrong = []
+    for part in slot.parts:
+        shape = stored[part.source].shape
+        region = tuple(_region(slot.meta, part).shape)
+        if shape != region:
+            wrong.append(f"{part.source} is {list(shape)}, expected {list(region)}")
+    return wrong
+
+
+def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """The view of `tensor` that `part` fills."""
+    if part.expert is None:
+        return tensor
+    rows = tensor[part.expert]
+    if part.half is None:
+        return rows
+    half = rows.shape[0] // 2
+    return rows[part.half * half : (part.half + 1) * half]
+
+
+class _Filler:
+    """Makes real tensors and counts what was read."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        stored: Mapping[str, StoredTensor],
+        device: torch.device,
+    ) -> None:
+        self._source = source
+        self._stored = stored
+        self._device = device
+        self.bytes_read = 0
+        self.num_tensors = 0
+
+    def fill(self, slot: _Slot) -> torch.Tensor:
+        """A tensor like `slot.meta`, read and converted."""
+        tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=self._device)
+        for part in slot.parts:
+            self.bytes_read += self._source.read_into(part.source, _region(tensor, part))
+            self.num_tensors += 1
+        self._require_in_range(slot, tensor)
+        return tensor
+
+    def _require_in_range(self, slot: _Slot, tensor: torch.Tensor) -> None:
+        """float16 ends at 65,504: a larger weight became infinite on the way."""
+        narrowed = {self._stored[part.source].dtype for part in slot.parts} - {"float16"}
+        if tensor.dtype == torch.float16 and narrowed and bool(torch.isinf(tensor).any()):
+            raise CheckpointError(
+                f"{slot.parts[0].source} holds values beyond float16 (65,504): choose "
+                'model.dtype = "bfloat16" or "float32"'
+            )
+
+
+def _assign(module: torch.nn.Module, slot: _Slot, tensor: torch.Tensor) -> None:
+    is_parameter = isinstance(slot.meta, torch.nn.Parameter)
+    value = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    for name in slot.names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, value)
+
+
+def _share_equal(
+    module: torch.nn.Module, wanted: Mapping[str, str], tied: Mapping[str, str]
+) -> None:
+    """Tied weights that a `.bin` stores twice become one again, if they are equal.
+
+    If they differ the checkpoint wins over `config.json` and both stay, as in transformers 5.
+    """
+    name_of = {canonical: name for name, canonical in wanted.items()}
+    state = module.state_dict(keep_vars=True)
+    for canonical, twin in tied.items():
+        if canonical in name_of and twin in name_of:
+            ours, theirs = state[name_of[canonical]], state[name_of[twin]]
+            if ours is not theirs and torch.equal(ours, theirs):
+                owner, _, leaf = name_of[canonical].rpartition(".")
+                setattr(module.get_submodule(owner), leaf, theirs)
+
+
+def _prove_materialised(module: torch.nn.Module) -> int:
+    """Bytes of the module's parameters and persistent buffers, each once."""
+    state = module.state_dict(keep_vars=True)
+    on_meta = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    assert not on_meta, f"not loaded: {on_meta[:_NAMES_SHOWN]}"
+    unique = {id(tensor): tensor for tensor in state.values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def _listed(names: Collection[str], what: str) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(list(names)[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    return f"{len(names)} {what} ({shown})"
+
+
+def _raise_if_any(index: CheckpointIndex, problems: Iterable[str]) -> None:
+    found = "; ".join(problem for problem in problems if problem)
+    if found:
+        raise CheckpointError(
+            f"the weights in {index.folder} do not fit its config.json: {found}; the files are of "
+            "different models or versions, or a part of them was not copied"
+        )
