@@ -1,0 +1,1 @@
+"""What the layers compute: transformers' modules with our attention and cache."""

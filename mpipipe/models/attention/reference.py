@@ -1,0 +1,56 @@
+"""The reference attention: one sequence after the other, every score written out, in float32.
+
+Slow and obvious on purpose: the other backends are tested against it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
+    from mpipipe.kv_cache.layout import BatchLayout
+    from mpipipe.models.attention.base import AttentionOptions
+
+__all__ = ["ReferenceAttention"]
+
+
+class ReferenceAttention:
+    """softmax(scale · Q Kᵀ) V per sequence and query head."""
+
+    name = "reference"
+
+    def attend(
+        self,
+        *,
+        layer: int,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        cache: KVCache,
+        layout: BatchLayout,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        cache.write(layer, key_TKD, value_TKD, layout)
+        group = query_THD.shape[1] // key_TKD.shape[1]
+        outputs: list[torch.Tensor] = []
+        for index, span in enumerate(layout.spans):
+            key_LKD, value_LKD = cache.read(layer, index, span, layout)
+            query_QHD = query_THD[span.query_start : span.query_start + span.query_len]
+            key_LHD = key_LKD.repeat_interleave(group, dim=1)
+            value_LHD = value_LKD.repeat_interleave(group, dim=1)
+            scores_HQL = torch.einsum("qhd,lhd->hql", query_QHD.float(), key_LHD.float())
+            scores_HQL = scores_HQL * options.scale
+            if options.softcap is not None:
+                scores_HQL = options.softcap * torch.tanh(scores_HQL / options.softcap)
+            query_position_Q1 = torch.arange(span.num_computed, span.kv_len)[:, None]
+            key_position_L = torch.arange(span.kv_len)
+            hidden_QL = key_position_L > query_position_Q1
+            if options.window is not None:
+                hidden_QL = hidden_QL | (key_position_L <= query_position_Q1 - options.window)
+            weights_HQL = scores_HQL.masked_fill(hidden_QL, float("-inf")).softmax(dim=-1)
+            outputs.append(torch.einsum("hql,lhd->qhd", weights_HQL, value_LHD.float()))
+        return torch.cat(outputs).to(query_THD.dtype)

@@ -1,0 +1,226 @@
+"""Attention with torch's scaled_dot_product_attention: decodes together, chunks one by one.
+
+Decodes: K and V of the decoding sequences are gathered into one padded tensor, and the query heads
+that share a KV head are laid along the query axis, so that grouped-query attention needs no copies
+of K and V ([B, K, G, D] against [B, K, L, D]). Measured on one CPU core, 8 sequences of 128 tokens,
+9/3 heads of 64: 0.16 ms gather + 0.11 ms attention; with `enable_gqa` 0.16 ms, written out 0.36 ms.
+Padding costs a gather, so sequences of very different lengths are gathered in groups.
+
+Chunks of prompts: one call per sequence; a fresh prompt needs no cache read and no mask.
+
+Softcapped scores (Gemma 2) cannot go through the fused kernel and are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
+    from mpipipe.models.attention.base import AttentionOptions
+
+__all__ = ["SdpaAttention"]
+
+# A sequence shares a gather with one up to twice as long, or up to this many tokens longer: the
+# fixed cost of one more group (about 60 µs a layer) buys the gather of about 200 tokens.
+_MAX_PADDING_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _DecodeGroup:
+    """Decoding sequences of similar length."""
+
+    indices: tuple[int, ...]
+    rows_B: torch.Tensor | None  # int64; None: all decodes, in order
+    max_len: int
+
+
+class SdpaAttention:
+    """Works on every torch device, for every head dimension."""
+
+    name = "sdpa"
+
+    def attend(
+        self,
+        *,
+        layer: int,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        cache: KVCache,
+        layout: BatchLayout,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        cache.write(layer, key_TKD, value_TKD, layout)
+        num_decodes = layout.num_decodes
+        if num_decodes == len(layout.spans):
+            return _decode(layer, query_THD, cache, layout, options)
+        outputs: list[torch.Tensor] = []
+        if num_decodes:
+            outputs.append(_decode(layer, query_THD[:num_decodes], cache, layout, options))
+        for index in range(num_decodes, len(layout.spans)):
+            span = layout.spans[index]
+            rows = slice(span.query_start, span.query_start + span.query_len)
+            if span.num_computed == 0:
+                key_LKD, value_LKD = key_TKD[rows], value_TKD[rows]
+            else:
+                key_LKD, value_LKD = cache.read(layer, index, span, layout)
+            mask_QL = _chunk_mask(index, layout, options, query_THD)
+            outputs.append(_chunk(query_THD[rows], key_LKD, value_LKD, mask_QL, options))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _decode(
+    layer: int,
+    query_BHD: torch.Tensor,
+    cache: KVCache,
+    layout: BatchLayout,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """One token of each decoding sequence over its cache: [B, H, D]."""
+    output_BHD: torch.Tensor | None = None
+    for group in _decode_groups(layout, query_BHD.device):
+        key_BLKD, value_BLKD = cache.read_padded(layer, group.indices, group.max_len, layout)
+        num_kv_heads = key_BLKD.shape[2]
+        rows_B = group.rows_B
+        part_BHD = query_BHD if rows_B is None else query_BHD.index_select(0, rows_B)
+        num_rows, num_heads, head_dim = part_BHD.shape
+        group_size = num_heads // num_kv_heads
+        query_BKGD = part_BHD.view(num_rows, num_kv_heads, group_size, head_dim)
+        mask_B11L = _decode_mask(group, key_BLKD.shape[1], layout, options, query_BHD)
+        attended_BKGD = _attend(
+            query_BKGD, key_BLKD.transpose(1, 2), value_BLKD.transpose(1, 2), mask_B11L, options
+        )
+        attended_BHD = attended_BKGD.flatten(1, 2)
+        if rows_B is None:
+            return attended_BHD
+        if output_BHD is None:
+            output_BHD = attended_BHD.new_empty((query_BHD.shape[0], *attended_BHD.shape[1:]))
+        output_BHD.index_copy_(0, rows_B, attended_BHD)
+    assert output_BHD is not None
+    return output_BHD
+
+
+def _chunk(
+    query_QHD: torch.Tensor,
+    key_LKD: torch.Tensor,
+    value_LKD: torch.Tensor,
+    mask_QL: torch.Tensor | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """A chunk of one prompt over its L cached tokens: [Q, H, D]. No mask: plainly causal."""
+    num_rows, num_heads, head_dim = query_QHD.shape
+    num_kv_heads = key_LKD.shape[1]
+    group_size = num_heads // num_kv_heads
+    query_QKGD = query_QHD.view(num_rows, num_kv_heads, group_size, head_dim)
+    query_KGQD = query_QKGD.permute(1, 2, 0, 3)
+    key_KGLD = key_LKD.transpose(0, 1)[:, None].expand(-1, group_size, -1, -1)
+    value_KGLD = value_LKD.transpose(0, 1)[:, None].expand(-1, group_size, -1, -1)
+    attended_KGQD = _attend(query_KGQD, key_KGLD, value_KGLD, mask_QL, options)
+    return attended_KGQD.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """softmax(scale · q kᵀ + mask) v over the last two axes; no mask means causal."""
+    if options.softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=options.scale
+        )
+    assert mask is not None, "softcapped chunks always carry a mask"
+    scores = torch.matmul(query, key.transpose(-1, -2)) * options.scale
+    scores = options.softcap * torch.tanh(scores / options.softcap)
+    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value)
+
+
+def _decode_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
+    """The decoding sequences by length; computed by the first layer, used by all."""
+    key = ("sdpa", "groups")
+    groups = layout.derived.get(key)
+    if groups is None:
+        groups = layout.derived[key] = _form_groups(layout, device)
+    assert isinstance(groups, tuple)
+    return groups
+
+
+def _form_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
+    lengths = [span.kv_len for span in layout.spans[: layout.num_decodes]]
+    members: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        if not members or (2 * length < longest and length + _MAX_PADDING_TOKENS < longest):
+            members.append([])
+            longest = length
+        members[-1].append(index)
+    if len(members) == 1:
+        return (_DecodeGroup(tuple(range(len(lengths))), None, longest),)
+    return tuple(
+        _DecodeGroup(tuple(group), torch.tensor(group, device=device), lengths[group[0]])
+        for group in members
+    )
+
+
+def _decode_mask(
+    group: _DecodeGroup,
+    padded_len: int,
+    layout: BatchLayout,
+    options: AttentionOptions,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Additive mask [B, 1, 1, L]: -inf beyond each sequence's end and before its window."""
+    key = ("sdpa", "decode", group.indices, padded_len, options.window)
+    mask = layout.derived.get(key)
+    if mask is None:
+        lengths_B1 = layout.kv_lens_B[list(group.indices), None]
+        position_L = torch.arange(padded_len, device=like.device)
+        hidden_BL = position_L >= lengths_B1
+        if options.window is not None:
+            hidden_BL |= position_L < lengths_B1 - options.window
+        mask = layout.derived[key] = _additive(hidden_BL, like)[:, None, None, :]
+    assert isinstance(mask, torch.Tensor)
+    return mask
+
+
+def _chunk_mask(
+    index: int, layout: BatchLayout, options: AttentionOptions, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Additive mask [Q, L] of one chunk; None where the kernel's own causal mask says the same."""
+    span: SequenceSpan = layout.spans[index]
+    window = options.window
+    if window is not None and window >= span.kv_len:
+        window = None
+    if span.num_computed == 0 and window is None and options.softcap is None:
+        return None
+    key = ("sdpa", "chunk", index, window)
+    mask = layout.derived.get(key)
+    if mask is None:
+        query_position_Q1 = torch.arange(span.num_computed, span.kv_len, device=like.device)[
+            :, None
+        ]
+        key_position_L = torch.arange(span.kv_len, device=like.device)
+        hidden_QL = key_position_L > query_position_Q1
+        if window is not None:
+            hidden_QL |= key_position_L <= query_position_Q1 - window
+        mask = layout.derived[key] = _additive(hidden_QL, like)
+    assert isinstance(mask, torch.Tensor)
+    return mask
+
+
+def _additive(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """0 where visible, -inf where hidden, in the dtype of `like`."""
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden, float("-inf")
+    )

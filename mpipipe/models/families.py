@@ -1,0 +1,202 @@
+"""What is known about model families: where the parts of a model are, and what must be refused.
+
+The parts come from the family's own `base_model_pp_plan`; a family without one is listed in
+`_PARTS_BY_HAND`. A family that does something to its inputs or outputs outside those parts has a
+function in `_LATER_STAGE_CHANGES`. Not here: how a stage is cut out (`adapter`), the checks that
+run the model (`verification`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from mpipipe.errors import UnsupportedModelError
+
+__all__ = [
+    "ModelParts",
+    "check_config",
+    "detach_inputs",
+    "detach_outputs",
+    "locate_parts",
+    "refuse",
+]
+
+_SUPPORTED = (
+    "decoder-only models with attention in every layer whose family declares base_model_pp_plan "
+    "in transformers (Llama, Mistral, Qwen2/3, Gemma, Phi-3, GPT-NeoX, OLMo, Granite, …), and OPT"
+)
+
+# Families without base_model_pp_plan: the base model's parts before and behind its layers.
+_PARTS_BY_HAND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "opt": (
+        ("embed_tokens", "embed_positions", "project_in"),
+        ("final_layer_norm", "project_out"),
+    ),
+}
+
+_ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+# Settings that make a layer depend on more than its input and its own keys and values.
+_REFUSED_SETTINGS = {
+    "hidden_size_per_layer_input": "feeds the token ids into every layer",
+    "num_kv_shared_layers": "shares keys and values between layers",
+    "use_bidirectional_attention": "lets tokens see later ones",
+    "attention_chunk_size": "attends in chunks",
+    "quantization_config": "has quantised weights",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """Where the parts of one full model are."""
+
+    model: PreTrainedModel  # XForCausalLM
+    base: PreTrainedModel  # holds the layers
+    base_name: str  # its path in `model`, e.g. "model.decoder"
+    input_names: tuple[str, ...]  # children of `base` before the layers
+    output_names: tuple[str, ...]  # children of `base` behind the layers
+    head_names: tuple[str, ...]  # children of `model` beside the base model
+    layers: nn.ModuleList
+
+
+def refuse(model_type: str, why: str) -> UnsupportedModelError:
+    """The error for a model of `model_type` that `why` (a verb phrase) rules out."""
+    return UnsupportedModelError(
+        f'the model family "{model_type}" cannot be split into stages: it {why}. '
+        f"Supported are {_SUPPORTED}"
+    )
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse what the configuration alone rules out, before anything is built.
+
+    Raises:
+        UnsupportedModelError: naming the family and the reason.
+    """
+    model_type = config.model_type
+    if config.is_encoder_decoder:
+        raise refuse(model_type, "has an encoder beside the decoder")
+    if config.get_text_config() is not config:
+        raise refuse(model_type, "is multi-modal")
+    if model_type not in _PARTS_BY_HAND and not config.base_model_pp_plan:
+        raise refuse(model_type, "declares no base_model_pp_plan")
+    for name, why in _REFUSED_SETTINGS.items():
+        if getattr(config, name, None):
+            raise refuse(model_type, f"{why} ({name} = {getattr(config, name)!r})")
+    other_types = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
+    if other_types:
+        raise refuse(model_type, f"has layers of type {', '.join(sorted(other_types))}")
+    conversions = get_checkpoint_conversion_mapping(model_type)
+    for conversion in conversions or ():
+        if isinstance(conversion, WeightConverter) and not _is_expert_fusion(conversion):
+            raise refuse(
+                model_type,
+                "stores its weights in another layout than its modules use "
+                f"({', '.join(conversion.target_patterns)})",
+            )
+
+
+def _is_expert_fusion(conversion: WeightConverter) -> bool:
+    """Whether a layout change is one of those that the loader does: experts into one tensor."""
+    return all(
+        re.search(r"\.experts\.\*\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$", source)
+        for source in conversion.source_patterns
+    )
+
+
+def locate_parts(model: PreTrainedModel) -> ModelParts:
+    """Find embedding, layers, norm and head in a full model.
+
+    Raises:
+        UnsupportedModelError: a part with weights is in none of the known places.
+    """
+    model_type = model.config.model_type
+    base_name, base = _base_model(model)
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != base.config.num_hidden_layers:
+        raise refuse(model_type, "keeps its layers in a place that is not known")
+    input_names, output_names = _PARTS_BY_HAND.get(model_type) or _planned_parts(base.config)
+    known = {"layers", *input_names, *output_names}
+    for name, child in base.named_children():
+        if name not in known and any(True for _ in child.parameters()):
+            raise refuse(model_type, f'has weights in "{name}", outside its declared parts')
+    if any(True for _ in base.parameters(recurse=False)):
+        raise refuse(model_type, "has weights outside its declared parts")
+    top_name = base_name.partition(".")[0]
+    head_names = tuple(name for name, _ in model.named_children() if name != top_name)
+    return ModelParts(model, base, base_name, input_names, output_names, head_names, layers)
+
+
+def detach_inputs(parts: ModelParts) -> None:
+    """Make the base model take the hidden states of the stage before as its `inputs_embeds`."""
+    for name in parts.input_names:
+        part = getattr(parts.base, name)
+        if part is not None and any(True for _ in part.parameters()):  # a dropout may stay
+            setattr(parts.base, name, None)
+    change = _LATER_STAGE_CHANGES.get(parts.model.config.model_type)
+    if change is not None:
+        change(parts.base)
+
+
+def detach_outputs(parts: ModelParts) -> None:
+    """Make the base model return the last layer's hidden states, and drop the head."""
+    for name in parts.output_names:
+        if getattr(parts.base, name) is not None:  # OPT: None means that there is no such part
+            setattr(parts.base, name, nn.Identity())
+    for name in parts.head_names:
+        setattr(parts.model, name, None)
+
+
+def _base_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """The innermost transformers model that owns the layers, and its path."""
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and name and hasattr(module, "layers"):
+            return name, module
+    raise refuse(model.config.model_type, "has no inner model with layers")
+
+
+def _planned_parts(config: PretrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names before and behind "layers" in the family's own pipeline plan."""
+    names = list(config.base_model_pp_plan or ())
+    if "layers" not in names:
+        raise refuse(config.model_type, "declares a base_model_pp_plan without layers")
+    at = names.index("layers")
+    return tuple(names[:at]), tuple(names[at + 1 :])
+
+
+class _NoPositions(nn.Module):
+    """Stands in for OPT's position embedding, which the first stage has added already."""
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:  # noqa: ARG002
+        """A zero of the narrowest floating type: adding it changes neither values nor dtype."""
+        return torch.zeros(())
+
+
+def _change_opt(base: PreTrainedModel) -> None:
+    base.embed_positions = _NoPositions()
+
+
+def _change_embedding_multiplier(base: PreTrainedModel) -> None:
+    vars(base)["embedding_multiplier"] = 1.0
+
+
+def _change_mup(base: PreTrainedModel) -> None:
+    base.config.mup_enabled = False
+
+
+# What a later stage must not do again to its inputs. `base.config` is the stage's own copy.
+_LATER_STAGE_CHANGES: dict[str, Callable[[PreTrainedModel], None]] = {
+    "opt": _change_opt,
+    "granite": _change_embedding_multiplier,
+    "granite_swa": _change_embedding_multiplier,
+    "hyperclovax": _change_embedding_multiplier,
+    "afmoe": _change_mup,
+}

@@ -1,0 +1,152 @@
+"""A faster form of Llama's decoder layer on a CPU: merged projections, fewer passes, fewer calls.
+
+Measured on one core, 18 layers of SmolLM2 (135M), 8 rows, float32: transformers' own layers with
+packed weights 56 ms a step, this 47 ms. What is saved: one matrix product for q, k and v and one
+for gate and up (3 ms), residual sums inside the products, rotary embedding of q and k together,
+and half of the small operations with their dispatch (6 ms).
+
+Used only for the layer classes in `FUSABLE`, whose forward was read and is the same mathematics;
+the plain layer stays the oracle (`tests/contract/test_fused_layer.py`). Shape letters as in
+`kv_cache.layout`; I intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+
+from mpipipe.models.packed_linear import PackedLinear, can_pack, pack, return_freed_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.attention_bridge import StageBinding
+
+__all__ = ["FUSABLE", "FusedLayer", "fuse_layers"]
+
+# transformers' classes: pre-norm RMSNorm, rotary embedding over the whole head, gated SiLU.
+FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
+_ROTARY = ("fused", "rotary")  # key of BatchLayout.derived
+_SILU = frozenset({"SiLU", "SiLUActivation"})
+
+
+class FusedLayer(nn.Module):
+    """Computes what the transformers layer it was made from does, up to rounding."""
+
+    def __init__(
+        self, layer: Any, number: int, binding: StageBinding, options: AttentionOptions
+    ) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self._binding = binding
+        self._number = number  # within the stage
+        self._head_dim: int = attention.head_dim
+        self._num_heads: int = attention.q_proj.out_features // self._head_dim
+        self._options = options
+        self.input_norm = layer.input_layernorm
+        self.post_norm = layer.post_attention_layernorm
+        self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = _merged(attention.o_proj)
+        self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
+        self.down = _merged(mlp.down_proj)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: object,
+    ) -> torch.Tensor:
+        """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here."""
+        hidden_TH = hidden_states[0]
+        attended_TX = self._attend(_norm(self.input_norm, hidden_TH), position_embeddings)
+        hidden_TH = self.output.plus(attended_TX, hidden_TH)
+        gate_up_TI = self.gate_up(_norm(self.post_norm, hidden_TH))
+        gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
+        return self.down.plus(silu(gate_TI).mul_(up_TI), hidden_TH)[None]
+
+    def _attend(
+        self, hidden_TH: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        heads_TXD = self.qkv(hidden_TH).unflatten(-1, (-1, self._head_dim))
+        num_kv_heads = (heads_TXD.shape[1] - self._num_heads) // 2
+        rotated_TXD = self._rotate(heads_TXD[:, :-num_kv_heads], position_embeddings)
+        binding = self._binding
+        assert binding.cache is not None, "the stage is bound to a cache before it runs"
+        assert binding.layout is not None, "forward sets the layout"
+        attended_THD = binding.backend.attend(
+            layer=self._number,
+            query_THD=rotated_TXD[:, : self._num_heads],
+            key_TKD=rotated_TXD[:, self._num_heads :],
+            value_TKD=heads_TXD[:, -num_kv_heads:],
+            cache=binding.cache,
+            layout=binding.layout,
+            options=self._options,
+        )
+        return attended_THD.flatten(1)
+
+    def _rotate(
+        self, heads_TXD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Rotary embedding of queries and keys at once: x · cos + (-x₂, x₁) · sin."""
+        cos_T1D, sin_T1D = self._signed(position_embeddings)
+        half = self._head_dim // 2
+        swapped_TXD = torch.cat((heads_TXD[..., half:], heads_TXD[..., :half]), dim=-1)
+        return torch.addcmul(heads_TXD * cos_T1D, swapped_TXD, sin_T1D)
+
+    def _signed(
+        self, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, and sin with its first half negated; computed by the first layer of a step."""
+        assert self._binding.layout is not None
+        derived = self._binding.layout.derived
+        signed = derived.get(_ROTARY)
+        if signed is None:
+            cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0].clone()
+            sin_TD[:, : self._head_dim // 2].neg_()
+            signed = derived[_ROTARY] = (cos_TD[:, None], sin_TD[:, None])
+        assert isinstance(signed, tuple)
+        return signed
+
+
+def fuse_layers(
+    layers: nn.ModuleList, binding: StageBinding, options: Mapping[int, AttentionOptions]
+) -> int:
+    """Replace the layers that have a faster form here; return how many were.
+
+    `options`: what each layer, by its number in the stage, asks of attention.
+    """
+    num_fused = 0
+    for number in range(len(layers)):
+        layer = layers[number]
+        if _is_fusable(layer):
+            layers[number] = FusedLayer(layer, number, binding, options[number])
+            num_fused += 1
+            del layer
+            return_freed_memory()
+    return num_fused
+
+
+def _is_fusable(layer: Any) -> bool:
+    kind = type(layer)  # a model's own code may reuse a class name for other mathematics
+    if kind.__name__ not in FUSABLE or not kind.__module__.startswith("transformers.models."):
+        return False
+    if type(layer.mlp.act_fn).__name__ not in _SILU:
+        return False
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    return all(type(linear) is nn.Linear and can_pack(linear) for linear in linears)
+
+
+def _merged(*linears: nn.Linear) -> PackedLinear:
+    """One packed linear whose outputs are those of `linears`, one after the other."""
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    return pack(torch.cat([linear.weight for linear in linears]), bias)
+
+
+def _norm(norm: Any, hidden_TH: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden_TH, norm.weight.shape, norm.weight, norm.variance_epsilon)

@@ -1,0 +1,235 @@
+"""A `tokenizer.model` read by sentencepiece itself: what OpenLLaMA and the first Llamas ship.
+
+Purpose: the ids that the model was trained on. Special tokens are split off first, then each
+stretch of text goes to sentencepiece, as transformers' original (slow) LlamaTokenizer did.
+
+Invariants: without special tokens in the text, `encode` is BOS plus sentencepiece's own `encode`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from mpipipe.checkpoint.jsonfile import read_json_object, require_content
+from mpipipe.errors import CheckpointError
+from mpipipe.models.chat import Message, no_chat_template, refused_by_template
+
+__all__ = ["SentencePieceTokenizer"]
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What stands beside `tokenizer.model`, in Llama's defaults where nothing does."""
+
+    roles: Mapping[str, str]  # "bos_token" -> "<s>"
+    special: Mapping[str, int]  # tokens that `decode` skips
+    added: Mapping[str, int]  # other tokens that sentencepiece does not know
+    add_bos: bool
+    add_eos: bool
+    prefix_every_stretch: bool  # of the text between special tokens ("legacy" in Llama's settings)
+    chat_template: str | None
+
+
+class SentencePieceTokenizer:
+    """Implements `Tokenizer` over one sentencepiece model."""
+
+    def __init__(
+        self,
+        first: SentencePieceProcessor,
+        later: SentencePieceProcessor,
+        settings: _Settings,
+    ) -> None:
+        self._first = first  # encodes the start of a text, and decodes
+        self._later = later  # encodes the stretches after special tokens
+        self._settings = settings
+        self._own_tokens = {**settings.added, **settings.special}
+        self._added_texts = {number: token for token, number in settings.added.items()}
+        self._special_ids = frozenset(settings.special.values())
+        longest_first = sorted(self._own_tokens, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @staticmethod
+    def open(folder: Path) -> SentencePieceTokenizer:
+        """Read `tokenizer.model` and the settings beside it.
+
+        Raises:
+            CheckpointError: a file is broken.
+        """
+        path = folder / "tokenizer.model"
+        first = _load(path)
+        settings = _read_settings(folder, first)
+        later = first if settings.prefix_every_stretch else _without_prefix(first)
+        return SentencePieceTokenizer(first, later, settings)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._first.get_piece_size(), *(n + 1 for n in self._own_tokens.values()), 0)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Beginning of sequence."""
+        return self._own_tokens.get(self._settings.roles.get("bos_token", ""))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End of sequence."""
+        found = self._own_tokens.get(self._settings.roles.get("eos_token", ""))
+        return () if found is None else (found,)
+
+    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """The ids of `text`."""
+        ids: list[int] = []
+        bos, eos = self.bos_token_id, self.eos_token_ids
+        if add_special_tokens and self._settings.add_bos and bos is not None:
+            ids.append(bos)
+        # re.split with a group: text and special tokens alternate, text first.
+        stretches = self._splitter.split(text) if self._own_tokens else [text]
+        for position, stretch in enumerate(stretches):
+            if position % 2:
+                ids.append(self._own_tokens[stretch])
+            elif stretch:
+                ids += (self._later if position else self._first).encode(stretch)
+        if add_special_tokens and self._settings.add_eos:
+            ids += eos
+        return tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+        return "".join(self._texts(ids))
+
+    def _texts(self, ids: Sequence[int]) -> Iterator[str]:
+        num_pieces = self._first.get_piece_size()
+        run: list[int] = []
+        for number in ids:
+            if number in self._added_texts:
+                yield self._first.decode(run)
+                run = []
+                yield self._added_texts[number]
+            elif 0 <= number < num_pieces and number not in self._special_ids:
+                run.append(number)
+        yield self._first.decode(run)
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a conversation."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not self._settings.chat_template:
+            raise no_chat_template()
+        try:
+            roles: dict[str, Any] = dict(self._settings.roles)
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._settings.chat_template,
+                add_generation_prompt=True,
+                **roles,
+            )[0]
+        except (TemplateError, TypeError) as error:
+            raise refused_by_template(error) from error
+        return self.encode(str(rendered[0]), add_special_tokens=False)
+
+
+def _load(path: Path) -> SentencePieceProcessor:
+    require_content(path)
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a sentencepiece model ({error}): the copy was cut off, or the file is "
+            "of another tokenizer; copy it again"
+        ) from error
+
+
+def _without_prefix(processor: SentencePieceProcessor) -> SentencePieceProcessor:
+    """The same model, but a text gets no leading space."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+    model.ParseFromString(processor.serialized_model_proto())
+    model.normalizer_spec.add_dummy_prefix = False
+    return SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _read_settings(folder: Path, processor: SentencePieceProcessor) -> _Settings:
+    config = _optional_object(folder / "tokenizer_config.json")
+    stated = {**_optional_object(folder / "special_tokens_map.json"), **config}
+    roles = {role: text for role in _ROLES if (text := _content(stated.get(role)))}
+    for role, number in zip(_ROLES, _model_ids(processor), strict=True):
+        if number >= 0:
+            roles.setdefault(role, processor.id_to_piece(number))
+    listed = _listed_tokens(folder, config)
+    known = {text: _id_of(text, processor, listed) for text in roles.values()}
+    special = {text: number for text, number in known.items() if number is not None}
+    special |= _control_pieces(processor)
+    special |= {text: number for text, (number, is_special) in listed.items() if is_special}
+    added = {text: number for text, (number, is_special) in listed.items() if not is_special}
+    return _Settings(
+        roles=roles,
+        special=special,
+        added={t: n for t, n in added.items() if processor.piece_to_id(t) != n},
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+        prefix_every_stretch=config.get("legacy") is not False,
+        chat_template=_chat_template(folder, config),
+    )
+
+
+def _optional_object(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _content(token: object) -> str:
+    """A token is written as its text, or as an object with its text and flags."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _model_ids(processor: SentencePieceProcessor) -> tuple[int, ...]:
+    """In the order of `_ROLES`; -1 where the model has none."""
+    return (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id())
+
+
+def _listed_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Token -> (id, special?) from `added_tokens.json` and `tokenizer_config.json`."""
+    listed = {
+        text: (number, False)
+        for text, number in _optional_object(folder / "added_tokens.json").items()
+        if isinstance(number, int)
+    }
+    for number, token in (config.get("added_tokens_decoder") or {}).items():
+        if isinstance(token, dict) and _content(token) and str(number).isdigit():
+            listed[_content(token)] = (int(number), bool(token.get("special")))
+    return listed
+
+
+def _id_of(
+    text: str, processor: SentencePieceProcessor, listed: Mapping[str, tuple[int, bool]]
+) -> int | None:
+    """A token that neither the model nor the files number cannot occur."""
+    if text in listed:
+        return listed[text][0]
+    number = int(processor.piece_to_id(text))
+    is_unknown = number == processor.unk_id() and text != processor.id_to_piece(number)
+    return None if is_unknown else number
+
+
+def _control_pieces(processor: SentencePieceProcessor) -> dict[str, int]:
+    numbers = range(processor.get_piece_size())
+    return {processor.id_to_piece(n): n for n in numbers if processor.is_control(n)}
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None

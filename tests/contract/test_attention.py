@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpipipe.errors import ConfigError
+from mpipipe.kv_cache.base import KVCache
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
+from mpipipe.models.attention.reference import ReferenceAttention
+from mpipipe.models.attention.sdpa import SdpaAttention
+from mpipipe.models.attention.select import choose_backend
+from tests.contract.attention_cases import (
+    NUM_PAGES,
+    PAGE_SIZE,
+    PageTable,
+    Shape,
+    Step,
+    random_steps,
+)
+
+SHAPES = {
+    "multi-head": Shape(4, 4, 16),
+    "grouped": Shape(6, 2, 16),
+    "multi-query": Shape(4, 1, 8),
+    "head_dim-100": Shape(2, 2, 100),
+}
+OPTIONS = {
+    "plain": AttentionOptions(scale=0.25),
+    "unscaled": AttentionOptions(scale=1.0),
+    "window": AttentionOptions(scale=0.25, window=3),
+    "softcap": AttentionOptions(scale=0.25, softcap=2.0),
+    "window-softcap": AttentionOptions(scale=0.25, window=5, softcap=2.0),
+}
+
+
+def new_cache(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> KVCache:
+    if name == "contiguous":
+        return ContiguousKVCache()
+    return PagedKVCache.allocate(
+        num_layers=1,
+        num_pages=NUM_PAGES,
+        page_size=PAGE_SIZE,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=dtype,
+    )
+
+
+def attend(
+    backend: AttentionBackend, step: Step, cache: KVCache, options: AttentionOptions
+) -> torch.Tensor:
+    return backend.attend(
+        layer=0,
+        query_THD=step.query_THD,
+        key_TKD=step.key_TKD,
+        value_TKD=step.value_TKD,
+        cache=cache,
+        layout=step.layout,
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("cache_name", ["paged", "contiguous"])
+@pytest.mark.parametrize("backend", [SdpaAttention(), ReferenceAttention()], ids=lambda b: b.name)
+def test_every_backend_and_cache_agrees_with_the_reference_over_the_oracle(
+    backend: AttentionBackend,
+    cache_name: str,
+    shape: Shape,
+    options: AttentionOptions,
+) -> None:
+    cache = new_cache(cache_name, shape)
+    oracle = ContiguousKVCache()
+    for step in random_steps(shape, torch.float32):
+        expected = attend(ReferenceAttention(), step, oracle, options)
+        actual = attend(backend, step, cache, options)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_is_softmax_of_the_written_formula() -> None:
+    # two keys, one head, one dimension: weights are exp(s1) / (exp(s1) + exp(s2))
+    layout = PageTable().layout([(0, 2)])
+    query = torch.tensor([[[1.0]], [[2.0]]])
+    key = torch.tensor([[[0.5]], [[-1.0]]])
+    value = torch.tensor([[[10.0]], [[20.0]]])
+    output = attend(
+        ReferenceAttention(),
+        Step(layout, query, key, value),
+        ContiguousKVCache(),
+        AttentionOptions(scale=3.0),
+    )
+    weight = torch.sigmoid(torch.tensor(3.0 * 2.0 * (0.5 - -1.0)))
+    expected = torch.stack([torch.tensor(10.0), 10.0 * weight + 20.0 * (1 - weight)])
+    torch.testing.assert_close(output.flatten(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_half_precision_stays_near_the_reference(
+    dtype: torch.dtype, options: AttentionOptions
+) -> None:
+    shape = SHAPES["grouped"]
+    cache = new_cache("paged", shape, dtype)
+    oracle = ContiguousKVCache()
+    for step in random_steps(shape, dtype):
+        expected = attend(ReferenceAttention(), step, oracle, options)
+        actual = attend(SdpaAttention(), step, cache, options)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_what_lies_beyond_a_sequence_in_its_last_page_has_no_influence() -> None:
+    shape = SHAPES["grouped"]
+    outputs: list[torch.Tensor] = []
+    for stale in (0.0, 1e4):
+        cache = new_cache("paged", shape)
+        assert isinstance(cache, PagedKVCache)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(stale)
+        outputs.extend(
+            attend(SdpaAttention(), step, cache, OPTIONS["plain"])
+            for step in random_steps(shape, torch.float32)
+        )
+    half = len(outputs) // 2
+    for clean, dirty in zip(outputs[:half], outputs[half:], strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ConfigError, match='"flash"'):
+        choose_backend("flash")
+    assert choose_backend("auto")[0].name == "sdpa"
+    assert choose_backend("reference")[0].name == "reference"

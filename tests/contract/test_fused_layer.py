@@ -1,0 +1,91 @@
+"""The fused decoder layer computes what transformers' layer does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.models.adapter import StageModel
+from mpipipe.models.fused_layer import FusedLayer
+from tests.contract.tiny_models import TinyModel, load_stage, save_tiny, split
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    torch.set_num_threads(1)
+
+    @cache
+    def make(name: str) -> TinyModel:
+        return save_tiny(name, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+FAMILIES = ["llama", "llama-head_dim-100", "mistral", "qwen2", "qwen2-window"]
+
+
+def run_steps(stage: StageModel) -> list[torch.Tensor]:
+    """Two prompts in chunks of unequal lengths, then a decode step of both; all outputs."""
+    spans = [
+        [SequenceSpan(0, 0, 5, 5), SequenceSpan(1, 5, 3, 3)],
+        [SequenceSpan(0, 0, 1, 6), SequenceSpan(1, 1, 2, 5)],
+        [SequenceSpan(0, 0, 1, 7), SequenceSpan(1, 1, 1, 6)],
+    ]
+    torch.manual_seed(1)
+    outputs = []
+    for step in spans:
+        layout = build_layout([(span, [2 * span.sequence_id + 1]) for span in step], 16)
+        hidden_TH = torch.randn(layout.num_tokens, stage.hidden_size).bfloat16().to(stage.dtype)
+        outputs.append(stage.run_base(hidden_TH, layout))
+    return outputs
+
+
+def outputs(folder: Path, dtype: torch.dtype, *, pack: bool) -> list[torch.Tensor]:
+    """The steps of `run_steps` on the second of two stages, in float32."""
+    stage = load_stage(folder, split(2)[1], pack=pack, dtype=dtype, cache=ContiguousKVCache())
+    fused = [isinstance(layer, FusedLayer) for layer in stage.module.model.layers]
+    assert all(fused) if pack else not any(fused)
+    with torch.inference_mode():
+        return [output.float() for output in run_steps(stage)]
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(
+    request: pytest.FixtureRequest, tiny: Callable[[str], TinyModel], tmp_path: Path
+) -> Path:
+    """A model whose weights bfloat16 holds exactly, so that dtypes differ in arithmetic only."""
+    model = tiny(request.param)
+    AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    return tmp_path
+
+
+def test_fused_layers_compute_what_plain_ones_do(folder: Path) -> None:
+    plain = outputs(folder, torch.float32, pack=False)
+    fused = outputs(folder, torch.float32, pack=True)
+    for expected, actual in zip(plain, fused, strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_fused_layers_round_no_worse_than_plain_ones_in_bfloat16(folder: Path) -> None:
+    exact = torch.cat(outputs(folder, torch.float32, pack=False))
+    plain = torch.cat(outputs(folder, torch.bfloat16, pack=False))
+    fused = torch.cat(outputs(folder, torch.bfloat16, pack=True))
+    assert (fused - exact).norm() <= 1.5 * (plain - exact).norm()
+    assert (plain - exact).norm() > 0
+
+
+def test_families_whose_mathematics_differ_are_left_alone(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    for family in ("gemma", "olmo2", "granite", "phi3"):
+        stage = load_stage(tiny(family).folder, split(1)[0], pack=True)
+        assert not any(isinstance(module, FusedLayer) for module in stage.module.modules())

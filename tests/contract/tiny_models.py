@@ -1,0 +1,381 @@
+"""Tiny random models of many families, and an in-process pipeline that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mpipipe.checkpoint.index import read_index
+from mpipipe.kv_cache.base import KVCache
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.adapter import StageModel, build_stage_model
+from mpipipe.models.attention.base import AttentionBackend
+from mpipipe.models.attention.sdpa import SdpaAttention
+from mpipipe.planning.plan import StagePlan
+from mpipipe.weights.loader import load_stage as load_weights
+
+NUM_LAYERS = 4
+VOCAB = 97
+PAGE_SIZE = 4
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Logits far apart, so that the greedy choice does not hang on the last bit of a sum.
+    "initializer_range": 0.3,
+}
+_GATED = {**_COMMON, "intermediate_size": 80, "num_key_value_heads": 2}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_ALTERNATING = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+
+# name → (configuration class, settings). `window` of 4 is shorter than the prompts.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GATED),
+    "llama-head_dim-100": (
+        "LlamaConfig",
+        {**_GATED, "hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 2},
+    ),
+    "llama-tied": ("LlamaConfig", {**_GATED, "tie_word_embeddings": True}),
+    "llama-rope-llama3": (
+        "LlamaConfig",
+        {
+            **_GATED,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama-rope-dynamic": (
+        "LlamaConfig",
+        {
+            **_GATED,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {**_COMMON, "ffn_dim": 80, "word_embed_proj_dim": 48},
+    ),
+    "opt-350m-like": (
+        "OPTConfig",
+        {
+            **_COMMON,
+            "ffn_dim": 80,
+            "word_embed_proj_dim": 32,
+            "do_layer_norm_before": False,
+            "initializer_range": 0.1,
+        },
+    ),
+    "mistral": ("MistralConfig", {**_GATED, "sliding_window": 4}),
+    "ministral": (
+        "MinistralConfig",
+        {**_GATED, "head_dim": 12, "sliding_window": 4, "layer_types": _ALTERNATING},
+    ),
+    "ministral3": ("Ministral3Config", _GATED),
+    "qwen2": ("Qwen2Config", _GATED),
+    "qwen2-window": (
+        "Qwen2Config",
+        {**_GATED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {**_GATED, "head_dim": 16}),
+    "gemma": ("GemmaConfig", {**_GATED, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_GATED,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 12,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 10.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GATED,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+    ),
+    "vaultgemma": ("VaultGemmaConfig", {**_GATED, "head_dim": 16, "sliding_window": 4}),
+    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 80}),
+    "gpt_neox-serial": (
+        "GPTNeoXConfig",
+        {**_COMMON, "intermediate_size": 80, "use_parallel_residual": False},
+    ),
+    "phi": ("PhiConfig", _GATED),
+    "phi3": ("Phi3Config", {**_GATED, "sliding_window": 4}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            **_GATED,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+            },
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "olmo": ("OlmoConfig", {**_GATED, "clip_qkv": 1.0}),
+    "olmo2": ("Olmo2Config", _GATED),
+    "olmo3": ("Olmo3Config", {**_GATED, "sliding_window": 4}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **_GATED,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "cohere": ("CohereConfig", {**_GATED, "logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", {**_GATED, "sliding_window": 4, "layer_types": _ALTERNATING}),
+    "starcoder2": ("Starcoder2Config", {**_GATED, "sliding_window": 4}),
+    "smollm3": (
+        "SmolLM3Config",
+        {
+            **_GATED,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "glm": ("GlmConfig", {**_GATED, "head_dim": 12}),
+    "glm4": ("Glm4Config", {**_GATED, "head_dim": 12}),
+    "helium": ("HeliumConfig", {**_GATED, "head_dim": 12}),
+    "ernie4_5": ("Ernie4_5Config", {**_GATED, "head_dim": 12}),
+    "exaone4": ("Exaone4Config", {**_GATED, "sliding_window": 4, "layer_types": _ALTERNATING}),
+    "seed_oss": ("SeedOssConfig", {**_GATED, "head_dim": 12}),
+    "arcee": ("ArceeConfig", _GATED),
+    "apertus": ("ApertusConfig", _GATED),
+    "cwm": (
+        "CwmConfig",
+        {**_GATED, "head_dim": 12, "sliding_window": 4, "layer_types": _ALTERNATING},
+    ),
+    "hyperclovax": ("HyperCLOVAXConfig", {**_GATED, "embedding_multiplier": 3.0}),
+    "jais2": ("Jais2Config", _GATED),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            **_GATED,
+            **_EXPERTS,
+            "head_dim": 12,
+            "moe_intermediate_size": 40,
+            "num_dense_layers": 1,
+            "sliding_window": 4,
+            "mup_enabled": True,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {**_GATED, **_EXPERTS}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_GATED, **_EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_GATED, **_EXPERTS, "moe_intermediate_size": 40}),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A saved model and what transformers generates with it."""
+
+    folder: Path
+    reference: transformers.PreTrainedModel
+
+    def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """transformers.generate, one prompt, no padding, no end."""
+        output = self.reference.generate(
+            torch.tensor([list(prompt)]),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+
+def save_tiny(name: str, folder: Path) -> TinyModel:
+    """A random model of the family `name`, saved to `folder`; the same every time."""
+    config_class, settings = FAMILIES[name]
+    config = getattr(transformers, config_class)(**settings)
+    torch.manual_seed(0)
+    # "eager" is each family's written formula (sdpa of transformers 5.17 forgets Gemma 2's softcap)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    if config.tie_word_embeddings and config.model_type != "opt":
+        # Else a tied model repeats its last token, whatever the layers do.
+        model.get_input_embeddings().weight.data.mul_(0.1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # biases are zero and norms one at birth: nothing would notice
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return TinyModel(folder, model)
+
+
+def split(num_stages: int, num_layers: int = NUM_LAYERS) -> list[StagePlan]:
+    """Uneven on purpose: the first stages get one layer each, the last the rest."""
+    borders = [*range(num_stages), num_layers]
+    return [
+        StagePlan(
+            stage=stage,
+            rank=stage,
+            host="here",
+            first_layer=first,
+            last_layer=last,
+            has_embedding=first == 0,
+            has_head=last == num_layers,
+            weight_bytes=0,
+            cost_share=0.0,
+        )
+        for stage, (first, last) in enumerate(pairwise(borders))
+    ]
+
+
+def load_stage(
+    folder: Path,
+    plan: StagePlan,
+    *,
+    backend: AttentionBackend | None = None,
+    cache: KVCache | None = None,
+    dtype: torch.dtype = torch.float32,
+    pack: bool = True,
+    max_context_tokens: int = 32,
+) -> StageModel:
+    """Build, load and finish one stage from a single safetensors file."""
+    stage = build_stage_model(
+        folder,
+        plan,
+        dtype=dtype,
+        backend=backend or SdpaAttention(),
+        max_context_tokens=max_context_tokens,
+    )
+    fill(stage, folder)
+    stage.finish(cache or ContiguousKVCache(), pack=pack)
+    return stage
+
+
+def fill(stage: StageModel, folder: Path) -> None:
+    """Load the stage's weights."""
+    load_weights(
+        stage.module,
+        stage.wanted_names(),
+        read_index(folder),
+        all_names=stage.all_names,
+        tied=stage.tied,
+        to_canonical=stage.names.canonical,
+        dtype=stage.dtype,
+        device=torch.device("cpu"),
+    )
+
+
+class InProcessPipeline:
+    """The stages of one model, called one after the other."""
+
+    def __init__(self, stages: Sequence[StageModel]) -> None:
+        self.stages = stages
+        self.next_page = 0
+        self.pages: dict[int, list[int]] = {}
+        self.hidden: list[torch.Tensor] = []  # what went from stage to stage in the last step
+
+    @torch.inference_mode()
+    def step(
+        self, work: Sequence[tuple[int, Sequence[int], int]], *, sample: bool = True
+    ) -> torch.Tensor:
+        """(sequence, its new tokens, tokens cached before) → logits of each one's last row."""
+        entries: list[tuple[SequenceSpan, list[int]]] = []
+        ids: list[int] = []
+        for sequence_id, new_ids, num_computed in work:
+            kv_len = num_computed + len(new_ids)
+            pages = self.pages.setdefault(sequence_id, [])
+            while len(pages) * PAGE_SIZE < kv_len:
+                pages.append(self.next_page)
+                self.next_page += 1
+            entries.append((SequenceSpan(sequence_id, len(ids), len(new_ids), kv_len), pages))
+            ids.extend(new_ids)
+        layout = build_layout(entries, PAGE_SIZE)
+        rows = torch.tensor([span.query_start + span.query_len - 1 for span, _ in entries])
+        tensor = torch.tensor(ids)
+        self.hidden = []
+        for stage in self.stages:
+            tensor = stage.forward(tensor, layout, rows if sample else rows[:0])
+            self.hidden.append(tensor)
+        return self.hidden.pop()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int
+    ) -> list[list[int]]:
+        """Greedy: decodes first, then at most `chunk` tokens of each unfinished prompt."""
+        histories = [list(prompt) for prompt in prompts]
+        computed = [0] * len(prompts)
+        for number in self._rounds(histories, prompts, num_tokens):
+            order = sorted(
+                (len(histories[index]) - computed[index] > 1, index)
+                for index in range(min(number, len(prompts)))  # one more prompt joins per round
+                if len(histories[index]) - len(prompts[index]) < num_tokens
+            )
+            work = [
+                (
+                    index,
+                    histories[index][computed[index] : computed[index] + chunk],
+                    computed[index],
+                )
+                for _, index in order
+            ]
+            logits = self.step(work)
+            for row, (index, new_ids, _) in enumerate(work):
+                computed[index] += len(new_ids)
+                if computed[index] == len(histories[index]):
+                    histories[index].append(int(logits[row].argmax()))
+        return [history[len(prompt) :] for history, prompt in zip(histories, prompts, strict=True)]
+
+    @staticmethod
+    def _rounds(
+        histories: list[list[int]], prompts: Sequence[Sequence[int]], num_tokens: int
+    ) -> Iterator[int]:
+        number = 0
+        while any(
+            len(history) - len(prompt) < num_tokens
+            for history, prompt in zip(histories, prompts, strict=True)
+        ):
+            number += 1
+            yield number
+
+
+def paged_cache(config: transformers.PretrainedConfig, num_layers: int) -> PagedKVCache:
+    """Pages enough for the tests, in the shape that the model's configuration gives."""
+    heads = config.num_attention_heads
+    return PagedKVCache.allocate(
+        num_layers=num_layers,
+        num_pages=64,
+        page_size=PAGE_SIZE,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=torch.float32,
+    )
