@@ -1,0 +1,1 @@
+"""How one rank runs a micro-batch (every rank)."""

@@ -1,0 +1,184 @@
+"""The last stage's choice of the next token, and its log-probabilities.
+
+Rows of a step have settings of their own; those that share a setting's use are treated together,
+without a loop over rows except for penalties and log-probabilities. The order is transformers':
+repetition penalty, temperature, top-k, top-p, min-p. A row's token depends on its logits, its
+settings and its position only. Not here: stops and the end of sequence, which the head decides.
+
+Shape suffixes: S rows to sample, G rows of a group, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpipipe.errors import NumericsError
+from mpipipe.stage.logits_filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
+from mpipipe.types import SamplingParams, TokenLogprobs
+
+__all__ = ["SampleRow", "Sampled", "filtered_scores", "sample"]
+
+# Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
+# a factor e or more: the draw is greedy, and the division could only overflow.
+_GREEDY_BELOW_TEMPERATURE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What the sampler must know of one sequence."""
+
+    sampling: SamplingParams
+    position: int  # index of the token to draw: how many tokens come before it
+    seen_ids: Sequence[int] | torch.Tensor = ()  # prompt and completion; read only for a penalty
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, with no draw."""
+        return self.sampling.temperature < _GREEDY_BELOW_TEMPERATURE
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome of one step, in the order of its rows."""
+
+    token_ids_S: torch.Tensor  # int64
+    logprobs: tuple[TokenLogprobs | None, ...] | None  # None: no row asked
+
+
+def sample(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
+    """Choose one token per row of float32 `logits_SV`, which is not modified.
+
+    Log-probabilities are those of the model's raw distribution, before any setting is applied.
+
+    Raises:
+        NumericsError: a row has NaN or +inf, or nothing finite.
+    """
+    assert logits_SV.shape[0] == len(rows), (logits_SV.shape, len(rows))
+    if not rows:
+        empty_S = torch.empty(0, dtype=torch.int64, device=logits_SV.device)
+        return Sampled(token_ids_S=empty_S, logprobs=None)
+    best_S = logits_SV.argmax(dim=-1)  # the first of equals; a NaN counts as the largest
+    _check_finite(logits_SV.gather(-1, best_S.unsqueeze(-1)).squeeze(-1), rows)
+    token_ids_S = best_S
+    if any(row.sampling.repetition_penalty != 1 or not row.is_greedy for row in rows):
+        scores_SV = _penalised(logits_SV, rows)
+        token_ids_S = best_S if scores_SV is logits_SV else scores_SV.argmax(dim=-1)
+        _draw(scores_SV, rows, token_ids_S)
+    if all(row.sampling.num_logprobs < 0 for row in rows):
+        return Sampled(token_ids_S=token_ids_S, logprobs=None)
+    return Sampled(token_ids_S=token_ids_S, logprobs=_logprobs(logits_SV, rows, token_ids_S))
+
+
+def filtered_scores(scores_GV: torch.Tensor, settings: Sequence[SamplingParams]) -> torch.Tensor:
+    """The log-weights to draw from: temperature, top-k, top-p, min-p; -inf for what is left out.
+
+    `scores_GV`: float32, after the penalty, settings with a temperature above 0.
+    """
+    device = scores_GV.device
+    scores_GV = scores_GV / _column([s.temperature for s in settings], device).unsqueeze(-1)
+    scores_GV.clamp_(max=torch.finfo(scores_GV.dtype).max)  # only absurd settings overflow
+    vocabulary = scores_GV.shape[-1]
+
+    def top_k(group_GV: torch.Tensor, group: list[SamplingParams]) -> torch.Tensor:
+        ks = [s.top_k for s in group]
+        return keep_top_k(group_GV, torch.tensor(ks, device=device), max(ks))
+
+    def top_p(group_GV: torch.Tensor, group: list[SamplingParams]) -> torch.Tensor:
+        return keep_top_p(group_GV, _column([1 - s.top_p for s in group], device))
+
+    def min_p(group_GV: torch.Tensor, group: list[SamplingParams]) -> torch.Tensor:
+        return keep_min_p(group_GV, _column([s.min_p for s in group], device))
+
+    scores_GV = _where(scores_GV, settings, lambda s: 0 < s.top_k < vocabulary, top_k)
+    scores_GV = _where(scores_GV, settings, lambda s: s.top_p < 1, top_p)
+    return _where(scores_GV, settings, lambda s: s.min_p > 0, min_p)
+
+
+def _where(
+    scores_GV: torch.Tensor,
+    settings: Sequence[SamplingParams],
+    uses: Callable[[SamplingParams], bool],
+    keep: Callable[[torch.Tensor, list[SamplingParams]], torch.Tensor],
+) -> torch.Tensor:
+    """Apply `keep` to the rows whose setting `uses` it, all at once."""
+    indices = [index for index, setting in enumerate(settings) if uses(setting)]
+    if not indices:
+        return scores_GV
+    group = [settings[index] for index in indices]
+    if len(indices) == len(settings):
+        return keep(scores_GV, group)
+    indices_G = torch.tensor(indices, device=scores_GV.device)
+    return scores_GV.index_copy(0, indices_G, keep(scores_GV.index_select(0, indices_G), group))
+
+
+def _penalised(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """A copy with the penalties applied; the logits themselves when no row has one."""
+    if all(row.sampling.repetition_penalty == 1 for row in rows):
+        return logits_SV
+    scores_SV = logits_SV.clone()
+    for index, row in enumerate(rows):
+        if row.sampling.repetition_penalty != 1:
+            penalise_repetition(scores_SV[index], row.seen_ids, row.sampling.repetition_penalty)
+    return scores_SV
+
+
+def _draw(scores_SV: torch.Tensor, rows: Sequence[SampleRow], token_ids_S: torch.Tensor) -> None:
+    """Replace the ids of the rows that are not greedy by drawn ones."""
+    indices = [index for index, row in enumerate(rows) if not row.is_greedy]
+    if not indices:
+        return
+    device = scores_SV.device
+    group = [rows[index] for index in indices]
+    indices_G = torch.tensor(indices, device=device)
+    scores_GV = scores_SV if len(group) == len(rows) else scores_SV.index_select(0, indices_G)
+    scores_GV = filtered_scores(scores_GV, [row.sampling for row in group])
+    keys_G = keys_tensor([row.sampling.seed for row in group], device)
+    positions_G = torch.tensor([row.position for row in group], device=device)
+    drawn_G = draw_token_ids(scores_GV, uniforms(keys_G, positions_G))
+    token_ids_S.index_copy_(0, indices_G, drawn_G)
+
+
+def _logprobs(
+    logits_SV: torch.Tensor, rows: Sequence[SampleRow], token_ids_S: torch.Tensor
+) -> tuple[TokenLogprobs | None, ...]:
+    token_ids = token_ids_S.tolist()
+    return tuple(
+        _row_logprobs(logits_SV[index], token_ids[index], row.sampling.num_logprobs)
+        if row.sampling.num_logprobs >= 0
+        else None
+        for index, row in enumerate(rows)
+    )
+
+
+def _row_logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    logprobs_V = logits_V.log_softmax(dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top > 0:
+        num_top = min(num_top, logprobs_V.shape[-1])
+        smallest = logprobs_V.topk(num_top).values[-1]
+        # topk leaves open which of equals it returns: take all of them, then the lowest ids.
+        ids = (logprobs_V >= smallest).nonzero().squeeze(-1)
+        pairs = zip(ids.tolist(), logprobs_V[ids].tolist(), strict=True)
+        top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:num_top])
+    return TokenLogprobs(token_id=token_id, logprob=logprobs_V[token_id].item(), top=top)
+
+
+def _check_finite(largest_S: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    finite_S = largest_S.isfinite()
+    if finite_S.all():
+        return
+    index = int((~finite_S).nonzero()[0])
+    raise NumericsError(
+        f"the model's logits for token {rows[index].position} of a sequence are not finite "
+        f"(largest: {largest_S[index].item()}; {int((~finite_S).sum())} of {len(rows)} sequences "
+        "of the step): most likely its activations overflowed in float16, or a weight file is "
+        "damaged; set model.dtype to bfloat16 or float32, or copy the model again"
+    )
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
