@@ -1,0 +1,96 @@
+"""`mpipipe bench …`: measurements of one part, and the rival's figure for comparison."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpipipe.clock import MonotonicClock
+from mpipipe.config.load import load_config
+from mpipipe.config.prompts import read_prompts
+from mpipipe.control_plane.probe import format_probe
+from mpipipe.errors import ConfigError
+from mpipipe.progress import new_event_loop
+from mpipipe.runtime.control_bench import measure_control_plane
+from mpipipe.runtime.inputs import read_model
+from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge
+from mpipipe.runtime.requests import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpipipe.runtime.baseline import BaselineResult
+
+__all__ = ["control_command", "transformers_command"]
+
+
+def control_command(*, debug: bool) -> int:
+    """Measure messages between the ranks of this launch; the head prints a table.
+
+    Raises:
+        MpipipeError: fewer than two ranks, or MPI is not as needed.
+    """
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        probe = runner.run(measure_control_plane(MonotonicClock(), debug=debug))
+    if probe is not None:
+        rows = [("", "mpipipe", "plain mpi4py"), *format_probe(probe)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        for row in rows:
+            print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def transformers_command(
+    config_path: Path, overrides: Sequence[str], *, num_threads: int, batch_size: int
+) -> None:
+    """Run the configured prompts through `transformers.generate` and print its throughput.
+
+    Completions go to `output.dir` when it is set, in the form of a run's.
+
+    Raises:
+        MpipipeError: what `mpipipe run` would refuse.
+    """
+    loaded = load_config(config_path, overrides)
+    config = loaded.config
+    path = Path(config.prompts.path) if config.prompts.path else None
+    lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
+    model = read_model(loaded)
+    if config.generation.temperature > 0:
+        raise ConfigError(
+            "bench transformers decodes greedily, so that tokens can be compared: set "
+            "generation.temperature=0"
+        )
+
+    from mpipipe.models.tokenizer import open_tokenizer
+    from mpipipe.runtime.baseline import generate_with_transformers
+
+    folder = Path(config.output.dir).absolute() if config.output.dir != "auto" else None
+    if folder is not None:
+        claim_run_folder(folder, overwrite=config.output.overwrite)
+    tokenizer = open_tokenizer(model.tokenizer_folder, config.model.trust_remote_code)
+    special = config.prompts.add_special_tokens
+    prompts = prepare(lines, tokenizer, add_special_tokens=special)
+    result = generate_with_transformers(
+        model.folder,
+        prompts.requests,
+        dtype="float32" if config.model.dtype == "auto" else config.model.dtype,
+        batch_size=batch_size or max(1, len(prompts.requests)),
+        num_threads=num_threads,
+        decode=tokenizer.decode,
+    )
+    print(_result_line(result, num_threads))
+    if folder is not None:
+        with CompletionWriter(folder, 0) as writer:
+            for completion in (*prompts.refused, *result.completions):
+                writer.write(completion)
+        print(f"Completions in {merge(folder, writer.index_of)}")
+
+
+def _result_line(result: BaselineResult, num_threads: int) -> str:
+    return (
+        f"transformers.generate: {len(result.completions)} prompts, "
+        f"{result.num_output_tokens} output tokens in {result.generate_s:.2f} s, "
+        f"{result.tokens_per_s:.1f} tokens/s with {num_threads} threads "
+        f"(load {result.load_s:.1f} s)"
+    )

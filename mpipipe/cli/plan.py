@@ -1,0 +1,58 @@
+"""`mpipipe plan`: the plan for N ranks of this machine's kind, without starting anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from mpipipe._version import __version__
+from mpipipe.config.load import config_hash, load_config
+from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
+from mpipipe.planning.explain import plan_lines
+from mpipipe.planning.resolve import make_plan
+from mpipipe.runtime.inputs import deepspeed_warnings, read_model
+from mpipipe.topology.host import read_host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["plan_command"]
+
+
+def plan_command(
+    config: Path, overrides: Sequence[str], *, num_stages: int | None, as_json: bool
+) -> None:
+    """Print the plan that `num_stages` ranks on one host like this one would agree on.
+
+    Without `num_stages`: as many as the configuration asks for, or one.
+
+    Raises:
+        MpipipeError: what `mpipipe run` would refuse before it reads prompts and weights.
+    """
+    loaded = load_config(config, overrides)
+    if num_stages is None:
+        configured = loaded.config.pipeline.num_stages
+        num_stages = configured if isinstance(configured, int) else 1
+    model = read_model(loaded)
+    host = read_host()
+    hellos = [
+        Hello(
+            rank=rank,
+            world_size=num_stages,
+            protocol_version=PROTOCOL_VERSION,
+            package_version=__version__,
+            config_hash=config_hash(loaded.config),
+            host=host.host,
+            pid=os.getpid(),
+            num_cores=host.usable_cores,
+            memory_available_bytes=host.memory_available_bytes,
+            launcher="none",
+        )
+        for rank in range(num_stages)
+    ]
+    plan = make_plan(loaded.config, model.spec, hellos, str(model.folder))
+    for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
+        print(f"mpipipe: warning: {warning}", file=sys.stderr)
+    print(plan.to_json() if as_json else "\n".join(plan_lines(plan)))

@@ -1,0 +1,1 @@
+"""Boot, session, shutdown: the only place that wires the parts."""

@@ -1,0 +1,32 @@
+"""`mpipipe bench control`: the control plane's microbenchmark on the ranks of this launch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpipipe.control_plane.probe import ControlProbe, probe_control_plane
+from mpipipe.errors import EnvironmentSetupError
+from mpipipe.runtime.launch import AgreedError, open_ranks
+from mpipipe.topology.host import usable_cores
+
+if TYPE_CHECKING:
+    from mpipipe.clock import Clock
+
+__all__ = ["measure_control_plane"]
+
+
+async def measure_control_plane(clock: Clock, *, debug: bool = False) -> ControlProbe | None:
+    """Measure; the result on the head, None elsewhere.
+
+    Raises:
+        EnvironmentSetupError: fewer than two ranks were started.
+    """
+    async with open_ranks(clock, debug=debug) as ranks:
+        if ranks.mesh.world_size < 2:
+            raise AgreedError(
+                EnvironmentSetupError(
+                    "messages need two ranks, one was started: `mpirun -n 2 mpipipe bench control`"
+                )
+            )
+        ranks.engine.share_cores(num_ranks=ranks.mesh.world_size, num_cores=usable_cores())
+        return await probe_control_plane(ranks.mesh, raw=ranks.raw)

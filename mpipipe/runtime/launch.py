@@ -1,0 +1,174 @@
+"""From processes to ranks that know each other, and back: the outermost frame of every command.
+
+An error that all ranks agreed on (`AgreedError`) ends them in order, with MPI finalised. Any other
+exception on one rank is told on its own standard error and aborts the job, so that no rank hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mpipipe.clock import Clock
+from mpipipe.control_plane.channel import Channel
+from mpipipe.control_plane.memory import open_memory_channels
+from mpipipe.control_plane.mesh import Mesh
+from mpipipe.control_plane.probe import RawMessages
+from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EnvironmentSetupError, MpipipeError
+from mpipipe.progress import ProgressEngine
+from mpipipe.topology.host import host_name
+from mpipipe.topology.launcher import LaunchInfo, check_world_size, detect
+
+__all__ = ["AgreedError", "Ranks", "in_phase", "open_ranks"]
+
+T = TypeVar("T")
+
+# Loading a large model from a busy parallel file system takes minutes, and every rank waits for the
+# slowest. A rank that dies meanwhile is noticed by the launcher, not by this deadline.
+PHASE_DEADLINE_S = 3600.0
+
+
+class AgreedError(Exception):
+    """An error that every rank knows of: all leave together, in order."""
+
+    def __init__(self, error: MpipipeError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This rank among the others."""
+
+    mesh: Mesh
+    engine: ProgressEngine
+    clock: Clock
+    info: LaunchInfo
+    tasks: asyncio.TaskGroup  # holds what runs as long as the session
+    mpi_library: str  # "" without MPI
+    raw: RawMessages | None  # plain MPI, to measure against; None without MPI
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this rank decides."""
+        return self.mesh.is_head
+
+
+async def in_phase(
+    ranks: Ranks, phase: str, work: Callable[[], T], deadline_s: float = PHASE_DEADLINE_S
+) -> T:
+    """Do `work` on this rank, then agree with all others that everybody's went well.
+
+    Raises:
+        AgreedError: somebody's did not; raised on every rank.
+    """
+    result: list[T] = []
+    error: MpipipeError | None = None
+    try:
+        result.append(work())
+    except MpipipeError as caught:
+        error = caught
+    try:
+        await ranks.mesh.agree(phase, error, deadline_s)
+    except MpipipeError as agreed:
+        raise AgreedError(agreed) from error
+    return result[0]
+
+
+@asynccontextmanager
+async def open_ranks(clock: Clock, *, debug: bool = False) -> AsyncIterator[Ranks]:
+    """Join the other ranks of this launch; leave them in order, or abort them all.
+
+    Raises:
+        MpipipeError: the error that all ranks agreed on, or MPI could not be set up.
+    """
+    info = detect(os.environ)
+    engine = ProgressEngine()
+    opened = _open_channel(info, engine)
+    mesh = Mesh(opened.channel, engine, clock)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            ranks = Ranks(mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw)
+            polling = tasks.create_task(engine.run(), name="progress")
+            mesh.start()
+            try:
+                yield ranks
+            except AgreedError as agreed:
+                try:
+                    await mesh.aclose()
+                except MpipipeError:
+                    # Somebody cannot leave in order: tell the cause, not that, and abort.
+                    raise agreed.error from agreed.__cause__
+                raise
+            await mesh.aclose()
+            polling.cancel()
+    except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting
+        error = _first(raised)
+        if isinstance(error, AgreedError):
+            raise error.error from error.__cause__
+        if mesh.world_size > 1:
+            _tell_and_abort(mesh, error, debug=debug)
+        raise error from error.__cause__
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    channel: Channel
+    mpi_library: str = ""
+    raw: RawMessages | None = None
+
+
+def _open_channel(info: LaunchInfo, engine: ProgressEngine) -> _Opened:
+    """MPI when ranks were launched; one process needs none, and none may be installed."""
+    if not info.mpi_expected:
+        check_world_size(info, 1)
+        return _Opened(open_memory_channels(1, engine)[0])
+    from mpipipe.control_plane import mpi
+
+    channel = mpi.open_mpi_control_channel(engine, init_limit_s=_init_limit_s())
+    library = mpi.library_version()
+    check_world_size(info, channel.world_size, library)
+    return _Opened(channel, library, channel)
+
+
+def _init_limit_s() -> float:
+    """How long MPI may take to start: MPIPIPE_INIT_TIMEOUT_S, or two minutes."""
+    try:
+        return float(os.environ.get("MPIPIPE_INIT_TIMEOUT_S", "120"))
+    except ValueError:
+        raise EnvironmentSetupError(
+            f"MPIPIPE_INIT_TIMEOUT_S={os.environ['MPIPIPE_INIT_TIMEOUT_S']} is no number: "
+            "give seconds"
+        ) from None
+
+
+def _first(raised: BaseException) -> BaseException:
+    """The first real error of a task group's exception group."""
+    while isinstance(raised, BaseExceptionGroup):
+        raised = raised.exceptions[0]
+    return raised
+
+
+def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
+    """Say which rank failed and why, then end all ranks: the others cannot go on without it."""
+    exit_code = EXIT_BUG
+    if isinstance(error, MpipipeError):
+        exit_code = error.exit_code
+    elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+        exit_code = EXIT_INTERRUPTED
+    where = f"rank {mesh.rank} on {host_name()}"
+    if isinstance(error, MpipipeError) and not debug:
+        text = f"mpipipe: error: {where}: {error}"
+    elif exit_code == EXIT_INTERRUPTED:
+        text = f"mpipipe: interrupted: {where} ends the job"
+    else:
+        trace = "".join(traceback.format_exception(error))
+        text = f"mpipipe: {where} failed unexpectedly and ends the job:\n{trace}"
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the process ends in the next line
+    mesh.abort(exit_code)

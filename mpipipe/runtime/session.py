@@ -1,0 +1,171 @@
+"""A live pipeline on this rank: generate as often as wanted, then report and leave together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
+from mpipipe.metrics.summary import RankReport
+from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.runner import Runner
+from mpipipe.topology.host import host_name, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable
+
+    from mpipipe.metrics.accounting import StageAccount
+    from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.runtime.boot import Boot
+    from mpipipe.scheduler.instructions import SchedulerStatistics
+    from mpipipe.stage.worker import StageWorker
+    from mpipipe.types import Completion, Request
+
+__all__ = ["LoadFacts", "Session"]
+
+_GATHER_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFacts:
+    """What loading this rank's stage took and left."""
+
+    load_s: float
+    loaded_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    baseline_rss_bytes: int
+
+
+class Session:
+    """One rank's end of a loaded pipeline; made by `boot.open_session`."""
+
+    def __init__(
+        self,
+        boot: Boot,
+        *,
+        plan: PipelinePlan,
+        worker: StageWorker,
+        account: StageAccount,
+        load: LoadFacts,
+    ) -> None:
+        self.ranks = boot.ranks
+        self.hellos = boot.hellos
+        self.plan = plan
+        self.load = load
+        self._model = boot.model
+        self._tokenizer = boot.tokenizer
+        self._log = boot.log
+        self._worker = worker
+        self._account = account
+        self._core: SchedulerCore | None = None
+        self._runner: Runner | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this rank schedules and yields completions."""
+        return self.ranks.is_head
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; on the head only."""
+        assert self._tokenizer is not None, "only the head has the tokenizer"
+        return self._tokenizer
+
+    def statistics(self) -> SchedulerStatistics | None:
+        """The scheduler's counts; None before the first `generate` and on other ranks."""
+        return self._core.statistics() if self._core is not None else None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that the latest `generate` has made so far (head)."""
+        return self._runner.num_output_tokens if self._runner is not None else 0
+
+    async def generate(
+        self, requests: Iterable[Request], refused: Iterable[Completion] = ()
+    ) -> AsyncGenerator[Completion, None]:
+        """Complete `requests`: completions as they end on the head, nothing on other ranks.
+
+        `refused`, prompts that are no requests, come first.
+
+        Every rank must call it the same number of times; other ranks serve their stage until the
+        head is done.
+        """
+        if not self.is_head:
+            await self._worker.serve()
+            return
+        async with self._one_at_a_time:
+            self._core = self._make_core()
+            runner = self._runner = Runner(
+                core=self._core,
+                mesh=self.ranks.mesh,
+                stage_ranks=[stage.rank for stage in self.plan.stages],
+                decode=self.tokenizer.decode,
+                clock=self.ranks.clock,
+                log=self._log,
+            )
+            served = self.ranks.tasks.create_task(self._worker.serve(), name="stage")
+            # A stage that fails takes its error to the task group, which cancels us; nobody may
+            # then wait for steps that will not come back.
+            served.add_done_callback(lambda _: runner.stage_ended())
+            try:
+                for completion in refused:
+                    yield completion
+                async with aclosing(runner.generate(requests)) as completions:
+                    async for completion in completions:
+                        yield completion
+            finally:
+                # Also when the caller stops early: what is in flight must come back first, or the
+                # stages would be left in the middle of a step.
+                await runner.drain()
+                self.ranks.mesh.broadcast_message(GenerationEnded())
+                await served
+
+    def end(self) -> None:
+        """Tell the other ranks that no `generate` will follow (head)."""
+        self.ranks.mesh.broadcast_message(SessionEnded())
+
+    async def serve_until_ended(self) -> None:
+        """Serve `generate` calls until the head ends the session (other ranks)."""
+        while await self._worker.serve():
+            pass
+
+    async def gather_reports(self) -> tuple[RankReport, ...] | None:
+        """Every rank's totals, in stage order, on the head; None elsewhere."""
+        payload = json.dumps(self._report().to_dict()).encode()
+        parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
+        if parts is None:
+            return None
+        reports = [RankReport.from_dict(json.loads(part)) for part in parts]
+        return tuple(sorted(reports, key=lambda report: report.stage.stage))
+
+    def _report(self) -> RankReport:
+        return RankReport(
+            rank=self.ranks.mesh.rank,
+            host=host_name(),
+            stage=self._account.snapshot(),
+            load_s=self.load.load_s,
+            loaded_bytes=self.load.loaded_bytes,
+            weight_bytes=self.load.weight_bytes,
+            kv_bytes=self.load.kv_bytes,
+            baseline_rss_bytes=self.load.baseline_rss_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _make_core(self) -> SchedulerCore:
+        plan = self.plan
+        assert self._model is not None, "only the head schedules"
+        return SchedulerCore(
+            num_slots=plan.num_slots,
+            max_sequences_per_slot=plan.max_sequences_per_slot,
+            max_tokens_per_step=plan.max_tokens_per_step,
+            num_pages=plan.num_kv_pages,
+            page_size=plan.page_size_tokens,
+            max_context_tokens=plan.max_context_tokens,
+            eos_token_ids=self._model.spec.eos_token_ids or self.tokenizer.eos_token_ids,
+        )
