@@ -1,0 +1,125 @@
+"""Real ranks, real files: runs the `mpipipe` command as a user would, under a hard limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 240
+BESIDE = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+    def completions(self) -> list[dict[str, Any]]:
+        """The lines of completions.jsonl."""
+        return read_jsonl(self.folder / "completions.jsonl")
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run folder."""
+        document: dict[str, Any] = json.loads((self.folder / name).read_text())
+        return document
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def mpiexec(num_ranks: int) -> list[str]:
+    """The launcher beside this Python, or the site's."""
+    found = shutil.which("mpiexec", path=f"{BESIDE}{os.pathsep}{os.environ['PATH']}")
+    assert found is not None, "no mpiexec: install mpipipe[mpich]"
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    command = [found, "-n", str(num_ranks)]
+    if "Open MPI" in version.stdout or "OpenRTE" in version.stdout:
+        command += ["--oversubscribe", "--allow-run-as-root"]
+    return command
+
+
+def execute(command: list[str], folder: Path, **environment: str) -> Outcome:
+    """Run `command` in the project's root; fails the test when it hangs."""
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return Outcome(result.returncode, result.stdout, result.stderr, folder)
+
+
+def run(num_ranks: int, config: Path | str, folder: Path, *words: str) -> Outcome:
+    """`mpipipe run CONFIG output.dir=FOLDER WORDS…` on `num_ranks` ranks; 0: without a launcher."""
+    launch = mpiexec(num_ranks) if num_ranks else []
+    command = [*launch, sys.executable, "-m", "mpipipe", "run", str(config)]
+    return execute([*command, f"output.dir={folder}", *words], folder)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model, fetched once per machine."""
+    from mpipipe.runtime.demo_model import prepare_demo_model
+
+    return prepare_demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four layers with a byte-level tokenizer: loads in a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        eos_token_id=299,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tmp_path: Path) -> Path:
+    """A configuration of the tiny model with three prompts."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"id": name, "prompt": f"{name} prompt"} for name in ("first", "second", "third")]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        f'model.path = "{tiny_model}"\nprompts.path = "{prompts}"\n'
+        "generation.max_new_tokens = 8\nmemory.num_kv_pages = 64\n"
+    )
+    return config

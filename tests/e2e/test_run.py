@@ -1,0 +1,224 @@
+"""The run folder, and what must not change the tokens: stages, slots, pages, caches, batching."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import ROOT, execute, mpiexec, read_jsonl, run
+
+SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
+RECORD_KEYS = {
+    "id",
+    "text",
+    "token_ids",
+    "finish_reason",
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "queue_s",
+    "ttft_s",
+    "latency_s",
+    "tokens_per_s",
+}
+
+
+def tokens(records: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Token ids by prompt id."""
+    return {record["id"]: record["token_ids"] for record in records}
+
+
+@pytest.fixture(scope="module")
+def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve prompts of unequal lengths, long enough to need several pages each."""
+    path = tmp_path_factory.mktemp("prompts") / "many.jsonl"
+    lines = [{"id": f"p{i}", "prompt": "many words " * (1 + i % 4) + str(i)} for i in range(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcome = run(2, tiny_config, folder)
+    assert outcome.exit_code == 0, outcome.stderr
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "manifest.json",
+        "completions.jsonl",
+        "completions_rank_0.jsonl",
+        "rank_0.log",
+        "rank_1.log",
+        "metrics.json",
+    }
+    records = outcome.completions()
+    assert [record["id"] for record in records] == ["first", "second", "third"]
+    assert all(set(record) == RECORD_KEYS for record in records)
+    assert all(record["num_output_tokens"] == len(record["token_ids"]) for record in records)
+    unordered = read_jsonl(folder / "completions_rank_0.jsonl")
+    assert tokens(unordered) == tokens(records)
+
+
+@pytest.mark.parametrize("num_ranks", [0, 2])
+def test_the_manifest_is_enough_to_repeat_the_run(
+    num_ranks: int, tiny_config: Path, tmp_path: Path
+) -> None:
+    first = run(num_ranks, tiny_config, tmp_path / "first")
+    manifest = first.json("manifest.json")
+    assert Path(manifest["config"]["model"]["path"]).is_absolute()
+    assert manifest["config"]["output"]["dir"] == str(tmp_path / "first")
+    assert len(manifest["plan"]["stages"]) == len(manifest["hosts"]) == max(1, num_ranks)
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(manifest["config"]))
+    second = run(num_ranks, again, tmp_path / "second")
+    assert second.exit_code == 0, second.stderr
+    assert tokens(second.completions()) == tokens(first.completions())
+
+
+def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
+    metrics = run(2, tiny_config, tmp_path / "run").json("metrics.json")
+    assert metrics["requests"]["num_completed"] == 3
+    for rank in metrics["ranks"]:
+        overall = rank["stage"]["overall"]
+        names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+        assert sum(overall[name] for name in names) == pytest.approx(overall["wall_s"], abs=1e-6)
+        assert overall["wall_s"] <= metrics["phases"]["generate_s"] * 1.01 + 0.01
+
+
+def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
+    run(2, tiny_config, tmp_path / "run")
+    for rank in (0, 1):
+        events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
+        assert {event["rank"] for event in events} == {rank}
+        assert {"greeted", "ready"} <= {event["event"] for event in events}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "words"),
+    [
+        (3, []),
+        (2, ["pipeline.num_slots=1"]),
+        (2, ["pipeline.num_slots=4", "pipeline.max_sequences_per_slot=2"]),
+        (2, ["pipeline.max_tokens_per_step=8", "pipeline.max_sequences_per_slot=8"]),
+        (2, ["memory.num_kv_pages=14", "memory.page_size_tokens=8"]),
+        (1, ["memory.kv_cache=contiguous", "pipeline.attention=reference"]),
+    ],
+    ids=["three-stages", "one-slot", "four-slots", "small-chunks", "preemption", "oracles"],
+)
+def test_sampled_tokens_do_not_depend_on_how_they_are_computed(
+    num_ranks: int, words: list[str], tiny_config: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    job = [f"prompts.path={many_prompts}", "generation.max_new_tokens=24", *SAMPLED]
+    plain = run(0, tiny_config, tmp_path / "plain", *job)
+    assert plain.exit_code == 0, plain.stderr
+    other = run(num_ranks, tiny_config, tmp_path / "other", *job, *words)
+    assert other.exit_code == 0, other.stderr
+    assert tokens(other.completions()) == tokens(plain.completions())
+    preempted = other.json("metrics.json")["num_preemptions"]
+    assert (preempted > 0) == any("num_kv_pages" in word for word in words)
+
+
+def test_log_probabilities_and_stop_strings_reach_the_records(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    plain = run(2, tiny_config, tmp_path / "plain", "generation.num_logprobs=3")
+    record = plain.completions()[0]
+    assert len(record["logprobs"]) == record["num_output_tokens"]
+    first = record["logprobs"][0]
+    assert first["token_id"] == record["token_ids"][0]
+    assert len(first["top"]) == 3
+    assert first["logprob"] == first["top"][0]["logprob"] <= 0
+    stop = record["text"][3:5]
+    stopped = run(0, tiny_config, tmp_path / "stop", f"generation.stop={json.dumps([stop])}")
+    cut = stopped.completions()[0]
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == record["text"][: record["text"].index(stop)]
+
+
+def test_the_library_example_runs_on_two_ranks(tiny_model: Path) -> None:
+    example = ROOT / "launch" / "library_example.py"
+    command = [*mpiexec(2), sys.executable, str(example), str(tiny_model)]
+    outcome = execute(command, ROOT)
+    assert outcome.exit_code == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    assert sum(line.startswith("sync") for line in lines) == 3
+    assert sum(line.startswith("async") for line in lines) == 2
+
+
+def test_an_exception_in_a_library_script_ends_all_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys\n"
+        "from mpipipe import Pipeline\n"
+        "with Pipeline(sys.argv[1]) as pipeline:\n"
+        "    for completion in pipeline.generate_sync(['x', 'y'], max_new_tokens=4):\n"
+        "        raise RuntimeError('the script is wrong')\n"
+    )
+    outcome = execute([*mpiexec(2), sys.executable, str(script), str(tiny_model)], tmp_path)
+    assert outcome.exit_code != 0
+    assert "the script is wrong" in outcome.stderr
+
+
+def test_the_older_configuration_with_its_deepspeed_file_runs(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = {
+        "model_path": str(tiny_model),
+        "prompts": ["a first prompt", "a second one"],
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "local_files_only": True,
+    }
+    path = tmp_path / "exp_config.json"
+    path.write_text(json.dumps(config))
+    (tmp_path / "ds_config.json").write_text(json.dumps({"pipeline": {"stages": 2}}))
+    outcome = run(2, path, tmp_path / "two")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert [record["num_output_tokens"] for record in outcome.completions()] == [4, 4]
+    contradiction = run(1, path, tmp_path / "one")
+    assert contradiction.exit_code == 2
+    assert "ds_config.json expects 2 pipeline stages" in contradiction.stderr
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_step_that_fails_on_one_rank_ends_all_ranks_with_its_error(
+    failing_rank: int, tiny_config: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import sys\n"
+        "from mpi4py import MPI\n"
+        "from mpipipe.errors import NumericsError\n"
+        "from mpipipe.stage.executor import StageExecutor\n"
+        "def fail(self, step, hidden):\n"
+        "    raise NumericsError('the logits are no numbers')\n"
+        f"if MPI.COMM_WORLD.rank == {failing_rank}:\n"
+        "    StageExecutor.run = fail\n"
+        "from mpipipe.cli.main import main\n"
+        "main()\n"
+    )
+    command = [*mpiexec(2), sys.executable, str(script), "run", str(tiny_config)]
+    outcome = execute([*command, f"output.dir={tmp_path / 'run'}"], tmp_path / "run")
+    assert outcome.exit_code != 0
+    assert "the logits are no numbers" in outcome.stderr
+    assert f"rank {failing_rank}" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_loop_that_breaks_leaves_the_pipeline_usable(tiny_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "breaking.py"
+    script.write_text(
+        "import sys\n"
+        "from mpipipe import Pipeline\n"
+        "with Pipeline(sys.argv[1], 'pipeline.max_sequences_per_slot=1') as pipeline:\n"
+        "    for completion in pipeline.generate_sync(['a', 'b', 'c', 'd'], max_new_tokens=9):\n"
+        "        break\n"
+        "    done = list(pipeline.generate_sync(['a', 'b', ''], max_new_tokens=9))\n"
+        "    if pipeline.is_head:\n"
+        "        print('completed', sorted(c.index for c in done), flush=True)\n"
+    )
+    outcome = execute([*mpiexec(2), sys.executable, str(script), str(tiny_model)], tmp_path)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "completed [0, 1, 2]" in outcome.stdout
