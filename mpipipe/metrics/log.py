@@ -21,7 +21,7 @@ from mpipipe.errors import OutputError
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-__all__ = ["ListLog", "Logger", "RunLog", "open_log", "utc_now"]
+__all__ = ["ListLog", "Logger", "NullLog", "RunLog", "open_log", "utc_now"]
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # numbers of the logging module
 
@@ -132,6 +132,26 @@ class RunLog:
     def close(self) -> None:
         """Close the file; later events are counted as lost. May be called twice."""
         self._sink.close()
+
+
+class NullLog:
+    """A `Logger` that keeps nothing: for scripts that use the library."""
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Nothing."""
+
+    def info(self, event: str, **fields: object) -> None:
+        """Nothing."""
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Nothing."""
+
+    def error(self, event: str, **fields: object) -> None:
+        """Nothing."""
+
+    def bind(self, **_: object) -> NullLog:
+        """Itself."""
+        return self
 
 
 class ListLog:

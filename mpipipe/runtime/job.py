@@ -16,7 +16,8 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
-from mpipipe.runtime.inputs import Workload, deepspeed_warnings, greet, read_model
+from mpipipe.runtime.greeting import greet
+from mpipipe.runtime.inputs import Workload, deepspeed_warnings, read_model
 from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge, write_json

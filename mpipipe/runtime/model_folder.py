@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.load import DEMO_SCHEME, require_set
 from mpipipe.errors import CheckpointError, ConfigError
-from mpipipe.runtime.demo_model import demo_model_folder, is_ready
+from mpipipe.runtime.demo_model import DEMO_MODEL, demo_model_folder, is_ready
 
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["DEMO_MODEL", "model_folder"]
-
-DEMO_MODEL = f"{DEMO_SCHEME}smollm2"
+__all__ = ["model_folder"]
 
 
 def model_folder(loaded: LoadedConfig) -> Path:

@@ -19,9 +19,10 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import LoadedConfig, default_sampling, load_config
 from mpipipe.config.prompts import prompt_seed
 from mpipipe.errors import PromptError
-from mpipipe.metrics.log import ListLog
+from mpipipe.metrics.log import NullLog
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.inputs import Workload, greet, read_model
+from mpipipe.runtime.greeting import greet
+from mpipipe.runtime.inputs import Workload, read_model
 from mpipipe.runtime.launch import in_phase, open_ranks
 from mpipipe.types import Completion, Request, SamplingParams
 
@@ -42,7 +43,8 @@ class Pipeline:
     """A model split over the ranks of this launch, from `with` to its end.
 
     Args:
-        source: a configuration file (.toml, .json), a model folder, or `demo:smollm2`.
+        source: a configuration file (.toml, .json), a model folder, or `demo:smollm2`. The
+            sections `output` and `log`, and the file of `prompts`, are the command line's.
         overrides: `section.key=value` words, as on the command line.
     """
 
@@ -99,7 +101,7 @@ class Pipeline:
                 "tokenizer",
                 lambda: open_tokenizer(model.tokenizer_folder, trust) if model else None,
             )
-            boot = Boot(ranks, loaded, hellos, model, tokenizer, Workload(), ListLog())
+            boot = Boot(ranks, loaded, hellos, model, tokenizer, Workload(), NullLog())
             self._session = await stack.enter_async_context(open_session(boot))
             self._stack = stack.pop_all()
         return self
