@@ -8,14 +8,14 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
 import torch
 
-__all__ = ["BatchLayout", "SequenceSpan", "build_layout"]
+__all__ = ["BatchLayout", "SequenceSpan", "build_layout", "decode_layout", "to_device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,11 @@ class BatchLayout:
     num_decodes: int
     positions_T: torch.Tensor  # int64 [T]: position of each token in its sequence
     slots_T: torch.Tensor  # int64 [T]: page * page_size + offset, where K and V are written
-    page_table_BP: torch.Tensor  # int64 [B, max pages of the step], 0-padded
-    kv_lens_B: torch.Tensor  # int64 [B]
+    page_table_BP: torch.Tensor  # int64 [B, max pages of the step], 0-padded; int32 on a GPU
+    kv_lens_B: torch.Tensor  # int64 [B]; int32 on a GPU
+    query_starts_B1: torch.Tensor | None = None  # int32 [B + 1] on a GPU: first row of each, then T
+    max_query_len: int = 0  # on a GPU: the longest query_len, known to the host
+    max_kv_len: int = 0  # on a GPU: a bound of kv_lens_B, known to the host
     derived: dict[tuple[object, ...], object] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -56,6 +59,11 @@ class BatchLayout:
     def num_tokens(self) -> int:
         """T."""
         return int(self.positions_T.shape[0])
+
+    @property
+    def is_decode(self) -> bool:
+        """A step of decodes only: one row per sequence. The only kind that may have no `spans`."""
+        return self.num_decodes == self.num_tokens
 
 
 def build_layout(
@@ -96,4 +104,67 @@ def build_layout(
         slots_T=torch.from_numpy(slots_T),
         page_table_BP=torch.from_numpy(page_table_BP),
         kv_lens_B=torch.tensor([span.kv_len for span in spans], dtype=torch.int64),
+    )
+
+
+def to_device(
+    layout: BatchLayout,
+    device: torch.device,
+    sent: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> BatchLayout:
+    """`layout`, built on the host, for kernels on a GPU: int32 tables, query starts, bounds.
+
+    `sent` copies a host tensor to `device`, in the order of the current stream and without waiting.
+    Without it the copy is an ordinary one, which waits.
+    """
+    starts = [span.query_start for span in layout.spans] + [layout.num_tokens]
+    if sent is None:
+
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device)
+
+    return BatchLayout(
+        spans=layout.spans,
+        num_decodes=layout.num_decodes,
+        positions_T=sent(layout.positions_T),
+        slots_T=sent(layout.slots_T),
+        page_table_BP=sent(layout.page_table_BP.int()),
+        kv_lens_B=sent(layout.kv_lens_B.int()),
+        query_starts_B1=sent(torch.tensor(starts, dtype=torch.int32)),
+        max_query_len=max((span.query_len for span in layout.spans), default=0),
+        max_kv_len=max((span.kv_len for span in layout.spans), default=0),
+    )
+
+
+def decode_layout(
+    page_table_BP: torch.Tensor,
+    kv_lens_B: torch.Tensor,
+    *,
+    page_size: int,
+    max_kv_len: int,
+    placed: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> BatchLayout:
+    """The layout of a decode step from device tensors alone, fit for a CUDA graph: no `spans`.
+
+    Args:
+        page_table_BP: int32.
+        kv_lens_B: int32, this step's token included; 0 marks a row that holds no sequence. Such a
+            row reads nothing and writes to page `page_table_BP[row, 0]`.
+        page_size: tokens per page.
+        max_kv_len: what no entry of `kv_lens_B` exceeds in any replay of the graph.
+        placed: positions and cache slots of the rows, int64 [B] each, where they are known.
+    """
+    if placed is None:
+        positions_B = (kv_lens_B.long() - 1).clamp_(min=0)
+        pages_B1 = page_table_BP.gather(1, (positions_B // page_size).unsqueeze(1))
+        placed = positions_B, pages_B1.squeeze(1).long() * page_size + positions_B % page_size
+    return BatchLayout(
+        spans=(),
+        num_decodes=int(kv_lens_B.shape[0]),
+        positions_T=placed[0],
+        slots_T=placed[1],
+        page_table_BP=page_table_BP,
+        kv_lens_B=kv_lens_B,
+        max_query_len=1,
+        max_kv_len=max_kv_len,
     )

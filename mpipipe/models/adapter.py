@@ -7,12 +7,15 @@ family does to its hidden states or logits comes with it. Attention and cache ar
 (`attention_bridge`).
 
 Life of a stage: `build_stage_model` → `weights.loader.load_stage` replaces every name of
-`wanted_names` in `module` → `finish(cache)` → `forward` per step.
+`wanted_names` in `module` → `finish(cache)` → `forward` or `forward_decode` per step.
+
+`finish` gives the stage the fastest form its device and family have: packed weights and fused
+layers on a CPU (`packed_linear`, `fused_layer`), the fused stack on a GPU (`fast_stack`), else the
+plain modules.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,35 +23,27 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mpipipe.errors import UnsupportedModelError
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.attention_bridge import (
-    ATTENTION_NAME,
-    AttentionCall,
-    StageBinding,
-    bind,
-    register,
-)
+from mpipipe.models.attention.sdpa import SdpaAttention
+from mpipipe.models.attention_bridge import AttentionCall, StageBinding, bind
 from mpipipe.models.buffers import freeze_rotary, materialise_buffers
 from mpipipe.models.checkpoint_names import CheckpointNames
-from mpipipe.models.families import (
-    ModelParts,
-    check_config,
-    detach_inputs,
-    detach_outputs,
-    locate_parts,
-    refuse,
-)
+from mpipipe.models.families import ModelParts, locate_parts, refuse
+from mpipipe.models.fast_stack import FastStack, build_fast_stack
+from mpipipe.models.forms import choose_form, graph_obstacle
 from mpipipe.models.fused_layer import fuse_layers
+from mpipipe.models.operations import choose_operations
 from mpipipe.models.packed_linear import pack_linears
+from mpipipe.models.stage_cut import cut_stage, empty_model
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
+    from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
 
 __all__ = ["StageModel", "build_stage_model"]
@@ -76,11 +71,11 @@ def build_stage_model(
     Raises:
         UnsupportedModelError: the family cannot be split into stages.
     """
-    model = _empty_model(folder, dtype, trust_remote_code)
+    model = empty_model(folder, dtype, trust_remote_code)
     parts = locate_parts(model)
     names = CheckpointNames.of(model)
     binding = StageBinding(backend, stage.first_layer)
-    bind(_cut(parts, stage), binding)
+    bind(cut_stage(parts, stage), binding)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -89,58 +84,6 @@ def build_stage_model(
         dtype=dtype,
         max_context_tokens=max_context_tokens,
     )
-
-
-def _empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The full model on the meta device, with our attention."""
-    config = _read_config(folder, trust_remote_code)
-    check_config(config)
-    register()
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=trust_remote_code,
-        )
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not know the model in {folder} ({error}): a newer transformers "
-            "may, or the model brings its own code (model.trust_remote_code = true)"
-        ) from error
-    return config
-
-
-def _cut(parts: ModelParts, stage: StagePlan) -> nn.ModuleList:
-    """Take out of the full model what other stages hold; return the layers that stay."""
-    first, last = stage.first_layer, stage.last_layer
-    num_layers = len(parts.layers)
-    assert 0 <= first < last <= num_layers, f"layers [{first}, {last}) of {num_layers}"
-    layers = nn.ModuleList(list(parts.layers)[first:last])
-    parts.base.layers = layers
-    # The base model's forward loops over config.num_hidden_layers and looks per-layer lists up by
-    # the loop's index; the layers themselves keep the full configuration and their global number.
-    config = copy.deepcopy(parts.base.config)
-    config.num_hidden_layers = last - first
-    for name, setting in list(vars(config).items()):
-        if "layer" in name and isinstance(setting, list) and len(setting) == num_layers:
-            setattr(config, name, setting[first:last])
-    parts.base.config = config
-    if not stage.has_embedding:
-        detach_inputs(parts)
-    if not stage.has_head:
-        detach_outputs(parts)
-    return layers
 
 
 class StageModel:
@@ -166,10 +109,13 @@ class StageModel:
         self._base = parts.base
         self._layers_prefix = f"{parts.base_name}.layers."
         self._output_names = parts.output_names
-        self._full_config = parts.model.config
         self._binding = binding
         self._max_context_tokens = max_context_tokens
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen in the trial steps
+        self._fast: FastStack | None = None
+        self.form = "plain"  # "plain" | "packed" | "fast", after `finish`
+        self.form_reason = "not finished"
+        self.device = torch.device("meta")  # where the weights are, after `finish`
 
     @property
     def all_names(self) -> frozenset[str]:
@@ -188,18 +134,24 @@ class StageModel:
         """
         return {name: self._canonical(name) for name in self.module.state_dict()}
 
-    def finish(self, cache: KVCache, *, pack: bool = True) -> None:
-        """Make the loaded stage ready to compute: buffers, checks, packed weights, the cache.
+    def finish(
+        self, cache: KVCache, *, form: str = "auto", operations: Operations | None = None
+    ) -> None:
+        """Make the loaded stage ready to compute: buffers, checks, its fastest form, the cache.
 
         Args:
             cache: holds the stage's keys and values from now on.
-            pack: lay the weights out for the CPU's matrix kernels where that is faster.
+            form: `auto`; `plain`, transformers' modules; `packed`, for a CPU; `fast`, the fused
+                stack (asserts that the stage has one).
+            operations: of the fused stack and around it; None takes the best for the device.
 
         Raises:
             UnsupportedModelError: the family fails the trial steps (`verification`).
             ConfigError: the rotary embedding cannot serve the run's context.
         """
-        materialise_buffers(self.module, self._base, self._loaded_device())
+        self.device = self._loaded_device()
+        self.operations = operations or choose_operations(self.device)[0]
+        materialise_buffers(self.module, self._base, self.device)
         freeze_rotary(self._base, self._max_context_tokens)
         kv_shape = verify_stage(self)
         if isinstance(cache, PagedKVCache) and tuple(cache.keys[0].shape[2:]) != kv_shape:
@@ -209,10 +161,28 @@ class StageModel:
                     *kv_shape, *cache.keys[0].shape[2:]
                 ),
             )
-        if pack:
+        self._binding.cache = cache
+        layers = list(self._base.layers)
+        self.form, self.form_reason = choose_form(form, self.module, layers, cache, self.device)
+        del layers  # what is merged shall be freed
+        if self.form == "packed":
             fuse_layers(self._base.layers, self._binding, self._options)
             pack_linears(self.module)
-        self._binding.cache = cache
+        elif self.form == "fast":
+            self._fast = build_fast_stack(
+                self.module,
+                self._base,
+                self._binding,
+                options=self._options,
+                operations=self.operations,
+                max_positions=self._max_context_tokens,
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
+
+    def graph_obstacle(self) -> str:
+        """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
+        return graph_obstacle(self.module.config, self._binding.backend)
 
     @torch.inference_mode()
     def forward(
@@ -229,19 +199,52 @@ class StageModel:
             Hidden states [T, hidden]; on the last stage logits float32 [S, vocabulary].
         """
         if not self.plan.has_head:
-            return self.run_base(inputs, layout)
+            return self._hidden(inputs, layout)
         if sample_rows is None or not sample_rows.numel():
-            self.run_base(inputs, layout)  # for the keys and values only
-            return torch.empty(0, self.vocab_size)
+            self._hidden(inputs, layout)  # for the keys and values only
+            return torch.empty(0, self.vocab_size, device=inputs.device)
+        return self._logits(inputs, layout, sample_rows).float()
+
+    @torch.inference_mode()
+    def forward_decode(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """One token for each row of the step. On a GPU it waits for nothing (`graph_obstacle`).
+
+        Args:
+            inputs: ids int64 [B] on the first stage, within the vocabulary in empty rows too;
+                hidden states [B, hidden] elsewhere.
+            layout: a decode step, from the host (`build_layout`) or from tensors
+                (`decode_layout`; not with a backend that needs spans).
+
+        Returns:
+            Hidden states [B, hidden]; on the last stage logits [B, vocabulary] of every row, in
+            the dtype of the model. Rows of empty sequences hold finite numbers of no meaning.
+        """
+        if not self.plan.has_head:
+            return self._hidden(inputs, layout)
+        return self._logits(inputs, layout, None)
+
+    def _hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        if self._fast is not None:
+            return self._fast.hidden(inputs, layout)
+        return self.run_base(inputs, layout)
+
+    def _logits(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits [S, vocabulary] of the rows `rows_S`, of all rows for None."""
+        if self._fast is not None:
+            return self._fast.logits(inputs, layout, rows_S)
         self._binding.layout = layout
         output = self.module(
-            **self._arguments(inputs, layout), logits_to_keep=sample_rows, use_cache=False
+            **self._arguments(inputs, layout),
+            logits_to_keep=0 if rows_S is None else rows_S,
+            use_cache=False,
         )
         logits_SV: torch.Tensor = output.logits[0]
-        return logits_SV.float()
+        return logits_SV
 
     def run_base(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """The stage without the LM head (but with the final norm, if it is here): [T, hidden]."""
+        """The plain stage without LM head (but with the final norm, if it is here): [T, hidden]."""
         self._binding.layout = layout
         output = self._base(**self._arguments(inputs, layout), use_cache=False)
         hidden_TH: torch.Tensor = output.last_hidden_state[0]
@@ -261,23 +264,20 @@ class StageModel:
 
     @contextmanager
     def recording(self, cache: KVCache) -> Iterator[list[AttentionCall]]:
-        """Run on a throw-away `cache` and list what attention is asked for; for checks."""
+        """Run on a throw-away `cache` and list what attention is asked for; for checks.
+
+        With SDPA, which takes every cache: what is checked is the family, not the backend.
+        """
         binding = self._binding
         calls: list[AttentionCall] = []
-        kept = binding.cache
-        binding.cache, binding.calls = cache, calls
+        kept = binding.cache, binding.backend
+        binding.cache, binding.backend, binding.calls = cache, SdpaAttention(), calls
         try:
             yield calls
             self._options.update({call.layer: call.options for call in calls})
         finally:
-            binding.cache, binding.calls = kept, None
-
-    def has_window(self, layer: int) -> bool:
-        """Whether the configuration gives layer `layer` of this stage a sliding window."""
-        layer_types = getattr(self._full_config, "layer_types", None)
-        if layer_types:
-            return bool(layer_types[self.plan.first_layer + layer] == "sliding_attention")
-        return getattr(self._full_config, "sliding_window", None) is not None
+            binding.cache, binding.backend = kept
+            binding.calls, binding.layout = None, None
 
     def _loaded_device(self) -> torch.device:
         """Where the weights are. A method of its own: `finish` must not hold what it frees."""

@@ -175,9 +175,12 @@ def _planned_parts(config: PretrainedConfig) -> tuple[tuple[str, ...], tuple[str
 class _NoPositions(nn.Module):
     """Stands in for OPT's position embedding, which the first stage has added already."""
 
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:  # noqa: ARG002
-        """A zero of the narrowest floating type: adding it changes neither values nor dtype."""
-        return torch.zeros(())
+    def forward(self, mask_1T: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:  # noqa: ARG002
+        """A zero of the narrowest floating type: adding it changes neither values nor dtype.
+
+        Made on the device: a copy to it would wait, and no CUDA graph could hold it.
+        """
+        return torch.zeros((), device=mask_1T.device)
 
 
 def _change_opt(base: PreTrainedModel) -> None:

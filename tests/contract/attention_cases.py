@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout
+from mpipipe.kv_cache.layout import (
+    BatchLayout,
+    SequenceSpan,
+    build_layout,
+    decode_layout,
+    to_device,
+)
 
 PAGE_SIZE = 4
 NUM_PAGES = 128
@@ -85,3 +91,37 @@ def random_steps(shape: Shape, dtype: torch.dtype) -> Iterator[Step]:
         yield Step(
             layout, draw(shape.num_heads), draw(shape.num_kv_heads), draw(shape.num_kv_heads)
         )
+
+
+def on_device(step: Step, device: torch.device) -> Step:
+    """The step as kernels get it: int32 tables and query starts, on `device`."""
+    return Step(
+        to_device(step.layout, device),
+        step.query_THD.to(device),
+        step.key_TKD.to(device),
+        step.value_TKD.to(device),
+    )
+
+
+def without_spans(step: Step, *, max_kv_len: int, spare_page: int) -> Step:
+    """A decode step from device tensors alone, with an empty row at its end.
+
+    The empty row writes to `spare_page`; its output is the last one.
+    """
+    layout = step.layout
+    assert layout.is_decode
+    table_BP = layout.page_table_BP.int()
+    spare_1P = torch.full_like(table_BP[:1], spare_page)
+    lens_B = layout.kv_lens_B.int()
+    page_table_BP = torch.cat((table_BP, spare_1P))
+    longer = decode_layout(
+        page_table_BP,
+        torch.cat((lens_B, torch.zeros_like(lens_B[:1]))),
+        page_size=PAGE_SIZE,
+        max_kv_len=max_kv_len,
+    )
+
+    def with_row(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat((rows, torch.ones_like(rows[:1])))
+
+    return Step(longer, with_row(step.query_THD), with_row(step.key_TKD), with_row(step.value_TKD))

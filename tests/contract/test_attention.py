@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -11,13 +13,16 @@ from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.triton_paged import TritonAttention
 from tests.contract.attention_cases import (
     NUM_PAGES,
     PAGE_SIZE,
     PageTable,
     Shape,
     Step,
+    on_device,
     random_steps,
+    without_spans,
 )
 
 SHAPES = {
@@ -26,6 +31,8 @@ SHAPES = {
     "multi-query": Shape(4, 1, 8),
     "head_dim-100": Shape(2, 2, 100),
 }
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 OPTIONS = {
     "plain": AttentionOptions(scale=0.25),
     "unscaled": AttentionOptions(scale=1.0),
@@ -35,16 +42,28 @@ OPTIONS = {
 }
 
 
-def new_cache(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> KVCache:
+MAX_KV_LEN = 224  # a bound for the longest sequence of `random_steps`, not its length
+
+
+def new_cache(
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    *,
+    head_major: bool = False,
+) -> KVCache:
     if name == "contiguous":
         return ContiguousKVCache()
     return PagedKVCache.allocate(
         num_layers=1,
-        num_pages=NUM_PAGES,
+        num_pages=NUM_PAGES + 1,
         page_size=PAGE_SIZE,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=dtype,
+        device=device,
+        head_major=head_major,
     )
 
 
@@ -78,6 +97,106 @@ def test_every_backend_and_cache_agrees_with_the_reference_over_the_oracle(
         expected = attend(ReferenceAttention(), step, oracle, options)
         actual = attend(backend, step, cache, options)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_ragged_steps(
+    backend: AttentionBackend,
+    shape: Shape,
+    options: AttentionOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Steps of every kind as a GPU gets them, over both page layouts. Also run on GPUs."""
+    for head_major in (False, True):
+        cache = new_cache("paged", shape, dtype, device, head_major=head_major)
+        oracle = ContiguousKVCache()
+        for step in random_steps(shape, dtype):
+            expected = attend(ReferenceAttention(), step, oracle, options)
+            actual = attend(backend, on_device(step, device), cache, options)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(
+                actual.cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+            )
+
+
+def check_decode_steps(
+    backend: AttentionBackend,
+    shape: Shape,
+    options: AttentionOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Decode steps from device tensors alone, with an empty row. Also run on GPUs."""
+    cache = new_cache("paged", shape, dtype, device, head_major=True)
+    oracle = ContiguousKVCache()
+    num_decode_steps = 0
+    for step in random_steps(shape, dtype):
+        expected = attend(ReferenceAttention(), step, oracle, options)
+        there = on_device(step, device)
+        if step.layout.is_decode:
+            there = without_spans(there, max_kv_len=MAX_KV_LEN, spare_page=NUM_PAGES)
+            num_decode_steps += 1
+        actual = attend(backend, there, cache, options)
+        assert bool(torch.isfinite(actual).all())
+        torch.testing.assert_close(
+            actual[: len(expected)].cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+    assert num_decode_steps >= 2
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("backend", [SdpaAttention(), ReferenceAttention()], ids=lambda b: b.name)
+def test_layouts_for_a_gpu_and_strided_pages_change_nothing(
+    backend: AttentionBackend, options: AttentionOptions
+) -> None:
+    check_ragged_steps(backend, SHAPES["grouped"], options, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_sdpa_decodes_from_tensors_alone(shape: Shape, options: AttentionOptions) -> None:
+    check_decode_steps(SdpaAttention(), shape, options, torch.float32, CPU)
+
+
+if importlib.util.find_spec("triton") is not None:  # in its interpreter: see conftest.py
+
+    @pytest.mark.parametrize(
+        ("shape", "options"),
+        [
+            ("grouped", "plain"),
+            ("multi-query", "window-softcap"),
+            ("head_dim-100", "window"),
+        ],
+    )
+    def test_triton_agrees_with_the_reference(shape: str, options: str) -> None:
+        backend = TritonAttention()
+        check_ragged_steps(backend, SHAPES[shape], OPTIONS[options], torch.float32, CPU)
+        check_decode_steps(backend, SHAPES[shape], OPTIONS[options], torch.float32, CPU)
+
+
+@pytest.mark.parametrize("backend", [SdpaAttention(), ReferenceAttention()], ids=lambda b: b.name)
+def test_keys_and_values_that_are_stored_already_are_not_written_again(
+    backend: AttentionBackend,
+) -> None:
+    shape, options = SHAPES["grouped"], OPTIONS["plain"]
+    oracle, cache = new_cache("paged", shape), new_cache("paged", shape)
+    for step in random_steps(shape, torch.float32):
+        expected = attend(backend, step, oracle, options)
+        cache.write(0, step.key_TKD, step.value_TKD, step.layout)
+        before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]  # type: ignore[attr-defined]
+        actual = backend.attend(
+            layer=0,
+            query_THD=step.query_THD,
+            key_TKD=step.key_TKD,
+            value_TKD=step.value_TKD,
+            cache=cache,
+            layout=step.layout,
+            options=options,
+            stored=True,
+        )
+        assert torch.equal(actual, expected)
+        after = [*cache.keys, *cache.values]  # type: ignore[attr-defined]
+        assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_the_reference_is_softmax_of_the_written_formula() -> None:
@@ -133,4 +252,5 @@ def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ConfigError, match='"flash"'):
         choose_backend("flash")
     assert choose_backend("auto")[0].name == "sdpa"
-    assert choose_backend("reference")[0].name == "reference"
+    for name in ("triton", "flashinfer", "varlen", "sdpa", "reference"):
+        assert choose_backend(name)[0].name == name

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from tests.contract.attention_cases import NUM_PAGES, PAGE_SIZE, PageTable, Shap
 SHAPE = Shape(4, 2, 8)
 
 
-def new_paged(num_layers: int = 2, num_pages: int = NUM_PAGES) -> PagedKVCache:
+def new_paged(
+    num_layers: int = 2, num_pages: int = NUM_PAGES, *, head_major: bool = False
+) -> PagedKVCache:
     return PagedKVCache.allocate(
         num_layers=num_layers,
         num_pages=num_pages,
@@ -22,7 +25,29 @@ def new_paged(num_layers: int = 2, num_pages: int = NUM_PAGES) -> PagedKVCache:
         num_kv_heads=SHAPE.num_kv_heads,
         head_dim=SHAPE.head_dim,
         dtype=torch.float32,
+        head_major=head_major,
     )
+
+
+CACHES: dict[str, Callable[[], KVCache]] = {
+    "paged": new_paged,
+    "head-major": lambda: new_paged(head_major=True),
+    "contiguous": ContiguousKVCache,
+}
+
+
+@pytest.fixture(params=CACHES)
+def cache(request: pytest.FixtureRequest) -> KVCache:
+    return CACHES[request.param]()
+
+
+def test_head_major_pages_have_the_same_shape_and_other_strides() -> None:
+    plain, strided = new_paged(), new_paged(head_major=True)
+    for ours, theirs in zip(strided.keys, plain.keys, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.transpose(1, 2).is_contiguous()
+        assert not ours.is_contiguous()
+    assert strided.num_bytes() == plain.num_bytes()
 
 
 def test_the_layout_says_where_every_token_goes() -> None:
@@ -53,7 +78,6 @@ def test_rows_that_leave_a_gap_are_our_bug() -> None:
         build_layout([(SequenceSpan(0, query_start=2, query_len=1, kv_len=1), [0])], page_size=4)
 
 
-@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
 def test_a_cache_returns_what_was_written(cache: KVCache) -> None:
     written: dict[tuple[int, int], list[torch.Tensor]] = {}
     for step in random_steps(SHAPE, torch.float32):
@@ -70,7 +94,6 @@ def test_a_cache_returns_what_was_written(cache: KVCache) -> None:
                 assert torch.equal(value_LKD, expected[1])
 
 
-@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
 def test_padded_reads_hold_the_same_tokens_as_single_reads(cache: KVCache) -> None:
     for step in random_steps(SHAPE, torch.float32):
         layout, key_TKD, value_TKD = step.layout, step.key_TKD, step.value_TKD
@@ -88,7 +111,6 @@ def test_padded_reads_hold_the_same_tokens_as_single_reads(cache: KVCache) -> No
         assert bool(torch.isfinite(values_BLKD).all())
 
 
-@pytest.mark.parametrize("cache", [new_paged(), ContiguousKVCache()], ids=["paged", "contiguous"])
 def test_a_preempted_sequence_starts_again_from_nothing(cache: KVCache) -> None:
     pages = PageTable()
     first = torch.ones(6, SHAPE.num_kv_heads, SHAPE.head_dim)

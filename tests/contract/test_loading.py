@@ -14,6 +14,7 @@ from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError
 from mpipipe.weights import sources
 from mpipipe.weights.loader import LoadReport, load_stage
+from mpipipe.weights.random import fill_random
 from tests.contract.checkpoint_cases import (
     CONFIGS,
     FORMS,
@@ -442,3 +443,55 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
             dtype=torch.float32,
             device=CPU,
         )
+
+
+# ---- random weights ------------------------------------------------------------------------------
+
+
+def fill_randomly(stage: Stage, dtype: torch.dtype, *, tied: bool = False, seed: int = 0) -> int:
+    names = {HEAD: EMBEDDING} if tied else {}
+    report = fill_random(stage.module, stage.wanted, tied=names, dtype=dtype, device=CPU, seed=seed)
+    assert report.bytes_read == 0
+    return report.parameter_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_weights_are_the_same_however_the_model_is_split(dtype: torch.dtype) -> None:
+    config = make_model("llama").config
+    full = whole(config, dtype)
+    fill_randomly(full, dtype)
+    expected = state_of(full)
+    for first, last in ((0, 1), (1, NUM_LAYERS)):
+        part = make_stage(config, first, last, dtype)
+        fill_randomly(part, dtype)
+        state = state_of(part)
+        assert state
+        for canonical, tensor in state.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, expected[canonical]), canonical
+
+
+def test_random_weights_differ_between_parameters_and_seeds() -> None:
+    config = make_model("llama").config
+    stage, other = whole(config), whole(config)
+    fill_randomly(stage, torch.float32)
+    fill_randomly(other, torch.float32, seed=1)
+    state = state_of(stage)
+    name = "model.layers.0.mlp.{}_proj.weight"
+    assert not torch.equal(state[name.format("gate")], state[name.format("up")])
+    assert not torch.equal(state[EMBEDDING], state_of(other)[EMBEDDING])
+    assert 0.015 < float(state[EMBEDDING].std()) < 0.025
+    assert bool((state["model.norm.weight"] == 1).all())
+
+
+def test_tied_random_weights_are_one_parameter() -> None:
+    config = make_model("llama").config
+    untied, tied = whole(config), whole(config)
+    bytes_untied = fill_randomly(untied, torch.float32)
+    bytes_tied = fill_randomly(tied, torch.float32, tied=True)
+    state = state_of(tied)
+    assert state[HEAD] is state[EMBEDDING]
+    assert bytes_untied - bytes_tied == state[HEAD].nbytes
+    last = make_stage(config, 1, NUM_LAYERS, torch.float32)
+    fill_randomly(last, torch.float32, tied=True)
+    assert torch.equal(state_of(last)[HEAD], state[EMBEDDING])

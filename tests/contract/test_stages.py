@@ -16,7 +16,7 @@ from torch import nn
 from mpipipe.errors import ConfigError, NumericsError, UnsupportedModelError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models import families, packed_linear
+from mpipipe.models import families, packed_linear, verification
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -70,7 +70,7 @@ def test_every_tensor_of_every_stage_is_materialised_and_none_of_another_stage_i
     full = model.reference.state_dict()
     seen: list[str] = []
     for plan in split(3):
-        stage = load_stage(model.folder, plan, pack=False)
+        stage = load_stage(model.folder, plan, form="plain")
         tensors = [*stage.module.named_parameters(), *stage.module.named_buffers()]
         assert [tensor_name for tensor_name, tensor in tensors if tensor.is_meta] == []
         wanted = stage.wanted_names()
@@ -94,10 +94,10 @@ def test_tied_ends_on_one_stage_are_one_tensor_and_on_two_stages_are_two(
     tiny: Callable[[str], TinyModel],
 ) -> None:
     folder = tiny("llama-tied").folder
-    alone = load_stage(folder, split(1)[0], pack=False)
+    alone = load_stage(folder, split(1)[0], form="plain")
     assert alone.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert alone.module.lm_head.weight is alone.module.model.embed_tokens.weight
-    first, last = (load_stage(folder, plan, pack=False) for plan in split(2))
+    first, last = (load_stage(folder, plan, form="plain") for plan in split(2))
     assert "lm_head.weight" not in first.wanted_names()
     assert "model.embed_tokens.weight" not in last.wanted_names()
     assert torch.equal(first.module.model.embed_tokens.weight, last.module.lm_head.weight)
@@ -198,7 +198,7 @@ def test_only_weights_that_half_precision_holds_exactly_are_stored_in_it() -> No
 def test_packing_frees_the_plain_weights_but_keeps_the_embedding(
     tiny: Callable[[str], TinyModel],
 ) -> None:
-    stage = load_stage(tiny("llama-tied").folder, split(1)[0], pack=True)
+    stage = load_stage(tiny("llama-tied").folder, split(1)[0], form="packed")
     assert isinstance(stage.module.lm_head, PackedLinear)
     assert not any(type(module) is nn.Linear for module in stage.module.modules())
     left = {name for name, _ in stage.module.named_parameters()}
@@ -229,8 +229,8 @@ def test_packing_frees_each_plain_weight_before_the_next_is_packed(
 def test_packed_and_plain_stages_give_the_same_tokens(tiny: Callable[[str], TinyModel]) -> None:
     folder = tiny("llama").folder
     packed, plain = (
-        InProcessPipeline([load_stage(folder, plan, pack=pack) for plan in split(2)])
-        for pack in (True, False)
+        InProcessPipeline([load_stage(folder, plan, form=form) for plan in split(2)])
+        for form in ("packed", "plain")
     )
     assert packed.generate(PROMPTS, 6, chunk=4) == plain.generate(PROMPTS, 6, chunk=4)
 
@@ -239,7 +239,7 @@ def test_without_the_kernel_linears_stay_plain(
     tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    stage = load_stage(tiny("llama").folder, split(1)[0], pack=True)
+    stage = load_stage(tiny("llama").folder, split(1)[0], form="packed")
     assert not any(isinstance(module, PackedLinear) for module in stage.module.modules())
 
 
@@ -357,7 +357,7 @@ def test_a_window_hidden_in_a_mask_is_caught(
     tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = loaded(tiny("llama"), 1, 0)
-    monkeypatch.setattr(StageModel, "has_window", lambda self, layer: layer == 2)
+    monkeypatch.setattr(verification, "_has_window", lambda stage, layer: layer == 2)
     with pytest.raises(UnsupportedModelError, match="hides its sliding window"):
         stage.finish(ContiguousKVCache())
 

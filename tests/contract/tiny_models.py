@@ -14,11 +14,12 @@ import transformers
 from mpipipe.checkpoint.index import read_index
 from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.kv_cache.layout import SequenceSpan, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
+from mpipipe.models.operations import Operations
 from mpipipe.planning.plan import StagePlan
 from mpipipe.weights.loader import load_stage as load_weights
 
@@ -265,7 +266,9 @@ def load_stage(
     backend: AttentionBackend | None = None,
     cache: KVCache | None = None,
     dtype: torch.dtype = torch.float32,
-    pack: bool = True,
+    form: str = "packed",
+    operations: Operations | None = None,
+    device: str = "cpu",
     max_context_tokens: int = 32,
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file."""
@@ -276,12 +279,12 @@ def load_stage(
         backend=backend or SdpaAttention(),
         max_context_tokens=max_context_tokens,
     )
-    fill(stage, folder)
-    stage.finish(cache or ContiguousKVCache(), pack=pack)
+    fill(stage, folder, device)
+    stage.finish(cache or ContiguousKVCache(), form=form, operations=operations)
     return stage
 
 
-def fill(stage: StageModel, folder: Path) -> None:
+def fill(stage: StageModel, folder: Path, device: str = "cpu") -> None:
     """Load the stage's weights."""
     load_weights(
         stage.module,
@@ -291,15 +294,16 @@ def fill(stage: StageModel, folder: Path) -> None:
         tied=stage.tied,
         to_canonical=stage.names.canonical,
         dtype=stage.dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
 class InProcessPipeline:
     """The stages of one model, called one after the other."""
 
-    def __init__(self, stages: Sequence[StageModel]) -> None:
+    def __init__(self, stages: Sequence[StageModel], device: str = "cpu") -> None:
         self.stages = stages
+        self.device = torch.device(device)
         self.next_page = 0
         self.pages: dict[int, list[int]] = {}
         self.hidden: list[torch.Tensor] = []  # what went from stage to stage in the last step
@@ -320,8 +324,11 @@ class InProcessPipeline:
             entries.append((SequenceSpan(sequence_id, len(ids), len(new_ids), kv_len), pages))
             ids.extend(new_ids)
         layout = build_layout(entries, PAGE_SIZE)
-        rows = torch.tensor([span.query_start + span.query_len - 1 for span, _ in entries])
-        tensor = torch.tensor(ids)
+        if self.device.type != "cpu":
+            layout = to_device(layout, self.device)
+        last_rows = [span.query_start + span.query_len - 1 for span, _ in entries]
+        rows = torch.tensor(last_rows, device=self.device)
+        tensor = torch.tensor(ids, device=self.device)
         self.hidden = []
         for stage in self.stages:
             tensor = stage.forward(tensor, layout, rows if sample else rows[:0])
@@ -368,7 +375,14 @@ class InProcessPipeline:
             yield number
 
 
-def paged_cache(config: transformers.PretrainedConfig, num_layers: int) -> PagedKVCache:
+def paged_cache(
+    config: transformers.PretrainedConfig,
+    num_layers: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    head_major: bool = False,
+) -> PagedKVCache:
     """Pages enough for the tests, in the shape that the model's configuration gives."""
     heads = config.num_attention_heads
     return PagedKVCache.allocate(
@@ -377,5 +391,7 @@ def paged_cache(config: transformers.PretrainedConfig, num_layers: int) -> Paged
         page_size=PAGE_SIZE,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=torch.float32,
+        dtype=dtype,
+        device=torch.device(device),
+        head_major=head_major,
     )

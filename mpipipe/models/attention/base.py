@@ -27,6 +27,9 @@ class AttentionBackend(Protocol):
     """Stateless; one instance serves all layers of a stage."""
 
     name: str
+    needs_spans: bool
+    """It reads `layout.spans`, so the host must know every length: no CUDA graph, and no lengths
+    that advance on the device. A backend without this takes decode steps from tensors alone."""
 
     def attend(
         self,
@@ -38,9 +41,11 @@ class AttentionBackend(Protocol):
         cache: KVCache,
         layout: BatchLayout,
         options: AttentionOptions,
+        stored: bool = False,
     ) -> torch.Tensor:
         """Write K and V of this step into `cache`, return the attention output [T, H, D].
 
-        `layer` counts within the stage, from 0.
+        `layer` counts within the stage, from 0. `stored`: this step's K and V are in the cache
+        already (a fused kernel wrote them); they are given all the same.
         """
         ...

@@ -21,6 +21,7 @@ class ReferenceAttention:
     """softmax(scale · Q Kᵀ) V per sequence and query head."""
 
     name = "reference"
+    needs_spans = True
 
     def attend(
         self,
@@ -32,9 +33,12 @@ class ReferenceAttention:
         cache: KVCache,
         layout: BatchLayout,
         options: AttentionOptions,
+        stored: bool = False,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
-        cache.write(layer, key_TKD, value_TKD, layout)
+        if not stored:
+            cache.write(layer, key_TKD, value_TKD, layout)
+        device = query_THD.device
         group = query_THD.shape[1] // key_TKD.shape[1]
         outputs: list[torch.Tensor] = []
         for index, span in enumerate(layout.spans):
@@ -46,8 +50,8 @@ class ReferenceAttention:
             scores_HQL = scores_HQL * options.scale
             if options.softcap is not None:
                 scores_HQL = options.softcap * torch.tanh(scores_HQL / options.softcap)
-            query_position_Q1 = torch.arange(span.num_computed, span.kv_len)[:, None]
-            key_position_L = torch.arange(span.kv_len)
+            query_position_Q1 = torch.arange(span.num_computed, span.kv_len, device=device)[:, None]
+            key_position_L = torch.arange(span.kv_len, device=device)
             hidden_QL = key_position_L > query_position_Q1
             if options.window is not None:
                 hidden_QL = hidden_QL | (key_position_L <= query_position_Q1 - options.window)

@@ -6,6 +6,10 @@ of K and V ([B, K, G, D] against [B, K, L, D]). Measured on one CPU core, 8 sequ
 9/3 heads of 64: 0.16 ms gather + 0.11 ms attention; with `enable_gqa` 0.16 ms, written out 0.36 ms.
 Padding costs a gather, so sequences of very different lengths are gathered in groups.
 
+A decode step from device tensors alone (no `spans`) is gathered in one group, padded to the bound
+that the layout gives: right, and fit for a CUDA graph, but slow and large for a far bound. Hence
+`needs_spans`.
+
 Chunks of prompts: one call per sequence; a fresh prompt needs no cache read and no mask.
 
 Softcapped scores (Gemma 2) cannot go through the fused kernel and are written out.
@@ -44,6 +48,7 @@ class SdpaAttention:
     """Works on every torch device, for every head dimension."""
 
     name = "sdpa"
+    needs_spans = True
 
     def attend(
         self,
@@ -55,11 +60,13 @@ class SdpaAttention:
         cache: KVCache,
         layout: BatchLayout,
         options: AttentionOptions,
+        stored: bool = False,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
-        cache.write(layer, key_TKD, value_TKD, layout)
+        if not stored:
+            cache.write(layer, key_TKD, value_TKD, layout)
         num_decodes = layout.num_decodes
-        if num_decodes == len(layout.spans):
+        if layout.is_decode:
             return _decode(layer, query_THD, cache, layout, options)
         outputs: list[torch.Tensor] = []
         if num_decodes:
@@ -156,6 +163,8 @@ def _decode_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGr
 
 
 def _form_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
+    if not layout.spans:
+        return (_DecodeGroup(tuple(range(layout.num_decodes)), None, layout.max_kv_len),)
     lengths = [span.kv_len for span in layout.spans[: layout.num_decodes]]
     members: list[list[int]] = []
     longest = 0
@@ -184,7 +193,11 @@ def _decode_mask(
     key = ("sdpa", "decode", group.indices, padded_len, options.window)
     mask = layout.derived.get(key)
     if mask is None:
-        lengths_B1 = layout.kv_lens_B[list(group.indices), None]
+        lengths_B1 = layout.kv_lens_B[: layout.num_decodes, None]
+        if group.rows_B is not None:
+            lengths_B1 = lengths_B1.index_select(0, group.rows_B)
+        if not layout.spans:
+            lengths_B1 = lengths_B1.clamp(min=1)  # a row without a sequence: no NaN from nothing
         position_L = torch.arange(padded_len, device=like.device)
         hidden_BL = position_L >= lengths_B1
         if options.window is not None:

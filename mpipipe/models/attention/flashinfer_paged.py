@@ -1,0 +1,177 @@
+"""Attention with FlashInfer (the extra `cuda`), over pages.
+
+Head dimensions 64, 128 and 256, float16 and bfloat16, compute capability 8.0 and later. FlashInfer
+plans each step on the host from the lengths of all sequences, so the backend needs spans, and no
+CUDA graph can hold its steps. Its kernels are compiled at first use (tens of seconds), then kept by
+FlashInfer on disk.
+
+A plan's arrays go to the GPU from pinned memory without waiting. Whoever plans again must not
+overwrite them before they have left: a small ring of wrappers and an event for each see to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpipipe.kv_cache.paged import PagedKVCache
+
+if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
+    from mpipipe.models.attention.base import AttentionOptions
+
+__all__ = ["FlashInferAttention"]
+
+_WORKSPACE_BYTES = 128 << 20  # FlashInfer's own recommendation
+_RING = 4  # steps planned ahead of the GPU without waiting for it
+
+
+@dataclass(slots=True, eq=False)
+class _Planner:
+    """One FlashInfer wrapper and the event behind its last plan's copies."""
+
+    wrapper: Any
+    copied: torch.cuda.Event
+
+
+class FlashInferAttention:
+    """Decodes and chunks of prompts each in one call."""
+
+    name = "flashinfer"
+    needs_spans = True
+
+    def __init__(self) -> None:
+        self._workspace: torch.Tensor | None = None
+        self._rings: dict[tuple[object, ...], list[_Planner]] = {}
+
+    def attend(
+        self,
+        *,
+        layer: int,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        cache: KVCache,
+        layout: BatchLayout,
+        options: AttentionOptions,
+        stored: bool = False,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        assert isinstance(cache, PagedKVCache), "it reads pages"
+        if not stored:
+            cache.write(layer, key_TKD, value_TKD, layout)
+        keys, values, order = cache.keys[layer], cache.values[layer], "NHD"
+        if not keys.is_contiguous():
+            keys, values, order = keys.transpose(1, 2), values.transpose(1, 2), "HND"
+        num_decodes = layout.num_decodes
+        outputs: list[torch.Tensor] = []
+        for kind, first, last in (
+            ("decode", 0, num_decodes),
+            ("prefill", num_decodes, len(layout.spans)),
+        ):
+            if first == last:
+                continue
+            plan = ("flashinfer", kind, order, options)
+            wrapper: Any = layout.derived.get(plan)
+            if wrapper is None:
+                work = _Work(layout, first, last, query_THD.shape[1], cache.keys[layer].shape)
+                wrapper = self._plan(plan, work, options, query_THD)
+                layout.derived[plan] = wrapper
+            rows = slice(num_decodes) if kind == "decode" else slice(num_decodes, None)
+            outputs.append(wrapper.run(query_THD[rows].contiguous(), (keys, values)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _plan(
+        self,
+        plan: tuple[object, ...],
+        work: _Work,
+        options: AttentionOptions,
+        like: torch.Tensor,
+    ) -> Any:
+        """A wrapper that has planned `work`; the next one of the ring for this kind of plan."""
+        kind = plan[1]
+        planner = self._next_planner(plan, like.device)
+        settings: dict[str, Any] = {
+            "window_left": -1 if options.window is None else options.window - 1,
+            "logits_soft_cap": options.softcap or 0.0,
+            "sm_scale": options.scale,
+            "q_data_type": like.dtype,
+            "kv_data_type": like.dtype,
+        }
+        pages = (work.page_starts(), work.pages(), work.last_page_lens())
+        sizes = (work.num_heads, work.num_kv_heads, work.head_dim, work.page_size)
+        if kind == "decode":
+            planner.wrapper.plan(*pages, *sizes, **settings)
+        else:
+            planner.wrapper.plan(work.query_starts(), *pages, *sizes, causal=True, **settings)
+        planner.copied.record()
+        return planner.wrapper
+
+    def _next_planner(self, plan: tuple[object, ...], device: torch.device) -> _Planner:
+        import flashinfer
+
+        if self._workspace is None:
+            self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        ring = self._rings.setdefault(plan, [])
+        if len(ring) == _RING:
+            ring.append(ring.pop(0))
+            ring[-1].copied.synchronize()
+            return ring[-1]
+        _, kind, order, _ = plan
+        if kind == "decode":
+            # The tensor-core kernels serve every ratio of query to KV heads; the others only some.
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace, order, use_tensor_cores=True
+            )
+        else:
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, order)
+        ring.append(_Planner(wrapper, torch.cuda.Event()))
+        return ring[-1]
+
+
+class _Work:
+    """The sequences [first, last) of a step in FlashInfer's terms."""
+
+    def __init__(
+        self, layout: BatchLayout, first: int, last: int, num_heads: int, shape: torch.Size
+    ) -> None:
+        self._layout = layout
+        self._first = first
+        self._spans: tuple[SequenceSpan, ...] = layout.spans[first:last]
+        _, self.page_size, self.num_kv_heads, self.head_dim = shape
+        self.num_heads = num_heads
+        self._num_pages = [-(-span.kv_len // self.page_size) for span in self._spans]
+
+    def query_starts(self) -> torch.Tensor:
+        """int32 [B + 1] on the host."""
+        return _starts([span.query_len for span in self._spans])
+
+    def page_starts(self) -> torch.Tensor:
+        """int32 [B + 1] on the host: where each sequence's pages begin in `pages`."""
+        return _starts(self._num_pages)
+
+    def last_page_lens(self) -> torch.Tensor:
+        """int32 [B] on the host: tokens in each last page."""
+        lens = [(span.kv_len - 1) % self.page_size + 1 for span in self._spans]
+        return torch.tensor(lens, dtype=torch.int32)
+
+    def pages(self) -> torch.Tensor:
+        """int32 on the device: the pages of all sequences, one after the other."""
+        table_BP = self._layout.page_table_BP
+        width = table_BP.shape[1]
+        places = np.concatenate(
+            [
+                np.arange(number) + (self._first + row) * width
+                for row, number in enumerate(self._num_pages)
+            ]
+        )
+        places_N = torch.from_numpy(places).pin_memory().to(table_BP.device, non_blocking=True)
+        return table_BP.reshape(-1).index_select(0, places_N).int()
+
+
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))

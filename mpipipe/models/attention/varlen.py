@@ -1,0 +1,99 @@
+"""Attention with torch's own `varlen_attn` over pages: flash attention, no further package.
+
+torch 2.13 and later; compute capability 8.0 and later; float16 and bfloat16; head dimensions that
+are multiples of 8, up to 256. It takes every step from tensors alone, so a CUDA graph may hold
+decode steps. It knows no softcap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpipipe.errors import ConfigError
+from mpipipe.kv_cache.paged import PagedKVCache
+
+if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
+    from mpipipe.kv_cache.layout import BatchLayout
+    from mpipipe.models.attention.base import AttentionOptions
+
+__all__ = ["VarlenAttention", "has_paged_varlen"]
+
+
+def has_paged_varlen() -> bool:
+    """Whether this torch's `varlen_attn` takes a page table."""
+    import inspect
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "block_table" in inspect.signature(varlen_attn).parameters
+
+
+class VarlenAttention:
+    """Decodes and chunks of prompts in one call."""
+
+    name = "varlen"
+    needs_spans = False
+
+    def attend(
+        self,
+        *,
+        layer: int,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        cache: KVCache,
+        layout: BatchLayout,
+        options: AttentionOptions,
+        stored: bool = False,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`.
+
+        Raises:
+            ConfigError: the model caps its scores.
+        """
+        from torch.nn.attention.varlen import varlen_attn
+
+        assert isinstance(cache, PagedKVCache), "it reads pages"
+        if options.softcap is not None:
+            raise ConfigError(
+                'pipeline.attention = "varlen", but this model caps its attention scores, which '
+                'torch\'s varlen_attn does not do: use "triton" or "auto"'
+            )
+        if not stored:
+            cache.write(layer, key_TKD, value_TKD, layout)
+        window = -1 if options.window is None else options.window - 1
+        attended_THD = varlen_attn(
+            query_THD,
+            cache.keys[layer],
+            cache.values[layer],
+            _query_starts(layout),
+            None,
+            layout.max_query_len,
+            layout.max_kv_len,
+            scale=options.scale,
+            window_size=(window, 0),
+            enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+            seqused_k=layout.kv_lens_B,
+            block_table=layout.page_table_BP,
+        )
+        assert isinstance(attended_THD, torch.Tensor)
+        return attended_THD
+
+
+def _query_starts(layout: BatchLayout) -> torch.Tensor:
+    """int32 [B + 1]; a decode step has one row per sequence."""
+    if layout.query_starts_B1 is not None:
+        return layout.query_starts_B1
+    key = ("varlen", "starts")
+    starts_B1 = layout.derived.get(key)
+    if starts_B1 is None:
+        starts_B1 = layout.derived[key] = torch.arange(
+            layout.num_tokens + 1, dtype=torch.int32, device=layout.kv_lens_B.device
+        )
+    assert isinstance(starts_B1, torch.Tensor)
+    return starts_B1

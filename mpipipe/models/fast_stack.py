@@ -1,0 +1,235 @@
+"""A fused form of Llama-like stages for GPUs: embedding, layers, norm and LM head in one loop.
+
+Purpose: fewer and larger launches than transformers' modules make. q, k, v are one product, gate
+and up another; every residual addition is part of the norm behind it, so what goes from layer to
+layer is the pair (hidden, residual) whose sum is the residual stream; rotary embedding and the
+write into the KV cache are one kernel. cos and sin of all positions are computed once, by the
+model's own rotary module, and looked up once per step.
+
+Non-purpose: other mathematics. `obstacle` names what a stage has that this does not compute, and
+such a stage keeps transformers' modules: the oracle of `tests/contract/test_fast_stack.py`.
+
+Invariants: one tensor [T, hidden] crosses a stage border, the residual sum; a decode step waits for
+nothing and has no shape that depends on values, so a CUDA graph may hold it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.fast_layers import FastLayer, FastLinear, FastNorm, merge_layer, merged, norm_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mpipipe.kv_cache.layout import BatchLayout
+    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.attention_bridge import StageBinding
+    from mpipipe.models.operations import Operations
+
+__all__ = ["FastStack", "build_fast_stack", "obstacle"]
+
+# transformers' classes whose forward was read: pre-norm RMSNorm, rotary embedding, gated SiLU, and
+# nothing between the base model's output and the LM head.
+_MODELS = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+_LAYERS = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+_SILU = frozenset({"SiLU", "SiLUActivation"})
+
+
+def obstacle(model: Any, layers: Sequence[Any], head_dim: int) -> str:
+    """What keeps a stage from this form, as a phrase; empty: nothing.
+
+    Args:
+        model: the causal language model of transformers that the stage was cut from.
+        layers: the stage's.
+        head_dim: of the stage's KV cache.
+    """
+    if not _is_transformers(model, _MODELS):
+        return f"{type(model).__name__} is not one of the fused families"
+    for layer in layers:
+        if not _is_transformers(layer, _LAYERS):
+            return f"{type(layer).__name__} is not one of the fused layers"
+        if type(layer.mlp.act_fn).__name__ not in _SILU:
+            return f"its activation is {type(layer.mlp.act_fn).__name__}"
+        if any(type(linear) is not nn.Linear for linear in _linears(layer)):
+            return "its linear layers are not plain ones"
+        if layer.self_attn.head_dim != head_dim:
+            return f"its heads have {layer.self_attn.head_dim} elements, its cache {head_dim}"
+    rotary = _rotary_of(model)
+    position_11 = torch.zeros(1, 1, dtype=torch.int64, device=rotary.inv_freq.device)
+    rotated = rotary(rotary.inv_freq, position_11)[0].shape[-1]
+    return "" if rotated == head_dim else f"it rotates {rotated} of {head_dim} elements of a head"
+
+
+def build_fast_stack(
+    model: Any,
+    base: Any,
+    binding: StageBinding,
+    *,
+    options: Mapping[int, AttentionOptions],
+    operations: Operations,
+    max_positions: int,
+) -> FastStack:
+    """The fused form of a stage without an `obstacle`; `base.layers` is emptied on the way.
+
+    Memory beyond the stage's own weights stays below two layers': a layer's merged weights are
+    made, then its plain ones are freed.
+
+    Args:
+        model: the causal language model that the stage was cut from.
+        base: its base model, whose `layers` are the stage's.
+        binding: the stage's cache, backend and current layout.
+        options: what each layer, by its number in the stage, asks of attention.
+        operations: the kernels to use.
+        max_positions: no token of the run has a position beyond; sizes the rotary table.
+    """
+    layers: list[FastLayer] = []
+    while len(base.layers):
+        layers.append(merge_layer(base.layers[0], operations, options[len(layers)]))
+        del base.layers[0]
+    has_head = isinstance(model.lm_head, nn.Linear)
+    cos_PD, sin_PD = _rotary_table(_rotary_of(model), max_positions, layers[0].down.weight_OI)
+    return FastStack(
+        layers=layers,
+        embedding_VH=None if base.embed_tokens is None else base.embed_tokens.weight,
+        final_norm=norm_of(base.norm) if has_head else None,
+        head=merged(operations, model.lm_head) if has_head else None,
+        rotary=(cos_PD, sin_PD),
+        binding=binding,
+        operations=operations,
+    )
+
+
+class FastStack:
+    """The computation of one stage. `binding.layout` is set by each call."""
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[FastLayer],
+        embedding_VH: torch.Tensor | None,
+        final_norm: FastNorm | None,
+        head: FastLinear | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        binding: StageBinding,
+        operations: Operations,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._embedding_VH = embedding_VH
+        self._final_norm = final_norm
+        self._head = head
+        self._cos_PD, self._sin_PD = rotary
+        self._binding = binding
+        self._operations = operations
+
+    def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """What the stage behind receives: [T, hidden]. `inputs` as in `StageModel.forward`."""
+        hidden_TH, residual_TH = self._run_layers(inputs, layout)
+        return hidden_TH.add_(residual_TH)
+
+    def logits(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """On the last stage: logits [S, vocabulary] of the rows `rows_S`, of all without it."""
+        assert self._head is not None, "only the last stage has logits"
+        assert self._final_norm is not None
+        hidden_TH, residual_TH = self._run_layers(inputs, layout)
+        if rows_S is not None:
+            hidden_TH = hidden_TH.index_select(0, rows_S)
+            residual_TH = residual_TH.index_select(0, rows_S)
+        norm = self._final_norm
+        normed_SH, _ = self._operations.add_rms_norm(
+            hidden_TH, residual_TH, norm.weight_H, norm.eps
+        )
+        return self._head(normed_SH)
+
+    def _run_layers(
+        self, inputs: torch.Tensor, layout: BatchLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream behind the last layer, as two tensors to be added."""
+        self._binding.layout = layout
+        residual_TH = inputs
+        if self._embedding_VH is not None:
+            residual_TH = nn.functional.embedding(inputs, self._embedding_VH)
+        cos_TD = self._cos_PD.index_select(0, layout.positions_T)
+        sin_TD = self._sin_PD.index_select(0, layout.positions_T)
+        operations = self._operations
+        hidden_TH: torch.Tensor | None = None
+        for number, layer in enumerate(self._layers):
+            norm = layer.input_norm
+            if hidden_TH is None:
+                normed_TH = operations.rms_norm(residual_TH, norm.weight_H, norm.eps)
+            else:
+                normed_TH, residual_TH = operations.add_rms_norm(
+                    hidden_TH, residual_TH, norm.weight_H, norm.eps
+                )
+            attended_TX = self._attend(number, layer, layer.qkv(normed_TH), (cos_TD, sin_TD))
+            norm = layer.post_norm
+            normed_TH, residual_TH = operations.add_rms_norm(
+                layer.output(attended_TX), residual_TH, norm.weight_H, norm.eps
+            )
+            hidden_TH = layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
+        assert hidden_TH is not None, "a stage has layers"
+        return hidden_TH, residual_TH
+
+    def _attend(
+        self,
+        number: int,
+        layer: FastLayer,
+        qkv_TX: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Rotary embedding, the write into the cache, attention: [T, H * D]."""
+        cache, layout = self._binding.cache, self._binding.layout
+        assert isinstance(cache, PagedKVCache), "the fused form writes into pages"
+        assert layout is not None
+        query_THD, key_TKD, value_TKD = self._operations.rotate_and_store(
+            qkv_TX,
+            *rotary,
+            cache.keys[number],
+            cache.values[number],
+            slots_T=layout.slots_T,
+            norms=layer.head_norms,
+        )
+        attended_THD = self._binding.backend.attend(
+            layer=number,
+            query_THD=query_THD,
+            key_TKD=key_TKD,
+            value_TKD=value_TKD,
+            cache=cache,
+            layout=layout,
+            options=layer.options,
+            stored=True,
+        )
+        return attended_THD.flatten(1)
+
+
+def _rotary_table(
+    rotary: Any, max_positions: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for every position in the dtype of `like`: two [max_positions, D]."""
+    positions_1P = torch.arange(max_positions, device=like.device)[None]
+    cos_1PD, sin_1PD = rotary(like, positions_1P)
+    return cos_1PD[0].contiguous(), sin_1PD[0].contiguous()
+
+
+def _rotary_of(model: Any) -> Any:
+    return model.model.rotary_emb
+
+
+def _linears(layer: Any) -> Iterator[nn.Module]:
+    yield from (module for module in layer.modules() if hasattr(module, "in_features"))
+
+
+def _is_transformers(module: Any, names: frozenset[str]) -> bool:
+    """Whether `module` is one of transformers' classes `names`, not a model's own of that name."""
+    kind = type(module)
+    return kind.__name__ in names and kind.__module__.startswith("transformers.models.")

@@ -1,0 +1,115 @@
+"""RMS normalisation of rows, alone or behind a residual addition.
+
+One program per row; the row stays in registers, so each element is read and written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mpipipe.models.kernels.launch import await_inputs, launches_early
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+
+def rms_norm(
+    hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, unit_offset: bool = False
+) -> torch.Tensor:
+    """Each row over its root mean square, times `weight_H`: [T, H].
+
+    Statistics in float32; the normalised row is rounded to the dtype, then multiplied, as
+    transformers' LlamaRMSNorm does. With `unit_offset` (Gemma) the factor is 1 + weight and the
+    product is taken in float32.
+    """
+    out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
+    if hidden_TH.shape[0]:
+        _launch(hidden_TH, None, weight_H, (out_TH, out_TH), eps=eps, unit_offset=unit_offset)
+    return out_TH
+
+
+def add_rms_norm(
+    hidden_TH: torch.Tensor,
+    residual_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of hidden + residual, and that sum rounded to the dtype: two [T, H]."""
+    out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
+    sum_TH = torch.empty_like(out_TH)
+    if hidden_TH.shape[0]:
+        outputs = (out_TH, sum_TH)
+        _launch(hidden_TH, residual_TH, weight_H, outputs, eps=eps, unit_offset=unit_offset)
+    return out_TH, sum_TH
+
+
+def _launch(
+    hidden_TH: torch.Tensor,
+    residual_TH: torch.Tensor | None,
+    weight_H: torch.Tensor,
+    outputs: tuple[torch.Tensor, torch.Tensor],
+    *,
+    eps: float,
+    unit_offset: bool,
+) -> None:
+    num_rows, size = hidden_TH.shape
+    added_TH = hidden_TH if residual_TH is None else residual_TH
+    assert hidden_TH.stride(1) == 1
+    assert added_TH.stride(1) == 1
+    assert weight_H.is_contiguous()
+    block = triton.next_power_of_2(size)
+    early = launches_early(hidden_TH.device)
+    _rms_norm_kernel[(num_rows,)](
+        hidden_TH,
+        added_TH,
+        weight_H,
+        *outputs,
+        hidden_TH.stride(0),
+        added_TH.stride(0),
+        size,
+        eps,
+        ADD=residual_TH is not None,
+        UNIT_OFFSET=unit_offset,
+        EARLY=early,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: two 16-byte loads
+        launch_pdl=early,
+    )
+
+
+@triton.jit
+def _rms_norm_kernel(
+    hidden_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    sum_ptr,
+    hidden_stride,
+    residual_stride,
+    size,
+    eps,
+    ADD: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    await_inputs(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    value = tl.load(hidden_ptr + row * hidden_stride + column, mask=inside, other=0.0)
+    if ADD:
+        added = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+        tl.store(sum_ptr + row * size + column, value, mask=inside)
+    exact = value.to(tl.float32)
+    normed = exact * tl.rsqrt(tl.sum(exact * exact, axis=0) / size + eps)
+    if UNIT_OFFSET:
+        normed = normed * (1.0 + weight)
+    else:
+        normed = normed.to(value.dtype).to(tl.float32) * weight
+    tl.store(out_ptr + row * size + column, normed.to(value.dtype), mask=inside)

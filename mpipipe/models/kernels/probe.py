@@ -1,0 +1,63 @@
+"""Whether Triton can compile and run kernels in this process, found out once by running one.
+
+A wheel that imports proves little: Triton builds its launcher with a C compiler at first use, which
+many cluster nodes lack, and a driver may be too old for the code it emits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from functools import cache
+
+__all__ = ["available"]
+
+
+@cache
+def available() -> tuple[bool, str]:
+    """Whether the kernels of this package work here, and a sentence saying why not. Never raises.
+
+    The first call compiles one small kernel (about a second) and waits for its result.
+    """
+    reason = _missing_part() or _trial_failure()
+    return (reason == "", reason)
+
+
+def _missing_part() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability()
+    if capability < (7, 5):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, 7.5 is needed"
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return "Triton needs a C compiler for its launcher, and none of cc, gcc, clang is in PATH"
+    return ""
+
+
+def _trial_failure() -> str:
+    """Run one kernel; what Triton raises has no common class (its own, OSError, RuntimeError)."""
+    import torch
+
+    try:
+        from mpipipe.models.kernels.norms import rms_norm
+
+        hidden_TH = torch.full((2, 96), 3.0, dtype=torch.float16, device="cuda")
+        out_TH = rms_norm(hidden_TH, torch.ones_like(hidden_TH[0]), 0.0)
+        wrong = bool((out_TH - 1.0).abs().max() > 1e-2)
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return f"a trial kernel failed: {type(error).__name__}: {_first_line(error)}"
+    except subprocess.CalledProcessError as error:
+        return f"the C compiler failed on Triton's launcher: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - Triton's compile errors derive from Exception alone
+        return f"a trial kernel did not compile: {type(error).__name__}: {_first_line(error)}"
+    return "a trial kernel computed wrong numbers" if wrong else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,205 @@
+"""Rotary embedding of queries and keys, and the write of keys and values into the paged cache.
+
+One launch per layer instead of about a dozen. cos and sin come as tensors that the model computes
+once per step and all layers share: 200 bytes a token and layer, against 20 kB that the kernel moves
+anyway, and every variant of rotary scaling stays transformers' own business. (Computing them here
+would need sin and cos of large arguments in every layer and would have to repeat each variant.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mpipipe.models.kernels.launch import await_inputs, launches_early
+
+__all__ = ["HeadNorms", "rotate_and_store"]
+
+_MAX_HEADS_PER_PROGRAM = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorms:
+    """RMS norms over each head's D before the rotation (Qwen 3)."""
+
+    query_D: torch.Tensor
+    key_D: torch.Tensor
+    eps: float
+
+
+def rotate_and_store(
+    qkv_TX: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    *,
+    slots_T: torch.Tensor,
+    norms: HeadNorms | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotate q and k of the merged projection, store k and v; returns q [T, H, D], k, v [T, K, D].
+
+    q and k are views of one new tensor, v of `qkv_TX`, which stays as it is.
+
+    Args:
+        qkv_TX: X = (H + 2 K) * D: query heads, then key heads, then value heads.
+        cos_TR: in the dtype of `qkv_TX`, halves equal (transformers' form); R <= D and even: only
+            the first R of each head are rotated, element i with i + R / 2. Products are rounded to
+            the dtype before they are added, as transformers does.
+        sin_TR: like `cos_TR`.
+        key_cache: [pages, page_size, K, D] with any strides but 1 along D.
+        value_cache: the same shape and strides.
+        slots_T: int64: page * page_size + offset.
+        norms: applied to q and k first.
+    """
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    num_tokens, width = qkv_TX.shape
+    num_heads = width // head_dim - 2 * num_kv_heads
+    assert qkv_TX.stride(1) == cos_TR.stride(1) == sin_TR.stride(1) == key_cache.stride(3) == 1
+    assert key_cache.stride() == value_cache.stride()
+    assert cos_TR.stride() == sin_TR.stride()
+    out_TQD = qkv_TX.new_empty((num_tokens, num_heads + num_kv_heads, head_dim))
+    if num_tokens:
+        tensors = (qkv_TX, cos_TR, sin_TR, out_TQD, key_cache, value_cache, slots_T)
+        _launch(tensors, num_heads, norms)
+    value_TX = qkv_TX[:, (num_heads + num_kv_heads) * head_dim :]
+    value_TKD = value_TX.unflatten(1, (num_kv_heads, head_dim))
+    return out_TQD[:, :num_heads], out_TQD[:, num_heads:], value_TKD
+
+
+def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms | None) -> None:
+    qkv_TX, cos_TR, _, _, key_cache, _, _ = tensors
+    _, page_size, num_kv_heads, head_dim = key_cache.shape
+    half = cos_TR.shape[-1] // 2
+    rest = head_dim - 2 * half
+    heads = min(triton.next_power_of_2(num_kv_heads), _MAX_HEADS_PER_PROGRAM)
+    blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    early = launches_early(qkv_TX.device)
+    _rotate_kernel[(qkv_TX.shape[0], blocks)](
+        *tensors,
+        norms.query_D if norms else qkv_TX,
+        norms.key_D if norms else qkv_TX,
+        norms.eps if norms else 0.0,
+        qkv_TX.stride(0),
+        cos_TR.stride(0),
+        *key_cache.stride()[:3],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        PAGE_SIZE=page_size,
+        NORMS=norms is not None,
+        HEADS=heads,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
+        EARLY=early,
+        num_warps=4,
+        enable_fp_fusion=False,  # else a product and the sum become one operation, rounded once
+        launch_pdl=early,
+    )
+
+
+@triton.jit
+def _rotate_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slots_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    eps,
+    qkv_stride,
+    cos_stride,
+    PAGE_STRIDE: tl.constexpr,
+    OFFSET_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NORMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    await_inputs(EARLY)
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    QUERY_BLOCKS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KEY_BLOCKS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    slot = tl.load(slots_ptr + token)
+    cell = (slot // PAGE_SIZE) * PAGE_STRIDE + (slot % PAGE_SIZE) * OFFSET_STRIDE
+    is_query = block < QUERY_BLOCKS
+    is_value = block >= QUERY_BLOCKS + KEY_BLOCKS
+    first = tl.where(is_query, 0, tl.where(is_value, QUERY_BLOCKS + KEY_BLOCKS, QUERY_BLOCKS))
+    head = (block - first) * HEADS + tl.arange(0, HEADS)  # within its kind
+    known = head < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS)
+    before = tl.where(is_query, 0, tl.where(is_value, NUM_HEADS + NUM_KV_HEADS, NUM_HEADS))
+    source = qkv_ptr + token * qkv_stride + ((before + head) * HEAD_DIM)[:, None]
+    target = out_ptr + token * (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+    target += ((before + head) * HEAD_DIM)[:, None]
+    stored = cell + (head * HEAD_STRIDE)[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = known[:, None] & (column < HALF)
+    low = tl.load(source + column, mask=inside, other=0.0)
+    high = tl.load(source + HALF + column, mask=inside, other=0.0)
+    if BLOCK_REST > 0:
+        column_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        inside_rest = known[:, None] & (column_rest < HEAD_DIM)
+        rest = tl.load(source + column_rest, mask=inside_rest, other=0.0)
+    if is_value:
+        tl.store(value_cache_ptr + stored + column, low, mask=inside)
+        tl.store(value_cache_ptr + stored + HALF + column, high, mask=inside)
+        if BLOCK_REST > 0:
+            tl.store(value_cache_ptr + stored + column_rest, rest, mask=inside_rest)
+    else:
+        if NORMS:
+            norm = query_norm_ptr if is_query else key_norm_ptr
+            squares = tl.sum(_squared(low) + _squared(high), axis=1)
+            if BLOCK_REST > 0:
+                squares += tl.sum(_squared(rest), axis=1)
+            factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+            low = _normed(low, factor, norm + column, column < HALF)
+            high = _normed(high, factor, norm + HALF + column, column < HALF)
+            if BLOCK_REST > 0:
+                rest = _normed(rest, factor, norm + column_rest, column_rest < HEAD_DIM)
+        cos = tl.load(cos_ptr + token * cos_stride + column, mask=column < HALF, other=0.0)
+        sin = tl.load(sin_ptr + token * cos_stride + column, mask=column < HALF, other=0.0)
+        turned_low = (_rounded(low, cos) - _rounded(high, sin)).to(low.dtype)
+        turned_high = (_rounded(high, cos) + _rounded(low, sin)).to(low.dtype)
+        tl.store(target + column, turned_low, mask=inside)
+        tl.store(target + HALF + column, turned_high, mask=inside)
+        if BLOCK_REST > 0:
+            tl.store(target + column_rest, rest, mask=inside_rest)
+        if block >= QUERY_BLOCKS:
+            tl.store(key_cache_ptr + stored + column, turned_low, mask=inside)
+            tl.store(key_cache_ptr + stored + HALF + column, turned_high, mask=inside)
+            if BLOCK_REST > 0:
+                tl.store(key_cache_ptr + stored + column_rest, rest, mask=inside_rest)
+
+
+@triton.jit
+def _squared(value):
+    return value.to(tl.float32) * value.to(tl.float32)
+
+
+@triton.jit
+def _normed(value, factor, weight_ptr, inside):
+    """Rounded to the dtype before the weight is applied, as transformers' Qwen3RMSNorm does."""
+    weight = tl.load(weight_ptr, mask=inside, other=0.0).to(tl.float32)
+    normed = (value.to(tl.float32) * factor).to(value.dtype)
+    return (normed.to(tl.float32) * weight).to(value.dtype)
+
+
+@triton.jit
+def _rounded(value, factor):
+    """The product, rounded to the dtype, in float32 again."""
+    return (value.to(tl.float32) * factor.to(tl.float32)).to(value.dtype).to(tl.float32)

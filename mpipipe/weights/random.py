@@ -1,0 +1,72 @@
+"""Random weights of a stage, for benchmarks of shapes whose checkpoint is not at hand.
+
+Every parameter is drawn by a generator of its own, seeded with its name in the full model: a model
+has the same weights however it is split over stages (on one kind of device; a GPU draws other
+numbers than a CPU). Not for use: what such a model says means nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from mpipipe.clock import MonotonicClock
+from mpipipe.weights.loader import LoadReport
+
+__all__ = ["fill_random"]
+
+_DEVIATION = 0.02  # what most families are initialised with
+
+
+def fill_random(
+    module: torch.nn.Module,
+    wanted: Mapping[str, str],
+    *,
+    tied: Mapping[str, str] | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> LoadReport:
+    """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
+
+    Args:
+        module: built in `dtype` on the meta device; its parameters and persistent buffers are
+            replaced. One that it keeps in another type stays in that type.
+        wanted: name in `module.state_dict()` → canonical name (that of the full model).
+        tied: canonical name → the canonical name it shares a tensor with.
+        dtype: the run's.
+        device: where the tensors are drawn and stay.
+        seed: other seeds give other weights.
+    """
+    clock = MonotonicClock()
+    start_s = clock.now_s()
+    tied = tied or {}
+    state = module.state_dict(keep_vars=True)
+    assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
+    made: dict[str, torch.Tensor] = {}
+    for name, canonical in wanted.items():
+        source = tied.get(canonical, canonical)
+        if source not in made:
+            made[source] = _drawn(source, state[name], device, seed)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, made[source])
+    num_bytes = sum(tensor.nbytes for tensor in made.values())
+    return LoadReport(0, 0, clock.now_s() - start_s, num_bytes)
+
+
+def _drawn(name: str, shell: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
+    """The tensor called `name` in the full model, like `shell`."""
+    tensor = torch.zeros(shell.shape, dtype=shell.dtype, device=device)
+    leaf = name.rpartition(".")[2]
+    if tensor.is_floating_point() and "bias" not in leaf:
+        if tensor.dim() <= 1:
+            tensor.fill_(1.0)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+            tensor.normal_(0.0, _DEVIATION, generator=generator)
+    if isinstance(shell, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor, requires_grad=False)
+    return tensor

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+
+from mpipipe.errors import ConfigError
+from mpipipe.planning.attention_choice import choose_attention
+
+EVERYTHING = ("triton", "varlen", "flashinfer", "sdpa", "reference")
+
+
+def choose(
+    asked: str = "auto",
+    *,
+    device: str = "cuda",
+    capability: int = 90,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    available: tuple[str, ...] = EVERYTHING,
+) -> str:
+    name, reason = choose_attention(
+        asked,
+        device=device,
+        capability=capability,
+        head_dim=head_dim,
+        dtype=dtype,
+        available=available,
+    )
+    assert reason
+    return name
+
+
+def test_a_cpu_gets_sdpa() -> None:
+    assert choose(device="cpu", capability=0, available=("sdpa", "reference")) == "sdpa"
+
+
+@pytest.mark.parametrize("head_dim", [64, 100, 128, 256])
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_a_gpu_gets_our_kernels_for_every_head_dimension(capability: int, head_dim: int) -> None:
+    assert choose(capability=capability, head_dim=head_dim) == "triton"
+
+
+def test_without_triton_a_new_enough_torch_takes_over() -> None:
+    without = ("varlen", "flashinfer", "sdpa", "reference")
+    assert choose(available=without) == "varlen"
+    assert choose(available=without, head_dim=100) == "sdpa"
+    assert choose(available=without, capability=75, dtype="float16") == "sdpa"
+    assert choose(available=("sdpa", "reference")) == "sdpa"
+
+
+def test_the_reason_says_what_was_missing() -> None:
+    _, reason = choose_attention(
+        "auto",
+        device="cuda",
+        capability=90,
+        head_dim=128,
+        dtype="bfloat16",
+        available=("varlen", "sdpa", "reference"),
+    )
+    assert "C compiler" in reason
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_what_can_run_is_given_when_asked_for(name: str) -> None:
+    assert choose(name) == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "named"),
+    [
+        ("flash", {}, '"flashinfer"'),
+        ("triton", {"device": "cpu", "capability": 0}, "on the CPU"),
+        ("triton", {"available": ("sdpa", "reference")}, "C compiler"),
+        ("triton", {"capability": 70}, "7.5"),
+        ("triton", {"head_dim": 512}, "512"),
+        ("flashinfer", {"head_dim": 100}, "64, 128, 256"),
+        ("flashinfer", {"capability": 75}, "8.0"),
+        ("flashinfer", {"available": ("triton", "sdpa")}, r"mpipipe\[cuda\]"),
+        ("flashinfer", {"dtype": "float32"}, "float32"),
+        ("varlen", {"available": ("triton", "sdpa")}, "2.13"),
+        ("varlen", {"head_dim": 100}, "multiples of 8"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_cause_and_remedy(
+    asked: str, settings: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        choose(asked, **settings)  # type: ignore[arg-type]
+    assert "use" in str(caught.value)
