@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["keep_min_p", "keep_top_k", "keep_top_p", "penalise_repetition"]
+__all__ = ["keep_min_p", "keep_top_k", "keep_top_p", "penalise_repetition", "running_sums"]
 
 _MINUS_INF = float("-inf")
 
@@ -50,9 +50,20 @@ def keep_top_p(scores_SV: torch.Tensor, rest_S: torch.Tensor) -> torch.Tensor:
     `rest_S`: float32 1 - top_p, subtracted in double precision as Python does.
     """
     ascending_SV, order_SV = scores_SV.sort(dim=-1, stable=True)
-    removed_SV = ascending_SV.softmax(dim=-1).cumsum(dim=-1) <= rest_S.unsqueeze(-1)
+    removed_SV = running_sums(ascending_SV.softmax(dim=-1)) <= rest_S.unsqueeze(-1)
     removed_SV[:, -1] = False
     return scores_SV.masked_fill(removed_SV.scatter(-1, order_SV, removed_SV), _MINUS_INF)
+
+
+def running_sums(values_SV: torch.Tensor) -> torch.Tensor:
+    """`cumsum` of each row, the same in every run.
+
+    On a GPU torch sums a row of its own by a scan over the whole device, whose rounding may differ
+    from run to run; several rows are summed by a thread block each. One row is therefore doubled.
+    """
+    if len(values_SV) == 1:
+        return values_SV.expand(2, -1).cumsum(dim=-1)[:1]
+    return values_SV.cumsum(dim=-1)
 
 
 def keep_min_p(scores_SV: torch.Tensor, min_p_S: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from mpipipe.stage.logits_filters import keep_min_p, keep_top_k, keep_top_p, pen
 from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
 from mpipipe.types import SamplingParams, TokenLogprobs
 
-__all__ = ["SampleRow", "Sampled", "filtered_scores", "sample"]
+__all__ = ["SampleRow", "Sampled", "filtered_scores", "is_greedy", "sample"]
 
 # Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
 # a factor e or more: the draw is greedy, and the division could only overflow.
@@ -38,7 +38,12 @@ class SampleRow:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, with no draw."""
-        return self.sampling.temperature < _GREEDY_BELOW_TEMPERATURE
+        return is_greedy(self.sampling)
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Whether the likeliest token is taken, with no draw."""
+    return sampling.temperature < _GREEDY_BELOW_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,10 @@ def filtered_scores(scores_GV: torch.Tensor, settings: Sequence[SamplingParams])
     `scores_GV`: float32, after the penalty, settings with a temperature above 0.
     """
     device = scores_GV.device
-    scores_GV = scores_GV / _column([s.temperature for s in settings], device).unsqueeze(-1)
-    scores_GV.clamp_(max=torch.finfo(scores_GV.dtype).max)  # only absurd settings overflow
+    largest = torch.finfo(scores_GV.dtype).max  # only absurd settings exceed it
+    temperatures = [min(s.temperature, largest) for s in settings]
+    scores_GV = scores_GV / _column(temperatures, device).unsqueeze(-1)
+    scores_GV.clamp_(max=largest)
     vocabulary = scores_GV.shape[-1]
 
     def top_k(group_GV: torch.Tensor, group: list[SamplingParams]) -> torch.Tensor:

@@ -26,6 +26,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.executor import PreparedStep, StepOutput
 from mpipipe.stage.sequences import SequenceTable
 
@@ -133,6 +134,10 @@ class StageWorker:
         self._account.end(self._clock.now_s())
         self._closed.extend(self._table.clear())
         return goes_on
+
+    def device_use(self) -> DeviceUse:
+        """Nothing: on a CPU computing is Python's own time."""
+        return DeviceUse()
 
     async def exercise_edges(self) -> None:
         """Send one small tensor over every edge of this stage, so that no step pays for set-up."""

@@ -1,0 +1,199 @@
+"""`DecodeBatch`: one slot's decoding sequences, as rows, on the host and on the device.
+
+The rows follow the head's `DecodeScheduled` deltas. While a batch does not change, a step needs no
+copy at all: lengths and positions advance on the device. When it does change (a sequence left or
+joined, a page was added), the whole batch is uploaded in one copy from the host's mirror, which
+knows all of it but the tokens; those never leave the device (`last_token`).
+
+Rows without a sequence, which fill a batch up to its graph's size, have length 0, sit in the last
+seat and write to the last page of the cache, which belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mpipipe.stage.ahead.seats import COLUMN_TYPES
+from mpipipe.stage.device_sampler import SamplingColumns, SamplingNeeds
+
+if TYPE_CHECKING:
+    from mpipipe.control_plane.messages import DecodeScheduled
+    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.stage.ahead.seats import SeatTable
+
+__all__ = ["DecodeBatch", "PackedArrays"]
+
+_ROW_MULTIPLE = 8  # keeps every array of the packed buffer aligned to 8 bytes
+
+
+class PackedArrays:
+    """Numpy arrays that lie in one buffer, with tensors of the same names on the device."""
+
+    def __init__(
+        self,
+        host: dict[str, np.ndarray],
+        device: dict[str, torch.Tensor],
+        *,
+        buffers: tuple[np.ndarray, torch.Tensor],
+        lane: Lane,
+    ) -> None:
+        self.host = host
+        self.device = device
+        self._buffers = buffers
+        self._lane = lane
+
+    @classmethod
+    def allocate(cls, fields: dict[str, tuple[tuple[int, ...], type]], lane: Lane) -> PackedArrays:
+        """Zeros. `fields`: name → (shape, dtype), 8-byte types first, sizes of whole 8 bytes."""
+        sizes = [int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in fields.values()]
+        host_buffer = np.zeros(sum(sizes), dtype=np.uint8)
+        device_buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=lane.device)
+        host: dict[str, np.ndarray] = {}
+        device: dict[str, torch.Tensor] = {}
+        start = 0
+        for (name, (shape, kind)), size in zip(fields.items(), sizes, strict=True):
+            part = slice(start, start + size)
+            host[name] = host_buffer[part].view(kind).reshape(shape)
+            dtype = torch.from_numpy(np.empty(0, kind)).dtype
+            device[name] = device_buffer[part].view(dtype).view(shape)
+            start += size
+        return cls(host, device, buffers=(host_buffer, device_buffer), lane=lane)
+
+    def upload(self) -> None:
+        """Make the device's side equal to the host's, in the order of the lane."""
+        self._lane.upload_into(*self._buffers)
+
+
+class DecodeBatch:
+    """The rows of one slot.
+
+    Args:
+        seats: this stage's sequences.
+        lane: the device.
+        max_rows: sequences of a slot at most.
+        nobody: the seat and the page of rows without a sequence.
+    """
+
+    def __init__(
+        self, seats: SeatTable, lane: Lane, *, max_rows: int, nobody: tuple[int, int]
+    ) -> None:
+        rows = -(-max_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self._seats = seats
+        self._nobody_seat, self._nobody_page = nobody
+        self._rows = np.empty(0, dtype=np.int64)  # the seat of each row
+        columns = sorted(COLUMN_TYPES.items(), key=lambda entry: -np.dtype(entry[1]).itemsize)
+        self._arrays = PackedArrays.allocate(
+            {
+                "seats": ((rows,), np.int64),
+                **{name: ((rows,), kind) for name, kind in columns},
+                "active": ((rows,), np.int32),
+                "kv_len": ((rows,), np.int32),
+                "pages": ((rows, seats.max_pages), np.int32),
+            },
+            lane,
+        )
+        self.needs = SamplingNeeds()
+        self.max_logprobs = -1  # of the rows that ask for some; -1: none does
+        self.last_step = -1
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def seats_of_rows(self) -> np.ndarray:
+        """The seat of each row, int64; do not change it."""
+        return self._rows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, those of the steps on the lane included: int32."""
+        return self._arrays.host["kv_len"][: len(self._rows)]
+
+    @property
+    def device(self) -> dict[str, torch.Tensor]:
+        """Device tensors: seats, active, kv_len [rows], pages [rows, P], and the columns."""
+        return self._arrays.device
+
+    def columns(self, num_rows: int) -> SamplingColumns:
+        """The sampling columns of the first rows."""
+        tensors = self._arrays.device
+        return SamplingColumns(
+            **{f"{name}_S": tensors[name][:num_rows] for name in COLUMN_TYPES},
+            seats_S=tensors["seats"][:num_rows],
+        )
+
+    def clear(self) -> None:
+        """No rows, on both sides."""
+        self._rows = np.empty(0, dtype=np.int64)
+        self.last_step = -1
+        self._rebuild()
+        self._arrays.upload()
+
+    def latest_sample(self, joined: tuple[int, ...]) -> int:
+        """The latest step whose tokens the next step of this batch needs."""
+        latest = self.last_step if len(self._rows) else -1
+        for sequence_id in joined:
+            latest = max(latest, int(self._seats.sampled_in[self._seats.seat(sequence_id)]))
+        return latest
+
+    def apply(self, step: DecodeScheduled) -> None:
+        """Change the rows as `step` says, and advance every length by the token it computes."""
+        if step.left or step.joined:
+            self._regroup(step)
+        elif step.page_rows:
+            self._add_pages(step)
+        if step.left or step.joined or step.page_rows:
+            self._arrays.upload()
+        self._arrays.host["kv_len"][: len(self._rows)] += 1
+        self.last_step = step.step
+
+    def _regroup(self, step: DecodeScheduled) -> None:
+        seats, rows = self._seats, self._rows
+        # The table is behind the rows while they advance; settle it before they change. Not for
+        # the rows that leave: their seats may have a new owner, or a new beginning, already.
+        kept = np.delete(np.arange(len(rows)), step.left)
+        lengths, rows = self._arrays.host["kv_len"][kept], rows[kept]
+        seats.num_computed[rows] = lengths
+        seats.sampled_in[rows] = self.last_step
+        joined = [seats.seat(sequence_id) for sequence_id in step.joined]
+        rows = np.concatenate((rows, np.array(joined, dtype=np.int64)))
+        assert len(rows) == step.num_rows, f"{len(rows)} rows, the head has {step.num_rows}"
+        self._rows = rows
+        for row, page in zip(step.page_rows, step.new_pages, strict=True):
+            seats.add_pages(int(rows[row]), (page,))
+        self._rebuild()
+
+    def _add_pages(self, step: DecodeScheduled) -> None:
+        pages = self._arrays.host["pages"]
+        for row, page in zip(step.page_rows, step.new_pages, strict=True):
+            seat = int(self._rows[row])
+            self._seats.add_pages(seat, (page,))
+            pages[row] = self._seats.pages[seat]
+
+    def _rebuild(self) -> None:
+        seats, rows, host = self._seats, self._rows, self._arrays.host
+        num_rows = len(rows)
+        host["seats"][:num_rows] = rows
+        host["seats"][num_rows:] = self._nobody_seat
+        host["active"][:num_rows] = 1
+        host["active"][num_rows:] = 0
+        host["kv_len"][:num_rows] = seats.num_computed[rows]
+        host["kv_len"][num_rows:] = 0
+        host["pages"][:num_rows] = seats.pages[rows]
+        host["pages"][num_rows:] = self._nobody_page
+        for name, column in seats.columns.items():
+            host[name][:num_rows] = column[rows]
+            host[name][num_rows:] = 0
+        host["temperature"][num_rows:] = 0
+        host["penalty"][num_rows:] = 1
+        host["rest"][num_rows:] = -1
+        host["top_k"][num_rows:] = 1
+        self.needs = SamplingNeeds()
+        for seat in rows.tolist():
+            self.needs |= seats.needs[seat]
+        asked = seats.num_logprobs[rows]
+        self.max_logprobs = int(asked.max()) if num_rows else -1

@@ -1,0 +1,192 @@
+"""`DecodePrograms`: what a stage computes in a decode step, replayed as CUDA graphs.
+
+One program per slot, number of rows and sampling operations. Its work is plain torch: advance the
+lengths, look the inputs up, run the layers, sample. `memory.cuda_graphs = false` and CPUs run that
+work as it is; it is the oracle of the graphs, which replay the very same calls.
+
+A program's outputs stay at the same addresses, valid until its next run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpipipe.kv_cache.layout import decode_layout
+from mpipipe.stage.device_sampler import SamplingNeeds, sample_on_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mpipipe.models.adapter import StageModel
+    from mpipipe.stage.ahead.decode_batch import DecodeBatch
+    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.stage.device_sampler import SeenTokens
+
+__all__ = ["GREEDY", "DecodeOutput", "DecodePrograms", "ProgramKey", "StageTensors", "row_buckets"]
+
+
+def row_buckets(max_rows: int) -> tuple[int, ...]:
+    """Batch sizes that get a graph of their own; a step takes the next larger one.
+
+    Fine where a row costs most of a step's time, coarser above: at most 25 % of the rows are
+    padding from 8 rows on, on average 8 %. 19 sizes up to 256.
+    """
+    sizes: list[int] = [1, 2, 4]
+    size = 8
+    while size < max_rows:
+        sizes.append(size)
+        size += max(8, 1 << (size.bit_length() - 3))
+    return (*(size for size in sizes if size < max_rows), max_rows)
+
+
+GREEDY = SamplingNeeds()
+
+
+@dataclass(frozen=True, slots=True)
+class StageTensors:
+    """Device tensors that all steps of a stage share."""
+
+    last_token: torch.Tensor  # int64 [seats + 1]: the token each sequence sampled last (stage 0)
+    hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramKey:
+    """What makes two programs different."""
+
+    slot: int
+    num_rows: int
+    needs: SamplingNeeds = GREEDY
+    with_logits: bool = False  # kept for log-probabilities
+
+
+@dataclass(slots=True)
+class DecodeOutput:
+    """What a step leaves, for all rows of its program."""
+
+    result: torch.Tensor  # hidden [B, hidden], or ids int64 [B] on the last stage
+    logits_BV: torch.Tensor | None = None
+
+
+class DecodePrograms:
+    """All decode programs of a stage.
+
+    Args:
+        model: the stage, loaded.
+        batches: by slot.
+        tensors: what the steps share.
+        lane: the device.
+        page_size: tokens per page.
+        max_kv_len: what no sequence exceeds.
+        use_graphs: capture; else run the work itself each time.
+    """
+
+    def __init__(
+        self,
+        model: StageModel,
+        batches: tuple[DecodeBatch, ...],
+        tensors: StageTensors,
+        lane: Lane,
+        *,
+        page_size: int,
+        max_kv_len: int,
+        use_graphs: bool,
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._tensors = tensors
+        self._lane = lane
+        self._page_size = page_size
+        self._max_kv_len = max_kv_len
+        self._use_graphs = use_graphs
+        self._replays: dict[ProgramKey, tuple[Callable[[], None], DecodeOutput]] = {}
+        self.seen: SeenTokens | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._replays)
+
+    def prepare(self, keys: Iterable[ProgramKey]) -> None:
+        """Run every program once on rows without sequences, and capture it."""
+        for key in keys:
+            self._work(key)
+            if self._use_graphs:
+                self._capture(key)
+
+    def run(self, key: ProgramKey) -> DecodeOutput:
+        """Add a step to the lane. A program that is new is captured first, which waits for it."""
+        if not self._use_graphs:
+            return self._work(key)
+        captured = self._replays.get(key) or self._capture_late(key)
+        captured[0]()
+        return captured[1]
+
+    def _capture_late(self, key: ProgramKey) -> tuple[Callable[[], None], DecodeOutput]:
+        """Capture in the middle of a run: sampling options that were not known at boot.
+
+        The trial run is this very step, so it writes the keys and values that the replay will write
+        again; what it advances (lengths, last tokens, seen tokens) is put back.
+        """
+        tensors = self._batches[key.slot].device
+        advanced = (tensors["kv_len"], self._tensors.last_token)
+        kept = [tensor.clone() for tensor in advanced]
+        seats_B = tensors["seats"][: key.num_rows]
+        seen_BV = self.seen.rows(seats_B) if self.seen is not None else None
+        self._work(key)
+        for tensor, before in zip(advanced, kept, strict=True):
+            tensor.copy_(before)
+        if self.seen is not None and seen_BV is not None:
+            self.seen.put_rows(seats_B, seen_BV)
+        self._lane.drain()
+        return self._capture(key)
+
+    def _capture(self, key: ProgramKey) -> tuple[Callable[[], None], DecodeOutput]:
+        outputs: list[DecodeOutput] = []
+        replay = self._lane.capture(lambda: outputs.append(self._work(key)))
+        assert replay is not None, "graphs are used on GPUs only"
+        self._replays[key] = (replay, outputs[0])
+        return self._replays[key]
+
+    def _work(self, key: ProgramKey) -> DecodeOutput:
+        batch, rows = self._batches[key.slot], key.num_rows
+        tensors, model = batch.device, self._model
+        last_token, seats_B = self._tensors.last_token, tensors["seats"][:rows]
+        kv_len_B, pages_BP = tensors["kv_len"][:rows], tensors["pages"][:rows]
+        # -1 marks logits that were not finite: read as 0 here, the head sees it and ends the run.
+        positions_B, slots_B, tokens_B = model.operations.advance_rows(
+            *(kv_len_B, tensors["active"][:rows], pages_BP, seats_B, last_token),
+            page_size=self._page_size,
+        )
+        layout = decode_layout(
+            pages_BP,
+            kv_len_B,
+            page_size=self._page_size,
+            max_kv_len=self._max_kv_len,
+            placed=(positions_B, slots_B),
+        )
+        inputs = tokens_B
+        if self._tensors.hidden_in_BH is not None:
+            inputs = self._tensors.hidden_in_BH[:rows]
+        result = model.forward_decode(inputs, layout)
+        if not model.plan.has_head:
+            return DecodeOutput(result)
+        ids_B = self._sample(key, result, kv_len_B)
+        if model.plan.has_embedding:
+            last_token.index_copy_(0, seats_B, ids_B)
+        return DecodeOutput(ids_B, result if key.with_logits else None)
+
+    def _sample(
+        self, key: ProgramKey, logits_BV: torch.Tensor, kv_len_B: torch.Tensor
+    ) -> torch.Tensor:
+        if key.needs == GREEDY:
+            return self._model.operations.greedy_ids(logits_BV)
+        columns = self._batches[key.slot].columns(key.num_rows)
+        ids_B = sample_on_device(logits_BV, columns, kv_len_B.long(), key.needs, self.seen)
+        if key.needs.penalty:
+            assert self.seen is not None, "the stage makes it with the first such sequence"
+            self.seen.mark(columns.seats_S, ids_B)
+        return ids_B

@@ -1,0 +1,297 @@
+"""`AheadEngine`: adds steps to this stage's lane. No asyncio, no communication, no waiting.
+
+Every step is [inputs are there → compute → outputs are there] in the order of the lane; the worker
+puts the transfers around it. Prompt chunks run as they are, ragged; decode steps are replayed as
+CUDA graphs where the attention backend works from device tensors alone, and run ragged otherwise
+(`needs_spans`): slower, but for every backend, and the oracle of the graphs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout, to_device
+from mpipipe.stage.ahead.decode_batch import DecodeBatch
+from mpipipe.stage.ahead.decode_program import (
+    GREEDY,
+    DecodePrograms,
+    ProgramKey,
+    StageTensors,
+    row_buckets,
+)
+from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
+from mpipipe.stage.ahead.prefill import full_prefill, sampled_rows
+from mpipipe.stage.ahead.seats import SeatTable
+from mpipipe.stage.device_logprobs import select_logprobs
+from mpipipe.stage.device_sampler import (
+    SamplingColumns,
+    SamplingNeeds,
+    SeenTokens,
+    sample_on_device,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpipipe.control_plane.messages import DecodeScheduled, RequestOpened, StepScheduled
+    from mpipipe.models.adapter import StageModel
+    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.stage.ahead.lane import Lane
+
+__all__ = ["AheadEngine", "open_engine"]
+
+
+def open_engine(
+    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_spans: bool
+) -> AheadEngine:
+    """Tables and device tensors for `plan`; nothing is captured yet."""
+    max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
+    # A place may be taken again while its last owner's steps are in flight: two seats a place.
+    num_seats = 2 * plan.num_slots * plan.max_sequences_per_slot
+    seats = SeatTable(num_seats, max_pages, model.vocab_size)
+    nobody = (num_seats, plan.num_kv_pages)
+    batches = tuple(
+        DecodeBatch(seats, lane, max_rows=plan.max_sequences_per_slot, nobody=nobody)
+        for _ in range(plan.num_slots)
+    )
+    hidden_in_BH = None
+    if not model.plan.has_embedding:
+        rows = plan.max_sequences_per_slot
+        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
+    last_token = torch.zeros(num_seats + 1, dtype=torch.int64, device=lane.device)
+    tensors = StageTensors(last_token, hidden_in_BH)
+    programs = DecodePrograms(
+        model,
+        batches,
+        tensors,
+        lane,
+        page_size=plan.page_size_tokens,
+        max_kv_len=plan.max_sequence_tokens,
+        use_graphs=plan.cuda_graphs and not attention_needs_spans and not model.graph_obstacle(),
+    )
+    return AheadEngine(
+        plan,
+        model,
+        lane,
+        seats=seats,
+        batches=batches,
+        tensors=tensors,
+        programs=programs,
+        ragged=attention_needs_spans,
+    )
+
+
+class AheadEngine:
+    """One stage's tables, batches and programs; made by `open_engine`."""
+
+    def __init__(
+        self,
+        plan: PipelinePlan,
+        model: StageModel,
+        lane: Lane,
+        *,
+        seats: SeatTable,
+        batches: tuple[DecodeBatch, ...],
+        tensors: StageTensors,
+        programs: DecodePrograms,
+        ragged: bool,
+    ) -> None:
+        self.seats = seats
+        self.programs = programs
+        self._plan = plan
+        self._model = model
+        self._lane = lane
+        self._batches = batches
+        self._tensors = tensors
+        self._ragged = ragged
+        self._buckets = row_buckets(plan.max_sequences_per_slot)
+        self._is_last = model.plan.has_head
+        self._is_first = model.plan.has_embedding
+
+    # ---- sequences -------------------------------------------------------------------------------
+
+    def open(self, message: RequestOpened) -> None:
+        """A sequence begins, or begins again."""
+        seat = self.seats.open(message)
+        if self._is_last and message.sampling.repetition_penalty != 1:
+            self._remember_seen().set_row(seat, message.prompt_ids)
+
+    def clear(self) -> None:
+        """The end of a generate call: forget all sequences."""
+        for batch in self._batches:
+            batch.clear()
+        self.seats.clear()
+
+    def needed_sample(self, step: DecodeScheduled) -> int:
+        """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
+        return self._batches[step.slot].latest_sample(step.joined)
+
+    # ---- boot ------------------------------------------------------------------------------------
+
+    def prepare(self, needs: SamplingNeeds) -> None:
+        """Run and capture the decode programs of every slot and size, the largest first.
+
+        `needs`: the sampling that the run is configured for, beside greedy. Other options are
+        captured when they first occur. First comes a prefill step of full size, so that no request
+        pays for loading kernels, and too little memory shows before the first prompt.
+        """
+        with torch.inference_mode():
+            self._prefill_trial()
+        if self._ragged:
+            self._lane.drain()
+            return
+        kinds = {GREEDY}
+        if self._is_last:
+            kinds.add(needs)
+            if needs.penalty:
+                self._remember_seen()
+        keys = [
+            ProgramKey(slot, rows, kind)
+            for rows in reversed(self._buckets)
+            for kind in sorted(kinds, key=repr)
+            for slot in range(len(self._batches))
+        ]
+        with torch.inference_mode():
+            self.programs.prepare(keys)
+            # The small steps between the programs load their kernels here too.
+            ids_S = self._lane.upload(np.zeros(1, dtype=np.int64))
+            self.take_ids(self._lane.upload(np.full(1, self.seats.num_seats)), ids_S)
+            self._lane.download(ids_S)
+        self._lane.drain()
+        self.clear()
+
+    def _remember_seen(self) -> SeenTokens:
+        """The penalty's table, made when a run first needs it: seats × vocabulary bytes."""
+        if self.programs.seen is None:
+            self.programs.seen = SeenTokens(
+                self.seats.num_seats + 1, self._model.vocab_size, self._lane.device
+            )
+        return self.programs.seen
+
+    def _prefill_trial(self) -> None:
+        """A step of as many prompt tokens as a step may have; what it writes nobody reads."""
+        plan = self._plan
+        spans, pages = full_prefill(plan)
+        layout = self._on_device([(span, pages) for span in spans])
+        first = layout.num_tokens
+        shape = (first,) if self._is_first else (first, plan.hidden_size)
+        dtype = torch.int64 if self._is_first else self._model.dtype
+        inputs = torch.zeros(shape, dtype=dtype, device=self._lane.device)
+        rows_S = torch.arange(len(spans), device=self._lane.device) if self._is_last else None
+        self._model.forward(inputs, layout, rows_S)
+
+    def _on_device(self, placed: Sequence[tuple[SequenceSpan, Sequence[int]]]) -> BatchLayout:
+        layout = build_layout(placed, self._plan.page_size_tokens)
+        lane = self._lane
+        return to_device(layout, lane.device, lambda tensor: lane.upload(tensor.numpy()))
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def hidden_buffer(self, step: StepScheduled | DecodeScheduled) -> torch.Tensor:
+        """Where the step's hidden states must arrive: [T, hidden]."""
+        buffer_BH = self._tensors.hidden_in_BH
+        assert buffer_BH is not None, "the first stage receives none"
+        num_tokens = step.num_tokens
+        if num_tokens <= buffer_BH.shape[0]:
+            return buffer_BH[:num_tokens]
+        shape = (num_tokens, self._plan.hidden_size)
+        return torch.empty(shape, dtype=buffer_BH.dtype, device=buffer_BH.device)
+
+    @torch.inference_mode()
+    def prefill(self, step: StepScheduled, hidden_TH: torch.Tensor | None) -> LaunchedStep:
+        """Add a step of prompt chunks."""
+        layout = self._on_device(self.seats.place(step))
+        inputs = hidden_TH
+        if inputs is None:
+            inputs = self._lane.upload(self.seats.input_ids(step))
+        seats = self.seats.sampled_seats(step)
+        seats_S = self._lane.upload(seats)
+        if not self._is_last:
+            return LaunchedStep(self._model.forward(inputs, layout, None), seats_S)
+        rows_S = self._lane.upload(sampled_rows(layout.spans, step))
+        logits_SV = self._model.forward(inputs, layout, rows_S)
+        if not len(seats):
+            return LaunchedStep(seats_S, seats_S)
+        positions_S = self._lane.upload(self.seats.num_computed[seats].astype(np.int64))
+        return self._sample(logits_SV, seats, seats_S, positions_S)
+
+    @torch.inference_mode()
+    def decode(self, step: DecodeScheduled, hidden_BH: torch.Tensor | None) -> LaunchedStep:
+        """Add one lap of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any."""
+        batch = self._batches[step.slot]
+        batch.apply(step)
+        if self._ragged:
+            return self._decode_ragged(batch, hidden_BH)
+        rows = next(size for size in self._buckets if size >= len(batch))
+        needs = batch.needs if self._is_last else GREEDY
+        with_logits = self._is_last and batch.max_logprobs >= 0
+        output = self.programs.run(ProgramKey(step.slot, rows, needs, with_logits))
+        num_rows = step.num_rows
+        logprobs = None
+        if output.logits_BV is not None:
+            logits_SV, ids_S = output.logits_BV[:num_rows], output.result[:num_rows]
+            logprobs = self._logprobs(logits_SV, ids_S, batch.seats_of_rows)
+        return LaunchedStep(output.result[:num_rows], batch.device["seats"][:num_rows], logprobs)
+
+    def _decode_ragged(self, batch: DecodeBatch, hidden_BH: torch.Tensor | None) -> LaunchedStep:
+        """A decode step from lengths that the host knows; tokens still come from the device."""
+        rows, num_rows = batch.seats_of_rows, len(batch)
+        lengths = batch.lengths
+        entries = [
+            (SequenceSpan(int(seat), row, 1, int(lengths[row])), self.seats.pages[seat])
+            for row, seat in enumerate(rows)
+        ]
+        layout = self._on_device(entries)
+        seats_S = batch.device["seats"][:num_rows]
+        inputs = hidden_BH
+        if inputs is None:
+            inputs = self._tensors.last_token.index_select(0, seats_S).clamp_(min=0)
+        result = self._model.forward_decode(inputs, layout)
+        if not self._is_last:
+            return LaunchedStep(result, seats_S)
+        return self._sample(result, rows, seats_S, layout.kv_lens_B.long())
+
+    # ---- sampling --------------------------------------------------------------------------------
+
+    def _sample(
+        self,
+        logits_SV: torch.Tensor,
+        seats: np.ndarray,
+        seats_S: torch.Tensor,
+        positions_S: torch.Tensor,
+    ) -> LaunchedStep:
+        """Draw a token per row, outside of a graph."""
+        needs = GREEDY
+        for seat in seats.tolist():
+            needs |= self.seats.needs[seat]
+        columns = SamplingColumns(
+            **{
+                f"{name}_S": self._lane.upload(column[seats])
+                for name, column in self.seats.columns.items()
+            },
+            seats_S=seats_S,
+        )
+        seen = self.programs.seen
+        ids_S = sample_on_device(logits_SV, columns, positions_S, needs, seen)
+        if needs.penalty and seen is not None:
+            seen.mark(seats_S, ids_S)
+        if self._is_first:
+            self.take_ids(seats_S, ids_S)
+        return LaunchedStep(ids_S, seats_S, self._logprobs(logits_SV, ids_S, seats))
+
+    def take_ids(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
+        """The tokens that sequences sampled, for the next step's input (first stage)."""
+        self._tensors.last_token.index_copy_(0, seats_S, ids_S)
+
+    def _logprobs(
+        self, logits_SV: torch.Tensor, ids_S: torch.Tensor, seats: np.ndarray
+    ) -> LogprobTensors | None:
+        num_top: list[int] = self.seats.num_logprobs[seats].tolist()
+        if max(num_top) < 0:
+            return None
+        selected = select_logprobs(logits_SV, ids_S, max(num_top))
+        host = [self._lane.download(tensor) for tensor in (ids_S, *selected)]
+        return LogprobTensors(host[0], host[1], host[2], host[3], tuple(num_top))

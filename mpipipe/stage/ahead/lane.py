@@ -1,0 +1,209 @@
+"""The one ordered queue of work of a rank's device, as the stage engine sees it.
+
+A *lane* takes work in order; the host adds to it and learns later how far it got. On a GPU it is a
+CUDA stream with pinned memory and events. On a CPU every call is done when it returns, which makes
+the same engine run (and be tested) without a GPU.
+
+Not here: transfers between ranks (`data_plane`), what is computed (`decode_program`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from mpipipe.stage.ahead.pinned import PinnedRing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpipipe.clock import Clock
+
+__all__ = ["CpuLane", "CudaLane", "Lane", "Mark", "open_lane"]
+
+
+class Mark(Protocol):
+    """A point of the lane, behind the work that was added before it."""
+
+    def reached(self) -> bool:
+        """Whether the device has come by."""
+        ...
+
+    def seconds_until(self, later: Mark) -> float:
+        """Device time from this point to a `later` one of the same lane; both must be reached."""
+        ...
+
+
+class Lane(Protocol):
+    """Adds work to a device's queue; nothing here waits for the device except `drain`."""
+
+    device: torch.device
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """A copy of `array` on the device; the array may be changed at once."""
+        ...
+
+    def upload_into(self, array: np.ndarray, tensor: torch.Tensor) -> None:
+        """Replace the contents of a contiguous device tensor of the same bytes."""
+        ...
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor that holds the contents once a mark added after this call is reached."""
+        ...
+
+    def mark(self) -> Mark:
+        """A point behind everything added so far."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None] | None:
+        """Record `work` for replays that cost the host one call; None: this lane cannot."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until the device has done everything."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """Most memory of the device that was reserved at once; 0 on a CPU."""
+        ...
+
+
+def open_lane(device: torch.device, clock: Clock) -> Lane:
+    """The lane of `device`; from now on this thread's work on a GPU goes there."""
+    if device.type != "cuda":
+        return CpuLane(device, clock)
+    torch.cuda.set_device(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+    torch.cuda.set_stream(stream)
+    return CudaLane(device, stream)
+
+
+class _CudaMark:
+    """A CUDA event with timing."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def reached(self) -> bool:
+        return bool(self.event.query())
+
+    def seconds_until(self, later: Mark) -> float:
+        assert isinstance(later, _CudaMark)
+        return float(self.event.elapsed_time(later.event)) / 1e3
+
+
+class CudaLane:
+    """One CUDA stream; copies go through a ring of pinned memory."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.device = device
+        self._stream = stream
+        self._pinned = PinnedRing(stream)
+        # Graphs run one at a time, in stream order, so all may share their work space.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capture_stream = torch.cuda.Stream(device)
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """See `Lane.upload`."""
+        return self._staged(array).to(self.device, non_blocking=True)
+
+    def upload_into(self, array: np.ndarray, tensor: torch.Tensor) -> None:
+        """See `Lane.upload_into`."""
+        tensor.copy_(self._staged(array), non_blocking=True)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lane.download`."""
+        host = self._pinned.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _staged(self, array: np.ndarray) -> torch.Tensor:
+        source = torch.from_numpy(array)
+        return self._pinned.take(source.nbytes).view(source.dtype).view(source.shape).copy_(source)
+
+    def mark(self) -> Mark:
+        """See `Lane.mark`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return _CudaMark(event)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Lane.capture`. `work` must have run once before, so that its kernels are loaded.
+
+        torch's own `torch.cuda.graph` collects garbage and empties the allocator around each
+        capture, about 0.1 s each time; with dozens of graphs that is most of a start.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._capture_stream.wait_stream(self._stream)
+        with torch.cuda.stream(self._capture_stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        self._stream.wait_stream(self._capture_stream)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def drain(self) -> None:
+        """See `Lane.drain`."""
+        torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """See `Lane.peak_bytes`."""
+        return int(torch.cuda.max_memory_reserved(self.device))
+
+
+class _HostMark:
+    """The host's time when it was made: on a CPU the work before it is done by then."""
+
+    __slots__ = ("now_s",)
+
+    def __init__(self, now_s: float) -> None:
+        self.now_s = now_s
+
+    def reached(self) -> bool:
+        return True
+
+    def seconds_until(self, later: Mark) -> float:
+        assert isinstance(later, _HostMark)
+        return later.now_s - self.now_s
+
+
+class CpuLane:
+    """Work is done when the call returns."""
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        self.device = device
+        self._clock = clock
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """See `Lane.upload`."""
+        return torch.from_numpy(array.copy())
+
+    def upload_into(self, array: np.ndarray, tensor: torch.Tensor) -> None:
+        """See `Lane.upload_into`."""
+        tensor.copy_(torch.from_numpy(array))
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lane.download`."""
+        return tensor.clone()
+
+    def mark(self) -> Mark:
+        """See `Lane.mark`."""
+        return _HostMark(self._clock.now_s())
+
+    def capture(self, work: Callable[[], None]) -> None:  # noqa: ARG002 - the contract's name
+        """There are no graphs on a CPU."""
+        return None  # noqa: RET501 - the contract's answer
+
+    def drain(self) -> None:
+        """Nothing is under way."""
+
+    def peak_bytes(self) -> int:
+        """No device memory."""
+        return 0

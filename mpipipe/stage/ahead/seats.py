@@ -1,0 +1,136 @@
+"""`SeatTable`: what a stage remembers of each open sequence, on the host, by *seat*.
+
+A seat is a sequence's index in this stage's tables, on the host (numpy) and on the device
+(`last_token`, the seen tokens). A sequence keeps it from its opening to its closing, whatever slot,
+row or pages it has meanwhile. Seats are this stage's own affair: no message carries one.
+
+The head decides; this table only follows its messages, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpipipe.kv_cache.layout import SequenceSpan
+from mpipipe.stage.device_sampler import SamplingNeeds, sampling_fields
+
+if TYPE_CHECKING:
+    from mpipipe.control_plane.messages import RequestOpened, StepScheduled
+
+__all__ = ["COLUMN_TYPES", "SeatTable"]
+
+# The sampling columns of `device_sampler.SamplingColumns`, without the seats.
+COLUMN_TYPES = {
+    "temperature": np.float32,
+    "keys": np.int64,
+    "top_k": np.int64,
+    "rest": np.float32,
+    "min_p": np.float32,
+    "penalty": np.float32,
+}
+
+
+class SeatTable:
+    """The open sequences of one stage.
+
+    Args:
+        num_seats: sequences that may be open at once; one more seat serves rows without sequence.
+        max_pages: pages of the longest sequence.
+        vocab_size: of the model, for the sampling columns.
+    """
+
+    def __init__(self, num_seats: int, max_pages: int, vocab_size: int) -> None:
+        self.num_seats = num_seats
+        self.max_pages = max_pages
+        self.pages = np.zeros((num_seats, max_pages), dtype=np.int32)
+        self.num_pages = np.zeros(num_seats, dtype=np.int32)
+        self.num_computed = np.zeros(num_seats, dtype=np.int32)
+        self.sampled_in = np.full(num_seats, -1, dtype=np.int64)  # the latest step, of any kind
+        self.num_logprobs = np.full(num_seats, -1, dtype=np.int32)
+        self.columns = {
+            name: np.zeros(num_seats, dtype=kind) for name, kind in COLUMN_TYPES.items()
+        }
+        self.needs: list[SamplingNeeds] = [SamplingNeeds()] * num_seats
+        self.tokens: list[tuple[int, ...]] = [()] * num_seats  # prompt; with what is recomputed
+        self._vocab_size = vocab_size
+        self._seat_of: dict[int, int] = {}
+        self._free = list(range(num_seats - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._seat_of)
+
+    def open(self, message: RequestOpened) -> int:
+        """Take a seat for a sequence; opened again (to be recomputed), it keeps its seat."""
+        seat = self._seat_of.get(message.sequence_id)
+        if seat is None:
+            assert self._free, f"more than {self.num_seats} sequences are open"
+            seat = self._seat_of[message.sequence_id] = self._free.pop()
+        sampling = message.sampling
+        self.tokens[seat] = tuple(message.prompt_ids)
+        self.needs[seat] = SamplingNeeds.of(sampling)
+        self.num_logprobs[seat] = sampling.num_logprobs
+        fields = sampling_fields(sampling, self._vocab_size)
+        for name, value in zip(COLUMN_TYPES, fields, strict=True):
+            self.columns[name][seat] = value
+        self.num_pages[seat] = 0
+        self.num_computed[seat] = 0
+        return seat
+
+    def seat(self, sequence_id: int) -> int:
+        """The seat of an open sequence."""
+        return self._seat_of[sequence_id]
+
+    def close(self, sequence_ids: Sequence[int]) -> None:
+        """Forget finished sequences."""
+        for sequence_id in sequence_ids:
+            seat = self._seat_of.pop(sequence_id, None)
+            if seat is not None:
+                self._free.append(seat)
+
+    def clear(self) -> None:
+        """Forget all sequences (the end of a generate call)."""
+        self.close(list(self._seat_of))
+
+    def add_pages(self, seat: int, new_pages: Sequence[int]) -> None:
+        """Append to a sequence's page table."""
+        first = int(self.num_pages[seat])
+        end = first + len(new_pages)
+        assert end <= self.max_pages, f"{end} pages for a sequence of at most {self.max_pages}"
+        self.pages[seat, first:end] = new_pages
+        self.num_pages[seat] = end
+
+    def place(self, step: StepScheduled) -> list[tuple[SequenceSpan, list[int]]]:
+        """Apply a prefill step: page deltas, lengths; each chunk's span and page table."""
+        placed: list[tuple[SequenceSpan, list[int]]] = []
+        start = 0
+        for scheduled in step.sequences:
+            seat = self._seat_of[scheduled.sequence_id]
+            if scheduled.num_computed == 0:
+                self.num_pages[seat] = 0
+            self.add_pages(seat, scheduled.new_pages)
+            end = scheduled.num_computed + scheduled.num_tokens
+            self.num_computed[seat] = end
+            if scheduled.sample:
+                self.sampled_in[seat] = step.step
+            span = SequenceSpan(scheduled.sequence_id, start, scheduled.num_tokens, end)
+            placed.append((span, self.pages[seat, : self.num_pages[seat]].tolist()))
+            start += scheduled.num_tokens
+        return placed
+
+    def input_ids(self, step: StepScheduled) -> np.ndarray:
+        """The T token ids that a prefill step computes: int64 (first stage)."""
+        ids: list[int] = []
+        for scheduled in step.sequences:
+            history = self.tokens[self._seat_of[scheduled.sequence_id]]
+            end = scheduled.num_computed + scheduled.num_tokens
+            assert end <= len(history), "the head scheduled tokens that stage 0 does not know"
+            ids.extend(history[scheduled.num_computed : end])
+        return np.array(ids, dtype=np.int64)
+
+    def sampled_seats(self, step: StepScheduled) -> np.ndarray:
+        """Seats of the sequences that sample in a prefill step, in order: int64 [S]."""
+        seats = [self._seat_of[s.sequence_id] for s in step.sequences if s.sample]
+        return np.array(seats, dtype=np.int64)

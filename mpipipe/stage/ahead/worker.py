@@ -1,0 +1,300 @@
+"""The asyncio loop of one stage in launch-ahead mode. Decides nothing.
+
+One task takes the head's messages in order and adds each step to the lane: receive, compute, send.
+Nothing here waits for the device. What the device has done is noticed by a poll: ids that reached
+the host go to the scheduler, log-probabilities to the head, device times to the account.
+
+On the first stage the ids of a step are received right before the step that needs them, or one lap
+later (`num_slots` steps), whichever is earlier: a receive that is added before its data exists
+keeps the lane, and one GPU core, waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    GenerationEnded,
+    LogprobsSampled,
+    RequestClosed,
+    RequestOpened,
+    SessionEnded,
+    StepSampled,
+    StepScheduled,
+)
+from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.errors import NumericsError
+from mpipipe.stage.ahead.edges import exercise_edges
+from mpipipe.stage.ahead.timeline import StepMarks
+from mpipipe.stage.device_logprobs import logprobs_of
+from mpipipe.stage.device_use import DeviceUse
+
+if TYPE_CHECKING:
+    from mpipipe.clock import Clock
+    from mpipipe.control_plane.mesh import Mesh
+    from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.planning.plan import PipelinePlan, StagePlan
+    from mpipipe.progress import ProgressEngine
+    from mpipipe.stage.ahead.engine import AheadEngine
+    from mpipipe.stage.ahead.lane import Lane, Mark
+    from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
+    from mpipipe.stage.ahead.timeline import LaneTimeline
+
+__all__ = ["AheadWorker"]
+
+_Step = StepScheduled | DecodeScheduled
+_NUM_RECENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Returning:
+    """A step on the lane whose outcome the scheduler awaits (first stage)."""
+
+    step: _Step
+    seats_S: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _OnTheWay:
+    """Ids (or none) that the host has once the mark is reached."""
+
+    step: int
+    ids_S: torch.Tensor | None
+    mark: Mark
+
+
+class AheadWorker:
+    """Runs the stage of this rank for one `generate` call after another; as `StageWorker`.
+
+    Args:
+        plan: the agreed plan.
+        stage: this rank's part of it.
+        mesh: control messages.
+        channel: tensors; its waits return in the order of the lane.
+        engine: puts steps on the lane.
+        lane: the device.
+        timeline: told where the device's time goes.
+        progress: polls for what the device has done.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: PipelinePlan,
+        stage: StagePlan,
+        mesh: Mesh,
+        channel: TensorChannel,
+        engine: AheadEngine,
+        lane: Lane,
+        timeline: LaneTimeline,
+        progress: ProgressEngine,
+        clock: Clock,
+    ) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._mesh = mesh
+        self._channel = channel
+        self._engine = engine
+        self._lane = lane
+        self._timeline = timeline
+        self._progress = progress
+        self._clock = clock
+        self._launches_s: deque[float] = deque(maxlen=_NUM_RECENT)  # of this call's decode steps
+        self._us_per_launch: float | None = None  # of the latest call that had any
+        self._returning: deque[_Returning] = deque()  # ids not received yet, in order
+        self._on_the_way: deque[_OnTheWay] = deque()
+        self._logprobs: deque[tuple[int, LogprobTensors, Mark]] = deque()
+        self._mailbox = mesh.mailbox(
+            RequestOpened,
+            StepScheduled,
+            DecodeScheduled,
+            RequestClosed,
+            GenerationEnded,
+            SessionEnded,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage embeds token ids."""
+        return self._stage.has_embedding
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage samples."""
+        return self._stage.has_head
+
+    async def serve(self) -> bool:
+        """Run steps until the head ends this generate call; False: the head ended the session."""
+        self._timeline.begin(self._clock.now_s())
+        self._launches_s.clear()
+        unregister = self._progress.register(self._poll)
+        try:
+            while True:
+                message = await self._next()
+                if isinstance(message, GenerationEnded | SessionEnded):
+                    break
+                await self._follow(message)
+            self._lane.drain()
+            self._poll()
+        finally:
+            unregister()
+        assert not self._returning, "the head ends a call when all steps have come back"
+        self._timeline.end(self._clock.now_s())
+        if self._launches_s:  # a session's last call only hears that it is over
+            self._us_per_launch = median(self._launches_s) * 1e6
+        self._engine.clear()
+        return isinstance(message, GenerationEnded)
+
+    def device_use(self) -> DeviceUse:
+        """Memory of the device; median host time of the decode steps of the latest call."""
+        return DeviceUse(self._lane.peak_bytes(), self._us_per_launch)
+
+    async def exercise_edges(self) -> None:
+        """Send one small tensor over every edge of this stage, so that no step pays for set-up."""
+        await exercise_edges(self._plan, self._stage, self._channel, self._lane.device)
+        self._lane.drain()
+
+    # ---- messages --------------------------------------------------------------------------------
+
+    async def _next(self) -> object:
+        """The next message. Before waiting for one, receive the ids that nobody else asks for."""
+        while True:
+            received = self._mailbox.get_nowait()
+            if received is None and self._returning and not self._on_the_way:
+                await self._receive_ids()
+                continue
+            if received is None:
+                received = await self._mailbox.get()
+            _, message = received
+            if not isinstance(message, StepSampled):  # our own notice that ids have arrived
+                return message
+
+    async def _follow(self, message: object) -> None:
+        match message:
+            case StepScheduled() | DecodeScheduled():
+                await self._launch(message)
+            case RequestOpened():
+                self._engine.open(message)
+            case RequestClosed():
+                self._engine.seats.close(message.sequence_ids)
+            case _:
+                raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
+
+    async def _launch(self, step: _Step) -> None:
+        """Put a step on the lane: receive, compute, send."""
+        started_s = time.perf_counter()
+        taken_up = self._lane.mark()
+        hidden_TH = None
+        if not self.is_first:
+            hidden_TH = self._engine.hidden_buffer(step)
+            source = self._neighbour(-1)
+            await self._channel.receive(hidden_TH, source=source, kind=EdgeKind.HIDDEN).wait()
+        elif not self.is_last:
+            await self._receive_needed(step)
+        input_there = self._lane.mark()
+        if isinstance(step, DecodeScheduled):
+            launched = self._engine.decode(step, hidden_TH)
+        else:
+            launched = self._engine.prefill(step, hidden_TH)
+        computed = self._lane.mark()
+        self._pass_on(step, launched)
+        marks = StepMarks(step, taken_up, input_there, computed, self._lane.mark())
+        self._timeline.add(marks)
+        self._progress.wake()
+        if isinstance(step, DecodeScheduled):
+            self._launches_s.append(time.perf_counter() - started_s)
+
+    def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
+        """Send what the step made, and note what is to come back."""
+        if not self.is_last:
+            destination = self._neighbour(+1)
+            self._channel.send(launched.result, destination=destination, kind=EdgeKind.HIDDEN)
+        elif not self.is_first and step.num_sampled:
+            head = self._plan.head_rank
+            self._channel.send(launched.result, destination=head, kind=EdgeKind.IDS)
+        if launched.logprobs is not None:
+            self._logprobs.append((step.step, launched.logprobs, self._lane.mark()))
+        if not self.is_first:
+            return
+        if self.is_last:
+            self._bring_to_host(step, launched.result if step.num_sampled else None)
+        else:
+            self._returning.append(_Returning(step, launched.seats_S))
+
+    # ---- ids, on the first stage -----------------------------------------------------------------
+
+    async def _receive_needed(self, step: _Step) -> None:
+        """Receive the ids that `step` reads, and all that are a lap old."""
+        needed = step.step - self._plan.num_slots
+        if isinstance(step, DecodeScheduled):
+            needed = max(needed, self._engine.needed_sample(step))
+        while self._returning and self._returning[0].step.step <= needed:
+            await self._receive_ids()
+
+    async def _receive_ids(self) -> None:
+        """Receive the oldest ids that are still out, for the next steps and for the host."""
+        returning = self._returning.popleft()
+        step = returning.step
+        if not step.num_sampled:
+            self._bring_to_host(step, None)
+            return
+        ids_S = torch.empty(step.num_sampled, dtype=torch.int64, device=self._lane.device)
+        last = self._plan.last_rank
+        await self._channel.receive(ids_S, source=last, kind=EdgeKind.IDS).wait()
+        with torch.inference_mode():
+            self._engine.take_ids(returning.seats_S, ids_S)
+        self._bring_to_host(step, ids_S)
+
+    def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> None:
+        host_S = None if ids_S is None else self._lane.download(ids_S)
+        self._on_the_way.append(_OnTheWay(step.step, host_S, self._lane.mark()))
+        self._progress.wake()
+
+    # ---- what the device has done ----------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        """Called by the progress engine: hand on what has arrived; True if anything had."""
+        active = False
+        while self._on_the_way and self._on_the_way[0].mark.reached():
+            self._hand_on(self._on_the_way.popleft())
+            active = True
+        while self._logprobs and self._logprobs[0][2].reached():
+            step, tensors, _ = self._logprobs.popleft()
+            entries = logprobs_of(
+                tensors.ids_S,
+                tensors.chosen_S,
+                tensors.top_ids_SK,
+                tensors.top_values_SK,
+                tensors.num_top,
+            )
+            self._mesh.send(self._plan.head_rank, LogprobsSampled(step, entries))
+            active = True
+        self._timeline.collect()
+        return active
+
+    def _hand_on(self, arrived: _OnTheWay) -> None:
+        token_ids: tuple[int, ...] = ()
+        if arrived.ids_S is not None:
+            token_ids = tuple(arrived.ids_S.tolist())
+        if token_ids and min(token_ids) < 0:
+            raise NumericsError(
+                f"the model's logits are not finite for {sum(i < 0 for i in token_ids)} of "
+                f"{len(token_ids)} sequences of step {arrived.step}: most likely its activations "
+                f"overflowed in {self._plan.dtype}, or a weight file is damaged; set model.dtype "
+                "to bfloat16 or float32, or copy the model again"
+            )
+        message = StepSampled(arrived.step, token_ids)
+        self._mesh.send(self._mesh.rank, message)
+        # A notice to ourselves: with nothing left to launch, the next ids may now be received.
+        self._mailbox.put((self._mesh.rank, message))
+
+    def _neighbour(self, offset: int) -> int:
+        return self._plan.stages[self._stage.stage + offset].rank

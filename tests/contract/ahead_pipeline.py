@@ -1,0 +1,376 @@
+"""The launch-ahead engines of a tiny model, fed by the real scheduler; tensors passed by hand.
+
+Three ways to run decode steps: `ragged` (from lengths that the host knows), `tensors` (the programs
+as they are), and `replayed` (the programs recorded once and replayed on the same addresses, as a
+CUDA graph would be). The oracle is the plain path: `SchedulerCore` and `StageExecutor`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import torch
+
+from mpipipe.clock import Clock, ScriptedClock
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    RequestClosed,
+    RequestOpened,
+    StepScheduled,
+)
+from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.adapter import StageModel
+from mpipipe.models.attention.base import AttentionBackend
+from mpipipe.models.attention.sdpa import SdpaAttention
+from mpipipe.models.attention.triton_paged import TritonAttention
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.scheduler.ahead import AheadCore, AheadLimits
+from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.instructions import Closed, Finished, Instruction
+from mpipipe.stage.ahead.engine import AheadEngine, open_engine
+from mpipipe.stage.ahead.lane import Lane, open_lane
+from mpipipe.stage.ahead.launched import LaunchedStep
+from mpipipe.stage.device_logprobs import logprobs_of
+from mpipipe.stage.device_sampler import SamplingNeeds
+from mpipipe.stage.executor import PreparedStep, StageExecutor
+from mpipipe.stage.sequences import SequenceTable
+from mpipipe.types import FinishReason, Request, SamplingParams, TokenLogprobs
+from tests.contract.replaying_lane import ReplayingLane
+from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
+
+MAX_TOKENS = 48  # of a sequence
+EOS = 2
+Step = StepScheduled | DecodeScheduled
+
+
+class TensorSdpa(SdpaAttention):
+    """SDPA that is trusted with decode steps from device tensors alone."""
+
+    needs_spans = False
+
+
+# ---- the pipeline --------------------------------------------------------------------------------
+
+
+def ahead_plan(
+    num_stages: int,
+    *,
+    num_slots: int | None = None,
+    max_sequences: int = 3,
+    num_pages: int = 60,
+    max_tokens_per_step: int = 16,
+    graphs: bool = False,
+    prefill: str = "phases",
+    hidden_size: int = 48,
+) -> PipelinePlan:
+    """A plan of one in-process machine, in float32."""
+    return PipelinePlan(
+        model_path="",
+        model_type="llama",
+        architecture="",
+        dtype="float32",
+        num_layers=NUM_LAYERS,
+        hidden_size=hidden_size,
+        stages=tuple(split(num_stages)),
+        num_slots=num_slots or num_stages,
+        max_sequences_per_slot=max_sequences,
+        max_tokens_per_step=max_tokens_per_step,
+        page_size_tokens=PAGE_SIZE,
+        num_kv_pages=num_pages,
+        max_context_tokens=64,
+        kv_cache="paged",
+        transport="loopback",
+        device="cpu",
+        attention="sdpa",
+        threads_per_rank=1,
+        resolved=(),
+        laps_ahead=1,
+        prefill=prefill,
+        cuda_graphs=graphs,
+        max_sequence_tokens=MAX_TOKENS,
+    )
+
+
+def build_stage(
+    model: TinyModel,
+    plan: PipelinePlan,
+    number: int,
+    backend: AttentionBackend,
+    device: str = "cpu",
+) -> StageModel:
+    """Stage `number`, with pages of its own and the one that belongs to nobody."""
+    config = model.reference.config
+    heads = config.num_attention_heads
+    stage = plan.stages[number]
+    cache = PagedKVCache.allocate(
+        num_layers=stage.num_layers,
+        num_pages=plan.num_kv_pages + 1,
+        page_size=PAGE_SIZE,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=torch.float32,
+        device=torch.device(device),
+        head_major=isinstance(backend, TritonAttention),
+    )
+    return load_stage(
+        model.folder,
+        stage,
+        backend=backend,
+        cache=cache,
+        form="plain" if device == "cpu" else "auto",
+        device=device,
+        max_context_tokens=64,
+    )
+
+
+@dataclass
+class Outcome:
+    """What became of a request."""
+
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that every stage has computed, and whose ids are on their way to stage 0."""
+
+    step: Step
+    seats_S: torch.Tensor
+    ids_S: torch.Tensor | None
+    logprobs: tuple[TokenLogprobs | None, ...] | None
+
+
+class InProcessAhead:
+    """Head and stages in one.
+
+    Args:
+        model: saved.
+        plan: of any number of stages.
+        mode: "ragged", "tensors" or "replayed"; on a GPU the latter two run our kernels.
+        clock: of the lane.
+        device: of all stages.
+    """
+
+    def __init__(
+        self,
+        model: TinyModel,
+        plan: PipelinePlan,
+        mode: str,
+        clock: Clock | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.plan = plan
+        backend: AttentionBackend = SdpaAttention()
+        if mode != "ragged":
+            backend = TensorSdpa() if device == "cpu" else TritonAttention()
+        stages = range(plan.num_stages)
+        self.models = [build_stage(model, plan, n, backend, device) for n in stages]
+        clock = clock or ScriptedClock()
+        if mode == "replayed" and device == "cpu":
+            self.lane: Lane = ReplayingLane(torch.device(device), clock)
+        else:
+            self.lane = open_lane(torch.device(device), clock)
+        self.engines = [
+            open_engine(plan, stage, self.lane, attention_needs_spans=backend.needs_spans)
+            for stage in self.models
+        ]
+        self.steps: list[Step] = []
+        self.num_preemptions = 0
+        self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
+        self._arrived: deque[_Flight] = deque()  # on the head's desk
+
+    def prepare(self, needs: SamplingNeeds | None = None) -> InProcessAhead:
+        """As at boot."""
+        for engine in self.engines:
+            engine.prepare(needs or SamplingNeeds())
+        return self
+
+    def generate(self, requests: Sequence[Request], *, seed: int = 0) -> list[Outcome]:
+        """Complete all requests. `seed` decides how late the head hears of each step."""
+        rng, plan = Random(seed), self.plan
+        core = AheadCore(
+            AheadLimits(
+                plan.num_slots,
+                plan.max_sequences_per_slot,
+                plan.max_tokens_per_step,
+                plan.num_kv_pages,
+                plan.page_size_tokens,
+                plan.max_sequence_tokens,
+            ),
+            eos_token_ids=(EOS,),
+            prefill="mixed" if plan.prefill == "mixed" else "phases",
+        )
+        outcomes: dict[int, Outcome] = {}
+        logprobs: dict[int, list[TokenLogprobs | None]] = {n: [] for n in range(len(requests))}
+        for request in requests:
+            core.add(request)
+        while not core.is_idle:
+            step = core.next_step()
+            if step is not None:
+                self._send(core, step, requests)
+            if step is None or rng.random() < 0.3:
+                self._hear(core, outcomes, logprobs)
+        self.num_preemptions = core.statistics().num_preemptions
+        for engine in self.engines:
+            engine.clear()
+            assert not len(engine.seats), "a sequence was never closed"
+        for number, outcome in outcomes.items():
+            outcome.logprobs = logprobs[number][: len(outcome.token_ids)]
+        return [outcomes[number] for number in range(len(requests))]
+
+    # ---- towards the stages ----------------------------------------------------------------------
+
+    def _send(self, core: AheadCore, step: Step, requests: Sequence[Request]) -> None:
+        if isinstance(step, StepScheduled):
+            for scheduled in step.sequences:
+                if not scheduled.num_computed:
+                    known = core.reopened_tokens(scheduled.sequence_id)
+                    assert known is not None
+                    sampling = requests[scheduled.sequence_id].sampling
+                    message = RequestOpened(scheduled.sequence_id, known, sampling)
+                    for engine in self.engines:
+                        engine.open(message)
+        self.steps.append(step)
+        self._take_needed(step)
+        first = last = _launch(self.engines[0], step, None)
+        for engine in self.engines[1:]:
+            last = _launch(engine, step, last.result)
+        ids_S = last.result.clone() if step.num_sampled else None
+        self.lane.drain()  # log-probabilities are read now
+        self._returning.append(_Flight(step, first.seats_S, ids_S, _host_logprobs(last)))
+
+    def _take_needed(self, step: Step) -> None:
+        """What the first stage's worker must have received; no sooner, to be nasty."""
+        if isinstance(step, DecodeScheduled):
+            needed = self.engines[0].needed_sample(step)
+            while self._returning and self._returning[0].step.step <= needed:
+                self._take_ids()
+
+    def _take_ids(self) -> None:
+        flight = self._returning.popleft()
+        if flight.ids_S is not None and len(self.engines) > 1:
+            with torch.inference_mode():
+                self.engines[0].take_ids(flight.seats_S, flight.ids_S)
+        self._arrived.append(flight)
+
+    # ---- back from the stages --------------------------------------------------------------------
+
+    def _hear(
+        self,
+        core: AheadCore,
+        outcomes: dict[int, Outcome],
+        logprobs: dict[int, list[TokenLogprobs | None]],
+    ) -> None:
+        if not self._arrived and self._returning:
+            self._take_ids()
+        if not self._arrived:
+            return
+        flight = self._arrived.popleft()
+        sampled = core.logprob_rows(flight.step.step)
+        if sampled:
+            assert flight.logprobs is not None
+            for sequence_id, entry in zip(sampled, flight.logprobs, strict=True):
+                logprobs[sequence_id].append(entry)
+        else:
+            assert flight.logprobs is None, "the head does not expect them"
+        ids: list[int] = [] if flight.ids_S is None else flight.ids_S.tolist()
+        assert min(ids, default=0) >= 0, f"step {flight.step.step}: logits are not finite"
+        self._carry_out(core.sampled(flight.step.step, ids), outcomes)
+
+    def _carry_out(self, instructions: Sequence[Instruction], outcomes: dict[int, Outcome]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Finished):
+                outcomes[instruction.sequence_id] = Outcome(
+                    instruction.token_ids, instruction.reason
+                )
+            elif isinstance(instruction, Closed):
+                for engine in self.engines:
+                    engine.seats.close(RequestClosed(instruction.sequence_ids).sequence_ids)
+
+
+def _launch(engine: AheadEngine, step: Step, hidden_TH: torch.Tensor | None) -> LaunchedStep:
+    """One stage's share, with the hidden states brought to where the engine wants them."""
+    if hidden_TH is not None:
+        buffer_TH = engine.hidden_buffer(step)
+        hidden_TH = buffer_TH.copy_(hidden_TH)
+    if isinstance(step, DecodeScheduled):
+        return engine.decode(step, hidden_TH)
+    return engine.prefill(step, hidden_TH)
+
+
+def _host_logprobs(launched: LaunchedStep) -> tuple[TokenLogprobs | None, ...] | None:
+    found = launched.logprobs
+    if found is None:
+        return None
+    return logprobs_of(
+        found.ids_S, found.chosen_S, found.top_ids_SK, found.top_values_SK, found.num_top
+    )
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+
+def plain_outcomes(model: TinyModel, requests: Sequence[Request]) -> list[Outcome]:
+    """What the awaiting scheduler and executor make of the requests, on one stage."""
+    plan = ahead_plan(1)
+    stage = build_stage(model, plan, 0, SdpaAttention())
+    cache = stage._binding.cache
+    assert cache is not None
+    executor = StageExecutor(stage, cache, page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock())
+    core = SchedulerCore(
+        num_slots=1,
+        max_sequences_per_slot=4,
+        max_tokens_per_step=16,
+        num_pages=plan.num_kv_pages,
+        page_size=PAGE_SIZE,
+        max_context_tokens=MAX_TOKENS,
+        eos_token_ids=(EOS,),
+    )
+    table = SequenceTable()
+    outcomes: dict[int, Outcome] = {}
+    logprobs: dict[int, list[TokenLogprobs | None]] = {n: [] for n in range(len(requests))}
+    for number, request in enumerate(requests):
+        core.add(request)
+        table.open(RequestOpened(number, request.prompt_ids, request.sampling))
+    while not core.is_idle:
+        step = core.next_step()
+        assert step is not None
+        output = executor.run(
+            PreparedStep(
+                step, table.place(step), table.input_ids(step), table.sample_rows(step), ()
+            ),
+            None,
+        )
+        sampled_ids = output.tensor.tolist()
+        table.append_sampled(step, sampled_ids)
+        sampled = [s.sequence_id for s in step.sequences if s.sample]
+        for sequence_id, entry in zip(sampled, output.logprobs or (), strict=False):
+            logprobs[sequence_id].append(entry)
+        for instruction in core.sampled(step.step, sampled_ids):
+            if isinstance(instruction, Finished):
+                number = instruction.sequence_id
+                outcomes[number] = Outcome(
+                    instruction.token_ids, instruction.reason, logprobs[number]
+                )
+    return [outcomes[number] for number in range(len(requests))]
+
+
+def make_requests(
+    lengths: Sequence[int], sampling: Callable[[int], SamplingParams]
+) -> list[Request]:
+    """Prompts of the given lengths, each with settings of its own."""
+    return [
+        Request(
+            f"r{number}",
+            number,
+            tuple(int(i) for i in np.random.default_rng(number).integers(3, 97, length)),
+            sampling(number),
+        )
+        for number, length in enumerate(lengths)
+    ]

@@ -1,0 +1,499 @@
+"""The launch-ahead engine: its tables against simple models, its tokens against the plain path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+
+from mpipipe.clock import ScriptedClock
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    RequestOpened,
+    ScheduledSequence,
+    StepScheduled,
+)
+from mpipipe.stage.ahead.decode_batch import DecodeBatch
+from mpipipe.stage.ahead.decode_program import row_buckets
+from mpipipe.stage.ahead.lane import CpuLane
+from mpipipe.stage.ahead.seats import COLUMN_TYPES, SeatTable
+from mpipipe.stage.device_sampler import SamplingNeeds, sampling_fields
+from mpipipe.types import FinishReason, Request, SamplingParams
+from tests.contract.ahead_pipeline import (
+    EOS,
+    InProcessAhead,
+    ahead_plan,
+    make_requests,
+    plain_outcomes,
+)
+from tests.contract.replaying_lane import ReplayingLane
+from tests.contract.tiny_models import TinyModel, save_tiny
+
+MODES = ["ragged", "tensors", "replayed"]
+LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
+VOCAB = 50
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    torch.set_num_threads(1)
+
+    @cache
+    def make(name: str) -> TinyModel:
+        return save_tiny(name, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+# ---- seats ---------------------------------------------------------------------------------------
+
+
+def opened(
+    sequence_id: int, prompt: tuple[int, ...] = (1, 2, 3), **options: float
+) -> RequestOpened:
+    return RequestOpened(sequence_id, prompt, SamplingParams(**options))  # type: ignore[arg-type]
+
+
+def chunk(
+    step: int, *entries: tuple[int, int, int, tuple[int, ...], bool], slot: int = 0
+) -> StepScheduled:
+    return StepScheduled(step, slot, tuple(ScheduledSequence(*entry) for entry in entries), False)
+
+
+def test_a_sequence_keeps_its_seat_until_it_is_closed_and_then_somebody_else_gets_it() -> None:
+    seats = SeatTable(2, 4, VOCAB)
+    first, second = seats.open(opened(7)), seats.open(opened(8))
+    assert {first, second} == {0, 1}
+    assert seats.open(opened(7, (1, 2, 3, 4))) == first  # begins again
+    assert seats.tokens[first] == (1, 2, 3, 4)
+    with pytest.raises(AssertionError, match="more than 2"):
+        seats.open(opened(9))
+    seats.close((7, 99))  # one that was never opened here is nobody's
+    assert len(seats) == 1
+    assert seats.open(opened(9)) == first
+    seats.clear()
+    assert len(seats) == 0
+
+
+def test_chunks_of_a_prompt_are_placed_one_after_the_other() -> None:
+    seats = SeatTable(4, 3, VOCAB)
+    seats.open(opened(5, tuple(range(10, 19))))
+    seats.open(opened(6, (40, 41)))
+    step = chunk(0, (6, 0, 2, (3,), True), (5, 0, 5, (8, 2), False))
+    ((first, first_pages), (second, second_pages)) = seats.place(step)
+    assert (first.query_start, first.query_len, first.kv_len, first_pages) == (0, 2, 2, [3])
+    assert (second.query_start, second.query_len, second.kv_len) == (2, 5, 5)
+    assert second_pages == [8, 2]
+    assert seats.input_ids(step).tolist() == [40, 41, 10, 11, 12, 13, 14]
+    assert seats.sampled_seats(step).tolist() == [seats.seat(6)]
+    following = chunk(1, (5, 5, 4, (1,), True))
+    ((span, pages),) = seats.place(following)
+    assert (span.kv_len, span.num_computed, pages) == (9, 5, [8, 2, 1])
+    assert seats.input_ids(following).tolist() == [15, 16, 17, 18]
+    assert (seats.sampled_in[seats.seat(6)], seats.sampled_in[seats.seat(5)]) == (0, 1)
+
+
+def test_a_sequence_that_begins_again_forgets_its_pages() -> None:
+    seats = SeatTable(1, 3, VOCAB)
+    seats.open(opened(0, (1, 2, 3, 4)))
+    seats.place(chunk(0, (0, 0, 4, (5, 6), True)))
+    seats.open(opened(0, (1, 2, 3, 4, 5)))
+    ((_, pages),) = seats.place(chunk(1, (0, 0, 5, (9,), True)))
+    assert pages == [9]
+    with pytest.raises(AssertionError, match="4 pages"):
+        seats.add_pages(0, (1, 2, 3))
+
+
+# ---- the decode batch against a naive model ------------------------------------------------------
+
+
+@dataclass
+class Naive:
+    """One sequence as the messages tell of it."""
+
+    sequence_id: int
+    sampling: SamplingParams
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    sampled_in: int = -1
+
+
+class Scripted:
+    """Random messages for two slots; what every stage should hold after each."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.seats = SeatTable(12, 30, VOCAB)
+        lane = CpuLane(torch.device("cpu"), ScriptedClock())
+        self.batches = [
+            DecodeBatch(self.seats, lane, max_rows=5, nobody=(12, 777)) for _ in range(2)
+        ]
+        self.rows: list[list[Naive]] = [[], []]
+        self.leaving: list[set[int]] = [set(), set()]  # sequence ids
+        self.ready: list[list[Naive]] = [[], []]  # prefilled, not in a batch
+        self.step = 0
+        self.next_id = 0
+        self.next_page = 0
+
+    def page(self) -> int:
+        self.next_page += 1
+        return self.next_page
+
+    def sampling(self) -> SamplingParams:
+        rng = self.rng
+        return SamplingParams(
+            temperature=rng.choice([0.0, 0.7]),
+            top_k=rng.choice([0, 5]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.5]),
+            seed=rng.randrange(100),
+            num_logprobs=rng.choice([-1, -1, 0, 3]),
+        )
+
+    def open_and_compute(self, slot: int, sequence: Naive | None = None) -> None:
+        """A new sequence, or one that lost its pages, gets its prompt computed."""
+        if sequence is None:
+            if len(self.seats) == self.seats.num_seats:
+                return
+            sequence = Naive(self.next_id, self.sampling())
+            self.next_id += 1
+        length = self.rng.randrange(1, 9)
+        sequence = Naive(sequence.sequence_id, sequence.sampling)
+        self.seats.open(
+            RequestOpened(sequence.sequence_id, tuple(range(length)), sequence.sampling)
+        )
+        sequence.pages = [self.page() for _ in range(-(-length // 4))]
+        sequence.num_computed, sequence.sampled_in = length, self.step
+        entry = (sequence.sequence_id, 0, length, tuple(sequence.pages), True)
+        self.seats.place(chunk(self.step, entry, slot=slot))
+        self.step += 1
+        self.ready[slot].append(sequence)
+
+    def leave(self, slot: int) -> None:
+        """A row's sequence finishes, or is preempted and at once computed again elsewhere."""
+        live = [s for s in self.rows[slot] if s.sequence_id not in self.leaving[slot]]
+        if not live:
+            return
+        sequence = self.rng.choice(live)
+        self.leaving[slot].add(sequence.sequence_id)
+        if self.rng.random() < 0.5:
+            self.seats.close((sequence.sequence_id,))
+        else:
+            self.open_and_compute(self.rng.randrange(2), sequence)
+
+    def decode(self, slot: int) -> DecodeScheduled | None:
+        rows = self.rows[slot]
+        left = [n for n, s in enumerate(rows) if s.sequence_id in self.leaving[slot]]
+        kept = [s for n, s in enumerate(rows) if n not in left]
+        room = 5 - len(kept)
+        num_joining = self.rng.randint(0, min(room, len(self.ready[slot])))
+        joined = self.ready[slot][:num_joining]
+        if not kept and not joined:
+            return None
+        del self.ready[slot][:num_joining]
+        self.leaving[slot].clear()
+        rows = self.rows[slot] = kept + joined
+        pages = {n: self.page() for n, s in enumerate(rows) if s.num_computed % 4 == 0}
+        for row, page in pages.items():
+            rows[row].pages.append(page)
+        latest = max(s.sampled_in for s in (*kept, *joined))
+        ids = tuple(s.sequence_id for s in joined)
+        assert self.batches[slot].latest_sample(ids) >= latest
+        message = DecodeScheduled(
+            self.step, slot, len(rows), tuple(left), ids, tuple(pages), tuple(pages.values()), False
+        )
+        self.step += 1
+        return message
+
+
+def check_rows(scripted: Scripted, slot: int) -> None:
+    """After `apply`, before the device has advanced: its side is the naive model's."""
+    batch, rows = scripted.batches[slot], scripted.rows[slot]
+    device, num_rows = batch.device, len(rows)
+    seats = [scripted.seats.seat(s.sequence_id) for s in rows]
+    assert len(batch) == num_rows
+    assert device["seats"][:num_rows].tolist() == seats == batch.seats_of_rows.tolist()
+    assert device["kv_len"][:num_rows].tolist() == [s.num_computed for s in rows]
+    assert batch.lengths.tolist() == [s.num_computed + 1 for s in rows]
+    for row, sequence in enumerate(rows):
+        found = device["pages"][row, : len(sequence.pages)].tolist()
+        assert found == sequence.pages
+        fields = sampling_fields(sequence.sampling, VOCAB)
+        for name, value in zip(COLUMN_TYPES, fields, strict=True):
+            assert device[name][row].item() == pytest.approx(value), name
+    assert device["active"].tolist() == [1] * num_rows + [0] * (8 - num_rows)
+    assert set(device["seats"][num_rows:].tolist()) <= {12}
+    assert set(device["pages"][num_rows:].flatten().tolist()) <= {777}
+    assert set(device["kv_len"][num_rows:].tolist()) <= {0}
+    needs = SamplingNeeds()
+    for sequence in rows:
+        needs |= SamplingNeeds.of(sequence.sampling)
+    assert batch.needs == needs
+    assert batch.max_logprobs == max([s.sampling.num_logprobs for s in rows], default=-1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rows_are_those_that_the_messages_tell_of(seed: int) -> None:
+    scripted = Scripted(seed)
+    num_decodes = 0
+    for _ in range(200):
+        slot = scripted.rng.randrange(2)
+        action = scripted.rng.choice(["open", "leave", "decode", "decode", "decode"])
+        if action == "open":
+            scripted.open_and_compute(slot)
+        elif action == "leave":
+            scripted.leave(slot)
+        elif (message := scripted.decode(slot)) is not None:
+            num_decodes += 1
+            batch = scripted.batches[slot]
+            batch.apply(message)
+            check_rows(scripted, slot)
+            batch.device["kv_len"].add_(batch.device["active"])  # what the step's program does
+            for sequence in scripted.rows[slot]:
+                sequence.num_computed += 1
+                sequence.sampled_in = message.step
+    assert num_decodes > 50
+
+
+def test_a_step_without_changes_copies_nothing() -> None:
+    scripted = Scripted(0)
+    scripted.open_and_compute(0)
+    batch = scripted.batches[0]
+    batch.apply(DecodeScheduled(1, 0, 1, (), (0,), (), (), False))
+    before = {name: tensor.clone() for name, tensor in batch.device.items()}
+    batch.device["kv_len"].fill_(1234)  # an upload would put it right
+    batch.apply(DecodeScheduled(2, 0, 1, (), (), (), (), False))
+    assert batch.device["kv_len"].tolist() == [1234] * 8
+    assert all(
+        torch.equal(batch.device[name], kept) for name, kept in before.items() if name != "kv_len"
+    )
+
+
+def test_the_head_and_a_stage_that_disagree_on_the_rows_are_our_bug() -> None:
+    scripted = Scripted(0)
+    scripted.open_and_compute(0)
+    with pytest.raises(AssertionError, match="1 rows, the head has 2"):
+        scripted.batches[0].apply(DecodeScheduled(1, 0, 2, (), (0,), (), (), False))
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+def test_buckets_grow_so_that_little_is_padding() -> None:
+    assert row_buckets(1) == (1,)
+    assert row_buckets(5) == (1, 2, 4, 5)
+    assert row_buckets(8) == (1, 2, 4, 8)
+    assert len(row_buckets(256)) == 19
+    for most in (1, 2, 3, 7, 8, 9, 31, 64, 100, 256, 300):
+        sizes = row_buckets(most)
+        assert sizes[-1] == most
+        assert list(sizes) == sorted(set(sizes))
+        for rows in range(8, most + 1):
+            bucket = next(size for size in sizes if size >= rows)
+            assert bucket - rows <= max(7, bucket // 4)
+
+
+GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
+
+
+def greedy_requests(num_tokens: int = 9) -> list[Request]:
+    return make_requests(
+        LENGTHS, lambda n: GREEDY.replace(max_new_tokens=num_tokens + n % 3, num_logprobs=-1)
+    )
+
+
+def tokens_of(pipeline: InProcessAhead, requests: list[Request], seed: int = 0) -> list[list[int]]:
+    return [list(outcome.token_ids) for outcome in pipeline.generate(requests, seed=seed)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_greedy_tokens_are_those_of_transformers(
+    num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model, requests = tiny("llama"), greedy_requests()
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    plan = ahead_plan(num_stages, graphs=mode == "replayed")
+    pipeline = InProcessAhead(model, plan, mode).prepare()
+    for seed in range(3):  # the same engines, one generate call after the other
+        assert tokens_of(pipeline, requests, seed) == wanted
+    for engine in pipeline.engines:
+        num_buckets, num_slots = len(row_buckets(3)), num_stages
+        assert engine.programs.num_graphs == (mode == "replayed") * num_buckets * num_slots
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["opt", "qwen3", "gemma2", "llama-tied"])
+def test_other_families_run_too(family: str, mode: str, tiny: Callable[[str], TinyModel]) -> None:
+    model, requests = tiny(family), greedy_requests()[:5]
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    pipeline = InProcessAhead(model, ahead_plan(2, graphs=mode == "replayed"), mode).prepare()
+    assert tokens_of(pipeline, requests) == wanted
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_slots": 1, "max_sequences": 8},
+        {"num_slots": 4, "max_sequences": 1},
+        {"prefill": "mixed"},
+        {"max_tokens_per_step": 3},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_how_steps_are_formed(
+    shape: dict[str, int], mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model, requests = tiny("llama"), greedy_requests()
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    plan = ahead_plan(2, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
+    pipeline = InProcessAhead(model, plan, mode).prepare()
+    assert tokens_of(pipeline, requests) == wanted
+
+
+# ---- sampling, against the plain path ------------------------------------------------------------
+
+
+def sampled(number: int) -> SamplingParams:
+    """Every option, and greedy rows between them."""
+    options: list[dict[str, float]] = [
+        {"temperature": 0.9},
+        {},
+        {"temperature": 1.5, "top_k": 20},
+        {"temperature": 1.2, "top_p": 0.8},
+        {"repetition_penalty": 1.7},
+        {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 0.6},
+        {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+        {"temperature": 1e-8, "top_k": 3},
+    ]
+    chosen: dict[str, float] = options[number % len(options)]
+    return SamplingParams(
+        **chosen,  # type: ignore[arg-type]
+        max_new_tokens=8 + number % 4,
+        seed=100 + number,
+        ignore_eos=number % 2 == 0,
+        num_logprobs=(-1, 0, 3, 200)[number % 4],
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_every_sampling_option_gives_the_plain_paths_tokens_and_log_probabilities(
+    num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    requests = make_requests((*LENGTHS, *LENGTHS), sampled)
+    wanted = plain_outcomes(model, requests)
+    plan = ahead_plan(num_stages, graphs=mode == "replayed")
+    pipeline = InProcessAhead(model, plan, mode).prepare()
+    found = pipeline.generate(requests)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    assert [o.reason for o in found] == [o.reason for o in wanted]
+    for ours, theirs, request in zip(found, wanted, requests, strict=True):
+        if request.sampling.num_logprobs < 0:
+            assert not any(ours.logprobs)
+            continue
+        assert len(ours.logprobs) == len(ours.token_ids)
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert mine is not None
+            assert other is not None
+            assert mine.token_id == other.token_id
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert len(mine.top) == min(request.sampling.num_logprobs, 97)
+            assert [v for _, v in mine.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
+
+
+def test_a_program_captured_in_the_middle_of_a_run_changes_no_token(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    """Nothing but greedy is captured at boot, so each option's first step is a capture."""
+    model = tiny("llama")
+    requests = make_requests((*LENGTHS, *LENGTHS), sampled)
+    for num_stages in (1, 2):
+        plain = InProcessAhead(model, ahead_plan(num_stages), "tensors").prepare()
+        wanted = [o.token_ids for o in plain.generate(requests, seed=4)]
+        late = InProcessAhead(model, ahead_plan(num_stages, graphs=True), "replayed").prepare()
+        assert isinstance(late.lane, ReplayingLane)
+        num_at_boot = late.lane.num_captures
+        assert [o.token_ids for o in late.generate(requests, seed=4)] == wanted
+        num_after_one = late.lane.num_captures
+        assert num_after_one > num_at_boot
+        assert [o.token_ids for o in late.generate(requests, seed=4)] == wanted
+        assert late.lane.num_captures == num_after_one
+
+
+def test_the_configured_sampling_is_captured_at_boot(tiny: Callable[[str], TinyModel]) -> None:
+    model = tiny("llama")
+    drawn = SamplingParams(temperature=1.0, top_k=5, max_new_tokens=8, ignore_eos=True)
+    requests = make_requests(LENGTHS, lambda n: drawn.replace(seed=n))
+    late = InProcessAhead(model, ahead_plan(2, graphs=True), "replayed")
+    late.prepare(SamplingNeeds.of(drawn))
+    assert isinstance(late.lane, ReplayingLane)
+    num_at_boot = late.lane.num_captures
+    late.generate(requests)
+    assert late.lane.num_captures == num_at_boot
+
+
+# ---- hard cases ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_preempted_sequences_start_over_and_end_the_same(
+    num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    requests = make_requests((9, 3, 14, 6, 2, 11), lambda n: sampled(n).replace(max_new_tokens=20))
+    wanted = plain_outcomes(model, requests)
+    plan = ahead_plan(num_stages, num_pages=14, graphs=mode == "replayed", max_sequences=4)
+    pipeline = InProcessAhead(model, plan, mode).prepare()
+    num_preemptions = 0
+    for seed in range(4):
+        found = pipeline.generate(requests, seed=seed)
+        assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+        num_preemptions += pipeline.num_preemptions
+    assert num_preemptions > 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stop_ids_end_a_sequence_and_its_surplus_is_dropped(
+    mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    free = [model.greedy(r.prompt_ids, 9) for r in greedy_requests()]
+    stops = [tokens[number % 5] for number, tokens in enumerate(free)]
+    requests = make_requests(
+        LENGTHS, lambda n: GREEDY.replace(max_new_tokens=9, stop_token_ids=(stops[n],))
+    )
+    plan = ahead_plan(2, graphs=mode == "replayed")
+    found = InProcessAhead(model, plan, mode).prepare().generate(requests)
+    for outcome, tokens, stop in zip(found, free, stops, strict=True):
+        assert list(outcome.token_ids) == tokens[: tokens.index(stop) + 1]
+        assert outcome.reason is FinishReason.STOP
+    assert EOS not in stops
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_that_are_not_finite_come_back_as_minus_one(
+    mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    """And only for the sequences concerned; what follows a -1 on the device does no harm."""
+    model = tiny("llama")
+    requests = greedy_requests()[:2]
+    plan = ahead_plan(1, graphs=mode == "replayed")
+    pipeline = InProcessAhead(model, plan, mode).prepare()
+    pipeline.generate(requests)
+    weight = pipeline.models[0].module.lm_head.weight
+    weight.data.fill_(float("nan"))
+    (engine,) = pipeline.engines
+    engine.open(RequestOpened(0, (5, 6, 7), GREEDY))
+    first = engine.prefill(chunk(0, (0, 0, 3, (1,), True)), None)
+    assert first.result.tolist() == [-1]
+    second = engine.decode(DecodeScheduled(1, 0, 1, (), (0,), (), (), False), None)
+    assert second.result.tolist() == [-1]
+    third = engine.decode(DecodeScheduled(2, 0, 1, (), (), (0,), (2,), False), None)
+    assert third.result.tolist() == [-1]

@@ -1,0 +1,225 @@
+"""Workers, runner and scheduler of several virtual ranks in one event loop, on tiny models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+
+from mpipipe.clock import MonotonicClock
+from mpipipe.control_plane.memory import open_memory_channels
+from mpipipe.control_plane.mesh import Mesh
+from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
+from mpipipe.data_plane.loopback import open_loopback_channels
+from mpipipe.errors import NumericsError
+from mpipipe.metrics.accounting import StageAccount
+from mpipipe.metrics.log import NullLog
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.progress import ProgressEngine, new_event_loop
+from mpipipe.scheduler.ahead import AheadCore, AheadLimits
+from mpipipe.scheduler.runner import Runner
+from mpipipe.stage.ahead.timeline import LaneTimeline
+from mpipipe.stage.ahead.worker import AheadWorker
+from mpipipe.types import Completion, FinishReason, Request, SamplingParams
+from tests.contract.ahead_pipeline import EOS, InProcessAhead, ahead_plan, make_requests
+from tests.contract.tiny_models import TinyModel, save_tiny
+
+LIMIT_S = 60
+LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
+MODES = ["ragged", "replayed"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    torch.set_num_threads(1)
+
+    @cache
+    def make(name: str) -> TinyModel:
+        return save_tiny(name, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return "".join(chr(0x100 + token_id) for token_id in ids)
+
+
+@dataclass
+class Rank:
+    """A virtual rank."""
+
+    mesh: Mesh
+    worker: AheadWorker
+    account: StageAccount
+
+
+class VirtualRanks:
+    """All ranks of `pipeline`, wired as `runtime` wires them.
+
+    Args:
+        pipeline: its engines, prepared.
+    """
+
+    def __init__(self, pipeline: InProcessAhead) -> None:
+        self.pipeline = pipeline
+        self.plan: PipelinePlan = pipeline.plan
+        self.ranks: list[Rank] = []
+        self.elapsed_s = 0.0  # of the session, without its set-up
+
+    def generate(self, *calls: Sequence[Request]) -> list[list[Completion]]:
+        """One generate call after the other, then the end of the session."""
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(self._session(calls))
+
+    async def _session(self, calls: Sequence[Sequence[Request]]) -> list[list[Completion]]:
+        progress, clock = ProgressEngine(), MonotonicClock()
+        channels = open_memory_channels(self.plan.num_stages, progress)
+        tensors = open_loopback_channels(self.plan.num_stages)
+        self.ranks = []
+        for number, engine in enumerate(self.pipeline.engines):
+            mesh = Mesh(channels[number], progress, clock)
+            account = StageAccount(number)
+            worker = AheadWorker(
+                plan=self.plan,
+                stage=self.plan.stages[number],
+                mesh=mesh,
+                channel=tensors[number],
+                engine=engine,
+                lane=self.pipeline.lane,
+                timeline=LaneTimeline(self.pipeline.lane, account),
+                progress=progress,
+                clock=clock,
+            )
+            self.ranks.append(Rank(mesh, worker, account))
+        completed: list[list[Completion]] = []
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(progress.run())
+            for rank in self.ranks:
+                rank.mesh.start()
+            await asyncio.gather(*(rank.worker.exercise_edges() for rank in self.ranks))
+            started_s = clock.now_s()
+            for requests in calls:
+                completed.append(await self._call(tasks, requests))  # noqa: PERF401
+            ending = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
+            self.ranks[0].mesh.broadcast_message(SessionEnded())
+            assert await asyncio.gather(*ending) == [False] * len(ending)
+            self.elapsed_s = clock.now_s() - started_s
+            polling.cancel()
+        return completed
+
+    async def _call(
+        self, tasks: asyncio.TaskGroup, requests: Sequence[Request]
+    ) -> list[Completion]:
+        plan = self.plan
+        core = AheadCore(
+            AheadLimits(
+                plan.num_slots,
+                plan.max_sequences_per_slot,
+                plan.max_tokens_per_step,
+                plan.num_kv_pages,
+                plan.page_size_tokens,
+                plan.max_sequence_tokens,
+            ),
+            eos_token_ids=(EOS,),
+        )
+        runner = Runner(
+            core=core,
+            mesh=self.ranks[0].mesh,
+            stage_ranks=range(plan.num_stages),
+            decode=text_of,
+            clock=MonotonicClock(),
+            log=NullLog(),
+        )
+        serving = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
+        completions = [completion async for completion in runner.generate(requests)]
+        self.ranks[0].mesh.broadcast_message(GenerationEnded())
+        assert await asyncio.gather(*serving) == [True] * len(serving)
+        assert core.is_idle
+        return sorted(completions, key=lambda completion: completion.index)
+
+
+def virtual(model: TinyModel, num_stages: int, mode: str, **shape: int) -> VirtualRanks:
+    plan = ahead_plan(num_stages, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
+    return VirtualRanks(InProcessAhead(model, plan, mode).prepare())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_two_calls_of_one_session_give_the_tokens_of_transformers(
+    num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    requests = make_requests(
+        LENGTHS, lambda n: SamplingParams(max_new_tokens=6 + n % 4, ignore_eos=True)
+    )
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    ranks = virtual(model, num_stages, mode)
+    first, second = ranks.generate(requests, requests[::-1])
+    assert [list(c.token_ids) for c in first] == wanted
+    assert [list(c.token_ids) for c in second] == wanted
+    assert all(c.finish_reason is FinishReason.LENGTH for c in first)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_options_stop_strings_and_preemption_change_no_completion(
+    num_stages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    settings = [
+        SamplingParams(max_new_tokens=18, temperature=1.1, seed=3),
+        SamplingParams(max_new_tokens=18, repetition_penalty=1.4, num_logprobs=2),
+        SamplingParams(max_new_tokens=18, temperature=0.8, top_p=0.7, num_logprobs=0, seed=4),
+        SamplingParams(max_new_tokens=18, ignore_eos=True),
+    ]
+    requests = make_requests(LENGTHS, lambda n: settings[n % 4])
+    ((*free,),) = virtual(model, 1, "ragged").generate(requests)
+    stops = {completion.index: completion.text[2:4] for completion in free}
+    stopping = make_requests(LENGTHS, lambda n: settings[n % 4].replace(stop=(stops[n],)))
+    ranks = virtual(model, num_stages, "replayed", num_pages=14, max_sequences=4)
+    again, stopped = ranks.generate(requests, stopping)
+    assert [c.token_ids for c in again] == [c.token_ids for c in free]
+    for completion, cut in zip(free, stopped, strict=True):
+        assert cut.finish_reason is FinishReason.STOP
+        assert cut.text == completion.text[: completion.text.index(stops[cut.index])]
+    for completion in (*again, *stopped):
+        asked = settings[completion.index % 4].num_logprobs
+        if asked < 0:
+            assert completion.logprobs is None
+        else:
+            assert completion.logprobs is not None
+            assert [e.token_id for e in completion.logprobs] == list(completion.token_ids)
+            assert all(len(e.top) == asked for e in completion.logprobs)
+
+
+def test_every_second_of_every_rank_is_booked(tiny: Callable[[str], TinyModel]) -> None:
+    requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=6, ignore_eos=True))
+    plan = ahead_plan(2)
+    ranks = VirtualRanks(InProcessAhead(tiny("llama"), plan, "ragged", MonotonicClock()).prepare())
+    ranks.generate(requests)
+    for rank in ranks.ranks:
+        totals = rank.account.snapshot()
+        assert totals.num_sampled == 6 * len(LENGTHS)
+        assert totals.overall.compute_s > 0
+        # Both calls of `serve`, the last one of which only hears that the session is over.
+        assert 0 <= ranks.elapsed_s - totals.overall.wall_s < 0.05
+        us_per_step = rank.worker.device_use().cpu_us_per_step
+        assert us_per_step is not None
+        assert us_per_step > 0
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_logits_that_are_not_finite_end_the_run_with_an_error(
+    num_stages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=6, ignore_eos=True))
+    ranks = virtual(tiny("llama"), num_stages, "ragged")
+    ranks.pipeline.models[-1].module.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        ranks.generate(requests)
+    assert caught.group_contains(
+        NumericsError, match=r"not finite for \d of \d sequences of step 0"
+    )

@@ -1,0 +1,172 @@
+"""The lane's marks become a stage's account: the parts add up, and only finished steps count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from mpipipe.metrics.accounting import StageAccount, TimeParts
+from mpipipe.stage.ahead.timeline import LaneTimeline, StepMarks
+
+if TYPE_CHECKING:
+    from mpipipe.stage.ahead.lane import Lane, Mark
+
+
+@dataclass
+class Step:
+    step: int
+    slot: int = 0
+    num_tokens: int = 3
+    num_sampled: int = 3
+    steady: bool = True
+
+
+@dataclass
+class ScriptedMark:
+    """Reached at `at_s` of the device's own clock, whose zero is anywhere."""
+
+    lane: ScriptedLane
+    at_s: float
+
+    def reached(self) -> bool:
+        return self.lane.now_s >= self.at_s
+
+    def seconds_until(self, later: Mark) -> float:
+        assert isinstance(later, ScriptedMark)
+        assert self.reached()
+        assert later.reached()
+        return later.at_s - self.at_s
+
+
+@dataclass
+class ScriptedLane:
+    """Marks where the test wants them."""
+
+    now_s: float = 5000.0
+    marks: list[ScriptedMark] = field(default_factory=list)
+
+    def mark(self) -> ScriptedMark:
+        return self.at(self.now_s)
+
+    def at(self, at_s: float) -> ScriptedMark:
+        self.marks.append(ScriptedMark(self, at_s))
+        return self.marks[-1]
+
+
+class Timed:
+    """A timeline that begins at host time 100."""
+
+    def __init__(self) -> None:
+        self.lane = ScriptedLane()
+        self.account = StageAccount(0)
+        self.timeline = LaneTimeline(cast("Lane", self.lane), self.account)
+        self.timeline.begin(100.0)
+
+    def add(self, number: int, *offsets: float) -> None:
+        """A step whose marks are so many seconds after the beginning."""
+        marks = [self.lane.at(5000.0 + offset) for offset in offsets]
+        self.timeline.add(StepMarks(Step(number), *marks))
+
+    def reach(self, offset: float) -> None:
+        self.lane.now_s = 5000.0 + offset
+        self.timeline.collect()
+
+    @property
+    def overall(self) -> TimeParts:
+        return self.account.snapshot().overall
+
+    @property
+    def num_steps(self) -> int:
+        return self.account.snapshot().num_steps
+
+
+def test_four_marks_cut_a_step_into_wait_compute_and_send_and_the_rest_is_idle() -> None:
+    timed = Timed()
+    timed.add(0, 1.0, 1.5, 4.0, 4.25)
+    timed.add(1, 4.25, 4.25, 6.0, 6.0)
+    timed.add(2, 9.0, 9.5, 10.0, 10.0)  # the lane had run dry for 3 s
+    timed.reach(10.0)
+    timed.timeline.end(110.5)
+    overall = timed.overall
+    assert overall.idle_s == pytest.approx(1.0 + 3.0 + 0.5)
+    assert overall.wait_s == pytest.approx(0.5 + 0.5)
+    assert overall.compute_s == pytest.approx(2.5 + 1.75 + 0.5)
+    assert overall.send_s == pytest.approx(0.25)
+    assert overall.overhead_s == 0
+    assert overall.wall_s == pytest.approx(10.5)
+
+
+def test_a_step_is_booked_once_its_last_mark_is_reached_and_in_order() -> None:
+    timed = Timed()
+    timed.add(0, 0.0, 0.0, 1.0, 1.0)
+    timed.add(1, 1.0, 1.0, 2.0, 2.5)
+    timed.reach(0.99)
+    assert timed.num_steps == 0
+    timed.reach(1.0)
+    assert timed.num_steps == 1
+    timed.reach(2.4)
+    assert timed.num_steps == 1
+    timed.reach(2.5)
+    assert timed.num_steps == 2
+    assert [record.step for record in timed.account.recent()] == [0, 1]
+
+
+def test_records_are_in_the_hosts_time() -> None:
+    timed = Timed()
+    timed.add(0, 1.0, 1.5, 4.0, 4.25)
+    timed.reach(5.0)
+    (record,) = timed.account.recent()
+    assert (record.start_s, record.scheduled_s) == pytest.approx((100.0, 101.0))
+    assert (record.compute_end_s, record.send_end_s) == pytest.approx((104.0, 104.25))
+
+
+def test_time_between_two_calls_is_nobodys() -> None:
+    timed = Timed()
+    timed.add(0, 0.0, 0.0, 1.0, 1.0)
+    timed.reach(1.0)
+    timed.timeline.end(101.0)
+    timed.lane.now_s = 5050.0
+    timed.timeline.begin(150.0)
+    timed.add(1, 50.5, 50.5, 51.0, 51.0)
+    timed.reach(51.0)
+    timed.timeline.end(151.0)
+    assert timed.overall.wall_s == pytest.approx(2.0)
+    assert timed.overall.idle_s == pytest.approx(0.5)
+
+
+def test_a_device_clock_that_runs_fast_takes_no_time_away() -> None:
+    """Events and the host's clock differ by a little: the end is never before the last step."""
+    timed = Timed()
+    timed.add(0, 0.0, 0.0, 1.0, 1.001)
+    timed.reach(2.0)
+    timed.timeline.end(101.0)
+    assert timed.overall.wall_s == pytest.approx(1.001)
+    assert timed.overall.idle_s == 0
+
+
+def test_an_end_with_steps_on_the_lane_is_our_bug() -> None:
+    timed = Timed()
+    timed.add(0, 0.0, 0.0, 1.0, 1.0)
+    with pytest.raises(AssertionError, match="drained"):
+        timed.timeline.end(100.5)
+
+
+def test_the_parts_of_any_run_add_up_to_its_wall_clock() -> None:
+    rng, timed, at_s = Random(1), Timed(), 0.0
+    for number in range(500):
+        offsets = []
+        for _ in range(4):
+            at_s += rng.choice([0.0, rng.random() * 1e-3])
+            offsets.append(at_s)
+        timed.add(number, *offsets)
+        if rng.random() < 0.3:
+            timed.reach(at_s - rng.random() * 1e-2)
+    timed.reach(at_s)
+    timed.timeline.end(100.0 + at_s + 0.25)
+    assert timed.num_steps == 500
+    assert timed.overall.wall_s == pytest.approx(at_s + 0.25, abs=1e-6)
+    steady = timed.account.snapshot().steady
+    assert steady.wall_s <= at_s
