@@ -19,6 +19,7 @@ __all__ = [
     "BarrierEntered",
     "BarrierReleased",
     "Broadcast",
+    "DecodeScheduled",
     "Echo",
     "GatherPart",
     "GenerationEnded",
@@ -35,7 +36,7 @@ __all__ = [
     "StepScheduled",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -55,6 +56,16 @@ class Hello:
     num_cores: int  # usable by this process (affinity), not of the machine
     memory_available_bytes: int  # for this process: cgroup and MemAvailable considered
     launcher: str  # topology.launcher.Launcher, e.g. "srun", "none"
+    # The GPU that this rank would use; all empty without one (topology.gpu.GpuFacts).
+    gpu_index: int = -1  # among the devices visible to this process
+    gpu_name: str = ""
+    gpu_uuid: str = ""  # the same for two ranks that share a GPU
+    gpu_capability: int = 0  # compute capability × 10: 75 is a T4, 90 an H100
+    gpu_memory_bytes: int = 0
+    gpu_free_bytes: int = 0
+    nccl_version: str = ""  # "" without NCCL
+    attention_backends: tuple[str, ...] = ()  # those that import here, e.g. "triton", "flashinfer"
+    gpu_problem: str = ""  # why there is no usable GPU, a whole sentence with the remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +170,42 @@ class StepScheduled:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeScheduled:
+    """head → stages: one token for every sequence of a slot's *decode batch* (launch-ahead).
+
+    Every stage keeps the batch of each slot as a list of rows, in the same order, and changes it by
+    these deltas, so that a step without changes is a few bytes whatever the batch size. In order:
+
+    1. the rows `left` (ascending, of the batch before this step) are removed, the rest close up;
+    2. the sequences `joined` are appended; their prompts are computed, and the token that their
+       last chunk sampled may still be on its way;
+    3. row `page_rows[i]` (numbered after 1 and 2) gets `new_pages[i]` appended to its page table.
+
+    Then every row computes the one token that it sampled last, at the position after all it has
+    computed so far, and samples the next one.
+    """
+
+    step: int
+    slot: int
+    num_rows: int  # of the batch after the changes: rows of the hidden state, and ids that return
+    left: tuple[int, ...]
+    joined: tuple[int, ...]  # sequence ids
+    page_rows: tuple[int, ...]
+    new_pages: tuple[int, ...]
+    steady: bool  # as in StepScheduled
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the hidden state on every edge."""
+        return self.num_rows
+
+    @property
+    def num_sampled(self) -> int:
+        """Length of the ids tensor that comes back from the last stage."""
+        return self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
 class RequestClosed:
     """head → stages: forget these sequences (finished or cancelled)."""
 
@@ -216,6 +263,7 @@ Message = (
     | GatherPart
     | RequestOpened
     | StepScheduled
+    | DecodeScheduled
     | RequestClosed
     | StepSampled
     | LogprobsSampled
@@ -241,4 +289,5 @@ TAGS: dict[int, type[Message]] = {
     13: GenerationEnded,
     14: SessionEnded,
     15: Echo,
+    16: DecodeScheduled,
 }

@@ -114,19 +114,19 @@ class SchedulerCore:
 
     def statistics(self) -> SchedulerStatistics:
         """Counts of this moment and since the start."""
-        roster = self._roster
-        return SchedulerStatistics(
-            num_waiting=len(roster.waiting),
-            num_running=roster.num_running,
-            num_steps_in_flight=len(self._in_flight),
-            num_free_pages=roster.pages.num_free,
-            num_pages=roster.pages.num_pages,
-            num_steps=self._num_steps,
-            num_finished=self._num_finished,
-            num_preemptions=roster.num_preemptions,
-            num_recomputed_tokens=roster.num_recomputed_tokens,
-            max_pages_used=roster.max_pages_used,
+        num_in_flight, num_steps = len(self._in_flight), self._num_steps
+        return self._roster.statistics(
+            num_steps_in_flight=num_in_flight, num_steps=num_steps, num_finished=self._num_finished
         )
+
+    def logprob_rows(self, step: int) -> tuple[int, ...]:
+        """The sequences that `step` samples, in order, if one asked for logprobs; else empty."""
+        sampled = [sequence for sequence, sample in self._in_flight[step].members if sample]
+        asked = any(sequence.request.sampling.num_logprobs >= 0 for sequence in sampled)
+        return tuple(sequence.sequence_id for sequence in sampled) if asked else ()
+
+    def reopened_tokens(self, _sequence_id: int) -> None:
+        """None: the stages learn every token that they sample."""
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -136,10 +136,9 @@ class SchedulerCore:
         Raises:
             PromptError: "empty", or "too_long" for the context or for all pages together.
         """
+        capacity_tokens = self._roster.pages.capacity_tokens
         check_request(
-            request,
-            max_context_tokens=self._max_context_tokens,
-            capacity_tokens=self._roster.pages.capacity_tokens,
+            request, max_context_tokens=self._max_context_tokens, capacity_tokens=capacity_tokens
         )
         sequence = Sequence(self._num_sequences, request, list(request.prompt_ids))
         self._num_sequences += 1
@@ -284,7 +283,8 @@ class SchedulerCore:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
         self._roster.finish(sequence)
         self._num_finished += 1
-        return Finished(sequence.sequence_id, sequence.request.request_id, reason)
+        output_ids = tuple(sequence.tokens[sequence.num_prompt_tokens :])
+        return Finished(sequence.sequence_id, sequence.request.request_id, reason, output_ids)
 
     def _close(self, sequence: Sequence) -> int:
         sequence.apply(SequenceEvent.CLOSE)

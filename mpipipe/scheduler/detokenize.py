@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["IncrementalDetokenizer", "StopStrings"]
+__all__ = ["IncrementalDetokenizer", "StopStrings", "StopWatch"]
 
 # What decoders put for bytes that are no character (yet).
 _REPLACEMENT = "\ufffd"
@@ -126,3 +126,29 @@ class StopStrings:
                     longest = length
                     break
         return longest
+
+
+class StopWatch:
+    """The text of one completion, watched for stop strings as its tokens arrive."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Iterable[str]) -> None:
+        self._detokenizer = IncrementalDetokenizer(decode)
+        self._stops = StopStrings(stops)
+        self._text: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self._stops.stopped
+
+    def push(self, token_id: int) -> bool:
+        """Take one token; returns whether a stop string is complete."""
+        text, stopped = self._stops.push(self._detokenizer.push(token_id))
+        self._text.append(text)
+        return stopped
+
+    def finish(self) -> str:
+        """All text, up to the stop string; no token may follow."""
+        text, _ = self._stops.push(self._detokenizer.finish())
+        self._text.extend((text, self._stops.finish()))
+        return "".join(self._text)

@@ -1,12 +1,14 @@
 """What the scheduler core tells its runner to do: one frozen dataclass per instruction.
 
 The steps themselves are `control_plane.messages.StepScheduled`. Invariant, per sequence: `Opened`
-once, then any number of `Emitted` and `Preempted`, then `Finished` once, then `Closed` once.
+once, then any number of `Emitted`, `TokensEmitted` and `Preempted`, then `Finished` once, then
+`Closed` once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mpipipe.types import FinishReason, Request
 
@@ -18,6 +20,7 @@ __all__ = [
     "Opened",
     "Preempted",
     "SchedulerStatistics",
+    "TokensEmitted",
 ]
 
 
@@ -41,12 +44,25 @@ class Emitted:
 
 
 @dataclass(frozen=True, slots=True)
+class TokensEmitted:
+    """The tokens of a decode step, one for each sequence, as many `Emitted` would say.
+
+    `finish_reasons`: by index into both tuples, for those that end with this token.
+    """
+
+    sequence_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reasons: Mapping[int, FinishReason]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """No more tokens will come."""
 
     sequence_id: int
     request_id: str
     reason: FinishReason
+    token_ids: tuple[int, ...] = field(default=(), compare=False)  # the whole completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +80,7 @@ class Closed:
     sequence_ids: tuple[int, ...]
 
 
-Instruction = Opened | Emitted | Finished | Preempted | Closed
+Instruction = Opened | Emitted | TokensEmitted | Finished | Preempted | Closed
 
 
 @dataclass(frozen=True, slots=True)

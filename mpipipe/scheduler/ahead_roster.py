@@ -1,0 +1,269 @@
+"""Launch-ahead: who waits, who is in which slot, who owns which pages.
+
+The counterpart of `roster` for `ahead`. Not here: when anything of this happens.
+
+Invariants:
+* Running sequences are older than waiting ones: the youngest is preempted first, and waits first.
+* Slots are filled evenly: a newcomer goes to the one with the fewest sequences.
+* A sequence that is released loses its pages at once, although its row may stay in its batch until
+  the slot's next decode step and steps in flight may still write into them: stages run steps in
+  order, and that next step removes the row before it computes. So no step after the release reads
+  or writes its pages. Whoever is in a step that is being made must not be released before it is.
+* At most two sequences per place are open on the stages (finished ones with steps in flight count).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from mpipipe.control_plane.messages import ScheduledSequence
+from mpipipe.kv_cache.pages import PageAllocator
+from mpipipe.scheduler.decode_batch import AheadSequence, DecodeBatch
+from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
+from mpipipe.scheduler.policy import admission_headroom, refill_target
+from mpipipe.scheduler.state import SequenceEvent, SequenceState, next_state
+
+__all__ = ["AheadRoster", "AheadSlot"]
+
+_SEATS_PER_PLACE = 2  # sequences open on the stages, per place in a slot
+
+
+@dataclass(slots=True, eq=False)
+class AheadSlot:
+    """A fixed place in the ring: prompts in the making, those that may join, and the batch."""
+
+    index: int
+    batch: DecodeBatch
+    prefilling: list[AheadSequence] = field(default_factory=list)  # oldest first
+    joining: list[AheadSequence] = field(default_factory=list)  # in the order of their last chunks
+
+    @property
+    def num_members(self) -> int:
+        """Sequences that have a place here."""
+        return len(self.prefilling) + len(self.joining) + self.batch.num_live
+
+    @property
+    def decodes(self) -> bool:
+        """Somebody here has only tokens to decode."""
+        return bool(self.joining) or self.batch.num_live > 0
+
+
+class AheadRoster:
+    """The waiting queue, the ring of slots and the pool of pages."""
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_sequences_per_slot: int,
+        num_pages: int,
+        page_size: int,
+        laps_ahead: int,
+    ) -> None:
+        self.pages = PageAllocator(num_pages, page_size)
+        self.slots = [AheadSlot(i, DecodeBatch(page_size, laps_ahead)) for i in range(num_slots)]
+        self.waiting: deque[AheadSequence] = deque()  # by arrival
+        self.running: dict[AheadSequence, None] = {}  # by arrival: those with a place
+        self.num_open = 0  # known to the stages
+        self.preemptions: list[Preempted] = []  # not yet taken by the core's caller
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.max_pages_used = 0
+        self._max_sequences_per_slot = max_sequences_per_slot
+        self._num_promised = 0  # pages set aside for prompts in the making
+
+    def statistics(
+        self, *, num_running: int, num_steps_in_flight: int, num_steps: int, num_finished: int
+    ) -> SchedulerStatistics:
+        """The counts of the core, with those of this roster."""
+        return SchedulerStatistics(
+            num_waiting=len(self.waiting),
+            num_running=num_running,
+            num_steps_in_flight=num_steps_in_flight,
+            num_free_pages=self.pages.num_free,
+            num_pages=self.pages.num_pages,
+            num_steps=num_steps,
+            num_finished=num_finished,
+            num_preemptions=self.num_preemptions,
+            num_recomputed_tokens=self.num_recomputed_tokens,
+            max_pages_used=self.max_pages_used,
+        )
+
+    # ---- admission -------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> int:
+        """Sequences that each slot should have."""
+        num_active = len(self.running) + len(self.waiting)
+        return refill_target(num_active, len(self.slots), self._max_sequences_per_slot)
+
+    def count_admissible(self, limit: int, returned: int) -> int:
+        """Waiting sequences that could be admitted now, in order; stops counting at `limit`."""
+        target, num_running = self.target, len(self.running)
+        num_places = sum([max(0, target - slot.num_members) for slot in self.slots])
+        num_seats = _SEATS_PER_PLACE * self._max_sequences_per_slot * len(self.slots)
+        num_seats -= self.num_open
+        num_free = self.pages.num_free - self._num_promised
+        limit = min(limit, num_places)
+        count = 0
+        for sequence in self.waiting:
+            num_seats -= not sequence.is_open
+            num_free -= self._pages_to_first_token(sequence)
+            if (
+                count >= limit
+                or sequence.last_step > returned  # tokens to recompute are not all known
+                or num_seats < 0
+                or num_free < admission_headroom(num_running + count)
+            ):
+                break
+            count += 1
+        return count
+
+    def can_admit(self, num_sequences: int, returned: int) -> bool:
+        """Whether so many waiting sequences could be admitted now."""
+        num_places = len(self.slots) * self.target - len(self.running)
+        return (
+            num_places >= num_sequences
+            and self.count_admissible(num_sequences, returned) >= num_sequences
+        )
+
+    def admit(self, returned: int) -> None:
+        """Give places to all waiting sequences for which there are places and pages.
+
+        One is admitted only when all its known tokens and a new one fit beside what those admitted
+        before it still need for theirs, and `admission_headroom` is left.
+        """
+        for _ in range(self.count_admissible(len(self.waiting), returned)):
+            sequence = self.waiting.popleft()
+            slot = min(self.slots, key=_fullness)
+            next_state(sequence, SequenceEvent.ADMIT)
+            sequence.slot = slot.index
+            sequence.num_computed = 0
+            sequence.num_to_prefill = len(sequence.tokens)
+            sequence.num_promised = self._pages_to_first_token(sequence)
+            self._num_promised += sequence.num_promised
+            self.num_open += not sequence.is_open
+            sequence.is_open = True
+            slot.prefilling.append(sequence)
+            self.running[sequence] = None
+
+    def _pages_to_first_token(self, sequence: AheadSequence) -> int:
+        return self.pages.pages_for_tokens(len(sequence.tokens) + 1)
+
+    # ---- pages -----------------------------------------------------------------------------------
+
+    def give_chunk(
+        self, sequence: AheadSequence, budget: int, step: int
+    ) -> ScheduledSequence | None:
+        """The next tokens of a prompt, at most `budget`, with their pages.
+
+        None: no page is left and nobody is younger; the sequence waits, or has even been released.
+        """
+        size = self.pages.page_size
+        wanted = min(budget, sequence.num_to_prefill - sequence.num_computed)
+        while (room := self._room_tokens(sequence)) <= 0:
+            if not self._preempt_younger(sequence):
+                return None
+        start = sequence.num_computed
+        end = start + min(wanted, room)
+        new_pages = self._take(-(-end // size) - len(sequence.pages))
+        sequence.pages.extend(new_pages)
+        fulfilled = min(sequence.num_promised, len(new_pages))
+        self._unpromise(
+            sequence, sequence.num_promised if end == sequence.num_to_prefill else fulfilled
+        )
+        sequence.num_computed = end
+        sequence.last_step = step
+        slot = self.slots[sequence.slot]
+        if sequence.is_prefilled:
+            slot.prefilling.remove(sequence)
+            slot.joining.append(sequence)
+        return ScheduledSequence(
+            sequence.sequence_id, start, end - start, new_pages, sequence.is_prefilled
+        )
+
+    def give_pages(self, needing: list[AheadSequence]) -> dict[AheadSequence, int]:
+        """One page for each, oldest first; younger sequences are preempted for want of pages.
+
+        Of those in need, the youngest may be preempted themselves: they are missing in the answer.
+        """
+        if len(needing) <= self.pages.num_free:
+            given = dict(zip(needing, self._take(len(needing)), strict=True))
+        else:
+            given = {}
+            for sequence in sorted(needing, key=_arrival):
+                while sequence.slot >= 0 and not self.pages.num_free:
+                    if not self._preempt_younger(sequence):
+                        self._preempt(sequence)
+                if sequence.slot >= 0:
+                    (given[sequence],) = self._take(1)
+        for sequence, page in given.items():
+            sequence.pages.append(page)
+        return given
+
+    def _room_tokens(self, sequence: AheadSequence) -> int:
+        num_pages = len(sequence.pages) + self.pages.num_free
+        return num_pages * self.pages.page_size - sequence.num_computed
+
+    def _take(self, num_pages: int) -> tuple[int, ...]:
+        pages = self.pages.allocate(num_pages)
+        used = self.pages.num_pages - self.pages.num_free
+        self.max_pages_used = max(self.max_pages_used, used)
+        return pages
+
+    def _unpromise(self, sequence: AheadSequence, num_pages: int) -> None:
+        sequence.num_promised -= num_pages
+        self._num_promised -= num_pages
+
+    # ---- giving up a place -----------------------------------------------------------------------
+
+    def _preempt_younger(self, sequence: AheadSequence) -> bool:
+        """Preempt the youngest running sequence, unless that is `sequence` itself."""
+        victim = next(reversed(self.running))
+        if victim is sequence:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: AheadSequence) -> None:
+        """Take place and pages away; to the front of the queue, to start over."""
+        next_state(sequence, SequenceEvent.PREEMPT)
+        self.release(sequence)
+        self.preemptions.append(Preempted(sequence.sequence_id, sequence.num_computed))
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += sequence.num_computed
+        assert not self.waiting or _arrival(sequence) < _arrival(self.waiting[0])
+        self.waiting.appendleft(sequence)
+
+    def release(self, sequence: AheadSequence) -> None:
+        """Take it out of its slot and give its pages back."""
+        slot = self.slots[sequence.slot]
+        if sequence.in_batch:
+            slot.batch.leave(sequence)
+        elif sequence.is_prefilled:
+            slot.joining.remove(sequence)
+        else:
+            slot.prefilling.remove(sequence)
+            self._unpromise(sequence, sequence.num_promised)
+        self.pages.free(sequence.pages)
+        sequence.pages.clear()
+        sequence.slot = -1
+        del self.running[sequence]
+
+    def finish(self, sequence: AheadSequence) -> None:
+        """Take it out of wherever it is; nowhere, when its last sample was already dispatched."""
+        was_waiting = sequence.state in (SequenceState.WAITING, SequenceState.PREEMPTED)
+        next_state(sequence, SequenceEvent.FINISH)
+        if was_waiting:
+            self.waiting.remove(sequence)
+        elif sequence.slot >= 0:
+            self.release(sequence)
+
+
+def _arrival(sequence: AheadSequence) -> int:
+    return sequence.sequence_id
+
+
+def _fullness(slot: AheadSlot) -> int:
+    return slot.num_members

@@ -1,0 +1,152 @@
+"""The decode batch of a slot: all rows advance by one token per lap, so none is counted by itself.
+
+What differs between rows is written down once, when a row joins, by the lap at which it matters:
+which rows need a page (`lap` modulo the page size), and which rows sample for the last time. A lap
+without changes touches only those rows. `change` gives the deltas of a `DecodeScheduled` message.
+
+Not here: who joins and leaves (`ahead`, `ahead_roster`), and who gets which page.
+
+Invariants: `rows` is what every stage holds after the latest decode step of the slot; a row that
+left stays in it until the next step. Two laps of one batch share their `Rows` unless rows changed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from mpipipe.scheduler.state import SequenceState
+from mpipipe.types import Request
+
+__all__ = ["AheadSequence", "DecodeBatch", "Rows"]
+
+
+@dataclass(slots=True, eq=False)
+class AheadSequence:
+    """One request on its way, with up to 1 + `laps_ahead` samples in flight. Compared by identity.
+
+    While it is in a batch, its computed tokens are `base` + the batch's laps.
+    """
+
+    sequence_id: int  # also the order of arrival: a larger id is a younger sequence
+    request: Request
+    tokens: list[int]  # prompt, then generated: what the CPU knows
+    max_tokens: int  # prompt and completion end here with LENGTH
+    stop_ids: frozenset[int]
+    wants_logprobs: bool
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1  # -1: in none
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
+    num_to_prefill: int = 0  # tokens known at admission: what its chunks compute
+    num_promised: int = 0  # pages that admission has set aside for its prefill, not taken yet
+    last_step: int = -1  # latest step that contained it; of a row, settled when it leaves
+    in_batch: bool = False
+    row: int = -1  # in its batch, or in its latest prefill step
+    base: int = 0
+    ends_at: int = 0  # laps of the batch when its last sample is dispatched
+    is_open: bool = False  # the stages know it
+
+    @property
+    def is_prefilled(self) -> bool:
+        """All chunks are dispatched."""
+        return self.num_computed >= self.num_to_prefill
+
+    @property
+    def num_to_sample(self) -> int:
+        """Samples to dispatch after the one of its last chunk."""
+        return self.max_tokens - self.num_to_prefill - 1
+
+
+class Rows:
+    """The sequences that a step samples, in order; never changed."""
+
+    __slots__ = ("ids", "sequences", "tokens", "with_logprobs")
+
+    def __init__(self, sequences: list[AheadSequence]) -> None:
+        self.sequences = sequences
+        self.ids = tuple([sequence.sequence_id for sequence in sequences])
+        self.tokens = [sequence.tokens for sequence in sequences]  # the lists themselves
+        self.with_logprobs = True in [s.wants_logprobs for s in sequences]
+
+
+class DecodeBatch:
+    """The rows of one slot, as the stages hold them, and when each of them needs something."""
+
+    def __init__(self, page_size: int, laps_ahead: int) -> None:
+        self.rows = Rows([])
+        self.lap = 0  # decode steps of this slot so far
+        self.last_step = -1  # number of the latest of them
+        self._leaving: list[int] = []  # rows that the next step removes
+        self._page_size = page_size
+        # By lap modulo page size: the rows whose next token begins a page. Dicts as ordered sets.
+        self._page_due: list[dict[AheadSequence, None]] = [{} for _ in range(page_size)]
+        self._ending: dict[int, dict[AheadSequence, None]] = {}  # by `ends_at`
+        self._laps_ahead = laps_ahead
+        # Of the latest decode steps: number, and the latest prefill step of those who joined in it.
+        self._history: deque[tuple[int, int]] = deque(maxlen=1 + laps_ahead)
+
+    @property
+    def num_live(self) -> int:
+        """Rows that have not left."""
+        return len(self.rows.sequences) - len(self._leaving)
+
+    def has_room(self, returned: int) -> bool:
+        """Whether no row has 1 + `laps_ahead` samples in flight; steps ≤ `returned` have come back.
+
+        Every row was in the last decode steps, back to the prefill step from which it joined.
+        """
+        history, laps = self._history, self._laps_ahead
+        if len(history) > laps and history[0][0] > returned:
+            return False
+        return len(history) < laps or history[-laps][1] <= returned
+
+    def rows_needing_pages(self) -> list[AheadSequence]:
+        """The live rows whose token of the next lap begins a page."""
+        return list(self._page_due[self.lap % self._page_size])
+
+    def leave(self, sequence: AheadSequence) -> None:
+        """The row computes nothing more; the next step of the slot removes it."""
+        self._leaving.append(sequence.row)
+        del self._page_due[-sequence.base % self._page_size][sequence]
+        ending = self._ending.get(sequence.ends_at)
+        if ending is not None:  # it is, unless it has just ended
+            del ending[sequence]
+            if not ending:
+                del self._ending[sequence.ends_at]
+        sequence.num_computed = sequence.base + self.lap
+        sequence.last_step = self.last_step
+        sequence.in_batch = False
+
+    def change(self, joined: SequenceOf[AheadSequence]) -> tuple[int, ...]:
+        """Remove the rows that left, append `joined`; returns the former, ascending."""
+        if not self._leaving and not joined:
+            return ()
+        left = tuple(sorted(self._leaving))
+        self._leaving.clear()
+        sequences = self.rows.sequences.copy()
+        for row in reversed(left):
+            del sequences[row]
+        first = left[0] if left else len(sequences)
+        sequences.extend(joined)
+        for row in range(first, len(sequences)):
+            sequences[row].row = row
+        for sequence in joined:
+            self._enter(sequence)
+        self.rows = Rows(sequences)
+        return left
+
+    def _enter(self, sequence: AheadSequence) -> None:
+        sequence.in_batch = True
+        sequence.base = sequence.num_computed - self.lap
+        sequence.ends_at = self.lap + sequence.num_to_sample
+        self._page_due[-sequence.base % self._page_size][sequence] = None
+        self._ending.setdefault(sequence.ends_at, {})[sequence] = None
+
+    def advance(self, step: int, joined: SequenceOf[AheadSequence]) -> list[AheadSequence]:
+        """Step `step` is the next lap. Returns the rows that sample in it for the last time."""
+        self.lap += 1
+        self.last_step = step
+        self._history.append((step, max([s.last_step for s in joined], default=-1)))
+        return list(self._ending.pop(self.lap, ()))

@@ -1,0 +1,399 @@
+"""Launch-ahead against a simulated pipeline that runs its messages in order, late, with real pages.
+
+The oracle is each request alone, and `SchedulerCore` on the same requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    RequestClosed,
+    RequestOpened,
+    StepScheduled,
+)
+from mpipipe.scheduler.ahead import AheadCore
+from mpipipe.scheduler.ahead_steps import AheadLimits
+from mpipipe.scheduler.instructions import (
+    Closed,
+    Emitted,
+    Finished,
+    Instruction,
+    Opened,
+    SchedulerStatistics,
+    TokensEmitted,
+)
+from mpipipe.types import FinishReason, Request, SamplingParams
+from tests.unit.test_core_properties import EOS, Case, Simulation, alone, cases, next_token
+
+Step = StepScheduled | DecodeScheduled
+PREFILL = ("phases", "mixed")
+
+
+@dataclass(frozen=True)
+class AheadCase:
+    case: Case
+    laps_ahead: int
+    mixed: bool
+    stop_at: dict[int, int] = field(default_factory=dict)  # request → token of its "stop string"
+
+    def core(self) -> AheadCore:
+        case = self.case
+        limits = AheadLimits(
+            num_slots=case.num_slots,
+            max_sequences_per_slot=case.max_sequences_per_slot,
+            max_tokens_per_step=case.max_tokens_per_step,
+            num_pages=case.num_pages,
+            page_size=case.page_size,
+            max_context_tokens=case.max_context_tokens,
+            laps_ahead=self.laps_ahead,
+        )
+        return AheadCore(limits, eos_token_ids=(EOS,), prefill="mixed" if self.mixed else "phases")
+
+    def expected(self, request: Request) -> tuple[list[int], FinishReason]:
+        tokens, reason = alone(self.case, request)
+        stop = self.stop_at.get(request.index)
+        if stop in tokens:
+            # A token that ends the sequence anyway comes before its text is looked at.
+            tokens = tokens[: tokens.index(stop) + 1]
+            reason = reason if len(tokens) == len(alone(self.case, request)[0]) else STOP
+        return tokens, reason
+
+
+STOP = FinishReason.STOP
+
+
+@st.composite
+def ahead_cases(draw: st.DrawFn) -> AheadCase:
+    case = draw(cases())
+    return AheadCase(
+        case,
+        laps_ahead=draw(st.sampled_from([1, 1, 2, 3])),
+        mixed=draw(st.booleans()),
+        stop_at=draw(st.dictionaries(st.integers(0, 13), st.integers(1, 23), max_size=4)),
+    )
+
+
+@dataclass
+class Stage:
+    """What a stage does: seats, batches by deltas, page tables, and the contents of the pages."""
+
+    case: Case
+    memory: list[tuple[int, int] | None] = field(default_factory=list)  # (sequence, token)
+    sampling: dict[int, SamplingParams] = field(default_factory=dict)
+    histories: dict[int, list[int]] = field(default_factory=dict)  # with all that is sampled
+    computed: dict[int, int] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+
+    def follow(self, message: RequestOpened | RequestClosed | Step) -> tuple[int, ...]:
+        match message:
+            case RequestOpened():
+                sequence_id = message.sequence_id
+                if sequence_id in self.histories:
+                    assert tuple(self.histories[sequence_id]) == message.prompt_ids
+                self.sampling[sequence_id] = message.sampling
+                self.histories[sequence_id] = list(message.prompt_ids)
+                self.computed[sequence_id], self.tables[sequence_id] = 0, []
+                places = self.case.num_slots * self.case.max_sequences_per_slot
+                assert len(self.histories) <= 2 * places, "two seats a place"
+            case RequestClosed():
+                for sequence_id in message.sequence_ids:
+                    self.sampling.pop(sequence_id, None)
+                    self.histories.pop(sequence_id, None)
+            case StepScheduled():
+                return self.prefill(message)
+            case DecodeScheduled():
+                return self.decode(message)
+        return ()
+
+    def prefill(self, step: StepScheduled) -> tuple[int, ...]:
+        for chunk in step.sequences:
+            sequence_id = chunk.sequence_id
+            assert self.computed[sequence_id] == chunk.num_computed
+            self.tables[sequence_id].extend(chunk.new_pages)
+            for _ in range(chunk.num_tokens):
+                self.compute(sequence_id)
+            history = self.histories[sequence_id]
+            assert chunk.sample == (self.computed[sequence_id] == len(history))
+        return tuple(self.sample(c.sequence_id) for c in step.sequences if c.sample)
+
+    def decode(self, step: DecodeScheduled) -> tuple[int, ...]:
+        rows = self.batches[step.slot]
+        assert list(step.left) == sorted(set(step.left))
+        for row in reversed(step.left):
+            del rows[row]
+        rows.extend(step.joined)
+        assert len(rows) == step.num_rows == len(set(rows)) > 0
+        for row, page in zip(step.page_rows, step.new_pages, strict=True):
+            self.tables[rows[row]].append(page)
+        for sequence_id in rows:
+            self.compute(sequence_id)
+        # The last of the writes may not have spoilt what another row reads.
+        return tuple(self.sample(sequence_id) for sequence_id in rows)
+
+    def compute(self, sequence_id: int) -> None:
+        table, position = self.tables[sequence_id], self.computed[sequence_id]
+        token = self.histories[sequence_id][position]
+        size = self.case.page_size
+        self.memory[table[position // size] * size + position % size] = (sequence_id, token)
+        self.computed[sequence_id] = position + 1
+
+    def sample(self, sequence_id: int) -> int:
+        history, table = self.histories[sequence_id], self.tables[sequence_id]
+        size = self.case.page_size
+        assert self.computed[sequence_id] == len(history), "all known tokens are computed"
+        assert len(table) == -(-len(history) // size), "exactly the pages needed"
+        cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
+        assert cached == [(sequence_id, token) for token in history], "a page was overwritten"
+        token = next_token(history, self.sampling[sequence_id].seed)
+        history.append(token)
+        return token
+
+
+@dataclass
+class Outcome:
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, FinishReason] = field(default_factory=dict)
+    closed: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    statistics: SchedulerStatistics | None = None
+
+
+@dataclass
+class AheadSimulation:
+    """Feeds the core as the runner does; checks what must hold at every moment."""
+
+    ahead: AheadCase
+    outcome: Outcome = field(default_factory=Outcome)
+    requests: dict[int, Request] = field(default_factory=dict)
+    opened: set[int] = field(default_factory=set)
+    messages: deque[RequestOpened | RequestClosed | Step] = field(default_factory=deque)
+    flight: deque[tuple[Step, tuple[int, ...]]] = field(default_factory=deque)  # who samples
+    batches: dict[int, list[int]] = field(default_factory=dict)
+    sampled_in: dict[int, int] = field(default_factory=dict)  # by sequence, its latest step
+
+    def run(self) -> Outcome:
+        case, random = self.ahead.case, Random(self.ahead.case.seed)
+        core = self.core = self.ahead.core()
+        self.stage = Stage(case, [None] * (case.num_pages * case.page_size))
+        self.stage.batches = [[] for _ in range(case.num_slots)]
+        arrivals = deque(case.requests)
+        to_cancel = list(case.cancel)
+        for _ in range(20_000):
+            if not arrivals and core.is_idle:
+                break
+            choice = random.random()
+            if arrivals and (choice < 0.3 or not self.flight):
+                self.obey(core.add(arrivals.popleft()))
+            elif to_cancel and choice > 0.9:
+                self.obey(core.stop(to_cancel.pop(), FinishReason.ERROR))
+            elif self.flight and choice < 0.8:
+                self.bring_back()
+            if random.random() < 0.8 or not self.flight:
+                while self.dispatch():
+                    pass
+            self.check(len(arrivals))
+        assert core.is_idle, "no progress"
+        while self.messages:
+            self.stage.follow(self.messages.popleft())
+        assert not self.stage.histories, "every sequence is closed"
+        assert Counter(self.outcome.closed) == Counter(range(len(case.requests)))
+        self.outcome.statistics = core.statistics()
+        assert self.outcome.statistics.num_free_pages == case.num_pages
+        return self.outcome
+
+    def bring_back(self) -> None:
+        step, _ = self.flight.popleft()
+        while (message := self.messages.popleft()) is not step:
+            self.stage.follow(message)
+        self.obey(self.core.sampled(step.step, self.stage.follow(step)))
+
+    def dispatch(self) -> bool:
+        case, laps, num_in_flight = self.ahead.case, self.ahead.laps_ahead, len(self.flight)
+        step = self.core.next_step()
+        if step is None:
+            return False
+        assert step.step == len(self.outcome.steps)
+        assert num_in_flight < case.num_slots * (1 + laps)
+        if isinstance(step, StepScheduled):
+            rows = self.rows_of_prefill(step)
+        else:
+            rows = self.rows_of_decode(step)
+            if num_in_flight >= case.num_slots:
+                ready = [self.sampled_in[sequence_id] + case.num_slots for sequence_id in rows]
+                assert max(ready) <= step.step, "the first stage would wait for these tokens"
+        self.sampled_in.update(dict.fromkeys(rows, step.step))
+        self.flight.append((step, rows))
+        pending = Counter(row for _, rows_of_step in self.flight for row in rows_of_step)
+        assert not pending or max(pending.values()) <= 1 + laps
+        for sequence_id in rows:
+            self.check_length(sequence_id, pending[sequence_id])
+        if step.steady:
+            assert all(isinstance(other, DecodeScheduled) for other, _ in self.flight)
+        self.messages.append(step)
+        self.outcome.steps.append(step)
+        return True
+
+    def rows_of_prefill(self, step: StepScheduled) -> tuple[int, ...]:
+        assert step.num_tokens <= self.ahead.case.max_tokens_per_step
+        sizes = [chunk.num_tokens > 1 for chunk in step.sequences]
+        assert sizes == sorted(sizes), "shares of one token first"
+        for chunk in step.sequences:
+            assert chunk.num_tokens > 0
+            if chunk.num_computed == 0:
+                self.open(chunk.sequence_id)
+        return tuple(chunk.sequence_id for chunk in step.sequences if chunk.sample)
+
+    def rows_of_decode(self, step: DecodeScheduled) -> tuple[int, ...]:
+        rows = self.batches.setdefault(step.slot, [])
+        for row in reversed(step.left):
+            del rows[row]
+        rows.extend(step.joined)
+        assert len(rows) <= self.ahead.case.max_sequences_per_slot
+        finished = [row for row in rows if self.requests[row].request_id in self.outcome.reasons]
+        assert not finished, "whoever is known to have ended leaves at the next step"
+        return tuple(rows)
+
+    def open(self, sequence_id: int) -> None:
+        request = self.requests[sequence_id]
+        token_ids = request.prompt_ids
+        if sequence_id in self.opened:
+            pending = [step for step, rows in self.flight if sequence_id in rows]
+            assert not pending, "starts over before its tokens are known"
+            reopened = self.core.reopened_tokens(sequence_id)
+            assert reopened is not None
+            token_ids = reopened
+        self.opened.add(sequence_id)
+        self.messages.append(RequestOpened(sequence_id, token_ids, request.sampling))
+
+    def check_length(self, sequence_id: int, num_pending: int) -> None:
+        request, case = self.requests[sequence_id], self.ahead.case
+        num_tokens = len(self.outcome.tokens[request.request_id]) + num_pending
+        assert num_tokens <= request.sampling.max_new_tokens, "a surplus step for a known limit"
+        limit = min(case.max_context_tokens, case.num_pages * case.page_size)
+        assert num_tokens + len(request.prompt_ids) <= limit
+
+    def check(self, num_to_arrive: int) -> None:
+        statistics = self.core.statistics()
+        assert statistics.num_steps_in_flight == len(self.flight)
+        counts = (statistics.num_waiting, statistics.num_running, statistics.num_finished)
+        assert sum(counts) == len(self.ahead.case.requests) - num_to_arrive
+        if not statistics.num_running:
+            assert statistics.num_free_pages == self.ahead.case.num_pages
+        owned = [page for s in self.core._roster.running for page in s.pages]
+        assert len(owned) == len(set(owned)) == statistics.num_pages - statistics.num_free_pages
+        assert self.core._roster._num_promised == sum(
+            s.num_promised for s in self.core._roster.running
+        )
+
+    def obey(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Opened():
+                    self.requests[instruction.sequence_id] = instruction.request
+                    self.outcome.tokens[instruction.request.request_id] = []
+                case Emitted():
+                    tokens = self.outcome.tokens[instruction.request_id]
+                    assert instruction.index_in_output == len(tokens)
+                    ends = instruction.finish_reason is not None
+                    self.take(instruction.sequence_id, instruction.token_id, ends)
+                case TokensEmitted():
+                    assert set(instruction.finish_reasons) <= set(range(len(instruction.token_ids)))
+                    pairs = zip(instruction.sequence_ids, instruction.token_ids, strict=True)
+                    for row, (sequence_id, token_id) in enumerate(pairs):
+                        self.take(sequence_id, token_id, row in instruction.finish_reasons)
+                case Finished():
+                    assert instruction.request_id not in self.outcome.reasons, "finished twice"
+                    self.outcome.reasons[instruction.request_id] = instruction.reason
+                    tokens = self.outcome.tokens[instruction.request_id]
+                    assert list(instruction.token_ids) == tokens
+                case Closed():
+                    self.outcome.closed.extend(instruction.sequence_ids)
+                    self.messages.append(RequestClosed(instruction.sequence_ids))
+                    flying = {row for _, rows in self.flight for row in rows}
+                    assert not flying & set(instruction.sequence_ids), "closed while in flight"
+
+    def take(self, sequence_id: int, token_id: int, ends: bool) -> None:
+        """As the runner: a stop string is noticed when its last token is."""
+        request = self.requests[sequence_id]
+        assert request.request_id not in self.outcome.reasons, "a surplus token was not dropped"
+        self.outcome.tokens[request.request_id].append(token_id)
+        if self.ahead.stop_at.get(request.index) == token_id and not ends:
+            self.obey(self.core.stop(sequence_id, STOP))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(ahead).run()
+    assert outcome.statistics is not None
+    event(f"preempted: {outcome.statistics.num_preemptions > 0}")
+    assert list(outcome.tokens) == [request.request_id for request in ahead.case.requests]
+    for request in ahead.case.requests:
+        tokens, reason = ahead.expected(request)
+        assert outcome.tokens[request.request_id] == tokens
+        assert outcome.reasons[request.request_id] is reason
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_completions_are_those_of_the_core_that_awaits_every_token(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(replace(ahead, stop_at={})).run()
+    other = Simulation(ahead.case).run()
+    assert outcome.tokens == other.tokens
+    assert outcome.reasons == other.reasons
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_equal_events_give_equal_steps(ahead: AheadCase) -> None:
+    assert AheadSimulation(ahead).run().steps == AheadSimulation(ahead).run().steps
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ahead_cases(), st.data())
+def test_cancelled_requests_end_once_and_the_others_are_not_touched(
+    ahead: AheadCase, data: st.DataObject
+) -> None:
+    indices = st.lists(st.integers(0, len(ahead.case.requests) - 1), max_size=5)
+    ahead = replace(ahead, case=replace(ahead.case, cancel=tuple(data.draw(indices))))
+    outcome = AheadSimulation(ahead).run()
+    assert len(outcome.reasons) == len(ahead.case.requests)
+    for request in ahead.case.requests:
+        tokens, reason = ahead.expected(request)
+        got = outcome.tokens[request.request_id]
+        if outcome.reasons[request.request_id] is FinishReason.ERROR:
+            assert request.index in ahead.case.cancel
+            assert got == tokens[: len(got)]
+        else:
+            assert (got, outcome.reasons[request.request_id]) == (tokens, reason)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
+def test_the_cases_reach_heavy_preemption(mixed: bool) -> None:
+    requests = tuple(
+        Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
+        for i in range(12)
+    )
+    case = Case(
+        num_slots=2,
+        max_sequences_per_slot=6,
+        max_tokens_per_step=16,
+        num_pages=20,
+        page_size=2,
+        max_context_tokens=60,
+        requests=requests,
+        seed=1,
+    )
+    outcome = AheadSimulation(AheadCase(case, laps_ahead=1, mixed=mixed)).run()
+    assert outcome.statistics is not None
+    assert outcome.statistics.num_preemptions > 10
+    assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]

@@ -1,0 +1,309 @@
+"""The runner with either core, against a pipeline that gives its steps back one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
+
+import pytest
+
+from mpipipe.clock import ScriptedClock
+from mpipipe.control_plane.mailbox import Mailbox
+from mpipipe.control_plane.mesh import Mesh
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    LogprobsSampled,
+    Message,
+    RequestClosed,
+    RequestOpened,
+    StepSampled,
+    StepScheduled,
+)
+from mpipipe.metrics.log import NullLog
+from mpipipe.scheduler.ahead import AheadCore
+from mpipipe.scheduler.ahead_steps import AheadLimits
+from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.detokenize import StopWatch
+from mpipipe.scheduler.interface import Scheduler
+from mpipipe.scheduler.runner import Runner
+from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
+
+EOS = 0
+T = TypeVar("T")
+CORES = ("awaiting", "phases", "mixed")
+
+
+def decode(ids: Sequence[int]) -> str:
+    """Every id is a letter but EOS, which is no text."""
+    return "".join(chr(ord("a") + i - 1) for i in ids if i != EOS)
+
+
+def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> Scheduler:
+    if kind == "awaiting":
+        return SchedulerCore(
+            num_slots=num_slots,
+            max_sequences_per_slot=4,
+            max_tokens_per_step=16,
+            num_pages=num_pages,
+            page_size=4,
+            max_context_tokens=200,
+            eos_token_ids=(EOS,),
+        )
+    limits = AheadLimits(num_slots, 4, 16, num_pages, 4, 200)
+    return AheadCore(limits, eos_token_ids=(EOS,), prefill="mixed" if kind == "mixed" else "phases")
+
+
+@dataclass
+class Pipeline:
+    """Mesh and stages in one: computes a step when it is sent, gives it back when asked."""
+
+    clock: ScriptedClock = field(default_factory=ScriptedClock)
+    mailboxes: dict[type, Mailbox[tuple[int, Message]]] = field(default_factory=dict)
+    histories: dict[int, list[int]] = field(default_factory=dict)
+    computed: dict[int, int] = field(default_factory=dict)
+    sampling: dict[int, SamplingParams] = field(default_factory=dict)
+    batches: dict[int, list[int]] = field(default_factory=dict)
+    finished: deque[tuple[StepSampled, LogprobsSampled | None]] = field(default_factory=deque)
+    opened: list[RequestOpened] = field(default_factory=list)
+    closed: list[int] = field(default_factory=list)
+    most_in_flight: int = 0
+
+    def mailbox(self, kind: type[Message]) -> Mailbox[tuple[int, Message]]:
+        return self.mailboxes.setdefault(kind, Mailbox(kind.__name__))
+
+    def send(self, to: int, message: Message) -> None:
+        assert to == 0
+        match message:
+            case RequestOpened():
+                self.opened.append(message)
+                self.histories[message.sequence_id] = list(message.prompt_ids)
+                self.sampling[message.sequence_id] = message.sampling
+            case RequestClosed():
+                self.closed.extend(message.sequence_ids)
+            case StepScheduled():
+                self.run(message.step, [s.sequence_id for s in message.sequences if s.sample])
+            case DecodeScheduled():
+                rows = self.batches.setdefault(message.slot, [])
+                for row in reversed(message.left):
+                    del rows[row]
+                rows.extend(message.joined)
+                self.run(message.step, rows)
+
+    def run(self, step: int, sampled: Sequence[int]) -> None:
+        ids = []
+        for sequence_id in sampled:
+            history = self.histories[sequence_id]
+            ids.append(zlib.crc32(bytes(history), self.sampling[sequence_id].seed) % 27)
+            history.append(ids[-1])
+        asked = [self.sampling[sequence_id].num_logprobs >= 0 for sequence_id in sampled]
+        logprobs = None
+        if any(asked):
+            entries = [
+                TokenLogprobs(i, -1.0) if a else None for i, a in zip(ids, asked, strict=True)
+            ]
+            logprobs = LogprobsSampled(step, tuple(entries))
+        self.finished.append((StepSampled(step, tuple(ids)), logprobs))
+        self.most_in_flight = max(self.most_in_flight, len(self.finished))
+
+    async def give_back(self) -> None:
+        """As long as there are steps: one per turn of the event loop, each taking a second."""
+        while True:
+            if self.finished:
+                self.clock.advance(1.0)
+                sampled, logprobs = self.finished.popleft()
+                self.mailbox(StepSampled).put((0, sampled))
+                if logprobs is not None:
+                    await asyncio.sleep(0)
+                    self.mailbox(LogprobsSampled).put((0, logprobs))
+            await asyncio.sleep(0)
+
+    @asynccontextmanager
+    async def running(self, core: Scheduler) -> AsyncIterator[Runner]:
+        """A runner, and a task that gives its steps back."""
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(self.give_back())
+            yield self.runner(core)
+            task.cancel()
+
+    def runner(self, core: Scheduler) -> Runner:
+        return Runner(
+            core=core,
+            mesh=cast("Mesh", self),
+            stage_ranks=[0],
+            decode=decode,
+            clock=self.clock,
+            log=NullLog(),
+        )
+
+
+def requests(count: int = 10, **sampling: object) -> list[Request]:
+    params = SamplingParams(max_new_tokens=20).replace(**sampling)
+    return [
+        Request(f"r{i}", i, tuple(1 + (7 * i + k) % 26 for k in range(1 + 3 * i % 8)), params)
+        for i in range(count)
+    ]
+
+
+def complete(
+    core: Scheduler, wanted: Sequence[Request], pipeline: Pipeline | None = None
+) -> list[Completion]:
+    pipeline = pipeline or Pipeline()
+
+    async def run() -> list[Completion]:
+        async with pipeline.running(core) as runner:
+            completions = [c async for c in runner.generate(wanted)]
+        assert runner.num_output_tokens == sum(c.num_output_tokens for c in completions)
+        return completions
+
+    completions = asyncio.run(run())
+    assert core.is_idle
+    assert sorted(pipeline.closed) == list(range(len(wanted)))
+    return sorted(completions, key=lambda completion: completion.index)
+
+
+def alone(request: Request) -> tuple[list[int], str, FinishReason]:
+    """The completion from a plain loop, its text looked at after every token."""
+    history, output = list(request.prompt_ids), list[int]()
+    sampling = request.sampling
+    watch = StopWatch(decode, sampling.stop)
+    while True:
+        token = zlib.crc32(bytes(history), sampling.seed) % 27
+        history.append(token)
+        output.append(token)
+        if token == EOS and not sampling.ignore_eos:
+            return output, watch.finish(), FinishReason.STOP
+        if watch.push(token):
+            return output, watch.finish(), FinishReason.STOP
+        if len(output) == sampling.max_new_tokens:
+            return output, watch.finish(), FinishReason.LENGTH
+
+
+def outcome(completion: Completion) -> tuple[list[int], str, FinishReason]:
+    return list(completion.token_ids), completion.text, completion.finish_reason
+
+
+@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("stop", [(), ("e", "zz", "b")], ids=["plain", "stop strings"])
+@pytest.mark.parametrize("num_pages", [1000, 14], ids=["many pages", "few pages"])
+def test_completions_are_those_of_each_request_alone(
+    kind: str, stop: tuple[str, ...], num_pages: int
+) -> None:
+    wanted = requests(stop=stop)
+    # Also next to each other: with stop strings, and without.
+    wanted[4] = replace(wanted[4], sampling=wanted[4].sampling.replace(stop=(), ignore_eos=True))
+    core = make_core(kind, num_pages=num_pages)
+    completions = complete(core, wanted)
+    assert [outcome(c) for c in completions] == [alone(request) for request in wanted]
+    assert (core.statistics().num_preemptions > 0) == (num_pages == 14)
+
+
+def test_the_requests_end_in_every_way() -> None:
+    reasons = [alone(request)[2] for request in requests()]
+    assert set(reasons) == {FinishReason.STOP, FinishReason.LENGTH}
+    with_stops = [alone(request) for request in requests(stop=("e", "zz", "b"))]
+    assert any(len(a[0]) < len(alone(b)[0]) for a, b in zip(with_stops, requests(), strict=True)), (
+        "a stop string ends one"
+    )
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_log_probabilities_go_to_those_who_asked(kind: str) -> None:
+    wanted = requests()
+    for index in (1, 6):
+        wanted[index] = replace(
+            wanted[index], sampling=wanted[index].sampling.replace(num_logprobs=0)
+        )
+    for completion in complete(make_core(kind), wanted):
+        if completion.index in (1, 6):
+            assert completion.logprobs is not None
+            assert [p.token_id for p in completion.logprobs] == list(completion.token_ids)
+        else:
+            assert completion.logprobs is None
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_a_prompt_that_can_never_run_is_refused_and_the_others_run(kind: str) -> None:
+    wanted = [replace(requests(1)[0], prompt_ids=(1,) * 500), requests(2)[1]]
+
+    async def run() -> list[Completion]:
+        async with Pipeline().running(make_core(kind)) as runner:
+            return [c async for c in runner.generate(wanted)]
+
+    refused, done = asyncio.run(run())
+    assert (refused.index, refused.error_kind) == (0, "too_long")
+    assert outcome(done) == alone(wanted[1])
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_stages_are_told_of_a_request_with_its_first_step(kind: str) -> None:
+    pipeline = Pipeline()
+    wanted = requests(3)
+    complete(make_core(kind), wanted, pipeline)
+    opened = sorted((m.sequence_id, m.prompt_ids) for m in pipeline.opened)
+    assert opened == [(index, request.prompt_ids) for index, request in enumerate(wanted)]
+
+
+def test_ahead_stages_are_told_all_tokens_of_a_sequence_that_starts_over() -> None:
+    pipeline = Pipeline()
+    core = make_core("phases", num_pages=14)
+    wanted = requests()
+    complete(core, wanted, pipeline)
+    assert len(pipeline.opened) > len(wanted)
+    again = pipeline.opened[-1]
+    prompt = wanted[again.sequence_id].prompt_ids
+    tokens = (*prompt, *alone(wanted[again.sequence_id])[0])
+    assert any(len(m.prompt_ids) > len(wanted[m.sequence_id].prompt_ids) for m in pipeline.opened)
+    assert again.prompt_ids == tokens[: len(again.prompt_ids)]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("awaiting", 2), ("phases", 4), ("mixed", 4)])
+def test_as_many_steps_are_in_flight_as_the_core_allows(kind: str, most: int) -> None:
+    pipeline = Pipeline()
+    complete(make_core(kind), requests(), pipeline)
+    assert pipeline.most_in_flight == most
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_times_are_those_of_first_step_first_token_and_last_token(kind: str) -> None:
+    wanted = requests(1, ignore_eos=True, max_new_tokens=5)
+    (completion,) = complete(make_core(kind), wanted)
+    assert completion.queue_s == 0.0
+    assert completion.ttft_s == 1.0
+    assert completion.latency_s == 5.0  # a second a step
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_what_is_unfinished_is_drained_when_the_caller_leaves(kind: str) -> None:
+    core, pipeline = make_core(kind), Pipeline()
+
+    async def run() -> None:
+        async with pipeline.running(core) as runner:
+            async with aclosing(runner.generate(requests(stop=("zz",)))) as completions:
+                await anext(completions)
+            assert not core.is_idle
+            await runner.drain()
+
+    asyncio.run(run())
+    assert core.is_idle
+    assert not pipeline.finished
+    assert len(pipeline.closed) == len(set(pipeline.closed)) == 10
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_the_next_steps_are_sent_before_a_completion_is_given_out(kind: str) -> None:
+    core, pipeline = make_core(kind), Pipeline()
+
+    async def run() -> None:
+        async with pipeline.running(core) as runner:
+            async with aclosing(runner.generate(requests())) as completions:
+                await anext(completions)
+                assert core.next_step() is None
+                assert core.statistics().num_steps_in_flight > 0
+            await runner.drain()
+
+    asyncio.run(run())
