@@ -19,9 +19,11 @@ __all__ = ["check", "default_sampling", "sampling_problem"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": (AUTO, "float32", "bfloat16", "float16"),
-    "pipeline.transport": (AUTO, "mpi"),
-    "pipeline.device": (AUTO, "cpu"),
-    "pipeline.attention": (AUTO, "sdpa", "reference"),
+    "model.weights": ("checkpoint", "random"),
+    "pipeline.transport": (AUTO, "nccl", "mpi"),
+    "pipeline.device": (AUTO, "cpu", "cuda"),
+    "pipeline.attention": (AUTO, "triton", "flashinfer", "varlen", "sdpa", "reference"),
+    "pipeline.prefill": (AUTO, "phases", "mixed"),
     "memory.kv_cache": ("paged", "contiguous"),
     "log.level": ("debug", "info", "warning", "error"),
     "log.progress": (AUTO, "bar", "plain", "none"),
@@ -55,6 +57,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         for name in _POSITIVE_OR_AUTO
     ),
     ("pipeline.split", _is_split, 'a list of layer counts from 1 on, e.g. [14, 16], or "auto"'),
+    ("pipeline.laps_ahead", lambda v: v in {0, 1, AUTO}, '0, 1 or "auto"'),
+    ("memory.gpu_memory_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("pipeline.handshake_timeout_s", lambda v: 0 < v < math.inf, "seconds, above 0"),
     ("memory.page_size_tokens", _is_count, "a whole number from 1 on"),
     ("prompts.limit", lambda v: v >= 0, "0 (all) or the number of prompts to take"),

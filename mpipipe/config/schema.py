@@ -33,6 +33,8 @@ class ModelConfig:
     """Folder of the tokenizer; empty: `model.path`."""
     dtype: str = AUTO
     """`float32`, `bfloat16`, `float16` or `auto` (the checkpoint's; float32 on a CPU)."""
+    weights: str = "checkpoint"
+    """`checkpoint`, or `random`: weights of the shapes in `config.json`, for benchmarks."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
 
@@ -92,11 +94,19 @@ class PipelineConfig:
     max_tokens_per_step: int | str = AUTO
     """Token budget of a step: decodes first, then chunks of prompts; `auto`: 512 on a CPU."""
     transport: str = AUTO
-    """How tensors travel: `mpi`, or `auto`."""
+    """How tensors travel: `nccl`, `mpi` (from a GPU through pinned memory), or `auto`."""
     device: str = AUTO
-    """`cpu`, or `auto`."""
+    """`cpu`, `cuda`, or `auto`: a GPU where every rank has one."""
+    share_gpus: bool = False
+    """Let several ranks use one GPU (tests); tensors then travel over MPI."""
     attention: str = AUTO
-    """Attention backend: `sdpa`, `reference`, or `auto`."""
+    """Attention backend: `triton`, `flashinfer`, `varlen` (torch >= 2.13), `sdpa`, `reference`, or
+    `auto`."""
+    laps_ahead: int | str = AUTO
+    """Laps that the head schedules before it has seen the tokens: 0 or 1; `auto`: 1 on GPUs."""
+    prefill: str = AUTO
+    """`phases`: prompts first, then decode until places are free again; `mixed`: one step of prompt
+    chunks per lap; `auto`: phases."""
     threads_per_rank: int | str = AUTO
     """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
     handshake_timeout_s: float = 120.0
@@ -108,14 +118,18 @@ class MemoryConfig:
     """How much may be kept."""
 
     kv_cache_bytes: int | str = AUTO
-    """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory, and no more
-    than the run can use."""
+    """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory (on a GPU: what
+    is left of `gpu_memory_fraction`), and no more than the run can use."""
     num_kv_pages: int | str = AUTO
     """Pages of KV cache, the same on every rank; wins over `kv_cache_bytes`."""
     page_size_tokens: int = 16
     """Tokens per KV page."""
     max_context_tokens: int | str = AUTO
     """Longest prompt + completion; `auto`: what the model was made for."""
+    cuda_graphs: bool = True
+    """Replay decode steps as CUDA graphs; captured at boot. false: the same, but eagerly."""
+    gpu_memory_fraction: float = 0.9
+    """Share of a GPU's free memory that weights, cache and work space may take together."""
     kv_cache: str = "paged"
     """`paged`, or `contiguous` (slow and simple: the oracle of the tests)."""
 

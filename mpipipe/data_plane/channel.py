@@ -3,6 +3,13 @@
 Shapes follow from the plan and the step message, so nothing but the tensor travels. Within one
 (source, destination, kind) transfers match in the order they were started. A buffer belongs to the
 transport from `send`/`receive` until `Transfer.wait` returns: do not touch it in between.
+
+Tensors on a GPU travel *in stream order*, and so does that promise: `send` takes what the current
+stream has computed by then, `receive` fills the buffer for what is added to the current stream
+after `wait` has returned, and after either `wait` the stream, not the host, may use the buffer.
+Nothing waits on the host for the GPU. A receive keeps its stream waiting until the tensor comes, so
+add transfers to a stream in an order in which they can complete: on the first stage, send the
+hidden states of a step before receiving its ids. (`staged` receives without holding the stream.)
 """
 
 from __future__ import annotations
@@ -47,7 +54,7 @@ class Transfer(Protocol):
 
 
 class TensorChannel(Protocol):
-    """Moves tensors between ranks. Implementations: `loopback`, `mpi`."""
+    """Moves tensors between ranks. Implementations: `loopback`, `mpi`, `staged`, `nccl`."""
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> Transfer:
         """Start sending a contiguous tensor to rank `destination`."""

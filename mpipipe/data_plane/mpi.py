@@ -4,7 +4,7 @@ The kind of edge is the tag, so MPI itself matches transfers in the order they w
 calls come from the event-loop thread, on a private duplicate of the world communicator. Tensors to
 the own rank take the loopback.
 
-Not here: starting and finalizing MPI (control_plane.mpi), GPU tensors.
+Not here: starting and finalizing MPI (control_plane.mpi), GPU tensors (`staged`).
 
 Measured, 2 ranks of one host: 16 KiB 6 µs, 4 MiB 0.39 ms one way.
 """
@@ -20,7 +20,7 @@ import torch
 
 from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.data_plane.transfer import PendingTransfer
+from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer
 from mpipipe.errors import (
     ChannelClosedError,
     DeadlineError,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MpiTensorChannel", "open_mpi_channel"]
 
-_MOST_BYTES = 2**31 - 1  # MPI counts are C ints
 _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
 
@@ -107,6 +106,11 @@ class MpiTensorChannel:
         self._sent_bytes = 0
         self._received_bytes = 0
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._world_size
+
     def start(self) -> None:
         """Let the engine poll."""
         self._unregister = self._engine.register(self._poll)
@@ -155,9 +159,9 @@ class MpiTensorChannel:
             raise ValueError(f"{what}: the tensor is on {tensor.device}, not in CPU memory")
         if not tensor.is_contiguous():
             raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
-        if tensor.nbytes > _MOST_BYTES:
+        if tensor.nbytes > MOST_BYTES:
             raise ValueError(
-                f"{what}: {tensor.nbytes} bytes are more than the {_MOST_BYTES} of one MPI message"
+                f"{what}: {tensor.nbytes} bytes are more than the {MOST_BYTES} of one MPI message"
             )
 
     def _activate(self, active: _Active) -> None:

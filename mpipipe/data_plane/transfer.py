@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-__all__ = ["PendingTransfer"]
+__all__ = ["MOST_BYTES", "PendingTransfer"]
+
+MOST_BYTES = 2**31 - 1  # of one MPI message, whose count is a C int
 
 
 class PendingTransfer:
@@ -26,6 +28,11 @@ class PendingTransfer:
     def done(self) -> bool:
         """Whether `wait` would return at once."""
         return self._done
+
+    @property
+    def error(self) -> Exception | None:
+        """What `wait` would raise."""
+        return self._error
 
     def finish(self, error: Exception | None = None) -> None:
         """The transport is through with the buffer; `error` when it failed. Once only."""

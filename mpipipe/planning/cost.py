@@ -1,4 +1,4 @@
-"""What the parts of a model weigh and what a decode step costs in them: a two-line roofline.
+"""What the parts of a model weigh and what a step costs in them: a two-line roofline.
 
 Not here: who gets which part (`partition`) and whether it fits (`memory`). Sizes come from the
 `ModelSpec` alone; norms and biases, below 0.1 %, are left out.
@@ -13,8 +13,12 @@ from mpipipe.checkpoint.spec import ModelSpec
 __all__ = [
     "BYTES_PER_S",
     "FLOPS_PER_S",
+    "GPU_BYTES_PER_S",
+    "GPU_FLOPS_PER_S",
     "DecodeCost",
+    "WorkMix",
     "dtype_bytes",
+    "gpu_head_cost_in_layers",
     "head_cost_in_layers",
     "head_decode_cost",
     "kv_page_bytes",
@@ -27,6 +31,12 @@ __all__ = [
 # their ratio matters for the split.
 BYTES_PER_S = 10e9
 FLOPS_PER_S = 60e9
+
+# One H200 as kernels reach it (copies: 4.25 TB/s, matrix products: 790 TFLOP/s). Again only the
+# ratio matters for the split. Data sheets give 200 (T4, A100) to 400 (L4) operations per byte, here
+# it is 180, so one pair serves all.
+GPU_BYTES_PER_S = 3.3e12
+GPU_FLOPS_PER_S = 6e14
 
 # The micro-batch the split is made for. With it a SmolLM2 layer costs a sixth of the head
 # (1.9 ms to 11 ms); measured: 1.7–1.9 ms to 11 ms.
@@ -53,13 +63,40 @@ class DecodeCost:
         """Predicted time on one CPU core: the slower of moving and computing."""
         return max(self.bytes_moved / BYTES_PER_S, self.flops / FLOPS_PER_S)
 
+    @property
+    def gpu_seconds(self) -> float:
+        """The same on a GPU."""
+        return max(self.bytes_moved / GPU_BYTES_PER_S, self.flops / GPU_FLOPS_PER_S)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkMix:
+    """What the split is balanced for on a GPU. Totals over all requests; 0: not known."""
+
+    rows: int  # of a decode step
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+    @property
+    def context_tokens(self) -> float:
+        """Mean tokens in the cache of a decoding sequence: its prompt and half of its output."""
+        if not self.num_requests:
+            return _CONTEXT_TOKENS
+        return (self.num_prompt_tokens + self.num_output_tokens / 2) / self.num_requests
+
+    @property
+    def num_decode_steps(self) -> float:
+        """Steps of `rows` tokens; one, for comparison, when the tokens are not known."""
+        return self.num_output_tokens / self.rows if self.num_output_tokens else 1.0
+
 
 def layer_decode_cost(
     spec: ModelSpec,
     dtype: str,
     *,
     num_sequences: int = _NUM_SEQUENCES,
-    context_tokens: int = _CONTEXT_TOKENS,
+    context_tokens: float = _CONTEXT_TOKENS,
 ) -> DecodeCost:
     """One layer, one token for each of `num_sequences` with `context_tokens` tokens cached.
 
@@ -86,6 +123,24 @@ def head_cost_in_layers(spec: ModelSpec, dtype: str) -> float:
     return head_decode_cost(spec, dtype).seconds / layer_decode_cost(spec, dtype).seconds
 
 
+def gpu_head_cost_in_layers(spec: ModelSpec, dtype: str, mix: WorkMix) -> float:
+    """How many layers take as long as the LM head over the whole run on a GPU.
+
+    Prompts pass the layers only: of a chunk at most its last row reaches the head, and chunks of
+    thousands of rows cost arithmetic, not traffic. So the head weighs the less, the longer the
+    prompts are. A single split cannot suit both phases; this one is best for their sum.
+    """
+    context = mix.context_tokens
+    layer = layer_decode_cost(spec, dtype, num_sequences=mix.rows, context_tokens=context)
+    head = head_decode_cost(spec, dtype, num_sequences=mix.rows)
+    # A token of a prompt sees half of the prompt, on average.
+    mean_prompt = mix.num_prompt_tokens / max(1, mix.num_requests)
+    attention = 4 * mean_prompt / 2 * spec.num_heads * spec.head_dim
+    prompt_flops = mix.num_prompt_tokens * (2 * spec.layer_parameters + attention)
+    layer_s = mix.num_decode_steps * layer.gpu_seconds + prompt_flops / GPU_FLOPS_PER_S
+    return mix.num_decode_steps * head.gpu_seconds / layer_s
+
+
 def stage_weight_bytes(
     spec: ModelSpec, dtype: str, *, num_layers: int, has_embedding: bool, has_head: bool
 ) -> int:
@@ -97,7 +152,13 @@ def stage_weight_bytes(
     return elements * dtype_bytes(dtype)
 
 
-def kv_page_bytes(spec: ModelSpec, dtype: str, *, num_layers: int, page_size_tokens: int) -> int:
-    """Bytes that one page takes on a stage of `num_layers` layers."""
-    elements = page_size_tokens * spec.kv_elements_per_token_layer * num_layers
+def kv_page_bytes(
+    spec: ModelSpec, dtype: str, *, num_layers: int, page_size_tokens: int, row_multiple: int = 1
+) -> int:
+    """Bytes that one page takes on a stage of `num_layers` layers.
+
+    `row_multiple`: rows of a head are padded to so many elements (8 on a GPU, kv_cache/paged.py).
+    """
+    row = -(-spec.head_dim // row_multiple) * row_multiple
+    elements = page_size_tokens * 2 * spec.num_kv_heads * row * num_layers
     return elements * dtype_bytes(dtype)

@@ -54,6 +54,7 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
     split = [stage.num_layers for stage in plan.stages]
     return (
         ("model.dtype", plan.dtype),
+        ("model.weights", plan.weights),
         ("pipeline.num_stages", str(plan.num_stages)),
         ("pipeline.split", str(split)),
         ("pipeline.num_slots", str(plan.num_slots)),
@@ -62,9 +63,16 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         ("pipeline.transport", plan.transport),
         ("pipeline.device", plan.device),
         ("pipeline.attention", plan.attention),
+        ("pipeline.laps_ahead", str(plan.laps_ahead)),
+        ("pipeline.prefill", plan.prefill),
         ("pipeline.threads_per_rank", str(plan.threads_per_rank)),
         ("memory.kv_cache", plan.kv_cache),
         ("memory.page_size_tokens", str(plan.page_size_tokens)),
         ("memory.num_kv_pages", str(plan.num_kv_pages)),
         ("memory.max_context_tokens", str(plan.max_context_tokens)),
+        *(
+            (("memory.cuda_graphs", str(plan.cuda_graphs).lower()),)
+            if plan.device == "cuda"
+            else ()
+        ),
     )

@@ -1,7 +1,8 @@
 """Do weights and KV cache fit, and how many KV pages can there be.
 
-Not here: what things weigh (`cost`). Ranks of one host draw on the same memory, so everything is
-summed up per host; the number of pages is the same on every rank, so the tightest rank decides it.
+Not here: what things weigh (`cost`, `gpu_limits`). Ranks of one host draw on the same memory, as do
+ranks that share a GPU, so everything is summed up per pool of memory; the number of pages is the
+same on every rank, so the tightest rank decides it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,31 @@ _AUTO_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """What one rank needs and what its host has."""
+    """What one rank needs, and what is there: on its host, or on its GPU."""
 
     rank: int
     host: str
-    available_bytes: int  # of the host, shared by its ranks
+    available_bytes: int  # of the pool, shared by its ranks
     weight_bytes: int
     page_bytes: int  # of one KV page over the layers of this rank
+    work_bytes: int = 0  # activations and libraries; on a CPU the rest of `_AUTO_SHARE`
+    gpu: str = ""  # uuid; empty: the host's memory
+    gpu_name: str = ""  # e.g. "GPU 0 (Tesla T4)"
+
+    @property
+    def pool(self) -> tuple[str, str]:
+        """What identifies the memory that this rank draws on."""
+        return self.host, self.gpu
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Needed whatever the number of pages."""
+        return self.weight_bytes + self.work_bytes
+
+    @property
+    def where(self) -> str:
+        """The pool in words."""
+        return f"{self.gpu_name} of {self.host}" if self.gpu else self.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +124,31 @@ def _pages_in(kv_cache_bytes: int, ranks: Sequence[RankMemory]) -> tuple[int, st
 
 
 def _auto_pages(ranks: Sequence[RankMemory], demand: KvDemand) -> tuple[int, str]:
-    """A quarter of what the weights leave on the tightest rank, within what is of use.
+    """What the tightest rank can spare, within what is of use.
 
-    At most `useful_pages`; at least one longest request, where that is known.
+    A host can spare a quarter of what the weights leave, a GPU all that weights and work space
+    leave. At most `useful_pages`; at least one longest request, where that is known.
     """
-    budgets = [(_bytes_after_weights(rank, ranks) // _AUTO_SHARE, rank) for rank in ranks]
-    num_pages, tightest = min(
-        ((budget // rank.page_bytes, rank.rank) for budget, rank in budgets),
+    num_pages, number = min(
+        (_spare_bytes(rank, ranks) // rank.page_bytes, rank.rank) for rank in ranks
     )
+    tightest = next(rank for rank in ranks if rank.rank == number)
     if num_pages >= demand.useful_pages:
         what = f"{demand.num_sequences} sequences of at most {demand.longest_tokens} tokens"
         return demand.useful_pages, f"all that {what} can use"
     if num_pages < demand.pages_per_sequence and demand.longest_request_tokens is not None:
         return demand.pages_per_sequence, "the least that holds the longest request"
-    return num_pages, f"a quarter of rank {tightest}'s share of its host's memory after weights"
+    if tightest.gpu:
+        return num_pages, f"what weights and work space leave on {tightest.where} (rank {number})"
+    return num_pages, f"a quarter of rank {number}'s share of its host's memory after weights"
 
 
-def _bytes_after_weights(rank: RankMemory, ranks: Sequence[RankMemory]) -> int:
-    """This rank's equal share of what the weights leave on its host."""
-    neighbours = [other for other in ranks if other.host == rank.host]
-    left = rank.available_bytes - sum(other.weight_bytes for other in neighbours)
-    return max(0, left) // len(neighbours)
+def _spare_bytes(rank: RankMemory, ranks: Sequence[RankMemory]) -> int:
+    """This rank's equal share of what its pool can give to pages."""
+    neighbours = [other for other in ranks if other.pool == rank.pool]
+    available = min(other.available_bytes for other in neighbours)
+    left = max(0, available - sum(other.fixed_bytes for other in neighbours)) // len(neighbours)
+    return left if rank.gpu else left // _AUTO_SHARE
 
 
 def _check_demand(
@@ -146,19 +169,35 @@ def _check_demand(
 
 
 def _check_fit(ranks: Sequence[RankMemory], *, num_pages: int) -> None:
-    for host in dict.fromkeys(rank.host for rank in ranks):
-        on_host = [rank for rank in ranks if rank.host == host]
-        weights = sum(rank.weight_bytes for rank in on_host)
-        pages = sum(rank.page_bytes for rank in on_host) * num_pages
-        available = min(rank.available_bytes for rank in on_host)
-        if weights + pages <= available:
-            continue
-        numbers = ", ".join(str(rank.rank) for rank in on_host)
-        who = f"rank {numbers}" if len(on_host) == 1 else f"ranks {numbers} together"
-        cache = f" and {gib(pages)} of KV cache" if num_pages else ""
-        smaller = "lower memory.kv_cache_bytes or memory.num_kv_pages, " if num_pages else ""
-        raise PlanError(
-            f"{who} on {host} would hold {gib(weights)} of weights{cache}, but only "
-            f"{gib(available)} of memory is available there: {smaller}use more hosts, or a "
-            'smaller model.dtype such as "bfloat16"'
-        )
+    for pool in dict.fromkeys(rank.pool for rank in ranks):
+        inside = [rank for rank in ranks if rank.pool == pool]
+        pages = sum(rank.page_bytes for rank in inside) * num_pages
+        fixed = sum(rank.fixed_bytes for rank in inside)
+        if fixed + pages > min(rank.available_bytes for rank in inside):
+            raise PlanError(_misfit(inside, num_pages=num_pages))
+
+
+def _misfit(inside: Sequence[RankMemory], *, num_pages: int) -> str:
+    """The sentence for ranks of one pool that need more than it has."""
+    numbers = ", ".join(str(rank.rank) for rank in inside)
+    who = f"rank {numbers}" if len(inside) == 1 else f"ranks {numbers} together"
+    holds = [f"{gib(sum(rank.weight_bytes for rank in inside))} of weights"]
+    if work := sum(rank.work_bytes for rank in inside):
+        holds.append(f"{gib(work)} of work space")
+    if num_pages:
+        holds.append(f"{gib(sum(rank.page_bytes for rank in inside) * num_pages)} of KV cache")
+    held = holds[0] if len(holds) == 1 else f"{', '.join(holds[:-1])} and {holds[-1]}"
+    available = gib(min(rank.available_bytes for rank in inside))
+    remedies = ["lower memory.kv_cache_bytes or memory.num_kv_pages"] if num_pages else []
+    if inside[0].gpu:
+        free = "of its memory may be used (memory.gpu_memory_fraction of what is free)"
+        remedies += [
+            "lower pipeline.max_tokens_per_step",
+            "end other processes on that GPU",
+            "use more ranks, each with a GPU of its own",
+        ]
+    else:
+        free = "of memory is available there"
+        remedies += ["use more hosts", 'a smaller model.dtype such as "bfloat16"']
+    remedy = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
+    return f"{who} on {inside[0].where} would hold {held}, but only {available} {free}: {remedy}"

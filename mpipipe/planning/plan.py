@@ -60,11 +60,16 @@ class PipelinePlan:
     num_kv_pages: int
     max_context_tokens: int
     kv_cache: str  # "paged" | "contiguous"
-    transport: str  # "mpi" | "loopback"
-    device: str  # "cpu"
-    attention: str  # "sdpa" | "reference"
+    transport: str  # "nccl" | "mpi" | "loopback"
+    device: str  # "cpu" | "cuda"
+    attention: str  # "triton" | "flashinfer" | "varlen" | "sdpa" | "reference"
     threads_per_rank: int
     resolved: tuple[Resolved, ...]
+    laps_ahead: int = 0  # 0: the head awaits every token; 1: scheduler.ahead and stage.ahead
+    prefill: str = "mixed"  # "phases" | "mixed"; only with laps_ahead
+    cuda_graphs: bool = False
+    weights: str = "checkpoint"  # "checkpoint" | "random"
+    max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
 
     @property
     def num_stages(self) -> int:

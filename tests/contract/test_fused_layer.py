@@ -47,11 +47,11 @@ def run_steps(stage: StageModel) -> list[torch.Tensor]:
     return outputs
 
 
-def outputs(folder: Path, dtype: torch.dtype, *, pack: bool) -> list[torch.Tensor]:
+def outputs(folder: Path, dtype: torch.dtype, *, form: str) -> list[torch.Tensor]:
     """The steps of `run_steps` on the second of two stages, in float32."""
-    stage = load_stage(folder, split(2)[1], pack=pack, dtype=dtype, cache=ContiguousKVCache())
+    stage = load_stage(folder, split(2)[1], form=form, dtype=dtype, cache=ContiguousKVCache())
     fused = [isinstance(layer, FusedLayer) for layer in stage.module.model.layers]
-    assert all(fused) if pack else not any(fused)
+    assert all(fused) if form == "packed" else not any(fused)
     with torch.inference_mode():
         return [output.float() for output in run_steps(stage)]
 
@@ -69,16 +69,16 @@ def folder(
 
 
 def test_fused_layers_compute_what_plain_ones_do(folder: Path) -> None:
-    plain = outputs(folder, torch.float32, pack=False)
-    fused = outputs(folder, torch.float32, pack=True)
+    plain = outputs(folder, torch.float32, form="plain")
+    fused = outputs(folder, torch.float32, form="packed")
     for expected, actual in zip(plain, fused, strict=True):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_fused_layers_round_no_worse_than_plain_ones_in_bfloat16(folder: Path) -> None:
-    exact = torch.cat(outputs(folder, torch.float32, pack=False))
-    plain = torch.cat(outputs(folder, torch.bfloat16, pack=False))
-    fused = torch.cat(outputs(folder, torch.bfloat16, pack=True))
+    exact = torch.cat(outputs(folder, torch.float32, form="plain"))
+    plain = torch.cat(outputs(folder, torch.bfloat16, form="plain"))
+    fused = torch.cat(outputs(folder, torch.bfloat16, form="packed"))
     assert (fused - exact).norm() <= 1.5 * (plain - exact).norm()
     assert (plain - exact).norm() > 0
 
@@ -87,5 +87,5 @@ def test_families_whose_mathematics_differ_are_left_alone(
     tiny: Callable[[str], TinyModel],
 ) -> None:
     for family in ("gemma", "olmo2", "granite", "phi3"):
-        stage = load_stage(tiny(family).folder, split(1)[0], pack=True)
+        stage = load_stage(tiny(family).folder, split(1)[0], form="packed")
         assert not any(isinstance(module, FusedLayer) for module in stage.module.modules())

@@ -1,25 +1,44 @@
-"""The tensor channel's contract over MPI, on however many ranks there are."""
+"""The tensor channel's contract over MPI, plain and staged, on however many ranks there are."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 import torch
 from mpi4py import MPI
 
-from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.channel import EdgeKind, TensorChannel
 from mpipipe.data_plane.mpi import open_mpi_channel
+from mpipipe.data_plane.staged import StagedChannel
 from mpipipe.progress import ProgressEngine, new_event_loop
+from tests.contract.slow_staging import SlowStaging
 from tests.contract.tensor_channel_suite import Body, End, Spmd, TensorChannelSuite
 
 LIMIT_S = 40
 
 
-async def _with_channel(body: Body) -> None:
+def open_staged_channel(engine: ProgressEngine) -> StagedChannel:
+    """What GPUs use, over a device that is the CPU."""
+    below = open_mpi_channel(engine)
+    channel = StagedChannel(
+        below,
+        engine,
+        SlowStaging(),
+        world_size=below.world_size,
+        is_staged=lambda tensor: True,
+    )
+    channel.start()
+    return channel
+
+
+async def _with_channel(
+    body: Body, open_channel: Callable[[ProgressEngine], TensorChannel]
+) -> None:
     engine = ProgressEngine()
     engine.share_cores(num_ranks=2, num_cores=1)
-    channel = open_mpi_channel(engine)
+    channel = open_channel(engine)
     async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(engine.run())
         await body(End(channel, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()))
@@ -27,11 +46,11 @@ async def _with_channel(body: Body) -> None:
         running.cancel()
 
 
-@pytest.fixture
-def spmd() -> Spmd:
+@pytest.fixture(params=[open_mpi_channel, open_staged_channel], ids=["mpi", "staged"])
+def spmd(request: pytest.FixtureRequest) -> Spmd:
     def run(body: Body) -> None:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_with_channel(body))
+            runner.run(_with_channel(body, request.param))
 
     return run
 

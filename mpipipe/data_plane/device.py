@@ -1,0 +1,68 @@
+"""What torch says of the GPU that this rank would use. Importing this loads torch.
+
+Not here: choosing a device for all ranks (`planning.devices`), the wording of problems
+(`topology.gpu`). Costs a CUDA context on the rank's own GPU, 0.2–0.5 s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+import torch.distributed
+
+from mpipipe.topology.gpu import GpuFacts, cuda_init_problem, gpu_of_rank
+
+__all__ = ["nccl_version", "read_gpu"]
+
+
+def read_gpu(local_rank: int) -> GpuFacts:
+    """The facts of this rank's GPU, which becomes the process's current device.
+
+    Never raises for a GPU that cannot be used: `GpuFacts.problem` says why.
+    """
+    built_for = torch.version.cuda
+    if built_for is None:
+        return GpuFacts(
+            problem=f"torch {torch.__version__} was built without CUDA: install a torch with CUDA "
+            "(the default wheel of PyPI has it)"
+        )
+    try:
+        torch.cuda.init()
+        index = gpu_of_rank(local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        free_bytes, memory_bytes = torch.cuda.mem_get_info(index)
+        properties = torch.cuda.get_device_properties(index)
+    except (RuntimeError, AssertionError) as error:
+        return GpuFacts(problem=cuda_init_problem(str(error), built_for, os.environ))
+    capability = 10 * properties.major + properties.minor
+    oldest = _oldest_capability(torch.cuda.get_arch_list())
+    if capability < oldest:
+        return GpuFacts(
+            problem=f"torch {torch.__version__} has no kernels for the {properties.name} of "
+            f"compute capability {capability // 10}.{capability % 10}, only from {oldest // 10}."
+            f"{oldest % 10} on: install a torch built for an older CUDA than {built_for}"
+        )
+    return GpuFacts(
+        index=index,
+        name=properties.name,
+        uuid=str(properties.uuid),
+        capability=capability,
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        nccl_version=nccl_version(),
+    )
+
+
+def nccl_version() -> str:
+    """E.g. "2.28.9"; empty when this torch has no NCCL."""
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return ""
+    return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _oldest_capability(architectures: list[str]) -> int:
+    """The lowest compute capability × 10 that torch has kernels for; 0 when it does not say."""
+    numbers = [re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", name) for name in architectures]
+    return min((int(number[1]) for number in numbers if number), default=0)

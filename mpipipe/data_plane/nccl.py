@@ -1,0 +1,208 @@
+"""GPU tensors between GPUs: NCCL through torch.distributed, in stream order.
+
+Two process groups, so that ids never queue behind hidden states. Hidden states are sent and
+received on the current stream, as are ids received; ids are sent on a stream of their own, so that
+the last stage goes on at once whatever the head is doing. Metadata never travels.
+
+Not here: the control plane (its broadcast is given), CPU tensors, several ranks on one GPU (NCCL
+refuses them: `staged`).
+
+Invariants: both groups are made in one order on all ranks and have carried a tensor over every edge
+before `open_nccl_channel` returns, so that no step pays for connecting; nothing of
+torch.distributed is left behind after `aclose`. The environment (NCCL_*) is the user's.
+
+Measured, 2 H200 of one host: 27–40 µs one way up to 1 MiB, 64 MiB at 315 GB/s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
+from mpipipe.data_plane.nccl_groups import NcclGroups, connect_groups, first_line
+from mpipipe.data_plane.rendezvous import Broadcast
+from mpipipe.errors import ChannelClosedError, DeadlineError, PeerLostError
+
+__all__ = ["NcclTensorChannel", "StreamTransfer", "open_nccl_channel"]
+
+_CLOSE_LIMIT_S = 30.0
+_CLOSE_POLL_S = 1e-3
+
+
+async def open_nccl_channel(
+    broadcast: Broadcast,
+    *,
+    rank: int,
+    hosts: Sequence[str],
+    device_index: int,
+    timeout_s: float,
+) -> NcclTensorChannel:
+    """Connect all ranks, each with a GPU of its own. Collective.
+
+    Args:
+        broadcast: the head's bytes to all, over the control plane.
+        rank: the own number; rank 0 is the head, and ranks are stages in order.
+        hosts: the host of every rank, in order.
+        device_index: this rank's GPU.
+        timeout_s: for all of it.
+
+    Raises:
+        EnvironmentSetupError: no NCCL, or it could not connect.
+        DeadlineError: it took longer than `timeout_s`.
+    """
+    groups = await connect_groups(
+        broadcast, rank=rank, hosts=hosts, device_index=device_index, timeout_s=timeout_s
+    )
+    return NcclTensorChannel(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTransfer:
+    """On the stream: whatever is added to the stream from now on comes after it."""
+
+    what: str
+
+    async def wait(self) -> None:
+        """Returns at once; see the contract on stream order."""
+
+
+class NcclTensorChannel:
+    """This rank's end.
+
+    Args:
+        groups: left by `aclose`.
+    """
+
+    def __init__(self, groups: NcclGroups) -> None:
+        self._groups = groups
+        self._rank = groups.rank
+        self._device = groups.device
+        self._ids_stream = torch.cuda.Stream(groups.device)
+        self._closed = False
+        self._num_sent = 0
+        self._num_received = 0
+        self._sent_bytes = 0
+        self._received_bytes = 0
+
+    def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> StreamTransfer:
+        """Add a send to the current stream (ids: to their own, behind it).
+
+        Raises:
+            ValueError: `tensor` is not on this rank's GPU or not contiguous; no such other rank.
+            ChannelClosedError: after `aclose`.
+            PeerLostError: NCCL failed.
+        """
+        transfer = StreamTransfer(f"send of {kind.name} to rank {destination}")
+        self._check(transfer, tensor, destination)
+        self._num_sent += 1
+        self._sent_bytes += tensor.nbytes
+        if tensor.numel() == 0:  # both ends know the shape: nothing to send, nothing to receive
+            return transfer
+        try:
+            if kind is EdgeKind.IDS:
+                self._send_aside(tensor.detach(), destination)
+            else:
+                self._groups.by_kind[kind].send([tensor.detach()], destination, 0).wait()
+        except (dist.DistError, RuntimeError) as error:
+            raise _lost_peer(transfer, error) from error
+        return transfer
+
+    def _send_aside(self, ids: torch.Tensor, destination: int) -> None:
+        """Send a copy (a few KB) on the stream of the ids.
+
+        A copy, as `ids` may be a graph's output: its next replay overwrites it however late the
+        head takes this one.
+        """
+        current = torch.cuda.current_stream(self._device)
+        copy = ids.clone()
+        self._ids_stream.wait_stream(current)
+        with torch.cuda.stream(self._ids_stream):
+            self._groups.by_kind[EdgeKind.IDS].send([copy], destination, 0).wait()
+        copy.record_stream(self._ids_stream)
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> StreamTransfer:
+        """Add a receive to the current stream, which waits there until the tensor comes.
+
+        Raises as `send`.
+        """
+        transfer = StreamTransfer(f"receive of {kind.name} from rank {source}")
+        self._check(transfer, buffer, source)
+        self._num_received += 1
+        self._received_bytes += buffer.nbytes
+        if buffer.numel() == 0:
+            return transfer
+        try:
+            self._groups.by_kind[kind].recv([buffer.detach()], source, 0).wait()
+        except (dist.DistError, RuntimeError) as error:
+            raise _lost_peer(transfer, error) from error
+        return transfer
+
+    def _check(self, transfer: StreamTransfer, tensor: torch.Tensor, peer: int) -> None:
+        what = transfer.what
+        if self._closed:
+            raise ChannelClosedError(f"{what} was started on rank {self._rank} after closing")
+        if not 0 <= peer < self._groups.world_size:
+            raise ValueError(
+                f"there is no rank {peer}: ranks are 0 to {self._groups.world_size - 1}"
+            )
+        if peer == self._rank:
+            raise ValueError(f"{what}: NCCL does not send to the own rank")
+        if tensor.device != self._device:
+            raise ValueError(f"{what}: the tensor is on {tensor.device}, not on {self._device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
+
+    def statistics(self) -> ChannelStatistics:
+        """Totals so far, counted when a transfer is added to the stream."""
+        return ChannelStatistics(
+            self._num_sent, self._num_received, self._sent_bytes, self._received_bytes
+        )
+
+    # ---- ending ----------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Wait for the GPU to finish, leave both groups together with the other ranks. Idempotent.
+
+        Raises:
+            DeadlineError: a transfer, or another rank, does not end.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        await self._drain()
+        try:
+            async with asyncio.timeout(_CLOSE_LIMIT_S):
+                await asyncio.to_thread(self._groups.leave)
+        except TimeoutError:
+            raise DeadlineError(
+                f"rank {self._rank} waited {_CLOSE_LIMIT_S:g} s for the other ranks to close NCCL; "
+                "most likely one of them hangs or died: see its log"
+            ) from None
+
+    async def _drain(self) -> None:
+        """Return when everything added to the streams is done."""
+        marks = [torch.cuda.Event(), torch.cuda.Event()]
+        marks[0].record(torch.cuda.current_stream(self._device))
+        marks[1].record(self._ids_stream)
+        limit_s = time.monotonic() + _CLOSE_LIMIT_S
+        while not all(mark.query() for mark in marks):
+            if time.monotonic() >= limit_s:
+                raise DeadlineError(
+                    f"rank {self._rank} could not close its tensor channel: transfers on the GPU "
+                    f"are unfinished after {_CLOSE_LIMIT_S:g} s; most likely another rank hangs or "
+                    "died: see its log"
+                )
+            await asyncio.sleep(_CLOSE_POLL_S)
+
+
+def _lost_peer(transfer: StreamTransfer, error: Exception) -> PeerLostError:
+    return PeerLostError(
+        f"NCCL failed during the {transfer.what} ({first_line(error)}); most likely that rank "
+        "died: look for the first error in the logs"
+    )

@@ -1,0 +1,279 @@
+"""GPU tensors over a channel for CPU tensors, through pinned host memory.
+
+Where NCCL cannot go: several ranks on one GPU, a torch without NCCL. A send copies to the host on
+the current stream, and the bytes leave when that copy is done; a receive takes the bytes and then
+adds the copy to the GPU to the stream. Nothing here waits for the GPU: the progress engine asks.
+CPU tensors pass straight through; one lane (peer and kind) carries one sort of tensor only.
+
+Not here: MPI (`mpi`, or any other channel below), the stream order of the contract (`channel`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind, TensorChannel
+from mpipipe.data_plane.staging import CudaStaging, HostBuffers, Mark, Staging
+from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer
+from mpipipe.errors import ChannelClosedError, DeadlineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from mpipipe.data_plane.channel import Transfer
+    from mpipipe.progress import ProgressEngine
+
+__all__ = ["HostChannel", "StagedChannel", "open_staged_channel"]
+
+_CLOSE_LIMIT_S = 30.0
+_CLOSE_POLL_S = 0.5e-3
+
+
+class HostChannel(Protocol):
+    """A channel for CPU tensors whose transfers can be asked whether they are done."""
+
+    def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> PendingTransfer:
+        """As `TensorChannel.send`."""
+        ...
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> PendingTransfer:
+        """As `TensorChannel.receive`."""
+        ...
+
+    def statistics(self) -> ChannelStatistics:
+        """As `TensorChannel.statistics`."""
+        ...
+
+    async def aclose(self) -> None:
+        """As `TensorChannel.aclose`."""
+        ...
+
+
+def open_staged_channel(engine: ProgressEngine) -> TensorChannel:
+    """GPU and CPU tensors over MPI. Collective, as `open_mpi_channel`, with the same errors."""
+    from mpipipe.data_plane.mpi import open_mpi_channel
+
+    below = open_mpi_channel(engine)
+    channel = StagedChannel(below, engine, CudaStaging(), world_size=below.world_size)
+    channel.start()
+    return channel
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A tensor on its way to the host, then to the peer."""
+
+    what: str
+    destination: int
+    kind: EdgeKind
+    host: torch.Tensor  # uint8, at least as large as the tensor
+    payload: torch.Tensor  # the part of `host` that travels, with dtype and shape
+    copied: Mark
+    transfer: PendingTransfer | None = None  # once the copy is done
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiving:
+    """A tensor on its way from the peer, then to the device."""
+
+    outer: PendingTransfer
+    inner: PendingTransfer
+    host: torch.Tensor
+    payload: torch.Tensor
+    buffer: torch.Tensor
+    stream: torch.cuda.Stream | None
+
+
+class StagedChannel:
+    """This rank's end.
+
+    Args:
+        below: carries CPU tensors; closed with this channel.
+        engine: polls.
+        staging: the device's copies.
+        world_size: number of ranks.
+        is_staged: which tensors go through the host; the others go to `below` as they are.
+    """
+
+    def __init__(
+        self,
+        below: HostChannel,
+        engine: ProgressEngine,
+        staging: Staging,
+        *,
+        world_size: int,
+        is_staged: Callable[[torch.Tensor], bool] = lambda tensor: tensor.device.type != "cpu",
+    ) -> None:
+        self._below = below
+        self._engine = engine
+        self._staging = staging
+        self._world_size = world_size
+        self._is_staged = is_staged
+        self._pool = HostBuffers(staging)
+        # Per lane the copies complete in order, but on several streams a later one may overtake.
+        self._sending: dict[tuple[int, EdgeKind], deque[_Sending]] = defaultdict(deque)
+        self._receiving: list[_Receiving] = []
+        self._uploading: deque[tuple[Mark, torch.Tensor]] = deque()
+        self._unregister: Callable[[], None] | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Let the engine poll."""
+        self._unregister = self._engine.register(self._poll)
+
+    def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> Transfer:
+        """Start sending; see the contract. A GPU tensor's `wait` returns at once.
+
+        Raises:
+            ValueError: `tensor` is not contiguous or over 2 GiB; no such rank.
+            ChannelClosedError: after `aclose`.
+            PeerLostError: a CPU tensor could not be sent; for others the engine ends with that.
+        """
+        if not self._is_staged(tensor):
+            return self._below.send(tensor, destination=destination, kind=kind)
+        what = f"send of {kind.name} to rank {destination}"
+        self._check(what, tensor, destination)
+        host, payload = self._host_memory(tensor)
+        copied = self._staging.to_host(payload, tensor.detach())
+        self._sending[destination, kind].append(
+            _Sending(what, destination, kind, host, payload, copied)
+        )
+        self._engine.wake()
+        outer = PendingTransfer(what, tensor.nbytes)
+        outer.finish()  # in stream order: whatever is added to the stream now follows the copy
+        return outer
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
+        """Start receiving; see the contract. Raises as `send`.
+
+        A GPU tensor's `wait` returns when the copy is added to the stream that is current now.
+        """
+        if not self._is_staged(buffer):
+            return self._below.receive(buffer, source=source, kind=kind)
+        what = f"receive of {kind.name} from rank {source}"
+        self._check(what, buffer, source)
+        host, payload = self._host_memory(buffer)
+        inner = self._below.receive(payload, source=source, kind=kind)
+        stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
+        outer = PendingTransfer(what, buffer.nbytes)
+        self._receiving.append(_Receiving(outer, inner, host, payload, buffer.detach(), stream))
+        self._engine.wake()
+        return outer
+
+    def _host_memory(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        host = self._pool.take(tensor.nbytes)
+        return host, host[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _check(self, what: str, tensor: torch.Tensor, peer: int) -> None:
+        if self._closed:
+            raise ChannelClosedError(f"{what} was started after closing")
+        if not 0 <= peer < self._world_size:
+            raise ValueError(f"there is no rank {peer}: ranks are 0 to {self._world_size - 1}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
+        if tensor.nbytes > MOST_BYTES:
+            raise ValueError(
+                f"{what}: {tensor.nbytes} bytes are more than the {MOST_BYTES} of one MPI message"
+            )
+
+    def statistics(self) -> ChannelStatistics:
+        """Totals so far, sends that are still copied to the host included."""
+        below = self._below.statistics()
+        waiting = [
+            sending.payload.nbytes
+            for lane in self._sending.values()
+            for sending in lane
+            if sending.transfer is None
+        ]
+        return replace(
+            below,
+            num_sent=below.num_sent + len(waiting),
+            sent_bytes=below.sent_bytes + sum(waiting),
+        )
+
+    # ---- progress --------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        sent = [self._advance(lane) for lane in self._sending.values()]
+        received = self._take_received()
+        while self._uploading and self._uploading[0][0].query():
+            self._pool.give_back(self._uploading.popleft()[1])
+        return received or any(sent)
+
+    def _advance(self, lane: deque[_Sending]) -> bool:
+        """Hand over what has reached the host, in order; forget what has left.
+
+        Raises:
+            MpipipeError: the transport failed; nobody awaits a send, so this ends the engine.
+        """
+        progressed = False
+        for sending in lane:
+            if sending.transfer is None:
+                if not sending.copied.query():
+                    break
+                sending.transfer = self._below.send(
+                    sending.payload, destination=sending.destination, kind=sending.kind
+                )
+                progressed = True
+        while lane and (transfer := lane[0].transfer) is not None and transfer.done:
+            self._pool.give_back(lane.popleft().host)
+            progressed = True
+            if transfer.error is not None and not self._closed:
+                raise transfer.error
+        return progressed
+
+    def _take_received(self) -> bool:
+        done = [receiving for receiving in self._receiving if receiving.inner.done]
+        if not done:
+            return False
+        self._receiving = [entry for entry in self._receiving if not entry.inner.done]
+        for receiving in done:
+            if receiving.inner.error is None:
+                with _on(receiving.stream):
+                    mark = self._staging.to_device(receiving.buffer, receiving.payload)
+                self._uploading.append((mark, receiving.host))
+            receiving.outer.finish(receiving.inner.error)
+        return True
+
+    # ---- ending ----------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Finish the sends, give up receives that nothing came for, release. Idempotent.
+
+        Raises:
+            DeadlineError: the GPU or another rank does not take what was sent.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        limit_s = time.monotonic() + _CLOSE_LIMIT_S
+        while names := self._unsent():
+            if time.monotonic() >= limit_s:
+                raise DeadlineError(
+                    f"the tensor channel could not be closed: {', '.join(names)} did not leave the "
+                    f"GPU within {_CLOSE_LIMIT_S:g} s; most likely a kernel hangs: see the logs"
+                )
+            if not self._poll():
+                await asyncio.sleep(_CLOSE_POLL_S)
+        await self._below.aclose()
+        self._poll()
+        if self._unregister is not None:
+            self._unregister()
+
+    def _unsent(self) -> list[str]:
+        """Sends that the channel below does not know of yet; it finishes those that it knows."""
+        lanes = self._sending.values()
+        return [sending.what for lane in lanes for sending in lane if sending.transfer is None]
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Makes `stream` the current one. None: nothing to choose from, as in tests without a GPU."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -1,0 +1,67 @@
+"""How many sequences and tokens a GPU's steps may hold, and the memory that those steps need. Pure.
+
+Not here: KV pages (`memory`), time (`cost`).
+"""
+
+from __future__ import annotations
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.cost import dtype_bytes
+from mpipipe.planning.devices import BF16_CAPABILITY
+
+__all__ = ["gpu_sequences_per_slot", "gpu_tokens_per_step", "gpu_work_bytes"]
+
+# From about 180 rows on a matrix product takes longer than reading its weights (planning/cost.py:
+# 6e14 operations/s over 3.3e12 bytes/s), so more rows win little and cost KV memory.
+_SEQUENCES_PER_SLOT = 256
+# Long enough that matrix products are limited by arithmetic, short enough for a fine-grained pipe:
+# filling and draining it costs a step. Above 144 MB of gate and up activations products got slower
+# (H200, bf16: 28672 × 4096 774 TFLOP/s with 2048 rows, 690 with 4096; 17280 × 3200 774 with 4096).
+_MAX_TOKENS_PER_STEP = 4096
+_MIN_TOKENS_PER_STEP = 512
+_WIDEST_ACTIVATION_BYTES = 144 * 10**6
+_TOKENS_PER_STEP_TURING = 2048  # a T4 has a tenth of the arithmetic and 16 GB
+# CUDA context and kernels, NCCL's buffers, the pools of the graphs.
+_FIXED_BYTES = 2**30
+
+
+def gpu_sequences_per_slot(num_requests: int | None, num_slots: int) -> tuple[int, str]:
+    """Rows of a decode step at most, and why: no more than the run has for each slot."""
+    if num_requests is None or num_requests >= _SEQUENCES_PER_SLOT * num_slots:
+        return _SEQUENCES_PER_SLOT, "enough rows a step to use the weights well on a GPU"
+    rows = _next_bucket(max(1, -(-num_requests // num_slots)))
+    share = "" if num_slots == 1 else f" over {num_slots} slots"
+    plural = "s" * (num_requests > 1)
+    return min(rows, _SEQUENCES_PER_SLOT), f"all {num_requests} request{plural}{share}"
+
+
+def _next_bucket(rows: int) -> int:
+    """1, 2, 4, then multiples of 8, which suit matrix kernels."""
+    return next((size for size in (1, 2, 4) if size >= rows), -(-rows // 8) * 8)
+
+
+def gpu_tokens_per_step(capability: int, spec: ModelSpec) -> tuple[int, str]:
+    """Token budget of a step for compute capability × 10, and why."""
+    if capability < BF16_CAPABILITY:
+        return _TOKENS_PER_STEP_TURING, "a GPU before compute capability 8.0 computes slower"
+    width = spec.intermediate_size * (2 if spec.gated_mlp else 1)
+    tokens = _MAX_TOKENS_PER_STEP
+    while tokens > _MIN_TOKENS_PER_STEP and tokens * width * 2 > _WIDEST_ACTIVATION_BYTES:
+        tokens //= 2
+    return tokens, "long enough to be limited by arithmetic, short enough for the pipe"
+
+
+def gpu_work_bytes(
+    spec: ModelSpec, dtype: str, *, max_tokens: int, max_sequences: int, has_head: bool
+) -> int:
+    """Memory of a stage beside weights and KV pages, estimated from above.
+
+    One layer's activations at the largest step: both halves of the MLP before and after the
+    product, Q, K and V, and six tensors as wide as the hidden state; on the last stage the logits
+    of every sequence in the run's dtype and in float32; and 1 GiB for all else.
+    """
+    qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
+    row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
+    activations = max_tokens * row * dtype_bytes(dtype)
+    logits = max_sequences * spec.vocab_size * (4 + 2) if has_head else 0
+    return activations + logits + _FIXED_BYTES

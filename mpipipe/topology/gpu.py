@@ -1,0 +1,234 @@
+"""Which GPU a rank uses, what is known of it without torch, and sentences for what is amiss.
+
+Not here: asking torch (`data_plane.device`), deciding anything for all ranks (`planning.devices`).
+Nothing here makes a CUDA context. Readers take the root folder and the environment, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpipipe.topology.launcher import detect
+
+__all__ = [
+    "GpuFacts",
+    "container_kind",
+    "cuda_init_problem",
+    "driver_in_sight",
+    "gpu_of_rank",
+    "installed_attention_backends",
+    "local_rank",
+    "no_driver_problem",
+    "parse_gpus",
+    "query_gpus",
+]
+
+_ROOT = Path("/")
+_DRIVER_FILES = ("dev/nvidiactl", "dev/dxg")  # the second under WSL
+_QUERY_LIMIT_S = 10
+
+# Launchers that `launcher.detect` does not know by name. Not SLURM_LOCALID: the daemons of mpirun
+# inherit it from the batch script.
+_LOCAL_RANKS = ("PMIX_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """The GPU that a rank would use; all empty without one. `problem`: why, with the remedy."""
+
+    index: int = -1  # among the devices visible to this process
+    name: str = ""
+    uuid: str = ""
+    capability: int = 0  # compute capability × 10: 75 is a T4, 90 an H100
+    memory_bytes: int = 0
+    free_bytes: int = 0
+    nccl_version: str = ""  # "" without NCCL
+    problem: str = ""
+
+
+# ---- which one -----------------------------------------------------------------------------------
+
+
+def local_rank(environ: Mapping[str, str], rank: int) -> int:
+    """This process's number among the ranks of its host; `rank` where no launcher says."""
+    found = detect(environ).local_rank
+    if found is not None:
+        return found
+    words = (environ.get(name, "") for name in _LOCAL_RANKS)
+    return next((int(word) for word in words if word.isascii() and word.isdigit()), rank)
+
+
+def gpu_of_rank(local_rank: int, num_visible: int) -> int:
+    """The index of the GPU for a rank: one each, in order, starting over when there are too few.
+
+    A rank that sees only its own (srun --gpus-per-task=1) takes number 0. Whether ranks may share
+    is not for one rank to know (`planning.devices`).
+    """
+    return local_rank % num_visible
+
+
+# ---- what is there -------------------------------------------------------------------------------
+
+
+def driver_in_sight(root: Path = _ROOT) -> bool:
+    """Whether an NVIDIA driver can be reached, at no cost: its device file, or its library."""
+    if any((root / name).exists() for name in _DRIVER_FILES):
+        return True
+    if root != _ROOT:
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def installed_attention_backends() -> tuple[str, ...]:
+    """Optional attention backends whose packages, and whatever they compile with, are installed.
+
+    Nothing is imported: triton takes 0.3 s, flashinfer seconds. Triton builds a small C launcher
+    for every kernel, flashinfer compiles kernels unless its cache is installed.
+    """
+    found = []
+    has_cc = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if _is_installed("triton") and has_cc:
+        found.append("triton")
+    if _is_installed("flashinfer") and (_is_installed("flashinfer_jit_cache") or _has_nvcc()):
+        found.append("flashinfer")
+    if _torch_release() >= (2, 13):  # the first whose varlen_attn reads paged keys and values
+        found.append("varlen")
+    return tuple(found)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
+
+
+def _torch_release() -> tuple[int, int]:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def query_gpus() -> tuple[GpuFacts, ...]:
+    """The GPUs of this host as `nvidia-smi` lists them; none without it. For `plan`, without torch.
+
+    `nccl_version` is "unknown": torch brings NCCL along.
+    """
+    fields = "index,name,uuid,compute_cap,memory.total,memory.free"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_LIMIT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_gpus(result.stdout)
+
+
+def parse_gpus(text: str) -> tuple[GpuFacts, ...]:
+    """The lines of `query_gpus`; a GPU whose values are not numbers ("[N/A]") is left out."""
+    found = []
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) != 6:
+            continue
+        index, name, uuid, capability, total, free = words
+        try:
+            major, minor = map(int, capability.split("."))
+            memory_bytes, free_bytes = int(total) * 2**20, int(free) * 2**20
+            facts = GpuFacts(
+                index=int(index),
+                name=name,
+                uuid=uuid,
+                capability=10 * major + minor,
+                memory_bytes=memory_bytes,
+                free_bytes=free_bytes,
+                nccl_version="unknown",
+            )
+        except ValueError:
+            continue
+        found.append(facts)
+    return tuple(found)
+
+
+# ---- what is amiss -------------------------------------------------------------------------------
+
+
+def container_kind(environ: Mapping[str, str], root: Path = _ROOT) -> str:
+    """`apptainer`, `docker`, or empty: not in a container."""
+    names = {"APPTAINER_CONTAINER", "APPTAINER_NAME", "SINGULARITY_CONTAINER", "SINGULARITY_NAME"}
+    if names & environ.keys() or (root / ".singularity.d").exists():
+        return "apptainer"
+    if (root / ".dockerenv").exists() or (root / "run/.containerenv").exists():
+        return "docker"
+    return ""
+
+
+def no_driver_problem(environ: Mapping[str, str], root: Path = _ROOT) -> str:
+    """The sentence for a missing driver; in a container it is most likely only hidden."""
+    match container_kind(environ, root):
+        case "apptainer":
+            remedy = "start it with --nv (apptainer exec --nv …)"
+        case "docker":
+            remedy = "start it with --gpus all (docker run --gpus all …)"
+        case _:
+            return (
+                "no NVIDIA driver is visible on this host: run it on a host with a GPU (under "
+                "Slurm ask for one, e.g. --gres=gpu:1), install the driver, or set "
+                'pipeline.device = "cpu"'
+            )
+    return f"no NVIDIA driver visible in this container: {remedy}, on a host that has a GPU"
+
+
+def cuda_init_problem(
+    message: str, torch_cuda: str, environ: Mapping[str, str], root: Path = _ROOT
+) -> str:
+    """What torch said when CUDA did not start, as one sentence with the remedy.
+
+    Args:
+        message: of the exception.
+        torch_cuda: the CUDA version that torch was built for, e.g. "13.0".
+        environ: tells about containers and hidden devices.
+        root: as in the other readers.
+    """
+    first_line = message.strip().partition("\n")[0].rstrip(". ")
+    if "no NVIDIA driver" in message:
+        return no_driver_problem(environ, root)
+    if "too old" in message:
+        found = re.search(r"found version (\d+)", message)
+        offered = ""
+        if found:
+            number = int(found[1])  # 12040 is CUDA 12.4
+            offered = f", while the driver offers CUDA {number // 1000}.{number % 1000 // 10}"
+        return (
+            f"the NVIDIA driver is too old for this torch, which was built for CUDA {torch_cuda}"
+            f"{offered}: update the driver, or install a torch built for an older CUDA"
+        )
+    hidden = environ.get("CUDA_VISIBLE_DEVICES")
+    if "No CUDA GPUs" in message and hidden is not None:
+        return (
+            f'CUDA_VISIBLE_DEVICES = "{hidden}" leaves this rank no GPU: unset it, or ask the '
+            "launcher for GPUs (srun --gres=gpu:1)"
+        )
+    if "No CUDA GPUs" in message:
+        return (
+            "the NVIDIA driver is there but shows no GPU: ask the launcher for one (srun "
+            "--gres=gpu:1), and see what nvidia-smi lists"
+        )
+    return f"CUDA could not be started ({first_line}): see whether nvidia-smi works on this host"

@@ -1,0 +1,412 @@
+"""What planning decides for GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
+from mpipipe.errors import ConfigError, EnvironmentSetupError, PlanError
+from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step, gpu_work_bytes
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.resolve import make_plan
+
+GIB = 2**30
+BACKENDS = ("triton", "sdpa", "reference")
+
+OPENLLAMA_3B = ModelSpec(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    num_layers=26,
+    hidden_size=3200,
+    intermediate_size=8640,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=100,
+    vocab_size=32000,
+    max_context_tokens=2048,
+    tied_embeddings=False,
+    gated_mlp=True,
+    dtype="float16",
+    eos_token_ids=(2,),
+)
+LLAMA_3_8B = replace(
+    OPENLLAMA_3B,
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_context_tokens=8192,
+    dtype="bfloat16",
+)
+
+
+@dataclass(frozen=True)
+class Rank:
+    rank: int
+    world_size: int
+    host: str = "node1"
+    num_cores: int = 8
+    memory_available_bytes: int = 64 * GIB
+    gpu_index: int = 0
+    gpu_name: str = "NVIDIA H200"
+    gpu_uuid: str = ""
+    gpu_capability: int = 90
+    gpu_free_bytes: int = 138 * GIB
+    nccl_version: str = "2.28.9"
+    attention_backends: tuple[str, ...] = BACKENDS
+    gpu_problem: str = ""
+
+
+def h200(num_ranks: int) -> list[Rank]:
+    """One host with a GPU per rank."""
+    return [
+        Rank(rank, num_ranks, gpu_index=rank, gpu_uuid=f"GPU-{rank}") for rank in range(num_ranks)
+    ]
+
+
+def t4(num_ranks: int) -> list[Rank]:
+    """One host per rank, with one T4."""
+    return [
+        replace(
+            rank,
+            host=f"node{rank.rank}",
+            gpu_index=0,
+            gpu_name="Tesla T4",
+            gpu_capability=75,
+            gpu_free_bytes=15 * GIB,
+        )
+        for rank in h200(num_ranks)
+    ]
+
+
+def without_gpu(rank: Rank, problem: str = "") -> Rank:
+    return replace(
+        rank, gpu_index=-1, gpu_uuid="", gpu_capability=0, gpu_free_bytes=0, gpu_problem=problem
+    )
+
+
+def plan(
+    world: list[Rank],
+    *settings: PipelineConfig | MemoryConfig | ModelConfig,
+    spec: ModelSpec = OPENLLAMA_3B,
+    work: tuple[int, int, int] | None = None,
+) -> PipelinePlan:
+    """`work`: prompts × input × output."""
+    config = Config()
+    for section in settings:
+        match section:
+            case PipelineConfig():
+                config = replace(config, pipeline=section)
+            case MemoryConfig():
+                config = replace(config, memory=section)
+            case ModelConfig():
+                config = replace(config, model=section)
+    if work is None:
+        return make_plan(config, spec, world, "/models/m")
+    prompts, tokens_in, tokens_out = work
+    return make_plan(
+        config,
+        spec,
+        world,
+        "/models/m",
+        longest_request_tokens=tokens_in + tokens_out,
+        num_requests=prompts,
+        num_prompt_tokens=prompts * tokens_in,
+        num_output_tokens=prompts * tokens_out,
+    )
+
+
+def split(made: PipelinePlan) -> list[int]:
+    return [stage.num_layers for stage in made.stages]
+
+
+def reason(made: PipelinePlan, setting: str) -> str:
+    (found,) = [entry.reason for entry in made.resolved if entry.setting == setting]
+    return found
+
+
+# ---- device --------------------------------------------------------------------------------------
+
+
+def test_ranks_with_a_gpu_each_run_ahead_on_them_over_nccl() -> None:
+    made = plan(h200(2))
+    assert (made.device, made.transport, made.attention) == ("cuda", "nccl", "triton")
+    assert (made.laps_ahead, made.prefill, made.cuda_graphs) == (1, "phases", True)
+    assert (made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step) == (2, 256, 4096)
+    assert "NVIDIA H200" in reason(made, "pipeline.device")
+    assert "NCCL 2.28.9" in reason(made, "pipeline.transport")
+    assert all(entry.reason for entry in made.resolved)
+
+
+def test_one_rank_needs_one_slot_and_no_transport() -> None:
+    made = plan(h200(1))
+    assert (made.num_slots, made.transport, made.laps_ahead) == (1, "loopback", 1)
+
+
+def test_one_rank_without_a_gpu_puts_all_on_the_cpu_and_says_which() -> None:
+    world = h200(2)
+    world[1] = without_gpu(world[1], "CUDA could not be started (x): see nvidia-smi")
+    made = plan(world)
+    assert (made.device, made.transport, made.laps_ahead, made.dtype) == (
+        "cpu",
+        "mpi",
+        0,
+        "float32",
+    )
+    assert reason(made, "pipeline.device") == (
+        "rank 1 on node1 has no usable GPU: CUDA could not be started (x): see nvidia-smi"
+    )
+    made = plan([without_gpu(rank) for rank in h200(2)])
+    assert reason(made, "pipeline.device") == "no rank has an NVIDIA GPU"
+
+
+def test_asking_for_gpus_that_a_rank_lacks_is_refused_with_its_problem() -> None:
+    world = h200(2)
+    world[1] = without_gpu(world[1], "no NVIDIA driver visible in this container: start with --nv")
+    with pytest.raises(
+        EnvironmentSetupError, match=r"rank 1 on node1 has no usable GPU: no NVIDIA"
+    ):
+        plan(world, PipelineConfig(device="cuda"))
+    world[1] = without_gpu(world[1])
+    with pytest.raises(EnvironmentSetupError, match=r'rank 1 .*there is none.*device = "cpu"'):
+        plan(world, PipelineConfig(device="cuda"))
+
+
+def test_a_cpu_run_on_a_gpu_machine_ignores_the_gpus() -> None:
+    made = plan(h200(2), PipelineConfig(device="cpu"))
+    assert (made.device, made.transport, made.attention) == ("cpu", "mpi", "sdpa")
+    assert (made.dtype, made.max_sequences_per_slot, made.cuda_graphs) == ("float32", 32, False)
+
+
+# ---- sharing -------------------------------------------------------------------------------------
+
+
+def sharing(num_ranks: int, num_gpus: int) -> list[Rank]:
+    return [
+        replace(rank, gpu_index=rank.rank % num_gpus, gpu_uuid=f"GPU-{rank.rank % num_gpus}")
+        for rank in h200(num_ranks)
+    ]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_ranks_than_gpus_on_a_host_are_refused_with_the_remedy(device: str) -> None:
+    with pytest.raises(
+        EnvironmentSetupError,
+        match=r"ranks 0, 2 on node1 would share GPU 0 .*as 3 ranks see 2 GPUs.*share_gpus = true",
+    ):
+        plan(sharing(3, 2), PipelineConfig(device=device))
+
+
+def test_the_same_index_on_two_hosts_is_not_the_same_gpu() -> None:
+    assert plan(t4(2)).transport == "nccl"
+
+
+def test_shared_gpus_go_over_mpi_and_share_the_memory() -> None:
+    made = plan(sharing(2, 1), PipelineConfig(share_gpus=True))
+    assert (made.device, made.transport) == ("cuda", "mpi")
+    assert "share GPU 0" in reason(made, "pipeline.transport")
+    alone = plan(h200(2))
+    assert made.num_kv_pages < 0.5 * alone.num_kv_pages
+    with pytest.raises(PlanError, match=r"ranks 0 and 1 share GPU 0 .*NCCL refuses"):
+        plan(sharing(2, 1), PipelineConfig(share_gpus=True, transport="nccl"))
+
+
+# ---- transport -----------------------------------------------------------------------------------
+
+
+def test_without_nccl_on_a_rank_tensors_go_over_mpi_and_asking_for_nccl_is_refused() -> None:
+    world = h200(3)
+    world[2] = replace(world[2], nccl_version="")
+    made = plan(world)
+    assert made.transport == "mpi"
+    assert "rank 2 on node1 was built without NCCL" in reason(made, "pipeline.transport")
+    with pytest.raises(EnvironmentSetupError, match="rank 2 on node1 was built without NCCL"):
+        plan(world, PipelineConfig(transport="nccl"))
+
+
+def test_different_nccl_versions_do_not_talk() -> None:
+    world = h200(2)
+    world[1] = replace(world[1], nccl_version="2.27.3")
+    made = plan(world)
+    assert made.transport == "mpi"
+    assert "NCCL 2.27.3 and 2.28.9" in reason(made, "pipeline.transport")
+
+
+def test_nccl_between_cpus_is_refused() -> None:
+    with pytest.raises(PlanError, match="NCCL moves tensors between GPUs, but the stages run on"):
+        plan(h200(2), PipelineConfig(device="cpu", transport="nccl"))
+
+
+# ---- dtype ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "on_h200", "on_t4"),
+    [
+        ("float16", "float16", "float16"),
+        ("bfloat16", "bfloat16", "float16"),
+        ("float32", "bfloat16", "float16"),
+    ],
+)
+def test_auto_dtype_is_the_checkpoints_16_bits_where_the_gpu_has_them(
+    checkpoint: str, on_h200: str, on_t4: str
+) -> None:
+    spec = replace(OPENLLAMA_3B, dtype=checkpoint)
+    assert plan(h200(2), spec=spec).dtype == on_h200
+    assert plan(t4(2), spec=spec).dtype == on_t4
+
+
+def test_bfloat16_on_a_t4_is_refused_by_capability() -> None:
+    with pytest.raises(
+        PlanError, match=r"GPU 0 \(Tesla T4\) of rank 1 on node1 .*capability 7\.5.*float16"
+    ):
+        plan([*h200(2)[:1], t4(2)[1]], ModelConfig(dtype="bfloat16"))
+    assert plan(t4(2), ModelConfig(dtype="float32")).dtype == "float32"
+
+
+def test_the_least_capable_gpu_decides() -> None:
+    made = plan([*h200(2)[:1], t4(2)[1]], spec=LLAMA_3_8B)
+    assert (made.dtype, made.max_tokens_per_step) == ("float16", 2048)
+    assert "rank 1 on node1" in reason(made, "model.dtype")
+
+
+# ---- attention, graphs, launch-ahead -------------------------------------------------------------
+
+
+def test_attention_is_one_that_every_rank_has() -> None:
+    world = h200(2)
+    world[1] = replace(world[1], attention_backends=("sdpa", "reference"))
+    made = plan(world)
+    assert made.attention == "sdpa"
+    assert made.cuda_graphs is False
+    assert "sdpa attention needs lengths" in reason(made, "memory.cuda_graphs")
+    with pytest.raises(ConfigError, match="triton"):
+        plan(world, PipelineConfig(attention="triton"))
+
+
+def test_graphs_can_be_switched_off_and_need_launch_ahead() -> None:
+    made = plan(h200(2), MemoryConfig(cuda_graphs=False))
+    assert (made.cuda_graphs, made.laps_ahead) == (False, 1)
+    with pytest.raises(PlanError, match=r"laps_ahead = 0 is for CPUs"):
+        plan(h200(2), PipelineConfig(laps_ahead=0))
+
+
+def test_launch_ahead_finds_keys_and_values_by_page() -> None:
+    contiguous = MemoryConfig(kv_cache="contiguous")
+    for pipeline in (PipelineConfig(), PipelineConfig(device="cpu", laps_ahead=1)):
+        with pytest.raises(PlanError, match=r'kv_cache = "contiguous" cannot be used with'):
+            plan(h200(2), contiguous, pipeline)
+    made = plan(h200(2), contiguous, PipelineConfig(device="cpu"))
+    assert (made.kv_cache, made.laps_ahead) == ("contiguous", 0)
+
+
+def test_phases_without_launch_ahead_are_refused() -> None:
+    with pytest.raises(PlanError, match=r'prefill = "phases" needs pipeline\.laps_ahead = 1'):
+        plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0, prefill="phases"))
+    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=1))
+    assert (made.device, made.laps_ahead, made.prefill) == ("cpu", 1, "phases")
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "num_slots", "rows"),
+    [(None, 2, 256), (10_000, 2, 256), (512, 2, 256), (511, 2, 256), (128, 2, 64), (100, 2, 56),
+     (32, 1, 32), (7, 2, 4), (3, 2, 2), (1, 2, 1), (0, 2, 1), (5, 1, 8)],
+)  # fmt: skip
+def test_rows_are_what_the_run_has_for_each_slot(
+    num_requests: int | None, num_slots: int, rows: int
+) -> None:
+    assert gpu_sequences_per_slot(num_requests, num_slots)[0] == rows
+
+
+def test_a_small_step_budget_bounds_the_automatic_rows() -> None:
+    made = plan(h200(2), PipelineConfig(max_tokens_per_step=64))
+    assert (made.max_sequences_per_slot, made.max_tokens_per_step) == (64, 64)
+
+
+def test_a_turing_gpu_takes_shorter_steps() -> None:
+    assert gpu_tokens_per_step(75, OPENLLAMA_3B)[0] == 2048
+    assert gpu_tokens_per_step(80, OPENLLAMA_3B)[0] == gpu_tokens_per_step(90, OPENLLAMA_3B)[0]
+    assert gpu_tokens_per_step(90, OPENLLAMA_3B)[0] == 4096  # 141 MB of gate and up activations
+
+
+def test_no_sequence_grows_beyond_the_longest_request_or_the_context() -> None:
+    assert plan(h200(2), work=(8, 100, 28)).max_sequence_tokens == 128
+    assert plan(h200(2), work=(8, 9000, 28)).max_sequence_tokens == 2048
+    assert plan(h200(2)).max_sequence_tokens == 2048
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+PAGE_BYTES_OF_LAYER = 16 * 2 * 32 * 104 * 2  # rows of 100 are padded to 104
+
+
+def work_bytes(made: PipelinePlan, *, has_head: bool) -> int:
+    return gpu_work_bytes(
+        OPENLLAMA_3B,
+        made.dtype,
+        max_tokens=made.max_tokens_per_step,
+        max_sequences=made.max_sequences_per_slot,
+        has_head=has_head,
+    )
+
+
+def test_pages_take_what_weights_and_work_space_leave_on_the_tightest_gpu() -> None:
+    world = [*h200(2)[:1], t4(2)[1]]
+    made = plan(world)
+    last = made.stages[1]
+    page_bytes = last.num_layers * PAGE_BYTES_OF_LAYER
+    left = int(15 * GIB * 0.9) - last.weight_bytes - work_bytes(made, has_head=True) - page_bytes
+    assert made.num_kv_pages == left // page_bytes
+    assert "leave on GPU 0 (Tesla T4) of node1 (rank 1)" in reason(made, "memory.num_kv_pages")
+    half = plan(world, MemoryConfig(gpu_memory_fraction=0.45))
+    assert half.num_kv_pages < made.num_kv_pages
+
+
+def test_pages_are_no_more_than_the_run_can_use() -> None:
+    made = plan(h200(2), work=(512, 512, 128))
+    assert made.num_kv_pages == 512 * 40 + 256
+
+
+def test_weights_that_do_not_fit_a_gpu_are_refused_with_sizes_and_remedies() -> None:
+    world = [replace(rank, gpu_free_bytes=4 * GIB) for rank in h200(2)]
+    with pytest.raises(
+        PlanError,
+        match=r"rank 0 on GPU 0 \(NVIDIA H200\) of node1 would hold 3\.\d+ GiB of weights and "
+        r"1\.\d+ GiB of work space, but only 3\.60 GiB of its memory may be used.*more ranks",
+    ):
+        plan(world)
+
+
+def test_ranks_that_share_a_gpu_must_fit_together() -> None:
+    world = [replace(rank, gpu_free_bytes=8 * GIB) for rank in sharing(2, 1)]
+    with pytest.raises(PlanError, match=r"ranks 0, 1 together on GPU 0"):
+        plan(world, PipelineConfig(share_gpus=True))
+
+
+# ---- split ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("work", [(512, 512, 128), (1, 512, 128), (32, 512, 128), None])
+def test_a_head_smaller_than_a_layer_moves_none(work: tuple[int, int, int] | None) -> None:
+    assert split(plan(h200(2), work=work)) == [13, 13]
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"), [((512, 512, 128), [16, 16]), ((1, 512, 128), [17, 15])]
+)
+def test_a_large_head_counts_by_its_share_of_the_run(
+    work: tuple[int, int, int], expected: list[int]
+) -> None:
+    assert split(plan(h200(2), spec=LLAMA_3_8B, work=work)) == expected
+
+
+def test_an_explicit_split_is_kept_on_gpus_too() -> None:
+    assert split(plan(h200(2), PipelineConfig(split=(20, 6)))) == [20, 6]
