@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,21 @@ from mpipipe.config.prompts import read_prompts
 from mpipipe.control_plane.probe import format_probe
 from mpipipe.errors import ConfigError
 from mpipipe.progress import new_event_loop
+from mpipipe.runtime.circumstances import package_versions
 from mpipipe.runtime.control_bench import measure_control_plane
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge
 from mpipipe.runtime.requests import prepare
+from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpipipe.config.load import LoadedConfig
     from mpipipe.runtime.baseline import BaselineResult
+    from mpipipe.runtime.baseline_model import BaselinePlace
 
-__all__ = ["control_command", "transformers_command"]
+__all__ = ["control_command", "transformers_command", "transformers_works_command"]
 
 
 def control_command(*, debug: bool) -> int:
@@ -42,7 +47,7 @@ def control_command(*, debug: bool) -> int:
 
 
 def transformers_command(
-    config_path: Path, overrides: Sequence[str], *, num_threads: int, batch_size: int
+    config_path: Path, overrides: Sequence[str], place: BaselinePlace, *, batch_size: int
 ) -> None:
     """Run the configured prompts through `transformers.generate` and print its throughput.
 
@@ -51,6 +56,7 @@ def transformers_command(
     Raises:
         MpipipeError: what `mpipipe run` would refuse.
     """
+    place.check()
     loaded = load_config(config_path, overrides)
     config = loaded.config
     path = Path(config.prompts.path) if config.prompts.path else None
@@ -74,12 +80,13 @@ def transformers_command(
     result = generate_with_transformers(
         model.folder,
         prompts.requests,
-        dtype="float32" if config.model.dtype == "auto" else config.model.dtype,
+        dtype=_dtype(loaded),
         batch_size=batch_size or max(1, len(prompts.requests)),
-        num_threads=num_threads,
         decode=tokenizer.decode,
+        place=place,
+        random=config.model.weights == "random",
     )
-    print(_result_line(result, num_threads))
+    print(_result_line(result, place))
     if folder is not None:
         with CompletionWriter(folder, 0) as writer:
             for completion in (*prompts.refused, *result.completions):
@@ -87,10 +94,57 @@ def transformers_command(
         print(f"Completions in {merge(folder, writer.index_of)}")
 
 
-def _result_line(result: BaselineResult, num_threads: int) -> str:
+def transformers_works_command(
+    config_path: Path,
+    overrides: Sequence[str],
+    words: Sequence[str],
+    place: BaselinePlace,
+    *,
+    batch_size: int,
+) -> None:
+    """Time works of random tokens with transformers; prints one JSON line for each.
+
+    Raises:
+        MpipipeError: a wrong option, setting or model folder, or no GPU.
+    """
+    place.check()
+    works = [BenchWork.parse(word) for word in words]
+    loaded = load_config(config_path, overrides)
+    facts = read_model(loaded)
+
+    from mpipipe.runtime.baseline import time_with_transformers
+    from mpipipe.runtime.baseline_model import open_baseline
+
+    dtype = _dtype(loaded)
+    random = loaded.config.model.weights == "random"
+    model = open_baseline(facts.folder, dtype, place, random=random)
+    # A None among generate's arguments does not win over the model's own generation settings.
+    model.generation_config.eos_token_id = None
+    vocabulary = Vocabulary.of(facts.folder, facts.spec)
+    for work in works:
+        requests = bench_requests(work, vocabulary, seed=0)
+        record = {
+            "peer": "transformers",
+            "place": place.text,
+            "work": work.name,
+            **time_with_transformers(model, requests, batch_size=batch_size or work.num_prompts),
+            "model": facts.folder.name,
+            "dtype": dtype,
+            "batch_size": batch_size or work.num_prompts,
+            "versions": package_versions(),
+        }
+        print(json.dumps(record), flush=True)
+
+
+def _dtype(loaded: LoadedConfig) -> str:
+    dtype = loaded.config.model.dtype
+    return "float32" if dtype == "auto" else dtype
+
+
+def _result_line(result: BaselineResult, place: BaselinePlace) -> str:
     return (
         f"transformers.generate: {len(result.completions)} prompts, "
         f"{result.num_output_tokens} output tokens in {result.generate_s:.2f} s, "
-        f"{result.tokens_per_s:.1f} tokens/s with {num_threads} threads "
+        f"{result.tokens_per_s:.1f} tokens/s on {place.text} "
         f"(load {result.load_s:.1f} s)"
     )

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `mpipipe --help` must answer in 0.3 s on a login
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +41,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the file."),
 ]
+_MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
+_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -105,20 +109,67 @@ def bench_control(debug: Debug = False) -> None:
     raise typer.Exit(control_command(debug=debug))
 
 
-@bench.command("transformers")
-def bench_transformers(
+@bench.command("throughput")
+def bench_throughput(
+    *,
     config: ConfigPath,
     overrides: Overrides = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads.")] = 1,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=0, help="Prompts per call; 0: all at once.")
-    ] = 0,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 512,
+    tokens_in: Annotated[int, typer.Option("--input", min=1, help="Tokens per prompt.")] = 512,
+    tokens_out: Annotated[int, typer.Option("--output", min=1, help="Tokens to make.")] = 128,
+    mixed: Annotated[bool, typer.Option("--mixed", help=_MIXED)] = False,
+    work: Annotated[list[str] | None, typer.Option(help=_WORK)] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="All prompts as one batch.")] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed calls per work.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of token ids and mixed lengths.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write JSON lines here.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace of steps.")] = None,
+    trace_steps: Annotated[int, typer.Option(min=1, help="Last steady steps in it.")] = 50,
+    profile: Annotated[Path | None, typer.Option(help="Profile 50 decode steps per rank.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Tokens per second of random prompts: `mpirun -n 2 mpipipe bench throughput CONFIG`."""
+    from mpipipe.cli.throughput import chosen_works, throughput_command
+    from mpipipe.runtime.throughput import ThroughputOptions
+    from mpipipe.runtime.workloads import BenchWork
+
+    default = BenchWork(prompts, 0 if mixed else tokens_in, 0 if mixed else tokens_out, mixed)
+    options = ThroughputOptions(
+        works=chosen_works(work or [], default),
+        latency=latency,
+        repeat=repeat,
+        seed=seed,
+        trace=trace,
+        trace_steps=trace_steps,
+        profile=profile,
+        command=shlex.join(["mpipipe", *sys.argv[1:]]),
+    )
+    raise typer.Exit(
+        throughput_command(config, overrides or [], options, json_path=json_path, debug=debug)
+    )
+
+
+@bench.command("transformers")
+def bench_transformers(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=0, help="Prompts per call; 0: all at once.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device_map: Annotated[str, typer.Option(help="none, or auto: layers over all GPUs.")] = "none",
+    work: Annotated[list[str] | None, typer.Option(help=_PEER_WORK)] = None,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
     """The same prompts through `transformers.generate` in one process: the figure to beat."""
-    from mpipipe.cli.bench import transformers_command
+    from mpipipe.cli.bench import transformers_command, transformers_works_command
+    from mpipipe.runtime.baseline_model import BaselinePlace
 
-    transformers_command(config, overrides or [], num_threads=threads, batch_size=batch_size)
+    place = BaselinePlace(device, device_map, threads)
+    if work:
+        transformers_works_command(config, overrides or [], work, place, batch_size=batch_size)
+    else:
+        transformers_command(config, overrides or [], place, batch_size=batch_size)
 
 
 def main() -> None:

@@ -50,6 +50,10 @@ class RankReport:
     kv_bytes: int = 0  # allocated for the KV cache
     baseline_rss_bytes: int = 0  # resident before loading: Python and its libraries
     peak_rss_bytes: int = 0
+    gpu_peak_bytes: int = 0  # most that torch reserved on the GPU; 0 without one
+    capture_s: float | None = None  # capturing CUDA graphs, a part of load_s; None without them
+    cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
+    head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
 
     @property
     def peak_over_need(self) -> float | None:

@@ -36,17 +36,22 @@ class Workload:
 
     num_requests: int | None = None
     longest_request_tokens: int | None = None  # prompt + max_new_tokens
+    num_prompt_tokens: int | None = None  # of all requests together
+    num_output_tokens: int | None = None  # that they may generate
 
 
 def read_model(loaded: LoadedConfig) -> ModelFacts:
     """Read what the head must know before it plans: `config.json` and the weight files' headers.
+
+    With `model.weights = "random"` a folder with nothing but a `config.json` will do.
 
     Raises:
         CheckpointError: folder or files missing or incomplete, or not a model we can run.
     """
     folder = model_folder(loaded)
     spec = read_spec(folder)
-    read_index(folder)  # a half-copied model must be told before anything heavy starts
+    if loaded.config.model.weights != "random":
+        read_index(folder)  # a half-copied model must be told before anything heavy starts
     tokenizer_path = loaded.config.model.tokenizer_path
     return ModelFacts(folder, spec, Path(tokenizer_path).absolute() if tokenizer_path else folder)
 

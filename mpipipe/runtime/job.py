@@ -256,7 +256,12 @@ def _workload(
         return Workload()
     limit = loaded.config.memory.max_context_tokens
     context = model.spec.max_context_tokens if limit == AUTO else int(limit)
-    return Workload(len(prompts.requests), prompts.longest_tokens(context))
+    return Workload(
+        num_requests=len(prompts.requests),
+        longest_request_tokens=prompts.longest_tokens(context),
+        num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
+        num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
+    )
 
 
 async def _claim(ranks: Ranks, loaded: LoadedConfig) -> Path:

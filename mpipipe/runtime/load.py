@@ -15,13 +15,18 @@ from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import choose_backend
 from mpipipe.weights.loader import load_stage
+from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan, StagePlan
+    from mpipipe.weights.loader import LoadReport
 
 __all__ = ["StageParts", "load_parts"]
+
+# Attention kernels that read a page's tokens head by head.
+_HEAD_MAJOR = frozenset({"triton", "flashinfer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,13 @@ class StageParts:
     cache: KVCache
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held as parameters
+    needs_spans: bool  # attention plans each step on the host (`AttentionBackend.needs_spans`)
 
 
-def load_parts(plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool) -> StageParts:
-    """Build, fill and bind this rank's layers. Nothing of another stage is read.
+def load_parts(
+    plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool, device: torch.device
+) -> StageParts:
+    """Build, fill and bind this rank's layers on `device`. Nothing of another stage is read.
 
     Raises:
         CheckpointError: the weights do not fit the model, or cannot be read.
@@ -43,7 +51,6 @@ def load_parts(plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool) ->
     """
     folder = Path(plan.model_path)
     dtype = getattr(torch, plan.dtype)
-    device = torch.device(plan.device)
     backend, _ = choose_backend(plan.attention)
     model = build_stage_model(
         folder,
@@ -53,19 +60,32 @@ def load_parts(plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool) ->
         max_context_tokens=plan.max_context_tokens,
         trust_remote_code=trust_remote_code,
     )
-    report = load_stage(
+    report = _load(model, plan, device)
+    cache = _make_cache(plan, stage, dtype, device)
+    model.finish(cache)
+    return StageParts(model, cache, report.bytes_read, report.parameter_bytes, backend.needs_spans)
+
+
+def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadReport:
+    """The stage's weights from its files, or random ones, for which `config.json` is enough."""
+    if plan.weights == "random":
+        return fill_random(
+            model.module,
+            model.wanted_names(),
+            tied=model.tied,
+            dtype=model.dtype,
+            device=device,
+        )
+    return load_stage(
         model.module,
         model.wanted_names(),
-        read_index(folder),
+        read_index(Path(plan.model_path)),
         all_names=model.all_names,
         tied=model.tied,
         to_canonical=model.names.canonical,
-        dtype=dtype,
+        dtype=model.dtype,
         device=device,
     )
-    cache = _make_cache(plan, stage, dtype, device)
-    model.finish(cache)
-    return StageParts(model, cache, report.bytes_read, report.parameter_bytes)
 
 
 def _make_cache(
@@ -74,12 +94,15 @@ def _make_cache(
     if plan.kv_cache == "contiguous":
         return ContiguousKVCache()
     spec = read_spec(Path(plan.model_path))
+    # Launch-ahead: the last page is no sequence's, rows without a sequence write there.
+    num_pages = plan.num_kv_pages + (plan.laps_ahead > 0)
     return PagedKVCache.allocate(
         num_layers=stage.num_layers,
-        num_pages=plan.num_kv_pages,
+        num_pages=num_pages,
         page_size=plan.page_size_tokens,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=dtype,
         device=device,
+        head_major=plan.attention in _HEAD_MAJOR,
     )

@@ -6,10 +6,11 @@ import asyncio
 import json
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
+from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.runner import Runner
 from mpipipe.topology.host import host_name, peak_rss_bytes
@@ -17,12 +18,13 @@ from mpipipe.topology.host import host_name, peak_rss_bytes
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
-    from mpipipe.metrics.accounting import StageAccount
+    from mpipipe.metrics.accounting import StageAccount, StepRecord
     from mpipipe.models.tokenizer import Tokenizer
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.boot import Boot
+    from mpipipe.runtime.stage_worker import Worker
     from mpipipe.scheduler.instructions import SchedulerStatistics
-    from mpipipe.stage.worker import StageWorker
+    from mpipipe.scheduler.interface import Scheduler
     from mpipipe.types import Completion, Request
 
 __all__ = ["LoadFacts", "Session"]
@@ -39,6 +41,7 @@ class LoadFacts:
     weight_bytes: int
     kv_bytes: int
     baseline_rss_bytes: int
+    capture_s: float | None = None  # trial steps and CUDA graphs, a part of load_s
 
 
 class Session:
@@ -49,7 +52,7 @@ class Session:
         boot: Boot,
         *,
         plan: PipelinePlan,
-        worker: StageWorker,
+        worker: Worker,
         account: StageAccount,
         load: LoadFacts,
     ) -> None:
@@ -59,10 +62,11 @@ class Session:
         self.load = load
         self._model = boot.model
         self._tokenizer = boot.tokenizer
+        self._decode = boot.decode
         self._log = boot.log
         self._worker = worker
         self._account = account
-        self._core: SchedulerCore | None = None
+        self._core: Scheduler | None = None
         self._runner: Runner | None = None
         self._one_at_a_time = asyncio.Lock()
 
@@ -105,7 +109,7 @@ class Session:
                 core=self._core,
                 mesh=self.ranks.mesh,
                 stage_ranks=[stage.rank for stage in self.plan.stages],
-                decode=self.tokenizer.decode,
+                decode=self._decode or self.tokenizer.decode,
                 clock=self.ranks.clock,
                 log=self._log,
             )
@@ -135,6 +139,10 @@ class Session:
         while await self._worker.serve():
             pass
 
+    def recent_steps(self) -> tuple[StepRecord, ...]:
+        """The records of this rank's last steps, oldest first."""
+        return self._account.recent()
+
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
         """Every rank's totals, in stage order, on the head; None elsewhere."""
         payload = json.dumps(self._report().to_dict()).encode()
@@ -144,7 +152,11 @@ class Session:
         reports = [RankReport.from_dict(json.loads(part)) for part in parts]
         return tuple(sorted(reports, key=lambda report: report.stage.stage))
 
+    def _head_us_per_step(self) -> float | None:
+        return self._runner.us_per_step if self._runner is not None else None
+
     def _report(self) -> RankReport:
+        used = self._worker.device_use()
         return RankReport(
             rank=self.ranks.mesh.rank,
             host=host_name(),
@@ -155,11 +167,27 @@ class Session:
             kv_bytes=self.load.kv_bytes,
             baseline_rss_bytes=self.load.baseline_rss_bytes,
             peak_rss_bytes=peak_rss_bytes(),
+            capture_s=self.load.capture_s,
+            gpu_peak_bytes=used.gpu_peak_bytes,
+            cpu_us_per_step=used.cpu_us_per_step,
+            head_us_per_step=self._head_us_per_step(),
         )
 
-    def _make_core(self) -> SchedulerCore:
+    def _make_core(self) -> Scheduler:
         plan = self.plan
-        assert self._model is not None, "only the head schedules"
+        eos_token_ids = self._eos_token_ids()
+        if plan.laps_ahead:
+            limits = AheadLimits(
+                num_slots=plan.num_slots,
+                max_sequences_per_slot=plan.max_sequences_per_slot,
+                max_tokens_per_step=plan.max_tokens_per_step,
+                num_pages=plan.num_kv_pages,
+                page_size=plan.page_size_tokens,
+                max_context_tokens=plan.max_context_tokens,
+                laps_ahead=plan.laps_ahead,
+            )
+            prefill: Literal["phases", "mixed"] = "mixed" if plan.prefill == "mixed" else "phases"
+            return AheadCore(limits, eos_token_ids=eos_token_ids, prefill=prefill)
         return SchedulerCore(
             num_slots=plan.num_slots,
             max_sequences_per_slot=plan.max_sequences_per_slot,
@@ -167,5 +195,10 @@ class Session:
             num_pages=plan.num_kv_pages,
             page_size=plan.page_size_tokens,
             max_context_tokens=plan.max_context_tokens,
-            eos_token_ids=self._model.spec.eos_token_ids or self.tokenizer.eos_token_ids,
+            eos_token_ids=eos_token_ids,
         )
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        assert self._model is not None, "only the head schedules"
+        ids = self._model.spec.eos_token_ids
+        return ids if ids or self._tokenizer is None else self._tokenizer.eos_token_ids

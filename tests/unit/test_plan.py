@@ -74,6 +74,13 @@ def test_rows_show_every_stage_and_the_reason_of_every_auto() -> None:
     assert rows["stage 1"][1].startswith("rank 1 on node2, 50.0 MiB")
     assert rows["pipeline.split"] == ("[18, 12]", "balanced by cost")
     assert rows["pipeline.num_slots"] == ("2", "as configured")
+    assert rows["pipeline.laps_ahead"] == ("0", "as configured")
+    assert "memory.cuda_graphs" not in rows  # says nothing on a CPU
+
+
+def test_rows_of_a_gpu_plan_say_whether_graphs_are_captured() -> None:
+    rows = {name: value for name, value, _ in plan_rows(replace(make_plan(), device="cuda"))}
+    assert rows["memory.cuda_graphs"] == "false"
 
 
 def test_lines_begin_with_the_hash_and_align_the_columns() -> None:

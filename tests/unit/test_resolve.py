@@ -48,6 +48,14 @@ class Rank:
     host: str = "node1"
     num_cores: int = 8
     memory_available_bytes: int = 16 * GIB
+    gpu_index: int = -1
+    gpu_name: str = ""
+    gpu_uuid: str = ""
+    gpu_capability: int = 0
+    gpu_free_bytes: int = 0
+    nccl_version: str = ""
+    attention_backends: tuple[str, ...] = ()
+    gpu_problem: str = ""
 
 
 def ranks(*hosts: str, memory: int = 16 * GIB, cores: int = 8) -> list[Rank]:
@@ -143,6 +151,8 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
     )
     assert (made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step) == (2, 32, 512)
     assert made.max_context_tokens == 8192
+    assert (made.laps_ahead, made.prefill, made.cuda_graphs) == (0, "mixed", False)
+    assert (made.weights, made.max_sequence_tokens) == ("checkpoint", 200)
     assert made.threads_per_rank == 8
     assert {entry.setting for entry in made.resolved} == {
         "model.dtype",
@@ -154,6 +164,8 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
         "pipeline.transport",
         "pipeline.device",
         "pipeline.attention",
+        "pipeline.laps_ahead",
+        "pipeline.prefill",
         "pipeline.threads_per_rank",
         "memory.max_context_tokens",
         "memory.num_kv_pages",
@@ -189,6 +201,8 @@ def test_asked_for_values_are_taken_and_get_no_reason() -> None:
         attention="reference",
         transport="mpi",
         device="cpu",
+        laps_ahead=1,
+        prefill="mixed",
     )
     memory = MemoryConfig(num_kv_pages=77, max_context_tokens=1024, page_size_tokens=8)
     made = plan(
@@ -199,6 +213,7 @@ def test_asked_for_values_are_taken_and_get_no_reason() -> None:
     assert made.max_tokens_per_step == 600  # a token for every sequence
     assert (made.attention, made.dtype) == ("reference", "bfloat16")
     assert (made.num_kv_pages, made.max_context_tokens, made.page_size_tokens) == (77, 1024, 8)
+    assert (made.laps_ahead, made.prefill, made.max_sequence_tokens) == (1, "mixed", 1024)
     assert [entry.setting for entry in made.resolved] == ["pipeline.max_tokens_per_step"]
 
 

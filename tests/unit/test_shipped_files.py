@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from mpipipe.checkpoint.spec import read_spec
 from mpipipe.config.deepspeed import check_against_plan
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
+from mpipipe.runtime.inputs import read_model
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(p for p in (ROOT / "configs").iterdir() if p.name != "ds_config.json")
+CONFIGS = sorted(
+    p for p in (ROOT / "configs").iterdir() if p.is_file() and p.name != "ds_config.json"
+)
+SHAPES = sorted((ROOT / "configs" / "shapes").iterdir())
 PROMPTS = sorted((ROOT / "prompts").glob("*.jsonl"))
 REQUIRED = (
     "Summarize the key factors that determine scalability in distributed inference "
@@ -44,10 +49,37 @@ def test_every_config_loads_without_warnings_and_its_prompts_exist(path: Path) -
     loaded = load_config(path)
     assert loaded.warnings == ()
     assert loaded.config.model.path
-    if loaded.config.prompts.path:
+    if loaded.config.model.weights == "random":
+        assert read_model(loaded).spec.num_layers > 0  # a benchmark: draws its own prompts
+    elif loaded.config.prompts.path:
         assert Path(loaded.config.prompts.path).is_file()
     else:
         assert loaded.inline_prompts
+
+
+def test_the_benchmarks_shapes_are_there() -> None:
+    assert {path.name for path in SHAPES} == {
+        "openllama_3b",
+        "openllama_7b",
+        "llama3_8b",
+        "llama32_3b",
+        "opt_6p7b",
+        "qwen3_8b",
+    }
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=lambda p: p.name)
+def test_every_shape_is_a_config_alone_that_planning_reads(path: Path) -> None:
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    spec = read_spec(path)
+    assert spec.dtype in {"bfloat16", "float16"}
+    assert spec.eos_token_ids
+    num_matrices = 1 if spec.tied_embeddings else 2
+    billions = (
+        spec.num_layers * spec.layer_parameters + num_matrices * spec.embedding_parameters
+    ) / 1e9
+    published = {"3b": 3.3, "7b": 6.7, "8b": 8.1, "6p7b": 6.7}[path.name.rpartition("_")[2]]
+    assert billions == pytest.approx(published, rel=0.05)
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda p: p.name)

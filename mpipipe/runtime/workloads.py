@@ -1,0 +1,156 @@
+"""Work for benchmarks: so many prompts of so many random tokens, so many tokens out.
+
+Seeded: the same work, seed and model give the same requests on every machine. Not here: running
+them (`throughput`).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.errors import ConfigError
+from mpipipe.types import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpipipe.checkpoint.spec import ModelSpec
+
+__all__ = ["BenchWork", "Vocabulary", "bench_requests", "warm_up_requests"]
+
+_MIXED_INPUT = (64, 1024)  # tokens, both ends included
+_MIXED_OUTPUT = (16, 256)
+_FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)|mixed)")
+
+# What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
+_WARM_UP_PROMPT_TOKENS = 65_536
+_WARM_UP_OUTPUT_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BenchWork:
+    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead."""
+
+    num_prompts: int
+    input_tokens: int = 0
+    output_tokens: int = 0
+    mixed: bool = False
+
+    @staticmethod
+    def parse(text: str) -> BenchWork:
+        """From `512x512x128`, or `512xmixed`.
+
+        Raises:
+            ConfigError: it has another form, or a count is zero.
+        """
+        found = _FORM.fullmatch(text.strip())
+        if found is None:
+            raise ConfigError(
+                f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, or "
+                "512xmixed for mixed lengths"
+            )
+        prompts, tokens_in, tokens_out = (int(part) if part else 0 for part in found.groups())
+        work = BenchWork(prompts, tokens_in, tokens_out, mixed=found[2] is None)
+        if not prompts or not (work.mixed or (tokens_in and tokens_out)):
+            raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
+        return work
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it."""
+        if self.mixed:
+            return f"{self.num_prompts}xmixed"
+        return f"{self.num_prompts}x{self.input_tokens}x{self.output_tokens}"
+
+    @property
+    def longest_tokens(self) -> int:
+        """Most tokens that one of its sequences can come to."""
+        if self.mixed:
+            return _MIXED_INPUT[1] + _MIXED_OUTPUT[1]
+        return self.input_tokens + self.output_tokens
+
+    def lengths(self, seed: int) -> list[tuple[int, int]]:
+        """(prompt tokens, output tokens) of every sequence."""
+        if not self.mixed:
+            return [(self.input_tokens, self.output_tokens)] * self.num_prompts
+        draw = random.Random(f"lengths {seed}")
+        return [
+            (draw.randint(*_MIXED_INPUT), draw.randint(*_MIXED_OUTPUT))
+            for _ in range(self.num_prompts)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token ids that are ordinary text."""
+
+    first: int
+    last: int  # inclusive
+    special: frozenset[int]
+
+    @staticmethod
+    def of(folder: Path, spec: ModelSpec) -> Vocabulary:
+        """Without the special ids, as far as can be told without a tokenizer.
+
+        `config.json` names some; families keep the rest at either end of the vocabulary, so the
+        first hundredth and the last fiftieth are left out (Llama 3: the last 256 of 128,256).
+        """
+        config = read_json_object(folder / "config.json")
+        named = {
+            token_id
+            for key, value in config.items()
+            if key.endswith("_token_id")
+            for token_id in (value if isinstance(value, list) else [value])
+            if isinstance(token_id, int)
+        }
+        size = spec.vocab_size
+        return Vocabulary(
+            size // 100, size - 1 - size // 50, frozenset(named | set(spec.eos_token_ids))
+        )
+
+    def draw(self, generator: random.Random, count: int) -> tuple[int, ...]:
+        """`count` ids, each as likely as any other."""
+        ids: list[int] = []
+        while len(ids) < count:
+            drawn = generator.choices(range(self.first, self.last + 1), k=count - len(ids))
+            ids += [token_id for token_id in drawn if token_id not in self.special]
+        return tuple(ids)
+
+
+def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
+    """The requests of `work`: greedy, past any end-of-sequence token."""
+    return _requests(work.lengths(seed), vocabulary, seed)
+
+
+def warm_up_requests(
+    work: BenchWork, vocabulary: Vocabulary, seed: int, *, num_running: int
+) -> list[Request]:
+    """A short job with as many rows as `work`, of which `num_running` run at once.
+
+    The first prompt is as long as the work's longest, the others shorter where there are many.
+    """
+    lengths = work.lengths(seed)[:num_running]
+    limit = max(1, _WARM_UP_PROMPT_TOKENS // len(lengths))
+    shorter = [
+        (min(tokens_in, limit), min(tokens_out, _WARM_UP_OUTPUT_TOKENS))
+        for tokens_in, tokens_out in lengths
+    ]
+    shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
+    return _requests(shorter, vocabulary, seed + 1)
+
+
+def _requests(lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int) -> list[Request]:
+    generator = random.Random(f"prompts {seed}")
+    return [
+        Request(
+            request_id=str(index),
+            index=index,
+            prompt_ids=vocabulary.draw(generator, tokens_in),
+            sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
+        )
+        for index, (tokens_in, tokens_out) in enumerate(lengths)
+    ]

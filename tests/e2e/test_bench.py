@@ -1,0 +1,106 @@
+"""`mpipipe bench throughput` and `bench transformers` on real ranks of a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import ROOT, Outcome, execute, mpiexec
+
+
+def bench(num_ranks: int, config: Path, *words: str) -> Outcome:
+    launch = mpiexec(num_ranks) if num_ranks else []
+    command = [*launch, sys.executable, "-m", "mpipipe", "bench", "throughput", str(config)]
+    return execute([*command, *words], ROOT)
+
+
+def records(outcome: Outcome) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("num_ranks", [0, 1, 2])
+def test_throughput_prints_a_table_and_a_json_line_per_work(
+    num_ranks: int, tiny_config: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.jsonl"
+    words = ["--work", "6x16x8", "--work", "1x20x12", "--json", str(path)]
+    outcome = bench(num_ranks, tiny_config, *words)
+    assert outcome.exit_code == 0, outcome.stderr
+    found = records(outcome)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == found
+    assert outcome.stdout.splitlines()[-2:] == path.read_text().splitlines()
+    assert [record["work"] for record in found] == ["6x16x8", "1x20x12"]
+    assert [record["num_output_tokens"] for record in found] == [48, 12]
+    assert [record["num_prompt_tokens"] for record in found] == [96, 20]
+    for record in found:
+        elapsed_s = record["elapsed_s"]
+        assert record["tokens_per_s"] == pytest.approx(record["num_output_tokens"] / elapsed_s)
+        assert record["prefill_s"] + record["decode_s"] == pytest.approx(elapsed_s)
+        assert 0 < record["share_of_floor"] < 1
+        assert len(record["stages"]) == max(1, num_ranks)
+        # The last step of a sequence makes its last token: 12 tokens are 12 steps of one row.
+        assert record["boot"]["first_token_s"] > record["boot"]["load_s"] > 0
+        assert "--work 6x16x8" in record["command"]
+    assert [stage["num_steps"] for stage in found[1]["stages"]] == [12] * max(1, num_ranks)
+    assert "of floor" in outcome.stdout
+
+
+def test_latency_of_one_batch_and_a_trace_of_all_stages(tiny_config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    words = ["--latency", "--prompts", "4", "--input", "10", "--output", "20", "--repeat", "2"]
+    outcome = bench(2, tiny_config, *words, "--trace", str(path), "--trace-steps", "5")
+    assert outcome.exit_code == 0, outcome.stderr
+    found = records(outcome)
+    assert [record["mode"] for record in found] == ["latency", "latency"]
+    assert all(record["ms_per_token_p50"] > 0 < record["ttft_p50_s"] for record in found)
+    events = json.loads(path.read_text())["traceEvents"]
+    computed = [event for event in events if event.get("cat") == "compute"]
+    assert sorted({event["pid"] for event in computed}) == [0, 1]
+    for rank in (0, 1):
+        mine = [event for event in computed if event["pid"] == rank]
+        assert len(mine) == 5
+        assert all(event["args"]["rows"] == 2 for event in mine)  # 4 prompts in 2 slots
+
+
+def test_a_batch_that_cannot_run_at_once_has_no_latency(tiny_config: Path) -> None:
+    outcome = bench(
+        0, tiny_config, "--latency", "--work", "9x4x4", "pipeline.max_sequences_per_slot=8"
+    )
+    assert outcome.exit_code == 2
+    assert "9x4x4 has more prompts than the 8" in outcome.stderr
+
+
+def test_a_work_longer_than_the_model_goes_is_told_before_loading(tiny_config: Path) -> None:
+    outcome = bench(2, tiny_config, "--work", "1x100x100")
+    assert outcome.exit_code == 2
+    assert "200 tokens" in outcome.stderr
+    assert outcome.stderr.count("mpipipe: error") == 1
+
+
+def test_random_weights_need_no_weight_files_and_no_tokenizer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
+    config = tmp_path / "random.toml"
+    config.write_text(f'model.path = "{folder}"\nmodel.weights = "random"\n')
+    outcome = bench(2, config, "--work", "3x8x4")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert records(outcome)[0]["plan"]["weights"] == "random"
+    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(config)]
+    peer = execute([*command, "--work", "3x8x4"], folder)
+    assert peer.exit_code == 0, peer.stderr
+    (record,) = records(peer)
+    assert record["tokens_per_s"] == pytest.approx(12 / record["elapsed_s"])
+
+
+def test_a_wrong_device_is_one_sentence(tiny_config: Path) -> None:
+    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(tiny_config)]
+    outcome = execute([*command, "--device", "tpu", "--work", "1x4x4"], ROOT)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.strip() == "mpipipe: error: --device tpu is not known: use cpu or cuda"

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+
+from mpipipe.checkpoint.spec import read_spec
+from mpipipe.errors import ConfigError
+from mpipipe.metrics.accounting import StageTotals, TimeParts
+from mpipipe.metrics.summary import RankReport
+from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
+from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests, warm_up_requests
+from mpipipe.types import Completion, FinishReason
+
+SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+LLAMA3 = Vocabulary.of(SHAPES / "llama3_8b", read_spec(SHAPES / "llama3_8b"))
+
+
+def completion(ttft_s: float, latency_s: float, tokens: int = 11) -> Completion:
+    return Completion(
+        request_id="0",
+        index=0,
+        text="",
+        token_ids=(5,) * tokens,
+        finish_reason=FinishReason.LENGTH,
+        num_prompt_tokens=20,
+        queue_s=0.0,
+        ttft_s=ttft_s,
+        latency_s=latency_s,
+    )
+
+
+def report(stage: int, steps: int, compute_s: float, idle_s: float) -> RankReport:
+    parts = TimeParts(compute_s=compute_s, idle_s=idle_s)
+    totals = StageTotals(
+        stage=stage, num_steps=steps, overall=parts, num_steady_steps=steps, steady=parts
+    )
+    return RankReport(rank=stage, host="a", stage=totals, weight_bytes=7)
+
+
+# ---- works ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["512x512x128", "1×20×3", "64xmixed"])
+def test_a_work_reads_back_as_it_is_named(text: str) -> None:
+    work = BenchWork.parse(text)
+    assert BenchWork.parse(work.name) == work
+    assert work.name == text.replace("×", "x")
+
+
+@pytest.mark.parametrize("text", ["512x512", "axbxc", "0x5x5", "5x5x0", "", "0xmixed", "-1x2x3"])
+def test_a_wrong_work_is_told(text: str) -> None:
+    with pytest.raises(ConfigError, match="work"):
+        BenchWork.parse(text)
+
+
+def test_mixed_lengths_are_seeded_and_stay_in_their_ranges() -> None:
+    work = BenchWork.parse("300xmixed")
+    lengths = work.lengths(7)
+    assert lengths == work.lengths(7) != work.lengths(8)
+    assert all(64 <= tokens_in <= 1024 and 16 <= out <= 256 for tokens_in, out in lengths)
+    assert max(sum(pair) for pair in lengths) <= work.longest_tokens
+    assert len({tokens_in for tokens_in, _ in lengths}) > 200
+
+
+def test_requests_are_greedy_random_and_ordinary() -> None:
+    requests = bench_requests(BenchWork(3, 500, 16), LLAMA3, seed=1)
+    assert [len(request.prompt_ids) for request in requests] == [500] * 3
+    assert all(request.sampling.ignore_eos for request in requests)
+    assert all(request.sampling.max_new_tokens == 16 for request in requests)
+    ids = {token_id for request in requests for token_id in request.prompt_ids}
+    assert len(ids) > 1000
+    assert max(ids) < 128_000  # Llama 3's special tokens start there
+    assert bench_requests(BenchWork(3, 500, 16), LLAMA3, seed=1) == requests
+
+
+def test_special_ids_are_not_drawn_from_a_small_vocabulary() -> None:
+    vocabulary = Vocabulary(0, 3, frozenset({1, 2}))
+    assert set(vocabulary.draw(random.Random(0), 50)) == {0, 3}
+
+
+def test_a_warm_up_has_the_rows_of_its_work_and_costs_little() -> None:
+    work = BenchWork(512, 512, 128)
+    requests = warm_up_requests(work, LLAMA3, 0, num_running=300)
+    assert len(requests) == 300
+    assert len(requests[0].prompt_ids) == 512
+    assert sum(len(request.prompt_ids) for request in requests) <= 65_536 + 512
+    assert max(request.sampling.max_new_tokens for request in requests) == 8
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+FLOOR = FloorTimes(
+    tokens_per_s=44.0, prefill_s=0.1, decode_lap_s=0.02, decode_tokens_per_s=50.0, source="test"
+)
+
+
+def test_the_record_says_what_was_measured() -> None:
+    timing = JobTiming(2.0, (completion(0.5, 1.5), completion(1.0, 2.0)), at_once=True)
+    record = throughput_record(timing, [report(0, 10, 0.9, 0.1), report(1, 10, 0.6, 0.4)], FLOOR)
+    assert record["tokens_per_s"] == 11.0
+    assert record["total_tokens_per_s"] == (40 + 22) / 2
+    assert (record["prefill_s"], record["decode_s"]) == (1.0, 1.0)
+    assert record["ms_per_lap"] == pytest.approx(100.0)
+    assert record["ms_per_token_p50"] == pytest.approx(100.0)
+    assert record["share_of_floor"] == 0.25
+    assert record["share_of_decode_floor"] == pytest.approx(0.2)
+    assert record["ms_per_steady_step"] == pytest.approx(100.0)
+    assert [stage["bubble"] for stage in record["stages"]] == pytest.approx([0.1, 0.4])
+
+
+def test_what_would_say_nothing_is_null() -> None:
+    timing = JobTiming(2.0, (completion(0.5, 1.5, tokens=1),), at_once=False)
+    idle = RankReport(rank=0, host="a", stage=StageTotals(0))
+    record = throughput_record(timing, [idle], None)
+    for name in ("ms_per_lap", "ms_per_token_p50", "floor", "share_of_floor", "ms_per_steady_step"):
+        assert record[name] is None
+    assert record["stages"][0]["steady_bubble"] is None
+
+
+def test_reports_hold_only_what_came_after() -> None:
+    before, after = report(0, 10, 1.0, 0.5), report(0, 25, 3.0, 0.75)
+    (since,) = reports_since([before], [after])
+    assert since.stage.num_steps == 15
+    assert since.stage.overall == TimeParts(compute_s=2.0, idle_s=0.25)
+    assert since.weight_bytes == 7
+    assert before.stage.merged(since.stage) == after.stage
+
+
+def test_new_fields_of_a_report_survive_the_journey() -> None:
+    sent = dataclasses.replace(report(0, 1, 1.0, 0.0), cpu_us_per_step=90.5, gpu_peak_bytes=3)
+    assert RankReport.from_dict(sent.to_dict()) == sent
