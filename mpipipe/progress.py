@@ -45,6 +45,7 @@ _LONGEST_NAP_S = 40e-3
 _FIRST_COMPUTING_NAP_S = 200e-6
 _COMPUTING_NAP_GROWTH = 1.5
 _LONGEST_COMPUTING_NAP_S = 4e-3
+_LONGEST_PRESSING_NAP_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class ProgressEngine:
         self._nap_s = 0.0
         self._polls: tuple[Callable[[], bool], ...] = ()
         self._num_computing = 0
+        self._num_pressing = 0
         self._nap_end: asyncio.Future[None] | None = None
         self._failure: asyncio.Future[None] | None = None
         self._num_polls = 0
@@ -116,6 +118,15 @@ class ProgressEngine:
         finally:
             self._num_computing -= 1
             self.wake()
+
+    def press(self, change: int) -> None:
+        """`change` more (or fewer) transfers are under way that move only while they are polled.
+
+        MPI moves a large tensor in pieces, some 100 KB per poll where it may not copy from process
+        to process at once. 52 MB took 10 s with the naps of an idle rank (Open MPI 5.0.8).
+        """
+        self._num_pressing += change
+        assert self._num_pressing >= 0, "a transfer ended twice"
 
     def statistics(self) -> EngineStatistics:
         """Totals so far."""
@@ -178,6 +189,8 @@ class ProgressEngine:
         else:
             nap_s = max(self._nap_s, _FIRST_NAP_S)
             self._nap_s = min(nap_s * _NAP_GROWTH, _LONGEST_NAP_S)
+        if self._num_pressing and not self._num_computing:
+            nap_s = min(nap_s, _LONGEST_PRESSING_NAP_S)
         self._num_naps += 1
         return nap_s
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MpiTensorChannel", "open_mpi_channel"]
 
+_LARGE_BYTES = 4 << 20  # above this MPI may need many polls to move a tensor
 _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
 
@@ -168,17 +169,25 @@ class MpiTensorChannel:
         # Short tensors are mostly gone, or here, at once.
         if not self._finish(active):
             self._active.append(active)
+            self._press(active, +1)
         self._engine.wake()
+
+    def _press(self, active: _Active, change: int) -> None:
+        if active.transfer.num_bytes > _LARGE_BYTES:
+            self._engine.press(change)
 
     # ---- progress --------------------------------------------------------------------------------
 
     def _poll(self) -> bool:
         if not self._active:
             return False
-        unfinished = [active for active in self._active if not self._finish(active)]
-        progressed = len(unfinished) < len(self._active)
-        self._active = unfinished
-        return progressed
+        before, self._active = self._active, []
+        for active in before:
+            if self._finish(active):
+                self._press(active, -1)
+            else:
+                self._active.append(active)
+        return len(self._active) < len(before)
 
     def _finish(self, active: _Active) -> bool:
         """Whether MPI is through with it; then its waiter is told."""
@@ -245,6 +254,7 @@ class MpiTensorChannel:
     def _give_up_receives(self) -> None:
         self._poll()
         for active in self._active:
+            self._press(active, -1)
             active.request.Cancel()
             active.request.Wait()
             active.transfer.finish(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ T = TypeVar("T")
 # Loading a large model from a busy parallel file system takes minutes, and every rank waits for the
 # slowest. A rank that dies meanwhile is noticed by the launcher, not by this deadline.
 PHASE_DEADLINE_S = 3600.0
+_LAST_WORDS_S = 0.25
 
 
 class AgreedError(Exception):
@@ -170,5 +172,8 @@ def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
     else:
         trace = "".join(traceback.format_exception(error))
         text = f"mpipipe: {where} failed unexpectedly and ends the job:\n{trace}"
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the process ends in the next line
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the process ends in the next lines
+    # MPICH's launcher forwards a rank's text from another process, and drops what it has not read
+    # when the abort comes: at once after the text, one time in five.
+    time.sleep(_LAST_WORDS_S)
     mesh.abort(exit_code)

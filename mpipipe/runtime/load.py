@@ -10,6 +10,7 @@ import torch
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
@@ -48,7 +49,21 @@ def load_parts(
     Raises:
         CheckpointError: the weights do not fit the model, or cannot be read.
         UnsupportedModelError: the family cannot be split.
+        EnvironmentSetupError: the GPU's memory does not hold what was planned.
     """
+    try:
+        return _load_parts(plan, stage, trust_remote_code, device)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentSetupError(
+            f"the GPU of stage {stage.stage} ({stage.host}) has too little memory for its weights "
+            f"and KV cache ({str(error).splitlines()[0]}): most likely somebody else took some "
+            "meanwhile; lower memory.gpu_memory_fraction or memory.kv_cache_bytes"
+        ) from error
+
+
+def _load_parts(
+    plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool, device: torch.device
+) -> StageParts:
     folder = Path(plan.model_path)
     dtype = getattr(torch, plan.dtype)
     backend, _ = choose_backend(plan.attention)

@@ -232,3 +232,18 @@ def test_crowded_cores_shorten_the_spinning() -> None:
     assert pauses(crowded, 100).count(0.0) == 20
     crowded.wake()
     assert pauses(crowded, 100).count(0.0) == 20
+
+
+def test_naps_stay_short_while_a_large_transfer_moves_only_when_polled() -> None:
+    engine = ProgressEngine(spin=0)
+    engine.press(+1)
+    pressed = [engine.next_pause_s() for _ in range(400)]
+    engine.press(-1)
+    free = [engine.next_pause_s() for _ in range(400)]
+    assert max(pressed) == 1e-3
+    assert max(free) > 1e-2
+    engine.press(+1)
+    with engine.computing():
+        assert (
+            max(engine.next_pause_s() for _ in range(40)) > 1e-3
+        )  # the compute thread comes first

@@ -71,17 +71,15 @@ def paged_decode_attention(
         options: scale, window, softcap.
         tuning: None takes what was measured best.
     """
-    num_rows, _, head_dim = query_BHD.shape
+    num_rows = query_BHD.shape[0]
     assert key_cache.stride() == value_cache.stride()
     assert query_BHD.stride(2) == key_cache.stride(3) == page_table_BP.stride(1) == 1
     out_BHD = torch.empty(query_BHD.shape, dtype=query_BHD.dtype, device=query_BHD.device)
     if num_rows:
-        tuning = tuning or _default_tuning(query_BHD.device, head_dim)
+        tuning = tuning or _default_tuning(key_cache)
         longest = min(max_kv_len, options.window) if options.window else max_kv_len
-        pieces = tuning.pieces or num_pieces(
-            *(num_rows * key_cache.shape[2], longest, tuning.block_tokens),
-            num_processors(query_BHD.device),
-        )
+        streams, processors = num_rows * key_cache.shape[2], num_processors(query_BHD.device)
+        pieces = tuning.pieces or num_pieces(streams, longest, tuning.block_tokens, processors)
         tensors = (query_BHD, key_cache, value_cache, page_table_BP, kv_lens_B, out_BHD)
         _launch(tensors, pieces, options, tuning)
     return out_BHD
@@ -116,11 +114,13 @@ _JOIN_BLOCKS = 2.0
 _MAX_PIECES = 64
 
 
-def _default_tuning(device: torch.device, head_dim: int) -> DecodeTuning:
-    if device.type == "cuda" and not has_async_copy(device):
+def _default_tuning(key_cache: torch.Tensor) -> DecodeTuning:
+    if key_cache.is_cuda and not has_async_copy(key_cache.device):
         return DecodeTuning(block_tokens=32, num_warps=4, num_stages=1)
-    # Wide heads: within the 99 KB of shared memory of consumer GPUs.
-    return DecodeTuning(block_tokens=32) if head_dim > 128 else DecodeTuning()
+    row_bytes = key_cache.shape[3] * key_cache.element_size()
+    if row_bytes <= 256:  # wide ones: within the 99 KB of shared memory of consumer GPUs
+        return DecodeTuning()
+    return DecodeTuning(block_tokens=32, num_stages=3 if row_bytes <= 512 else 1)
 
 
 def _launch(

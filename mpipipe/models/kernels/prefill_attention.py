@@ -75,7 +75,7 @@ def paged_prefill_attention(
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
     if not num_rows:
         return out_THD
-    tuning = tuning or _default_tuning(query_THD.device, head_dim, chunks.max_len)
+    tuning = tuning or _default_tuning(key_cache, chunks.max_len)
     early = launches_early(query_THD.device)
     grid = (triton.cdiv(chunks.max_len, tuning.block_queries), num_heads, kv_lens_B.shape[0])
     _prefill_kernel[grid](
@@ -99,20 +99,23 @@ def paged_prefill_attention(
     return out_THD
 
 
-def _default_tuning(device: torch.device, head_dim: int, max_query_len: int) -> PrefillTuning:
+def _default_tuning(key_cache: torch.Tensor, max_query_len: int) -> PrefillTuning:
     """Within 64 KB of shared memory on Turing, 99 on consumer Ampere and Ada, 227 on Hopper.
 
     On an H200, 16 prompts of 512: 189 us with 128 tokens a block for D = 128 (64 tokens: 199), but
     256 us with 64 tokens for D = 100 (128 tokens: 276).
     """
-    wide = head_dim > 128
+    device, row_bytes = key_cache.device, key_cache.shape[3] * key_cache.element_size()
+    wide = row_bytes > 256
     if device.type == "cuda" and not has_async_copy(device):
         return PrefillTuning(16 if wide else 32, 32, 4, 1)
+    if row_bytes > 512:
+        return PrefillTuning(32, 32, 4, 1)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in {9, 10}:
         return PrefillTuning(64, 32, 4, 1 if wide else 2)
     if wide or max_query_len <= 64:
         return PrefillTuning(64, 64, 4, 2)
-    return PrefillTuning(block_tokens=128) if head_dim == 128 else PrefillTuning()
+    return PrefillTuning(block_tokens=128) if row_bytes == 256 else PrefillTuning()
 
 
 @triton.jit

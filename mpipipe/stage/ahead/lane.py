@@ -104,6 +104,8 @@ class CudaLane:
         self.device = device
         self._stream = stream
         self._pinned = PinnedRing(stream)
+        # Of its own: the host may read a result later than the GPU has gone by.
+        self._results = PinnedRing(stream, segment_bytes=256 << 10, num_segments=16)
         # Graphs run one at a time, in stream order, so all may share their work space.
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
@@ -118,7 +120,7 @@ class CudaLane:
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Lane.download`."""
-        host = self._pinned.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        host = self._results.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
         return host.copy_(tensor, non_blocking=True)
 
     def _staged(self, array: np.ndarray) -> torch.Tensor:
