@@ -30,7 +30,6 @@ MAX_PARAMETERS = 8  # without self and cls
 FILE_LINES_EXCEPTIONS: dict[str, str] = {}
 FUNCTION_LINES_EXCEPTIONS: dict[str, str] = {
     "mpipipe/models/kernels/decode_attention.py:_decode_kernel": "a Triton kernel is one program",
-    "mpipipe/models/kernels/linear.py:_linear_kernel": "a Triton kernel is one program",
     "mpipipe/models/kernels/prefill_attention.py:_prefill_kernel": "a Triton kernel is one program",
     "mpipipe/models/kernels/rotary.py:_rotate_kernel": "a Triton kernel is one program",
 }

@@ -15,7 +15,14 @@ from itertools import takewhile
 import numpy as np
 import torch
 
-__all__ = ["BatchLayout", "SequenceSpan", "build_layout", "decode_layout", "to_device"]
+__all__ = [
+    "BatchLayout",
+    "SequenceSpan",
+    "build_layout",
+    "decode_layout",
+    "place_rows",
+    "to_device",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,15 @@ def to_device(
     )
 
 
+def place_rows(
+    page_table_BP: torch.Tensor, kv_lens_B: torch.Tensor, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position and cache slot of each row's last token: two int64 [B]; as in `decode_layout`."""
+    positions_B = (kv_lens_B.long() - 1).clamp_(min=0)
+    pages_B1 = page_table_BP.gather(1, (positions_B // page_size).unsqueeze(1))
+    return positions_B, pages_B1.squeeze(1).long() * page_size + positions_B % page_size
+
+
 def decode_layout(
     page_table_BP: torch.Tensor,
     kv_lens_B: torch.Tensor,
@@ -155,9 +171,7 @@ def decode_layout(
         placed: positions and cache slots of the rows, int64 [B] each, where they are known.
     """
     if placed is None:
-        positions_B = (kv_lens_B.long() - 1).clamp_(min=0)
-        pages_B1 = page_table_BP.gather(1, (positions_B // page_size).unsqueeze(1))
-        placed = positions_B, pages_B1.squeeze(1).long() * page_size + positions_B % page_size
+        placed = place_rows(page_table_BP, kv_lens_B, page_size)
     return BatchLayout(
         spans=(),
         num_decodes=int(kv_lens_B.shape[0]),

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear, silu
 
+from mpipipe.kv_cache.layout import place_rows
 from mpipipe.kv_cache.paged import store_rows
 
 __all__ = ["HeadNorms", "Operations", "choose_operations", "torch_operations", "triton_operations"]
@@ -250,9 +251,7 @@ def _advance_rows(
     page_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kv_len_B.add_(active_B)
-    positions_B = (kv_len_B.long() - 1).clamp_(min=0)
-    pages_B1 = pages_BP.gather(1, (positions_B // page_size).unsqueeze(1))
-    slots_B = pages_B1.squeeze(1).long() * page_size + positions_B % page_size
+    positions_B, slots_B = place_rows(pages_BP, kv_len_B, page_size)
     return positions_B, slots_B, last_token_N.index_select(0, seats_B).clamp_(min=0)
 
 

@@ -27,7 +27,6 @@ from mpipipe.models.kernels.decode_rows import advance_rows, greedy_ids
 from mpipipe.models.kernels.linear import (
     LinearTuning,
     default_tuning,
-    gated_linear,
     prefers_small_linear,
     small_linear,
 )
@@ -366,26 +365,12 @@ def test_small_linear_is_linear(
     tuning = LinearTuning(block_out=64, block_in=64, pieces=pieces)
     hidden_TH = drawn(num_rows, num_in, dtype=dtype)
     weight_OH, bias_O = drawn(num_out, num_in, dtype=dtype), drawn(num_out, dtype=dtype)
-    residual_TO = drawn(num_rows, num_out, dtype=dtype, seed=1)
     plain = linear(hidden_TH.float(), weight_OH.float())
     for _ in range(2):  # the counters are back at zero afterwards
         actual = small_linear(hidden_TH, weight_OH, tuning=tuning)
         assert_near(actual, plain, TOLERANCE[dtype])
-    actual = small_linear(hidden_TH, weight_OH, bias_O, residual_TO, tuning=tuning)
-    assert_near(actual, plain + bias_O.float() + residual_TO.float(), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 17])
-@pytest.mark.parametrize(("num_out", "num_in"), [(128, 256), (96, 200)])
-def test_gated_linear_is_the_gated_activation_of_a_linear(
-    num_rows: int, num_out: int, num_in: int, dtype: torch.dtype
-) -> None:
-    tuning = LinearTuning(block_out=64, block_in=64)
-    hidden_TH = drawn(num_rows, num_in, dtype=dtype)
-    weight_XH = drawn(2 * num_out, num_in, dtype=dtype) * num_in**-0.5
-    expected = gated_silu(linear(hidden_TH, weight_XH))
-    assert_near(gated_linear(hidden_TH, weight_XH, tuning=tuning), expected, TOLERANCE[dtype])
+    actual = small_linear(hidden_TH, weight_OH, bias_O, tuning=tuning)
+    assert_near(actual, plain + bias_O.float(), TOLERANCE[dtype])
 
 
 def test_small_linear_is_cut_and_chosen_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:

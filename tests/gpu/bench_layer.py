@@ -20,9 +20,7 @@ from mpipipe.models.kernels.decode_attention import DecodeTuning, paged_decode_a
 from mpipipe.models.kernels.launch import early_launch
 from mpipipe.models.kernels.linear import (
     MAX_ROWS,
-    LinearTuning,
     default_tuning,
-    gated_linear,
     prefers_small_linear,
     small_linear,
 )
@@ -81,10 +79,7 @@ class Variant:
     name: str
     early: bool = False
     linears: str = "rule"  # torch, rule (`prefers_small_linear`), small (all of them)
-    gated: bool = False  # silu and product inside gate_up
-    residual: bool = False  # the residual is added inside o and down
     join_last: bool = False
-    fetch: int = 0  # columns
     gate_stages: int | None = None
 
     def uses_small(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -98,30 +93,17 @@ TORCH = Variant("torch linears", linears="torch")
 PLAIN = Variant("rule")
 EARLY = Variant("rule, early", early=True)
 SMALL = Variant("all small, early", early=True, linears="small")
-FETCH = replace(SMALL, name="all small, early, fetch 512", fetch=512)
-GATED = replace(FETCH, name="+ gated", gated=True)
-FULL = replace(GATED, name="+ gated, join last", join_last=True)
 ALL_VARIANTS = [
     TORCH,
     PLAIN,
     replace(TORCH, name="torch linears, early", early=True),
     EARLY,
-    replace(EARLY, name="rule, early, fetch 512", fetch=512),
     replace(EARLY, name="rule, early, join last", join_last=True),
     Variant("all small", linears="small"),
     Variant("all small, gate_up 3 stages", linears="small", gate_stages=3),
-    Variant("all small, gated", linears="small", gated=True),
     SMALL,
-    FETCH,
-    replace(FETCH, name="all small, early, fetch 2048", fetch=2048),
-    replace(FETCH, name="all small, early, fetch all", fetch=1 << 20),
-    replace(FETCH, name="all small, early, fetch 512, gate_up 3 stages", gate_stages=3),
-    GATED,
-    FULL,
-    replace(FULL, name="+ gated, join last, residual", residual=True),
-    replace(FULL, name="+ gated, join last, residual, fetch 2048", residual=True, fetch=2048),
 ]
-FEW_VARIANTS = [TORCH, PLAIN, EARLY, FETCH, FULL]
+FEW_VARIANTS = [TORCH, PLAIN, EARLY, SMALL]
 LARGE_VARIANTS = [TORCH, replace(TORCH, name="torch linears, early", early=True)]
 
 
@@ -208,17 +190,15 @@ def project(
     variant: Variant,
     rows: torch.Tensor,
     weight: torch.Tensor,
-    residual: torch.Tensor | None = None,
     *,
     stages: int | None = None,
 ) -> torch.Tensor:
     if not variant.uses_small(rows, weight):
-        product = linear(rows, weight)
-        return product if residual is None else product + residual
-    tuning = replace(default_tuning(*weight.shape, device=rows.device), fetch_columns=variant.fetch)
+        return linear(rows, weight)
+    tuning = default_tuning(*weight.shape, device=rows.device)
     if stages:
         tuning = replace(tuning, num_stages=stages)
-    return small_linear(rows, weight, residual_TO=residual, tuning=tuning)
+    return small_linear(rows, weight, tuning=tuning)
 
 
 def attend(variant: Variant, layer: Layer, step: Step, qkv: torch.Tensor) -> torch.Tensor:
@@ -241,29 +221,20 @@ def attend(variant: Variant, layer: Layer, step: Step, qkv: torch.Tensor) -> tor
 def run(
     variant: Variant, layers: Sequence[Layer], step: Step, stream: torch.Tensor
 ) -> torch.Tensor:
-    """All layers; the last one's sum with its residual is left out unless the variant fuses it."""
+    """All layers, and the last one's sum with its residual."""
     branch: torch.Tensor | None = None  # what is still to be added to the stream
     for layer in layers:
         step.made.clear()
         normed, stream = normalised(branch, stream, layer.norms[0])
         mixed = attend(variant, layer, step, project(variant, normed, layer.qkv))
-        added = stream if variant.residual else None
-        branch = project(variant, mixed, layer.output, added)
-        if added is not None:
-            stream, branch = branch, None
+        branch = project(variant, mixed, layer.output)
         normed, stream = normalised(branch, stream, layer.norms[1])
-        if variant.gated and len(normed) <= MAX_ROWS:
-            tuning = LinearTuning(num_stages=3, fetch_columns=variant.fetch)
-            active = gated_linear(normed, layer.gate_up, tuning=tuning)
-        else:
-            stages = variant.gate_stages
-            active = gated_silu(project(variant, normed, layer.gate_up, stages=stages))
-        added = stream if variant.residual else None
-        branch = project(variant, active, layer.down, added)
-        if added is not None:
-            stream, branch = branch, None
-        step.made += [normed, active, stream] + ([] if branch is None else [branch])
-    return stream if branch is None else stream + branch
+        gate_up = project(variant, normed, layer.gate_up, stages=variant.gate_stages)
+        active = gated_silu(gate_up)
+        branch = project(variant, active, layer.down)
+        step.made += [normed, active, stream, branch]
+    assert branch is not None, "a shape has layers"
+    return stream + branch
 
 
 def normalised(

@@ -30,7 +30,7 @@ def test_early_launches_read_nothing_stale() -> None:
             pytest.skip("early launch needs compute capability 9.0")
     weights = [drawn(4096, 4096, seed=seed) / 64 for seed in range(4)]
     norm_H = torch.ones(4096, dtype=torch.bfloat16, device=DEVICE)
-    tuning = LinearTuning(pieces=2, fetch_columns=1024)
+    tuning = LinearTuning(pieces=2)
 
     def chain(hidden_TH: torch.Tensor) -> torch.Tensor:
         for _ in range(5):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from mpipipe.models.kernels.launch import await_inputs, launches_early
 
-__all__ = ["gated_silu", "silu_product"]
+__all__ = ["gated_silu"]
 
 _BLOCK = 1024  # elements per program, 8 per thread: one 16-byte load of each half
 
@@ -35,7 +35,7 @@ def gated_silu(gate_up_TX: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def silu_product(gate, up):
+def _silu_product(gate, up):
     """silu(gate), rounded to the dtype, times up."""
     exact = gate.to(tl.float32)
     silu = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
@@ -52,4 +52,4 @@ def _gated_silu_kernel(
     inside = column < size
     gate = tl.load(gate_up_ptr + row * row_stride + column, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * row_stride + size + column, mask=inside, other=0.0)
-    tl.store(out_ptr + row * size + column, silu_product(gate, up), mask=inside)
+    tl.store(out_ptr + row * size + column, _silu_product(gate, up), mask=inside)

@@ -1,9 +1,9 @@
 """Early launch: a kernel may start before the one ahead of it in the stream has finished.
 
 On Hopper and later (programmatic dependent launch) a kernel that is launched this way takes the
-places that the kernel ahead of it leaves free, does what needs no input of its own, such as
-fetching weights into the L2, and waits for its inputs on the device. CUDA graphs keep such edges
-since CUDA 12.3.
+places that the kernel ahead of it leaves free, does what needs no input of its own, and waits for
+its inputs on the device. CUDA graphs keep such edges since CUDA 12.3. Tried and left out: fetching
+weights into the L2 meanwhile, which made a layer slower (H200).
 
 Invariants, without which results would be stale: every program of every kernel here calls
 `await_inputs` before it reads what a kernel may have written and before it writes at all. So a
@@ -25,7 +25,6 @@ __all__ = [
     "MAX_COUNTERS",
     "await_inputs",
     "early_launch",
-    "fetch_into_l2",
     "launches_early",
     "zeroed_counters",
 ]
@@ -75,16 +74,3 @@ def await_inputs(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch_into_l2(pointers, num_bytes):
-    """Start to fetch `num_bytes`, a multiple of 16, from each of `pointers`, aligned to 16."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [pointers.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

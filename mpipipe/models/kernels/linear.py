@@ -15,11 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.activation import silu_product
 from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
-    fetch_into_l2,
     launches_early,
     zeroed_counters,
 )
@@ -29,7 +27,6 @@ __all__ = [
     "MAX_ROWS",
     "LinearTuning",
     "default_tuning",
-    "gated_linear",
     "prefers_small_linear",
     "small_linear",
 ]
@@ -46,21 +43,18 @@ class LinearTuning:
     pieces: int = 1  # of the input dimension
     num_warps: int = 4
     num_stages: int = 4
-    fetch_columns: int = 0  # of each weight row, fetched into the L2 while the inputs are awaited
 
 
 def small_linear(
     hidden_TH: torch.Tensor,
     weight_OH: torch.Tensor,
     bias_O: torch.Tensor | None = None,
-    residual_TO: torch.Tensor | None = None,
     *,
     tuning: LinearTuning | None = None,
 ) -> torch.Tensor:
-    """The product hidden · weightᵀ (+ bias) (+ residual): [T, O], for T <= MAX_ROWS.
+    """The product hidden · weightᵀ (+ bias): [T, O], for T <= MAX_ROWS.
 
-    Accumulates in float32; the product with its bias is rounded to the dtype before the residual is
-    added, as two torch operations do. Deterministic.
+    Accumulates in float32. Deterministic.
 
     Call it once outside of any CUDA graph first: its counters are allocated then. They are shared
     by all launches on a device, so calls must not run at the same time on several streams.
@@ -68,20 +62,8 @@ def small_linear(
     num_out, num_in = weight_OH.shape
     out_TO = hidden_TH.new_empty((hidden_TH.shape[0], num_out))
     tuning = tuning or default_tuning(num_out, num_in, hidden_TH.device)
-    _launch((hidden_TH, weight_OH, bias_O, residual_TO, out_TO), tuning, gated=False)
+    _launch((hidden_TH, weight_OH, bias_O, out_TO), tuning)
     return out_TO
-
-
-def gated_linear(
-    hidden_TH: torch.Tensor, weight_XH: torch.Tensor, *, tuning: LinearTuning | None = None
-) -> torch.Tensor:
-    """`gated_silu(small_linear(hidden_TH, weight_XH))`, rounded as they round: [T, X / 2]."""
-    size = weight_XH.shape[0] // 2
-    out_TI = hidden_TH.new_empty((hidden_TH.shape[0], size))
-    tuning = tuning or _default_gated_tuning(size, hidden_TH.device)
-    assert tuning.pieces == 1, "the halves of partial sums cannot be gated"
-    _launch((hidden_TH, weight_XH, None, None, out_TI), tuning, gated=True)
-    return out_TI
 
 
 @cache
@@ -123,31 +105,15 @@ def default_tuning(num_out: int, num_in: int, device: torch.device) -> LinearTun
 _LONG = 8192  # from so many inputs on, sharing them pays for adding the sums (4096x4096: not)
 
 
-@cache
-def _default_gated_tuning(num_out: int, device: torch.device) -> LinearTuning:
-    """Two tiles a stage, so half as many stages; two programs per multiprocessor at 3."""
-    if default_tuning(num_out, 0, device).block_out == 32:
-        return LinearTuning(
-            block_out=32, block_in=64, num_stages=3 if has_async_copy(device) else 1
-        )
-    return LinearTuning(num_stages=3)
-
-
 def _launch(
-    tensors: tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
-    ],
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     tuning: LinearTuning,
-    *,
-    gated: bool,
 ) -> None:
-    hidden_TH, weight_OH, bias_O, residual_TO, out_TO = tensors
+    hidden_TH, weight_OH, bias_O, out_TO = tensors
     num_rows, num_in = hidden_TH.shape
     num_out = out_TO.shape[1]
     assert 0 < num_rows <= MAX_ROWS, f"{num_rows} rows, at most {MAX_ROWS} allowed"
     assert hidden_TH.stride(1) == weight_OH.stride(1) == 1
-    added_TO = hidden_TH if residual_TO is None else residual_TO
-    assert added_TO.stride(1) == 1
     block_rows = 16 if num_rows <= 16 else 32
     tiles = triton.cdiv(num_out, tuning.block_out)
     parts = counters = out_TO
@@ -156,28 +122,22 @@ def _launch(
         size = tiles * tuning.pieces * tuning.block_out * block_rows
         parts = hidden_TH.new_empty(size, dtype=torch.float32)
         counters = zeroed_counters(hidden_TH.device)
+    early = launches_early(weight_OH.device)
     _linear_kernel[(tiles, tuning.pieces)](
-        *(hidden_TH, weight_OH, hidden_TH if bias_O is None else bias_O, added_TO, out_TO),
-        *(parts, counters, num_rows, num_out, num_in, min(tuning.fetch_columns, num_in)),
-        *(hidden_TH.stride(0), weight_OH.stride(0), added_TO.stride(0)),
+        *(hidden_TH, weight_OH, hidden_TH if bias_O is None else bias_O, out_TO),
+        *(parts, counters, num_rows, num_out, num_in),
+        *(hidden_TH.stride(0), weight_OH.stride(0)),
         HAS_BIAS=bias_O is not None,
-        HAS_RESIDUAL=residual_TO is not None,
-        GATED=gated,
         WHOLE=num_in % tuning.block_in == 0 and num_out % tuning.block_out == 0,
         PIECES=tuning.pieces,
         BLOCK_ROWS=block_rows,
         BLOCK_OUT=tuning.block_out,
         BLOCK_IN=tuning.block_in,
         STAGES=tuning.num_stages,
+        EARLY=early,
         num_warps=tuning.num_warps,
-        **_early_options(weight_OH),
+        launch_pdl=early,
     )
-
-
-def _early_options(weight_OH: torch.Tensor) -> dict[str, bool]:
-    early = launches_early(weight_OH.device)
-    aligned = weight_OH.stride(0) * weight_OH.element_size() % 16 == 0
-    return {"EARLY": early, "FETCH": early and aligned, "launch_pdl": early}
 
 
 @triton.jit
@@ -189,25 +149,20 @@ def _load_tile(pointers, known, inside, WHOLE: tl.constexpr):
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["num_rows", "fetch_columns"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
-    residual_ptr,
     out_ptr,
     part_ptr,
     counter_ptr,
     num_rows,
     num_out,
     num_in,
-    fetch_columns,
     hidden_stride,
     weight_stride,
-    residual_stride,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
     WHOLE: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -215,7 +170,6 @@ def _linear_kernel(
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
     tile = tl.program_id(0)
     piece = tl.program_id(1)
@@ -226,20 +180,9 @@ def _linear_kernel(
     begin = piece * per_piece
     end = tl.minimum(begin + per_piece, num_in)
     weights = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
-    ups = weights + num_out.to(tl.int64) * weight_stride  # gated: the second half of the rows
     hiddens = hidden_ptr + row[:, None] * hidden_stride
-    if FETCH:
-        fetched = tl.minimum(end - begin, fetch_columns) // 8 * 8
-        if fetched > 0:
-            num_bytes = fetched * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            last_row = (num_out - 1).to(tl.int64) * weight_stride
-            first = tl.minimum(out.to(tl.int64) * weight_stride, last_row) + begin
-            fetch_into_l2(weight_ptr + first, num_bytes)
-            if GATED:
-                fetch_into_l2(weight_ptr + num_out.to(tl.int64) * weight_stride + first, num_bytes)
     await_inputs(EARLY)
     total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-    up = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_IN)[None, :]
         inside = column < end
@@ -247,9 +190,6 @@ def _linear_kernel(
         weight = _load_tile(weights + column, known, inside, WHOLE)
         hidden = tl.load(hiddens + column, mask=present, other=0.0)
         total = tl.dot(weight, hidden.T, total, input_precision="ieee")
-        if GATED:
-            weight = _load_tile(ups + column, known, inside, WHOLE)
-            up = tl.dot(weight, hidden.T, up, input_precision="ieee")
     last = True
     if PIECES > 1:
         cell = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_ROWS + row[None, :]
@@ -267,11 +207,5 @@ def _linear_kernel(
             bias = tl.load(bias_ptr + out, mask=known, other=0.0)
             total += bias.to(tl.float32)[:, None]
         result = total.to(out_ptr.dtype.element_ty)
-        if GATED:
-            result = silu_product(result, up.to(result.dtype))
         written = known[:, None] & (row < num_rows)[None, :]
-        if HAS_RESIDUAL:
-            place = residual_ptr + row[None, :] * residual_stride + out[:, None]
-            added = tl.load(place, mask=written, other=0.0)
-            result = (result.to(tl.float32) + added.to(tl.float32)).to(result.dtype)
         tl.store(out_ptr + row[None, :] * num_out + out[:, None], result, mask=written)

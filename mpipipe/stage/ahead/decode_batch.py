@@ -97,6 +97,8 @@ class DecodeBatch:
         )
         self._pages = PackedArrays.allocate({"pages": ((rows, seats.max_pages), np.int32)}, lane)
         self._lane = lane
+        # Seats, active, kv_len [rows], pages [rows, P], and the sampling columns.
+        self.device: dict[str, torch.Tensor] = {**self._arrays.device, **self._pages.device}
         self.needs = SamplingNeeds()
         self.max_logprobs = -1  # of the rows that ask for some; -1: none does
         self.last_step = -1
@@ -114,11 +116,6 @@ class DecodeBatch:
     def lengths(self) -> np.ndarray:
         """Tokens of each row, those of the steps on the lane included: int32."""
         return self._arrays.host["kv_len"][: len(self._rows)]
-
-    @property
-    def device(self) -> dict[str, torch.Tensor]:
-        """Device tensors: seats, active, kv_len [rows], pages [rows, P], and the columns."""
-        return {**self._arrays.device, **self._pages.device}
 
     def columns(self, num_rows: int) -> SamplingColumns:
         """The sampling columns of the first rows."""
