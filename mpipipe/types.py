@@ -30,6 +30,11 @@ class FinishReason(str, enum.Enum):
     ERROR = "error"  # no completion; see Completion.error_kind
 
 
+# Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
+# a factor e or more: the draw is greedy, and the division could only overflow.
+_GREEDY_BELOW_TEMPERATURE = 1e-6
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Defaults are greedy decoding.
@@ -60,6 +65,11 @@ class SamplingParams:
             self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0"
         )
         _require(self.num_logprobs >= -1, "num_logprobs", self.num_logprobs, "-1 (none) or more")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, with no draw."""
+        return self.temperature < _GREEDY_BELOW_TEMPERATURE
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with `changes` applied and checked."""

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-__all__ = ["ChannelStatistics", "EdgeKind", "TensorChannel", "Transfer"]
+__all__ = ["ChannelStatistics", "EdgeKind", "RepeatingChannel", "TensorChannel", "Transfer"]
 
 
 class EdgeKind(enum.IntEnum):
     """What travels on an edge; kinds never mix, even between the same two ranks."""
 
     HIDDEN = 1  # stage s → s+1: hidden states [T, hidden]
-    IDS = 2  # last stage → head: sampled token ids [num_sampled], int64
+    IDS = 2  # last stage → head: sampled ids [num_sampled], int64; ahead, one 0 if none
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +72,29 @@ class TensorChannel(Protocol):
 
     async def aclose(self) -> None:
         """Finish what is under way, then release. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class RepeatingChannel(Protocol):
+    """A channel that can prepare a transfer of the same memory to be done again and again.
+
+    As MPI's persistent requests: prepared once, then started at little cost to the host. The other
+    end may use `send` and `receive` for the same transfers.
+    """
+
+    def repeated_send(
+        self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        """What to call for each send of `tensor` behind the work of the stream that is current now.
+
+        Unlike `send`, it may read `tensor` late: until the receiver has it, nobody may overwrite
+        it.
+        """
+        ...
+
+    def repeated_receive(
+        self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        """What to call for each receive into `buffer` on the stream that is current now."""
         ...

@@ -5,7 +5,7 @@ received on the current stream, as are ids received; ids are sent on a stream of
 the last stage goes on at once whatever the head is doing. Metadata never travels.
 
 Not here: the control plane (its broadcast is given), CPU tensors, several ranks on one GPU (NCCL
-refuses them: `staged`).
+refuses them: `staged`). Transfers of fixed memory are captured as CUDA graphs (`nccl_repeats`).
 
 Invariants: both groups are made in one order on all ranks and have carried a tensor over every edge
 before `open_nccl_channel` returns, so that no step pays for connecting; nothing of
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
 from mpipipe.data_plane.nccl_groups import NcclGroups, connect_groups, first_line
+from mpipipe.data_plane.nccl_repeats import CapturedTransfers
 from mpipipe.data_plane.rendezvous import Broadcast
 from mpipipe.errors import ChannelClosedError, DeadlineError, PeerLostError
 
@@ -84,6 +85,7 @@ class NcclTensorChannel:
         self._rank = groups.rank
         self._device = groups.device
         self._ids_stream = torch.cuda.Stream(groups.device)
+        self._captured = CapturedTransfers(groups.device)
         self._closed = False
         self._num_sent = 0
         self._num_received = 0
@@ -143,6 +145,42 @@ class NcclTensorChannel:
             raise _lost_peer(transfer, error) from error
         return transfer
 
+    def repeated_send(
+        self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        """See `RepeatingChannel`. Ids leave on their own stream, behind the current one.
+
+        Raises as `send`; `EnvironmentSetupError` if NCCL cannot be captured.
+        """
+        self._check(StreamTransfer(f"send of {kind.name}"), tensor, destination)
+        group, tensors = self._groups.by_kind[kind], [tensor.detach()]
+        aside = self._ids_stream if kind is EdgeKind.IDS else None
+        replay = self._captured.capture(lambda: group.send(tensors, destination, 0).wait(), aside)
+        num_bytes = tensor.nbytes
+
+        def send() -> None:
+            self._num_sent += 1
+            self._sent_bytes += num_bytes
+            replay()
+
+        return send
+
+    def repeated_receive(
+        self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        """See `RepeatingChannel`. Raises as `repeated_send`."""
+        self._check(StreamTransfer(f"receive of {kind.name}"), buffer, source)
+        group, tensors = self._groups.by_kind[kind], [buffer.detach()]
+        replay = self._captured.capture(lambda: group.recv(tensors, source, 0).wait())
+        num_bytes = buffer.nbytes
+
+        def receive() -> None:
+            self._num_received += 1
+            self._received_bytes += num_bytes
+            replay()
+
+        return receive
+
     def _check(self, transfer: StreamTransfer, tensor: torch.Tensor, peer: int) -> None:
         what = transfer.what
         if self._closed:
@@ -176,6 +214,7 @@ class NcclTensorChannel:
             return
         self._closed = True
         await self._drain()
+        self._captured.release()
         try:
             async with asyncio.timeout(_CLOSE_LIMIT_S):
                 await asyncio.to_thread(self._groups.leave)

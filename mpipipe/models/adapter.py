@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention_bridge import AttentionCall, StageBinding, bind
-from mpipipe.models.buffers import freeze_rotary, materialise_buffers
+from mpipipe.models.buffers import freeze_rotary, loaded_device, materialise_buffers
 from mpipipe.models.checkpoint_names import CheckpointNames
 from mpipipe.models.families import ModelParts, locate_parts, refuse
 from mpipipe.models.fast_stack import FastStack, build_fast_stack
@@ -56,6 +56,7 @@ def build_stage_model(
     dtype: torch.dtype,
     backend: AttentionBackend,
     max_context_tokens: int,
+    max_sequence_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
@@ -65,7 +66,8 @@ def build_stage_model(
         stage: which layers, and whether embedding and head belong to it.
         dtype: of parameters and activations.
         backend: computes attention.
-        max_context_tokens: the longest sequence of the run (settles some rotary embeddings).
+        max_context_tokens: what a sequence may grow to (settles some rotary embeddings).
+        max_sequence_tokens: what sequences of this run do grow to (sizes tables); None: the former.
         trust_remote_code: run Python code found in the folder.
 
     Raises:
@@ -83,6 +85,7 @@ def build_stage_model(
         names=names,
         dtype=dtype,
         max_context_tokens=max_context_tokens,
+        max_positions=max_sequence_tokens or max_context_tokens,
     )
 
 
@@ -98,6 +101,7 @@ class StageModel:
         names: CheckpointNames,
         dtype: torch.dtype,
         max_context_tokens: int,
+        max_positions: int,
     ) -> None:
         self.plan = plan
         self.module: PreTrainedModel = parts.model
@@ -111,6 +115,7 @@ class StageModel:
         self._output_names = parts.output_names
         self._binding = binding
         self._max_context_tokens = max_context_tokens
+        self._max_positions = max_positions
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen in the trial steps
         self._fast: FastStack | None = None
         self.form = "plain"  # "plain" | "packed" | "fast", after `finish`
@@ -149,7 +154,7 @@ class StageModel:
             UnsupportedModelError: the family fails the trial steps (`verification`).
             ConfigError: the rotary embedding cannot serve the run's context.
         """
-        self.device = self._loaded_device()
+        self.device = loaded_device(self.module)
         self.operations = operations or choose_operations(self.device)[0]
         materialise_buffers(self.module, self._base, self.device)
         freeze_rotary(self._base, self._max_context_tokens)
@@ -175,7 +180,7 @@ class StageModel:
                 self._binding,
                 options=self._options,
                 operations=self.operations,
-                max_positions=self._max_context_tokens,
+                max_positions=self._max_positions,
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
@@ -278,14 +283,6 @@ class StageModel:
         finally:
             binding.cache, binding.backend = kept
             binding.calls, binding.layout = None, None
-
-    def _loaded_device(self) -> torch.device:
-        """Where the weights are. A method of its own: `finish` must not hold what it frees."""
-        state = self.module.state_dict(keep_vars=True)
-        missing = [name for name, tensor in state.items() if tensor.is_meta]
-        assert not missing, f"not loaded: {', '.join(missing[:5])}"
-        first: torch.Tensor = next(iter(state.values()))
-        return first.device
 
     def _arguments(self, inputs: torch.Tensor, layout: BatchLayout) -> dict[str, torch.Tensor]:
         name = "input_ids" if self.plan.has_embedding else "inputs_embeds"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, initialization
 from mpipipe.errors import ConfigError
 from mpipipe.models.families import refuse
 
-__all__ = ["freeze_rotary", "materialise_buffers"]
+__all__ = ["freeze_rotary", "loaded_device", "materialise_buffers"]
 
 
 def materialise_buffers(
@@ -49,6 +49,15 @@ def materialise_buffers(
         for name in names:
             if bool(torch.isnan(module.get_buffer(name)).any()):
                 raise refuse(model.config.model_type, f'leaves its buffer "{name}" without values')
+
+
+def loaded_device(module: nn.Module) -> torch.device:
+    """Where the weights of a loaded stage are; holds none of them when it returns."""
+    state = module.state_dict(keep_vars=True)
+    missing = [name for name, tensor in state.items() if tensor.is_meta]
+    assert not missing, f"not loaded: {', '.join(missing[:5])}"
+    first: torch.Tensor = next(iter(state.values()))
+    return first.device
 
 
 def freeze_rotary(base: PreTrainedModel, max_context_tokens: int) -> None:

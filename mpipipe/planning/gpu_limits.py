@@ -8,8 +8,16 @@ from __future__ import annotations
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.devices import BF16_CAPABILITY
+from mpipipe.planning.sampling_use import SamplingUse
 
-__all__ = ["gpu_sequences_per_slot", "gpu_tokens_per_step", "gpu_work_bytes"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "activation_bytes",
+    "gpu_sequences_per_slot",
+    "gpu_tokens_per_step",
+    "num_seats",
+    "sampling_bytes",
+]
 
 # From about 180 rows on a matrix product takes longer than reading its weights (planning/cost.py:
 # 6e14 operations/s over 3.3e12 bytes/s), so more rows win little and cost KV memory.
@@ -23,6 +31,10 @@ _WIDEST_ACTIVATION_BYTES = 144 * 10**6
 _TOKENS_PER_STEP_TURING = 2048  # a T4 has a tenth of the arithmetic and 16 GB
 # CUDA context and kernels, NCCL's buffers, the pools of the graphs.
 _FIXED_BYTES = 2**30
+# Scores that the sampler treats at once, 32 MB of float32: about ten temporaries of a chunk are
+# alive at once (a sort alone has five), and 256 rows of 128k in one piece would make 3 GB of them.
+CHUNK_ELEMENTS = 1 << 23
+_SAMPLER_TEMPORARIES = 10
 
 
 def gpu_sequences_per_slot(num_requests: int | None, num_slots: int) -> tuple[int, str]:
@@ -51,17 +63,42 @@ def gpu_tokens_per_step(capability: int, spec: ModelSpec) -> tuple[int, str]:
     return tokens, "long enough to be limited by arithmetic, short enough for the pipe"
 
 
-def gpu_work_bytes(
-    spec: ModelSpec, dtype: str, *, max_tokens: int, max_sequences: int, has_head: bool
-) -> int:
-    """Memory of a stage beside weights and KV pages, estimated from above.
+def activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
+    """Memory of a stage beside weights, KV pages and sampling, estimated from above.
 
     One layer's activations at the largest step: both halves of the MLP before and after the
-    product, Q, K and V, and six tensors as wide as the hidden state; on the last stage the logits
-    of every sequence in the run's dtype and in float32; and 1 GiB for all else.
+    product, Q, K and V, and six tensors as wide as the hidden state; and 1 GiB for all else.
     """
     qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
     row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
-    activations = max_tokens * row * dtype_bytes(dtype)
-    logits = max_sequences * spec.vocab_size * (4 + 2) if has_head else 0
-    return activations + logits + _FIXED_BYTES
+    return max_tokens * row * dtype_bytes(dtype) + _FIXED_BYTES
+
+
+def sampling_bytes(
+    spec: ModelSpec, dtype: str, sampling: SamplingUse, *, num_slots: int, max_sequences: int
+) -> int:
+    """Memory of the last stage for logits and what is drawn from them, estimated from above.
+
+    The logits of every sequence of a step in the run's dtype and in float32. What the run uses
+    adds: the temporaries of draws, penalties and log-probabilities in the graphs' pool (outside of
+    graphs they take the place of activations); the logits that graphs keep for log-probabilities;
+    the penalty's table.
+    """
+    row = max_sequences * spec.vocab_size
+    total = row * (4 + 2)
+    if not sampling.is_plain:
+        total += _SAMPLER_TEMPORARIES * 4 * min(row, CHUNK_ELEMENTS)
+    if sampling.logprobs:
+        total += row * dtype_bytes(dtype)
+    if sampling.needs.penalty:
+        seats = num_seats(num_slots, max_sequences) + 1  # one for rows without a sequence
+        total += seats * (spec.vocab_size + 1)
+    return total
+
+
+def num_seats(num_slots: int, max_sequences: int) -> int:
+    """Sequences that a stage's tables hold.
+
+    A place may be taken again while its last owner's steps are in flight: two seats a place.
+    """
+    return 2 * num_slots * max_sequences

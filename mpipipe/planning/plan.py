@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpipipe.errors import PlanError
+from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
 
 __all__ = ["PipelinePlan", "Resolved", "StagePlan"]
 
@@ -70,6 +71,7 @@ class PipelinePlan:
     cuda_graphs: bool = False
     weights: str = "checkpoint"  # "checkpoint" | "random"
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
+    sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
 
     @property
     def num_stages(self) -> int:
@@ -112,7 +114,9 @@ class PipelinePlan:
             fields: dict[str, Any] = json.loads(text)
             stages = tuple(StagePlan(**stage) for stage in fields.pop("stages"))
             resolved = tuple(Resolved(**entry) for entry in fields.pop("resolved"))
-            return PipelinePlan(stages=stages, resolved=resolved, **fields)
+            sampling = fields.pop("sampling")
+            use = SamplingUse(**(sampling | {"needs": SamplingNeeds(**sampling["needs"])}))
+            return PipelinePlan(stages=stages, resolved=resolved, sampling=use, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a pipeline plan: {error}") from error
 

@@ -7,9 +7,10 @@ the plan to all ranks. Not here: ranges of single settings (`config.checks`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.checks import default_sampling
 from mpipipe.config.schema import Config
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.attention_choice import choose_attention
@@ -31,12 +32,15 @@ from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_memory
+from mpipipe.planning.workload import Workload
 
 __all__ = ["RankResources", "make_plan"]
 
 # These know every length on the host only, or plan each step anew there: nothing a graph can hold.
 _NO_GRAPHS = frozenset({"sdpa", "reference", "flashinfer"})
+_UNKNOWN = Workload()
 
 
 def make_plan(
@@ -44,16 +48,9 @@ def make_plan(
     spec: ModelSpec,
     hellos: Sequence[RankResources],
     model_path: str,
-    *,
-    longest_request_tokens: int | None = None,
-    num_requests: int | None = None,
-    num_prompt_tokens: int | None = None,
-    num_output_tokens: int | None = None,
+    workload: Workload = _UNKNOWN,
 ) -> PipelinePlan:
-    """The plan for these ranks, in whatever order they are given.
-
-    What is known of the run: `longest_request_tokens` is the longest prompt with its completion,
-    `num_prompt_tokens` and `num_output_tokens` are totals over all `num_requests`.
+    """The plan for these ranks, in whatever order they are given, and what is known of the run.
 
     Raises:
         EnvironmentSetupError: the number of ranks is not `pipeline.num_stages`, or the GPUs that
@@ -70,18 +67,21 @@ def make_plan(
     dtype, reason = choose_dtype(config.model.dtype, spec.dtype, device, ranks)
     decisions.text("model.dtype", config.model.dtype, dtype, reason)
     limits = choose_step_limits(
-        config, spec, ranks, decisions, device=device, num_requests=num_requests
+        config, spec, ranks, decisions, device=device, num_requests=workload.num_requests
     )
-    mix = _work_mix(limits, num_requests, num_prompt_tokens, num_output_tokens)
     demand = KvDemand(
         page_size_tokens=config.memory.page_size_tokens,
         max_context_tokens=limits.max_context_tokens,
         max_sequences=limits.num_slots * limits.max_sequences_per_slot,
-        longest_request_tokens=longest_request_tokens,
-        num_requests=num_requests,
+        longest_request_tokens=workload.longest_request_tokens,
+        num_requests=workload.num_requests,
     )
-    resolver = _Resolver(config, spec, ranks, device, dtype, limits, decisions)
-    return resolver.plan(model_path, resolver.stages(num_stages, mix), demand)
+    # Unknown requests: those of the configuration, and greedy ones.
+    configured = SamplingUse.of([default_sampling(config.generation)])
+    sampling = workload.sampling or replace(configured, plain=True)
+    resolver = _Resolver(config, spec, ranks, device, dtype, limits, sampling, decisions)
+    stages = resolver.stages(num_stages, _work_mix(limits, workload))
+    return resolver.plan(model_path, stages, demand)
 
 
 def _num_stages(config: Config, *, num_ranks: int, decisions: Decisions) -> int:
@@ -98,13 +98,10 @@ def _num_stages(config: Config, *, num_ranks: int, decisions: Decisions) -> int:
     return num_stages
 
 
-def _work_mix(
-    limits: StepLimits,
-    num_requests: int | None,
-    num_prompt_tokens: int | None,
-    num_output_tokens: int | None,
-) -> WorkMix:
+def _work_mix(limits: StepLimits, workload: Workload) -> WorkMix:
     """The run's own mix where all of it is known, else full decode steps."""
+    num_requests, num_prompt_tokens = workload.num_requests, workload.num_prompt_tokens
+    num_output_tokens = workload.num_output_tokens
     if not num_requests or num_prompt_tokens is None or not num_output_tokens:
         return WorkMix(limits.max_sequences_per_slot)
     rows = min(limits.max_sequences_per_slot, -(-num_requests // limits.num_slots))
@@ -121,6 +118,7 @@ class _Resolver:
     device: str
     dtype: str
     limits: StepLimits
+    sampling: SamplingUse
     decisions: Decisions = field(default_factory=Decisions)
 
     def stages(self, num_stages: int, mix: WorkMix) -> tuple[StagePlan, ...]:
@@ -205,6 +203,7 @@ class _Resolver:
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.config.model.weights,
             max_sequence_tokens=demand.longest_tokens,
+            sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
 
@@ -221,7 +220,9 @@ class _Resolver:
                 row_multiple=8 if self.device == "cuda" else 1,
             )
             fraction = memory.gpu_memory_fraction if self.device == "cuda" else None
-            work_bytes = self.limits.gpu_work_bytes(self.spec, self.dtype, stage.has_head)
+            work_bytes = self.limits.gpu_work_bytes(
+                self.spec, self.dtype, self.sampling, has_head=stage.has_head
+            )
             needs.append(rank_memory(hello, stage, page_bytes, work_bytes, fraction))
         num_pages, reason = choose_num_pages(memory, needs, demand)
         return self.decisions.count("memory.num_kv_pages", memory.num_kv_pages, num_pages, reason)

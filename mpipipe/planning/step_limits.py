@@ -12,10 +12,16 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config
 from mpipipe.errors import PlanError
 from mpipipe.planning.devices import describe_gpu, least_capable
-from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step, gpu_work_bytes
+from mpipipe.planning.gpu_limits import (
+    activation_bytes,
+    gpu_sequences_per_slot,
+    gpu_tokens_per_step,
+    sampling_bytes,
+)
 from mpipipe.planning.memory import RankMemory
 from mpipipe.planning.plan import StagePlan
 from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.planning.sampling_use import SamplingUse
 
 __all__ = ["StepLimits", "choose_step_limits", "rank_memory"]
 
@@ -35,14 +41,16 @@ class StepLimits:
     max_tokens_per_step: int
     max_context_tokens: int
 
-    def gpu_work_bytes(self, spec: ModelSpec, dtype: str, has_head: bool) -> int:
+    def gpu_work_bytes(
+        self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
+    ) -> int:
         """Memory that steps within these limits need on a GPU."""
-        return gpu_work_bytes(
+        return activation_bytes(spec, dtype, self.max_tokens_per_step) + has_head * sampling_bytes(
             spec,
             dtype,
-            max_tokens=self.max_tokens_per_step,
+            sampling,
+            num_slots=self.num_slots,
             max_sequences=self.max_sequences_per_slot,
-            has_head=has_head,
         )
 
 

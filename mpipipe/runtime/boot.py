@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ import torch
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
-from mpipipe.runtime.inputs import ModelFacts, Workload, deepspeed_warnings
+from mpipipe.planning.workload import Workload
+from mpipipe.runtime.inputs import ModelFacts, deepspeed_warnings
 from mpipipe.runtime.launch import PHASE_DEADLINE_S, Ranks, in_phase
 from mpipipe.runtime.load import StageParts, load_parts
 from mpipipe.runtime.session import LoadFacts, Session
@@ -76,6 +77,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     account = StageAccount(stage.stage)
     async with _open_worker(boot, plan, parts, account, device) as opened:
         await opened.worker.exercise_edges()
+        _settle_garbage()
         await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
         load = LoadFacts(
             load_s=ranks.clock.now_s() - started_s,
@@ -86,23 +88,20 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             capture_s=opened.capture_s,
         )
         boot.log.info("ready", plan=dataclasses.asdict(stage), load=dataclasses.asdict(load))
-        with _settled_garbage():
+        try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
+        finally:
+            gc.unfreeze()
 
 
-@contextmanager
-def _settled_garbage() -> Iterator[None]:
+def _settle_garbage() -> None:
     """Keep the garbage collector from looking at what stays until the end anyway.
 
     Measured: 360,000 objects of torch, transformers and ours, 0.14 s for a full collection, which
-    comes in the middle of a step.
+    comes in the middle of a step. Undone by `gc.unfreeze`.
     """
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +122,7 @@ async def _open_worker(
             yield _OpenedWorker(worker)
             await channel.aclose()
         return
-    config = boot.loaded.config
-    ahead = await in_phase(
-        ranks, "capture", lambda: prepare_ahead(plan, ranks, parts, config, device)
-    )
+    ahead = await in_phase(ranks, "capture", lambda: prepare_ahead(plan, ranks, parts, device))
     channel = await open_channel(plan, ranks, device)
     launcher = ahead_worker(plan, ranks, ahead, channel=channel, account=account)
     yield _OpenedWorker(launcher, ahead.capture_s if plan.cuda_graphs else None)
@@ -159,10 +155,7 @@ def _decide(boot: Boot) -> PipelinePlan | None:
         boot.model.spec,
         boot.hellos,
         str(boot.model.folder),
-        longest_request_tokens=boot.workload.longest_request_tokens,
-        num_requests=boot.workload.num_requests,
-        num_prompt_tokens=boot.workload.num_prompt_tokens,
-        num_output_tokens=boot.workload.num_output_tokens,
+        boot.workload,
     )
     deepspeed_warnings(boot.loaded, plan)  # a contradiction must stop the run before it loads
     return plan

@@ -1,4 +1,4 @@
-"""What must be known before anything heavy starts: what the model is, how much there is to do.
+"""What must be known before anything heavy starts: what the model is.
 
 Imports neither torch nor transformers, so that a wrong setting is answered at once.
 """
@@ -18,7 +18,7 @@ from mpipipe.runtime.model_folder import model_folder
 if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
 
-__all__ = ["ModelFacts", "Workload", "deepspeed_warnings", "read_model"]
+__all__ = ["ModelFacts", "deepspeed_warnings", "read_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,6 @@ class ModelFacts:
     folder: Path  # absolute
     spec: ModelSpec
     tokenizer_folder: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What is known of the requests before the plan: lets `auto` sizes fit them. None: unknown."""
-
-    num_requests: int | None = None
-    longest_request_tokens: int | None = None  # prompt + max_new_tokens
-    num_prompt_tokens: int | None = None  # of all requests together
-    num_output_tokens: int | None = None  # that they may generate
 
 
 def read_model(loaded: LoadedConfig) -> ModelFacts:

@@ -16,8 +16,10 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import Workload
 from mpipipe.runtime.greeting import greet
-from mpipipe.runtime.inputs import Workload, deepspeed_warnings, read_model
+from mpipipe.runtime.inputs import deepspeed_warnings, read_model
 from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge, write_json
@@ -261,6 +263,7 @@ def _workload(
         longest_request_tokens=prompts.longest_tokens(context),
         num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
         num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
+        sampling=SamplingUse.of(request.sampling for request in prompts.requests),
     )
 
 

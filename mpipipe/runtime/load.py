@@ -73,6 +73,7 @@ def _load_parts(
         dtype=dtype,
         backend=backend,
         max_context_tokens=plan.max_context_tokens,
+        max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
     )
     report = _load(model, plan, device)

@@ -20,9 +20,10 @@ from mpipipe.config.load import LoadedConfig, default_sampling, load_config
 from mpipipe.config.prompts import prompt_seed
 from mpipipe.errors import PromptError
 from mpipipe.metrics.log import NullLog
+from mpipipe.planning.workload import Workload
 from mpipipe.progress import new_event_loop
 from mpipipe.runtime.greeting import greet
-from mpipipe.runtime.inputs import Workload, read_model
+from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.launch import in_phase, open_ranks
 from mpipipe.types import Completion, Request, SamplingParams
 

@@ -185,6 +185,7 @@ class Session:
                 page_size=plan.page_size_tokens,
                 max_context_tokens=plan.max_context_tokens,
                 laps_ahead=plan.laps_ahead,
+                max_sequence_tokens=plan.max_sequence_tokens,
             )
             prefill: Literal["phases", "mixed"] = "mixed" if plan.prefill == "mixed" else "phases"
             return AheadCore(limits, eos_token_ids=eos_token_ids, prefill=prefill)

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from mpipipe.config.checks import default_sampling
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.stage.ahead.engine import AheadEngine, open_engine
+from mpipipe.stage.ahead.assembly import open_engine
+from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.lane import Lane, open_lane
 from mpipipe.stage.ahead.timeline import LaneTimeline
 from mpipipe.stage.ahead.worker import AheadWorker
-from mpipipe.stage.device_sampler import SamplingNeeds
 from mpipipe.stage.executor import StageExecutor
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mpipipe.config.schema import Config
     from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
@@ -98,7 +96,7 @@ class AheadParts:
 
 
 def prepare_ahead(
-    plan: PipelinePlan, ranks: Ranks, parts: StageParts, config: Config, device: torch.device
+    plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device
 ) -> AheadParts:
     """Open the device's lane, run and capture the stage's programs.
 
@@ -109,7 +107,7 @@ def prepare_ahead(
     engine = open_engine(plan, parts.model, lane, attention_needs_spans=parts.needs_spans)
     started_s = ranks.clock.now_s()
     try:
-        engine.prepare(SamplingNeeds.of(default_sampling(config.generation)))
+        engine.prepare(plan.sampling)
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of rank {ranks.mesh.rank} has too little memory for a step of "

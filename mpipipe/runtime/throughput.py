@@ -21,9 +21,15 @@ from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, thr
 from mpipipe.planning.roofline import JobShape, ceilings_of, job_floor
 from mpipipe.runtime.circumstances import circumstances
 from mpipipe.runtime.greeting import greet
-from mpipipe.runtime.inputs import ModelFacts, Workload, read_model
+from mpipipe.runtime.inputs import ModelFacts, read_model
 from mpipipe.runtime.launch import in_phase, open_ranks
-from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests, warm_up_requests
+from mpipipe.runtime.workloads import (
+    BenchWork,
+    Vocabulary,
+    bench_requests,
+    bench_workload,
+    warm_up_requests,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,9 +103,8 @@ async def run_throughput(
         from mpipipe.runtime.boot import Boot, open_session
 
         marks.imported_s = clock.now_s()
-        boot = Boot(
-            ranks, loaded, hellos, model, None, _workload(options), NullLog(), decode=_no_text
-        )
+        workload = bench_workload(options.works, options.seed)
+        boot = Boot(ranks, loaded, hellos, model, None, workload, NullLog(), decode=_no_text)
         async with open_session(boot) as session:
             marks.loaded_s = clock.now_s()
             await _Bench(session, model, options, view, marks).run()
@@ -279,21 +284,6 @@ def _read_inputs(loaded: LoadedConfig, options: ThroughputOptions) -> ModelFacts
                 "far as the model goes"
             )
     return model
-
-
-def _workload(options: ThroughputOptions) -> Workload:
-    """One plan for all works: it must hold each, and is balanced for the largest."""
-    lengths = max((work.lengths(options.seed) for work in options.works), key=_num_tokens)
-    return Workload(
-        num_requests=max(work.num_prompts for work in options.works),
-        longest_request_tokens=max(work.longest_tokens for work in options.works),
-        num_prompt_tokens=sum(prompt for prompt, _ in lengths),
-        num_output_tokens=sum(output for _, output in lengths),
-    )
-
-
-def _num_tokens(lengths: Sequence[tuple[int, int]]) -> int:
-    return sum(prompt + output for prompt, output in lengths)
 
 
 def _no_text(_: Sequence[int]) -> str:

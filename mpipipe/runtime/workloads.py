@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import ConfigError
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import Workload
 from mpipipe.types import Request, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mpipipe.checkpoint.spec import ModelSpec
 
-__all__ = ["BenchWork", "Vocabulary", "bench_requests", "warm_up_requests"]
+__all__ = ["BenchWork", "Vocabulary", "bench_requests", "bench_workload", "warm_up_requests"]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
@@ -124,6 +127,25 @@ class Vocabulary:
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
     return _requests(work.lengths(seed), vocabulary, seed)
+
+
+def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
+    """What one plan for all works is made for: it must hold each, and is balanced for the largest.
+
+    The requests of `bench_requests` and `warm_up_requests` ask nothing but greedy tokens.
+    """
+    lengths = max((work.lengths(seed) for work in works), key=_num_tokens)
+    return Workload(
+        num_requests=max(work.num_prompts for work in works),
+        longest_request_tokens=max(work.longest_tokens for work in works),
+        num_prompt_tokens=sum(prompt for prompt, _ in lengths),
+        num_output_tokens=sum(output for _, output in lengths),
+        sampling=SamplingUse(),
+    )
+
+
+def _num_tokens(lengths: Sequence[tuple[int, int]]) -> int:
+    return sum(prompt + output for prompt, output in lengths)
 
 
 def warm_up_requests(

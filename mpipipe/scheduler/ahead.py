@@ -128,12 +128,14 @@ class AheadCore:
         """Queue a request behind all others.
 
         Raises:
-            PromptError: "empty", or "too_long" for the context or for all pages together.
+            PromptError: "empty", or "too_long" for the context, for all pages together, or for what
+                the stages were made for.
         """
         check_request(
             request,
             max_context_tokens=self._limits.max_context_tokens,
             capacity_tokens=self._roster.pages.capacity_tokens,
+            planned_tokens=self._limits.max_sequence_tokens,
         )
         sampling = request.sampling
         num_tokens = len(request.prompt_ids) + sampling.max_new_tokens

@@ -29,6 +29,7 @@ class AheadLimits:
     page_size: int  # tokens
     max_context_tokens: int  # of the model or the configuration
     laps_ahead: int = 1  # decode steps of a slot sent before the tokens of the last are known here
+    max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
 
 
 @dataclass(slots=True, eq=False)

@@ -113,8 +113,17 @@ def finish_reason_of(
     return None
 
 
-def check_request(request: Request, *, max_context_tokens: int, capacity_tokens: int) -> None:
+def check_request(
+    request: Request,
+    *,
+    max_context_tokens: int,
+    capacity_tokens: int,
+    planned_tokens: int | None = None,
+) -> None:
     """Refuse a prompt that leaves no room for a single new token.
+
+    Also one that may outgrow `planned_tokens`, for which the tables of the stages were sized: to
+    cut it short there would change its completion without a word.
 
     Raises:
         PromptError: of kind "empty" or "too_long", with the numbers.
@@ -137,4 +146,12 @@ def check_request(request: Request, *, max_context_tokens: int, capacity_tokens:
             f"prompt {request.request_id!r} has {num_tokens} tokens, and with one new token it "
             f"exceeds the whole KV cache of {capacity_tokens} tokens: shorten it, or raise "
             "memory.kv_cache_bytes",
+        )
+    wanted = min(num_tokens + request.sampling.max_new_tokens, max_context_tokens)
+    if planned_tokens is not None and wanted > planned_tokens:
+        raise PromptError(
+            "too_long",
+            f"prompt {request.request_id!r} may grow to {wanted} tokens, and this session was "
+            f"planned for requests of at most {planned_tokens}: lower max_new_tokens, or start a "
+            "session whose workload includes it",
         )

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpipipe.planning.gpu_limits import CHUNK_ELEMENTS
+from mpipipe.planning.sampling_use import SamplingNeeds
 from mpipipe.stage.logits_filters import keep_min_p, running_sums
 from mpipipe.stage.random_draws import draw_token_ids, signed_key, uniforms
-from mpipipe.stage.sampler import is_greedy
 from mpipipe.types import SamplingParams
 
 __all__ = [
@@ -36,9 +37,6 @@ __all__ = [
     "sampling_fields",
 ]
 
-# 32 MB of float32: about ten temporaries of a chunk are alive at once (a sort alone has five), and
-# 256 rows of 128k in one piece would make 3 GB of them.
-_CHUNK_ELEMENTS = 1 << 23
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NOTHING_REMOVED = -1.0  # no cumulated probability is below it
 
@@ -47,34 +45,12 @@ _NOTHING_REMOVED = -1.0  # no cumulated probability is below it
 SamplingFields = tuple[float, int, int, float, float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingNeeds:
-    """The operations that some row of a step uses; without any, the likeliest tokens are taken."""
-
-    draw: bool = False  # a temperature
-    filters: bool = False  # top-k, top-p or min-p
-    penalty: bool = False  # a repetition penalty
-
-    def __or__(self, other: SamplingNeeds) -> SamplingNeeds:
-        """What rows of both need."""
-        return SamplingNeeds(
-            self.draw or other.draw, self.filters or other.filters, self.penalty or other.penalty
-        )
-
-    @staticmethod
-    def of(sampling: SamplingParams) -> SamplingNeeds:
-        """What one sequence needs. Filters of a greedy one change nothing."""
-        draw = not is_greedy(sampling)
-        filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        return SamplingNeeds(draw, draw and filters, sampling.repetition_penalty != 1)
-
-
 def sampling_fields(sampling: SamplingParams, vocab_size: int) -> SamplingFields:
     """The columns' entries of one sequence, in the order of `SamplingColumns`."""
     penalty = float(sampling.repetition_penalty)
     # Beyond float32's range numpy would warn, and round to infinity as torch does.
     penalty = penalty if penalty <= _FLOAT32_MAX else float("inf")
-    if is_greedy(sampling):
+    if sampling.is_greedy:
         return (0.0, 0, vocab_size, _NOTHING_REMOVED, 0.0, penalty)
     return (
         min(float(sampling.temperature), _FLOAT32_MAX),
@@ -211,7 +187,7 @@ def sample_on_device(
 
 def chunk_rows(num_rows: int, vocab_size: int) -> list[slice]:
     """Rows to treat at once, so that temporaries stay small; at least one chunk."""
-    step = max(1, _CHUNK_ELEMENTS // vocab_size)
+    step = max(1, CHUNK_ELEMENTS // vocab_size)
     return [slice(start, min(start + step, num_rows)) for start in range(0, max(num_rows, 1), step)]
 
 

@@ -20,11 +20,7 @@ from mpipipe.stage.logits_filters import keep_min_p, keep_top_k, keep_top_p, pen
 from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
 from mpipipe.types import SamplingParams, TokenLogprobs
 
-__all__ = ["SampleRow", "Sampled", "filtered_scores", "is_greedy", "sample"]
-
-# Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
-# a factor e or more: the draw is greedy, and the division could only overflow.
-_GREEDY_BELOW_TEMPERATURE = 1e-6
+__all__ = ["SampleRow", "Sampled", "filtered_scores", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +34,7 @@ class SampleRow:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, with no draw."""
-        return is_greedy(self.sampling)
-
-
-def is_greedy(sampling: SamplingParams) -> bool:
-    """Whether the likeliest token is taken, with no draw."""
-    return sampling.temperature < _GREEDY_BELOW_TEMPERATURE
+        return self.sampling.is_greedy
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,14 +28,15 @@ from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
-from mpipipe.stage.ahead.engine import AheadEngine, open_engine
+from mpipipe.stage.ahead.assembly import open_engine
+from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.lane import Lane, open_lane
 from mpipipe.stage.ahead.launched import LaunchedStep
 from mpipipe.stage.device_logprobs import logprobs_of
-from mpipipe.stage.device_sampler import SamplingNeeds
 from mpipipe.stage.executor import PreparedStep, StageExecutor
 from mpipipe.stage.sequences import SequenceTable
 from mpipipe.types import FinishReason, Request, SamplingParams, TokenLogprobs
@@ -185,10 +186,10 @@ class InProcessAhead:
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
-    def prepare(self, needs: SamplingNeeds | None = None) -> InProcessAhead:
+    def prepare(self, use: SamplingUse | None = None) -> InProcessAhead:
         """As at boot."""
         for engine in self.engines:
-            engine.prepare(needs or SamplingNeeds())
+            engine.prepare(use or SamplingUse())
         return self
 
     def generate(self, requests: Sequence[Request], *, seed: int = 0) -> list[Outcome]:
@@ -256,7 +257,10 @@ class InProcessAhead:
         flight = self._returning.popleft()
         if flight.ids_S is not None and len(self.engines) > 1:
             with torch.inference_mode():
-                self.engines[0].take_ids(flight.seats_S, flight.ids_S)
+                ids_S = flight.ids_S
+                if isinstance(flight.step, DecodeScheduled):  # as the worker receives them
+                    ids_S = self.engines[0].ids_buffer(len(flight.seats_S)).copy_(ids_S)
+                self.engines[0].take_ids(flight.seats_S, ids_S)
         self._arrived.append(flight)
 
     # ---- back from the stages --------------------------------------------------------------------
@@ -280,6 +284,7 @@ class InProcessAhead:
         else:
             assert flight.logprobs is None, "the head does not expect them"
         ids: list[int] = [] if flight.ids_S is None else flight.ids_S.tolist()
+        del ids[flight.step.num_sampled :]  # of rows without a sequence
         assert min(ids, default=0) >= 0, f"step {flight.step.step}: logits are not finite"
         self._carry_out(core.sampled(flight.step.step, ids), outcomes)
 

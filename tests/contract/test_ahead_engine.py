@@ -17,12 +17,13 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
+from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
 from mpipipe.stage.ahead import decode_batch
 from mpipipe.stage.ahead.decode_batch import DecodeBatch
-from mpipipe.stage.ahead.decode_program import row_buckets
+from mpipipe.stage.ahead.decode_program import ProgramKey, row_buckets
 from mpipipe.stage.ahead.lane import CpuLane
 from mpipipe.stage.ahead.seats import COLUMN_TYPES, SeatTable
-from mpipipe.stage.device_sampler import SamplingNeeds, sampling_fields
+from mpipipe.stage.device_sampler import sampling_fields
 from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.contract.ahead_pipeline import (
     EOS,
@@ -432,16 +433,48 @@ def test_a_program_captured_in_the_middle_of_a_run_changes_no_token(
         assert late.lane.num_captures == num_after_one
 
 
-def test_the_configured_sampling_is_captured_at_boot(tiny: Callable[[str], TinyModel]) -> None:
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_what_the_requests_use_is_captured_at_boot_and_nothing_later(
+    num_stages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Two kinds of programs serve every mixture of the options, log-probabilities included."""
     model = tiny("llama")
-    drawn = SamplingParams(temperature=1.0, top_k=5, max_new_tokens=8, ignore_eos=True)
-    requests = make_requests(LENGTHS, lambda n: drawn.replace(seed=n))
-    late = InProcessAhead(model, ahead_plan(2, graphs=True), "replayed")
-    late.prepare(SamplingNeeds.of(drawn))
-    assert isinstance(late.lane, ReplayingLane)
-    num_at_boot = late.lane.num_captures
-    late.generate(requests)
-    assert late.lane.num_captures == num_at_boot
+    settings = [*map(sampled, range(2 * len(LENGTHS))), GREEDY.replace(max_new_tokens=9)]
+    requests = make_requests((*LENGTHS, *LENGTHS, 6), lambda n: settings[n])
+    wanted = plain_outcomes(model, requests)
+    early = InProcessAhead(model, ahead_plan(num_stages, graphs=True), "replayed")
+    early.prepare(SamplingUse.of(request.sampling for request in requests))
+    assert isinstance(early.lane, ReplayingLane)
+    num_at_boot = early.lane.num_captures
+    num_buckets = len(row_buckets(early.plan.max_sequences_per_slot))
+    # Two on the last stage; where there are others, the first one's taking of ids.
+    num_kinds = num_stages + 1 + (num_stages > 1)
+    assert num_at_boot == num_kinds * num_buckets * early.plan.num_slots
+    found = early.generate(requests)
+    assert early.lane.num_captures == num_at_boot
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        chosen = [entry.logprob for entry in ours.logprobs if entry is not None]
+        other = [entry.logprob for entry in theirs.logprobs if entry is not None]
+        assert chosen == pytest.approx(other, abs=1e-4)
+
+
+def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel]) -> None:
+    plan = ahead_plan(1, graphs=True, num_slots=2)
+    pipeline = InProcessAhead(tiny("llama"), plan, "replayed")
+    pipeline.prepare(SamplingUse(SamplingNeeds(draw=True), logprobs=True))
+    (engine,) = pipeline.engines
+    kept = [
+        engine.programs.run(ProgramKey(slot, rows, SamplingNeeds(draw=True), with_logits=True))
+        for rows in row_buckets(plan.max_sequences_per_slot)
+        for slot in range(plan.num_slots)
+    ]
+    logits = [output.logits_BV for output in kept if output.logits_BV is not None]
+    assert len(logits) == len(kept)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in logits}) == 1
+    assert logits[0].untyped_storage().nbytes() == plan.max_sequences_per_slot * 97 * 4
+    plain = engine.programs.run(ProgramKey(0, 1, SamplingNeeds(draw=True)))
+    assert plain.logits_BV is None, "the program with logits stands in, for the ids only"
 
 
 # ---- hard cases ----------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
-from mpipipe.data_plane.loopback import open_loopback_channels
-from mpipipe.errors import NumericsError
+from mpipipe.data_plane.channel import EdgeKind, TensorChannel, Transfer
+from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
+from mpipipe.errors import NumericsError, PromptError
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.progress import ProgressEngine, new_event_loop
+from mpipipe.runtime.session import Session
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.stage.ahead.timeline import LaneTimeline
@@ -31,6 +35,7 @@ from tests.contract.tiny_models import TinyModel, save_tiny
 LIMIT_S = 60
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 MODES = ["ragged", "replayed"]
+_TURNS = 100  # of the event loop, for which a slow stage holds up a tensor
 
 
 @pytest.fixture(scope="session")
@@ -57,18 +62,62 @@ class Rank:
     account: StageAccount
 
 
+class SlowReceiver:
+    """Receives for a last stage that is slow, and notes how many tensors were sent to it by then.
+
+    Args:
+        channel: the last stage's end.
+        sender: the end of the only other stage.
+    """
+
+    def __init__(self, channel: LoopbackChannel, sender: LoopbackChannel) -> None:
+        self.most_waiting = 0
+        self.send = channel.send
+        self.statistics = channel.statistics
+        self.aclose = channel.aclose
+        self._channel = channel
+        self._sender = sender
+
+    def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
+        """Nothing is received before somebody waits for it, and not at once then."""
+        return _SlowTransfer(self, buffer, source, kind)
+
+    async def take(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> None:
+        """Let the others run on first."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        num_sent = self._sender.statistics().num_sent
+        num_waiting = num_sent - self._channel.statistics().num_received
+        self.most_waiting = max(self.most_waiting, num_waiting)
+        await self._channel.receive(buffer, source=source, kind=kind).wait()
+
+
+@dataclass
+class _SlowTransfer:
+    receiver: SlowReceiver
+    buffer: torch.Tensor
+    source: int
+    kind: EdgeKind
+
+    async def wait(self) -> None:
+        await self.receiver.take(self.buffer, self.source, self.kind)
+
+
 class VirtualRanks:
     """All ranks of `pipeline`, wired as `runtime` wires them.
 
     Args:
         pipeline: its engines, prepared.
+        slow: the last of two stages is slow to receive.
     """
 
-    def __init__(self, pipeline: InProcessAhead) -> None:
+    def __init__(self, pipeline: InProcessAhead, *, slow: bool = False) -> None:
+        self._is_slow = slow
         self.pipeline = pipeline
         self.plan: PipelinePlan = pipeline.plan
         self.ranks: list[Rank] = []
         self.elapsed_s = 0.0  # of the session, without its set-up
+        self.slow: SlowReceiver | None = None  # the second of two stages
 
     def generate(self, *calls: Sequence[Request]) -> list[list[Completion]]:
         """One generate call after the other, then the end of the session."""
@@ -83,11 +132,14 @@ class VirtualRanks:
         for number, engine in enumerate(self.pipeline.engines):
             mesh = Mesh(channels[number], progress, clock)
             account = StageAccount(number)
+            end: TensorChannel = tensors[number]
+            if self._is_slow and number == 1:
+                end = self.slow = SlowReceiver(tensors[1], tensors[0])
             worker = AheadWorker(
                 plan=self.plan,
                 stage=self.plan.stages[number],
                 mesh=mesh,
-                channel=tensors[number],
+                channel=end,
                 engine=engine,
                 lane=self.pipeline.lane,
                 timeline=LaneTimeline(self.pipeline.lane, account),
@@ -193,6 +245,43 @@ def test_options_stop_strings_and_preemption_change_no_completion(
             assert completion.logprobs is not None
             assert [e.token_id for e in completion.logprobs] == list(completion.token_ids)
             assert all(len(e.top) == asked for e in completion.logprobs)
+
+
+def test_the_first_stage_does_not_run_away_with_chunks_of_a_long_prompt(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    """Steps that sample nothing are in flight until the last stage is through with them."""
+    model = tiny("llama")
+    requests = make_requests((40, 40), lambda n: SamplingParams(max_new_tokens=4, ignore_eos=True))
+    plan = ahead_plan(2, max_tokens_per_step=3)
+    ranks = VirtualRanks(InProcessAhead(model, plan, "ragged").prepare(), slow=True)
+    (completions,) = ranks.generate(requests)
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    assert [list(c.token_ids) for c in completions] == wanted
+    assert ranks.slow is not None
+    assert 2 <= ranks.slow.most_waiting <= plan.num_slots * (1 + plan.laps_ahead)
+
+
+def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None:
+    """Else a sequence would outgrow the page tables and the rotary table of the stages."""
+    plan = ahead_plan(1)
+    boot: Any = SimpleNamespace(
+        ranks=None,
+        hellos=(),
+        model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
+        tokenizer=None,
+        decode=text_of,
+        log=NullLog(),
+    )
+    nothing: Any = None
+    session = Session(boot, plan=plan, worker=nothing, account=nothing, load=nothing)
+    core = session._make_core()
+    fitting, longer = make_requests(
+        (8, 8), lambda n: SamplingParams(max_new_tokens=plan.max_sequence_tokens - 8 + n)
+    )
+    core.add(fitting)
+    with pytest.raises(PromptError, match=f"at most {plan.max_sequence_tokens}"):
+        core.add(longer)
 
 
 def test_every_second_of_every_rank_is_booked(tiny: Callable[[str], TinyModel]) -> None:

@@ -60,7 +60,7 @@ def test_every_mix_of_settings_gives_the_oracles_tokens(
 def test_the_same_holds_for_rows_that_fill_several_chunks(
     vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_sampler, "_CHUNK_ELEMENTS", 5 * vocabulary + 3)
+    monkeypatch.setattr(device_sampler, "CHUNK_ELEMENTS", 5 * vocabulary + 3)
     batch = random_batch(77, 23, vocabulary)
     device = put_on(CPU, batch)
     ids_S = device.sample()

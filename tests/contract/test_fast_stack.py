@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.models.fast_layers import FastLayer, merge_layer
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
+from mpipipe.runtime.load import load_parts
+from tests.contract.ahead_pipeline import ahead_plan
 from tests.contract.stage_steps import (
     ragged_layout,
     run_ragged,
@@ -192,6 +195,38 @@ def test_other_mathematics_are_left_to_transformers(tiny: Callable[[str], TinyMo
         fill(stage, tiny(family).folder)
         problem = fast_stack.obstacle(stage.module, [], 16)
         assert type(stage.module).__name__ in problem
+
+
+def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    """A model made for 128k tokens would have tables of 64 MB, for prompts of a few hundred."""
+    folder = tiny("llama").folder
+    for longest, length in ((12, 12), (None, 32)):
+        stage = build_stage_model(
+            folder,
+            split(1)[0],
+            dtype=torch.float32,
+            backend=SdpaAttention(),
+            max_context_tokens=32,
+            max_sequence_tokens=longest,
+        )
+        fill(stage, folder)
+        stage.finish(
+            step_cache(stage, num_kv_heads=2, head_dim=12),
+            form="fast",
+            operations=torch_operations(),
+        )
+        assert stage._fast is not None
+        assert stage._fast._cos_PD.shape[0] == length
+        assert stage._fast._sin_PD.shape[0] == length
+
+
+def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:
+    plan = replace(ahead_plan(1), model_path=str(tiny("llama").folder))
+    assert plan.max_sequence_tokens < plan.max_context_tokens
+    parts = load_parts(plan, plan.stages[0], False, torch.device("cpu"))
+    assert parts.model._max_positions == plan.max_sequence_tokens
 
 
 def test_cpu_stages_are_packed_unless_asked_otherwise(tiny: Callable[[str], TinyModel]) -> None:

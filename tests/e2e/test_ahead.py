@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Outcome, execute, run
+from tests.e2e.conftest import Outcome, execute, mpiexec, run
 
 AHEAD = ["pipeline.laps_ahead=1", "pipeline.device=cpu"]
 LINES: list[dict[str, Any]] = [
@@ -106,6 +106,8 @@ def test_completions_are_those_of_a_plain_run(
     check_metrics(outcome, max(1, num_ranks))
     plan = outcome.json("manifest.json")["plan"]
     assert plan["laps_ahead"] == 1
+    needs = {"draw": True, "filters": True, "penalty": True}
+    assert plan["sampling"] == {"needs": needs, "logprobs": True, "plain": False}
     assert plan["prefill"] == ("mixed" if "pipeline.prefill=mixed" in words else "phases")
     preempted = outcome.json("metrics.json")["num_preemptions"]
     assert (preempted > 0) == any("num_kv_pages" in word for word in words)
@@ -134,6 +136,34 @@ def test_stop_strings_end_a_completion_although_more_tokens_are_in_flight(
     assert found["greedy"]["finish_reason"] == "stop"
     assert found["greedy"]["text"] == text[: text.index(stop)]
     check_same(outcome, run(0, config, tmp_path / "plain", *words))
+
+
+def test_a_session_takes_calls_of_any_length_and_options_one_after_the_other(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """A library session is planned before it sees a prompt: it must hold the whole context."""
+    script = tmp_path / "calls.py"
+    script.write_text(
+        "import sys\n"
+        "from mpipipe import Pipeline\n"
+        "with Pipeline(*sys.argv[1:]) as pipeline:\n"
+        "    for prompt, options in (\n"
+        "        ('a', {'max_new_tokens': 2}),\n"
+        "        ('long words ' * 8, {'max_new_tokens': 100, 'num_logprobs': 1}),\n"
+        "        ('many words ' * 40, {'max_new_tokens': 2}),\n"
+        "        ('a', {'max_new_tokens': 3, 'temperature': 1.0, 'repetition_penalty': 2.0}),\n"
+        "    ):\n"
+        "        for c in pipeline.generate_sync([prompt], ignore_eos=True, **options):\n"
+        "            total = c.num_prompt_tokens + len(c.token_ids)\n"
+        "            print('done', len(c.token_ids), total, c.error_kind, flush=True)\n"
+    )
+    words = [sys.executable, str(script), str(tiny_model), *AHEAD]
+    outcome = execute([*mpiexec(2), *words], tmp_path)
+    assert outcome.exit_code == 0, outcome.stderr
+    done = [line.split()[1:] for line in outcome.stdout.splitlines() if line.startswith("done")]
+    assert [entry[0] for entry in (done[0], done[2], done[3])] == ["2", "0", "3"]
+    assert done[1][1] == "128", "it ends at the context"
+    assert [entry[2] for entry in done] == ["None", "None", "too_long", "None"]
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_ends_the_run_before_it_loads(

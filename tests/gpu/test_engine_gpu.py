@@ -201,8 +201,11 @@ class Steady:
             launched = self.launch(engine, step, buffer_TH.copy_(launched.result))
         if len(self.engines) > 1:
             with torch.inference_mode():
-                self.engines[0].take_ids(first.seats_S, launched.result)
-        self.downloads.append(self.lane.download(launched.result))
+                ids_S = launched.result
+                if isinstance(step, DecodeScheduled):
+                    ids_S = self.engines[0].ids_buffer(len(first.seats_S)).copy_(ids_S)
+                self.engines[0].take_ids(first.seats_S, ids_S)
+        self.downloads.append(self.lane.download(launched.result)[: step.num_sampled])
         there = self.lane.mark()
         self.timeline.add(StepMarks(step, taken_up, taken_up, there, self.lane.mark()))
         self.timeline.collect()

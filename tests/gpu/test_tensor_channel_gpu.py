@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - nothing of it may be left behind
 from mpi4py import MPI
 
-from mpipipe.data_plane.channel import EdgeKind, TensorChannel
+from mpipipe.data_plane.channel import EdgeKind, RepeatingChannel, TensorChannel
 from mpipipe.data_plane.nccl import open_nccl_channel
 from mpipipe.data_plane.staged import open_staged_channel
 from mpipipe.errors import ChannelClosedError
@@ -257,6 +257,52 @@ def test_a_head_that_is_late_holds_up_only_the_stream_of_the_ids(
             await ring.channel.receive(ids_S, source=SIZE - 1, kind=EdgeKind.IDS).wait()
             assert bool((ids_S == 1).all())
 
+    nccl(body)
+
+
+def test_repeated_transfers_carry_what_is_there_each_time(nccl: Callable[[Body], None]) -> None:
+    """As in a decode loop: hidden states forward, ids back, in graphs, now and then without."""
+
+    async def body(ring: Ring) -> None:
+        channel, num_laps = ring.channel, 60
+        assert isinstance(channel, RepeatingChannel)
+        made, arrived = torch.zeros(2, 32, 3200, dtype=torch.bfloat16, device=ring.device)
+        ids, ids_in = torch.zeros(2, 32, dtype=torch.int64, device=ring.device)
+        seen = torch.zeros(2, num_laps, device=ring.device)
+        hidden, back = EdgeKind.HIDDEN, EdgeKind.IDS
+        starts: list[Callable[[], None]] = []
+        if not ring.is_last:
+            starts.append(channel.repeated_send(made, destination=RANK + 1, kind=hidden))
+        if not ring.is_first:
+            starts.append(channel.repeated_receive(arrived, source=RANK - 1, kind=hidden))
+        if ring.is_last:
+            starts.append(channel.repeated_send(ids, destination=0, kind=back))
+        if ring.is_first:
+            starts.append(channel.repeated_receive(ids_in, source=SIZE - 1, kind=back))
+        send_or_receive = dict(zip(("hidden", "ids"), (starts[0], starts[-1]), strict=True))
+        torch.cuda.set_sync_debug_mode("error")
+        for lap in range(num_laps):
+            plain = lap % 7 == RANK  # the other end of the transfer is a graph
+            made.fill_(lap)
+            if not plain:
+                send_or_receive["hidden"]()
+            else:
+                await pass_on(ring, made, arrived, hidden)
+            seen[0, lap] = arrived.float().mean()
+            ids.fill_(100 + lap)
+            if not plain:
+                send_or_receive["ids"]()
+            else:
+                await pass_on(ring, ids, ids_in, back)
+            seen[1, lap] = ids_in.float().mean()
+        torch.cuda.set_sync_debug_mode("default")
+        if ring.is_last:
+            assert seen[0].tolist() == list(range(num_laps))
+        if ring.is_first:
+            assert seen[1].tolist() == list(range(100, 100 + num_laps))
+
+    if SIZE != 2:
+        pytest.skip("two ranks: one edge forward, one back")
     nccl(body)
 
 

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
+from mpipipe.errors import PromptError
 from mpipipe.scheduler.ahead import AheadCore
 from mpipipe.scheduler.ahead_steps import AheadLimits
 from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Instruction, TokensEmitted
@@ -283,3 +284,30 @@ def test_few_pages_cost_little_recomputation(mixed: bool) -> None:
     assert statistics.num_preemptions > 0
     assert statistics.max_pages_used > 950
     assert statistics.num_recomputed_tokens < 0.05 * num_tokens
+
+
+# ---- the length that the stages are made for -----------------------------------------------------
+
+
+def test_a_request_that_may_outgrow_the_stages_tables_is_refused_and_the_others_run() -> None:
+    limits = AheadLimits(1, 4, 64, 100, 4, 2000, max_sequence_tokens=20)
+    core = AheadCore(limits)
+    add(core, 10, max_new_tokens=10)
+    with pytest.raises(PromptError, match=r"may grow to 21 tokens.* at most 20: lower") as caught:
+        add(core, 10, max_new_tokens=11)
+    assert caught.value.kind == "too_long"
+    with pytest.raises(PromptError, match="context of 2000"):
+        add(core, 2000, max_new_tokens=1)
+    while not core.is_idle:
+        for step in steps(core):
+            give_back(core, step)
+    assert core.statistics().num_finished == 1
+
+
+def test_requests_are_cut_at_the_context_when_the_stages_hold_all_of_it() -> None:
+    core = AheadCore(AheadLimits(1, 4, 64, 100, 4, 20, max_sequence_tokens=20))
+    add(core, 10, max_new_tokens=500)
+    while not core.is_idle:
+        for step in steps(core):
+            give_back(core, step)
+    assert core.statistics().num_finished == 1

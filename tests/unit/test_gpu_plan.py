@@ -7,11 +7,20 @@ from dataclasses import dataclass, replace
 import pytest
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
+from mpipipe.config.schema import (
+    Config,
+    GenerationConfig,
+    MemoryConfig,
+    ModelConfig,
+    PipelineConfig,
+)
 from mpipipe.errors import ConfigError, EnvironmentSetupError, PlanError
-from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step, gpu_work_bytes
+from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
+from mpipipe.planning.step_limits import StepLimits
+from mpipipe.planning.workload import Workload
 
 GIB = 2**30
 BACKENDS = ("triton", "sdpa", "reference")
@@ -95,6 +104,7 @@ def plan(
     *settings: PipelineConfig | MemoryConfig | ModelConfig,
     spec: ModelSpec = OPENLLAMA_3B,
     work: tuple[int, int, int] | None = None,
+    sampling: SamplingUse | None = None,
 ) -> PipelinePlan:
     """`work`: prompts × input × output."""
     config = Config()
@@ -114,10 +124,13 @@ def plan(
         spec,
         world,
         "/models/m",
-        longest_request_tokens=tokens_in + tokens_out,
-        num_requests=prompts,
-        num_prompt_tokens=prompts * tokens_in,
-        num_output_tokens=prompts * tokens_out,
+        Workload(
+            num_requests=prompts,
+            longest_request_tokens=tokens_in + tokens_out,
+            num_prompt_tokens=prompts * tokens_in,
+            num_output_tokens=prompts * tokens_out,
+            sampling=sampling,
+        ),
     )
 
 
@@ -349,13 +362,47 @@ PAGE_BYTES_OF_LAYER = 16 * 2 * 32 * 104 * 2  # rows of 100 are padded to 104
 
 
 def work_bytes(made: PipelinePlan, *, has_head: bool) -> int:
-    return gpu_work_bytes(
-        OPENLLAMA_3B,
-        made.dtype,
-        max_tokens=made.max_tokens_per_step,
-        max_sequences=made.max_sequences_per_slot,
-        has_head=has_head,
+    limits = StepLimits(made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step, 2048)
+    return limits.gpu_work_bytes(OPENLLAMA_3B, made.dtype, made.sampling, has_head=has_head)
+
+
+PLAIN = SamplingUse()
+DRAWN = SamplingUse(SamplingNeeds(draw=True), plain=False)
+
+
+def test_log_probabilities_and_penalties_take_memory_of_the_last_stage_only() -> None:
+    limits = StepLimits(4, 256, 4096, 8192)
+
+    def needed(use: SamplingUse, *, has_head: bool = True) -> int:
+        return limits.gpu_work_bytes(LLAMA_3_8B, "bfloat16", use, has_head=has_head)
+
+    vocabulary = LLAMA_3_8B.vocab_size
+    kept = SamplingUse(DRAWN.needs, logprobs=True, plain=False)
+    assert needed(kept) - needed(DRAWN) == 256 * vocabulary * 2
+    penalised = SamplingUse(SamplingNeeds(draw=True, penalty=True), plain=False)
+    assert needed(penalised) - needed(DRAWN) == (2 * 4 * 256 + 1) * (vocabulary + 1)
+    assert needed(DRAWN) > needed(PLAIN)
+    everything = SamplingUse(SamplingNeeds(True, True, True), logprobs=True)
+    assert needed(everything, has_head=False) == needed(PLAIN, has_head=False)
+
+
+def test_what_sampling_takes_is_not_given_to_pages() -> None:
+    work = (4000, 1000, 500)
+    plain = plan(t4(2), work=work, sampling=PLAIN)
+    penalised = replace(PLAIN, needs=SamplingNeeds(penalty=True))
+    assert plan(t4(2), work=work, sampling=penalised).num_kv_pages < plain.num_kv_pages
+    assert plan(t4(2), work=work, sampling=penalised).sampling == penalised
+    assert plain.sampling == PLAIN
+
+
+def test_unknown_requests_are_greedy_or_as_configured() -> None:
+    assert plan(h200(2)).sampling == PLAIN
+    config = replace(
+        Config(), generation=GenerationConfig(temperature=0.7, top_k=9, num_logprobs=3)
     )
+    made = make_plan(config, OPENLLAMA_3B, h200(2), "/models/m")
+    assert made.sampling == SamplingUse(SamplingNeeds(draw=True, filters=True), True, True)
+    assert PipelinePlan.from_json(made.to_json()) == made
 
 
 def test_pages_take_what_weights_and_work_space_leave_on_the_tightest_gpu() -> None:

@@ -17,6 +17,7 @@ from mpipipe.planning.cost import (
 )
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.workload import Workload
 
 GIB = 2**30
 
@@ -82,8 +83,7 @@ def plan(
         spec,
         world,
         "/models/smol",
-        longest_request_tokens=longest,
-        num_requests=num_requests,
+        Workload(num_requests=num_requests, longest_request_tokens=longest),
     )
 
 

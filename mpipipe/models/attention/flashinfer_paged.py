@@ -28,6 +28,9 @@ __all__ = ["FlashInferAttention"]
 
 _WORKSPACE_BYTES = 128 << 20  # FlashInfer's own recommendation
 _RING = 4  # steps planned ahead of the GPU without waiting for it
+# "auto" takes FlashAttention-3 on Hopper, whose templates compile for minutes (170 s were not
+# enough for a test); on other GPUs it is FlashAttention-2 anyway.
+_KERNELS = "fa2"
 
 
 @dataclass(slots=True, eq=False)
@@ -125,10 +128,12 @@ class FlashInferAttention:
         if kind == "decode":
             # The tensor-core kernels serve every ratio of query to KV heads; the others only some.
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace, order, use_tensor_cores=True
+                self._workspace, order, use_tensor_cores=True, backend=_KERNELS
             )
         else:
-            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, order)
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, order, backend=_KERNELS
+            )
         ring.append(_Planner(wrapper, torch.cuda.Event()))
         return ring[-1]
 

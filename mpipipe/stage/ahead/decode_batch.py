@@ -82,6 +82,7 @@ class DecodeBatch:
         self, seats: SeatTable, lane: Lane, *, max_rows: int, nobody: tuple[int, int]
     ) -> None:
         rows = -(-max_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.max_rows = max_rows
         self._seats = seats
         self._nobody_seat, self._nobody_page = nobody
         self._rows = np.empty(0, dtype=np.int64)  # the seat of each row

@@ -4,7 +4,8 @@ One program per slot, number of rows and sampling operations. Its work is plain 
 lengths, look the inputs up, run the layers, sample. `memory.cuda_graphs = false` and CPUs run that
 work as it is; it is the oracle of the graphs, which replay the very same calls.
 
-A program's outputs stay at the same addresses, valid until its next run.
+A program's outputs stay at the same addresses, valid until its next run; logits until the next run
+of any program, because all write them to one place.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from mpipipe.kv_cache.layout import decode_layout
 from mpipipe.stage.device_sampler import SamplingNeeds, sample_on_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import torch
 
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.ahead.decode_batch import DecodeBatch
@@ -62,6 +63,19 @@ class ProgramKey:
     needs: SamplingNeeds = GREEDY
     with_logits: bool = False  # kept for log-probabilities
 
+    def serves(self, other: ProgramKey) -> bool:
+        """Whether this program does all that `other` does, for the same rows."""
+        return (
+            (self.slot, self.num_rows) == (other.slot, other.num_rows)
+            and self.needs | other.needs == self.needs
+            and self.with_logits >= other.with_logits
+        )
+
+    @property
+    def num_options(self) -> int:
+        """How much it does."""
+        return sum((self.needs.draw, self.needs.filters, self.needs.penalty, self.with_logits))
+
 
 @dataclass(slots=True)
 class DecodeOutput:
@@ -101,29 +115,45 @@ class DecodePrograms:
         self._lane = lane
         self._page_size = page_size
         self._max_kv_len = max_kv_len
-        self._use_graphs = use_graphs
+        self.use_graphs = use_graphs
+        # Graphs by what they do, and by what else they have served for.
         self._replays: dict[ProgramKey, tuple[Callable[[], None], DecodeOutput]] = {}
+        self._num_graphs = 0
+        self._logits_RV: torch.Tensor | None = None  # of the latest step that keeps them
         self.seen: SeenTokens | None = None
 
     @property
     def num_graphs(self) -> int:
         """Graphs captured so far."""
-        return len(self._replays)
+        return self._num_graphs
 
     def prepare(self, keys: Iterable[ProgramKey]) -> None:
         """Run every program once on rows without sequences, and capture it."""
         for key in keys:
             self._work(key)
-            if self._use_graphs:
+            if self.use_graphs:
                 self._capture(key)
 
     def run(self, key: ProgramKey) -> DecodeOutput:
-        """Add a step to the lane. A program that is new is captured first, which waits for it."""
-        if not self._use_graphs:
+        """Add a step to the lane.
+
+        Where there is no program for `key`, the least that does more stands in: it chooses the same
+        tokens. Without one, the program is captured first, which waits for the lane.
+        """
+        if not self.use_graphs:
             return self._work(key)
-        captured = self._replays.get(key) or self._capture_late(key)
-        captured[0]()
-        return captured[1]
+        found = self._replays.get(key) or self._stand_in(key) or self._capture_late(key)
+        found[0]()
+        return found[1]
+
+    def _stand_in(self, key: ProgramKey) -> tuple[Callable[[], None], DecodeOutput] | None:
+        able = [other for other in self._replays if other.serves(key)]
+        if not able:
+            return None
+        replay, output = self._replays[min(able, key=lambda other: other.num_options)]
+        logits_BV = output.logits_BV if key.with_logits else None
+        self._replays[key] = (replay, DecodeOutput(output.result, logits_BV))
+        return self._replays[key]
 
     def _capture_late(self, key: ProgramKey) -> tuple[Callable[[], None], DecodeOutput]:
         """Capture in the middle of a run: sampling options that were not known at boot.
@@ -149,6 +179,7 @@ class DecodePrograms:
         replay = self._lane.capture(lambda: outputs.append(self._work(key)))
         assert replay is not None, "graphs are used on GPUs only"
         self._replays[key] = (replay, outputs[0])
+        self._num_graphs += 1
         return self._replays[key]
 
     def _work(self, key: ProgramKey) -> DecodeOutput:
@@ -177,7 +208,14 @@ class DecodePrograms:
         ids_B = self._sample(key, result, kv_len_B)
         if model.plan.has_embedding:
             last_token.index_copy_(0, seats_B, ids_B)
-        return DecodeOutput(ids_B, result if key.with_logits else None)
+        return DecodeOutput(ids_B, self._keep(result) if key.with_logits else None)
+
+    def _keep(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """A copy in the one place that all programs share: each their own would be gigabytes."""
+        if self._logits_RV is None:  # in a trial run: not in the memory of a graph
+            max_rows = max(batch.max_rows for batch in self._batches)
+            self._logits_RV = logits_BV.new_empty(max_rows, logits_BV.shape[1])
+        return self._logits_RV[: len(logits_BV)].copy_(logits_BV)
 
     def _sample(
         self, key: ProgramKey, logits_BV: torch.Tensor, kv_len_B: torch.Tensor

@@ -8,13 +8,14 @@ CUDA graphs where the attention backend works from device tensors alone, and run
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from mpipipe.control_plane.messages import DecodeScheduled
 from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout, to_device
-from mpipipe.stage.ahead.decode_batch import DecodeBatch
 from mpipipe.stage.ahead.decode_program import (
     GREEDY,
     DecodePrograms,
@@ -22,70 +23,28 @@ from mpipipe.stage.ahead.decode_program import (
     StageTensors,
     row_buckets,
 )
+from mpipipe.stage.ahead.ids_intake import IdsIntake, RowSlices
 from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
 from mpipipe.stage.ahead.prefill import full_prefill, sampled_rows
 from mpipipe.stage.ahead.seats import SeatTable
 from mpipipe.stage.device_logprobs import select_logprobs
-from mpipipe.stage.device_sampler import (
-    SamplingColumns,
-    SamplingNeeds,
-    SeenTokens,
-    sample_on_device,
-)
+from mpipipe.stage.device_sampler import SamplingColumns, SeenTokens, sample_on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpipipe.control_plane.messages import DecodeScheduled, RequestOpened, StepScheduled
+    from mpipipe.control_plane.messages import RequestOpened, StepScheduled
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.planning.sampling_use import SamplingUse
+    from mpipipe.stage.ahead.decode_batch import DecodeBatch
     from mpipipe.stage.ahead.lane import Lane
 
-__all__ = ["AheadEngine", "open_engine"]
-
-
-def open_engine(
-    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_spans: bool
-) -> AheadEngine:
-    """Tables and device tensors for `plan`; nothing is captured yet."""
-    max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
-    # A place may be taken again while its last owner's steps are in flight: two seats a place.
-    num_seats = 2 * plan.num_slots * plan.max_sequences_per_slot
-    seats = SeatTable(num_seats, max_pages, model.vocab_size)
-    nobody = (num_seats, plan.num_kv_pages)
-    batches = tuple(
-        DecodeBatch(seats, lane, max_rows=plan.max_sequences_per_slot, nobody=nobody)
-        for _ in range(plan.num_slots)
-    )
-    hidden_in_BH = None
-    if not model.plan.has_embedding:
-        rows = plan.max_sequences_per_slot
-        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
-    last_token = torch.zeros(num_seats + 1, dtype=torch.int64, device=lane.device)
-    tensors = StageTensors(last_token, hidden_in_BH)
-    programs = DecodePrograms(
-        model,
-        batches,
-        tensors,
-        lane,
-        page_size=plan.page_size_tokens,
-        max_kv_len=plan.max_sequence_tokens,
-        use_graphs=plan.cuda_graphs and not attention_needs_spans and not model.graph_obstacle(),
-    )
-    return AheadEngine(
-        plan,
-        model,
-        lane,
-        seats=seats,
-        batches=batches,
-        tensors=tensors,
-        programs=programs,
-        ragged=attention_needs_spans,
-    )
+__all__ = ["AheadEngine"]
 
 
 class AheadEngine:
-    """One stage's tables, batches and programs; made by `open_engine`."""
+    """One stage's tables, batches and programs; made by `assembly.open_engine`."""
 
     def __init__(
         self,
@@ -107,6 +66,13 @@ class AheadEngine:
         self._batches = batches
         self._tensors = tensors
         self._ragged = ragged
+        self._slices = RowSlices()
+        self._intake = IdsIntake(
+            tensors.last_token,
+            max_rows=plan.max_sequences_per_slot,
+            lane=lane,
+            fixed=programs.use_graphs,
+        )
         self._buckets = row_buckets(plan.max_sequences_per_slot)
         self._is_last = model.plan.has_head
         self._is_first = model.plan.has_embedding
@@ -125,17 +91,22 @@ class AheadEngine:
             batch.clear()
         self.seats.clear()
 
+    @property
+    def fixed_results(self) -> bool:
+        """Whether decode steps leave their results at the same addresses again and again."""
+        return self.programs.use_graphs
+
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
         return self._batches[step.slot].latest_sample(step.joined)
 
     # ---- boot ------------------------------------------------------------------------------------
 
-    def prepare(self, needs: SamplingNeeds) -> None:
+    def prepare(self, use: SamplingUse) -> None:
         """Run and capture the decode programs of every slot and size, the largest first.
 
-        `needs`: the sampling that the run is configured for, beside greedy. Other options are
-        captured when they first occur. First comes a prefill step of full size, so that no request
+        `use`: by the run's requests, as far as they are known. What no program made here can do is
+        captured when it first occurs. First comes a prefill step of full size, so that no request
         pays for loading kernels, and too little memory shows before the first prompt.
         """
         with torch.inference_mode():
@@ -143,22 +114,23 @@ class AheadEngine:
         if self._ragged:
             self._lane.drain()
             return
-        kinds = {GREEDY}
-        if self._is_last:
-            kinds.add(needs)
-            if needs.penalty:
-                self._remember_seen()
+        kinds = use.kinds if self._is_last else ((GREEDY, False),)
+        if self._is_last and use.needs.penalty:
+            self._remember_seen()
         keys = [
-            ProgramKey(slot, rows, kind)
+            ProgramKey(slot, rows, needs, with_logits)
             for rows in reversed(self._buckets)
-            for kind in sorted(kinds, key=repr)
+            for needs, with_logits in kinds
             for slot in range(len(self._batches))
         ]
         with torch.inference_mode():
             self.programs.prepare(keys)
-            # The small steps between the programs load their kernels here too.
+            # The small steps between the programs load their kernels, and are captured, here too.
             ids_S = self._lane.upload(np.zeros(1, dtype=np.int64))
             self.take_ids(self._lane.upload(np.full(1, self.seats.num_seats)), ids_S)
+            if self._is_first and not self._is_last:
+                for rows, batch in itertools.product(self._buckets, self._batches):
+                    self.take_ids(self._seats_of(batch, rows), self.ids_buffer(rows))
             self._lane.download(ids_S)
         self._lane.drain()
         self.clear()
@@ -194,6 +166,8 @@ class AheadEngine:
         """Where the step's hidden states must arrive: [T, hidden]."""
         buffer_BH = self._tensors.hidden_in_BH
         assert buffer_BH is not None, "the first stage receives none"
+        if isinstance(step, DecodeScheduled):
+            return self._slices.of(buffer_BH, self._num_rows(step))
         num_tokens = step.num_tokens
         if num_tokens <= buffer_BH.shape[0]:
             return buffer_BH[:num_tokens]
@@ -214,18 +188,22 @@ class AheadEngine:
         rows_S = self._lane.upload(sampled_rows(layout.spans, step))
         logits_SV = self._model.forward(inputs, layout, rows_S)
         if not len(seats):
-            return LaunchedStep(seats_S, seats_S)
+            # For the first stage to see that the step is done.
+            return LaunchedStep(seats_S.new_zeros(1), seats_S)
         positions_S = self._lane.upload(self.seats.num_computed[seats].astype(np.int64))
         return self._sample(logits_SV, seats, seats_S, positions_S)
 
     @torch.inference_mode()
     def decode(self, step: DecodeScheduled, hidden_BH: torch.Tensor | None) -> LaunchedStep:
-        """Add one lap of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any."""
+        """Add one lap of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any.
+
+        The result has all rows of the program, those without a sequence included.
+        """
         batch = self._batches[step.slot]
         batch.apply(step)
         if self._ragged:
             return self._decode_ragged(batch, hidden_BH)
-        rows = next(size for size in self._buckets if size >= len(batch))
+        rows = self._num_rows(step)
         needs = batch.needs if self._is_last else GREEDY
         with_logits = self._is_last and batch.max_logprobs >= 0
         output = self.programs.run(ProgramKey(step.slot, rows, needs, with_logits))
@@ -234,7 +212,16 @@ class AheadEngine:
         if output.logits_BV is not None:
             logits_SV, ids_S = output.logits_BV[:num_rows], output.result[:num_rows]
             logprobs = self._logprobs(logits_SV, ids_S, batch.seats_of_rows)
-        return LaunchedStep(output.result[:num_rows], batch.device["seats"][:num_rows], logprobs)
+        return LaunchedStep(output.result, self._seats_of(batch, rows), logprobs)
+
+    def _num_rows(self, step: DecodeScheduled) -> int:
+        """Rows that are computed and sent; every stage comes to the same number."""
+        if self._ragged:
+            return step.num_rows
+        return next(size for size in self._buckets if size >= step.num_rows)
+
+    def _seats_of(self, batch: DecodeBatch, num_rows: int) -> torch.Tensor:
+        return self._slices.of(batch.device["seats"], num_rows)
 
     def _decode_ragged(self, batch: DecodeBatch, hidden_BH: torch.Tensor | None) -> LaunchedStep:
         """A decode step from lengths that the host knows; tokens still come from the device."""
@@ -282,9 +269,13 @@ class AheadEngine:
             self.take_ids(seats_S, ids_S)
         return LaunchedStep(ids_S, seats_S, self._logprobs(logits_SV, ids_S, seats))
 
+    def ids_buffer(self, num_rows: int) -> torch.Tensor:
+        """Where the ids of a decode step arrive: int64 [num_rows] (first stage)."""
+        return self._intake.buffer(num_rows)
+
     def take_ids(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
         """The tokens that sequences sampled, for the next step's input (first stage)."""
-        self._tensors.last_token.index_copy_(0, seats_S, ids_S)
+        self._intake.take(seats_S, ids_S)
 
     def _logprobs(
         self, logits_SV: torch.Tensor, ids_S: torch.Tensor, seats: np.ndarray

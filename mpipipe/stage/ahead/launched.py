@@ -26,6 +26,6 @@ class LogprobTensors:
 class LaunchedStep:
     """A step on the lane."""
 
-    result: torch.Tensor  # hidden [T, hidden]; on the last stage ids int64 [S]
+    result: torch.Tensor  # hidden [T, hidden]; on the last stage ids int64 [S], or one 0 if S is 0
     seats_S: torch.Tensor  # int64: whose tokens the ids are
     logprobs: LogprobTensors | None = None

@@ -32,6 +32,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.errors import NumericsError
 from mpipipe.stage.ahead.edges import exercise_edges
+from mpipipe.stage.ahead.hops import Hops
 from mpipipe.stage.ahead.timeline import StepMarks
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
@@ -65,7 +66,7 @@ class _Returning:
 class _OnTheWay:
     """Ids (or none) that the host has once the mark is reached."""
 
-    step: int
+    step: _Step
     ids_S: torch.Tensor | None
     mark: Mark
 
@@ -102,6 +103,7 @@ class AheadWorker:
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
+        self._hops = Hops(channel, fixed=engine.fixed_results)
         self._engine = engine
         self._lane = lane
         self._timeline = timeline
@@ -154,7 +156,7 @@ class AheadWorker:
         return isinstance(message, GenerationEnded)
 
     def device_use(self) -> DeviceUse:
-        """Memory of the device; median host time of the decode steps of the latest call."""
+        """Memory of the device; median host time of the latest call's decode steps."""
         return DeviceUse(self._lane.peak_bytes(), self._us_per_launch)
 
     async def exercise_edges(self) -> None:
@@ -171,9 +173,7 @@ class AheadWorker:
             if received is None and self._returning and not self._on_the_way:
                 await self._receive_ids()
                 continue
-            if received is None:
-                received = await self._mailbox.get()
-            _, message = received
+            _, message = received or await self._mailbox.get()
             if not isinstance(message, StepSampled):  # our own notice that ids have arrived
                 return message
 
@@ -195,8 +195,7 @@ class AheadWorker:
         hidden_TH = None
         if not self.is_first:
             hidden_TH = self._engine.hidden_buffer(step)
-            source = self._neighbour(-1)
-            await self._channel.receive(hidden_TH, source=source, kind=EdgeKind.HIDDEN).wait()
+            await self._hops.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         elif not self.is_last:
             await self._receive_needed(step)
         input_there = self._lane.mark()
@@ -215,11 +214,9 @@ class AheadWorker:
     def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
         """Send what the step made, and note what is to come back."""
         if not self.is_last:
-            destination = self._neighbour(+1)
-            self._channel.send(launched.result, destination=destination, kind=EdgeKind.HIDDEN)
-        elif not self.is_first and step.num_sampled:
-            head = self._plan.head_rank
-            self._channel.send(launched.result, destination=head, kind=EdgeKind.IDS)
+            self._hops.send(step, launched.result, self._neighbour(+1), EdgeKind.HIDDEN)
+        elif not self.is_first:
+            self._hops.send(step, launched.result, self._plan.head_rank, EdgeKind.IDS)
         if launched.logprobs is not None:
             self._logprobs.append((step.step, launched.logprobs, self._lane.mark()))
         if not self.is_first:
@@ -243,19 +240,20 @@ class AheadWorker:
         """Receive the oldest ids that are still out, for the next steps and for the host."""
         returning = self._returning.popleft()
         step = returning.step
-        if not step.num_sampled:
-            self._bring_to_host(step, None)
-            return
-        ids_S = torch.empty(step.num_sampled, dtype=torch.int64, device=self._lane.device)
-        last = self._plan.last_rank
-        await self._channel.receive(ids_S, source=last, kind=EdgeKind.IDS).wait()
-        with torch.inference_mode():
-            self._engine.take_ids(returning.seats_S, ids_S)
-        self._bring_to_host(step, ids_S)
+        if isinstance(step, DecodeScheduled):
+            ids_S = self._engine.ids_buffer(len(returning.seats_S))
+        else:
+            num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done
+            ids_S = torch.empty(num_ids, dtype=torch.int64, device=self._lane.device)
+        await self._hops.receive(step, ids_S, self._plan.last_rank, EdgeKind.IDS)
+        if step.num_sampled:
+            with torch.inference_mode():
+                self._engine.take_ids(returning.seats_S, ids_S)
+        self._bring_to_host(step, ids_S if step.num_sampled else None)
 
     def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> None:
         host_S = None if ids_S is None else self._lane.download(ids_S)
-        self._on_the_way.append(_OnTheWay(step.step, host_S, self._lane.mark()))
+        self._on_the_way.append(_OnTheWay(step, host_S, self._lane.mark()))
         self._progress.wake()
 
     # ---- what the device has done ----------------------------------------------------------------
@@ -281,17 +279,18 @@ class AheadWorker:
         return active
 
     def _hand_on(self, arrived: _OnTheWay) -> None:
+        number = arrived.step.step
         token_ids: tuple[int, ...] = ()
-        if arrived.ids_S is not None:
-            token_ids = tuple(arrived.ids_S.tolist())
+        if arrived.ids_S is not None:  # behind the sequences' may be ids of rows without one
+            token_ids = tuple(arrived.ids_S.tolist()[: arrived.step.num_sampled])
         if token_ids and min(token_ids) < 0:
             raise NumericsError(
                 f"the model's logits are not finite for {sum(i < 0 for i in token_ids)} of "
-                f"{len(token_ids)} sequences of step {arrived.step}: most likely its activations "
+                f"{len(token_ids)} sequences of step {number}: most likely its activations "
                 f"overflowed in {self._plan.dtype}, or a weight file is damaged; set model.dtype "
                 "to bfloat16 or float32, or copy the model again"
             )
-        message = StepSampled(arrived.step, token_ids)
+        message = StepSampled(number, token_ids)
         self._mesh.send(self._mesh.rank, message)
         # A notice to ourselves: with nothing left to launch, the next ids may now be received.
         self._mailbox.put((self._mesh.rank, message))

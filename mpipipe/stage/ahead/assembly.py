@@ -1,0 +1,60 @@
+"""Builds an `AheadEngine` from its plan and model: tables on the host, tensors on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpipipe.planning.gpu_limits import num_seats
+from mpipipe.stage.ahead.decode_batch import DecodeBatch
+from mpipipe.stage.ahead.decode_program import DecodePrograms, StageTensors
+from mpipipe.stage.ahead.engine import AheadEngine
+from mpipipe.stage.ahead.seats import SeatTable
+
+if TYPE_CHECKING:
+    from mpipipe.models.adapter import StageModel
+    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.stage.ahead.lane import Lane
+
+__all__ = ["open_engine"]
+
+
+def open_engine(
+    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_spans: bool
+) -> AheadEngine:
+    """Tables and device tensors for `plan`; nothing is captured yet."""
+    max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
+    seats = SeatTable(
+        num_seats(plan.num_slots, plan.max_sequences_per_slot), max_pages, model.vocab_size
+    )
+    nobody = (seats.num_seats, plan.num_kv_pages)
+    batches = tuple(
+        DecodeBatch(seats, lane, max_rows=plan.max_sequences_per_slot, nobody=nobody)
+        for _ in range(plan.num_slots)
+    )
+    hidden_in_BH = None
+    if not model.plan.has_embedding:
+        rows = plan.max_sequences_per_slot
+        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
+    last_token = torch.zeros(seats.num_seats + 1, dtype=torch.int64, device=lane.device)
+    tensors = StageTensors(last_token, hidden_in_BH)
+    programs = DecodePrograms(
+        model,
+        batches,
+        tensors,
+        lane,
+        page_size=plan.page_size_tokens,
+        max_kv_len=plan.max_sequence_tokens,
+        use_graphs=plan.cuda_graphs and not attention_needs_spans and not model.graph_obstacle(),
+    )
+    return AheadEngine(
+        plan,
+        model,
+        lane,
+        seats=seats,
+        batches=batches,
+        tensors=tensors,
+        programs=programs,
+        ragged=attention_needs_spans,
+    )

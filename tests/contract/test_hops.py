@@ -1,0 +1,98 @@
+"""Transfers of decode steps are prepared once where the channel can repeat them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
+from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
+from mpipipe.stage.ahead.hops import Hops
+
+DECODE = DecodeScheduled(0, 0, 1, (), (), (), (), False)
+PROMPT = StepScheduled(0, 0, (), False)
+
+
+class Repeating:
+    """A loopback channel that can repeat, and counts what was prepared and how often it went."""
+
+    def __init__(self, channel: LoopbackChannel) -> None:
+        self.send = channel.send
+        self.receive = channel.receive
+        self.statistics = channel.statistics
+        self.aclose = channel.aclose
+        self.num_prepared = 0
+        self.num_repeats = 0
+
+    def repeated_send(
+        self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        return self._counted(lambda: self.send(tensor, destination=destination, kind=kind))
+
+    def repeated_receive(
+        self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        return self._counted(lambda: self.receive(buffer, source=source, kind=kind))
+
+    def _counted(self, transfer: Callable[[], object]) -> Callable[[], None]:
+        self.num_prepared += 1
+
+        def start() -> None:
+            self.num_repeats += 1
+            transfer()
+
+        return start
+
+
+def pair(*, fixed: bool) -> tuple[Repeating, Hops, Hops]:
+    """A repeating end with its hops, and the hops of a plain end."""
+    ends = open_loopback_channels(2)
+    repeating = Repeating(ends[0])
+    return repeating, Hops(repeating, fixed=fixed), Hops(ends[1], fixed=fixed)
+
+
+def test_a_transfer_is_prepared_once_for_each_memory_and_size() -> None:
+    async def session() -> None:
+        repeating, here, there = pair(fixed=True)
+        results, arrived = torch.zeros(2, 4), torch.empty(4)
+        for lap in range(3):
+            results.fill_(lap)
+            for row in (0, 1):
+                here.send(DECODE, results[row], 1, EdgeKind.HIDDEN)
+                await there.receive(DECODE, arrived, 0, EdgeKind.HIDDEN)
+                assert arrived.tolist() == [lap] * 4
+        here.send(DECODE, results[0, :2], 1, EdgeKind.HIDDEN)
+        assert (repeating.num_prepared, repeating.num_repeats) == (3, 7)
+
+    asyncio.run(session())
+
+
+def test_a_receive_is_prepared_once_too() -> None:
+    async def session() -> None:
+        repeating, here, there = pair(fixed=True)
+        ids, arrival = torch.zeros(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+        for lap in range(4):
+            there.send(DECODE, ids.fill_(lap), 0, EdgeKind.IDS)
+            await here.receive(DECODE, arrival, 1, EdgeKind.IDS)
+            assert arrival.tolist() == [lap] * 3
+        assert (repeating.num_prepared, repeating.num_repeats) == (1, 4)
+
+    asyncio.run(session())
+
+
+def test_prompts_and_results_that_move_about_travel_plainly() -> None:
+    async def session() -> None:
+        for fixed, step in ((True, PROMPT), (False, DECODE)):
+            repeating, here, there = pair(fixed=fixed)
+            arrived = torch.empty(5)
+            here.send(step, torch.ones(5), 1, EdgeKind.HIDDEN)
+            await there.receive(step, arrived, 0, EdgeKind.HIDDEN)
+            there.send(step, torch.ones(5), 0, EdgeKind.IDS)
+            await here.receive(step, arrived, 1, EdgeKind.IDS)
+            assert arrived.tolist() == [1] * 5
+            assert repeating.num_prepared == 0
+
+    asyncio.run(session())
