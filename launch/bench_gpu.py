@@ -4,9 +4,10 @@
     ./launch/bench_gpu.sh --only pipeline_llama3_8b,tests
     ./launch/bench_gpu.sh --quick --device cpu pipeline.device=cpu model.dtype=float32 model.path=…
 
-Parts (one process or one mpirun each): `pipeline_<shape>` and `latency_<shape>` on two GPUs,
-`single_<shape>` on one, `transformers_1` and `transformers_2` (generate on one GPU, device_map over
-two), `tests` (launch/test_gpu.sh). A part that fails or takes too long is told of and loses only
+Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
+(pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `transformers_1`
+and `transformers_2` (generate on one GPU, device_map over two),
+`tests` (launch/test_gpu.sh). A part that fails or takes too long is told of and loses only
 its own figures. Writes table.md, records.jsonl, trace.json (50 decode steps of both stages, for
 Perfetto) and log.txt to `--out`.
 
@@ -48,6 +49,9 @@ SINGLE = {
     "openllama_3b": ("1x512x128", "32x512x128", "64x512x128", "128x1024x256", "512x512x128"),
     "llama3_8b": ("1x512x128", "64x512x128", "128x1024x256", "512x512x128"),
 }
+# Prompt chunks between the decode steps, for requests that arrive over time: what that costs a job
+# whose prompts are all there, for which prompts come first (phases, the default of a run).
+MIXED_PREFILL = {"openllama_3b": ("128x1024x256", "512xmixed")}
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 TRANSFORMERS = ("1x512x128", "32x512x128")
 
@@ -127,9 +131,15 @@ def mpirun(num_ranks: int) -> list[str]:
 
 
 def throughput_part(
-    name: str, shape: str, works: tuple[str, ...], num_ranks: int, args: argparse.Namespace
+    name: str,
+    shape: str,
+    works: tuple[str, ...],
+    num_ranks: int,
+    args: argparse.Namespace,
+    *,
+    variant: str = "",
 ) -> Part:
-    """`bench throughput` of a shape."""
+    """`bench throughput` of a shape. `variant`: a key of the section `pipeline` and its value."""
     json_path = args.out / f"{name}.jsonl"
     words = [word for work in works for word in ("--work", work)]
     if name == "pipeline_openllama_3b":
@@ -138,8 +148,10 @@ def throughput_part(
         words += ["--profile", str(args.out / "profile.json")]
     command = [*mpirun(num_ranks), sys.executable, "-m", "mpipipe", "bench", "throughput"]
     command += [str(CONFIG), f"model.path={ROOT / 'configs' / 'shapes' / shape}", *args.overrides]
+    command += [f"pipeline.{variant}"] if variant else []
     command += [*words, "--json", str(json_path)]
-    return Part(name, command, 100.0, json_path, {"shape": shape, "ranks": num_ranks})
+    labels = {"shape": shape, "ranks": num_ranks, "variant": variant}
+    return Part(name, command, 100.0, json_path, labels)
 
 
 def transformers_part(name: str, device_map: str, args: argparse.Namespace) -> Part:
@@ -155,7 +167,7 @@ def transformers_part(name: str, device_map: str, args: argparse.Namespace) -> P
 
 def tests_part() -> Part:
     """The GPU tests; those that need ranks start them themselves."""
-    return Part("tests", ["bash", str(ROOT / "launch" / "test_gpu.sh")], 240.0)
+    return Part("tests", ["bash", str(ROOT / "launch" / "test_gpu.sh")], 300.0)
 
 
 def all_parts(args: argparse.Namespace) -> list[Part]:
@@ -167,6 +179,10 @@ def all_parts(args: argparse.Namespace) -> list[Part]:
     for shape, single in LATENCY.items():
         works = QUICK if args.quick else single
         parts.append(throughput_part(f"latency_{shape}", shape, works, 2, args))
+    for shape, mixed in MIXED_PREFILL.items():
+        works = QUICK if args.quick else mixed
+        name = f"chunks_{shape}"
+        parts.append(throughput_part(name, shape, works, 2, args, variant="prefill=mixed"))
     for shape in SHAPES:
         works = QUICK if args.quick else SINGLE[shape]
         parts.append(throughput_part(f"single_{shape}", shape, works, 1, args))
@@ -267,15 +283,15 @@ def table_lines(results: list[Result], seconds: float) -> list[str]:
 
 def row(record: dict[str, Any], peers: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     """One line of the table."""
-    key, ranks = (record["shape"], record["work"]), record["ranks"]
-    target = TARGETS.get(key) if ranks == 2 else None
+    key, ranks, variant = (record["shape"], record["work"]), record["ranks"], record["variant"]
+    target = TARGETS.get(key) if ranks == 2 and not variant else None
     speed = record["tokens_per_s"]
     shown = f"**{speed:,.0f}**" if target and speed >= target else f"{speed:,.0f}"
     stages = record["stages"]
     peer = [peers.get((*key, number), {}) for number in ("1", "2")]
     held = [stage["gpu_peak_bytes"] or stage["peak_rss_bytes"] for stage in stages]
     cells = [
-        record["shape"],
+        f"{record['shape']}, {variant}" if variant else record["shape"],
         record["work"],
         str(ranks),
         shown,
@@ -296,7 +312,11 @@ def row(record: dict[str, Any], peers: dict[tuple[str, str, str], dict[str, Any]
 
 def scaling_lines(ours: list[dict[str, Any]]) -> list[str]:
     """Weak scaling from one GPU to two, every slot keeping its rows."""
-    of = {(record["shape"], record["work"], record["ranks"]): record for record in ours}
+    of = {
+        (record["shape"], record["work"], record["ranks"]): record
+        for record in ours
+        if not record["variant"]
+    }
     lines = []
     for shape in SHAPES:
         one, two = of.get((shape, SCALING[0], 1)), of.get((shape, SCALING[1], 2))
@@ -346,7 +366,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="All GPU benchmarks and tests of mpipipe.")
     parser.add_argument("--only", default="", help="comma-separated parts or their first letters")
     parser.add_argument("--out", type=Path, default=Path("bench_gpu_results"))
-    parser.add_argument("--budget", type=float, default=465.0, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=475.0, help="seconds for everything")
     parser.add_argument("--quick", action="store_true", help="tiny works, to try the script")
     parser.add_argument("--device", default="cuda", help="of transformers; cpu to try the script")
     parser.add_argument("--profile", default="", help="a shape: profile its first pipeline work")

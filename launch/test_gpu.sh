@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The tests that need an NVIDIA GPU, in about three minutes; `tox -e gpu` does just this.
+# The tests that need an NVIDIA GPU, in about four minutes; `tox -e gpu` does just this.
 #
 #   ./launch/test_gpu.sh                      all
 #   ./launch/test_gpu.sh -k engine -x         words for pytest: only tests/gpu, and only those
 #
-# 1. tests/contract, as far as it runs on the GPU where there is one: the kernels and the sampler.
-# 2. tests/gpu, in parallel with pytest-xdist where that is installed (PYTEST_WORKERS, 6 by default).
-# 3. tensors between two ranks (tests/gpu/test_tensor_channel_gpu.py) under mpirun; over NCCL where
+# 1. tests/gpu, and of tests/contract what runs on the GPU where there is one (kernels, sampler,
+#    engine), in parallel with pytest-xdist where that is installed (PYTEST_WORKERS; by default one
+#    for two cores, at most 16).
+# 2. tensors between two ranks (tests/gpu/test_tensor_channel_gpu.py) under mpirun; over NCCL where
 #    two GPUs are in sight, and in any case staged over MPI.
 #
 # Runs from the source tree with PYTHON (python3), installs nothing: torch for the GPU, transformers,
@@ -17,7 +18,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # Under tox, python3 would be that of tox's own empty environment.
 [ -z "${TOX_ENV_DIR:-}" ] || PATH=${PATH//"$TOX_ENV_DIR/bin:"/}
-python=${PYTHON:-python3}
+# A whole path: Open MPI's mpirun may put other folders first in PATH.
+python=$(command -v "${PYTHON:-python3}")
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -30,11 +32,18 @@ has() {
     "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"
 }
 
-# tox.ini speaks to plugins that may be missing here.
+# Only the plugins that are meant: others that happen to be here warn, and a warning is an error.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 options=(-q)
-has pytest_timeout || options+=(-o addopts= -W ignore::pytest.PytestConfigWarning)
+if has pytest_timeout; then
+    options+=(-p pytest_timeout)
+else # tox.ini speaks to it
+    options+=(-o addopts= -W ignore::pytest.PytestConfigWarning)
+fi
 parallel=()
-if has xdist; then parallel=(-n "${PYTEST_WORKERS:-6}" --dist worksteal); fi
+workers=${PYTEST_WORKERS:-$((($(nproc) + 1) / 2))}
+[ "$workers" -le 16 ] || workers=16
+if has xdist; then parallel=(-p xdist -n "$workers" --dist worksteal); fi
 
 failed=0
 part() {
@@ -46,11 +55,13 @@ part() {
 }
 
 if [ $# -eq 0 ]; then
-    part "contract, on the GPU" "$python" -m pytest "${options[@]}" "${parallel[@]}" \
+    # In one go: the workers' imports are a good part of the time.
+    part "one process each" "$python" -m pytest "${options[@]}" "${parallel[@]}" tests/gpu \
         tests/contract/test_kernels.py tests/contract/test_device_sampler.py \
         tests/contract/test_ahead_engine.py tests/contract/test_ahead_worker.py
+else
+    part "tests/gpu" "$python" -m pytest "${options[@]}" "${parallel[@]}" tests/gpu -m gpu "$@"
 fi
-part "tests/gpu" "$python" -m pytest "${options[@]}" "${parallel[@]}" tests/gpu -m gpu "$@"
 if [ $# -eq 0 ]; then
     launcher=$(command -v mpirun || command -v mpiexec || true)
     if [ -z "$launcher" ]; then
@@ -63,7 +74,7 @@ if [ $# -eq 0 ]; then
             [ "$(id -u)" -ne 0 ] || ranks+=(--allow-run-as-root)
         fi
         mpi=()
-        if has pytest_mpi; then mpi=(--with-mpi); fi
+        if has pytest_mpi; then mpi=(-p pytest_mpi --with-mpi); fi
         part "two ranks" timeout --kill-after=10 120 "${ranks[@]}" "$python" -m mpi4py -m pytest \
             "${options[@]}" "${mpi[@]}" tests/gpu/test_tensor_channel_gpu.py
     fi
