@@ -51,7 +51,7 @@ SINGLE = {
 }
 # Prompt chunks between the decode steps, for requests that arrive over time: what that costs a job
 # whose prompts are all there, for which prompts come first (phases, the default of a run).
-MIXED_PREFILL = {"openllama_3b": ("128x1024x256", "512xmixed")}
+MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 TRANSFORMERS = ("1x512x128", "32x512x128")
 

@@ -41,7 +41,8 @@ else # tox.ini speaks to it
     options+=(-o addopts= -W ignore::pytest.PytestConfigWarning)
 fi
 parallel=()
-workers=${PYTEST_WORKERS:-$((($(nproc) + 1) / 2))}
+# nproc takes OMP_NUM_THREADS for the number of cores.
+workers=${PYTEST_WORKERS:-$((($(env -u OMP_NUM_THREADS nproc) + 1) / 2))}
 [ "$workers" -le 16 ] || workers=16
 if has xdist; then parallel=(-p xdist -n "$workers" --dist worksteal); fi
 
