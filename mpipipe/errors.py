@@ -16,6 +16,7 @@ __all__ = [
     "EXIT_OK",
     "EXIT_PEER_LOST",
     "EXIT_PROMPTS",
+    "EXIT_REQUEUE",
     "ChannelClosedError",
     "CheckpointError",
     "ConfigError",
@@ -30,6 +31,7 @@ __all__ = [
     "PromptError",
     "ProtocolMismatchError",
     "RemoteError",
+    "StoppedError",
     "UnsupportedModelError",
 ]
 
@@ -40,6 +42,7 @@ EXIT_CHECKPOINT = 3  # model folder missing, incomplete or of an unsupported fam
 EXIT_PROMPTS = 4  # the run finished, but at least one prompt became an error record
 EXIT_ENVIRONMENT = 5  # MPI, ranks, memory, devices
 EXIT_PEER_LOST = 6  # a rank died, hung or raised during the run
+EXIT_REQUEUE = 75  # told to stop (SIGTERM, SIGUSR1): stopped cleanly, start it again to go on
 EXIT_INTERRUPTED = 130  # Ctrl-C
 
 
@@ -115,6 +118,12 @@ class RemoteError(MpipipeError):
         self.kind = kind
         self.exit_code = exit_code
         self.rank = rank
+
+
+class StoppedError(MpipipeError):
+    """The run was told to stop: nothing is wrong, and it can go on later."""
+
+    exit_code = EXIT_REQUEUE
 
 
 class ChannelClosedError(MpipipeError):

@@ -20,7 +20,8 @@ __all__ = ["app", "main"]
 _EPILOG = (
     "Exit codes: 0 done · 1 a bug of mpipipe · 2 configuration, plan or output folder · "
     "3 model folder · 4 done, but some prompts became error records · "
-    "5 MPI, ranks, memory or devices · 6 a rank was lost · 130 interrupted."
+    "5 MPI, ranks, memory or devices · 6 a rank was lost · 75 told to stop, start again to go on · "
+    "130 interrupted."
 )
 
 app = typer.Typer(
@@ -33,6 +34,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
+app.add_typer(slurm, name="slurm")
 
 ConfigPath = Annotated[
     Path, typer.Argument(help="TOML or JSON configuration file.", show_default=False)
@@ -91,6 +94,58 @@ def plan(
     from mpipipe.cli.plan import plan_command
 
     plan_command(config, overrides or [], num_stages=stages, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Check this job.")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes seconds.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say in seconds whether a job would run here: alone, under mpirun, or under srun."""
+    from mpipipe.cli.doctor import doctor_command
+
+    raise typer.Exit(
+        doctor_command(config, overrides or [], as_json=as_json, quick=quick, debug=debug)
+    )
+
+
+@app.command()
+def status(
+    run_or_job: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a job id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Show how far a running, queued or ended job is; needs neither torch nor MPI."""
+    from mpipipe.cli.status import status_command
+
+    raise typer.Exit(status_command(run_or_job, as_json=as_json))
+
+
+@slurm.command("mpi-flag")
+def slurm_mpi_flag(
+    available: Annotated[str, typer.Option(help="What `srun --mpi=list` printed.")] = "",
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Print the `--mpi=` value of srun that fits this environment's MPI library."""
+    from mpipipe.cli.slurm import mpi_flag_command
+
+    raise typer.Exit(mpi_flag_command(available))
+
+
+@slurm.command("workspace")
+def slurm_workspace(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Option(help="The job's folder.")] = Path(),
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Copy configuration and prompts into the job's folder, for `launch/run.sh`."""
+    from mpipipe.cli.workspace import workspace_command
+
+    raise typer.Exit(workspace_command(config, overrides or [], folder))
 
 
 @app.command("demo-model")

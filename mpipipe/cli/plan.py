@@ -12,6 +12,7 @@ from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.resolve import make_plan
 from mpipipe.runtime.inputs import deepspeed_warnings, read_model
+from mpipipe.topology.affinity import usable_physical_cores
 from mpipipe.topology.gpu import (
     GpuFacts,
     driver_in_sight,
@@ -57,6 +58,7 @@ def _greetings(loaded: LoadedConfig, num_ranks: int) -> list[Hello]:
     """What `num_ranks` ranks of this host would tell each other."""
     host = read_host()
     gpus = _gpus(loaded.config.pipeline.device, num_ranks)
+    cores = usable_physical_cores()
     backends = installed_attention_backends()
     return [
         Hello(
@@ -79,6 +81,8 @@ def _greetings(loaded: LoadedConfig, num_ranks: int) -> list[Hello]:
             nccl_version=gpu.nccl_version,
             attention_backends=backends if gpu.index >= 0 else (),
             gpu_problem=gpu.problem,
+            cores=cores,
+            num_allowed_cpus=sum(map(len, cores)),
         )
         for rank, gpu in enumerate(gpus)
     ]

@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "pipeline.device": (AUTO, "cpu", "cuda"),
     "pipeline.attention": (AUTO, "triton", "flashinfer", "varlen", "sdpa", "reference"),
     "pipeline.prefill": (AUTO, "phases", "mixed"),
+    "pipeline.bind": (AUTO, "none"),
     "memory.kv_cache": ("paged", "contiguous"),
     "log.level": ("debug", "info", "warning", "error"),
     "log.progress": (AUTO, "bar", "plain", "none"),
@@ -68,6 +69,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a short name without slashes: it becomes a folder name",
     ),
     ("output.dir", lambda v: v != "", 'a folder, or "auto"'),
+    ("output.resume", lambda v: v in (True, False, AUTO), 'true, false or "auto"'),
 )
 
 
@@ -89,6 +91,11 @@ def check(config: Config) -> None:
         if not holds(value):
             shown = list(value) if isinstance(value, tuple) else value
             raise ConfigError(f"{name} = {shown!r} is out of range: it must be {allowed}")
+    if config.output.resume is True and config.output.overwrite:
+        raise ConfigError(
+            "output.resume = true and output.overwrite = true contradict each other: to go on with "
+            "the earlier run, or to replace it? Set one of them"
+        )
     default_sampling(config.generation)
 
 

@@ -109,6 +109,8 @@ class PipelineConfig:
     chunks per lap; `auto`: phases."""
     threads_per_rank: int | str = AUTO
     """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
+    bind: str = AUTO
+    """CPU cores of a rank: `auto`: near its GPU, unless the launcher has bound it; or `none`."""
     handshake_timeout_s: float = 120.0
     """How long to wait for all ranks to greet each other at start."""
 
@@ -139,9 +141,12 @@ class OutputConfig:
     """Where results go."""
 
     dir: str = AUTO
-    """The run folder; `auto`: `runs/<config name>-<date>-<time>`."""
+    """The run folder; `auto`: `runs/<config name>-<date>-<time>`, with Slurm's job id in a job."""
     overwrite: bool = False
     """Replace the files of an earlier run in `output.dir`."""
+    resume: bool | str = AUTO
+    """Go on with an earlier run in `output.dir`: its completions stay, only what is missing is
+    done. `auto`: in a job that Slurm has requeued."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,10 @@ __all__ = [
     "SessionEnded",
     "StepSampled",
     "StepScheduled",
+    "StopRequested",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -66,6 +67,10 @@ class Hello:
     nccl_version: str = ""  # "" without NCCL
     attention_backends: tuple[str, ...] = ()  # those that import here, e.g. "triton", "flashinfer"
     gpu_problem: str = ""  # why there is no usable GPU, a whole sentence with the remedy
+    gpu_pci: str = ""  # PCI address, e.g. "0000:3b:00.0"
+    gpu_cpus: tuple[int, ...] = ()  # near the GPU (topology.affinity)
+    cores: tuple[tuple[int, ...], ...] = ()  # physical cores of the mask, each as its CPUs
+    num_allowed_cpus: int = 0  # that the job may use on this host
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +250,13 @@ class SessionEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class StopRequested:
+    """rank → head: I was told to stop; head → all: we stop, answer with the gather `stop`."""
+
+    reason: str  # e.g. "SIGTERM on rank 1"
+
+
+@dataclass(frozen=True, slots=True)
 class Echo:
     """Round-trip probe of `bench control`; `reply` says whether it is the answer."""
 
@@ -254,23 +266,10 @@ class Echo:
 
 
 Message = (
-    Hello
-    | PhaseReport
-    | PhaseVerdict
-    | BarrierEntered
-    | BarrierReleased
-    | Broadcast
-    | GatherPart
-    | RequestOpened
-    | StepScheduled
-    | DecodeScheduled
-    | RequestClosed
-    | StepSampled
-    | LogprobsSampled
-    | GenerationEnded
-    | SessionEnded
-    | Echo
-)
+    Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
+    | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
+    | LogprobsSampled | GenerationEnded | SessionEnded | StopRequested | Echo
+)  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
 TAGS: dict[int, type[Message]] = {
@@ -290,4 +289,5 @@ TAGS: dict[int, type[Message]] = {
     14: SessionEnded,
     15: Echo,
     16: DecodeScheduled,
+    17: StopRequested,
 }

@@ -26,12 +26,7 @@ from mpipipe.control_plane.channel import MessageStatistics
 from mpipipe.control_plane.launch_watch import launch_watch
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
-from mpipipe.errors import (
-    ChannelClosedError,
-    DeadlineError,
-    EnvironmentSetupError,
-    PeerLostError,
-)
+from mpipipe.errors import ChannelClosedError, DeadlineError, EnvironmentSetupError, PeerLostError
 
 if "mpi4py.MPI" not in sys.modules:
     # Init and Finalize are ours: Init under a watch, Finalize only after an orderly end.
@@ -51,7 +46,7 @@ if TYPE_CHECKING:
 
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["MpiChannel", "library_version", "open_mpi_control_channel"]
+__all__ = ["MpiChannel", "library_version", "open_mpi_control_channel", "thread_level"]
 
 _SLOT_BYTES = 32 * 1024
 # 64 frames may arrive between two polls without MPI having to copy them aside. 2 MiB of memory.
@@ -107,8 +102,7 @@ class MpiChannel:
         self._sends: deque[MPI.Request] = deque()  # unfinished; each keeps its buffer alive
         self._unregister: Callable[[], None] | None = None
         self._closed = False
-        self._num_sent = self._num_received = 0
-        self._sent_bytes = self._received_bytes = 0
+        self._num_sent = self._num_received = self._sent_bytes = self._received_bytes = 0
 
     @property
     def rank(self) -> int:
@@ -297,3 +291,10 @@ def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
 def library_version() -> str:
     """Name and version of the MPI library."""
     return MPI.Get_library_version().splitlines()[0]
+
+
+def thread_level() -> str:
+    """Who may call MPI, as MPI has granted it: `single`, `funneled`, `serialized` or `multiple`."""
+    names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+    granted = MPI.Query_thread()
+    return next(name.lower() for name in names if getattr(MPI, f"THREAD_{name}") == granted)

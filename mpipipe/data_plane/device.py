@@ -12,7 +12,13 @@ import re
 import torch
 import torch.distributed
 
-from mpipipe.topology.gpu import GpuFacts, cuda_init_problem, gpu_of_rank
+from mpipipe.topology.gpu import (
+    GpuFacts,
+    cuda_init_problem,
+    gpu_of_rank,
+    mig_slice,
+    pci_address,
+)
 
 __all__ = ["nccl_version", "read_gpu"]
 
@@ -47,12 +53,23 @@ def read_gpu(local_rank: int) -> GpuFacts:
     return GpuFacts(
         index=index,
         name=properties.name,
-        uuid=str(properties.uuid),
+        uuid=mig_slice(os.environ, index) or str(properties.uuid),
         capability=capability,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         nccl_version=nccl_version(),
+        pci=_pci_address(properties),
     )
+
+
+def _pci_address(properties: object) -> str:
+    """As Linux writes it. Not every torch tells; then the driver does, if its files are visible."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    numbers = [getattr(properties, name, None) for name in names]
+    if any(number is None for number in numbers):
+        return pci_address(str(getattr(properties, "uuid", "")))
+    domain, bus, device = (int(number) for number in numbers if number is not None)
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
 def nccl_version() -> str:

@@ -41,6 +41,7 @@ async def open_nccl_channel(
     *,
     rank: int,
     hosts: Sequence[str],
+    stage_ranks: Sequence[int],
     device_index: int,
     timeout_s: float,
 ) -> NcclTensorChannel:
@@ -48,8 +49,9 @@ async def open_nccl_channel(
 
     Args:
         broadcast: the head's bytes to all, over the control plane.
-        rank: the own number; rank 0 is the head, and ranks are stages in order.
-        hosts: the host of every rank, in order.
+        rank: the own number; rank 0 is the head.
+        hosts: the host of every rank, in order of rank.
+        stage_ranks: the rank of every stage, the head's first.
         device_index: this rank's GPU.
         timeout_s: for all of it.
 
@@ -58,7 +60,12 @@ async def open_nccl_channel(
         DeadlineError: it took longer than `timeout_s`.
     """
     groups = await connect_groups(
-        broadcast, rank=rank, hosts=hosts, device_index=device_index, timeout_s=timeout_s
+        broadcast,
+        rank=rank,
+        hosts=hosts,
+        stage_ranks=stage_ranks,
+        device_index=device_index,
+        timeout_s=timeout_s,
     )
     return NcclTensorChannel(groups)
 

@@ -64,6 +64,7 @@ async def connect_groups(
     *,
     rank: int,
     hosts: Sequence[str],
+    stage_ranks: Sequence[int],
     device_index: int,
     timeout_s: float,
 ) -> NcclGroups:
@@ -77,7 +78,7 @@ async def connect_groups(
     store = await open_store(broadcast, rank=rank, hosts=hosts, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind = await asyncio.to_thread(_connect, store, rank, len(hosts), device)
+            by_kind = await asyncio.to_thread(_connect, store, rank, stage_ranks, device)
     except TimeoutError:
         raise DeadlineError(
             f"NCCL did not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} within "
@@ -103,7 +104,7 @@ def first_line(error: Exception) -> str:
 
 
 def _connect(
-    store: Store, rank: int, world_size: int, device: torch.device
+    store: Store, rank: int, stage_ranks: Sequence[int], device: torch.device
 ) -> dict[EdgeKind, ProcessGroup]:
     """Make both groups and send a tensor over every edge. Blocks until all ranks do the same."""
     torch.cuda.set_device(device)  # per thread
@@ -115,7 +116,12 @@ def _connect(
     os.environ.setdefault("TORCH_NCCL_USE_COMM_NONBLOCKING", "0")
     # With `device_id` communicators are made here and now, not by the first transfer.
     dist.init_process_group(
-        "nccl", store=store, rank=rank, world_size=world_size, device_id=device, timeout=limit
+        "nccl",
+        store=store,
+        rank=rank,
+        world_size=len(stage_ranks),
+        device_id=device,
+        timeout=limit,
     )
     world = dist.group.WORLD
     assert world is not None, "just made"
@@ -124,22 +130,25 @@ def _connect(
     with warnings.catch_warnings():
         # It says that transfers of a group queue behind each other: that is the stream order.
         warnings.filterwarnings("ignore", message=".*unbatched P2P")
-        _exercise(groups, rank, world_size, device)
+        _exercise(groups, rank, stage_ranks, device)
     return groups
 
 
 def _exercise(
-    groups: dict[EdgeKind, ProcessGroup], rank: int, world_size: int, device: torch.device
+    groups: dict[EdgeKind, ProcessGroup],
+    rank: int,
+    stage_ranks: Sequence[int],
+    device: torch.device,
 ) -> None:
-    """Once round the ring: hidden states forward, ids from the last rank to the head."""
-    last = world_size - 1
+    """Once round the ring: hidden states forward, ids from the last stage's rank to the head."""
+    stage, head, last = stage_ranks.index(rank), stage_ranks[0], stage_ranks[-1]
     tensor = torch.zeros(1, device=device)
-    if rank > 0:
-        groups[EdgeKind.HIDDEN].recv([tensor], rank - 1, 0).wait()
-    if rank < last:
-        groups[EdgeKind.HIDDEN].send([tensor], rank + 1, 0).wait()
-    elif rank > 0:
-        groups[EdgeKind.IDS].send([tensor], 0, 0).wait()
-    if rank == 0 and last > 0:
+    if rank != head:
+        groups[EdgeKind.HIDDEN].recv([tensor], stage_ranks[stage - 1], 0).wait()
+    if rank != last:
+        groups[EdgeKind.HIDDEN].send([tensor], stage_ranks[stage + 1], 0).wait()
+    elif rank != head:
+        groups[EdgeKind.IDS].send([tensor], head, 0).wait()
+    if rank == head != last:
         groups[EdgeKind.IDS].recv([tensor], last, 0).wait()
     torch.cuda.synchronize(device)

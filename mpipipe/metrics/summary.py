@@ -83,6 +83,8 @@ class RequestTotals:
     ttft_p95_s: float | None
     latency_p50_s: float | None
     latency_p95_s: float | None
+    num_unfinished: int = 0  # the run was told to stop before them
+    num_kept: int = 0  # completed or failed in earlier attempts, counted nowhere else here
 
 
 class RequestTally:

@@ -6,6 +6,7 @@ All ranks do alike, so the least capable GPU decides. Not here: how much may be 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -199,6 +200,14 @@ def _nccl_obstacle(
                 f"ranks {sharers[0].rank} and {sharers[1].rank} share {describe_gpu(sharers[0])} "
                 f"of {sharers[0].host}, and NCCL refuses two ranks on one GPU: set "
                 'pipeline.transport = "mpi" or "auto", or start fewer ranks'
+            )
+    slices = Counter((rank.host, rank.gpu_pci) for rank in ranks if rank.gpu_pci)
+    for (host, _), num_ranks in slices.items():
+        if num_ranks > 1:
+            return PlanError(
+                f"{num_ranks} ranks on {host} have slices (MIG) of one GPU, and NCCL refuses two "
+                'ranks on one GPU: set pipeline.transport = "mpi" or "auto", or give each rank a '
+                "GPU of its own"
             )
     for rank in ranks:
         if not rank.nccl_version:

@@ -10,16 +10,24 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 
 __all__ = ["plan_lines", "plan_rows"]
 
+# Said only where there is something to say.
+_PLACES = ("pipeline.layout", "pipeline.bind")
+
 
 def plan_rows(plan: PipelinePlan) -> tuple[tuple[str, str, str], ...]:
-    """One row per stage, then one per setting: name, value, reason or "as configured"."""
+    """Stages, where they lie, then settings: name, value, reason or "as configured"."""
     stages = tuple(_stage_row(stage) for stage in plan.stages)
     reasons = {entry.setting: entry.reason for entry in plan.resolved}
+    places = tuple(
+        (entry.setting, entry.value, entry.reason)
+        for entry in plan.resolved
+        if entry.setting in _PLACES
+    )
     settings = tuple(
         (setting, value, reasons.get(setting, "as configured"))
         for setting, value in _settings(plan)
     )
-    return stages + settings
+    return stages + places + settings
 
 
 def plan_lines(plan: PipelinePlan) -> list[str]:

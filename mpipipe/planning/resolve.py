@@ -28,6 +28,7 @@ from mpipipe.planning.devices import (
     choose_transport,
     least_capable,
 )
+from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import PipelinePlan, StagePlan
@@ -79,7 +80,9 @@ def make_plan(
     # Unknown requests: those of the configuration, and greedy ones.
     configured = SamplingUse.of([default_sampling(config.generation)])
     sampling = workload.sampling or replace(configured, plain=True)
-    resolver = _Resolver(config, spec, ranks, device, dtype, limits, sampling, decisions)
+    staged = [ranks[rank] for rank in stage_order(ranks)]
+    note_layout(ranks, decisions)
+    resolver = _Resolver(config, spec, staged, device, dtype, limits, sampling, decisions)
     stages = resolver.stages(num_stages, _work_mix(limits, workload))
     return resolver.plan(model_path, stages, demand)
 
@@ -114,7 +117,7 @@ class _Resolver:
 
     config: Config
     spec: ModelSpec
-    ranks: Sequence[RankResources]  # by rank
+    ranks: Sequence[RankResources]  # in the order of their stages
     device: str
     dtype: str
     limits: StepLimits
@@ -131,9 +134,9 @@ class _Resolver:
         costs = stage_costs(split, last_extra=head)
         starts = [sum(split[:stage]) for stage in range(len(split))]
         return tuple(
-            self._stage(hello, first_layer, num_layers, cost / sum(costs))
-            for hello, first_layer, num_layers, cost in zip(
-                self.ranks, starts, split, costs, strict=True
+            self._stage(stage, first_layer, num_layers, cost / sum(costs))
+            for stage, (first_layer, num_layers, cost) in enumerate(
+                zip(starts, split, costs, strict=True)
             )
         )
 
@@ -146,11 +149,10 @@ class _Resolver:
         self.decisions.note("pipeline.split", str(list(split)), reason)
         return split
 
-    def _stage(
-        self, hello: RankResources, first_layer: int, num_layers: int, share: float
-    ) -> StagePlan:
-        has_embedding = hello.rank == 0
-        has_head = hello.rank == len(self.ranks) - 1
+    def _stage(self, stage: int, first_layer: int, num_layers: int, share: float) -> StagePlan:
+        hello = self.ranks[stage]
+        has_embedding = stage == 0
+        has_head = stage == len(self.ranks) - 1
         weight_bytes = stage_weight_bytes(
             self.spec,
             self.dtype,
@@ -159,7 +161,7 @@ class _Resolver:
             has_head=has_head,
         )
         return StagePlan(
-            stage=hello.rank,
+            stage=stage,
             rank=hello.rank,
             host=hello.host,
             first_layer=first_layer,
@@ -273,11 +275,8 @@ class _Resolver:
         return not obstacle
 
     def _threads(self) -> int:
-        shares = []
-        for host in dict.fromkeys(hello.host for hello in self.ranks):
-            cores = [hello.num_cores for hello in self.ranks if hello.host == host]
-            shares.append((max(1, min(cores) // len(cores)), min(cores), len(cores)))
-        value, num_cores, num_ranks = min(shares)
-        reason = f"{num_cores} usable cores of a host for {num_ranks} ranks"
-        asked = self.config.pipeline.threads_per_rank
+        pipeline = self.config.pipeline
+        note_cores(pipeline.bind, self.ranks, self.decisions)
+        value, reason = threads_per_rank(pipeline.bind, self.ranks)
+        asked = pipeline.threads_per_rank
         return self.decisions.count("pipeline.threads_per_rank", asked, value, reason)

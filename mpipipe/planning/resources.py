@@ -78,6 +78,26 @@ class RankResources(Protocol):
         ...
 
     @property
+    def gpu_pci(self) -> str:
+        """PCI address of its GPU; the same for two slices (MIG) of one GPU. Empty: unknown."""
+        ...
+
+    @property
+    def gpu_cpus(self) -> tuple[int, ...]:
+        """CPUs near its GPU; empty: unknown."""
+        ...
+
+    @property
+    def cores(self) -> tuple[tuple[int, ...], ...]:
+        """Physical cores of its affinity mask, each as its CPUs; empty: unknown."""
+        ...
+
+    @property
+    def num_allowed_cpus(self) -> int:
+        """CPUs that the job may use on the host; more than the mask's: the rank is bound."""
+        ...
+
+    @property
     def gpu_problem(self) -> str:
         """Why there is no usable GPU, with the remedy; empty: there is one, or nobody looked."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mpipipe.runtime.load import StageParts, load_parts
 from mpipipe.runtime.session import LoadFacts, Session
 from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
 from mpipipe.runtime.tensor_channel import open_channel
+from mpipipe.topology.affinity import format_cpus
 from mpipipe.topology.host import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -87,7 +89,12 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             baseline_rss_bytes=baseline_rss_bytes,
             capture_s=opened.capture_s,
         )
-        boot.log.info("ready", plan=dataclasses.asdict(stage), load=dataclasses.asdict(load))
+        boot.log.info(
+            "ready",
+            plan=dataclasses.asdict(stage),
+            load=dataclasses.asdict(load),
+            cpus=format_cpus(os.sched_getaffinity(0)),
+        )
         try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -10,36 +11,74 @@ from mpipipe.config.load import LoadedConfig, config_hash
 from mpipipe.config.schema import AUTO
 from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
 from mpipipe.errors import DeadlineError, ProtocolMismatchError
+from mpipipe.planning.layout import cores_of_ranks
 from mpipipe.runtime.launch import AgreedError
+from mpipipe.topology.affinity import allowed_cpus, cpus_near, move_process, usable_physical_cores
 from mpipipe.topology.gpu import (
     GpuFacts,
     container_kind,
     driver_in_sight,
-    local_rank,
     no_driver_problem,
+    told_local_rank,
 )
-from mpipipe.topology.host import read_host
+from mpipipe.topology.host import host_name, read_host
+from mpipipe.topology.launcher import local_ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpipipe.runtime.launch import Ranks
 
-__all__ = ["greet"]
+__all__ = ["greet", "local_rank_of", "read_hello", "share_host"]
 
 
 async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
     """Exchange who we are and what we have; everybody must have the same configuration.
 
+    Then each rank is bound to the cores near its GPU, if it is to be.
+
     Raises:
         AgreedError: versions, configurations or the number of ranks differ, or ranks are missing.
     """
+    pipeline = loaded.config.pipeline
+    deadline_s = pipeline.handshake_timeout_s
+    try:
+        hello = await read_hello(
+            ranks, pipeline.device, config_hash(loaded.config), deadline_s=deadline_s
+        )
+        hellos = await ranks.mesh.handshake(hello, deadline_s)
+    except (ProtocolMismatchError, DeadlineError) as error:
+        raise AgreedError(error) from None
+    share_host(ranks, hellos)
+    cores = cores_of_ranks(pipeline.bind, hellos)[hello.rank]
+    if cores != hello.cores:
+        move_process(cpu for core in cores for cpu in core)
+    return hellos
+
+
+async def read_hello(
+    ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
+) -> Hello:
+    """Who this rank is and what it has. Collective, as the ranks of a host count themselves.
+
+    Args:
+        ranks: joined.
+        device: `pipeline.device`; torch is loaded to look at a GPU only where one may be wanted.
+        config_hash: must be the same on all ranks.
+        deadline_s: for the others to come.
+
+    Raises:
+        DeadlineError: a rank did not come.
+    """
     host = read_host()
-    gpu, backends = _read_gpu(loaded.config.pipeline.device, ranks.mesh.rank)
-    hello = Hello(
+    local_rank = await local_rank_of(ranks, deadline_s)
+    gpu, backends = _read_gpu(device, local_rank)
+    return Hello(
         rank=ranks.mesh.rank,
         world_size=ranks.mesh.world_size,
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
-        config_hash=config_hash(loaded.config),
+        config_hash=config_hash,
         host=host.host,
         pid=os.getpid(),
         num_cores=host.usable_cores,
@@ -54,18 +93,38 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
         nccl_version=gpu.nccl_version,
         attention_backends=backends,
         gpu_problem=gpu.problem,
+        gpu_pci=gpu.pci,
+        gpu_cpus=cpus_near(gpu.pci),
+        cores=usable_physical_cores(),
+        num_allowed_cpus=len(allowed_cpus()),
     )
-    deadline_s = loaded.config.pipeline.handshake_timeout_s
-    try:
-        hellos = await ranks.mesh.handshake(hello, deadline_s)
-    except (ProtocolMismatchError, DeadlineError) as error:
-        raise AgreedError(error) from None
-    local = [greeting for greeting in hellos if greeting.host == host.host]
-    ranks.engine.share_cores(num_ranks=len(local), num_cores=host.usable_cores)
-    return hellos
 
 
-def _read_gpu(device: str, rank: int) -> tuple[GpuFacts, tuple[str, ...]]:
+async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:
+    """What the launcher told, if it makes sense on every host; else counted by host name."""
+    seat = json.dumps([host_name(), told_local_rank(os.environ)]).encode()
+    seats = await ranks.mesh.gather("seats", seat, deadline_s)
+    counted = None
+    if seats is not None:
+        told = [json.loads(part) for part in seats]
+        counted = json.dumps(local_ranks([(host, number) for host, number in told])).encode()
+    numbers: list[int] = json.loads(await ranks.mesh.broadcast("local ranks", counted, deadline_s))
+    return numbers[ranks.mesh.rank]
+
+
+def share_host(ranks: Ranks, hellos: Sequence[Hello]) -> None:
+    """Let the ranks of this host poll less eagerly where they have fewer cores than they are."""
+    host = hellos[ranks.mesh.rank].host
+    local = [greeting for greeting in hellos if greeting.host == host]
+    if any(greeting.num_cores < sum(map(len, greeting.cores)) for greeting in local):
+        num_cores = local[0].num_cores  # a CPU quota, for all of them
+    else:
+        cpus = {cpu for greeting in local for core in greeting.cores for cpu in core}
+        num_cores = len(cpus) or local[0].num_cores
+    ranks.engine.share_cores(num_ranks=len(local), num_cores=num_cores)
+
+
+def _read_gpu(device: str, local_rank: int) -> tuple[GpuFacts, tuple[str, ...]]:
     """The GPU of this rank and its attention backends; loads torch only for a driver to ask.
 
     Without one a CPU may be just what was wanted: only `cuda`, or a container that may hide the
@@ -78,7 +137,7 @@ def _read_gpu(device: str, rank: int) -> tuple[GpuFacts, tuple[str, ...]]:
         return GpuFacts(problem=no_driver_problem(os.environ) if tell else ""), ()
     from mpipipe.data_plane.device import read_gpu
 
-    facts = read_gpu(local_rank(os.environ, rank))
+    facts = read_gpu(local_rank)
     if facts.index < 0:
         return facts, ()
     from mpipipe.models.attention.probe import available_backends

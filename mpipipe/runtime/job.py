@@ -1,4 +1,8 @@
-"""`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports."""
+"""`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports.
+
+A run that is told to stop (`stopping`) ends with exit code 75, its files whole; with
+`output.resume` a later one goes on from them (`resume`).
+"""
 
 from __future__ import annotations
 
@@ -6,71 +10,47 @@ import asyncio
 import dataclasses
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mpipipe.config.load import load_config
-from mpipipe.config.prompts import read_prompts
-from mpipipe.config.schema import AUTO
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, EXIT_REQUEUE
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.layout import stage_order
 from mpipipe.runtime.greeting import greet
-from mpipipe.runtime.inputs import deepspeed_warnings, read_model
+from mpipipe.runtime.inputs import deepspeed_warnings
+from mpipipe.runtime.job_claim import Claim, claim, read_inputs
 from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
-from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge, write_json
-from mpipipe.runtime.requests import PreparedPrompts, prepare
+from mpipipe.runtime.output import CompletionWriter, merge, write_json
+from mpipipe.runtime.progress_file import (
+    UPDATE_INTERVAL_S,
+    ProgressFile,
+    RunState,
+    told_at_the_end,
+)
+from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
+from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.config.prompts import PromptLine
+    from mpipipe.control_plane.messages import Hello
     from mpipipe.metrics.log import RunLog
-    from mpipipe.models.tokenizer import Tokenizer
-    from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.inputs import ModelFacts
+    from mpipipe.runtime.job_view import JobView
     from mpipipe.runtime.session import Session
+    from mpipipe.runtime.stopping import StopSwitch
     from mpipipe.types import Completion
 
-__all__ = ["JobView", "run_job"]
+__all__ = ["run_job"]
 
 _PROGRESS_INTERVAL_S = 0.25
 _FOLDER_DEADLINE_S = 120.0
-
-
-class JobView(Protocol):
-    """What the head shows while the job runs; called on the head only."""
-
-    def planned(self, plan: PipelinePlan, warnings: Sequence[str]) -> None:
-        """The plan is agreed, loading begins."""
-        ...
-
-    def generating(self, num_prompts: int, mode: str) -> None:
-        """Every stage is loaded."""
-        ...
-
-    def progress(self, done: int, failed: int, output_tokens: int, running: int) -> None:
-        """The state now; called a few times a second."""
-        ...
-
-    def completed(self, completion: Completion) -> None:
-        """One prompt ended."""
-        ...
-
-    def ended(self) -> None:
-        """Generation is over, well or not: leave the terminal in order."""
-        ...
-
-    def finished(self, summary: RunSummary, folder: Path) -> None:
-        """All is written."""
-        ...
 
 
 @dataclass(slots=True)
@@ -91,6 +71,19 @@ class _Marks:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A run that has its folder, and where it reports to."""
+
+    ranks: Ranks
+    loaded: LoadedConfig
+    claim: Claim
+    log: RunLog
+    view: JobView
+    marks: _Marks
+    progress: ProgressFile
+
+
 async def run_job(
     config_path: Path,
     overrides: Sequence[str],
@@ -98,6 +91,7 @@ async def run_job(
     clock: Clock,
     *,
     started_s: float,
+    stop: StopSwitch | None = None,
     debug: bool,
 ) -> int:
     """Complete the configured prompts; returns the exit code, the same on every rank.
@@ -106,51 +100,73 @@ async def run_job(
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
     """
     marks = _Marks(started_s)
-    async with open_ranks(clock, debug=debug) as ranks:
+    async with open_ranks(clock, stop=stop, debug=debug) as ranks:
         loaded = await in_phase(
             ranks, "configuration", lambda: load_config(config_path, overrides), _FOLDER_DEADLINE_S
         )
         hellos = await greet(ranks, loaded)
-        model, lines = await in_phase(ranks, "inputs", lambda: _read_inputs(ranks, loaded))
-        folder = await _claim(ranks, loaded)
+        model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        claimed = await claim(ranks, loaded, model, lines)
         rank = ranks.mesh.rank
         log = open_log(
-            folder / f"rank_{rank}.log",
+            claimed.folder / f"rank_{rank}.log",
             rank=rank,
             host=host_name(),
             level=loaded.config.log.level,
-            stage=rank,
+            stage=stage_order(hellos).index(rank),
         )
-        with closing(log):
+        progress = ProgressFile(
+            claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
+        )
+        with closing(log), told_at_the_end(progress):
             log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-            # torch and transformers take seconds to import: only now, when the input is in order.
-            from mpipipe.runtime.boot import Boot, open_session
-
-            tokenizer, prompts = await in_phase(
-                ranks, "tokenizer", lambda: _tokenize(loaded, model, lines)
-            )
-            marks.booted_s = clock.now_s()
-            workload = _workload(loaded, model, prompts)
-            boot = Boot(ranks, loaded, hellos, model, tokenizer, workload, log)
-            async with open_session(boot) as session:
-                marks.loaded_s = clock.now_s()
-                return await _run(_Job(session, loaded, folder, log, view, marks), prompts)
+            job = _Job(ranks, loaded, claimed, log, view, marks, progress)
+            return await _do(job, hellos, model)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A loaded run and where it reports to."""
+async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:
+    """Load and generate; neither when earlier attempts have left nothing to do."""
+    ranks, loaded, claimed, marks = job.ranks, job.loaded, job.claim, job.marks
+    if claimed.is_resumed and ranks.is_head:
+        kept, num_left = claimed.earlier.kept_ids, len(claimed.lines_left)
+        job.log.info(
+            "resumed", num_kept=len(kept), num_left=num_left, torn=claimed.earlier.num_torn
+        )
+        job.view.resumed(len(kept), num_left, claimed.folder)
+    job.progress.write(
+        RunState.BOOTING,
+        num_prompts=len(claimed.index_of),
+        num_kept=len(claimed.earlier.kept_ids),
+    )
+    if claimed.done_code is not None:
+        if ranks.is_head:  # the earlier attempt may not have merged what it completed
+            merge(claimed.folder, claimed.index_of)
+        job.progress.write(RunState.DONE, exit_code=claimed.done_code)
+        return claimed.done_code
+    # torch and transformers take seconds to import: only now, when the input is in order.
+    from mpipipe.runtime.boot import Boot, open_session
 
-    session: Session
-    loaded: LoadedConfig
-    folder: Path
-    log: RunLog
-    view: JobView
-    marks: _Marks
+    tokenizer, prompts = await in_phase(
+        ranks, "tokenizer", lambda: tokenize(loaded, model, claimed.lines_left)
+    )
+    marks.booted_s = ranks.clock.now_s()
+    job.progress.write(RunState.LOADING)
+    workload = workload_of(loaded, model, prompts)
+    boot = Boot(ranks, loaded, hellos, model, tokenizer, workload, job.log)
+    async with open_session(boot) as session:
+        marks.loaded_s = ranks.clock.now_s()
+
+        def stop() -> None:
+            job.log.warning("stopping", reason=ranks.stop.reason)
+            job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
+            session.stop()
+
+        async with watch_for_stop(ranks, stop):
+            return await _run(job, session, prompts)
 
 
-async def _run(job: _Job, prompts: PreparedPrompts | None) -> int:
-    session, loaded, log, view = job.session, job.loaded, job.log, job.view
+async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> int:
+    loaded, log, view, folder = job.loaded, job.log, job.view, job.claim.folder
     if prompts is None:
         await session.serve_until_ended()
         await session.gather_reports()
@@ -160,33 +176,46 @@ async def _run(job: _Job, prompts: PreparedPrompts | None) -> int:
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)
-    prompt_path = loaded.config.prompts.path
-    manifest = build_manifest(
-        session, loaded, job.folder, Path(prompt_path) if prompt_path else None
-    )
-    write_json(job.folder / "manifest.json", manifest)
-    tally = await _complete(job, prompts)
+    earlier = job.claim.earlier
+    num_kept = len(earlier.kept_ids)
+    manifest = build_manifest(session, loaded, folder, earlier.attempts, num_kept)
+    write_json(folder / "manifest.json", manifest)
+    tally = await _complete(job, session, prompts)
     job.marks.generated_s = session.ranks.clock.now_s()
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     statistics = session.statistics()
     totals = tally.totals()
+    num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
     summary = RunSummary(
         phases=job.marks.phases(session.ranks.clock.now_s()),
-        requests=totals,
+        requests=dataclasses.replace(totals, num_unfinished=num_unfinished, num_kept=num_kept),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
     )
-    write_json(job.folder / "metrics.json", summary.to_dict())
-    log.info("summary", **summary.to_dict())
-    view.finished(summary, job.folder)
-    return await _share_exit_code(session, EXIT_PROMPTS if totals.num_failed else EXIT_OK)
+    return await _share_exit_code(session, _report(job, summary))
 
 
-async def _complete(job: _Job, prompts: PreparedPrompts) -> RequestTally:
+def _report(job: _Job, summary: RunSummary) -> int:
+    """Write and show how the run ended; returns the exit code."""
+    reason, requests = job.ranks.stop.reason, summary.requests
+    write_json(job.claim.folder / "metrics.json", summary.to_dict())
+    job.log.info("summary", **summary.to_dict())
+    job.view.finished(summary, job.claim.folder)
+    num_failed = requests.num_failed + job.claim.earlier.num_failed
+    exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
+    if requests.num_unfinished:
+        exit_code = EXIT_REQUEUE
+        job.view.stopped(reason, requests.num_unfinished)
+    state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
+    job.progress.write(state, exit_code=exit_code, num_unfinished=requests.num_unfinished)
+    return exit_code
+
+
+async def _complete(job: _Job, session: Session, prompts: PreparedPrompts) -> RequestTally:
     """Generate, write each completion as it ends, merge them in input order."""
-    session, folder, log, view = job.session, job.folder, job.log, job.view
+    folder, log, view = job.claim.folder, job.log, job.view
     tally = RequestTally()
     view.generating(prompts.num_prompts, job.loaded.config.log.progress)
     with CompletionWriter(folder, session.ranks.mesh.rank) as writer:
@@ -207,7 +236,7 @@ async def _complete(job: _Job, prompts: PreparedPrompts) -> RequestTally:
 
         for completion in prompts.refused:
             take(completion)
-        showing = session.ranks.tasks.create_task(_show(session, tally, view), name="progress view")
+        showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:
                 async for completion in completions:
@@ -215,75 +244,44 @@ async def _complete(job: _Job, prompts: PreparedPrompts) -> RequestTally:
         finally:
             showing.cancel()
             view.ended()
-        merge(folder, writer.index_of)
+            _tell(job, session, tally)
+    merge(folder, job.claim.index_of)
     return tally
 
 
-async def _show(session: Session, tally: RequestTally, view: JobView) -> None:
-    """Keep the progress display alive until cancelled."""
+async def _show(job: _Job, session: Session, tally: RequestTally) -> None:
+    """Keep the progress display and the status file alive until cancelled."""
+    clock = session.ranks.clock
+    told_s = float("-inf")
     while True:
         totals = tally.totals()
         statistics = session.statistics()
         running = statistics.num_running if statistics is not None else 0
-        view.progress(totals.num_completed, totals.num_failed, session.num_output_tokens, running)
+        job.view.progress(
+            totals.num_completed, totals.num_failed, session.num_output_tokens, running
+        )
+        if clock.now_s() - told_s >= UPDATE_INTERVAL_S:
+            told_s = clock.now_s()
+            _tell(job, session, tally)
         await asyncio.sleep(_PROGRESS_INTERVAL_S)
 
 
-def _read_inputs(ranks: Ranks, loaded: LoadedConfig) -> tuple[ModelFacts | None, list[PromptLine]]:
-    """Model facts and prompt lines, on the head; nothing elsewhere."""
-    if not ranks.is_head:
-        return None, []
-    config = loaded.config
-    path = Path(config.prompts.path) if config.prompts.path else None
-    lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
-    return read_model(loaded), lines
-
-
-def _tokenize(
-    loaded: LoadedConfig, model: ModelFacts | None, lines: Sequence[PromptLine]
-) -> tuple[Tokenizer | None, PreparedPrompts | None]:
-    if model is None:
-        return None, None
-    from mpipipe.models.tokenizer import open_tokenizer
-
-    tokenizer = open_tokenizer(model.tokenizer_folder, loaded.config.model.trust_remote_code)
-    special = loaded.config.prompts.add_special_tokens
-    return tokenizer, prepare(lines, tokenizer, add_special_tokens=special)
-
-
-def _workload(
-    loaded: LoadedConfig, model: ModelFacts | None, prompts: PreparedPrompts | None
-) -> Workload:
-    if model is None or prompts is None:
-        return Workload()
-    limit = loaded.config.memory.max_context_tokens
-    context = model.spec.max_context_tokens if limit == AUTO else int(limit)
-    return Workload(
-        num_requests=len(prompts.requests),
-        longest_request_tokens=prompts.longest_tokens(context),
-        num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
-        num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
-        sampling=SamplingUse.of(request.sampling for request in prompts.requests),
+def _tell(job: _Job, session: Session, tally: RequestTally) -> None:
+    """The counts of this moment, into `status.json`."""
+    totals, statistics = tally.totals(), session.statistics()
+    elapsed_s = session.ranks.clock.now_s() - job.marks.loaded_s
+    state = RunState.STOPPING if session.ranks.stop.reason else RunState.GENERATING
+    left_s = session.ranks.stop.seconds_left
+    job.progress.write(
+        state,
+        num_completed=totals.num_completed,
+        num_failed=totals.num_failed,
+        num_running=statistics.num_running if statistics is not None else 0,
+        num_output_tokens=session.num_output_tokens,
+        tokens_per_s=round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        generating_s=round(elapsed_s, 1),
+        stops_in_s=None if left_s is None else round(left_s),
     )
-
-
-async def _claim(ranks: Ranks, loaded: LoadedConfig) -> Path:
-    """The run folder, chosen and claimed by the head, the same on every rank."""
-
-    def claim() -> Path | None:
-        if not ranks.is_head:
-            return None
-        setting = loaded.config.output.dir
-        if setting == AUTO:
-            setting = f"runs/{loaded.config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = Path(setting).absolute()
-        claim_run_folder(folder, overwrite=loaded.config.output.overwrite)
-        return folder
-
-    folder = await in_phase(ranks, "output", claim, _FOLDER_DEADLINE_S)
-    payload = None if folder is None else str(folder).encode()
-    name = (await ranks.mesh.broadcast("output", payload, _FOLDER_DEADLINE_S)).decode()
-    return Path(name)
 
 
 async def _share_exit_code(session: Session, exit_code: int) -> int:

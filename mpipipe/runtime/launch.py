@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mpipipe.clock import Clock
@@ -23,6 +23,7 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.probe import RawMessages
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EnvironmentSetupError, MpipipeError
 from mpipipe.progress import ProgressEngine
+from mpipipe.runtime.stopping import StopSwitch
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import LaunchInfo, check_world_size, detect
 
@@ -55,6 +56,7 @@ class Ranks:
     tasks: asyncio.TaskGroup  # holds what runs as long as the session
     mpi_library: str  # "" without MPI
     raw: RawMessages | None  # plain MPI, to measure against; None without MPI
+    stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
 
     @property
     def is_head(self) -> bool:
@@ -67,13 +69,16 @@ async def in_phase(
 ) -> T:
     """Do `work` on this rank, then agree with all others that everybody's went well.
 
+    A rank that is told to stop does not begin, or breaks off.
+
     Raises:
         AgreedError: somebody's did not; raised on every rank.
     """
     result: list[T] = []
     error: MpipipeError | None = None
     try:
-        result.append(work())
+        with ranks.stop.interruptible():
+            result.append(work())
     except MpipipeError as caught:
         error = caught
     try:
@@ -84,8 +89,12 @@ async def in_phase(
 
 
 @asynccontextmanager
-async def open_ranks(clock: Clock, *, debug: bool = False) -> AsyncIterator[Ranks]:
+async def open_ranks(
+    clock: Clock, *, stop: StopSwitch | None = None, debug: bool = False
+) -> AsyncIterator[Ranks]:
     """Join the other ranks of this launch; leave them in order, or abort them all.
+
+    `stop` is tripped by whoever may end the run early; nobody may without.
 
     Raises:
         MpipipeError: the error that all ranks agreed on, or MPI could not be set up.
@@ -94,9 +103,12 @@ async def open_ranks(clock: Clock, *, debug: bool = False) -> AsyncIterator[Rank
     engine = ProgressEngine()
     opened = _open_channel(info, engine)
     mesh = Mesh(opened.channel, engine, clock)
+    switch = stop or StopSwitch()
+    if mesh.world_size > 1:
+        switch.exit_now = mesh.abort
     try:
         async with asyncio.TaskGroup() as tasks:
-            ranks = Ranks(mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw)
+            ranks = Ranks(mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw, switch)
             polling = tasks.create_task(engine.run(), name="progress")
             mesh.start()
             try:

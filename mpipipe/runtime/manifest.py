@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
@@ -12,34 +13,66 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from mpipipe.config.load import LoadedConfig
     from mpipipe.runtime.session import Session
 
-__all__ = ["build_manifest"]
+__all__ = ["build_manifest", "completions_basis"]
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
 
 
+def completions_basis(loaded: LoadedConfig, model_path: Path) -> dict[str, Any]:
+    """What decides the completions of a run: an attempt may only go on where all of it is the same.
+
+    Not in it: ranks, stages, sizes. They change the time that a run takes, not what it says.
+    """
+    config = to_dict(loaded.config)
+    del config["prompts"]["path"]  # the content counts
+    basis = {
+        f"{section}.{key}": value
+        for section in ("model", "prompts", "generation")
+        for key, value in config[section].items()
+    }
+    return {
+        **basis,
+        "memory.max_context_tokens": config["memory"]["max_context_tokens"],
+        "the SHA-256 of the prompts": _prompts_hash(loaded),
+        "the SHA-256 of the model's config.json": _sha256(model_path / "config.json"),
+    }
+
+
 def build_manifest(
-    session: Session, loaded: LoadedConfig, folder: Path, prompt_path: Path | None
+    session: Session,
+    loaded: LoadedConfig,
+    folder: Path,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    num_kept: int = 0,
 ) -> dict[str, Any]:
     """The manifest of a run in `folder` that is about to generate (head).
+
+    `earlier`: the attempts before this one, which left `num_kept` prompts with a record.
 
     `config` is the resolved configuration, as a file that can be run again: `model.path` absolute,
     every `auto` replaced by what the plan holds; `plan.resolved` gives the reasons.
     """
     plan = session.plan
+    attempt = _attempt(session, num_kept)
     return {
         "mpipipe": __version__,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": attempt["started"],
+        "attempts": [*earlier, attempt],
+        "basis": completions_basis(loaded, Path(plan.model_path)),
         "config": _resolved_config(session, loaded, folder),
         "plan": json.loads(plan.to_json()),
         "hashes": {
             "config": config_hash(loaded.config),
             "plan": plan.content_hash(),
-            "prompts": _prompts_hash(loaded, prompt_path),
+            "prompts": _prompts_hash(loaded),
             "model_config": _sha256(Path(plan.model_path) / "config.json"),
         },
         "hosts": [
@@ -59,6 +92,17 @@ def build_manifest(
             "mpi": session.ranks.mpi_library or None,
             **{name: _version(name) for name in _PACKAGES},
         },
+    }
+
+
+def _attempt(session: Session, num_kept: int) -> dict[str, Any]:
+    job = read_job(os.environ)
+    return {
+        "mpipipe": __version__,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "job": job.label if job is not None else None,
+        "hosts": [hello.host for hello in session.hellos],
+        "num_kept": num_kept,
     }
 
 
@@ -84,9 +128,9 @@ def _resolved_config(session: Session, loaded: LoadedConfig, folder: Path) -> di
     return config
 
 
-def _prompts_hash(loaded: LoadedConfig, prompt_path: Path | None) -> str:
-    if prompt_path is not None:
-        return _sha256(prompt_path)
+def _prompts_hash(loaded: LoadedConfig) -> str:
+    if loaded.config.prompts.path:
+        return _sha256(Path(loaded.config.prompts.path))
     text = json.dumps(loaded.inline_prompts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

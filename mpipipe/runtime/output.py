@@ -2,13 +2,14 @@
 
 Layout of `output.dir`: `manifest.json`, `completions_rank_<r>.jsonl` (in the order they ended, one
 line written whole and flushed), `completions.jsonl` (in input order), `rank_<r>.log`,
-`metrics.json`. Only the head writes completions.
+`metrics.json`, `status.json` (`progress_file`). Only the head writes completions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
 
     from mpipipe.types import Completion
 
-__all__ = ["CompletionWriter", "claim_run_folder", "completion_record", "merge", "write_json"]
+__all__ = [
+    "CompletionWriter",
+    "claim_run_folder",
+    "completion_record",
+    "merge",
+    "write_json",
+    "write_whole",
+]
 
-_RUN_FILES = ("manifest.json", "metrics.json", "completions*.jsonl", "rank_*.log")
+_RUN_FILES = ("manifest.json", "metrics.json", "status.json", "completions*.jsonl", "rank_*.log")
 
 
-def claim_run_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make `folder` ready for a new run, or refuse.
+def claim_run_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Make `folder` ready for a new run, or refuse; `resume`: what is there stays.
 
     Raises:
         OutputError: it holds another run (and `overwrite` is off), is no folder, or cannot be
@@ -35,12 +43,13 @@ def claim_run_folder(folder: Path, *, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = sorted(path for pattern in _RUN_FILES for path in folder.glob(pattern))
-        if earlier and not overwrite:
+        if earlier and not (overwrite or resume):
             raise OutputError(
                 f"output.dir = {folder} already holds a run ({earlier[0].name}): choose another "
-                "folder, or set output.overwrite=true to replace it"
+                "folder, or set output.overwrite=true to replace it, or output.resume=true to go "
+                "on with it"
             )
-        for path in earlier:
+        for path in () if resume else earlier:
             path.unlink()
         probe = folder / ".writable"
         probe.touch()
@@ -71,13 +80,18 @@ def _told(path: Path) -> Iterator[None]:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write `document`, whole or not at all."""
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    _write_whole(path, text)
+    write_whole(path, text.encode())
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; a reader sees the old or the new, and so does a crash.
+
+    Raises:
+        OutputError: it could not be written.
+    """
     with _told(path):
         partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
 
 
@@ -126,7 +140,8 @@ class CompletionWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with _told(self.path), self._file:
+                os.fsync(self._file.fileno())  # a later attempt may run on another node
             self._file = None
 
     def write(self, completion: Completion) -> None:
@@ -139,12 +154,12 @@ class CompletionWriter:
         self.index_of[completion.request_id] = completion.index
 
 
-def merge(folder: Path, index_of: dict[str, int]) -> Path:
+def merge(folder: Path, index_of: Mapping[str, int]) -> Path:
     """Write `completions.jsonl` from all ranks' files, in input order; returns its path."""
     lines: list[tuple[int, str]] = []
     for path in sorted(folder.glob("completions_rank_*.jsonl")):
         with path.open(encoding="utf-8") as file:
             lines.extend((index_of[json.loads(line)["id"]], line) for line in file)
     merged = folder / "completions.jsonl"
-    _write_whole(merged, "".join(line for _, line in sorted(lines)))
+    write_whole(merged, "".join(line for _, line in sorted(lines)).encode())
     return merged

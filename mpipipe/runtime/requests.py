@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import PromptError
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import Workload
 from mpipipe.types import Completion, Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.runtime.inputs import ModelFacts
 
-__all__ = ["PreparedPrompts", "prepare"]
+__all__ = ["PreparedPrompts", "prepare", "tokenize", "workload_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,40 @@ def prepare(
         except PromptError as error:
             refused.append(Completion.refused(line.prompt_id, line.index, error))
     return PreparedPrompts(tuple(requests), tuple(refused))
+
+
+def tokenize(
+    loaded: LoadedConfig, model: ModelFacts | None, lines: Sequence[PromptLine]
+) -> tuple[Tokenizer | None, PreparedPrompts | None]:
+    """The tokenizer and the requests of a run, on the head; nothing elsewhere (`model` is None).
+
+    Raises:
+        CheckpointError: the tokenizer is missing or of a kind that is not known.
+    """
+    if model is None:
+        return None, None
+    from mpipipe.models.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(model.tokenizer_folder, loaded.config.model.trust_remote_code)
+    special = loaded.config.prompts.add_special_tokens
+    return tokenizer, prepare(lines, tokenizer, add_special_tokens=special)
+
+
+def workload_of(
+    loaded: LoadedConfig, model: ModelFacts | None, prompts: PreparedPrompts | None
+) -> Workload:
+    """How much there is to do, for the plan; nothing is known on other ranks than the head."""
+    if model is None or prompts is None:
+        return Workload()
+    limit = loaded.config.memory.max_context_tokens
+    context = model.spec.max_context_tokens if limit == AUTO else int(limit)
+    return Workload(
+        num_requests=len(prompts.requests),
+        longest_request_tokens=prompts.longest_tokens(context),
+        num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
+        num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
+        sampling=SamplingUse.of(request.sampling for request in prompts.requests),
+    )
 
 
 def _request(line: PromptLine, tokenizer: Tokenizer, add_special_tokens: bool) -> Request:

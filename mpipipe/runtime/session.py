@@ -68,6 +68,7 @@ class Session:
         self._account = account
         self._core: Scheduler | None = None
         self._runner: Runner | None = None
+        self._stopped = False
         self._one_at_a_time = asyncio.Lock()
 
     @property
@@ -113,6 +114,8 @@ class Session:
                 clock=self.ranks.clock,
                 log=self._log,
             )
+            if self._stopped:
+                runner.stop()
             served = self.ranks.tasks.create_task(self._worker.serve(), name="stage")
             # A stage that fails takes its error to the task group, which cancels us; nobody may
             # then wait for steps that will not come back.
@@ -129,6 +132,12 @@ class Session:
                 await runner.drain()
                 self.ranks.mesh.broadcast_message(GenerationEnded())
                 await served
+
+    def stop(self) -> None:
+        """End `generate` early, this call and any later one: steps in flight still count (head)."""
+        self._stopped = True
+        if self._runner is not None:
+            self._runner.stop()
 
     def end(self) -> None:
         """Tell the other ranks that no `generate` will follow (head)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.data_plane.loopback import open_loopback_channels
@@ -13,34 +14,60 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.launch import Ranks
 
-__all__ = ["open_channel"]
+__all__ = ["Transport", "open_channel", "open_transport"]
 
 # Making communicators takes seconds; a rank that does not come will not come later either.
 _NCCL_DEADLINE_S = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How tensors travel, and between whom."""
+
+    name: str  # "nccl" | "mpi" | "loopback"
+    device: str  # "cpu" | "cuda": where the tensors are
+    hosts: tuple[str, ...]  # by rank
+    stage_ranks: tuple[int, ...]  # ranks in the order of their stages
+
+
 async def open_channel(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> TensorChannel:
-    """Open this rank's end of the transport; all ranks call it together.
+    """Open this rank's end of the plan's transport; all ranks call it together.
 
     Raises:
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    if plan.transport == "loopback":
+    hosts = tuple(stage.host for stage in sorted(plan.stages, key=lambda stage: stage.rank))
+    stage_ranks = tuple(stage.rank for stage in plan.stages)
+    transport = Transport(plan.transport, plan.device, hosts, stage_ranks)
+    return await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
+
+
+async def open_transport(
+    transport: Transport, ranks: Ranks, device: torch.device, *, timeout_s: float
+) -> TensorChannel:
+    """Open this rank's end; all ranks call it together. `timeout_s` is for NCCL to connect.
+
+    Raises:
+        EnvironmentSetupError: the transport cannot be set up on some rank.
+        DeadlineError: NCCL did not connect in time.
+    """
+    if transport.name == "loopback":
         return open_loopback_channels(1)[0]
-    if plan.transport == "nccl":
+    if transport.name == "nccl":
         from mpipipe.data_plane.nccl import open_nccl_channel
 
         async def broadcast(payload: bytes | None) -> bytes:
-            return await ranks.mesh.broadcast("nccl", payload, _NCCL_DEADLINE_S)
+            return await ranks.mesh.broadcast("nccl", payload, timeout_s)
 
         return await open_nccl_channel(
             broadcast,
             rank=ranks.mesh.rank,
-            hosts=[stage.host for stage in plan.stages],
+            hosts=transport.hosts,
+            stage_ranks=transport.stage_ranks,
             device_index=device.index,
-            timeout_s=_NCCL_DEADLINE_S,
+            timeout_s=timeout_s,
         )
-    if plan.device == "cuda":
+    if transport.device == "cuda":
         from mpipipe.data_plane.staged import open_staged_channel
 
         return open_staged_channel(ranks.engine)

@@ -16,6 +16,7 @@ import torch
 from mpipipe.errors import OutputError
 from mpipipe.metrics.accounting import StepRecord
 from mpipipe.metrics.trace import decode_records, last_steady, trace_document
+from mpipipe.runtime.clock_offsets import measure_clock_offsets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["clock_offsets_s", "profiling", "write_profile", "write_trace"]
 
 _DEADLINE_S = 120.0
-_NUM_ROUNDS = 20
 _POLL_S = 0.005
 # Steps that pass before the profile begins: the first ones after prefill are no steady state.
 _NUM_SKIPPED_STEPS = 8
@@ -36,27 +36,12 @@ _NUM_SKIPPED_STEPS = 8
 async def clock_offsets_s(session: Session) -> dict[int, float]:
     """How far each rank's clock is ahead of the head's, on the head; empty elsewhere.
 
-    On one host all ranks read the same clock (CLOCK_MONOTONIC). Between hosts: from the round trip
-    that was shortest, taken as equally long both ways (Cristian 1989); the error is at most half
-    of it.
+    On one host all ranks read the same clock (CLOCK_MONOTONIC).
     """
     if len({hello.host for hello in session.hellos}) == 1:
         return {}
     ranks = session.ranks
-    best_s = float("inf")
-    offsets_s: dict[int, float] = {}
-    for _ in range(_NUM_ROUNDS):
-        sent_s = ranks.clock.now_s()
-        await ranks.mesh.broadcast("clock", b"" if ranks.is_head else None, _DEADLINE_S)
-        now = json.dumps(ranks.clock.now_s()).encode()
-        parts = await ranks.mesh.gather("clock", now, _DEADLINE_S)
-        received_s = ranks.clock.now_s()
-        if parts is None or received_s - sent_s >= best_s:
-            continue
-        best_s = received_s - sent_s
-        middle_s = (sent_s + received_s) / 2
-        offsets_s = {rank: json.loads(part) - middle_s for rank, part in enumerate(parts)}
-    return offsets_s | {ranks.mesh.rank: 0.0} if ranks.is_head else {}
+    return (await measure_clock_offsets(ranks, ranks.clock.now_s)).ahead_s
 
 
 async def write_trace(session: Session, path: Path, num_steps: int, *, since_s: float) -> None:

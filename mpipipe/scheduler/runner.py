@@ -94,11 +94,15 @@ class Runner:
         self._num_output_tokens = 0
         self._busy_s = 0.0  # deciding on steps and taking their tokens, in the current turn
         self._turns_s: deque[float] = deque(maxlen=_NUM_RECENT)  # one step back, the next one sent
+        self._stopped = False
         self._sampled = mesh.mailbox(StepSampled)
         self._logprobs = mesh.mailbox(LogprobsSampled)
 
     async def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
-        """Complete every request once; yield each completion as it ends, errors included."""
+        """Complete every request once; yield each completion as it ends, errors included.
+
+        After `stop`, only those that end with the steps in flight.
+        """
         for request in requests:
             error = self._submit(request)
             if error is not None:
@@ -109,6 +113,8 @@ class Runner:
             self._dispatch()
             for active, finished in ended:
                 yield self._complete(active, finished)
+        if self._stopped:
+            await self.drain()
         assert not self._active, f"{len(self._active)} requests were neither finished nor refused"
 
     @property
@@ -120,6 +126,10 @@ class Runner:
     def num_output_tokens(self) -> int:
         """Tokens generated so far, those of unfinished requests included."""
         return self._num_output_tokens
+
+    def stop(self) -> None:
+        """Send no more steps: what is in flight comes back, then `generate` ends."""
+        self._stopped = True
 
     def stage_ended(self) -> None:
         """No step comes back any more: fail whoever still waits for one."""
@@ -155,6 +165,8 @@ class Runner:
         return None
 
     def _dispatch(self) -> None:
+        if self._stopped:
+            return
         started_s = self._clock.now_s()
         while (step := self._core.next_step()) is not None:
             if isinstance(step, StepScheduled):

@@ -6,6 +6,7 @@ Nothing here makes a CUDA context. Readers take the root folder and the environm
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -26,18 +27,21 @@ __all__ = [
     "gpu_of_rank",
     "installed_attention_backends",
     "local_rank",
+    "mig_slice",
     "no_driver_problem",
     "parse_gpus",
+    "pci_address",
     "query_gpus",
+    "told_local_rank",
 ]
 
 _ROOT = Path("/")
 _DRIVER_FILES = ("dev/nvidiactl", "dev/dxg")  # the second under WSL
 _QUERY_LIMIT_S = 10
 
-# Launchers that `launcher.detect` does not know by name. Not SLURM_LOCALID: the daemons of mpirun
-# inherit it from the batch script.
-_LOCAL_RANKS = ("PMIX_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK")
+# Said by some launchers that `launcher.detect` takes for another. Not SLURM_LOCALID: the daemons of
+# mpirun inherit it from the batch script.
+_LOCAL_RANKS = ("PMIX_LOCAL_RANK", "PALS_LOCAL_RANKID", "PMI_LOCAL_RANK", "LOCAL_RANK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +56,35 @@ class GpuFacts:
     free_bytes: int = 0
     nccl_version: str = ""  # "" without NCCL
     problem: str = ""
+    pci: str = ""  # address, e.g. "0000:3b:00.0"; the same for two slices (MIG) of one GPU
 
 
 # ---- which one -----------------------------------------------------------------------------------
 
 
-def local_rank(environ: Mapping[str, str], rank: int) -> int:
-    """This process's number among the ranks of its host; `rank` where no launcher says."""
+def told_local_rank(environ: Mapping[str, str]) -> int | None:
+    """This process's number among the ranks of its host, if a launcher says."""
     found = detect(environ).local_rank
     if found is not None:
         return found
     words = (environ.get(name, "") for name in _LOCAL_RANKS)
-    return next((int(word) for word in words if word.isascii() and word.isdigit()), rank)
+    return next((int(word) for word in words if word.isascii() and word.isdigit()), None)
+
+
+def local_rank(environ: Mapping[str, str], rank: int) -> int:
+    """As `told_local_rank`; `rank` where no launcher says."""
+    found = told_local_rank(environ)
+    return rank if found is None else found
+
+
+def mig_slice(environ: Mapping[str, str], index: int) -> str:
+    """The identity of the GPU slice (MIG) that a visible device is; empty: it is a whole GPU.
+
+    CUDA names slices by UUID only, and shows a process the first of its list alone.
+    """
+    words = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    word = words[index] if index < len(words) else ""
+    return word if word.startswith("MIG-") else ""
 
 
 def gpu_of_rank(local_rank: int, num_visible: int) -> int:
@@ -73,6 +94,15 @@ def gpu_of_rank(local_rank: int, num_visible: int) -> int:
     is not for one rank to know (`planning.devices`).
     """
     return local_rank % num_visible
+
+
+def pci_address(uuid: str, root: Path = _ROOT) -> str:
+    """The PCI address of the GPU with this UUID, as the driver lists it; empty: not listed."""
+    for file in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
+        with contextlib.suppress(OSError):
+            if uuid and uuid.lower() in file.read_text(errors="replace").lower():
+                return file.parent.name
+    return ""
 
 
 # ---- what is there -------------------------------------------------------------------------------

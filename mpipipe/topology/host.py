@@ -16,8 +16,11 @@ from pathlib import Path
 
 __all__ = [
     "HostFacts",
+    "cgroup_folders",
     "host_name",
     "memory_available_bytes",
+    "memory_limit_bytes",
+    "num_oom_kills",
     "peak_rss_bytes",
     "read_host",
     "usable_cores",
@@ -51,7 +54,7 @@ def usable_cores(root: Path = _ROOT, affinity: int | None = None) -> int:
     `affinity` replaces the size of the mask in tests.
     """
     cores = affinity if affinity is not None else len(os.sched_getaffinity(0))
-    for group in _cgroups(root, "cpu"):
+    for group in cgroup_folders(root, "cpu"):
         quota, period = _cpu_quota(group)
         if quota > 0 and period > 0:
             cores = min(cores, quota // period)
@@ -64,11 +67,26 @@ def memory_available_bytes(root: Path = _ROOT) -> int:
     Page cache that a group can drop (`inactive_file`) counts as free, as Kubernetes counts it.
     """
     available = _kib(root / "proc/meminfo", "MemAvailable") or 0
-    for group in _cgroups(root, "memory"):
+    for group in cgroup_folders(root, "memory"):
         limit, usage, cache = _memory_use(group)
         if limit is not None:
             available = min(available, max(0, limit - max(0, usage - cache)))
     return available
+
+
+def memory_limit_bytes(root: Path = _ROOT) -> int | None:
+    """The tightest memory limit of the cgroups; None without one below the host's memory."""
+    limits = [_memory_use(group)[0] for group in cgroup_folders(root, "memory")]
+    total = _kib(root / "proc/meminfo", "MemTotal") or 0
+    return min((limit for limit in limits if limit is not None and limit < total), default=None)
+
+
+def num_oom_kills(root: Path = _ROOT) -> int:
+    """Processes of the own cgroup, or of groups below it, that were killed for lack of memory."""
+    group = next(cgroup_folders(root, "memory"), root / "nowhere")
+    return _stat(group / "memory.events", "oom_kill") or _stat(
+        group / "memory.oom_control", "oom_kill"
+    )
 
 
 def peak_rss_bytes(root: Path = _ROOT) -> int:
@@ -82,7 +100,7 @@ def peak_rss_bytes(root: Path = _ROOT) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the process's groups for `controller`, own first, then those above; v2 and v1."""
     base = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():

@@ -1,21 +1,42 @@
 """Who started this process, and as which of how many: read from the environment alone.
 
 Not here: MPI itself, and printing. The variables are those seen under Slurm 22.05 (`srun
---mpi=pmi2|pmix|none`, sbatch, salloc), MPICH's hydra and Open MPI's mpirun. Invariant: the
-innermost launcher wins, because mpirun inside a Slurm job starts its own daemons with srun, whose
-`SLURM_PROCID` and `SLURM_NTASKS` then count nodes, not ranks.
+--mpi=pmi2|pmix|none`, sbatch, salloc), MPICH's hydra and Open MPI's mpirun; those of
+`_BY_VARIABLES` are documented, not tried. Invariant: the innermost launcher wins, because mpirun
+inside a Slurm job starts its own daemons with srun, whose `SLURM_PROCID` and `SLURM_NTASKS` then
+count nodes, not ranks.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpipipe.errors import EnvironmentSetupError
 
-__all__ = ["LaunchInfo", "Launcher", "check_world_size", "detect"]
+__all__ = ["LaunchInfo", "Launcher", "check_world_size", "detect", "local_ranks"]
+
+# Launchers that say all there is to say in variables of their own: rank, ranks, rank on this host,
+# ranks on this host. "" where there is none.
+_BY_VARIABLES = {
+    "MVAPICH": (
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "PALS": ("PALS_RANKID", "", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    "JSRUN": (
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+    ),
+    "FLUX": ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+}
 
 # Slurm numbers its special steps (batch script, interactive shell, extern) from the top of uint32.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -28,6 +49,10 @@ class Launcher(str, enum.Enum):
     HYDRA = "mpiexec (hydra)"  # MPICH's and Intel MPI's
     OPENMPI = "mpirun (Open MPI)"
     PMIX = "a PMIx launcher"
+    PALS = "mpiexec (PALS)"  # HPE Cray's
+    FLUX = "flux run"
+    JSRUN = "jsrun"
+    MVAPICH = "mpirun_rsh"
     TORCHRUN = "torchrun"
     NONE = "none"
 
@@ -47,40 +72,98 @@ class LaunchInfo:
 
 def detect(environ: Mapping[str, str]) -> LaunchInfo:
     """The innermost launcher of this process."""
-    if "OMPI_COMM_WORLD_SIZE" in environ:
-        return LaunchInfo(
-            launcher=Launcher.OPENMPI,
-            rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
-            world_size=_number(environ, "OMPI_COMM_WORLD_SIZE"),
-            local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
-            local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
-            mpi_expected=True,
-        )
-    in_slurm_step = _in_slurm_step(environ)
-    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE too; only hydra adds MPI_LOCALRANKID.
-    if "PMI_SIZE" in environ and ("MPI_LOCALRANKID" in environ or not in_slurm_step):
-        return LaunchInfo(
-            launcher=Launcher.HYDRA,
-            rank=_number(environ, "PMI_RANK"),
-            world_size=_number(environ, "PMI_SIZE"),
-            local_rank=_number(environ, "MPI_LOCALRANKID"),
-            local_size=_number(environ, "MPI_LOCALNRANKS"),
-            mpi_expected=True,
-        )
-    if in_slurm_step:
-        return _srun(environ)
-    if "PMIX_RANK" in environ:
-        rank = _number(environ, "PMIX_RANK")
-        return LaunchInfo(launcher=Launcher.PMIX, rank=rank, mpi_expected=True)
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return LaunchInfo(
-            launcher=Launcher.TORCHRUN,
-            rank=_number(environ, "RANK"),
-            world_size=_number(environ, "WORLD_SIZE"),
-            local_rank=_number(environ, "LOCAL_RANK"),
-            local_size=_number(environ, "LOCAL_WORLD_SIZE"),
-        )
+    for reader in (_openmpi, _hydra, _srun, _by_variables, _pmi, _pmix, _torchrun):
+        if (info := reader(environ)) is not None:
+            return info
     return LaunchInfo(launcher=Launcher.NONE)
+
+
+def _openmpi(environ: Mapping[str, str]) -> LaunchInfo | None:
+    if "OMPI_COMM_WORLD_SIZE" not in environ:
+        return None
+    return LaunchInfo(
+        launcher=Launcher.OPENMPI,
+        rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
+        world_size=_number(environ, "OMPI_COMM_WORLD_SIZE"),
+        local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        mpi_expected=True,
+    )
+
+
+def _hydra(environ: Mapping[str, str]) -> LaunchInfo | None:
+    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE too; only hydra adds MPI_LOCALRANKID.
+    return _pmi(environ) if "MPI_LOCALRANKID" in environ else None
+
+
+def _pmi(environ: Mapping[str, str]) -> LaunchInfo | None:
+    if "PMI_SIZE" not in environ:
+        return None
+    return LaunchInfo(
+        launcher=Launcher.HYDRA,
+        rank=_number(environ, "PMI_RANK"),
+        world_size=_number(environ, "PMI_SIZE"),
+        local_rank=_number(environ, "MPI_LOCALRANKID"),
+        local_size=_number(environ, "MPI_LOCALNRANKS"),
+        mpi_expected=True,
+    )
+
+
+def _pmix(environ: Mapping[str, str]) -> LaunchInfo | None:
+    if "PMIX_RANK" not in environ:
+        return None
+    return LaunchInfo(
+        launcher=Launcher.PMIX,
+        rank=_number(environ, "PMIX_RANK"),
+        local_rank=_number(environ, "PMIX_LOCAL_RANK"),
+        mpi_expected=True,
+    )
+
+
+def _torchrun(environ: Mapping[str, str]) -> LaunchInfo | None:
+    if not {"RANK", "WORLD_SIZE"} <= environ.keys():
+        return None
+    return LaunchInfo(
+        launcher=Launcher.TORCHRUN,
+        rank=_number(environ, "RANK"),
+        world_size=_number(environ, "WORLD_SIZE"),
+        local_rank=_number(environ, "LOCAL_RANK"),
+        local_size=_number(environ, "LOCAL_WORLD_SIZE"),
+    )
+
+
+def _by_variables(environ: Mapping[str, str]) -> LaunchInfo | None:
+    """A launcher of the table."""
+    for name, (rank, world_size, local_rank, local_size) in _BY_VARIABLES.items():
+        if _number(environ, rank) is not None and _number(environ, local_rank) is not None:
+            return LaunchInfo(
+                launcher=Launcher[name],
+                rank=_number(environ, rank),
+                world_size=_number(environ, world_size),
+                local_rank=_number(environ, local_rank),
+                local_size=_number(environ, local_size),
+                mpi_expected=True,
+            )
+    return None
+
+
+def local_ranks(seats: Sequence[tuple[str, int | None]]) -> list[int]:
+    """Each rank's number among the ranks of its host.
+
+    Args:
+        seats: by rank, its host and the local rank that its launcher told, None where it did not.
+
+    Without numbers, or where two ranks of a host have the same (a LOCAL_RANK that was exported to
+    all), the ranks of a host are counted in order.
+    """
+    told = Counter(seats)
+    distinct = all(told[seat] == 1 and seat[1] is not None for seat in seats)
+    so_far: Counter[str] = Counter()
+    counted = []
+    for host, local_rank in seats:
+        counted.append(local_rank if distinct and local_rank is not None else so_far[host])
+        so_far[host] += 1
+    return counted
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -93,7 +176,9 @@ def _in_slurm_step(environ: Mapping[str, str]) -> bool:
     return step is not None and step < _FIRST_SPECIAL_STEP and has_rank
 
 
-def _srun(environ: Mapping[str, str]) -> LaunchInfo:
+def _srun(environ: Mapping[str, str]) -> LaunchInfo | None:
+    if not _in_slurm_step(environ):
+        return None
     # SLURM_NTASKS is inherited from the job by some versions; the step's own count is exact.
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS")
     if world_size is None:

@@ -52,6 +52,7 @@ def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: 
         "rank_0.log",
         "rank_1.log",
         "metrics.json",
+        "status.json",
     }
     records = outcome.completions()
     assert [record["id"] for record in records] == ["first", "second", "third"]

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from mpipipe.errors import EXIT_REQUEUE
 from mpipipe.models.attention.probe import available_backends
 from tests.e2e.conftest import Outcome
+from tests.e2e.test_stop import stop_when
 from tests.gpu.runs import RunModel, check_greedy, check_logprobs, gpu_run, launch, save_run_model
 
 pytestmark = [
@@ -253,3 +255,38 @@ def test_too_little_memory_for_a_step_is_told_before_the_first_prompt(
     assert outcome.exit_code == 5, outcome.stderr
     assert "too little memory for a step of 16384 tokens" in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_over_nccl_that_is_told_to_stop_goes_on_where_it_was(
+    saved: Callable[[str], RunModel], tmp_path: Path
+) -> None:
+    model, folder, num_prompts = saved("llama"), tmp_path / "out", 3000
+    prompts, config = tmp_path / "many.jsonl", tmp_path / "run.toml"
+    texts = {f"p{number}": f"prompt number {number}" for number in range(num_prompts)}
+    lines = [{"id": name, "prompt": text} for name, text in texts.items()]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.write_text(f'model.path = "{model.folder}"\nprompts.path = "{prompts}"\n')
+    # Few at a time: with all at once everything is done within two seconds.
+    job = ["generation.max_new_tokens=60", "pipeline.max_sequences_per_slot=8"]
+    job += ["pipeline.device=cuda", "generation.ignore_eos=true"]
+    written = folder / "completions_rank_0.jsonl"
+
+    def has_some() -> bool:
+        return written.exists() and written.stat().st_size > 0
+
+    def head(_: int) -> int:
+        return int(json.loads((folder / "manifest.json").read_text())["hosts"][0]["pid"])
+
+    stopped = stop_when(has_some, head, config, folder, *job)
+    assert stopped.exit_code == EXIT_REQUEUE, stopped.stderr
+    early = {record["id"]: record["text"] for record in stopped.completions()}
+    assert 0 < len(early) < num_prompts
+    arguments = ["-m", "mpipipe", "run", str(config), f"output.dir={folder}", *job]
+    resumed = launch([*arguments, "output.resume=true"], folder, 2)
+    assert resumed.exit_code == 0, resumed.stderr
+    records = resumed.completions()
+    assert [record["id"] for record in records] == list(texts)
+    assert early.items() <= {record["id"]: record["text"] for record in records}.items()
+    for record in (records[0], records[-1]):
+        check_greedy(model, texts[record["id"]], record)

@@ -66,7 +66,12 @@ async def open_channel(transport: str, engine: ProgressEngine, index: int) -> Te
     if transport == "staged":
         return open_staged_channel(engine)
     return await open_nccl_channel(
-        nccl_broadcast, rank=RANK, hosts=["here"] * SIZE, device_index=index, timeout_s=30
+        nccl_broadcast,
+        rank=RANK,
+        hosts=["here"] * SIZE,
+        stage_ranks=range(SIZE),
+        device_index=index,
+        timeout_s=30,
     )
 
 

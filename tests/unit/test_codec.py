@@ -28,6 +28,7 @@ from mpipipe.control_plane.messages import (
     SessionEnded,
     StepSampled,
     StepScheduled,
+    StopRequested,
 )
 from mpipipe.errors import ProtocolMismatchError
 from mpipipe.types import SamplingParams, TokenLogprobs
@@ -43,6 +44,10 @@ GPU_HELLO = dataclasses.replace(
     gpu_free_bytes=15 << 30,
     nccl_version="2.27",
     attention_backends=("triton",),
+    gpu_pci="0000:3b:00.0",
+    gpu_cpus=(0, 1),
+    cores=((0, 2), (1, 3)),
+    num_allowed_cpus=8,
 )
 SAMPLING = SamplingParams(
     max_new_tokens=16,
@@ -87,17 +92,19 @@ MESSAGES: tuple[Message, ...] = (
     GenerationEnded(),
     SessionEnded(),
     Echo(1, b"ping", False),
+    StopRequested("SIGTERM"),
 )
 
 # The bytes of MESSAGES. When a line has to change, PROTOCOL_VERSION has to change with it.
 GOLDEN = (
     (
-        "dc001401010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756effa0"
-        "a0000000a090a0"
+        "dc001801010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756effa0a000"
+        "0000a090a0a0909000"
     ),
     (
-        "dc001401010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e00a2"
-        "5434a54750552d314bcf0000000400000000cf00000003c0000000a4322e323791a6747269746f6ea0"
+        "dc001801010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e00a25434"
+        "a54750552d314bcf0000000400000000cf00000003c0000000a4322e323791a6747269746f6ea0ac30303030"
+        "3a33623a30302e309200019292000292010308"
     ),
     "9602a46c6f616401c0a000",
     "9602a46c6f616401af436865636b706f696e744572726f72b46d6f64656cedb3bf2e62696e20697320676f6e6503",
@@ -119,6 +126,7 @@ GOLDEN = (
     "910d",
     "910e",
     "940f01c40470696e67c2",
+    "9211a75349475445524d",
 )
 
 

@@ -12,8 +12,10 @@ from mpipipe.topology.gpu import (
     driver_in_sight,
     gpu_of_rank,
     local_rank,
+    mig_slice,
     no_driver_problem,
     parse_gpus,
+    pci_address,
 )
 
 
@@ -109,3 +111,22 @@ def test_lines_of_nvidia_smi_become_facts() -> None:
         90,
     )
     assert (second.capability, second.free_bytes) == (75, 15000 * 2**20)
+
+
+def test_a_slice_of_a_gpu_is_known_by_its_name_in_the_environment() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "MIG-1a, MIG-2b"}
+    assert [mig_slice(environ, index) for index in range(3)] == ["MIG-1a", "MIG-2b", ""]
+    assert mig_slice({"CUDA_VISIBLE_DEVICES": "GPU-1a"}, 0) == ""
+    assert mig_slice({"CUDA_VISIBLE_DEVICES": "0,1"}, 1) == ""
+    assert mig_slice({}, 0) == ""
+
+
+def test_the_driver_tells_where_a_gpu_is_plugged_in(tmp_path: Path) -> None:
+    for address, uuid in (("0000:3b:00.0", "GPU-aa-1"), ("0000:af:00.0", "GPU-bb-2")):
+        folder = tmp_path / "proc/driver/nvidia/gpus" / address
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t T4\nGPU UUID: \t {uuid}\n")
+    assert pci_address("BB-2", tmp_path) == "0000:af:00.0"
+    assert pci_address("cc-3", tmp_path) == ""
+    assert pci_address("", tmp_path) == ""
+    assert pci_address("aa-1", tmp_path / "elsewhere") == ""

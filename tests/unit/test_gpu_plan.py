@@ -69,6 +69,10 @@ class Rank:
     nccl_version: str = "2.28.9"
     attention_backends: tuple[str, ...] = BACKENDS
     gpu_problem: str = ""
+    gpu_pci: str = ""
+    gpu_cpus: tuple[int, ...] = ()
+    cores: tuple[tuple[int, ...], ...] = ()
+    num_allowed_cpus: int = 0
 
 
 def h200(num_ranks: int) -> list[Rank]:
@@ -240,6 +244,19 @@ def test_without_nccl_on_a_rank_tensors_go_over_mpi_and_asking_for_nccl_is_refus
     assert "rank 2 on node1 was built without NCCL" in reason(made, "pipeline.transport")
     with pytest.raises(EnvironmentSetupError, match="rank 2 on node1 was built without NCCL"):
         plan(world, PipelineConfig(transport="nccl"))
+
+
+def test_slices_of_one_gpu_are_gpus_of_their_own_but_not_to_nccl() -> None:
+    slices = [
+        replace(rank, gpu_uuid=f"MIG-{rank.rank}", gpu_pci="0000:3b:00.0") for rank in h200(2)
+    ]
+    made = plan(slices)
+    assert (made.device, made.transport) == ("cuda", "mpi")
+    assert "slices (MIG) of one GPU" in reason(made, "pipeline.transport")
+    with pytest.raises(PlanError, match="2 ranks on node1 have slices"):
+        plan(slices, PipelineConfig(transport="nccl"))
+    apart = [replace(rank, host=f"node{rank.rank}") for rank in slices]
+    assert plan(apart).transport == "nccl"
 
 
 def test_different_nccl_versions_do_not_talk() -> None:

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size, detect
+from mpipipe.topology.launcher import (
+    Launcher,
+    LaunchInfo,
+    check_world_size,
+    detect,
+    local_ranks,
+)
 
 # As recorded under Slurm 22.05 with two nodes, MPICH 5.0 and Open MPI 5.0.
 SRUN = {
@@ -165,3 +171,56 @@ def test_torchrun_is_explained() -> None:
 
 def test_a_larger_world_than_one_step_is_a_heterogeneous_job() -> None:
     check_world_size(detect(SRUN_PMI2), 6)
+
+
+PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2"}
+JSRUN = {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_LOCAL_RANK": "1"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "1"}
+FLUX = {"PMI_RANK": "3", "PMI_SIZE": "4", "FLUX_TASK_LOCAL_ID": "1", "FLUX_TASK_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher", "world_size"),
+    [
+        (PALS, Launcher.PALS, None),
+        (JSRUN, Launcher.JSRUN, 4),
+        (MVAPICH, Launcher.MVAPICH, 4),
+        (FLUX, Launcher.FLUX, 4),
+    ],
+)
+def test_launchers_with_variables_of_their_own(
+    environ: dict[str, str], launcher: Launcher, world_size: int | None
+) -> None:
+    info = detect(environ | TORCHRUN)
+    assert (info.launcher, info.rank, info.local_rank) == (launcher, 3, 1)
+    assert info.world_size == world_size
+    assert info.mpi_expected
+
+
+def test_mpiexec_inside_of_another_launchers_job_wins() -> None:
+    """An interactive shell of flux or PALS keeps their variables."""
+    for outer in (PALS, FLUX, JSRUN):
+        info = detect(outer | HYDRA)
+        assert (info.launcher, info.local_rank) == (Launcher.HYDRA, 1)
+        assert detect(outer | OPENMPI).launcher is Launcher.OPENMPI
+
+
+def test_variables_of_a_launcher_that_a_shell_has_kept_in_part_start_no_mpi() -> None:
+    assert detect({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}).launcher is Launcher.NONE
+    assert detect({"PALS_RANKID": "0"}).launcher is Launcher.NONE
+
+
+@pytest.mark.parametrize(
+    ("seats", "numbers"),
+    [
+        ([("a", 1), ("a", 0), ("b", 0)], [1, 0, 0]),  # as told
+        ([("a", None), ("b", None), ("a", None), ("b", None)], [0, 0, 1, 1]),
+        ([("a", 0), ("a", 0), ("b", 0)], [0, 1, 0]),  # an exported LOCAL_RANK
+        ([("a", 1), ("a", None)], [0, 1]),
+        ([("a", None)], [0]),
+    ],
+)
+def test_local_ranks_are_told_or_counted(
+    seats: list[tuple[str, int | None]], numbers: list[int]
+) -> None:
+    assert local_ranks(seats) == numbers

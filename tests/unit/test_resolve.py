@@ -57,6 +57,10 @@ class Rank:
     nccl_version: str = ""
     attention_backends: tuple[str, ...] = ()
     gpu_problem: str = ""
+    gpu_pci: str = ""
+    gpu_cpus: tuple[int, ...] = ()
+    cores: tuple[tuple[int, ...], ...] = ()
+    num_allowed_cpus: int = 0
 
 
 def ranks(*hosts: str, memory: int = 16 * GIB, cores: int = 8) -> list[Rank]:
@@ -157,6 +161,7 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
     assert {entry.setting for entry in made.resolved} == {
         "model.dtype",
         "pipeline.num_stages",
+        "pipeline.layout",
         "pipeline.split",
         "pipeline.num_slots",
         "pipeline.max_sequences_per_slot",
@@ -214,7 +219,8 @@ def test_asked_for_values_are_taken_and_get_no_reason() -> None:
     assert (made.attention, made.dtype) == ("reference", "bfloat16")
     assert (made.num_kv_pages, made.max_context_tokens, made.page_size_tokens) == (77, 1024, 8)
     assert (made.laps_ahead, made.prefill, made.max_sequence_tokens) == (1, "mixed", 1024)
-    assert [entry.setting for entry in made.resolved] == ["pipeline.max_tokens_per_step"]
+    settings = [entry.setting for entry in made.resolved]
+    assert settings == ["pipeline.max_tokens_per_step", "pipeline.layout"]
 
 
 @pytest.mark.parametrize(

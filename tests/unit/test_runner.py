@@ -307,3 +307,39 @@ def test_the_next_steps_are_sent_before_a_completion_is_given_out(kind: str) -> 
             await runner.drain()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_a_runner_that_is_stopped_gives_out_what_is_whole_and_leaves_nothing_behind(
+    kind: str,
+) -> None:
+    core, pipeline = make_core(kind), Pipeline()
+    wanted = requests(ignore_eos=True)
+
+    async def run() -> list[Completion]:
+        done = []
+        async with pipeline.running(core) as runner:
+            async for completion in runner.generate(wanted):
+                done.append(completion)
+                runner.stop()
+        return done
+
+    done = asyncio.run(run())
+    assert 1 <= len(done) < len(wanted)
+    assert all(outcome(c) == alone(wanted[c.index]) for c in done)
+    assert core.is_idle
+    assert not pipeline.finished
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_a_runner_that_was_stopped_before_sends_nothing(kind: str) -> None:
+    core, pipeline = make_core(kind), Pipeline()
+
+    async def run() -> list[Completion]:
+        async with pipeline.running(core) as runner:
+            runner.stop()
+            return [completion async for completion in runner.generate(requests())]
+
+    assert asyncio.run(run()) == []
+    assert core.is_idle
+    assert not pipeline.opened

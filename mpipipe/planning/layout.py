@@ -1,0 +1,169 @@
+"""Where the stages run: which rank takes which stage, on which cores, with how many threads. Pure.
+
+Invariants: rank 0 is the head and takes stage 0; stages on one host follow each other, so that as
+few edges as possible cross the network; a rank that its launcher has bound keeps its cores.
+Not here: which layers a stage has (`partition`), reading and setting affinity
+(`topology.affinity`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.topology.affinity import Core, format_cpus
+
+__all__ = ["cores_of_ranks", "note_cores", "note_layout", "stage_order", "threads_per_rank"]
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+def stage_order(ranks: Sequence[RankResources]) -> tuple[int, ...]:
+    """The rank of every stage: host by host, the head's first, on each host in order of rank.
+
+    A launcher that deals ranks round the hosts (srun -m cyclic, mpirun --map-by node) would
+    otherwise send every step over the network.
+    """
+    return tuple(rank.rank for sharers in _by_host(ranks) for rank in sharers)
+
+
+def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:
+    """Say how the stages lie, where there are several hosts to lie on."""
+    hosts = _by_host(ranks)
+    if len(hosts) == 1:
+        return
+    placed = [f"{sharers[0].host}: {_numbers(sharers)}" for sharers in hosts]
+    crossing = len(hosts) - 1
+    by_rank = sorted(ranks, key=lambda rank: rank.rank)
+    in_order = sum(a.host != b.host for a, b in itertools.pairwise(by_rank))
+    reason = f"{crossing} of {len(ranks) - 1} edges between hosts"
+    if in_order > crossing:
+        reason += f", in the order of ranks it would be {in_order}"
+    decisions.note("pipeline.layout", " | ".join(placed), reason)
+
+
+def _numbers(sharers: Sequence[RankResources]) -> str:
+    noun = "rank" if len(sharers) == 1 else "ranks"
+    return f"{noun} {' '.join(str(rank.rank) for rank in sharers)}"
+
+
+def _by_host(ranks: Sequence[RankResources]) -> list[list[RankResources]]:
+    """The ranks of each host in order, hosts by their lowest rank."""
+    hosts: dict[str, list[RankResources]] = {}
+    for rank in sorted(ranks, key=lambda rank: rank.rank):
+        hosts.setdefault(rank.host, []).append(rank)
+    return list(hosts.values())
+
+
+# ---- cores ---------------------------------------------------------------------------------------
+
+
+def cores_of_ranks(bind: str, ranks: Sequence[RankResources]) -> dict[int, tuple[Core, ...]]:
+    """The cores that each rank is to use; equal to its mask where it stays as it was launched.
+
+    With `bind` "auto", and GPUs to compute on, a rank whose GPU is nearer to some of its cores gets
+    those, shared out among the ranks of its host to whose GPUs they are as near. Not a rank that
+    was bound: its mask is smaller than what the job may use, or unlike that of another rank of its
+    host.
+    """
+    cores = {rank.rank: rank.cores for rank in ranks}
+    if bind == "none" or any(rank.gpu_index < 0 or rank.gpu_problem for rank in ranks):
+        return cores
+    for sharers in _by_host(ranks):
+        bound = len({rank.cores for rank in sharers}) > 1 or any(map(_is_bound, sharers))
+        near = {rank.rank: _near(rank) for rank in sharers}
+        if bound or any(len(found) == 0 for found in near.values()):
+            continue
+        for rank in sharers:
+            alike = [other.rank for other in sharers if near[other.rank] == near[rank.rank]]
+            cores[rank.rank] = _share(near[rank.rank], alike.index(rank.rank), len(alike))
+    return cores
+
+
+def _is_bound(rank: RankResources) -> bool:
+    return _num_cpus(rank.cores) < rank.num_allowed_cpus
+
+
+def _near(rank: RankResources) -> tuple[Core, ...]:
+    """The cores near the rank's GPU; none without a GPU, or where all are as near."""
+    wanted = set(rank.gpu_cpus)
+    near = tuple(core for core in rank.cores if wanted.intersection(core))
+    return near if len(near) < len(rank.cores) else ()
+
+
+def _share(cores: tuple[Core, ...], position: int, num_sharers: int) -> tuple[Core, ...]:
+    """A contiguous part; all of them where there are fewer than one for each."""
+    if len(cores) < num_sharers:
+        return cores
+    start, end = (len(cores) * edge // num_sharers for edge in (position, position + 1))
+    return cores[start:end]
+
+
+def note_cores(bind: str, ranks: Sequence[RankResources], decisions: Decisions) -> None:
+    """Say which ranks were bound near their GPUs."""
+    cores = cores_of_ranks(bind, ranks)
+    moved = [rank for rank in ranks if cores[rank.rank] != rank.cores]
+    if not moved:
+        return
+    placed = [
+        f"rank {rank.rank}: {format_cpus(cpu for core in cores[rank.rank] for cpu in core)}"
+        for rank in moved
+    ]
+    decisions.note("pipeline.bind", " | ".join(placed), "CPUs of the NUMA node of each rank's GPU")
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def threads_per_rank(bind: str, ranks: Sequence[RankResources]) -> tuple[int, str]:
+    """Threads that every rank can keep busy on cores of its own, and why; at least 1.
+
+    One per physical core: the second hardware thread of a core slows matrix products down.
+    """
+    cores = cores_of_ranks(bind, ranks)
+    worst: tuple[int, str] | None = None
+    for sharers in _by_host(ranks):
+        users = Counter(cpu for rank in sharers for core in cores[rank.rank] for cpu in core)
+        for rank in sharers:
+            found = _threads(rank, cores[rank.rank], users, len(sharers))
+            if worst is None or found[0] < worst[0]:
+                worst = found
+    assert worst is not None, "there are ranks"
+    return worst
+
+
+def _threads(
+    rank: RankResources, cores: Sequence[Core], users: Counter[int], num_sharers: int
+) -> tuple[int, str]:
+    """`users`: how many ranks may use each CPU of the host; 1: only this one."""
+    by_count = max(1, rank.num_cores // num_sharers)
+    shared = f"{rank.num_cores} usable cores of a host for {num_sharers} ranks"
+    if not cores or rank.num_cores < _num_cpus(rank.cores):  # unknown, or a CPU quota for all
+        return by_count, shared
+    own = sum(1 / max(users[cpu] for cpu in core) for core in cores)
+    num_threads = max(1, int(own + 1e-6))  # thirds do not add up to 1
+    if num_threads == by_count and max(users.values()) > 1:
+        return num_threads, shared
+    cpus = _num_cpus(cores)
+    reason = f"{_count(len(cores), 'physical core')} with {_count(cpus, 'CPU')}"
+    if max(users[cpu] for core in cores for cpu in core) > 1:
+        return num_threads, f"{reason} for {num_sharers} ranks of a host"
+    if _is_bound(rank):
+        reason += f", as the launcher has bound rank {rank.rank}"
+        if num_sharers * cpus < rank.num_allowed_cpus:
+            reason += (
+                f" to {cpus} of {rank.num_allowed_cpus} CPUs "
+                "(mpirun --bind-to none, srun --cpus-per-task=N give more)"
+            )
+    return num_threads, reason
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _num_cpus(cores: Sequence[Core]) -> int:
+    return sum(map(len, cores))

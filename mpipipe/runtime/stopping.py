@@ -1,0 +1,257 @@
+"""Stopping in order: a signal, or the end of the job's wall time, ends the run with exit code 75.
+
+`StopSwitch` is this rank's: tripped once, never reset. `watch_for_stop` joins the switches of all
+ranks while steps run: whoever is tripped tells the head, the head tells everybody. Not here: what
+the scheduler does then (`scheduler.runner.Runner.stop`).
+
+Invariants: launchers forward a signal to all ranks, and some send it twice at once, so a second
+one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. A boot phase is
+interrupted by the first signal, anything else is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from mpipipe.control_plane.messages import StopRequested
+from mpipipe.errors import EXIT_REQUEUE, DeadlineError, MpipipeError, PeerLostError, StoppedError
+from mpipipe.topology.command import Runner, run_child
+from mpipipe.topology.launcher import detect
+from mpipipe.topology.slurm import read_job, wall_time_left_s
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from mpipipe.control_plane.mesh import Mesh
+    from mpipipe.runtime.launch import Ranks
+
+__all__ = ["StopSwitch", "job_switch", "stop_signals", "watch_for_stop"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SECOND_SIGNAL_S = 2.0
+# Every rank's event loop is free while its stage computes, so an answer takes milliseconds. A rank
+# that says nothing for so long is gone: after `srun -K` the others have 30 s until SIGKILL.
+_ANSWER_LIMIT_S = 10.0
+_HEAD_LIMIT_S = 15.0  # the head may be merging files
+_GATHER = "stop"
+# Finishing the steps in flight and writing the files takes seconds; Slurm's end is up to 30 s off.
+_MARGIN_S = 60.0
+_MARGIN_SHARE = 0.1  # of a short job's time
+
+
+class StopSwitch:
+    """Whether this rank was told to stop.
+
+    Args:
+        seconds_left: of the job's wall time from now on, less the margin that stopping needs; None:
+            no limit is known.
+        now_s: monotonic seconds.
+    """
+
+    def __init__(
+        self, seconds_left: float | None = None, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._now_s = now_s
+        self._ends_s = None if seconds_left is None else now_s() + seconds_left
+        self._reason = ""
+        self._tripped_s = 0.0
+        self._interruptible = False
+        self._listener: Callable[[], None] | None = None
+        self.exit_now: Callable[[int], object] = os._exit
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, e.g. "SIGTERM"; empty: it does not."""
+        if not self._reason and self.seconds_left == 0.0:
+            self.trip("the job's wall time ends")
+        return self._reason
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the switch trips by itself; None: never."""
+        return None if self._ends_s is None else max(0.0, self._ends_s - self._now_s())
+
+    def trip(self, reason: str) -> None:
+        """Stop the run; only the first reason counts."""
+        if self._reason:
+            return
+        self._reason = reason
+        self._tripped_s = self._now_s()
+        if self._listener is not None:
+            self._listener()
+
+    def signalled(self, number: int) -> None:
+        """Take a signal; called between two steps of the interpreter, in the main thread.
+
+        Raises:
+            StoppedError: inside `interruptible`, on the first signal.
+        """
+        name = signal.Signals(number).name
+        if not self._reason:
+            self.trip(name)
+            if self._interruptible:
+                self._interruptible = False
+                self.check()
+        elif self._now_s() - self._tripped_s >= _SECOND_SIGNAL_S:
+            # Not through sys.stderr, which this signal may have interrupted.
+            os.write(2, f"mpipipe: {name} after {self._reason}: the job ends at once\n".encode())
+            self.exit_now(EXIT_REQUEUE)
+
+    def check(self) -> None:
+        """Go on, or not.
+
+        Raises:
+            StoppedError: the switch is tripped.
+        """
+        if self.reason:
+            raise StoppedError(_sentence(self.reason))
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Blocking work that the first signal may break off at any point.
+
+        Raises:
+            StoppedError: the switch is tripped, before the work or in it.
+        """
+        self.check()
+        self._interruptible = True
+        try:
+            yield
+        except MpipipeError:
+            raise
+        except Exception as error:
+            # Libraries turn what is raised inside them into errors of their own.
+            if not self._reason:
+                raise
+            raise StoppedError(_sentence(self._reason)) from error
+        finally:
+            self._interruptible = False
+
+    async def tripped(self) -> str:
+        """Wait until the switch is tripped, by anybody or by time; returns the reason."""
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(woken.set)  # ends the loop's nap
+
+        self._listener = wake
+        try:
+            while not self.reason:
+                try:
+                    async with asyncio.timeout(self.seconds_left):
+                        await woken.wait()
+                except TimeoutError:
+                    continue
+            return self.reason
+        finally:
+            self._listener = None
+
+
+def job_switch(environ: Mapping[str, str], run: Runner = run_child) -> StopSwitch:
+    """The switch of a command's rank; the head's trips by itself before the job's wall time ends.
+
+    A site's `--signal` may come earlier; not every script has one.
+    """
+    job = read_job(environ)
+    if job is None or detect(environ).rank not in (None, 0):
+        return StopSwitch()
+    left_s = wall_time_left_s(job, time.time(), run)
+    if left_s is None:
+        return StopSwitch()
+    return StopSwitch(left_s - min(_MARGIN_S, left_s * _MARGIN_SHARE))
+
+
+def _sentence(reason: str) -> str:
+    return (
+        f"told to stop ({reason}) while the run was starting: nothing is lost; start it again to "
+        "go on"
+    )
+
+
+@contextmanager
+def stop_signals(switch: StopSwitch) -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and SIGUSR2 trip `switch`; for a command's main thread, until it ends.
+
+    Afterwards they are ignored: the exit code is decided, and `srun --kill-on-bad-exit` sends
+    SIGTERM to whoever is a moment later in leaving, whose end would then count as a kill.
+    """
+
+    def take(number: int, _: FrameType | None) -> None:
+        switch.signalled(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, take)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@asynccontextmanager
+async def watch_for_stop(ranks: Ranks, stop: Callable[[], None]) -> AsyncIterator[None]:
+    """While inside, a tripped switch on any rank trips that of every rank.
+
+    The head calls `stop` then, once, and makes sure that all ranks are still there: steps in flight
+    come back only from a pipeline that is whole.
+
+    Raises:
+        PeerLostError: on the head, through `ranks.tasks`: a rank does not answer.
+    """
+    watching = ranks.tasks.create_task(_watch(ranks, stop), name="stop")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def _watch(ranks: Ranks, stop: Callable[[], None]) -> None:
+    mesh, switch = ranks.mesh, ranks.stop
+    listening = ranks.tasks.create_task(_listen(ranks), name="stop of others")
+    try:
+        reason = await switch.tripped()
+        if not mesh.is_head:
+            mesh.send(0, StopRequested(f"{reason} on rank {mesh.rank}"))
+            await _head_speaks(listening, reason)
+            return
+        stop()
+        for rank in range(1, mesh.world_size):
+            mesh.send(rank, StopRequested(reason))
+        await _answers(mesh, reason)
+    finally:
+        listening.cancel()
+        await asyncio.wait([listening])
+
+
+async def _listen(ranks: Ranks) -> None:
+    """The head listens to the first rank that asks; the others to the head, whom they answer."""
+    mesh = ranks.mesh
+    _, message = await mesh.mailbox(StopRequested).get()
+    assert isinstance(message, StopRequested)
+    ranks.stop.trip(message.reason)
+    if not mesh.is_head:
+        await mesh.gather(_GATHER, b"", _ANSWER_LIMIT_S)
+
+
+async def _head_speaks(listening: asyncio.Task[None], reason: str) -> None:
+    done, _ = await asyncio.wait([listening], timeout=_HEAD_LIMIT_S)
+    if not done:
+        raise PeerLostError(
+            f"the run was told to stop ({reason}), but rank 0, which decides, says nothing within "
+            f"{_HEAD_LIMIT_S:g} s; most likely it died: look for the first error in its log"
+        )
+
+
+async def _answers(mesh: Mesh, reason: str) -> None:
+    try:
+        await mesh.gather(_GATHER, b"", _ANSWER_LIMIT_S)
+    except DeadlineError as error:
+        raise PeerLostError(f"the run was told to stop ({reason}), but {error}") from error

@@ -1,0 +1,121 @@
+"""What Slurm says of a job: its name, how much time is left, whether it waits, how it ended.
+
+The environment tells most; `squeue` and `sacct` are asked for the rest, through a `Runner`, and may
+not exist (a container, another cluster). Not here: ranks (`launcher`) and MPI (`srun_mpi`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpipipe.topology.command import Runner, output_of, run_child
+
+__all__ = [
+    "AccountedJob",
+    "QueuedJob",
+    "SlurmJob",
+    "accounted_jobs",
+    "is_job_id",
+    "parse_duration_s",
+    "queued_jobs",
+    "read_job",
+    "wall_time_left_s",
+]
+
+# slurmctld answers in milliseconds; a busy one in seconds; nobody should wait for a dead one.
+_ASK_LIMIT_S = 5.0
+_JOB_ID = re.compile(r"\d+(_\d+)?")
+_DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+_QUEUE_FORMAT = "%i|%T|%r|%S|%L|%N|%Z"
+_ACCOUNT_FORMAT = "JobID,State,ExitCode,Elapsed,End,WorkDir"
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmJob:
+    """The job that this process is part of."""
+
+    job_id: str  # what scontrol takes; of an array task its own
+    label: str  # what users see: the id, or `<array>_<task>`
+    num_restarts: int  # how often Slurm has requeued it
+    end_time_s: float | None  # Unix time; None: the environment does not say
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job in the queue: waiting, running or ending."""
+
+    label: str
+    state: str  # PENDING, RUNNING, COMPLETING …
+    reason: str  # why it waits; "None" when it does not
+    start: str  # when it started, or is expected to; "N/A": unknown
+    time_left: str  # as Slurm writes it
+    nodes: str
+    work_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class AccountedJob:
+    """A job as the accounting keeps it."""
+
+    label: str
+    state: str
+    exit_code: str  # code:signal
+    elapsed: str
+    end: str
+    work_dir: str
+
+
+def read_job(environ: Mapping[str, str]) -> SlurmJob | None:
+    """The job of this process; None outside of Slurm."""
+    job_id = environ.get("SLURM_JOB_ID", "")
+    if not job_id.isdigit():
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID", ""), environ.get("SLURM_ARRAY_TASK_ID", "")
+    end_time = environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05, in batch jobs
+    restarts = environ.get("SLURM_RESTART_COUNT", "")  # absent the first time
+    return SlurmJob(
+        job_id=job_id,
+        label=f"{array}_{task}" if array and task else job_id,
+        num_restarts=int(restarts) if restarts.isdigit() else 0,
+        end_time_s=float(end_time) if end_time.isdigit() else None,
+    )
+
+
+def wall_time_left_s(job: SlurmJob, now_unix_s: float, run: Runner = run_child) -> float | None:
+    """Seconds until Slurm ends `job`; None: no limit, or nobody says."""
+    if job.end_time_s is not None:
+        return max(0.0, job.end_time_s - now_unix_s)
+    answer = output_of(run, ("squeue", "-h", "-j", job.job_id, "-o", "%L"), _ASK_LIMIT_S)
+    return None if answer is None else parse_duration_s(answer.strip())
+
+
+def parse_duration_s(text: str) -> float | None:
+    """Seconds of `D-HH:MM:SS`, `HH:MM:SS` or `MM:SS`; None for anything else (UNLIMITED)."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` is the id of a job, or of one task of an array."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
+def queued_jobs(job_id: str, run: Runner = run_child) -> tuple[QueuedJob, ...]:
+    """What the queue holds under `job_id`: one job, the tasks of an array, or nothing."""
+    command = ("squeue", "-h", "-j", job_id, "-o", _QUEUE_FORMAT)
+    answer = output_of(run, command, _ASK_LIMIT_S)  # an old id is an error of squeue
+    fields = (line.split("|", 6) for line in (answer or "").splitlines())
+    return tuple(QueuedJob(*values) for values in fields if len(values) == 7)
+
+
+def accounted_jobs(job_id: str, run: Runner = run_child) -> tuple[AccountedJob, ...]:
+    """What the accounting knows of `job_id`, of its last attempt: one job, or an array's tasks."""
+    command = ("sacct", "-n", "-X", "-P", "-j", job_id, "-o", _ACCOUNT_FORMAT)
+    answer = output_of(run, command, _ASK_LIMIT_S)
+    fields = (line.split("|", 5) for line in (answer or "").splitlines())
+    return tuple(AccountedJob(*values) for values in fields if len(values) == 6)

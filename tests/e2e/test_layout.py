@@ -1,0 +1,45 @@
+"""Stages that are not in the order of ranks: what a cyclic distribution over hosts gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tests.e2e.conftest import ROOT, Outcome, execute, mpiexec, run
+
+DEALT = Path(__file__).with_name("dealt_rank.py")
+
+
+def test_ranks_dealt_round_two_hosts_give_the_same_tokens(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    alone = run(1, tiny_config, tmp_path / "alone")
+    assert alone.exit_code == 0, alone.stderr
+    for laps_ahead in (0, 1):
+        dealt = run_dealt(tiny_config, tmp_path / f"dealt{laps_ahead}", laps_ahead)
+        assert tokens(dealt) == tokens(alone)
+        plan = dealt.json("manifest.json")["plan"]
+        assert [(stage["rank"], stage["host"]) for stage in plan["stages"]] == [
+            (0, "node0"),
+            (2, "node0"),
+            (1, "node1"),
+            (3, "node1"),
+        ]
+        assert [rank["rank"] for rank in dealt.json("metrics.json")["ranks"]] == [0, 2, 1, 3]
+        first_line = (dealt.folder / "rank_1.log").read_text().splitlines()[0]
+        assert json.loads(first_line)["stage"] == 2
+
+
+def run_dealt(config: Path, folder: Path, laps_ahead: int) -> Outcome:
+    command = [*mpiexec(4), sys.executable, str(DEALT), "run", str(config)]
+    words = [f"output.dir={folder}", f"pipeline.laps_ahead={laps_ahead}"]
+    outcome = execute([*command, *words], folder, PYTHONPATH=str(ROOT))
+    assert outcome.exit_code == 0, outcome.stderr
+    return outcome
+
+
+def tokens(outcome: Outcome) -> dict[str, list[int]]:
+    found = {line["id"]: line["token_ids"] for line in outcome.completions()}
+    assert len(found) == 3
+    return found

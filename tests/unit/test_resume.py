@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpipipe.config.load import load_config
+from mpipipe.errors import ConfigError, OutputError
+from mpipipe.runtime.output import claim_run_folder, merge
+from mpipipe.runtime.resume import Earlier, check_basis, read_earlier, wants_resume
+
+BASIS = {"model.path": "/models/a", "generation.max_new_tokens": 8}
+
+
+def line(prompt_id: str, **more: object) -> bytes:
+    return json.dumps({"id": prompt_id, "text": "…", **more}, ensure_ascii=False).encode() + b"\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    manifest = {"basis": BASIS, "attempts": [{"num_kept": 0}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("setting", "restarts", "wanted"),
+    [
+        ("auto", None, False),
+        ("auto", "0", False),
+        ("auto", "2", True),
+        (True, None, True),
+        (False, "2", False),
+    ],
+)
+def test_auto_resumes_a_job_that_slurm_has_requeued(
+    setting: bool | str, restarts: str | None, wanted: bool
+) -> None:
+    environ = {"SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
+    assert wants_resume(setting, environ) is wanted
+
+
+def test_nothing_is_left_by_a_run_that_ended_while_it_booted(tmp_path: Path) -> None:
+    (tmp_path / "rank_0.log").touch()
+    assert read_earlier(tmp_path) == Earlier()
+
+
+def test_records_are_kept_whether_completed_or_failed(folder: Path) -> None:
+    (folder / "completions_rank_0.jsonl").write_bytes(line("a") + line("b", error={"kind": "x"}))
+    (folder / "completions_rank_1.jsonl").write_bytes(line("c"))
+    earlier = read_earlier(folder)
+    assert earlier.kept_ids == {"a", "b", "c"}
+    assert (earlier.num_failed, earlier.num_torn) == (1, 0)
+    assert earlier.basis == BASIS
+    assert earlier.attempts == ({"num_kept": 0},)
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        line("z")[:-1],  # whole but for its newline: it may have been longer
+        line("z")[:9],
+        b"\0" * 20,
+        b"\0" * 20 + b"\n",
+        '{"id": "z", "text": "…'.encode()[:-1],
+        b"3\n",
+        b'{"text": "no id"}\n',
+    ],
+)
+def test_a_torn_line_is_cut_and_its_prompt_is_run_again(folder: Path, torn: bytes) -> None:
+    path = folder / "completions_rank_0.jsonl"
+    path.write_bytes(line("a") + line("b") + torn)
+    earlier = read_earlier(folder)
+    assert earlier.kept_ids == {"a", "b"}
+    assert earlier.num_torn == 1
+    assert path.read_bytes() == line("a") + line("b")
+
+
+def test_a_prompt_keeps_one_record(folder: Path) -> None:
+    path = folder / "completions_rank_0.jsonl"
+    path.write_bytes(line("a", n=1) + line("b") + line("a", n=2))
+    read_earlier(folder)
+    assert path.read_bytes() == line("a", n=1) + line("b")
+
+
+def test_what_is_kept_and_what_is_new_are_merged_in_the_order_of_the_input(folder: Path) -> None:
+    (folder / "completions_rank_0.jsonl").write_bytes(line("c") + line("a") + line("b"))
+    merged = merge(folder, {"a": 0, "b": 1, "c": 2, "never reached": 3})
+    assert merged.read_bytes() == line("a") + line("b") + line("c")
+
+
+def test_completions_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "completions_rank_0.jsonl").write_bytes(line("a"))
+    with pytest.raises(OutputError, match=r"no manifest\.json"):
+        read_earlier(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(OutputError, match="cannot be resumed"):
+        read_earlier(tmp_path)
+
+
+def test_what_differs_is_named() -> None:
+    check_basis(BASIS, dict(BASIS), Path("run"))
+    with pytest.raises(OutputError, match="max_new_tokens was 8 and is 9 now"):
+        check_basis(BASIS, BASIS | {"generation.max_new_tokens": 9}, Path("run"))
+    with pytest.raises(OutputError, match="was None and is 'x' now"):
+        check_basis({}, {"prompts": "x"}, Path("run"))
+
+
+def test_claiming_leaves_what_is_resumed_and_replaces_what_is_not(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    claim_run_folder(folder, overwrite=True, resume=True)
+    assert {path.name for path in folder.iterdir()} == names
+    with pytest.raises(OutputError, match=r"output\.resume=true"):
+        claim_run_folder(folder, overwrite=False)
+    claim_run_folder(folder, overwrite=True)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("value", ["true", "false", "auto"])
+def test_resume_takes_a_truth_or_auto(value: str) -> None:
+    config = load_config(None, [f"output.resume={value}"]).config
+    assert config.output.resume == {"true": True, "false": False}.get(value, "auto")
+
+
+@pytest.mark.parametrize("words", [["output.resume=sometimes"], ["output.resume=1"],
+                                   ["output.resume=true", "output.overwrite=true"]])  # fmt: skip
+def test_resume_refuses_anything_else(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"output\.resume"):
+        load_config(None, words)

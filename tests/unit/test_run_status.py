@@ -1,0 +1,231 @@
+"""`status.json` as the run writes it, and what `mpipipe status` makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpipipe.cli.status import status_command
+from mpipipe.errors import ConfigError, OutputError, StoppedError
+from mpipipe.runtime.launch import AgreedError
+from mpipipe.runtime.progress_file import ProgressFile, RunState, told_at_the_end
+from mpipipe.runtime.run_status import RunStatus, duration, find_runs, judge, read_status
+from mpipipe.topology.slurm import AccountedJob, QueuedJob
+
+NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
+PENDING = QueuedJob("7", "PENDING", "Priority", "2026-11-22T13:00:00", "1:00:00", "", "/w")
+RUNNING = QueuedJob("7", "RUNNING", "None", "2026-11-22T11:00:00", "30:00", "n[1-2]", "/w")
+KILLED = AccountedJob("7", "OUT_OF_MEMORY", "0:125", "00:05:00", "x", "/w")
+
+
+def told(state: str, seconds_ago: float = 1.0, **more: object) -> dict[str, Any]:
+    then = NOW - timedelta(seconds=seconds_ago)
+    return {"state": state, "updated_at": then.isoformat(), "update_interval_s": 5.0, **more}
+
+
+# ---- written -------------------------------------------------------------------------------------
+
+
+def test_what_was_told_once_stays_until_it_is_told_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    progress = ProgressFile(tmp_path, ["a", "b"], lambda: NOW)
+    progress.write(RunState.LOADING, num_prompts=3)
+    progress.write(RunState.GENERATING, num_completed=1)
+    values = json.loads((tmp_path / "status.json").read_text())
+    assert values["state"] == "generating"
+    assert (values["num_prompts"], values["num_completed"]) == (3, 1)
+    assert (values["job_id"], values["num_restarts"]) == ("12", 1)
+    assert values["hosts"] == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_other_ranks_write_nothing_and_a_lost_folder_ends_no_run(tmp_path: Path) -> None:
+    ProgressFile(None).write(RunState.LOADING)
+    ProgressFile(tmp_path / "gone").write(RunState.LOADING)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "text"),
+    [
+        (ConfigError("no such setting"), "failed", "no such setting"),
+        (AgreedError(ConfigError("rank 1: no model")), "failed", "rank 1: no model"),
+        (ExceptionGroup("tasks", [StoppedError("SIGTERM")]), "stopped", "SIGTERM"),
+        (KeyError("bug"), "failed", "KeyError: 'bug'"),
+    ],
+)
+def test_what_ends_a_run_is_told(tmp_path: Path, error: Exception, state: str, text: str) -> None:
+    with pytest.raises(type(error)), told_at_the_end(ProgressFile(tmp_path)):
+        raise error
+    values = json.loads((tmp_path / "status.json").read_text())
+    assert (values["state"], values["error"]) == (state, text)
+
+
+# ---- judged --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "queued", "accounted", "verdict"),
+    [
+        (told("generating"), [RUNNING], [], "generating"),
+        (told("stopping", stop_reason="SIGTERM"), [RUNNING], [], "stopping (SIGTERM)"),
+        (told("loading", 300), [RUNNING], [], "loading"),
+        (told("stopped", 9999, stop_reason="SIGTERM"), [], [], "stopped (SIGTERM), can go on"),
+        (told("stopped", 9999), [PENDING], [], "queued again (Priority, expected to start"),
+        (told("done", 9999), [], [], "done"),
+        (told("done", 9999, num_failed=2), [], [], "done, 2 prompts became error records"),
+        (told("failed", 9999, error="no space"), [], [], "failed: no space"),
+        ({}, [PENDING], [], "queued (Priority, expected to start 2026-11-22T13:00:00)"),
+        ({}, [RUNNING], [], "the job is RUNNING; no run of it is here"),
+        ({}, [], [KILLED], "ended before the run began; the job is OUT_OF_MEMORY"),
+        ({}, [], [], "unknown"),
+    ],
+)
+def test_the_file_and_slurm_together_tell_the_state(
+    values: Mapping[str, Any],
+    queued: Sequence[QueuedJob],
+    accounted: Sequence[AccountedJob],
+    verdict: str,
+) -> None:
+    assert judge(values, queued, accounted, NOW).startswith(verdict)
+
+
+@pytest.mark.parametrize(("state", "silent_s"), [("generating", 31), ("loading", 901)])
+def test_a_run_that_says_nothing_any_more_is_told(state: str, silent_s: float) -> None:
+    verdict = judge(told(state, silent_s), [], [KILLED], NOW)
+    assert verdict.startswith("no sign of life since 2020-11-22 11:")
+    assert f"when it was {state}" in verdict
+    assert verdict.endswith("the job is OUT_OF_MEMORY, exit code 0:125 (sacct)")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.4, "4 s"), (119, "119 s"), (700, "12 min"), (7200, "2 h 00 min"), (11100, "3 h 05 min")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# ---- found ---------------------------------------------------------------------------------------
+
+
+def write(folder: Path, at_s: float = 0.0, **values: object) -> Path:
+    folder.mkdir(parents=True)
+    path = folder / "status.json"
+    path.write_text(json.dumps({**told("done"), **values}))
+    os.utime(path, (at_s, at_s))
+    return folder
+
+
+def test_a_run_is_found_at_in_and_below_a_folder(tmp_path: Path) -> None:
+    job = write(tmp_path / "jobs" / "demo-12" / "outputs", 2.0)
+    assert find_runs(job) == find_runs(job.parent) == [job]
+    newer = write(tmp_path / "jobs" / "demo-9", 3.0)
+    assert find_runs(tmp_path / "jobs") == [job, newer]
+    assert find_runs(tmp_path) == []
+
+
+def test_the_job_of_a_run_is_told_or_in_the_name_of_its_folder(tmp_path: Path) -> None:
+    assert RunStatus(tmp_path / "x", {"job_id": "5_1"}).job_id == "5_1"
+    assert RunStatus(tmp_path / "demo-12_3" / "outputs", {}).job_id == "12_3"
+    assert RunStatus(Path("/a/b"), {}).job_id is None
+
+
+def test_a_status_file_that_is_none_is_told(tmp_path: Path) -> None:
+    assert read_status(tmp_path).values == {}
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(OutputError, match=r"status\.json cannot be read"):
+        read_status(tmp_path)
+
+
+# ---- printed -------------------------------------------------------------------------------------
+
+
+def slurm(**answers: str) -> Any:
+    def run(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        answer = answers.get(command[0])
+        return subprocess.CompletedProcess(command, answer is None, answer or "", "")
+
+    return run
+
+
+def test_a_running_job_is_shown_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPIPIPE_SCRATCH", str(tmp_path))
+    counts: dict[str, Any] = {
+        "num_prompts": 100, "num_kept": 10, "num_completed": 30, "num_failed": 0,
+        "num_output_tokens": 3000, "tokens_per_s": 50.0, "generating_s": 60.0,
+        "hosts": ["n1", "n2"], "job_id": "7", "stops_in_s": 1800,
+    }  # fmt: skip
+    now = datetime.now(UTC).isoformat()
+    write(tmp_path / "demo-7" / "outputs", state="generating", updated_at=now, **counts)
+    squeue = "7|RUNNING|None|2026-11-22T11:00:00|30:00|n[1-2]|/w\n"
+    assert status_command("7", as_json=False, run=slurm(squeue=squeue)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"run      {tmp_path}/demo-7/outputs",
+        "state    generating",
+        "prompts  40 of 100, 10 of them in earlier attempts",
+        "speed    50.0 tokens/s, about 2 min to go",
+        "time     stops in 30 min to keep the wall time",
+        "hosts    2 ranks on n1 n2",
+        "job      7 RUNNING n[1-2], 30:00 left",
+    ]
+
+
+def test_a_run_folder_of_any_name_is_found_by_the_job_that_it_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine", job_id="7")
+    write(tmp_path / "other", job_id="77")
+    assert status_command("7", as_json=True, run=slurm()) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [run["folder"] for run in document["runs"]] == [str(tmp_path / "mine")]
+
+
+def test_a_queued_job_has_no_run_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    squeue = "7|PENDING|Resources|N/A|30:00||/nowhere\n"
+    assert status_command("7", as_json=False, run=slurm(squeue=squeue)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["state    queued (Resources)", "job      7 PENDING (Resources)"]
+
+
+def test_each_task_of_an_array_is_judged_by_its_own_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPIPIPE_SCRATCH", str(tmp_path))
+    for task in (0, 1):
+        old: dict[str, Any] = {
+            "state": "generating",
+            "updated_at": NOW.isoformat(),
+            "job_id": f"7_{task}",
+        }
+        write(tmp_path / f"demo-7_{task}" / "outputs", **old)
+    sacct = "7_0|TIMEOUT|0:0|1|x|/w\n7_1|NODE_FAIL|0:0|1|x|/w\n"
+    assert status_command("7", as_json=True, run=slurm(sacct=sacct)) == 0
+    document = json.loads(capsys.readouterr().out)
+    verdicts = [run["verdict"] for run in document["runs"]]
+    assert "TIMEOUT" in verdicts[0]
+    assert "NODE_FAIL" in verdicts[1]
+    assert [job["state"] for job in document["jobs"]] == ["TIMEOUT", "NODE_FAIL"]
+
+
+@pytest.mark.parametrize("name", ["7", "no/such/folder", "."])
+def test_what_cannot_be_found_is_told(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MPIPIPE_SCRATCH", raising=False)
+    monkeypatch.delenv("SCRATCH", raising=False)
+    with pytest.raises(OutputError):
+        status_command(name, as_json=False, run=slurm())

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from mpipipe.topology.slurm import (
+    AccountedJob,
+    QueuedJob,
+    accounted_jobs,
+    is_job_id,
+    parse_duration_s,
+    queued_jobs,
+    read_job,
+    wall_time_left_s,
+)
+
+
+class Answers:
+    """Slurm's programs: what each prints; one that has no answer fails, or is missing."""
+
+    def __init__(self, missing: bool = False, **answers: str) -> None:
+        self.answers, self.missing = answers, missing
+        self.asked: list[Sequence[str]] = []
+
+    def __call__(self, command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        self.asked.append(command)
+        if self.missing:
+            raise FileNotFoundError(command[0])
+        answer = self.answers.get(command[0])
+        return subprocess.CompletedProcess(command, answer is None, answer or "", "")
+
+
+def test_outside_of_slurm_there_is_no_job() -> None:
+    assert read_job({"HOME": "/"}) is None
+
+
+def test_a_job_is_named_as_its_user_sees_it() -> None:
+    job = read_job({"SLURM_JOB_ID": "17"})
+    assert job is not None
+    assert (job.job_id, job.label, job.num_restarts, job.end_time_s) == ("17", "17", 0, None)
+    task = read_job(
+        {
+            "SLURM_JOB_ID": "19",
+            "SLURM_ARRAY_JOB_ID": "17",
+            "SLURM_ARRAY_TASK_ID": "2",
+            "SLURM_RESTART_COUNT": "3",
+            "SLURM_JOB_END_TIME": "1700000000",
+        }
+    )
+    assert task is not None
+    assert (task.job_id, task.label, task.num_restarts) == ("19", "17_2", 3)
+    assert task.end_time_s == 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0:41", 41),
+        ("12:05", 725),
+        ("1:00:00", 3600),
+        ("2-03:04:05", 183_845),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_durations_are_read_as_slurm_writes_them(text: str, seconds: float | None) -> None:
+    assert parse_duration_s(text) == seconds
+
+
+def test_the_wall_time_left_comes_from_the_environment_or_the_queue() -> None:
+    job = read_job({"SLURM_JOB_ID": "17"})
+    known = read_job({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "1000"})
+    assert job is not None
+    assert known is not None
+    silent = Answers()
+    assert wall_time_left_s(known, 940.0, silent) == 60.0
+    assert wall_time_left_s(known, 1001.0, silent) == 0.0
+    assert silent.asked == []
+    assert wall_time_left_s(job, 940.0, Answers(squeue="1:30\n")) == 90.0
+    assert wall_time_left_s(job, 940.0, Answers(squeue="UNLIMITED\n")) is None
+    assert wall_time_left_s(job, 940.0, silent) is None
+    assert wall_time_left_s(job, 940.0, Answers(missing=True)) is None  # in a container
+
+
+def test_jobs_in_the_queue_are_read() -> None:
+    answer = "17|PENDING|Resources|2026-11-22T05:00:00|1:00:00||/home/a|b\n"
+    (job,) = queued_jobs("17", Answers(squeue=answer))
+    start = "2026-11-22T05:00:00"
+    assert job == QueuedJob("17", "PENDING", "Resources", start, "1:00:00", "", "/home/a|b")
+    assert queued_jobs("17", Answers()) == ()  # squeue fails on an id that it does not know
+    assert queued_jobs("17", Answers(missing=True)) == ()
+
+
+def test_jobs_in_the_accounting_are_read() -> None:
+    answer = (
+        "17_1|COMPLETED|0:0|00:01:00|2026-11-22T05:00:00|/home\n17_2|FAILED|5:0|00:00:09|x|/h\n"
+    )
+    first, second = accounted_jobs("17", Answers(sacct=answer))
+    assert first == AccountedJob(
+        "17_1", "COMPLETED", "0:0", "00:01:00", "2026-11-22T05:00:00", "/home"
+    )
+    assert (second.label, second.exit_code) == ("17_2", "5:0")
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"), [("17", True), ("17_2", True), ("runs/17", False), ("", False), ("x", False)]
+)
+def test_ids_of_jobs_are_told_from_folders(text: str, holds: bool) -> None:
+    assert is_job_id(text) is holds
