@@ -1,0 +1,162 @@
+"""What one rank sees of its launch, software, host and GPU: plain values that travel as JSON.
+
+Not here: reading them (`read_…`), judging them (`judge_…`). Every field has a default, so that a
+test states only what matters to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpipipe.topology.gpu import GpuFacts
+
+__all__ = [
+    "GpuLook",
+    "GpuProcess",
+    "LaunchFacts",
+    "Library",
+    "NodeFacts",
+    "RankFacts",
+    "SoftwareFacts",
+    "Wheel",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFacts:
+    """How this rank was started, and the MPI it found."""
+
+    launcher: str = "none"  # topology.launcher.Launcher
+    world_size: int = 1
+    local_rank: int = 0
+    srun_mpi: str = ""  # what srun's --mpi was
+    mpi_library: str = ""  # name and version; empty without MPI
+    mpi_path: str = ""  # of the libmpi that is loaded
+    thread_level: str = ""
+    slurm_job: str = ""
+    wall_left_s: float | None = None  # None: unknown, or no limit
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A shared library by its short name, e.g. "libnccl"."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """An installed package; `wanted`: the version that torch pins, empty when it pins none."""
+
+    name: str
+    version: str
+    folder: str
+    wanted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SoftwareFacts:
+    """The Python environment of this rank."""
+
+    versions: dict[str, str] = field(default_factory=dict)  # package → version; "" not installed
+    user_site: str = ""  # the folder, when this Python looks into it
+    torch_path: str = ""  # folder of the package that is imported
+    torch_copies: tuple[str, ...] = ()  # every torch on sys.path, the one that wins first
+    torch_cuda: str = ""  # that torch was built for; empty: CPU only
+    torch_problem: str = ""  # why it cannot be imported
+    torch_import_s: float = 0.0
+    nvidia_wheels: tuple[Wheel, ...] = ()
+    bundled: tuple[str, ...] = ()  # library names that come with torch and its wheels
+    loaded: tuple[Library, ...] = ()  # CUDA and MPI libraries of this process after import
+    search_path: tuple[str, ...] = ()  # the folders of LD_LIBRARY_PATH
+    on_search_path: tuple[Library, ...] = ()  # CUDA libraries in them
+    hub_offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """The host of this rank. Sizes in bytes; -1: unlimited; None: not known."""
+
+    num_cores: int = 1  # usable by this rank
+    num_machine_cores: int = 1
+    memory_available: int = 0  # within every limit
+    memory_limit: int | None = None  # the tightest of the cgroups
+    oom_kills: int = 0  # in the own cgroup, so far
+    shm_free: int | None = None  # of /dev/shm; None: not there or not writable
+    shm_size: int | None = None
+    memlock: int = -1
+    max_open_files: int = -1
+    container: str = ""
+    infiniband: bool = False
+    default_route: bool = True
+    profilers: tuple[str, ...] = ()
+    sacct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """Somebody's work on a GPU. `memory_bytes` 0: the driver does not say."""
+
+    pid: int
+    name: str
+    gpu_uuid: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLook:
+    """What can be seen of NVIDIA GPUs from here. `rank_gpu` is the one this rank would use."""
+
+    wanted: str = "auto"  # pipeline.device
+    kernel_driver: str = ""  # version that the kernel module states
+    device_files: tuple[str, ...] = ()
+    libcuda: str = ""  # real path of the driver library that loads
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES
+    given_by_slurm: str = ""  # GPUs of the step or job, as Slurm names them
+    num_visible: int = 0
+    rank_gpu: GpuFacts = field(default_factory=GpuFacts)
+    free_before_bytes: int | None = None  # of that GPU, before this rank touched it
+    host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that nvidia-smi lists
+    processes: tuple[GpuProcess, ...] = ()  # of others, before this rank touched a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """Everything one rank tells the head."""
+
+    rank: int = 0
+    host: str = ""
+    pid: int = 0
+    launch: LaunchFacts = field(default_factory=LaunchFacts)
+    software: SoftwareFacts = field(default_factory=SoftwareFacts)
+    node: NodeFacts = field(default_factory=NodeFacts)
+    gpu: GpuLook = field(default_factory=GpuLook)
+    config_hash: str = ""
+    config_problem: str = ""  # why the configuration cannot be read here
+    config_exit_code: int = 0  # of that
+
+    def to_json(self) -> bytes:
+        """For a message."""
+        return json.dumps(dataclasses.asdict(self)).encode(errors="surrogateescape")
+
+    @staticmethod
+    def from_json(text: bytes) -> RankFacts:
+        """The inverse of `to_json`."""
+        built: RankFacts = _built(RankFacts, json.loads(text))
+        return built
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """`value`, made of JSON's types, as `kind`: a dataclass, a tuple of something, or plain."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _built(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+    if typing.get_origin(kind) is tuple:
+        (item, _) = typing.get_args(kind)
+        return tuple(_built(item, part) for part in value)
+    return value

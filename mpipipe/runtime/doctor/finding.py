@@ -1,0 +1,132 @@
+"""What the doctor says: findings, and the report they make.
+
+Invariants: *fatal* means that the job would fail, or run on what nobody wanted; *warning* that it
+would run, but slower, or that something will be missing. A finding that is not OK has a remedy.
+Not here: deciding what is amiss (`judge_…`), how it is printed (`cli.doctor`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpipipe.errors import EXIT_BUG, EXIT_ENVIRONMENT, EXIT_OK, MpipipeError
+
+__all__ = ["DoctorReport", "Finding", "Severity", "fatal", "ok", "split_advice", "warning"]
+
+Value = float | int | str
+
+
+class Severity(str, enum.Enum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FATAL = "fatal"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `rank` and `host` say where; neither: the job as a whole."""
+
+    check: str  # "group.name", e.g. "gpu.driver"
+    severity: Severity
+    what: str  # with values
+    cause: str = ""
+    remedy: str = ""
+    rank: int | None = None
+    host: str = ""
+    values: Mapping[str, Value] = field(default_factory=dict)  # units in the names
+    exit_code: int = EXIT_ENVIRONMENT  # of the job that this would end; only with FATAL
+
+    @property
+    def group(self) -> str:
+        """What `check` begins with."""
+        return self.check.partition(".")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {
+            "severity": self.severity.value,
+            "values": dict(self.values),
+        }
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> Finding:
+        """The inverse of `to_dict`."""
+        fields = dict(document)
+        return Finding(**(fields | {"severity": Severity(fields["severity"])}))
+
+    @staticmethod
+    def of_error(check: str, error: MpipipeError, *, rank: int | None = None) -> Finding:
+        """What would end the job with `error`."""
+        what, remedy = split_advice(str(error))
+        exit_code = error.exit_code or EXIT_BUG
+        return Finding(check, Severity.FATAL, what, remedy=remedy, rank=rank, exit_code=exit_code)
+
+
+def split_advice(sentence: str) -> tuple[str, str]:
+    """What an error says happened, and what it advises after its first colon outside of brackets.
+
+    The advice is empty where what follows is a value rather than words.
+    """
+    depth = 0
+    for position, letter in enumerate(sentence):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth <= 0 and sentence.startswith(": ", position):
+            advice = sentence[position + 2 :]
+            if " " in advice:
+                return sentence[:position], advice
+    return sentence, ""
+
+
+def ok(check: str, what: str, **values: Value) -> Finding:
+    """A finding that all is well."""
+    return Finding(check, Severity.OK, what, values=values)
+
+
+def warning(check: str, what: str, cause: str, remedy: str, **values: Value) -> Finding:
+    """A finding that something could be better."""
+    return Finding(check, Severity.WARNING, what, cause, remedy, values=values)
+
+
+def fatal(check: str, what: str, cause: str, remedy: str, **values: Value) -> Finding:
+    """A finding that the job would be lost."""
+    return Finding(check, Severity.FATAL, what, cause, remedy, values=values)
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """All findings of one visit."""
+
+    findings: tuple[Finding, ...]
+    num_ranks: int
+    hosts: tuple[str, ...]
+    elapsed_s: float
+
+    @property
+    def worst(self) -> Severity:
+        """The severity of the worst finding."""
+        found = {finding.severity for finding in self.findings}
+        order = (Severity.FATAL, Severity.WARNING)
+        return next((severity for severity in order if severity in found), Severity.OK)
+
+    @property
+    def exit_code(self) -> int:
+        """0 unless something is fatal; then what the first fatal finding would end the job with."""
+        fatals: Sequence[Finding] = [f for f in self.findings if f.severity is Severity.FATAL]
+        return fatals[0].exit_code if fatals else EXIT_OK
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints; the README documents it."""
+        return {
+            "severity": self.worst.value,
+            "exit_code": self.exit_code,
+            "num_ranks": self.num_ranks,
+            "hosts": list(self.hosts),
+            "elapsed_s": round(self.elapsed_s, 3),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }

@@ -1,0 +1,205 @@
+"""Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
+
+The plan is the one that `mpipipe run` would make from the same greetings. Not here: what the
+figures mean (`judge_job`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpipipe.config.prompts import read_prompts
+from mpipipe.errors import EXIT_CONFIG, MpipipeError
+from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import Workload
+from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
+from mpipipe.runtime.doctor.folders import (
+    FolderFacts,
+    claim_marker,
+    look_at_folders,
+    output_folder,
+)
+from mpipipe.runtime.doctor.judge_job import (
+    HostDemand,
+    judge_folders,
+    judge_memory,
+    judge_plan,
+    judge_prompts,
+)
+from mpipipe.runtime.greeting import greet
+from mpipipe.runtime.inputs import deepspeed_warnings
+from mpipipe.runtime.launch import AgreedError
+from mpipipe.topology.host import host_name
+
+if TYPE_CHECKING:
+    from mpipipe.config.load import LoadedConfig
+    from mpipipe.config.prompts import PromptLine
+    from mpipipe.control_plane.messages import Hello
+    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.runtime.doctor.facts import RankFacts
+    from mpipipe.runtime.inputs import ModelFacts
+    from mpipipe.runtime.launch import Ranks
+
+__all__ = ["examine_job"]
+
+_DEADLINE_S = 120.0
+# Resident after torch and transformers were imported: 0.4 GiB measured (torch 2.13 for CPUs); the
+# rest is for activations. With CUDA a guess: contexts, cuBLAS and pinned buffers come on top.
+_LIBRARY_BYTES = {"cpu": int(0.7 * 2**30), "cuda": int(2.5 * 2**30)}
+
+
+async def examine_job(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    facts: Sequence[RankFacts] | None,
+    *,
+    local_rank: int,
+    quick: bool,
+) -> list[Finding]:
+    """The findings on the head, nothing elsewhere. All ranks call this, with equal settings.
+
+    Args:
+        ranks: joined, with nothing else going on.
+        loaded: the same on every rank.
+        facts: of all ranks, on the head.
+        local_rank: of this rank; the first of each host looks at the folders.
+        quick: measure no speed.
+    """
+    try:
+        hellos = await greet(ranks, loaded)
+    except AgreedError as agreed:  # raised on every rank
+        return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
+    folders, model = await _look_everywhere(ranks, loaded, look=local_rank == 0, quick=quick)
+    if facts is None or folders is None:
+        return []
+    findings: list[Finding] = [
+        warning("job.config", text, "the configuration says so", "see the README's settings")
+        for text in loaded.warnings
+    ]
+    lines = _read_prompts(loaded, findings)
+    plan = _plan(loaded, model, hellos, lines, findings) if model is not None else None
+    stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
+    findings += judge_folders(
+        folders,
+        container=facts[0].node.container,
+        largest_stage_bytes=stage_bytes,
+        demo=loaded.config.model.path.startswith("demo:"),
+    )
+    findings += _run_folder(loaded)
+    if plan is not None and model is not None:
+        findings += [judge_memory(demand) for demand in _demands(plan, model, facts)]
+    return findings
+
+
+async def _look_everywhere(
+    ranks: Ranks, loaded: LoadedConfig, *, look: bool, quick: bool
+) -> tuple[list[FolderFacts] | None, ModelFacts | None]:
+    """What the first rank of every host sees, the head's host first; the head's own model."""
+    with claim_marker(output_folder(loaded)) if ranks.is_head else nullcontext("") as name:
+        payload = name.encode() if ranks.is_head else None
+        marker = (await ranks.mesh.broadcast("marker", payload, _DEADLINE_S)).decode()
+        own, model = b"", None
+        if look or ranks.is_head:
+            facts, model = look_at_folders(loaded, marker, host_name(), quick=quick)
+            own = facts.to_json()
+        parts = await ranks.mesh.gather("folders", own, _DEADLINE_S)
+    if parts is None:
+        return None, None
+    return [FolderFacts.from_json(part) for part in parts if part], model
+
+
+def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptLine]:
+    config = loaded.config
+    path = Path(config.prompts.path) if config.prompts.path else None
+    try:
+        lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.prompts", error))
+        return []
+    findings.append(judge_prompts(lines))
+    return lines
+
+
+def _plan(
+    loaded: LoadedConfig,
+    model: ModelFacts,
+    hellos: Sequence[Hello],
+    lines: Sequence[PromptLine],
+    findings: list[Finding],
+) -> PipelinePlan | None:
+    """The plan that a run would make; or why there is none, in a finding."""
+    good = [line.sampling for line in lines if line.sampling is not None]
+    workload = Workload(num_requests=len(good), sampling=SamplingUse.of(good))
+    try:
+        plan = make_plan(
+            loaded.config,
+            model.spec,
+            hellos,
+            str(model.folder),
+            workload if good else Workload(),
+        )
+        told = deepspeed_warnings(loaded, plan)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.plan", error))
+        return None
+    findings.append(judge_plan(plan))
+    findings += [
+        warning("job.plan", text, "ds_config.json says otherwise", "change one of the two")
+        for text in told
+    ]
+    return plan
+
+
+def _run_folder(loaded: LoadedConfig) -> list[Finding]:
+    """Whether an earlier run is in the way."""
+    output, folder = loaded.config.output, output_folder(loaded)
+    if not (folder / "manifest.json").exists() or output.dir == "auto":
+        return []
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") not in {"", "0"}
+    if output.overwrite or output.resume is True or (output.resume == "auto" and restarted):
+        return [ok("job.output", f"{folder} holds an earlier run, as the settings expect")]
+    finding = fatal(
+        "job.output",
+        f"{folder} already holds a run",
+        "output.dir is that of an earlier run",
+        "choose another output.dir, or set output.resume=true to go on with it, or "
+        "output.overwrite=true to replace it",
+    )
+    return [dataclasses.replace(finding, exit_code=EXIT_CONFIG)]
+
+
+def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
+    """Memory by host. On GPUs weights and KV cache are elsewhere, and were checked by the plan."""
+    on_cpu = plan.device == "cpu"
+    demands = []
+    for host in dict.fromkeys(stage.host for stage in plan.stages):
+        stages = [stage for stage in plan.stages if stage.host == host]
+        node = next(rank.node for rank in facts if rank.host == host)
+        kv_bytes = sum(
+            plan.num_kv_pages
+            * kv_page_bytes(
+                model.spec,
+                plan.dtype,
+                num_layers=stage.num_layers,
+                page_size_tokens=plan.page_size_tokens,
+            )
+            for stage in stages
+        )
+        demands.append(
+            HostDemand(
+                host,
+                weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
+                kv_bytes=kv_bytes if on_cpu else 0,
+                library_bytes=_LIBRARY_BYTES["cpu" if on_cpu else "cuda"] * len(stages),
+                available_bytes=node.memory_available,
+                limit_bytes=node.memory_limit,
+            )
+        )
+    return demands

@@ -1,0 +1,184 @@
+"""Judges how the ranks were started and whether they run the same thing. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from mpipipe.errors import EnvironmentSetupError
+from mpipipe.runtime.doctor.facts import RankFacts
+from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
+
+__all__ = ["judge_launch", "not_joined"]
+
+_SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
+_MATTER_MOST = ("mpipipe", "mpi4py")  # of different versions the ranks would not understand each
+
+
+def judge_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
+    """Launcher, MPI, versions, wall time; findings of all ranks together."""
+    return [
+        *_launcher(ranks),
+        *_mpi(ranks),
+        *_versions(ranks),
+        *_wall_time(ranks),
+        *_tools(ranks),
+    ]
+
+
+def not_joined(error: EnvironmentSetupError, container: str, *, mpi_loaded: bool) -> Finding:
+    """The ranks did not find each other: they run as singletons, or MPI did not load."""
+    found = Finding.of_error("launch.mpi", error)
+    if not mpi_loaded:
+        cause = "no MPI library is installed in this environment, or its module is not loaded"
+        return replace(found, cause=cause)
+    cause = "srun's --mpi, or the mpirun that was used, is not of the kind of the MPI library"
+    if container:
+        cause += (
+            f"; in this {container} container the library is the image's, while srun or mpirun "
+            "is the host's: they must be of one kind (MPICH with pmi2, Open MPI with pmix)"
+        )
+    return replace(found, cause=cause)
+
+
+def _launcher(ranks: Sequence[RankFacts]) -> list[Finding]:
+    first = ranks[0].launch
+    per_host = {host: [r for r in ranks if r.host == host] for host in _hosts(ranks)}
+    where = ", ".join(f"{host}: {len(inside)}" for host, inside in per_host.items())
+    how = "one process, no launcher" if first.launcher == "none" else f"started by {first.launcher}"
+    if first.srun_mpi:
+        how += f" --mpi={first.srun_mpi}"
+    plural = "s" * (len(ranks) > 1)
+    findings = [ok("launch.ranks", f"{len(ranks)} rank{plural} ({where}), {how}")]
+    for host, inside in per_host.items():
+        cores = max(rank.node.num_cores for rank in inside)
+        if len(inside) > cores:
+            findings.append(
+                replace(
+                    warning(
+                        "launch.cores",
+                        f"{len(inside)} ranks on {host} share {cores} core{'s' * (cores > 1)}",
+                        "fewer cores were asked for than ranks, or the launcher binds all ranks "
+                        "to the same ones",
+                        "give each rank cores: srun --cpus-per-task=4, mpirun --bind-to none",
+                        num_ranks=len(inside),
+                        num_cores=cores,
+                    ),
+                    host=host,
+                )
+            )
+    return findings
+
+
+def _mpi(ranks: Sequence[RankFacts]) -> list[Finding]:
+    libraries = _by_value(ranks, lambda rank: rank.launch.mpi_library)
+    if len(libraries) > 1:
+        return [
+            fatal(
+                "launch.mpi",
+                f"the ranks run different MPI libraries: {_told(libraries)}",
+                "the hosts have different modules, images or environments",
+                "use one environment or image on all hosts, on a shared file system",
+            )
+        ]
+    launch = ranks[0].launch
+    if not launch.mpi_library:
+        return [ok("launch.mpi", "not needed by a single rank")]
+    parts = [" ".join(launch.mpi_library.split(",")[0].split())]
+    parts += [f"threads: {launch.thread_level}"] if launch.thread_level else []
+    parts += [launch.mpi_path] if launch.mpi_path else []
+    return [ok("launch.mpi", ", ".join(parts))]
+
+
+def _versions(ranks: Sequence[RankFacts]) -> list[Finding]:
+    findings = []
+    names = dict.fromkeys(name for rank in ranks for name in rank.software.versions)
+    for name in names:
+        found = _by_value(ranks, lambda rank, name=name: rank.software.versions.get(name, ""))  # type: ignore[misc]
+        if len(found) < 2:
+            continue
+        level = fatal if name in _MATTER_MOST else warning
+        findings.append(
+            level(
+                "launch.versions",
+                f"{name} differs: {_told(found)}",
+                "the hosts have different environments, or a user site folder is on one of them",
+                "use one environment or image on all hosts; set PYTHONNOUSERSITE=1",
+            )
+        )
+    shown = ranks[0].software.versions
+    text = ", ".join(f"{name} {version}" for name, version in shown.items() if version)
+    return findings or [ok("launch.versions", text)]
+
+
+def _wall_time(ranks: Sequence[RankFacts]) -> list[Finding]:
+    left = [rank.launch.wall_left_s for rank in ranks if rank.launch.wall_left_s is not None]
+    if not left:
+        return []
+    minutes = min(left) / 60
+    if min(left) >= _SHORT_S:
+        return [ok("launch.time", f"{minutes:.0f} minutes are left", wall_left_s=min(left))]
+    return [
+        warning(
+            "launch.time",
+            f"{minutes:.1f} minutes of wall time left",
+            "the job's time limit (sbatch --time) is short or nearly over",
+            "ask for more (sbatch --time=04:00:00); with --requeue and output.resume the job goes "
+            "on in its next run",
+            wall_left_s=min(left),
+        )
+    ]
+
+
+def _tools(ranks: Sequence[RankFacts]) -> list[Finding]:
+    """Profilers, of which any will do, and Slurm's accounting inside a job."""
+    node = ranks[0].node
+    findings = []
+    if node.profilers:
+        findings.append(ok("launch.profilers", ", ".join(node.profilers)))
+    else:
+        inside = " in this container" if node.container else ""
+        findings.append(
+            warning(
+                "launch.profilers",
+                f"none of nsys, ncu, perf and py-spy is to be found{inside}",
+                "the image or environment was built without them, or their module is not loaded",
+                "nothing, if you do not profile; else load the module or add them to the image. "
+                "mpipipe bench throughput --trace and --profile need none of them",
+            )
+        )
+    if not ranks[0].launch.slurm_job:
+        return findings
+    if node.sacct:
+        return [*findings, ok("launch.sacct", "there")]
+    inside = ", as usual in a container: the batch script outside asks it" if node.container else ""
+    if inside:
+        return [*findings, ok("launch.sacct", f"not to be found{inside}")]
+    remedy = "nothing: mpipipe's own metrics.json has memory and times; or ask the site for it"
+    return [
+        *findings,
+        warning(
+            "launch.sacct", "not to be found", "this node lacks Slurm's client programs", remedy
+        ),
+    ]
+
+
+def _hosts(ranks: Sequence[RankFacts]) -> list[str]:
+    return list(dict.fromkeys(rank.host for rank in ranks))
+
+
+def _by_value(
+    ranks: Sequence[RankFacts], value: Callable[[RankFacts], str]
+) -> dict[str, RankFacts]:
+    """The first rank of each value."""
+    found: dict[str, RankFacts] = {}
+    for rank in ranks:
+        found.setdefault(value(rank), rank)
+    return found
+
+
+def _told(found: dict[str, RankFacts]) -> str:
+    return ", ".join(
+        f"{' '.join(value.split(',')[0].split()) or 'none'} on {rank.host} (rank {rank.rank})"
+        for value, rank in found.items()
+    )

@@ -1,0 +1,65 @@
+"""Reads how this rank was started: launcher, MPI library, Slurm's limits. Neither torch nor MPI."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mpipipe.runtime.doctor.facts import LaunchFacts, Library
+from mpipipe.topology.launcher import detect
+from mpipipe.topology.slurm import read_job, wall_time_left_s
+
+__all__ = ["loaded_libraries", "read_launch"]
+
+_ROOT = Path("/")
+_WATCHED = re.compile(r"lib(mpi|cuda|cudart|nccl|cublas|cublasLt|cudnn|nvrtc)[-.]")
+
+
+def read_launch(
+    environ: Mapping[str, str],
+    *,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    mpi_library: str,
+    thread_level: str,
+    root: Path = _ROOT,
+) -> LaunchFacts:
+    """The launch as this rank sees it, after it has joined the others.
+
+    Only the head asks for the wall time: a thousand ranks would keep Slurm busy.
+    """
+    info = detect(environ)
+    job = read_job(environ)
+    left_s = wall_time_left_s(job, time.time()) if job is not None and rank == 0 else None
+    mpi = [library.path for library in loaded_libraries(root) if library.name == "libmpi"]
+    return LaunchFacts(
+        launcher=info.launcher.value,
+        world_size=world_size,
+        local_rank=local_rank,
+        srun_mpi=info.detail,
+        mpi_library=mpi_library,
+        mpi_path=mpi[0] if mpi else "",
+        thread_level=thread_level,
+        slurm_job=job.label if job is not None else "",
+        wall_left_s=left_s,
+    )
+
+
+def loaded_libraries(root: Path = _ROOT) -> tuple[Library, ...]:
+    """The MPI and CUDA libraries that this process has mapped, each once, by name."""
+    try:
+        maps = (root / "proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return ()
+    found: dict[str, Library] = {}
+    for line in maps.splitlines():
+        words = line.split(maxsplit=5)
+        if len(words) < 6 or not words[5].startswith("/"):
+            continue
+        path = Path(words[5])
+        if match := _WATCHED.match(path.name):
+            found.setdefault(str(path), Library(f"lib{match[1]}", str(path)))
+    return tuple(sorted(found.values(), key=lambda library: (library.name, library.path)))
