@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Inside a job (sbatch, salloc): one configuration over all tasks of the allocation.
+#
+#   ./launch/run.sh configs/openllama_3b.toml [section.key=value …]
+#
+# In order: the environment of site.env (modules; venv or image), a folder
+# $MPIPIPE_SCRATCH/<config>-<job> with config/, prompts/ and outputs/, `mpipipe doctor` on all ranks,
+# `mpipipe run` on all ranks, sacct. In a settings' value, %a is the number of the array task.
+# Exits with the code of mpipipe: 0 done, 75 stopped in time and to be started again.
+set -euo pipefail
+
+home=${MPIPIPE_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+# shellcheck source=launch/site.env
+source "${MPIPIPE_SITE_ENV:-$home/launch/site.env}"
+
+fail() {
+    echo "run.sh: $*" >&2
+    exit 2
+}
+[ $# -ge 1 ] || fail "give a configuration file: run.sh configs/x.toml [section.key=value …]"
+[ -n "${SLURM_JOB_ID:-}" ] ||
+    fail "this is no Slurm job: use sbatch launch/submit.sbatch; without Slurm: mpirun -n 2 mpipipe run $1"
+config=$1
+shift
+words=("${@//%a/${SLURM_ARRAY_TASK_ID:-0}}")
+
+# ---- environment ------------------------------------------------------------------------------
+load_modules() { # the module command of a batch shell: inherited, or from the usual places
+    local script
+    for script in "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash" /etc/profile.d/{lmod,modules,z00_lmod}.sh; do
+        if ! type module >/dev/null 2>&1 && [ -f "$script" ]; then
+            # shellcheck source=/dev/null
+            source "$script"
+        fi
+    done
+    type module >/dev/null 2>&1 ||
+        fail "MPIPIPE_MODULES=$MPIPIPE_MODULES, but there is no module command on $(hostname)"
+    # shellcheck disable=SC2086  # a list of names
+    module load $MPIPIPE_MODULES
+}
+if [ -n "$MPIPIPE_MODULES" ]; then
+    set +eu # module scripts use variables that are not set
+    load_modules
+    set -eu
+fi
+
+# Nothing is fetched on a compute node, and a `pip install --user` of another torch stays out.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONNOUSERSITE=1
+# After `sbatch --export=NONE` srun would give the ranks an empty environment; and since Slurm 22.05
+# it does not take --cpus-per-task over from sbatch.
+export SLURM_EXPORT_ENV=ALL
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+# The ranks stop by themselves before the wall time. Older versions do not tell them when that is,
+# and in an image there is no squeue to ask.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null || true)
+    SLURM_JOB_END_TIME=$(date -d "${ends:-unknown}" +%s 2>/dev/null || true)
+    export SLURM_JOB_END_TIME
+fi
+
+name=$(basename "${config%.*}")
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+folder=$MPIPIPE_SCRATCH/$name-${job:-$SLURM_JOB_ID}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd -P)
+
+inside=() # what a command is put behind to find mpipipe
+if [ -n "$MPIPIPE_IMAGE" ]; then
+    [ -e "$MPIPIPE_IMAGE" ] || fail "MPIPIPE_IMAGE=$MPIPIPE_IMAGE does not exist on $(hostname)"
+    inside=("$home/launch/in_image.sh")
+    config_folder=$(cd "$(dirname "$config")" && pwd -P)
+    export MPIPIPE_JOB_BINDS="$folder,$PWD,$config_folder"
+elif [ -x "$MPIPIPE_VENV/bin/mpipipe" ]; then
+    export PATH="$MPIPIPE_VENV/bin:$PATH"
+fi
+${inside[@]+"${inside[@]}"} mpipipe --version >/dev/null ||
+    fail "mpipipe does not start on $(hostname): install it into MPIPIPE_VENV=$MPIPIPE_VENV," \
+        "or set MPIPIPE_IMAGE (see $home/launch/README.md)"
+
+# ---- workspace: copies of config and prompts, made once, so that a restart finds the same -------
+[ -f "$folder/job.env" ] ||
+    ${inside[@]+"${inside[@]}"} mpipipe slurm workspace "$config" ${words[@]+"${words[@]}"} --folder "$folder" >/dev/null
+words=() models=()
+# shellcheck source=/dev/null
+source "$folder/job.env" # sets config, words and models
+for path in ${models[@]+"${models[@]}"}; do
+    # A model folder may be made of links, as Hugging Face's cache is: bind what they point to, too.
+    MPIPIPE_JOB_BINDS+=$(find -L "$path" -mindepth 1 -maxdepth 1 -exec readlink -f {} + 2>/dev/null |
+        sed 's|/[^/]*$||' | cat - <(readlink -f "$path") | sort -u | sed 's|.*|,&:&:ro|' | tr -d '\n')
+done
+
+# ---- steps --------------------------------------------------------------------------------------
+mpi=$MPIPIPE_SRUN_MPI
+if [ "$mpi" = auto ]; then
+    mpi=$(${inside[@]+"${inside[@]}"} mpipipe slurm mpi-flag --available "$(srun --mpi=list 2>&1)")
+fi
+
+child=
+stopping=
+# shellcheck disable=SC2329  # by a trap
+stop() { # the ranks are told; srun passes USR1 on to all of them
+    stopping=1 interrupted=1
+    [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || true
+}
+trap stop USR1 INT
+trap interrupted=1 TERM # scancel: Slurm ends the ranks itself; what it counted is still written
+
+step() { # runs a command on all ranks, sets `code`
+    # shellcheck disable=SC2086  # a list of flags
+    srun --mpi="$mpi" --kill-on-bad-exit=1 $MPIPIPE_SRUN_FLAGS ${inside[@]+"${inside[@]}"} "$@" &
+    child=$!
+    interrupted=1
+    while [ -n "$interrupted" ]; do # a signal ends `wait` early, with a code that is not srun's
+        interrupted=
+        code=0
+        wait "$child" || code=$?
+    done
+    child=
+}
+
+account() { # what Slurm counted; slurmdbd lags a few seconds, and without it there is scontrol
+    local file=$folder/sacct.txt _
+    for _ in 1 2 3 4 5 6; do
+        sacct --duplicates --parsable2 --jobs="$SLURM_JOB_ID" --format="$MPIPIPE_SACCT_FORMAT" \
+            >"$file" 2>/dev/null || break
+        ! grep -q '^[0-9_]*\.[0-9].*|RUNNING|' "$file" || { sleep 1; continue; }
+        [ "$(wc -l <"$file")" -lt 3 ] || return 0
+        sleep 1
+    done
+    [ -s "$file" ] && [ "$(wc -l <"$file")" -gt 1 ] ||
+        scontrol show job "$SLURM_JOB_ID" >"$file" 2>/dev/null || true
+}
+
+echo "run.sh: job ${job:-$SLURM_JOB_ID} on ${SLURM_JOB_NODELIST:-?}, ${SLURM_NTASKS:-?} tasks," \
+    "srun --mpi=$mpi, attempt $((${SLURM_RESTART_COUNT:-0} + 1))"
+printf "run.sh: results in %q; progress: mpipipe status %q\n" "$folder/outputs" "$folder/outputs"
+code=0
+if [ "$MPIPIPE_DOCTOR" != off ]; then
+    flags=()
+    [ "$MPIPIPE_DOCTOR" = full ] || flags=(--quick)
+    step mpipipe doctor ${flags[@]+"${flags[@]}"} "$config" ${words[@]+"${words[@]}"}
+    [ -z "$stopping" ] || code=75
+fi
+if [ "$code" -eq 0 ]; then
+    step mpipipe run "$config" ${words[@]+"${words[@]}"}
+else
+    echo "run.sh: the job ends here, before the model is loaded (doctor: $code); see above." >&2
+fi
+account
+exit "$code"

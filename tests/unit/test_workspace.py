@@ -1,0 +1,104 @@
+"""The folder of a job: copies of what it reads, and a file that a shell can source."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mpipipe.config.load import load_config
+from mpipipe.errors import CheckpointError, ConfigError, OutputError
+from mpipipe.runtime.workspace import JOB_FILE, prepare_workspace
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """`site/base.toml`, and `my work/exp.toml` on top of it, with a name that needs quotes."""
+    work = tmp_path / "my work"
+    work.mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/base.toml").write_text("[generation]\nseed = 7\n")
+    (work / "exp.toml").write_text(
+        'extends = "../site/base.toml"\n[model]\npath = "model"\n[prompts]\npath = "p.jsonl"\n'
+    )
+    (work / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (work / "model").mkdir()
+    return work
+
+
+def sourced(job_file: Path) -> dict[str, list[str]]:
+    """The variables that bash gets from the file."""
+    script = f"source {shlex.quote(str(job_file))}\n" + "".join(
+        f'printf "%s\\0" {name} "${{{name}[@]}}"; printf "\\n\\0"\n'
+        for name in ("config", "models", "words")
+    )
+    out = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    groups = out.stdout.removesuffix("\n\0").split("\n\0")
+    return {name: words for name, *words in (group[:-1].split("\0") for group in groups)}
+
+
+def test_a_run_from_the_copies_has_the_settings_of_the_originals(
+    project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "the job"
+    words = ["generation.stop=it's $HOME", "generation.max_new_tokens=3"]
+    job = sourced(prepare_workspace(project / "exp.toml", words, folder))
+    (project / "exp.toml").unlink()
+    (tmp_path / "site/base.toml").unlink()
+    (project / "p.jsonl").unlink()
+
+    config = load_config(Path(job["config"][0]), job["words"]).config
+
+    assert config.generation.seed == 7, "from the copy of the base"
+    assert config.generation.stop == ("it's $HOME",)
+    assert config.generation.max_new_tokens == 3
+    assert Path(config.prompts.path).read_text() == '{"prompt": "a"}\n'
+    assert config.model.path == str(project / "model")
+    assert job["models"] == [str(project / "model")]
+    assert config.output.dir == str(folder / "outputs")
+    assert (folder / "outputs").is_dir()
+    assert config.name == "exp"
+
+
+def test_what_lies_beside_an_older_style_file_comes_with_it(tmp_path: Path) -> None:
+    work = tmp_path / "old"
+    work.mkdir()
+    (work / "exp_config.json").write_text(json.dumps({"model_path": "/m", "prompts": ["a", "b"]}))
+    (work / "ds_config.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 2}))
+
+    job = sourced(prepare_workspace(work / "exp_config.json", [], tmp_path / "job"))
+    loaded = load_config(Path(job["config"][0]), job["words"])
+
+    assert loaded.inline_prompts, "prompts inside the file stay there"
+    assert loaded.deepspeed is not None
+    assert loaded.deepspeed.path.parent == tmp_path / "job/config"
+
+
+def test_a_tokenizer_that_lies_apart_is_bound_too(project: Path, tmp_path: Path) -> None:
+    words = [f"model.tokenizer_path={tmp_path / 'tokenizer'}"]
+    job = sourced(prepare_workspace(project / "exp.toml", words, tmp_path / "job"))
+    assert job["models"] == [str(project / "model"), str(tmp_path / "tokenizer")]
+
+
+def test_prompts_that_are_missing_leave_no_job_file(project: Path, tmp_path: Path) -> None:
+    (project / "p.jsonl").unlink()
+    with pytest.raises(OutputError, match=r"p\.jsonl"):
+        prepare_workspace(project / "exp.toml", [], tmp_path / "job")
+    assert not (tmp_path / "job" / JOB_FILE).exists()
+
+
+def test_a_wrong_setting_is_told_before_anything_is_copied(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_new_tokenz"):
+        prepare_workspace(project / "exp.toml", ["generation.max_new_tokenz=3"], tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_demo_model_that_was_not_fetched_is_refused(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(CheckpointError, match="mpipipe demo-model"):
+        prepare_workspace(project / "exp.toml", ["model.path=demo:smollm2"], tmp_path / "job")
