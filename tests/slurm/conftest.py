@@ -1,0 +1,119 @@
+"""One cluster for the whole suite; the stories of the chosen tests start at once, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import demo_model, tiny_model
+from tests.slurm.cluster import Cluster
+from tests.slurm.packages import ClusterUnavailableError
+from tests.slurm.scenarios import TINY_PROMPTS
+from tests.slurm.site import Site, installations
+
+__all__ = ["demo_model", "tiny_model"]
+
+SIDE_BY_SIDE = 6
+STORY_LIMIT_S = 240
+
+Story = Callable[..., Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Announce the marker."""
+    config.addinivalue_line("markers", "story(function, *arguments): what the test looks at")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """MPIPIPE_SLURM_TESTS=off: for machines that cannot have the cluster, and only by choice."""
+    if os.environ.get("MPIPIPE_SLURM_TESTS") == "off":
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The running cluster; the suite fails, and does not skip, where it does not come up."""
+    cluster = Cluster()
+    try:
+        try:
+            cluster.open()
+        except ClusterUnavailableError as error:
+            pytest.fail(str(error), pytrace=False)
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="session")
+def site(
+    cluster: Cluster,
+    demo_model: Path,
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Site:
+    """A user's account: installations, models, a job that takes some seconds."""
+    folder = tmp_path_factory.mktemp("site")
+    prompts = folder / "prompts.jsonl"
+    lines = [{"id": f"p{i}", "prompt": f"{i} is"} for i in range(TINY_PROMPTS)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = folder / "tiny.toml"
+    config.write_text(
+        f'model.path = "{tiny_model}"\nprompts.path = "{prompts}"\nmodel.dtype = "float32"\n'
+        "generation.max_new_tokens = 48\ngeneration.ignore_eos = true\n"
+        "pipeline.threads_per_rank = 1\npipeline.max_sequences_per_slot = 1\n"
+        "memory.num_kv_pages = 64\n"
+    )
+    return Site(cluster, installations(folder), folder, config)
+
+
+class Stories:
+    """Stories that were started, each once, and how they ended."""
+
+    def __init__(self, pool: ThreadPoolExecutor, site: Site) -> None:
+        self._pool = pool
+        self._site = site
+        self._started: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def start(self, story: Story, *arguments: str) -> Future[Any]:
+        """The running or ended story; started unless it was."""
+        key = (story, *arguments)
+        if key not in self._started:
+            self._started[key] = self._pool.submit(story, self._site, *arguments)
+        return self._started[key]
+
+    def end_of(self, story: Story, *arguments: str) -> Any:
+        """How it ended; an assertion that failed on the way is raised here."""
+        return self.start(story, *arguments).result(timeout=STORY_LIMIT_S)
+
+
+@pytest.fixture(scope="session")
+def stories(request: pytest.FixtureRequest, site: Site) -> Iterator[Stories]:
+    """The stories of all chosen tests, started in the tests' order."""
+    pool = ThreadPoolExecutor(SIDE_BY_SIDE)
+    stories = Stories(pool, site)
+    for item in request.session.items:
+        marker = item.get_closest_marker("story")
+        if marker is not None:
+            stories.start(*marker.args)
+    yield stories
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def end(request: pytest.FixtureRequest, stories: Stories) -> Any:
+    """How the test's story ended."""
+    return stories.end_of(*request.node.get_closest_marker("story").args)
+
+
+@pytest.fixture(scope="session")
+def told(stories: Stories) -> Callable[..., Any]:
+    """How another story ended, to compare with."""
+    return stories.end_of

@@ -1,0 +1,210 @@
+"""What happens to jobs on the cluster: each function drives one story and says how it ended.
+
+Not here: what must hold (the tests). The stories run side by side in threads, because most of each
+is waiting; Slurm itself sees to it that a node runs one job at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.slurm.apptainer import install_apptainer
+from tests.slurm.image import borrowed_packages, build_image
+from tests.slurm.network import HEAD
+from tests.slurm.site import ROOT, JobEnd, Site, read_jsonl
+
+__all__ = [
+    "DEMO",
+    "DEMO_WORDS",
+    "SEEN",
+    "TINY_PROMPTS",
+    "MpiMismatch",
+    "admin_requeue",
+    "array",
+    "demo_alone",
+    "demo_in_image",
+    "demo_on_two_nodes",
+    "doctor_on_two_nodes",
+    "held_in_the_queue",
+    "node_loses_power",
+    "rank_killed",
+    "tiny_alone",
+    "told_to_stop",
+    "wrong_mpi",
+]
+
+DEMO = "configs/demo.toml"
+# Every node sees all cores of the machine, and there are few: more threads only get in their way.
+DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
+TINY_PROMPTS = 40  # of 48 tokens: some 5 s on two ranks
+SEEN = 3  # completions before something happens to a job
+# MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
+FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
+
+
+def _alone(site: Site, config: Path | str, name: str, *words: str) -> dict[str, list[int]]:
+    folder = site.folder / name
+    command = [sys.executable, "-m", "mpipipe", "run", str(config), f"output.dir={folder}", *words]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return {line["id"]: line["token_ids"] for line in read_jsonl(folder / "completions.jsonl")}
+
+
+def demo_alone(site: Site) -> dict[str, list[int]]:
+    """The demo's tokens from one process, without Slurm and MPI."""
+    return _alone(site, DEMO, "demo-alone", *DEMO_WORDS)
+
+
+def tiny_alone(site: Site) -> dict[str, list[int]]:
+    """The tiny model's tokens from one process."""
+    return _alone(site, site.tiny_config, "tiny-alone")
+
+
+def demo_on_two_nodes(site: Site, mpi: str) -> JobEnd:
+    """As the guide has it; the bytes between the nodes are counted."""
+    doctor = "full" if mpi == "mpich" else "off"
+    environ = {"MPIPIPE_DOCTOR": doctor, **FORCED_NETWORK}
+    job = site.sbatch(mpi, DEMO, *DEMO_WORDS, env=environ)
+    site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=240)
+    before = site.cluster.network.bytes_sent("n1")
+    end = site.finish(job, DEMO)
+    end.observed["bytes"] = site.cluster.network.bytes_sent("n1") - before
+    return end
+
+
+def demo_in_image(site: Site) -> JobEnd:
+    """The demo in a container on both nodes, under a user whose PYTHONPATH holds a broken torch."""
+    stray = site.folder / "stray"
+    (stray / "torch").mkdir(parents=True)
+    (stray / "torch/__init__.py").write_text("raise ImportError('the stray torch')\n")
+    folder = site.folder / "image"
+    folder.mkdir()
+    environ = {
+        "MPIPIPE_IMAGE": str(build_image(folder)),
+        "MPIPIPE_APPTAINER": install_apptainer(),
+        "MPIPIPE_BINDS": f"{borrowed_packages()}:{borrowed_packages()}:ro",
+        "APPTAINER_DROP_CAPS": "CAP_SYS_RESOURCE",  # root in a container may not have it to give
+        "MPIPIPE_DOCTOR": "quick",
+        "PYTHONPATH": str(stray),
+        **FORCED_NETWORK,
+    }
+    options = ("--partition=short",)
+    job = site.sbatch("mpich", DEMO, *DEMO_WORDS, options=options, env=environ)
+    return site.finish(job, DEMO)
+
+
+def told_to_stop(site: Site) -> JobEnd:
+    """The batch script gets USR1, as --signal=B:USR1@120 sends it; then the job goes on."""
+    config = site.tiny_config
+    job = site.sbatch("mpich", config)
+    folder = site.job_folder(job, config)
+    site.wait_for_completions(folder, SEEN, job)
+    while_running = login_node(site, "status", job, "--json")
+    site.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to stop")
+    first = _attempt(folder)
+    end = site.finish(job, config, first=first, while_running=while_running.stdout)
+    end.observed["after"] = login_node(site, "status", str(end.folder)).stdout
+    return end
+
+
+def held_in_the_queue(site: Site) -> subprocess.CompletedProcess[str]:
+    """What `mpipipe status JOB` says of a job that waits."""
+    job = site.sbatch("mpich", site.tiny_config, options=("--hold",))
+    said = login_node(site, "status", job)
+    site.cluster.ask("scancel", job)
+    return said
+
+
+def admin_requeue(site: Site) -> JobEnd:
+    """`scontrol requeue`, which is what a preemption does: TERM, KillWait, KILL."""
+    config = site.tiny_config
+    job = site.sbatch("openmpi", config)
+    folder = site.job_folder(job, config)
+    site.wait_for_completions(folder, SEEN, job)
+    site.cluster.ask("scontrol", "requeue", job)
+    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to stop")
+    return site.finish(job, config, first=_attempt(folder))
+
+
+def node_loses_power(site: Site) -> JobEnd:
+    """The second node of a job falls silent; Slurm starts the job again on the others."""
+    config = site.tiny_config
+    job = site.sbatch("mpich", config, options=("--partition=fragile",), env=FORCED_NETWORK)
+    folder = site.job_folder(job, config)
+    site.wait_for_completions(folder, SEEN, job)
+    nodes = site.cluster.ask("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"])
+    victim = nodes.split()[1]
+    site.cluster.network.cut_power(victim)
+    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "Slurm to notice")
+    return site.finish(job, config, first=_attempt(folder), victim=victim)
+
+
+def _attempt(folder: Path) -> list[dict[str, object]]:
+    """What the first attempt left: complete lines only, a torn last one is dropped."""
+    lines: list[dict[str, object]] = []
+    for path in sorted((folder / "outputs").glob("completions_rank_*.jsonl")):
+        whole = path.read_text().rpartition("\n")[0]
+        path.with_suffix(".seen").write_text(whole + "\n")
+        lines += read_jsonl(path.with_suffix(".seen"))
+        path.with_suffix(".seen").unlink()
+    return lines
+
+
+def rank_killed(site: Site) -> JobEnd:
+    """One rank is killed from outside, as the kernel does when memory is short."""
+    config = site.tiny_config
+    job = site.sbatch("openmpi", config)
+    site.wait_for_completions(site.job_folder(job, config), SEEN, job)
+    ranks = [
+        process
+        for process in site.cluster.network.processes("n2")
+        if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes()
+    ]
+    os.kill(ranks[0], signal.SIGKILL)
+    took = site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to end")
+    return site.finish(job, config, took_s=took, ranks=ranks)
+
+
+def array(site: Site) -> list[JobEnd]:
+    """Two tasks, a node each, one prompt file each."""
+    config = site.tiny_config
+    options = ("--array=0-1", "--nodes=1")
+    job = site.sbatch("mpich", config, "prompts.limit=3", "generation.seed=%a", options=options)
+    return [site.finish(f"{job}_{task}", config) for task in range(2)]
+
+
+@dataclass(frozen=True, slots=True)
+class MpiMismatch:
+    """How a launch with the wrong --mpi= ended."""
+
+    exit_code: int
+    said: str
+
+
+def wrong_mpi(site: Site, mpi: str, flag: str) -> MpiMismatch:
+    """`srun --mpi=FLAG` with a library that does not speak it."""
+    command = (f"{site.environments[mpi]}/bin/mpipipe", "run", str(site.tiny_config))
+    folder = site.folder / f"wrong-{mpi}-{flag}"
+    result = site.srun(mpi, f"--mpi={flag}", *command, f"output.dir={folder}")
+    return MpiMismatch(result.returncode, result.stderr)
+
+
+def doctor_on_two_nodes(site: Site, mpi: str, flag: str) -> subprocess.CompletedProcess[str]:
+    """The doctor by itself, under srun."""
+    command = (f"{site.environments[mpi]}/bin/mpipipe", "doctor", DEMO, "--json")
+    return site.srun(mpi, f"--mpi={flag}", *command, "output.dir=" + str(site.folder / "doctor"))
+
+
+def login_node(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of mpipipe on the login node."""
+    command = f"{site.environments['mpich']}/bin/mpipipe"
+    return site.cluster.on(HEAD, command, *words, env=site.environ("mpich"), cwd=ROOT)

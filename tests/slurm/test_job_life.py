@@ -1,0 +1,101 @@
+"""The life of a job: told to stop, requeued, a node or a rank lost, arrays; what status says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.slurm.scenarios import (
+    SEEN,
+    TINY_PROMPTS,
+    admin_requeue,
+    array,
+    held_in_the_queue,
+    node_loses_power,
+    rank_killed,
+    tiny_alone,
+    told_to_stop,
+)
+from tests.slurm.site import JobEnd, read_jsonl
+
+story = pytest.mark.story.with_args  # a marker with one function would decorate it
+
+
+@story(tiny_alone)
+def test_one_process_completes_the_tiny_job(end: dict[str, list[int]]) -> None:
+    assert len(end) == TINY_PROMPTS
+
+
+def check_it_went_on(end: JobEnd, alone: dict[str, list[int]]) -> None:
+    """Ended well after one restart: nothing lost, nothing twice, and the first part was kept."""
+    assert end.state == "COMPLETED", end.log
+    assert end.fields["Restarts"] == "1"
+    completions = end.completions()
+    assert [record["id"] for record in completions] == list(alone)
+    assert end.tokens() == alone
+    first = end.observed["first"]
+    assert SEEN <= len(first) < TINY_PROMPTS
+    # The very lines of the first attempt, not the same prompts run again: times are never equal.
+    for record in first:
+        assert record in completions
+    assert "attempt 1" in end.log
+    assert "attempt 2" in end.log
+
+
+@story(told_to_stop)
+def test_a_job_near_its_wall_time_drains_goes_back_into_the_queue_and_completes(
+    end: JobEnd, told: Callable[..., Any]
+) -> None:
+    check_it_went_on(end, told(tiny_alone))
+    assert "goes back into the queue" in end.log
+
+
+@story(told_to_stop)
+def test_status_follows_a_job_from_the_login_node(end: JobEnd) -> None:
+    document = json.loads(end.observed["while_running"])
+    assert [job["state"] for job in document["jobs"]] == ["RUNNING"]
+    assert document["runs"][0]["status"]["state"] == "generating"
+    assert document["runs"][0]["status"]["num_prompts"] == TINY_PROMPTS
+    assert f"{TINY_PROMPTS} of {TINY_PROMPTS}" in end.observed["after"]
+
+
+@story(held_in_the_queue)
+def test_status_says_why_a_job_waits(end: subprocess.CompletedProcess[str]) -> None:
+    assert end.returncode == 0, end.stderr
+    assert "PENDING (JobHeldUser)" in end.stdout
+
+
+@story(admin_requeue)
+def test_a_requeued_job_goes_on_where_it_was(end: JobEnd, told: Callable[..., Any]) -> None:
+    check_it_went_on(end, told(tiny_alone))
+
+
+@story(node_loses_power)
+def test_a_job_whose_node_died_goes_on_on_other_nodes(
+    end: JobEnd, told: Callable[..., Any]
+) -> None:
+    check_it_went_on(end, told(tiny_alone))
+    assert end.observed["victim"] not in end.fields["NodeList"]
+
+
+@story(rank_killed)
+def test_a_killed_rank_ends_the_job_soon_and_its_output_is_whole(end: JobEnd) -> None:
+    assert end.state == "FAILED", end.log
+    assert end.fields["Restarts"] == "0"
+    assert len(end.observed["ranks"]) == 1
+    assert end.observed["took_s"] < 20
+    for path in (end.folder / "outputs").glob("completions_rank_*.jsonl"):
+        assert len(read_jsonl(path)) >= SEEN
+
+
+@story(array)
+def test_tasks_of_an_array_keep_apart(end: list[JobEnd]) -> None:
+    assert [task.state for task in end] == ["COMPLETED"] * 2, end[0].log
+    assert end[0].folder != end[1].folder
+    for number, task in enumerate(end):
+        assert len(task.completions()) == 3
+        assert f"generation.seed={number}" in (task.folder / "job.env").read_text()
