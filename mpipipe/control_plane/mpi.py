@@ -1,9 +1,7 @@
 """Control frames over MPI. Importing this file loads MPI: import it late.
 
-A ring of pre-posted receives is tested in ring order, which keeps the order of each source: MPI
-matches the messages of one source to receives in the order these were posted. Longer frames travel
-in fragments, marked by their tag. All calls come from the event-loop thread (THREAD_FUNNELED), on a
-private duplicate of the world communicator.
+Receives are pre-posted (`receive_ring`). Longer frames travel in fragments, marked by their tag.
+All calls come from the event-loop thread (THREAD_FUNNELED), on a private duplicate of the world.
 
 Not here: tensors (data_plane.mpi), and what frames mean.
 """
@@ -26,6 +24,7 @@ from mpipipe.control_plane.channel import MessageStatistics
 from mpipipe.control_plane.launch_watch import launch_watch
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
+from mpipipe.control_plane.receive_ring import ReceiveRing
 from mpipipe.errors import ChannelClosedError, DeadlineError, EnvironmentSetupError, PeerLostError
 
 if "mpi4py.MPI" not in sys.modules:
@@ -49,8 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["MpiChannel", "library_version", "open_mpi_control_channel", "thread_level"]
 
 _SLOT_BYTES = 32 * 1024
-# 64 frames may arrive between two polls without MPI having to copy them aside. 2 MiB of memory.
-_NUM_SLOTS = 64
+# Frames that may arrive between two polls without MPI having to copy them aside: over all sources,
+# and from each at least. 2 MiB of memory up to 17 ranks.
+_NUM_SLOTS, _MIN_SLOTS = 64, 4
 # Tags: what a piece is to the frame it belongs to.
 _WHOLE, _MORE, _LAST = 1, 2, 3
 _CLOSE_LIMIT_S = 30.0
@@ -94,9 +94,7 @@ class MpiChannel:
         self._inbox: Mailbox[tuple[int, bytes]] = Mailbox(
             f"the control channel of rank {self._rank}"
         )
-        self._slots = [bytearray(_SLOT_BYTES) for _ in range(_NUM_SLOTS)]
-        self._receives: list[MPI.Prequest] = []
-        self._next_slot = 0
+        self._rings: list[ReceiveRing[MPI.Status]] = []
         self._status = MPI.Status()
         self._pieces: dict[int, list[bytes]] = {}  # of unfinished frames, by source
         self._sends: deque[MPI.Request] = deque()  # unfinished; each keeps its buffer alive
@@ -116,10 +114,16 @@ class MpiChannel:
 
     def start(self) -> None:
         """Post the receives and let the engine poll."""
-        for slot in self._slots:
-            receive = self._communicator.Recv_init([slot, MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
-            receive.Start()
-            self._receives.append(receive)
+        num_slots = max(_MIN_SLOTS, _NUM_SLOTS // max(self._world_size - 1, 1))
+        for source in range(self._world_size):
+            if source != self._rank:
+                slots = [bytearray(_SLOT_BYTES) for _ in range(num_slots)]
+                receives = [
+                    self._communicator.Recv_init([slot, MPI.BYTE], source, MPI.ANY_TAG)
+                    for slot in slots
+                ]
+                MPI.Prequest.Startall(receives)
+                self._rings.append(ReceiveRing(source, slots, receives))
         self._unregister = self._engine.register(self._poll)
 
     # ---- sending ---------------------------------------------------------------------------------
@@ -182,16 +186,14 @@ class MpiChannel:
         return progressed
 
     def _finish_receives(self) -> bool:
-        for count in range(_NUM_SLOTS):
-            receive = self._receives[self._next_slot]
-            if not receive.Test(self._status):
-                return count > 0
-            num_bytes = self._status.Get_count(MPI.BYTE)
-            piece = bytes(memoryview(self._slots[self._next_slot])[:num_bytes])
-            self._take_piece(self._status.Get_source(), self._status.Get_tag(), piece)
-            receive.Start()
-            self._next_slot = (self._next_slot + 1) % _NUM_SLOTS
-        return True
+        progressed = False
+        for ring in self._rings:
+            for _ in range(len(ring)):
+                if (piece := ring.next_piece(self._status)) is None:
+                    break
+                self._take_piece(ring.source, self._status.Get_tag(), piece)
+                progressed = True
+        return progressed
 
     def _take_piece(self, source: int, tag: int, piece: bytes) -> None:
         if tag == _WHOLE:
@@ -235,10 +237,8 @@ class MpiChannel:
         if self._unregister is not None:
             self._unregister()
         self._inbox.close()
-        for receive in self._receives:
-            receive.Cancel()
-            receive.Wait()
-            receive.Free()
+        for ring in self._rings:
+            ring.free()
         self._communicator.Free()
         _open_channels.discard(self)
 
@@ -288,9 +288,9 @@ def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
     )
 
 
-def library_version() -> str:
-    """Name and version of the MPI library."""
-    return MPI.Get_library_version().splitlines()[0]
+def library_version(*, whole: bool = False) -> str:
+    """Name and version of the MPI library, or all that it says. MPI need not be started."""
+    return MPI.Get_library_version() if whole else MPI.Get_library_version().splitlines()[0]
 
 
 def thread_level() -> str:

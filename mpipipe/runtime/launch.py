@@ -25,7 +25,7 @@ from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EnvironmentSetupError, Mp
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime.stopping import StopSwitch
 from mpipipe.topology.host import host_name
-from mpipipe.topology.launcher import LaunchInfo, check_world_size, detect
+from mpipipe.topology.launcher import LaunchInfo, check_pmi, check_world_size, detect
 
 __all__ = ["AgreedError", "Ranks", "in_phase", "open_ranks"]
 
@@ -145,6 +145,7 @@ def _open_channel(info: LaunchInfo, engine: ProgressEngine) -> _Opened:
         return _Opened(open_memory_channels(1, engine)[0])
     from mpipipe.control_plane import mpi
 
+    check_pmi(info, mpi.library_version(whole=True))
     channel = mpi.open_mpi_control_channel(engine, init_limit_s=_init_limit_s())
     library = mpi.library_version()
     check_world_size(info, channel.world_size, library)

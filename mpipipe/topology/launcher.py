@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpipipe.errors import EnvironmentSetupError
+from mpipipe.topology.srun_mpi import MpiFamily, choose_mpi, family_of
 
-__all__ = ["LaunchInfo", "Launcher", "check_world_size", "detect", "local_ranks"]
+__all__ = ["LaunchInfo", "Launcher", "check_pmi", "check_world_size", "detect", "local_ranks"]
 
 # Launchers that say all there is to say in variables of their own: rank, ranks, rank on this host,
 # ranks on this host. "" where there is none.
@@ -210,6 +211,24 @@ def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     value = environ.get(name, "")
     return int(value) if value.isascii() and value.isdigit() else None
+
+
+def check_pmi(info: LaunchInfo, mpi_library: str) -> None:
+    """Check, before MPI is started, what the library would end the process for in MPI_Init.
+
+    MPICH 5.0 without PMIx aborts under `srun --mpi=pmix`, and names neither flag nor remedy.
+    `mpi_library` is all that `MPI.Get_library_version()` says.
+
+    Raises:
+        EnvironmentSetupError: the library does not speak srun's PMIx, and which flag fits.
+    """
+    if info.launcher is not Launcher.SRUN or not info.detail.startswith("pmix"):
+        return
+    if family_of(mpi_library) is MpiFamily.MPICH and choose_mpi(mpi_library, ()) != "pmix":
+        raise EnvironmentSetupError(
+            f"srun started {info.world_size} ranks, but they cannot meet: "
+            f"{_advice(info, mpi_library)}"
+        )
 
 
 def check_world_size(info: LaunchInfo, mpi_world_size: int, mpi_library: str = "") -> None:

@@ -6,6 +6,7 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.topology.launcher import (
     Launcher,
     LaunchInfo,
+    check_pmi,
     check_world_size,
     detect,
     local_ranks,
@@ -224,3 +225,11 @@ def test_local_ranks_are_told_or_counted(
     seats: list[tuple[str, int | None]], numbers: list[int]
 ) -> None:
     assert local_ranks(seats) == numbers
+
+
+def test_mpich_under_pmix_is_refused_before_mpi_would_abort() -> None:
+    info = LaunchInfo(Launcher.SRUN, rank=0, world_size=2, mpi_expected=True, detail="pmix")
+    with pytest.raises(EnvironmentSetupError, match="srun --mpi=pmi2"):
+        check_pmi(info, "MPICH Version:      5.0.2\nMPICH configure: --with-device=ch4:ucx")
+    check_pmi(info, "MPICH Version: 5.0.2\nMPICH configure: --with-pmix=/usr")
+    check_pmi(info, "Open MPI v5.0.11, package: x")
