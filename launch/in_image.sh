@@ -12,8 +12,10 @@ command=${MPIPIPE_APPTAINER:-$(command -v apptainer || command -v singularity)} 
 }
 
 passed='^(MPIPIPE|SLURM|SLURMD|PMI|PMI2|PMIX|PRTE|OMPI|MPICH|MPIR|HYDRA|I_MPI|UCX|FI|PSM2|NCCL|CUDA|NVIDIA|OMP|MKL|OPENBLAS|HF|TRANSFORMERS|TOKENIZERS|TORCH|TRITON)_|^(GPU_DEVICE_ORDINAL|PYTHONNOUSERSITE|LANG|TZ|USER)$'
+# Not where the host's MPI and CUDA are installed. (PMIX_DSTORE_…_PATH: where PMIx clients meet.)
+dropped='^(PMIX|PRTE|OMPI|MPICH|MPIR|HYDRA|I_MPI|UCX|FI|PSM2|NCCL|CUDA|NVIDIA|OMP|MKL)_(.*_)?([Pp][Rr][Ee][Ff][Ii][Xx]|ROOT|HOME|PATH(_V[0-9_]+)?|[a-z_]*path|(BIN|LIB|DATA|INCLUDE)*DIR)$'
 while IFS= read -r name; do
-    [[ ! $name =~ $passed ]] || export "APPTAINERENV_$name=${!name}" "SINGULARITYENV_$name=${!name}"
+    [[ ! $name =~ $passed || ($name =~ $dropped && $name != PMIX_DSTORE_*) ]] || export "APPTAINERENV_$name=${!name}" "SINGULARITYENV_$name=${!name}"
 done < <(compgen -e)
 
 # --no-eval: a job name with a $ in it is a name, not a command. Apptainer 1.1 or newer.

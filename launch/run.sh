@@ -6,16 +6,30 @@
 # In order: the environment of site.env (modules; venv or image), a folder
 # $MPIPIPE_SCRATCH/<config>-<job> with config/, prompts/ and outputs/, `mpipipe doctor` on all ranks,
 # `mpipipe run` on all ranks, sacct. In a settings' value, %a is the number of the array task.
-# Exits with the code of mpipipe: 0 done, 75 stopped in time and to be started again.
+# Exits with the code of mpipipe: 0 done, 75 stopped in time and to be started again; and with 76
+# where 75 came twice in a row without a new completion: starting it again would go on like that.
 set -euo pipefail
+
+child='' stopping='' cancelled='' interrupted=''
+# shellcheck disable=SC2329  # by a trap
+stop() { # the ranks are told; srun passes USR1 on to all of them
+    stopping=1 interrupted=1
+    [ -n "$child" ] || return 0
+    # srun loses a signal of its first 0.03 s.
+    [ $((SECONDS - started)) -ge 2 ] || sleep 1
+    kill -USR1 "$child" 2>/dev/null || true
+}
+trap stop USR1 INT
+trap 'cancelled=1 interrupted=1' TERM # scancel: Slurm ends the ranks; what it counted is still written
 
 home=${MPIPIPE_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 # shellcheck source=launch/site.env
 source "${MPIPIPE_SITE_ENV:-$home/launch/site.env}"
 
-fail() {
+fail() { # with 75 where what failed was ended by a stop: Ctrl-C reaches all that runs
     echo "run.sh: $*" >&2
-    exit 2
+    [ -z "$stopping" ] || exit 75
+    exit "${code:-2}"
 }
 [ $# -ge 1 ] || fail "give a configuration file: run.sh configs/x.toml [section.key=value …]"
 [ -n "${SLURM_JOB_ID:-}" ] ||
@@ -23,6 +37,9 @@ fail() {
 config=$1
 shift
 words=("${@//%a/${SLURM_ARRAY_TASK_ID:-0}}")
+# One task's name: SLURM_JOB_ID of the task that an array starts last is the id of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-$SLURM_JOB_ID}
 
 # ---- environment ------------------------------------------------------------------------------
 load_modules() { # the module command of a batch shell: inherited, or from the usual places
@@ -55,23 +72,47 @@ fi
 # The ranks stop by themselves before the wall time. Older versions do not tell them when that is,
 # and in an image there is no squeue to ask.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-    ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null || true)
+    ends=$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null || true)
     SLURM_JOB_END_TIME=$(date -d "${ends:-unknown}" +%s 2>/dev/null || true)
     export SLURM_JOB_END_TIME
 fi
 
 name=$(basename "${config%.*}")
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
-folder=$MPIPIPE_SCRATCH/$name-${job:-$SLURM_JOB_ID}
+folder=$MPIPIPE_SCRATCH/$name-$job
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then # not the same run again, but another one in this job
+    number=1
+    while [ -e "$folder/job.env" ]; do
+        number=$((number + 1))
+        folder=$MPIPIPE_SCRATCH/$name.$number-$job
+    done
+fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd -P)
+
+bind_folder() { # a folder and the options of its bind; where its name leads through links, under both names
+    local real
+    real=$(readlink -f "$1" || true)
+    [ -z "$real" ] || MPIPIPE_JOB_BINDS+=,$real:$real$2
+    [ -z "$real" ] || [ "$real" = "$1" ] || MPIPIPE_JOB_BINDS+=,$real:$1$2
+}
+bind_model() { # it may be made of links, as Hugging Face's cache is: also what they point to
+    local target
+    bind_folder "$1" :ro
+    while IFS= read -r target; do
+        bind_folder "$target" :ro
+    done < <(find -L "$1" -mindepth 1 -maxdepth 1 -exec readlink -f {} + 2>/dev/null |
+        sed 's|/[^/]*$||' | sort -u | grep -vxF "$(readlink -f "$1")")
+}
 
 inside=() # what a command is put behind to find mpipipe
 if [ -n "$MPIPIPE_IMAGE" ]; then
     [ -e "$MPIPIPE_IMAGE" ] || fail "MPIPIPE_IMAGE=$MPIPIPE_IMAGE does not exist on $(hostname)"
     inside=("$home/launch/in_image.sh")
-    config_folder=$(cd "$(dirname "$config")" && pwd -P)
-    export MPIPIPE_JOB_BINDS="$folder,$PWD,$config_folder"
+    config_folder=$(cd "$(dirname "$config")" && pwd)
+    export MPIPIPE_JOB_BINDS=$folder
+    for path in "$PWD" "$config_folder"; do
+        bind_folder "$path" ""
+    done
 elif [ -x "$MPIPIPE_VENV/bin/mpipipe" ]; then
     export PATH="$MPIPIPE_VENV/bin:$PATH"
 fi
@@ -80,37 +121,41 @@ ${inside[@]+"${inside[@]}"} mpipipe --version >/dev/null ||
         "or set MPIPIPE_IMAGE (see $home/launch/README.md)"
 
 # ---- workspace: copies of config and prompts, made once, so that a restart finds the same -------
-[ -f "$folder/job.env" ] ||
-    ${inside[@]+"${inside[@]}"} mpipipe slurm workspace "$config" ${words[@]+"${words[@]}"} --folder "$folder" >/dev/null
+if [ ! -f "$folder/job.env" ]; then
+    ${inside[@]+"${inside[@]}"} mpipipe slurm workspace "$config" ${words[@]+"${words[@]}"} \
+        --folder "$folder" >/dev/null || {
+        code=$?
+        [ -z "$MPIPIPE_IMAGE" ] || echo "run.sh: the image sees the folders of the job and of the" \
+            "configuration, $PWD, and home: name others (of prompts, of files that the" \
+            "configuration extends) in MPIPIPE_BINDS." >&2
+        fail "the job's folder $folder could not be made, see above"
+    }
+fi
 words=() models=()
 # shellcheck source=/dev/null
 source "$folder/job.env" # sets config, words and models
 for path in ${models[@]+"${models[@]}"}; do
-    # A model folder may be made of links, as Hugging Face's cache is: bind what they point to, too.
-    MPIPIPE_JOB_BINDS+=$(find -L "$path" -mindepth 1 -maxdepth 1 -exec readlink -f {} + 2>/dev/null |
-        sed 's|/[^/]*$||' | cat - <(readlink -f "$path") | sort -u | sed 's|.*|,&:&:ro|' | tr -d '\n')
+    # One that is missing is the doctor's to name.
+    [ -z "$MPIPIPE_IMAGE" ] || [ ! -d "$path" ] || bind_model "$path"
 done
 
 # ---- steps --------------------------------------------------------------------------------------
 mpi=$MPIPIPE_SRUN_MPI
 if [ "$mpi" = auto ]; then
-    mpi=$(${inside[@]+"${inside[@]}"} mpipipe slurm mpi-flag --available "$(srun --mpi=list 2>&1)")
+    mpi=$(${inside[@]+"${inside[@]}"} mpipipe slurm mpi-flag --available "$(srun --mpi=list 2>&1)") || {
+        code=$?
+        fail "a value for srun --mpi= could not be chosen, see above"
+    }
 fi
 
-child=
-stopping=
-# shellcheck disable=SC2329  # by a trap
-stop() { # the ranks are told; srun passes USR1 on to all of them
-    stopping=1 interrupted=1
-    [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || true
-}
-trap stop USR1 INT
-trap interrupted=1 TERM # scancel: Slurm ends the ranks itself; what it counted is still written
-
 step() { # runs a command on all ranks, sets `code`
+    code=75
+    [ -z "$cancelled" ] || code=143
+    [ -z "$stopping$cancelled" ] || return 0
     # shellcheck disable=SC2086  # a list of flags
     srun --mpi="$mpi" --kill-on-bad-exit=1 $MPIPIPE_SRUN_FLAGS ${inside[@]+"${inside[@]}"} "$@" &
-    child=$!
+    started=$SECONDS child=$!
+    [ -z "$stopping" ] || stop # told between the lines above
     interrupted=1
     while [ -n "$interrupted" ]; do # a signal ends `wait` early, with a code that is not srun's
         interrupted=
@@ -118,25 +163,46 @@ step() { # runs a command on all ranks, sets `code`
         wait "$child" || code=$?
     done
     child=
+    # Told before it could hear: srun, or Python before it listens, is ended by the signal.
+    [ -z "$stopping" ] || [ "$code" -le 128 ] || code=75
+}
+
+completed() { # the number of completions so far
+    cat "$folder"/outputs/completions_rank_*.jsonl 2>/dev/null | wc -l || true
+}
+
+judge_progress() { # after a stop: an attempt without a new completion is a strike, and two are enough
+    local strikes
+    if [ "$(completed)" -gt "$before" ]; then
+        rm -f "$folder/strikes"
+        return
+    fi
+    strikes=$(($(cat "$folder/strikes" 2>/dev/null || echo 0) + 1))
+    echo "$strikes" >"$folder/strikes"
+    [ "$strikes" -ge 2 ] || return 0
+    code=76
+    echo "run.sh: two attempts in a row ended without a new completion, so the job is not started" \
+        "again: give it more time (--time=), or shorter prompts (generation.max_new_tokens)." >&2
 }
 
 account() { # what Slurm counted; slurmdbd lags a few seconds, and without it there is scontrol
     local file=$folder/sacct.txt _
     for _ in 1 2 3 4 5 6; do
-        sacct --duplicates --parsable2 --jobs="$SLURM_JOB_ID" --format="$MPIPIPE_SACCT_FORMAT" \
+        sacct --duplicates --parsable2 --jobs="$job" --format="$MPIPIPE_SACCT_FORMAT" \
             >"$file" 2>/dev/null || break
         ! grep -q '^[0-9_]*\.[0-9].*|RUNNING|' "$file" || { sleep 1; continue; }
         [ "$(wc -l <"$file")" -lt 3 ] || return 0
         sleep 1
     done
     [ -s "$file" ] && [ "$(wc -l <"$file")" -gt 1 ] ||
-        scontrol show job "$SLURM_JOB_ID" >"$file" 2>/dev/null || true
+        scontrol show job "$job" >"$file" 2>/dev/null || true
 }
 
-echo "run.sh: job ${job:-$SLURM_JOB_ID} on ${SLURM_JOB_NODELIST:-?}, ${SLURM_NTASKS:-?} tasks," \
+echo "run.sh: job $job on ${SLURM_JOB_NODELIST:-?}, ${SLURM_NTASKS:-?} tasks," \
     "srun --mpi=$mpi, attempt $((${SLURM_RESTART_COUNT:-0} + 1))"
 printf "run.sh: results in %q; progress: mpipipe status %q\n" "$folder/outputs" "$folder/outputs"
 code=0
+before=$(completed)
 if [ "$MPIPIPE_DOCTOR" != off ]; then
     flags=()
     [ "$MPIPIPE_DOCTOR" = full ] || flags=(--quick)
@@ -145,8 +211,9 @@ if [ "$MPIPIPE_DOCTOR" != off ]; then
 fi
 if [ "$code" -eq 0 ]; then
     step mpipipe run "$config" ${words[@]+"${words[@]}"}
-else
+elif [ "$code" -ne 75 ]; then
     echo "run.sh: the job ends here, before the model is loaded (doctor: $code); see above." >&2
 fi
+[ "$code" -ne 75 ] || judge_progress
 account
 exit "$code"

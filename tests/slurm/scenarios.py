@@ -19,6 +19,7 @@ from tests.slurm.network import HEAD
 from tests.slurm.site import ROOT, JobEnd, Site, read_jsonl
 
 __all__ = [
+    "ARRAY_PROMPTS",
     "DEMO",
     "DEMO_WORDS",
     "SEEN",
@@ -26,6 +27,7 @@ __all__ = [
     "MpiMismatch",
     "admin_requeue",
     "array",
+    "cyclic",
     "demo_alone",
     "demo_in_image",
     "demo_on_two_nodes",
@@ -42,6 +44,7 @@ DEMO = "configs/demo.toml"
 # Every node sees all cores of the machine, and there are few: more threads only get in their way.
 DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
 TINY_PROMPTS = 40  # of 48 tokens: some 5 s on two ranks
+ARRAY_PROMPTS = 20
 SEEN = 3  # completions before something happens to a job
 # MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
 FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
@@ -175,11 +178,28 @@ def rank_killed(site: Site) -> JobEnd:
 
 
 def array(site: Site) -> list[JobEnd]:
-    """Two tasks, a node each, one prompt file each."""
+    """Two tasks, a node each. One is told to stop, and goes on: the one whose id is the array's."""
     config = site.tiny_config
     options = ("--array=0-1", "--nodes=1")
-    job = site.sbatch("mpich", config, "prompts.limit=3", "generation.seed=%a", options=options)
-    return [site.finish(f"{job}_{task}", config) for task in range(2)]
+    words = (f"prompts.limit={ARRAY_PROMPTS}", "generation.seed=%a")
+    job = site.sbatch("mpich", config, *words, options=options)
+    tasks = [f"{job}_{task}" for task in range(2)]
+    for task in tasks:
+        site.wait_for_completions(site.job_folder(task, config), SEEN, task)
+    (chosen,) = (task for task in tasks if site.cluster.job(task)["JobId"] == job)
+    site.cluster.ask("scancel", "--batch", "--signal=USR1", chosen)
+    return [site.finish(task, config, told=task == chosen) for task in tasks]
+
+
+def cyclic(site: Site) -> JobEnd:
+    """Four ranks dealt round two nodes: 0 and 2 on the first, 1 and 3 on the second."""
+    config, folder = site.tiny_config, site.folder / "cyclic"
+    command = (f"{site.environments['mpich']}/bin/mpipipe", "run", str(config))
+    words = ("prompts.limit=3", f"output.dir={folder / 'outputs'}")
+    flags = ("-n4", "-c1", "--distribution=cyclic", "--mpi=pmi2")
+    result = site.srun("mpich", *flags, *command, *words)
+    assert result.returncode == 0, result.stderr
+    return JobEnd("", {}, result.stderr + result.stdout, folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.scenarios import (
+    ARRAY_PROMPTS,
     SEEN,
     TINY_PROMPTS,
     admin_requeue,
@@ -93,9 +94,13 @@ def test_a_killed_rank_ends_the_job_soon_and_its_output_is_whole(end: JobEnd) ->
 
 
 @story(array)
-def test_tasks_of_an_array_keep_apart(end: list[JobEnd]) -> None:
+def test_tasks_of_an_array_keep_apart_also_when_one_is_put_back_into_the_queue(
+    end: list[JobEnd], told: Callable[..., Any]
+) -> None:
+    alone = dict(list(told(tiny_alone).items())[:ARRAY_PROMPTS])
     assert [task.state for task in end] == ["COMPLETED"] * 2, end[0].log
     assert end[0].folder != end[1].folder
     for number, task in enumerate(end):
-        assert len(task.completions()) == 3
+        assert task.tokens() == alone, "greedy: the seed changes nothing"
+        assert task.fields["Restarts"] == str(int(task.observed["told"])), task.log
         assert f"generation.seed={number}" in (task.folder / "job.env").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 from tests.slurm.scenarios import (
     MpiMismatch,
+    cyclic,
     demo_alone,
     demo_in_image,
     demo_on_two_nodes,
     doctor_on_two_nodes,
+    tiny_alone,
     wrong_mpi,
 )
 from tests.slurm.site import JobEnd
@@ -66,6 +69,16 @@ def test_the_same_tokens_come_out_of_a_container_on_both_nodes(
     assert len({host["host"] for host in end.json("manifest.json")["hosts"]}) == 2
 
 
+@story(cyclic)
+def test_ranks_dealt_round_the_nodes_make_stages_that_follow_each_other_on_a_node(
+    end: JobEnd, told: Callable[..., Any]
+) -> None:
+    alone = told(tiny_alone)
+    assert end.tokens() == {name: alone[name] for name in ("p0", "p1", "p2")}
+    assert re.search(r"pipeline\.layout\W+n\d: ranks 0 2 \| n\d: ranks 1 3\b", end.log), end.log
+    assert "1 of 3 edges between hosts" in end.log
+
+
 MISMATCHES = [("mpich", "none"), ("mpich", "pmix"), ("openmpi", "none"), ("openmpi", "pmi2")]
 
 
@@ -91,6 +104,17 @@ def test_the_doctor_examines_both_nodes_under_srun(
     findings = {finding["check"]: finding for finding in report["findings"]}
     assert "fatal" not in {finding["severity"] for finding in report["findings"]}
     assert {"launch.mpi", "links.messages", "links.edge", "job.plan"} <= set(findings)
+
+
+@story(doctor_on_two_nodes, "mpich", "none")
+def test_the_doctor_names_a_wrong_mpi_flag_before_srun_ends_it(
+    end: subprocess.CompletedProcess[str],
+) -> None:
+    """Under --kill-on-bad-exit: the ranks that are alone let the first one speak."""
+    assert end.returncode != 0
+    (finding,) = json.loads(end.stdout)["findings"]
+    assert finding["check"] == "launch.mpi"
+    assert "srun --mpi=pmi2" in finding["remedy"]
 
 
 @story(demo_on_two_nodes, "mpich")

@@ -6,90 +6,14 @@ The real Slurm is in tests/slurm; here is what it is asked for, and what its ans
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-PROGRAMS = {
-    # What every stand-in is asked for goes to calls; how it answers is in the environment.
-    "srun": """
-        echo "srun $*" >>"$CALLS"
-        case $1 in --mpi=list) echo "MPI plugin types are... none pmi2"; exit 0 ;; esac
-        while [ $# -gt 0 ]; do case $1 in --*) shift ;; *) break ;; esac; done
-        exec "$@" """,
-    "mpipipe": """
-        case "$1 $2" in
-        "slurm workspace") echo "workspace $*" >>"$CALLS"
-            printf 'config=/copy.toml models=("%s") words=(a.b=c output.dir=/o)\\n' \
-                "$MODEL" >"${!#}/job.env" ;;
-        "slurm mpi-flag") echo pmi2 ;;
-        doctor*) exit "${DOCTOR_CODE:-0}" ;;
-        run*) [ -z "${RUN_WAITS:-}" ] || { trap 'exit 75' USR1; echo ready >"$RUN_WAITS"
-                while :; do sleep 0.01; done; }
-            exit "${RUN_CODE:-0}" ;;
-        esac""",
-    "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" != requeue ] || exit "${REQUEUE_CODE:-1}"',
-    "sacct": 'printf "JobID|State\\n7|RUNNING\\n7.0|COMPLETED\\n"',
-    "sbatch": 'echo "sbatch $* account=${SBATCH_ACCOUNT:-}" >>"$CALLS"',
-    "apptainer": 'echo "apptainer $*" >>"$CALLS"; env >"$IMAGE_ENV"',
-    "hostname": "echo node",
-}
-
-
-class Stand:
-    """A login and compute node of stand-ins."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.calls = folder / "calls"
-        self.model = folder / "model"
-        self.job = folder / "scratch/demo-7"
-        self.bin = folder / "venv/bin"
-        self.environ: dict[str, str] = {}
-
-    def build(self) -> Stand:
-        self.bin.mkdir(parents=True)
-        self.model.mkdir()
-        for name, text in PROGRAMS.items():
-            path = self.bin / name
-            path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-            path.chmod(0o755)
-        self.environ = {
-            "PATH": f"{self.bin}:{os.environ['PATH']}",
-            "HOME": str(self.folder),
-            "CALLS": str(self.calls),
-            "MODEL": str(self.model),
-            "IMAGE_ENV": str(self.folder / "image.env"),
-            "SLURM_JOB_ID": "7",
-            "MPIPIPE_SCRATCH": str(self.folder / "scratch"),
-            "MPIPIPE_VENV": str(self.folder / "venv"),
-        }
-        return self
-
-    def start(
-        self, script: str, *words: str, environ: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(LAUNCH / script), *words],
-            env=self.environ | dict(environ or {}),
-            cwd=LAUNCH.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, script: str, *words: str, **environ: str) -> tuple[int, str]:
-        process = self.start(script, *words, environ=environ)
-        text, _ = process.communicate(timeout=30)
-        return process.returncode, text
-
-    def asked(self, program: str) -> list[str]:
-        return [line for line in self.calls.read_text().splitlines() if line.startswith(program)]
+from tests.unit.launch_stand import LAUNCH, Stand
 
 
 @pytest.fixture
@@ -118,9 +42,31 @@ def test_a_fatal_finding_ends_the_job_with_its_code_before_the_run(stand: Stand)
 
 
 def test_a_job_that_starts_again_reads_the_copies_of_the_first_time(stand: Stand) -> None:
-    for _ in range(2):
-        assert stand.run("run.sh", "configs/demo.toml", MPIPIPE_DOCTOR="off")[0] == 0
+    for count in "01":
+        environ = {"MPIPIPE_DOCTOR": "off", "SLURM_RESTART_COUNT": count}
+        assert stand.run("run.sh", "configs/demo.toml", **environ)[0] == 0
     assert len(stand.asked("workspace")) == 1
+
+
+def test_another_run_in_one_allocation_reads_the_configuration_anew(stand: Stand) -> None:
+    for _ in range(3):
+        assert stand.run("run.sh", "configs/demo.toml", MPIPIPE_DOCTOR="off")[0] == 0
+    folders = [line.rpartition("/")[2] for line in stand.asked("workspace")]
+    assert folders == ["demo-7", "demo.2-7", "demo.3-7"]
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_missing_model_folder_is_left_to_the_doctor(stand: Stand, image: bool) -> None:
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text("config=/c models=(/no/model) words=()\n")
+    environ = {"DOCTOR_CODE": "3", "SLURM_RESTART_COUNT": "1", "MPIPIPE_SRUN_MPI": "pmi2"}
+    if image:
+        (stand.folder / "image.sif").touch()
+        environ |= {"MPIPIPE_IMAGE": str(stand.folder / "image.sif"), "IMAGE_CODE": "3"}
+    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    assert stand.asked("srun"), text
+    assert "mpipipe doctor /c" in stand.asked("srun")[0]
+    assert code == 3
 
 
 def test_a_task_of_an_array_has_its_own_folder_and_number(stand: Stand) -> None:
@@ -154,6 +100,54 @@ def test_the_signal_before_the_wall_time_reaches_the_ranks(stand: Stand) -> None
     assert stand.asked("scontrol requeue"), "told to stop: it goes on later"
 
 
+@pytest.mark.parametrize(
+    ("script", "where"), [("submit.sbatch", "show"), ("run.sh", "flag"), ("run.sh", "deaf")]
+)
+def test_a_signal_that_comes_before_the_run_can_hear_it_is_a_stop_too(
+    stand: Stand, script: str, where: str
+) -> None:
+    fifo = stand.folder / "fifo"
+    os.mkfifo(fifo)
+    environ = {"WAITS_AT": where, "MPIPIPE_DOCTOR": "off"}
+    process = stand.start(script, "configs/demo.toml", environ=environ)
+    assert fifo.read_text() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    if where != "deaf":  # there the run is ended by the signal
+        fifo.write_text("go on\n")
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, text
+    runs = [line for line in stand.asked("srun") if "mpipipe run" in line]
+    assert len(runs) == (where == "deaf")
+    assert bool(stand.asked("scontrol requeue")) == (script == "submit.sbatch")
+
+
+def test_only_one_task_of_an_array_is_asked_about_and_put_back(stand: Stand) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "7"}
+    code, text = stand.run("submit.sbatch", "configs/demo.toml", RUN_CODE="75", **array)
+    assert code == 75, text
+    asked = [*stand.asked("scontrol"), *stand.asked("squeue"), *stand.asked("sacct")]
+    assert len(asked) >= 4
+    for line in asked:
+        assert re.search(r"[ =]7_2( |$)", line), line
+
+
+def test_two_attempts_without_a_new_completion_are_the_last(stand: Stand) -> None:
+    (stand.job / "outputs").mkdir(parents=True)
+
+    def attempt(restarts: int, adds: str) -> tuple[int, str, int]:
+        environ = {"SLURM_RESTART_COUNT": str(restarts), "RUN_ADDS": adds, "RUN_CODE": "75"}
+        code, text = stand.run("submit.sbatch", "configs/demo.toml", **environ)
+        return code, text, len(stand.asked("scontrol requeue"))
+
+    for restarts, adds in enumerate(("", "yes", "", "yes", "")):
+        code, text, requeues = attempt(restarts, adds)
+        assert (code, requeues) == (75, restarts + 1), text
+    code, text, requeues = attempt(5, "")
+    assert (code, requeues) == (75, 5)
+    assert "without a new completion" in text
+    assert "--time=" in text
+
+
 def test_outside_a_job_the_script_submits_itself_with_the_account_of_the_site(
     stand: Stand,
 ) -> None:
@@ -170,6 +164,10 @@ def test_outside_a_job_the_script_submits_itself_with_the_account_of_the_site(
 def test_the_image_gets_what_ranks_need_and_no_library_path_of_the_host(stand: Stand) -> None:
     image = stand.folder / "image.sif"
     image.touch()
+    host_only = (
+        "CUDA_HOME", "CUDA_PATH", "CUDA_PATH_V12_8", "I_MPI_ROOT", "OMPI_PREFIX", "PRTE_PREFIX",
+        "PMIX_INSTALL_PREFIX", "OMPI_MCA_mca_base_component_path", "OMPI_LIBDIR",
+    )  # fmt: skip
     code, text = stand.run(
         "in_image.sh",
         "mpipipe",
@@ -179,7 +177,9 @@ def test_the_image_gets_what_ranks_need_and_no_library_path_of_the_host(stand: S
         MPIPIPE_JOB_BINDS="/job,/m:/m:ro",
         PMI_RANK="3",
         PMIX_SERVER_TMPDIR=str(stand.model),
+        PMIX_DSTORE_21_BASE_PATH="/spool/pmix",
         CUDA_VISIBLE_DEVICES="1",
+        **dict.fromkeys(host_only, "/host"),
         LD_LIBRARY_PATH="/host/cuda",
         PYTHONPATH="/host/python",
     )
@@ -192,25 +192,50 @@ def test_the_image_gets_what_ranks_need_and_no_library_path_of_the_host(stand: S
     passed = (stand.folder / "image.env").read_text().splitlines()
     assert "APPTAINERENV_PMI_RANK=3" in passed
     assert "APPTAINERENV_CUDA_VISIBLE_DEVICES=1" in passed
-    assert not [
-        line for line in passed if line.startswith(("APPTAINERENV_LD_", "APPTAINERENV_PYTHONPATH"))
-    ]
+    assert "APPTAINERENV_PMIX_DSTORE_21_BASE_PATH=/spool/pmix" in passed
+    names = {line.partition("=")[0] for line in passed if line.startswith("APPTAINERENV_")}
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH", *host_only):
+        assert f"APPTAINERENV_{name}" not in names, name
+
+
+def bound_in_image(stand: Stand, model: Path) -> str:
+    """How the image is called for a run of `model`."""
+    image = stand.folder / "image.sif"
+    image.touch()
+    # The job's folder is there already: the stand-in for the image starts nothing that makes it.
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text(f"config=/c models=({model}) words=()\n")
+    environ = {"MPIPIPE_IMAGE": str(image), "MPIPIPE_SRUN_MPI": "pmi2", "SLURM_RESTART_COUNT": "1"}
+    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    assert code == 0, text
+    return stand.asked("apptainer")[-1]
+
+
+def test_a_model_below_a_link_is_bound_under_the_name_that_the_ranks_are_given(
+    stand: Stand,
+) -> None:
+    alias = stand.folder / "alias"
+    alias.symlink_to(stand.folder)
+    call = bound_in_image(stand, alias / "model")
+    real = f"--bind {stand.model}:{stand.model}:ro"
+    own = f"--bind {stand.model}:{alias}/model:ro"
+    assert 0 < call.index(real) < call.index(own), "its name may lead through what it points to"
+
+
+def test_what_an_image_does_not_see_is_told_with_the_setting_that_shows_it(stand: Stand) -> None:
+    image = stand.folder / "image.sif"
+    image.touch()
+    environ = {"MPIPIPE_IMAGE": str(image), "IMAGE_CODE": "4"}
+    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    assert code == 4
+    assert "MPIPIPE_BINDS" in text
 
 
 def test_a_model_folder_made_of_links_is_bound_with_what_they_point_to(stand: Stand) -> None:
     (stand.folder / "blobs").mkdir()
     (stand.folder / "blobs/1").touch()
     (stand.model / "config.json").symlink_to("../blobs/1")
-    image = stand.folder / "image.sif"
-    image.touch()
-    # The job's folder is there already: the stand-in for the image starts nothing that makes it.
-    stand.job.mkdir(parents=True)
-    (stand.job / "job.env").write_text(f"config=/c models=({stand.model}) words=()\n")
-    code, text = stand.run(
-        "run.sh", "configs/demo.toml", MPIPIPE_IMAGE=str(image), MPIPIPE_SRUN_MPI="pmi2"
-    )
-    assert code == 0, text
-    call = stand.asked("apptainer")[-1]
+    call = bound_in_image(stand, stand.model)
     for folder in (stand.model, stand.folder / "blobs"):
         assert f"--bind {folder}:{folder}:ro" in call
     assert f"--bind {stand.folder}:" not in call, "not the folder above the model"
