@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+import torch
 
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EnvironmentSetupError, MpipipeError
@@ -102,3 +103,26 @@ def test_ids_close_the_ring() -> None:
     assert neighbours([0, 2, 1]) == [(0, 2), (2, 1), (1, 0)]
     figure = LinkFigure(0, 1, "a", "b", "mpi", 1.0, 2.0)
     assert (figure.source_host, figure.target_host) == ("a", "b")
+
+
+def test_a_rank_without_memory_is_an_error_of_all_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(ranks: Ranks) -> None:
+        last = ranks.mesh.world_size - 1
+        if last == 0:
+            return
+
+        def full(*_: object, **settings: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nGPU 0")
+
+        if ranks.mesh.rank == last:
+            monkeypatch.setattr(torch, "zeros", full)
+        start_s = time.monotonic()
+        with pytest.raises(MpipipeError, match="CUDA out of memory") as raised:
+            await measure_links(ranks, device="cpu")
+        assert "--gpus-per-task=1" in str(raised.value)
+        assert raised.value.exit_code == 5
+        assert time.monotonic() - start_s < 5  # nobody waits for tensors that do not come
+
+    on_ranks(body)

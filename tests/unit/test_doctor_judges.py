@@ -48,7 +48,6 @@ HEALTHY_NODE = NodeFacts(
     num_machine_cores=8,
     memory_available=64 * GIB,
     shm_free=32 * GIB,
-    shm_size=32 * GIB,
     max_open_files=4096,
     profilers=("nsys", "py-spy"),
     sacct=True,
@@ -171,6 +170,30 @@ def test_ld_library_path_is_the_cause_when_torch_cannot_be_imported() -> None:
     assert "undefined symbol" in found["software.torch"].what
 
 
+@pytest.mark.parametrize(
+    ("problem", "word"),
+    [
+        (
+            "libstdc++.so.6: cannot open shared object file: No such file or directory",
+            "libstdc++6",
+        ),
+        ("libodd.so.3: cannot open shared object file: No such file or directory", "libodd.so.3"),
+        ("/lib64/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by x)", "newer"),
+    ],
+)
+def test_a_library_of_the_system_that_torch_lacks_is_named(problem: str, word: str) -> None:
+    finding = only_bad(software_of(healthy(), torch_problem=problem))
+    assert finding.check == "software.torch"
+    assert word in finding.remedy
+    assert "install torch again" not in finding.remedy
+
+
+def test_a_library_that_comes_with_torch_is_had_by_installing_it_again() -> None:
+    problem = "libcudnn.so.9: cannot open shared object file: No such file or directory"
+    finding = only_bad(software_of(healthy(), torch_problem=problem))
+    assert "install torch again" in finding.remedy
+
+
 def test_a_harmless_ld_library_path_is_not_reported() -> None:
     own = Library("libnccl", "/venv/nvidia/nccl/lib/libnccl.so.2")
     other = Library("libcudart", "/opt/cuda/lib64/libcudart.so.13")
@@ -191,12 +214,19 @@ def test_what_nv_binds_is_no_stray_driver() -> None:
     assert only_bad(rank).check == "gpu.torch"
 
 
-def test_a_libcuda_of_another_driver_than_the_running_one_is_fatal() -> None:
-    rank = gpu_of(healthy(), libcuda="/opt/old/libcuda.so.535.54.03")
-    finding = only_bad(rank)
-    assert (finding.check, finding.severity) == ("gpu.library", Severity.FATAL)
-    assert "535.54.03" in finding.what
-    assert "580.65.06" in finding.what
+def test_a_libcuda_of_another_driver_is_fatal_where_torch_does_not_compute() -> None:
+    other = gpu_of(healthy(), libcuda="/opt/old/libcuda.so.535.54.03")
+    problem = GpuFacts(problem="CUDA could not be started (boo): see whether nvidia-smi works")
+    found = {f.check: f for f in bad(judge_ranks([gpu_of(other, rank_gpu=problem)]))}
+    assert found["gpu.library"].severity is Severity.FATAL
+    assert "535.54.03" in found["gpu.library"].what
+    assert "580.65.06" in found["gpu.library"].what
+    works = only_bad(other)  # CUDA's forward compatibility
+    assert (works.check, works.severity) == ("gpu.library", Severity.WARNING)
+
+
+def test_a_driver_whose_version_is_unknown_is_not_compared() -> None:
+    assert not bad(judge_ranks([gpu_of(healthy(), kernel_driver="unknown")]))
 
 
 def test_a_stub_of_libcuda_is_fatal() -> None:
@@ -281,11 +311,22 @@ def test_a_plan_that_the_cgroup_would_kill_is_fatal_before_it_is_loaded() -> Non
 
 
 @pytest.mark.parametrize(
-    ("available", "severity"), [(18, Severity.OK), (17, Severity.WARNING), (15, Severity.FATAL)]
+    ("available", "severity"), [(18, Severity.OK), (15, Severity.WARNING), (13, Severity.FATAL)]
 )
 def test_memory_is_judged_with_a_margin(available: int, severity: Severity) -> None:
     demand = HostDemand("n0", 13 * GIB, 2 * GIB, GIB, available * GIB)
     assert judge_memory(demand).severity is severity
+
+
+def test_too_little_for_the_kv_cache_alone_is_a_warning() -> None:
+    """It fills with the sequences; only what is loaded at once is certain to be too much."""
+    demand = HostDemand("n0", 13 * GIB, 8 * GIB, GIB, 15 * GIB, 15 * GIB)
+    assert judge_memory(demand).severity is Severity.WARNING
+    assert judge_memory(replace(demand, weight_bytes=15 * GIB)).severity is Severity.FATAL
+
+
+def test_a_guess_of_what_gpu_libraries_take_is_never_fatal() -> None:
+    assert judge_memory(HostDemand("n0", 0, 0, 7 * GIB, 4 * GIB)).severity is Severity.WARNING
 
 
 def test_earlier_oom_kills_of_the_job_are_told() -> None:
@@ -354,9 +395,65 @@ def test_a_gpu_given_by_slurm_but_not_to_be_seen_is_fatal() -> None:
     assert "Slurm gave this step GPU 0" in only_bad(rank).what
 
 
-def test_gpus_hidden_on_purpose_are_no_finding() -> None:
-    rank = gpu_of(healthy(), visible="", rank_gpu=GpuFacts(problem="hidden: unset it"))
-    assert not bad(judge_ranks([rank]))
+def without_gpu(by: str, problem: str = "hidden: unset it") -> RankFacts:
+    rank = gpu_of(healthy(), declined_by=by, rank_gpu=GpuFacts(problem=problem))
+    return replace(rank, launch=replace(rank.launch, slurm_job="7"))
+
+
+@pytest.mark.parametrize("by", ["CUDA_VISIBLE_DEVICES", "MPIPIPE_NV"])
+def test_gpus_hidden_on_purpose_are_no_finding(by: str) -> None:
+    assert not bad(judge_ranks([without_gpu(by)]))
+
+
+def test_a_slurm_job_without_gpus_runs_on_cpus_and_is_not_lost() -> None:
+    finding = only_bad(without_gpu("Slurm", "the NVIDIA driver is there but shows no GPU: ask"))
+    assert (finding.check, finding.severity) == ("gpu.driver", Severity.WARNING)
+    assert "no GPU was asked for" in finding.what
+    assert "--gpus-per-task=1" in finding.remedy
+    no_driver = replace(healthy(), gpu=GpuLook(declined_by="Slurm"))
+    assert not bad(judge_ranks([no_driver]))
+
+
+def test_without_a_gpu_on_purpose_odd_packages_do_no_harm() -> None:
+    wheel = Wheel("nvidia-nccl-cu13", "2.27", "/venv", wanted="2.28.9")
+    rank = software_of(without_gpu("MPIPIPE_NV"), nvidia_wheels=(wheel,))
+    assert only_bad(rank).severity is Severity.WARNING
+
+
+def test_a_container_without_nv_in_a_job_without_gpus_is_no_more_than_a_warning() -> None:
+    rank = gpu_of(in_container(without_gpu("Slurm", "")), libcuda="")
+    finding = only_bad(rank)
+    assert finding.severity is Severity.WARNING
+    assert "--nv" in finding.cause
+
+
+def test_a_gpu_that_was_not_asked_for_but_works_is_judged_as_any() -> None:
+    shared = [gpu_of(rank, declined_by="Slurm") for rank in two_on_one_gpu()]
+    assert [finding.check for finding in bad(judge_ranks(shared))] == ["gpu.ranks"]
+    assert not bad(judge_ranks(shared[:1]))
+
+
+def test_cuda_asked_for_by_name_is_missed_in_a_job_without_gpus() -> None:
+    rank = gpu_of(without_gpu("Slurm"), wanted="cuda")
+    assert only_bad(rank).severity is Severity.FATAL
+
+
+def test_a_full_gpu_is_told_with_who_fills_it() -> None:
+    rank = gpu_of(
+        healthy(),
+        rank_gpu=GpuFacts(problem="CUDA could not be started (out of memory): see nvidia-smi"),
+        processes=(GpuProcess(77, "other", "GPU-0", 16 * GIB),),
+    )
+    finding = only_bad(rank)
+    assert "other (pid 77)" in finding.cause
+    assert "--exclusive" in finding.remedy
+
+
+def test_gpus_without_a_uuid_are_told_apart_by_their_index() -> None:
+    ranks = [gpu_of(healthy(rank, 2), rank_gpu=replace(T4, uuid="", index=rank)) for rank in (0, 1)]
+    assert not bad(judge_ranks(ranks))
+    (finding,) = bad(judge_ranks([ranks[0], replace(ranks[0], rank=1)]))
+    assert finding.check == "gpu.ranks"
 
 
 def test_a_rank_without_a_gpu_among_ranks_with_one_is_fatal() -> None:
@@ -367,22 +464,49 @@ def test_a_rank_without_a_gpu_among_ranks_with_one_is_fatal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "severity"), [("mpipipe", Severity.FATAL), ("torch", Severity.WARNING)]
+    ("name", "version", "severity"),
+    [
+        ("mpipipe", "0.0.1", Severity.FATAL),
+        ("mpi4py", "3.1.2", Severity.FATAL),
+        ("mpi4py", "4.1.0", Severity.WARNING),
+        ("torch", "0.0.1", Severity.WARNING),
+    ],
 )
-def test_versions_that_differ_between_hosts_are_told(name: str, severity: Severity) -> None:
+def test_versions_that_differ_between_hosts_are_told(
+    name: str, version: str, severity: Severity
+) -> None:
     other = healthy(1, 2, "n1")
-    other = software_of(other, versions=other.software.versions | {name: "0.0.1"})
+    other = software_of(other, versions=other.software.versions | {name: version})
     (finding,) = bad(judge_ranks([healthy(0, 2), other]))
     assert (finding.check, finding.severity) == ("launch.versions", severity)
     assert f"{name} differs" in finding.what
-    assert "0.0.1 on n1 (rank 1)" in finding.what
+    assert f"{version} on n1 (rank 1)" in finding.what
 
 
-def test_different_mpi_libraries_are_fatal() -> None:
-    other = healthy(1, 2, "n1")
-    other = replace(other, launch=replace(other.launch, mpi_library="Open MPI v5.0.8"))
-    (finding,) = bad(judge_ranks([healthy(0, 2), other]))
-    assert (finding.check, finding.severity) == ("launch.mpi", Severity.FATAL)
+def with_mpi(first: str, second: str) -> list[RankFacts]:
+    ranks = [healthy(0, 2), healthy(1, 2, "n1")]
+    return [
+        replace(rank, launch=replace(rank.launch, mpi_library=text))
+        for rank, text in zip(ranks, (first, second), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "severity"),
+    [
+        ("MPICH Version:      4.1.6", Severity.FATAL),
+        ("Open MPI v5.0.8, package: Open MPI root@a", Severity.FATAL),
+        ("Open MPI v4.1.5, package: Open MPI root@a", Severity.WARNING),
+    ],
+)
+def test_different_mpi_libraries_are_told(other: str, severity: Severity) -> None:
+    (finding,) = bad(judge_ranks(with_mpi("Open MPI v4.1.6, package: Open MPI root@a", other)))
+    assert (finding.check, finding.severity) == ("launch.mpi", severity)
+
+
+def test_where_an_mpi_library_was_built_does_not_matter() -> None:
+    told = "Open MPI v4.1.6, package: Open MPI root@{}, ident: 4.1.6, repo rev: v4.1.6"
+    assert not bad(judge_ranks(with_mpi(told.format("build-1"), told.format("build-2"))))
 
 
 def test_more_ranks_than_cores_are_told() -> None:
@@ -500,6 +624,7 @@ def test_a_half_copied_model_is_fatal() -> None:
         ({"output_problem": "Read-only file system"}, "Read-only", Severity.FATAL),
         ({"output_shared": False}, "another folder", Severity.FATAL),
         ({"output_free_bytes": 2**20}, "1.0 MiB", Severity.FATAL),
+        ({"output_free_bytes": 0}, "0.0 MiB", Severity.FATAL),
         ({"output_free_bytes": 2**28}, "0.25 GiB", Severity.WARNING),
         ({"write_bytes_per_s": 1e4}, "0 MB/s", Severity.WARNING),
     ],
@@ -510,6 +635,16 @@ def test_output_folders_that_would_lose_the_results(
     (finding,) = bad(judge_folders([folder("n0", **changes)]))
     assert (finding.check, finding.severity) == ("job.output", severity)
     assert word in finding.what
+
+
+def test_a_file_system_that_counts_no_blocks_is_not_taken_for_full() -> None:
+    (_, finding) = judge_folders([folder(output_free_bytes=None)])
+    assert finding.severity is Severity.OK
+    assert "unknown" in finding.what
+
+
+def test_shared_memory_without_a_limit_is_ok() -> None:
+    assert not bad(judge_ranks([node_of(healthy(r, 2), shm_free=-1) for r in (0, 1)]))
 
 
 def test_an_output_folder_inside_the_container_is_told() -> None:

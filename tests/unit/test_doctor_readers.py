@@ -274,6 +274,35 @@ def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path:
     )
 
 
+_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+_BATCH = {"SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "given", "declined_by"),
+    [
+        ({}, "", ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "", "CUDA_VISIBLE_DEVICES"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "", ""),
+        (_BATCH, "", "Slurm"),
+        (_BATCH | {"SLURM_GPUS_ON_NODE": "0"}, "", "Slurm"),
+        (_BATCH | {"SLURM_JOB_GPUS": "0"}, "0", ""),
+        (_STEP, "", "Slurm"),
+        (_STEP | {"SLURM_STEP_GPUS": "0,1"}, "0,1", ""),
+        (_STEP | {"SLURM_JOB_GPUS": "0", "SLURM_GPUS_ON_NODE": "1"}, "", "Slurm"),
+        (_STEP | {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}, "1", ""),
+        (_STEP | {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "", "Slurm"),
+        ({"MPIPIPE_NV": "off"}, "", ""),  # outside of a container it says nothing
+        ({"MPIPIPE_NV": "off", "APPTAINER_NAME": "x.sif"}, "", "MPIPIPE_NV"),
+    ],
+)
+def test_whether_a_gpu_was_given_is_read_of_the_step_before_the_job(
+    tmp_path: Path, environ: dict[str, str], given: str, declined_by: str
+) -> None:
+    look, _ = look_before_torch(environ, wanted="auto", root=tmp_path, run=refuse)
+    assert (look.given_by_slurm, look.declined_by) == (given, declined_by)
+
+
 def test_with_the_library_its_real_version_and_the_others_show(tmp_path: Path) -> None:
     root = write(tmp_path, {"usr/lib/x/libcuda.so.550.54.15": ""})
     look, gpus = look_before_torch(
@@ -357,7 +386,7 @@ def test_looking_at_the_folders_leaves_nothing_behind(tmp_path: Path) -> None:
     assert facts.model_exit_code == 3
     assert facts.output_problem == ""
     assert facts.output_shared
-    assert facts.output_free_bytes > 0
+    assert facts.output_free_bytes
     assert facts.write_bytes_per_s > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -375,6 +404,16 @@ def test_an_output_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) ->
         assert marker == ""
         facts, _ = look_at_folders(job, marker, "n0", quick=True)
     assert facts.output_problem == "Not a directory"
+
+
+def test_a_file_system_without_blocks_has_an_unknown_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096) + 9 * (0,)))
+    facts, _ = look_at_folders(loaded(tmp_path / "out", tmp_path), str(tmp_path), "n", quick=True)
+    assert facts.output_free_bytes is None
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    assert read_node({}, tmp_path, nothing).shm_free == -1
 
 
 def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:

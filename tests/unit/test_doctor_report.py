@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from rich.console import Console
 from mpipipe.cli.doctor import doctor_command, print_report
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import CheckpointError, EnvironmentSetupError
-from mpipipe.runtime.doctor.examine import run_doctor
+from mpipipe.runtime.doctor.examine import LAST_WORD_S, run_doctor
 from mpipipe.runtime.doctor.finding import (
     DoctorReport,
     Finding,
@@ -137,7 +139,11 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
     def raise_it(*_: object) -> None:
         raise error
 
+    async def nobody(*_: object) -> None:
+        raise AssertionError("the first rank may be ended while it imports torch")
+
     no_launcher.setattr("mpipipe.runtime.launch._open_channel", raise_it)
+    no_launcher.setattr("mpipipe.runtime.doctor.examine.collect_facts", nobody)
     environ = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_END_TIME": "99999999999"}
     for name, value in (environ | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}).items():
         no_launcher.setenv(name, value)
@@ -147,7 +153,17 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
     assert found.findings[0].check == "launch.mpi"
     assert found.findings[0].severity is Severity.FATAL
     no_launcher.setenv("SLURM_PROCID", "1")
+    limits = []
+
+    def timeout(seconds: float) -> asyncio.Timeout:
+        """As asyncio's; srun's signal comes as soon as the rank waits."""
+        limits.append(seconds)
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        return asyncio.Timeout(asyncio.get_running_loop().time() + seconds)
+
+    no_launcher.setattr("mpipipe.runtime.doctor.examine.asyncio.timeout", timeout)
     assert visit() == (None, 5)
+    assert limits == [LAST_WORD_S]  # or srun would end the rank that speaks
 
 
 def test_the_json_is_all_that_is_printed(

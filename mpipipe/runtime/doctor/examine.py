@@ -7,9 +7,11 @@ Not here: printing (`cli.doctor`).
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from mpipipe.runtime.doctor.judge_launch import not_joined
 from mpipipe.runtime.doctor.judge_measured import judge_clocks, judge_control, judge_links
 from mpipipe.runtime.doctor.judge_ranks import judge_ranks
 from mpipipe.runtime.doctor.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.runtime.doctor.read_launch import loaded_libraries
 from mpipipe.runtime.greeting import local_rank_of
 from mpipipe.runtime.launch import Ranks, open_ranks
 from mpipipe.topology.gpu import container_kind
@@ -37,8 +40,11 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["run_doctor"]
+__all__ = ["LAST_WORD_S", "run_doctor"]
 
+# How long ranks that are alone wait for the first of them to speak, which may start seconds later:
+# under `srun --kill-on-bad-exit` the first rank that ends with an error ends all of them.
+LAST_WORD_S = 20.0
 _DEADLINE_S = 180.0  # importing torch from a busy parallel file system
 # Enough for stable medians; with the time that naps take to grow long 2.5 s in all.
 _NUM_MESSAGES = 2000
@@ -93,11 +99,29 @@ async def run_doctor(
         if joined:
             raise
         if detect(os.environ).rank not in {None, 0}:
+            await _hear_the_head()
             return None, EXIT_ENVIRONMENT  # rank 0 tells it for all
-        own = await collect_facts(MpiState(), loaded, problem)
-        alone = not_joined(error, container_kind(os.environ), mpi_loaded=bool(own.launch.mpi_path))
-        findings = [alone, *judge_ranks([own], joined=False)]
-        return _report(findings, [own], clock.now_s() - started_s), error.exit_code
+        return _alone(error, clock.now_s() - started_s), error.exit_code
+
+
+async def _hear_the_head() -> None:
+    """Wait until the head has spoken; srun then sends TERM, which is no failure of this rank."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    try:
+        async with asyncio.timeout(LAST_WORD_S):
+            await ended.wait()
+    except TimeoutError:
+        pass  # nobody ends us: no --kill-on-bad-exit
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _alone(error: EnvironmentSetupError, elapsed_s: float) -> DoctorReport:
+    """Ranks that have not met: at once, without torch, as the first that ends may end them all."""
+    mpi_loaded = any(library.name == "libmpi" for library in loaded_libraries())
+    finding = not_joined(error, container_kind(os.environ), mpi_loaded=mpi_loaded)
+    return DoctorReport((finding,), 1, (host_name(),), elapsed_s)
 
 
 def _report(

@@ -88,7 +88,6 @@ class NodeFacts:
     memory_limit: int | None = None  # the tightest of the cgroups
     oom_kills: int = 0  # in the own cgroup, so far
     shm_free: int | None = None  # of /dev/shm; None: not there or not writable
-    shm_size: int | None = None
     memlock: int = -1
     max_open_files: int = -1
     container: str = ""
@@ -118,6 +117,8 @@ class GpuLook:
     libcuda: str = ""  # real path of the driver library that loads
     visible: str | None = None  # CUDA_VISIBLE_DEVICES
     given_by_slurm: str = ""  # GPUs of the step or job, as Slurm names them
+    # What says that this process is to have no GPU: "Slurm", or the name of a variable.
+    declined_by: str = ""
     num_visible: int = 0
     rank_gpu: GpuFacts = field(default_factory=GpuFacts)
     free_before_bytes: int | None = None  # of that GPU, before this rank touched it

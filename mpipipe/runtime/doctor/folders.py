@@ -30,6 +30,7 @@ __all__ = [
     "FolderFacts",
     "claim_marker",
     "file_system",
+    "free_space_bytes",
     "look_at_folders",
     "output_folder",
     "read_bytes_per_s",
@@ -56,7 +57,7 @@ class FolderFacts:
     output_problem: str = ""
     output_system: str = ""
     output_shared: bool = True  # what the head has made there is to be seen
-    output_free_bytes: int = 0
+    output_free_bytes: int | None = 0  # None: the file system does not say
     write_bytes_per_s: float = 0.0
 
     def to_json(self) -> bytes:
@@ -129,10 +130,9 @@ def look_at_folders(
 
 def _output_facts(facts: FolderFacts, output: Path, marker: str, *, quick: bool) -> FolderFacts:
     there = _existing(output)
-    problem, speed, free_bytes = "", 0.0, 0
+    problem, speed, free_bytes = "", 0.0, None
     try:
-        space = os.statvfs(there)
-        free_bytes = space.f_bavail * space.f_frsize
+        free_bytes = free_space_bytes(os.statvfs(there))
         folder = Path(marker) if marker and Path(marker).is_dir() else there
         path = folder / f".mpipipe-doctor-{secrets.token_hex(4)}"
         speed = write_bytes_per_s(path, 4096 if quick else _WRITE_LIMIT_BYTES)
@@ -147,6 +147,11 @@ def _output_facts(facts: FolderFacts, output: Path, marker: str, *, quick: bool)
         output_free_bytes=free_bytes,
         write_bytes_per_s=0.0 if quick else round(speed),
     )
+
+
+def free_space_bytes(space: os.statvfs_result) -> int | None:
+    """What we may still write; None: a file system that counts no blocks (some FUSE, some NFS)."""
+    return space.f_bavail * space.f_frsize if space.f_blocks > 0 else None
 
 
 def _existing(folder: Path) -> Path:

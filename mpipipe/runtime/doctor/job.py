@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpipipe.config.prompts import read_prompts
-from mpipipe.errors import EXIT_CONFIG, MpipipeError
+from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.sampling_use import SamplingUse
@@ -36,7 +36,9 @@ from mpipipe.runtime.doctor.judge_job import (
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import deepspeed_warnings
 from mpipipe.runtime.launch import AgreedError
+from mpipipe.runtime.resume import wants_resume
 from mpipipe.topology.host import host_name
+from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
@@ -50,9 +52,11 @@ if TYPE_CHECKING:
 __all__ = ["examine_job"]
 
 _DEADLINE_S = 120.0
-# Resident after torch and transformers were imported: 0.4 GiB measured (torch 2.13 for CPUs); the
-# rest is for activations. With CUDA a guess: contexts, cuBLAS and pinned buffers come on top.
-_LIBRARY_BYTES = {"cpu": int(0.7 * 2**30), "cuda": int(2.5 * 2**30)}
+# Of the libraries' files, which the ranks of a host share; and of each rank by itself. Measured
+# after torch 2.13 for CPUs and transformers were imported: 0.08 and 0.16 GiB; the rest is for
+# activations. With CUDA guesses: contexts, cuBLAS and pinned buffers come on top.
+_SHARED_BYTES = {"cpu": 2**30 // 8, "cuda": 2**30}
+_OWN_BYTES = {"cpu": 2**29, "cuda": 3 * 2**29}
 
 
 async def examine_job(
@@ -162,8 +166,11 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
     output, folder = loaded.config.output, output_folder(loaded)
     if not (folder / "manifest.json").exists() or output.dir == "auto":
         return []
-    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") not in {"", "0"}
-    if output.overwrite or output.resume is True or (output.resume == "auto" and restarted):
+    try:
+        goes_on = wants_resume(output.resume, folder, read_job(os.environ))
+    except OutputError as error:
+        return [Finding.of_error("job.output", error)]
+    if output.overwrite or goes_on:
         return [ok("job.output", f"{folder} holds an earlier run, as the settings expect")]
     finding = fatal(
         "job.output",
@@ -177,7 +184,7 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
 
 def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
     """Memory by host. On GPUs weights and KV cache are elsewhere, and were checked by the plan."""
-    on_cpu = plan.device == "cpu"
+    on_cpu, device = plan.device == "cpu", "cpu" if plan.device == "cpu" else "cuda"
     demands = []
     for host in dict.fromkeys(stage.host for stage in plan.stages):
         stages = [stage for stage in plan.stages if stage.host == host]
@@ -197,7 +204,7 @@ def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) 
                 host,
                 weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
                 kv_bytes=kv_bytes if on_cpu else 0,
-                library_bytes=_LIBRARY_BYTES["cpu" if on_cpu else "cuda"] * len(stages),
+                library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
                 available_bytes=node.memory_available,
                 limit_bytes=node.memory_limit,
             )

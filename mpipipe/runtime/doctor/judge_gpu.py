@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpipipe.planning.devices import BF16_CAPABILITY
 from mpipipe.planning.memory import gib
-from mpipipe.runtime.doctor.facts import GpuLook, RankFacts
+from mpipipe.runtime.doctor.facts import GpuLook, GpuProcess, RankFacts
 from mpipipe.runtime.doctor.finding import Finding, fatal, ok, split_advice, warning
 
 __all__ = ["judge_gpu", "judge_gpus_of_host", "wants_gpu"]
@@ -20,8 +20,10 @@ _OWN_USE = 2**30
 
 def wants_gpu(look: GpuLook) -> bool:
     """Whether a rank without a GPU would be a surprise."""
-    if look.wanted == "cpu" or (look.wanted == "auto" and look.visible in {"", "-1"}):
+    if look.wanted == "cpu":
         return False
+    if look.wanted == "auto" and look.declined_by:
+        return look.rank_gpu.index >= 0  # torch has found one all the same, and a run uses it
     found = look.kernel_driver or look.device_files or look.libcuda or look.given_by_slurm
     return look.wanted == "cuda" or bool(found)
 
@@ -32,9 +34,7 @@ def judge_gpu(rank: RankFacts) -> list[Finding]:
     if look.wanted == "cpu":
         return [ok("gpu.driver", 'not looked at: pipeline.device = "cpu"')]
     if not wants_gpu(look):
-        hidden = look.visible is not None and bool(look.libcuda)
-        why = "hidden by CUDA_VISIBLE_DEVICES" if hidden else "there is no NVIDIA GPU on this host"
-        return [ok("gpu.driver", f"the stages run on CPUs: {why}")]
+        return [_without(rank)]
     if not look.libcuda:
         return [_no_driver(rank)]
     findings = [*_driver_library(look)]
@@ -43,6 +43,25 @@ def judge_gpu(rank: RankFacts) -> list[Finding]:
     if rank.software.torch_problem or look.rank_gpu.index < 0:
         return findings
     return [*(findings or [_driver(look)]), _numbers(rank), *_memory(rank)]
+
+
+def _without(rank: RankFacts) -> Finding:
+    """A rank that nobody expects to have a GPU; perhaps somebody should."""
+    look = rank.gpu
+    seen = look.kernel_driver or look.device_files or look.libcuda
+    if not (look.declined_by and seen):
+        return ok("gpu.driver", "the stages run on CPUs: there is no NVIDIA GPU on this host")
+    if look.declined_by != "Slurm":
+        return ok("gpu.driver", f"the stages run on CPUs: {look.declined_by} hides the GPUs")
+    cause = "the job or the step has no --gpus-per-task or --gres=gpu"
+    if rank.node.container == "apptainer" and not look.libcuda:
+        cause += "; or Slurm counts no GPUs here, and the container was started without --nv"
+    return warning(
+        "gpu.driver",
+        "the stages run on CPUs: no GPU was asked for, though the host has an NVIDIA driver",
+        cause,
+        f"ask for one GPU per rank (sbatch --gpus-per-task=1), or {_ON_CPU}",
+    )
 
 
 def _no_driver(rank: RankFacts) -> Finding:
@@ -104,12 +123,12 @@ def _driver_library(look: GpuLook) -> list[Finding]:
         what = f"{look.libcuda} is a stub to link against, no driver"
         return [fatal("gpu.library", what, leak, remedy)]
     version = _library_version(look)
-    if not version or not look.kernel_driver or version == look.kernel_driver:
+    if not version or look.kernel_driver in {"", "unknown", version}:
         return []
     what = f"libcuda is of driver {version} ({look.libcuda}), the running one is " + (
         look.kernel_driver
     )
-    level = warning if "compat" in look.libcuda and not look.rank_gpu.problem else fatal
+    level = fatal if look.rank_gpu.problem else warning  # CUDA's forward compatibility works so
     return [level("gpu.library", what, leak, remedy)]
 
 
@@ -117,9 +136,13 @@ def _unusable(rank: RankFacts) -> Finding:
     """Torch's reason, and what may be done about it."""
     look = rank.gpu
     what, remedy = split_advice(look.rank_gpu.problem)
-    if not rank.software.torch_cuda:
+    if "out of memory" in what:
+        named = _named(look.processes)
+        cause = f"other processes fill the GPU{named and f': {named}'}"
+        remedy = "end them, or ask Slurm for GPUs of your own (--gpus-per-task=1, --exclusive)"
+    elif not rank.software.torch_cuda:
         cause = "a torch for CPUs was installed, or one in the user's site folder wins"
-    elif look.visible in {"", "-1"}:
+    elif look.visible in {"", "-1", "NoDevFiles"}:
         cause = "CUDA_VISIBLE_DEVICES hides every GPU"
     else:
         cause = "driver, torch and GPU do not fit each other, or the GPU was not given to this rank"
@@ -149,7 +172,7 @@ def _memory(rank: RankFacts) -> list[Finding]:
     others = [process for process in look.processes if _same(process.gpu_uuid, gpu.uuid)]
     if gpu.memory_bytes - free <= max(_OWN_USE, gpu.memory_bytes // 20) and not others:
         return [ok("gpu.memory", what, **values)]
-    named = ", ".join(f"{process.name} (pid {process.pid})" for process in others[:3])
+    named = _named(others)
     return [
         warning(
             "gpu.memory",
@@ -161,6 +184,10 @@ def _memory(rank: RankFacts) -> list[Finding]:
     ]
 
 
+def _named(processes: Sequence[GpuProcess]) -> str:
+    return ", ".join(f"{process.name} (pid {process.pid})" for process in processes[:3])
+
+
 def _same(uuid: str, other: str) -> bool:
     return uuid.removeprefix("GPU-") == other.removeprefix("GPU-") != ""
 
@@ -170,10 +197,11 @@ def judge_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> li
     using = [rank for rank in ranks if rank.gpu.rank_gpu.index >= 0]
     if not using:
         return []
-    by_uuid: dict[str, list[RankFacts]] = {}
+    by_gpu: dict[str, list[RankFacts]] = {}
     for rank in using:
-        by_uuid.setdefault(rank.gpu.rank_gpu.uuid, []).append(rank)
-    shared = [inside for inside in by_uuid.values() if len(inside) > 1]
+        gpu = rank.gpu.rank_gpu  # told apart as the plan does
+        by_gpu.setdefault(gpu.uuid or f"index {gpu.index}", []).append(rank)
+    shared = [inside for inside in by_gpu.values() if len(inside) > 1]
     if shared and not share:
         numbers = ", ".join(str(rank.rank) for rank in shared[0])
         visible = shared[0][0].gpu.visible
@@ -181,13 +209,13 @@ def judge_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> li
         return [
             fatal(
                 "gpu.ranks",
-                f"ranks {numbers} of {using[0].host} would share one GPU of {len(by_uuid)}",
+                f"ranks {numbers} of {using[0].host} would share one GPU of {len(by_gpu)}",
                 f"more ranks than GPUs on the host, or all ranks see the same one ({seen})",
                 "start one rank per GPU (srun --ntasks-per-node=… --gpus-per-task=1; mpirun -n …), "
                 "or set pipeline.share_gpus = true, which is slow and made for tests",
             )
         ]
     pairs = ", ".join(f"rank {rank.rank}: GPU {rank.gpu.rank_gpu.index}" for rank in using)
-    idle = max(len(rank.gpu.host_gpus) for rank in using) - len(by_uuid)
+    idle = max(len(rank.gpu.host_gpus) for rank in using) - len(by_gpu)
     rest = f"; {idle} more on the host are not used" if idle > 0 else ""
     return [ok("gpu.ranks", pairs + rest)]

@@ -115,21 +115,23 @@ def _output(facts: FolderFacts, container: str) -> Finding:
             "the folder is local to each host (/tmp), or not bound into the container",
             "choose an output.dir on a file system that all hosts share",
         )
-    if facts.output_free_bytes < _NO_SPACE:
+    free_bytes = facts.output_free_bytes
+    if free_bytes is not None and free_bytes < _NO_SPACE:
         return _unfit(
             facts,
-            f"{where} has {gib(facts.output_free_bytes)} of space left",
+            f"{where} has {gib(free_bytes)} of space left",
             "the disk is full",
             "free space there, or choose another output.dir",
         )
-    what = f"{where}, {gib(facts.output_free_bytes)} free"
-    values = {"free_bytes": facts.output_free_bytes, "write_bytes_per_s": facts.write_bytes_per_s}
+    what = f"{where}, {'free space unknown' if free_bytes is None else gib(free_bytes) + ' free'}"
+    known = {} if free_bytes is None else {"free_bytes": free_bytes}
+    values = {"write_bytes_per_s": facts.write_bytes_per_s, **known}
     if facts.write_bytes_per_s:
         what += f", written at {facts.write_bytes_per_s / 1e6:.0f} MB/s"
     if container and facts.output_system in _EPHEMERAL:
         cause = "the folder is the container's own, and gone when it ends"
         remedy = "bind a folder of the host and write there (apptainer --bind)"
-    elif facts.output_free_bytes < _LITTLE_SPACE:
+    elif free_bytes is not None and free_bytes < _LITTLE_SPACE:
         cause, remedy = "the disk is nearly full", "free space there, or choose another output.dir"
     elif 0 < facts.write_bytes_per_s < _SLOW_WRITE:
         cause = "a slow or busy file system: every completion waits for it"
@@ -193,7 +195,7 @@ class HostDemand:
     host: str
     weight_bytes: int
     kv_bytes: int
-    library_bytes: int
+    library_bytes: int  # once for the host what its ranks share
     available_bytes: int
     limit_bytes: int | None = None  # of the cgroup
 
@@ -201,6 +203,15 @@ class HostDemand:
     def needed_bytes(self) -> int:
         """All of it."""
         return self.weight_bytes + self.kv_bytes + self.library_bytes
+
+    @property
+    def cannot_fit(self) -> bool:
+        """Certainly too little: the KV cache fills slowly and perhaps never, weights do at once.
+
+        Where the weights are on GPUs, the libraries' share is no more than a guess.
+        """
+        least_bytes = self.weight_bytes + self.library_bytes
+        return bool(self.weight_bytes) and least_bytes > self.available_bytes
 
 
 def judge_memory(demand: HostDemand) -> Finding:
@@ -218,12 +229,12 @@ def judge_memory(demand: HostDemand) -> Finding:
     if demand.needed_bytes <= _CLOSE * demand.available_bytes:
         finding = ok("job.memory", what, **values)
     else:
-        level = fatal if demand.needed_bytes > demand.available_bytes else warning
+        level = fatal if demand.cannot_fit else warning
         ask = -(-demand.needed_bytes * 5 // 4) // 2**30 + 1
         finding = level(
             "job.memory",
             what,
-            "the job asked for too little memory: the kernel kills it (out of memory, exit 137)"
+            "the job asked for too little memory: the kernel kills it when it is used up (exit 137)"
             if limit is not None
             else "the host has too little memory for the plan",
             f"sbatch --mem={ask}G, more hosts, or lower memory.kv_cache_bytes",

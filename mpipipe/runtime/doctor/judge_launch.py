@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,6 @@ from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
 __all__ = ["judge_launch", "not_joined"]
 
 _SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
-_MATTER_MOST = ("mpipipe", "mpi4py")  # of different versions the ranks would not understand each
 
 
 def judge_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
@@ -71,10 +71,11 @@ def _launcher(ranks: Sequence[RankFacts]) -> list[Finding]:
 
 
 def _mpi(ranks: Sequence[RankFacts]) -> list[Finding]:
-    libraries = _by_value(ranks, lambda rank: rank.launch.mpi_library)
+    libraries = _by_value(ranks, lambda rank: _name_and_version(rank.launch.mpi_library))
     if len(libraries) > 1:
+        level = warning if len({_series(text) for text in libraries}) == 1 else fatal
         return [
-            fatal(
+            level(
                 "launch.mpi",
                 f"the ranks run different MPI libraries: {_told(libraries)}",
                 "the hosts have different modules, images or environments",
@@ -90,6 +91,17 @@ def _mpi(ranks: Sequence[RankFacts]) -> list[Finding]:
     return [ok("launch.mpi", ", ".join(parts))]
 
 
+def _name_and_version(library: str) -> str:
+    """Without who built it, where and when: those differ between hosts that fit each other."""
+    found = re.match(r"(.*?\d+\.[\w.]+)", " ".join(library.split()))
+    return found[1] if found else library
+
+
+def _series(text: str) -> str:
+    """Without the patch level: "Open MPI v4.1.6" and "Open MPI v4.1.5" are one series."""
+    return re.sub(r"(\d+\.\d+)[\w.]*$", r"\1", text)
+
+
 def _versions(ranks: Sequence[RankFacts]) -> list[Finding]:
     findings = []
     names = dict.fromkeys(name for rank in ranks for name in rank.software.versions)
@@ -97,7 +109,10 @@ def _versions(ranks: Sequence[RankFacts]) -> list[Finding]:
         found = _by_value(ranks, lambda rank, name=name: rank.software.versions.get(name, ""))  # type: ignore[misc]
         if len(found) < 2:
             continue
-        level = fatal if name in _MATTER_MOST else warning
+        apart = name == "mpipipe" or (
+            name == "mpi4py" and len({_series(version) for version in found}) > 1
+        )
+        level = fatal if apart else warning
         findings.append(
             level(
                 "launch.versions",

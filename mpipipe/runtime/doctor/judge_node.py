@@ -64,6 +64,8 @@ def _shm(node: NodeFacts, num_ranks: int) -> Finding:
             "the container does not mount it",
             "apptainer: leave out --no-mount dev; docker: --shm-size=1g or --ipc=host",
         )
+    if node.shm_free < 0:
+        return ok("node.shm", "/dev/shm has no limit of its own")
     what = f"{gib(node.shm_free)} free in /dev/shm"
     if num_ranks == 1 or node.shm_free >= _SHM_PER_RANK * num_ranks:
         return ok("node.shm", what, shm_free_bytes=node.shm_free)

@@ -15,17 +15,14 @@ from mpipipe.runtime.doctor.judge_software import judge_software
 __all__ = ["judge_ranks"]
 
 
-def judge_ranks(
-    ranks: Sequence[RankFacts], *, share_gpus: bool = False, joined: bool = True
-) -> list[Finding]:
+def judge_ranks(ranks: Sequence[RankFacts], *, share_gpus: bool = False) -> list[Finding]:
     """All findings that follow from the facts, in the order in which they are shown.
 
     Args:
         ranks: in rank order.
         share_gpus: pipeline.share_gpus.
-        joined: the ranks have met; otherwise this is one of several that have not.
     """
-    findings = judge_launch(ranks) if joined else []
+    findings = judge_launch(ranks)
     hosts = dict.fromkeys(rank.host for rank in ranks)
     for rank in ranks:
         findings += _with(judge_software(rank), rank.host, rank.rank)

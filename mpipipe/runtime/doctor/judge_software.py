@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpipipe.runtime.doctor.facts import Library, RankFacts, SoftwareFacts
 from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
+from mpipipe.runtime.doctor.judge_gpu import wants_gpu
 
 __all__ = ["judge_offline", "judge_software"]
 
@@ -15,6 +16,21 @@ _REQUIRED = ("transformers", "safetensors")
 _SLOW_IMPORT_S = 30.0  # 2–5 s from a local disk
 _NV_FOLDER = "/.singularity.d/"  # where apptainer --nv binds the host's driver
 _CUDA_MAJOR = re.compile(r"(nvidia-.+)-cu(\d+)")
+# What the loader says, e.g. "libgomp.so.1: cannot open shared object file: No such file …" and
+# "/lib64/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by …)".
+_MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object file")
+_TOO_OLD = re.compile(r"(\S+\.so[\w.]*): version [`'\"]?([\w.]+)['\"]? not found")
+# Libraries that come in the wheels of torch and NVIDIA.
+_OF_TORCH = re.compile(
+    r"lib(torch|c10|shm|caffe2|cu(da|pti|blas|dnn|fft|file|rand|solver|sparse)|nccl|nv)"
+)
+_DEBIAN = {
+    "libstdc++.so.6": "libstdc++6",
+    "libgcc_s.so.1": "libgcc-s1",
+    "libgomp.so.1": "libgomp1",
+    "libnuma.so.1": "libnuma1",
+    "libz.so.1": "zlib1g",
+}
 _NO_USER_SITE = (
     "export PYTHONNOUSERSITE=1 (apptainer: --env PYTHONNOUSERSITE=1, or --no-home), or pip "
     "uninstall it there"
@@ -25,7 +41,8 @@ def judge_software(rank: RankFacts) -> list[Finding]:
     """Findings of one rank."""
     software = rank.software
     # Whether what is odd has done harm: then it is the likely cause, and the job is lost.
-    harmed = bool(software.torch_problem or rank.gpu.rank_gpu.problem)
+    no_gpu = bool(rank.gpu.rank_gpu.problem) and wants_gpu(rank.gpu)
+    harmed = bool(software.torch_problem) or no_gpu
     return [
         *_shadowed_torch(software, container=rank.node.container, harmed=harmed),
         *_stray_wheels(software, harmed=harmed),
@@ -47,13 +64,7 @@ def _torch(software: SoftwareFacts) -> Finding:
             "launch/site.env name it",
         )
     if software.torch_problem:
-        return fatal(
-            "software.torch",
-            f"torch {version} cannot be imported from {software.torch_path}: "
-            f"{software.torch_problem}",
-            "a library or package that it needs is missing, or one of another build wins",
-            "see the other findings of this group; else install torch again",
-        )
+        return _unimportable(software, version)
     built = f"CUDA {software.torch_cuda}" if software.torch_cuda else "CPUs"
     what = f"torch {version} for {built} from {software.torch_path}"
     values = {"import_s": software.torch_import_s}
@@ -66,6 +77,36 @@ def _torch(software: SoftwareFacts) -> Finding:
             **values,
         )
     return ok("software.torch", what, **values)
+
+
+def _unimportable(software: SoftwareFacts, version: str) -> Finding:
+    """Installing torch again helps only where what is missing came with torch."""
+    what = (
+        f"torch {version} cannot be imported from {software.torch_path}: {software.torch_problem}"
+    )
+    again = "see the other findings of this group; else install torch again"
+    missing = _MISSING.search(software.torch_problem)
+    old = _TOO_OLD.search(software.torch_problem)
+    if missing and not _OF_TORCH.match(missing[1]):
+        package = _DEBIAN.get(missing[1], "")
+        named = f" (Debian and Ubuntu: {package})" if package else ""
+        return fatal(
+            "software.torch",
+            what,
+            f"{missing[1]} is a library of the system, and is not there for torch to load",
+            f"have {missing[1]}{named} installed on the host or in the image, or load the module "
+            "that has it; torch itself need not be installed again",
+        )
+    if old and not _OF_TORCH.match(Path(old[1]).name):
+        return fatal(
+            "software.torch",
+            what,
+            f"{old[1]} is older than torch or one of its packages needs: it lacks {old[2]}",
+            "use a newer system (the Apptainer image), load a newer compiler's module, or take the "
+            "folder of the old library out of LD_LIBRARY_PATH",
+        )
+    cause = "a library or package that it needs is missing, or one of another build wins"
+    return fatal("software.torch", what, cause, again)
 
 
 def _packages(software: SoftwareFacts) -> list[Finding]:

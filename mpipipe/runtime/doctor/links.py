@@ -24,7 +24,7 @@ import torch
 
 from mpipipe.config.schema import AUTO, PipelineConfig
 from mpipipe.data_plane.channel import EdgeKind
-from mpipipe.errors import DeadlineError, MpipipeError
+from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
 from mpipipe.runtime.greeting import read_hello, share_host
@@ -97,6 +97,9 @@ async def measure_links(
     figures: list[LinkFigure] = []
     if pairs:
         transport = _transport(device, hellos)
+        # First, and agreed on: a rank without memory would leave its neighbours waiting.
+        own_device = transport.device_of(hellos[ranks.mesh.rank])
+        await _agreed(ranks, "links memory", _reserve(own_device), _CONNECT_LIMIT_S)
         channel = await _agreed(
             ranks, "links connected", _connect(ranks, hellos, transport), _CONNECT_LIMIT_S
         )
@@ -119,6 +122,8 @@ async def _agreed(ranks: Ranks, phase: str, work: Coroutine[None, None, T], limi
             result.append(await work)
     except MpipipeError as caught:
         error = caught
+    except RuntimeError as caught:  # torch's, NCCL's and CUDA's
+        error = EnvironmentSetupError(_device_problem(str(caught)))
     except TimeoutError:
         error = DeadlineError(
             f"tensors between rank {ranks.mesh.rank} on {host_name()} and its neighbours did not "
@@ -128,6 +133,22 @@ async def _agreed(ranks: Ranks, phase: str, work: Coroutine[None, None, T], limi
         )
     await ranks.mesh.agree(phase, error, limit_s + _GRACE_S)
     return result[0]
+
+
+async def _reserve(device: torch.device) -> None:
+    """Have the memory of the largest tensors once; torch keeps it for the measuring."""
+    torch.zeros(_SIZES_BYTES[-1], dtype=torch.uint8, device=device)
+
+
+def _device_problem(message: str) -> str:
+    first_line = " ".join(message.strip().partition("\n")[0].split()) or "no reason given"
+    what = f"tensors could not be sent from {host_name()} ({first_line})"
+    if "out of memory" in message or "not enough memory" in message:
+        return (
+            f"{what}: end what else uses the memory of this GPU or host, or ask Slurm for GPUs of "
+            "your own (--gpus-per-task=1, --exclusive)"
+        )
+    return f"{what}: see whether nvidia-smi shows errors there, and what NCCL_DEBUG=INFO tells"
 
 
 async def _connect(ranks: Ranks, hellos: Sequence[Hello], transport: _Transport) -> TensorChannel:

@@ -17,13 +17,16 @@ from pathlib import Path
 
 from mpipipe.runtime.doctor.facts import GpuLook, GpuProcess
 from mpipipe.runtime.doctor.read_launch import loaded_libraries
-from mpipipe.topology.gpu import GpuFacts, query_gpus
+from mpipipe.topology.gpu import GpuFacts, container_kind, query_gpus
+from mpipipe.topology.launcher import Launcher, detect
 
 __all__ = ["GpusBefore", "kernel_driver", "look_before_torch", "look_with_torch", "parse_processes"]
 
 _ROOT = Path("/")
 _LIMIT_S = 10.0
-_SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+_SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # indices; that of the step first
+_SLURM_COUNT = "SLURM_GPUS_ON_NODE"
+_NO_DEVICES = "NoDevFiles"  # what some versions make of CUDA_VISIBLE_DEVICES then
 _PROCESSES = (
     "nvidia-smi",
     "--query-compute-apps=pid,process_name,gpu_uuid,used_memory",
@@ -57,17 +60,44 @@ def look_before_torch(
         return GpuLook(wanted=wanted), ()
     libcuda = _libcuda(root)
     gpus = query() if libcuda else ()
+    given = _given_by_slurm(environ)
     look = GpuLook(
         wanted=wanted,
         kernel_driver=kernel_driver(root),
         device_files=_device_files(root),
         libcuda=libcuda,
         visible=environ.get("CUDA_VISIBLE_DEVICES"),
-        given_by_slurm=next((environ[name] for name in _SLURM_GPUS if environ.get(name)), ""),
+        given_by_slurm=given,
+        declined_by=_declined_by(environ, given, container=container_kind(environ, root)),
         host_gpus=tuple(gpu.uuid for gpu in gpus),
         processes=parse_processes(run(_PROCESSES)) if libcuda else (),
     )
     return look, gpus
+
+
+def _given_by_slurm(environ: Mapping[str, str]) -> str:
+    """The GPUs of this step, or of the job; empty: none, or not in a job.
+
+    A step inherits the variables of its job, even one that was given none of the job's GPUs
+    (--gres=none): there the job's count only beside devices that Slurm has made visible.
+    """
+    in_step = detect(environ).launcher is Launcher.SRUN
+    own_only = in_step and "CUDA_VISIBLE_DEVICES" not in environ
+    for name in _SLURM_GPUS[:1] if own_only else _SLURM_GPUS:
+        if environ.get(name):
+            return environ[name]
+    return "" if own_only or environ.get(_SLURM_COUNT) == "0" else environ.get(_SLURM_COUNT, "")
+
+
+def _declined_by(environ: Mapping[str, str], given: str, *, container: str) -> str:
+    """What says that nobody expects this process to have a GPU; or empty."""
+    if container == "apptainer" and environ.get("MPIPIPE_NV") == "off":
+        return "MPIPIPE_NV"
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in {"", "-1"}:
+        return "CUDA_VISIBLE_DEVICES"
+    asked_for_none = visible == _NO_DEVICES or (visible is None and not given)
+    return "Slurm" if environ.get("SLURM_JOB_ID") and asked_for_none else ""
 
 
 def look_with_torch(look: GpuLook, gpus: GpusBefore, local_rank: int) -> GpuLook:

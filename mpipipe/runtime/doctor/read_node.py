@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mpipipe.runtime.doctor.facts import NodeFacts
+from mpipipe.runtime.doctor.folders import free_space_bytes
 from mpipipe.topology.gpu import container_kind
 from mpipipe.topology.host import (
     memory_available_bytes,
@@ -32,15 +33,13 @@ def read_node(
     which: Callable[[str], str | None] = shutil.which,
 ) -> NodeFacts:
     """The host of this process now."""
-    shm = _space(root / "dev/shm")
     return NodeFacts(
         num_cores=usable_cores(root),
         num_machine_cores=os.cpu_count() or 1,
         memory_available=memory_available_bytes(root),
         memory_limit=memory_limit_bytes(root),
         oom_kills=num_oom_kills(root),
-        shm_free=shm[0] if shm else None,
-        shm_size=shm[1] if shm else None,
+        shm_free=_free_bytes(root / "dev/shm"),
         memlock=_soft_limit(resource.RLIMIT_MEMLOCK),
         max_open_files=_soft_limit(resource.RLIMIT_NOFILE),
         container=container_kind(environ, root),
@@ -51,15 +50,16 @@ def read_node(
     )
 
 
-def _space(folder: Path) -> tuple[int, int] | None:
-    """Free and total bytes of a file system that we may write to."""
+def _free_bytes(folder: Path) -> int | None:
+    """Of a file system that we may write to; -1: it has no limit, as a tmpfs of size 0."""
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
     try:
         found = os.statvfs(folder)
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    free = free_space_bytes(found)
+    return -1 if free is None else free
 
 
 def _soft_limit(which: int) -> int:
