@@ -106,7 +106,7 @@ async def run_job(
         )
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
-        claimed = await claim(ranks, loaded, model, lines)
+        claimed = await claim(ranks, loaded, model, lines, hellos)
         rank = ranks.mesh.rank
         log = open_log(
             claimed.folder / f"rank_{rank}.log",
@@ -118,7 +118,7 @@ async def run_job(
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
         )
-        with closing(log), told_at_the_end(progress):
+        with closing(log), claimed.held(), told_at_the_end(progress):
             log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
             job = _Job(ranks, loaded, claimed, log, view, marks, progress)
             return await _do(job, hellos, model)
@@ -245,7 +245,8 @@ async def _complete(job: _Job, session: Session, prompts: PreparedPrompts) -> Re
             showing.cancel()
             view.ended()
             _tell(job, session, tally)
-    merge(folder, job.claim.index_of)
+    # In a thread: it takes long for many completions, and who is told to stop meanwhile asks us.
+    await asyncio.to_thread(merge, folder, job.claim.index_of)
     return tally
 
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError
+from mpipipe.planning.devices import choose_device, choose_dtype
+from mpipipe.runtime.folder_lock import lock_folder
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.launch import in_phase
 from mpipipe.runtime.manifest import completions_basis
-from mpipipe.runtime.output import claim_run_folder
-from mpipipe.runtime.resume import Earlier, check_basis, read_earlier, wants_resume
+from mpipipe.runtime.output import claim_run_folder, holds_run
+from mpipipe.runtime.resume import (
+    DTYPE,
+    Earlier,
+    check_basis,
+    earlier_basis,
+    read_earlier,
+    wants_resume,
+)
 from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
@@ -25,10 +36,13 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
+    from mpipipe.control_plane.messages import Hello
+    from mpipipe.runtime.folder_lock import FolderLock
     from mpipipe.runtime.inputs import ModelFacts
     from mpipipe.runtime.launch import Ranks
+    from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["Claim", "claim", "read_inputs"]
+__all__ = ["Claim", "claim", "claim_folder", "read_inputs"]
 
 _DEADLINE_S = 120.0
 
@@ -42,6 +56,16 @@ class Claim:
     earlier: Earlier = field(default_factory=Earlier)
     lines_left: Sequence[PromptLine] = ()
     index_of: Mapping[str, int] = field(default_factory=dict)  # id → position, of all prompts
+    lock: FolderLock | None = None  # held until the run has ended
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others out of the folder meanwhile."""
+        try:
+            yield
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
     @property
     def is_resumed(self) -> bool:
@@ -60,16 +84,25 @@ def read_inputs(ranks: Ranks, loaded: LoadedConfig) -> tuple[ModelFacts | None, 
 
 
 async def claim(
-    ranks: Ranks, loaded: LoadedConfig, model: ModelFacts | None, lines: Sequence[PromptLine]
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    model: ModelFacts | None,
+    lines: Sequence[PromptLine],
+    hellos: Sequence[Hello],
 ) -> Claim:
-    """The run folder, chosen and claimed by the head, the same on every rank.
+    """The run folder, chosen, locked and claimed by the head, the same on every rank.
 
     Raises:
         AgreedError: it cannot be used, or not resumed.
     """
-    claimed = await in_phase(
-        ranks, "output", lambda: _claim(loaded, model, lines) if model else None, _DEADLINE_S
-    )
+
+    def work() -> Claim | None:
+        if model is None:
+            return None
+        basis = completions_basis(loaded, model.folder, _dtype(loaded, model, hellos))
+        return claim_folder(loaded, lines, basis, read_job(os.environ))
+
+    claimed = await in_phase(ranks, "output", work, _DEADLINE_S)
     payload = None
     if claimed is not None:
         payload = json.dumps([str(claimed.folder), claimed.done_code]).encode()
@@ -77,22 +110,68 @@ async def claim(
     return claimed or Claim(Path(folder), done_code)
 
 
-def _claim(loaded: LoadedConfig, model: ModelFacts, lines: Sequence[PromptLine]) -> Claim:
+def _dtype(loaded: LoadedConfig, model: ModelFacts, hellos: Sequence[Hello]) -> str:
+    """What the plan is going to compute in."""
+    config = loaded.config
+    device, _ = choose_device(config.pipeline, hellos)
+    return choose_dtype(config.model.dtype, model.spec.dtype, device, hellos)[0]
+
+
+def claim_folder(
+    loaded: LoadedConfig,
+    lines: Sequence[PromptLine],
+    basis: Mapping[str, Any],
+    job: SlurmJob | None,
+) -> Claim:
+    """The run folder of these settings in `job`, and what is left to do of `lines`; head only.
+
+    Raises:
+        ConfigError: an earlier run was asked for, and nothing says which.
+        OutputError: the folder cannot be used, or not resumed.
+    """
     output = loaded.config.output
-    resume = wants_resume(output.resume, os.environ)
-    folder = Path(_auto_folder(loaded) if output.dir == AUTO else output.dir).absolute()
-    claim_run_folder(folder, overwrite=output.overwrite, resume=resume)
-    earlier = read_earlier(folder) if resume else Earlier()
-    if earlier.basis is not None:
-        check_basis(earlier.basis, completions_basis(loaded, model.folder), folder)
+    auto = output.dir == AUTO
+    folder = (_auto_folder(loaded, basis, job) if auto else Path(output.dir)).absolute()
+    lock = lock_folder(folder, job)
+    try:
+        resume = wants_resume(output.resume, folder, job)
+        claim_run_folder(folder, overwrite=output.overwrite, resume=resume)
+        earlier = read_earlier(folder) if resume else Earlier()
+        if earlier.basis is not None:
+            check_basis(earlier.basis, basis, folder)
+    except BaseException:
+        lock.close()
+        raise
     left = [line for line in lines if line.prompt_id not in earlier.kept_ids]
     done_code = None if left else EXIT_PROMPTS if earlier.num_failed else EXIT_OK
     index_of = {line.prompt_id: line.index for line in lines}
-    return Claim(folder, done_code, earlier, left, index_of)
+    return Claim(folder, done_code, earlier, left, index_of, lock)
 
 
-def _auto_folder(loaded: LoadedConfig) -> str:
-    """By date and time; and by job, as the tasks of an array start in the same second."""
-    job = read_job(os.environ)
-    suffix = "" if job is None else f"-{job.label}"
-    return f"runs/{loaded.config.name}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
+def _auto_folder(loaded: LoadedConfig, basis: Mapping[str, Any], job: SlurmJob | None) -> Path:
+    """By date and time; in a job by its id, so that it is found again when the job is requeued.
+
+    Further runs of one job are numbered from 2 on.
+    """
+    name, resume = loaded.config.name, loaded.config.output.resume
+    if job is None:
+        if resume is True:
+            raise ConfigError(
+                'output.resume = true, but output.dir = "auto" begins a new folder every time: set '
+                "output.dir to the folder of the run to go on with"
+            )
+        return Path(f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    first = f"{name}-{job.label}"
+    folders = (Path("runs", f"{first}.{n}" if n > 1 else first) for n in itertools.count(1))
+    earlier = list(itertools.takewhile(holds_run, folders))
+    if resume is True or (resume == AUTO and job.num_restarts > 0):
+        bases = {folder: earlier_basis(folder) for folder in earlier}
+        # What ended while it booted is anybody's. Another dtype is refused later, with a sentence.
+        wanted = {**basis, DTYPE: None}
+        for folder, found in bases.items():
+            if found is None or found == basis:
+                return folder
+        for folder, found in bases.items():
+            if {**(found or {}), DTYPE: None} == wanted:
+                return folder
+    return Path("runs", f"{first}.{len(earlier) + 1}" if earlier else first)

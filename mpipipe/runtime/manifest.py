@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.runtime.resume import DTYPE
 from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ __all__ = ["build_manifest", "completions_basis"]
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
 
 
-def completions_basis(loaded: LoadedConfig, model_path: Path) -> dict[str, Any]:
+def completions_basis(loaded: LoadedConfig, model_path: Path, dtype: str) -> dict[str, Any]:
     """What decides the completions of a run: an attempt may only go on where all of it is the same.
 
-    Not in it: ranks, stages, sizes. They change the time that a run takes, not what it says.
+    `dtype` is what `auto` has become: a job may be requeued onto GPUs of another kind. Not in it:
+    ranks, stages, sizes. They change the time that a run takes, not what it says.
     """
     config = to_dict(loaded.config)
     del config["prompts"]["path"]  # the content counts
@@ -40,6 +42,7 @@ def completions_basis(loaded: LoadedConfig, model_path: Path) -> dict[str, Any]:
     }
     return {
         **basis,
+        DTYPE: dtype,
         "memory.max_context_tokens": config["memory"]["max_context_tokens"],
         "the SHA-256 of the prompts": _prompts_hash(loaded),
         "the SHA-256 of the model's config.json": _sha256(model_path / "config.json"),
@@ -66,7 +69,7 @@ def build_manifest(
         "mpipipe": __version__,
         "started": attempt["started"],
         "attempts": [*earlier, attempt],
-        "basis": completions_basis(loaded, Path(plan.model_path)),
+        "basis": completions_basis(loaded, Path(plan.model_path), plan.dtype),
         "config": _resolved_config(session, loaded, folder),
         "plan": json.loads(plan.to_json()),
         "hashes": {

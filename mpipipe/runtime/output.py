@@ -2,13 +2,17 @@
 
 Layout of `output.dir`: `manifest.json`, `completions_rank_<r>.jsonl` (in the order they ended, one
 line written whole and flushed), `completions.jsonl` (in input order), `rank_<r>.log`,
-`metrics.json`, `status.json` (`progress_file`). Only the head writes completions.
+`metrics.json`, `status.json` (`progress_file`), while it runs `.lock`
+(`folder_lock`). Only the head writes completions. What is said to be written survives the loss of
+the node: at once for whole files but `status.json`, after a second or so for completions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,12 +29,20 @@ __all__ = [
     "CompletionWriter",
     "claim_run_folder",
     "completion_record",
+    "holds_run",
     "merge",
     "write_json",
     "write_whole",
 ]
 
+# An fsync takes 1-10 ms on a good disk, and much more on a busy shared file system.
+_SYNC_INTERVAL_S = 1.0
 _RUN_FILES = ("manifest.json", "metrics.json", "status.json", "completions*.jsonl", "rank_*.log")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left anything in `folder`."""
+    return any(path for pattern in _RUN_FILES for path in folder.glob(pattern))
 
 
 def claim_run_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
@@ -83,16 +95,34 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     write_whole(path, text.encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a reader sees the old or the new, and so does a crash.
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `content`; a reader sees the old or the new.
+
+    durable: so does whoever looks after the node has lost its power; takes an fsync or two.
 
     Raises:
         OutputError: it could not be written.
     """
     with _told(path):
         partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
+        if durable:
+            _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` last; some file systems cannot, and say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def completion_record(completion: Completion) -> dict[str, Any]:
@@ -123,6 +153,45 @@ def completion_record(completion: Completion) -> dict[str, Any]:
     return record
 
 
+class _Syncer:
+    """Brings a file's lines to the disk beside the event loop, at most once in an interval.
+
+    Its thread sleeps until there is something new.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.error: OSError | None = None  # the kernel tells it once only
+        self._descriptor = descriptor
+        self._written, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fsync", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._written.set()
+
+    def close(self) -> None:
+        """Bring the rest to the disk; afterwards the file may be closed."""
+        self._closing.set()
+        self._written.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self.error is None:
+            self._written.wait()
+            self._written.clear()
+            is_last = self._closing.is_set()
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self.error = error
+            if is_last:
+                return
+            self._closing.wait(_SYNC_INTERVAL_S)
+
+
 class CompletionWriter:
     """Appends completions to `completions_rank_<r>.jsonl`, one whole line at a time.
 
@@ -133,25 +202,43 @@ class CompletionWriter:
         self.path = folder / f"completions_rank_{rank}.jsonl"
         self.index_of: dict[str, int] = {}
         self._file: TextIO | None = None
+        self._syncer: _Syncer | None = None
 
     def __enter__(self) -> CompletionWriter:
-        self._file = self.path.open("a", encoding="utf-8")
+        with _told(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+            _sync_folder(self.path.parent)
+        self._syncer = _Syncer(self._file.fileno())
+        self._syncer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            with _told(self.path), self._file:
-                os.fsync(self._file.fileno())  # a later attempt may run on another node
-            self._file = None
+        assert self._file is not None
+        assert self._syncer is not None
+        self._syncer.close()  # a later attempt may run on another node
+        with _told(self.path), self._file:
+            self._check()
+        self._file = None
 
     def write(self, completion: Completion) -> None:
-        """Append one line; it is in the operating system's hands on return."""
+        """Append one line; it is in the operating system's hands on return, on disk soon after.
+
+        Raises:
+            OutputError: it could not be written, or an earlier one did not reach the disk.
+        """
         assert self._file is not None, "the writer is used inside its `with` block"
+        assert self._syncer is not None
         line = json.dumps(completion_record(completion), ensure_ascii=False)
         with _told(self.path):
+            self._check()
             self._file.write(line + "\n")
             self._file.flush()
+        self._syncer.wake()
         self.index_of[completion.request_id] = completion.index
+
+    def _check(self) -> None:
+        if self._syncer is not None and self._syncer.error is not None:
+            raise self._syncer.error
 
 
 def merge(folder: Path, index_of: Mapping[str, int]) -> Path:

@@ -76,7 +76,7 @@ class ProgressFile:
             return
         text = json.dumps(self._values, indent=2, ensure_ascii=False) + "\n"
         with contextlib.suppress(OutputError):
-            write_whole(self._path, text.encode())
+            write_whole(self._path, text.encode(), durable=False)  # no disk's pace for the loop
 
     @property
     def state(self) -> RunState | None:

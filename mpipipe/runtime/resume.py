@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, OutputError
+from mpipipe.runtime.folder_lock import last_words
 from mpipipe.runtime.output import write_whole
-from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Earlier", "check_basis", "read_earlier", "wants_resume"]
+    from mpipipe.topology.slurm import SlurmJob
+
+__all__ = ["DTYPE", "Earlier", "check_basis", "earlier_basis", "read_earlier", "wants_resume"]
+
+DTYPE = "model.dtype"  # in a basis: the one that was computed in, never "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,42 @@ class Earlier:
     attempts: tuple[Mapping[str, Any], ...] = ()
 
 
-def wants_resume(setting: bool | str, environ: Mapping[str, str]) -> bool:
-    """`output.resume`, with `auto` decided: whether Slurm has requeued this job."""
+def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> bool:
+    """`output.resume`, with `auto` decided: whether Slurm has requeued the job that `folder` is of.
+
+    Raises:
+        OutputError: the manifest there cannot be read.
+    """
     if setting != AUTO:
         return bool(setting)
-    job = read_job(environ)
-    return job is not None and job.num_restarts > 0
+    if job is None or job.num_restarts == 0:
+        return False
+    attempts: Sequence[Mapping[str, Any]] = _manifest(folder).get("attempts") or ({},)
+    # An attempt that ended while it booted has left its status, and no manifest.
+    return job.label in {attempts[-1].get("job"), last_words(folder).get("job_id")}
+
+
+def earlier_basis(folder: Path) -> Mapping[str, Any] | None:
+    """What decided the completions in `folder`; None: no run there has begun to generate.
+
+    Raises:
+        OutputError: the manifest there cannot be read.
+    """
+    manifest = _manifest(folder)
+    return manifest.get("basis", {}) if manifest else None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the run in `folder`; empty: there is none."""
+    if not (folder / "manifest.json").exists():
+        return {}
+    try:
+        return read_json_object(folder / "manifest.json")
+    except CheckpointError as error:
+        raise OutputError(
+            f"the run in {folder} cannot be resumed: {error}; choose another output.dir, or set "
+            "output.overwrite=true and output.resume=false to begin anew"
+        ) from None
 
 
 def read_earlier(folder: Path) -> Earlier:
@@ -58,10 +92,7 @@ def read_earlier(folder: Path) -> Earlier:
                 "output.overwrite=true and output.resume=false to begin anew"
             )
         return Earlier()
-    try:
-        manifest = read_json_object(folder / "manifest.json")
-    except CheckpointError as error:
-        raise OutputError(f"the run in {folder} cannot be resumed: {error}") from None
+    manifest = _manifest(folder)
     records: dict[str, bool] = {}  # id → failed
     num_torn = sum(_read_records(path, records) for path in files)
     return Earlier(
@@ -113,8 +144,9 @@ def check_basis(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     for name in sorted(earlier.keys() | now.keys()):
         before, after = earlier.get(name), now.get(name)
         if before != after:
+            as_before = f"set {DTYPE}={before} to go on as it began, " if name == DTYPE else ""
             raise OutputError(
                 f"the run in {folder} cannot be resumed, as {name} was {before!r} and is {after!r} "
-                "now: completions of both would stand side by side; choose another output.dir, or "
-                "set output.overwrite=true and output.resume=false to begin anew"
+                f"now: completions of both would stand side by side; {as_before}choose another "
+                "output.dir, or set output.overwrite=true and output.resume=false to begin anew"
             )

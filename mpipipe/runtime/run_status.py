@@ -26,7 +26,7 @@ _BUSY = {RunState.GENERATING.value, RunState.STOPPING.value}
 # imports and loads says nothing meanwhile, for minutes when the file system is busy.
 _STALE_INTERVALS = 6
 _STALE_LOADING_S = 900.0
-_JOB_SUFFIX = re.compile(r"-(\d+(?:_\d+)?)$")
+_JOB_SUFFIX = re.compile(r"-(\d+(?:_\d+)?)(?:\.\d+)?$")  # .2: the second run of a job
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,9 @@ def job_folders(job_id: str, roots: Sequence[Path]) -> list[Path]:
     """
     named: dict[Path, None] = {}
     for root in dict.fromkeys(root.resolve() for root in roots):
-        for folder in sorted([*root.glob(f"*-{job_id}"), *root.glob(f"*-{job_id}_*")]):
+        for folder in sorted(
+            path for end in ("", ".*", "_*") for path in root.glob(f"*-{job_id}{end}")
+        ):
             if folder.is_dir():
                 named.update(dict.fromkeys(find_runs(folder) or [folder]))
         for path in sorted(root.glob(f"*/{STATUS_FILE}")):
@@ -106,19 +108,32 @@ def judge(
         return _waiting(job, begun=state is not None)
     if state is None:
         return _without_a_word(job, accounted)
+    if job is not None and _has_begun_again(values, job):
+        return f"starting again (the job is {job.state} since {job.start}; before it was {state})"
     if state in _LIVE | _BUSY:
         silent_s = (now - datetime.fromisoformat(values["updated_at"])).total_seconds()
         limit_s = _STALE_INTERVALS * float(values.get("update_interval_s", 5.0))
         if silent_s > (limit_s if state in _BUSY else _STALE_LOADING_S):
             return f"{_silent(values, silent_s)}{_how_it_ended(job, accounted)}"
         return f"{state}{_reason(values)}"
-    return _ended(values)
+    return _ended(values, job)
 
 
-def _ended(values: Mapping[str, Any]) -> str:
+def _has_begun_again(values: Mapping[str, Any], job: QueuedJob) -> bool:
+    """Whether Slurm has started the job since the run said something last."""
+    try:
+        begun = datetime.fromisoformat(job.start).astimezone()  # the time of the cluster, as ours
+    except ValueError:  # "N/A"
+        return False
+    return datetime.fromisoformat(values["updated_at"]) < begun
+
+
+def _ended(values: Mapping[str, Any], job: QueuedJob | None) -> str:
     if values["state"] == RunState.FAILED.value:
         return f"failed: {values.get('error', 'see the logs')}"
     if values["state"] == RunState.STOPPED.value:
+        if job is not None:
+            return f"stopped{_reason(values)}, can go on; the job is still {job.state}"
         return f"stopped{_reason(values)}, can go on: start it again with output.resume=true"
     failed = values.get("num_failed", 0)
     return "done" + (f", {failed:,} prompts became error records" if failed else "")

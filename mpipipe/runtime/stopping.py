@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.runtime.launch import Ranks
 
-__all__ = ["StopSwitch", "job_switch", "stop_signals", "watch_for_stop"]
+__all__ = ["StopSwitch", "keep_wall_time", "stop_signals", "watch_for_stop"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_S = 2.0
@@ -76,6 +76,10 @@ class StopSwitch:
     def seconds_left(self) -> float | None:
         """Until the switch trips by itself; None: never."""
         return None if self._ends_s is None else max(0.0, self._ends_s - self._now_s())
+
+    def ends_in(self, seconds: float) -> None:
+        """Trip by itself so many seconds from now."""
+        self._ends_s = self._now_s() + seconds
 
     def trip(self, reason: str) -> None:
         """Stop the run; only the first reason counts."""
@@ -154,18 +158,17 @@ class StopSwitch:
             self._listener = None
 
 
-def job_switch(environ: Mapping[str, str], run: Runner = run_child) -> StopSwitch:
-    """The switch of a command's rank; the head's trips by itself before the job's wall time ends.
+def keep_wall_time(switch: StopSwitch, environ: Mapping[str, str], run: Runner = run_child) -> None:
+    """Let the head's switch trip by itself before the job's wall time ends; asks Slurm if need be.
 
     A site's `--signal` may come earlier; not every script has one.
     """
     job = read_job(environ)
     if job is None or detect(environ).rank not in (None, 0):
-        return StopSwitch()
+        return
     left_s = wall_time_left_s(job, time.time(), run)
-    if left_s is None:
-        return StopSwitch()
-    return StopSwitch(left_s - min(_MARGIN_S, left_s * _MARGIN_SHARE))
+    if left_s is not None:
+        switch.ends_in(left_s - min(_MARGIN_S, left_s * _MARGIN_SHARE))
 
 
 def _sentence(reason: str) -> str:

@@ -36,8 +36,9 @@ _ACCOUNT_FORMAT = "JobID,State,ExitCode,Elapsed,End,WorkDir"
 class SlurmJob:
     """The job that this process is part of."""
 
-    job_id: str  # what scontrol takes; of an array task its own
-    label: str  # what users see: the id, or `<array>_<task>`
+    # The id, or `<array>_<task>`: what users see, and what Slurm's programs take. SLURM_JOB_ID will
+    # not do: that of an array's last task is the array's, and names all of its tasks.
+    label: str
     num_restarts: int  # how often Slurm has requeued it
     end_time_s: float | None  # Unix time; None: the environment does not say
 
@@ -76,7 +77,6 @@ def read_job(environ: Mapping[str, str]) -> SlurmJob | None:
     end_time = environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05, in batch jobs
     restarts = environ.get("SLURM_RESTART_COUNT", "")  # absent the first time
     return SlurmJob(
-        job_id=job_id,
         label=f"{array}_{task}" if array and task else job_id,
         num_restarts=int(restarts) if restarts.isdigit() else 0,
         end_time_s=float(end_time) if end_time.isdigit() else None,
@@ -87,7 +87,7 @@ def wall_time_left_s(job: SlurmJob, now_unix_s: float, run: Runner = run_child) 
     """Seconds until Slurm ends `job`; None: no limit, or nobody says."""
     if job.end_time_s is not None:
         return max(0.0, job.end_time_s - now_unix_s)
-    answer = output_of(run, ("squeue", "-h", "-j", job.job_id, "-o", "%L"), _ASK_LIMIT_S)
+    answer = output_of(run, ("squeue", "-h", "-j", job.label, "-o", "%L"), _ASK_LIMIT_S)
     return None if answer is None else parse_duration_s(answer.strip())
 
 

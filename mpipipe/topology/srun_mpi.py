@@ -3,8 +3,8 @@
 Pure, but for `ask_library`, which asks the installed library in a child process, without MPI_Init.
 Not here: whether ranks did meet (`launcher.check_world_size`).
 
-Seen to work: MPICH 5.0 with pmi2, Open MPI 4.1 and 5.0 with pmix. Unless they were built for it, Open
-MPI with pmi2 starts one-rank worlds without a word, and MPICH with pmix aborts in MPI_Init.
+Seen to work: MPICH 5.0 with pmi2, Open MPI 4.1 and 5.0 with pmix. Unless they were built for it,
+Open MPI with pmi2 starts one-rank worlds without a word, and MPICH with pmix aborts in MPI_Init.
 """
 
 from __future__ import annotations

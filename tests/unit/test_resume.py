@@ -9,6 +9,7 @@ from mpipipe.config.load import load_config
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime.output import claim_run_folder, merge
 from mpipipe.runtime.resume import Earlier, check_basis, read_earlier, wants_resume
+from mpipipe.topology.slurm import SlurmJob
 
 BASIS = {"model.path": "/models/a", "generation.max_new_tokens": 8}
 
@@ -25,20 +26,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("setting", "restarts", "wanted"),
+    ("setting", "label", "restarts", "wanted"),
     [
-        ("auto", None, False),
-        ("auto", "0", False),
-        ("auto", "2", True),
-        (True, None, True),
-        (False, "2", False),
+        ("auto", "", 0, False),
+        ("auto", "7", 0, False),
+        ("auto", "7", 2, True),
+        ("auto", "8", 2, False),  # of another job
+        (True, "", 0, True),
+        (False, "7", 2, False),
     ],
 )
-def test_auto_resumes_a_job_that_slurm_has_requeued(
-    setting: bool | str, restarts: str | None, wanted: bool
+def test_auto_resumes_the_run_of_a_job_that_slurm_has_requeued(
+    setting: bool | str, label: str, restarts: int, wanted: bool, tmp_path: Path
 ) -> None:
-    environ = {"SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
-    assert wants_resume(setting, environ) is wanted
+    job = SlurmJob(label, restarts, None) if label else None
+    attempts = [{"job": "8"}, {"job": "7"}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"basis": {}, "attempts": attempts}))
+    assert wants_resume(setting, tmp_path, job) is wanted
 
 
 def test_nothing_is_left_by_a_run_that_ended_while_it_booted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +22,8 @@ from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
 PENDING = QueuedJob("7", "PENDING", "Priority", "2026-11-22T13:00:00", "1:00:00", "", "/w")
-RUNNING = QueuedJob("7", "RUNNING", "None", "2026-11-22T11:00:00", "30:00", "n[1-2]", "/w")
+RUNNING = QueuedJob("7", "RUNNING", "None", "2020-11-20T11:00:00", "30:00", "n[1-2]", "/w")
+AGAIN = dataclasses.replace(RUNNING, start="2020-11-25T11:00:00")  # after it said something
 KILLED = AccountedJob("7", "OUT_OF_MEMORY", "0:125", "00:05:00", "x", "/w")
 
 
@@ -80,6 +82,9 @@ def test_what_ends_a_run_is_told(tmp_path: Path, error: Exception, state: str, t
         (told("stopping", stop_reason="SIGTERM"), [RUNNING], [], "stopping (SIGTERM)"),
         (told("loading", 300), [RUNNING], [], "loading"),
         (told("stopped", 9999, stop_reason="SIGTERM"), [], [], "stopped (SIGTERM), can go on"),
+        (told("stopped", 9999), [RUNNING], [], "stopped, can go on; the job is still RUNNING"),
+        (told("stopped", 9999), [AGAIN], [], "starting again (the job is RUNNING since 2020-11-25"),
+        (told("generating", 9999), [AGAIN], [], "starting again"),
         (told("stopped", 9999), [PENDING], [], "queued again (Priority, expected to start"),
         (told("done", 9999), [], [], "done"),
         (told("done", 9999, num_failed=2), [], [], "done, 2 prompts became error records"),
@@ -137,6 +142,7 @@ def test_a_run_is_found_at_in_and_below_a_folder(tmp_path: Path) -> None:
 def test_the_job_of_a_run_is_told_or_in_the_name_of_its_folder(tmp_path: Path) -> None:
     assert RunStatus(tmp_path / "x", {"job_id": "5_1"}).job_id == "5_1"
     assert RunStatus(tmp_path / "demo-12_3" / "outputs", {}).job_id == "12_3"
+    assert RunStatus(tmp_path / "demo-12.2", {}).job_id == "12"
     assert RunStatus(Path("/a/b"), {}).job_id is None
 
 
@@ -169,7 +175,7 @@ def test_a_running_job_is_shown_by_its_id(
     }  # fmt: skip
     now = datetime.now(UTC).isoformat()
     write(tmp_path / "demo-7" / "outputs", state="generating", updated_at=now, **counts)
-    squeue = "7|RUNNING|None|2026-11-22T11:00:00|30:00|n[1-2]|/w\n"
+    squeue = "7|RUNNING|None|2020-11-22T11:00:00|30:00|n[1-2]|/w\n"
     assert status_command("7", as_json=False, run=slurm(squeue=squeue)) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"run      {tmp_path}/demo-7/outputs",

@@ -39,7 +39,7 @@ def test_outside_of_slurm_there_is_no_job() -> None:
 def test_a_job_is_named_as_its_user_sees_it() -> None:
     job = read_job({"SLURM_JOB_ID": "17"})
     assert job is not None
-    assert (job.job_id, job.label, job.num_restarts, job.end_time_s) == ("17", "17", 0, None)
+    assert (job.label, job.num_restarts, job.end_time_s) == ("17", 0, None)
     task = read_job(
         {
             "SLURM_JOB_ID": "19",
@@ -50,8 +50,16 @@ def test_a_job_is_named_as_its_user_sees_it() -> None:
         }
     )
     assert task is not None
-    assert (task.job_id, task.label, task.num_restarts) == ("19", "17_2", 3)
+    assert (task.label, task.num_restarts) == ("17_2", 3)
     assert task.end_time_s == 1_700_000_000
+
+
+def test_the_last_task_of_an_array_which_has_the_arrays_id_asks_for_itself_only() -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    job, slurm = read_job({"SLURM_JOB_ID": "17", **array}), Answers(squeue="1:30\n")
+    assert job is not None
+    assert wall_time_left_s(job, 0.0, slurm) == 90.0
+    assert [command[3] for command in slurm.asked] == ["17_3"]
 
 
 @pytest.mark.parametrize(

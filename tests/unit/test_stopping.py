@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
+from mpipipe.cli.run import run_command
 from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
@@ -18,7 +20,7 @@ from mpipipe.errors import EXIT_REQUEUE, ConfigError, PeerLostError, StoppedErro
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime import stopping
 from mpipipe.runtime.launch import Ranks
-from mpipipe.runtime.stopping import StopSwitch, job_switch, stop_signals, watch_for_stop
+from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals, watch_for_stop
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 
@@ -107,7 +109,9 @@ def test_the_head_of_a_job_stops_before_its_wall_time(
     def run(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, "1:00:00\n", "")
 
-    left = job_switch(environ, run).seconds_left
+    switch = StopSwitch()
+    keep_wall_time(switch, environ, run)
+    left = switch.seconds_left
     assert left == (None if left_s is None else pytest.approx(left_s, abs=5))
 
 
@@ -115,8 +119,9 @@ def test_a_short_job_has_a_short_margin() -> None:
     def run(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, "1:40\n", "")
 
-    left = job_switch({"SLURM_JOB_ID": "7"}, run).seconds_left
-    assert left == pytest.approx(90, abs=5)
+    switch = StopSwitch()
+    keep_wall_time(switch, {"SLURM_JOB_ID": "7"}, run)
+    assert switch.seconds_left == pytest.approx(90, abs=5)
 
 
 def test_signals_of_the_process_trip_the_switch_and_wake_the_loop() -> None:
@@ -136,6 +141,27 @@ def test_signals_of_the_process_trip_the_switch_and_wake_the_loop() -> None:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+def test_a_signal_while_slurm_is_asked_and_modules_are_imported_stops_the_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in stopping._SIGNALS}
+
+    def ask(switch: StopSwitch, _: Mapping[str, str]) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("mpipipe.cli.run.keep_wall_time", ask)
+    for name in os.environ:
+        if name.startswith(("SLURM_", "PMI", "OMPI_")):
+            monkeypatch.delenv(name)
+    try:
+        code = run_command(tmp_path / "never read.toml", [], show=False, debug=False)
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+    assert code == EXIT_REQUEUE
+    assert "told to stop (SIGUSR1)" in capsys.readouterr().err
 
 
 def test_waiting_ends_with_the_wall_time_too() -> None:

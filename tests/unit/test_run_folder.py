@@ -1,0 +1,272 @@
+"""Who may write to a run folder, which one a job gets, and what lasts when a node is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpipipe.config.load import load_config
+from mpipipe.errors import ConfigError, OutputError
+from mpipipe.runtime import job as job_module
+from mpipipe.runtime.folder_lock import lock_folder
+from mpipipe.runtime.job_claim import Claim, claim_folder
+from mpipipe.runtime.output import CompletionWriter, write_whole
+from mpipipe.topology.slurm import SlurmJob
+from mpipipe.types import Completion, FinishReason
+
+NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
+FIRST, AGAIN = SlurmJob("7", 0, None), SlurmJob("7", 1, None)
+BASIS = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed": 0}
+
+
+def claim(job: SlurmJob | None, *words: str, **differs: object) -> Claim:
+    """The claim of a run named `demo`; it is over as soon as it has its folder."""
+    loaded = load_config(None, ["name=demo", *words])
+    claimed = claim_folder(loaded, [], BASIS | differs, job)
+    with claimed.held():
+        return claimed
+
+
+def begin(folder: Path, job: SlurmJob | None, **differs: object) -> None:
+    """What a run leaves in `folder` that has begun to generate."""
+    folder.mkdir(parents=True, exist_ok=True)
+    attempt = {"job": job.label if job else None}
+    document = {"basis": BASIS | differs, "attempts": [attempt]}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "completions_rank_0.jsonl").write_text('{"id": "a"}\n')
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- the folder of a job -------------------------------------------------------------------------
+
+
+def test_a_requeued_job_finds_the_folder_that_it_was_given(tmp_path: Path) -> None:
+    folder = claim(FIRST).folder
+    assert folder == tmp_path / "runs" / "demo-7"
+    begin(folder, FIRST)
+    again = claim(AGAIN)
+    assert again.folder == folder
+    assert again.earlier.kept_ids == {"a"}
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_requeued_job_that_ended_while_it_booted_takes_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo-7"
+    folder.mkdir(parents=True)
+    (folder / "rank_0.log").touch()
+    (folder / "status.json").write_text('{"job_id": "7"}')
+    again = claim(AGAIN)
+    assert (again.folder, again.is_resumed) == (folder, False)
+
+
+def test_a_further_run_of_a_job_has_a_folder_of_its_own_and_finds_it_again(tmp_path: Path) -> None:
+    begin(tmp_path / "runs" / "demo-7", FIRST)
+    second = claim(FIRST, **{"generation.seed": 1}).folder
+    assert second.name == "demo-7.2"
+    begin(second, FIRST, **{"generation.seed": 1})
+    assert claim(AGAIN, **{"generation.seed": 1}).folder == second
+    assert claim(AGAIN, **{"generation.seed": 2}).folder.name == "demo-7.3"
+    assert claim(AGAIN, "output.resume=false").folder.name == "demo-7.3"
+
+
+def test_nobody_guesses_which_run_to_go_on_with() -> None:
+    with pytest.raises(ConfigError, match=r"set output\.dir to the folder"):
+        claim(None, "output.resume=true")
+    assert claim(None).folder.name.startswith("demo-20")
+
+
+def test_another_dtype_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    begin(tmp_path / "runs" / "demo-7", FIRST)
+    with pytest.raises(OutputError, match=r"'bfloat16' now.*set model\.dtype=float16"):
+        claim(AGAIN, **{"model.dtype": "bfloat16"})
+
+
+def test_a_requeued_job_does_not_go_on_with_the_run_of_another(tmp_path: Path) -> None:
+    begin(tmp_path / "x", SlurmJob("6", 0, None))
+    with pytest.raises(OutputError, match="already holds a run"):
+        claim(AGAIN, "output.dir=x")
+    assert claim(AGAIN, "output.dir=x", "output.resume=true").is_resumed
+    assert not claim(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
+    begin(tmp_path / "x", FIRST)
+    assert claim(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
+
+
+# ---- one writer ----------------------------------------------------------------------------------
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = lock_folder(tmp_path, FIRST)
+    (tmp_path / "status.json").write_text('{"job_id": "7", "num_restarts": 0}')
+    with pytest.raises(OutputError, match="another run of job 7 is writing"):
+        claim(None, f"output.dir={tmp_path}", "output.overwrite=true")
+    lock_folder(tmp_path, AGAIN).close()  # the server of a lost node's files may still hold it
+    first.close()
+    claim(None, f"output.dir={tmp_path}", "output.overwrite=true")
+
+
+def test_a_refused_claim_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    begin(tmp_path / "x", None)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="already holds a run"):
+            claim(None, "output.dir=x")
+    assert not (tmp_path / "x" / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_while_we_waited_is_taken_anew(tmp_path: Path) -> None:
+    taken = []
+
+    def take(descriptor: int, _: int) -> None:
+        taken.append(os.fstat(descriptor).st_ino)
+        if len(taken) == 1:
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".lock").touch()
+
+    lock_folder(tmp_path, None, take=take)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "job", "free"),
+    [
+        ("generating", 5, None, False),
+        ("generating", 5, FIRST, False),
+        ("generating", 5, AGAIN, True),
+        ("generating", 60, None, True),
+        ("stopped", 5, None, True),
+    ],
+)
+def test_where_there_are_no_locks_the_status_of_a_run_counts(
+    state: str, age_s: float, job: SlurmJob | None, free: bool, tmp_path: Path
+) -> None:
+    def take(_: int, __: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    then = (NOW - timedelta(seconds=age_s)).isoformat()
+    status = {"state": state, "updated_at": then, "job_id": "7", "num_restarts": 0}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    try:
+        lock_folder(tmp_path, job, now=lambda: NOW, take=take).close()
+    except OutputError:
+        assert not free
+    else:
+        assert free
+
+
+# ---- what lasts ----------------------------------------------------------------------------------
+
+
+def completion(name: str) -> Completion:
+    return Completion(
+        request_id=name, index=0, text="", token_ids=(), finish_reason=FinishReason.LENGTH,
+        num_prompt_tokens=1, queue_s=0.0, ttft_s=0.0, latency_s=0.0,
+    )  # fmt: skip
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "x.json", list[tuple[str, bool]]()
+
+    def fsync(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        seen.append((name, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"{}", durable=False)
+    assert seen == []
+    path.unlink()
+    write_whole(path, b"{}")
+    assert seen == [("x.partial", False), (tmp_path.name, True)]
+
+
+def test_completions_reach_the_disk_while_the_run_goes_on_and_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, allowed, threads = threading.Event(), threading.Event(), set[int]()
+
+    def fsync(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            threads.add(threading.get_ident())
+            begun.set()
+            assert allowed.wait(20)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with CompletionWriter(tmp_path, 0) as writer:
+        writer.write(completion("a"))
+        assert begun.wait(20)
+        writer.write(completion("b"))  # while the disk is busy
+        allowed.set()
+    assert len(threads) == 1
+    assert len((tmp_path / "completions_rank_0.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_disk_that_loses_completions_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        CompletionWriter(tmp_path, 0) as writer,
+    ):
+        writer.write(completion("a"))
+
+
+def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others who are told to stop meanwhile ask it, and take no answer for its death."""
+    loop: asyncio.AbstractEventLoop
+    answered, merging = threading.Event(), asyncio.Event()
+
+    def merge(*_: object) -> None:
+        loop.call_soon_threadsafe(merging.set)
+        assert answered.wait(20), "the event loop waits for the files"
+
+    async def answer() -> None:
+        await merging.wait()
+        answered.set()
+
+    async def complete() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+
+        async def generate(_: object) -> Any:
+            for each in list[Completion]():
+                yield each
+
+        nothing = SimpleNamespace(
+            mesh=SimpleNamespace(rank=0), tasks=asyncio, stop=SimpleNamespace(reason="")
+        )
+        view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
+        session: Any = SimpleNamespace(ranks=nothing, generate=generate)
+        job: Any = SimpleNamespace(
+            claim=SimpleNamespace(folder=tmp_path, index_of={}), log=None, view=view,
+            loaded=load_config(None, []),
+        )  # fmt: skip
+        prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(answer())
+            await job_module._complete(job, session, prompts)
+
+    async def idle(*_: object) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(job_module, "merge", merge)
+    monkeypatch.setattr(job_module, "_tell", lambda *_: None)
+    monkeypatch.setattr(job_module, "_show", idle)
+    asyncio.run(complete())
