@@ -83,8 +83,8 @@ def check_metrics(outcome: Outcome, num_ranks: int) -> None:
         names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
         booked_s = sum(overall[name] for name in names)
         assert booked_s == pytest.approx(overall["wall_s"], abs=1e-6)
-        # 50 ms: a message at either end, on cores that are shared with other tests.
-        assert abs(booked_s - generate_s) <= 0.01 * generate_s + 0.05
+        # 0.1 s: a message at either end, on cores that two tests with up to four ranks each share.
+        assert abs(booked_s - generate_s) <= 0.01 * generate_s + 0.1
         assert rank["cpu_us_per_step"] > 0
 
 
