@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All GPU benchmarks and tests on this machine, in under 8 minutes on two GPUs; prints one table.
+# All GPU benchmarks and tests on this machine; prints one table. The last measured, on two H200: the
+# benchmarks 250 s, the tests 238 s, each in a call of its own.
 #
 #   ./launch/bench_gpu.sh
 #   ./launch/bench_gpu.sh --only pipeline,tests --out /tmp/results

@@ -15,7 +15,6 @@ hidden states of a step before receiving its ids. (`staged` receives without hol
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ChannelStatistics", "EdgeKind", "RepeatingChannel", "TensorChannel", "Transfer"]
+__all__ = ["EdgeKind", "RepeatingChannel", "TensorChannel", "Transfer"]
 
 
 class EdgeKind(enum.IntEnum):
@@ -31,16 +30,6 @@ class EdgeKind(enum.IntEnum):
 
     HIDDEN = 1  # stage s → s+1: hidden states [T, hidden]
     IDS = 2  # last stage → head: sampled ids [num_sampled], int64; ahead, one 0 if none
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelStatistics:
-    """Totals since the channel was opened."""
-
-    num_sent: int
-    num_received: int
-    sent_bytes: int
-    received_bytes: int
 
 
 class Transfer(Protocol):
@@ -64,10 +53,6 @@ class TensorChannel(Protocol):
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
         """Start receiving into a contiguous `buffer` whose shape and dtype equal the sender's."""
-        ...
-
-    def statistics(self) -> ChannelStatistics:
-        """Totals so far."""
         ...
 
     async def aclose(self) -> None:

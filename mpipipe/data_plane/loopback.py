@@ -11,8 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
-from mpipipe.data_plane.transfer import PendingTransfer
+from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.transfer import PendingTransfer, check_transfer
 from mpipipe.errors import ChannelClosedError, ProtocolMismatchError
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ class LoopbackChannel:
         self._world_size = world_size
         self._lanes = lanes
         self._closed = False
-        self._num_sent = 0
-        self._num_received = 0
-        self._sent_bytes = 0
-        self._received_bytes = 0
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> PendingTransfer:
         """Start sending; see the contract.
@@ -66,8 +62,6 @@ class LoopbackChannel:
         """
         lane = (self._rank, destination, kind)
         posted = self._post(f"send of {kind.name} to rank {destination}", tensor, destination)
-        self._num_sent += 1
-        self._sent_bytes += posted.transfer.num_bytes
         crossing = self._lanes.setdefault(lane, _Crossing())
         if crossing.receives:
             _copy(posted, crossing.receives.popleft())
@@ -87,19 +81,8 @@ class LoopbackChannel:
         return posted.transfer
 
     def _post(self, what: str, tensor: torch.Tensor, peer: int) -> _Posted:
-        if self._closed:
-            raise ChannelClosedError(f"{what} was started on rank {self._rank} after closing")
-        if not 0 <= peer < self._world_size:
-            raise ValueError(f"there is no rank {peer}: ranks are 0 to {self._world_size - 1}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what}: the tensor is not contiguous, its strides are wrong for it")
+        check_transfer(what, tensor, peer, world_size=self._world_size, closed=self._closed)
         return _Posted(PendingTransfer(what, tensor.nbytes), tensor.detach(), self)
-
-    def statistics(self) -> ChannelStatistics:
-        """Totals so far; a receive counts when its tensor has come."""
-        return ChannelStatistics(
-            self._num_sent, self._num_received, self._sent_bytes, self._received_bytes
-        )
 
     async def aclose(self) -> None:
         """Give up what has no counterpart; its waiters get ChannelClosedError. Idempotent."""
@@ -129,9 +112,6 @@ def _copy(sent: _Posted, received: _Posted) -> None:
         received.transfer.finish(error)
         return
     target.copy_(source)
-    receiver = received.owner
-    receiver._num_received += 1
-    receiver._received_bytes += received.transfer.num_bytes
     sent.transfer.finish()
     received.transfer.finish()
 

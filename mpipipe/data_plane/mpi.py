@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
+from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer
+from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer, check_transfer
 from mpipipe.errors import (
     ChannelClosedError,
     DeadlineError,
@@ -102,10 +102,6 @@ class MpiTensorChannel:
         self._status = MPI.Status()
         self._unregister: Callable[[], None] | None = None
         self._closed = False
-        self._num_sent = 0
-        self._num_received = 0
-        self._sent_bytes = 0
-        self._received_bytes = 0
 
     @property
     def world_size(self) -> int:
@@ -128,8 +124,6 @@ class MpiTensorChannel:
             return self._loopback.send(tensor, destination=destination, kind=kind)
         transfer = PendingTransfer(f"send of {kind.name} to rank {destination}", tensor.nbytes)
         self._check(transfer, tensor, destination)
-        self._num_sent += 1
-        self._sent_bytes += tensor.nbytes
         try:
             request = self._communicator.Isend([_bytes_of(tensor), MPI.BYTE], destination, kind)
         except MPI.Exception as error:
@@ -151,18 +145,17 @@ class MpiTensorChannel:
         return transfer
 
     def _check(self, transfer: PendingTransfer, tensor: torch.Tensor, peer: int) -> None:
-        what = transfer.what
-        if self._closed:
-            raise ChannelClosedError(f"{what} was started on rank {self._rank} after closing")
-        if not 0 <= peer < self._world_size:
-            raise ValueError(f"there is no rank {peer}: ranks are 0 to {self._world_size - 1}")
+        check_transfer(
+            transfer.what,
+            tensor,
+            peer,
+            world_size=self._world_size,
+            closed=self._closed,
+            most_bytes=MOST_BYTES,
+        )
         if tensor.device.type != "cpu":
-            raise ValueError(f"{what}: the tensor is on {tensor.device}, not in CPU memory")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
-        if tensor.nbytes > MOST_BYTES:
             raise ValueError(
-                f"{what}: {tensor.nbytes} bytes are more than the {MOST_BYTES} of one MPI message"
+                f"{transfer.what}: the tensor is on {tensor.device}, not in CPU memory"
             )
 
     def _activate(self, active: _Active) -> None:
@@ -205,21 +198,9 @@ class MpiTensorChannel:
             transfer.finish()
             return True
         received_bytes = self._status.Get_count(MPI.BYTE)
-        self._num_received += 1
-        self._received_bytes += received_bytes
         as_expected = received_bytes == transfer.num_bytes
         transfer.finish(None if as_expected else _wrong_size(transfer, str(received_bytes)))
         return True
-
-    def statistics(self) -> ChannelStatistics:
-        """Totals so far, tensors to the own rank included."""
-        own = self._loopback.statistics()
-        return ChannelStatistics(
-            self._num_sent + own.num_sent,
-            self._num_received + own.num_received,
-            self._sent_bytes + own.sent_bytes,
-            self._received_bytes + own.received_bytes,
-        )
 
     # ---- ending ----------------------------------------------------------------------------------
 

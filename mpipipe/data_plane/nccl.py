@@ -24,11 +24,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind
-from mpipipe.data_plane.nccl_groups import NcclGroups, connect_groups, first_line
+from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.daemon_call import call_in_daemon
+from mpipipe.data_plane.nccl_groups import (
+    LEAVE_LIMIT_S,
+    NcclGroups,
+    connect_groups,
+    first_line,
+)
 from mpipipe.data_plane.nccl_repeats import CapturedTransfers
 from mpipipe.data_plane.rendezvous import Broadcast
-from mpipipe.errors import ChannelClosedError, DeadlineError, PeerLostError
+from mpipipe.data_plane.transfer import check_transfer
+from mpipipe.errors import DeadlineError, PeerLostError
 
 __all__ = ["NcclTensorChannel", "StreamTransfer", "open_nccl_channel"]
 
@@ -94,10 +101,6 @@ class NcclTensorChannel:
         self._ids_stream = torch.cuda.Stream(groups.device)
         self._captured = CapturedTransfers(groups.device)
         self._closed = False
-        self._num_sent = 0
-        self._num_received = 0
-        self._sent_bytes = 0
-        self._received_bytes = 0
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> StreamTransfer:
         """Add a send to the current stream (ids: to their own, behind it).
@@ -109,8 +112,6 @@ class NcclTensorChannel:
         """
         transfer = StreamTransfer(f"send of {kind.name} to rank {destination}")
         self._check(transfer, tensor, destination)
-        self._num_sent += 1
-        self._sent_bytes += tensor.nbytes
         if tensor.numel() == 0:  # both ends know the shape: nothing to send, nothing to receive
             return transfer
         try:
@@ -125,8 +126,8 @@ class NcclTensorChannel:
     def _send_aside(self, ids: torch.Tensor, destination: int) -> None:
         """Send a copy (a few KB) on the stream of the ids.
 
-        A copy, as `ids` may be a graph's output: its next replay overwrites it however late the
-        head takes this one.
+        A copy, as `ids` may be a graph's output: the next replay of any graph of its pool may
+        overwrite it however late the head takes this one.
         """
         current = torch.cuda.current_stream(self._device)
         copy = ids.clone()
@@ -142,8 +143,6 @@ class NcclTensorChannel:
         """
         transfer = StreamTransfer(f"receive of {kind.name} from rank {source}")
         self._check(transfer, buffer, source)
-        self._num_received += 1
-        self._received_bytes += buffer.nbytes
         if buffer.numel() == 0:
             return transfer
         try:
@@ -157,20 +156,15 @@ class NcclTensorChannel:
     ) -> Callable[[], None]:
         """See `RepeatingChannel`. Ids leave on their own stream, behind the current one.
 
+        Nothing added to the current stream later waits for that: ids must lie where only what
+        follows their arrival overwrites them.
+
         Raises as `send`; `EnvironmentSetupError` if NCCL cannot be captured.
         """
         self._check(StreamTransfer(f"send of {kind.name}"), tensor, destination)
         group, tensors = self._groups.by_kind[kind], [tensor.detach()]
         aside = self._ids_stream if kind is EdgeKind.IDS else None
-        replay = self._captured.capture(lambda: group.send(tensors, destination, 0).wait(), aside)
-        num_bytes = tensor.nbytes
-
-        def send() -> None:
-            self._num_sent += 1
-            self._sent_bytes += num_bytes
-            replay()
-
-        return send
+        return self._captured.capture(lambda: group.send(tensors, destination, 0).wait(), aside)
 
     def repeated_receive(
         self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
@@ -178,36 +172,15 @@ class NcclTensorChannel:
         """See `RepeatingChannel`. Raises as `repeated_send`."""
         self._check(StreamTransfer(f"receive of {kind.name}"), buffer, source)
         group, tensors = self._groups.by_kind[kind], [buffer.detach()]
-        replay = self._captured.capture(lambda: group.recv(tensors, source, 0).wait())
-        num_bytes = buffer.nbytes
-
-        def receive() -> None:
-            self._num_received += 1
-            self._received_bytes += num_bytes
-            replay()
-
-        return receive
+        return self._captured.capture(lambda: group.recv(tensors, source, 0).wait())
 
     def _check(self, transfer: StreamTransfer, tensor: torch.Tensor, peer: int) -> None:
-        what = transfer.what
-        if self._closed:
-            raise ChannelClosedError(f"{what} was started on rank {self._rank} after closing")
-        if not 0 <= peer < self._groups.world_size:
-            raise ValueError(
-                f"there is no rank {peer}: ranks are 0 to {self._groups.world_size - 1}"
-            )
+        what, world_size = transfer.what, self._groups.world_size
+        check_transfer(what, tensor, peer, world_size=world_size, closed=self._closed)
         if peer == self._rank:
             raise ValueError(f"{what}: NCCL does not send to the own rank")
         if tensor.device != self._device:
             raise ValueError(f"{what}: the tensor is on {tensor.device}, not on {self._device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
-
-    def statistics(self) -> ChannelStatistics:
-        """Totals so far, counted when a transfer is added to the stream."""
-        return ChannelStatistics(
-            self._num_sent, self._num_received, self._sent_bytes, self._received_bytes
-        )
 
     # ---- ending ----------------------------------------------------------------------------------
 
@@ -223,11 +196,11 @@ class NcclTensorChannel:
         await self._drain()
         self._captured.release()
         try:
-            async with asyncio.timeout(_CLOSE_LIMIT_S):
-                await asyncio.to_thread(self._groups.leave)
+            async with asyncio.timeout(LEAVE_LIMIT_S):
+                await call_in_daemon(self._groups.leave, "nccl-leave")
         except TimeoutError:
             raise DeadlineError(
-                f"rank {self._rank} waited {_CLOSE_LIMIT_S:g} s for the other ranks to close NCCL; "
+                f"rank {self._rank} waited {LEAVE_LIMIT_S:g} s for the other ranks to close NCCL; "
                 "most likely one of them hangs or died: see its log"
             ) from None
 

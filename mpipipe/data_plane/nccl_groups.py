@@ -1,7 +1,8 @@
 """The two NCCL groups of torch.distributed that `nccl` moves tensors in: making and leaving them.
 
 Everything here blocks until all ranks do the same, so it runs in a thread and the control plane
-goes on meanwhile. Nothing of torch.distributed is left behind after `leave`.
+goes on meanwhile; in a daemon thread, because NCCL may never return where a rank or its network is
+missing. Nothing of torch.distributed is left behind after `leave`.
 
 Not here: tensors of a run (`nccl`), finding the head (`rendezvous`).
 """
@@ -21,14 +22,16 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
 from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.daemon_call import call_in_daemon
 from mpipipe.data_plane.rendezvous import Broadcast, open_store
 from mpipipe.errors import DeadlineError, EnvironmentSetupError
 
-__all__ = ["NcclGroups", "connect_groups", "first_line"]
+__all__ = ["LEAVE_LIMIT_S", "NcclGroups", "connect_groups", "first_line"]
 
 # After this NCCL's watchdog ends the process. A receive may be on the stream while the sender
 # compiles its kernels, so it is far above any step; a rank that died is noticed by the launcher.
 _TRANSFER_LIMIT_S = 1800.0
+LEAVE_LIMIT_S = 30.0  # for all ranks to leave, from the first
 _CLOSED_KEY = "mpipipe/closed"
 _CLOSE_POLL_S = 1e-3
 _HINT = (
@@ -48,13 +51,21 @@ class NcclGroups:
     device: torch.device
 
     def leave(self) -> None:
-        """Give the groups up, together with all other ranks."""
+        """Give the groups up, together with all other ranks.
+
+        Raises:
+            TimeoutError: (head) another rank did not leave within `LEAVE_LIMIT_S`.
+        """
         torch.cuda.set_device(self.device)  # per thread
         self.by_kind.clear()
         dist.destroy_process_group()
         # The head's store serves the others' watchdogs: it goes last.
         num_left = self.store.add(_CLOSED_KEY, 1)
+        limit_s = time.monotonic() + LEAVE_LIMIT_S
         while self.rank == 0 and num_left < self.world_size:
+            if time.monotonic() >= limit_s:
+                missing = self.world_size - num_left
+                raise TimeoutError(f"{missing} of {self.world_size} ranks did not leave NCCL")
             time.sleep(_CLOSE_POLL_S)
             num_left = self.store.add(_CLOSED_KEY, 0)
 
@@ -78,7 +89,9 @@ async def connect_groups(
     store = await open_store(broadcast, rank=rank, hosts=hosts, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind = await asyncio.to_thread(_connect, store, rank, stage_ranks, device)
+            by_kind = await call_in_daemon(
+                lambda: _connect(store, rank, stage_ranks, device), "nccl-connect"
+            )
     except TimeoutError:
         raise DeadlineError(
             f"NCCL did not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} within "

@@ -14,15 +14,15 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from mpipipe.data_plane.channel import ChannelStatistics, EdgeKind, TensorChannel
+from mpipipe.data_plane.channel import EdgeKind, TensorChannel
 from mpipipe.data_plane.staging import CudaStaging, HostBuffers, Mark, Staging
-from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer
-from mpipipe.errors import ChannelClosedError, DeadlineError
+from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer, check_transfer
+from mpipipe.errors import DeadlineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +46,6 @@ class HostChannel(Protocol):
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> PendingTransfer:
         """As `TensorChannel.receive`."""
-        ...
-
-    def statistics(self) -> ChannelStatistics:
-        """As `TensorChannel.statistics`."""
         ...
 
     async def aclose(self) -> None:
@@ -173,30 +169,13 @@ class StagedChannel:
         return host, host[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _check(self, what: str, tensor: torch.Tensor, peer: int) -> None:
-        if self._closed:
-            raise ChannelClosedError(f"{what} was started after closing")
-        if not 0 <= peer < self._world_size:
-            raise ValueError(f"there is no rank {peer}: ranks are 0 to {self._world_size - 1}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
-        if tensor.nbytes > MOST_BYTES:
-            raise ValueError(
-                f"{what}: {tensor.nbytes} bytes are more than the {MOST_BYTES} of one MPI message"
-            )
-
-    def statistics(self) -> ChannelStatistics:
-        """Totals so far, sends that are still copied to the host included."""
-        below = self._below.statistics()
-        waiting = [
-            sending.payload.nbytes
-            for lane in self._sending.values()
-            for sending in lane
-            if sending.transfer is None
-        ]
-        return replace(
-            below,
-            num_sent=below.num_sent + len(waiting),
-            sent_bytes=below.sent_bytes + sum(waiting),
+        check_transfer(
+            what,
+            tensor,
+            peer,
+            world_size=self._world_size,
+            closed=self._closed,
+            most_bytes=MOST_BYTES,
         )
 
     # ---- progress --------------------------------------------------------------------------------

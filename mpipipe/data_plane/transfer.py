@@ -1,12 +1,53 @@
-"""One send or receive under way, as every transport of this package represents it."""
+"""One send or receive, as every transport of this package checks and represents it."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
-__all__ = ["MOST_BYTES", "PendingTransfer"]
+from mpipipe.errors import ChannelClosedError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MOST_BYTES", "PendingTransfer", "check_transfer"]
 
 MOST_BYTES = 2**31 - 1  # of one MPI message, whose count is a C int
+
+
+def check_transfer(
+    what: str,
+    tensor: torch.Tensor,
+    peer: int,
+    *,
+    world_size: int,
+    closed: bool,
+    most_bytes: int | None = None,
+) -> None:
+    """Refuse what this end cannot start.
+
+    Args:
+        what: the transfer in words, for errors.
+        tensor: to be sent or filled.
+        peer: the other rank.
+        world_size: number of ranks.
+        closed: whether the channel is.
+        most_bytes: of one tensor; None: any number.
+
+    Raises:
+        ChannelClosedError: the channel is closed.
+        ValueError: there is no such rank, or the tensor is not contiguous or too large.
+    """
+    if closed:
+        raise ChannelClosedError(f"{what} was started after closing")
+    if not 0 <= peer < world_size:
+        raise ValueError(f"there is no rank {peer}: ranks are 0 to {world_size - 1}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{what}: the tensor is not contiguous (strides {tensor.stride()})")
+    if most_bytes is not None and tensor.nbytes > most_bytes:
+        raise ValueError(
+            f"{what}: {tensor.nbytes} bytes are more than the {most_bytes} of one MPI message"
+        )
 
 
 class PendingTransfer:

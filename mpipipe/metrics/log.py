@@ -8,6 +8,7 @@ once; a value that JSON cannot hold, or a full disk, never stops the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
@@ -104,11 +105,6 @@ class RunLog:
         self._logger = logger
         self._sink = sink
 
-    @property
-    def num_lost_lines(self) -> int:
-        """Lines that could not be written: the disk was full, or the log closed."""
-        return self._sink.num_lost_lines
-
     def debug(self, event: str, **fields: object) -> None:
         """See `Logger`."""
         self._logger.debug(event, **fields)
@@ -193,26 +189,19 @@ class _LineSink:
     """The file under structlog: one locked, flushed write per line, from any thread."""
 
     def __init__(self, file: TextIO) -> None:
-        self.num_lost_lines = 0
         self._file = file
         self._lock = threading.Lock()
 
     def msg(self, line: str) -> None:
-        with self._lock:
-            try:
-                self._file.write(line + "\n")
-                self._file.flush()
-            except (OSError, ValueError):  # disk full, or closed
-                self.num_lost_lines += 1
+        with self._lock, contextlib.suppress(OSError, ValueError):  # disk full, or closed
+            self._file.write(line + "\n")
+            self._file.flush()
 
     debug = info = warning = error = msg
 
     def close(self) -> None:
-        with self._lock:
-            try:
-                self._file.close()
-            except OSError:  # what was left in the buffer did not fit on the disk
-                self.num_lost_lines += 1
+        with self._lock, contextlib.suppress(OSError):  # the buffer's rest did not fit on the disk
+            self._file.close()
 
 
 class _Stamp:

@@ -135,26 +135,11 @@ def triton_operations() -> Operations:
     from mpipipe.models.kernels import activation, decode_rows, rotary
     from mpipipe.models.kernels import norms as rms_norms
 
-    def rotate_and_store(
-        qkv_TX: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        *,
-        slots_T: torch.Tensor,
-        norms: HeadNorms | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = None if norms is None else rotary.HeadNorms(norms.query_D, norms.key_D, norms.eps)
-        return rotary.rotate_and_store(
-            qkv_TX, cos_TD, sin_TD, key_cache, value_cache, slots_T=slots_T, norms=heads
-        )
-
     return Operations(
         name="triton",
         rms_norm=rms_norms.rms_norm,
         add_rms_norm=rms_norms.add_rms_norm,
-        rotate_and_store=rotate_and_store,
+        rotate_and_store=rotary.rotate_and_store,
         gated_silu=activation.gated_silu,
         linear=_rows_linear,
         advance_rows=decode_rows.advance_rows,

@@ -44,12 +44,15 @@ def verify_stage(stage: StageModel) -> tuple[int, int]:
     Raises:
         UnsupportedModelError: one of them fails; the family's name and the reason are in it.
         NumericsError: the trial step's result is not a number.
+        torch.OutOfMemoryError: the device has too little left; says nothing about the family.
     """
     try:
         with torch.inference_mode():
             if not stage.plan.has_embedding:
                 _check_input_untouched(stage)
             return _check_chunks(stage)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise refuse(
             stage.model_type, f"fails on a trial step ({type(error).__name__}: {error})"

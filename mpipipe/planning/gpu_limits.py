@@ -6,13 +6,14 @@ Not here: KV pages (`memory`), time (`cost`).
 from __future__ import annotations
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.planning.cost import dtype_bytes
+from mpipipe.planning.cost import dtype_bytes, kv_page_bytes
 from mpipipe.planning.devices import BF16_CAPABILITY
 from mpipipe.planning.sampling_use import SamplingUse
 
 __all__ = [
     "CHUNK_ELEMENTS",
     "activation_bytes",
+    "gather_bytes",
     "gpu_sequences_per_slot",
     "gpu_tokens_per_step",
     "num_seats",
@@ -72,6 +73,25 @@ def activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
     qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
     row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
     return max_tokens * row * dtype_bytes(dtype) + _FIXED_BYTES
+
+
+def gather_bytes(
+    spec: ModelSpec, dtype: str, *, num_tokens: int, num_layers: int, kv_limit_bytes: int
+) -> int:
+    """Memory of the copy that backends without paged kernels make of keys and values.
+
+    One layer at a time, those of a slot's sequences in one padded tensor.
+
+    Args:
+        spec: of the model.
+        dtype: of the cache.
+        num_tokens: of a slot, with every sequence at its longest.
+        num_layers: of the stage.
+        kv_limit_bytes: more than this all of its pages cannot take. Padding at most doubles a
+            layer's share of them (`models/attention/sdpa.py`).
+    """
+    row = kv_page_bytes(spec, dtype, num_layers=1, page_size_tokens=1)
+    return min(num_tokens * row, 2 * kv_limit_bytes // num_layers)
 
 
 def sampling_bytes(

@@ -28,6 +28,7 @@ from mpipipe.planning.devices import (
     choose_transport,
     least_capable,
 )
+from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
@@ -41,6 +42,7 @@ __all__ = ["RankResources", "make_plan"]
 
 # These know every length on the host only, or plan each step anew there: nothing a graph can hold.
 _NO_GRAPHS = frozenset({"sdpa", "reference", "flashinfer"})
+_GATHERING = frozenset({"sdpa", "reference"})  # these copy what they read from the cache
 _UNKNOWN = Workload()
 
 
@@ -177,8 +179,8 @@ class _Resolver:
     ) -> PipelinePlan:
         """The answers together with what is left to ask."""
         memory, spec, limits = self.config.memory, self.spec, self.limits
-        num_kv_pages = self._num_kv_pages(stages, demand)
         transport, attention = self._transport(len(stages)), self._attention()
+        num_kv_pages = self._num_kv_pages(stages, demand, attention)
         threads = self._threads()
         laps_ahead, prefill = self._ahead_mode()
         return PipelinePlan(
@@ -209,7 +211,7 @@ class _Resolver:
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
 
-    def _num_kv_pages(self, stages: Sequence[StagePlan], demand: KvDemand) -> int:
+    def _num_kv_pages(self, stages: Sequence[StagePlan], demand: KvDemand, attention: str) -> int:
         """Pages of KV cache, the same on every rank; checks that all fits."""
         memory = self.config.memory
         needs = []
@@ -225,6 +227,14 @@ class _Resolver:
             work_bytes = self.limits.gpu_work_bytes(
                 self.spec, self.dtype, self.sampling, has_head=stage.has_head
             )
+            if attention in _GATHERING:
+                work_bytes += gather_bytes(
+                    self.spec,
+                    self.dtype,
+                    num_tokens=self.limits.max_sequences_per_slot * demand.longest_tokens,
+                    num_layers=stage.num_layers,
+                    kv_limit_bytes=max(0, hello.gpu_free_bytes - stage.weight_bytes),
+                )
             needs.append(rank_memory(hello, stage, page_bytes, work_bytes, fraction))
         num_pages, reason = choose_num_pages(memory, needs, demand)
         return self.decisions.count("memory.num_kv_pages", memory.num_kv_pages, num_pages, reason)
@@ -270,6 +280,8 @@ class _Resolver:
         obstacle = ""
         if attention in _NO_GRAPHS:
             obstacle = f"{attention} attention needs lengths that only the host knows"
+        elif self.spec.num_experts > 1:
+            obstacle = "the routing of experts makes shapes that depend on values"
         if obstacle:
             self.decisions.note("memory.cuda_graphs", "false", obstacle)
         return not obstacle

@@ -94,6 +94,10 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             plan=dataclasses.asdict(stage),
             load=dataclasses.asdict(load),
             cpus=format_cpus(os.sched_getaffinity(0)),
+            form=parts.model.form,
+            form_reason=parts.model.form_reason,
+            num_graphs=opened.num_graphs,
+            graph_obstacle=parts.model.graph_obstacle() if plan.device == "cuda" else "",
         )
         try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
@@ -115,6 +119,7 @@ def _settle_garbage() -> None:
 class _OpenedWorker:
     worker: StageWorker | AheadWorker
     capture_s: float | None = None  # None: nothing is captured
+    num_graphs: int = 0  # of decode steps
 
 
 @asynccontextmanager
@@ -132,7 +137,9 @@ async def _open_worker(
     ahead = await in_phase(ranks, "capture", lambda: prepare_ahead(plan, ranks, parts, device))
     channel = await open_channel(plan, ranks, device)
     launcher = ahead_worker(plan, ranks, ahead, channel=channel, account=account)
-    yield _OpenedWorker(launcher, ahead.capture_s if plan.cuda_graphs else None)
+    programs = ahead.engine.programs
+    capture_s = ahead.capture_s if programs.use_graphs else None
+    yield _OpenedWorker(launcher, capture_s, programs.num_graphs)
     await channel.aclose()
 
 

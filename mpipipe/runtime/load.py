@@ -14,7 +14,7 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
-from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.select import make_backend
 from mpipipe.weights.loader import load_stage
 from mpipipe.weights.random import fill_random
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from mpipipe.weights.loader import LoadReport
 
 __all__ = ["StageParts", "load_parts"]
-
-# Attention kernels that read a page's tokens head by head.
-_HEAD_MAJOR = frozenset({"triton", "flashinfer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ def _load_parts(
 ) -> StageParts:
     folder = Path(plan.model_path)
     dtype = getattr(torch, plan.dtype)
-    backend, _ = choose_backend(plan.attention)
+    backend = make_backend(plan.attention)
     model = build_stage_model(
         folder,
         stage,
@@ -77,7 +74,7 @@ def _load_parts(
         trust_remote_code=trust_remote_code,
     )
     report = _load(model, plan, device)
-    cache = _make_cache(plan, stage, dtype, device)
+    cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
     model.finish(cache)
     return StageParts(model, cache, report.bytes_read, report.parameter_bytes, backend.needs_spans)
 
@@ -105,7 +102,12 @@ def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadRe
 
 
 def _make_cache(
-    plan: PipelinePlan, stage: StagePlan, dtype: torch.dtype, device: torch.device
+    plan: PipelinePlan,
+    stage: StagePlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    head_major: bool,
 ) -> KVCache:
     if plan.kv_cache == "contiguous":
         return ContiguousKVCache()
@@ -120,5 +122,5 @@ def _make_cache(
         head_dim=spec.head_dim,
         dtype=dtype,
         device=device,
-        head_major=plan.attention in _HEAD_MAJOR,
+        head_major=head_major,
     )

@@ -41,7 +41,7 @@ class LoadFacts:
     weight_bytes: int
     kv_bytes: int
     baseline_rss_bytes: int
-    capture_s: float | None = None  # trial steps and CUDA graphs, a part of load_s
+    capture_s: float | None = None  # trial steps and CUDA graphs, a part of load_s; None: no graphs
 
 
 class Session:

@@ -21,11 +21,6 @@ class Scheduler(Protocol):
 
     max_sequence_tokens: int
 
-    @property
-    def is_idle(self) -> bool:
-        """Everything added is finished and closed, nothing is in flight."""
-        ...
-
     def add(self, request: Request) -> list[Instruction]:
         """Queue a request.
 

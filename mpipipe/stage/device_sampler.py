@@ -74,20 +74,6 @@ class SamplingColumns:
     penalty_S: torch.Tensor  # float32
     seats_S: torch.Tensor  # int64: rows of `SeenTokens`
 
-    @staticmethod
-    def on(
-        device: torch.device, fields: Sequence[SamplingFields], seats: Sequence[int]
-    ) -> SamplingColumns:
-        """Upload the fields of some rows, and wait for it: for tests and single steps."""
-        kinds = (*_FIELD_DTYPES, torch.int64)
-        rows = [(*row, seat) for row, seat in zip(fields, seats, strict=True)]
-        return SamplingColumns(
-            *(
-                torch.tensor([row[index] for row in rows], dtype=kind, device=device)
-                for index, kind in enumerate(kinds)
-            )
-        )
-
     def rows(self, part: slice) -> SamplingColumns:
         """Views of some rows."""
         return SamplingColumns(
@@ -99,16 +85,6 @@ class SamplingColumns:
             self.penalty_S[part],
             self.seats_S[part],
         )
-
-
-_FIELD_DTYPES = (
-    torch.float32,
-    torch.int64,
-    torch.int64,
-    torch.float32,
-    torch.float32,
-    torch.float32,
-)
 
 
 class SeenTokens:

@@ -27,6 +27,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.stage.device_use import DeviceUse
+from mpipipe.stage.edges import exercise_edges
 from mpipipe.stage.executor import PreparedStep, StepOutput
 from mpipipe.stage.sequences import SequenceTable
 
@@ -141,27 +142,7 @@ class StageWorker:
 
     async def exercise_edges(self) -> None:
         """Send one small tensor over every edge of this stage, so that no step pays for set-up."""
-        hidden_TH = torch.zeros(1, self._plan.hidden_size, dtype=self._dtype)
-        ids_S = torch.zeros(1, dtype=torch.int64)
-        transfers: list[Transfer] = []
-        if self.is_first:
-            last = self._plan.last_rank
-            transfers.append(
-                self._channel.receive(torch.empty_like(ids_S), source=last, kind=EdgeKind.IDS)
-            )
-        else:
-            buffer_TH, source = torch.empty_like(hidden_TH), self._neighbour(-1)
-            transfers.append(self._channel.receive(buffer_TH, source=source, kind=EdgeKind.HIDDEN))
-        if self.is_last:
-            head = self._plan.head_rank
-            transfers.append(self._channel.send(ids_S, destination=head, kind=EdgeKind.IDS))
-        else:
-            destination = self._neighbour(+1)
-            transfers.append(
-                self._channel.send(hidden_TH, destination=destination, kind=EdgeKind.HIDDEN)
-            )
-        for transfer in transfers:
-            await transfer.wait()
+        await exercise_edges(self._plan, self._stage, self._channel, torch.device("cpu"))
 
     # ---- intake ----------------------------------------------------------------------------------
 

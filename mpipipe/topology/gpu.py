@@ -10,13 +10,14 @@ import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
 from mpipipe.topology.launcher import detect
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "driver_in_sight",
     "gpu_of_rank",
     "installed_attention_backends",
-    "local_rank",
     "mig_slice",
     "no_driver_problem",
     "parse_gpus",
@@ -69,12 +69,6 @@ def told_local_rank(environ: Mapping[str, str]) -> int | None:
         return found
     words = (environ.get(name, "") for name in _LOCAL_RANKS)
     return next((int(word) for word in words if word.isascii() and word.isdigit()), None)
-
-
-def local_rank(environ: Mapping[str, str], rank: int) -> int:
-    """As `told_local_rank`; `rank` where no launcher says."""
-    found = told_local_rank(environ)
-    return rank if found is None else found
 
 
 def mig_slice(environ: Mapping[str, str], index: int) -> str:
@@ -128,22 +122,13 @@ def installed_attention_backends() -> tuple[str, ...]:
     for every kernel, flashinfer compiles kernels unless its cache is installed.
     """
     found = []
-    has_cc = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    if _is_installed("triton") and has_cc:
+    if importlib.util.find_spec("triton") is not None and has_c_compiler(os.environ):
         found.append("triton")
-    if _is_installed("flashinfer") and (_is_installed("flashinfer_jit_cache") or _has_nvcc()):
+    if flashinfer_is_usable(os.environ):
         found.append("flashinfer")
     if _torch_release() >= (2, 13):  # the first whose varlen_attn reads paged keys and values
         found.append("varlen")
     return tuple(found)
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _has_nvcc() -> bool:
-    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
 def _torch_release() -> tuple[int, int]:
@@ -160,7 +145,7 @@ def query_gpus() -> tuple[GpuFacts, ...]:
 
     `nccl_version` is "unknown": torch brings NCCL along.
     """
-    fields = "index,name,uuid,compute_cap,memory.total,memory.free"
+    fields = "index,name,uuid,compute_cap,memory.total,memory.free,pci.bus_id"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(
@@ -176,9 +161,9 @@ def parse_gpus(text: str) -> tuple[GpuFacts, ...]:
     found = []
     for line in text.splitlines():
         words = [word.strip() for word in line.split(",")]
-        if len(words) != 6:
+        if len(words) != 7:
             continue
-        index, name, uuid, capability, total, free = words
+        index, name, uuid, capability, total, free, pci = words
         try:
             major, minor = map(int, capability.split("."))
             memory_bytes, free_bytes = int(total) * 2**20, int(free) * 2**20
@@ -190,11 +175,18 @@ def parse_gpus(text: str) -> tuple[GpuFacts, ...]:
                 memory_bytes=memory_bytes,
                 free_bytes=free_bytes,
                 nccl_version="unknown",
+                pci=_as_linux_writes(pci),
             )
         except ValueError:
             continue
         found.append(facts)
     return tuple(found)
+
+
+def _as_linux_writes(pci: str) -> str:
+    """`00000000:3B:00.0`, a PCI address of nvidia-smi, as it is in /sys; empty: it is none."""
+    found = re.fullmatch(r"([0-9A-F]+):([0-9A-F]{2}:[0-9A-F]{2}\.\d)", pci, re.IGNORECASE)
+    return f"{int(found[1], 16):04x}:{found[2].lower()}" if found else ""
 
 
 # ---- what is amiss -------------------------------------------------------------------------------

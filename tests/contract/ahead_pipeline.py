@@ -115,7 +115,7 @@ def build_stage(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=torch.float32,
         device=torch.device(device),
-        head_major=isinstance(backend, TritonAttention),
+        head_major=backend.head_major,
     )
     return load_stage(
         model.folder,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpipipe.clock import Clock
 from mpipipe.stage.ahead.lane import CpuLane
 
-__all__ = ["ReplayingLane"]
+__all__ = ["PooledLane", "ReplayingLane"]
 
 
 @dataclass
@@ -51,6 +52,17 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for whole, before in self.kept.values():
             whole.copy_(before)
 
+    def made(self) -> list[torch.Tensor]:
+        """The memory of everything that the recorded calls made, as bytes."""
+        storages: dict[int, torch.UntypedStorage] = {}
+        given: set[int] = set()
+        for _, args, _, result in self.calls:
+            given.update(_storage(t).data_ptr() for t in args if isinstance(t, torch.Tensor))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and _storage(tensor).data_ptr() not in given:
+                    storages[_storage(tensor).data_ptr()] = _storage(tensor)
+        return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+
     def play(self) -> None:
         """The same calls on the same addresses."""
         for func, args, kwargs, result in self.calls:
@@ -60,6 +72,10 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for target, source in zip(old, new, strict=True):
                 if isinstance(target, torch.Tensor) and target.data_ptr() != source.data_ptr():
                     target.copy_(source)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
 
 class ReplayingLane(CpuLane):
@@ -74,9 +90,37 @@ class ReplayingLane(CpuLane):
         with tape:
             work()
         tape.rewind()
+        self._recorded(tape)
 
         def replay() -> None:
             with torch.inference_mode():
+                self._before_replay(tape)
                 tape.play()
 
         return replay
+
+    def _recorded(self, tape: _Tape) -> None:
+        """For lanes that keep account of their captures."""
+
+    def _before_replay(self, tape: _Tape) -> None:
+        """For lanes whose captures get in each other's way."""
+
+
+class PooledLane(ReplayingLane):
+    """The worst that a memory pool shared by all captures allows: a replay spoils what others made.
+
+    For one stage alone: stages of several ranks have pools of their own.
+    """
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        super().__init__(device, clock)
+        self._tapes: list[_Tape] = []
+
+    def _recorded(self, tape: _Tape) -> None:
+        self._tapes.append(tape)
+
+    def _before_replay(self, tape: _Tape) -> None:
+        for other in self._tapes:
+            if other is not tape:
+                for memory in other.made():
+                    memory.fill_(0x55)

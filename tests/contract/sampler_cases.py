@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from mpipipe.stage.ahead.seats import COLUMN_TYPES
 from mpipipe.stage.device_sampler import (
     SamplingColumns,
+    SamplingFields,
     SamplingNeeds,
     SeenTokens,
     sample_on_device,
@@ -104,6 +108,17 @@ def random_batch(
     return Batch(random_logits(rng, num_rows, vocabulary, dtype), rows)
 
 
+def columns_on(
+    device: torch.device, fields: Sequence[SamplingFields], seats: Sequence[int]
+) -> SamplingColumns:
+    """The columns of some rows, uploaded."""
+    columns = {
+        f"{name}_S": torch.from_numpy(np.array([row[index] for row in fields], kind)).to(device)
+        for index, (name, kind) in enumerate(COLUMN_TYPES.items())
+    }
+    return SamplingColumns(**columns, seats_S=torch.tensor(seats, dtype=torch.int64, device=device))
+
+
 @dataclass(frozen=True)
 class OnDevice:
     """A batch as the stage holds it."""
@@ -130,7 +145,7 @@ def put_on(device: torch.device, batch: Batch) -> OnDevice:
         seen.set_row(seat, row.seen_ids)
     return OnDevice(
         batch.logits_SV.to(device),
-        SamplingColumns.on(device, fields, seats),
+        columns_on(device, fields, seats),
         torch.tensor([row.position for row in batch.rows], device=device),
         batch.needs,
         seen,

@@ -201,21 +201,6 @@ class TensorChannelSuite:
 
         spmd(body)
 
-    def test_statistics_count_tensors_and_bytes(self, spmd: Spmd) -> None:
-        async def body(end: End) -> None:
-            for dtype in (torch.float32, torch.bfloat16):
-                buffer = torch.zeros(5, 10, dtype=dtype)
-                receive = end.channel.receive(buffer, source=end.previous, kind=EdgeKind.HIDDEN)
-                await end.channel.send(
-                    torch.ones(5, 10, dtype=dtype), destination=end.next, kind=EdgeKind.HIDDEN
-                ).wait()
-                await receive.wait()
-            found = end.channel.statistics()
-            assert (found.num_sent, found.sent_bytes) == (2, 300)
-            assert (found.num_received, found.received_bytes) == (2, 300)
-
-        spmd(body)
-
     def test_closing_ends_receives_that_nothing_came_for(self, spmd: Spmd) -> None:
         async def body(end: End) -> None:
             receive = end.channel.receive(torch.zeros(3), source=end.previous, kind=EdgeKind.HIDDEN)

@@ -19,6 +19,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
 from mpipipe.stage.ahead import decode_batch
+from mpipipe.stage.ahead.assembly import open_engine
 from mpipipe.stage.ahead.decode_batch import DecodeBatch
 from mpipipe.stage.ahead.decode_program import ProgramKey, row_buckets
 from mpipipe.stage.ahead.lane import CpuLane
@@ -28,11 +29,13 @@ from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.contract.ahead_pipeline import (
     EOS,
     InProcessAhead,
+    TensorSdpa,
     ahead_plan,
+    build_stage,
     make_requests,
     plain_outcomes,
 )
-from tests.contract.replaying_lane import ReplayingLane
+from tests.contract.replaying_lane import PooledLane, ReplayingLane
 from tests.contract.tiny_models import TinyModel, save_tiny
 
 MODES = ["ragged", "tensors", "replayed"]
@@ -475,6 +478,26 @@ def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel])
     assert logits[0].untyped_storage().nbytes() == plan.max_sequences_per_slot * 97 * 4
     plain = engine.programs.run(ProgramKey(0, 1, SamplingNeeds(draw=True)))
     assert plain.logits_BV is None, "the program with logits stands in, for the ids only"
+
+
+def test_ids_that_leave_outlast_the_steps_of_other_slots(tiny: Callable[[str], TinyModel]) -> None:
+    """They are sent beside the lane, and the captures of all slots share their memory."""
+    plan = ahead_plan(2, graphs=True)
+    lane = PooledLane(torch.device("cpu"), ScriptedClock())
+    model = build_stage(tiny("llama"), plan, 1, TensorSdpa())
+    engine = open_engine(plan, model, lane, attention_needs_spans=False)
+    engine.prepare(SamplingUse())
+    hidden_BH = engine.hidden_buffer(DecodeScheduled(0, 0, 2, (), (), (), (), False))
+    hidden_BH.copy_(torch.randn(hidden_BH.shape, generator=torch.Generator().manual_seed(3)))
+    kept = []
+    for slot in range(plan.num_slots):
+        for rows in row_buckets(plan.max_sequences_per_slot):
+            ids_B = engine.programs.run(ProgramKey(slot, rows)).result
+            assert ids_B.is_contiguous()
+        kept.append((ids_B, ids_B.tolist()))
+    for ids_B, wanted in kept:
+        assert len(set(wanted)) > 1
+        assert ids_B.tolist() == wanted
 
 
 # ---- hard cases ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
 from mpipipe.data_plane.channel import EdgeKind, TensorChannel, Transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
+from mpipipe.data_plane.transfer import PendingTransfer
 from mpipipe.errors import NumericsError, PromptError
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.log import NullLog
@@ -73,10 +74,17 @@ class SlowReceiver:
     def __init__(self, channel: LoopbackChannel, sender: LoopbackChannel) -> None:
         self.most_waiting = 0
         self.send = channel.send
-        self.statistics = channel.statistics
         self.aclose = channel.aclose
         self._channel = channel
-        self._sender = sender
+        self._num_waiting = 0
+        self._sender_sends = sender.send
+        sender.send = self._counted  # type: ignore[method-assign]
+
+    def _counted(
+        self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind
+    ) -> PendingTransfer:
+        self._num_waiting += 1
+        return self._sender_sends(tensor, destination=destination, kind=kind)
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
         """Nothing is received before somebody waits for it, and not at once then."""
@@ -86,10 +94,9 @@ class SlowReceiver:
         """Let the others run on first."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
-        num_sent = self._sender.statistics().num_sent
-        num_waiting = num_sent - self._channel.statistics().num_received
-        self.most_waiting = max(self.most_waiting, num_waiting)
+        self.most_waiting = max(self.most_waiting, self._num_waiting)
         await self._channel.receive(buffer, source=source, kind=kind).wait()
+        self._num_waiting -= 1
 
 
 @dataclass

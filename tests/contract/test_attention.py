@@ -5,14 +5,16 @@ import importlib.util
 import pytest
 import torch
 
-from mpipipe.errors import ConfigError
 from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.layout import to_device
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.attention import fresh_prompts
 from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
+from mpipipe.models.attention.fresh_prompts import can_attend_fresh
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
-from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.select import make_backend
 from mpipipe.models.attention.triton_paged import TritonAttention
 from tests.contract.attention_cases import (
     NUM_PAGES,
@@ -248,9 +250,27 @@ def test_what_lies_beyond_a_sequence_in_its_last_page_has_no_influence() -> None
         assert torch.equal(clean, dirty)
 
 
-def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ConfigError, match='"flash"'):
-        choose_backend("flash")
-    assert choose_backend("auto")[0].name == "sdpa"
-    for name in ("triton", "flashinfer", "varlen", "sdpa", "reference"):
-        assert choose_backend(name)[0].name == name
+@pytest.mark.parametrize(
+    ("shape", "has_flash", "with_torch"),
+    [
+        ("multi-head", True, True),
+        ("grouped", True, True),
+        ("multi-head", False, True),
+        ("grouped", False, False),
+    ],
+)
+def test_torch_attends_fresh_prompts_only_where_it_has_a_kernel(
+    shape: str, has_flash: bool, with_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before compute capability 8.0 none takes grouped heads: all scores would be written out."""
+    monkeypatch.setattr(fresh_prompts, "_has_flash_kernel", lambda device: has_flash)
+    heads = SHAPES[shape]
+    query = torch.zeros(8, heads.num_heads, heads.head_dim, dtype=torch.float16)
+    key = torch.zeros(8, heads.num_kv_heads, heads.head_dim, dtype=torch.float16)
+    layout = to_device(PageTable().layout([(0, 4), (1, 4)]), CPU)
+    assert can_attend_fresh(query, key, layout, OPTIONS["plain"]) == with_torch
+
+
+@pytest.mark.parametrize("name", ["triton", "flashinfer", "varlen", "sdpa", "reference"])
+def test_every_backend_is_made_by_its_name(name: str) -> None:
+    assert make_backend(name).name == name

@@ -17,7 +17,7 @@ from mpipipe.stage.device_sampler import (
 from mpipipe.stage.logits_filters import penalise_repetition
 from mpipipe.stage.sampler import SampleRow
 from mpipipe.types import SamplingParams
-from tests.contract.sampler_cases import Batch, expected, put_on, random_batch
+from tests.contract.sampler_cases import Batch, columns_on, expected, put_on, random_batch
 
 CPU = torch.device("cpu")
 GREEDY = SamplingNeeds()
@@ -32,7 +32,7 @@ def _one_thread() -> None:
 
 def columns_of(*settings: SamplingParams, vocabulary: int) -> SamplingColumns:
     fields = [sampling_fields(setting, vocabulary) for setting in settings]
-    return SamplingColumns.on(CPU, fields, list(range(len(settings))))
+    return columns_on(CPU, fields, list(range(len(settings))))
 
 
 def positions(num_rows: int) -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_no_operation_reads_a_value_or_has_a_shape_that_depends_on_one(vocabular
     # Tensors on the meta device have no values: whatever asks for one raises.
     meta = torch.device("meta")
     fields = [sampling_fields(SamplingParams(), vocabulary)] * 6
-    columns = SamplingColumns.on(meta, fields, list(range(6)))
+    columns = columns_on(meta, fields, list(range(6)))
     logits_SV = torch.empty(6, vocabulary, dtype=torch.bfloat16, device=meta)
     seen = SeenTokens(6, vocabulary, meta)
     position_S = torch.empty(6, dtype=torch.int64, device=meta)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
+from mpipipe.clock import ScriptedClock
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
+from mpipipe.stage.ahead.decode_program import row_buckets
 from mpipipe.stage.ahead.hops import Hops
+from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan
+from tests.contract.tiny_models import save_tiny
 
 DECODE = DecodeScheduled(0, 0, 1, (), (), (), (), False)
 PROMPT = StepScheduled(0, 0, (), False)
@@ -22,7 +28,6 @@ class Repeating:
     def __init__(self, channel: LoopbackChannel) -> None:
         self.send = channel.send
         self.receive = channel.receive
-        self.statistics = channel.statistics
         self.aclose = channel.aclose
         self.num_prepared = 0
         self.num_repeats = 0
@@ -51,7 +56,8 @@ def pair(*, fixed: bool) -> tuple[Repeating, Hops, Hops]:
     """A repeating end with its hops, and the hops of a plain end."""
     ends = open_loopback_channels(2)
     repeating = Repeating(ends[0])
-    return repeating, Hops(repeating, fixed=fixed), Hops(ends[1], fixed=fixed)
+    clock = ScriptedClock()
+    return repeating, Hops(repeating, clock, fixed=fixed), Hops(ends[1], clock, fixed=fixed)
 
 
 def test_a_transfer_is_prepared_once_for_each_memory_and_size() -> None:
@@ -96,3 +102,39 @@ def test_prompts_and_results_that_move_about_travel_plainly() -> None:
             assert repeating.num_prepared == 0
 
     asyncio.run(session())
+
+
+def test_waiting_for_a_tensor_is_counted_apart() -> None:
+    """It is the other stage's time, not the host's."""
+
+    async def session() -> None:
+        ends, clock = open_loopback_channels(2), ScriptedClock()
+        here, arrived = Hops(ends[0], clock, fixed=False), torch.empty(5)
+        receiving = asyncio.ensure_future(here.receive(DECODE, arrived, 1, EdgeKind.HIDDEN))
+        await asyncio.sleep(0)
+        clock.advance(3.5)
+        ends[1].send(torch.ones(5), destination=0, kind=EdgeKind.HIDDEN)
+        await receiving
+        assert here.awaited_s == 3.5
+
+    asyncio.run(session())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_transfers_of_captured_steps_are_prepared_at_boot(number: int, tmp_path: Path) -> None:
+    """All of them, and preparing moves nothing."""
+    plan = ahead_plan(2, graphs=True)
+    pipeline = InProcessAhead(save_tiny("llama", tmp_path), plan, "replayed").prepare()
+    engine, stage = pipeline.engines[number], plan.stages[number]
+    repeating = Repeating(open_loopback_channels(2)[number])
+    hops = Hops(repeating, ScriptedClock(), fixed=engine.programs.use_graphs)
+    hops.prepare(plan, stage, engine)
+    # For each size one receive, and for each slot and size one send.
+    num_prepared = len(row_buckets(plan.max_sequences_per_slot)) * (1 + plan.num_slots)
+    assert (repeating.num_prepared, repeating.num_repeats) == (num_prepared, 0)
+    hops.prepare(plan, stage, engine)
+    kind = EdgeKind.IDS if stage.has_head else EdgeKind.HIDDEN
+    for result in engine.programs.results():
+        hops.send(DECODE, result, 1 - number, kind)
+    assert repeating.num_prepared == num_prepared
+    assert repeating.num_repeats == len(engine.programs.results())

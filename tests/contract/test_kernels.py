@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch.nn.functional import linear, silu
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -24,6 +23,7 @@ from mpipipe.models.kernels.decode_attention import (
     paged_decode_attention,
 )
 from mpipipe.models.kernels.decode_rows import advance_rows, greedy_ids
+from mpipipe.models.kernels.launch import MAX_COUNTERS
 from mpipipe.models.kernels.linear import (
     LinearTuning,
     default_tuning,
@@ -36,7 +36,8 @@ from mpipipe.models.kernels.prefill_attention import (
     PrefillTuning,
     paged_prefill_attention,
 )
-from mpipipe.models.kernels.rotary import HeadNorms, rotate_and_store
+from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.operations import HeadNorms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE_SIZE = 16
@@ -87,14 +88,6 @@ def test_rms_norm_rounds_as_transformers_does(size: int, dtype: torch.dtype) -> 
     for rows_TH in (hidden_TH, strided_TH):
         actual_TH = rms_norm(rows_TH, module.weight.data, 1e-6)
         assert_near(actual_TH, module(rows_TH).detach(), ROUNDING[dtype])
-
-
-def test_rms_norm_with_unit_offset_is_gemmas() -> None:
-    hidden_TH = drawn(3, 100, dtype=torch.bfloat16)
-    module = GemmaRMSNorm(100, eps=1e-6).to(DEVICE, torch.bfloat16)
-    module.weight.data = drawn(100, dtype=torch.bfloat16)
-    actual = rms_norm(hidden_TH, module.weight.data, 1e-6, unit_offset=True)
-    assert_near(actual, module(hidden_TH).detach(), ROUNDING[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,29 +204,29 @@ def plain_attention(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "rotary_dim", "with_norms"),
+    ("heads", "with_norms"),
     [
-        (Heads(4, 4, 100), 100, False),
-        (Heads(6, 2, 64), 64, True),
-        (Heads(3, 3, 40), 16, False),
-        (Heads(4, 1, 40), 24, True),
+        (Heads(4, 4, 100), False),
+        (Heads(6, 2, 64), True),
+        (Heads(3, 3, 40), False),
+        (Heads(4, 1, 40), True),
     ],
 )
 def test_rotation_is_transformers_and_lands_in_the_cache(
-    heads: Heads, rotary_dim: int, with_norms: bool, dtype: torch.dtype, layout: str
+    heads: Heads, with_norms: bool, dtype: torch.dtype, layout: str
 ) -> None:
     H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
     num_tokens = 3
     qkv_TX = drawn(num_tokens, (H + 2 * K) * D, dtype=dtype)
     before_TX = qkv_TX.clone()
-    angles_TR = torch.rand(num_tokens, rotary_dim // 2).repeat(1, 2).to(DEVICE) * 6
-    cos_TR, sin_TR = angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
+    angles_TD = torch.rand(num_tokens, D // 2).repeat(1, 2).to(DEVICE) * 6
+    cos_TD, sin_TD = angles_TD.cos().to(dtype), angles_TD.sin().to(dtype)
     query_D, key_D = drawn(D, dtype=dtype, seed=1), drawn(D, dtype=dtype, seed=2)
     key_cache, value_cache = cache_pair(heads, 5, layout, dtype)
     slots = [3 * PAGE_SIZE + 15, 4 * PAGE_SIZE, PAGE_SIZE + 1]
     norms = HeadNorms(query_D, key_D, 1e-6) if with_norms else None
     actual = rotate_and_store(
-        qkv_TX, cos_TR, sin_TR, key_cache, value_cache,
+        qkv_TX, cos_TD, sin_TD, key_cache, value_cache,
         slots_T=torch.tensor(slots, device=DEVICE), norms=norms,
     )  # fmt: skip
 
@@ -247,11 +240,9 @@ def test_rotation_is_transformers_and_lands_in_the_cache(
         module.weight.data = key_D
         key_TKD = module(key_TKD)
     turned = apply_rotary_pos_emb(
-        query_THD[None, ..., :rotary_dim], key_TKD[None, ..., :rotary_dim],
-        cos_TR[None], sin_TR[None], unsqueeze_dim=2,
-    )  # fmt: skip
-    query_THD = torch.cat([turned[0][0], query_THD[..., rotary_dim:]], dim=-1)
-    key_TKD = torch.cat([turned[1][0], key_TKD[..., rotary_dim:]], dim=-1)
+        query_THD[None], key_TKD[None], cos_TD[None], sin_TD[None], unsqueeze_dim=2
+    )
+    query_THD, key_TKD = turned[0][0], turned[1][0]
     for result, expected in zip(actual, (query_THD, key_TKD, value_TKD), strict=True):
         assert_near(result, expected.detach(), ROUNDING[dtype])
     assert torch.equal(qkv_TX, before_TX)
@@ -293,9 +284,15 @@ def test_decode_attention_with_every_option(
 def test_the_last_program_of_a_row_joins_its_pieces(
     heads: Heads, options: AttentionOptions
 ) -> None:
-    tuning = DecodeTuning(32, pieces=3, join_last=True)
+    tuning = DecodeTuning(32, pieces=3)
     for _ in range(2):  # the counters are back at zero afterwards
         check_decode(heads, "head-major", torch.float32, options, tuning)
+
+
+@pytest.mark.parametrize("processors", [16, 40, 132, 300])
+def test_no_row_of_more_streams_than_counters_is_cut(processors: int) -> None:
+    for max_kv_len in (1, 640, 131072):
+        assert num_pieces(MAX_COUNTERS + 1, max_kv_len, 32, processors) == 1
 
 
 def check_decode(

@@ -341,6 +341,20 @@ def test_a_layer_that_mixes_the_tokens_of_a_step_is_caught(
         stage.finish(ContiguousKVCache())
 
 
+class TooLarge(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError(f"no room for {hidden.shape}")
+
+
+def test_too_little_memory_for_a_trial_step_is_not_put_down_to_the_family(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    stage = loaded(tiny("llama"), 2, 1)
+    stage.module.model.layers[0].mlp = TooLarge()
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        stage.finish(ContiguousKVCache())
+
+
 class NoAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
         return hidden_states, None

@@ -175,10 +175,8 @@ def bench_decode(report: Report, quick: bool) -> None:
         held = cached(num_rows, shape, span, f"head-major:{-(-shape[2] // 8) * 8}")
         measured_decode(report, "decode shapes", label, held, None)
         for pieces in (1, 2, 4, 8, 12) if num_rows <= 64 else ():
-            for join_last in (False, True)[: 1 if pieces == 1 else 2]:
-                fixed = DecodeTuning(pieces=pieces, join_last=join_last)
-                text = f"{label} pieces {pieces}{' joined by the last' if join_last else ''}"
-                measured_decode(report, "decode pieces", text, held, fixed)
+            fixed = DecodeTuning(pieces=pieces)
+            measured_decode(report, "decode pieces", f"{label} pieces {pieces}", held, fixed)
         del held
 
 
@@ -377,7 +375,7 @@ def bench_rows(report: Report, quick: bool) -> None:
         one = num_rows * size * 2
         first = hidden[0]
         stored = partial(
-            rotate_and_store, cos_TR=cos, sin_TR=sin, key_cache=caches[0], value_cache=caches[1],
+            rotate_and_store, cos_TD=cos, sin_TD=sin, key_cache=caches[0], value_cache=caches[1],
             slots_T=slots,
         )  # fmt: skip
         add("rms_norm", 2 * one, [partial(rms_norm, h, weight, 1e-6) for h in hidden])

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from mpipipe.models.attention.base import AttentionOptions
 from mpipipe.models.kernels.activation import gated_silu
-from mpipipe.models.kernels.decode_attention import DecodeTuning, paged_decode_attention
+from mpipipe.models.kernels.decode_attention import paged_decode_attention
 from mpipipe.models.kernels.launch import early_launch
 from mpipipe.models.kernels.linear import (
     MAX_ROWS,
@@ -79,7 +79,6 @@ class Variant:
     name: str
     early: bool = False
     linears: str = "rule"  # torch, rule (`prefers_small_linear`), small (all of them)
-    join_last: bool = False
     gate_stages: int | None = None
 
     def uses_small(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -98,7 +97,6 @@ ALL_VARIANTS = [
     PLAIN,
     replace(TORCH, name="torch linears, early", early=True),
     EARLY,
-    replace(EARLY, name="rule, early, join last", join_last=True),
     Variant("all small", linears="small"),
     Variant("all small, gate_up 3 stages", linears="small", gate_stages=3),
     SMALL,
@@ -210,10 +208,7 @@ def attend(variant: Variant, layer: Layer, step: Step, qkv: torch.Tensor) -> tor
         chunks = Chunks(step.starts, KV_LEN)
         mixed = paged_prefill_attention(*common, chunks=chunks, options=step.options)
     else:
-        tuning = DecodeTuning(join_last=variant.join_last)
-        mixed = paged_decode_attention(
-            *common, max_kv_len=KV_LEN, options=step.options, tuning=tuning
-        )
+        mixed = paged_decode_attention(*common, max_kv_len=KV_LEN, options=step.options)
     step.made += [qkv, query, key, mixed]
     return mixed.flatten(1)
 

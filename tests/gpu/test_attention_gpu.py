@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpipipe.models.attention.probe import available_backends
-from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.select import make_backend
 from mpipipe.models.attention.triton_paged import TritonAttention
 from tests.contract.attention_cases import Shape
 from tests.contract.test_attention import OPTIONS, check_decode_steps, check_ragged_steps
@@ -51,7 +51,7 @@ def test_our_own_kernels_run_on_a_gpu() -> None:
 def test_backends_agree_with_the_reference(
     backend: str, shape: Shape, options: object, dtype: torch.dtype
 ) -> None:
-    check_ragged_steps(choose_backend(backend)[0], shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]
+    check_ragged_steps(make_backend(backend), shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,7 +60,7 @@ def test_backends_agree_with_the_reference(
 def test_decode_steps_need_tensors_alone(
     backend: str, shape: Shape, options: object, dtype: torch.dtype
 ) -> None:
-    made = choose_backend(backend)[0]
+    made = make_backend(backend)
     if made.needs_spans and backend != "sdpa":
         pytest.skip("plans each step on the host")
     check_decode_steps(made, shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]

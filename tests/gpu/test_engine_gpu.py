@@ -7,9 +7,7 @@ path, and of transformers on a CPU.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -29,6 +27,7 @@ from mpipipe.stage.ahead.timeline import LaneTimeline, StepMarks
 from mpipipe.types import Request, SamplingParams
 from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan, make_requests
 from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,18 +56,6 @@ def _own_stream() -> Iterator[None]:
     yield
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.default_stream())
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Whatever waits for the GPU raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> InProcessAhead:

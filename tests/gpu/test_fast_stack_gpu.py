@@ -11,7 +11,7 @@ import torch
 
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.sdpa import SdpaAttention
-from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.select import make_backend
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
 from tests.contract.stage_steps import (
     run_ragged,
@@ -55,7 +55,7 @@ def finished(
         model.folder,
         split(2)[number],
         dtype=dtype or model.dtype,
-        backend=choose_backend(attention)[0] if device == "cuda" else SdpaAttention(),
+        backend=make_backend(attention) if device == "cuda" else SdpaAttention(),
         max_context_tokens=64,
     )
     fill(stage, model.folder, device)

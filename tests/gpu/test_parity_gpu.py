@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpipipe.models.attention.probe import available_backends
-from mpipipe.models.attention.select import choose_backend
+from mpipipe.models.attention.select import make_backend
 from tests.contract.tiny_models import InProcessPipeline, load_stage, paged_cache, split
 from tests.gpu.sized_models import SIZED, SizedModel, save_sized
 
@@ -52,13 +52,13 @@ def pipeline_of(model: SizedModel, backend: str, num_stages: int) -> InProcessPi
             plan.num_layers,
             model.dtype,
             "cuda",
-            head_major=backend in {"triton", "flashinfer"},
+            head_major=make_backend(backend).head_major,
         )
         stages.append(
             load_stage(
                 model.folder,
                 plan,
-                backend=choose_backend(backend)[0],
+                backend=make_backend(backend),
                 cache=pages,
                 dtype=model.dtype,
                 form="auto",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from mpipipe.stage.device_sampler import SamplingNeeds
 from mpipipe.stage.sampler import SampleRow
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, OnDevice, expected, put_on, random_batch
+from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,18 +35,6 @@ NEEDS = {
 @pytest.fixture(name="cuda")
 def _cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Whatever waits for the GPU raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

@@ -222,19 +222,9 @@ def test_steps_never_wait_for_the_gpu_on_the_host(spmd: Callable[[Body], None]) 
     spmd(body)
 
 
-def test_statistics_and_refusals(spmd: Callable[[Body], None]) -> None:
+def test_refusals(spmd: Callable[[Body], None]) -> None:
     async def body(ring: Ring) -> None:
         hidden_TH = torch.ones(5, 10, device=ring.device)
-        before = ring.channel.statistics()
-        await pass_on(ring, hidden_TH, hidden_TH, EdgeKind.HIDDEN)
-        found = ring.channel.statistics()
-        sent = (found.num_sent - before.num_sent, found.sent_bytes - before.sent_bytes)
-        received = (
-            found.num_received - before.num_received,
-            found.received_bytes - before.received_bytes,
-        )
-        assert sent == ((0, 0) if ring.is_last else (1, 200))
-        assert received == ((0, 0) if ring.is_first else (1, 200))
         peer = (RANK + 1) % SIZE
         with pytest.raises(ValueError, match="not contiguous"):
             ring.channel.send(hidden_TH.t(), destination=peer, kind=EdgeKind.HIDDEN)

@@ -11,11 +11,11 @@ from mpipipe.topology.gpu import (
     cuda_init_problem,
     driver_in_sight,
     gpu_of_rank,
-    local_rank,
     mig_slice,
     no_driver_problem,
     parse_gpus,
     pci_address,
+    told_local_rank,
 )
 
 
@@ -27,14 +27,14 @@ from mpipipe.topology.gpu import (
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 1),
         ({"PMIX_RANK": "3", "PMIX_LOCAL_RANK": "1"}, 1),
         ({"PMI_RANK": "3", "PALS_LOCAL_RANKID": "1"}, 1),
-        ({}, 3),
-        ({"SLURM_LOCALID": "0"}, 3),  # of a batch script, whose child this is
+        ({}, None),
+        ({"SLURM_LOCALID": "0"}, None),  # of a batch script, whose child this is
     ],
 )
-def test_local_rank_is_what_the_launcher_says_else_the_rank(
-    environ: dict[str, str], expected: int
+def test_the_local_rank_is_what_the_launcher_says_else_unknown(
+    environ: dict[str, str], expected: int | None
 ) -> None:
-    assert local_rank(environ, 3) == expected
+    assert told_local_rank(environ) == expected
 
 
 def test_ranks_of_a_host_take_one_gpu_each_in_order() -> None:
@@ -98,9 +98,9 @@ def test_what_torch_says_becomes_one_sentence_with_the_remedy(
 
 def test_lines_of_nvidia_smi_become_facts() -> None:
     text = (
-        "0, NVIDIA H200, GPU-aa, 9.0, 143771, 143000\n"
-        "1, Tesla T4, GPU-bb, 7.5, 15360, 15000\n"
-        "2, Tesla K10, GPU-cc, [N/A], 1, 1\n"
+        "0, NVIDIA H200, GPU-aa, 9.0, 143771, 143000, 00000000:3B:00.0\n"
+        "1, Tesla T4, GPU-bb, 7.5, 15360, 15000, [N/A]\n"
+        "2, Tesla K10, GPU-cc, [N/A], 1, 1, 00000000:B0:00.0\n"
         "no devices were found\n"
     )
     first, second = parse_gpus(text)
@@ -111,6 +111,7 @@ def test_lines_of_nvidia_smi_become_facts() -> None:
         90,
     )
     assert (second.capability, second.free_bytes) == (75, 15000 * 2**20)
+    assert (first.pci, second.pci) == ("0000:3b:00.0", "")  # as in /sys/bus/pci/devices
 
 
 def test_a_slice_of_a_gpu_is_known_by_its_name_in_the_environment() -> None:

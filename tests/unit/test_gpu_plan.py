@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +21,7 @@ from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
+from tests.unit.planned_rank import Rank
 
 GIB = 2**30
 BACKENDS = ("triton", "sdpa", "reference")
@@ -54,31 +55,22 @@ LLAMA_3_8B = replace(
 )
 
 
-@dataclass(frozen=True)
-class Rank:
-    rank: int
-    world_size: int
-    host: str = "node1"
-    num_cores: int = 8
-    memory_available_bytes: int = 64 * GIB
-    gpu_index: int = 0
-    gpu_name: str = "NVIDIA H200"
-    gpu_uuid: str = ""
-    gpu_capability: int = 90
-    gpu_free_bytes: int = 138 * GIB
-    nccl_version: str = "2.28.9"
-    attention_backends: tuple[str, ...] = BACKENDS
-    gpu_problem: str = ""
-    gpu_pci: str = ""
-    gpu_cpus: tuple[int, ...] = ()
-    cores: tuple[tuple[int, ...], ...] = ()
-    num_allowed_cpus: int = 0
-
-
 def h200(num_ranks: int) -> list[Rank]:
     """One host with a GPU per rank."""
     return [
-        Rank(rank, num_ranks, gpu_index=rank, gpu_uuid=f"GPU-{rank}") for rank in range(num_ranks)
+        Rank(
+            rank,
+            num_ranks,
+            memory_available_bytes=64 * GIB,
+            gpu_index=rank,
+            gpu_name="NVIDIA H200",
+            gpu_uuid=f"GPU-{rank}",
+            gpu_capability=90,
+            gpu_free_bytes=138 * GIB,
+            nccl_version="2.28.9",
+            attention_backends=BACKENDS,
+        )
+        for rank in range(num_ranks)
     ]
 
 
@@ -317,6 +309,33 @@ def test_attention_is_one_that_every_rank_has() -> None:
     assert "sdpa attention needs lengths" in reason(made, "memory.cuda_graphs")
     with pytest.raises(ConfigError, match="triton"):
         plan(world, PipelineConfig(attention="triton"))
+
+
+def test_a_mixture_of_experts_is_planned_without_graphs() -> None:
+    made = plan(h200(2), spec=replace(LLAMA_3_8B, num_experts=8))
+    assert made.cuda_graphs is False
+    assert "routing of experts" in reason(made, "memory.cuda_graphs")
+
+
+def test_attention_without_paged_kernels_leaves_room_for_its_copy_of_the_cache() -> None:
+    """Of one layer, for every sequence of a slot at its longest."""
+    work = (1024, 1920, 128)
+    paged, gathered = (
+        plan(h200(2), PipelineConfig(attention=name), MemoryConfig(cuda_graphs=False), work=work)
+        for name in ("triton", "sdpa")
+    )
+    rows = paged.max_sequences_per_slot
+    pages_in_copy = rows * 2048 * 2 * 32 * 100 * 2 / (13 * PAGE_BYTES_OF_LAYER)
+    assert paged.num_kv_pages - gathered.num_kv_pages == pytest.approx(pages_in_copy, abs=2)
+
+
+def test_a_far_context_does_not_take_all_memory_for_that_copy() -> None:
+    """The pages that fit bound it too."""
+    far = replace(LLAMA_3_8B, max_context_tokens=131072)
+    paged, gathered = (
+        plan(t4(2), PipelineConfig(attention=name), spec=far) for name in ("triton", "sdpa")
+    )
+    assert 0.7 * paged.num_kv_pages < gathered.num_kv_pages < paged.num_kv_pages
 
 
 def test_graphs_can_be_switched_off_and_need_launch_ahead() -> None:

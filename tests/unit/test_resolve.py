@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -18,6 +18,7 @@ from mpipipe.planning.cost import (
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.workload import Workload
+from tests.unit.planned_rank import Rank
 
 GIB = 2**30
 
@@ -40,27 +41,6 @@ SMOL = ModelSpec(
 LAYER_BYTES = 3_538_944 * 4
 MATRIX_BYTES = 49152 * 576 * 4
 PAGE_BYTES_OF_LAYER = 16 * 2 * 3 * 64 * 4
-
-
-@dataclass(frozen=True)
-class Rank:
-    rank: int
-    world_size: int
-    host: str = "node1"
-    num_cores: int = 8
-    memory_available_bytes: int = 16 * GIB
-    gpu_index: int = -1
-    gpu_name: str = ""
-    gpu_uuid: str = ""
-    gpu_capability: int = 0
-    gpu_free_bytes: int = 0
-    nccl_version: str = ""
-    attention_backends: tuple[str, ...] = ()
-    gpu_problem: str = ""
-    gpu_pci: str = ""
-    gpu_cpus: tuple[int, ...] = ()
-    cores: tuple[tuple[int, ...], ...] = ()
-    num_allowed_cpus: int = 0
 
 
 def ranks(*hosts: str, memory: int = 16 * GIB, cores: int = 8) -> list[Rank]:

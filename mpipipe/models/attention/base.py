@@ -30,6 +30,8 @@ class AttentionBackend(Protocol):
     needs_spans: bool
     """It reads `layout.spans`, so the host must know every length: no CUDA graph, and no lengths
     that advance on the device. A backend without this takes decode steps from tensors alone."""
+    head_major: bool
+    """On a GPU it reads a page's tokens head by head (`PagedKVCache.allocate`)."""
 
     def attend(
         self,

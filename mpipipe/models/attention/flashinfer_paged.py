@@ -46,6 +46,7 @@ class FlashInferAttention:
 
     name = "flashinfer"
     needs_spans = True
+    head_major = True
 
     def __init__(self) -> None:
         self._workspace: torch.Tensor | None = None

@@ -4,10 +4,14 @@ Nothing has to be read from pages, and prompts of one length make a plain batch,
 has faster kernels than ours: on an H200, 32/8 heads of 128 over 8,192 tokens, 99 µs in prompts of
 512 against 189 of our paged kernel (233 of torch's ragged `varlen_attn`), and 265 against 437 in
 prompts of 2,048. Head dimensions that are no multiple of 8 would be padded: 583 against 256 at 100.
+
+Before compute capability 8.0 torch has no flash kernel, and its memory-efficient one wants as many
+KV heads as query heads: query heads in groups would get the plain formula, with all scores at once.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,21 +28,27 @@ _HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
 
 
 def can_attend_fresh(
-    query_THD: torch.Tensor, layout: BatchLayout, options: AttentionOptions
+    query_THD: torch.Tensor, key_TKD: torch.Tensor, layout: BatchLayout, options: AttentionOptions
 ) -> bool:
     """Whether all sequences of the step begin in it, equally long, and torch is faster."""
-    head_dim = query_THD.shape[-1]
+    num_heads, head_dim = query_THD.shape[1:]
     return (
         options.softcap is None
         and (options.window is None or options.window >= layout.max_query_len)
         and query_THD.dtype in _HALF_TYPES
         and head_dim <= 256
         and head_dim % _ALIGNMENT == 0
+        and (num_heads == key_TKD.shape[1] or _has_flash_kernel(query_THD.device))
         and all(
             span.num_computed == 0 and span.query_len == layout.max_query_len
             for span in layout.spans
         )
     )
+
+
+@cache
+def _has_flash_kernel(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_fresh(

@@ -5,11 +5,12 @@ The choice among them is elsewhere (`planning.attention_choice`).
 
 from __future__ import annotations
 
-import importlib.util
+import os
 
 import torch
 
 from mpipipe.models.attention.varlen import has_paged_varlen
+from mpipipe.topology.compilers import flashinfer_is_usable
 
 __all__ = ["available_backends"]
 
@@ -28,6 +29,6 @@ def available_backends() -> tuple[str, ...]:
             names.append("triton")
         if has_ampere and has_paged_varlen():
             names.append("varlen")
-        if has_ampere and importlib.util.find_spec("flashinfer") is not None:
+        if has_ampere and flashinfer_is_usable(os.environ):
             names.append("flashinfer")
     return (*names, "sdpa", "reference")

@@ -22,6 +22,7 @@ class ReferenceAttention:
 
     name = "reference"
     needs_spans = True
+    head_major = False
 
     def attend(
         self,

@@ -49,6 +49,7 @@ class SdpaAttention:
 
     name = "sdpa"
     needs_spans = True
+    head_major = False
 
     def attend(
         self,

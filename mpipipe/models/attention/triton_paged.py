@@ -29,6 +29,7 @@ class TritonAttention:
 
     name = "triton"
     needs_spans = False
+    head_major = True
 
     def __init__(self, *, fresh_with_torch: bool = True) -> None:
         self._fresh_with_torch = fresh_with_torch
@@ -58,7 +59,7 @@ class TritonAttention:
             query_THD = query_THD[num_decodes:]
             key_TKD, value_TKD = key_TKD[num_decodes:], value_TKD[num_decodes:]
             layout = _chunks_only(layout)
-        if self._fresh_with_torch and can_attend_fresh(query_THD, layout, options):
+        if self._fresh_with_torch and can_attend_fresh(query_THD, key_TKD, layout, options):
             outputs.append(attend_fresh(query_THD, key_TKD, value_TKD, layout, options))
         else:
             outputs.append(_prefill(query_THD, cache, layer, layout, options))

@@ -38,6 +38,7 @@ class VarlenAttention:
 
     name = "varlen"
     needs_spans = False
+    head_major = False
 
     def attend(
         self,

@@ -45,7 +45,6 @@ class DecodeTuning:
     num_warps: int = 2
     num_stages: int = 3
     pieces: int | None = None  # None: `num_pieces`
-    join_last: bool = True  # the program that ends last joins the pieces; else a second kernel
 
 
 def paged_decode_attention(
@@ -132,11 +131,10 @@ def _launch(
     group = num_heads // num_kv_heads
     parts = sums = counters = out_BHD
     if pieces > 1:
+        assert num_rows * num_kv_heads <= MAX_COUNTERS, "`num_pieces` cuts no row of so many"
+        counters = zeroed_counters(query_BHD.device)
         parts = query_BHD.new_empty((num_rows, num_heads, pieces, head_dim), dtype=torch.float32)
         sums = query_BHD.new_empty((num_rows, num_heads, pieces), dtype=torch.float32)
-    join_last = pieces > 1 and tuning.join_last and num_rows * num_kv_heads <= MAX_COUNTERS
-    if join_last:
-        counters = zeroed_counters(query_BHD.device)
     early = launches_early(query_BHD.device)
     shape = {"HEAD_DIM": head_dim, "PIECES": pieces, "BLOCK_DIM": block_dim(head_dim)}
     shape["BLOCK_PIECES"] = triton.next_power_of_2(pieces)
@@ -152,16 +150,11 @@ def _launch(
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16),
         BLOCK_TOKENS=tuning.block_tokens,
         STAGES=tuning.num_stages,
-        JOIN_LAST=join_last,
         EARLY=early,
         num_warps=tuning.num_warps,
         launch_pdl=early,
         **shape,
     )
-    if pieces > 1 and not join_last:
-        _join_kernel[(num_rows * num_heads,)](
-            *(parts, sums, out_BHD), EARLY=early, num_warps=4, launch_pdl=early, **shape
-        )
 
 
 @triton.jit
@@ -195,7 +188,6 @@ def _decode_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     STAGES: tl.constexpr,
-    JOIN_LAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -248,7 +240,7 @@ def _decode_kernel(
         part = stream * PIECES + piece
         tl.store(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=known)
         tl.store(sum_ptr + part, top + tl.log2(total), mask=member < GROUP)
-    if JOIN_LAST:
+        # The program of a row that ends last joins its pieces.
         tl.debug_barrier()  # all threads have stored before the program is counted as done
         counter = counter_ptr + row * num_kv_heads + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == PIECES - 1:
@@ -257,22 +249,6 @@ def _decode_kernel(
             for one in tl.static_range(GROUP):
                 place = (part_ptr, sum_ptr, out_ptr, first + one)
                 _join(place, HEAD_DIM, PIECES, BLOCK_PIECES, BLOCK_DIM)
-
-
-@triton.jit
-def _join_kernel(
-    part_ptr,
-    sum_ptr,
-    out_ptr,
-    HEAD_DIM: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    await_inputs(EARLY)
-    place = (part_ptr, sum_ptr, out_ptr, tl.program_id(0).to(tl.int64))
-    _join(place, HEAD_DIM, PIECES, BLOCK_PIECES, BLOCK_DIM)
 
 
 @triton.jit

@@ -14,18 +14,15 @@ from mpipipe.models.kernels.launch import await_inputs, launches_early
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
-def rms_norm(
-    hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, unit_offset: bool = False
-) -> torch.Tensor:
+def rms_norm(hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
     """Each row over its root mean square, times `weight_H`: [T, H].
 
     Statistics in float32; the normalised row is rounded to the dtype, then multiplied, as
-    transformers' LlamaRMSNorm does. With `unit_offset` (Gemma) the factor is 1 + weight and the
-    product is taken in float32.
+    transformers' LlamaRMSNorm does.
     """
     out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
     if hidden_TH.shape[0]:
-        _launch(hidden_TH, None, weight_H, (out_TH, out_TH), eps=eps, unit_offset=unit_offset)
+        _launch(hidden_TH, None, weight_H, (out_TH, out_TH), eps=eps)
     return out_TH
 
 
@@ -34,15 +31,13 @@ def add_rms_norm(
     residual_TH: torch.Tensor,
     weight_H: torch.Tensor,
     eps: float,
-    *,
-    unit_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` of hidden + residual, and that sum rounded to the dtype: two [T, H]."""
     out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
     sum_TH = torch.empty_like(out_TH)
     if hidden_TH.shape[0]:
         outputs = (out_TH, sum_TH)
-        _launch(hidden_TH, residual_TH, weight_H, outputs, eps=eps, unit_offset=unit_offset)
+        _launch(hidden_TH, residual_TH, weight_H, outputs, eps=eps)
     return out_TH, sum_TH
 
 
@@ -53,7 +48,6 @@ def _launch(
     outputs: tuple[torch.Tensor, torch.Tensor],
     *,
     eps: float,
-    unit_offset: bool,
 ) -> None:
     num_rows, size = hidden_TH.shape
     added_TH = hidden_TH if residual_TH is None else residual_TH
@@ -72,7 +66,6 @@ def _launch(
         size,
         eps,
         ADD=residual_TH is not None,
-        UNIT_OFFSET=unit_offset,
         EARLY=early,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: two 16-byte loads
@@ -92,7 +85,6 @@ def _rms_norm_kernel(
     size,
     eps,
     ADD: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -108,8 +100,5 @@ def _rms_norm_kernel(
         tl.store(sum_ptr + row * size + column, value, mask=inside)
     exact = value.to(tl.float32)
     normed = exact * tl.rsqrt(tl.sum(exact * exact, axis=0) / size + eps)
-    if UNIT_OFFSET:
-        normed = normed * (1.0 + weight)
-    else:
-        normed = normed.to(value.dtype).to(tl.float32) * weight
+    normed = normed.to(value.dtype).to(tl.float32) * weight
     tl.store(out_ptr + row * size + column, normed.to(value.dtype), mask=inside)

@@ -8,7 +8,7 @@ would need sin and cos of large arguments in every layer and would have to repea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,24 +16,18 @@ import triton.language as tl
 
 from mpipipe.models.kernels.launch import await_inputs, launches_early
 
-__all__ = ["HeadNorms", "rotate_and_store"]
+if TYPE_CHECKING:
+    from mpipipe.models.operations import HeadNorms
+
+__all__ = ["rotate_and_store"]
 
 _MAX_HEADS_PER_PROGRAM = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadNorms:
-    """RMS norms over each head's D before the rotation (Qwen 3)."""
-
-    query_D: torch.Tensor
-    key_D: torch.Tensor
-    eps: float
-
-
 def rotate_and_store(
     qkv_TX: torch.Tensor,
-    cos_TR: torch.Tensor,
-    sin_TR: torch.Tensor,
+    cos_TD: torch.Tensor,
+    sin_TD: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     *,
@@ -46,10 +40,10 @@ def rotate_and_store(
 
     Args:
         qkv_TX: X = (H + 2 K) * D: query heads, then key heads, then value heads.
-        cos_TR: in the dtype of `qkv_TX`, halves equal (transformers' form); R <= D and even: only
-            the first R of each head are rotated, element i with i + R / 2. Products are rounded to
-            the dtype before they are added, as transformers does.
-        sin_TR: like `cos_TR`.
+        cos_TD: in the dtype of `qkv_TX`, halves equal (transformers' form): element i is rotated
+            with i + D / 2. Products are rounded to the dtype before they are added, as transformers
+            does.
+        sin_TD: like `cos_TD`.
         key_cache: [pages, page_size, K, D] with any strides but 1 along D.
         value_cache: the same shape and strides.
         slots_T: int64: page * page_size + offset.
@@ -58,12 +52,13 @@ def rotate_and_store(
     num_kv_heads, head_dim = key_cache.shape[2:]
     num_tokens, width = qkv_TX.shape
     num_heads = width // head_dim - 2 * num_kv_heads
-    assert qkv_TX.stride(1) == cos_TR.stride(1) == sin_TR.stride(1) == key_cache.stride(3) == 1
+    assert qkv_TX.stride(1) == cos_TD.stride(1) == sin_TD.stride(1) == key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
-    assert cos_TR.stride() == sin_TR.stride()
+    assert cos_TD.stride() == sin_TD.stride()
+    assert cos_TD.shape[1] == head_dim
     out_TQD = qkv_TX.new_empty((num_tokens, num_heads + num_kv_heads, head_dim))
     if num_tokens:
-        tensors = (qkv_TX, cos_TR, sin_TR, out_TQD, key_cache, value_cache, slots_T)
+        tensors = (qkv_TX, cos_TD, sin_TD, out_TQD, key_cache, value_cache, slots_T)
         _launch(tensors, num_heads, norms)
     value_TX = qkv_TX[:, (num_heads + num_kv_heads) * head_dim :]
     value_TKD = value_TX.unflatten(1, (num_kv_heads, head_dim))
@@ -71,10 +66,8 @@ def rotate_and_store(
 
 
 def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms | None) -> None:
-    qkv_TX, cos_TR, _, _, key_cache, _, _ = tensors
+    qkv_TX, cos_TD, _, _, key_cache, _, _ = tensors
     _, page_size, num_kv_heads, head_dim = key_cache.shape
-    half = cos_TR.shape[-1] // 2
-    rest = head_dim - 2 * half
     heads = min(triton.next_power_of_2(num_kv_heads), _MAX_HEADS_PER_PROGRAM)
     blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
     early = launches_early(qkv_TX.device)
@@ -84,17 +77,15 @@ def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms 
         norms.key_D if norms else qkv_TX,
         norms.eps if norms else 0.0,
         qkv_TX.stride(0),
-        cos_TR.stride(0),
+        cos_TD.stride(0),
         *key_cache.stride()[:3],
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        HALF=half,
         PAGE_SIZE=page_size,
         NORMS=norms is not None,
         HEADS=heads,
-        BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         EARLY=early,
         num_warps=4,
         enable_fp_fusion=False,  # else a product and the sum become one operation, rounded once
@@ -122,17 +113,16 @@ def _rotate_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     NORMS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
     QUERY_BLOCKS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KEY_BLOCKS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     slot = tl.load(slots_ptr + token)
@@ -151,39 +141,25 @@ def _rotate_kernel(
     inside = known[:, None] & (column < HALF)
     low = tl.load(source + column, mask=inside, other=0.0)
     high = tl.load(source + HALF + column, mask=inside, other=0.0)
-    if BLOCK_REST > 0:
-        column_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-        inside_rest = known[:, None] & (column_rest < HEAD_DIM)
-        rest = tl.load(source + column_rest, mask=inside_rest, other=0.0)
     if is_value:
         tl.store(value_cache_ptr + stored + column, low, mask=inside)
         tl.store(value_cache_ptr + stored + HALF + column, high, mask=inside)
-        if BLOCK_REST > 0:
-            tl.store(value_cache_ptr + stored + column_rest, rest, mask=inside_rest)
     else:
         if NORMS:
             norm = query_norm_ptr if is_query else key_norm_ptr
             squares = tl.sum(_squared(low) + _squared(high), axis=1)
-            if BLOCK_REST > 0:
-                squares += tl.sum(_squared(rest), axis=1)
             factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
             low = _normed(low, factor, norm + column, column < HALF)
             high = _normed(high, factor, norm + HALF + column, column < HALF)
-            if BLOCK_REST > 0:
-                rest = _normed(rest, factor, norm + column_rest, column_rest < HEAD_DIM)
         cos = tl.load(cos_ptr + token * cos_stride + column, mask=column < HALF, other=0.0)
         sin = tl.load(sin_ptr + token * cos_stride + column, mask=column < HALF, other=0.0)
         turned_low = (_rounded(low, cos) - _rounded(high, sin)).to(low.dtype)
         turned_high = (_rounded(high, cos) + _rounded(low, sin)).to(low.dtype)
         tl.store(target + column, turned_low, mask=inside)
         tl.store(target + HALF + column, turned_high, mask=inside)
-        if BLOCK_REST > 0:
-            tl.store(target + column_rest, rest, mask=inside_rest)
         if block >= QUERY_BLOCKS:
             tl.store(key_cache_ptr + stored + column, turned_low, mask=inside)
             tl.store(key_cache_ptr + stored + HALF + column, turned_high, mask=inside)
-            if BLOCK_REST > 0:
-                tl.store(key_cache_ptr + stored + column_rest, rest, mask=inside_rest)
 
 
 @triton.jit

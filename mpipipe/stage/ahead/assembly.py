@@ -25,20 +25,22 @@ def open_engine(
 ) -> AheadEngine:
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
-    seats = SeatTable(
-        num_seats(plan.num_slots, plan.max_sequences_per_slot), max_pages, model.vocab_size
-    )
+    rows = plan.max_sequences_per_slot
+    seats = SeatTable(num_seats(plan.num_slots, rows), max_pages, model.vocab_size)
     nobody = (seats.num_seats, plan.num_kv_pages)
     batches = tuple(
-        DecodeBatch(seats, lane, max_rows=plan.max_sequences_per_slot, nobody=nobody)
-        for _ in range(plan.num_slots)
+        DecodeBatch(seats, lane, max_rows=rows, nobody=nobody) for _ in range(plan.num_slots)
     )
     hidden_in_BH = None
     if not model.plan.has_embedding:
-        rows = plan.max_sequences_per_slot
         hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
     last_token = torch.zeros(seats.num_seats + 1, dtype=torch.int64, device=lane.device)
-    tensors = StageTensors(last_token, hidden_in_BH)
+    use_graphs = plan.cuda_graphs and not model.graph_obstacle()
+    sends_ids = model.plan.has_head and not model.plan.has_embedding
+    sent_ids = None
+    if use_graphs and sends_ids:
+        sent_ids = last_token.new_zeros(plan.num_slots, rows)
+    tensors = StageTensors(last_token, hidden_in_BH, sent_ids)
     programs = DecodePrograms(
         model,
         batches,
@@ -46,7 +48,7 @@ def open_engine(
         lane,
         page_size=plan.page_size_tokens,
         max_kv_len=plan.max_sequence_tokens,
-        use_graphs=plan.cuda_graphs and not attention_needs_spans and not model.graph_obstacle(),
+        use_graphs=use_graphs,
     )
     return AheadEngine(
         plan,

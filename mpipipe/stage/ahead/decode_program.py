@@ -4,8 +4,9 @@ One program per slot, number of rows and sampling operations. Its work is plain 
 lengths, look the inputs up, run the layers, sample. `memory.cuda_graphs = false` and CPUs run that
 work as it is; it is the oracle of the graphs, which replay the very same calls.
 
-A program's outputs stay at the same addresses, valid until its next run; logits until the next run
-of any program, because all write them to one place.
+A program's outputs stay at the same addresses, valid until the next run of any program: captured
+programs share their work space, and all write logits to one place. Ids that leave this stage
+outlast that, as they are sent beside the lane: see `StageTensors.sent_ids`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class StageTensors:
 
     last_token: torch.Tensor  # int64 [seats + 1]: the token each sequence sampled last (stage 0)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
+    # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only
+    # on the last of several stages, and where programs are captured: otherwise each step's are new.
+    sent_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,10 @@ class DecodePrograms:
     def num_graphs(self) -> int:
         """Graphs captured so far."""
         return self._num_graphs
+
+    def results(self) -> list[torch.Tensor]:
+        """What the captured programs leave: where decode steps' results are found."""
+        return [output.result for _, output in self._replays.values()]
 
     def prepare(self, keys: Iterable[ProgramKey]) -> None:
         """Run every program once on rows without sequences, and capture it."""
@@ -208,6 +216,8 @@ class DecodePrograms:
         ids_B = self._sample(key, result, kv_len_B)
         if model.plan.has_embedding:
             last_token.index_copy_(0, seats_B, ids_B)
+        if self._tensors.sent_ids is not None:
+            ids_B = self._tensors.sent_ids[key.slot, :rows].copy_(ids_B)
         return DecodeOutput(ids_B, self._keep(result) if key.with_logits else None)
 
     def _keep(self, logits_BV: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from mpipipe.stage.ahead.decode_program import (
 )
 from mpipipe.stage.ahead.ids_intake import IdsIntake, RowSlices
 from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
-from mpipipe.stage.ahead.prefill import full_prefill, sampled_rows
+from mpipipe.stage.ahead.prefill import full_decode, full_prefill, sampled_rows
 from mpipipe.stage.ahead.seats import SeatTable
 from mpipipe.stage.device_logprobs import select_logprobs
 from mpipipe.stage.device_sampler import SamplingColumns, SeenTokens, sample_on_device
@@ -91,11 +91,6 @@ class AheadEngine:
             batch.clear()
         self.seats.clear()
 
-    @property
-    def fixed_results(self) -> bool:
-        """Whether decode steps leave their results at the same addresses again and again."""
-        return self.programs.use_graphs
-
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
         return self._batches[step.slot].latest_sample(step.joined)
@@ -111,9 +106,10 @@ class AheadEngine:
         """
         with torch.inference_mode():
             self._prefill_trial()
-        if self._ragged:
-            self._lane.drain()
-            return
+            if self._ragged:
+                self._decode_trial()
+                self._lane.drain()
+                return
         kinds = use.kinds if self._is_last else ((GREEDY, False),)
         if self._is_last and use.needs.penalty:
             self._remember_seen()
@@ -145,15 +141,22 @@ class AheadEngine:
 
     def _prefill_trial(self) -> None:
         """A step of as many prompt tokens as a step may have; what it writes nobody reads."""
-        plan = self._plan
-        spans, pages = full_prefill(plan)
+        spans, pages = full_prefill(self._plan)
         layout = self._on_device([(span, pages) for span in spans])
-        first = layout.num_tokens
-        shape = (first,) if self._is_first else (first, plan.hidden_size)
-        dtype = torch.int64 if self._is_first else self._model.dtype
-        inputs = torch.zeros(shape, dtype=dtype, device=self._lane.device)
         rows_S = torch.arange(len(spans), device=self._lane.device) if self._is_last else None
-        self._model.forward(inputs, layout, rows_S)
+        self._model.forward(self._trial_inputs(layout), layout, rows_S)
+
+    def _decode_trial(self) -> None:
+        """As `_prefill_trial`, of as many decodes, over as much cache, as a step may have."""
+        spans, pages = full_decode(self._plan)
+        layout = self._on_device([(span, pages) for span in spans])
+        self._model.forward_decode(self._trial_inputs(layout), layout)
+
+    def _trial_inputs(self, layout: BatchLayout) -> torch.Tensor:
+        hidden_in_BH = self._tensors.hidden_in_BH
+        if hidden_in_BH is None:
+            return self._tensors.last_token.new_zeros(layout.num_tokens)
+        return hidden_in_BH.new_zeros(layout.num_tokens, hidden_in_BH.shape[1])
 
     def _on_device(self, placed: Sequence[tuple[SequenceSpan, Sequence[int]]]) -> BatchLayout:
         layout = build_layout(placed, self._plan.page_size_tokens)
@@ -268,6 +271,13 @@ class AheadEngine:
         if self._is_first:
             self.take_ids(seats_S, ids_S)
         return LaunchedStep(ids_S, seats_S, self._logprobs(logits_SV, ids_S, seats))
+
+    def input_buffers(self) -> list[torch.Tensor]:
+        """Where the inputs of decode steps arrive: of each size, hidden states, or ids."""
+        hidden_in_BH = self._tensors.hidden_in_BH
+        if hidden_in_BH is None:
+            return [self.ids_buffer(rows) for rows in self._buckets]
+        return [self._slices.of(hidden_in_BH, rows) for rows in self._buckets]
 
     def ids_buffer(self, num_rows: int) -> torch.Tensor:
         """Where the ids of a decode step arrive: int64 [num_rows] (first stage)."""

@@ -4,9 +4,11 @@ Prepared where programs leave their results at fixed addresses, that is with CUD
 the channel can repeat a transfer (`RepeatingChannel`); plain transfers everywhere else. The two
 ends of an edge may differ in that, as both move all rows of a program, padding included.
 
-Why a repeated send needs no copy of the result: what overwrites it is the next step of the slot,
-whose input comes from the head, which has received the ids of this step by then
-(`AheadWorker._receive_needed`).
+Why a repeated send needs no copy. Hidden states leave on the lane's own stream, before any later
+replay, of whatever slot, writes to their memory. Ids leave on a stream of their own, which later
+replays do not wait for; so a program puts them where only its slot's programs write
+(`StageTensors.sent_ids`), and the slot's next step has its input from the head, which has
+received these ids by then (`AheadWorker._receive_needed`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpipipe.clock import Clock
     from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.planning.plan import PipelinePlan, StagePlan
+    from mpipipe.stage.ahead.engine import AheadEngine
 
 __all__ = ["Hops"]
 
@@ -34,26 +39,39 @@ class Hops:
 
     Args:
         channel: carries the tensors.
+        clock: monotonic seconds.
         fixed: the tensors of decode steps stay where they are as long as the channel is open.
     """
 
-    def __init__(self, channel: TensorChannel, *, fixed: bool) -> None:
+    def __init__(self, channel: TensorChannel, clock: Clock, *, fixed: bool) -> None:
+        self.awaited_s = 0.0  # spent so far until receives were on the lane: others' time
         self._channel = channel
+        self._clock = clock
         self._repeating = channel if fixed and isinstance(channel, RepeatingChannel) else None
         self._sends: dict[_Memory, Callable[[], None]] = {}
         self._receives: dict[_Memory, Callable[[], None]] = {}
+
+    def prepare(self, plan: PipelinePlan, stage: StagePlan, engine: AheadEngine) -> None:
+        """Prepare what the captured decode steps will move, as their first transfers would."""
+        if self._repeating is None or len(plan.stages) == 1:
+            return
+        kind, to = EdgeKind.IDS, plan.head_rank
+        if not stage.has_head:
+            kind, to = EdgeKind.HIDDEN, plan.stages[stage.stage + 1].rank
+        for result in engine.programs.results():
+            self._repeated_send(self._repeating, result, to, kind)
+        kind, source = EdgeKind.IDS, plan.last_rank
+        if not stage.has_embedding:
+            kind, source = EdgeKind.HIDDEN, plan.stages[stage.stage - 1].rank
+        for buffer in engine.input_buffers():
+            self._repeated_receive(self._repeating, buffer, source, kind)
 
     def send(self, step: _Step, tensor: torch.Tensor, to: int, kind: EdgeKind) -> None:
         """Add a send of what `step` made."""
         if self._repeating is None or not isinstance(step, DecodeScheduled):
             self._channel.send(tensor, destination=to, kind=kind)
             return
-        key = (kind, tensor.data_ptr(), tensor.nbytes)
-        send = self._sends.get(key)
-        if send is None:
-            send = self._repeating.repeated_send(tensor, destination=to, kind=kind)
-            self._sends[key] = send
-        send()
+        self._repeated_send(self._repeating, tensor, to, kind)()
 
     async def receive(
         self,
@@ -64,11 +82,29 @@ class Hops:
     ) -> None:
         """Add a receive of what `step` needs, or made."""
         if self._repeating is None or not isinstance(step, DecodeScheduled):
-            await self._channel.receive(buffer, source=source, kind=kind).wait()
+            transfer = self._channel.receive(buffer, source=source, kind=kind)
+            started_s = self._clock.now_s()
+            await transfer.wait()
+            self.awaited_s += self._clock.now_s() - started_s
             return
+        self._repeated_receive(self._repeating, buffer, source, kind)()
+
+    def _repeated_send(
+        self, repeating: RepeatingChannel, tensor: torch.Tensor, to: int, kind: EdgeKind
+    ) -> Callable[[], None]:
+        key = (kind, tensor.data_ptr(), tensor.nbytes)
+        send = self._sends.get(key)
+        if send is None:
+            send = repeating.repeated_send(tensor, destination=to, kind=kind)
+            self._sends[key] = send
+        return send
+
+    def _repeated_receive(
+        self, repeating: RepeatingChannel, buffer: torch.Tensor, source: int, kind: EdgeKind
+    ) -> Callable[[], None]:
         key = (kind, buffer.data_ptr(), buffer.nbytes)
         receive = self._receives.get(key)
         if receive is None:
-            receive = self._repeating.repeated_receive(buffer, source=source, kind=kind)
+            receive = repeating.repeated_receive(buffer, source=source, kind=kind)
             self._receives[key] = receive
-        receive()
+        return receive

@@ -106,7 +106,8 @@ class CudaLane:
         self._pinned = PinnedRing(stream)
         # Of its own: the host may read a result later than the GPU has gone by.
         self._results = PinnedRing(stream, segment_bytes=256 << 10, num_segments=16)
-        # Graphs run one at a time, in stream order, so all may share their work space.
+        # Graphs run one at a time, in stream order, so all may share their work space. A graph's
+        # result may lie where an earlier one has temporaries: it holds until any graph's replay.
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
 

@@ -1,4 +1,4 @@
-"""What the engine works out about steps of prompt chunks, without any tensor."""
+"""What the engine works out about ragged steps, those of prompt chunks above all; no tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mpipipe.control_plane.messages import StepScheduled
     from mpipipe.planning.plan import PipelinePlan
 
-__all__ = ["full_prefill", "sampled_rows"]
+__all__ = ["full_decode", "full_prefill", "sampled_rows"]
 
 
 def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
@@ -25,6 +25,14 @@ def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
         spans.append(SequenceSpan(len(spans), first, length, length))
         first += length
     return spans, range(-(-longest // plan.page_size_tokens))
+
+
+def full_decode(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
+    """Decodes of as many sequences as a slot may have, as long as all pages let them be; pages."""
+    rows = plan.max_sequences_per_slot
+    num_pages = max(1, plan.num_kv_pages // rows)
+    length = min(plan.max_sequence_tokens, num_pages * plan.page_size_tokens)
+    return [SequenceSpan(row, row, 1, length) for row in range(rows)], range(num_pages)
 
 
 def sampled_rows(spans: tuple[SequenceSpan, ...], step: StepScheduled) -> np.ndarray:

@@ -11,7 +11,6 @@ keeps the lane, and one GPU core, waiting.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
@@ -31,11 +30,11 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.errors import NumericsError
-from mpipipe.stage.ahead.edges import exercise_edges
 from mpipipe.stage.ahead.hops import Hops
 from mpipipe.stage.ahead.timeline import StepMarks
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
+from mpipipe.stage.edges import exercise_edges
 
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
@@ -103,7 +102,7 @@ class AheadWorker:
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
-        self._hops = Hops(channel, fixed=engine.fixed_results)
+        self._hops = Hops(channel, clock, fixed=engine.programs.use_graphs)
         self._engine = engine
         self._lane = lane
         self._timeline = timeline
@@ -160,9 +159,10 @@ class AheadWorker:
         return DeviceUse(self._lane.peak_bytes(), self._us_per_launch)
 
     async def exercise_edges(self) -> None:
-        """Send one small tensor over every edge of this stage, so that no step pays for set-up."""
+        """Use every edge once, and prepare what repeats on it, so that no step pays for set-up."""
         await exercise_edges(self._plan, self._stage, self._channel, self._lane.device)
         self._lane.drain()
+        self._hops.prepare(self._plan, self._stage, self._engine)
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class AheadWorker:
 
     async def _launch(self, step: _Step) -> None:
         """Put a step on the lane: receive, compute, send."""
-        started_s = time.perf_counter()
+        started_s = self._clock.now_s() - self._hops.awaited_s
         taken_up = self._lane.mark()
         hidden_TH = None
         if not self.is_first:
@@ -209,7 +209,7 @@ class AheadWorker:
         self._timeline.add(marks)
         self._progress.wake()
         if isinstance(step, DecodeScheduled):
-            self._launches_s.append(time.perf_counter() - started_s)
+            self._launches_s.append(self._clock.now_s() - self._hops.awaited_s - started_s)
 
     def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
         """Send what the step made, and note what is to come back."""

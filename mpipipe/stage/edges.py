@@ -9,7 +9,7 @@ import torch
 from mpipipe.data_plane.channel import EdgeKind
 
 if TYPE_CHECKING:
-    from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
 
 __all__ = ["exercise_edges"]
@@ -26,13 +26,16 @@ async def exercise_edges(
     dtype = getattr(torch, plan.dtype)
     hidden_TH = torch.zeros(1, plan.hidden_size, dtype=dtype, device=device)
     ids_S = torch.zeros(1, dtype=torch.int64, device=device)
+    sends: list[Transfer] = []
     if not is_first:
         source = plan.stages[stage.stage - 1].rank
         await channel.receive(hidden_TH, source=source, kind=EdgeKind.HIDDEN).wait()
     if not is_last:
         destination = plan.stages[stage.stage + 1].rank
-        channel.send(hidden_TH, destination=destination, kind=EdgeKind.HIDDEN)
+        sends.append(channel.send(hidden_TH, destination=destination, kind=EdgeKind.HIDDEN))
     if is_last and not is_first:
-        channel.send(ids_S, destination=plan.head_rank, kind=EdgeKind.IDS)
+        sends.append(channel.send(ids_S, destination=plan.head_rank, kind=EdgeKind.IDS))
     if is_first and not is_last:
         await channel.receive(ids_S, source=plan.last_rank, kind=EdgeKind.IDS).wait()
+    for send in sends:
+        await send.wait()
