@@ -12,7 +12,7 @@ from its coroutine.
 Not here: what is polled (channels register themselves), and any knowledge of MPI or CUDA.
 
 Invariants: everything runs in the event-loop thread; an error in a poll ends `run` with that error;
-nothing else in mpipipe polls.
+while steps run nothing else in mpipipe polls, but for a profile (`runtime.timeline`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import contextlib
 import os
 import selectors
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["EngineStatistics", "ProgressEngine", "new_event_loop"]
+__all__ = ["ProgressEngine", "new_event_loop"]
 
 _SPIN_TURNS = 300
 # With fewer cores than ranks every turn may cost a neighbour its core: give up soon.
@@ -48,15 +47,6 @@ _LONGEST_COMPUTING_NAP_S = 4e-3
 _LONGEST_PRESSING_NAP_S = 1e-3
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """Totals since the engine was made."""
-
-    num_polls: int  # rounds in which everything was asked
-    num_active_polls: int  # rounds in which something had completed
-    num_naps: int
-
-
 class ProgressEngine:
     """Polls whatever is registered, eagerly after activity, rarely when idle.
 
@@ -73,9 +63,6 @@ class ProgressEngine:
         self._num_pressing = 0
         self._nap_end: asyncio.Future[None] | None = None
         self._failure: asyncio.Future[None] | None = None
-        self._num_polls = 0
-        self._num_active_polls = 0
-        self._num_naps = 0
 
     def register(self, poll: Callable[[], bool]) -> Callable[[], None]:
         """Ask `poll` in every round; it must not block, and returns True if something completed.
@@ -128,10 +115,6 @@ class ProgressEngine:
         self._num_pressing += change
         assert self._num_pressing >= 0, "a transfer ended twice"
 
-    def statistics(self) -> EngineStatistics:
-        """Totals so far."""
-        return EngineStatistics(self._num_polls, self._num_active_polls, self._num_naps)
-
     # ---- polling ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -158,13 +141,11 @@ class ProgressEngine:
 
     def poll(self) -> bool:
         """Ask everything once; True if something completed."""
-        self._num_polls += 1
         active = False
         for poll in self._polls:
             if poll():
                 active = True
         if active:
-            self._num_active_polls += 1
             self.wake()
         return active
 
@@ -191,7 +172,6 @@ class ProgressEngine:
             self._nap_s = min(nap_s * _NAP_GROWTH, _LONGEST_NAP_S)
         if self._num_pressing and not self._num_computing:
             nap_s = min(nap_s, _LONGEST_PRESSING_NAP_S)
-        self._num_naps += 1
         return nap_s
 
     async def _run_from_coroutine(self) -> None:

@@ -13,10 +13,11 @@ from mpipipe.config.prompts import read_prompts
 from mpipipe.control_plane.probe import format_probe
 from mpipipe.errors import ConfigError
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.circumstances import package_versions
+from mpipipe.runtime.circumstances import SPEED_PACKAGES
 from mpipipe.runtime.control_bench import measure_control_plane
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge
+from mpipipe.runtime.packages import package_versions
 from mpipipe.runtime.requests import prepare
 from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests
 
@@ -131,7 +132,7 @@ def transformers_works_command(
             "model": facts.folder.name,
             "dtype": dtype,
             "batch_size": batch_size or work.num_prompts,
-            "versions": package_versions(),
+            "versions": package_versions(SPEED_PACKAGES),
         }
         print(json.dumps(record), flush=True)
 

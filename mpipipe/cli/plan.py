@@ -6,13 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, load_config
-from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.resolve import make_plan
 from mpipipe.runtime.inputs import deepspeed_warnings, read_model
-from mpipipe.topology.affinity import usable_physical_cores
+from mpipipe.runtime.own_hello import own_hello
 from mpipipe.topology.gpu import (
     GpuFacts,
     driver_in_sight,
@@ -21,13 +19,14 @@ from mpipipe.topology.gpu import (
     no_driver_problem,
     query_gpus,
 )
-from mpipipe.topology.host import read_host
+from mpipipe.topology.launcher import Launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.control_plane.messages import Hello
 
 __all__ = ["plan_command"]
 
@@ -56,35 +55,17 @@ def plan_command(
 
 def _greetings(loaded: LoadedConfig, num_ranks: int) -> list[Hello]:
     """What `num_ranks` ranks of this host would tell each other."""
-    host = read_host()
-    gpus = _gpus(loaded.config.pipeline.device, num_ranks)
-    cores = usable_physical_cores()
     backends = installed_attention_backends()
     return [
-        Hello(
-            rank=rank,
-            world_size=num_ranks,
-            protocol_version=PROTOCOL_VERSION,
-            package_version=__version__,
+        own_hello(
+            rank,
+            num_ranks,
             config_hash=config_hash(loaded.config),
-            host=host.host,
-            pid=os.getpid(),
-            num_cores=host.usable_cores,
-            memory_available_bytes=host.memory_available_bytes,
-            launcher="none",
-            gpu_index=gpu.index,
-            gpu_name=gpu.name,
-            gpu_uuid=gpu.uuid,
-            gpu_capability=gpu.capability,
-            gpu_memory_bytes=gpu.memory_bytes,
-            gpu_free_bytes=gpu.free_bytes,
-            nccl_version=gpu.nccl_version,
+            launcher=Launcher.NONE.value,
+            gpu=gpu,
             attention_backends=backends if gpu.index >= 0 else (),
-            gpu_problem=gpu.problem,
-            cores=cores,
-            num_allowed_cpus=sum(map(len, cores)),
         )
-        for rank, gpu in enumerate(gpus)
+        for rank, gpu in enumerate(_gpus(loaded.config.pipeline.device, num_ranks))
     ]
 
 

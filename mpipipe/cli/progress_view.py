@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from mpipipe.clock import Clock, MonotonicClock
+from mpipipe.runtime.run_status import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -92,7 +93,7 @@ class ProgressView:
         if failed:
             facts.append(f"{failed} failed")
         if 0 < finished < self._total:
-            facts.append(f"ETA {_duration(elapsed_s / finished * (self._total - finished))}")
+            facts.append(f"ETA {duration(elapsed_s / finished * (self._total - finished))}")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=finished, facts=" · ".join(facts))
             self._redraw_bar(self._bar)
@@ -137,11 +138,3 @@ class ProgressView:
         )
         self._bar.start()
         self._task = self._bar.add_task("", total=self._total, facts="starting")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

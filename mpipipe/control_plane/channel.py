@@ -9,21 +9,9 @@ All methods belong to the event-loop thread. Implementations: `memory`, `mpi`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-__all__ = ["Channel", "MessageStatistics"]
-
-
-@dataclass(frozen=True, slots=True)
-class MessageStatistics:
-    """Totals since the channel was opened, frames to the own rank included."""
-
-    num_sent: int
-    num_received: int  # taken over by this process, read or not
-    sent_bytes: int
-    received_bytes: int
-    num_unread: int  # received, not yet read
+__all__ = ["Channel"]
 
 
 class Channel(Protocol):
@@ -62,10 +50,6 @@ class Channel(Protocol):
         Raises:
             ChannelClosedError: the channel was closed and nothing is left.
         """
-        ...
-
-    def statistics(self) -> MessageStatistics:
-        """Totals so far."""
         ...
 
     async def aclose(self) -> None:

@@ -30,9 +30,6 @@ class Mailbox(Generic[T]):
         self._reader: asyncio.Future[None] | None = None
         self._closed = False
 
-    def __len__(self) -> int:
-        return len(self._items)
-
     def put(self, item: T) -> None:
         """Add an item; after `close` it is dropped."""
         if self._closed:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from mpipipe.control_plane.channel import MessageStatistics
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.errors import ChannelClosedError
 
@@ -26,10 +25,6 @@ class MemoryChannel:
         self._engine = engine
         self._inbox: Mailbox[tuple[int, bytes]] = Mailbox(f"the control channel of rank {rank}")
         self._closed = False
-        self._num_sent = 0
-        self._num_received = 0
-        self._sent_bytes = 0
-        self._received_bytes = 0
 
     @property
     def rank(self) -> int:
@@ -47,15 +42,11 @@ class MemoryChannel:
             raise ChannelClosedError(f"rank {self._rank} sent to rank {to} after closing")
         if not 0 <= to < self.world_size:
             raise ValueError(f"there is no rank {to}: ranks are 0 to {self.world_size - 1}")
-        self._num_sent += 1
-        self._sent_bytes += len(frame)
         self._group[to]._take(self._rank, frame)
 
     def _take(self, source: int, frame: bytes) -> None:
         if self._closed:
             return
-        self._num_received += 1
-        self._received_bytes += len(frame)
         self._inbox.put((source, frame))
         self._engine.wake()
 
@@ -66,16 +57,6 @@ class MemoryChannel:
     def receive_nowait(self) -> tuple[int, bytes] | None:
         """The next frame, or None. Raises as in the contract."""
         return self._inbox.get_nowait()
-
-    def statistics(self) -> MessageStatistics:
-        """Totals so far."""
-        return MessageStatistics(
-            self._num_sent,
-            self._num_received,
-            self._sent_bytes,
-            self._received_bytes,
-            len(self._inbox),
-        )
 
     async def aclose(self) -> None:
         """Release. Idempotent."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpipipe.clock import Clock
-    from mpipipe.control_plane.channel import Channel, MessageStatistics
+    from mpipipe.control_plane.channel import Channel
     from mpipipe.control_plane.messages import Message
     from mpipipe.progress import ProgressEngine
 
@@ -55,10 +55,6 @@ class Messenger:
     def world_size(self) -> int:
         """Number of ranks."""
         return self._channel.world_size
-
-    def statistics(self) -> MessageStatistics:
-        """Totals of the channel; messages to the own rank do not count."""
-        return self._channel.statistics()
 
     def start(self) -> None:
         """Begin to deliver messages; `aclose` ends it."""

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 import mpi4py
 
-from mpipipe.control_plane.channel import MessageStatistics
 from mpipipe.control_plane.launch_watch import launch_watch
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
@@ -45,7 +44,13 @@ if TYPE_CHECKING:
 
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["MpiChannel", "library_version", "open_mpi_control_channel", "thread_level"]
+__all__ = [
+    "MpiChannel",
+    "library_version",
+    "module_file",
+    "open_mpi_control_channel",
+    "thread_level",
+]
 
 _SLOT_BYTES = 32 * 1024
 # Frames that may arrive between two polls without MPI having to copy them aside: over all sources,
@@ -100,7 +105,6 @@ class MpiChannel:
         self._sends: deque[MPI.Request] = deque()  # unfinished; each keeps its buffer alive
         self._unregister: Callable[[], None] | None = None
         self._closed = False
-        self._num_sent = self._num_received = self._sent_bytes = self._received_bytes = 0
 
     @property
     def rank(self) -> int:
@@ -134,10 +138,8 @@ class MpiChannel:
             raise ChannelClosedError(f"rank {self._rank} sent to rank {to} after closing")
         if not 0 <= to < self._world_size:
             raise ValueError(f"there is no rank {to}: ranks are 0 to {self._world_size - 1}")
-        self._num_sent += 1
-        self._sent_bytes += len(frame)
         if to == self._rank:
-            self._take(to, frame)
+            self._inbox.put((to, frame))
         else:
             try:
                 self._send_pieces(to, frame)
@@ -197,27 +199,12 @@ class MpiChannel:
 
     def _take_piece(self, source: int, tag: int, piece: bytes) -> None:
         if tag == _WHOLE:
-            self._take(source, piece)
+            self._inbox.put((source, piece))
             return
         pieces = self._pieces.setdefault(source, [])
         pieces.append(piece)
         if tag == _LAST:
-            self._take(source, b"".join(self._pieces.pop(source)))
-
-    def _take(self, source: int, frame: bytes) -> None:
-        self._num_received += 1
-        self._received_bytes += len(frame)
-        self._inbox.put((source, frame))
-
-    def statistics(self) -> MessageStatistics:
-        """Totals so far."""
-        return MessageStatistics(
-            self._num_sent,
-            self._num_received,
-            self._sent_bytes,
-            self._received_bytes,
-            len(self._inbox),
-        )
+            self._inbox.put((source, b"".join(self._pieces.pop(source))))
 
     # ---- ending ----------------------------------------------------------------------------------
 
@@ -288,9 +275,14 @@ def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
     )
 
 
-def library_version(*, whole: bool = False) -> str:
-    """Name and version of the MPI library, or all that it says. MPI need not be started."""
-    return MPI.Get_library_version() if whole else MPI.Get_library_version().splitlines()[0]
+def library_version() -> str:
+    """All that the MPI library says of itself, in lines; MPI need not be started."""
+    return MPI.Get_library_version()
+
+
+def module_file() -> str:
+    """The file of mpi4py's extension module; its name may tell the ABI."""
+    return str(MPI.__file__)
 
 
 def thread_level() -> str:

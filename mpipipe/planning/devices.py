@@ -81,9 +81,9 @@ def _check_own_gpus(ranks: Sequence[RankResources]) -> None:
         num_gpus = len({_identity(rank) for rank in ranks if rank.host == host})
         raise EnvironmentSetupError(
             f"ranks {numbers} on {host} would share {gpu}, as {num_ranks} ranks see "
-            f"{num_gpus} GPU{'s' * (num_gpus > 1)} there: start at most one rank per GPU, give the "
-            "ranks GPUs of their own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1), or set "
-            "pipeline.share_gpus = true, which is slow and made for tests"
+            f"{num_gpus} GPU{'s' * (num_gpus > 1)} there: start at most one rank per GPU, let the "
+            f"ranks see as many GPUs as they are (CUDA_VISIBLE_DEVICES, srun --gpus-per-node="
+            f"{num_ranks}), or set pipeline.share_gpus = true, which is slow and made for tests"
         )
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
+from mpipipe.runtime.packages import package_versions
 
 if TYPE_CHECKING:
     from mpipipe.runtime.session import Session
 
-__all__ = ["circumstances", "package_versions"]
+__all__ = ["SPEED_PACKAGES", "circumstances"]
 
-_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
+SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
 
 
 def circumstances(session: Session) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def circumstances(session: Session) -> dict[str, Any]:
             "attention": plan.attention,
             "laps_ahead": plan.laps_ahead,
             "prefill": plan.prefill,
-            "cuda_graphs": plan.cuda_graphs,
+            "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
             "weights": plan.weights,
             "hash": plan.content_hash(),
         },
@@ -44,18 +44,7 @@ def circumstances(session: Session) -> dict[str, Any]:
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,
-            **package_versions(),
+            **package_versions(SPEED_PACKAGES),
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that speed depends on; None: not installed."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions

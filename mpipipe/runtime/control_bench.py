@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.probe import ControlProbe, probe_control_plane
 from mpipipe.errors import EnvironmentSetupError
+from mpipipe.runtime.greeting import meet
 from mpipipe.runtime.launch import AgreedError, open_ranks
-from mpipipe.topology.host import usable_cores
 
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
 
 __all__ = ["measure_control_plane"]
+
+_MEET_S = 60.0
 
 
 async def measure_control_plane(clock: Clock, *, debug: bool = False) -> ControlProbe | None:
@@ -20,6 +22,8 @@ async def measure_control_plane(clock: Clock, *, debug: bool = False) -> Control
 
     Raises:
         EnvironmentSetupError: fewer than two ranks were started.
+        ProtocolMismatchError: the ranks are of different versions.
+        DeadlineError: a rank did not come.
     """
     async with open_ranks(clock, debug=debug) as ranks:
         if ranks.mesh.world_size < 2:
@@ -28,5 +32,5 @@ async def measure_control_plane(clock: Clock, *, debug: bool = False) -> Control
                     "messages need two ranks, one was started: `mpirun -n 2 mpipipe bench control`"
                 )
             )
-        ranks.engine.share_cores(num_ranks=ranks.mesh.world_size, num_cores=usable_cores())
+        await meet(ranks, "cpu", deadline_s=_MEET_S)
         return await probe_control_plane(ranks.mesh, raw=ranks.raw)

@@ -6,14 +6,14 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from mpipipe._version import __version__
 from mpipipe.config.load import LoadedConfig, config_hash
 from mpipipe.config.schema import AUTO
-from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
+from mpipipe.control_plane.messages import Hello
 from mpipipe.errors import DeadlineError, ProtocolMismatchError
 from mpipipe.planning.layout import cores_of_ranks
 from mpipipe.runtime.launch import AgreedError
-from mpipipe.topology.affinity import allowed_cpus, cpus_near, move_process, usable_physical_cores
+from mpipipe.runtime.own_hello import own_hello
+from mpipipe.topology.affinity import move_process
 from mpipipe.topology.gpu import (
     GpuFacts,
     container_kind,
@@ -21,7 +21,7 @@ from mpipipe.topology.gpu import (
     no_driver_problem,
     told_local_rank,
 )
-from mpipipe.topology.host import host_name, read_host
+from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import local_ranks
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mpipipe.runtime.launch import Ranks
 
-__all__ = ["greet", "local_rank_of", "read_hello", "share_host"]
+__all__ = ["greet", "local_rank_of", "meet", "read_hello"]
 
 
 async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
@@ -41,18 +41,34 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
         AgreedError: versions, configurations or the number of ranks differ, or ranks are missing.
     """
     pipeline = loaded.config.pipeline
-    deadline_s = pipeline.handshake_timeout_s
     try:
-        hello = await read_hello(
-            ranks, pipeline.device, config_hash(loaded.config), deadline_s=deadline_s
+        hellos = await meet(
+            ranks,
+            pipeline.device,
+            config_hash(loaded.config),
+            deadline_s=pipeline.handshake_timeout_s,
         )
-        hellos = await ranks.mesh.handshake(hello, deadline_s)
     except (ProtocolMismatchError, DeadlineError) as error:
         raise AgreedError(error) from None
-    share_host(ranks, hellos)
-    cores = cores_of_ranks(pipeline.bind, hellos)[hello.rank]
-    if cores != hello.cores:
+    rank = ranks.mesh.rank
+    cores = cores_of_ranks(pipeline.bind, hellos)[rank]
+    if cores != hellos[rank].cores:
         move_process(cpu for core in cores for cpu in core)
+    return hellos
+
+
+async def meet(
+    ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
+) -> tuple[Hello, ...]:
+    """Exchange `read_hello`, in rank order; from then on poll as the cores of this host allow.
+
+    Raises:
+        ProtocolMismatchError: versions, configurations or the number of ranks differ.
+        DeadlineError: a rank did not come.
+    """
+    hello = await read_hello(ranks, device, config_hash, deadline_s=deadline_s)
+    hellos = await ranks.mesh.handshake(hello, deadline_s)
+    _share_host(ranks, hellos)
     return hellos
 
 
@@ -70,33 +86,15 @@ async def read_hello(
     Raises:
         DeadlineError: a rank did not come.
     """
-    host = read_host()
     local_rank = await local_rank_of(ranks, deadline_s)
     gpu, backends = _read_gpu(device, local_rank)
-    return Hello(
-        rank=ranks.mesh.rank,
-        world_size=ranks.mesh.world_size,
-        protocol_version=PROTOCOL_VERSION,
-        package_version=__version__,
+    return own_hello(
+        ranks.mesh.rank,
+        ranks.mesh.world_size,
         config_hash=config_hash,
-        host=host.host,
-        pid=os.getpid(),
-        num_cores=host.usable_cores,
-        memory_available_bytes=host.memory_available_bytes,
         launcher=ranks.info.launcher.value,
-        gpu_index=gpu.index,
-        gpu_name=gpu.name,
-        gpu_uuid=gpu.uuid,
-        gpu_capability=gpu.capability,
-        gpu_memory_bytes=gpu.memory_bytes,
-        gpu_free_bytes=gpu.free_bytes,
-        nccl_version=gpu.nccl_version,
+        gpu=gpu,
         attention_backends=backends,
-        gpu_problem=gpu.problem,
-        gpu_pci=gpu.pci,
-        gpu_cpus=cpus_near(gpu.pci),
-        cores=usable_physical_cores(),
-        num_allowed_cpus=len(allowed_cpus()),
     )
 
 
@@ -112,7 +110,7 @@ async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:
     return numbers[ranks.mesh.rank]
 
 
-def share_host(ranks: Ranks, hellos: Sequence[Hello]) -> None:
+def _share_host(ranks: Ranks, hellos: Sequence[Hello]) -> None:
     """Let the ranks of this host poll less eagerly where they have fewer cores than they are."""
     host = hellos[ranks.mesh.rank].host
     local = [greeting for greeting in hellos if greeting.host == host]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mpipipe.topology.host import cgroup_folders
+from mpipipe.topology.host import cgroup_folders, read_text
 
 __all__ = [
     "Core",
@@ -61,7 +61,7 @@ def usable_physical_cores(
     cores: dict[Core, None] = {}
     for cpu in mask:
         file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        siblings = set(parse_cpus(_text(file))) | {cpu}
+        siblings = set(parse_cpus(read_text(file))) | {cpu}
         cores[tuple(sibling for sibling in mask if sibling in siblings)] = None
     return tuple(cores)
 
@@ -73,9 +73,9 @@ def allowed_cpus(root: Path = _ROOT) -> tuple[int, ...]:
     """
     for group in cgroup_folders(root, "cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
-            if cpus := parse_cpus(_text(group / name)):
+            if cpus := parse_cpus(read_text(group / name)):
                 return cpus
-    return parse_cpus(_text(root / "sys/devices/system/cpu/online"))
+    return parse_cpus(read_text(root / "sys/devices/system/cpu/online"))
 
 
 def cpus_near(pci_address: str, root: Path = _ROOT) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def cpus_near(pci_address: str, root: Path = _ROOT) -> tuple[int, ...]:
     if not pci_address:
         return ()
     folder = root / "sys/bus/pci/devices" / pci_address.lower()
-    return parse_cpus(_text(folder / "local_cpulist"))
+    return parse_cpus(read_text(folder / "local_cpulist"))
 
 
 def move_process(cpus: Iterable[int], root: Path = _ROOT) -> bool:
@@ -110,10 +110,3 @@ def move_process(cpus: Iterable[int], root: Path = _ROOT) -> bool:
         except OSError:  # it has ended meanwhile
             continue
     return True
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

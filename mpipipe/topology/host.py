@@ -23,6 +23,7 @@ __all__ = [
     "num_oom_kills",
     "peak_rss_bytes",
     "read_host",
+    "read_text",
     "usable_cores",
 ]
 
@@ -103,7 +104,7 @@ def peak_rss_bytes(root: Path = _ROOT) -> int:
 def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the process's groups for `controller`, own first, then those above; v2 and v1."""
     base = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             yield from _upwards(base, path)
@@ -128,7 +129,7 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
 
 def _cpu_quota(group: Path) -> tuple[int, int]:
     """Microseconds of CPU per period, and the period; (-1, 0) without a limit."""
-    words = _text(group / "cpu.max").split()
+    words = read_text(group / "cpu.max").split()
     if len(words) == 2:
         return (-1, 0) if words[0] == "max" else (int(words[0]), int(words[1]))
     quota = _integer(group / "cpu.cfs_quota_us")
@@ -147,7 +148,8 @@ def _memory_use(group: Path) -> tuple[int | None, int, int]:
     return limit, usage, _stat(group / "memory.stat", "total_inactive_file")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What is in a file of the kernel; empty where it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -155,12 +157,12 @@ def _text(path: Path) -> str:
 
 
 def _integer(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = read_text(path).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _stat(path: Path, key: str) -> int:
-    for line in _text(path).splitlines():
+    for line in read_text(path).splitlines():
         name, _, value = line.partition(" ")
         if name == key and value.strip().isdigit():
             return int(value)
@@ -169,7 +171,7 @@ def _stat(path: Path, key: str) -> int:
 
 def _kib(path: Path, key: str) -> int | None:
     """Bytes of a `Key:   123 kB` line; None when there is none."""
-    for line in _text(path).splitlines():
+    for line in read_text(path).splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return int(value.split()[0]) * 1024

@@ -10,33 +10,22 @@ count nodes, not ranks.
 from __future__ import annotations
 
 import enum
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.topology.srun_mpi import MpiFamily, choose_mpi, family_of
+from mpipipe.topology.srun_mpi import MpiFamily, choose_mpi, family_of, short_name
 
 __all__ = ["LaunchInfo", "Launcher", "check_pmi", "check_world_size", "detect", "local_ranks"]
 
-# Launchers that say all there is to say in variables of their own: rank, ranks, rank on this host,
-# ranks on this host. "" where there is none.
+# Launchers that say all there is to say in variables of their own: rank, ranks, rank on this host.
+# "" where there is none.
 _BY_VARIABLES = {
-    "MVAPICH": (
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "PALS": ("PALS_RANKID", "", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
-    "JSRUN": (
-        "JSM_NAMESPACE_RANK",
-        "JSM_NAMESPACE_SIZE",
-        "JSM_NAMESPACE_LOCAL_RANK",
-        "JSM_NAMESPACE_LOCAL_SIZE",
-    ),
-    "FLUX": ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "PALS": ("PALS_RANKID", "", "PALS_LOCAL_RANKID"),
+    "JSRUN": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    "FLUX": ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID"),
 }
 
 # Slurm numbers its special steps (batch script, interactive shell, extern) from the top of uint32.
@@ -66,7 +55,6 @@ class LaunchInfo:
     rank: int | None = None
     world_size: int | None = None
     local_rank: int | None = None
-    local_size: int | None = None
     mpi_expected: bool = False  # the ranks should find each other through MPI
     detail: str = ""  # srun's --mpi value
 
@@ -87,7 +75,6 @@ def _openmpi(environ: Mapping[str, str]) -> LaunchInfo | None:
         rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
         world_size=_number(environ, "OMPI_COMM_WORLD_SIZE"),
         local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
-        local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
         mpi_expected=True,
     )
 
@@ -105,7 +92,6 @@ def _pmi(environ: Mapping[str, str]) -> LaunchInfo | None:
         rank=_number(environ, "PMI_RANK"),
         world_size=_number(environ, "PMI_SIZE"),
         local_rank=_number(environ, "MPI_LOCALRANKID"),
-        local_size=_number(environ, "MPI_LOCALNRANKS"),
         mpi_expected=True,
     )
 
@@ -129,20 +115,18 @@ def _torchrun(environ: Mapping[str, str]) -> LaunchInfo | None:
         rank=_number(environ, "RANK"),
         world_size=_number(environ, "WORLD_SIZE"),
         local_rank=_number(environ, "LOCAL_RANK"),
-        local_size=_number(environ, "LOCAL_WORLD_SIZE"),
     )
 
 
 def _by_variables(environ: Mapping[str, str]) -> LaunchInfo | None:
     """A launcher of the table."""
-    for name, (rank, world_size, local_rank, local_size) in _BY_VARIABLES.items():
+    for name, (rank, world_size, local_rank) in _BY_VARIABLES.items():
         if _number(environ, rank) is not None and _number(environ, local_rank) is not None:
             return LaunchInfo(
                 launcher=Launcher[name],
                 rank=_number(environ, rank),
                 world_size=_number(environ, world_size),
                 local_rank=_number(environ, local_rank),
-                local_size=_number(environ, local_size),
                 mpi_expected=True,
             )
     return None
@@ -189,23 +173,9 @@ def _srun(environ: Mapping[str, str]) -> LaunchInfo | None:
         rank=_number(environ, "SLURM_PROCID"),
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID"),
-        local_size=_slurm_local_size(environ),
         mpi_expected=True,
         detail=environ.get("SLURM_MPI_TYPE", ""),
     )
-
-
-def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
-    """Tasks on this node, out of a list such as `2(x3),1`: three nodes with two, one with one."""
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
-    node = _number(environ, "SLURM_NODEID")
-    if node is None:
-        return None
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        node -= int(repeat or 1)
-        if node < 0:
-            return int(count)
-    return None
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
@@ -234,7 +204,7 @@ def check_pmi(info: LaunchInfo, mpi_library: str) -> None:
 def check_world_size(info: LaunchInfo, mpi_world_size: int, mpi_library: str = "") -> None:
     """Check that MPI connected as many ranks as were started.
 
-    `mpi_library` is what `MPI.Get_library_version()` says; it makes the advice exact.
+    `mpi_library` is all that `MPI.Get_library_version()` says; it makes the advice exact.
 
     Raises:
         EnvironmentSetupError: ranks that do not see each other, and what to do about it.
@@ -254,17 +224,12 @@ def check_world_size(info: LaunchInfo, mpi_world_size: int, mpi_library: str = "
 
 
 def _advice(info: LaunchInfo, mpi_library: str) -> str:
-    first_line = mpi_library.partition("\n")[0]
-    library = " ".join(first_line.partition(",")[0].split())
-    named = f" ({library})" if library else ""
+    named = f" ({short_name(mpi_library)})" if mpi_library else ""
     if info.launcher is Launcher.SRUN:
         used = f"--mpi={info.detail or 'none'}"
-        if "open mpi" in mpi_library.lower():
-            fits = "srun --mpi=pmix"
-        elif mpi_library:
-            fits = "srun --mpi=pmi2"
-        else:
-            fits = "srun --mpi=pmi2 for MPICH, or srun --mpi=pmix for Open MPI"
+        fits = "srun --mpi=pmi2 for MPICH, or srun --mpi=pmix for Open MPI"
+        if mpi_library:
+            fits = f"srun --mpi={choose_mpi(mpi_library, ())}"
         return f"{used} does not fit the MPI library{named}; use {fits}"
     other = "MPICH's mpiexec" if info.launcher is Launcher.OPENMPI else "Open MPI's mpirun"
     return (

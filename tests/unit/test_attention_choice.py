@@ -67,7 +67,6 @@ def test_what_can_run_is_given_when_asked_for(name: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "settings", "named"),
     [
-        ("flash", {}, '"flashinfer"'),
         ("triton", {"device": "cpu", "capability": 0}, "on the CPU"),
         ("triton", {"available": ("sdpa", "reference")}, "C compiler"),
         ("triton", {"capability": 70}, "7.5"),

@@ -45,7 +45,6 @@ T4 = GpuFacts(
 )
 HEALTHY_NODE = NodeFacts(
     num_cores=8,
-    num_machine_cores=8,
     memory_available=64 * GIB,
     shm_free=32 * GIB,
     max_open_files=4096,
@@ -65,7 +64,6 @@ HEALTHY_GPU = GpuLook(
     kernel_driver="580.65.06",
     device_files=("/dev/nvidia0",),
     libcuda="/usr/lib/x86_64-linux-gnu/libcuda.so.580.65.06",
-    num_visible=1,
     rank_gpu=T4,
     host_gpus=("GPU-1",),
 )
@@ -128,7 +126,7 @@ def in_container(rank: RankFacts) -> RankFacts:
 
 
 def test_a_container_without_nv_is_named_by_the_kernel_module_it_can_see() -> None:
-    rank = gpu_of(in_container(healthy()), libcuda="", rank_gpu=GpuFacts(), num_visible=0)
+    rank = gpu_of(in_container(healthy()), libcuda="", rank_gpu=GpuFacts())
     finding = only_bad(rank)
     assert finding.check == "gpu.driver"
     assert finding.severity is Severity.FATAL
@@ -360,6 +358,79 @@ def test_a_missing_mpi_is_not_taken_for_a_wrong_flag() -> None:
     assert finding.remedy == "install one with pip"
 
 
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        ("libmpi.so.40: cannot open shared object file: No such file or directory", "Open MPI"),
+        ("libmpi.so.12: cannot open shared object file: No such file or directory", "MPICH"),
+        ("libmpich.so.12: cannot open shared object file: No such file or directory", "MPICH"),
+        ("/x/MPI.so: undefined symbol: ompi_mpi_comm_null", "Open MPI"),
+    ],
+)
+@pytest.mark.parametrize("mpi_loaded", [True, False])
+def test_an_mpi4py_for_another_abi_is_named_as_such(
+    problem: str, kind: str, mpi_loaded: bool
+) -> None:
+    error = EnvironmentSetupError(f"MPI could not be loaded ({problem}): install one with pip")
+    finding = not_joined(error, "", mpi_loaded=mpi_loaded)
+    assert f"built for the ABI of {kind}," in finding.cause
+
+
+def with_abi(library: str, abi: str, *loaded: str, launcher: str = "srun") -> RankFacts:
+    rank = software_of(healthy(), loaded=tuple(Library("libmpi", path) for path in loaded))
+    launch = replace(rank.launch, mpi_library=library, mpi_abi=abi, launcher=launcher)
+    return replace(rank, launch=launch)
+
+
+def test_the_abi_is_told_with_the_library_and_the_thread_level() -> None:
+    path = "/usr/lib/libmpi.so.40.30.6"
+    rank = with_abi("Open MPI v4.1.6, package: x", "Open MPI", path)
+    rank = replace(rank, launch=replace(rank.launch, mpi_path=path, thread_level="funneled"))
+    (finding,) = (found for found in judge_ranks([rank]) if found.check == "launch.mpi")
+    assert finding.severity is Severity.OK
+    assert finding.what == f"Open MPI v4.1.6, Open MPI ABI, threads: funneled, {path}"
+
+
+@pytest.mark.parametrize(
+    ("rank", "word"),
+    [
+        (with_abi("Open MPI v5.0.8, package: x", "MPICH"), "through the ABI of MPICH"),
+        (with_abi("MPICH Version: 5.0.2", "Open MPI"), "the library is MPICH Version: 5.0.2"),
+        (
+            with_abi("MPICH Version: 5.0.2", "MPICH", "/a/libmpi.so.12", "/b/libmpi.so.40.30.6"),
+            "/a/libmpi.so.12, /b/libmpi.so.40.30.6",
+        ),
+        (
+            with_abi("MPICH Version: 5.0.2", "MPICH", launcher="mpirun (Open MPI)"),
+            "started by mpirun (Open MPI)",
+        ),
+        (
+            with_abi("Open MPI v5.0.8, package: x", "Open MPI", launcher="mpiexec (hydra)"),
+            "started by mpiexec (hydra)",
+        ),
+    ],
+)
+def test_two_kinds_of_mpi_in_one_rank_are_told(rank: RankFacts, word: str) -> None:
+    finding = only_bad(rank)
+    assert (finding.check, finding.severity, finding.rank) == ("launch.mpi", Severity.WARNING, 0)
+    assert word in finding.what
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        with_abi("Intel(R) MPI Library 2021.11 for Linux* OS", "MPICH", "/a/libmpi.so.12.0.0"),
+        with_abi("MPI VERSION    : CRAY MPICH version 8.1.25.17", "MPICH"),
+        with_abi("Open MPI v6.0.0, package: x", "MPI 5", "/a/libmpi_abi.so.1", "/a/libmpi.so.40"),
+        with_abi("MPICH Version: 5.0.2", "MPICH", "/a/libmpi.so.12", "/a/libmpi_abi.so.1"),
+        with_abi("Somebody's MPI 1.0", "Open MPI", launcher="mpiexec (hydra)"),
+        with_abi("Open MPI v4.1.6, package: x", "", launcher="mpirun (Open MPI)"),
+    ],
+)
+def test_mpis_that_fit_each_other_are_no_finding(rank: RankFacts) -> None:
+    assert not bad(judge_ranks([rank]))
+
+
 # ---- launch, host and GPU ------------------------------------------------------------------------
 
 
@@ -386,7 +457,7 @@ def test_two_ranks_on_one_gpu_are_refused_unless_sharing_is_allowed() -> None:
     (finding,) = bad(judge_ranks(ranks))
     assert (finding.check, finding.severity) == ("gpu.ranks", Severity.FATAL)
     assert "ranks 0, 1" in finding.what
-    assert "--gpus-per-task=1" in finding.remedy
+    assert "--gpus-per-node=N" in finding.remedy
     assert not bad(judge_ranks(ranks, share_gpus=True))
 
 
@@ -409,7 +480,7 @@ def test_a_slurm_job_without_gpus_runs_on_cpus_and_is_not_lost() -> None:
     finding = only_bad(without_gpu("Slurm", "the NVIDIA driver is there but shows no GPU: ask"))
     assert (finding.check, finding.severity) == ("gpu.driver", Severity.WARNING)
     assert "no GPU was asked for" in finding.what
-    assert "--gpus-per-task=1" in finding.remedy
+    assert "--gpus-per-node=N" in finding.remedy
     no_driver = replace(healthy(), gpu=GpuLook(declined_by="Slurm"))
     assert not bad(judge_ranks([no_driver]))
 

@@ -140,12 +140,14 @@ def test_libraries_in_use_are_found_by_name_once(tmp_path: Path) -> None:
         "7f01-7f02 r--p 0000 08:01 1 /venv/lib/libmpi.so.12.3.4",
         "7f02-7f03 r-xp 0000 08:01 2 /opt/my cuda/libcudart-1a2b.so.13",
         "7f03-7f04 r-xp 0000 08:01 3 /usr/lib/libcudart_static_helper",
+        "7f03-7f04 r-xp 0000 08:01 3 /usr/lib/libmpich.so.12",
         "7f04-7f05 rw-p 0000 00:00 0 [heap]",
         "7f05-7f06 rw-p 0000 00:00 0",
     ]
     root = write(tmp_path, {"proc/self/maps": "\n".join(lines)})
     assert loaded_libraries(root) == (
         Library("libcudart", "/opt/my cuda/libcudart-1a2b.so.13"),
+        Library("libmpi", "/usr/lib/libmpich.so.12"),
         Library("libmpi", "/venv/lib/libmpi.so.12.3.4"),
     )
 
@@ -166,11 +168,40 @@ def test_the_launch_names_srun_and_its_job(tmp_path: Path) -> None:
         local_rank=0,
         world_size=2,
         mpi_library="MPICH",
+        mpi_module="",
         thread_level="funneled",
         root=tmp_path,
     )
     assert (launch.launcher, launch.srun_mpi, launch.slurm_job) == ("srun", "pmi2", "5_2")
     assert launch.wall_left_s is None  # rank 1 does not ask Slurm
+
+
+@pytest.mark.parametrize(
+    ("module", "abi", "path"),
+    [
+        ("/x/MPI.mpich.cpython-311-x86_64-linux-gnu.so", "MPICH", "/site/lib/libmpi.so.12.5"),
+        ("/x/MPI.openmpi.cpython-311-x86_64-linux-gnu.so", "Open MPI", "/lib/libmpi.so.40.30.6"),
+        ("/x/MPI.mpiabi.abi3.so", "MPI 5", "/lib/libmpi.so.40.30.6"),  # a library of both
+        ("/x/MPI.cpython-311-x86_64-linux-gnu.so", "Open MPI", "/lib/libmpi.so.40.30.6"),
+        ("", "Open MPI", "/lib/libmpi.so.40.30.6"),
+    ],
+)
+def test_the_abi_and_its_library_are_told_by_the_names_of_the_files(
+    tmp_path: Path, module: str, abi: str, path: str
+) -> None:
+    files = ("/lib/libmpi.so.40.30.6", "/site/lib/libmpi.so.12.5")
+    maps = "\n".join(f"7f00-7f01 r-xp 0000 08:01 1 {file}" for file in files)
+    launch = read_launch(
+        {},
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        mpi_library="x",
+        mpi_module=module,
+        thread_level="funneled",
+        root=write(tmp_path, {"proc/self/maps": maps}),
+    )
+    assert (launch.mpi_abi, launch.mpi_path) == (abi, path)
 
 
 def test_cuda_libraries_on_a_search_path_are_found(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class MpiState:
     local_rank: int = 0
     world_size: int = 1
     library: str = ""
+    module: str = ""  # file of mpi4py's
     thread_level: str = ""
 
 
@@ -67,6 +68,7 @@ async def collect_facts(
         local_rank=mpi.local_rank,
         world_size=mpi.world_size,
         mpi_library=mpi.library,
+        mpi_module=mpi.module,
         thread_level=mpi.thread_level,
     )
     if not torch_import.problem:

@@ -30,10 +30,10 @@ from mpipipe.runtime.doctor.judge_measured import judge_clocks, judge_control, j
 from mpipipe.runtime.doctor.judge_ranks import judge_ranks
 from mpipipe.runtime.doctor.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.runtime.doctor.read_launch import loaded_libraries
-from mpipipe.runtime.greeting import local_rank_of
-from mpipipe.runtime.launch import Ranks, open_ranks
+from mpipipe.runtime.greeting import local_rank_of, meet
+from mpipipe.runtime.launch import PHASE_DEADLINE_S, Ranks, open_ranks
 from mpipipe.topology.gpu import container_kind
-from mpipipe.topology.host import host_name, usable_cores
+from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def run_doctor(
             report = _report(findings, facts, clock.now_s() - started_s)
             code = b"" if report is None else str(report.exit_code).encode()
             shared = await ranks.mesh.broadcast(
-                "exit code", code if ranks.is_head else None, _DEADLINE_S
+                "exit code", code if ranks.is_head else None, PHASE_DEADLINE_S
             )
             return report, int(shared)
     except EnvironmentSetupError as error:
@@ -134,12 +134,12 @@ def _report(
 
 
 def _state(ranks: Ranks, local_rank: int) -> MpiState:
-    level = ""
-    if ranks.mpi_library:
-        from mpipipe.control_plane import mpi
+    state = MpiState(ranks.mesh.rank, local_rank, ranks.mesh.world_size, ranks.mpi_library)
+    if not ranks.mpi_library:
+        return state
+    from mpipipe.control_plane import mpi
 
-        level = mpi.thread_level()
-    return MpiState(ranks.mesh.rank, local_rank, ranks.mesh.world_size, ranks.mpi_library, level)
+    return dataclasses.replace(state, module=mpi.module_file(), thread_level=mpi.thread_level())
 
 
 async def _examine(
@@ -154,7 +154,6 @@ async def _examine(
     decided = None if facts is None else _decide(facts, loaded, quick=quick)
     payload = None if decided is None else json.dumps(dataclasses.asdict(decided)).encode()
     course = _Course(**json.loads(await ranks.mesh.broadcast("course", payload, _DEADLINE_S)))
-    ranks.engine.share_cores(num_ranks=course.hosts.count(host_name()), num_cores=usable_cores())
     findings = []
     if facts is not None:
         share = loaded is not None and loaded.config.pipeline.share_gpus
@@ -188,6 +187,7 @@ def _decide(facts: Sequence[RankFacts], loaded: LoadedConfig | None, *, quick: b
 async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
     """Messages, clocks and links between the ranks; findings on the head."""
     findings: list[Finding] = []
+    await meet(ranks, "cpu", deadline_s=_DEADLINE_S)
     probe = await probe_control_plane(
         ranks.mesh, raw=ranks.raw, idle_s=_IDLE_S, num_messages=_NUM_MESSAGES
     )

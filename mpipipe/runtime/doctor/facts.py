@@ -35,7 +35,8 @@ class LaunchFacts:
     local_rank: int = 0
     srun_mpi: str = ""  # what srun's --mpi was
     mpi_library: str = ""  # name and version; empty without MPI
-    mpi_path: str = ""  # of the libmpi that is loaded
+    mpi_abi: str = ""  # topology.mpi_abi.MpiAbi that mpi4py speaks; empty: not known
+    mpi_path: str = ""  # of the libmpi that is loaded, the one of that ABI
     thread_level: str = ""
     slurm_job: str = ""
     wall_left_s: float | None = None  # None: unknown, or no limit
@@ -83,7 +84,6 @@ class NodeFacts:
     """The host of this rank. Sizes in bytes; -1: unlimited; None: not known."""
 
     num_cores: int = 1  # usable by this rank
-    num_machine_cores: int = 1
     memory_available: int = 0  # within every limit
     memory_limit: int | None = None  # the tightest of the cgroups
     oom_kills: int = 0  # in the own cgroup, so far
@@ -119,7 +119,6 @@ class GpuLook:
     given_by_slurm: str = ""  # GPUs of the step or job, as Slurm names them
     # What says that this process is to have no GPU: "Slurm", or the name of a variable.
     declined_by: str = ""
-    num_visible: int = 0
     rank_gpu: GpuFacts = field(default_factory=GpuFacts)
     free_before_bytes: int | None = None  # of that GPU, before this rank touched it
     host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that nvidia-smi lists

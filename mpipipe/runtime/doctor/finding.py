@@ -55,12 +55,6 @@ class Finding:
         }
 
     @staticmethod
-    def from_dict(document: Mapping[str, Any]) -> Finding:
-        """The inverse of `to_dict`."""
-        fields = dict(document)
-        return Finding(**(fields | {"severity": Severity(fields["severity"])}))
-
-    @staticmethod
     def of_error(check: str, error: MpipipeError, *, rank: int | None = None) -> Finding:
         """What would end the job with `error`."""
         what, remedy = split_advice(str(error))
@@ -121,7 +115,7 @@ class DoctorReport:
         return fatals[0].exit_code if fatals else EXIT_OK
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints; the README documents it."""
+        """What `--json` prints; `launch/README.md` documents it."""
         return {
             "severity": self.worst.value,
             "exit_code": self.exit_code,

@@ -1,6 +1,7 @@
 """Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
 
-The plan is the one that `mpipipe run` would make from the same greetings. Not here: what the
+The plan is the one that a new `mpipipe run` would make: from the same greetings, and from prompts
+that are tokenised, unless that takes long: then it has room for any prompts. Not here: what the
 figures mean (`judge_job`).
 """
 
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpipipe.config.prompts import read_prompts
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.resolve import make_plan
-from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
 from mpipipe.runtime.doctor.folders import (
@@ -36,6 +37,8 @@ from mpipipe.runtime.doctor.judge_job import (
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import deepspeed_warnings
 from mpipipe.runtime.launch import AgreedError
+from mpipipe.runtime.output import holds_run
+from mpipipe.runtime.requests import tokenize, workload_of
 from mpipipe.runtime.resume import wants_resume
 from mpipipe.topology.host import host_name
 from mpipipe.topology.slurm import read_job
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["examine_job"]
 
 _DEADLINE_S = 120.0
+_MANY_PROMPTS = 1_000  # of 200 words: 0.8 s on two cores
 # Of the libraries' files, which the ranks of a host share; and of each rank by itself. Measured
 # after torch 2.13 for CPUs and transformers were imported: 0.08 and 0.16 GiB; the rest is for
 # activations. With CUDA guesses: contexts, cuBLAS and pinned buffers come on top.
@@ -74,7 +78,7 @@ async def examine_job(
         loaded: the same on every rank.
         facts: of all ranks, on the head.
         local_rank: of this rank; the first of each host looks at the folders.
-        quick: measure no speed.
+        quick: measure no speed, and tokenise nothing.
     """
     try:
         hellos = await greet(ranks, loaded)
@@ -88,7 +92,10 @@ async def examine_job(
         for text in loaded.warnings
     ]
     lines = _read_prompts(loaded, findings)
-    plan = _plan(loaded, model, hellos, lines, findings) if model is not None else None
+    plan = None
+    if model is not None:
+        workload = Workload() if quick else _workload(loaded, model, lines, findings)
+        plan = _plan(loaded, model, hellos, workload, findings)
     stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
     findings += judge_folders(
         folders,
@@ -131,24 +138,34 @@ def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptL
     return lines
 
 
+def _workload(
+    loaded: LoadedConfig,
+    model: ModelFacts,
+    lines: Sequence[PromptLine],
+    findings: list[Finding],
+) -> Workload:
+    """What a run knows before it plans. Takes about 3 s: transformers is imported."""
+    if not lines:  # which was told
+        return Workload()
+    is_long = len(lines) > _MANY_PROMPTS
+    try:
+        _, prompts = tokenize(loaded, model, lines[:1] if is_long else lines)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.tokenizer", error))
+        return Workload()
+    return Workload() if is_long else workload_of(loaded, model, prompts)
+
+
 def _plan(
     loaded: LoadedConfig,
     model: ModelFacts,
     hellos: Sequence[Hello],
-    lines: Sequence[PromptLine],
+    workload: Workload,
     findings: list[Finding],
 ) -> PipelinePlan | None:
     """The plan that a run would make; or why there is none, in a finding."""
-    good = [line.sampling for line in lines if line.sampling is not None]
-    workload = Workload(num_requests=len(good), sampling=SamplingUse.of(good))
     try:
-        plan = make_plan(
-            loaded.config,
-            model.spec,
-            hellos,
-            str(model.folder),
-            workload if good else Workload(),
-        )
+        plan = make_plan(loaded.config, model.spec, hellos, str(model.folder), workload)
         told = deepspeed_warnings(loaded, plan)
     except MpipipeError as error:
         findings.append(Finding.of_error("job.plan", error))
@@ -164,7 +181,7 @@ def _plan(
 def _run_folder(loaded: LoadedConfig) -> list[Finding]:
     """Whether an earlier run is in the way."""
     output, folder = loaded.config.output, output_folder(loaded)
-    if not (folder / "manifest.json").exists() or output.dir == "auto":
+    if output.dir == AUTO or not holds_run(folder):
         return []
     try:
         goes_on = wants_resume(output.resume, folder, read_job(os.environ))

@@ -53,14 +53,14 @@ def _without(rank: RankFacts) -> Finding:
         return ok("gpu.driver", "the stages run on CPUs: there is no NVIDIA GPU on this host")
     if look.declined_by != "Slurm":
         return ok("gpu.driver", f"the stages run on CPUs: {look.declined_by} hides the GPUs")
-    cause = "the job or the step has no --gpus-per-task or --gres=gpu"
+    cause = "the job or the step has no --gpus-per-node or --gres=gpu"
     if rank.node.container == "apptainer" and not look.libcuda:
         cause += "; or Slurm counts no GPUs here, and the container was started without --nv"
     return warning(
         "gpu.driver",
         "the stages run on CPUs: no GPU was asked for, though the host has an NVIDIA driver",
         cause,
-        f"ask for one GPU per rank (sbatch --gpus-per-task=1), or {_ON_CPU}",
+        f"ask for as many GPUs per node as ranks (sbatch --gpus-per-node=N), or {_ON_CPU}",
     )
 
 
@@ -96,7 +96,7 @@ def _no_driver(rank: RankFacts) -> Finding:
         "gpu.driver",
         what,
         "the step runs on a node without GPUs, or the container hides them",
-        f"ask for a GPU node (sbatch --partition=… --gpus-per-task=1), or {_ON_CPU}",
+        f"ask for a GPU node (sbatch --partition=… --gpus-per-node=N), or {_ON_CPU}",
     )
 
 
@@ -139,7 +139,7 @@ def _unusable(rank: RankFacts) -> Finding:
     if "out of memory" in what:
         named = _named(look.processes)
         cause = f"other processes fill the GPU{named and f': {named}'}"
-        remedy = "end them, or ask Slurm for GPUs of your own (--gpus-per-task=1, --exclusive)"
+        remedy = "end them, or ask Slurm for GPUs of your own (--gpus-per-node=N, --exclusive)"
     elif not rank.software.torch_cuda:
         cause = "a torch for CPUs was installed, or one in the user's site folder wins"
     elif look.visible in {"", "-1", "NoDevFiles"}:
@@ -178,7 +178,7 @@ def _memory(rank: RankFacts) -> list[Finding]:
             "gpu.memory",
             what,
             f"used by others: {named}" if named else "another process uses this GPU",
-            "end it, or ask Slurm for GPUs of your own (--gpus-per-task=1, --exclusive)",
+            "end it, or ask Slurm for GPUs of your own (--gpus-per-node=N, --exclusive)",
             **values,
         )
     ]
@@ -211,7 +211,7 @@ def judge_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> li
                 "gpu.ranks",
                 f"ranks {numbers} of {using[0].host} would share one GPU of {len(by_gpu)}",
                 f"more ranks than GPUs on the host, or all ranks see the same one ({seen})",
-                "start one rank per GPU (srun --ntasks-per-node=… --gpus-per-task=1; mpirun -n …), "
+                "start one rank per GPU (srun --ntasks-per-node=N --gpus-per-node=N; mpirun -n N), "
                 "or set pipeline.share_gpus = true, which is slow and made for tests",
             )
         ]

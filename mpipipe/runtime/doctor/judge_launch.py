@@ -9,9 +9,17 @@ from dataclasses import replace
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.doctor.facts import RankFacts
 from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
+from mpipipe.topology.launcher import Launcher
+from mpipipe.topology.mpi_abi import MpiAbi, abi_of_file, abi_of_library, missing_abi
+from mpipipe.topology.srun_mpi import short_name
 
 __all__ = ["judge_launch", "not_joined"]
 
+# The MPI that a launcher belongs to, by the value of `topology.launcher.Launcher`.
+_OF_LAUNCHER = {
+    Launcher.OPENMPI.value: MpiAbi.OPEN_MPI,
+    Launcher.HYDRA.value: MpiAbi.MPICH,
+}
 _SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
 
 
@@ -29,6 +37,16 @@ def judge_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
 def not_joined(error: EnvironmentSetupError, container: str, *, mpi_loaded: bool) -> Finding:
     """The ranks did not find each other: they run as singletons, or MPI did not load."""
     found = Finding.of_error("launch.mpi", error)
+    if (abi := missing_abi(str(error))) is not None:
+        cause = (
+            f"mpi4py was built for the ABI of {abi.value}, and no library of that kind was found: "
+            "the MPI module that is loaded is of another kind, or none is"
+        )
+        remedy = (
+            f"load a module of {abi.value}, or build mpi4py for the MPI that is there: unset "
+            "MPI4PY_MPIABI, pip install --no-binary=mpi4py --force-reinstall mpi4py"
+        )
+        return replace(found, cause=cause, remedy=remedy)
     if not mpi_loaded:
         cause = "no MPI library is installed in this environment, or its module is not loaded"
         return replace(found, cause=cause)
@@ -85,16 +103,54 @@ def _mpi(ranks: Sequence[RankFacts]) -> list[Finding]:
     launch = ranks[0].launch
     if not launch.mpi_library:
         return [ok("launch.mpi", "not needed by a single rank")]
-    parts = [" ".join(launch.mpi_library.split(",")[0].split())]
+    if mixed := [found for rank in ranks if (found := _mixed_mpis(rank)) is not None]:
+        return mixed
+    parts = [short_name(launch.mpi_library)]
+    parts += [f"{launch.mpi_abi} ABI"] if launch.mpi_abi else []
     parts += [f"threads: {launch.thread_level}"] if launch.thread_level else []
     parts += [launch.mpi_path] if launch.mpi_path else []
     return [ok("launch.mpi", ", ".join(parts))]
 
 
+def _mixed_mpis(rank: RankFacts) -> Finding | None:
+    """Two kinds of MPI in one rank. It has joined the others, so that they may work together."""
+    launch = rank.launch
+    name, kind = short_name(launch.mpi_library), abi_of_library(launch.mpi_library)
+    loaded = [library.path for library in rank.software.loaded if library.name == "libmpi"]
+    if launch.mpi_abi in {MpiAbi.MPICH, MpiAbi.OPEN_MPI} and kind not in {None, launch.mpi_abi}:
+        found = warning(
+            "launch.mpi",
+            f"mpi4py calls MPI through the ABI of {launch.mpi_abi}, but the library is {name}",
+            "a layer translates between them, or MPI4PY_MPIABI or MPI4PY_LIBMPI is set wrongly",
+            "unset both, or build mpi4py for this library: pip install --no-binary=mpi4py "
+            "--force-reinstall mpi4py",
+        )
+    elif {MpiAbi.MPICH, MpiAbi.OPEN_MPI} <= {abi_of_file(path) for path in loaded}:
+        found = warning(
+            "launch.mpi",
+            f"libraries of two MPIs are loaded: {', '.join(loaded)}",
+            "another package, LD_PRELOAD or LD_LIBRARY_PATH brings an MPI beside mpi4py's",
+            f"load one MPI module, that of {name}, and keep the other's folder out of "
+            "LD_LIBRARY_PATH",
+        )
+    elif launch.world_size == 1 and kind not in {None, _OF_LAUNCHER.get(launch.launcher, kind)}:
+        found = warning(
+            "launch.mpi",
+            f"started by {launch.launcher}, but the MPI library is {name}",
+            "PATH finds the launcher of one MPI, Python the library of another",
+            f"use the mpiexec that belongs to {launch.mpi_path or name}: with the other one "
+            "ranks do not meet",
+        )
+    else:
+        return None
+    return replace(found, rank=rank.rank, host=rank.host)
+
+
 def _name_and_version(library: str) -> str:
     """Without who built it, where and when: those differ between hosts that fit each other."""
-    found = re.match(r"(.*?\d+\.[\w.]+)", " ".join(library.split()))
-    return found[1] if found else library
+    name = short_name(library)
+    found = re.match(r".*?\d+\.[\w.]+", name)
+    return found[0] if found else name
 
 
 def _series(text: str) -> str:
@@ -194,6 +250,5 @@ def _by_value(
 
 def _told(found: dict[str, RankFacts]) -> str:
     return ", ".join(
-        f"{' '.join(value.split(',')[0].split()) or 'none'} on {rank.host} (rank {rank.rank})"
-        for value, rank in found.items()
+        f"{value or 'none'} on {rank.host} (rank {rank.rank})" for value, rank in found.items()
     )

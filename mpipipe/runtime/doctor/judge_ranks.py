@@ -54,7 +54,7 @@ def _unequal_gpus(ranks: Sequence[RankFacts]) -> list[Finding]:
                 f"{len(ranks) - len(without)} of {len(ranks)} ranks have a GPU, rank {first.rank} "
                 f"on {first.host} has none",
                 "the job got different kinds of nodes, or GPUs for some of its tasks only",
-                "ask for GPUs for every task (--gpus-per-task=1), or set pipeline.device = "
+                "ask for GPUs on every node (--gpus-per-node=N), or set pipeline.device = "
                 '"cpu" to run on CPUs on purpose',
             ),
             host=first.host,

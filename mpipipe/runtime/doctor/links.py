@@ -27,7 +27,7 @@ from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
-from mpipipe.runtime.greeting import read_hello, share_host
+from mpipipe.runtime.greeting import meet
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
 
@@ -90,9 +90,7 @@ async def measure_links(
         MpipipeError: on every rank: some rank could not connect, or hung.
     """
     wanted = AUTO if device == "cuda" else device
-    hello = await read_hello(ranks, wanted, deadline_s=_MEET_S)
-    hellos = await ranks.mesh.handshake(hello, _MEET_S)
-    share_host(ranks, hellos)
+    hellos = await meet(ranks, wanted, deadline_s=_MEET_S)
     pairs = neighbours(stage_order if stage_order is not None else order_of_stages(hellos))
     figures: list[LinkFigure] = []
     if pairs:
@@ -146,7 +144,7 @@ def _device_problem(message: str) -> str:
     if "out of memory" in message or "not enough memory" in message:
         return (
             f"{what}: end what else uses the memory of this GPU or host, or ask Slurm for GPUs of "
-            "your own (--gpus-per-task=1, --exclusive)"
+            "your own (--gpus-per-node=N, --exclusive)"
         )
     return f"{what}: see whether nvidia-smi shows errors there, and what NCCL_DEBUG=INFO tells"
 

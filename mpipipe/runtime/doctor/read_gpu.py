@@ -1,7 +1,7 @@
 """Reads what can be seen of NVIDIA GPUs, in the order in which they fail: module, library, torch.
 
 A container without `--nv` sees the kernel's module and the device files, but no libcuda. Nothing
-raises for a GPU that cannot be used: the facts say how far one gets. `look_at_gpus` makes a CUDA
+raises for a GPU that cannot be used: the facts say how far one gets. `look_with_torch` makes a CUDA
 context on the rank's own GPU.
 """
 
@@ -107,8 +107,6 @@ def look_with_torch(look: GpuLook, gpus: GpusBefore, local_rank: int) -> GpuLook
     """
     if look.wanted == "cpu" or not look.libcuda:
         return look
-    import torch
-
     from mpipipe.data_plane.device import read_gpu
 
     found = read_gpu(local_rank)
@@ -117,7 +115,6 @@ def look_with_torch(look: GpuLook, gpus: GpusBefore, local_rank: int) -> GpuLook
     return dataclasses.replace(
         look,
         rank_gpu=found,
-        num_visible=torch.cuda.device_count() if torch.version.cuda else 0,
         free_before_bytes=free[0] if free else None,  # a MIG slice is not in the list
     )
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from mpipipe.runtime.doctor.facts import LaunchFacts, Library
 from mpipipe.topology.launcher import detect
+from mpipipe.topology.mpi_abi import abi_of_file, abi_of_module
 from mpipipe.topology.slurm import read_job, wall_time_left_s
 
 __all__ = ["loaded_libraries", "read_launch"]
 
 _ROOT = Path("/")
-_WATCHED = re.compile(r"lib(mpi|cuda|cudart|nccl|cublas|cublasLt|cudnn|nvrtc)[-.]")
+_WATCHED = re.compile(r"lib(cuda|cudart|nccl|cublas|cublasLt|cudnn|nvrtc)[-.]")
+_MPI = re.compile(r"lib(mpi)(?:ch|_\w+)?\.so")  # libmpich of Debian, libmpi_cray, libmpi_abi
 
 
 def read_launch(
@@ -24,6 +26,7 @@ def read_launch(
     local_rank: int,
     world_size: int,
     mpi_library: str,
+    mpi_module: str,
     thread_level: str,
     root: Path = _ROOT,
 ) -> LaunchFacts:
@@ -34,14 +37,18 @@ def read_launch(
     info = detect(environ)
     job = read_job(environ)
     left_s = wall_time_left_s(job, time.time()) if job is not None and rank == 0 else None
-    mpi = [library.path for library in loaded_libraries(root) if library.name == "libmpi"]
+    files = [library.path for library in loaded_libraries(root) if library.name == "libmpi"]
+    abi = abi_of_module(mpi_module)
+    path = next((file for file in files if abi in {None, abi_of_file(file)}), "".join(files[:1]))
+    abi = abi or abi_of_file(path)
     return LaunchFacts(
         launcher=info.launcher.value,
         world_size=world_size,
         local_rank=local_rank,
         srun_mpi=info.detail,
         mpi_library=mpi_library,
-        mpi_path=mpi[0] if mpi else "",
+        mpi_abi=abi.value if abi is not None else "",
+        mpi_path=path,
         thread_level=thread_level,
         slurm_job=job.label if job is not None else "",
         wall_left_s=left_s,
@@ -60,6 +67,6 @@ def loaded_libraries(root: Path = _ROOT) -> tuple[Library, ...]:
         if len(words) < 6 or not words[5].startswith("/"):
             continue
         path = Path(words[5])
-        if match := _WATCHED.match(path.name):
+        if match := _WATCHED.match(path.name) or _MPI.match(path.name):
             found.setdefault(str(path), Library(f"lib{match[1]}", str(path)))
     return tuple(sorted(found.values(), key=lambda library: (library.name, library.path)))

@@ -18,6 +18,7 @@ from mpipipe.topology.host import (
     memory_available_bytes,
     memory_limit_bytes,
     num_oom_kills,
+    read_text,
     usable_cores,
 )
 
@@ -35,7 +36,6 @@ def read_node(
     """The host of this process now."""
     return NodeFacts(
         num_cores=usable_cores(root),
-        num_machine_cores=os.cpu_count() or 1,
         memory_available=memory_available_bytes(root),
         memory_limit=memory_limit_bytes(root),
         oom_kills=num_oom_kills(root),
@@ -80,8 +80,8 @@ def _has_default_route(root: Path) -> bool:
     /proc/net/route: the second column is the destination in hex, the eighth its mask. In
     /proc/net/ipv6_route it is the first and the second, and "lo" stands for "unreachable".
     """
-    v4 = _lines(root / "proc/net/route")
-    v6 = _lines(root / "proc/net/ipv6_route")
+    v4 = read_text(root / "proc/net/route").splitlines()
+    v6 = read_text(root / "proc/net/ipv6_route").splitlines()
     if not v4 and not v6:
         return True
     words4 = [line.split() for line in v4[1:]]
@@ -89,10 +89,3 @@ def _has_default_route(root: Path) -> bool:
     return any(w[1] == "00000000" and w[7] == "00000000" for w in words4 if len(w) > 7) or any(
         w[0] == "0" * 32 and w[1] == "00" and w[-1] != "lo" for w in words6 if w
     )
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []

@@ -19,6 +19,7 @@ from pathlib import Path
 from mpipipe._version import __version__
 from mpipipe.runtime.doctor.facts import Library, SoftwareFacts, Wheel
 from mpipipe.runtime.doctor.read_launch import loaded_libraries
+from mpipipe.runtime.packages import package_versions
 
 __all__ = ["TorchImport", "cuda_libraries_in", "import_torch", "nvidia_wheels", "read_software"]
 
@@ -57,7 +58,11 @@ def read_software(environ: Mapping[str, str], torch_import: TorchImport) -> Soft
     folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     wheels = nvidia_wheels(importlib.metadata.distributions())
     return SoftwareFacts(
-        versions={"python": sys.version.split()[0], "mpipipe": __version__, **_versions()},
+        versions={
+            "python": sys.version.split()[0],
+            "mpipipe": __version__,
+            **{name: version or "" for name, version in package_versions(_PACKAGES).items()},
+        },
         user_site=site.getusersitepackages() if site.ENABLE_USER_SITE else "",
         torch_path=torch_import.path or (copies[0] if copies else ""),
         torch_copies=copies,
@@ -71,16 +76,6 @@ def read_software(environ: Mapping[str, str], torch_import: TorchImport) -> Soft
         on_search_path=cuda_libraries_in(folders),
         hub_offline=environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = ""
-    return versions
 
 
 def _copies(package: str, search: Sequence[str]) -> tuple[str, ...]:

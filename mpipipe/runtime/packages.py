@@ -1,0 +1,22 @@
+"""Which versions of Python packages are installed; nothing is imported to find out."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["package_versions"]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The version of each of `packages`, by the name it is installed under; None: it is not."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

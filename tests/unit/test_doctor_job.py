@@ -1,0 +1,112 @@
+"""The doctor looks at a job as its run would: the same folder refused, the same prompts planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpipipe.config.load import LoadedConfig, load_config
+from mpipipe.config.prompts import PromptLine, read_prompts
+from mpipipe.errors import CheckpointError, OutputError
+from mpipipe.planning.workload import Workload
+from mpipipe.runtime.doctor import job
+from mpipipe.runtime.doctor.finding import Finding, Severity
+from mpipipe.runtime.inputs import ModelFacts, read_model
+from mpipipe.runtime.output import claim_run_folder
+from mpipipe.runtime.requests import PreparedPrompts
+from mpipipe.types import Request
+
+BENCH = Path(__file__).parents[2] / "configs/bench_gpu.toml"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "metrics.json", "status.json", "completions_rank_0.jsonl", "rank_1.log"],
+)
+def test_the_doctor_names_whatever_the_run_would_refuse(tmp_path: Path, name: str) -> None:
+    loaded = load_config(BENCH, [f"output.dir={tmp_path}"])
+    assert job._run_folder(loaded) == []
+    (tmp_path / name).touch()
+    with pytest.raises(OutputError, match="already holds a run"):
+        claim_run_folder(tmp_path, overwrite=False)
+    (finding,) = job._run_folder(loaded)
+    assert finding.severity is Severity.FATAL
+    (finding,) = job._run_folder(
+        load_config(BENCH, [f"output.dir={tmp_path}", "output.overwrite=true"])
+    )
+    assert finding.severity is Severity.OK
+
+
+def test_files_of_others_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert job._run_folder(load_config(BENCH, [f"output.dir={tmp_path}"])) == []
+
+
+def prompts_of(tmp_path: Path) -> tuple[LoadedConfig, ModelFacts, list[PromptLine]]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y"}\n')
+    loaded = load_config(BENCH, [f"prompts.path={path}", "generation.max_new_tokens=7"])
+    lines = read_prompts(path, loaded.config.generation, loaded.config.prompts.limit, ())
+    return loaded, read_model(loaded), lines
+
+
+def test_the_plan_knows_the_prompts_as_the_runs_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model, lines = prompts_of(tmp_path)
+    requests = tuple(
+        Request(line.prompt_id, line.index, (1,) * length, line.sampling)
+        for line, length in zip(lines, (3, 5), strict=True)
+        if line.sampling is not None
+    )
+    prepared = PreparedPrompts(requests, ())
+    monkeypatch.setattr(job, "tokenize", lambda *_: (None, prepared))
+    findings: list[Finding] = []
+    workload = job._workload(loaded, model, lines, findings)
+    assert findings == []
+    assert (workload.num_requests, workload.longest_request_tokens) == (2, 12)
+    assert (workload.num_prompt_tokens, workload.num_output_tokens) == (8, 14)
+
+
+def test_a_missing_tokenizer_is_a_finding_and_the_rest_is_planned_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model, lines = prompts_of(tmp_path)
+
+    def missing(*_: object) -> None:
+        raise CheckpointError("no tokenizer in /m: copy it there")
+
+    monkeypatch.setattr(job, "tokenize", missing)
+    findings: list[Finding] = []
+    assert job._workload(loaded, model, lines, findings) == Workload()
+    (finding,) = findings
+    assert (finding.check, finding.severity, finding.exit_code) == (
+        "job.tokenizer",
+        Severity.FATAL,
+        3,
+    )
+
+
+def test_prompts_that_could_not_be_read_are_not_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model, _ = prompts_of(tmp_path)
+    monkeypatch.setattr(job, "tokenize", lambda *_: pytest.fail("nothing to tokenise"))
+    assert job._workload(loaded, model, [], []) == Workload()
+
+
+def test_of_many_prompts_one_shows_that_the_tokenizer_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits minutes for the doctor; the plan has room for any prompts then."""
+    loaded, model, lines = prompts_of(tmp_path)
+    tokenised: list[int] = []
+
+    def count(_: object, __: object, some: list[PromptLine]) -> tuple[None, PreparedPrompts]:
+        tokenised.append(len(some))
+        return None, PreparedPrompts((), ())
+
+    monkeypatch.setattr(job, "tokenize", count)
+    assert job._workload(loaded, model, lines * 600, []) == Workload()
+    assert tokenised == [1]
