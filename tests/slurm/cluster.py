@@ -1,6 +1,6 @@
 """A Slurm cluster on one machine, for as long as this process lives.
 
-`python -m tests.slurm.cluster` keeps one for trying things by hand. Every node is a slurmd in its
+`python -m tests.slurm` keeps one for trying things by hand. Every node is a slurmd in its
 own network namespace; munge, slurmctld, slurmdbd and MariaDB have their own keys, ports and folder,
 so nothing of a real Slurm on the machine is touched. Not here: what the jobs are. Invariants: the
 daemons are children of this process and die with it; `close` leaves no process, namespace or file
@@ -15,12 +15,12 @@ import re
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.slurm.caretaker import Caretaker
 from tests.slurm.network import HEAD, NAMESPACES, Network, remove_namespace
 from tests.slurm.packages import ClusterUnavailableError, install_missing
 from tests.slurm.settings import slurm_conf, slurmdbd_conf
@@ -74,7 +74,13 @@ class Cluster:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.network = Network(f"{PREFIX}{os.getpid()}", NODES, self.folder / "hosts")
-        self._daemons: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._caretaker = Caretaker(
+            [node for node in NODES if node not in PARTITIONS["fragile"].split(",")],
+            lambda: self.ask("sinfo", "--noheader", "--Node", "--format=%N %T"),
+            self.restart,
+            self.situation,
+        )
 
     # -- life --------------------------------------------------------------------------------
 
@@ -98,9 +104,9 @@ class Cluster:
 
     def close(self) -> None:
         """End all daemons, then whatever is left in the namespaces, then the files."""
-        for _, daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for _, daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             try:
                 daemon.wait(timeout=5)
             except subprocess.TimeoutExpired:
@@ -161,14 +167,31 @@ class Cluster:
         fields: dict[str, str] = {}
 
         def reached() -> bool:
+            self._caretaker.look()
             fields.update(self.job(job_id))
             return fields["JobState"] in states
 
         try:
             until(reached, f"job {job_id} to be {' or '.join(states)}", limit_s)
         except TimeoutError as error:
-            raise TimeoutError(f"{error}; it is {fields.get('JobState')}") from None
+            state = f"{fields.get('JobState')} ({fields.get('Reason')})"
+            raise TimeoutError(f"{error}; it is {state}\n{self.situation()}") from None
         return fields
+
+    def situation(self) -> str:
+        """Nodes and jobs as Slurm sees them, what runs on the nodes, and the ends of all logs."""
+        parts = [
+            self.ask("sinfo", "--Node", "--long"),
+            self.ask("sinfo", "--list-reasons"),
+            self.ask("squeue", "--long"),
+        ]
+        for name in NODES:
+            parts.append(f"--- processes of {name}")
+            for process in self.network.processes(name):
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ")
+                    parts.append(f"{process} {words.decode(errors='replace')[:150]}")
+        return "\n".join([*parts, self.logs(60)])
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -209,10 +232,10 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._daemons.append((name, daemon))
+        self._daemons[name] = daemon
 
     def _ready(self, *words: str) -> bool:
-        for name, daemon in self._daemons:
+        for name, daemon in self._daemons.items():
             if daemon.poll() is not None:
                 raise RuntimeError(f"{name} ended with exit code {daemon.returncode}")
         return self.on(HEAD, *words, limit_s=20).returncode == 0
@@ -254,7 +277,7 @@ class Cluster:
         for name in NODES:
             (self.folder / f"spool.{name}").mkdir()
             (self.folder / f"tmp.{name}").mkdir()
-            self._daemon(f"slurmd.{name}", name, "slurmd", "-D", "-N", name)
+            self._start_node(name)
 
         def idle() -> bool:
             states = self.on(HEAD, "sinfo", "-h", "-N", "-o", "%T", limit_s=20).stdout.split()
@@ -262,23 +285,12 @@ class Cluster:
 
         until(lambda: self._ready("true") and idle(), "idle nodes")
 
+    def _start_node(self, name: str) -> None:
+        self._daemon(f"slurmd.{name}", name, "slurmd", "-D", "-N", name)
 
-def main() -> int:
-    """Bring a cluster up and keep it until Ctrl-C; prints how to use it."""
-    cluster = Cluster()
-    begin = time.monotonic()
-    try:
-        cluster.open()
-        took = time.monotonic() - begin
-        example = f"{cluster.folder}/on head srun -N2 hostname"
-        sys.stdout.write(f"up in {took:.1f} s, until Ctrl-C; for example: {example}\n")
-        sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            sys.stdin.read()
-    finally:
-        cluster.close()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    def restart(self, name: str) -> None:
+        """Power-cycle a node: what runs on it is lost."""
+        self.ask("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=restarted")
+        self.network.kill_all(name)
+        self._daemons[f"slurmd.{name}"].wait()
+        self._start_node(name)  # it is back in service as soon as it registers

@@ -75,6 +75,10 @@ class Network:
     def cut_power(self, host: str) -> None:
         """The host falls silent: nobody is told, and its processes are gone."""
         self._in(host, "link", "set", "eth0", "down")
+        self.kill_all(host)
+
+    def kill_all(self, host: str) -> None:
+        """End all processes of the host."""
         _kill_all(self._path(host))
 
     def close(self) -> None:
@@ -110,8 +114,8 @@ def _processes(namespace: Path) -> list[int]:
 
 
 def _kill_all(namespace: Path) -> None:
-    """At once; again while some are being born."""
-    for _ in range(50):
+    """At once; again while some are being born, for 5 s."""
+    for _ in range(100):
         alive = _processes(namespace)
         if not alive:
             return
@@ -119,6 +123,7 @@ def _kill_all(namespace: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
+    raise RuntimeError(f"processes in {namespace} cannot be killed: {alive}")
 
 
 def _ip(*words: str) -> str:

@@ -6,6 +6,8 @@ is waiting; Slurm itself sees to it that a node runs one job at a time.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +35,7 @@ __all__ = [
     "demo_on_two_nodes",
     "doctor_on_two_nodes",
     "held_in_the_queue",
+    "near_its_wall_time",
     "node_loses_power",
     "rank_killed",
     "tiny_alone",
@@ -163,10 +166,14 @@ def _attempt(folder: Path) -> list[dict[str, object]]:
 
 
 def rank_killed(site: Site) -> JobEnd:
-    """One rank is killed from outside, as the kernel does when memory is short."""
+    """One rank is killed from outside, as the kernel does when memory is short.
+
+    Another job is then given the folder of the failed one.
+    """
     config = site.tiny_config
     job = site.sbatch("openmpi", config)
-    site.wait_for_completions(site.job_folder(job, config), SEEN, job)
+    folder = site.job_folder(job, config)
+    site.wait_for_completions(folder, SEEN, job)
     ranks = [
         process
         for process in site.cluster.network.processes("n2")
@@ -174,7 +181,29 @@ def rank_killed(site: Site) -> JobEnd:
     ]
     os.kill(ranks[0], signal.SIGKILL)
     took = site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to end")
-    return site.finish(job, config, took_s=took, ranks=ranks)
+    end = site.finish(job, config, took_s=took, ranks=ranks, first=_attempt(folder))
+    again = site.sbatch("mpich", str(folder), options=("--partition=short",))
+    other = site.finish(again, folder, first=end.observed["first"])
+    end.observed["continued"] = dataclasses.replace(other, folder=folder)
+    return end
+
+
+def near_its_wall_time(site: Site) -> str:
+    """A job of one minute that has work for longer; what it printed when Slurm had told it.
+
+    Slurm looks every 30 s, so USR1 comes 20 to 50 s before the end.
+    """
+    config = site.tiny_config
+    many = site.folder / "many.jsonl"
+    many.write_text(
+        "".join(json.dumps({"id": f"m{i}", "prompt": "on"}) + "\n" for i in range(9999))
+    )
+    options = ("--partition=short", "--nodes=1", "--time=1", "--signal=B:USR1@20")
+    job = site.sbatch("mpich", config, f"prompts.path={many}", options=options)
+    site.until(lambda: site.cluster.job(job)["JobState"] == "RUNNING", "the job to start", 150)
+    site.until(lambda: "goes back into the queue" in site.log(job), "the job to stop", 70)
+    site.cluster.ask("scancel", job)
+    return site.log(job)
 
 
 def array(site: Site) -> list[JobEnd]:

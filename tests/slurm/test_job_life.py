@@ -16,6 +16,7 @@ from tests.slurm.scenarios import (
     admin_requeue,
     array,
     held_in_the_queue,
+    near_its_wall_time,
     node_loses_power,
     rank_killed,
     tiny_alone,
@@ -31,10 +32,10 @@ def test_one_process_completes_the_tiny_job(end: dict[str, list[int]]) -> None:
     assert len(end) == TINY_PROMPTS
 
 
-def check_it_went_on(end: JobEnd, alone: dict[str, list[int]]) -> None:
-    """Ended well after one restart: nothing lost, nothing twice, and the first part was kept."""
+def check_it_went_on(end: JobEnd, alone: dict[str, list[int]], restarts: int = 1) -> None:
+    """Ended well after so many restarts: nothing lost, nothing twice, what was first is kept."""
     assert end.state == "COMPLETED", end.log
-    assert end.fields["Restarts"] == "1"
+    assert end.fields["Restarts"] == str(restarts)
     completions = end.completions()
     assert [record["id"] for record in completions] == list(alone)
     assert end.tokens() == alone
@@ -43,8 +44,7 @@ def check_it_went_on(end: JobEnd, alone: dict[str, list[int]]) -> None:
     # The very lines of the first attempt, not the same prompts run again: times are never equal.
     for record in first:
         assert record in completions
-    assert "attempt 1" in end.log
-    assert "attempt 2" in end.log
+    assert all(f"attempt {number + 1}" in end.log for number in range(restarts + 1))
 
 
 @story(told_to_stop)
@@ -91,6 +91,22 @@ def test_a_killed_rank_ends_the_job_soon_and_its_output_is_whole(end: JobEnd) ->
     assert end.observed["took_s"] < 20
     for path in (end.folder / "outputs").glob("completions_rank_*.jsonl"):
         assert len(read_jsonl(path)) >= SEEN
+
+
+@story(rank_killed)
+def test_the_folder_of_a_failed_job_is_all_that_another_job_needs_to_go_on(
+    end: JobEnd, told: Callable[..., Any]
+) -> None:
+    other = end.observed["continued"]
+    check_it_went_on(other, told(tiny_alone), restarts=0)
+    assert other.job_id != end.job_id
+    assert "Going on in" in other.log
+
+
+@story(near_its_wall_time)
+def test_slurms_own_signal_before_the_wall_time_stops_a_job_in_order(end: str) -> None:
+    assert "(SIGUSR1" in end
+    assert "DUE TO TIME LIMIT" not in end
 
 
 @story(array)
