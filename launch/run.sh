@@ -2,6 +2,7 @@
 # Inside a job (sbatch, salloc): one configuration over all tasks of the allocation.
 #
 #   ./launch/run.sh configs/openllama_3b.toml [section.key=value …]
+#   ./launch/run.sh mpipipe-jobs/openllama_3b-4711        goes on with what that job left
 #
 # In order: the environment of site.env (modules; venv or image), a folder
 # $MPIPIPE_SCRATCH/<config>-<job> with config/, prompts/ and outputs/, `mpipipe doctor` on all ranks,
@@ -77,18 +78,6 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
     export SLURM_JOB_END_TIME
 fi
 
-name=$(basename "${config%.*}")
-folder=$MPIPIPE_SCRATCH/$name-$job
-if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then # not the same run again, but another one in this job
-    number=1
-    while [ -e "$folder/job.env" ]; do
-        number=$((number + 1))
-        folder=$MPIPIPE_SCRATCH/$name.$number-$job
-    done
-fi
-mkdir -p "$folder"
-folder=$(cd "$folder" && pwd -P)
-
 bind_folder() { # a folder and the options of its bind; where its name leads through links, under both names
     local real
     real=$(readlink -f "$1" || true)
@@ -104,15 +93,19 @@ bind_model() { # it may be made of links, as Hugging Face's cache is: also what 
         sed 's|/[^/]*$||' | sort -u | grep -vxF "$(readlink -f "$1")")
 }
 
+mkdir -p "$MPIPIPE_SCRATCH"
+scratch=$(cd "$MPIPIPE_SCRATCH" && pwd -P)
 inside=() # what a command is put behind to find mpipipe
 if [ -n "$MPIPIPE_IMAGE" ]; then
     [ -e "$MPIPIPE_IMAGE" ] || fail "MPIPIPE_IMAGE=$MPIPIPE_IMAGE does not exist on $(hostname)"
     inside=("$home/launch/in_image.sh")
     config_folder=$(cd "$(dirname "$config")" && pwd)
-    export MPIPIPE_JOB_BINDS=$folder
+    export MPIPIPE_JOB_BINDS=$scratch
     for path in "$PWD" "$config_folder"; do
         bind_folder "$path" ""
     done
+    # The image's HOME may be another one, and XDG_CACHE_HOME is not passed on.
+    [ -z "${XDG_CACHE_HOME:-}" ] || export MPIPIPE_CACHE="${MPIPIPE_CACHE:-$XDG_CACHE_HOME/mpipipe}"
 elif [ -x "$MPIPIPE_VENV/bin/mpipipe" ]; then
     export PATH="$MPIPIPE_VENV/bin:$PATH"
 fi
@@ -121,19 +114,28 @@ ${inside[@]+"${inside[@]}"} mpipipe --version >/dev/null ||
         "or set MPIPIPE_IMAGE (see $home/launch/README.md)"
 
 # ---- workspace: copies of config and prompts, made once, so that a restart finds the same -------
-if [ ! -f "$folder/job.env" ]; then
-    ${inside[@]+"${inside[@]}"} mpipipe slurm workspace "$config" ${words[@]+"${words[@]}"} \
-        --folder "$folder" >/dev/null || {
+resume=()
+if [ -f "$config/job.env" ]; then # the folder of an earlier job
+    folder=$(cd "$config" && pwd -P)
+    resume=(output.resume=true ${words[@]+"${words[@]}"})
+    [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$folder/strikes"
+elif [ -d "$config" ]; then
+    fail "$config is not the folder of an earlier job (no job.env): give that, or a configuration file"
+else
+    folder=$(${inside[@]+"${inside[@]}"} mpipipe slurm workspace "$config" \
+        ${words[@]+"${words[@]}"} --scratch "$scratch") || {
         code=$?
-        [ -z "$MPIPIPE_IMAGE" ] || echo "run.sh: the image sees the folders of the job and of the" \
+        [ -z "$MPIPIPE_IMAGE" ] || echo "run.sh: the image sees MPIPIPE_SCRATCH, the folder of the" \
             "configuration, $PWD, and home: name others (of prompts, of files that the" \
             "configuration extends) in MPIPIPE_BINDS." >&2
-        fail "the job's folder $folder could not be made, see above"
+        fail "the job's folder could not be made, see above"
     }
+    folder=${folder%/job.env}
 fi
 words=() models=()
 # shellcheck source=/dev/null
 source "$folder/job.env" # sets config, words and models
+words+=(${resume[@]+"${resume[@]}"})
 for path in ${models[@]+"${models[@]}"}; do
     # One that is missing is the doctor's to name.
     [ -z "$MPIPIPE_IMAGE" ] || [ ! -d "$path" ] || bind_model "$path"

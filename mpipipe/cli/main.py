@@ -139,13 +139,13 @@ def slurm_mpi_flag(
 def slurm_workspace(
     config: ConfigPath,
     overrides: Overrides = None,
-    folder: Annotated[Path, typer.Option(help="The job's folder.")] = Path(),
+    scratch: Annotated[Path, typer.Option(help="Where the folders of jobs are.")] = Path(),
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
-    """Copy configuration and prompts into the job's folder, for `launch/run.sh`."""
+    """Make the folder of this Slurm job, with copies of what it reads, for `launch/run.sh`."""
     from mpipipe.cli.workspace import workspace_command
 
-    raise typer.Exit(workspace_command(config, overrides or [], folder))
+    raise typer.Exit(workspace_command(config, overrides or [], scratch))
 
 
 @app.command("demo-model")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mpipipe.cli.progress_view import ProgressView
 from mpipipe.metrics.summary_text import summary_lines
 from mpipipe.planning.explain import plan_lines
+from mpipipe.runtime.workspace import how_to_go_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,10 +69,10 @@ class TerminalView:
         """Print where the time went and where the results are."""
         print("", *summary_lines(summary), f"Results in {folder}", sep="\n", flush=True)
 
-    def stopped(self, reason: str, num_unfinished: int) -> None:
+    def stopped(self, reason: str, num_unfinished: int, folder: Path) -> None:
         """Say that there is more to do, and how."""
         text = (
-            f"mpipipe: stopped ({reason}): {num_unfinished:,} prompts are not done; run it again "
-            "with the same output.dir and output.resume=true to go on"
+            f"mpipipe: stopped ({reason}): {num_unfinished:,} prompts are not done; to go on: "
+            f"{how_to_go_on(folder)}"
         )
         print(text, file=sys.stderr, flush=True)

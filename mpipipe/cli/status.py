@@ -95,7 +95,7 @@ def _judged(
     own_accounted = [job for job in accounted if job.label == status.job_id] or (
         accounted if len(accounted) == 1 else ()
     )
-    return judge(status.values, own_queued, own_accounted, datetime.now(UTC))
+    return judge(status, own_queued, own_accounted, datetime.now(UTC))
 
 
 def _document(
@@ -127,7 +127,10 @@ def _lines(
         }
         lines += ["", *(f"{label:<9}{value}" for label, value in facts.items())]
     if not runs:
-        lines += ["", f"state    {judge({}, queued, accounted, datetime.now(UTC))}"]
+        lines += [
+            "",
+            f"state    {judge(RunStatus(Path(), {}), queued, accounted, datetime.now(UTC))}",
+        ]
     for job in queued:
         left = f", {job.time_left} left" if job.state == "RUNNING" else ""
         lines.append(f"job      {job.label} {job.state} {job.nodes or f'({job.reason})'}{left}")

@@ -5,10 +5,12 @@ Runs on the first node of the job, or inside the image, without torch and MPI.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from mpipipe.errors import EXIT_OK
-from mpipipe.runtime.workspace import prepare_workspace
+from mpipipe.errors import EXIT_OK, ConfigError
+from mpipipe.runtime.workspace import job_workspace
+from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["workspace_command"]
 
 
-def workspace_command(config: Path, overrides: Sequence[str], folder: Path) -> int:
-    """Copy what the job reads into `folder` and print the file to source; returns the exit code.
+def workspace_command(config: Path, overrides: Sequence[str], scratch: Path) -> int:
+    """Make the folder of this job below `scratch`, print its file to source; returns the exit code.
 
     Raises:
-        MpipipeError: the configuration or its model is wrong, or the folder cannot be filled.
+        MpipipeError: this is no Slurm job, the configuration or its model is wrong, or the folder
+            cannot be filled.
     """
-    print(prepare_workspace(config, overrides, folder))
+    job = read_job(os.environ)
+    if job is None:
+        raise ConfigError("this is no Slurm job (SLURM_JOB_ID is not set), so it has no folder")
+    print(job_workspace(config, overrides, scratch, job))
     return EXIT_OK

@@ -23,12 +23,7 @@ from mpipipe.runtime.job_claim import Claim, claim, read_inputs
 from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, merge, write_json
-from mpipipe.runtime.progress_file import (
-    UPDATE_INTERVAL_S,
-    ProgressFile,
-    RunState,
-    told_at_the_end,
-)
+from mpipipe.runtime.progress_file import UPDATE_INTERVAL_S, ProgressFile, RunState
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
@@ -118,7 +113,8 @@ async def run_job(
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
         )
-        with closing(log), claimed.held(), told_at_the_end(progress):
+        ranks.last_words.append(progress.failed)
+        with closing(log), claimed.held():
             log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
             job = _Job(ranks, loaded, claimed, log, view, marks, progress)
             return await _do(job, hellos, model)
@@ -139,8 +135,10 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
         num_kept=len(claimed.earlier.kept_ids),
     )
     if claimed.done_code is not None:
-        if ranks.is_head:  # the earlier attempt may not have merged what it completed
-            merge(claimed.folder, claimed.index_of)
+        # The earlier attempt may not have merged what it completed.
+        await in_phase(
+            ranks, "merge", lambda: ranks.is_head and merge(claimed.folder, claimed.index_of)
+        )
         job.progress.write(RunState.DONE, exit_code=claimed.done_code)
         return claimed.done_code
     # torch and transformers take seconds to import: only now, when the input is in order.
@@ -176,10 +174,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)
-    earlier = job.claim.earlier
-    num_kept = len(earlier.kept_ids)
-    manifest = build_manifest(session, loaded, folder, earlier.attempts, num_kept)
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", build_manifest(session, loaded, job.claim))
     tally = await _complete(job, session, prompts)
     job.marks.generated_s = session.ranks.clock.now_s()
     session.end()
@@ -190,7 +185,11 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
     num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
     summary = RunSummary(
         phases=job.marks.phases(session.ranks.clock.now_s()),
-        requests=dataclasses.replace(totals, num_unfinished=num_unfinished, num_kept=num_kept),
+        requests=dataclasses.replace(
+            totals,
+            num_unfinished=num_unfinished,
+            num_kept=len(job.claim.earlier.kept_ids),
+        ),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
     )
@@ -207,7 +206,7 @@ def _report(job: _Job, summary: RunSummary) -> int:
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
     if requests.num_unfinished:
         exit_code = EXIT_REQUEUE
-        job.view.stopped(reason, requests.num_unfinished)
+        job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
     job.progress.write(state, exit_code=exit_code, num_unfinished=requests.num_unfinished)
     return exit_code

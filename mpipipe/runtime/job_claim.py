@@ -56,6 +56,7 @@ class Claim:
     earlier: Earlier = field(default_factory=Earlier)
     lines_left: Sequence[PromptLine] = ()
     index_of: Mapping[str, int] = field(default_factory=dict)  # id → position, of all prompts
+    basis: Mapping[str, Any] = field(default_factory=dict)  # what decides the completions
     lock: FolderLock | None = None  # held until the run has ended
 
     @contextmanager
@@ -102,7 +103,8 @@ async def claim(
         basis = completions_basis(loaded, model.folder, _dtype(loaded, model, hellos))
         return claim_folder(loaded, lines, basis, read_job(os.environ))
 
-    claimed = await in_phase(ranks, "output", work, _DEADLINE_S)
+    # As long as it takes: all earlier completions are read, and the prompts once more.
+    claimed = await in_phase(ranks, "output", work)
     payload = None
     if claimed is not None:
         payload = json.dumps([str(claimed.folder), claimed.done_code]).encode()
@@ -145,7 +147,7 @@ def claim_folder(
     left = [line for line in lines if line.prompt_id not in earlier.kept_ids]
     done_code = None if left else EXIT_PROMPTS if earlier.num_failed else EXIT_OK
     index_of = {line.prompt_id: line.index for line in lines}
-    return Claim(folder, done_code, earlier, left, index_of, lock)
+    return Claim(folder, done_code, earlier, left, index_of, basis, lock)
 
 
 def _auto_folder(loaded: LoadedConfig, basis: Mapping[str, Any], job: SlurmJob | None) -> Path:

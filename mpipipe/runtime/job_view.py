@@ -46,6 +46,6 @@ class JobView(Protocol):
         """All is written."""
         ...
 
-    def stopped(self, reason: str, num_unfinished: int) -> None:
+    def stopped(self, reason: str, num_unfinished: int, folder: Path) -> None:
         """All is written, but some prompts were not reached."""
         ...

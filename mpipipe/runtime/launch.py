@@ -54,9 +54,11 @@ class Ranks:
     clock: Clock
     info: LaunchInfo
     tasks: asyncio.TaskGroup  # holds what runs as long as the session
-    mpi_library: str  # "" without MPI
+    mpi_library: str  # what it calls itself, one line; "" without MPI
     raw: RawMessages | None  # plain MPI, to measure against; None without MPI
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
+    # Told the error that ends the ranks early, the first one and not what followed from it.
+    last_words: list[Callable[[BaseException], None]] = field(default_factory=list)
 
     @property
     def is_head(self) -> bool:
@@ -104,11 +106,14 @@ async def open_ranks(
     opened = _open_channel(info, engine)
     mesh = Mesh(opened.channel, engine, clock)
     switch = stop or StopSwitch()
+    last_words: list[Callable[[BaseException], None]] = []
     if mesh.world_size > 1:
         switch.exit_now = mesh.abort
     try:
         async with asyncio.TaskGroup() as tasks:
-            ranks = Ranks(mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw, switch)
+            ranks = Ranks(
+                mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw, switch, last_words
+            )
             polling = tasks.create_task(engine.run(), name="progress")
             mesh.start()
             try:
@@ -124,6 +129,8 @@ async def open_ranks(
             polling.cancel()
     except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting
         error = _first(raised)
+        for tell in last_words:
+            tell(error.error if isinstance(error, AgreedError) else error)
         if isinstance(error, AgreedError):
             raise error.error from error.__cause__
         if mesh.world_size > 1:
@@ -145,11 +152,11 @@ def _open_channel(info: LaunchInfo, engine: ProgressEngine) -> _Opened:
         return _Opened(open_memory_channels(1, engine)[0])
     from mpipipe.control_plane import mpi
 
-    check_pmi(info, mpi.library_version(whole=True))
-    channel = mpi.open_mpi_control_channel(engine, init_limit_s=_init_limit_s())
     library = mpi.library_version()
+    check_pmi(info, library)
+    channel = mpi.open_mpi_control_channel(engine, init_limit_s=_init_limit_s())
     check_world_size(info, channel.world_size, library)
-    return _Opened(channel, library, channel)
+    return _Opened(channel, library.partition("\n")[0], channel)
 
 
 def _init_limit_s() -> float:

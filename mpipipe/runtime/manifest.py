@@ -7,24 +7,25 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.runtime.packages import package_versions
 from mpipipe.runtime.resume import DTYPE
 from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.runtime.job_claim import Claim
     from mpipipe.runtime.session import Session
 
 __all__ = ["build_manifest", "completions_basis"]
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
+_PROMPTS = "the SHA-256 of the prompts"
+_MODEL = "the SHA-256 of the model's config.json"
 
 
 def completions_basis(loaded: LoadedConfig, model_path: Path, dtype: str) -> dict[str, Any]:
@@ -44,39 +45,36 @@ def completions_basis(loaded: LoadedConfig, model_path: Path, dtype: str) -> dic
         **basis,
         DTYPE: dtype,
         "memory.max_context_tokens": config["memory"]["max_context_tokens"],
-        "the SHA-256 of the prompts": _prompts_hash(loaded),
-        "the SHA-256 of the model's config.json": _sha256(model_path / "config.json"),
+        _PROMPTS: _prompts_hash(loaded),
+        _MODEL: _sha256(model_path / "config.json"),
     }
 
 
 def build_manifest(
     session: Session,
     loaded: LoadedConfig,
-    folder: Path,
-    earlier: Sequence[Mapping[str, Any]] = (),
-    num_kept: int = 0,
+    claimed: Claim,
 ) -> dict[str, Any]:
-    """The manifest of a run in `folder` that is about to generate (head).
+    """The manifest of a run in the claimed folder that is about to generate (head).
 
-    `earlier`: the attempts before this one, which left `num_kept` prompts with a record.
-
-    `config` is the resolved configuration, as a file that can be run again: `model.path` absolute,
-    every `auto` replaced by what the plan holds; `plan.resolved` gives the reasons.
+    `basis` is that of the claim: the files may have been edited since they were read. `config` is
+    the resolved configuration, as a file that can be run again: `model.path` absolute, every `auto`
+    replaced by what the plan holds; `plan.resolved` gives the reasons.
     """
     plan = session.plan
-    attempt = _attempt(session, num_kept)
+    attempt = _attempt(session, len(claimed.earlier.kept_ids))
     return {
         "mpipipe": __version__,
         "started": attempt["started"],
-        "attempts": [*earlier, attempt],
-        "basis": completions_basis(loaded, Path(plan.model_path), plan.dtype),
-        "config": _resolved_config(session, loaded, folder),
+        "attempts": [*claimed.earlier.attempts, attempt],
+        "basis": dict(claimed.basis),
+        "config": _resolved_config(session, loaded, claimed.folder),
         "plan": json.loads(plan.to_json()),
         "hashes": {
             "config": config_hash(loaded.config),
             "plan": plan.content_hash(),
-            "prompts": _prompts_hash(loaded),
-            "model_config": _sha256(Path(plan.model_path) / "config.json"),
+            "prompts": claimed.basis[_PROMPTS],
+            "model_config": claimed.basis[_MODEL],
         },
         "hosts": [
             {
@@ -93,7 +91,7 @@ def build_manifest(
         "versions": {
             "python": platform.python_version(),
             "mpi": session.ranks.mpi_library or None,
-            **{name: _version(name) for name in _PACKAGES},
+            **package_versions(_PACKAGES),
         },
     }
 
@@ -141,10 +139,3 @@ def _prompts_hash(loaded: LoadedConfig) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -242,11 +242,15 @@ class CompletionWriter:
 
 
 def merge(folder: Path, index_of: Mapping[str, int]) -> Path:
-    """Write `completions.jsonl` from all ranks' files, in input order; returns its path."""
-    lines: list[tuple[int, str]] = []
+    """Write `completions.jsonl` from all ranks' files, in input order; returns its path.
+
+    One line a prompt, the first: a node that Slurm has lost but the disk has not may still write.
+    """
+    lines: dict[int, str] = {}
     for path in sorted(folder.glob("completions_rank_*.jsonl")):
         with path.open(encoding="utf-8") as file:
-            lines.extend((index_of[json.loads(line)["id"]], line) for line in file)
+            for line in file:
+                lines.setdefault(index_of[json.loads(line)["id"]], line)
     merged = folder / "completions.jsonl"
-    write_whole(merged, "".join(line for _, line in sorted(lines)).encode())
+    write_whole(merged, "".join(line for _, line in sorted(lines.items())).encode())
     return merged

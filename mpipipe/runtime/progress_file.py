@@ -6,12 +6,12 @@ reads it (`cli.status`). Invariant: it never ends a run, not even on a full disk
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError
 from mpipipe.runtime.output import write_whole
 from mpipipe.topology.slurm import read_job
 
-__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState", "told_at_the_end"]
+__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState"]
 
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
@@ -78,32 +78,23 @@ class ProgressFile:
         with contextlib.suppress(OutputError):
             write_whole(self._path, text.encode(), durable=False)  # no disk's pace for the loop
 
+    def failed(self, error: BaseException) -> None:
+        """Tell that `error` has ended the run early; one that has told its end keeps that."""
+        if self.state in {RunState.DONE, RunState.STOPPED}:
+            return
+        if isinstance(error, MpipipeError):
+            stopped, text = error.exit_code == EXIT_REQUEUE, str(error)
+        elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            stopped, text = False, "interrupted"
+        else:
+            stopped, text = False, f"{type(error).__name__}: {error}"
+        self.write(RunState.STOPPED if stopped else RunState.FAILED, error=text)
+
     @property
     def state(self) -> RunState | None:
         """What was told last."""
         value = self._values["state"]
         return None if value is None else RunState(value)
-
-
-@contextmanager
-def told_at_the_end(progress: ProgressFile) -> Iterator[ProgressFile]:
-    """What ends the block early is told in the file, and goes on its way."""
-    try:
-        yield progress
-    except BaseException as raised:
-        error = _cause(raised)
-        stopped = isinstance(error, MpipipeError) and error.exit_code == EXIT_REQUEUE
-        text = str(error) if isinstance(error, MpipipeError) else f"{type(error).__name__}: {error}"
-        progress.write(RunState.STOPPED if stopped else RunState.FAILED, error=text)
-        raise
-
-
-def _cause(raised: BaseException) -> BaseException:
-    """The user's error inside the group of a task group, or inside `AgreedError`."""
-    while isinstance(raised, BaseExceptionGroup):
-        raised = raised.exceptions[0]
-    inner = getattr(raised, "error", None)
-    return inner if isinstance(inner, MpipipeError) else raised
 
 
 def _iso(moment: datetime) -> str:

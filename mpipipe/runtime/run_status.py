@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import OutputError
+from mpipipe.runtime.folder_lock import last_words
 from mpipipe.runtime.progress_file import STATUS_FILE, RunState
+from mpipipe.runtime.workspace import OUTPUT_FOLDER, how_to_go_on
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 __all__ = ["RunStatus", "duration", "find_runs", "job_folders", "judge", "read_status"]
@@ -69,10 +71,10 @@ def read_status(folder: Path) -> RunStatus:
 
 def find_runs(folder: Path) -> list[Path]:
     """The run folders at `folder`: itself, its `outputs`, or those right below it; newest last."""
-    for place in (folder, folder / "outputs"):
+    for place in (folder, folder / OUTPUT_FOLDER):
         if (place / STATUS_FILE).exists():
             return [place]
-    found = [*folder.glob(f"*/{STATUS_FILE}"), *folder.glob(f"*/outputs/{STATUS_FILE}")]
+    found = [*folder.glob(f"*/{STATUS_FILE}"), *folder.glob(f"*/{OUTPUT_FOLDER}/{STATUS_FILE}")]
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
 
 
@@ -88,20 +90,22 @@ def job_folders(job_id: str, roots: Sequence[Path]) -> list[Path]:
         ):
             if folder.is_dir():
                 named.update(dict.fromkeys(find_runs(folder) or [folder]))
-        for path in sorted(root.glob(f"*/{STATUS_FILE}")):
-            told = read_status(path.parent).job_id or ""
+        told_of = [*root.glob(f"*/{STATUS_FILE}"), *root.glob(f"*/{OUTPUT_FOLDER}/{STATUS_FILE}")]
+        for path in sorted(told_of):
+            told = RunStatus(path.parent, last_words(path.parent)).job_id or ""
             if told == job_id or told.startswith(f"{job_id}_"):
                 named[path.parent] = None
     return list(named)
 
 
 def judge(
-    values: Mapping[str, Any],
+    status: RunStatus,
     queued: Sequence[QueuedJob],
     accounted: Sequence[AccountedJob],
     now: datetime,
 ) -> str:
     """The state of one run in a few words, as its file and Slurm together tell it."""
+    values = status.values
     job = queued[0] if queued else None
     state = values.get("state")
     if job is not None and job.state == "PENDING":
@@ -111,12 +115,25 @@ def judge(
     if job is not None and _has_begun_again(values, job):
         return f"starting again (the job is {job.state} since {job.start}; before it was {state})"
     if state in _LIVE | _BUSY:
-        silent_s = (now - datetime.fromisoformat(values["updated_at"])).total_seconds()
-        limit_s = _STALE_INTERVALS * float(values.get("update_interval_s", 5.0))
-        if silent_s > (limit_s if state in _BUSY else _STALE_LOADING_S):
-            return f"{_silent(values, silent_s)}{_how_it_ended(job, accounted)}"
-        return f"{state}{_reason(values)}"
-    return _ended(values, job)
+        return _unended(values, job, accounted, now)
+    return _ended(status, job)
+
+
+def _unended(
+    values: Mapping[str, Any],
+    job: QueuedJob | None,
+    accounted: Sequence[AccountedJob],
+    now: datetime,
+) -> str:
+    """Of a run that said nothing of its end."""
+    state = values["state"]
+    if job is None and accounted and accounted[-1].has_ended:
+        return f"ended while {state}{_how_it_ended(None, accounted)}"
+    silent_s = (now - datetime.fromisoformat(values["updated_at"])).total_seconds()
+    limit_s = _STALE_INTERVALS * float(values.get("update_interval_s", 5.0))
+    if silent_s > (limit_s if state in _BUSY else _STALE_LOADING_S):
+        return f"{_silent(values, silent_s)}{_how_it_ended(job, accounted)}"
+    return f"{state}{_reason(values)}"
 
 
 def _has_begun_again(values: Mapping[str, Any], job: QueuedJob) -> bool:
@@ -128,13 +145,14 @@ def _has_begun_again(values: Mapping[str, Any], job: QueuedJob) -> bool:
     return datetime.fromisoformat(values["updated_at"]) < begun
 
 
-def _ended(values: Mapping[str, Any], job: QueuedJob | None) -> str:
+def _ended(status: RunStatus, job: QueuedJob | None) -> str:
+    values = status.values
     if values["state"] == RunState.FAILED.value:
         return f"failed: {values.get('error', 'see the logs')}"
     if values["state"] == RunState.STOPPED.value:
         if job is not None:
             return f"stopped{_reason(values)}, can go on; the job is still {job.state}"
-        return f"stopped{_reason(values)}, can go on: start it again with output.resume=true"
+        return f"stopped{_reason(values)}, can go on: {how_to_go_on(status.folder)}"
     failed = values.get("num_failed", 0)
     return "done" + (f", {failed:,} prompts became error records" if failed else "")
 

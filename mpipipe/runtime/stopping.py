@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import StopRequested
-from mpipipe.errors import EXIT_REQUEUE, DeadlineError, MpipipeError, PeerLostError, StoppedError
+from mpipipe.errors import EXIT_REQUEUE, DeadlineError, PeerLostError, StoppedError
 from mpipipe.topology.command import Runner, run_child
 from mpipipe.topology.launcher import detect
 from mpipipe.topology.slurm import read_job, wall_time_left_s
@@ -127,11 +127,9 @@ class StopSwitch:
         self._interruptible = True
         try:
             yield
-        except MpipipeError:
-            raise
         except Exception as error:
-            # Libraries turn what is raised inside them into errors of their own.
-            if not self._reason:
+            # What is raised inside a library becomes an error of the library's, and then of ours.
+            if not self._reason or isinstance(error, StoppedError):
                 raise
             raise StoppedError(_sentence(self._reason)) from error
         finally:

@@ -1,32 +1,91 @@
 """The folder of a job on a cluster: copies of what it reads, a place for what it writes.
 
 Layout: `config/` (the configuration with every file that it builds on), `prompts/`, `outputs/` (the
-run folder), `job.env` (what `launch/run.sh` sources). Not here: reading the model, starting ranks.
+run folder), `job.env` (what `launch/run.sh` sources), `request.json` (what was asked for, and in
+which attempt of the job last). Not here: reading the model, starting ranks.
 
 Invariants: `job.env` is written last, so a folder that has it is complete; a job that Slurm starts
-again finds it and reads the same copies, whatever was edited meanwhile. Paths in it are absolute.
-Needs neither torch nor MPI, and nothing is fetched.
+again finds the folder of each of its commands and reads the same copies, whatever was edited
+meanwhile. Paths in it are absolute. Needs neither torch nor MPI, and nothing is fetched.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import LoadedConfig, load_config
-from mpipipe.errors import OutputError
+from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime.model_folder import model_folder
+from mpipipe.runtime.output import write_json, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["JOB_FILE", "OUTPUT_FOLDER", "prepare_workspace"]
+    from mpipipe.topology.slurm import SlurmJob
+
+__all__ = ["JOB_FILE", "OUTPUT_FOLDER", "how_to_go_on", "job_workspace", "prepare_workspace"]
 
 JOB_FILE = "job.env"
 OUTPUT_FOLDER = "outputs"
+_REQUEST_FILE = "request.json"
+
+
+def job_workspace(config: Path, overrides: Sequence[str], scratch: Path, job: SlurmJob) -> Path:
+    """The folder of this command of `job` below `scratch`, filled; returns its `job.env`.
+
+    `<config>-<job>`, for further commands of the job `<config>.2-<job>` and so on. The same command
+    in a later attempt of the job finds its folder again, once an attempt.
+
+    Raises:
+        ConfigError: the configuration is wrong, or the words name another run folder.
+        CheckpointError: the demo model was not fetched before.
+        OutputError: the folder could not be filled.
+    """
+    for word in overrides:
+        if word.startswith("output.dir="):
+            raise ConfigError(
+                f"{word}: a Slurm job writes to its own folder, below MPIPIPE_SCRATCH; to go on "
+                "with an earlier job, give its folder in the place of the configuration: "
+                "sbatch launch/submit.sbatch FOLDER"
+            )
+    asked = {"config": str(config.absolute()), "words": list(overrides)}
+    for number in itertools.count(1):
+        name = config.stem if number == 1 else f"{config.stem}.{number}"
+        folder = scratch.absolute() / f"{name}-{job.label}"
+        earlier = _request(folder)
+        if earlier is None:
+            prepare_workspace(config, overrides, folder)
+            break
+        attempt = earlier.pop("attempt", 0)
+        if earlier == asked and attempt < job.num_restarts:
+            break
+    write_json(folder / _REQUEST_FILE, {**asked, "attempt": job.num_restarts})
+    return folder / JOB_FILE
+
+
+def _request(folder: Path) -> dict[str, Any] | None:
+    """What `folder` was made for; None: it is not made, or not to its end."""
+    if not (folder / JOB_FILE).exists():
+        return None
+    try:
+        request = json.loads((folder / _REQUEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # of nobody knows which command
+    return request if isinstance(request, dict) else {}
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What a user does to complete the rest of the run in `folder`."""
+    if folder.name == OUTPUT_FOLDER and (folder.parent / JOB_FILE).exists():
+        job = shlex.quote(str(folder.parent))
+        return f"the job does so when it is requeued, or: sbatch launch/submit.sbatch {job}"
+    return "start it again with the same output.dir and output.resume=true"
 
 
 def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> Path:
@@ -55,16 +114,13 @@ def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> P
             words.append(f"prompts.path={_copy(Path(prompts), folder / 'prompts')}")
         (folder / OUTPUT_FOLDER).mkdir(parents=True, exist_ok=True)
         words.append(f"output.dir={folder / OUTPUT_FOLDER}")
-        job_file = folder / JOB_FILE
-        partial = folder / f"{JOB_FILE}.partial"
-        partial.write_text(_job_lines(copy, models, words), encoding="utf-8")
-        partial.replace(job_file)
     except OSError as error:
         raise OutputError(
             f"the job's folder {folder} could not be filled ({error}): check that the file exists "
             "and that MPIPIPE_SCRATCH is a folder you can write to"
         ) from error
-    return job_file
+    write_whole(folder / JOB_FILE, _job_lines(copy, models, words).encode())
+    return folder / JOB_FILE
 
 
 def _config_files(loaded: LoadedConfig) -> list[Path]:

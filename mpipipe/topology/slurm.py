@@ -67,6 +67,11 @@ class AccountedJob:
     end: str
     work_dir: str
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over; sacct knows of running and waiting jobs, too."""
+        return self.state not in {"PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING"}
+
 
 def read_job(environ: Mapping[str, str]) -> SlurmJob | None:
     """The job of this process; None outside of Slurm."""

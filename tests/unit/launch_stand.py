@@ -27,8 +27,10 @@ PROGRAMS = {
     "mpipipe": """
         case "$1 $2" in
         "slurm workspace") echo "workspace $*" >>"$CALLS"
+            mkdir -p "${!#}/demo-7"
             printf 'config=/copy.toml models=("%s") words=(a.b=c output.dir=/o)\\n' \
-                "$MODEL" >"${!#}/job.env" ;;
+                "$MODEL" >"${!#}/demo-7/job.env"
+            echo "${!#}/demo-7/job.env" ;;
         "slurm mpi-flag") waits flag; echo pmi2 ;;
         doctor*) exit "${DOCTOR_CODE:-0}" ;;
         run*) waits deaf

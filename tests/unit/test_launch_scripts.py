@@ -41,40 +41,44 @@ def test_a_fatal_finding_ends_the_job_with_its_code_before_the_run(stand: Stand)
     assert not [line for line in stand.asked("srun") if "mpipipe run" in line]
 
 
-def test_a_job_that_starts_again_reads_the_copies_of_the_first_time(stand: Stand) -> None:
-    for count in "01":
-        environ = {"MPIPIPE_DOCTOR": "off", "SLURM_RESTART_COUNT": count}
-        assert stand.run("run.sh", "configs/demo.toml", **environ)[0] == 0
-    assert len(stand.asked("workspace")) == 1
+def test_the_folder_of_an_earlier_job_in_the_place_of_a_configuration_goes_on(stand: Stand) -> None:
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text("config=/c.toml models=() words=(a.b=c)\n")
+    (stand.job / "strikes").write_text("1\n")
+    environ = {"SLURM_JOB_ID": "9", "MPIPIPE_DOCTOR": "off"}
+    code, text = stand.run("run.sh", str(stand.job), "pipeline.num_slots=3", **environ)
+    assert code == 0, text
+    assert not stand.asked("workspace")
+    words = "a.b=c output.resume=true pipeline.num_slots=3"
+    assert stand.asked("srun")[-1].endswith(f"mpipipe run /c.toml {words}")
+    assert not (stand.job / "strikes").exists(), "what is asked for anew has not failed yet"
 
 
-def test_another_run_in_one_allocation_reads_the_configuration_anew(stand: Stand) -> None:
-    for _ in range(3):
-        assert stand.run("run.sh", "configs/demo.toml", MPIPIPE_DOCTOR="off")[0] == 0
-    folders = [line.rpartition("/")[2] for line in stand.asked("workspace")]
-    assert folders == ["demo-7", "demo.2-7", "demo.3-7"]
+def test_a_folder_of_something_else_is_refused(stand: Stand) -> None:
+    code, text = stand.run("run.sh", str(stand.model))
+    assert code == 2
+    assert "no job.env" in text
 
 
 @pytest.mark.parametrize("image", [False, True])
 def test_a_missing_model_folder_is_left_to_the_doctor(stand: Stand, image: bool) -> None:
     stand.job.mkdir(parents=True)
     (stand.job / "job.env").write_text("config=/c models=(/no/model) words=()\n")
-    environ = {"DOCTOR_CODE": "3", "SLURM_RESTART_COUNT": "1", "MPIPIPE_SRUN_MPI": "pmi2"}
+    environ = {"DOCTOR_CODE": "3", "MPIPIPE_SRUN_MPI": "pmi2"}
     if image:
         (stand.folder / "image.sif").touch()
         environ |= {"MPIPIPE_IMAGE": str(stand.folder / "image.sif"), "IMAGE_CODE": "3"}
-    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    code, text = stand.run("run.sh", str(stand.job), **environ)
     assert stand.asked("srun"), text
     assert "mpipipe doctor /c" in stand.asked("srun")[0]
     assert code == 3
 
 
-def test_a_task_of_an_array_has_its_own_folder_and_number(stand: Stand) -> None:
+def test_a_task_of_an_array_has_its_own_number(stand: Stand) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "9"}
     code, text = stand.run("run.sh", "configs/demo.toml", "generation.seed=%a", **array)
     assert code == 0, text
-    assert "generation.seed=2 " in stand.asked("workspace")[0]
-    assert (stand.folder / "scratch/demo-7_2/job.env").exists()
+    assert "generation.seed=2 --scratch" in stand.asked("workspace")[0]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +209,8 @@ def bound_in_image(stand: Stand, model: Path) -> str:
     # The job's folder is there already: the stand-in for the image starts nothing that makes it.
     stand.job.mkdir(parents=True)
     (stand.job / "job.env").write_text(f"config=/c models=({model}) words=()\n")
-    environ = {"MPIPIPE_IMAGE": str(image), "MPIPIPE_SRUN_MPI": "pmi2", "SLURM_RESTART_COUNT": "1"}
-    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    environ = {"MPIPIPE_IMAGE": str(image), "MPIPIPE_SRUN_MPI": "pmi2"}
+    code, text = stand.run("run.sh", str(stand.job), **environ)
     assert code == 0, text
     return stand.asked("apptainer")[-1]
 
@@ -229,6 +233,14 @@ def test_what_an_image_does_not_see_is_told_with_the_setting_that_shows_it(stand
     code, text = stand.run("run.sh", "configs/demo.toml", **environ)
     assert code == 4
     assert "MPIPIPE_BINDS" in text
+
+
+def test_the_demo_model_is_found_in_an_image_where_caches_are_kept_elsewhere(stand: Stand) -> None:
+    cache = stand.folder / "caches/mpipipe"
+    cache.mkdir(parents=True)
+    stand.environ["XDG_CACHE_HOME"] = str(cache.parent)
+    assert f"--bind {cache}" in bound_in_image(stand, stand.model)
+    assert f"APPTAINERENV_MPIPIPE_CACHE={cache}" in (stand.folder / "image.env").read_text()
 
 
 def test_a_model_folder_made_of_links_is_bound_with_what_they_point_to(stand: Stand) -> None:

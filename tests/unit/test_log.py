@@ -116,7 +116,6 @@ def test_any_value_gives_exactly_one_valid_line(tmp_path: Path, value: object) -
     assert raw.pop() == b""
     found = [json.loads(line.decode("utf-8"), parse_constant=pytest.fail) for line in raw]
     assert [line["event"] for line in found] == ["x", "y"]
-    assert log.num_lost_lines == 0
 
 
 def test_a_circle_is_written_as_text(tmp_path: Path) -> None:
@@ -135,19 +134,19 @@ def test_percent_signs_are_text(tmp_path: Path) -> None:
     log.close()
 
 
-def test_closing_twice_is_fine_and_later_lines_are_counted_as_lost(tmp_path: Path) -> None:
+def test_closing_twice_is_fine_and_later_lines_are_lost(tmp_path: Path) -> None:
     log = opened(tmp_path / "l")
     log.close()
     log.close()
     log.bind(a=1).info("late")
-    assert log.num_lost_lines == 1
+    assert lines(tmp_path / "l") == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_does_not_stop_the_run() -> None:
     log = opened(Path("/dev/full"))
     log.info("x")
-    assert log.num_lost_lines == 1
+    log.close()
     log.close()
 
 

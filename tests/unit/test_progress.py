@@ -70,10 +70,8 @@ def test_all_polls_are_asked_in_every_round_even_when_the_first_is_active(run: R
         engine.register(poller(0))
         engine.register(poller(1))
         for _ in range(5):
-            engine.poll()
+            assert engine.poll()
         assert asked == [5, 5]
-        assert engine.statistics().num_polls == 5
-        assert engine.statistics().num_active_polls == 5
 
     run(body)
 
@@ -194,7 +192,6 @@ def test_after_activity_the_engine_spins_then_naps_ever_longer_up_to_a_limit() -
     assert naps[0] == pytest.approx(50e-6)
     assert naps == sorted(naps)
     assert naps[-1] == pytest.approx(40e-3)
-    assert engine.statistics().num_naps == 497
 
 
 def test_something_completed_makes_it_spin_again() -> None:

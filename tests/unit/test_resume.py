@@ -94,6 +94,13 @@ def test_what_is_kept_and_what_is_new_are_merged_in_the_order_of_the_input(folde
     assert merged.read_bytes() == line("a") + line("b") + line("c")
 
 
+def test_of_a_prompt_that_two_attempts_have_completed_one_line_is_merged(folder: Path) -> None:
+    """The earlier one on a node that Slurm has lost and the file server has not."""
+    path = folder / "completions_rank_0.jsonl"
+    path.write_bytes(line("b") + line("a", n=1) + line("a", n=2))
+    assert merge(folder, {"a": 0, "b": 1}).read_bytes() == line("a", n=1) + line("b")
+
+
 def test_completions_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "completions_rank_0.jsonl").write_bytes(line("a"))
     with pytest.raises(OutputError, match=r"no manifest\.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -15,8 +16,7 @@ import pytest
 
 from mpipipe.cli.status import status_command
 from mpipipe.errors import ConfigError, OutputError, StoppedError
-from mpipipe.runtime.launch import AgreedError
-from mpipipe.runtime.progress_file import ProgressFile, RunState, told_at_the_end
+from mpipipe.runtime.progress_file import ProgressFile, RunState
 from mpipipe.runtime.run_status import RunStatus, duration, find_runs, judge, read_status
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
@@ -24,6 +24,7 @@ NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
 PENDING = QueuedJob("7", "PENDING", "Priority", "2026-11-22T13:00:00", "1:00:00", "", "/w")
 RUNNING = QueuedJob("7", "RUNNING", "None", "2020-11-20T11:00:00", "30:00", "n[1-2]", "/w")
 AGAIN = dataclasses.replace(RUNNING, start="2020-11-25T11:00:00")  # after it said something
+STILL = AccountedJob("7", "RUNNING", "0:0", "00:05:00", "Unknown", "/w")
 KILLED = AccountedJob("7", "OUT_OF_MEMORY", "0:125", "00:05:00", "x", "/w")
 
 
@@ -60,16 +61,24 @@ def test_other_ranks_write_nothing_and_a_lost_folder_ends_no_run(tmp_path: Path)
     ("error", "state", "text"),
     [
         (ConfigError("no such setting"), "failed", "no such setting"),
-        (AgreedError(ConfigError("rank 1: no model")), "failed", "rank 1: no model"),
-        (ExceptionGroup("tasks", [StoppedError("SIGTERM")]), "stopped", "SIGTERM"),
+        (StoppedError("SIGTERM"), "stopped", "SIGTERM"),
         (KeyError("bug"), "failed", "KeyError: 'bug'"),
+        (asyncio.CancelledError(), "failed", "interrupted"),
     ],
 )
-def test_what_ends_a_run_is_told(tmp_path: Path, error: Exception, state: str, text: str) -> None:
-    with pytest.raises(type(error)), told_at_the_end(ProgressFile(tmp_path)):
-        raise error
+def test_what_ends_a_run_is_told(
+    tmp_path: Path, error: BaseException, state: str, text: str
+) -> None:
+    ProgressFile(tmp_path).failed(error)
     values = json.loads((tmp_path / "status.json").read_text())
     assert (values["state"], values["error"]) == (state, text)
+
+
+def test_what_fails_after_the_end_of_a_run_is_not_its_end(tmp_path: Path) -> None:
+    progress = ProgressFile(tmp_path)
+    progress.write(RunState.DONE)
+    progress.failed(KeyError("while the ranks left"))
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
 
 
 # ---- judged --------------------------------------------------------------------------------------
@@ -81,6 +90,9 @@ def test_what_ends_a_run_is_told(tmp_path: Path, error: Exception, state: str, t
         (told("generating"), [RUNNING], [], "generating"),
         (told("stopping", stop_reason="SIGTERM"), [RUNNING], [], "stopping (SIGTERM)"),
         (told("loading", 300), [RUNNING], [], "loading"),
+        (told("loading", 300), [], [KILLED], "ended while loading; the job is OUT_OF_MEMORY, exit"),
+        (told("generating", 3), [], [KILLED], "ended while generating; the job is OUT_OF_MEMORY"),
+        (told("loading", 300), [], [STILL], "loading"),
         (told("stopped", 9999, stop_reason="SIGTERM"), [], [], "stopped (SIGTERM), can go on"),
         (told("stopped", 9999), [RUNNING], [], "stopped, can go on; the job is still RUNNING"),
         (told("stopped", 9999), [AGAIN], [], "starting again (the job is RUNNING since 2020-11-25"),
@@ -101,15 +113,16 @@ def test_the_file_and_slurm_together_tell_the_state(
     accounted: Sequence[AccountedJob],
     verdict: str,
 ) -> None:
-    assert judge(values, queued, accounted, NOW).startswith(verdict)
+    status = RunStatus(Path("run"), values)
+    assert judge(status, queued, accounted, NOW).startswith(verdict)
 
 
 @pytest.mark.parametrize(("state", "silent_s"), [("generating", 31), ("loading", 901)])
 def test_a_run_that_says_nothing_any_more_is_told(state: str, silent_s: float) -> None:
-    verdict = judge(told(state, silent_s), [], [KILLED], NOW)
+    verdict = judge(RunStatus(Path("run"), told(state, silent_s)), [RUNNING], [], NOW)
     assert verdict.startswith("no sign of life since 2020-11-22 11:")
     assert f"when it was {state}" in verdict
-    assert verdict.endswith("the job is OUT_OF_MEMORY, exit code 0:125 (sacct)")
+    assert verdict.endswith("; the job is RUNNING")
 
 
 @pytest.mark.parametrize(
@@ -193,10 +206,16 @@ def test_a_run_folder_of_any_name_is_found_by_the_job_that_it_tells(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "mine", job_id="7")
+    write(tmp_path / "demo-5" / "outputs", job_id="7")  # which has gone on with job 5
     write(tmp_path / "other", job_id="77")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/status.json").write_text("somebody else's")
     assert status_command("7", as_json=True, run=slurm()) == 0
     document = json.loads(capsys.readouterr().out)
-    assert [run["folder"] for run in document["runs"]] == [str(tmp_path / "mine")]
+    assert [run["folder"] for run in document["runs"]] == [
+        str(tmp_path / "demo-5" / "outputs"),
+        str(tmp_path / "mine"),
+    ]
 
 
 def test_a_queued_job_has_no_run_yet(capsys: pytest.CaptureFixture[str]) -> None:

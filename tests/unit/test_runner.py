@@ -29,7 +29,6 @@ from mpipipe.scheduler.ahead import AheadCore
 from mpipipe.scheduler.ahead_steps import AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import StopWatch
-from mpipipe.scheduler.interface import Scheduler
 from mpipipe.scheduler.runner import Runner
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
@@ -43,7 +42,7 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + i - 1) for i in ids if i != EOS)
 
 
-def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> Scheduler:
+def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> AheadCore | SchedulerCore:
     if kind == "awaiting":
         return SchedulerCore(
             num_slots=num_slots,
@@ -123,14 +122,14 @@ class Pipeline:
             await asyncio.sleep(0)
 
     @asynccontextmanager
-    async def running(self, core: Scheduler) -> AsyncIterator[Runner]:
+    async def running(self, core: AheadCore | SchedulerCore) -> AsyncIterator[Runner]:
         """A runner, and a task that gives its steps back."""
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             task = tasks.create_task(self.give_back())
             yield self.runner(core)
             task.cancel()
 
-    def runner(self, core: Scheduler) -> Runner:
+    def runner(self, core: AheadCore | SchedulerCore) -> Runner:
         return Runner(
             core=core,
             mesh=cast("Mesh", self),
@@ -150,7 +149,7 @@ def requests(count: int = 10, **sampling: object) -> list[Request]:
 
 
 def complete(
-    core: Scheduler, wanted: Sequence[Request], pipeline: Pipeline | None = None
+    core: AheadCore | SchedulerCore, wanted: Sequence[Request], pipeline: Pipeline | None = None
 ) -> list[Completion]:
     pipeline = pipeline or Pipeline()
 

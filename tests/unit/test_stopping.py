@@ -16,7 +16,7 @@ from mpipipe.cli.run import run_command
 from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
-from mpipipe.errors import EXIT_REQUEUE, ConfigError, PeerLostError, StoppedError
+from mpipipe.errors import EXIT_REQUEUE, CheckpointError, ConfigError, PeerLostError, StoppedError
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime import stopping
 from mpipipe.runtime.launch import Ranks
@@ -67,15 +67,17 @@ def test_a_boot_phase_is_broken_off_and_nothing_else_is() -> None:
 
 
 def test_what_a_library_makes_of_the_interruption_is_still_a_stop() -> None:
-    def library(switch: StopSwitch) -> None:
+    def library(switch: StopSwitch, made: Exception) -> None:
         try:
             switch.signalled(signal.SIGTERM)
         except StoppedError as error:
-            raise RuntimeError("failed to import") from error
+            raise made from error
 
-    switch = StopSwitch()
-    with pytest.raises(StoppedError), switch.interruptible():
-        library(switch)
+    # The second is what our own code makes of the first: broken files, of which there are none.
+    for made in (RuntimeError("failed to import"), CheckpointError("its files are broken")):
+        switch = StopSwitch()
+        with pytest.raises(StoppedError), switch.interruptible():
+            library(switch, made)
 
 
 def test_errors_of_work_that_nobody_stopped_are_what_they_are() -> None:

@@ -11,7 +11,13 @@ import pytest
 
 from mpipipe.config.load import load_config
 from mpipipe.errors import CheckpointError, ConfigError, OutputError
-from mpipipe.runtime.workspace import JOB_FILE, prepare_workspace
+from mpipipe.runtime.workspace import (
+    JOB_FILE,
+    how_to_go_on,
+    job_workspace,
+    prepare_workspace,
+)
+from mpipipe.topology.slurm import SlurmJob
 
 
 @pytest.fixture
@@ -102,3 +108,53 @@ def test_a_demo_model_that_was_not_fetched_is_refused(
     monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "empty"))
     with pytest.raises(CheckpointError, match="mpipipe demo-model"):
         prepare_workspace(project / "exp.toml", ["model.path=demo:smollm2"], tmp_path / "job")
+
+
+# ---- which folder --------------------------------------------------------------------------------
+
+FIRST, AGAIN, THIRD = (SlurmJob("4711_2", restarts, None) for restarts in range(3))
+
+
+def folder_of(project: Path, job: SlurmJob, *words: str) -> str:
+    scratch = project.parent / "scratch"
+    return job_workspace(project / "exp.toml", words, scratch, job).parent.name
+
+
+def test_each_command_of_a_job_has_its_own_folder(project: Path) -> None:
+    seeds = [folder_of(project, FIRST, f"generation.seed={seed}") for seed in (1, 2, 2)]
+    assert seeds == ["exp-4711_2", "exp.2-4711_2", "exp.3-4711_2"]
+
+
+def test_a_job_that_starts_again_finds_the_folder_of_each_of_its_commands(project: Path) -> None:
+    """In whatever order, and of two commands that are the same each its own."""
+    one, two = "generation.seed=1", "generation.seed=2"
+    first = [folder_of(project, FIRST, word) for word in (one, two, two)]
+    (project / "p.jsonl").write_text('{"prompt": "edited"}\n')
+    again = [folder_of(project, AGAIN, word) for word in (two, two, one)]
+    assert again == [first[1], first[2], first[0]]
+    copy = project.parent / "scratch" / first[0] / "prompts/p.jsonl"
+    assert copy.read_text() == '{"prompt": "a"}\n', "as it was the first time"
+    assert folder_of(project, THIRD, one) == first[0]
+    assert folder_of(project, THIRD, "generation.seed=3") == "exp.4-4711_2"
+
+
+def test_what_was_not_made_to_its_end_is_made_again(project: Path) -> None:
+    folder = project.parent / "scratch/exp-4711_2"
+    folder.mkdir(parents=True)
+    (folder / "request.json").write_text("{")
+    assert folder_of(project, AGAIN) == folder.name
+    assert (folder / JOB_FILE).exists()
+
+
+def test_another_run_folder_is_refused_and_how_to_go_on_is_told(project: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sbatch launch/submit\.sbatch FOLDER"):
+        folder_of(project, FIRST, "output.dir=/elsewhere/outputs")
+
+
+def test_how_to_go_on_names_the_folder_of_a_job(project: Path, tmp_path: Path) -> None:
+    scratch = project.parent / "scratch"
+    job_file = job_workspace(project / "exp.toml", (), scratch, FIRST)
+    assert how_to_go_on(job_file.parent / "outputs").endswith(
+        f"sbatch launch/submit.sbatch {shlex.quote(str(job_file.parent))}"
+    )
+    assert "output.resume=true" in how_to_go_on(tmp_path / "runs/x/outputs")

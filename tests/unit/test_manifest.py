@@ -1,0 +1,37 @@
+"""What a run writes down of its input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mpipipe.config.load import load_config
+from mpipipe.runtime.job_claim import claim_folder
+from mpipipe.runtime.manifest import build_manifest, completions_basis
+from tests.unit.test_plan import make_plan
+
+
+def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
+    tmp_path: Path,
+) -> None:
+    """Loading takes minutes. An attempt that goes on must see that the prompts are others."""
+    prompts, model = tmp_path / "p.jsonl", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    prompts.write_text('{"id": "a", "prompt": "as it was"}\n')
+    words = [f"prompts.path={prompts}", f"output.dir={tmp_path / 'run'}"]
+    loaded = load_config(None, words)
+    read = completions_basis(loaded, model, "float32")
+    claimed = claim_folder(loaded, [], read, None)
+    prompts.write_text('{"id": "a", "prompt": "edited"}\n')
+
+    session: Any = SimpleNamespace(
+        plan=make_plan(), hellos=(), ranks=SimpleNamespace(mpi_library="")
+    )
+    with claimed.held():
+        manifest = build_manifest(session, loaded, claimed)
+
+    assert manifest["basis"] == read
+    assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
+    assert completions_basis(loaded, model, "float32") != read
