@@ -94,6 +94,9 @@ def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) ->
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
         assert {event["rank"] for event in events} == {rank}
         assert {"greeted", "ready"} <= {event["event"] for event in events}
+        (ready,) = (event for event in events if event["event"] == "ready")
+        assert (ready["form"], ready["num_graphs"], ready["graph_obstacle"]) == ("packed", 0, "")
+        assert ready["form_reason"]
 
 
 @pytest.mark.parametrize(
