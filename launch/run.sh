@@ -117,6 +117,7 @@ ${inside[@]+"${inside[@]}"} mpipipe --version >/dev/null ||
 resume=()
 if [ -f "$config/job.env" ]; then # the folder of an earlier job
     folder=$(cd "$config" && pwd -P)
+    [[ " ${words[*]-}" != *" output.dir="* ]] || fail "output.dir= contradicts the folder $config"
     resume=(output.resume=true ${words[@]+"${words[@]}"})
     [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$folder/strikes"
 elif [ -d "$config" ]; then

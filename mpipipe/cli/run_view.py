@@ -72,7 +72,7 @@ class TerminalView:
     def stopped(self, reason: str, num_unfinished: int, folder: Path) -> None:
         """Say that there is more to do, and how."""
         text = (
-            f"mpipipe: stopped ({reason}): {num_unfinished:,} prompts are not done; to go on: "
-            f"{how_to_go_on(folder)}"
+            f"mpipipe: stopped ({reason}): {num_unfinished:,} prompts are not done; to go on, "
+            f"where the job is not requeued: {how_to_go_on(folder)}"
         )
         print(text, file=sys.stderr, flush=True)

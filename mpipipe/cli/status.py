@@ -47,6 +47,11 @@ def status_command(run_or_job: str, *, as_json: bool, run: Runner = run_child) -
         queued, accounted = _ask(run_or_job, run)
         found = job_folders(run_or_job, _roots([*queued, *accounted]))
         runs = [read_status(path) for path in found]
+        # Another job may have gone on in the folder.
+        known = {run_or_job} | {job.label for job in queued} | {job.label for job in accounted}
+        for other in sorted({status.job_id for status in runs if status.job_id} - known):
+            others = _ask(other, run)
+            queued, accounted = queued + others[0], accounted + others[1]
         if not (runs or queued or accounted):
             raise OutputError(
                 f"there is no job {run_or_job} in the queue or in the accounting, and no folder of "
@@ -89,12 +94,8 @@ def _judged(
     status: RunStatus, queued: Sequence[QueuedJob], accounted: Sequence[AccountedJob]
 ) -> str:
     """The verdict on one run; of an array's tasks only its own counts."""
-    own_queued = [job for job in queued if job.label == status.job_id] or (
-        queued if len(queued) == 1 else ()
-    )
-    own_accounted = [job for job in accounted if job.label == status.job_id] or (
-        accounted if len(accounted) == 1 else ()
-    )
+    own_queued = [job for job in queued if status.job_id in {None, job.label}]
+    own_accounted = [job for job in accounted if status.job_id in {None, job.label}]
     return judge(status, own_queued, own_accounted, datetime.now(UTC))
 
 

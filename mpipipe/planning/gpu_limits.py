@@ -76,22 +76,31 @@ def activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
 
 
 def gather_bytes(
-    spec: ModelSpec, dtype: str, *, num_tokens: int, num_layers: int, kv_limit_bytes: int
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    num_tokens: int,
+    num_layers: int,
+    kv_bytes: int | None,
+    free_bytes: int,
 ) -> int:
     """Memory of the copy that backends without paged kernels make of keys and values.
 
-    One layer at a time, those of a slot's sequences in one padded tensor.
+    One layer at a time, those of a slot's sequences in one padded tensor. Padding at most doubles a
+    layer's share of the pages in use (`models/attention/sdpa.py`).
 
     Args:
         spec: of the model.
         dtype: of the cache.
         num_tokens: of a slot, with every sequence at its longest.
         num_layers: of the stage.
-        kv_limit_bytes: more than this all of its pages cannot take. Padding at most doubles a
-            layer's share of them (`models/attention/sdpa.py`).
+        kv_bytes: of all of its pages; None: as many as fit beside the copy.
+        free_bytes: for both.
     """
+    if kv_bytes is None:  # P + 2 P / layers = free
+        kv_bytes = free_bytes * num_layers // (num_layers + 2)
     row = kv_page_bytes(spec, dtype, num_layers=1, page_size_tokens=1)
-    return min(num_tokens * row, 2 * kv_limit_bytes // num_layers)
+    return min(num_tokens * row, 2 * kv_bytes // num_layers)
 
 
 def sampling_bytes(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mpipipe.config.schema import MemoryConfig
 from mpipipe.errors import PlanError
 
-__all__ = ["KvDemand", "RankMemory", "choose_num_pages", "gib"]
+__all__ = ["KvDemand", "RankMemory", "asked_kv_bytes", "choose_num_pages", "gib"]
 
 # Share of the memory left after the weights that the KV cache may take by itself: the rest is for
 # activations, logits, libraries and whatever else runs on the host.
@@ -115,6 +115,13 @@ def choose_num_pages(
     _check_fit(ranks, num_pages=num_pages)
     largest = max(rank.page_bytes for rank in ranks)
     return num_pages, f"{reason}; {gib(num_pages * largest)} on the fullest rank"
+
+
+def asked_kv_bytes(memory: MemoryConfig, page_bytes: int) -> int | None:
+    """What the settings ask for on a rank with pages of `page_bytes`, at most; None: auto."""
+    if isinstance(memory.num_kv_pages, int):
+        return memory.num_kv_pages * page_bytes
+    return memory.kv_cache_bytes if isinstance(memory.kv_cache_bytes, int) else None
 
 
 def _pages_in(kv_cache_bytes: int, ranks: Sequence[RankMemory]) -> tuple[int, str]:

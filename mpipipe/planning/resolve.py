@@ -30,7 +30,7 @@ from mpipipe.planning.devices import (
 )
 from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
-from mpipipe.planning.memory import KvDemand, choose_num_pages
+from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resources import Decisions, RankResources
@@ -227,13 +227,15 @@ class _Resolver:
             work_bytes = self.limits.gpu_work_bytes(
                 self.spec, self.dtype, self.sampling, has_head=stage.has_head
             )
-            if attention in _GATHERING:
+            if attention in _GATHERING and fraction is not None:
+                free_bytes = int(hello.gpu_free_bytes * fraction) - stage.weight_bytes - work_bytes
                 work_bytes += gather_bytes(
                     self.spec,
                     self.dtype,
                     num_tokens=self.limits.max_sequences_per_slot * demand.longest_tokens,
                     num_layers=stage.num_layers,
-                    kv_limit_bytes=max(0, hello.gpu_free_bytes - stage.weight_bytes),
+                    kv_bytes=asked_kv_bytes(memory, page_bytes),
+                    free_bytes=max(0, free_bytes),
                 )
             needs.append(rank_memory(hello, stage, page_bytes, work_bytes, fraction))
         num_pages, reason = choose_num_pages(memory, needs, demand)

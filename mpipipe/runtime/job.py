@@ -113,31 +113,28 @@ async def run_job(
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
         )
-        ranks.last_words.append(progress.failed)
-        with closing(log), claimed.held():
+        # In this order: whoever has the lock tells the state of the folder.
+        ranks.last_words.extend((progress.failed, lambda _: claimed.close()))
+        with closing(log):
             log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
             job = _Job(ranks, loaded, claimed, log, view, marks, progress)
-            return await _do(job, hellos, model)
+            exit_code = await _do(job, hellos, model)
+        claimed.close()
+        return exit_code
 
 
 async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:
     """Load and generate; neither when earlier attempts have left nothing to do."""
     ranks, loaded, claimed, marks = job.ranks, job.loaded, job.claim, job.marks
-    if claimed.is_resumed and ranks.is_head:
-        kept, num_left = claimed.earlier.kept_ids, len(claimed.lines_left)
-        job.log.info(
-            "resumed", num_kept=len(kept), num_left=num_left, torn=claimed.earlier.num_torn
-        )
-        job.view.resumed(len(kept), num_left, claimed.folder)
-    job.progress.write(
-        RunState.BOOTING,
-        num_prompts=len(claimed.index_of),
-        num_kept=len(claimed.earlier.kept_ids),
-    )
+    if ranks.is_head:
+        _tell_what_is_left(job)
     if claimed.done_code is not None:
         # The earlier attempt may not have merged what it completed.
         await in_phase(
-            ranks, "merge", lambda: ranks.is_head and merge(claimed.folder, claimed.index_of)
+            ranks,
+            "merge",
+            lambda: ranks.is_head and merge(claimed.folder, claimed.index_of),
+            interruptible=False,  # all is done: no reason to come back
         )
         job.progress.write(RunState.DONE, exit_code=claimed.done_code)
         return claimed.done_code
@@ -161,6 +158,16 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
 
         async with watch_for_stop(ranks, stop):
             return await _run(job, session, prompts)
+
+
+def _tell_what_is_left(job: _Job) -> None:
+    earlier, num_left = job.claim.earlier, len(job.claim.lines_left)
+    num_kept = len(earlier.kept_ids)
+    if job.claim.is_resumed:
+        job.log.info("resumed", num_kept=num_kept, num_left=num_left, torn=earlier.num_torn)
+        job.view.resumed(num_kept, num_left, job.claim.folder)
+    num_prompts = len(job.claim.index_of)
+    job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> int:

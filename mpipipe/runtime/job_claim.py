@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -57,16 +56,12 @@ class Claim:
     lines_left: Sequence[PromptLine] = ()
     index_of: Mapping[str, int] = field(default_factory=dict)  # id → position, of all prompts
     basis: Mapping[str, Any] = field(default_factory=dict)  # what decides the completions
-    lock: FolderLock | None = None  # held until the run has ended
+    lock: FolderLock | None = None  # until the run has ended
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep others out of the folder meanwhile."""
-        try:
-            yield
-        finally:
-            if self.lock is not None:
-                self.lock.close()
+    def close(self) -> None:
+        """Let others into the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def is_resumed(self) -> bool:

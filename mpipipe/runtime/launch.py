@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -67,11 +67,16 @@ class Ranks:
 
 
 async def in_phase(
-    ranks: Ranks, phase: str, work: Callable[[], T], deadline_s: float = PHASE_DEADLINE_S
+    ranks: Ranks,
+    phase: str,
+    work: Callable[[], T],
+    deadline_s: float = PHASE_DEADLINE_S,
+    *,
+    interruptible: bool = True,
 ) -> T:
     """Do `work` on this rank, then agree with all others that everybody's went well.
 
-    A rank that is told to stop does not begin, or breaks off.
+    A rank that is told to stop does not begin, or breaks off, unless `interruptible` is off.
 
     Raises:
         AgreedError: somebody's did not; raised on every rank.
@@ -79,7 +84,7 @@ async def in_phase(
     result: list[T] = []
     error: MpipipeError | None = None
     try:
-        with ranks.stop.interruptible():
+        with ranks.stop.interruptible() if interruptible else nullcontext():
             result.append(work())
     except MpipipeError as caught:
         error = caught

@@ -5,8 +5,8 @@ run folder), `job.env` (what `launch/run.sh` sources), `request.json` (what was 
 which attempt of the job last). Not here: reading the model, starting ranks.
 
 Invariants: `job.env` is written last, so a folder that has it is complete; a job that Slurm starts
-again finds the folder of each of its commands and reads the same copies, whatever was edited
-meanwhile. Paths in it are absolute. Needs neither torch nor MPI, and nothing is fetched.
+again finds the folder of each of its commands, once an attempt, and reads the same copies, whatever
+was edited meanwhile. Paths in it are absolute. Needs neither torch nor MPI, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def job_workspace(config: Path, overrides: Sequence[str], scratch: Path, job: Sl
             prepare_workspace(config, overrides, folder)
             break
         attempt = earlier.pop("attempt", 0)
-        if earlier == asked and attempt < job.num_restarts:
+        # One without a request was made by an older version, or just before the node was lost.
+        if attempt < job.num_restarts and (earlier == asked or not earlier):
             break
     write_json(folder / _REQUEST_FILE, {**asked, "attempt": job.num_restarts})
     return folder / JOB_FILE
@@ -84,7 +85,7 @@ def how_to_go_on(folder: Path) -> str:
     """What a user does to complete the rest of the run in `folder`."""
     if folder.name == OUTPUT_FOLDER and (folder.parent / JOB_FILE).exists():
         job = shlex.quote(str(folder.parent))
-        return f"the job does so when it is requeued, or: sbatch launch/submit.sbatch {job}"
+        return f"sbatch launch/submit.sbatch {job}"
     return "start it again with the same output.dir and output.resume=true"
 
 

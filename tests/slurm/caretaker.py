@@ -1,7 +1,7 @@
 """What an administrator does when a node does not come free after its job: look, and restart it.
 
 Slurm 22.05 has left a node behind for good after `scontrol requeue`, once in some hundred jobs, and
-all jobs after it waiting. That says nothing of mpipipe, so the node is restarted, with a warning.
+all jobs after it waiting. That says nothing of mpipipe, so the node is restarted, and reported.
 Not here: nodes that a test has cut off. Invariant: a node that runs a job is left alone.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection
 
 __all__ = ["Caretaker"]
@@ -28,7 +27,7 @@ class Caretaker:
         nodes: the names of those to look after.
         states: tells the state of each node, as sinfo's `%N %T` does, a line each.
         restart: restarts one.
-        situation: what there is to tell before that.
+        report: takes the node, and its state before that.
     """
 
     def __init__(
@@ -36,13 +35,13 @@ class Caretaker:
         nodes: Collection[str],
         states: Callable[[], str],
         restart: Callable[[str], None],
-        situation: Callable[[], str],
+        report: Callable[[str, str], None],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._nodes = nodes
         self._states = states
         self._restart = restart
-        self._situation = situation
+        self._report = report
         self._now_s = now_s
         self._stuck_since_s: dict[str, float] = {}
         self._looked_s = float("-inf")
@@ -60,6 +59,6 @@ class Caretaker:
                 if node not in self._nodes or state not in _STUCK:
                     self._stuck_since_s.pop(node, None)
                 elif now_s - self._stuck_since_s.setdefault(node, now_s) > _PATIENCE_S:
-                    warnings.warn(f"{node} is stuck: {state}\n{self._situation()}", stacklevel=2)
-                    self._restart(node)
                     del self._stuck_since_s[node]
+                    self._report(node, state)
+                    self._restart(node)

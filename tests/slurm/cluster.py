@@ -75,11 +75,12 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.network = Network(f"{PREFIX}{os.getpid()}", NODES, self.folder / "hosts")
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.restarts: list[str] = []  # what was seen before each
         self._caretaker = Caretaker(
             [node for node in NODES if node not in PARTITIONS["fragile"].split(",")],
             lambda: self.ask("sinfo", "--noheader", "--Node", "--format=%N %T"),
             self.restart,
-            self.situation,
+            lambda node, state: self.restarts.append(f"{node} was {state}\n{self.situation()}"),
         )
 
     # -- life --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
 STORY_LIMIT_S = 240
+RESTARTS = pytest.StashKey[list[str]]()
 
 Story = Callable[..., Any]
 
@@ -38,10 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what the cluster's caretaker did."""
+    for text in terminalreporter.config.stash.get(RESTARTS, []):
+        terminalreporter.write_sep("=", "a node of the cluster was restarted")
+        terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The running cluster; the suite fails, and does not skip, where it does not come up."""
     cluster = Cluster()
+    request.config.stash[RESTARTS] = cluster.restarts
     try:
         try:
             cluster.open()

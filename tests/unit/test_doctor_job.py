@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_the_plan_knows_the_prompts_as_the_runs_does(
     prepared = PreparedPrompts(requests, ())
     monkeypatch.setattr(job, "tokenize", lambda *_: (None, prepared))
     findings: list[Finding] = []
-    workload = job._workload(loaded, model, lines, findings)
+    workload = job._workload(loaded, model, lines, findings, quick=False)
     assert findings == []
     assert (workload.num_requests, workload.longest_request_tokens) == (2, 12)
     assert (workload.num_prompt_tokens, workload.num_output_tokens) == (8, 14)
@@ -79,7 +80,8 @@ def test_a_missing_tokenizer_is_a_finding_and_the_rest_is_planned_without_it(
 
     monkeypatch.setattr(job, "tokenize", missing)
     findings: list[Finding] = []
-    assert job._workload(loaded, model, lines, findings) == Workload()
+    workload = job._workload(loaded, model, lines, findings, quick=False)
+    assert (workload.num_requests, workload.longest_request_tokens) == (2, None)
     (finding,) = findings
     assert (finding.check, finding.severity, finding.exit_code) == (
         "job.tokenizer",
@@ -93,20 +95,40 @@ def test_prompts_that_could_not_be_read_are_not_tokenised(
 ) -> None:
     loaded, model, _ = prompts_of(tmp_path)
     monkeypatch.setattr(job, "tokenize", lambda *_: pytest.fail("nothing to tokenise"))
-    assert job._workload(loaded, model, [], []) == Workload()
+    assert job._workload(loaded, model, [], [], quick=False) == Workload()
 
 
-def test_of_many_prompts_one_shows_that_the_tokenizer_opens(
+def test_of_many_prompts_the_longest_stand_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody waits minutes for the doctor; the plan has room for any prompts then."""
+    """Nobody waits minutes for the doctor."""
     loaded, model, lines = prompts_of(tmp_path)
-    tokenised: list[int] = []
+    many = [
+        dataclasses.replace(line, prompt_id=f"{number}", text="x" * number)
+        for number, line in enumerate(lines * 750)
+    ]
 
-    def count(_: object, __: object, some: list[PromptLine]) -> tuple[None, PreparedPrompts]:
-        tokenised.append(len(some))
-        return None, PreparedPrompts((), ())
+    def as_letters(_: object, __: object, some: list[PromptLine]) -> tuple[None, PreparedPrompts]:
+        assert min(len(line.text or "") for line in some) == 500
+        requests = tuple(
+            Request(line.prompt_id, line.index, (1,) * len(line.text or ""), line.sampling)
+            for line in some
+            if line.sampling is not None
+        )
+        return None, PreparedPrompts(requests, ())
 
-    monkeypatch.setattr(job, "tokenize", count)
-    assert job._workload(loaded, model, lines * 600, []) == Workload()
-    assert tokenised == [1]
+    monkeypatch.setattr(job, "tokenize", as_letters)
+    workload = job._workload(loaded, model, many, [], quick=False)
+    assert (workload.num_requests, workload.longest_request_tokens) == (1500, 1506)
+    assert workload.num_output_tokens == 1500 * 7
+    assert workload.num_prompt_tokens == sum(range(500, 1500)) * 3 // 2
+
+
+def test_what_needs_no_tokenizer_is_known_in_a_hurry_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model, lines = prompts_of(tmp_path)
+    monkeypatch.setattr(job, "tokenize", lambda *_: pytest.fail("takes seconds"))
+    workload = job._workload(loaded, model, lines, [], quick=True)
+    assert workload.num_requests == 2
+    assert workload.sampling is not None

@@ -338,6 +338,19 @@ def test_a_far_context_does_not_take_all_memory_for_that_copy() -> None:
     assert 0.7 * paged.num_kv_pages < gathered.num_kv_pages < paged.num_kv_pages
 
 
+def test_few_layers_a_stage_leave_room_for_pages_beside_that_copy() -> None:
+    """With L layers the copy takes 2 of L + 2 parts of what is left; of few pages, little."""
+    far = replace(LLAMA_3_8B, max_context_tokens=131072)
+    paged, gathered = (
+        plan(t4(16), PipelineConfig(attention=name), MemoryConfig(cuda_graphs=False), spec=far)
+        for name in ("triton", "sdpa")
+    )
+    assert max(stage.num_layers for stage in gathered.stages) <= 3
+    assert 0.5 * paged.num_kv_pages < gathered.num_kv_pages < 0.7 * paged.num_kv_pages
+    asked = MemoryConfig(num_kv_pages=9000)
+    assert plan(t4(16), PipelineConfig(attention="sdpa"), asked, spec=far).num_kv_pages == 9000
+
+
 def test_graphs_can_be_switched_off_and_need_launch_ahead() -> None:
     made = plan(h200(2), MemoryConfig(cuda_graphs=False))
     assert (made.cuda_graphs, made.laps_ahead) == (False, 1)

@@ -54,6 +54,14 @@ def test_the_folder_of_an_earlier_job_in_the_place_of_a_configuration_goes_on(st
     assert not (stand.job / "strikes").exists(), "what is asked for anew has not failed yet"
 
 
+def test_such_a_folder_is_where_the_output_goes(stand: Stand) -> None:
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text("config=/c.toml models=() words=()\n")
+    code, text = stand.run("run.sh", str(stand.job), "generation.seed=1", "output.dir=/elsewhere")
+    assert code == 2
+    assert "output.dir= contradicts the folder" in text
+
+
 def test_a_folder_of_something_else_is_refused(stand: Stand) -> None:
     code, text = stand.run("run.sh", str(stand.model))
     assert code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     session: Any = SimpleNamespace(
         plan=make_plan(), hellos=(), ranks=SimpleNamespace(mpi_library="")
     )
-    with claimed.held():
+    with closing(claimed):
         manifest = build_manifest(session, loaded, claimed)
 
     assert manifest["basis"] == read

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ def claim(job: SlurmJob | None, *words: str, **differs: object) -> Claim:
     """The claim of a run named `demo`; it is over as soon as it has its folder."""
     loaded = load_config(None, ["name=demo", *words])
     claimed = claim_folder(loaded, [], BASIS | differs, job)
-    with claimed.held():
+    with closing(claimed):
         return claimed
 
 

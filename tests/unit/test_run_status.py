@@ -245,6 +245,27 @@ def test_each_task_of_an_array_is_judged_by_its_own_job(
     assert [job["state"] for job in document["jobs"]] == ["TIMEOUT", "NODE_FAIL"]
 
 
+def test_a_run_that_another_job_goes_on_with_is_judged_by_that_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPIPIPE_SCRATCH", str(tmp_path))
+    now = datetime.now(UTC).isoformat()
+    write(tmp_path / "demo-7" / "outputs", state="generating", updated_at=now, job_id="9")
+
+    def run(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        running = command[0] == "squeue" and "9" in command
+        answers = {"squeue": "9|RUNNING|None|2020-11-22T11:00:00|30:00|n1|/w\n" if running else ""}
+        if "7" in command:
+            answers["sacct"] = "7|FAILED|6:0|1|x|/w\n"
+        answer: subprocess.CompletedProcess[str] = slurm(**answers)(command, limit_s)
+        return answer
+
+    assert status_command("7", as_json=True, run=run) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [run["verdict"] for run in document["runs"]] == ["generating"]
+    assert [job["state"] for job in document["jobs"]] == ["RUNNING", "FAILED"]
+
+
 @pytest.mark.parametrize("name", ["7", "no/such/folder", "."])
 def test_what_cannot_be_found_is_told(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -138,6 +138,14 @@ def test_a_job_that_starts_again_finds_the_folder_of_each_of_its_commands(projec
     assert folder_of(project, THIRD, "generation.seed=3") == "exp.4-4711_2"
 
 
+def test_a_folder_without_a_request_is_found_by_the_job_that_starts_again(project: Path) -> None:
+    """Made before there were any, or the node was lost between the two files."""
+    first = folder_of(project, FIRST)
+    (project.parent / "scratch" / first / "request.json").unlink()
+    assert folder_of(project, AGAIN) == first
+    assert folder_of(project, AGAIN) == "exp.2-4711_2", "another command of the same attempt"
+
+
 def test_what_was_not_made_to_its_end_is_made_again(project: Path) -> None:
     folder = project.parent / "scratch/exp-4711_2"
     folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
 
 The plan is the one that a new `mpipipe run` would make: from the same greetings, and from prompts
-that are tokenised, unless that takes long: then it has room for any prompts. Not here: what the
-figures mean (`judge_job`).
+that are tokenised; when these are many, from the longest of them. Not here: what the figures mean
+(`judge_job`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
 from mpipipe.runtime.doctor.folders import (
@@ -94,7 +95,7 @@ async def examine_job(
     lines = _read_prompts(loaded, findings)
     plan = None
     if model is not None:
-        workload = Workload() if quick else _workload(loaded, model, lines, findings)
+        workload = _workload(loaded, model, lines, findings, quick=quick)
         plan = _plan(loaded, model, hellos, workload, findings)
     stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
     findings += judge_folders(
@@ -143,17 +144,42 @@ def _workload(
     model: ModelFacts,
     lines: Sequence[PromptLine],
     findings: list[Finding],
+    *,
+    quick: bool,
 ) -> Workload:
-    """What a run knows before it plans. Takes about 3 s: transformers is imported."""
-    if not lines:  # which was told
+    """What a run knows before it plans; of many prompts, from those that seem to be the longest.
+
+    Takes about 3 s unless `quick`: transformers is imported. Without lengths a plan has room for
+    the longest that the model takes.
+    """
+    wanted = [line.sampling for line in lines if line.sampling is not None]
+    if not wanted:  # which was told
         return Workload()
-    is_long = len(lines) > _MANY_PROMPTS
+    counted = Workload(num_requests=len(wanted), sampling=SamplingUse.of(wanted))
+    if quick:
+        return counted
+    longest = sorted(lines, key=_guessed_tokens, reverse=True)[:_MANY_PROMPTS]
     try:
-        _, prompts = tokenize(loaded, model, lines[:1] if is_long else lines)
+        _, prompts = tokenize(loaded, model, longest)
     except MpipipeError as error:
         findings.append(Finding.of_error("job.tokenizer", error))
-        return Workload()
-    return Workload() if is_long else workload_of(loaded, model, prompts)
+        return counted
+    known = workload_of(loaded, model, prompts)
+    if len(lines) <= _MANY_PROMPTS:
+        return known
+    prompt_tokens = (known.num_prompt_tokens or 0) * len(lines) // _MANY_PROMPTS
+    return dataclasses.replace(
+        counted,
+        longest_request_tokens=known.longest_request_tokens,
+        num_prompt_tokens=prompt_tokens,  # at most: the others are shorter
+        num_output_tokens=sum(sampling.max_new_tokens for sampling in wanted),
+    )
+
+
+def _guessed_tokens(line: PromptLine) -> float:
+    """About how many a request comes to; some four letters are a token."""
+    letters = len(line.text or "") + len(str(line.messages or ""))
+    return letters / 4 + (line.sampling.max_new_tokens if line.sampling is not None else 0)
 
 
 def _plan(

@@ -101,8 +101,9 @@ class AheadEngine:
         """Run and capture the decode programs of every slot and size, the largest first.
 
         `use`: by the run's requests, as far as they are known. What no program made here can do is
-        captured when it first occurs. First comes a prefill step of full size, so that no request
-        pays for loading kernels, and too little memory shows before the first prompt.
+        captured when it first occurs. First comes a prefill step of full size (without programs a
+        decode step, too), so that no request pays for loading kernels, and too little memory shows
+        before the first prompt.
         """
         with torch.inference_mode():
             self._prefill_trial()

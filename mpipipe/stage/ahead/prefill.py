@@ -28,11 +28,19 @@ def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
 
 
 def full_decode(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
-    """Decodes of as many sequences as a slot may have, as long as all pages let them be; pages."""
+    """Decodes of as many sequences as a slot may have, as long as all pages let them be; pages.
+
+    One of them is twice as long as the others, which is as much padding as there can be.
+    """
     rows = plan.max_sequences_per_slot
-    num_pages = max(1, plan.num_kv_pages // rows)
-    length = min(plan.max_sequence_tokens, num_pages * plan.page_size_tokens)
-    return [SequenceSpan(row, row, 1, length) for row in range(rows)], range(num_pages)
+    num_pages = max(1, plan.num_kv_pages // (rows + 1))
+    most = min(2 * num_pages, plan.num_kv_pages)
+    lengths = [most * plan.page_size_tokens] + [num_pages * plan.page_size_tokens] * (rows - 1)
+    spans = [
+        SequenceSpan(row, row, 1, min(plan.max_sequence_tokens, length))
+        for row, length in enumerate(lengths)
+    ]
+    return spans, range(most)
 
 
 def sampled_rows(spans: tuple[SequenceSpan, ...], step: StepScheduled) -> np.ndarray:
