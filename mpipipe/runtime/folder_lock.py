@@ -40,11 +40,13 @@ class FolderLock:
         self._descriptor = descriptor  # None: nothing is locked
 
     def close(self) -> None:
-        """Let others in."""
+        """Let others in; the file may stay behind where the file system is lost."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def lock_folder(

@@ -134,13 +134,15 @@ async def open_ranks(
             polling.cancel()
     except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting
         error = _first(raised)
-        for tell in last_words:
-            tell(error.error if isinstance(error, AgreedError) else error)
-        if isinstance(error, AgreedError):
-            raise error.error from error.__cause__
-        if mesh.world_size > 1:
-            _tell_and_abort(mesh, error, debug=debug)
-        raise error from error.__cause__
+        is_agreed = isinstance(error, AgreedError)
+        told = error.error if isinstance(error, AgreedError) else error
+        try:
+            for tell in last_words:
+                tell(told)
+        finally:  # whatever becomes of them, the others do not wait
+            if mesh.world_size > 1 and not is_agreed:
+                _tell_and_abort(mesh, error, debug=debug)
+        raise told from error.__cause__
 
 
 @dataclass(frozen=True, slots=True)

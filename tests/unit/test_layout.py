@@ -19,31 +19,21 @@ from mpipipe.planning.layout import (
 )
 from mpipipe.planning.resources import Decisions
 from mpipipe.topology.affinity import Core
+from tests.unit.planned_rank import Rank
 from tests.unit.test_resolve import GIB, LAYER_BYTES, MATRIX_BYTES, plan, ranks
 
 SOCKET = 4  # cores
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Rank):
     """A rank with a GPU on one of the two sockets of its host."""
 
-    rank: int
     world_size: int = 0
-    host: str = "node1"
     num_cores: int = 16
-    memory_available_bytes: int = 0
     gpu_index: int = 0
     gpu_name: str = "GPU"
-    gpu_uuid: str = ""
     gpu_capability: int = 80
-    gpu_free_bytes: int = 0
-    nccl_version: str = ""
-    attention_backends: tuple[str, ...] = ()
-    gpu_problem: str = ""
-    gpu_pci: str = ""
-    gpu_cpus: tuple[int, ...] = ()
-    cores: tuple[Core, ...] = ()
     num_allowed_cpus: int = 16
 
 

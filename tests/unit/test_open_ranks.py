@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from mpipipe.clock import MonotonicClock
+from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.errors import ChannelClosedError, MpipipeError, NumericsError
+from mpipipe.progress import ProgressEngine
+from mpipipe.runtime import launch
 from mpipipe.runtime.launch import open_ranks
 
 
@@ -37,3 +41,24 @@ def test_the_first_error_is_told_and_not_what_followed_from_it() -> None:
     raised, told = ended_by(error)
     assert told == [error]
     assert raised is error
+
+
+def test_the_others_do_not_wait_for_last_words_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted: list[BaseException] = []
+
+    def two_ranks(_: object, engine: ProgressEngine) -> launch._Opened:
+        return launch._Opened(open_memory_channels(2, engine)[0])
+
+    monkeypatch.setattr(launch, "_open_channel", two_ranks)
+    monkeypatch.setattr(launch, "_tell_and_abort", lambda _, error, **__: aborted.append(error))
+    error = NumericsError("the model produced NaN")
+
+    async def job() -> None:
+        async with open_ranks(MonotonicClock()) as ranks:
+            ranks.last_words.append(lambda _: (folder / "status.json").touch())
+            raise error
+
+    folder = Path("/no/such/folder")
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(job())
+    assert aborted == [error]

@@ -229,6 +229,19 @@ def test_a_disk_that_loses_completions_ends_the_run(
         writer.write(completion("a"))
 
 
+def test_a_lock_lets_go_where_its_file_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    lock = lock_folder(tmp_path, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lost)
+        lock.close()
+    lock_folder(tmp_path, None).close()
+
+
 def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others who are told to stop meanwhile ask it, and take no answer for its death."""
     loop: asyncio.AbstractEventLoop
