@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "mpipipe").rglob("*.py"))
 UNIT_TESTS = sorted((ROOT / "tests" / "unit").rglob("*.py"))
 
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 40  # signature and body, docstring not counted
 MAX_CONSTRUCTOR_LINES = 25  # body only
 MAX_NESTING = 4  # scopes (`async with`) count too

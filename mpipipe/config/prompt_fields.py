@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpipipe.config.binding import fit, nearest
@@ -17,9 +17,9 @@ from mpipipe.config.checks import sampling_problem
 from mpipipe.errors import PromptError
 from mpipipe.types import SamplingParams
 
-__all__ = ["ChatMessage", "PromptFields", "find_id", "parse_fields"]
+__all__ = ["PLAIN_CHAT", "ChatMessage", "ChatOptions", "PromptFields", "find_id", "parse_fields"]
 
-ChatMessage = dict[str, str]  # {"role": …, "content": …}, what chat templates take
+ChatMessage = dict[str, Any]  # {"role": …, "content": …, …}, what chat templates take
 
 _ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
@@ -46,12 +46,26 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What a chat template gets beside the messages."""
+
+    tools: tuple[dict[str, Any], ...] = ()  # function schemas, as OpenAI writes them
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
+    add_generation_prompt: bool = True  # end with the cue for the model's answer
+    continue_final_message: bool = False  # no cue, no end of turn: the last message goes on
+
+
+PLAIN_CHAT = ChatOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class PromptFields:
     """What a prompt object says. Exactly one of `text` and `messages` is set."""
 
     text: str | None
     messages: tuple[ChatMessage, ...] | None
     sampling: SamplingParams
+    chat_options: ChatOptions = PLAIN_CHAT
 
 
 def find_id(line: Mapping[str, Any]) -> str | None:

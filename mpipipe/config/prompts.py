@@ -18,12 +18,12 @@ from typing import Any
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json, read_bytes
 from mpipipe.config.legacy import InlinePrompt
-from mpipipe.config.prompt_fields import ChatMessage, find_id, parse_fields
+from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatMessage, ChatOptions, find_id, parse_fields
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-__all__ = ["ChatMessage", "PromptLine", "prompt_seed", "read_prompts"]
+__all__ = ["ChatMessage", "ChatOptions", "PromptLine", "prompt_seed", "read_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class PromptLine:
     prompt_id: str  # unique in the run
     text: str | None = None
     messages: tuple[ChatMessage, ...] | None = None
+    chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
     sampling: SamplingParams | None = None
     error: PromptError | None = None
 
@@ -115,7 +116,13 @@ def _prompt_line(index: int, number: int, found: Any, defaults: SamplingParams) 
         fields = parse_fields(found, seeded)
     except PromptError as error:
         return replace(line, error=PromptError(error.kind, f"line {number}: {error}"))
-    return replace(line, text=fields.text, messages=fields.messages, sampling=fields.sampling)
+    return replace(
+        line,
+        text=fields.text,
+        messages=fields.messages,
+        chat_options=fields.chat_options,
+        sampling=fields.sampling,
+    )
 
 
 def _own_id(line: PromptLine, owners: dict[str, int]) -> PromptLine:

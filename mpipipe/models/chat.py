@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpipipe.errors import PromptError
 
 __all__ = ["Message", "no_chat_template", "refused_by_template"]
 
-Message = Mapping[str, str]  # keys "role" and "content"
+Message = Mapping[str, Any]  # keys "role" and "content", and what the template knows more
 
 
 def no_chat_template() -> PromptError:
