@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, MpipipeError
+from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
 __all__ = ["app", "main"]
 
@@ -229,13 +229,25 @@ def bench_transformers(
 
 def main() -> None:
     """Run the command line; a user error becomes one sentence and its exit code."""
+    exit_code = _run_app()
+    if "mpipipe.runtime.launch" in sys.modules:  # ranks were joined
+        from mpipipe.runtime.launch import leave
+
+        leave(exit_code)
+    sys.exit(exit_code)
+
+
+def _run_app() -> int:
     try:
         app()
     except MpipipeError as error:
         if "--debug" in sys.argv:
             raise
         print(f"mpipipe: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code or EXIT_BUG)
+        return error.exit_code or EXIT_BUG
     except KeyboardInterrupt:
         print("mpipipe: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except SystemExit as ended:  # how typer ends
+        return ended.code if isinstance(ended.code, int) else EXIT_OK
+    return EXIT_OK

@@ -7,6 +7,7 @@ kind, name and source the order is kept, so a name can be used again and again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
@@ -94,21 +95,23 @@ class Arrivals:
         sources: Sequence[int],
         limit_s: float,
         *,
-        hurry: Callable[[_Kind], bool] | None = None,
-        hurry_limit_s: float = 0.0,
+        hurry_s: Callable[[_Kind], float | None] = lambda _: None,
     ) -> Collected[_Kind]:
         """One message of `kind` and `name` from each of `sources`, or what came within `limit_s`.
 
-        Once `hurry` holds for a message that came, the others get at most `hurry_limit_s` more.
+        Once a message has come, the others get at most the seconds more that `hurry_s` says of it.
         """
         deadline_s = self._clock.now_s() + limit_s
+        heard: set[int] = set()
         # The key holds the kind, which the type checker cannot know.
         queues = cast("dict[int, deque[_Kind]]", self._queues.setdefault((kind, name), {}))
         while missing := tuple(source for source in sources if not queues.get(source)):
             now_s = self._clock.now_s()
-            if hurry is not None and any(hurry(queue[0]) for queue in queues.values() if queue):
-                deadline_s = min(deadline_s, now_s + hurry_limit_s)
-                hurry = None
+            for source, queue in queues.items():
+                if queue and source not in heard:
+                    heard.add(source)
+                    grace_s = hurry_s(queue[0])
+                    deadline_s = min(deadline_s, now_s + (math.inf if grace_s is None else grace_s))
             if now_s >= deadline_s:
                 break
             await self._wait_until(deadline_s)

@@ -28,6 +28,7 @@ from mpipipe.errors import (
     MpipipeError,
     ProtocolMismatchError,
     RemoteError,
+    StoppedError,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ _HANDSHAKE = "handshake"
 # error is the one to show, but a failed run need not wait for a rank that loads for minutes. And so
 # much longer than the head do other ranks wait.
 _GRACE_S = 5.0
+# A rank that is told to stop gives no reason to hear the others out: they may be loading.
+_STOP_GRACE_S = 0.2
 
 
 class Mesh(Messenger):
@@ -119,16 +122,32 @@ class Mesh(Messenger):
         Raises:
             MpipipeError: this rank's own `error`.
             RemoteError: the error of the lowest failing rank, on ranks that did well.
-            DeadlineError: ranks did not report within `deadline_s`, and nobody reported an error.
+            DeadlineError: ranks did not report within `deadline_s`, and none reported an error.
         """
+        self.report(phase, error)
+        try:
+            await self.verdict(phase, deadline_s)
+        except MpipipeError as agreed:
+            raise error or agreed from None
+
+    def report(self, phase: str, error: MpipipeError | None) -> None:
+        """Tell the head this rank's outcome of `phase`, once; `verdict` waits for what follows."""
         self.send(_HEAD, _report(phase, self.rank, error))
+
+    async def verdict(self, phase: str, deadline_s: float) -> None:
+        """Return when all ranks did well in `phase`; may be awaited before this rank reports.
+
+        An error of another rank comes out although this rank has not reported yet.
+
+        Raises:
+            RemoteError: the error of the lowest failing rank, which may be this one.
+            DeadlineError: ranks did not report within `deadline_s`, and none reported an error.
+        """
         if self.is_head:
             verdict = await self._judge(phase, deadline_s)
             self._send_to_others(verdict)
         else:
             verdict = await self._from_head(PhaseVerdict, phase, deadline_s)
-        if error is not None:
-            raise error
         if verdict.error_kind is None:
             return
         if verdict.rank == _NOBODY:
@@ -143,12 +162,7 @@ class Mesh(Messenger):
     async def _judge(self, phase: str, deadline_s: float) -> PhaseVerdict:
         """The lowest-ranked error of the phase; else which ranks are missing; else success."""
         collected = await self._arrivals.collect(
-            PhaseReport,
-            phase,
-            range(self.world_size),
-            deadline_s,
-            hurry=lambda report: report.error_kind is not None,
-            hurry_limit_s=_GRACE_S,
+            PhaseReport, phase, range(self.world_size), deadline_s, hurry_s=_grace_s
         )
         for rank, report in collected.messages.items():
             if report.error_kind is not None:
@@ -235,6 +249,13 @@ class Mesh(Messenger):
             "most likely it died, hangs or is still busy (its log says what it did last), or not "
             "all ranks were started; mend that, or allow more time"
         )
+
+
+def _grace_s(report: PhaseReport) -> float | None:
+    """Seconds that the other ranks have to report once this one has; None: as long as they need."""
+    if report.error_kind is None:
+        return None
+    return _STOP_GRACE_S if report.error_kind == StoppedError.__name__ else _GRACE_S
 
 
 def _report(phase: str, rank: int, error: MpipipeError | None) -> PhaseReport:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MpiChannel",
+    "finalize",
     "library_version",
     "module_file",
     "open_mpi_control_channel",
@@ -74,7 +75,7 @@ def open_mpi_control_channel(engine: ProgressEngine, *, init_limit_s: float = 12
     if not MPI.Is_initialized():
         with launch_watch(init_limit_s):
             MPI.Init_thread(MPI.THREAD_FUNNELED)
-        atexit.register(_finalize)
+        atexit.register(finalize)
     communicator = MPI.COMM_WORLD.Dup()
     communicator.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py raises MPI.Exception
     channel = MpiChannel(communicator, engine)
@@ -262,7 +263,7 @@ class MpiChannel:
         return raw_one_way_per_s(MPI.COMM_WORLD, self._rank, num_bytes, num_messages)
 
 
-def _finalize() -> None:
+def finalize() -> None:
     """At exit: finalize MPI after an orderly end; else leave it, as finalizing would hang."""
     if not _open_channels and not MPI.Is_finalized():
         MPI.Finalize()

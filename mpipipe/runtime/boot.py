@@ -69,13 +69,16 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     stage = plan.stage_of_rank(ranks.mesh.rank)
-    torch.set_num_threads(plan.threads_per_rank)
-    device = _select_device(boot, plan)
+    device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     trust_remote_code = boot.loaded.config.model.trust_remote_code
-    parts = await in_phase(
-        ranks, "load", lambda: load_parts(plan, stage, trust_remote_code, device)
-    )
+
+    def load_stage() -> StageParts:
+        _use_device(plan, device)
+        return load_parts(plan, stage, trust_remote_code, device)
+
+    parts = await in_phase(ranks, "load", load_stage)
+    _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     async with _open_worker(boot, plan, parts, account, device) as opened:
         await opened.worker.exercise_edges()
@@ -135,6 +138,7 @@ async def _open_worker(
             await channel.aclose()
         return
     ahead = await in_phase(ranks, "capture", lambda: prepare_ahead(plan, ranks, parts, device))
+    ahead.lane.enter()  # captured in the phase's thread, launched from this one
     channel = await open_channel(plan, ranks, device)
     launcher = ahead_worker(plan, ranks, ahead, channel=channel, account=account)
     programs = ahead.engine.programs
@@ -143,13 +147,18 @@ async def _open_worker(
     await channel.aclose()
 
 
-def _select_device(boot: Boot, plan: PipelinePlan) -> torch.device:
-    """The device of this rank, made torch's current one."""
+def _device_of(boot: Boot, plan: PipelinePlan) -> torch.device:
+    """The device of this rank."""
     if plan.device != "cuda":
         return torch.device(plan.device)
-    device = torch.device("cuda", boot.hellos[boot.ranks.mesh.rank].gpu_index)
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", boot.hellos[boot.ranks.mesh.rank].gpu_index)
+
+
+def _use_device(plan: PipelinePlan, device: torch.device) -> None:
+    """Make `device` the current one of this thread, with the plan's number of compute threads."""
+    torch.set_num_threads(plan.threads_per_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 async def _agree_on_plan(boot: Boot) -> PipelinePlan:

@@ -11,7 +11,7 @@ from mpipipe.config.schema import AUTO
 from mpipipe.control_plane.messages import Hello
 from mpipipe.errors import DeadlineError, ProtocolMismatchError
 from mpipipe.planning.layout import cores_of_ranks
-from mpipipe.runtime.launch import AgreedError
+from mpipipe.runtime.launch import AgreedError, in_phase
 from mpipipe.runtime.own_hello import own_hello
 from mpipipe.topology.affinity import move_process
 from mpipipe.topology.gpu import (
@@ -84,10 +84,14 @@ async def read_hello(
         deadline_s: for the others to come.
 
     Raises:
+        AgreedError: a rank did not come, or was told to stop.
         DeadlineError: a rank did not come.
     """
     local_rank = await local_rank_of(ranks, deadline_s)
-    gpu, backends = _read_gpu(device, local_rank)
+    # A phase: torch takes seconds to import where there is a GPU to look at.
+    gpu, backends = await in_phase(
+        ranks, "devices", lambda: _read_gpu(device, local_rank), deadline_s
+    )
     return own_hello(
         ranks.mesh.rank,
         ranks.mesh.world_size,

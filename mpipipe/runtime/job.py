@@ -20,7 +20,7 @@ from mpipipe.planning.layout import stage_order
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import deepspeed_warnings
 from mpipipe.runtime.job_claim import Claim, claim, read_inputs
-from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
+from mpipipe.runtime.launch import Ranks, import_boot, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, merge, write_json
 from mpipipe.runtime.progress_file import UPDATE_INTERVAL_S, ProgressFile, RunState
@@ -134,11 +134,12 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
             ranks,
             "merge",
             lambda: ranks.is_head and merge(claimed.folder, claimed.index_of),
-            interruptible=False,  # all is done: no reason to come back
+            stoppable=False,  # all is done: no reason to come back
         )
         job.progress.write(RunState.DONE, exit_code=claimed.done_code)
         return claimed.done_code
     # torch and transformers take seconds to import: only now, when the input is in order.
+    await in_phase(ranks, "import", import_boot)
     from mpipipe.runtime.boot import Boot, open_session
 
     tokenizer, prompts = await in_phase(

@@ -7,14 +7,15 @@ exception on one rank is told on its own standard error and aborts the job, so t
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mpipipe.clock import Clock
 from mpipipe.control_plane.channel import Channel
@@ -23,11 +24,12 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.probe import RawMessages
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EnvironmentSetupError, MpipipeError
 from mpipipe.progress import ProgressEngine
+from mpipipe.runtime.phase_thread import PhaseThread, is_abandoned_work_running
 from mpipipe.runtime.stopping import StopSwitch
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import LaunchInfo, check_pmi, check_world_size, detect
 
-__all__ = ["AgreedError", "Ranks", "in_phase", "open_ranks"]
+__all__ = ["AgreedError", "Ranks", "import_boot", "in_phase", "leave", "open_ranks"]
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class Ranks:
     mpi_library: str  # what it calls itself, one line; "" without MPI
     raw: RawMessages | None  # plain MPI, to measure against; None without MPI
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
+    phase_thread: PhaseThread = field(default_factory=PhaseThread)
     # Told the error that ends the ranks early, the first one and not what followed from it.
     last_words: list[Callable[[BaseException], None]] = field(default_factory=list)
 
@@ -72,27 +75,58 @@ async def in_phase(
     work: Callable[[], T],
     deadline_s: float = PHASE_DEADLINE_S,
     *,
-    interruptible: bool = True,
+    stoppable: bool = True,
 ) -> T:
-    """Do `work` on this rank, then agree with all others that everybody's went well.
+    """Do `work` in this rank's phase thread, then agree with all others that theirs went well.
 
-    A rank that is told to stop does not begin, or breaks off, unless `interruptible` is off.
+    The event loop goes on polling. A rank that is told to stop does not begin, or gives its work
+    up, unless `stoppable` is off; so does a rank when another rank has failed meanwhile.
 
     Raises:
-        AgreedError: somebody's did not; raised on every rank.
+        AgreedError: the work of some rank failed; raised on every rank.
     """
-    result: list[T] = []
+    judging = ranks.tasks.create_task(_verdict(ranks.mesh, phase, deadline_s), name="verdict")
+    begun: list[asyncio.Future[Any]] = [judging]
     error: MpipipeError | None = None
     try:
-        with ranks.stop.interruptible() if interruptible else nullcontext():
-            result.append(work())
-    except MpipipeError as caught:
-        error = caught
+        try:
+            if stoppable:
+                ranks.stop.check()
+                begun.append(ranks.tasks.create_task(ranks.stop.tripped(), name="stop in a phase"))
+            working = ranks.phase_thread.begin(work)
+            begun.append(working)
+            with ranks.engine.computing():  # no spinning beside the thread
+                await asyncio.wait(begun, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            elif stoppable:
+                ranks.stop.check()
+        except MpipipeError as caught:
+            error = caught
+        if not judging.done():
+            ranks.mesh.report(phase, error)
+        agreed = await judging
+        if agreed is not None:
+            raise AgreedError(error or agreed) from error
+        return working.result()
+    finally:
+        for future in begun:
+            future.cancel()
+        await asyncio.wait(begun)
+
+
+async def _verdict(mesh: Mesh, phase: str, deadline_s: float) -> MpipipeError | None:
+    """What the ranks agree on; returned, as an error of a task would end the task group."""
     try:
-        await ranks.mesh.agree(phase, error, deadline_s)
+        await mesh.verdict(phase, deadline_s)
     except MpipipeError as agreed:
-        raise AgreedError(agreed) from error
-    return result[0]
+        return agreed
+    return None
+
+
+def import_boot() -> None:
+    """The work of the phase that imports torch, transformers and what boots a session: seconds."""
+    importlib.import_module("mpipipe.runtime.boot")
 
 
 @asynccontextmanager
@@ -117,7 +151,15 @@ async def open_ranks(
     try:
         async with asyncio.TaskGroup() as tasks:
             ranks = Ranks(
-                mesh, engine, clock, info, tasks, opened.mpi_library, opened.raw, switch, last_words
+                mesh,
+                engine,
+                clock,
+                info,
+                tasks,
+                opened.mpi_library,
+                opened.raw,
+                switch,
+                last_words=last_words,
             )
             polling = tasks.create_task(engine.run(), name="progress")
             mesh.start()
@@ -132,6 +174,7 @@ async def open_ranks(
                 raise
             await mesh.aclose()
             polling.cancel()
+            ranks.phase_thread.close()
     except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting
         error = _first(raised)
         is_agreed = isinstance(error, AgreedError)
@@ -204,3 +247,16 @@ def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
     # when the abort comes: at once after the text, one time in five.
     time.sleep(_LAST_WORDS_S)
     mesh.abort(exit_code)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with `exit_code`; does not wait for work that a phase has given up."""
+    if not is_abandoned_work_running():
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpipipe.control_plane.mpi" in sys.modules:
+        from mpipipe.control_plane import mpi
+
+        mpi.finalize()
+    os._exit(exit_code)

@@ -5,8 +5,8 @@ ranks while steps run: whoever is tripped tells the head, the head tells everybo
 the scheduler does then (`scheduler.runner.Runner.stop`).
 
 Invariants: launchers forward a signal to all ranks, and some send it twice at once, so a second
-one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. A boot phase is
-interrupted by the first signal, anything else is not.
+one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. The first one gives up a
+boot phase (`launch.in_phase`), and interrupts nothing else.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class StopSwitch:
         self._ends_s = None if seconds_left is None else now_s() + seconds_left
         self._reason = ""
         self._tripped_s = 0.0
-        self._interruptible = False
         self._listener: Callable[[], None] | None = None
         self.exit_now: Callable[[int], object] = os._exit
 
@@ -91,17 +90,10 @@ class StopSwitch:
             self._listener()
 
     def signalled(self, number: int) -> None:
-        """Take a signal; called between two steps of the interpreter, in the main thread.
-
-        Raises:
-            StoppedError: inside `interruptible`, on the first signal.
-        """
+        """Take a signal; called between two steps of the interpreter, in the main thread."""
         name = signal.Signals(number).name
         if not self._reason:
             self.trip(name)
-            if self._interruptible:
-                self._interruptible = False
-                self.check()
         elif self._now_s() - self._tripped_s >= _SECOND_SIGNAL_S:
             # Not through sys.stderr, which this signal may have interrupted.
             os.write(2, f"mpipipe: {name} after {self._reason}: the job ends at once\n".encode())
@@ -115,25 +107,6 @@ class StopSwitch:
         """
         if self.reason:
             raise StoppedError(_sentence(self.reason))
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Blocking work that the first signal may break off at any point.
-
-        Raises:
-            StoppedError: the switch is tripped, before the work or in it.
-        """
-        self.check()
-        self._interruptible = True
-        try:
-            yield
-        except Exception as error:
-            # What is raised inside a library becomes an error of the library's, and then of ours.
-            if not self._reason or isinstance(error, StoppedError):
-                raise
-            raise StoppedError(_sentence(self._reason)) from error
-        finally:
-            self._interruptible = False
 
     async def tripped(self) -> str:
         """Wait until the switch is tripped, by anybody or by time; returns the reason."""

@@ -22,7 +22,7 @@ from mpipipe.planning.roofline import JobShape, ceilings_of, job_floor
 from mpipipe.runtime.circumstances import circumstances
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import ModelFacts, read_model
-from mpipipe.runtime.launch import in_phase, open_ranks
+from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
 from mpipipe.runtime.workloads import (
     BenchWork,
     Vocabulary,
@@ -100,6 +100,7 @@ async def run_throughput(
         )
         # torch and transformers take seconds to import: only now, when the input is in order.
         marks = _Marks(started_s, clock.now_s(), 0.0, 0.0)
+        await in_phase(ranks, "import", import_boot)
         from mpipipe.runtime.boot import Boot, open_session
 
         marks.imported_s = clock.now_s()

@@ -16,7 +16,7 @@ from mpipipe.cli.run import run_command
 from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
-from mpipipe.errors import EXIT_REQUEUE, CheckpointError, ConfigError, PeerLostError, StoppedError
+from mpipipe.errors import EXIT_REQUEUE, PeerLostError, StoppedError
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime import stopping
 from mpipipe.runtime.launch import Ranks
@@ -47,44 +47,6 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_a_later_one_ends_the_job
     clock.advance(5.0)
     switch.signalled(signal.SIGTERM)
     assert codes == [EXIT_REQUEUE]
-
-
-def test_a_boot_phase_is_broken_off_and_nothing_else_is() -> None:
-    switch, done = StopSwitch(), list[str]()
-
-    def work() -> None:
-        with switch.interruptible():
-            done.append("begun")
-            switch.signalled(signal.SIGTERM)
-            done.append("finished")
-
-    for _ in range(2):  # the next phase does not even begin
-        with pytest.raises(StoppedError):
-            work()
-        assert done == ["begun"]
-    other = StopSwitch()
-    other.signalled(signal.SIGTERM)  # raises nothing
-
-
-def test_what_a_library_makes_of_the_interruption_is_still_a_stop() -> None:
-    def library(switch: StopSwitch, made: Exception) -> None:
-        try:
-            switch.signalled(signal.SIGTERM)
-        except StoppedError as error:
-            raise made from error
-
-    # The second is what our own code makes of the first: broken files, of which there are none.
-    for made in (RuntimeError("failed to import"), CheckpointError("its files are broken")):
-        switch = StopSwitch()
-        with pytest.raises(StoppedError), switch.interruptible():
-            library(switch, made)
-
-
-def test_errors_of_work_that_nobody_stopped_are_what_they_are() -> None:
-    with pytest.raises(KeyError), StopSwitch().interruptible():
-        raise KeyError("a bug")
-    with pytest.raises(ConfigError), StopSwitch().interruptible():
-        raise ConfigError("wrong")
 
 
 def test_the_end_of_the_wall_time_trips_the_switch() -> None:

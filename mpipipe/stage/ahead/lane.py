@@ -41,6 +41,10 @@ class Lane(Protocol):
 
     device: torch.device
 
+    def enter(self) -> None:
+        """From now on the calling thread's work on a GPU goes to this lane."""
+        ...
+
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """A copy of `array` on the device; the array may be changed at once."""
         ...
@@ -71,14 +75,15 @@ class Lane(Protocol):
 
 
 def open_lane(device: torch.device, clock: Clock) -> Lane:
-    """The lane of `device`; from now on this thread's work on a GPU goes there."""
+    """The lane of `device`, entered by this thread."""
     if device.type != "cuda":
         return CpuLane(device, clock)
     torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
-    torch.cuda.set_stream(stream)
-    return CudaLane(device, stream)
+    lane = CudaLane(device, stream)
+    lane.enter()
+    return lane
 
 
 class _CudaMark:
@@ -110,6 +115,11 @@ class CudaLane:
         # result may lie where an earlier one has temporaries: it holds until any graph's replay.
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
+
+    def enter(self) -> None:
+        """See `Lane.enter`; torch keeps device and stream per thread."""
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(self._stream)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """See `Lane.upload`."""
@@ -183,6 +193,9 @@ class CpuLane:
     def __init__(self, device: torch.device, clock: Clock) -> None:
         self.device = device
         self._clock = clock
+
+    def enter(self) -> None:
+        """A CPU has no queue."""
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """See `Lane.upload`."""
