@@ -105,9 +105,20 @@ class NumericsError(ConfigError):
 
 
 class PeerLostError(MpipipeError):
-    """A rank died, hung or raised while the pipeline was running."""
+    """A rank died, hung or raised while the pipeline was running.
+
+    `lost` is the rank, where one is known. `told_by` is the rank that tells the user; None: the
+    one that raises it.
+    """
 
     exit_code = EXIT_PEER_LOST
+
+    def __init__(
+        self, message: str, *, lost: int | None = None, told_by: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.lost = lost
+        self.told_by = told_by
 
 
 class RemoteError(MpipipeError):

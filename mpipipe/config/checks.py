@@ -61,6 +61,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("pipeline.laps_ahead", lambda v: v in {0, 1, AUTO}, '0, 1 or "auto"'),
     ("memory.gpu_memory_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("pipeline.handshake_timeout_s", lambda v: 0 < v < math.inf, "seconds, above 0"),
+    (
+        "pipeline.heartbeat_timeout_s",
+        lambda v: v == 0 or 1 <= v < math.inf,
+        "seconds from 1 on, or 0 for none",
+    ),
     ("memory.page_size_tokens", _is_count, "a whole number from 1 on"),
     ("prompts.limit", lambda v: v >= 0, "0 (all) or the number of prompts to take"),
     (

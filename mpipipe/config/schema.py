@@ -113,6 +113,10 @@ class PipelineConfig:
     """CPU cores of a rank: `auto`: near its GPU, unless the launcher has bound it; or `none`."""
     handshake_timeout_s: float = 120.0
     """How long to wait for all ranks to greet each other at start."""
+    heartbeat_timeout_s: float = 10.0
+    """A rank that gives no sign of life for so many seconds, beyond the longest time so far that a
+    step held it up, is lost and ends the run (exit code 6). Three times as long while ranks import
+    and load, where a busy file system may hold them up. 0: wait for ever."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ class Channel(Protocol):
         """Number of ranks."""
         ...
 
-    def send_nowait(self, to: int, frame: bytes) -> None:
+    def send_nowait(self, to: int, frame: bytes, *, quiet: bool = False) -> None:
         """Start sending `frame` to rank `to` and return at once.
+
+        A `quiet` frame does not make the polling of either rank more eager: it comes when it comes.
 
         Raises:
             ChannelClosedError: the channel was closed.

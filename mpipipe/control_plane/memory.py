@@ -36,19 +36,20 @@ class MemoryChannel:
         """Number of virtual ranks."""
         return len(self._group)
 
-    def send_nowait(self, to: int, frame: bytes) -> None:
+    def send_nowait(self, to: int, frame: bytes, *, quiet: bool = False) -> None:
         """Put `frame` into the inbox of rank `to`. Raises as in the contract."""
         if self._closed:
             raise ChannelClosedError(f"rank {self._rank} sent to rank {to} after closing")
         if not 0 <= to < self.world_size:
             raise ValueError(f"there is no rank {to}: ranks are 0 to {self.world_size - 1}")
-        self._group[to]._take(self._rank, frame)
+        self._group[to]._take(self._rank, frame, quiet=quiet)
 
-    def _take(self, source: int, frame: bytes) -> None:
+    def _take(self, source: int, frame: bytes, *, quiet: bool) -> None:
         if self._closed:
             return
         self._inbox.put((source, frame))
-        self._engine.wake()
+        if not quiet:
+            self._engine.wake()
 
     async def receive(self) -> tuple[int, bytes]:
         """The next frame as (source rank, frame). Raises as in the contract."""

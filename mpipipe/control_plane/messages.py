@@ -23,11 +23,13 @@ __all__ = [
     "Echo",
     "GatherPart",
     "GenerationEnded",
+    "Heartbeat",
     "Hello",
     "LogprobsSampled",
     "Message",
     "PhaseReport",
     "PhaseVerdict",
+    "RankLost",
     "RequestClosed",
     "RequestOpened",
     "ScheduledSequence",
@@ -37,7 +39,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -257,6 +259,26 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """rank → head, head → all, every second or so: I am alive."""
+
+    host: str = ""
+    stage: int = -1  # -1: no plan yet
+    step: int = -1  # the last one that it ran; -1: none yet
+    doing: str = ""  # the latest boot phase
+    booting: bool = True
+    deaf_s: float = 0.0  # the longest time so far that it could not have answered
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """whoever noticed → all: `rank` is silent. The sender tells the user; end without a word."""
+
+    rank: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Echo:
     """Round-trip probe of `bench control`; `reply` says whether it is the answer."""
 
@@ -268,7 +290,8 @@ class Echo:
 Message = (
     Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
     | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
-    | LogprobsSampled | GenerationEnded | SessionEnded | StopRequested | Echo
+    | LogprobsSampled | GenerationEnded | SessionEnded | StopRequested | Heartbeat
+    | RankLost | Echo
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -290,4 +313,6 @@ TAGS: dict[int, type[Message]] = {
     15: Echo,
     16: DecodeScheduled,
     17: StopRequested,
+    18: Heartbeat,
+    19: RankLost,
 }

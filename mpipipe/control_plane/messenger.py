@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NoReturn
 from mpipipe.control_plane import codec
 from mpipipe.control_plane.arrivals import Arrivals, Collective
 from mpipipe.control_plane.mailbox import Mailbox
+from mpipipe.control_plane.messages import Heartbeat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from mpipipe.clock import Clock
     from mpipipe.control_plane.channel import Channel
@@ -88,6 +89,12 @@ class Messenger:
         else:
             self._channel.send_nowait(to, codec.encode(message))
 
+    def send_quietly(self, ranks: Iterable[int], heartbeat: Heartbeat) -> None:
+        """Start sending to other ranks, without waking their polling or ours; encoded once."""
+        frame = codec.encode(heartbeat)
+        for to in ranks:
+            self._channel.send_nowait(to, frame, quiet=True)
+
     def broadcast_message(self, message: Message) -> None:
         """Start sending `message` to every rank, this one included; encoded once."""
         self._send_to_others(message)
@@ -116,13 +123,15 @@ class Messenger:
 
     def _poll(self) -> bool:
         """Deliver what has arrived; called by the engine."""
-        expired = self._arrivals.expire()
-        for count in range(_MAX_PER_ROUND):
+        active = self._arrivals.expire()
+        for _ in range(_MAX_PER_ROUND):
             received = self._channel.receive_nowait()
             if received is None:
-                return expired or count > 0
+                return active
             source, frame = received
-            self._deliver(source, codec.decode(frame))
+            message = codec.decode(frame)
+            self._deliver(source, message)
+            active = active or not isinstance(message, Heartbeat)
         return True
 
     def _deliver(self, source: int, message: Message) -> None:

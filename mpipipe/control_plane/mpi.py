@@ -58,7 +58,7 @@ _SLOT_BYTES = 32 * 1024
 # and from each at least. 2 MiB of memory up to 17 ranks.
 _NUM_SLOTS, _MIN_SLOTS = 64, 4
 # Tags: what a piece is to the frame it belongs to.
-_WHOLE, _MORE, _LAST = 1, 2, 3
+_WHOLE, _MORE, _LAST, _QUIET = 1, 2, 3, 4
 _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
 # An Abort that hangs is cut short by the kernel: mpi4py holds the GIL in it.
@@ -133,7 +133,7 @@ class MpiChannel:
 
     # ---- sending ---------------------------------------------------------------------------------
 
-    def send_nowait(self, to: int, frame: bytes) -> None:
+    def send_nowait(self, to: int, frame: bytes, *, quiet: bool = False) -> None:
         """Start sending. Raises as in the contract, and PeerLostError when MPI says so."""
         if self._closed:
             raise ChannelClosedError(f"rank {self._rank} sent to rank {to} after closing")
@@ -143,14 +143,15 @@ class MpiChannel:
             self._inbox.put((to, frame))
         else:
             try:
-                self._send_pieces(to, frame)
+                self._send_pieces(to, frame, _QUIET if quiet else _WHOLE)
             except MPI.Exception as error:
                 raise _lost_peer(f"sending to rank {to}", error) from error
-        self._engine.wake()
+        if not quiet:
+            self._engine.wake()
 
-    def _send_pieces(self, to: int, frame: bytes) -> None:
+    def _send_pieces(self, to: int, frame: bytes, tag: int) -> None:
         if len(frame) <= _SLOT_BYTES:
-            self._send_piece(to, frame, _WHOLE)
+            self._send_piece(to, frame, tag)
             return
         view = memoryview(frame)
         for start in range(0, len(frame), _SLOT_BYTES):
@@ -194,12 +195,13 @@ class MpiChannel:
             for _ in range(len(ring)):
                 if (piece := ring.next_piece(self._status)) is None:
                     break
-                self._take_piece(ring.source, self._status.Get_tag(), piece)
-                progressed = True
+                tag = self._status.Get_tag()
+                self._take_piece(ring.source, tag, piece)
+                progressed = progressed or tag != _QUIET
         return progressed
 
     def _take_piece(self, source: int, tag: int, piece: bytes) -> None:
-        if tag == _WHOLE:
+        if tag in {_WHOLE, _QUIET}:
             self._inbox.put((source, piece))
             return
         pieces = self._pieces.setdefault(source, [])

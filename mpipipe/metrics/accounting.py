@@ -266,6 +266,11 @@ class StageAccount:
             steady=_parts(self._steady_ns),
         )
 
+    @property
+    def last_step(self) -> int:
+        """Number of the last step that left this stage; -1 before any."""
+        return self._records[-1].step if self._records else -1
+
     def recent(self) -> tuple[StepRecord, ...]:
         """The last records, oldest first."""
         return tuple(self._records)

@@ -80,6 +80,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     parts = await in_phase(ranks, "load", load_stage)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
+    ranks.vitals.stage = stage.stage
     async with _open_worker(boot, plan, parts, account, device) as opened:
         await opened.worker.exercise_edges()
         _settle_garbage()
@@ -102,6 +103,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             num_graphs=opened.num_graphs,
             graph_obstacle=parts.model.graph_obstacle() if plan.device == "cuda" else "",
         )
+        ranks.vitals.last_step = lambda: account.last_step
         try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
         finally:

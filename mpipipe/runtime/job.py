@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.config.load import load_config
+from mpipipe.config.schema import PipelineConfig
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, EXIT_REQUEUE
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
@@ -23,7 +24,12 @@ from mpipipe.runtime.job_claim import Claim, claim, read_inputs
 from mpipipe.runtime.launch import Ranks, import_boot, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, merge, write_json
-from mpipipe.runtime.progress_file import UPDATE_INTERVAL_S, ProgressFile, RunState
+from mpipipe.runtime.progress_file import (
+    UPDATE_INTERVAL_S,
+    ProgressFile,
+    RunState,
+    fail_for_lost_head,
+)
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
@@ -96,29 +102,40 @@ async def run_job(
     """
     marks = _Marks(started_s)
     async with open_ranks(clock, stop=stop, debug=debug) as ranks:
+        ranks.vitals.timeout_s = PipelineConfig().heartbeat_timeout_s  # until it is known
         loaded = await in_phase(
             ranks, "configuration", lambda: load_config(config_path, overrides), _FOLDER_DEADLINE_S
         )
+        ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         claimed = await claim(ranks, loaded, model, lines, hellos)
         rank = ranks.mesh.rank
+        ranks.vitals.stage = stage_order(hellos).index(rank)
         log = open_log(
             claimed.folder / f"rank_{rank}.log",
             rank=rank,
             host=host_name(),
             level=loaded.config.log.level,
-            stage=stage_order(hellos).index(rank),
+            stage=ranks.vitals.stage,
         )
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
         )
-        # In this order: whoever has the lock tells the state of the folder.
-        ranks.last_words.extend((progress.failed, lambda _: claimed.close()))
-        with closing(log):
-            log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-            job = _Job(ranks, loaded, claimed, log, view, marks, progress)
-            exit_code = await _do(job, hellos, model)
+
+        def end_early(error: BaseException) -> None:
+            log.error("ended early", error=str(error), kind=type(error).__name__)
+            log.close()
+            # The one that has the lock tells the state of the folder.
+            progress.failed(error)
+            fail_for_lost_head(claimed.folder, error)
+            claimed.close()
+
+        ranks.last_words.append(end_early)
+        log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
+        job = _Job(ranks, loaded, claimed, log, view, marks, progress)
+        exit_code = await _do(job, hellos, model)
+        log.close()
         claimed.close()
         return exit_code
 

@@ -19,10 +19,17 @@ from typing import Any, NoReturn, TypeVar
 
 from mpipipe.clock import Clock
 from mpipipe.control_plane.channel import Channel
+from mpipipe.control_plane.heartbeats import Heartbeats, Vitals
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.probe import RawMessages
-from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EnvironmentSetupError, MpipipeError
+from mpipipe.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EnvironmentSetupError,
+    MpipipeError,
+    PeerLostError,
+)
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime.phase_thread import PhaseThread, is_abandoned_work_running
 from mpipipe.runtime.stopping import StopSwitch
@@ -37,6 +44,7 @@ T = TypeVar("T")
 # slowest. A rank that dies meanwhile is noticed by the launcher, not by this deadline.
 PHASE_DEADLINE_S = 3600.0
 _LAST_WORDS_S = 0.25
+_TOLD_ELSEWHERE_S = 1.5
 
 
 class AgreedError(Exception):
@@ -60,6 +68,7 @@ class Ranks:
     raw: RawMessages | None  # plain MPI, to measure against; None without MPI
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
     phase_thread: PhaseThread = field(default_factory=PhaseThread)
+    vitals: Vitals = field(default_factory=Vitals)  # no heartbeats until it has a timeout
     # Told the error that ends the ranks early, the first one and not what followed from it.
     last_words: list[Callable[[BaseException], None]] = field(default_factory=list)
 
@@ -85,6 +94,7 @@ async def in_phase(
     Raises:
         AgreedError: the work of some rank failed; raised on every rank.
     """
+    ranks.vitals.phase = phase
     judging = ranks.tasks.create_task(_verdict(ranks.mesh, phase, deadline_s), name="verdict")
     begun: list[asyncio.Future[Any]] = [judging]
     error: MpipipeError | None = None
@@ -163,15 +173,18 @@ async def open_ranks(
             )
             polling = tasks.create_task(engine.run(), name="progress")
             mesh.start()
+            beating = tasks.create_task(_beat(ranks), name="heartbeats")
             try:
                 yield ranks
             except AgreedError as agreed:
+                beating.cancel()
                 try:
                     await mesh.aclose()
                 except MpipipeError:
                     # Somebody cannot leave in order: tell the cause, not that, and abort.
                     raise agreed.error from agreed.__cause__
                 raise
+            beating.cancel()
             await mesh.aclose()
             polling.cancel()
             ranks.phase_thread.close()
@@ -186,6 +199,16 @@ async def open_ranks(
             if mesh.world_size > 1 and not is_agreed:
                 _tell_and_abort(mesh, error, debug=debug)
         raise told from error.__cause__
+
+
+async def _beat(ranks: Ranks) -> None:
+    """Tell and hear that ranks are alive; a single rank has no other to hear.
+
+    Raises:
+        PeerLostError: through `ranks.tasks`: a rank is silent.
+    """
+    if ranks.mesh.world_size > 1:
+        await Heartbeats(ranks.mesh, ranks.clock, host_name(), ranks.vitals).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +257,9 @@ def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
         exit_code = error.exit_code
     elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
         exit_code = EXIT_INTERRUPTED
+    if isinstance(error, PeerLostError) and error.told_by is not None:
+        time.sleep(_TOLD_ELSEWHERE_S)  # that rank tells the user and ends us all; if it can
+        mesh.abort(exit_code)
     where = f"rank {mesh.rank} on {host_name()}"
     if isinstance(error, MpipipeError) and not debug:
         text = f"mpipipe: error: {where}: {error}"

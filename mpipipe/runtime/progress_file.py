@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError
+from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError, PeerLostError
 from mpipipe.runtime.output import write_whole
 from mpipipe.topology.slurm import read_job
 
-__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState"]
+__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState", "fail_for_lost_head"]
 
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
@@ -95,6 +95,20 @@ class ProgressFile:
         """What was told last."""
         value = self._values["state"]
         return None if value is None else RunState(value)
+
+
+def fail_for_lost_head(folder: Path, error: BaseException) -> None:
+    """Tell in the head's place that its loss has ended the run, on the one rank that tells it."""
+    if not isinstance(error, PeerLostError) or error.lost != 0 or error.told_by is not None:
+        return
+    path = folder / STATUS_FILE
+    with contextlib.suppress(OSError, ValueError, OutputError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.update(
+            state=RunState.FAILED.value, error=str(error), updated_at=_iso(datetime.now(UTC))
+        )
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        write_whole(path, text.encode(), durable=False)
 
 
 def _iso(moment: datetime) -> str:
