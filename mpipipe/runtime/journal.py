@@ -26,7 +26,7 @@ from mpipipe.runtime.output import replaced_file, sync_folder, told_as_output
 from mpipipe.runtime.record_line import completion_record, decode_line, encode_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
     from typing import Self
 
     from mpipipe.runtime.record_line import RecordLine
@@ -326,34 +326,44 @@ def merge(
     """
     wanted = completed or {}
     merged = folder / "completions.jsonl"
-    places: dict[str, _Place] = {}
     with ExitStack() as files:
-        for path in journal_files(folder):
-            with told_as_output(path, "read"):
-                file = files.enter_context(path.open("rb"))
-                for prompt_id, place in _places(file):
-                    first = places.setdefault(prompt_id, place)
-                    if place.checksum == wanted.get(prompt_id) != first.checksum:
-                        places[prompt_id] = place
+        places = _places(journal_files(folder), wanted, files)
         in_order = sorted((index_of[name], name) for name in places if name in index_of)
         with replaced_file(merged) as output:
             for _, prompt_id in in_order:
                 place = places[prompt_id]
                 place.file.seek(place.offset)
                 output.write(place.file.read(place.num_bytes) + b"\n")
-    _require_complete(merged, {name: place.checksum for name, place in places.items()}, wanted)
+    _require_complete(merged, places, wanted)
     return merged
 
 
-def _places(file: BinaryIO) -> Iterator[tuple[str, _Place]]:
-    for entry in _entries(file):
-        if entry.record is not None:
-            place = _Place(file, entry.offset, len(entry.content), entry.record.checksum)
-            yield entry.record.prompt_id, place
+def _places(
+    paths: Iterable[Path], wanted: Mapping[str, int], files: ExitStack
+) -> dict[str, _Place]:
+    """Where the line of each prompt is: the first, or one with the checksum that is `wanted`."""
+    places: dict[str, _Place] = {}
+    for path in paths:
+        with told_as_output(path, "read"):
+            file = files.enter_context(path.open("rb"))
+            for entry in _entries(file):
+                if entry.record is None:
+                    continue
+                prompt_id, checksum = entry.record.prompt_id, entry.record.checksum
+                first = places.get(prompt_id)
+                if first is None or checksum == wanted.get(prompt_id) != first.checksum:
+                    places[prompt_id] = _Place(file, entry.offset, len(entry.content), checksum)
+    return places
 
 
-def _require_complete(merged: Path, found: Mapping[str, int], wanted: Mapping[str, int]) -> None:
-    missing = [name for name, checksum in wanted.items() if found.get(name) != checksum]
+def _require_complete(
+    merged: Path, places: Mapping[str, _Place], wanted: Mapping[str, int]
+) -> None:
+    missing = [
+        name
+        for name, checksum in wanted.items()
+        if name not in places or places[name].checksum != checksum
+    ]
     if missing:
         raise OutputError(
             f"{merged} lacks {len(missing):,} of {len(wanted):,} completions, first that of "
