@@ -16,7 +16,8 @@ from mpipipe.progress import new_event_loop
 from mpipipe.runtime.circumstances import SPEED_PACKAGES
 from mpipipe.runtime.control_bench import measure_control_plane
 from mpipipe.runtime.inputs import read_model
-from mpipipe.runtime.output import CompletionWriter, claim_run_folder, merge
+from mpipipe.runtime.journal import CompletionWriter, merge
+from mpipipe.runtime.output import claim_run_folder
 from mpipipe.runtime.packages import package_versions
 from mpipipe.runtime.requests import prepare
 from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests

@@ -38,6 +38,10 @@ class TerminalView:
         """Say how much is left."""
         print(f"Going on in {folder}: {num_kept:,} prompts are done, {num_left:,} are left")
 
+    def warned(self, message: str) -> None:
+        """Print a warning."""
+        print(f"mpipipe: warning: {message}", file=sys.stderr, flush=True)
+
     def planned(self, plan: PipelinePlan, warnings: Sequence[str]) -> None:
         """Print warnings and the plan."""
         for warning in warnings:

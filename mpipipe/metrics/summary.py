@@ -84,14 +84,21 @@ class RequestTotals:
     latency_p50_s: float | None
     latency_p95_s: float | None
     num_unfinished: int = 0  # the run was told to stop before them
-    num_kept: int = 0  # completed or failed in earlier attempts, counted nowhere else here
+    # Completed or failed in earlier attempts, counted nowhere else here: with the completed and
+    # the failed ones of this attempt, as many as completions.jsonl has lines.
+    num_kept: int = 0
+    num_damaged: int = 0  # lines of earlier attempts that were set aside; their prompts ran again
 
 
 class RequestTally:
-    """Counts completions as they come; keeps two numbers per completed prompt."""
+    """Counts completions as they come; keeps two numbers per completed prompt.
+
+    `num_completed` and `num_failed` are the counts so far, for free.
+    """
 
     def __init__(self) -> None:
-        self._num_failed = 0
+        self.num_completed = 0
+        self.num_failed = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._ttfts_s: list[float] = []
@@ -100,18 +107,19 @@ class RequestTally:
     def add(self, completion: Completion) -> None:
         """Count one finished or failed prompt."""
         if completion.error_kind is not None:
-            self._num_failed += 1
+            self.num_failed += 1
             return
+        self.num_completed += 1
         self._num_prompt_tokens += completion.num_prompt_tokens
         self._num_output_tokens += completion.num_output_tokens
         self._ttfts_s.append(completion.ttft_s)
         self._latencies_s.append(completion.latency_s)
 
     def totals(self) -> RequestTotals:
-        """The counts so far."""
+        """The counts so far, with percentiles: sorts every time, so not while the run goes on."""
         return RequestTotals(
-            num_completed=len(self._latencies_s),
-            num_failed=self._num_failed,
+            num_completed=self.num_completed,
+            num_failed=self.num_failed,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             ttft_p50_s=percentile(self._ttfts_s, 50),

@@ -37,6 +37,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
             *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
             *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
+            *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
             f"{requests.num_prompt_tokens:,} prompt tokens",
             f"{requests.num_output_tokens:,} output tokens",
         ),

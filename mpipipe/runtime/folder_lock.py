@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.errors import OutputError
-from mpipipe.runtime.progress_file import STATUS_FILE, RunState
+from mpipipe.runtime.progress_file import STATUS_FILE, RunState, sound_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,10 +83,9 @@ def lock_folder(
 
 
 def last_words(folder: Path) -> Mapping[str, Any]:
-    """What the run in `folder` told last; empty: nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        values = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
+    """What the run in `folder` told last (`sound_values`); empty: nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return sound_values(json.loads((folder / STATUS_FILE).read_text(encoding="utf-8")))
     return {}
 
 

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import PipelineConfig
@@ -21,9 +21,10 @@ from mpipipe.planning.layout import stage_order
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import deepspeed_warnings
 from mpipipe.runtime.job_claim import Claim, claim, read_inputs
+from mpipipe.runtime.journal import CompletionWriter, merge
 from mpipipe.runtime.launch import Ranks, import_boot, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
-from mpipipe.runtime.output import CompletionWriter, merge, write_json
+from mpipipe.runtime.output import told_as_output, write_json
 from mpipipe.runtime.progress_file import (
     UPDATE_INTERVAL_S,
     ProgressFile,
@@ -35,7 +36,7 @@ from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mpipipe.clock import Clock
@@ -146,13 +147,9 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
     if ranks.is_head:
         _tell_what_is_left(job)
     if claimed.done_code is not None:
-        # The earlier attempt may not have merged what it completed.
-        await in_phase(
-            ranks,
-            "merge",
-            lambda: ranks.is_head and merge(claimed.folder, claimed.index_of),
-            stoppable=False,  # all is done: no reason to come back
-        )
+        # The earlier attempt may not have merged what it completed. Not stoppable: all is done, so
+        # there is no reason to come back.
+        await in_phase(ranks, "merge", lambda: _merge_only(job), stoppable=False)
         job.progress.write(RunState.DONE, exit_code=claimed.done_code)
         return claimed.done_code
     # torch and transformers take seconds to import: only now, when the input is in order.
@@ -178,12 +175,47 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
             return await _run(job, session, prompts)
 
 
+def _merge_only(job: _Job) -> None:
+    """Leave what a run leaves that has completed everything, without a prompt of its own (head)."""
+    if not job.ranks.is_head:
+        return
+    _merge(job, {})
+    kept, now_s = job.claim.earlier.records, job.ranks.clock.now_s()
+    totals = dataclasses.replace(
+        RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
+    )
+    marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
+    summary = RunSummary(marks.phases(now_s), totals, num_preemptions=0, ranks=())
+    write_json(job.claim.folder / "metrics.json", summary.to_dict())
+    job.log.info("summary", **summary.to_dict())
+
+
+def _merge(job: _Job, written: Mapping[str, int]) -> None:
+    """Merge what earlier attempts have kept and this one has `written`; checksums by prompt id."""
+    # Of an earlier attempt: it must not stand beside other completions.
+    with told_as_output(metrics := job.claim.folder / "metrics.json"):
+        metrics.unlink(missing_ok=True)
+    merge(job.claim.folder, job.claim.index_of, {**job.claim.earlier.records.checksums, **written})
+
+
+def _warn(job: _Job, message: str) -> None:
+    job.log.warning("journal", message=message)
+    job.view.warned(message)
+
+
 def _tell_what_is_left(job: _Job) -> None:
-    earlier, num_left = job.claim.earlier, len(job.claim.lines_left)
-    num_kept = len(earlier.kept_ids)
+    kept, num_left, folder = job.claim.earlier.records, len(job.claim.lines_left), job.claim.folder
+    num_kept = len(kept.checksums)
     if job.claim.is_resumed:
-        job.log.info("resumed", num_kept=num_kept, num_left=num_left, torn=earlier.num_torn)
-        job.view.resumed(num_kept, num_left, job.claim.folder)
+        job.log.info("resumed", num_kept=num_kept, num_left=num_left, num_damaged=kept.num_damaged)
+        job.view.resumed(num_kept, num_left, folder)
+    if kept.num_damaged:
+        _warn(
+            job,
+            f"{kept.num_damaged:,} lines of completions_rank_*.jsonl were damaged, of no prompt of "
+            "this run, or others of a prompt that has a record: they are in damaged_rank_*.jsonl "
+            f"in {folder} now, and prompts without a record run again",
+        )
     num_prompts = len(job.claim.index_of)
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
@@ -199,8 +231,9 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)
-    write_json(folder / "manifest.json", build_manifest(session, loaded, job.claim))
-    tally = await _complete(job, session, prompts)
+    manifest = build_manifest(session, loaded, job.claim)
+    write_json(folder / "manifest.json", manifest)
+    tally = await _complete(job, session, prompts, manifest)
     job.marks.generated_s = session.ranks.clock.now_s()
     session.end()
     reports = await session.gather_reports()
@@ -214,6 +247,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
             totals,
             num_unfinished=num_unfinished,
             num_kept=len(job.claim.earlier.kept_ids),
+            num_damaged=job.claim.earlier.records.num_damaged,
         ),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
@@ -227,7 +261,7 @@ def _report(job: _Job, summary: RunSummary) -> int:
     write_json(job.claim.folder / "metrics.json", summary.to_dict())
     job.log.info("summary", **summary.to_dict())
     job.view.finished(summary, job.claim.folder)
-    num_failed = requests.num_failed + job.claim.earlier.num_failed
+    num_failed = requests.num_failed + job.claim.earlier.records.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
     if requests.num_unfinished:
         exit_code = EXIT_REQUEUE
@@ -237,25 +271,25 @@ def _report(job: _Job, summary: RunSummary) -> int:
     return exit_code
 
 
-async def _complete(job: _Job, session: Session, prompts: PreparedPrompts) -> RequestTally:
+async def _complete(
+    job: _Job, session: Session, prompts: PreparedPrompts, manifest: dict[str, Any]
+) -> RequestTally:
     """Generate, write each completion as it ends, merge them in input order."""
-    folder, log, view = job.claim.folder, job.log, job.view
+    folder, view = job.claim.folder, job.view
     tally = RequestTally()
     view.generating(prompts.num_prompts, job.loaded.config.log.progress)
-    with CompletionWriter(folder, session.ranks.mesh.rank) as writer:
+
+    def warn(message: str) -> None:
+        _warn(job, message)
+        if not (folder / "manifest.json").exists():  # the whole folder was moved or removed
+            write_json(folder / "manifest.json", manifest)
+
+    with CompletionWriter(folder, session.ranks.mesh.rank, warn) as writer:
 
         def take(completion: Completion) -> None:
             writer.write(completion)
             tally.add(completion)
-            log.info(
-                "completed",
-                request=completion.request_id,
-                finish_reason=completion.finish_reason.value,
-                num_prompt_tokens=completion.num_prompt_tokens,
-                num_output_tokens=completion.num_output_tokens,
-                latency_s=round(completion.latency_s, 6),
-                error=completion.error_kind,
-            )
+            _log_completion(job.log, completion)
             view.completed(completion)
 
         for completion in prompts.refused:
@@ -270,8 +304,20 @@ async def _complete(job: _Job, session: Session, prompts: PreparedPrompts) -> Re
             view.ended()
             _tell(job, session, tally)
     # In a thread: it takes long for many completions, and who is told to stop meanwhile asks us.
-    await asyncio.to_thread(merge, folder, job.claim.index_of)
+    await asyncio.to_thread(_merge, job, writer.written)
     return tally
+
+
+def _log_completion(log: RunLog, completion: Completion) -> None:
+    log.info(
+        "completed",
+        request=completion.request_id,
+        finish_reason=completion.finish_reason.value,
+        num_prompt_tokens=completion.num_prompt_tokens,
+        num_output_tokens=completion.num_output_tokens,
+        latency_s=round(completion.latency_s, 6),
+        error=completion.error_kind,
+    )
 
 
 async def _show(job: _Job, session: Session, tally: RequestTally) -> None:
@@ -279,12 +325,9 @@ async def _show(job: _Job, session: Session, tally: RequestTally) -> None:
     clock = session.ranks.clock
     told_s = float("-inf")
     while True:
-        totals = tally.totals()
         statistics = session.statistics()
         running = statistics.num_running if statistics is not None else 0
-        job.view.progress(
-            totals.num_completed, totals.num_failed, session.num_output_tokens, running
-        )
+        job.view.progress(tally.num_completed, tally.num_failed, session.num_output_tokens, running)
         if clock.now_s() - told_s >= UPDATE_INTERVAL_S:
             told_s = clock.now_s()
             _tell(job, session, tally)
@@ -293,14 +336,14 @@ async def _show(job: _Job, session: Session, tally: RequestTally) -> None:
 
 def _tell(job: _Job, session: Session, tally: RequestTally) -> None:
     """The counts of this moment, into `status.json`."""
-    totals, statistics = tally.totals(), session.statistics()
+    statistics = session.statistics()
     elapsed_s = session.ranks.clock.now_s() - job.marks.loaded_s
     state = RunState.STOPPING if session.ranks.stop.reason else RunState.GENERATING
     left_s = session.ranks.stop.seconds_left
     job.progress.write(
         state,
-        num_completed=totals.num_completed,
-        num_failed=totals.num_failed,
+        num_completed=tally.num_completed,
+        num_failed=tally.num_failed,
         num_running=statistics.num_running if statistics is not None else 0,
         num_output_tokens=session.num_output_tokens,
         tokens_per_s=round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,

@@ -23,7 +23,6 @@ from mpipipe.runtime.output import claim_run_folder, holds_run
 from mpipipe.runtime.resume import (
     DTYPE,
     Earlier,
-    check_basis,
     earlier_basis,
     read_earlier,
     wants_resume,
@@ -95,7 +94,7 @@ async def claim(
     def work() -> Claim | None:
         if model is None:
             return None
-        basis = completions_basis(loaded, model.folder, _dtype(loaded, model, hellos))
+        basis = completions_basis(loaded, model, _dtype(loaded, model, hellos))
         return claim_folder(loaded, lines, basis, read_job(os.environ))
 
     # As long as it takes: all earlier completions are read, and the prompts once more.
@@ -128,20 +127,19 @@ def claim_folder(
     """
     output = loaded.config.output
     auto = output.dir == AUTO
+    index_of = {line.prompt_id: line.index for line in lines}
     folder = (_auto_folder(loaded, basis, job) if auto else Path(output.dir)).absolute()
     lock = lock_folder(folder, job)
     try:
         resume = wants_resume(output.resume, folder, job)
         claim_run_folder(folder, overwrite=output.overwrite, resume=resume)
-        earlier = read_earlier(folder) if resume else Earlier()
-        if earlier.basis is not None:
-            check_basis(earlier.basis, basis, folder)
+        earlier = read_earlier(folder, basis, index_of) if resume else Earlier()
     except BaseException:
         lock.close()
         raise
-    left = [line for line in lines if line.prompt_id not in earlier.kept_ids]
-    done_code = None if left else EXIT_PROMPTS if earlier.num_failed else EXIT_OK
-    index_of = {line.prompt_id: line.index for line in lines}
+    kept = earlier.records
+    left = [line for line in lines if line.prompt_id not in kept.checksums]
+    done_code = None if left else EXIT_PROMPTS if kept.num_failed else EXIT_OK
     return Claim(folder, done_code, earlier, left, index_of, basis, lock)
 
 

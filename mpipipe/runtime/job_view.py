@@ -22,6 +22,10 @@ class JobView(Protocol):
         """The run goes on from an earlier attempt in `folder`."""
         ...
 
+    def warned(self, message: str) -> None:
+        """Something that the user should know of, though the run goes on."""
+        ...
+
     def planned(self, plan: PipelinePlan, warnings: Sequence[str]) -> None:
         """The plan is agreed, loading begins."""
         ...

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
+from mpipipe.checkpoint.fingerprint import model_fingerprint
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.errors import ConfigError
 from mpipipe.runtime.packages import package_versions
 from mpipipe.runtime.resume import DTYPE
 from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.runtime.inputs import ModelFacts
     from mpipipe.runtime.job_claim import Claim
     from mpipipe.runtime.session import Session
 
@@ -25,17 +28,20 @@ __all__ = ["build_manifest", "completions_basis"]
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
 _PROMPTS = "the SHA-256 of the prompts"
-_MODEL = "the SHA-256 of the model's config.json"
 
 
-def completions_basis(loaded: LoadedConfig, model_path: Path, dtype: str) -> dict[str, Any]:
+def completions_basis(loaded: LoadedConfig, model: ModelFacts, dtype: str) -> dict[str, Any]:
     """What decides the completions of a run: an attempt may only go on where all of it is the same.
 
     `dtype` is what `auto` has become: a job may be requeued onto GPUs of another kind. Not in it:
     ranks, stages, sizes. They change the time that a run takes, not what it says.
+
+    Raises:
+        CheckpointError, ConfigError: a file of the model, or the prompts, cannot be read.
     """
     config = to_dict(loaded.config)
-    del config["prompts"]["path"]  # the content counts
+    for section, key in (("prompts", "path"), ("model", "path"), ("model", "tokenizer_path")):
+        del config[section][key]  # the content counts
     basis = {
         f"{section}.{key}": value
         for section in ("model", "prompts", "generation")
@@ -46,7 +52,12 @@ def completions_basis(loaded: LoadedConfig, model_path: Path, dtype: str) -> dic
         DTYPE: dtype,
         "memory.max_context_tokens": config["memory"]["max_context_tokens"],
         _PROMPTS: _prompts_hash(loaded),
-        _MODEL: _sha256(model_path / "config.json"),
+        **model_fingerprint(
+            model.folder,
+            model.tokenizer_folder,
+            has_weights=loaded.config.model.weights != "random",
+            has_code=loaded.config.model.trust_remote_code,
+        ),
     }
 
 
@@ -74,7 +85,6 @@ def build_manifest(
             "config": config_hash(loaded.config),
             "plan": plan.content_hash(),
             "prompts": claimed.basis[_PROMPTS],
-            "model_config": claimed.basis[_MODEL],
         },
         "hosts": [
             {
@@ -137,5 +147,11 @@ def _prompts_hash(loaded: LoadedConfig) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"the prompt file {path} cannot be read any more ({error.strerror}): leave it where it "
+            "is until the run has ended"
+        ) from error

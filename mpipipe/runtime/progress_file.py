@@ -9,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mpipipe._version import __version__
 from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError, PeerLostError
-from mpipipe.runtime.output import write_whole
+from mpipipe.runtime.output import json_bytes, write_whole
 from mpipipe.topology.slurm import read_job
 
-__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState", "fail_for_lost_head"]
+__all__ = [
+    "STATUS_FILE",
+    "UPDATE_INTERVAL_S",
+    "ProgressFile",
+    "RunState",
+    "fail_for_lost_head",
+    "sound_values",
+]
 
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
@@ -38,6 +44,67 @@ class RunState(str, enum.Enum):
     DONE = "done"  # every prompt has its record
     STOPPED = "stopped"  # it can go on later
     FAILED = "failed"
+
+
+_LIMIT = 1e15  # of counts and seconds alike
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and abs(value) < _LIMIT
+
+
+def _is_number(value: object) -> bool:
+    return _is_count(value) or (isinstance(value, float) and abs(value) < _LIMIT)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _is_state(value: object) -> bool:
+    return value in [state.value for state in RunState]
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    "state": _is_state,
+    "hosts": _is_list_of_texts,
+    **dict.fromkeys(("mpipipe", "job_id", "stop_reason", "error"), _is_text),
+    **dict.fromkeys(("started_at", "updated_at"), _is_time),
+    **dict.fromkeys(("num_restarts", "num_prompts", "num_kept", "num_completed"), _is_count),
+    **dict.fromkeys(("num_failed", "num_running", "num_unfinished", "exit_code"), _is_count),
+    "num_output_tokens": _is_count,
+    **dict.fromkeys(("update_interval_s", "tokens_per_s", "generating_s"), _is_number),
+    "stops_in_s": _is_number,
+}
+
+
+def sound_values(document: object) -> Mapping[str, Any]:
+    """What a status file says, as far as it can be used: fields of other types are left out.
+
+    So its reader may rely on the types that `ProgressFile` writes, on times that have a zone, and
+    on a state that comes with its `updated_at`; numbers are finite. Empty: it is no object.
+    """
+    if not isinstance(document, dict):
+        return {}
+    sound = {
+        name: value
+        for name, value in document.items()
+        if name not in _CHECKS or _CHECKS[name](value)  # others are of another version: not read
+    }
+    if "updated_at" not in sound:
+        sound.pop("state", None)
+    return sound
 
 
 class ProgressFile:
@@ -74,9 +141,8 @@ class ProgressFile:
         self._values.update(state=state.value, updated_at=_iso(self._now()))
         if self._path is None:
             return
-        text = json.dumps(self._values, indent=2, ensure_ascii=False) + "\n"
-        with contextlib.suppress(OutputError):
-            write_whole(self._path, text.encode(), durable=False)  # no disk's pace for the loop
+        with contextlib.suppress(OutputError):  # not durable: no disk's pace for the loop
+            write_whole(self._path, json_bytes(self._values), durable=False)
 
     def failed(self, error: BaseException) -> None:
         """Tell that `error` has ended the run early; one that has told its end keeps that."""

@@ -2,23 +2,27 @@
 
 Head only, and files only. A run may be resumed when what decides its completions is the same:
 model, prompts and generation settings; ranks, stages and memory may differ. Invariants: a prompt
-that has a record is never run again, so no prompt has two; a torn line counts as never written.
+that has a sound record is never run again, so no prompt has two; a damaged line counts as never
+written (`journal`); nothing is changed before it is known that the run is the same.
+
+A manifest that does not say all that decides completions today, as one of an older version, is
+refused: nothing else tells whose weights its records came from.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, OutputError
 from mpipipe.runtime.folder_lock import last_words
-from mpipipe.runtime.output import write_whole
+from mpipipe.runtime.journal import KeptRecords, journal_files, read_journals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Set
     from pathlib import Path
 
     from mpipipe.topology.slurm import SlurmJob
@@ -26,127 +30,148 @@ if TYPE_CHECKING:
 __all__ = ["DTYPE", "Earlier", "check_basis", "earlier_basis", "read_earlier", "wants_resume"]
 
 DTYPE = "model.dtype"  # in a basis: the one that was computed in, never "auto"
+_BEGIN_ANEW = (
+    "choose another output.dir, or set output.overwrite=true and output.resume=false to begin anew"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
     """What earlier attempts left in the run folder."""
 
-    kept_ids: frozenset[str] = frozenset()  # prompts with a record, whether completed or failed
-    num_failed: int = 0  # error records among them
-    num_torn: int = 0  # lines that were cut, as they were not written to their end
+    records: KeptRecords = field(default_factory=KeptRecords)  # of completed and failed prompts
     basis: Mapping[str, Any] | None = None  # what decided their completions; None: nothing earlier
     attempts: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def kept_ids(self) -> Set[str]:
+        """Prompts with a record, whether completed or failed."""
+        return self.records.checksums.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What a later attempt needs of `manifest.json`."""
+
+    basis: Mapping[str, Any]
+    attempts: tuple[Mapping[str, Any], ...]
 
 
 def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> bool:
     """`output.resume`, with `auto` decided: whether Slurm has requeued the job that `folder` is of.
 
     Raises:
-        OutputError: the manifest there cannot be read.
+        OutputError: there are completions, and the manifest beside them cannot be read.
     """
     if setting != AUTO:
         return bool(setting)
     if job is None or job.num_restarts == 0:
         return False
-    attempts: Sequence[Mapping[str, Any]] = _manifest(folder).get("attempts") or ({},)
+    manifest = _read_manifest(folder)
+    last = manifest.attempts[-1] if manifest is not None and manifest.attempts else {}
     # An attempt that ended while it booted has left its status, and no manifest.
-    return job.label in {attempts[-1].get("job"), last_words(folder).get("job_id")}
+    return job.label in (last.get("job"), last_words(folder).get("job_id"))
 
 
 def earlier_basis(folder: Path) -> Mapping[str, Any] | None:
     """What decided the completions in `folder`; None: no run there has begun to generate.
 
     Raises:
-        OutputError: the manifest there cannot be read.
+        OutputError: there are completions, and the manifest beside them cannot be read.
     """
-    manifest = _manifest(folder)
-    return manifest.get("basis", {}) if manifest else None
+    manifest = _read_manifest(folder)
+    return None if manifest is None else manifest.basis
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the run in `folder`; empty: there is none."""
-    if not (folder / "manifest.json").exists():
-        return {}
-    try:
-        return read_json_object(folder / "manifest.json")
-    except CheckpointError as error:
-        raise OutputError(
-            f"the run in {folder} cannot be resumed: {error}; choose another output.dir, or set "
-            "output.overwrite=true and output.resume=false to begin anew"
-        ) from None
+def read_earlier(folder: Path, basis: Mapping[str, Any], prompt_ids: Collection[str]) -> Earlier:
+    """What is in `folder` of the run that `basis` decides; empty where no run has begun.
 
-
-def read_earlier(folder: Path) -> Earlier:
-    """What is in `folder`, with torn lines cut from its files; empty where no run has begun.
+    Damaged lines are set aside.
 
     Raises:
-        OutputError: files cannot be read or mended, or it is not known what they belong to.
+        OutputError: it is another run, it is not known which, or files cannot be read or mended.
     """
-    files = sorted(folder.glob("completions_rank_*.jsonl"))
-    if not (folder / "manifest.json").exists():
-        if files:
-            raise OutputError(
-                f"output.dir = {folder} has completions ({files[0].name}) but no manifest.json, so "
-                "it cannot be told which run they belong to: choose another folder, or set "
-                "output.overwrite=true and output.resume=false to begin anew"
-            )
+    manifest = _read_manifest(folder)
+    if manifest is None:
         return Earlier()
-    manifest = _manifest(folder)
-    records: dict[str, bool] = {}  # id → failed
-    num_torn = sum(_read_records(path, records) for path in files)
-    return Earlier(
-        kept_ids=frozenset(records),
-        num_failed=sum(records.values()),
-        num_torn=num_torn,
-        basis=manifest.get("basis", {}),
-        attempts=tuple(manifest.get("attempts", ())),
-    )
+    check_basis(manifest.basis, basis, folder)
+    return Earlier(read_journals(folder, prompt_ids), manifest.basis, manifest.attempts)
 
 
-def _read_records(path: Path, records: dict[str, bool]) -> int:
-    """Add the records of one file to `records`; cut what is torn; returns how many lines that were.
+def _read_manifest(folder: Path) -> _Manifest | None:
+    """The manifest of the run in `folder`; None: nothing was completed there that it could tell of.
 
-    Normally only the last line can be torn; a node that lost its power leaves zeros, too.
+    Raises:
+        OutputError: there are completions, and it cannot be told what they belong to.
     """
+    path = folder / "manifest.json"
     try:
-        lines = path.read_bytes().split(b"\n")
-        whole = []
-        for line in lines[:-1]:  # after the last newline: nothing, or a torn line
-            record = _parse(line)
-            if record is not None and record["id"] not in records:
-                records[record["id"]] = "error" in record
-                whole.append(line)
+        files = [file for file in journal_files(folder) if file.stat().st_size]
+        is_missing = not path.exists()
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be read ({error.strerror}): mend that, or choose another output.dir"
+            f"output.dir = {folder} cannot be read ({error.strerror}): mend that, or {_BEGIN_ANEW}"
         ) from error
-    num_torn = len(lines) - 1 - len(whole) + bool(lines[-1])
-    if num_torn:
-        write_whole(path, b"".join(line + b"\n" for line in whole))
-    return num_torn
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
+    if is_missing:
+        if not files:
+            return None
+        raise OutputError(
+            f"output.dir = {folder} has completions ({files[0].name}) but no manifest.json, so it "
+            f"cannot be told which run they belong to: {_BEGIN_ANEW}"
+        )
     try:
-        record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("id"), str) else None
+        document = read_json_object(path)
+        basis = document.get("basis")
+        if not isinstance(basis, dict) or not basis:
+            raise CheckpointError(f"{path} does not say what decided the completions (basis)")
+    except CheckpointError as error:
+        if not files:
+            return None
+        text = f"the run in {folder} cannot be resumed: {error}; {_BEGIN_ANEW}"
+        raise OutputError(text) from None
+    found = document.get("attempts")
+    attempts = found if isinstance(found, list) else []
+    return _Manifest(basis, tuple(attempt for attempt in attempts if _is_plain(attempt)))
+
+
+def _is_plain(attempt: object) -> bool:
+    """Whether an attempt is told as we tell it: it only is history, and is written down again."""
+    return isinstance(attempt, dict) and all(
+        isinstance(item, str | int | float | None)
+        for value in attempt.values()
+        for item in (value if isinstance(value, list) else [value])
+    )
 
 
 def check_basis(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Check that what decides completions is the same as in the earlier attempts.
 
     Raises:
-        OutputError: names the first thing that differs.
+        OutputError: names the first thing that differs, or that one of the two does not tell.
     """
-    for name in sorted(earlier.keys() | now.keys()):
-        before, after = earlier.get(name), now.get(name)
+    for name in sorted(earlier.keys() ^ now.keys()):
+        what = "does not tell" if name in now else "tells what no longer counts,"
+        raise OutputError(
+            f"the run in {folder} cannot be resumed, as its manifest {what} {name}: another "
+            "version of mpipipe wrote it, and completions of two models or settings might stand "
+            f"side by side; finish it with that version, {_BEGIN_ANEW}"
+        )
+    for name in sorted(now):
+        before, after = earlier[name], now[name]
         if before != after:
             as_before = f"set {DTYPE}={before} to go on as it began, " if name == DTYPE else ""
             raise OutputError(
-                f"the run in {folder} cannot be resumed, as {name} was {before!r} and is {after!r} "
-                f"now: completions of both would stand side by side; {as_before}choose another "
-                "output.dir, or set output.overwrite=true and output.resume=false to begin anew"
+                f"the run in {folder} cannot be resumed, as {_difference(name, before, after)}: "
+                f"completions of both would stand side by side; {as_before}{_BEGIN_ANEW}"
             )
+
+
+def _difference(name: str, before: object, after: object) -> str:
+    """What is another: a value, or files by their digests."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        files = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return f"{name} are others now ({', '.join(files[:3])}{more} differ)"
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 80
+    return f"{name} was {shown.repr(before)} and is {shown.repr(after)} now"

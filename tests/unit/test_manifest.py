@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mpipipe.config.load import load_config
+from mpipipe.runtime.inputs import ModelFacts
 from mpipipe.runtime.job_claim import claim_folder
 from mpipipe.runtime.manifest import build_manifest, completions_basis
 from tests.unit.test_plan import make_plan
@@ -21,9 +22,11 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     model.mkdir()
     (model / "config.json").write_text("{}")
     prompts.write_text('{"id": "a", "prompt": "as it was"}\n')
-    words = [f"prompts.path={prompts}", f"output.dir={tmp_path / 'run'}"]
+    words = [f"prompts.path={prompts}", f"output.dir={tmp_path / 'run'}", "model.weights=random"]
     loaded = load_config(None, words)
-    read = completions_basis(loaded, model, "float32")
+    spec: Any = None
+    facts = ModelFacts(model, spec, model)
+    read = completions_basis(loaded, facts, "float32")
     claimed = claim_folder(loaded, [], read, None)
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')
 
@@ -35,4 +38,4 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
 
     assert manifest["basis"] == read
     assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
-    assert completions_basis(loaded, model, "float32") != read
+    assert completions_basis(loaded, facts, "float32") != read

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 
 from mpipipe.config.load import load_config
+from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime import job as job_module
 from mpipipe.runtime.folder_lock import lock_folder
 from mpipipe.runtime.job_claim import Claim, claim_folder
-from mpipipe.runtime.output import CompletionWriter, write_whole
+from mpipipe.runtime.journal import CompletionWriter
+from mpipipe.runtime.output import write_whole
+from mpipipe.runtime.progress_file import sound_values
 from mpipipe.topology.slurm import SlurmJob
 from mpipipe.types import Completion, FinishReason
 
@@ -30,9 +33,9 @@ BASIS = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed":
 
 
 def claim(job: SlurmJob | None, *words: str, **differs: object) -> Claim:
-    """The claim of a run named `demo`; it is over as soon as it has its folder."""
+    """The claim of a run named `demo` of one prompt; it is over as soon as it has its folder."""
     loaded = load_config(None, ["name=demo", *words])
-    claimed = claim_folder(loaded, [], BASIS | differs, job)
+    claimed = claim_folder(loaded, [PromptLine(0, 1, "a")], BASIS | differs, job)
     with closing(claimed):
         return claimed
 
@@ -166,6 +169,42 @@ def test_where_there_are_no_locks_the_status_of_a_run_counts(
         assert free
 
 
+DEEP = b"[" * 100_000
+ODD_STATUS = [
+    b"", b"{", b"[]", b"1", b"null", b"\0\0", b"\xff", DEEP, b'{"state": []}', b'{"state": {}}',
+    b'{"state": "generating"}', b'{"state": "generating", "updated_at": 7}',
+    b'{"state": "generating", "updated_at": "yesterday"}',
+    b'{"state": "generating", "updated_at": "2020-11-22T12:00:00"}',
+    b'{"job_id": "7", "num_restarts": "0"}', b'{"job_id": ["7"], "num_restarts": null}',
+    b'{"job_id": "7", "num_restarts": ' + b"9" * 5000 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD_STATUS, ids=lambda content: repr(content[:60]))
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EAGAIN])
+def test_a_status_of_odd_content_says_nothing(content: bytes, code: int, tmp_path: Path) -> None:
+    def take(_: int, __: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "status.json").write_bytes(content)
+    if code == errno.EAGAIN:  # the lock itself says that another run is there
+        with pytest.raises(OutputError, match="another run"):
+            lock_folder(tmp_path, SlurmJob("8", 1, None), now=lambda: NOW, take=take)
+    else:
+        lock_folder(tmp_path, AGAIN, now=lambda: NOW, take=take).close()
+
+
+def test_a_status_keeps_what_is_sound() -> None:
+    told = {"state": "done", "updated_at": NOW.isoformat(), "hosts": ["a"], "num_prompts": 3}
+    assert sound_values(told) == told
+    odd = {"hosts": "a", "num_prompts": True, "tokens_per_s": float("nan"), "later": {"x": 1}}
+    assert sound_values(told | odd) == {
+        "state": "done", "updated_at": NOW.isoformat(), "later": {"x": 1}
+    }  # fmt: skip
+    assert sound_values({"state": "done"}) == {}
+    assert sound_values([told]) == {}
+
+
 # ---- what lasts ----------------------------------------------------------------------------------
 
 
@@ -269,13 +308,13 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
-            claim=SimpleNamespace(folder=tmp_path, index_of={}), log=None, view=view,
+            claim=Claim(tmp_path, None), log=None, view=view,
             loaded=load_config(None, []),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answer())
-            await job_module._complete(job, session, prompts)
+            await job_module._complete(job, session, prompts, {})
 
     async def idle(*_: object) -> None:
         await asyncio.sleep(0)
