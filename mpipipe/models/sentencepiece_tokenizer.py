@@ -17,8 +17,11 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.errors import CheckpointError
-from mpipipe.models.chat import Message, no_chat_template, refused_by_template
+from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.errors import CheckpointError, PromptError
+from mpipipe.models.chat import ChatTemplates, Message
+from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, each_or_error, foreign_code
 
 __all__ = ["SentencePieceTokenizer"]
 
@@ -35,7 +38,6 @@ class _Settings:
     add_bos: bool
     add_eos: bool
     prefix_every_stretch: bool  # of the text between special tokens ("legacy" in Llama's settings)
-    chat_template: str | None
 
 
 class SentencePieceTokenizer:
@@ -46,10 +48,12 @@ class SentencePieceTokenizer:
         first: SentencePieceProcessor,
         later: SentencePieceProcessor,
         settings: _Settings,
+        templates: ChatTemplates,
     ) -> None:
         self._first = first  # encodes the start of a text, and decodes
         self._later = later  # encodes the stretches after special tokens
         self._settings = settings
+        self._renderer = ChatRenderer(templates, settings.roles)
         self._own_tokens = {**settings.added, **settings.special}
         self._added_texts = {number: token for token, number in settings.added.items()}
         self._special_ids = frozenset(settings.special.values())
@@ -57,7 +61,7 @@ class SentencePieceTokenizer:
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @staticmethod
-    def open(folder: Path) -> SentencePieceTokenizer:
+    def open(folder: Path, templates: ChatTemplates) -> SentencePieceTokenizer:
         """Read `tokenizer.model` and the settings beside it.
 
         Raises:
@@ -67,7 +71,7 @@ class SentencePieceTokenizer:
         first = _load(path)
         settings = _read_settings(folder, first)
         later = first if settings.prefix_every_stretch else _without_prefix(first)
-        return SentencePieceTokenizer(first, later, settings)
+        return SentencePieceTokenizer(first, later, settings, templates)
 
     @property
     def vocab_size(self) -> int:
@@ -85,8 +89,31 @@ class SentencePieceTokenizer:
         found = self._own_tokens.get(self._settings.roles.get("eos_token", ""))
         return () if found is None else (found,)
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Those that `decode` skips."""
+        return self._settings.special
+
+    def token_text(self, token_id: int) -> str:
+        """The token of an id."""
+        for text, number in self._own_tokens.items():
+            if number == token_id:
+                return text
+        with foreign_code("tokenizer", f"token {token_id} has no text", "copy the tokenizer again"):
+            return str(self._first.id_to_piece(token_id))
+
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """The ids of `text`."""
+        with foreign_code(*ENCODE_FAILED):
+            return self._encode(text, add_special_tokens)
+
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        """`encode` of every text."""
+        return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         ids: list[int] = []
         bos, eos = self.bos_token_id, self.eos_token_ids
         if add_special_tokens and self._settings.add_bos and bos is not None:
@@ -104,7 +131,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
-        return "".join(self._texts(ids))
+        with foreign_code(*DECODE_FAILED):
+            return "".join(self._texts(ids))
 
     def _texts(self, ids: Sequence[int]) -> Iterator[str]:
         num_pieces = self._first.get_piece_size()
@@ -118,24 +146,15 @@ class SentencePieceTokenizer:
                 run.append(number)
         yield self._first.decode(run)
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids of a conversation."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
+        """A conversation as text."""
+        return self._renderer.render(messages, options)
 
-        if not self._settings.chat_template:
-            raise no_chat_template()
-        try:
-            roles: dict[str, Any] = dict(self._settings.roles)
-            rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=self._settings.chat_template,
-                add_generation_prompt=True,
-                **roles,
-            )[0]
-        except (TemplateError, TypeError) as error:
-            raise refused_by_template(error) from error
-        return self.encode(str(rendered[0]), add_special_tokens=False)
+    def chat(
+        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
+    ) -> tuple[int, ...]:
+        """The ids of a conversation."""
+        return self.encode(self.render(messages, options), add_special_tokens=False)
 
 
 def _load(path: Path) -> SentencePieceProcessor:
@@ -179,7 +198,6 @@ def _read_settings(folder: Path, processor: SentencePieceProcessor) -> _Settings
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=bool(config.get("add_eos_token", False)),
         prefix_every_stretch=config.get("legacy") is not False,
-        chat_template=_chat_template(folder, config),
     )
 
 
@@ -225,11 +243,3 @@ def _id_of(
 def _control_pieces(processor: SentencePieceProcessor) -> dict[str, int]:
     numbers = range(processor.get_piece_size())
     return {processor.id_to_piece(n): n for n in numbers if processor.is_control(n)}
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None

@@ -21,8 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.errors import CheckpointError
-from mpipipe.models.chat import Message, no_chat_template, refused_by_template
+from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.errors import CheckpointError, PromptError
+from mpipipe.models.chat import (
+    ChatTemplates,
+    Message,
+    chat_templates_of,
+    read_chat_templates,
+)
+from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.foreign import (
+    DECODE_FAILED,
+    ENCODE_FAILED,
+    each_or_error,
+    foreign_code,
+    in_short,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +50,11 @@ _NO_LIMIT = 1 << 60
 
 
 class Tokenizer(Protocol):
-    """What the runtime needs of a tokenizer."""
+    """What the runtime needs of a tokenizer.
+
+    What the tokenizer's own code raises on a text or on ids becomes a `PromptError`, of kind
+    `tokenizer` in `encode` and `token_text`, of kind `detokenize` in `decode`.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -53,6 +71,15 @@ class Tokenizer(Protocol):
         """End of sequence, as the tokenizer's files say; the model's own list has precedence."""
         ...
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that `decode` skips: their texts and ids."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """The token of an id, as the vocabulary writes it: for messages."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """The ids of `text`; special tokens written out in it are recognised.
 
@@ -60,16 +87,28 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        """`encode` of every text, its error where it has one; faster than one by one."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: special tokens and ids beyond the vocabulary are skipped."""
         ...
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids of a conversation and of the cue for the model's answer.
+    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
+        """A conversation through the model's chat template: special tokens written out.
 
         Raises:
-            PromptError: the model has no chat template, or its template refuses the messages.
+            PromptError: the model has no chat template, or its template does not take the messages.
         """
+        ...
+
+    def chat(
+        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
+    ) -> tuple[int, ...]:
+        """The ids of what `render` makes; nothing is added to them."""
         ...
 
 
@@ -87,19 +126,32 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise CheckpointError(
             f"there is no tokenizer folder {folder}: check model.tokenizer_path or model.path"
         )
+    try:
+        with foreign_code("tokenizer", "it cannot be opened", "copy it again"):
+            return _open(folder, trust_remote_code)
+    except PromptError as caught:  # a broken file shows in any exception, a bare one included
+        error = caught.__cause__ or caught
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be opened ({in_short(error)}): its files are broken "
+            "or of different models; copy them again"
+        ) from error
+
+
+def _open(folder: Path, trust_remote_code: bool) -> Tokenizer:
+    templates = read_chat_templates(folder)
     if trust_remote_code and _brings_code(folder):
-        return _open_with_transformers(folder, trust_remote_code, {})
+        return _open_with_transformers(folder, trust_remote_code, templates, {})
     if (folder / "tokenizer.json").exists():
         read_json_object(folder / "tokenizer.json")
-        return _open_with_transformers(folder, trust_remote_code, {})
+        return _open_with_transformers(folder, trust_remote_code, templates, {})
     if (folder / "tokenizer.model").exists():
         from mpipipe.models.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer.open(folder)
+        return SentencePieceTokenizer.open(folder, templates)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         read_json_object(folder / "vocab.json")
         require_content(folder / "merges.txt")
-        return _open_with_transformers(folder, trust_remote_code, _unsaid(folder))
+        return _open_with_transformers(folder, trust_remote_code, templates, _unsaid(folder))
     raise CheckpointError(_missing(folder))
 
 
@@ -131,29 +183,34 @@ def _unsaid(folder: Path) -> dict[str, str | bool]:
 
 
 def _open_with_transformers(
-    folder: Path, trust_remote_code: bool, settings: Mapping[str, str | bool]
+    folder: Path,
+    trust_remote_code: bool,
+    templates: ChatTemplates,
+    settings: Mapping[str, str | bool],
 ) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
-        backend = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **settings
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception for broken files
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be opened ({type(error).__name__}: {error}): its "
-            "files are broken or of different models; copy them again"
-        ) from error
-    return TransformersTokenizer(backend)
+    backend = AutoTokenizer.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        chat_template=None,  # ours to read: a broken one is no reason to refuse the folder
+        **settings,
+    )
+    if backend.chat_template:  # set by the folder's own code
+        templates = chat_templates_of(backend.chat_template, type(backend).__name__)
+    return TransformersTokenizer(backend, templates)
 
 
 class TransformersTokenizer:
     """A tokenizer of the transformers library."""
 
-    def __init__(self, backend: PreTrainedTokenizerBase) -> None:
+    def __init__(self, backend: PreTrainedTokenizerBase, templates: ChatTemplates) -> None:
         self._backend = backend
         self._backend.model_max_length = _NO_LIMIT  # the context is checked by the scheduler
         self._num_ids = max(backend.get_vocab().values(), default=-1) + 1
+        self._special_tokens = _special_tokens(backend)
+        self._renderer = ChatRenderer(templates, backend.special_tokens_map)
 
     @property
     def vocab_size(self) -> int:
@@ -172,30 +229,58 @@ class TransformersTokenizer:
         found = self._backend.eos_token_id
         return (found,) if isinstance(found, int) else ()
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Those that `decode` skips."""
+        return self._special_tokens
+
+    def token_text(self, token_id: int) -> str:
+        """The token of an id."""
+        with foreign_code("tokenizer", f"token {token_id} has no text", "copy the tokenizer again"):
+            return str(self._backend.convert_ids_to_tokens(token_id))
+
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """The ids of `text`."""
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens))
+        with foreign_code(*ENCODE_FAILED):
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        """`encode` of every text: in one go, unless one of them fails."""
+        if not texts:
+            return []
+        try:
+            with foreign_code(*ENCODE_FAILED):
+                found = self._backend(list(texts), add_special_tokens=add_special_tokens)
+                return [tuple(ids) for ids in found["input_ids"]]
+        except PromptError:
+            return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
         known = [number for number in ids if 0 <= number < self._num_ids]
-        text = self._backend.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with foreign_code(*DECODE_FAILED):
+            text = self._backend.decode(
+                known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids of a conversation."""
-        from jinja2 import TemplateError
+    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
+        """A conversation as text."""
+        return self._renderer.render(messages, options)
 
-        if not self._backend.chat_template:
-            raise no_chat_template()
-        try:
-            text = self._backend.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError) as error:
-            raise refused_by_template(error) from error
-        assert isinstance(text, str), "one conversation renders to one text"
-        return self.encode(text, add_special_tokens=False)
+    def chat(
+        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
+    ) -> tuple[int, ...]:
+        """The ids of a conversation."""
+        return self.encode(self.render(messages, options), add_special_tokens=False)
+
+
+def _special_tokens(backend: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = backend.added_tokens_decoder.items()
+    found = {token.content: number for number, token in added if token.special}
+    named = zip(backend.all_special_tokens, backend.all_special_ids, strict=True)
+    found |= {token: number for token, number in named if isinstance(number, int)}
+    return {token: number for token, number in found.items() if token}

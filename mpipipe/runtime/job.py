@@ -227,7 +227,11 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
         await session.gather_reports()
         log.info("ended")
         return await _share_exit_code(session, EXIT_OK)
-    warnings = [*loaded.warnings, *deepspeed_warnings(loaded, session.plan)]
+    warnings = [
+        *loaded.warnings,
+        *deepspeed_warnings(loaded, session.plan),
+        *prompts.warnings,
+    ]
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)

@@ -1,18 +1,23 @@
-"""From prompt lines to tokenised requests; a prompt that cannot be run becomes an error record."""
+"""From prompt lines to tokenised requests; a prompt that cannot be run becomes an error record.
+
+The boundary between what a user wrote and what the model computes: past it, every id is one of the
+model's embeddings, and stop strings that are a special token have become stop ids. The command line
+and the library both come through `prepare`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import PromptError
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.workload import Workload
-from mpipipe.types import Completion, Request
+from mpipipe.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
@@ -24,10 +29,14 @@ __all__ = ["PreparedPrompts", "prepare", "tokenize", "workload_of"]
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompts:
-    """The prompts of a run: those that can be tried, and those that already failed."""
+    """The prompts of a run: those that can be tried, and those that already failed.
+
+    `warnings`: what many prompts have in common and the user may not expect, a sentence each.
+    """
 
     requests: tuple[Request, ...]
     refused: tuple[Completion, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_prompts(self) -> int:
@@ -45,17 +54,25 @@ class PreparedPrompts:
 
 
 def prepare(
-    lines: Sequence[PromptLine], tokenizer: Tokenizer, *, add_special_tokens: bool
+    lines: Sequence[PromptLine],
+    tokenizer: Tokenizer,
+    *,
+    add_special_tokens: bool,
+    vocab_size: int | None = None,
 ) -> PreparedPrompts:
-    """Tokenise every line that has no error yet."""
-    requests: list[Request] = []
-    refused: list[Completion] = []
-    for line in lines:
-        try:
-            requests.append(_request(line, tokenizer, add_special_tokens))
-        except PromptError as error:
-            refused.append(Completion.refused(line.prompt_id, line.index, error))
-    return PreparedPrompts(tuple(requests), tuple(refused))
+    """Tokenise every line that has no error yet.
+
+    Args:
+        lines: as `config.prompts` reads them.
+        tokenizer: the model's.
+        add_special_tokens: round prompts that are no conversations.
+        vocab_size: rows of the model's embedding; a prompt with an id beyond them is refused. None:
+            every id is taken.
+    """
+    preparation = _Preparation(tokenizer, add_special_tokens, vocab_size)
+    for first in range(0, len(lines), _LINES_AT_ONCE):
+        preparation.take(lines[first : first + _LINES_AT_ONCE])
+    return preparation.result()
 
 
 def tokenize(
@@ -72,7 +89,8 @@ def tokenize(
 
     tokenizer = open_tokenizer(model.tokenizer_folder, loaded.config.model.trust_remote_code)
     special = loaded.config.prompts.add_special_tokens
-    return tokenizer, prepare(lines, tokenizer, add_special_tokens=special)
+    size = model.spec.vocab_size
+    return tokenizer, prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
 
 
 def workload_of(
@@ -92,19 +110,132 @@ def workload_of(
     )
 
 
-def _request(line: PromptLine, tokenizer: Tokenizer, add_special_tokens: bool) -> Request:
-    if line.error is not None:
-        raise line.error
-    assert line.sampling is not None, "a line without an error has its sampling settings"
-    if line.messages is not None:
-        prompt_ids = tokenizer.chat(line.messages)
-    else:
-        assert line.text is not None, "a line without an error has a text or messages"
-        prompt_ids = tokenizer.encode(line.text, add_special_tokens)
-    if not prompt_ids:
+# Lines whose texts are tokenised in one call: enough to be fast, few enough to stay small.
+_LINES_AT_ONCE = 512
+
+
+@dataclass(slots=True)
+class _Preparation:
+    """The lines tokenised so far, and what is worth a warning."""
+
+    tokenizer: Tokenizer
+    add_special_tokens: bool
+    vocab_size: int | None
+    requests: list[Request] = field(default_factory=list)
+    refused: list[Completion] = field(default_factory=list)
+    num_chats: int = 0
+    num_unrendered: int = 0
+    first_unrendered: str = ""
+    num_double_bos: int = 0
+    num_unreachable: int = 0  # requests with stop ids that cannot come
+    first_unreachable: int = 0
+
+    def take(self, lines: Sequence[PromptLine]) -> None:
+        """Tokenise `lines`, in one call where that can be."""
+        texts = [self._text_or_error(line) for line in lines]
+        ids: dict[int, tuple[int, ...] | PromptError] = {}
+        for is_chat in (False, True):
+            places = [
+                place
+                for place, text in enumerate(texts)
+                if isinstance(text, str) and (lines[place].messages is not None) is is_chat
+            ]
+            chosen = [text for place in places if isinstance(text := texts[place], str)]
+            special = self.add_special_tokens and not is_chat
+            ids.update(zip(places, self.tokenizer.encode_all(chosen, special), strict=True))
+        for place, line in enumerate(lines):
+            outcome = ids.get(place, texts[place])
+            try:
+                self.requests.append(self._request(line, outcome))
+            except PromptError as error:
+                self.refused.append(Completion.refused(line.prompt_id, line.index, error))
+
+    def result(self) -> PreparedPrompts:
+        """What came of all lines."""
+        return PreparedPrompts(tuple(self.requests), tuple(self.refused), tuple(self._warnings()))
+
+    def _text_or_error(self, line: PromptLine) -> str | PromptError:
+        if line.error is not None:
+            return line.error
+        if line.messages is None:
+            assert line.text is not None, "a line without an error has a text or messages"
+            return line.text
+        self.num_chats += 1
+        try:
+            return self.tokenizer.render(line.messages, line.chat_options)
+        except PromptError as error:
+            self.num_unrendered += 1
+            self.first_unrendered = self.first_unrendered or str(error)
+            return error
+
+    def _request(self, line: PromptLine, outcome: str | PromptError | tuple[int, ...]) -> Request:
+        if isinstance(outcome, PromptError):
+            raise outcome
+        assert not isinstance(outcome, str), "every text has been tokenised"
+        assert line.sampling is not None, "a line without an error has its sampling settings"
+        if not outcome:
+            raise PromptError(
+                "empty_prompt",
+                f"the prompt {line.prompt_id!r} (line {line.line_number}) has no tokens: write "
+                "some text, or let the tokenizer add its special tokens "
+                "(prompts.add_special_tokens)",
+            )
+        self._require_embeddings(line, outcome)
+        bos = self.tokenizer.bos_token_id
+        if line.messages is None and self.add_special_tokens and outcome[:2] == (bos, bos):
+            self.num_double_bos += 1
+        return Request(line.prompt_id, line.index, outcome, self._resolve_stops(line.sampling))
+
+    def _require_embeddings(self, line: PromptLine, ids: Sequence[int]) -> None:
+        """Raises PromptError when the model has no embedding for one of the ids."""
+        size = self.vocab_size
+        if size is None or (max(ids) < size and min(ids) >= 0):
+            return
+        number = next(number for number in ids if not 0 <= number < size)
         raise PromptError(
-            "empty_prompt",
-            f"the prompt {line.prompt_id!r} (line {line.line_number}) has no tokens: write some "
-            "text, or let the tokenizer add its special tokens (prompts.add_special_tokens)",
+            "unknown_token",
+            f"the prompt {line.prompt_id!r} (line {line.line_number}) has the token "
+            f"{self.tokenizer.token_text(number)!r} with the id {number}, but the model has "
+            f"embeddings for the ids 0 to {size - 1} only: the tokenizer is of another model, or "
+            "the token is not for texts; take it out of the prompt, or copy the tokenizer again",
         )
-    return Request(line.prompt_id, line.index, tuple(prompt_ids), line.sampling)
+
+    def _resolve_stops(self, sampling: SamplingParams) -> SamplingParams:
+        """Stop strings that are a special token become stop ids; ids that cannot come are left out.
+
+        Special tokens are no text, so a stop string that is one would never be met.
+        """
+        if not sampling.stop and not sampling.stop_token_ids:
+            return sampling
+        special = self.tokenizer.special_tokens
+        stop = tuple(text for text in sampling.stop if text not in special)
+        named = [special[text] for text in sampling.stop if text in special]
+        wanted = tuple(dict.fromkeys((*sampling.stop_token_ids, *named)))
+        size = self.vocab_size
+        ids = tuple(number for number in wanted if size is None or 0 <= number < size)
+        if len(ids) < len(wanted):
+            self.first_unreachable = self.first_unreachable or max(wanted)
+            self.num_unreachable += 1
+        if (stop, ids) == (sampling.stop, sampling.stop_token_ids):
+            return sampling
+        return sampling.replace(stop=stop, stop_token_ids=ids)
+
+    def _warnings(self) -> Iterator[str]:
+        if self.num_chats and self.num_unrendered == self.num_chats:
+            yield (
+                f"none of the {self.num_chats} prompts with messages can be rendered, they are "
+                f"error records; the first one: {self.first_unrendered}"
+            )
+        if self.num_double_bos:
+            bos = self.tokenizer.token_text(self.tokenizer.bos_token_id or 0)
+            yield (
+                f"{self.num_double_bos} prompts begin with {bos} and get a second one from the "
+                "tokenizer, as in transformers: take it out of the prompts, or set "
+                "prompts.add_special_tokens=false"
+            )
+        if self.num_unreachable:
+            yield (
+                f"{self.num_unreachable} prompts have stop tokens beyond the model's vocabulary of "
+                f"{self.vocab_size}, such as {self.first_unreachable}, which can never come: check "
+                "stop and stop_token_ids, and whether the tokenizer is the model's"
+            )

@@ -12,6 +12,7 @@ from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.runner import Runner
 from mpipipe.topology.host import host_name, peak_rss_bytes
 
@@ -63,6 +64,7 @@ class Session:
         self._model = boot.model
         self._tokenizer = boot.tokenizer
         self._decode = boot.decode
+        self._special = SpecialTokens(boot.tokenizer.special_tokens if boot.tokenizer else {})
         self._log = boot.log
         self._worker = worker
         self._account = account
@@ -113,6 +115,7 @@ class Session:
                 decode=self._decode or self.tokenizer.decode,
                 clock=self.ranks.clock,
                 log=self._log,
+                special=self._special,
             )
             if self._stopped:
                 runner.stop()

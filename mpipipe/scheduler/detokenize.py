@@ -2,73 +2,129 @@
 
 Not here: tokenizers; the caller brings a function from ids to text. It must be called with
 special tokens skipped and without "clean up" of spaces, which would change text already given out.
-Invariants: what was given out is never taken back; for ids that decode to valid UTF-8, all of it
-joined is the text of all ids together (up to the stop string), wherever the token borders lie.
+Invariants: what was given out is never taken back; for ids that decode to valid UTF-8, any number
+of them, all of it joined is the text of all ids together (up to the stop string), wherever the
+token borders lie and however many tokens without text lie between them. So it is for bytes that are
+no valid UTF-8, unless the decoder judges a whole run of bytes at once (`ByteFallback` of the
+tokenizers library): a bad byte then undoes characters that were out. So a text that no stop string
+ended is decoded once more from all its ids (`runner`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-__all__ = ["IncrementalDetokenizer", "StopStrings", "StopWatch"]
+__all__ = [
+    "NO_SPECIAL_TOKENS",
+    "IncrementalDetokenizer",
+    "SpecialTokens",
+    "StopStrings",
+    "StopWatch",
+]
 
 # What decoders put for bytes that are no character (yet).
 _REPLACEMENT = "\ufffd"
+# Replacements that may still become a character: one for each of three bytes at most. A decoder
+# that judges runs of bytes shows one more, for a leading space that it drops once the run is whole.
+_MAX_UNFINISHED = 4
 
-# Ids decoded together before the window moves on: one `decode` per token and one more per move.
+# The window is cut to about so many ids when it has twice as many: about two `decode` of some ten
+# ids per token, and a few more per cut.
 _WINDOW_TOKENS = 8
-# A window that found no place to move to is garbage (or tokens without text): bounds its cost.
-_MAX_WINDOW_TOKENS = 64
-_CONTEXT_TOKENS = 4
 
 
 class IncrementalDetokenizer:
     """Text of a growing list of ids, decoded in a short window instead of from the start.
 
     The window begins with ids whose text is out already. Without them a sentencepiece decoder would
-    drop the space that leads a word, as it does at the start of a text. It moves on only to a place
-    between two characters, so a character spread over several byte tokens is decoded as a whole.
+    drop the space that leads a word, as it does at the start of a text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._given = 0  # characters of the window's text that are out
-        self._clean = 0  # ids whose text is complete and out; the latest that added text
+        self._text = ""  # of the window
+        self._given = ""  # how much of it is out
+        self._silent: set[int] = set()  # ids that change nothing at this place, one or many
+        self._num_undone = 0  # pushes since what was given began to look different
+        self._cut_at = 2 * _WINDOW_TOKENS
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
+        if token_id in self._silent:
+            return ""
         self._ids.append(token_id)
         text = self._decode(self._ids)
+        if text == self._text and self._is_silent(token_id):
+            self._silent.add(token_id)
+            return ""
+        self._silent.clear()
+        self._text = text
         # Bytes of a character that is still to come decode to replacement characters at the end.
-        # They are held back, and so is text of which they changed what came before (byte-fallback
-        # decoders replace a whole run of bytes until it is complete): it is shorter or equal then.
-        complete = text.rstrip(_REPLACEMENT)
-        new = complete[self._given :]
-        self._given += len(new)
-        if new and len(complete) == len(text):
-            self._move_window()
-        elif len(self._ids) >= _MAX_WINDOW_TOKENS:
-            new += self.finish()
-            self._cut_window(len(self._ids) - _CONTEXT_TOKENS)
+        # They are held back, and so is text of which they changed what came before (decoders that
+        # judge whole runs of bytes, until the run is complete).
+        stable = text[: len(text) - _num_unfinished(text)]
+        if not stable.startswith(self._given) and len(stable) < len(text):
+            self._num_undone += 1
+            if self._num_undone <= _MAX_UNFINISHED:
+                return ""
+        self._num_undone = 0
+        new = stable[len(self._given) :]
+        self._given = stable
+        is_all_out = len(stable) == len(text)
+        if len(self._ids) >= (2 * _WINDOW_TOKENS if is_all_out else self._cut_at):
+            self._cut_window()
         return new
 
     def finish(self) -> str:
         """What was held back: bytes that never became a character, as replacement characters."""
-        new = self._decode(self._ids)[self._given :] if self._ids else ""
-        self._given += len(new)
+        new = self._text[len(self._given) :]
+        self._given = self._text
         return new
 
-    def _move_window(self) -> None:
-        """All text is out. Drop the ids before the previous such place when the window is long."""
-        if self._clean and len(self._ids) > _WINDOW_TOKENS:
-            self._cut_window(self._clean)
-        self._clean = len(self._ids)
+    def _is_silent(self, token_id: int) -> bool:
+        """Whether any number of this token, which has just changed nothing, changes nothing.
 
-    def _cut_window(self, num_ids: int) -> None:
-        del self._ids[:num_ids]
-        self._given = len(self._decode(self._ids))
-        self._clean = 0
+        Special tokens do so. A lone leading space of sentencepiece does not: the second shows.
+        """
+        return not self._decode([token_id]) and self._decode([*self._ids, token_id]) == self._text
+
+    def _cut_window(self) -> None:
+        """Drop ids at the front while what is left decodes to the end of the window's text.
+
+        The ids that are kept must show a character before the unfinished ones, so that those are
+        kept as a whole. A cut inside an older character shows as replacements at the front.
+        """
+        num_pending = len(self._text) - len(self._given)
+        for num_kept in _cuts(len(self._ids)):
+            kept = self._ids[-num_kept:]
+            text = self._decode(kept)
+            whole = text.lstrip(_REPLACEMENT) or text
+            is_sure = whole[0:1] != _REPLACEMENT or len(text) > _MAX_UNFINISHED
+            if text and is_sure and self._text.endswith(whole) and len(text) >= num_pending:
+                self._ids, self._text = kept, text
+                self._given = text[: len(text) - num_pending]
+                self._cut_at = 2 * _WINDOW_TOKENS
+                return
+        self._cut_at = 2 * len(self._ids)
+
+
+def _num_unfinished(text: str) -> int:
+    """Replacement characters at the end of `text` that may still become a character."""
+    end = text[-_MAX_UNFINISHED:]
+    return len(end) - len(end.rstrip(_REPLACEMENT))
+
+
+def _cuts(num_ids: int) -> Iterable[int]:
+    """Numbers of ids to keep, shortest first.
+
+    Four neighbours each: one of them lies between characters even where every id is a byte.
+    """
+    start = _WINDOW_TOKENS
+    while start + 4 <= num_ids:
+        yield from range(start, start + 4)
+        start *= 2
 
 
 class StopStrings:
@@ -128,27 +184,104 @@ class StopStrings:
         return longest
 
 
-class StopWatch:
-    """The text of one completion, watched for stop strings as its tokens arrive."""
+class SpecialTokens:
+    """The special tokens of a tokenizer, and where a text names them."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Iterable[str]) -> None:
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self.ids = ids
+        self.numbers = frozenset(ids.values())
+        longest_first = sorted(ids, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def split(self, text: str) -> list[str]:
+        """Text and special tokens in turn: text, which may be empty, at the even places."""
+        return self._splitter.split(text) if self.ids else [text]
+
+
+NO_SPECIAL_TOKENS = SpecialTokens({})
+
+# A special token in the text that stop strings with special tokens are looked for in: one that
+# none of them names. Surrogates: no decoder makes them, so they are no other text.
+_OTHER_TOKEN = "\ud800"
+_FIRST_TOKEN = 0xD801
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class StopWatch:
+    """The text of one completion, watched for stop strings as its tokens arrive.
+
+    Stop strings are looked for in the text without special tokens. Those that name special tokens
+    ("done<|im_end|>") are looked for in the text with them, where a special token is met by the
+    token only, not by its letters. In both cases the completion's text, which never shows special
+    tokens, ends where the stop string begins.
+
+    Args:
+        decode: ids to text, special tokens skipped.
+        stops: the stop strings.
+        special: the special tokens that they may name.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Iterable[str],
+        special: SpecialTokens = NO_SPECIAL_TOKENS,
+    ) -> None:
+        parts = [special.split(stop) for stop in stops]
         self._detokenizer = IncrementalDetokenizer(decode)
-        self._stops = StopStrings(stops)
+        self._plain = StopStrings(part[0] for part in parts if len(part) == 1)
         self._text: list[str] = []
+        naming = [part for part in parts if len(part) > 1]
+        self._special = special.numbers if naming else frozenset()
+        self._marks = _marks(naming, special)
+        self._marked = StopStrings(_with_marks(naming, special, self._marks))
+        self._marked_text: list[str] = []
 
     @property
     def stopped(self) -> bool:
         """A stop string was found."""
-        return self._stops.stopped
+        return self._plain.stopped or self._marked.stopped
 
     def push(self, token_id: int) -> bool:
         """Take one token; returns whether a stop string is complete."""
-        text, stopped = self._stops.push(self._detokenizer.push(token_id))
-        self._text.append(text)
-        return stopped
+        return self._take(self._detokenizer.push(token_id), token_id)
+
+    def push_stop_token(self, token_id: int) -> None:
+        """Take the token that ended the completion: no text, but a stop string may name it."""
+        self._take("", token_id)
 
     def finish(self) -> str:
         """All text, up to the stop string; no token may follow."""
-        text, _ = self._stops.push(self._detokenizer.finish())
-        self._text.extend((text, self._stops.finish()))
-        return "".join(self._text)
+        self._take(self._detokenizer.finish(), None)
+        texts = ["".join((*self._text, self._plain.finish()))]
+        if self._marked.stopped:
+            texts.append(_SURROGATES.sub("", "".join(self._marked_text)))
+        return min(texts, key=len)
+
+    def _take(self, text: str, token_id: int | None) -> bool:
+        safe, stopped = self._plain.push(text)
+        self._text.append(safe)
+        if not self._special:
+            return stopped
+        if token_id in self._special:
+            text += self._marks.get(token_id, _OTHER_TOKEN)
+        safe, also = self._marked.push(text)
+        self._marked_text.append(safe)
+        return stopped or also
+
+
+def _marks(stops: Iterable[Sequence[str]], special: SpecialTokens) -> dict[int, str]:
+    """A character for each special token that the stop strings, split, name."""
+    named = sorted({special.ids[token] for stop in stops for token in stop[1::2]})
+    return {number: chr(_FIRST_TOKEN + place) for place, number in enumerate(named)}
+
+
+def _with_marks(
+    stops: Iterable[Sequence[str]], special: SpecialTokens, marks: Mapping[int, str]
+) -> Iterable[str]:
+    """The stop strings with characters for special tokens; left out what no text can contain."""
+    for stop in stops:
+        if not any(_SURROGATES.search(text) for text in stop[::2]):
+            yield "".join(
+                marks[special.ids[part]] if place % 2 else part for place, part in enumerate(stop)
+            )

@@ -23,7 +23,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.errors import PromptError
-from mpipipe.scheduler.detokenize import StopWatch
+from mpipipe.scheduler.detokenize import NO_SPECIAL_TOKENS, SpecialTokens, StopWatch
 from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Opened, TokensEmitted
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
 
@@ -51,6 +51,7 @@ class _Active:
     opened: bool = False  # its stages know it
     first_step_s: float | None = None
     first_token_s: float | None = None
+    error: PromptError | None = None  # the tokenizer failed on its tokens
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
@@ -68,6 +69,7 @@ class Runner:
         decode: token ids to text, special tokens skipped.
         clock: monotonic seconds.
         log: told of preemptions.
+        special: the tokenizer's special tokens, which stop strings may name.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class Runner:
         decode: Callable[[Sequence[int]], str],
         clock: Clock,
         log: Logger,
+        special: SpecialTokens = NO_SPECIAL_TOKENS,
     ) -> None:
         self._core = core
         self._mesh = mesh
         self._stage_ranks = tuple(stage_ranks)
         self._decode = decode
+        self._special = special
         self._clock = clock
         self._log = log
         self._active: dict[int, _Active] = {}
@@ -158,7 +162,7 @@ class Runner:
         for instruction in instructions:
             assert isinstance(instruction, Opened), "adding a request only opens it"
             stops = [stop for stop in request.sampling.stop if stop]
-            watch = StopWatch(self._decode, stops) if stops else None
+            watch = StopWatch(self._decode, stops, self._special) if stops else None
             if watch is not None:
                 self._watches[instruction.sequence_id] = watch
             self._active[instruction.sequence_id] = _Active(request, now_s, watch)
@@ -266,28 +270,50 @@ class Runner:
         self, sequence_id: int, token_id: int, reason: FinishReason | None, ended: list[_Ended]
     ) -> None:
         """Look for the stop strings of a sequence; one that is found ends it."""
+        watch = self._watches[sequence_id]
         if reason is FinishReason.STOP:
-            return  # the stop token is no text
-        if self._watches[sequence_id].push(token_id) and reason is None:
+            watch.push_stop_token(token_id)
+            return
+        try:
+            has_ended = watch.push(token_id)
+        except PromptError as error:
+            self._active[sequence_id].error = error
+            has_ended = True
+        if has_ended and reason is None:
             self._carry_out(self._core.stop(sequence_id, FinishReason.STOP), ended)
+
+    def _text(self, active: _Active, finished: Finished) -> tuple[str, FinishReason]:
+        """The text of a completion: up to a stop string, else of all its tokens.
+
+        Raises:
+            PromptError: the tokenizer makes no text of them.
+        """
+        if active.error is not None:
+            raise active.error
+        if active.watch is not None:
+            text = active.watch.finish()
+            if active.watch.stopped:
+                return text, FinishReason.STOP
+        token_ids, reason = finished.token_ids, finished.reason
+        return self._decode(token_ids[:-1] if reason is FinishReason.STOP else token_ids), reason
 
     def _complete(self, active: _Active, finished: Finished) -> Completion:
         assert finished.token_ids, "a sequence finishes with at least one token"
         assert active.first_step_s is not None
         assert active.first_token_s is not None
-        request, reason, token_ids = active.request, finished.reason, finished.token_ids
-        if active.watch is None:
-            text = self._decode(token_ids[:-1] if reason is FinishReason.STOP else token_ids)
-        else:
-            text = active.watch.finish()
-            reason = FinishReason.STOP if active.watch.stopped else reason
+        request, token_ids = active.request, finished.token_ids
+        num_prompt_tokens = len(request.prompt_ids)
+        try:
+            text, reason = self._text(active, finished)
+        except PromptError as error:
+            return Completion.refused(request.request_id, request.index, error, num_prompt_tokens)
         return Completion(
             request_id=request.request_id,
             index=request.index,
             text=text,
             token_ids=token_ids,
             finish_reason=reason,
-            num_prompt_tokens=len(request.prompt_ids),
+            num_prompt_tokens=num_prompt_tokens,
             queue_s=active.first_step_s - active.submitted_s,
             ttft_s=active.first_token_s - active.submitted_s,
             latency_s=self._clock.now_s() - active.submitted_s,
