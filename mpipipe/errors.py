@@ -31,6 +31,7 @@ __all__ = [
     "PromptError",
     "ProtocolMismatchError",
     "RemoteError",
+    "SettingError",
     "StoppedError",
     "UnsupportedModelError",
 ]
@@ -56,6 +57,10 @@ class ConfigError(MpipipeError):
     """The configuration, command line or prompt file path is wrong: edit it."""
 
     exit_code = EXIT_CONFIG
+
+
+class SettingError(ConfigError, ValueError):
+    """An argument of the library is wrong; a `ValueError` too, as scripts expect."""
 
 
 class PlanError(ConfigError):

@@ -26,6 +26,7 @@ __all__ = [
     "merge",
     "nearest",
     "settings",
+    "short",
     "to_dict",
 ]
 
@@ -71,6 +72,15 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return found[0] if found else ""
 
 
+def short(value: object) -> str:
+    """`value` as a message shows it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints, and the like
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
 def _unknown(name: str, source: str) -> ConfigError:
     """The error for a dotted `name` that is no setting, with the likeliest one."""
     section, _, key = name.rpartition(".")
@@ -85,13 +95,13 @@ def _unknown(name: str, source: str) -> ConfigError:
         inside = [tail for known, tail in tails.items() if known.startswith(f"{section}.")]
         have = f"{section} has {', '.join(inside)}"
     hint = f', did you mean "{guess}"?' if guess else ":"
-    return ConfigError(f'{source}: unknown setting "{name}"{hint} {have[0].upper()}{have[1:]}')
+    return ConfigError(f'{source}: unknown setting "{name:.80}"{hint} {have[0].upper()}{have[1:]}')
 
 
 def _not_a_setting(section: str, value: object, source: str) -> ConfigError:
     inside = [name for name in settings() if name.startswith(f"{section}.")]
     return ConfigError(
-        f"{source}: {section} = {value!r} does not fit: {section} is a section with "
+        f"{source}: {section} = {short(value)} does not fit: {section} is a section with "
         + ", ".join(inside)
     )
 
@@ -132,7 +142,7 @@ def _convert_setting(name: str, kind: Any, value: Any, source: str) -> Any:
         return _convert(value, kind)
     except _MismatchError:
         raise ConfigError(
-            f"{source}: {name} = {value!r} does not fit: expected {_describe(kind)}"
+            f"{source}: {name} = {short(value)} does not fit: expected {_describe(kind)}"
         ) from None
 
 
@@ -150,23 +160,37 @@ def fit(name: str, value: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    options = _options(kind)
-    if len(options) > 1:
-        for option in options:
-            try:
-                return _convert(value, option)
-            except _MismatchError:
-                continue
-        raise _MismatchError
+    if kind in _WORDS:
+        return _convert_scalar(value, kind)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise _MismatchError
         return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+    for option in _options(kind):
+        try:
+            return _convert(value, option)
+        except _MismatchError:
+            continue
+    raise _MismatchError
+
+
+def _convert_scalar(value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int and abs(value) <= _MAX_INT:
         return float(value)
     if type(value) is not kind or (kind is int and abs(value) > _MAX_INT):
         raise _MismatchError
+    if kind is str and not _is_text(value):
+        raise _MismatchError
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: a byte on the command line that is none cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(kind: Any) -> str:
@@ -213,7 +237,7 @@ def layer_overrides(overrides: Sequence[str]) -> Nested:
         name = name.strip()
         if not equals or not name:
             raise ConfigError(
-                f"{word!r} is no setting: write section.key=value, as in generation.seed=7"
+                f"{short(word)} is no setting: write section.key=value, as in generation.seed=7"
             )
         if name in _sections():
             raise _not_a_setting(name, text, "command line")
@@ -232,7 +256,7 @@ def layer_overrides(overrides: Sequence[str]) -> Nested:
 def _read_override(text: str, kind: Any) -> Any:
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
         value = text
     if not isinstance(value, (bool, int, float, str, list)):  # a date or a table is just text here
         value = text

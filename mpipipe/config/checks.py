@@ -78,6 +78,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+_FLOATS = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.type == "float")
+
+
 def check(config: Config) -> None:
     """Check every value that can be judged without model and ranks.
 
@@ -130,10 +133,9 @@ def default_sampling(generation: GenerationConfig) -> SamplingParams:
 
 def sampling_problem(sampling: SamplingParams) -> str:
     """What `SamplingParams` does not check itself: a sentence starting with the field, or empty."""
-    for field in dataclasses.fields(sampling):
-        value = getattr(sampling, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{field.name} = {value} is out of range: it must be finite"
+    for name in _FLOATS:
+        if not math.isfinite(value := getattr(sampling, name)):
+            return f"{name} = {value} is out of range: it must be finite"
     if sampling.seed < 0:
         return f"seed = {sampling.seed} is out of range: it must be 0 or more"
     if "" in sampling.stop:

@@ -7,6 +7,7 @@ Not here: what the text means. Invariant: every failure is a `ConfigError` (file
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -14,21 +15,22 @@ from typing import Any
 
 from mpipipe.errors import ConfigError
 
-__all__ = ["expand_path", "parse_json", "read_bytes", "read_text"]
+__all__ = ["SURROGATE", "expand_path", "parse_json", "read_bytes", "read_text"]
+
+SURROGATE = "half of a surrogate pair (\\ud800 to \\udfff) is no text"
 
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
-_BOMS_OF_OTHERS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, both byte orders
-_GZIP_MAGIC = b"\x1f\x8b"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # both byte orders
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """The content of `path`, for a file that should be UTF-8 text; `what` names it in errors.
+    """The content of `path`; `what` names it in errors.
 
     Raises:
-        ConfigError: missing, a folder, unreadable, UTF-16 or compressed.
+        ConfigError: missing, a folder, or unreadable.
     """
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(
             f"the {what} {str(path)!r} does not exist (looked from {os.getcwd()}): check the path"
@@ -39,11 +41,8 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise ConfigError(
             f"the {what} {str(path)!r} cannot be read ({error.strerror}): check its permissions"
         ) from error
-    if raw.startswith(_BOMS_OF_OTHERS):
-        raise ConfigError(f"the {what} {str(path)!r} is UTF-16 text: save it as UTF-8")
-    if raw.startswith(_GZIP_MAGIC):
-        raise ConfigError(f"the {what} {str(path)!r} is compressed: unpack it with gunzip first")
-    return raw
+    except ValueError:  # a NUL in the path
+        raise ConfigError(f"the {what} {str(path)!r} cannot exist: check the path") from None
 
 
 def read_text(path: Path, what: str) -> str:
@@ -53,6 +52,8 @@ def read_text(path: Path, what: str) -> str:
         ConfigError: as `read_bytes`, or not UTF-8 (the message names the line).
     """
     raw = read_bytes(path, what)
+    if raw.startswith(_UTF16_BOMS):
+        raise ConfigError(f"the {what} {str(path)!r} is UTF-16 text: save it as UTF-8")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,32 +64,37 @@ def read_text(path: Path, what: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parsed JSON; stricter than `json.loads`: no repeated keys, no NaN, no lone surrogates.
+    """Parsed JSON; stricter than `json.loads`: no repeated keys, NaN, infinity, lone surrogates.
 
     Raises:
         ValueError: with a short reason that fits after a colon.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = _DECODER.decode(text)
+        if r"\ud" in text or r"\uD" in text:  # only an escape can make a surrogate: rarely paid
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}"
-        raise ValueError(f"{error.msg} at {where}") from None
+        raise ValueError(f"{error.msg.removesuffix(' at')} at {where}") from None
+    except UnicodeEncodeError:
+        raise ValueError(SURROGATE) from None
     except RecursionError:
         raise ValueError("too deeply nested") from None
-    if r"\ud" in text.lower():  # only an escape can make a surrogate, so this is rarely paid
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text") from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):
+            raise ValueError("a number has more digits than can be read") from None
+        raise
     return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} is there twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} is there twice")
+            seen.add(key)
     return result
 
 
@@ -96,12 +102,26 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is too large for a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
+)
+
+
 def expand_path(value: str, setting: str) -> str:
     """`value` with `~` and `$VAR` / `${VAR}` replaced; `setting` names it in the error.
 
     Raises:
-        ConfigError: a variable that is not set.
+        ConfigError: a variable that is not set, or a NUL, which no path holds.
     """
+    if "\0" in value:
+        raise ConfigError(f"{setting} = {value!r} holds a NUL character: no path does; remove it")
     for match in _VARIABLE.finditer(value):
         name = match.group(1) or match.group(2) or ""
         if name not in os.environ:

@@ -1,27 +1,36 @@
 """One prompt object → text or messages, and its sampling settings.
 
-Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`. Not
-here: files, line numbers, duplicate ids (`prompts.py`). Invariant: every key is understood, ignored
-on purpose (`_IGNORED`), or an error: a misspelt setting is never silently the default.
+Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
+arguments of the library are judged as the settings of a line are. Not here: files, ids
+(`prompt_ids.py`), messages and tools (`chat_fields.py`). Invariant: every key is understood,
+ignored on purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an error: a
+misspelt setting is never silently the default.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mpipipe.config.binding import fit, nearest
+from mpipipe.config.binding import fit, nearest, short
+from mpipipe.config.chat_fields import (
+    CHAT_KEYS,
+    PLAIN_CHAT,
+    ChatMessage,
+    ChatOptions,
+    chat_messages,
+    chat_options,
+    without_chat,
+)
 from mpipipe.config.checks import sampling_problem
-from mpipipe.errors import PromptError
+from mpipipe.errors import PromptError, SettingError
 from mpipipe.types import SamplingParams
 
-__all__ = ["PLAIN_CHAT", "ChatMessage", "ChatOptions", "PromptFields", "find_id", "parse_fields"]
+__all__ = ["PromptFields", "keyword_sampling", "parse_fields"]
 
-ChatMessage = dict[str, Any]  # {"role": …, "content": …, …}, what chat templates take
-
-_ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _ALIASES = {
@@ -30,32 +39,82 @@ _ALIASES = {
     "max_output_tokens": "max_new_tokens",
 }
 _LOGPROB_KEYS = ("logprobs", "top_logprobs")
-_NEUTRAL = {"n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0}
-_IGNORED = ("metadata", "model", "user", "store", "service_tier", "stream", "stream_options")
+_SETTING_KEYS = (*_SAMPLING_KEYS, *_ALIASES, *_LOGPROB_KEYS)
+# Settings that are not supported, of the OpenAI API, vLLM and SGLang, with the values that ask for
+# nothing. So does null, everywhere.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "verbosity": ("medium",),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "echo": (False,),
+    "suffix": ("",),
+    "min_tokens": (0,),
+    "min_new_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "documents": ([],),
+    "chat_template": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "logits_processors": ([],),
+}
+# What does not decide the tokens: names, notes, how an answer travels, hints for speed.
+_IGNORED = (
+    "metadata",
+    "model",
+    "user",
+    "store",
+    "service_tier",
+    "stream",
+    "stream_options",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "priority",
+    "request_id",
+    "cache_salt",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+)
+_ID_KEYS = ("id", "custom_id")
 _BATCH_KEYS = (*_ID_KEYS, "method", "url", "body", "metadata")
 _LINE_KEYS = (
     *_ID_KEYS,
     *_TEXT_KEYS,
-    *_SAMPLING_KEYS,
-    *_ALIASES,
-    *_LOGPROB_KEYS,
+    *_SETTING_KEYS,
+    *CHAT_KEYS,
+    "add_special_tokens",
     *_NEUTRAL,
     *_IGNORED,
 )
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """What a chat template gets beside the messages."""
-
-    tools: tuple[dict[str, Any], ...] = ()  # function schemas, as OpenAI writes them
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
-    add_generation_prompt: bool = True  # end with the cue for the model's answer
-    continue_final_message: bool = False  # no cue, no end of turn: the last message goes on
-
-
-PLAIN_CHAT = ChatOptions()
+_KNOWN_BATCH, _KNOWN_LINE = frozenset(_BATCH_KEYS), frozenset(_LINE_KEYS)
+_COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +127,8 @@ class PromptFields:
     chat_options: ChatOptions = PLAIN_CHAT
 
 
-def find_id(line: Mapping[str, Any]) -> str | None:
-    """The object's id as text, None when it has none.
-
-    Raises:
-        PromptError: kind `invalid_id`.
-    """
-    given = [key for key in _ID_KEYS if line.get(key) is not None]
-    if len(given) > 1:
-        raise PromptError("invalid_id", "both id and custom_id are given: keep one of them")
-    if not given:
-        return None
-    value = line[given[0]]
-    if type(value) not in (str, int) or not str(value).strip():
-        raise PromptError(
-            "invalid_id", f"{given[0]} = {_short(value)} must be a text or a whole number"
-        )
-    return str(value)
-
-
-def parse_fields(line: Mapping[str, Any], defaults: SamplingParams) -> PromptFields:
-    """Text or messages of `line`, and `defaults` with its overrides.
+def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -> PromptFields:
+    """Text or messages of `line`, and `defaults` with its overrides; `seed`: unless it has one.
 
     Raises:
         PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
@@ -96,25 +136,69 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams) -> PromptFie
     """
     asked = line
     if "body" in line:
-        _reject_unknown(line, _BATCH_KEYS)
+        _reject_unknown(line, _KNOWN_BATCH, _BATCH_KEYS)
+        _check_endpoint(line)
         asked = line["body"]
         if not isinstance(asked, Mapping):
-            raise PromptError("invalid_prompt", f"body = {_short(asked)} must be an object")
-    _reject_unknown(asked, _LINE_KEYS)
+            raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
+    _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
     text, messages = _content(asked)
-    return PromptFields(text, messages, _sampling(asked, defaults))
+    if messages is None:
+        without_chat(asked)
+        options = PLAIN_CHAT
+    else:
+        options = chat_options(asked, messages)
+    # A chat's template writes the special tokens; in a text the run's setting decides.
+    if asked.get("add_special_tokens", False) is not False or (
+        messages is None and "add_special_tokens" in asked
+    ):
+        raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
+    return PromptFields(text, messages, _sampling(asked, defaults, seed), options)
 
 
-def _reject_unknown(line: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in line:
-        if key not in known:
-            guess = nearest(key, known)
+def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
+    """`defaults` under the keyword arguments of the library, judged as those of a line are.
+
+    Raises:
+        SettingError: a setting that is unknown, or a value that a line may not have either.
+    """
+    asked = {key: value for key, value in settings.items() if value is not None}
+    for key, value in asked.items():
+        if key not in _SETTING_KEYS and key not in _NEUTRAL:
+            guess = nearest(key, _SETTING_KEYS)
+            hint = f"did you mean {guess}?" if guess else f"it may be {', '.join(_SETTING_KEYS)}"
+            raise SettingError(f"{key} = {short(value)}: there is no such setting; {hint}")
+    try:
+        return _sampling(asked, defaults, defaults.seed)
+    except PromptError as error:
+        raise SettingError(str(error)) from None
+
+
+def _reject_unknown(
+    line: Mapping[str, Any], known: frozenset[str], in_order: Sequence[str]
+) -> None:
+    if line.keys() <= known:
+        return
+    for key, value in line.items():
+        if key not in known and value is not None:
+            guess = nearest(key, in_order)
             hint = f'did you mean "{guess}"? ' if guess else ""
             raise PromptError(
                 "unknown_field",
-                f'unknown field "{key}"; {hint}(notes of your own go under "metadata")',
+                f'unknown field "{key:.60}"; {hint}(notes of your own go under "metadata")',
             )
+
+
+def _check_endpoint(line: Mapping[str, Any]) -> None:
+    url, method = line.get("url") or "completions", line.get("method") or "POST"
+    if not isinstance(url, str) or not _COMPLETIONS_URL.fullmatch(url):
+        raise PromptError(
+            "invalid_prompt",
+            f"url = {short(url)} is not served: it must be /v1/chat/completions or /v1/completions",
+        )
+    if not isinstance(method, str) or method.upper() != "POST":
+        raise PromptError("invalid_prompt", f"method = {short(method)} must be POST")
 
 
 def _content(asked: Mapping[str, Any]) -> tuple[str | None, tuple[ChatMessage, ...] | None]:
@@ -124,81 +208,35 @@ def _content(asked: Mapping[str, Any]) -> tuple[str | None, tuple[ChatMessage, .
     if len(given) > 1:
         raise PromptError("invalid_prompt", 'both "prompt" and "messages" are given: keep one')
     if given == ["messages"]:
-        return None, _messages(asked["messages"])
+        return None, chat_messages(asked["messages"])
     text = asked["prompt"]
     if isinstance(text, list) and len(text) == 1:  # the batch form allows a list
         text = text[0]
     if not isinstance(text, str):
-        raise PromptError("invalid_prompt", f"prompt = {_short(text)} must be one text")
+        raise PromptError("invalid_prompt", f"prompt = {short(text)} must be one text")
     if not text.strip():
         raise PromptError("empty_prompt", "the prompt is empty: write some text")
     return text, None
 
 
-def _messages(value: Any) -> tuple[ChatMessage, ...]:
-    if not isinstance(value, list) or not value:
-        raise PromptError(
-            "invalid_messages", f"messages = {_short(value)} must be a list with role and content"
-        )
-    messages = tuple(_message(entry, number) for number, entry in enumerate(value, start=1))
-    if not any(message["content"].strip() for message in messages):
-        raise PromptError("empty_prompt", "all messages are empty: write some text")
-    return messages
-
-
-def _message(entry: Any, number: int) -> ChatMessage:
-    where = f"message {number}"
-    if not isinstance(entry, Mapping) or not {"role", "content"} <= entry.keys():
-        raise PromptError("invalid_messages", f"{where} must be an object with role and content")
-    extra = set(entry) - {"role", "content", "name"}
-    if extra:
-        raise PromptError("invalid_messages", f"{where}: unknown field {min(extra)!r}: remove it")
-    role = entry["role"]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise PromptError(
-            "invalid_messages",
-            f"{where}: role = {_short(role)} must be system, developer, user or assistant",
-        )
-    return {"role": _ROLES[role], "content": _message_text(entry["content"], where)}
-
-
-def _message_text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [
-        part["text"]
-        for part in parts
-        if isinstance(part, Mapping)
-        and part.get("type") == "text"
-        and isinstance(part.get("text"), str)
-    ]
-    if len(texts) < len(parts):
-        raise PromptError(
-            "invalid_messages", f"{where}: content must be a text or a list of text parts"
-        )
-    return "".join(texts)
-
-
-def _sampling(asked: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
+def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> SamplingParams:
     changes: dict[str, Any] = {}
-    for key in (*_SAMPLING_KEYS, *_ALIASES):
-        if key not in asked:
+    for key, given in asked.items():
+        if key not in _SETTING_KEYS or key in _LOGPROB_KEYS:
             continue
         name = _ALIASES.get(key, key)
-        value = _fitting(name, key, asked[key])
+        value = _fitting(name, key, given)
         if changes.setdefault(name, value) != value:
             raise PromptError(
-                "invalid_sampling", f"{key} = {value!r} contradicts another name of {name}"
+                "invalid_sampling", f"{key} = {short(value)} contradicts another name of {name}"
             )
     logprobs = _num_logprobs(asked)
     if logprobs is not None:
         changes.setdefault("num_logprobs", logprobs)
-    for key, only in _NEUTRAL.items():
-        if asked.get(key, only) != only:
-            raise PromptError(
-                "invalid_sampling", f"{key} = {_short(asked[key])} is not supported: remove it"
-            )
+    for key in asked:
+        if key in _NEUTRAL and not any(_same(asked[key], neutral) for neutral in _NEUTRAL[key]):
+            raise _not_supported(key, asked, "remove it")
+    changes.setdefault("seed", seed)
     try:
         sampling = defaults.replace(**changes)
     except ValueError as error:
@@ -209,19 +247,32 @@ def _sampling(asked: Mapping[str, Any], defaults: SamplingParams) -> SamplingPar
     return sampling
 
 
+def _not_supported(key: str, asked: Mapping[str, Any], remedy: str) -> PromptError:
+    return PromptError(
+        "invalid_sampling", f"{key} = {short(asked[key])} is not supported: {remedy}"
+    )
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and true is not 1."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
 def _fitting(name: str, key: str, value: Any) -> Any:
     if name == "stop" and isinstance(value, str):
         value = [value]
+    if name == "top_k" and _same(value, -1):  # vLLM's way to switch it off
+        value = 0
     try:
         return fit(f"generation.{name}", value)
     except ValueError as error:
-        raise PromptError("invalid_sampling", f"{key} = {_short(value)} {error}") from None
+        raise PromptError("invalid_sampling", f"{key} = {short(value)} {error}") from None
 
 
 def _num_logprobs(asked: Mapping[str, Any]) -> int | None:
     """`num_logprobs` out of `logprobs` (count, or a flag with `top_logprobs`); None: not asked."""
     flag, top = asked.get("logprobs"), asked.get("top_logprobs")
-    if flag is None and top is None:
+    if flag is None and not top and not isinstance(top, bool):
         return None
     if type(flag) is int and flag >= 0 and top is None:
         return flag
@@ -231,11 +282,6 @@ def _num_logprobs(asked: Mapping[str, Any]) -> int | None:
         return top or 0
     raise PromptError(
         "invalid_sampling",
-        f"logprobs = {_short(flag)} with top_logprobs = {_short(top)} has no meaning: give "
+        f"logprobs = {short(flag)} with top_logprobs = {short(top)} has no meaning: give "
         "logprobs as a count, or true with top_logprobs as a count",
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,29 +1,45 @@
-"""A prompt file → `PromptLine`s in input order, each with its text or its own error.
+"""A prompt file, or the prompts of a library call → `PromptLine`s in input order.
 
-Accepted lines are documented in prompts/README.md. Not here: tokenising and chat templates.
-Invariants: one `PromptLine` per non-blank line, also for a bad one; `index` counts them from 0;
-`prompt_id` is unique among them; a bad line never stops the others.
+Each has its text or its own error. Accepted lines are documented in prompts/README.md. Not here:
+tokenising and chat templates. Invariants: one `PromptLine` per non-blank line, also for a bad one;
+`index` counts them from 0; `prompt_id` is unique among them; a bad line never stops the others.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpipipe.config.chat_fields import PLAIN_CHAT, ChatMessage, ChatOptions
 from mpipipe.config.checks import default_sampling
-from mpipipe.config.files import parse_json, read_bytes
+from mpipipe.config.files import parse_json
+from mpipipe.config.foreign_file import (
+    problem_of_first_bytes,
+    problem_of_json_document,
+    problem_of_text,
+)
 from mpipipe.config.legacy import InlinePrompt
-from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatMessage, ChatOptions, find_id, parse_fields
+from mpipipe.config.prompt_fields import parse_fields
+from mpipipe.config.prompt_file import file_label, read_prompt_file
+from mpipipe.config.prompt_ids import ClaimedId, OwnId, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-__all__ = ["ChatMessage", "ChatOptions", "PromptLine", "prompt_seed", "read_prompts"]
+__all__ = [
+    "ChatMessage",
+    "ChatOptions",
+    "PromptLine",
+    "library_prompts",
+    "prompt_seed",
+    "read_prompts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +56,51 @@ class PromptLine:
     error: PromptError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is in the place of one prompt: an object, or the error that hides it."""
+
+    claim: ClaimedId
+    fields: Mapping[str, Any] | None
+    error: PromptError | None
+
+
 def read_prompts(
     path: Path | None,
     generation: GenerationConfig,
     limit: int = 0,
     inline: Sequence[InlinePrompt] = (),
 ) -> list[PromptLine]:
-    """The prompts of the JSONL file `path`, or `inline` when there is no path.
+    """The prompts of the JSONL file `path` (`-`: standard input), or `inline` without a path.
 
-    `limit` takes only the first prompts (0: all). Each prompt's seed derives from
-    `generation.seed` and its id, unless the line gives one.
+    `limit` takes only the first prompts (0: all); their ids are those that they have in the whole
+    file. Each prompt's seed derives from `generation.seed` and its id, unless the line gives one.
 
     Raises:
-        ConfigError: no such file, no text file, or no prompt in it.
+        ConfigError: no such file, no file of JSON lines, or no prompt in it.
     """
     if path is not None:
-        objects = _file_objects(path)
+        found = _file_prompts(path)
     else:
-        objects = ((number, prompt) for number, prompt in enumerate(inline, start=1))
-    defaults = default_sampling(generation)
-    owners: dict[str, int] = {}  # id -> line that has it
-    lines = [
-        _own_id(_prompt_line(index, number, found, defaults), owners)
-        for index, (number, found) in enumerate(islice(objects, limit or None))
-    ]
-    if not lines:
+        found = [_inline_prompt(prompt, number) for number, prompt in enumerate(inline, start=1)]
+    if not found:
         raise ConfigError(
-            "there are no prompts: set prompts.path to a JSONL file"
+            "there are no prompts: give a JSONL file, as in `mpipipe run MODEL prompts.jsonl`, or "
+            "set prompts.path to one"
             if path is None
-            else f"the prompt file {str(path)!r} holds no prompts: write one JSON object per line"
+            else f"{file_label(path)} holds no prompts: write one JSON object per line"
         )
-    return lines
+    return _prompt_lines(found, default_sampling(generation), "line", limit)
+
+
+def library_prompts(prompts: Iterable[object], defaults: SamplingParams) -> list[PromptLine]:
+    """The prompts of a library call: texts, lists of messages, or objects as on a line of a file.
+
+    Judged as the lines of a file are. A prompt without an id is called by its position, from 0;
+    `PromptLine.line_number` is this position. `defaults.seed` is the run's seed.
+    """
+    found = [_library_prompt(prompt, number) for number, prompt in enumerate(prompts)]
+    return _prompt_lines(found, defaults, "prompt")
 
 
 def prompt_seed(run_seed: int, prompt_id: str) -> int:
@@ -79,66 +109,111 @@ def prompt_seed(run_seed: int, prompt_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _file_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and parsed object, or the `PromptError` in its place, of each non-blank line."""
-    raw = read_bytes(path, "prompt file").removeprefix(codecs.BOM_UTF8)
+def _file_prompts(path: Path) -> list[_Found]:
+    """Every non-blank line of the file.
+
+    Raises:
+        ConfigError: the file as a whole is no file of JSON lines.
+    """
+    raw = read_prompt_file(path)
+    if problem := problem_of_first_bytes(raw):
+        raise ConfigError(f"{file_label(path)} {problem}")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    found = [_line_prompt(line, number) for number, line in _lines(raw)]
+    if found and found[0].fields is None:
+        problem = problem_of_json_document(raw)
+        if not problem and all(prompt.fields is None for prompt in found):
+            problem = problem_of_text(raw)
+        if problem:
+            raise ConfigError(f"{file_label(path)} {problem}")
+    return found
+
+
+def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
     # Bytes are split at newlines only: U+2028 and its like are ordinary characters in JSON.
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parse_line(line, number)
+    for number, line in enumerate(io.BytesIO(raw), start=1):
+        if stripped := line.strip():
+            yield number, stripped
 
 
-def _parse_line(line: bytes, number: int) -> Any:
+def _line_prompt(line: bytes, number: int) -> _Found:
     try:
-        return parse_json(line.decode("utf-8").strip())
+        return _object_prompt(parse_json(line.decode("utf-8")), number, "line")
     except UnicodeDecodeError:
-        return PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
-    except ValueError as error:
-        return PromptError("invalid_json", f"line {number} is not valid JSON: {error}")
+        error = PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
+    except ValueError as invalid:
+        error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
+    claim = ClaimedId(number, id_of_broken_line(line), is_whole=False)
+    return _Found(claim, None, error)
 
 
-def _prompt_line(index: int, number: int, found: Any, defaults: SamplingParams) -> PromptLine:
-    line = PromptLine(index=index, line_number=number, prompt_id=str(number))
-    if isinstance(found, PromptError):
-        return replace(line, error=found)
-    if isinstance(found, str):  # an inline prompt, or a line that is just a quoted text
-        found = {"prompt": found}
-    if not isinstance(found, dict):
-        return replace(
-            line,
-            error=PromptError(
-                "invalid_json", f"line {number} is a {type(found).__name__}, not a JSON object"
-            ),
-        )
+def _inline_prompt(prompt: InlinePrompt, number: int) -> _Found:
+    return _object_prompt(prompt, number, "line")
+
+
+def _library_prompt(prompt: object, number: int) -> _Found:
+    """As a line that says the same: through JSON, so that what no line can say is refused alike."""
+    if isinstance(prompt, list | tuple):
+        prompt = {"messages": prompt}
+    elif isinstance(prompt, Mapping):
+        prompt = dict(prompt)
     try:
-        line = replace(line, prompt_id=find_id(found) or line.prompt_id)
-        seeded = defaults.replace(seed=prompt_seed(defaults.seed, line.prompt_id))
-        fields = parse_fields(found, seeded)
+        return _object_prompt(parse_json(json.dumps(prompt)), number, "prompt")
+    except (TypeError, RecursionError) as error:
+        kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {error}"
+    except ValueError as error:
+        kind, reason = "invalid_json", f"is not valid JSON: {error}"
+    return _Found(ClaimedId(number, None), None, PromptError(kind, f"prompt {number} {reason}"))
+
+
+def _object_prompt(value: Any, number: int, unit: str) -> _Found:
+    if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
+        value = {"prompt": value}
+    if not isinstance(value, Mapping):
+        error = PromptError(
+            "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
+        )
+        return _Found(ClaimedId(number, None), None, error)
+    prompt_id, problem = read_id(value)
+    if problem is not None:
+        problem = PromptError(problem.kind, f"{unit} {number}: {problem}")
+    return _Found(ClaimedId(number, prompt_id), value, problem)
+
+
+def _prompt_lines(
+    found: Sequence[_Found], defaults: SamplingParams, unit: str, limit: int = 0
+) -> list[PromptLine]:
+    ids = own_ids([prompt.claim for prompt in found], unit)
+    return [
+        _prompt_line(index, found[index], ids[index], defaults, unit)
+        for index in range(min(limit or len(found), len(found)))
+    ]
+
+
+def _prompt_line(
+    index: int, found: _Found, own: OwnId, defaults: SamplingParams, unit: str
+) -> PromptLine:
+    number, prompt_id = found.claim.number, own.prompt_id
+    if found.error is not None or found.fields is None:
+        return PromptLine(index, number, prompt_id, error=found.error)
+    try:
+        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, prompt_id))
     except PromptError as error:
-        return replace(line, error=PromptError(error.kind, f"line {number}: {error}"))
-    return replace(
-        line,
+        wrong = PromptError(error.kind, f"{unit} {number}: {error}")
+        return PromptLine(index, number, prompt_id, error=wrong)
+    if own.first_number is not None:
+        duplicate = PromptError(
+            "duplicate_id",
+            f"{unit} {number}: the id {found.claim.prompt_id!r} belongs to {unit} "
+            f"{own.first_number} already: give each its own",
+        )
+        return PromptLine(index, number, prompt_id, error=duplicate)
+    return PromptLine(
+        index,
+        number,
+        prompt_id,
         text=fields.text,
         messages=fields.messages,
         chat_options=fields.chat_options,
         sampling=fields.sampling,
     )
-
-
-def _own_id(line: PromptLine, owners: dict[str, int]) -> PromptLine:
-    """`line`, as a duplicate_id error under a new id if an earlier line has its id."""
-    first = owners.setdefault(line.prompt_id, line.line_number)
-    if first == line.line_number:
-        return line
-    unique = line.prompt_id
-    while unique in owners:
-        unique = f"{unique}#line{line.line_number}"
-    owners[unique] = line.line_number
-    error = PromptError(
-        "duplicate_id",
-        f"line {line.line_number}: the id {line.prompt_id!r} belongs to line {first} already "
-        "(a line without an id has its line number): give each line its own",
-    )
-    if line.error is not None:  # what is wrong with the line itself matters more
-        error = line.error
-    return PromptLine(line.index, line.line_number, unique, error=error)

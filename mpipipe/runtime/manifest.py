@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mpipipe._version import __version__
 from mpipipe.checkpoint.fingerprint import model_fingerprint
 from mpipipe.config.load import config_hash, to_dict
-from mpipipe.errors import ConfigError
+from mpipipe.config.prompt_file import prompts_hash
 from mpipipe.runtime.packages import package_versions
 from mpipipe.runtime.resume import DTYPE
 from mpipipe.topology.slurm import read_job
@@ -141,17 +141,6 @@ def _resolved_config(session: Session, loaded: LoadedConfig, folder: Path) -> di
 
 def _prompts_hash(loaded: LoadedConfig) -> str:
     if loaded.config.prompts.path:
-        return _sha256(Path(loaded.config.prompts.path))
+        return prompts_hash(Path(loaded.config.prompts.path))
     text = json.dumps(loaded.inline_prompts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(
-            f"the prompt file {path} cannot be read any more ({error.strerror}): leave it where it "
-            "is until the run has ended"
-        ) from error

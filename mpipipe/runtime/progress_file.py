@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -173,8 +174,7 @@ def fail_for_lost_head(folder: Path, error: BaseException) -> None:
         values.update(
             state=RunState.FAILED.value, error=str(error), updated_at=_iso(datetime.now(UTC))
         )
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text.encode(), durable=False)
+        write_whole(path, json_bytes(values), durable=False)
 
 
 def _iso(moment: datetime) -> str:

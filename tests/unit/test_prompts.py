@@ -161,10 +161,10 @@ def test_a_number_and_the_same_text_are_the_same_id(tmp_path: Path) -> None:
     assert lines[1].prompt_id == "5#line2"
 
 
-def test_default_id_that_an_earlier_line_took_is_an_error_not_a_clash(tmp_path: Path) -> None:
-    lines = read(tmp_path, {"id": "2", "prompt": "1"}, {"prompt": "2"})
-    assert lines[1].prompt_id == "2#line2"
-    assert lines[1].error is not None
+def test_a_line_without_an_id_leaves_the_ids_of_others_alone(tmp_path: Path) -> None:
+    lines = read(tmp_path, {"prompt": "1"}, {"prompt": "2"}, {"id": 1, "prompt": "3"})
+    assert [x.prompt_id for x in lines] == ["1#line1", "2", "1"]
+    assert [x.error for x in lines] == [None, None, None]
 
 
 def test_ids_stay_unique_even_when_a_line_has_the_made_up_id(tmp_path: Path) -> None:

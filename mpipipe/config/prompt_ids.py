@@ -1,0 +1,128 @@
+"""The ids of a file's prompts: each line's own, or one that no other line has.
+
+Who gets an id, in this order: the first line that is valid JSON and says it; a broken line whose id
+can still be read; and, when all of these have theirs, the others, which get their line number, and
+`#line<number>` behind what is taken. Invariant: ids depend on the content of the whole file only,
+so that a resumed run finds them again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpipipe.config.binding import short
+from mpipipe.errors import PromptError
+
+__all__ = ["ClaimedId", "OwnId", "id_of_broken_line", "own_ids", "read_id"]
+
+_ID_KEYS = ("id", "custom_id")
+# The first field of an object that may be cut off anywhere after it.
+_FIRST_FIELD = re.compile(
+    r'\s*\{\s*"(?:id|custom_id)"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?\d{1,19})\s*,'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedId:
+    """What a line says about its id."""
+
+    number: int  # of the line
+    prompt_id: str | None  # None: nothing that can be read
+    is_whole: bool = True  # whether the line is valid JSON
+
+
+@dataclass(frozen=True, slots=True)
+class OwnId:
+    """What a line is called, which no other line is."""
+
+    prompt_id: str
+    first_number: int | None = None  # of the line that has the id which this one claimed
+
+
+def read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
+    """The object's id as text, None without a readable one; and what is wrong with it."""
+    given = {key: line[key] for key in _ID_KEYS if line.get(key) is not None}
+    readable = [found for value in given.values() if (found := _as_text(value)) is not None]
+    prompt_id = readable[0] if readable else None
+    if len(readable) < len(given):
+        key = next(key for key, value in given.items() if _as_text(value) is None)
+        return prompt_id, PromptError(
+            "invalid_id", f"{key} = {short(given[key])} must be a text or a whole number"
+        )
+    if len(set(readable)) > 1:
+        return prompt_id, PromptError(
+            "invalid_id", "both id and custom_id are given, and differ: keep one of them"
+        )
+    return prompt_id, None
+
+
+def _as_text(value: object) -> str | None:
+    if type(value) is int:
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def id_of_broken_line(line: bytes) -> str | None:
+    """The id of a line that is no valid JSON; None where it cannot be read beyond doubt.
+
+    Read from an object that is complete but for what `parse_json` refuses, or from the beginning of
+    one that is cut off, if the id is its first field.
+    """
+    text = line.decode("utf-8", "surrogateescape").strip()
+    value: Any = None
+    if text.startswith("{"):
+        try:
+            value = json.loads(text, object_pairs_hook=tuple)  # repeated keys stay visible
+        except (ValueError, RecursionError):
+            if (found := _FIRST_FIELD.match(text)) is not None:
+                value = (("id", _parsed(found[1])),)
+    pairs = value if isinstance(value, tuple) else ()
+    ids = {_as_text(field) for key, field in pairs if key in _ID_KEYS and field is not None}
+    prompt_id = ids.pop() if len(ids) == 1 else None
+    return prompt_id if prompt_id is not None and _is_text(prompt_id) else None
+
+
+def _parsed(scalar: str) -> object:
+    try:
+        return json.loads(scalar)
+    except ValueError:  # an escape that is none
+        return None
+
+
+def _is_text(word: str) -> bool:
+    """Whether it can be written: no half of a surrogate pair, of a byte that is no UTF-8 either."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def own_ids(claims: Sequence[ClaimedId], unit: str = "line") -> list[OwnId]:
+    """An id for each line, in the order of `claims`; `unit` names what they number."""
+    owners: dict[str, int] = {}  # id -> position in `claims`
+    for is_whole in (True, False):
+        for position, claim in enumerate(claims):
+            if claim.prompt_id is not None and claim.is_whole is is_whole:
+                owners.setdefault(claim.prompt_id, position)
+    own: list[OwnId] = []
+    for position, claim in enumerate(claims):
+        if claim.prompt_id is not None and owners[claim.prompt_id] == position:
+            own.append(OwnId(claim.prompt_id))
+            continue
+        wanted = str(claim.number) if claim.prompt_id is None else claim.prompt_id
+        unique = _unused(wanted, f"#{unit}{claim.number}", owners)
+        first = None if claim.prompt_id is None else claims[owners[claim.prompt_id]].number
+        owners[unique] = position
+        own.append(OwnId(unique, first))
+    return own
+
+
+def _unused(wanted: str, suffix: str, taken: Iterable[str]) -> str:
+    while wanted in taken:
+        wanted += suffix
+    return wanted
