@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpipipe.checkpoint.families import ALIASES, PLAIN_MLP, TIED_BY_DEFAULT
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.checkpoint.rotary import RotaryFacts, read_rotary
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ModelSpec", "read_spec", "require_model_folder"]
@@ -41,6 +42,7 @@ class ModelSpec:
     dtype: str  # of the checkpoint: "float32" | "bfloat16" | "float16"
     eos_token_ids: tuple[int, ...]
     embedding_size: int = 0  # width of the embedding where it differs (OPT-350M); 0: hidden_size
+    rotary: RotaryFacts = field(default_factory=RotaryFacts)
     num_experts: int = 1  # feed-forwards per layer, each of intermediate_size; 1: no mixture
 
     @property
@@ -129,6 +131,7 @@ def read_spec(folder: Path) -> ModelSpec:
         dtype=_dtype(folder, outer, config),
         eos_token_ids=_eos_token_ids(folder, config),
         embedding_size=_positive(config.get("word_embed_proj_dim")) or 0,
+        rotary=read_rotary(config),
         num_experts=sizes.find("num_experts") or 1,
     )
 

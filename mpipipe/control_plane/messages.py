@@ -132,11 +132,16 @@ class GatherPart:
 
 @dataclass(frozen=True, slots=True)
 class RequestOpened:
-    """head → stages: the fixed facts of a sequence, once."""
+    """head → stages: the fixed facts of a sequence, once, or again where it starts over.
+
+    `rotary_len`: tokens of the forward pass that begins the sequence in transformers' `generate`,
+    the prompt's as a rule: what rotary embeddings that depend on the length see (`models.rotary`).
+    """
 
     sequence_id: int
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    rotary_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class SequenceSpan:
     query_start: int  # first row in T
     query_len: int  # rows of this sequence in this step
     kv_len: int  # L: cached tokens including this step's
+    rotary_len: int = 0  # as `RequestOpened.rotary_len`; 0: no token sees beyond itself
 
     @property
     def num_computed(self) -> int:
@@ -56,6 +57,9 @@ class BatchLayout:
     query_starts_B1: torch.Tensor | None = None  # int32 [B + 1] on a GPU: first row of each, then T
     max_query_len: int = 0  # on a GPU: the longest query_len, known to the host
     max_kv_len: int = 0  # on a GPU: a bound of kv_lens_B, known to the host
+    # int64 [T]: the length that each token's rotary embedding sees, where the model's frequencies
+    # depend on it; None: position + 1, as in all decode steps.
+    rotary_lens_T: torch.Tensor | None = None
     derived: dict[tuple[object, ...], object] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -74,13 +78,17 @@ class BatchLayout:
 
 
 def build_layout(
-    entries: Sequence[tuple[SequenceSpan, Sequence[int]]], page_size: int
+    entries: Sequence[tuple[SequenceSpan, Sequence[int]]],
+    page_size: int,
+    *,
+    rotary_by_length: bool = False,
 ) -> BatchLayout:
     """The layout of a step from its spans and each sequence's pages, in the order of `entries`.
 
     A sequence's page i holds its tokens [i * page_size, (i + 1) * page_size); pages beyond
     `kv_len` may be given and are ignored. Spans must lie one after the other from row 0, decodes
-    first; a single-token chunk behind longer ones is treated as a chunk.
+    first; a single-token chunk behind longer ones is treated as a chunk. `rotary_by_length`: the
+    model needs `rotary_lens_T`.
     """
     spans = tuple(span for span, _ in entries)
     num_tokens = sum(span.query_len for span in spans)
@@ -111,7 +119,16 @@ def build_layout(
         slots_T=torch.from_numpy(slots_T),
         page_table_BP=torch.from_numpy(page_table_BP),
         kv_lens_B=torch.tensor([span.kv_len for span in spans], dtype=torch.int64),
+        rotary_lens_T=_rotary_lens(spans, positions_T) if rotary_by_length else None,
     )
+
+
+def _rotary_lens(spans: Sequence[SequenceSpan], positions_T: np.ndarray) -> torch.Tensor | None:
+    """What tokens see beyond themselves: with the prompt's first pass, all of the prompt."""
+    if all(span.rotary_len <= span.num_computed + 1 for span in spans):
+        return None
+    begun_T = np.repeat([s.rotary_len for s in spans], [s.query_len for s in spans])
+    return torch.from_numpy(np.maximum(positions_T + 1, begun_T))
 
 
 def to_device(
@@ -140,6 +157,7 @@ def to_device(
         query_starts_B1=sent(torch.tensor(starts, dtype=torch.int32)),
         max_query_len=max((span.query_len for span in layout.spans), default=0),
         max_kv_len=max((span.kv_len for span in layout.spans), default=0),
+        rotary_lens_T=None if layout.rotary_lens_T is None else sent(layout.rotary_lens_T),
     )
 
 

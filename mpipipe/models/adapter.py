@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention_bridge import AttentionCall, StageBinding, bind
-from mpipipe.models.buffers import freeze_rotary, loaded_device, materialise_buffers
+from mpipipe.models.buffers import loaded_device, materialise_buffers
 from mpipipe.models.checkpoint_names import CheckpointNames
 from mpipipe.models.families import ModelParts, locate_parts, refuse
 from mpipipe.models.fast_stack import FastStack, build_fast_stack
@@ -36,6 +36,7 @@ from mpipipe.models.forms import choose_form, graph_obstacle
 from mpipipe.models.fused_layer import fuse_layers
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.packed_linear import pack_linears
+from mpipipe.models.rotary import settle_rotary
 from mpipipe.models.stage_cut import cut_stage, empty_model
 from mpipipe.models.verification import verify_stage
 
@@ -55,8 +56,7 @@ def build_stage_model(
     *,
     dtype: torch.dtype,
     backend: AttentionBackend,
-    max_context_tokens: int,
-    max_sequence_tokens: int | None = None,
+    max_sequence_tokens: int,
     trust_remote_code: bool = False,
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
@@ -66,8 +66,7 @@ def build_stage_model(
         stage: which layers, and whether embedding and head belong to it.
         dtype: of parameters and activations.
         backend: computes attention.
-        max_context_tokens: what a sequence may grow to (settles some rotary embeddings).
-        max_sequence_tokens: what sequences of this run do grow to (sizes tables); None: the former.
+        max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
 
     Raises:
@@ -84,8 +83,7 @@ def build_stage_model(
         binding=binding,
         names=names,
         dtype=dtype,
-        max_context_tokens=max_context_tokens,
-        max_positions=max_sequence_tokens or max_context_tokens,
+        max_positions=max_sequence_tokens,
     )
 
 
@@ -100,7 +98,6 @@ class StageModel:
         binding: StageBinding,
         names: CheckpointNames,
         dtype: torch.dtype,
-        max_context_tokens: int,
         max_positions: int,
     ) -> None:
         self.plan = plan
@@ -114,13 +111,13 @@ class StageModel:
         self._layers_prefix = f"{parts.base_name}.layers."
         self._output_names = parts.output_names
         self._binding = binding
-        self._max_context_tokens = max_context_tokens
         self._max_positions = max_positions
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen in the trial steps
         self._fast: FastStack | None = None
         self.form = "plain"  # "plain" | "packed" | "fast", after `finish`
         self.form_reason = "not finished"
         self.device = torch.device("meta")  # where the weights are, after `finish`
+        self.rotary_by_length = False  # layouts of prompt chunks need `rotary_lens_T`
 
     @property
     def all_names(self) -> frozenset[str]:
@@ -152,12 +149,11 @@ class StageModel:
 
         Raises:
             UnsupportedModelError: the family fails the trial steps (`verification`).
-            ConfigError: the rotary embedding cannot serve the run's context.
         """
         self.device = loaded_device(self.module)
         self.operations = operations or choose_operations(self.device)[0]
         materialise_buffers(self.module, self._base, self.device)
-        freeze_rotary(self._base, self._max_context_tokens)
+        self.rotary_by_length = settle_rotary(self._base, self._binding, self._max_positions)
         kv_shape = verify_stage(self)
         if isinstance(cache, PagedKVCache) and tuple(cache.keys[0].shape[2:]) != kv_shape:
             raise refuse(

@@ -4,7 +4,8 @@ Purpose: fewer and larger launches than transformers' modules make. q, k, v are 
 and up another; every residual addition is part of the norm behind it, so what goes from layer to
 layer is the pair (hidden, residual) whose sum is the residual stream; rotary embedding and the
 write into the KV cache are one kernel. cos and sin of all positions are computed once, by the
-model's own rotary module, and looked up once per step.
+model's own rotary module, and looked up once per step; where they depend on more than positions
+(`rotary`), they are computed in each step.
 
 Non-purpose: other mathematics. `obstacle` names what a stage has that this does not compute, and
 such a stage keeps transformers' modules: the oracle of `tests/contract/test_fast_stack.py`.
@@ -22,14 +23,18 @@ from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.fast_layers import FastLayer, FastLinear, FastNorm, merge_layer, merged, norm_of
+from mpipipe.models.rotary import LengthRotary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionOptions
     from mpipipe.models.attention_bridge import StageBinding
     from mpipipe.models.operations import Operations
+
+    # positions int64 [T] → cosine and sine, each [T, D]
+    _RotaryLookup = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 __all__ = ["FastStack", "build_fast_stack", "obstacle"]
 
@@ -64,8 +69,9 @@ def obstacle(model: Any, layers: Sequence[Any], head_dim: int) -> str:
         if layer.self_attn.head_dim != head_dim:
             return f"its heads have {layer.self_attn.head_dim} elements, its cache {head_dim}"
     rotary = _rotary_of(model)
-    position_11 = torch.zeros(1, 1, dtype=torch.int64, device=rotary.inv_freq.device)
-    rotated = rotary(rotary.inv_freq, position_11)[0].shape[-1]
+    frequencies = next(rotary.buffers())
+    position_11 = torch.zeros(1, 1, dtype=torch.int64, device=frequencies.device)
+    rotated = rotary(frequencies, position_11)[0].shape[-1]
     return "" if rotated == head_dim else f"it rotates {rotated} of {head_dim} elements of a head"
 
 
@@ -96,13 +102,12 @@ def build_fast_stack(
         layers.append(merge_layer(base.layers[0], operations, options[len(layers)]))
         del base.layers[0]
     has_head = isinstance(model.lm_head, nn.Linear)
-    cos_PD, sin_PD = _rotary_table(_rotary_of(model), max_positions, layers[0].down.weight_OI)
     return FastStack(
         layers=layers,
         embedding_VH=None if base.embed_tokens is None else base.embed_tokens.weight,
         final_norm=norm_of(base.norm) if has_head else None,
         head=merged(operations, model.lm_head) if has_head else None,
-        rotary=(cos_PD, sin_PD),
+        rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].down.weight_OI),
         binding=binding,
         operations=operations,
     )
@@ -118,7 +123,7 @@ class FastStack:
         embedding_VH: torch.Tensor | None,
         final_norm: FastNorm | None,
         head: FastLinear | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: _RotaryLookup,
         binding: StageBinding,
         operations: Operations,
     ) -> None:
@@ -126,7 +131,7 @@ class FastStack:
         self._embedding_VH = embedding_VH
         self._final_norm = final_norm
         self._head = head
-        self._cos_PD, self._sin_PD = rotary
+        self._rotary = rotary
         self._binding = binding
         self._operations = operations
 
@@ -159,8 +164,7 @@ class FastStack:
         residual_TH = inputs
         if self._embedding_VH is not None:
             residual_TH = nn.functional.embedding(inputs, self._embedding_VH)
-        cos_TD = self._cos_PD.index_select(0, layout.positions_T)
-        sin_TD = self._sin_PD.index_select(0, layout.positions_T)
+        rotary_TD = self._rotary(layout.positions_T)
         operations = self._operations
         hidden_TH: torch.Tensor | None = None
         for number, layer in enumerate(self._layers):
@@ -171,7 +175,7 @@ class FastStack:
                 normed_TH, residual_TH = operations.add_rms_norm(
                     hidden_TH, residual_TH, norm.weight_H, norm.eps
                 )
-            attended_TX = self._attend(number, layer, layer.qkv(normed_TH), (cos_TD, sin_TD))
+            attended_TX = self._attend(number, layer, layer.qkv(normed_TH), rotary_TD)
             norm = layer.post_norm
             normed_TH, residual_TH = operations.add_rms_norm(
                 layer.output(attended_TX), residual_TH, norm.weight_H, norm.eps
@@ -212,13 +216,20 @@ class FastStack:
         return attended_THD.flatten(1)
 
 
-def _rotary_table(
-    rotary: Any, max_positions: int, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for every position in the dtype of `like`: two [max_positions, D]."""
-    positions_1P = torch.arange(max_positions, device=like.device)[None]
-    cos_1PD, sin_1PD = rotary(like, positions_1P)
-    return cos_1PD[0].contiguous(), sin_1PD[0].contiguous()
+def _rotary_lookup(rotary: Any, max_positions: int, like: torch.Tensor) -> _RotaryLookup:
+    """What gives cosine and sine of a step's positions in the dtype of `like`: two [T, D]."""
+
+    def compute(positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos_1TD, sin_1TD = rotary(like, positions_T[None])
+        return cos_1TD[0].contiguous(), sin_1TD[0].contiguous()
+
+    if isinstance(rotary, LengthRotary):
+        return compute
+    cos_PD, sin_PD = compute(torch.arange(max_positions, device=like.device))
+    return lambda positions_T: (
+        cos_PD.index_select(0, positions_T),
+        sin_PD.index_select(0, positions_T),
+    )
 
 
 def _rotary_of(model: Any) -> Any:

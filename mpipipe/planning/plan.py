@@ -71,6 +71,7 @@ class PipelinePlan:
     cuda_graphs: bool = False
     weights: str = "checkpoint"  # "checkpoint" | "random"
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
+    restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
 
     @property

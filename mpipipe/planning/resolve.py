@@ -207,6 +207,7 @@ class _Resolver:
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.config.model.weights,
             max_sequence_tokens=demand.longest_tokens,
+            restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
@@ -287,6 +288,19 @@ class _Resolver:
         if obstacle:
             self.decisions.note("memory.cuda_graphs", "false", obstacle)
         return not obstacle
+
+    def _restart_tokens(self, longest_tokens: int) -> int:
+        """Where sequences start over, if any of the run grows as far."""
+        restart_tokens = self.spec.rotary.restart_tokens
+        if not 0 < restart_tokens < longest_tokens:
+            return 0
+        self.decisions.note(
+            "rotary embedding",
+            self.spec.rotary.kind,
+            f"a sequence that grows to {restart_tokens} tokens is computed anew once, with the "
+            "long factors, as transformers does",
+        )
+        return restart_tokens
 
     def _threads(self) -> int:
         pipeline = self.config.pipeline

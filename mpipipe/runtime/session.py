@@ -200,7 +200,12 @@ class Session:
                 max_sequence_tokens=plan.max_sequence_tokens,
             )
             prefill: Literal["phases", "mixed"] = "mixed" if plan.prefill == "mixed" else "phases"
-            return AheadCore(limits, eos_token_ids=eos_token_ids, prefill=prefill)
+            return AheadCore(
+                limits,
+                eos_token_ids=eos_token_ids,
+                prefill=prefill,
+                restart_tokens=plan.restart_tokens,
+            )
         return SchedulerCore(
             num_slots=plan.num_slots,
             max_sequences_per_slot=plan.max_sequences_per_slot,
@@ -209,6 +214,7 @@ class Session:
             page_size=plan.page_size_tokens,
             max_context_tokens=plan.max_context_tokens,
             eos_token_ids=eos_token_ids,
+            restart_tokens=plan.restart_tokens,
         )
 
     def _eos_token_ids(self) -> tuple[int, ...]:

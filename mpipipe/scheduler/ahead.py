@@ -12,7 +12,9 @@ Invariants:
   a slot's decode batch (`DecodeScheduled`).
 * A decode step is numbered at least `num_slots` after the steps whose tokens it computes, because
   the first stage would have to wait for those; earlier only when the pipe would run dry.
-* A sequence that is preempted is admitted again when all its tokens are known here.
+* A sequence that is preempted is admitted again when all its tokens are known here. One that grows
+  to `restart_tokens` starts over in the same way, once: transformers computes it anew there, with
+  other rotary frequencies (`checkpoint.rotary`). It can be counted, so no step is in vain.
 * A sequence is closed once it has finished and no step in flight contains it. Its row may still be
   in its batch then, if its slot has had no other step since.
 """
@@ -52,6 +54,7 @@ class AheadCore:
         limits: what there is room for.
         eos_token_ids: end a sequence, unless its request ignores them.
         prefill: "phases" or "mixed": see `AheadSteps`.
+        restart_tokens: known tokens with which a sequence starts over; 0: none does.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class AheadCore:
         *,
         eos_token_ids: Iterable[int] = (),
         prefill: Literal["phases", "mixed"] = "phases",
+        restart_tokens: int = 0,
     ) -> None:
         assert limits.num_slots >= 1, f"num_slots = {limits.num_slots}"
         assert limits.laps_ahead >= 1, "without laps ahead, core.SchedulerCore is the one to use"
         self._limits = limits
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._restart_tokens = restart_tokens
         self._roster = AheadRoster(
             num_slots=limits.num_slots,
             max_sequences_per_slot=limits.max_sequences_per_slot,
@@ -114,6 +119,10 @@ class AheadCore:
         """All known tokens: the stages do not read what they sample."""
         return tuple(self._sequences[sequence_id].tokens)
 
+    def rotary_len(self, sequence_id: int) -> int:
+        """As `RequestOpened.rotary_len`."""
+        return self._sequences[sequence_id].rotary_len
+
     def next_step(self) -> StepScheduled | DecodeScheduled | None:
         """The next micro-batch to send, or None: nothing should run before an event."""
         dispatched = self._steps.next_step(self._returned)
@@ -150,6 +159,7 @@ class AheadCore:
             max_tokens=min(num_tokens, self.max_sequence_tokens),
             stop_ids=stop_ids,
             wants_logprobs=sampling.num_logprobs >= 0,
+            restart_tokens=self._restart_tokens,
         )
         self._num_sequences += 1
         self._sequences[sequence.sequence_id] = sequence

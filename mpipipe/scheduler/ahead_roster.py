@@ -4,6 +4,7 @@ The counterpart of `roster` for `ahead`. Not here: when anything of this happens
 
 Invariants:
 * Running sequences are older than waiting ones: the youngest is preempted first, and waits first.
+  Only one that restarts may wait although younger ones run; both lists stay in order of arrival.
 * Slots are filled evenly: a newcomer goes to the one with the fewest sequences.
 * A sequence that is released loses its pages at once, although its row may stay in its batch until
   the slot's next decode step and steps in flight may still write into them: stages run steps in
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from mpipipe.control_plane.messages import ScheduledSequence
 from mpipipe.kv_cache.pages import PageAllocator
@@ -146,7 +148,14 @@ class AheadRoster:
             self.num_open += not sequence.is_open
             sequence.is_open = True
             slot.prefilling.append(sequence)
-            self.running[sequence] = None
+            self._run(sequence)
+
+    def _run(self, sequence: AheadSequence) -> None:
+        """Put it into its place by arrival among those that run."""
+        youngest = next(reversed(self.running), None)
+        self.running[sequence] = None
+        if youngest is not None and _arrival(youngest) > _arrival(sequence):
+            self.running = dict.fromkeys(sorted(self.running, key=_arrival))
 
     def _pages_to_first_token(self, sequence: AheadSequence) -> int:
         return self.pages.pages_for_tokens(len(sequence.tokens) + 1)
@@ -227,14 +236,18 @@ class AheadRoster:
         return True
 
     def _preempt(self, sequence: AheadSequence) -> None:
-        """Take place and pages away; to the front of the queue, to start over."""
-        next_state(sequence, SequenceEvent.PREEMPT)
-        self.release(sequence)
+        """Take place and pages away for an older one."""
+        self.restart(sequence)
         self.preemptions.append(Preempted(sequence.sequence_id, sequence.num_computed))
         self.num_preemptions += 1
+
+    def restart(self, sequence: AheadSequence) -> None:
+        """Take place and pages away; back into the queue, by arrival, to start over."""
+        next_state(sequence, SequenceEvent.PREEMPT)
+        self.release(sequence)
         self.num_recomputed_tokens += sequence.num_computed
-        assert not self.waiting or _arrival(sequence) < _arrival(self.waiting[0])
-        self.waiting.appendleft(sequence)
+        older = takewhile(lambda other: _arrival(other) < _arrival(sequence), self.waiting)
+        self.waiting.insert(sum(1 for _ in older), sequence)
 
     def release(self, sequence: AheadSequence) -> None:
         """Take it out of its slot and give its pages back."""

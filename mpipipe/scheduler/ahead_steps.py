@@ -128,7 +128,7 @@ class AheadSteps:
         if joined:
             slot.joining = [sequence for sequence in slot.joining if sequence not in joined]
         left = batch.change(joined)
-        ending = batch.advance(number, joined)
+        leaving = batch.advance(number, joined)
         step = DecodeScheduled(
             step=number,
             slot=slot.index,
@@ -140,7 +140,7 @@ class AheadSteps:
             steady=self._is_steady(),
         )
         self._turn = (slot.index + 1) % self._limits.num_slots
-        return self._dispatch(Dispatched(step, batch.rows, ending))
+        return self._dispatch(step, batch.rows, leaving)
 
     def _is_steady(self) -> bool:
         """For a decode step: so is all that is in flight, and every slot only decodes."""
@@ -187,15 +187,22 @@ class AheadSteps:
             steady=False,
         )
         self._last_prefill = self.num_steps
-        ending = [sequence for sequence in sampled if not sequence.num_to_sample]
-        return self._dispatch(Dispatched(step, Rows(sampled), ending))
+        leaving = [sequence for sequence in sampled if not sequence.num_to_sample]
+        return self._dispatch(step, Rows(sampled), leaving)
 
-    def _dispatch(self, dispatched: Dispatched) -> Dispatched:
-        """Count the step. Those that sample for the last time give up place and pages behind it."""
+    def _dispatch(
+        self, step: StepScheduled | DecodeScheduled, rows: Rows, leaving: list[AheadSequence]
+    ) -> Dispatched:
+        """Count the step. Those `leaving` give up their place behind it: they end, or restart."""
         self.num_steps += 1
-        for sequence in dispatched.ending:
-            self._roster.release(sequence)
-        return dispatched
+        ending = []
+        for sequence in leaving:
+            if sequence.will_restart:
+                self._roster.restart(sequence)
+            else:
+                self._roster.release(sequence)
+                ending.append(sequence)
+        return Dispatched(step, rows, ending)
 
 
 def _oldest_prompt(slot: AheadSlot) -> int:

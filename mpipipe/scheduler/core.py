@@ -19,6 +19,8 @@ Invariants:
   oldest sequence always gets on, and every sequence ends.
 * No sequence grows beyond `max_sequence_tokens`, the smaller of the context and all pages together:
   it ends with LENGTH there. So where a completion ends never depends on what else is running.
+* A sequence that grows to `restart_tokens` starts over in its slot: transformers computes it anew
+  there, with other rotary frequencies (`checkpoint.rotary`).
 * A sequence is closed once it has finished and no step in flight contains it.
 """
 
@@ -86,6 +88,7 @@ class SchedulerCore:
         page_size: int,
         max_context_tokens: int,
         eos_token_ids: Iterable[int] = (),
+        restart_tokens: int = 0,
     ) -> None:
         assert num_slots >= 1, f"num_slots = {num_slots}"
         assert 1 <= max_sequences_per_slot <= max_tokens_per_step, "a decode needs a token each"
@@ -93,6 +96,7 @@ class SchedulerCore:
         self._max_tokens_per_step = max_tokens_per_step
         self._max_context_tokens = max_context_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._restart_tokens = restart_tokens
         self._roster = Roster(num_slots=num_slots, num_pages=num_pages, page_size=page_size)
         self.max_sequence_tokens = min(max_context_tokens, num_pages * page_size)
         self._turn = 0
@@ -125,8 +129,15 @@ class SchedulerCore:
         asked = any(sequence.request.sampling.num_logprobs >= 0 for sequence in sampled)
         return tuple(sequence.sequence_id for sequence in sampled) if asked else ()
 
-    def reopened_tokens(self, _sequence_id: int) -> None:
-        """None: the stages learn every token that they sample."""
+    def reopened_tokens(self, sequence_id: int) -> tuple[int, ...] | None:
+        """None: the stages learn every token that they sample. All, where `rotary_len` changed."""
+        sequence = self._sequences[sequence_id]
+        return tuple(sequence.tokens) if sequence.has_restarted else None
+
+    def rotary_len(self, sequence_id: int) -> int:
+        """As `RequestOpened.rotary_len`."""
+        sequence = self._sequences[sequence_id]
+        return sequence.restart_tokens if sequence.has_restarted else sequence.num_prompt_tokens
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -140,7 +151,12 @@ class SchedulerCore:
         check_request(
             request, max_context_tokens=self._max_context_tokens, capacity_tokens=capacity_tokens
         )
-        sequence = Sequence(self._num_sequences, request, list(request.prompt_ids))
+        sequence = Sequence(
+            self._num_sequences,
+            request,
+            list(request.prompt_ids),
+            restart_tokens=self._restart_tokens,
+        )
         self._num_sequences += 1
         self._sequences[sequence.sequence_id] = sequence
         self._roster.waiting.append(sequence)
@@ -279,6 +295,8 @@ class SchedulerCore:
         instructions.append(Emitted(sequence.sequence_id, request_id, token_id, index, reason))
         if reason is not None:
             instructions.append(self._finish(sequence, reason))
+        elif len(sequence.tokens) == sequence.restart_tokens:
+            self._roster.restart(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
         self._roster.finish(sequence)

@@ -45,8 +45,9 @@ class AheadSequence:
     in_batch: bool = False
     row: int = -1  # in its batch, or in its latest prefill step
     base: int = 0
-    ends_at: int = 0  # laps of the batch when its last sample is dispatched
+    ends_at: int = 0  # laps of the batch when the last of `num_to_sample` is dispatched
     is_open: bool = False  # the stages know it
+    restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
 
     @property
     def is_prefilled(self) -> bool:
@@ -54,9 +55,23 @@ class AheadSequence:
         return self.num_computed >= self.num_to_prefill
 
     @property
+    def will_restart(self) -> bool:
+        """It starts over when its samples until then are dispatched."""
+        return self.num_to_prefill < self.restart_tokens < self.max_tokens
+
+    @property
     def num_to_sample(self) -> int:
-        """Samples to dispatch after the one of its last chunk."""
-        return self.max_tokens - self.num_to_prefill - 1
+        """Samples to dispatch after the one of its last chunk, before it ends or starts over."""
+        num_tokens = self.restart_tokens if self.will_restart else self.max_tokens
+        return num_tokens - self.num_to_prefill - 1
+
+    @property
+    def rotary_len(self) -> int:
+        """As `RequestOpened.rotary_len`, of a sequence whose tokens are all known."""
+        num_prompt_tokens = len(self.request.prompt_ids)
+        if num_prompt_tokens < self.restart_tokens <= len(self.tokens):
+            return self.restart_tokens
+        return num_prompt_tokens
 
 
 class Rows:
@@ -145,7 +160,10 @@ class DecodeBatch:
         self._ending.setdefault(sequence.ends_at, {})[sequence] = None
 
     def advance(self, step: int, joined: SequenceOf[AheadSequence]) -> list[AheadSequence]:
-        """Step `step` is the next lap. Returns the rows that sample in it for the last time."""
+        """Step `step` is the next lap. Returns the rows that sample in it for the last time.
+
+        Those that are to start over among them.
+        """
         self.lap += 1
         self.last_step = step
         self._history.append((step, max([s.last_step for s in joined], default=-1)))

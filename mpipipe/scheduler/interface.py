@@ -55,6 +55,10 @@ class Scheduler(Protocol):
         """
         ...
 
+    def rotary_len(self, sequence_id: int, /) -> int:
+        """`RequestOpened.rotary_len` of a sequence that starts, or starts over, now."""
+        ...
+
     def take_preemptions(self) -> list[Preempted]:
         """Who was preempted since the last call of this, in order: for the log."""
         ...

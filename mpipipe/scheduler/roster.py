@@ -117,6 +117,11 @@ class Roster:
             self._preempt(victim)
         return min(wanted, room)
 
+    def restart(self, sequence: Sequence) -> None:
+        """Let it compute all its tokens again, in its slot; nothing of it is in flight."""
+        self.num_recomputed_tokens += sequence.num_computed
+        self._forget(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """Take it out of its slot or out of the queue."""
         was_running = sequence.state is SequenceState.RUNNING
@@ -138,8 +143,11 @@ class Roster:
 
     def _release(self, sequence: Sequence) -> None:
         self.slots[sequence.slot].sequences.remove(sequence)
-        self.pages.free(sequence.pages)
         sequence.slot = -1
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.pages.free(sequence.pages)
         sequence.pages.clear()
         sequence.num_computed = 0
 

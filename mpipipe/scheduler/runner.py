@@ -200,7 +200,8 @@ class Runner:
             active.opened = True
             active.first_step_s = self._clock.now_s()
         if token_ids is not None:
-            self._to_stages(RequestOpened(sequence_id, token_ids, request.sampling))
+            rotary_len = self._core.rotary_len(sequence_id)
+            self._to_stages(RequestOpened(sequence_id, token_ids, request.sampling, rotary_len))
 
     def _to_stages(self, message: _ToStages) -> None:
         for rank in self._stage_ranks:

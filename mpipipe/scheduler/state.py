@@ -96,6 +96,12 @@ class Sequence:
     num_pending: int = 0  # samples in flight (0 or 1)
     num_in_flight: int = 0  # steps in flight that contain this sequence
     pages: list[int] = field(default_factory=list)
+    restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
+
+    @property
+    def has_restarted(self) -> bool:
+        """It grew to `restart_tokens`."""
+        return self.num_prompt_tokens < self.restart_tokens <= len(self.tokens)
 
     @property
     def num_prompt_tokens(self) -> int:

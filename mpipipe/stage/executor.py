@@ -89,7 +89,9 @@ class StageExecutor:
     def _compute(
         self, step: PreparedStep, hidden_TH: torch.Tensor | None
     ) -> tuple[torch.Tensor, tuple[TokenLogprobs | None, ...] | None]:
-        layout = build_layout(step.placed, self._page_size)
+        layout = build_layout(
+            step.placed, self._page_size, rotary_by_length=self._model.rotary_by_length
+        )
         inputs = hidden_TH
         if inputs is None:
             inputs = torch.tensor(step.input_ids, dtype=torch.int64)

@@ -27,6 +27,7 @@ class StagedSequence:
 
     sampling: SamplingParams
     token_ids: list[int]  # prompt, then every sampled token
+    rotary_len: int  # as in `RequestOpened`
     pages: list[int] = field(default_factory=list)
 
 
@@ -39,7 +40,9 @@ class SequenceTable:
     def open(self, message: RequestOpened) -> None:
         """Remember the fixed facts of a sequence."""
         self._sequences[message.sequence_id] = StagedSequence(
-            sampling=message.sampling, token_ids=list(message.prompt_ids)
+            sampling=message.sampling,
+            token_ids=list(message.prompt_ids),
+            rotary_len=message.rotary_len,
         )
 
     def close(self, sequence_ids: Sequence[int]) -> None:
@@ -73,6 +76,7 @@ class SequenceTable:
                 query_start=start,
                 query_len=scheduled.num_tokens,
                 kv_len=scheduled.num_computed + scheduled.num_tokens,
+                rotary_len=sequence.rotary_len,
             )
             placed.append((span, list(sequence.pages)))
             start += scheduled.num_tokens

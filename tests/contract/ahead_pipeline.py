@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import torch
 
+from mpipipe.checkpoint.spec import read_spec
 from mpipipe.clock import Clock, ScriptedClock
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
@@ -124,7 +125,7 @@ def build_stage(
         cache=cache,
         form="plain" if device == "cpu" else "auto",
         device=device,
-        max_context_tokens=64,
+        max_sequence_tokens=64,
     )
 
 
@@ -167,6 +168,7 @@ class InProcessAhead:
         device: str = "cpu",
     ) -> None:
         self.plan = plan
+        self._restart_tokens = read_spec(model.folder).rotary.restart_tokens
         backend: AttentionBackend = SdpaAttention()
         if mode != "ragged":
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
@@ -206,6 +208,7 @@ class InProcessAhead:
             ),
             eos_token_ids=(EOS,),
             prefill="mixed" if plan.prefill == "mixed" else "phases",
+            restart_tokens=self._restart_tokens,
         )
         outcomes: dict[int, Outcome] = {}
         logprobs: dict[int, list[TokenLogprobs | None]] = {n: [] for n in range(len(requests))}
@@ -234,7 +237,8 @@ class InProcessAhead:
                     known = core.reopened_tokens(scheduled.sequence_id)
                     assert known is not None
                     sampling = requests[scheduled.sequence_id].sampling
-                    message = RequestOpened(scheduled.sequence_id, known, sampling)
+                    rotary_len = core.rotary_len(scheduled.sequence_id)
+                    message = RequestOpened(scheduled.sequence_id, known, sampling, rotary_len)
                     for engine in self.engines:
                         engine.open(message)
         self.steps.append(step)
@@ -321,9 +325,11 @@ def _host_logprobs(launched: LaunchedStep) -> tuple[TokenLogprobs | None, ...] |
 # ---- the oracle ----------------------------------------------------------------------------------
 
 
-def plain_outcomes(model: TinyModel, requests: Sequence[Request]) -> list[Outcome]:
+def plain_outcomes(
+    model: TinyModel, requests: Sequence[Request], *, num_pages: int = 60
+) -> list[Outcome]:
     """What the awaiting scheduler and executor make of the requests, on one stage."""
-    plan = ahead_plan(1)
+    plan = ahead_plan(1, num_pages=num_pages)
     stage = build_stage(model, plan, 0, SdpaAttention())
     cache = stage._binding.cache
     assert cache is not None
@@ -336,16 +342,21 @@ def plain_outcomes(model: TinyModel, requests: Sequence[Request]) -> list[Outcom
         page_size=PAGE_SIZE,
         max_context_tokens=MAX_TOKENS,
         eos_token_ids=(EOS,),
+        restart_tokens=read_spec(model.folder).rotary.restart_tokens,
     )
     table = SequenceTable()
     outcomes: dict[int, Outcome] = {}
     logprobs: dict[int, list[TokenLogprobs | None]] = {n: [] for n in range(len(requests))}
     for number, request in enumerate(requests):
         core.add(request)
-        table.open(RequestOpened(number, request.prompt_ids, request.sampling))
+        rotary_len = core.rotary_len(number)
+        table.open(RequestOpened(number, request.prompt_ids, request.sampling, rotary_len))
     while not core.is_idle:
         step = core.next_step()
         assert step is not None
+        for scheduled in step.sequences:
+            if not scheduled.num_computed:
+                _reopen(core, table, requests, scheduled.sequence_id)
         output = executor.run(
             PreparedStep(
                 step, table.place(step), table.input_ids(step), table.sample_rows(step), ()
@@ -364,6 +375,16 @@ def plain_outcomes(model: TinyModel, requests: Sequence[Request]) -> list[Outcom
                     instruction.token_ids, instruction.reason, logprobs[number]
                 )
     return [outcomes[number] for number in range(len(requests))]
+
+
+def _reopen(
+    core: SchedulerCore, table: SequenceTable, requests: Sequence[Request], number: int
+) -> None:
+    """As the runner tells of a sequence that starts over."""
+    known = core.reopened_tokens(number)
+    if known is not None:
+        rotary_len = core.rotary_len(number)
+        table.open(RequestOpened(number, known, requests[number].sampling, rotary_len))
 
 
 def make_requests(

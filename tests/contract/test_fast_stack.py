@@ -74,7 +74,7 @@ def finished_stage(
         split(2)[number],
         dtype=dtype,
         backend=backend or SdpaAttention(),
-        max_context_tokens=32,
+        max_sequence_tokens=32,
     )
     fill(stage, folder, device)
     heads = config.num_attention_heads
@@ -125,7 +125,7 @@ def test_plain_stages_decode_from_tensors_alone_too(
     heads = config.num_attention_heads
     for plan in split(2):
         stage = build_stage_model(
-            folder, plan, dtype=torch.float32, backend=SdpaAttention(), max_context_tokens=32
+            folder, plan, dtype=torch.float32, backend=SdpaAttention(), max_sequence_tokens=32
         )
         fill(stage, folder)
         pages = step_cache(
@@ -190,7 +190,7 @@ def test_other_mathematics_are_left_to_transformers(tiny: Callable[[str], TinyMo
             split(1)[0],
             dtype=torch.float32,
             backend=SdpaAttention(),
-            max_context_tokens=32,
+            max_sequence_tokens=32,
         )
         fill(stage, tiny(family).folder)
         problem = fast_stack.obstacle(stage.module, [], 16)
@@ -202,13 +202,12 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
 ) -> None:
     """A model made for 128k tokens would have tables of 64 MB, for prompts of a few hundred."""
     folder = tiny("llama").folder
-    for longest, length in ((12, 12), (None, 32)):
+    for longest in (12, 32):
         stage = build_stage_model(
             folder,
             split(1)[0],
             dtype=torch.float32,
             backend=SdpaAttention(),
-            max_context_tokens=32,
             max_sequence_tokens=longest,
         )
         fill(stage, folder)
@@ -218,8 +217,10 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
             operations=torch_operations(),
         )
         assert stage._fast is not None
-        assert stage._fast._cos_PD.shape[0] == length
-        assert stage._fast._sin_PD.shape[0] == length
+        cos_TD, sin_TD = stage._fast._rotary(torch.tensor([0, longest - 1]))
+        assert cos_TD.shape == sin_TD.shape == (2, 12)
+        with pytest.raises(IndexError):
+            stage._fast._rotary(torch.tensor([longest]))
 
 
 def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:
@@ -241,7 +242,7 @@ def test_plain_weights_are_freed_layer_by_layer(
     folder = tiny("llama").folder
     config = AutoConfig.from_pretrained(folder)
     stage = build_stage_model(
-        folder, split(1)[0], dtype=torch.float32, backend=SdpaAttention(), max_context_tokens=32
+        folder, split(1)[0], dtype=torch.float32, backend=SdpaAttention(), max_sequence_tokens=32
     )
     fill(stage, folder)
     merged = [

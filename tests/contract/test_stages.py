@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from mpipipe.errors import ConfigError, NumericsError, UnsupportedModelError
+from mpipipe.errors import NumericsError, UnsupportedModelError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models import families, packed_linear, verification
@@ -53,7 +53,7 @@ def build(folder: Path, num_stages: int = 1, stage: int = 0) -> StageModel:
         split(num_stages)[stage],
         dtype=torch.float32,
         backend=SdpaAttention(),
-        max_context_tokens=32,
+        max_sequence_tokens=32,
     )
 
 
@@ -243,26 +243,6 @@ def test_without_the_kernel_linears_stay_plain(
     assert not any(isinstance(module, PackedLinear) for module in stage.module.modules())
 
 
-# --- rotary embeddings that look at the batch -------------------------------------------------
-
-
-def test_longrope_uses_its_long_factors_when_the_run_is_longer_than_the_original_context(
-    tiny: Callable[[str], TinyModel],
-) -> None:
-    model = tiny("phi3-longrope")
-    long_prompt = tuple(3 + 7 * index % 90 for index in range(40))  # the original context is 32
-    stages = [load_stage(model.folder, plan, max_context_tokens=64) for plan in split(2)]
-    logits = InProcessPipeline(stages).step([(0, long_prompt, 0)])[0]
-    with torch.inference_mode():
-        expected = model.reference(torch.tensor([long_prompt])).logits[0, -1]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_dynamic_rope_beyond_its_context_is_refused(tiny: Callable[[str], TinyModel]) -> None:
-    with pytest.raises(ConfigError, match=r"memory\.max_context_tokens to at most 64"):
-        load_stage(tiny("llama-rope-dynamic").folder, split(1)[0], max_context_tokens=65)
-
-
 # --- what is refused --------------------------------------------------------------------------
 
 REFUSED = {
@@ -415,5 +395,5 @@ def test_a_plan_that_cuts_beyond_the_layers_is_our_bug(tiny: Callable[[str], Tin
             plan,
             dtype=torch.float32,
             backend=SdpaAttention(),
-            max_context_tokens=32,
+            max_sequence_tokens=32,
         )

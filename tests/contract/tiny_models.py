@@ -65,13 +65,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "llama-rope-dynamic": (
-        "LlamaConfig",
-        {
-            **_GATED,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-        },
-    ),
     "opt": (
         "OPTConfig",
         {**_COMMON, "ffn_dim": 80, "word_embed_proj_dim": 48},
@@ -127,19 +120,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi": ("PhiConfig", _GATED),
     "phi3": ("Phi3Config", {**_GATED, "sliding_window": 4}),
-    "phi3-longrope": (
-        "Phi3Config",
-        {
-            **_GATED,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-                "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
-            },
-            "original_max_position_embeddings": 32,
-        },
-    ),
     "olmo": ("OlmoConfig", {**_GATED, "clip_qkv": 1.0}),
     "olmo2": ("Olmo2Config", _GATED),
     "olmo3": ("Olmo3Config", {**_GATED, "sliding_window": 4}),
@@ -200,6 +180,136 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**_GATED, **_EXPERTS, "moe_intermediate_size": 40}),
 }
 
+ORIGINAL = 16  # tokens of the original context below
+_THETA = {"rope_theta": 10000.0}
+_LONG = {
+    "rope_type": "longrope",
+    **_THETA,
+    "original_max_position_embeddings": ORIGINAL,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5],
+}
+_DYNAMIC = {"rope_type": "dynamic", **_THETA, "factor": 4.0}
+_HEADS = {**_GATED, "head_dim": 16}
+_SHORT = {**_HEADS, "max_position_embeddings": ORIGINAL}  # a `dynamic` embedding's original context
+
+
+def _scaled(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_type": kind, **_THETA, "factor": 4.0, **settings}
+
+
+def _long(num_frequencies: int, **settings: Any) -> dict[str, Any]:
+    factors = {name: _LONG[name][:num_frequencies] for name in ("short_factor", "long_factor")}
+    return {**_LONG, **factors, **settings}
+
+
+# Models whose rotary embedding changes, or might, where a sequence outgrows ORIGINAL tokens.
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            **_GATED,
+            "rope_parameters": _long(6),
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "phi3-longrope-window": (
+        "Phi3Config",
+        {
+            **_GATED,
+            "sliding_window": 6,
+            "rope_parameters": _long(3, partial_rotary_factor=0.5),
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "phi3-default": ("Phi3Config", {**_GATED, "original_max_position_embeddings": ORIGINAL}),
+    "llama-longrope": ("LlamaConfig", {**_HEADS, "rope_parameters": _LONG}),
+    "llama-longrope-factor": (
+        "LlamaConfig",
+        {**_HEADS, "rope_parameters": {**_LONG, "factor": 8.0, "attention_factor": 1.3}},
+    ),
+    "qwen3-longrope": ("Qwen3Config", {**_HEADS, "rope_parameters": _LONG}),
+    "glm-longrope": (
+        "GlmConfig",
+        {**_HEADS, "rope_parameters": _long(4, partial_rotary_factor=0.5)},
+    ),
+    "cohere-longrope": ("CohereConfig", {**_GATED, "rope_parameters": _long(6)}),
+    "mixtral-longrope": ("MixtralConfig", {**_HEADS, **_EXPERTS, "rope_parameters": _LONG}),
+    "gemma3-longrope": (
+        "Gemma3TextConfig",
+        {
+            **_HEADS,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+            "rope_parameters": {
+                "full_attention": _LONG,
+                "sliding_attention": {"rope_type": "default", **_THETA},
+            },
+        },
+    ),
+    "gemma3-dynamic": (
+        "Gemma3TextConfig",
+        {
+            **_SHORT,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+            "rope_parameters": {
+                "full_attention": {**_DYNAMIC, "factor": 64.0},
+                "sliding_attention": {"rope_type": "linear", **_THETA, "factor": 2.0},
+            },
+        },
+    ),
+    "llama-dynamic": ("LlamaConfig", {**_SHORT, "rope_parameters": _DYNAMIC}),
+    "mistral-dynamic": (
+        "MistralConfig",
+        {**_SHORT, "sliding_window": 6, "rope_parameters": _DYNAMIC},
+    ),
+    "qwen2-dynamic": (
+        "Qwen2Config",
+        {**_GATED, "max_position_embeddings": ORIGINAL, "rope_parameters": _DYNAMIC},
+    ),
+    "gpt_neox-dynamic": (
+        "GPTNeoXConfig",
+        {
+            **_COMMON,
+            "intermediate_size": 80,
+            "max_position_embeddings": ORIGINAL,
+            "rope_parameters": {**_DYNAMIC, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "llama-yarn": (
+        "LlamaConfig",
+        {**_HEADS, "rope_parameters": _scaled("yarn", original_max_position_embeddings=ORIGINAL)},
+    ),
+    "llama-llama3": (
+        "LlamaConfig",
+        {
+            **_HEADS,
+            "rope_parameters": _scaled(
+                "llama3",
+                original_max_position_embeddings=ORIGINAL,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            ),
+        },
+    ),
+    "llama-linear": ("LlamaConfig", {**_SHORT, "rope_parameters": _scaled("linear")}),
+    "llama-proportional": (
+        "LlamaConfig",
+        {**_SHORT, "rope_parameters": _scaled("proportional", partial_rotary_factor=0.5)},
+    ),
+    "olmo3-yarn": (
+        "Olmo3Config",
+        {
+            **_HEADS,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+            "rope_parameters": _scaled("yarn", original_max_position_embeddings=ORIGINAL),
+        },
+    ),
+    "ministral3-long": ("Ministral3Config", {**_HEADS, "max_position_embeddings": 64}),
+}
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -207,6 +317,24 @@ class TinyModel:
 
     folder: Path
     reference: transformers.PreTrainedModel
+
+    def greedy_afresh(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """As `greedy`, by a model that has seen no longer prompt before.
+
+        transformers' `dynamic` rotary embedding keeps the frequencies of the longest.
+        """
+        kept = {
+            name: (dict(vars(module)), dict(module._buffers))
+            for name, module in self.reference.named_modules()
+            if "rope_type" in vars(module)
+        }
+        tokens = self.greedy(prompt, num_tokens)
+        for name, (attributes, buffers) in kept.items():
+            module = self.reference.get_submodule(name)
+            vars(module).clear()
+            vars(module).update(attributes)
+            vars(module)["_buffers"] = buffers
+        return tokens
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """transformers.generate, one prompt, no padding, no end."""
@@ -223,7 +351,7 @@ class TinyModel:
 
 def save_tiny(name: str, folder: Path) -> TinyModel:
     """A random model of the family `name`, saved to `folder`; the same every time."""
-    config_class, settings = FAMILIES[name]
+    config_class, settings = (FAMILIES | ROTARY)[name]
     config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(0)
     # "eager" is each family's written formula (sdpa of transformers 5.17 forgets Gemma 2's softcap)
@@ -269,7 +397,7 @@ def load_stage(
     form: str = "packed",
     operations: Operations | None = None,
     device: str = "cpu",
-    max_context_tokens: int = 32,
+    max_sequence_tokens: int = 64,
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file."""
     stage = build_stage_model(
@@ -277,7 +405,7 @@ def load_stage(
         plan,
         dtype=dtype,
         backend=backend or SdpaAttention(),
-        max_context_tokens=max_context_tokens,
+        max_sequence_tokens=max_sequence_tokens,
     )
     fill(stage, folder, device)
     stage.finish(cache or ContiguousKVCache(), form=form, operations=operations)
@@ -306,6 +434,7 @@ class InProcessPipeline:
         self.device = torch.device(device)
         self.next_page = 0
         self.pages: dict[int, list[int]] = {}
+        self.rotary_lens: dict[int, int] = {}  # by sequence, as in `RequestOpened`
         self.hidden: list[torch.Tensor] = []  # what went from stage to stage in the last step
 
     @torch.inference_mode()
@@ -321,9 +450,12 @@ class InProcessPipeline:
             while len(pages) * PAGE_SIZE < kv_len:
                 pages.append(self.next_page)
                 self.next_page += 1
-            entries.append((SequenceSpan(sequence_id, len(ids), len(new_ids), kv_len), pages))
+            begun = self.rotary_lens.get(sequence_id, kv_len)
+            span = SequenceSpan(sequence_id, len(ids), len(new_ids), kv_len, rotary_len=begun)
+            entries.append((span, pages))
             ids.extend(new_ids)
-        layout = build_layout(entries, PAGE_SIZE)
+        by_length = any(stage.rotary_by_length for stage in self.stages)
+        layout = build_layout(entries, PAGE_SIZE, rotary_by_length=by_length)
         if self.device.type != "cpu":
             layout = to_device(layout, self.device)
         last_rows = [span.query_start + span.query_len - 1 for span, _ in entries]
@@ -336,10 +468,18 @@ class InProcessPipeline:
         return self.hidden.pop()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        chunk: int,
+        restart_tokens: int = 0,
     ) -> list[list[int]]:
-        """Greedy: decodes first, then at most `chunk` tokens of each unfinished prompt."""
+        """Greedy: decodes first, then at most `chunk` tokens of each unfinished prompt.
+
+        A sequence that grows to `restart_tokens` starts over, as the schedulers let it.
+        """
         histories = [list(prompt) for prompt in prompts]
+        self.rotary_lens = {index: len(prompt) for index, prompt in enumerate(prompts)}
         computed = [0] * len(prompts)
         for number in self._rounds(histories, prompts, num_tokens):
             order = sorted(
@@ -360,6 +500,8 @@ class InProcessPipeline:
                 computed[index] += len(new_ids)
                 if computed[index] == len(histories[index]):
                     histories[index].append(int(logits[row].argmax()))
+                    if len(histories[index]) == restart_tokens:
+                        self.rotary_lens[index], computed[index] = restart_tokens, 0
         return [history[len(prompt) :] for history, prompt in zip(histories, prompts, strict=True)]
 
     @staticmethod
@@ -382,12 +524,13 @@ def paged_cache(
     device: str = "cpu",
     *,
     head_major: bool = False,
+    num_pages: int = 64,
 ) -> PagedKVCache:
     """Pages enough for the tests, in the shape that the model's configuration gives."""
     heads = config.num_attention_heads
     return PagedKVCache.allocate(
         num_layers=num_layers,
-        num_pages=64,
+        num_pages=num_pages,
         page_size=PAGE_SIZE,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

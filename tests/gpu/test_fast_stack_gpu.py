@@ -56,7 +56,7 @@ def finished(
         split(2)[number],
         dtype=dtype or model.dtype,
         backend=make_backend(attention) if device == "cuda" else SdpaAttention(),
-        max_context_tokens=64,
+        max_sequence_tokens=64,
     )
     fill(stage, model.folder, device)
     heads = config.num_attention_heads

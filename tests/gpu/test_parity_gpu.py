@@ -63,7 +63,7 @@ def pipeline_of(model: SizedModel, backend: str, num_stages: int) -> InProcessPi
                 dtype=model.dtype,
                 form="auto",
                 device="cuda",
-                max_context_tokens=64,
+                max_sequence_tokens=64,
             )
         )
     return InProcessPipeline(stages, "cuda")

@@ -55,7 +55,12 @@ class AheadCase:
             max_context_tokens=case.max_context_tokens,
             laps_ahead=self.laps_ahead,
         )
-        return AheadCore(limits, eos_token_ids=(EOS,), prefill="mixed" if self.mixed else "phases")
+        return AheadCore(
+            limits,
+            eos_token_ids=(EOS,),
+            prefill="mixed" if self.mixed else "phases",
+            restart_tokens=case.restart_tokens,
+        )
 
     def expected(self, request: Request) -> tuple[list[int], FinishReason]:
         tokens, reason = alone(self.case, request)
@@ -86,7 +91,9 @@ class Stage:
     """What a stage does: seats, batches by deltas, page tables, and the contents of the pages."""
 
     case: Case
-    memory: list[tuple[int, int] | None] = field(default_factory=list)  # (sequence, token)
+    # (sequence, token, rotary length)
+    memory: list[tuple[int, int, int] | None] = field(default_factory=list)
+    rotary_lens: dict[int, int] = field(default_factory=dict)
     sampling: dict[int, SamplingParams] = field(default_factory=dict)
     histories: dict[int, list[int]] = field(default_factory=dict)  # with all that is sampled
     computed: dict[int, int] = field(default_factory=dict)
@@ -101,6 +108,7 @@ class Stage:
                     assert tuple(self.histories[sequence_id]) == message.prompt_ids
                 self.sampling[sequence_id] = message.sampling
                 self.histories[sequence_id] = list(message.prompt_ids)
+                self.rotary_lens[sequence_id] = message.rotary_len
                 self.computed[sequence_id], self.tables[sequence_id] = 0, []
                 places = self.case.num_slots * self.case.max_sequences_per_slot
                 assert len(self.histories) <= 2 * places, "two seats a place"
@@ -139,11 +147,16 @@ class Stage:
         # The last of the writes may not have spoilt what another row reads.
         return tuple(self.sample(sequence_id) for sequence_id in rows)
 
+    def rotary_len(self, sequence_id: int) -> int:
+        request = self.case.requests[sequence_id]  # they are added in order
+        return self.case.rotary_len(request, len(self.histories[sequence_id]))
+
     def compute(self, sequence_id: int) -> None:
         table, position = self.tables[sequence_id], self.computed[sequence_id]
         token = self.histories[sequence_id][position]
         size = self.case.page_size
-        self.memory[table[position // size] * size + position % size] = (sequence_id, token)
+        cell = sequence_id, token, self.rotary_lens[sequence_id]
+        self.memory[table[position // size] * size + position % size] = cell
         self.computed[sequence_id] = position + 1
 
     def sample(self, sequence_id: int) -> int:
@@ -152,7 +165,9 @@ class Stage:
         assert self.computed[sequence_id] == len(history), "all known tokens are computed"
         assert len(table) == -(-len(history) // size), "exactly the pages needed"
         cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
-        assert cached == [(sequence_id, token) for token in history], "a page was overwritten"
+        begun = self.rotary_len(sequence_id)
+        wanted = [(sequence_id, token, begun) for token in history]
+        assert cached == wanted, "a page was overwritten, or should have been"
         token = next_token(history, self.sampling[sequence_id].seed)
         history.append(token)
         return token
@@ -272,7 +287,8 @@ class AheadSimulation:
             assert reopened is not None
             token_ids = reopened
         self.opened.add(sequence_id)
-        self.messages.append(RequestOpened(sequence_id, token_ids, request.sampling))
+        rotary_len = self.core.rotary_len(sequence_id)
+        self.messages.append(RequestOpened(sequence_id, token_ids, request.sampling, rotary_len))
 
     def check_length(self, sequence_id: int, num_pending: int) -> None:
         request, case = self.requests[sequence_id], self.ahead.case
@@ -377,8 +393,9 @@ def test_cancelled_requests_end_once_and_the_others_are_not_touched(
             assert (got, outcome.reasons[request.request_id]) == (tokens, reason)
 
 
+@pytest.mark.parametrize("restart_tokens", [0, 7, 15])
 @pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
-def test_the_cases_reach_heavy_preemption(mixed: bool) -> None:
+def test_the_cases_reach_heavy_preemption(mixed: bool, restart_tokens: int) -> None:
     requests = tuple(
         Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
         for i in range(12)
@@ -392,6 +409,7 @@ def test_the_cases_reach_heavy_preemption(mixed: bool) -> None:
         max_context_tokens=60,
         requests=requests,
         seed=1,
+        restart_tokens=restart_tokens,
     )
     outcome = AheadSimulation(AheadCase(case, laps_ahead=1, mixed=mixed)).run()
     assert outcome.statistics is not None

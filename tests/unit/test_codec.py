@@ -82,7 +82,7 @@ MESSAGES: tuple[Message, ...] = (
     BarrierReleased("warm-up"),
     Broadcast("plan", b"\x00\xff"),
     GatherPart("metrics", b""),
-    RequestOpened(3, (1, 2, 49151), SAMPLING),
+    RequestOpened(3, (1, 2, 49151), SAMPLING, 3),
     STEP,
     DecodeScheduled(300, 1, 3, (0, 2), (7,), (1, 2), (5, 70000), False),
     DecodeScheduled(301, 1, 3, (), (), (), (), True),
@@ -114,8 +114,8 @@ GOLDEN = (
     "9306a4706c616ec40200ff",
     "9307a76d657472696373c400",
     (
-        "940803930102cdbfff9b10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb3ff8"
-        "0000000000000992a20a0aa3454e449202cdc450c303"
+        "950803930102cdbfff9b10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb3ff8"
+        "0000000000000992a20a0aa3454e449202cdc450c30303"
     ),
     "95090701929503140190c3950400cd012c930506ce00011170c2c3",
     "9910cd012c010392000291079201029205ce00011170c2",

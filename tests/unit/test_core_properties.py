@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from random import Random
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,14 @@ class Case:
     requests: tuple[Request, ...]
     seed: int  # of arrivals and delays
     cancel: tuple[int, ...] = ()  # requests that are cancelled at a random moment
+    restart_tokens: int = 0  # known tokens with which a sequence starts over
+
+    def rotary_len(self, request: Request, num_tokens: int) -> int:
+        """What every page of a sequence of so many known tokens must have been written with."""
+        num_prompt_tokens = len(request.prompt_ids)
+        if num_prompt_tokens < self.restart_tokens <= num_tokens:
+            return self.restart_tokens
+        return num_prompt_tokens
 
     def core(self) -> SchedulerCore:
         return SchedulerCore(
@@ -52,6 +61,7 @@ class Case:
             page_size=self.page_size,
             max_context_tokens=self.max_context_tokens,
             eos_token_ids=(EOS,),
+            restart_tokens=self.restart_tokens,
         )
 
 
@@ -80,6 +90,7 @@ def cases(draw: st.DrawFn) -> Case:
         max_context_tokens=limit,
         requests=tuple(requests),
         seed=draw(st.integers(0, 2**16)),
+        restart_tokens=draw(st.sampled_from([0, 0, *range(2, 40, 3)])),
     )
 
 
@@ -88,7 +99,9 @@ class Stages:
     """What the stages know: page tables, token histories, and the contents of the pages."""
 
     case: Case
-    memory: list[int | None] = field(default_factory=list)
+    memory: list[tuple[int, int] | None] = field(default_factory=list)  # (token, rotary length)
+    rotary_lens: dict[int, int] = field(default_factory=dict)
+    reopened: dict[int, list[tuple[int, tuple[int, ...], int]]] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
     histories: dict[int, list[int]] = field(default_factory=dict)
@@ -97,10 +110,22 @@ class Stages:
         assert opened.sequence_id not in self.requests
         self.requests[opened.sequence_id] = opened.request
         self.histories[opened.sequence_id] = list(opened.request.prompt_ids)
+        self.rotary_lens[opened.sequence_id] = len(opened.request.prompt_ids)
+
+    def reopen(self, core: SchedulerCore, step: StepScheduled) -> None:
+        """Tell of the sequences that start over with `step`; they hear it when they run it."""
+        for sequence_id in (s.sequence_id for s in step.sequences if not s.num_computed):
+            known = core.reopened_tokens(sequence_id)
+            if known is not None:
+                message = sequence_id, known, core.rotary_len(sequence_id)
+                self.reopened.setdefault(step.step, []).append(message)
 
     def run(self, step: StepScheduled) -> tuple[int, ...]:
         """Write the step's tokens into their pages, then sample from what the pages hold."""
         size = self.case.page_size
+        for sequence_id, known, rotary_len in self.reopened.pop(step.step, ()):
+            assert self.histories[sequence_id] == list(known)
+            self.rotary_lens[sequence_id] = rotary_len
         for scheduled in step.sequences:
             if scheduled.num_computed == 0:
                 self.tables[scheduled.sequence_id] = []
@@ -112,7 +137,8 @@ class Stages:
             assert end <= len(history), "only known tokens are scheduled"
             assert scheduled.sample == (end == len(history))
             for position in range(scheduled.num_computed, end):
-                self.memory[table[position // size] * size + position % size] = history[position]
+                cell = history[position], self.rotary_lens[scheduled.sequence_id]
+                self.memory[table[position // size] * size + position % size] = cell
         ids = []
         for scheduled in step.sequences:
             if scheduled.sample:
@@ -120,8 +146,10 @@ class Stages:
                 history = self.histories[scheduled.sequence_id]
                 cells = [table[p // size] * size + p % size for p in range(len(history))]
                 cached = [self.memory[cell] for cell in cells]
-                assert cached == history, "a page was overwritten by another sequence"
                 request = self.requests[scheduled.sequence_id]
+                begun = self.case.rotary_len(request, len(history))
+                wanted = [(token, begun) for token in history]
+                assert cached == wanted, "a page was overwritten, or should have been"
                 ids.append(next_token(history, request.sampling.seed))
         return tuple(ids)
 
@@ -133,7 +161,7 @@ class Stages:
     def close(self, closed: Closed) -> None:
         for sequence_id in closed.sequence_ids:
             del self.requests[sequence_id]
-            del self.histories[sequence_id]
+            del self.histories[sequence_id], self.rotary_lens[sequence_id]
             self.tables.pop(sequence_id, None)
 
 
@@ -171,14 +199,14 @@ class Simulation:
                 stages.learn(step, ids)
                 self.obey(core.sampled(step.step, ids), stages)
             if random.random() < 0.8 or not flight:
-                self.dispatch(core, flight)
+                self.dispatch(core, flight, stages)
             self.check(core, flight, arrivals)
         assert core.is_idle, "no progress"
         assert not stages.requests, "every sequence is closed"
         self.outcome.statistics = core.statistics()
         return self.outcome
 
-    def dispatch(self, core: SchedulerCore, flight: deque[StepScheduled]) -> None:
+    def dispatch(self, core: SchedulerCore, flight: deque[StepScheduled], stages: Stages) -> None:
         while (step := core.next_step()) is not None:
             assert step.num_tokens <= self.case.max_tokens_per_step
             assert len(step.sequences) <= self.case.max_sequences_per_slot
@@ -189,6 +217,7 @@ class Simulation:
             awaited = {s.sequence_id for other in flight for s in other.sequences if s.sample}
             assert not awaited & {s.sequence_id for s in step.sequences}
             assert not any(other.slot == step.slot and other.num_sampled for other in flight)
+            stages.reopen(core, step)
             flight.append(step)
             self.outcome.steps.append(step)
 
@@ -278,7 +307,8 @@ def test_cancelled_requests_end_once_and_the_others_are_not_touched(
             assert (got, outcome.reasons[request.request_id]) == (tokens, reason)
 
 
-def test_the_cases_reach_heavy_preemption() -> None:
+@pytest.mark.parametrize("restart_tokens", [0, 7, 15])
+def test_the_cases_reach_heavy_preemption(restart_tokens: int) -> None:
     requests = tuple(
         Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
         for i in range(12)
@@ -292,6 +322,7 @@ def test_the_cases_reach_heavy_preemption() -> None:
         max_context_tokens=60,
         requests=requests,
         seed=1,
+        restart_tokens=restart_tokens,
     )
     outcome = Simulation(case).run()
     assert outcome.statistics is not None

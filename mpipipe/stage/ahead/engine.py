@@ -160,7 +160,11 @@ class AheadEngine:
         return hidden_in_BH.new_zeros(layout.num_tokens, hidden_in_BH.shape[1])
 
     def _on_device(self, placed: Sequence[tuple[SequenceSpan, Sequence[int]]]) -> BatchLayout:
-        layout = build_layout(placed, self._plan.page_size_tokens)
+        layout = build_layout(
+            placed,
+            self._plan.page_size_tokens,
+            rotary_by_length=self._model.rotary_by_length,
+        )
         lane = self._lane
         return to_device(layout, lane.device, lambda tensor: lane.upload(tensor.numpy()))
 

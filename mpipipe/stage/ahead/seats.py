@@ -48,6 +48,7 @@ class SeatTable:
         self.pages = np.zeros((num_seats, max_pages), dtype=np.int32)
         self.num_pages = np.zeros(num_seats, dtype=np.int32)
         self.num_computed = np.zeros(num_seats, dtype=np.int32)
+        self.rotary_len = np.zeros(num_seats, dtype=np.int32)  # as in `RequestOpened`
         self.sampled_in = np.full(num_seats, -1, dtype=np.int64)  # the latest step, of any kind
         self.num_logprobs = np.full(num_seats, -1, dtype=np.int32)
         self.columns = {
@@ -77,6 +78,7 @@ class SeatTable:
             self.columns[name][seat] = value
         self.num_pages[seat] = 0
         self.num_computed[seat] = 0
+        self.rotary_len[seat] = message.rotary_len
         return seat
 
     def seat(self, sequence_id: int) -> int:
@@ -115,7 +117,13 @@ class SeatTable:
             self.num_computed[seat] = end
             if scheduled.sample:
                 self.sampled_in[seat] = step.step
-            span = SequenceSpan(scheduled.sequence_id, start, scheduled.num_tokens, end)
+            span = SequenceSpan(
+                scheduled.sequence_id,
+                start,
+                scheduled.num_tokens,
+                end,
+                rotary_len=int(self.rotary_len[seat]),
+            )
             placed.append((span, self.pages[seat, : self.num_pages[seat]].tolist()))
             start += scheduled.num_tokens
         return placed
