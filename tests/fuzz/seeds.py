@@ -387,3 +387,5 @@ GENERATED = (
     b"\xfe\xfb\xfc\xf8\xfa\xfd\x82\xac ok \n" * 3,
     b"a\xfe" + b"\xf8" * 200 + b"\xfb\xf8\xfc\xf9",
 )
+
+TEXTS = ("  two  spaces, é 😀 漢字 <s> </s> <|im_end|>\n".encode(), b"the quick brown fox", b"")
