@@ -37,21 +37,26 @@ def prepare(folder: Path, *, num_prompts: int, seed: int, deadline_s: float) -> 
 def run_points(
     job: Job, folder: Path, kinds: Iterable[str], num_ranks: Iterable[int], seed: int
 ) -> Iterator[Point]:
-    """One point for each of `kinds`, in chains that are brought to their end; `num_ranks`: of each
-    chain in turn."""
+    """A point for each of `kinds`, in chains that are brought to their end.
+
+    The sizes in `num_ranks` take turns. A blow that came after the end is dealt again.
+    """
     right = reference(job, folder / "reference")
     rng, sizes = Random(f"chaos:{seed}"), cycle(num_ranks)
     left = list(kinds)
+    trials_left = 3 * len(left)
     chain = 0
-    while left:
+    while left and trials_left:
         chain, size, run = chain + 1, next(sizes), folder / f"chain_{chain + 1}"
-        code = None
-        for _ in range(_POINTS_OF_A_CHAIN):
+        code: int | None = None
+        for _ in range(min(_POINTS_OF_A_CHAIN, trials_left)):
             if not left or code == 0:
                 break
-            blow = draw(rng, left.pop(0), size, job.deadline_s)
-            point = attempt(job, run, chain, size, blow)
+            trials_left -= 1
+            point = attempt(job, run, chain, size, draw(rng, left[0], size, job.deadline_s))
             code = point.end.exit_code
+            if point.dealt:
+                del left[0]
             yield point
         if code != 0:
             yield attempt(job, run, chain, size, None)
@@ -89,7 +94,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=60)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--deadline-s", type=float, default=10.0)
     parser.add_argument("--report", help="a JSON line for each point is added to this file")
     parser.add_argument("--folder", help="keep model, runs and outputs in this new folder")

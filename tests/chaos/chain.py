@@ -44,10 +44,9 @@ class Job:
         """From the blow to the end of the last process."""
         if blow.kind == "pause":
             return _RUN_LIMIT_S  # it goes on
-        starts = blow.moment in ("boot", "loading")
-        return (
-            max(self.deadline_s, self.start_deadline_s) if starts else self.deadline_s
-        ) + self.spare_s
+        # Before the ranks have met there are no heartbeats, only the limit of MPI's start.
+        silence_s = self.start_deadline_s if blow.moment == "boot" else self.deadline_s
+        return silence_s + self.spare_s
 
 
 @dataclass(frozen=True, slots=True)
