@@ -205,7 +205,8 @@ def _faults(job: Job, folder: Path, blow: Blow | None, end: End, started: float)
 
 def final_faults(job: Job, folder: Path, right: Mapping[str, Sequence[int]]) -> list[str]:
     """What is wrong with the files of a finished chain."""
-    faults = completions_faults((folder / "completions.jsonl").read_bytes(), right)
+    path = folder / "completions.jsonl"
+    faults = completions_faults(path.read_bytes() if path.exists() else b"", right)
     state = _state(folder, 0.0)
     if state != "done":
         faults.append(f"status.json says {state} when all is done")
