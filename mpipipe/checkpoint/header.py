@@ -16,6 +16,7 @@ __all__ = ["ITEM_BYTES", "TensorEntry", "read_header"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _LENGTH_BYTES = 8
+_MAX_NUMBER = 2**63 - 1  # of an offset or a size
 
 # safetensors' name -> (torch's name, bytes per element)
 _DTYPES = {
@@ -93,8 +94,10 @@ def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
     begin, end = described["data_offsets"]
     shape = tuple(described["shape"])
     numbers = (begin, end, *shape)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers):
         raise ValueError("a shape or offset is not a whole number")
+    if begin > end:
+        raise ValueError(f"a tensor from {begin} to {end}")
     dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")

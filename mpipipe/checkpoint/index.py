@@ -15,6 +15,7 @@ file and its length follows from dtype and shape.
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
     if strange:
         raise CheckpointError(f"{listing} names {strange[0]!r} as a shard: expected a file name")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not _is_there(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of the {len(shards)} weight files that {listing.name} lists are not "
@@ -122,6 +123,13 @@ def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
             "was copied in part: copy the missing files"
         )
     return {name: folder / shard for name, shard in weight_map.items()}
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_file_name(shard: object) -> bool:
@@ -148,6 +156,10 @@ def _require_whole_archive(path: Path) -> None:
         raise CheckpointError(
             f"{path} is cut off: it has {size:,} bytes and the directory that stands at the end of "
             "every .bin file is missing; copy the file again"
+        ) from error
+    except (NotImplementedError, ValueError, struct.error) as error:  # zipfile's, for odd entries
+        raise CheckpointError(
+            f"{path} is broken: its directory cannot be read ({error}); copy it again"
         ) from error
     if end == 0 or end > size:
         raise CheckpointError(f"{path} is broken: its directory does not fit it; copy it again")

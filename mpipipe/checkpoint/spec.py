@@ -67,6 +67,7 @@ class ModelSpec:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_MAX_SIZE = 2**31 - 1  # of a dimension, and of a token's id
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -123,7 +124,7 @@ def read_spec(folder: Path) -> ModelSpec:
         or 4 * hidden_size,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(config, sizes, num_heads),
-        head_dim=_positive(config.get("head_dim")) or hidden_size // num_heads,
+        head_dim=_head_dim(config, hidden_size, num_heads),
         vocab_size=sizes.need("vocab_size"),
         max_context_tokens=sizes.need("max_context_tokens"),
         tied_embeddings=_tied(outer, inner, model_type),
@@ -170,8 +171,17 @@ class _Sizes:
 
 
 def _positive(value: object) -> int | None:
-    is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if is_size and isinstance(value, int) else None
+    return value if type(value) is int and 0 < value <= _MAX_SIZE else None
+
+
+def _head_dim(config: Mapping[str, object], hidden_size: int, num_heads: int) -> int:
+    size = _positive(config.get("head_dim")) or hidden_size // num_heads
+    if size == 0:
+        raise CheckpointError(
+            f"config.json says {num_heads} attention heads for a hidden size of {hidden_size}: "
+            "one of them is wrong; copy the file again"
+        )
+    return size
 
 
 def _require_decoder(outer: Mapping[str, object], config: Mapping[str, object]) -> None:
@@ -252,7 +262,7 @@ def _eos_token_ids(folder: Path, config: Mapping[str, object]) -> tuple[int, ...
     for source in (generation, config):
         value = source.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
-        found = tuple(n for n in ids if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
+        found = tuple(n for n in ids if type(n) is int and 0 <= n <= _MAX_SIZE)
         if found:
             return found
     return ()

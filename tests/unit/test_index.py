@@ -143,6 +143,9 @@ def test_a_stand_in_for_a_file_is_told_from_it(
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, 8),
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8),
         ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}, 8),
+        ({"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}, 8),
+        ({"a": {"dtype": "F4", "shape": [8], "data_offsets": [9, 4]}}, 4),
+        ({"a": {"dtype": "F4", "shape": [8], "data_offsets": [2**63, 2**63 + 4]}}, 4),
         ({"a": 3}, 0),
     ],
 )
@@ -169,12 +172,34 @@ def test_a_cut_off_bin_file_is_found_without_torch(tmp_path: Path, kept: int) ->
 
 
 @pytest.mark.parametrize(
+    "changes",  # offset in the directory's first entry → byte
+    [
+        {6: 0x7F},  # the version that is needed to read it
+        {9: 0x08, 46: 0x80},  # its name is said to be UTF-8
+    ],
+)
+def test_a_bin_file_whose_directory_is_damaged_is_broken(
+    tmp_path: Path, changes: dict[int, int]
+) -> None:
+    path = archive(tmp_path / "pytorch_model.bin")
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    for offset, byte in changes.items():
+        content[directory + offset] = byte
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is broken"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("listing", "words"),
     [
         ({"metadata": {}}, "no weight_map"),
         ({"weight_map": {}}, "no weight_map"),
         ({"weight_map": {"a": "../elsewhere.safetensors"}}, "expected a file name"),
         ({"weight_map": {"a": 3}}, "expected a file name"),
+        ({"weight_map": {"a": "x" * 300}}, "1 of the 1 weight files"),
+        ({"weight_map": {"a": "x\0"}}, "1 of the 1 weight files"),
     ],
 )
 def test_a_broken_index_is_named(tmp_path: Path, listing: object, words: str) -> None:

@@ -224,6 +224,8 @@ def test_an_unstated_dtype_is_that_of_the_safetensors_file(tmp_path: Path) -> No
         ({"torch_dtype": "float8_e4m3fn"}, UnsupportedModelError, "float8_e4m3fn"),
         ({"num_attention_heads": [4, 8]}, UnsupportedModelError, "num_attention_heads"),
         ({"num_hidden_layers": 0}, UnsupportedModelError, "num_hidden_layers"),
+        ({"vocab_size": 2**40}, UnsupportedModelError, "vocab_size"),
+        ({"num_attention_heads": 5000}, CheckpointError, "5000 attention heads"),
         ({"num_hidden_layers": "absent"}, CheckpointError, "num_hidden_layers or n_layer"),
         ({"model_type": "absent"}, CheckpointError, "model_type"),
         ({"vocab_size": "absent"}, CheckpointError, "vocab_size"),
