@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.errors import EnvironmentSetupError, PromptError
 from mpipipe.models.chat import ChatTemplates, Message
 from mpipipe.models.foreign import foreign_code

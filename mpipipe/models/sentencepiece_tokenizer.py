@@ -17,7 +17,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import ChatTemplates, Message
 from mpipipe.models.chat_renderer import ChatRenderer

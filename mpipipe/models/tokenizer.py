@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import (
     ChatTemplates,
