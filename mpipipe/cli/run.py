@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mpipipe.clock import MonotonicClock
-from mpipipe.errors import EXIT_REQUEUE, MpipipeError
+from mpipipe.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
 from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals
 from mpipipe.topology.launcher import detect
 
@@ -48,10 +48,10 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
                 )
                 return runner.run(job)
     except MpipipeError as error:
-        if error.exit_code == EXIT_REQUEUE and not debug:  # no error: somebody wanted it
+        if error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED} and not debug:  # it was wanted
             if detect(os.environ).rank in (None, 0):
                 print(f"mpipipe: {error}", file=sys.stderr, flush=True)
-            return EXIT_REQUEUE
+            return error.exit_code
         if detect(os.environ).rank in (None, 0) or debug:
             raise
         return error.exit_code

@@ -1,6 +1,6 @@
 """`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports.
 
-A run that is told to stop (`stopping`) ends with exit code 75, its files whole; with
+A run that is told to stop (`stopping`) ends with exit code 75 or 130, its files whole; with
 `output.resume` a later one goes on from them (`resume`).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.config.load import load_config
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, EXIT_REQUEUE
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
 from mpipipe.planning.layout import stage_order
@@ -212,7 +212,7 @@ def _report(job: _Job, summary: RunSummary) -> int:
     num_failed = requests.num_failed + job.claim.earlier.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
     if requests.num_unfinished:
-        exit_code = EXIT_REQUEUE
+        exit_code = job.ranks.stop.exit_code
         job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
     job.progress.write(state, exit_code=exit_code, num_unfinished=requests.num_unfinished)

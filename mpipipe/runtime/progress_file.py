@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError
+from mpipipe.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError, OutputError
 from mpipipe.runtime.output import write_whole
 from mpipipe.topology.slurm import read_job
 
@@ -83,7 +83,7 @@ class ProgressFile:
         if self.state in {RunState.DONE, RunState.STOPPED}:
             return
         if isinstance(error, MpipipeError):
-            stopped, text = error.exit_code == EXIT_REQUEUE, str(error)
+            stopped, text = error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}, str(error)
         elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
             stopped, text = False, "interrupted"
         else:
