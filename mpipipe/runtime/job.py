@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import aclosing, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,13 @@ from mpipipe.runtime.launch import Ranks, in_phase, open_ranks
 from mpipipe.runtime.manifest import build_manifest
 from mpipipe.runtime.output import CompletionWriter, merge, write_json
 from mpipipe.runtime.progress_file import UPDATE_INTERVAL_S, ProgressFile, RunState
+from mpipipe.runtime.rank_page import RankPage, RankPhase
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from mpipipe.clock import Clock
@@ -77,6 +78,7 @@ class _Job:
     view: JobView
     marks: _Marks
     progress: ProgressFile
+    page: RankPage | None
 
 
 async def run_job(
@@ -87,9 +89,12 @@ async def run_job(
     *,
     started_s: float,
     stop: StopSwitch | None = None,
+    page: RankPage | None = None,
     debug: bool,
 ) -> int:
     """Complete the configured prompts; returns the exit code, the same on every rank.
+
+    `page` is kept up to date for this rank's supervisor, if it has one.
 
     Raises:
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
@@ -103,12 +108,15 @@ async def run_job(
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         claimed = await claim(ranks, loaded, model, lines, hellos)
         rank = ranks.mesh.rank
+        stage = stage_order(hellos).index(rank)
+        if page is not None:
+            page.opened(claimed.folder, stage)
         log = open_log(
             claimed.folder / f"rank_{rank}.log",
             rank=rank,
             host=host_name(),
             level=loaded.config.log.level,
-            stage=stage_order(hellos).index(rank),
+            stage=stage,
         )
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
@@ -117,7 +125,7 @@ async def run_job(
         ranks.last_words.extend((progress.failed, lambda _: claimed.close()))
         with closing(log):
             log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-            job = _Job(ranks, loaded, claimed, log, view, marks, progress)
+            job = _Job(ranks, loaded, claimed, log, view, marks, progress, page)
             exit_code = await _do(job, hellos, model)
         claimed.close()
         return exit_code
@@ -156,8 +164,28 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
             job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
             session.stop()
 
-        async with watch_for_stop(ranks, stop):
+        async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
             return await _run(job, session, prompts)
+
+
+@asynccontextmanager
+async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[None]:
+    """While inside, the supervisor learns of this rank's steps, a moment late."""
+
+    async def tell(page: RankPage) -> None:
+        while True:
+            page.step = session.num_steps
+            await asyncio.sleep(_PROGRESS_INTERVAL_S)
+
+    if page is None:
+        yield
+        return
+    page.phase = RankPhase.RUNNING
+    telling = session.ranks.tasks.create_task(tell(page), name="steps told")
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 def _tell_what_is_left(job: _Job) -> None:

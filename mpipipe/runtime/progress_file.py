@@ -21,7 +21,7 @@ from mpipipe.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError, OutputE
 from mpipipe.runtime.output import write_whole
 from mpipipe.topology.slurm import read_job
 
-__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState"]
+__all__ = ["STATUS_FILE", "UPDATE_INTERVAL_S", "ProgressFile", "RunState", "tell_end"]
 
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
@@ -38,6 +38,9 @@ class RunState(str, enum.Enum):
     DONE = "done"  # every prompt has its record
     STOPPED = "stopped"  # it can go on later
     FAILED = "failed"
+
+
+_ENDED = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
 
 
 class ProgressFile:
@@ -99,3 +102,14 @@ class ProgressFile:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
+
+
+def tell_end(folder: Path, state: RunState, error: str) -> None:
+    """Tell how the run in `folder` ended, for ranks that cannot any more; an end told stays."""
+    path = folder / STATUS_FILE
+    with contextlib.suppress(OSError, ValueError, OutputError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("state") not in _ENDED:
+            values.update(state=state.value, error=error, updated_at=_iso(datetime.now(UTC)))
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            write_whole(path, text.encode(), durable=False)
