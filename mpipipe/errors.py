@@ -32,6 +32,7 @@ __all__ = [
     "ProtocolMismatchError",
     "RemoteError",
     "SettingError",
+    "StoppedByUserError",
     "StoppedError",
     "UnsupportedModelError",
 ]
@@ -44,7 +45,7 @@ EXIT_PROMPTS = 4  # the run finished, but at least one prompt became an error re
 EXIT_ENVIRONMENT = 5  # MPI, ranks, memory, devices
 EXIT_PEER_LOST = 6  # a rank died, hung or raised during the run
 EXIT_REQUEUE = 75  # told to stop (SIGTERM, SIGUSR1): stopped cleanly, start it again to go on
-EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_INTERRUPTED = 130  # Ctrl-C: stopped cleanly too, but nothing starts it again by itself
 
 
 class MpipipeError(Exception):
@@ -140,6 +141,12 @@ class StoppedError(MpipipeError):
     """The run was told to stop: nothing is wrong, and it can go on later."""
 
     exit_code = EXIT_REQUEUE
+
+
+class StoppedByUserError(StoppedError):
+    """The same by Ctrl-C: nothing starts it again by itself."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class ChannelClosedError(MpipipeError):

@@ -13,8 +13,10 @@ import time
 from typing import TYPE_CHECKING
 
 from mpipipe.clock import MonotonicClock
-from mpipipe.errors import EXIT_REQUEUE, MpipipeError
+from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
+from mpipipe.runtime.rank_page import open_rank_page
 from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals
+from mpipipe.runtime.supervisor import supervise, watch_supervisor
 from mpipipe.topology.launcher import detect
 
 if TYPE_CHECKING:
@@ -25,16 +27,20 @@ __all__ = ["run_command"]
 
 
 def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bool) -> int:
-    """Run the job on this rank; returns its exit code.
+    """Run the job on this rank, under a supervisor if a launcher started it; the exit code.
 
     Raises:
         MpipipeError: on the head, to be shown once; other ranks return its exit code silently.
     """
     clock = MonotonicClock()
     started_s = clock.now_s() - time.process_time()  # imports so far are part of the boot
-    stop = StopSwitch()
+    info, page, stop = detect(os.environ), open_rank_page(), StopSwitch()
+    watch = None
+    if info.mpi_expected:
+        watch = watch_supervisor(supervise(info, page), page, stop)
+    exit_code = EXIT_BUG
     try:
-        with stop_signals(stop):
+        with stop_signals(stop, watch):
             keep_wall_time(stop, os.environ)
             # A stop so far is told when all ranks have met: they end together, in order.
             from mpipipe.cli.run_view import TerminalView
@@ -44,14 +50,24 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             view = TerminalView(show=show)
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 job = run_job(
-                    config, overrides, view, clock, started_s=started_s, stop=stop, debug=debug
+                    config,
+                    overrides,
+                    view,
+                    clock,
+                    started_s=started_s,
+                    stop=stop,
+                    page=page,
+                    debug=debug,
                 )
-                return runner.run(job)
+                exit_code = runner.run(job)
     except MpipipeError as error:
-        if error.exit_code == EXIT_REQUEUE and not debug:  # no error: somebody wanted it
-            if detect(os.environ).rank in (None, 0):
-                print(f"mpipipe: {error}", file=sys.stderr, flush=True)
-            return EXIT_REQUEUE
-        if detect(os.environ).rank in (None, 0) or debug:
+        exit_code = error.exit_code
+        if debug:
             raise
-        return error.exit_code
+        if info.rank in (None, 0):
+            if exit_code not in {EXIT_REQUEUE, EXIT_INTERRUPTED}:
+                raise
+            print(f"mpipipe: {error}", file=sys.stderr, flush=True)  # no error: it was wanted
+    finally:
+        page.ended(exit_code)
+    return exit_code

@@ -249,7 +249,7 @@ class MpiChannel:
         sys.stderr.flush()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(_ABORT_LIMIT_S)
+        signal.alarm(_ABORT_LIMIT_S)  # from any thread: a second signal may be taken in its own
         try:
             if not MPI.Is_finalized():
                 MPI.COMM_WORLD.Abort(exit_code)

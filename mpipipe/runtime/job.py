@@ -1,6 +1,6 @@
 """`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports.
 
-A run that is told to stop (`stopping`) ends with exit code 75, its files whole; with
+A run that is told to stop (`stopping`) ends with exit code 75 or 130, its files whole; with
 `output.resume` a later one goes on from them (`resume`).
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import PipelineConfig
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, EXIT_REQUEUE
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
 from mpipipe.planning.layout import stage_order
@@ -31,12 +31,13 @@ from mpipipe.runtime.progress_file import (
     RunState,
     fail_for_lost_head,
 )
+from mpipipe.runtime.rank_page import RankPage, RankPhase
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
 
     from mpipipe.clock import Clock
@@ -84,6 +85,7 @@ class _Job:
     view: JobView
     marks: _Marks
     progress: ProgressFile
+    page: RankPage | None
 
 
 async def run_job(
@@ -94,9 +96,12 @@ async def run_job(
     *,
     started_s: float,
     stop: StopSwitch | None = None,
+    page: RankPage | None = None,
     debug: bool,
 ) -> int:
     """Complete the configured prompts; returns the exit code, the same on every rank.
+
+    `page` is kept up to date for this rank's supervisor, if it has one.
 
     Raises:
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
@@ -112,13 +117,15 @@ async def run_job(
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         claimed = await claim(ranks, loaded, model, lines, hellos)
         rank = ranks.mesh.rank
-        ranks.vitals.stage = stage_order(hellos).index(rank)
+        stage = ranks.vitals.stage = stage_order(hellos).index(rank)
+        if page is not None:
+            page.opened(claimed.folder, stage)
         log = open_log(
             claimed.folder / f"rank_{rank}.log",
             rank=rank,
             host=host_name(),
             level=loaded.config.log.level,
-            stage=ranks.vitals.stage,
+            stage=stage,
         )
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
@@ -134,7 +141,7 @@ async def run_job(
 
         ranks.last_words.append(end_early)
         log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-        job = _Job(ranks, loaded, claimed, log, view, marks, progress)
+        job = _Job(ranks, loaded, claimed, log, view, marks, progress, page)
         exit_code = await _do(job, hellos, model)
         log.close()
         claimed.close()
@@ -171,7 +178,7 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
             job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
             session.stop()
 
-        async with watch_for_stop(ranks, stop):
+        async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
             return await _run(job, session, prompts)
 
 
@@ -201,6 +208,24 @@ def _merge(job: _Job, written: Mapping[str, int]) -> None:
 def _warn(job: _Job, message: str) -> None:
     job.log.warning("journal", message=message)
     job.view.warned(message)
+@asynccontextmanager
+async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[None]:
+    """While inside, the supervisor learns of this rank's steps, a moment late."""
+
+    async def tell(page: RankPage) -> None:
+        while True:
+            page.step = session.num_steps
+            await asyncio.sleep(_PROGRESS_INTERVAL_S)
+
+    if page is None:
+        yield
+        return
+    page.phase = RankPhase.RUNNING
+    telling = session.ranks.tasks.create_task(tell(page), name="steps told")
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 def _tell_what_is_left(job: _Job) -> None:
@@ -268,7 +293,7 @@ def _report(job: _Job, summary: RunSummary) -> int:
     num_failed = requests.num_failed + job.claim.earlier.records.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
     if requests.num_unfinished:
-        exit_code = EXIT_REQUEUE
+        exit_code = job.ranks.stop.exit_code
         job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
     job.progress.write(state, exit_code=exit_code, num_unfinished=requests.num_unfinished)

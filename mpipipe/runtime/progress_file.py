@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_REQUEUE, MpipipeError, OutputError, PeerLostError
+from mpipipe.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    MpipipeError,
+    OutputError,
+    PeerLostError,
+)
 from mpipipe.runtime.output import json_bytes, write_whole
 from mpipipe.topology.slurm import read_job
 
@@ -28,6 +34,7 @@ __all__ = [
     "RunState",
     "fail_for_lost_head",
     "sound_values",
+    "tell_end",
 ]
 
 STATUS_FILE = "status.json"
@@ -106,6 +113,7 @@ def sound_values(document: object) -> Mapping[str, Any]:
     if "updated_at" not in sound:
         sound.pop("state", None)
     return sound
+_ENDED = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
 
 
 class ProgressFile:
@@ -150,7 +158,7 @@ class ProgressFile:
         if self.state in {RunState.DONE, RunState.STOPPED}:
             return
         if isinstance(error, MpipipeError):
-            stopped, text = error.exit_code == EXIT_REQUEUE, str(error)
+            stopped, text = error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}, str(error)
         elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
             stopped, text = False, "interrupted"
         else:
@@ -168,14 +176,18 @@ def fail_for_lost_head(folder: Path, error: BaseException) -> None:
     """Tell in the head's place that its loss has ended the run, on the one rank that tells it."""
     if not isinstance(error, PeerLostError) or error.lost != 0 or error.told_by is not None:
         return
-    path = folder / STATUS_FILE
-    with contextlib.suppress(OSError, ValueError, OutputError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values.update(
-            state=RunState.FAILED.value, error=str(error), updated_at=_iso(datetime.now(UTC))
-        )
-        write_whole(path, json_bytes(values), durable=False)
+    tell_end(folder, RunState.FAILED, str(error))
 
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
+
+
+def tell_end(folder: Path, state: RunState, error: str) -> None:
+    """Tell how the run in `folder` ended, for ranks that cannot any more; an end told stays."""
+    path = folder / STATUS_FILE
+    with contextlib.suppress(OSError, ValueError, OutputError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("state") not in _ENDED:
+            values.update(state=state.value, error=error, updated_at=_iso(datetime.now(UTC)))
+            write_whole(path, json_bytes(values), durable=False)

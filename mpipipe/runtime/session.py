@@ -151,6 +151,11 @@ class Session:
         while await self._worker.serve():
             pass
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that this rank has finished so far."""
+        return self._account.num_steps
+
     def recent_steps(self) -> tuple[StepRecord, ...]:
         """The records of this rank's last steps, oldest first."""
         return self._account.recent()

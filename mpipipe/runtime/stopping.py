@@ -1,12 +1,15 @@
-"""Stopping in order: a signal, or the end of the job's wall time, ends the run with exit code 75.
+"""Stopping in order: a signal, or the end of the wall time, ends a run so that it can go on later.
 
-`StopSwitch` is this rank's: tripped once, never reset. `watch_for_stop` joins the switches of all
-ranks while steps run: whoever is tripped tells the head, the head tells everybody. Not here: what
-the scheduler does then (`scheduler.runner.Runner.stop`).
+`StopSwitch` is this rank's: tripped once, never reset, from any thread. `watch_for_stop` joins the
+switches of all ranks while steps run: a rank that is tripped tells the head, the head tells all.
+Not here: what the scheduler does then (`scheduler.runner.Runner.stop`), and the process that
+watches over this one (`runtime.supervisor`).
 
 Invariants: launchers forward a signal to all ranks, and some send it twice at once, so a second
 one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. The first one gives up a
-boot phase (`launch.in_phase`), and interrupts nothing else.
+boot phase (`launch.in_phase`), and interrupts nothing else. Signals are blocked in every thread and
+waited for in one: a library that replaces a handler (LLVM takes SIGUSR1 at the first Triton
+compilation) does not get them, and a long call into C does not delay them.
 """
 
 from __future__ import annotations
@@ -14,27 +17,44 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import StopRequested
-from mpipipe.errors import EXIT_REQUEUE, DeadlineError, PeerLostError, StoppedError
+from mpipipe.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    DeadlineError,
+    PeerLostError,
+    StoppedByUserError,
+    StoppedError,
+)
 from mpipipe.topology.command import Runner, run_child
 from mpipipe.topology.launcher import detect
 from mpipipe.topology.slurm import read_job, wall_time_left_s
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
     from types import FrameType
 
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.runtime.launch import Ranks
 
-__all__ = ["StopSwitch", "keep_wall_time", "stop_signals", "watch_for_stop"]
+__all__ = [
+    "StopSwitch",
+    "block_stop_signals",
+    "keep_wall_time",
+    "stop_exit_code",
+    "stop_signals",
+    "watch_for_stop",
+]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _SECOND_SIGNAL_S = 2.0
+_WATCH_INTERVAL_S = 1.0
 # Every rank's event loop is free while its stage computes, so an answer takes milliseconds. A rank
 # that says nothing for so long is gone: after `srun -K` the others have 30 s until SIGKILL.
 _ANSWER_LIMIT_S = 10.0
@@ -59,9 +79,10 @@ class StopSwitch:
     ) -> None:
         self._now_s = now_s
         self._ends_s = None if seconds_left is None else now_s() + seconds_left
+        self._first = threading.Lock()  # taken once, by what trips the switch first
         self._reason = ""
         self._tripped_s = 0.0
-        self._listener: Callable[[], None] | None = None
+        self._listeners: set[Callable[[], None]] = set()
         self.exit_now: Callable[[int], object] = os._exit
 
     @property
@@ -80,24 +101,27 @@ class StopSwitch:
         """Trip by itself so many seconds from now."""
         self._ends_s = self._now_s() + seconds
 
+    @property
+    def exit_code(self) -> int:
+        """Of a run that stops for `reason`."""
+        return stop_exit_code(self.reason)
+
     def trip(self, reason: str) -> None:
-        """Stop the run; only the first reason counts."""
-        if self._reason:
-            return
-        self._reason = reason
-        self._tripped_s = self._now_s()
-        if self._listener is not None:
-            self._listener()
+        """Stop the run; only the first reason counts. From any thread."""
+        if self._first.acquire(blocking=False):
+            self._tripped_s = self._now_s()
+            self._reason = reason
+            for wake in tuple(self._listeners):
+                wake()
 
     def signalled(self, number: int) -> None:
-        """Take a signal; called between two steps of the interpreter, in the main thread."""
+        """Take a signal, in any thread: the first stops the run, a later one ends it at once."""
         name = signal.Signals(number).name
-        if not self._reason:
-            self.trip(name)
-        elif self._now_s() - self._tripped_s >= _SECOND_SIGNAL_S:
-            # Not through sys.stderr, which this signal may have interrupted.
+        self.trip(name)
+        if self._reason and self._now_s() - self._tripped_s >= _SECOND_SIGNAL_S:
+            # Not through sys.stderr, which another thread may hold.
             os.write(2, f"mpipipe: {name} after {self._reason}: the job ends at once\n".encode())
-            self.exit_now(EXIT_REQUEUE)
+            self.exit_now(stop_exit_code(name))
 
     def check(self) -> None:
         """Go on, or not.
@@ -106,17 +130,19 @@ class StopSwitch:
             StoppedError: the switch is tripped.
         """
         if self.reason:
-            raise StoppedError(_sentence(self.reason))
+            kind = StoppedByUserError if self.exit_code == EXIT_INTERRUPTED else StoppedError
+            raise kind(_sentence(self.reason))
 
     async def tripped(self) -> str:
-        """Wait until the switch is tripped, by anybody or by time; returns the reason."""
+        """Wait until the switch is tripped, by a signal, a rank or time; returns the reason."""
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(woken.set)  # ends the loop's nap
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(woken.set)  # ends the loop's nap
 
-        self._listener = wake
+        self._listeners.add(wake)
         try:
             while not self.reason:
                 try:
@@ -126,7 +152,7 @@ class StopSwitch:
                     continue
             return self.reason
         finally:
-            self._listener = None
+            self._listeners.discard(wake)
 
 
 def keep_wall_time(switch: StopSwitch, environ: Mapping[str, str], run: Runner = run_child) -> None:
@@ -149,23 +175,57 @@ def _sentence(reason: str) -> str:
     )
 
 
-@contextmanager
-def stop_signals(switch: StopSwitch) -> Iterator[None]:
-    """Let SIGTERM, SIGUSR1 and SIGUSR2 trip `switch`; for a command's main thread, until it ends.
+def stop_exit_code(reason: str) -> int:
+    """Of a run that stops for `reason`, a signal's name first: 130 after Ctrl-C, else 75."""
+    return EXIT_INTERRUPTED if reason.startswith(signal.SIGINT.name) else EXIT_REQUEUE
 
-    Afterwards they are ignored: the exit code is decided, and `srun --kill-on-bad-exit` sends
-    SIGTERM to whoever is a moment later in leaving, whose end would then count as a kill.
+
+def block_stop_signals() -> AbstractSet[signal.Signals]:
+    """Keep the signals that stop a run from this thread and all that it starts; returns them.
+
+    SIGHUP is left alone where it is ignored: that is what nohup asks for.
     """
+    is_deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    taken = {number for number in _SIGNALS if number != signal.SIGHUP or not is_deaf}
+    signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+    return taken
 
-    def take(number: int, _: FrameType | None) -> None:
-        switch.signalled(number)
 
-    for number in _SIGNALS:
+@contextmanager
+def stop_signals(switch: StopSwitch, watch: Callable[[], object] | None = None) -> Iterator[None]:
+    """Let signals trip `switch`; for a command's main thread, until it ends.
+
+    Call it before any other thread is started. Afterwards the signals are ignored: the exit code
+    is decided, and `srun --kill-on-bad-exit` sends SIGTERM to ranks that are a moment later in
+    leaving, whose end would then count as a kill.
+
+    Args:
+        switch: what they trip.
+        watch: called every second in the thread that waits for signals.
+    """
+    ended = threading.Event()
+
+    def take(number: int, _: FrameType | None = None) -> None:
+        if not ended.is_set():
+            switch.signalled(number)
+
+    def wait() -> None:
+        while not ended.is_set():
+            taken = signal.sigtimedwait(numbers, _WATCH_INTERVAL_S)
+            if taken is not None:
+                take(taken.si_signo)
+            elif watch is not None:
+                watch()
+
+    numbers = block_stop_signals()
+    for number in numbers:  # in case a library's thread unblocks it
         signal.signal(number, take)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
     try:
         yield
     finally:
-        for number in _SIGNALS:
+        ended.set()
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -259,8 +259,10 @@ def test_too_little_memory_for_a_step_is_told_before_the_first_prompt(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_run_over_nccl_that_is_told_to_stop_goes_on_where_it_was(
-    saved: Callable[[str], RunModel], tmp_path: Path
+    saved: Callable[[str], RunModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A cold cache: the compiler takes the handler of SIGUSR1 for itself.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cold"))
     model, folder, num_prompts = saved("llama"), tmp_path / "out", 3000
     prompts, config = tmp_path / "many.jsonl", tmp_path / "run.toml"
     texts = {f"p{number}": f"prompt number {number}" for number in range(num_prompts)}

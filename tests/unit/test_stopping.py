@@ -6,22 +6,32 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from mpipipe.cli.run import run_command
 from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
-from mpipipe.errors import EXIT_REQUEUE, PeerLostError, StoppedError
+from mpipipe.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    PeerLostError,
+    StoppedByUserError,
+    StoppedError,
+)
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime import stopping
 from mpipipe.runtime.launch import Ranks
-from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals, watch_for_stop
+from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, watch_for_stop
 from mpipipe.topology.launcher import Launcher, LaunchInfo
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_first_reason_counts() -> None:
@@ -47,6 +57,39 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_a_later_one_ends_the_job
     clock.advance(5.0)
     switch.signalled(signal.SIGTERM)
     assert codes == [EXIT_REQUEUE]
+
+
+def test_ctrl_c_stops_in_order_too_with_its_own_exit_code() -> None:
+    clock, codes = ScriptedClock(), list[int]()
+    switch = StopSwitch(now_s=clock.now_s)
+    switch.exit_now = codes.append
+    switch.signalled(signal.SIGINT)
+    assert switch.exit_code == EXIT_INTERRUPTED
+    with pytest.raises(StoppedByUserError, match="SIGINT"):
+        switch.check()
+    clock.advance(5.0)
+    switch.signalled(signal.SIGINT)
+    assert codes == [EXIT_INTERRUPTED]
+    told = StopSwitch()
+    told.trip("SIGINT on rank 1")
+    assert told.exit_code == EXIT_INTERRUPTED
+    assert StopSwitch().exit_code == EXIT_REQUEUE
+
+
+def test_many_threads_that_trip_at_once_give_one_reason() -> None:
+    switch, start = StopSwitch(), threading.Barrier(8)
+
+    def trip(number: int) -> None:
+        start.wait(20)
+        switch.signalled(number)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1] * 4
+    threads = [threading.Thread(target=trip, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert switch.reason in {"SIGTERM", "SIGUSR1"}
 
 
 def test_the_end_of_the_wall_time_trips_the_switch() -> None:
@@ -88,44 +131,128 @@ def test_a_short_job_has_a_short_margin() -> None:
     assert switch.seconds_left == pytest.approx(90, abs=5)
 
 
-def test_signals_of_the_process_trip_the_switch_and_wake_the_loop() -> None:
-    before = {number: signal.getsignal(number) for number in stopping._SIGNALS}
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a Python program ended."""
 
-    async def wait(switch: StopSwitch) -> str:
-        loop = asyncio.get_running_loop()
-        loop.call_soon(os.kill, os.getpid(), signal.SIGUSR2)
-        async with asyncio.timeout(20):
-            return await switch.tripped()
-
-    try:
-        switch = StopSwitch()
-        with stop_signals(switch):
-            assert asyncio.run(wait(switch)) == "SIGUSR2"
-        os.kill(os.getpid(), signal.SIGTERM)  # the exit code is decided: ignored
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+    code: int
+    out: str
+    err: str
 
 
+def python(program: str, *, preexec: Callable[[], object] | None = None) -> Ended:
+    """Run `program` in a process of its own, as signals are a process's; no rank, no Slurm."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "PMI", "OMPI_"))
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env=environ,
+        preexec_fn=preexec,
+    )
+    return Ended(result.returncode, result.stdout, result.stderr)
+
+
+_TAKING = """
+import os, signal, threading
+from mpipipe.runtime.stopping import StopSwitch, stop_signals
+
+class Switch(StopSwitch):
+    def signalled(self, number):
+        print(signal.Signals(number).name, flush=True)
+        taken.set()
+
+taken = threading.Event()
+
+def fire(*numbers):
+    for number in numbers:
+        taken.clear()
+        os.kill(os.getpid(), number)
+        assert taken.wait(20), number
+"""
+_ALL = "signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP"
+
+
+def test_signals_are_taken_whatever_a_library_does_with_their_handlers() -> None:
+    program = f"""{_TAKING}
+with stop_signals(Switch()):
+    for number in ({_ALL}):
+        signal.signal(number, signal.SIG_DFL)  # would end the process
+    fire({_ALL})
+os.kill(os.getpid(), signal.SIGTERM)  # the exit code is decided: ignored
+print("end")
+"""
+    ended = python(program)
+    assert ended == Ended(0, "SIGTERM\nSIGUSR1\nSIGUSR2\nSIGINT\nSIGHUP\nend\n", "")
+
+
+def test_signals_are_taken_when_a_librarys_thread_unblocks_them() -> None:
+    program = f"""{_TAKING}
+with stop_signals(Switch()):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    assert taken.wait(20)
+"""
+    assert python(program) == Ended(0, "SIGTERM\n", "")
+
+
+def test_nohup_is_respected() -> None:
+    program = f"""{_TAKING}
+with stop_signals(Switch()):
+    os.kill(os.getpid(), signal.SIGHUP)
+    fire(signal.SIGTERM)
+"""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    assert python(program, preexec=ignore) == Ended(0, "SIGTERM\n", "")
+
+
+def test_a_signal_wakes_the_loop() -> None:
+    program = """
+import asyncio, os, signal
+from mpipipe.runtime.stopping import StopSwitch, stop_signals
+
+async def wait(switch):
+    asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGUSR2)
+    async with asyncio.timeout(20):
+        return await switch.tripped()
+
+switch = StopSwitch()
+with stop_signals(switch):
+    print(asyncio.run(wait(switch)))
+"""
+    assert python(program) == Ended(0, "SIGUSR2\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGUSR1", EXIT_REQUEUE), ("SIGINT", EXIT_INTERRUPTED)]
+)
 def test_a_signal_while_slurm_is_asked_and_modules_are_imported_stops_the_run_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, code: int
 ) -> None:
-    before = {number: signal.getsignal(number) for number in stopping._SIGNALS}
+    program = f"""
+import os, pathlib, signal, sys
+import mpipipe.cli.run as run
 
-    def ask(switch: StopSwitch, _: Mapping[str, str]) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
+def ask(switch, environ):
+    os.kill(os.getpid(), signal.{name})
 
-    monkeypatch.setattr("mpipipe.cli.run.keep_wall_time", ask)
-    for name in os.environ:
-        if name.startswith(("SLURM_", "PMI", "OMPI_")):
-            monkeypatch.delenv(name)
-    try:
-        code = run_command(tmp_path / "never read.toml", [], show=False, debug=False)
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
-    assert code == EXIT_REQUEUE
-    assert "told to stop (SIGUSR1)" in capsys.readouterr().err
+run.keep_wall_time = ask
+sys.exit(run.run_command(pathlib.Path("never read.toml"), [], show=False, debug=False))
+"""
+    ended = python(program)
+    assert ended.code == code
+    assert f"told to stop ({name})" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_waiting_ends_with_the_wall_time_too() -> None:
