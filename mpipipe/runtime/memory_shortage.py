@@ -32,14 +32,11 @@ def memory_shortage(
     while isinstance(first, MpipipeError) and first.__cause__ is not None:
         first = first.__cause__
     said = str(first).strip().partition("\n")[0] or type(first).__name__
-    on_gpu = "CUDA" in said
     wanted = " and ".join(f"{gib(size)} of {what}" for what, size in needs.items())
-    needed = (
-        f"it needs {wanted} beside its libraries and the work space of a step; " if needs else ""
-    )
-    return EnvironmentSetupError(
-        f"memory ran out ({said}): {needed if needs else ''}{'' if on_gpu else _there_is(root)}{_remedy(on_gpu)}"
-    )
+    needed = f"this rank needs {wanted}, beside libraries and the work space of steps; "
+    on_gpu = "CUDA" in said
+    sentence = f"memory ran out ({said}): {needed if needs else ''}"
+    return EnvironmentSetupError(f"{sentence}{'' if on_gpu else _there_is(root)}{_remedy(on_gpu)}")
 
 
 def _there_is(root: Path) -> str:
