@@ -7,6 +7,8 @@ traceback.
 
 from __future__ import annotations
 
+import errno
+
 __all__ = [
     "EXIT_BUG",
     "EXIT_CHECKPOINT",
@@ -35,6 +37,7 @@ __all__ = [
     "StoppedByUserError",
     "StoppedError",
     "UnsupportedModelError",
+    "is_out_of_memory",
 ]
 
 EXIT_OK = 0
@@ -155,3 +158,32 @@ class ChannelClosedError(MpipipeError):
 
 class OutOfPagesError(MpipipeError):
     """More pages were asked for than are free (the scheduler must check first)."""
+
+
+# What libraries say when memory does not do, where they have no exception of its own for it:
+# torch's CPU allocator, C++, mmap, the loader of shared objects, threads without room for a stack.
+_OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "failed to map segment from shared object",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what it was raised from, says that memory does not do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
+            return True
+        if isinstance(cause, RuntimeError | OSError | ImportError):
+            text = str(cause).lower()
+            if any(words in text for words in _OUT_OF_MEMORY_WORDS):
+                return True
+        cause = cause.__cause__
+    return False

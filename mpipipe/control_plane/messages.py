@@ -270,7 +270,7 @@ class Heartbeat:
     host: str = ""
     stage: int = -1  # -1: no plan yet
     step: int = -1  # the last one that it ran; -1: none yet
-    doing: str = ""  # the latest boot phase
+    phase: str = ""  # the latest boot phase
     booting: bool = True
     deaf_s: float = 0.0  # the longest time so far that it could not have answered
 

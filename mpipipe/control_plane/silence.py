@@ -44,6 +44,7 @@ class Silence:
 @dataclass(slots=True)
 class _Peer:
     silent_s: float = 0.0
+    heard: bool = False  # since the last tick
     last: Heartbeat = field(default_factory=Heartbeat)
 
 
@@ -65,7 +66,7 @@ class SilenceWatch:
         """`rank` has given a sign of life."""
         peer = self._peers.get(rank)
         if peer is not None:
-            peer.silent_s = 0.0
+            peer.heard = True
             peer.last = heartbeat
 
     def tick(self, now_s: float) -> Silence | None:
@@ -77,7 +78,8 @@ class SilenceWatch:
         self._ticked_s = now_s
         late: list[Silence] = []
         for rank, peer in self._peers.items():
-            peer.silent_s += listened_s
+            peer.silent_s = 0.0 if peer.heard else peer.silent_s + listened_s
+            peer.heard = False
             limit_s = self.limit_s(peer.last)
             if peer.silent_s > limit_s:
                 late.append(Silence(rank, peer.silent_s, limit_s, peer.last))
@@ -94,8 +96,8 @@ def silence_sentence(silence: Silence, label: str) -> str:
     stage = f" (stage {last.stage})" if last.stage >= 0 else ""
     if last.step >= 0:
         doing = f"its last step was {last.step}"
-    elif last.doing:
-        doing = f"it was heard last in the phase {last.doing!r}"
+    elif last.phase:
+        doing = f"it was heard last in the phase {last.phase!r}"
     else:
         doing = "it has run no step yet"
     return (

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.inputs import ModelFacts, deepspeed_warnings
 from mpipipe.runtime.launch import PHASE_DEADLINE_S, Ranks, in_phase
-from mpipipe.runtime.load import StageParts, load_parts
+from mpipipe.runtime.load import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.session import LoadFacts, Session
 from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
 from mpipipe.runtime.tensor_channel import open_channel
@@ -74,6 +74,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     trust_remote_code = boot.loaded.config.model.trust_remote_code
 
     def load_stage() -> StageParts:
+        ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
         return load_parts(plan, stage, trust_remote_code, device)
 
@@ -93,21 +94,27 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             baseline_rss_bytes=baseline_rss_bytes,
             capture_s=opened.capture_s,
         )
-        boot.log.info(
-            "ready",
-            plan=dataclasses.asdict(stage),
-            load=dataclasses.asdict(load),
-            cpus=format_cpus(os.sched_getaffinity(0)),
-            form=parts.model.form,
-            form_reason=parts.model.form_reason,
-            num_graphs=opened.num_graphs,
-            graph_obstacle=parts.model.graph_obstacle() if plan.device == "cuda" else "",
-        )
+        _log_ready(boot, stage, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
         try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
         finally:
             gc.unfreeze()
+
+
+def _log_ready(
+    boot: Boot, stage: StagePlan, parts: StageParts, load: LoadFacts, opened: _OpenedWorker
+) -> None:
+    boot.log.info(
+        "ready",
+        plan=dataclasses.asdict(stage),
+        load=dataclasses.asdict(load),
+        cpus=format_cpus(os.sched_getaffinity(0)),
+        form=parts.model.form,
+        form_reason=parts.model.form_reason,
+        num_graphs=opened.num_graphs,
+        graph_obstacle=parts.model.graph_obstacle() if opened.device == "cuda" else "",
+    )
 
 
 def _settle_garbage() -> None:
@@ -125,6 +132,7 @@ class _OpenedWorker:
     worker: StageWorker | AheadWorker
     capture_s: float | None = None  # None: nothing is captured
     num_graphs: int = 0  # of decode steps
+    device: str = "cpu"
 
 
 @asynccontextmanager
@@ -145,7 +153,7 @@ async def _open_worker(
     launcher = ahead_worker(plan, ranks, ahead, channel=channel, account=account)
     programs = ahead.engine.programs
     capture_s = ahead.capture_s if programs.use_graphs else None
-    yield _OpenedWorker(launcher, capture_s, programs.num_graphs)
+    yield _OpenedWorker(launcher, capture_s, programs.num_graphs, plan.device)
     await channel.aclose()
 
 

@@ -116,36 +116,49 @@ async def run_job(
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         claimed = await claim(ranks, loaded, model, lines, hellos)
-        rank = ranks.mesh.rank
-        stage = ranks.vitals.stage = stage_order(hellos).index(rank)
-        if page is not None:
-            page.opened(claimed.folder, stage)
-        log = open_log(
-            claimed.folder / f"rank_{rank}.log",
-            rank=rank,
-            host=host_name(),
-            level=loaded.config.log.level,
-            stage=stage,
-        )
-        progress = ProgressFile(
-            claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
-        )
-
-        def end_early(error: BaseException) -> None:
-            log.error("ended early", error=str(error), kind=type(error).__name__)
-            log.close()
-            # The one that has the lock tells the state of the folder.
-            progress.failed(error)
-            fail_for_lost_head(claimed.folder, error)
-            claimed.close()
-
-        ranks.last_words.append(end_early)
-        log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-        job = _Job(ranks, loaded, claimed, log, view, marks, progress, page)
+        job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks, page=page)
         exit_code = await _do(job, hellos, model)
-        log.close()
+        job.log.close()
         claimed.close()
         return exit_code
+
+
+def _open_job(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    claimed: Claim,
+    hellos: tuple[Hello, ...],
+    *,
+    view: JobView,
+    marks: _Marks,
+    page: RankPage | None,
+) -> _Job:
+    """Open this rank's log in the run folder, and see to it that an early end is told there."""
+    rank = ranks.mesh.rank
+    stage = ranks.vitals.stage = stage_order(hellos).index(rank)
+    if page is not None:
+        page.opened(claimed.folder, stage)
+    log = open_log(
+        claimed.folder / f"rank_{rank}.log",
+        rank=rank,
+        host=host_name(),
+        level=loaded.config.log.level,
+        stage=stage,
+    )
+    folder = claimed.folder if ranks.is_head else None
+    progress = ProgressFile(folder, [hello.host for hello in hellos])
+
+    def end_early(error: BaseException) -> None:
+        log.error("ended early", error=str(error), kind=type(error).__name__)
+        log.close()
+        # The one that has the lock tells the state of the folder.
+        progress.failed(error)
+        fail_for_lost_head(claimed.folder, error)
+        claimed.close()
+
+    ranks.last_words.append(end_early)
+    log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
+    return _Job(ranks, loaded, claimed, log, view, marks, progress, page)
 
 
 async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:

@@ -31,6 +31,7 @@ from mpipipe.errors import (
     PeerLostError,
 )
 from mpipipe.progress import ProgressEngine
+from mpipipe.runtime.memory_shortage import memory_shortage
 from mpipipe.runtime.phase_thread import PhaseThread, is_abandoned_work_running
 from mpipipe.runtime.stopping import StopSwitch
 from mpipipe.topology.host import host_name
@@ -69,6 +70,8 @@ class Ranks:
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
     phase_thread: PhaseThread = field(default_factory=PhaseThread)
     vitals: Vitals = field(default_factory=Vitals)  # no heartbeats until it has a timeout
+    # Bytes of this rank by what they are for, once planned: for the sentence when memory runs out.
+    memory_needs: dict[str, int] = field(default_factory=dict)
     # Told the error that ends the ranks early, the first one and not what followed from it.
     last_words: list[Callable[[BaseException], None]] = field(default_factory=list)
 
@@ -111,8 +114,10 @@ async def in_phase(
                 working.result()
             elif stoppable:
                 ranks.stop.check()
-        except MpipipeError as caught:
-            error = caught
+        except Exception as caught:
+            error = _for_the_user(caught, ranks)
+            if error is None:
+                raise
         if not judging.done():
             ranks.mesh.report(phase, error)
         agreed = await judging
@@ -123,6 +128,12 @@ async def in_phase(
         for future in begun:
             future.cancel()
         await asyncio.wait(begun)
+
+
+def _for_the_user(error: BaseException, ranks: Ranks) -> MpipipeError | None:
+    """The sentence that `error` is to a user; None: it is a bug."""
+    shortage = memory_shortage(error, ranks.memory_needs)
+    return shortage or (error if isinstance(error, MpipipeError) else None)
 
 
 async def _verdict(mesh: Mesh, phase: str, deadline_s: float) -> MpipipeError | None:
@@ -155,50 +166,50 @@ async def open_ranks(
     opened = _open_channel(info, engine)
     mesh = Mesh(opened.channel, engine, clock)
     switch = stop or StopSwitch()
-    last_words: list[Callable[[BaseException], None]] = []
     if mesh.world_size > 1:
         switch.exit_now = mesh.abort
+    library, raw = opened.mpi_library, opened.raw
+    ranks: Ranks | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
-            ranks = Ranks(
-                mesh,
-                engine,
-                clock,
-                info,
-                tasks,
-                opened.mpi_library,
-                opened.raw,
-                switch,
-                last_words=last_words,
-            )
-            polling = tasks.create_task(engine.run(), name="progress")
-            mesh.start()
-            beating = tasks.create_task(_beat(ranks), name="heartbeats")
-            try:
+            ranks = Ranks(mesh, engine, clock, info, tasks, library, raw, switch)
+            async with _in_touch(ranks):
                 yield ranks
-            except AgreedError as agreed:
-                beating.cancel()
-                try:
-                    await mesh.aclose()
-                except MpipipeError:
-                    # Somebody cannot leave in order: tell the cause, not that, and abort.
-                    raise agreed.error from agreed.__cause__
-                raise
-            beating.cancel()
-            await mesh.aclose()
-            polling.cancel()
-            ranks.phase_thread.close()
     except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting
+        assert ranks is not None
         error = _first(raised)
         is_agreed = isinstance(error, AgreedError)
         told = error.error if isinstance(error, AgreedError) else error
+        told = _for_the_user(told, ranks) or told
         try:
-            for tell in last_words:
+            for tell in ranks.last_words:
                 tell(told)
         finally:  # whatever becomes of them, the others do not wait
             if mesh.world_size > 1 and not is_agreed:
-                _tell_and_abort(mesh, error, debug=debug)
+                _tell_and_abort(mesh, told, debug=debug)
         raise told from error.__cause__
+
+
+@asynccontextmanager
+async def _in_touch(ranks: Ranks) -> AsyncIterator[None]:
+    """While inside, messages and heartbeats flow; then all ranks close the channel together."""
+    polling = ranks.tasks.create_task(ranks.engine.run(), name="progress")
+    ranks.mesh.start()
+    beating = ranks.tasks.create_task(_beat(ranks), name="heartbeats")
+    try:
+        yield
+    except AgreedError as agreed:
+        beating.cancel()
+        try:
+            await ranks.mesh.aclose()
+        except MpipipeError:
+            # Some rank cannot leave in order: tell the cause, not that, and abort.
+            raise agreed.error from agreed.__cause__
+        raise
+    beating.cancel()
+    await ranks.mesh.aclose()
+    polling.cancel()
+    ranks.phase_thread.close()
 
 
 async def _beat(ranks: Ranks) -> None:

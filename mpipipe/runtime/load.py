@@ -15,6 +15,7 @@ from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend
+from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.weights.loader import load_stage
 from mpipipe.weights.random import fill_random
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.weights.loader import LoadReport
 
-__all__ = ["StageParts", "load_parts"]
+__all__ = ["StageParts", "load_parts", "stage_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,15 @@ class StageParts:
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held as parameters
     needs_spans: bool  # attention plans each step on the host (`AttentionBackend.needs_spans`)
+
+
+def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
+    """Bytes that this stage holds by what they are for, as planned."""
+    spec = read_spec(Path(plan.model_path))
+    page_bytes = kv_page_bytes(
+        spec, plan.dtype, num_layers=stage.num_layers, page_size_tokens=plan.page_size_tokens
+    )
+    return {"weights": stage.weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
 
 
 def load_parts(
