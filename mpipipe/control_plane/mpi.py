@@ -22,6 +22,7 @@ import mpi4py
 
 from mpipipe.control_plane.launch_watch import launch_watch
 from mpipipe.control_plane.mailbox import Mailbox
+from mpipipe.control_plane.pmi_relay import short_pmi_values
 from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
 from mpipipe.control_plane.receive_ring import ReceiveRing
 from mpipipe.errors import ChannelClosedError, DeadlineError, EnvironmentSetupError, PeerLostError
@@ -73,7 +74,7 @@ def open_mpi_control_channel(engine: ProgressEngine, *, init_limit_s: float = 12
     When MPI does not start within `init_limit_s` the process ends with exit code 5.
     """
     if not MPI.Is_initialized():
-        with launch_watch(init_limit_s):
+        with launch_watch(init_limit_s), short_pmi_values(os.environ):
             MPI.Init_thread(MPI.THREAD_FUNNELED)
         atexit.register(finalize)
     communicator = MPI.COMM_WORLD.Dup()
