@@ -56,6 +56,11 @@ def read_words(source: Path | None, words: Sequence[str]) -> CommandWords:
     is_config = source.suffix in _CONFIG_SUFFIXES or os.path.isfile(first)
     if is_config and not first.startswith(DEMO_SCHEME):
         return CommandWords(source, None, prompts, others)
+    if os.path.isdir(first) and not os.path.exists(os.path.join(first, "config.json")):
+        raise ConfigError(
+            f"{short(first)} is a folder without a config.json, so it holds no model: give a model "
+            "folder, or a configuration file"
+        )
     return CommandWords(None, first, prompts, others)
 
 
