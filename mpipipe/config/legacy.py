@@ -32,6 +32,7 @@ or an error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,6 +346,7 @@ def _deepspeed(raw: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | No
                 raise ConfigError(f"{path}: {key} = {short(raw[key])} must be the path of a file")
             given = Path(expand_path(raw[key], key))
             beside = path.parent / given
-            return read_expectations(given if given.exists() or not beside.exists() else beside)
+            is_beside = not os.path.exists(given) and os.path.exists(beside)
+            return read_expectations(beside if is_beside else given)
     beside = path.parent / "ds_config.json"
-    return read_expectations(beside) if beside.exists() else None
+    return read_expectations(beside) if os.path.exists(beside) else None
