@@ -37,12 +37,14 @@ app.add_typer(bench, name="bench")
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 
+_SOURCE = "TOML or JSON configuration file, or a model folder, or demo:smollm2."
+_WORDS = "A prompt file (- is standard input), and settings that win over the configuration."
 ConfigPath = Annotated[
-    Path, typer.Argument(help="TOML or JSON configuration file.", show_default=False)
+    Path, typer.Argument(metavar="CONFIG|MODEL", help=_SOURCE, show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the file."),
+    typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
@@ -73,7 +75,7 @@ def run(
     show: Annotated[bool, typer.Option("--show", help="Print each completion as it ends.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Complete a prompt file: `mpirun -n 2 mpipipe run configs/demo.toml`, or srun, or alone."""
+    """Complete a prompt file, under mpirun, srun, or alone: `mpipipe run MODEL prompts.jsonl`."""
     from mpipipe.cli.run import run_command
 
     raise typer.Exit(run_command(config, overrides or [], show=show, debug=debug))
@@ -98,7 +100,9 @@ def plan(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="Check this job.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG|MODEL", help="Check this job.")
+    ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes seconds.")] = False,

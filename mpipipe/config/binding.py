@@ -237,7 +237,8 @@ def layer_overrides(overrides: Sequence[str]) -> Nested:
         name = name.strip()
         if not equals or not name:
             raise ConfigError(
-                f"{short(word)} is no setting: write section.key=value, as in generation.seed=7"
+                f"{short(word)} is no setting, and no file: write section.key=value, as in "
+                "generation.seed=7"
             )
         if name in _sections():
             raise _not_a_setting(name, text, "command line")

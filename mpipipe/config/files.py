@@ -20,6 +20,8 @@ __all__ = ["SURROGATE", "expand_path", "parse_json", "read_bytes", "read_text"]
 SURROGATE = "half of a surrogate pair (\\ud800 to \\udfff) is no text"
 
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
+_MAX_NAME_BYTES = 255  # of Linux's file systems
+_SHOWN = 80  # characters of a path in an error
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # both byte orders
 
 
@@ -118,15 +120,24 @@ def expand_path(value: str, setting: str) -> str:
     """`value` with `~` and `$VAR` / `${VAR}` replaced; `setting` names it in the error.
 
     Raises:
-        ConfigError: a variable that is not set, or a NUL, which no path holds.
+        ConfigError: a variable that is not set, or what no path can be: one with a NUL, or too
+            long for a file system.
     """
-    if "\0" in value:
-        raise ConfigError(f"{setting} = {value!r} holds a NUL character: no path does; remove it")
     for match in _VARIABLE.finditer(value):
         name = match.group(1) or match.group(2) or ""
         if name not in os.environ:
             raise ConfigError(
-                f"{setting} = {value!r}: the environment variable {name!r} is not set; "
-                "export it or write the path out"
+                f"{setting} = {value[:_SHOWN]!r}: the environment variable {name[:_SHOWN]!r} is "
+                "not set; export it or write the path out"
             )
-    return os.path.expanduser(os.path.expandvars(value))
+    path = os.path.expanduser(os.path.expandvars(value))
+    if "\0" in path:
+        raise ConfigError(
+            f"{setting} = {value[:_SHOWN]!r} holds a NUL character: no path does; remove it"
+        )
+    if any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in path.split("/")):
+        raise ConfigError(
+            f"{setting} = {value[:_SHOWN]!r}… has a name of more than {_MAX_NAME_BYTES} bytes, "
+            "which no file has: check the path"
+        )
+    return path

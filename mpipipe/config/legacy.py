@@ -1,8 +1,9 @@
 """`exp_config.json` and `ds_config.json`: the older experiment style, read by a table.
 
-A JSON file is in that style when it has no sections (no value is an object) and at least one key
-of the table `TARGETS`. Not here: merging and checking (`load.py`). Invariant: nothing is dropped
-silently: a key is mapped, named in a warning, or an error.
+A JSON file is in that style when it has at least one key of the table `TARGETS` and no sections (no
+value is an object), or objects of the older style (`legacy_nested.py`). Not here: merging and
+checking (`load.py`). Invariant: nothing is dropped silently: a key is mapped, named in a warning,
+or an error.
 
 | old key | becomes |
 |---|---|
@@ -20,6 +21,8 @@ silently: a key is mapped, named in a warning, or an error.
 | `repetition_penalty`, `seed`, `stop_strings` | `generation`'s; `stop_strings` is `stop` |
 | `pipeline_parallel_size`, `pipeline_size`, `num_stages`, `world_size` | `pipeline.num_stages` |
 | `batch_size` | `pipeline.max_sequences_per_slot` |
+| `micro_batches` | `pipeline.num_slots` |
+| `nodes` (a number, or a list of hosts), `gpus_per_node` | their product: `pipeline.num_stages` |
 | `name`, `experiment_name`, `run_name` | `name` |
 | `num_return_sequences`, `num_beams` | must be 1 |
 | `local_files_only` | nothing is ever downloaded; false gets a warning |
@@ -29,14 +32,16 @@ silently: a key is mapped, named in a warning, or an error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpipipe.config.binding import merge, nearest
+from mpipipe.config.binding import merge, nearest, settings, short
 from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
 from mpipipe.config.files import expand_path
+from mpipipe.config.legacy_nested import KEYS, FlatConfig, flatten, is_nested
 from mpipipe.errors import ConfigError
 
 __all__ = [
@@ -80,6 +85,7 @@ TARGETS: dict[str, str] = {
     "pipeline_size": "pipeline.num_stages",
     "num_stages": "pipeline.num_stages",
     "world_size": "pipeline.num_stages",
+    "micro_batches": "pipeline.num_slots",
     "batch_size": "pipeline.max_sequences_per_slot",
     "name": "name",
     "experiment_name": "name",
@@ -88,8 +94,18 @@ TARGETS: dict[str, str] = {
 _ONLY_ONE = ("num_return_sequences", "num_beams")
 _DS_KEYS = ("deepspeed_config", "ds_config")
 _DECIDED_BY_PLAN = ("device_map", "low_cpu_mem_usage", "use_cache")
-_SPECIAL = ("do_sample", "local_files_only", *_ONLY_ONE, *_DS_KEYS, *_DECIDED_BY_PLAN)
+_NODES, _PER_NODE = "nodes", "gpus_per_node"
+_SPECIAL = (
+    "do_sample",
+    "local_files_only",
+    *_ONLY_ONE,
+    *_DS_KEYS,
+    *_DECIDED_BY_PLAN,
+    _NODES,
+    _PER_NODE,
+)
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")  # without effect when greedy
+_MOST_RANKS = 1 << 20
 _DEFAULT_TOP_K = 50  # what transformers samples with when nothing else is said
 _FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
 
@@ -107,56 +123,93 @@ class LegacyConfig:
 def is_legacy(raw: Mapping[str, Any]) -> bool:
     """True when the keys are those of an `exp_config.json`."""
     known = set(TARGETS) - {"name"} | set(_SPECIAL)
-    return not any(
-        isinstance(value, dict) for key, value in raw.items() if key != "device_map"
-    ) and any(key in known for key in raw)
+    objects = {key for key, value in raw.items() if isinstance(value, dict) and key != "device_map"}
+    has_old_key = any(key in known for key in raw if key not in objects)
+    sections = {name.partition(".")[0] for name in settings()}
+    return is_nested(raw) or (has_old_key and (not objects or bool(objects - sections)))
 
 
 def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
     """`raw`, read from `path`, by the table above.
 
     Raises:
-        ConfigError: unknown key, two keys that disagree, or a value that has no meaning here.
+        ConfigError: unknown keys, two keys that disagree, or a value that has no meaning here.
     """
     warnings: list[str] = []
-    _check_keys(raw, path)
+    flat = flatten(raw)
+    _check_keys(flat, path)
+    inline, mapped = _mapped(flat, path, warnings)
+    values = {target: value for target, (_, value) in mapped.items()}
+    values = _nodes(values, flat.values, path, warnings)
+    # A file with an object `sampling` says do_sample only if it means it.
+    as_said = "do_sample" not in flat.values and isinstance(raw.get("sampling"), dict)
+    if not as_said:
+        values = _sampling(values, flat.values, path, warnings)
+    _check_special(flat.values, path, warnings)
+    nested: dict[str, Any] = flat.of_today
+    for target, value in values.items():
+        section, _, name = target.rpartition(".")
+        nested = merge(nested, {section: {name: value}} if section else {name: value})
+    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(flat.values, path))
+
+
+def _mapped(
+    flat: FlatConfig, path: Path, warnings: list[str]
+) -> tuple[tuple[InlinePrompt, ...], dict[str, tuple[str, Any]]]:
+    """The prompts that the file holds, and target → (old key as written, value)."""
     inline: tuple[InlinePrompt, ...] = ()
-    mapped: dict[str, tuple[str, Any]] = {}  # target -> (old key, value)
-    for key, old in raw.items():
+    mapped: dict[str, tuple[str, Any]] = {}
+    for key, old in flat.values.items():
         if key not in TARGETS:
             continue
         if key == "prompts" and isinstance(old, list):
             inline = _inline_prompts(old, path)
             continue
-        target = TARGETS[key]
-        value = _CONVERSIONS.get(key, _same)(key, old, path, warnings)
+        target, name = TARGETS[key], flat.names[key]
+        value = _CONVERSIONS.get(key, _same)(name, old, path, warnings)
         if target in mapped and mapped[target][1] != value:
-            first = mapped[target][0]
-            raise ConfigError(
-                f"{path}: {first!r} and {key!r} both mean {target} but differ: remove one of them"
-            )
-        mapped[target] = (key, value)
+            raise _differ(mapped[target][0], name, target, path)
+        mapped[target] = (name, value)
     if inline and "prompts.path" in mapped:
         first = mapped["prompts.path"][0]
         raise ConfigError(f"{path}: 'prompts' and {first!r} both give prompts: remove one of them")
-    values = _sampling(
-        {target: value for target, (_, value) in mapped.items()}, raw, path, warnings
+    return inline, mapped
+
+
+def _differ(first: str, second: str, target: str, path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: {first!r} and {second!r} both mean {target} but differ: remove one of them"
     )
-    _check_special(raw, path, warnings)
-    nested: dict[str, Any] = {}
-    for target, value in values.items():
-        section, _, name = target.rpartition(".")
-        nested = merge(nested, {section: {name: value}} if section else {name: value})
-    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(raw, path))
 
 
-def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
+def _check_keys(flat: FlatConfig, path: Path) -> None:
+    for first, second in flat.clashes:
+        raise _differ(first, second, "the same", path)
     known = (*TARGETS, *_SPECIAL)
-    for key in raw:
-        if key not in known:
-            guess = nearest(key, known)
-            hint = f'did you mean "{guess}"?' if guess else f"it may have {', '.join(known)}"
-            raise ConfigError(f'{path}: unknown key "{key}" in an exp_config file; {hint}')
+    unknown = [*(key for key in flat.values if key not in known), *flat.unknown]
+    if not unknown:
+        return
+    told = [_unknown_key(key) for key in unknown]
+    rest = "" if all("did you mean" in one for one in told) else f"; it may have {', '.join(known)}"
+    raise ConfigError(
+        f"{path}: unknown key{'s' if len(told) > 1 else ''} in an exp_config file: "
+        + "; ".join(told)
+        + rest
+    )
+
+
+def _unknown_key(key: str) -> str:
+    """The key with what it would be now, if that can be guessed."""
+    dotted = {
+        f"{section}.{name}": old for section, keys in KEYS.items() for name, old in keys.items()
+    }
+    now = {**{name: name for name in settings()}, **TARGETS, **dict.fromkeys(_SPECIAL, "")}
+    now |= {name: TARGETS.get(old, "") for name, old in dotted.items()}
+    guess = nearest(key, now)
+    if not guess:
+        return f'"{key:.60}" has no counterpart: remove it'
+    means = f" (now {now[guess]})" if now[guess] not in ("", guess) else ""
+    return f'"{key:.60}", did you mean "{guess}"?{means}'
 
 
 def _inline_prompts(prompts: list[Any], path: Path) -> tuple[InlinePrompt, ...]:
@@ -165,7 +218,7 @@ def _inline_prompts(prompts: list[Any], path: Path) -> tuple[InlinePrompt, ...]:
     for position, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, (str, dict)):
             raise ConfigError(
-                f"{path}: prompt {position} of 'prompts' is {prompt!r}: it must be a text"
+                f"{path}: prompt {position} of 'prompts' is {short(prompt)}: it must be a text"
             )
     return tuple(prompts)
 
@@ -183,17 +236,21 @@ def _output_folder(key: str, value: Any, path: Path, warnings: list[str]) -> Any
         return value
     folder = str(Path(value).with_suffix(""))
     warnings.append(
-        f"{path}: {key} = {value!r} is a file; a run writes a folder: taking {folder!r}"
+        f"{path}: {key} = {short(value)} is a file; a run writes a folder: taking {folder!r}"
     )
     return folder
 
 
 def _max_length(key: str, value: Any, path: Path, warnings: list[str]) -> Any:
     warnings.append(
-        f"{path}: {key} = {value!r} is taken as the number of new tokens; the prompt does not "
+        f"{path}: {key} = {short(value)} is taken as the number of new tokens; the prompt does not "
         "count (write max_new_tokens)"
     )
     return value
+
+
+def _top_k(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
+    return 0 if type(value) is int and value == -1 else value  # off, in vLLM's files
 
 
 def _stop(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
@@ -208,7 +265,34 @@ _CONVERSIONS: dict[str, Callable[[str, Any, Path, list[str]], Any]] = {
     "output_path": _output_folder,
     "max_length": _max_length,
     "stop_strings": _stop,
+    "top_k": _top_k,
 }
+
+
+def _nodes(
+    values: dict[str, Any], raw: Mapping[str, Any], path: Path, warnings: list[str]
+) -> dict[str, Any]:
+    """`values` with the ranks that the file's nodes make, one stage each."""
+    if _NODES not in raw and _PER_NODE not in raw:
+        return values
+    nodes = raw.get(_NODES, 1)
+    nodes = len(nodes) if isinstance(nodes, list) else nodes
+    per_node = raw.get(_PER_NODE, 1)
+    for key, count in ((_NODES, nodes), (_PER_NODE, per_node)):
+        if type(count) is not int or not 1 <= count <= _MOST_RANKS:
+            raise ConfigError(f"{path}: {key} = {short(count)} must be a whole number from 1 on")
+    ranks = nodes * per_node
+    warnings.append(
+        f"{path}: the nodes are the launcher's business: start {ranks} ranks, "
+        f"srun -N{nodes} --ntasks-per-node={per_node}, or mpirun -n {ranks}"
+    )
+    stages = values.get("pipeline.num_stages", ranks)
+    if stages != ranks:
+        raise ConfigError(
+            f"{path}: {nodes} nodes with {per_node} GPUs each make {ranks} ranks, but the pipeline "
+            f"has {short(stages)} stages: one rank holds one stage; correct one of them"
+        )
+    return {**values, "pipeline.num_stages": ranks}
 
 
 def _sampling(
@@ -235,7 +319,7 @@ def _sampling(
 def _flag(raw: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
     value = raw.get(key, default)
     if not isinstance(value, bool):
-        raise ConfigError(f"{path}: {key} = {value!r} must be true or false")
+        raise ConfigError(f"{path}: {key} = {short(value)} must be true or false")
     return value
 
 
@@ -247,7 +331,7 @@ def _check_special(raw: Mapping[str, Any], path: Path, warnings: list[str]) -> N
         )
     for key in _ONLY_ONE:
         if raw.get(key, 1) != 1:
-            raise ConfigError(f"{path}: {key} = {raw[key]!r} is not supported: it must be 1")
+            raise ConfigError(f"{path}: {key} = {short(raw[key])} is not supported: it must be 1")
     warnings.extend(
         f"{path}: {key} has no effect: the plan places layers and caches"
         for key in _DECIDED_BY_PLAN
@@ -259,9 +343,10 @@ def _deepspeed(raw: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | No
     for key in _DS_KEYS:
         if key in raw:
             if not isinstance(raw[key], str):
-                raise ConfigError(f"{path}: {key} = {raw[key]!r} must be the path of a file")
+                raise ConfigError(f"{path}: {key} = {short(raw[key])} must be the path of a file")
             given = Path(expand_path(raw[key], key))
             beside = path.parent / given
-            return read_expectations(given if given.exists() or not beside.exists() else beside)
+            is_beside = not os.path.exists(given) and os.path.exists(beside)
+            return read_expectations(beside if is_beside else given)
     beside = path.parent / "ds_config.json"
-    return read_expectations(beside) if beside.exists() else None
+    return read_expectations(beside) if os.path.exists(beside) else None

@@ -1,9 +1,9 @@
-"""A configuration file plus command-line words → one checked, frozen `LoadedConfig`.
+"""A configuration file, or a model, plus command-line words → one checked, frozen `LoadedConfig`.
 
-Order: defaults ← `extends` chain, base first ← the file ← overrides. Files are TOML or JSON; a
-JSON file in the style of `exp_config.json` goes through `legacy.py`. Not here: resolving `auto`
-(`planning`), reading prompts (`prompts.py`). Invariant: ranks that load the same words from the
-same files get equal configurations with equal hashes.
+Order: defaults ← `extends` chain, base first ← the file ← model and prompt file ← overrides. Files
+are TOML or JSON; a JSON file in the style of `exp_config.json` goes through `legacy.py`. Not here:
+resolving `auto` (`planning`), reading prompts (`prompts.py`). Invariant: ranks that load the same
+words from the same files get equal configurations with equal hashes.
 
 Paths: `~` and `$VAR` are expanded everywhere. A relative `model.path`, `model.tokenizer_path` or
 `prompts.path` is looked up from the current directory, as on a command line; if it is not there but
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config import legacy
-from mpipipe.config.binding import bind, layer_overrides, merge, to_dict
+from mpipipe.config.binding import bind, layer_overrides, merge, short, to_dict
 from mpipipe.config.checks import check, default_sampling
+from mpipipe.config.command_words import DEMO_SCHEME, CommandWords, read_words
 from mpipipe.config.files import expand_path, parse_json, read_text
 from mpipipe.config.schema import Config
 from mpipipe.errors import ConfigError
 
 __all__ = [
+    "DEMO_SCHEME",
     "LoadedConfig",
     "config_hash",
     "default_sampling",
@@ -38,7 +41,6 @@ __all__ = [
     "to_dict",
 ]
 
-DEMO_SCHEME = "demo:"  # model.path of a model that comes from a package, not a folder
 _INPUT_PATHS = (("model", "path"), ("model", "tokenizer_path"), ("prompts", "path"))
 _ALL_PATHS = (*_INPUT_PATHS, ("output", "dir"))
 
@@ -54,14 +56,19 @@ class LoadedConfig:
     sources: tuple[Path, ...] = ()  # the files read, the one given first
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """The checked configuration of `path` (None: defaults) under `section.key=value` words.
+def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
+    """The checked configuration of `source` under `words`, as on the command line.
+
+    Args:
+        source: a configuration file, a model folder, or `demo:smollm2`; None: the defaults.
+        words: `section.key=value`, and at most one prompt file, which becomes `prompts.path`.
 
     Raises:
         ConfigError: unreadable file, unknown setting, wrong type or value out of range.
     """
-    layers = _file_layers(path) if path is not None else []
-    values: dict[str, Any] = {"name": path.stem} if path is not None else {}
+    named = read_words(source, words)
+    layers = _file_layers(named.config) if named.config is not None else []
+    values: dict[str, Any] = {}
     inline: tuple[legacy.InlinePrompt, ...] = ()
     warnings: list[str] = []
     deepspeed = None
@@ -72,14 +79,34 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
             inline = layer.inline_prompts
         warnings += layer.warnings
         deepspeed = layer.deepspeed or deepspeed
-    words = layer_overrides(overrides)
-    if words.get("prompts", {}).get("path"):
+    asked = layer_overrides(named.settings)
+    bind(asked, "command line")
+    asked = merge(_named_values(named), asked)
+    if asked.get("prompts", {}).get("path"):
         inline = ()
-    bind(words, "command line")
-    config = bind(_expand(merge(values, words)), str(path or "command line"))
+    values = {"name": _default_name(named), **values}
+    config = bind(_expand(merge(values, asked)), str(named.config or "command line"))
     check(config)
     sources = tuple(layer.path for layer in layers)
     return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources)
+
+
+def _named_values(named: CommandWords) -> dict[str, Any]:
+    """What the words that are no settings say, as settings."""
+    values: dict[str, Any] = {}
+    if named.model is not None:
+        values["model"] = {"path": named.model}
+    if named.prompts is not None:
+        values["prompts"] = {"path": named.prompts}
+    return values
+
+
+def _default_name(named: CommandWords) -> str:
+    """The file's stem, or the model's name."""
+    if named.config is not None:
+        return named.config.stem
+    model = (named.model or "").removeprefix(DEMO_SCHEME)
+    return Path(os.path.normpath(model)).name.strip("\\\n ") or Config().name
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +124,7 @@ def _file_layers(path: Path) -> list[_Layer]:
     seen: list[Path] = []
     next_path: Path | None = path
     while next_path is not None:
-        real = next_path.resolve()
+        real = Path(os.path.realpath(next_path))  # resolve() raises for links in a circle
         if real in seen:
             chain = " → ".join(p.name for p in [*seen, real])
             raise ConfigError(
@@ -116,9 +143,14 @@ def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
         old = legacy.convert(raw, path)
         values = _from_folder(old.values, path.parent)
         return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
+    if "model_type" in raw or "architectures" in raw:
+        raise ConfigError(
+            f"{path} is the config.json of a model: give the model's folder, {path.parent}, or a "
+            "configuration file that names it as model.path"
+        )
     extends = raw.pop("extends", None)
     if extends is not None and (not isinstance(extends, str) or not extends):
-        raise ConfigError(f"{path}: extends = {extends!r} must be the path of one file")
+        raise ConfigError(f"{path}: extends = {short(extends)} must be the path of one file")
     base = path.parent / expand_path(extends, "extends") if extends else None
     return _Layer(path, _from_folder(raw, path.parent), (), (), None), base
 
@@ -149,7 +181,8 @@ def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             continue
         expanded = expand_path(value, f"{section}.{key}")
         beside = folder / expanded
-        if not Path(expanded).exists() and beside.exists():
+        # Not Path.exists, which raises for a name that is too long.
+        if not os.path.exists(expanded) and os.path.exists(beside):
             found = merge(found, {section: {key: str(beside)}})
     return found
 

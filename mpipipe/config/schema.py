@@ -44,9 +44,10 @@ class PromptsConfig:
     """Where the prompts are."""
 
     path: str = ""
-    """JSONL file; see prompts/README.md for the accepted lines."""
+    """JSONL file, also `.gz` or `.zst`; `-`: standard input, of rank 0. On the command line also
+    the word after the model. See prompts/README.md for the accepted lines."""
     limit: int = 0
-    """Take only the first lines; 0: all."""
+    """Take only the first prompts; 0: all. They keep the ids that they have in the whole file."""
     add_special_tokens: bool = True
     """Let the tokenizer add its beginning-of-sequence token to plain prompts."""
 
@@ -145,7 +146,7 @@ class OutputConfig:
     """Where results go."""
 
     dir: str = AUTO
-    """The run folder; `auto`: `runs/<config name>-<date>-<time>`, with Slurm's job id in a job."""
+    """The run folder; `auto`: `runs/<name>-<date>-<time>`, with Slurm's job id in a job."""
     overwrite: bool = False
     """Replace the files of an earlier run in `output.dir`."""
     resume: bool | str = AUTO
@@ -168,7 +169,7 @@ class Config:
     """The whole request, one section per concern."""
 
     name: str = "run"
-    """Short name of the run; default: the configuration file's stem."""
+    """Short name of the run; default: the configuration file's stem, or the model folder's name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

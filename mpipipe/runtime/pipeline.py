@@ -5,39 +5,48 @@
             print(completion.text)
 
 Rank 0 yields the completions; on the other ranks the same loops run zero times while their stages
-work. Prompts given on other ranks are ignored.
+work. Prompts given on other ranks are ignored. Invariant: whatever goes wrong before the first step
+is raised on every rank, so that all can go on alike.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import LoadedConfig, default_sampling, load_config
-from mpipipe.config.prompts import prompt_seed
-from mpipipe.errors import PromptError
+from mpipipe.config.prompt_fields import keyword_sampling
+from mpipipe.config.prompts import library_prompts
+from mpipipe.errors import MpipipeError, RemoteError, SettingError
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.workload import Workload
 from mpipipe.progress import new_event_loop
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
-from mpipipe.types import Completion, Request, SamplingParams
+from mpipipe.runtime.requests import PreparedPrompts, prepare
+from mpipipe.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Sequence
+    from typing import Any
 
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.session import Session
+
+    Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 __all__ = ["Pipeline"]
 
 T = TypeVar("T")
 
 _CONFIG_DEADLINE_S = 120.0
+_PROMPTS_PER_TURN = 256  # of an iterable, before messages of other ranks get their turn
 
 
 class Pipeline:
@@ -114,29 +123,26 @@ class Pipeline:
         self._session = None
 
     async def generate(
-        self, prompts: Iterable[str | Sequence[dict[str, str]]], **sampling: object
+        self, prompts: Iterable[Prompt], **sampling: object
     ) -> AsyncGenerator[Completion, None]:
-        """Complete `prompts` (texts, or chats as lists of role/content messages).
+        """Complete `prompts`; one that is wrong is yielded as an error (`Completion.error_kind`).
 
         Args:
-            prompts: completed as they come first, yielded as they end; `Completion.index` is the
-                position here.
-            sampling: fields of `SamplingParams` that win over the configuration's.
+            prompts: texts, chats as lists of role/content messages, or objects as on a line of a
+                prompt file, with settings of their own. Completed as they come first, yielded as
+                they end; `Completion.index` is the position here.
+            sampling: settings as a line may have them, over the configuration's.
 
         Raises:
-            ValueError: a sampling setting is out of range.
+            SettingError: a setting is unknown or out of range (also a ValueError); on every rank.
+                Where `prompts` cannot be read the head raises what the iterable has raised, and
+                the other ranks this.
         """
         session = self._open_session
-        settings = self._sampling.replace(**sampling)  # on all ranks: they must fail alike
-        requests: list[Request] = []
-        refused: list[Completion] = []
-        for index, prompt in enumerate(prompts if session.is_head else ()):
-            try:
-                requests.append(self._request(index, prompt, settings))
-            except PromptError as error:
-                refused.append(Completion.refused(str(index), index, error))
+        settings = keyword_sampling(sampling, self._sampling)  # on all ranks: they must fail alike
+        prepared = await self._prepare(prompts, settings)
         # Closing matters: a caller that stops early must not leave the stages in mid-step.
-        async with aclosing(session.generate(requests, refused)) as completions:
+        async with aclosing(session.generate(prepared.requests, prepared.refused)) as completions:
             async for completion in completions:
                 yield completion
 
@@ -169,9 +175,7 @@ class Pipeline:
         finally:
             self._own_loop.close()
 
-    def generate_sync(
-        self, prompts: Iterable[str | Sequence[dict[str, str]]], **sampling: object
-    ) -> Iterator[Completion]:
+    def generate_sync(self, prompts: Iterable[Prompt], **sampling: object) -> Iterator[Completion]:
         """`generate` for a plain `for` loop, inside `with`."""
         completions = self.generate(prompts, **sampling)
         try:
@@ -208,23 +212,57 @@ class Pipeline:
     # ---- parts -----------------------------------------------------------------------------------
 
     def _load(self) -> LoadedConfig:
-        path = Path(self._source)
-        if path.suffix in {".toml", ".json"}:
-            return load_config(path, self._overrides)
-        return load_config(None, [f"model.path={self._source}", *self._overrides])
+        return load_config(Path(self._source), self._overrides)
 
-    def _request(
-        self, index: int, prompt: str | Sequence[dict[str, str]], sampling: SamplingParams
-    ) -> Request:
-        tokenizer = self._open_session.tokenizer
-        if isinstance(prompt, str):
-            prompt_ids = tokenizer.encode(prompt, self._add_special_tokens)
-        else:
-            prompt_ids = tokenizer.chat(list(prompt))
-        if not prompt_ids:
-            raise PromptError("empty_prompt", f"prompt {index} is empty: write some text")
-        seed = prompt_seed(sampling.seed, str(index))
-        return Request(str(index), index, tuple(prompt_ids), sampling.replace(seed=seed))
+    async def _prepare(
+        self, prompts: Iterable[Prompt], settings: SamplingParams
+    ) -> PreparedPrompts:
+        """The prompts of a call, on the head; all ranks agree that they could be read."""
+        session = self._open_session
+        prepared = PreparedPrompts((), ())
+        failure: Exception | None = None
+        if session.is_head:
+            try:
+                lines = library_prompts(await _collect(prompts), settings)
+                prepared = await asyncio.to_thread(
+                    prepare, lines, session.tokenizer, add_special_tokens=self._add_special_tokens
+                )
+            except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
+                failure = error
+        told = failure if failure is None or isinstance(failure, MpipipeError) else _told(failure)
+        try:
+            # No deadline: the others wait for the head as long as its prompts take.
+            await session.ranks.mesh.agree("prompts", told, math.inf)
+        except MpipipeError as agreed:
+            if failure is not None:
+                raise failure from None
+            # As the head's own, where the cause is an argument: scripts catch ValueError.
+            is_setting = isinstance(agreed, RemoteError) and agreed.kind == SettingError.__name__
+            raise SettingError(str(agreed)) if is_setting else agreed from None
+        return prepared
+
+
+async def _collect(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """All of them; what the iterable raises comes through."""
+    if isinstance(prompts, str | bytes | Mapping):
+        raise SettingError(
+            f"prompts is a single {type(prompts).__name__}: give a list of prompts, as in "
+            "generate([prompt])"
+        )
+    collected: list[Prompt] = []
+    for prompt in prompts:
+        collected.append(prompt)
+        if len(collected) % _PROMPTS_PER_TURN == 0:
+            await asyncio.sleep(0)
+    return collected
+
+
+def _told(failure: Exception) -> SettingError:
+    """What the other ranks raise for an exception of the head's own script."""
+    return SettingError(
+        f"the prompts could not be read ({type(failure).__name__}: {failure}): the script's "
+        "iterable of prompts has raised it"
+    )
 
 
 async def _first_of(step: Awaitable[T], lifetime: asyncio.Task[None]) -> T:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import LoadedConfig, load_config
+from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime.model_folder import model_folder
 from mpipipe.runtime.output import write_json, write_whole
@@ -101,6 +102,16 @@ def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> P
         OutputError: the prompts or the configuration could not be copied.
     """
     loaded = load_config(config, overrides)
+    if not loaded.sources:
+        raise ConfigError(
+            f"{config} is no configuration file, which a Slurm job starts from: write one with "
+            f'model.path = "{config}" and prompts.path'
+        )
+    if loaded.config.prompts.path == STANDARD_INPUT:
+        raise ConfigError(
+            'prompts.path = "-": a Slurm job has no standard input, and may be started again: '
+            "write the prompts to a file"
+        )
     model = model_folder(loaded)
     models, words = [model], [*overrides, f"model.path={model}"]
     if loaded.config.model.tokenizer_path:
