@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,7 @@ def high_letters() -> list[str]:
 
 
 def pushed(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> str:
-    """All pieces; checks on the way that each prefix is what may follow of the whole."""
+    """All pieces."""
     stream = IncrementalDetokenizer(decode)
     return "".join([*(stream.push(i) for i in ids), stream.finish()])
 
@@ -177,7 +176,7 @@ def test_bytes_that_are_no_text_come_out_as_the_decoder_says(stand: Stand) -> No
 
 @pytest.mark.parametrize("kind", ["words", "special", "bad bytes", "straddling"])
 def test_the_cost_of_a_token_does_not_grow(stand: Stand, kind: str) -> None:
-    num_ids, decoded = 0, 0
+    decoded = 0
 
     def decode(ids: Sequence[int]) -> str:
         nonlocal decoded
@@ -192,8 +191,5 @@ def test_the_cost_of_a_token_does_not_grow(stand: Stand, kind: str) -> None:
         "straddling": [stand.byte_ids[byte] for byte in "漢漢".encode()][1:5],
     }[kind]
     ids = [stand.byte_ids[0xE2], *(list(repeated) * 3000)[:3000]]
-    num_ids = len(ids)
-    started_s = time.perf_counter()
     pushed(decode, ids)
-    print(f"{kind}: {(time.perf_counter() - started_s) / num_ids * 1e6:.0f} µs per token")
-    assert decoded < 60 * num_ids
+    assert decoded < 60 * len(ids)
