@@ -27,7 +27,7 @@ class Stand:
 
     tokenizer: Tokenizer
     byte_ids: Sequence[int]  # the id of each byte
-    special_ids: Sequence[int]
+    special_ids: tuple[int, ...]
     judges_runs: bool  # a bad byte undoes the characters before it
 
 
@@ -82,12 +82,12 @@ def stand(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         own = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         tokenizer = open_tokenizer(folder)
         byte_ids = [own.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        return Stand(tokenizer, byte_ids, [own.bos_id(), own.eos_id()], judges_runs=False)
+        return Stand(tokenizer, byte_ids, (own.bos_id(), own.eos_id()), judges_runs=False)
     raw = byte_level() if request.param == "byte-level" else byte_fallback()
     raw.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
     tokenizer = open_tokenizer(folder)
-    ids = [raw.token_to_id(token) for token in SPECIAL]
+    ids = tuple(tokenizer.special_tokens[token] for token in SPECIAL)
     if request.param == "byte fallback":
         return Stand(tokenizer, range(256), ids, judges_runs=True)
     texts = {tokenizer.token_text(n): n for n in range(tokenizer.vocab_size)}

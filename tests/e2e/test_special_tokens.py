@@ -21,7 +21,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def odd_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with special tokens, one of them beyond its vocabulary, and no default chat."""
+    """The tiny model with special tokens, one beyond its vocabulary, and no default template."""
     folder = tmp_path_factory.mktemp("odd") / "model"
     shutil.copytree(tiny_model, folder)
     raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -85,8 +85,5 @@ def test_tokens_of_no_embedding_and_stops_that_are_tokens(
         assert found["text"][key] == found["ids"][key]
     assert found["text"]["finish_reason"] == "stop"
     assert found["never"]["token_ids"] == long_ids
-    assert (
-        outcome.stdout.count("none of the 1 prompts with messages")
-        + outcome.stderr.count("none of the 1 prompts with messages")
-        == 1
-    )
+    said = outcome.stdout + outcome.stderr
+    assert said.count("none of the 1 prompts with messages") == 1
