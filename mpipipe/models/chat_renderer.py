@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ class ChatRenderer:
         self._templates = templates
         self._special_tokens = dict(special_tokens)
         self._limits = limits or RenderLimits()
+        self._one_at_a_time = threading.Lock()  # the library prepares prompts in threads
         self._process: subprocess.Popen[str] | None = None
         self._failing_s = 0.0  # since the last rendering that went well
         self._failed_s = 0.0
@@ -93,17 +95,18 @@ class ChatRenderer:
         template = self._templates.select(with_tools=bool(options.tools))
         with foreign_code(_KIND, "the conversation cannot be passed on", "use plain JSON values"):
             line = json.dumps(self._request(template, messages, options))
-        self._refuse_if_broken()
-        started_s = time.monotonic()
-        try:
-            text = self._exchange(line)
-        except PromptError:
-            wasted_s = max(0.0, time.monotonic() - started_s - self._limits.cheap_s)
-            self._failing_s += wasted_s
-            self._failed_s += wasted_s
-            raise
-        self._failing_s = 0.0
-        return text
+        with self._one_at_a_time:
+            self._refuse_if_broken()
+            started_s = time.monotonic()
+            try:
+                text = self._exchange(line)
+            except PromptError:
+                wasted_s = max(0.0, time.monotonic() - started_s - self._limits.cheap_s)
+                self._failing_s += wasted_s
+                self._failed_s += wasted_s
+                raise
+            self._failing_s = 0.0
+            return text
 
     def _request(
         self, template: str, messages: Sequence[Message], options: ChatOptions

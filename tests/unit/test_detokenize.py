@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpipipe.scheduler.detokenize import IncrementalDetokenizer, StopStrings
+from mpipipe.scheduler.detokenize import (
+    IncrementalDetokenizer,
+    SpecialTokens,
+    StopStrings,
+    StopWatch,
+)
 
 
 def decode_bytes(ids: Sequence[int]) -> str:
@@ -102,6 +107,57 @@ def test_the_window_stays_short_whatever_comes() -> None:
     assert text.endswith("hi")
     assert text.count("\ufffd") == 500
     assert longest <= 64
+
+
+@pytest.mark.parametrize("num_textless", [1, 59, 63, 64, 65, 200, 5000])
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_character_is_whole_however_many_tokens_without_text_lie_in_it(
+    character: str, num_textless: int
+) -> None:
+    first, *rest = character.encode()
+    ids = [*b"so ", first, *[256] * num_textless, *rest, *b"!"]
+    stream = IncrementalDetokenizer(decode_bytes)
+    out = "".join(stream.push(i) for i in ids)
+    assert out == f"so {character}!"  # as the tokens come, not only at the end
+
+
+def test_different_tokens_without_text_are_as_harmless_as_one() -> None:
+    ids = [*"€".encode()[:1], *range(256, 400), *range(256, 400), *"€".encode()[1:]]
+    assert "".join(pieces(decode_bytes, ids)) == "€"
+
+
+def test_lone_spaces_at_the_start_are_not_taken_for_tokens_without_text() -> None:
+    decode = WordDecoder([" ", " a", "b"])
+    for num_spaces in range(1, 40):
+        ids = [257] * num_spaces + [259]
+        stream = IncrementalDetokenizer(decode)
+        assert "".join(stream.push(i) for i in ids) == decode(ids)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 260), st.sampled_from([1, 1, 1, 2, 30, 90])), max_size=40))
+def test_any_bytes_and_any_runs_come_out_as_they_are_decoded(runs: list[tuple[int, int]]) -> None:
+    ids = [token for token, count in runs for _ in range(count)]
+    whole, out = decode_bytes(ids), ""
+    stream = IncrementalDetokenizer(decode_bytes)
+    for token in ids:
+        out += stream.push(token)
+        assert whole.startswith(out)
+    assert out + stream.finish() == whole
+
+
+@pytest.mark.parametrize("run", [[255], [256], [0x97, 0xE6, 0xBC, 0xA2], [*"😀".encode()]])
+def test_a_token_costs_the_same_however_many_came_before(run: list[int]) -> None:
+    num_decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return decode_bytes(ids)
+
+    ids = [0xE6, *(run * 20_000)[:20_000]]
+    assert "".join(pieces(decode, ids)) == decode_bytes(ids)
+    assert num_decoded < 50 * len(ids)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -212,3 +268,62 @@ def test_the_outcome_does_not_depend_on_token_borders(
     assert text.startswith(out[0])
     assert out[1] == any(stop in text for stop in stops)
     assert not any(stop in out[0] for stop in stops)
+
+
+# ---- stop strings with special tokens ------------------------------------------------------------
+
+END, OTHER = 300, 301
+SPECIAL = SpecialTokens({"<|end|>": END, "<|other|>": OTHER, "<|end|>x": 302})
+
+
+def watched(stops: Sequence[str], ids: Sequence[int]) -> tuple[str, bool, int]:
+    """The text, whether a stop string was found, and how many ids it took."""
+    watch = StopWatch(decode_bytes, stops, SPECIAL)
+    num_taken = next((n for n, i in enumerate(ids, start=1) if watch.push(i)), len(ids))
+    return watch.finish(), watch.stopped, num_taken
+
+
+def test_a_stop_string_that_names_a_special_token_is_met_by_the_token() -> None:
+    ids = [*b"well done", END, *b"\nmore"]
+    assert watched(["done<|end|>\n"], ids) == ("well ", True, 11)
+    assert watched(["<|end|>\n"], ids) == ("well done", True, 11)
+    assert watched(["done<|end|>"], ids) == ("well ", True, 10)
+
+
+def test_the_letters_of_a_special_token_are_not_the_token() -> None:
+    ids = [*b"done<|end|>\n"]
+    assert watched(["done<|end|>\n"], ids) == ("done<|end|>\n", False, 12)
+
+
+def test_another_special_token_between_is_no_match() -> None:
+    ids = [*b"a", OTHER, END, *b"b"]
+    assert watched(["a<|end|>"], ids) == ("ab", False, 4)
+    assert watched(["a<|other|><|end|>b"], ids) == ("", True, 4)
+
+
+def test_a_stop_string_without_special_tokens_is_met_across_them() -> None:
+    ids = [*b"say Us", OTHER, *b"er: no"]
+    assert watched(["User:", "x<|end|>"], ids) == ("say ", True, 10)
+
+
+def test_the_longest_special_token_counts() -> None:
+    assert watched(["<|end|>x"], [END, *b"x"])[1] is False
+    assert watched(["<|end|>x"], [302]) == ("", True, 1)
+
+
+def test_special_tokens_are_never_in_the_text() -> None:
+    ids = [*b"a", OTHER, *b"b", END, *b"c"]
+    assert watched(["zz<|end|>"], ids) == ("abc", False, 5)
+    assert watched(["b<|end|>c"], ids) == ("a", True, 5)
+
+
+def test_the_token_that_ends_a_completion_may_complete_its_stop_string() -> None:
+    watch = StopWatch(decode_bytes, ["done<|end|>"], SPECIAL)
+    for token_id in b"well done":
+        assert not watch.push(token_id)
+    watch.push_stop_token(END)
+    assert (watch.finish(), watch.stopped) == ("well ", True)
+
+
+def test_a_surrogate_in_a_stop_string_meets_no_special_token() -> None:
+    assert watched(["\ud801<|end|>", "\ud800<|end|>"], [*b"a", END, OTHER, END]) == ("a", False, 4)

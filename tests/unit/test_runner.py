@@ -24,11 +24,12 @@ from mpipipe.control_plane.messages import (
     StepSampled,
     StepScheduled,
 )
+from mpipipe.errors import PromptError
 from mpipipe.metrics.log import NullLog
 from mpipipe.scheduler.ahead import AheadCore
 from mpipipe.scheduler.ahead_steps import AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
-from mpipipe.scheduler.detokenize import StopWatch
+from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
 from mpipipe.scheduler.runner import Runner
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
@@ -342,3 +343,78 @@ def test_a_runner_that_was_stopped_before_sends_nothing(kind: str) -> None:
     assert asyncio.run(run()) == []
     assert core.is_idle
     assert not pipeline.opened
+
+
+# ---- special tokens and tokenizers that fail -----------------------------------------------------
+
+
+def complete_with(
+    runner: Runner, core: AheadCore | SchedulerCore, pipeline: Pipeline, wanted: Sequence[Request]
+) -> list[Completion]:
+    async def run() -> list[Completion]:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(pipeline.give_back())
+            completions = [c async for c in runner.generate(wanted)]
+            task.cancel()
+        return completions
+
+    completions = asyncio.run(run())
+    assert core.is_idle
+    return sorted(completions, key=lambda completion: completion.index)
+
+
+def runner_of(
+    core: AheadCore | SchedulerCore,
+    pipeline: Pipeline,
+    *,
+    special: int | None = None,
+    failing: int | None = None,
+) -> Runner:
+    """Its tokenizer skips the id `special`, and fails on ids that have `failing` among them."""
+
+    def decode_or_fail(ids: Sequence[int]) -> str:
+        if failing in ids:
+            raise PromptError("detokenize", f"no text for {failing}: copy the tokenizer again")
+        return decode([i for i in ids if i != special])
+
+    return Runner(
+        core=core,
+        mesh=cast("Mesh", pipeline),
+        stage_ranks=[0],
+        decode=decode_or_fail,
+        clock=pipeline.clock,
+        log=NullLog(),
+        special=SpecialTokens({} if special is None else {"<|x|>": special}),
+    )
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_a_stop_string_with_a_special_token_ends_the_text_before_it(kind: str) -> None:
+    (request,) = requests(1, ignore_eos=True)
+    tokens, _, _ = alone(request)
+    place = 4
+    before, special = decode(tokens[place - 1 : place]), tokens[place]
+    stopping = replace(request, sampling=request.sampling.replace(stop=(f"{before}<|x|>",)))
+    core, pipeline = make_core(kind), Pipeline()
+    (found,) = complete_with(runner_of(core, pipeline, special=special), core, pipeline, [stopping])
+    assert list(found.token_ids) == tokens[: place + 1]
+    assert found.text == decode([i for i in tokens[: place - 1] if i != special])
+    assert found.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("stop", [(), ("no such text",)], ids=["plain", "stop strings"])
+def test_a_tokenizer_that_fails_on_one_completion_takes_no_other(
+    kind: str, stop: tuple[str, ...]
+) -> None:
+    wanted = requests(stop=stop, ignore_eos=True)
+    outcomes = [alone(request) for request in wanted]
+    failing = outcomes[0][0][2]
+    fails = [failing in tokens for tokens, _, _ in outcomes]
+    assert any(fails)
+    assert not all(fails)
+    core, pipeline = make_core(kind), Pipeline()
+    completions = complete_with(runner_of(core, pipeline, failing=failing), core, pipeline, wanted)
+    assert [c.error_kind for c in completions] == ["detokenize" if f else None for f in fails]
+    for completion, expected, failed in zip(completions, outcomes, fails, strict=True):
+        assert failed or outcome(completion) == expected

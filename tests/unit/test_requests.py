@@ -1,0 +1,225 @@
+"""From prompt lines to requests: what one line does to the others, with a scripted tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.prompts import PromptLine
+from mpipipe.errors import PromptError
+from mpipipe.models.foreign import each_or_error, foreign_code, in_short
+from mpipipe.runtime.requests import PreparedPrompts, prepare
+from mpipipe.types import SamplingParams
+
+VOCAB_SIZE = 200
+SPECIAL = {"<bos>": 1, "<end>": 2, "<image>": VOCAB_SIZE, "<negative>": -3}
+
+
+class ScriptedTokenizer:
+    """A token a letter, special ones by name; fails on "boom", and renders what is no "refuse"."""
+
+    vocab_size = VOCAB_SIZE + 1
+    bos_token_id = 1
+    eos_token_ids = (2,)
+    special_tokens: Mapping[str, int] = SPECIAL
+
+    def __init__(self) -> None:
+        self.options: list[ChatOptions] = []
+        self.most_texts = 0
+
+    def token_text(self, token_id: int) -> str:
+        return next(text for text, number in SPECIAL.items() if number == token_id)
+
+    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        if "boom" in text:
+            raise PromptError("tokenizer", "it fails")
+        ids = [1] if add_special_tokens else []
+        while text:
+            token = next((name for name in SPECIAL if text.startswith(name)), text[0])
+            ids.append(SPECIAL.get(token, ord(token[0])))
+            text = text.removeprefix(token)
+        return tuple(ids)
+
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        self.most_texts = max(self.most_texts, len(texts))
+        return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT
+    ) -> str:
+        self.options.append(options)
+        text = "".join(message["content"] for message in messages)
+        if text == "refuse":
+            raise PromptError("chat_template", "no such roles")
+        return f"<bos>{text}"
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT
+    ) -> tuple[int, ...]:
+        return self.encode(self.render(messages, options), False)
+
+
+def line(index: int, text: str = "", *, chat: str = "", **sampling: object) -> PromptLine:
+    return PromptLine(
+        index=index,
+        line_number=index + 1,
+        prompt_id=f"p{index}",
+        text=None if chat else text,
+        messages=({"role": "user", "content": chat},) if chat else None,
+        sampling=SamplingParams().replace(**sampling),
+    )
+
+
+def prepared(
+    lines: Sequence[PromptLine], tokenizer: ScriptedTokenizer | None = None, *, special: bool = True
+) -> PreparedPrompts:
+    return prepare(
+        lines, tokenizer or ScriptedTokenizer(), add_special_tokens=special, vocab_size=VOCAB_SIZE
+    )
+
+
+@pytest.mark.parametrize(("token", "number"), [("<image>", 200), ("<negative>", -3)])
+def test_a_token_without_an_embedding_is_the_error_of_its_prompt_only(
+    token: str, number: int
+) -> None:
+    found = prepared([line(0, "a"), line(1, f"b{token}c"), line(2, "c"), line(3, chat=token)])
+    assert [request.request_id for request in found.requests] == ["p0", "p2"]
+    assert [refused.error_kind for refused in found.refused] == ["unknown_token"] * 2
+    for refused in found.refused:
+        assert token in (refused.error_message or "")
+        assert str(number) in (refused.error_message or "")
+
+
+def test_without_a_vocabulary_every_id_is_taken() -> None:
+    found = prepare([line(0, "<image>")], ScriptedTokenizer(), add_special_tokens=False)
+    assert [request.prompt_ids for request in found.requests] == [(200,)]
+
+
+def test_what_fails_in_the_tokenizer_or_the_template_takes_no_other_prompt() -> None:
+    lines = [line(0, "a"), line(1, "boom"), line(2, chat="refuse"), line(3, chat="b"), line(4, "")]
+    broken = PromptLine(index=5, line_number=6, prompt_id="p5", error=PromptError("x", "broken"))
+    found = prepared([*lines, broken], special=False)
+    assert [request.prompt_ids for request in found.requests] == [(97,), (1, 98)]
+    kinds = {refused.request_id: refused.error_kind for refused in found.refused}
+    assert kinds == {"p1": "tokenizer", "p2": "chat_template", "p4": "empty_prompt", "p5": "x"}
+    assert found.warnings == ()
+
+
+def test_special_tokens_are_added_to_prompts_and_not_to_conversations() -> None:
+    found = prepared([line(0, "a"), line(1, chat="a")])
+    assert [request.prompt_ids for request in found.requests] == [(1, 97), (1, 97)]
+
+
+def test_what_a_line_says_of_its_conversation_reaches_the_template() -> None:
+    options = ChatOptions(tools=({"type": "function"},), continue_final_message=True)
+    tokenizer = ScriptedTokenizer()
+    asked = PromptLine(
+        index=0,
+        line_number=1,
+        prompt_id="a",
+        messages=({"role": "user", "content": "b"},),
+        chat_options=options,
+        sampling=SamplingParams(),
+    )
+    prepared([asked], tokenizer)
+    assert tokenizer.options == [options]
+
+
+def test_many_lines_keep_their_order_and_are_tokenised_in_parts() -> None:
+    tokenizer = ScriptedTokenizer()
+    lines = [line(i, chr(97 + i % 26)) if i % 3 else line(i, chat="x") for i in range(2000)]
+    found = prepared(lines, tokenizer)
+    assert [request.index for request in found.requests] == list(range(2000))
+    assert found.requests[1000].prompt_ids == (1, 97 + 1000 % 26)
+    assert tokenizer.most_texts < 600
+
+
+def test_a_stop_string_that_is_a_special_token_becomes_a_stop_id() -> None:
+    found = prepared([line(0, "a", stop=("<end>", "x<end>", "end"), stop_token_ids=(7, 2))])
+    (request,) = found.requests
+    assert request.sampling.stop == ("x<end>", "end")
+    assert request.sampling.stop_token_ids == (7, 2)
+    found = prepared([line(0, "a", stop=("<end>",))])
+    assert found.requests[0].sampling.stop_token_ids == (2,)
+    assert found.requests[0].sampling.stop == ()
+
+
+def test_stop_ids_that_no_model_can_make_are_left_out_with_one_warning() -> None:
+    lines = [line(i, "a", stop_token_ids=(3, 10**30)) for i in range(5)]
+    found = prepared([*lines, line(5, "a", stop=("<image>",)), line(6, "a", stop_token_ids=(3,))])
+    assert {request.sampling.stop_token_ids for request in found.requests} == {(3,), ()}
+    (warning,) = found.warnings
+    assert "6 prompts" in warning
+    assert str(10**30) in warning
+
+
+def test_prompts_that_begin_with_bos_are_counted_in_one_warning() -> None:
+    lines = [line(0, "<bos>a"), line(1, "<bos>b"), line(2, "c"), line(3, chat="<bos>d")]
+    found = prepared(lines)
+    assert found.requests[0].prompt_ids == (1, 1, 97)  # unchanged, as in transformers
+    (warning,) = found.warnings
+    assert "2 prompts begin with <bos>" in warning
+    assert prepared(lines, special=False).warnings == ()
+
+
+def test_a_model_that_renders_no_conversation_is_told_once() -> None:
+    found = prepared([line(0, chat="refuse"), line(1, "a"), line(2, chat="refuse")])
+    (warning,) = found.warnings
+    assert "none of the 2 prompts with messages" in warning
+    assert "no such roles" in warning
+    assert [request.request_id for request in found.requests] == ["p1"]
+
+
+# ---- foreign code --------------------------------------------------------------------------------
+
+
+class PanicException(BaseException):
+    """What a panic in a Rust library looks like."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+class UnspeakableError(Exception):
+    """Its text is code that fails."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        MemoryError(),
+        RecursionError("deep"),
+        PanicException("index"),
+        UnspeakableError(),
+    ],
+)
+def test_whatever_foreign_code_raises_is_the_error_of_the_prompt(error: BaseException) -> None:
+    with (
+        pytest.raises(PromptError, match="it fails") as caught,
+        foreign_code("k", "it fails", "do"),
+    ):
+        raise error
+    assert caught.value.kind == "k"
+    assert type(error).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_interrupts_are_not_the_error_of_a_prompt(error: BaseException) -> None:
+    with pytest.raises(type(error)), foreign_code("k", "it fails", "do"):
+        raise error
+
+
+def test_an_endless_reason_is_cut() -> None:
+    assert len(in_short(ValueError("x" * 10_000))) <= 300
