@@ -52,6 +52,7 @@ class LoadedConfig:
     warnings: tuple[str, ...] = ()  # sentences to show once, on the head
     deepspeed: legacy.DeepSpeedExpectations | None = None  # checked once the plan exists
     sources: tuple[Path, ...] = ()  # the files read, the one given first
+    generation_set: frozenset[str] = frozenset()  # the settings of `generation` that were given
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -76,10 +77,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
     if words.get("prompts", {}).get("path"):
         inline = ()
     bind(words, "command line")
-    config = bind(_expand(merge(values, words)), str(path or "command line"))
+    merged = _expand(merge(values, words))
+    config = bind(merged, str(path or "command line"))
     check(config)
     sources = tuple(layer.path for layer in layers)
-    return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources)
+    given = frozenset(merged.get("generation", {}))
+    return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
 @dataclass(frozen=True, slots=True)

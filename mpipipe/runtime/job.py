@@ -101,6 +101,8 @@ async def run_job(
         )
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        if model is not None:
+            loaded = model.loaded
         claimed = await claim(ranks, loaded, model, lines, hellos)
         rank = ranks.mesh.rank
         log = open_log(
