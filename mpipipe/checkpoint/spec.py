@@ -21,6 +21,7 @@ from mpipipe.checkpoint.generation_defaults import (
 )
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.checkpoint.refusals import refusal, refuse
 from mpipipe.checkpoint.rotary import RotaryFacts, read_rotary
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 
@@ -189,11 +190,9 @@ def _require_decoder(outer: Mapping[str, object], config: Mapping[str, object]) 
             "config.json does not state model_type: the file is incomplete, or is not one of "
             "transformers"
         )
-    if outer.get("is_encoder_decoder"):
-        raise UnsupportedModelError(
-            f"the model is an encoder-decoder ({model_type}): only decoder-only models can be "
-            "split into stages"
-        )
+    why = refusal(outer)
+    if why:
+        raise refuse(model_type, why)
     method = outer.get("quantization_config", config.get("quantization_config"))
     if isinstance(method, dict):
         raise UnsupportedModelError(
