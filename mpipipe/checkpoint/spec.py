@@ -15,8 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpipipe.checkpoint.families import ALIASES, PLAIN_MLP, TIED_BY_DEFAULT
+from mpipipe.checkpoint.generation_defaults import (
+    GenerationDefaults,
+    read_generation_defaults,
+)
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.checkpoint.refusals import refusal, refuse
 from mpipipe.checkpoint.rotary import RotaryFacts, read_rotary
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 
@@ -43,6 +48,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     embedding_size: int = 0  # width of the embedding where it differs (OPT-350M); 0: hidden_size
     rotary: RotaryFacts = field(default_factory=RotaryFacts)
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     num_experts: int = 1  # feed-forwards per layer, each of intermediate_size; 1: no mixture
 
     @property
@@ -111,6 +117,8 @@ def read_spec(folder: Path) -> ModelSpec:
     inner = outer.get("text_config")
     config = {**outer, **inner} if isinstance(inner, dict) else outer
     _require_decoder(outer, config)
+    path = folder / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else None
     sizes = _Sizes(folder / "config.json", config)
     hidden_size, num_heads = sizes.need("hidden_size"), sizes.need("num_heads")
     model_type = str(config.get("model_type", ""))
@@ -130,9 +138,10 @@ def read_spec(folder: Path) -> ModelSpec:
         tied_embeddings=_tied(outer, inner, model_type),
         gated_mlp=model_type not in PLAIN_MLP,
         dtype=_dtype(folder, outer, config),
-        eos_token_ids=_eos_token_ids(folder, config),
+        eos_token_ids=_eos_token_ids(generation, config),
         embedding_size=_positive(config.get("word_embed_proj_dim")) or 0,
         rotary=read_rotary(config),
+        generation=read_generation_defaults(generation, config),
         num_experts=sizes.find("num_experts") or 1,
     )
 
@@ -191,11 +200,9 @@ def _require_decoder(outer: Mapping[str, object], config: Mapping[str, object]) 
             "config.json does not state model_type: the file is incomplete, or is not one of "
             "transformers"
         )
-    if outer.get("is_encoder_decoder"):
-        raise UnsupportedModelError(
-            f"the model is an encoder-decoder ({model_type}): only decoder-only models can be "
-            "split into stages"
-        )
+    why = refusal(outer)
+    if why:
+        raise refuse(model_type, why)
     method = outer.get("quantization_config", config.get("quantization_config"))
     if isinstance(method, dict):
         raise UnsupportedModelError(
@@ -255,11 +262,11 @@ def _stored_dtype(folder: Path) -> str:
     return max(_DTYPES, key=names.count) if names else "float32"
 
 
-def _eos_token_ids(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
+def _eos_token_ids(
+    generation: Mapping[str, object] | None, config: Mapping[str, object]
+) -> tuple[int, ...]:
     """Of `generation_config.json` where it names some, else of `config.json`."""
-    path = folder / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
-    for source in (generation, config):
+    for source in (generation or {}, config):
         value = source.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
         found = tuple(n for n in ids if type(n) is int and 0 <= n <= _MAX_SIZE)

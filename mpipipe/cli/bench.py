@@ -59,11 +59,11 @@ def transformers_command(
         MpipipeError: what `mpipipe run` would refuse.
     """
     place.check()
-    loaded = load_config(config_path, overrides)
+    model = read_model(load_config(config_path, overrides))
+    loaded = model.loaded
     config = loaded.config
     path = Path(config.prompts.path) if config.prompts.path else None
     lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
-    model = read_model(loaded)
     if config.generation.temperature > 0:
         raise ConfigError(
             "bench transformers decodes greedily, so that tokens can be compared: set "

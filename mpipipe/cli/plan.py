@@ -47,7 +47,7 @@ def plan_command(
         num_stages = configured if isinstance(configured, int) else 1
     model = read_model(loaded)
     hellos = _greetings(loaded, num_stages)
-    plan = make_plan(loaded.config, model.spec, hellos, str(model.folder))
+    plan = make_plan(model.loaded.config, model.spec, hellos, str(model.folder), notes=model.notes)
     for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
         print(f"mpipipe: warning: {warning}", file=sys.stderr)
     print(plan.to_json() if as_json else "\n".join(plan_lines(plan)))

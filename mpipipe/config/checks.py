@@ -120,7 +120,8 @@ def default_sampling(generation: GenerationConfig) -> SamplingParams:
     Raises:
         ConfigError: a value out of range.
     """
-    fields = {name: getattr(generation, name) for name in GenerationConfig.__slots__}
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    fields = {name: getattr(generation, name) for name in names}
     try:
         sampling = SamplingParams(**fields)
     except ValueError as error:

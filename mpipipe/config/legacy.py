@@ -313,7 +313,10 @@ def _sampling(
             f"{path}: {why}, so decoding is greedy and {', '.join(unused)} has no effect; "
             'add "do_sample": true to sample'
         )
-    return {name: v for name, v in values.items() if name.rpartition(".")[2] not in _FILTERS}
+    kept = {name: v for name, v in values.items() if name.rpartition(".")[2] not in _FILTERS}
+    # Said in so many words, it also wins over the model's own do_sample.
+    said = "do_sample" in raw or values.get("generation.temperature") == 0
+    return {**kept, "generation.temperature": 0.0} if said else kept
 
 
 def _flag(raw: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:

@@ -54,6 +54,7 @@ class LoadedConfig:
     warnings: tuple[str, ...] = ()  # sentences to show once, on the head
     deepspeed: legacy.DeepSpeedExpectations | None = None  # checked once the plan exists
     sources: tuple[Path, ...] = ()  # the files read, the one given first
+    generation_set: frozenset[str] = frozenset()  # the settings of `generation` that were given
 
 
 def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
@@ -85,10 +86,12 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     if asked.get("prompts", {}).get("path"):
         inline = ()
     values = {"name": _default_name(named), **values}
-    config = bind(_expand(merge(values, asked)), str(named.config or "command line"))
+    merged = _expand(merge(values, asked))
+    config = bind(merged, str(named.config or "command line"))
     check(config)
     sources = tuple(layer.path for layer in layers)
-    return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources)
+    given = frozenset(merged.get("generation", {}))
+    return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
 def _named_values(named: CommandWords) -> dict[str, Any]:

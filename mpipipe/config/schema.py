@@ -78,6 +78,10 @@ class GenerationConfig:
     """Go on past the end-of-sequence token (benchmarks)."""
     num_logprobs: int = -1
     """-1: none; k: log-probabilities of the chosen and the k likeliest tokens."""
+    use_model_defaults: bool = True
+    """Settings that are given neither here nor by the prompt come from the model's
+    `generation_config.json`, as in transformers: `repetition_penalty`, and, if it says `do_sample`,
+    `temperature`, `top_k`, `top_p`, `min_p`. The plan lists them."""
 
 
 @dataclass(frozen=True, slots=True)

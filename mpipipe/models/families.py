@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from mpipipe.errors import UnsupportedModelError
+from mpipipe.checkpoint.refusals import refuse
 
 __all__ = [
     "ModelParts",
@@ -28,11 +28,6 @@ __all__ = [
     "locate_parts",
     "refuse",
 ]
-
-_SUPPORTED = (
-    "decoder-only models with attention in every layer whose family declares base_model_pp_plan "
-    "in transformers (Llama, Mistral, Qwen2/3, Gemma, Phi-3, GPT-NeoX, OLMo, Granite, …), and OPT"
-)
 
 # Families without base_model_pp_plan: the base model's parts before and behind its layers.
 _PARTS_BY_HAND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -67,14 +62,6 @@ class ModelParts:
     layers: nn.ModuleList
 
 
-def refuse(model_type: str, why: str) -> UnsupportedModelError:
-    """The error for a model of `model_type` that `why` (a verb phrase) rules out."""
-    return UnsupportedModelError(
-        f'the model family "{model_type}" cannot be split into stages: it {why}. '
-        f"Supported are {_SUPPORTED}"
-    )
-
-
 def check_config(config: PretrainedConfig) -> None:
     """Refuse what the configuration alone rules out, before anything is built.
 
@@ -87,7 +74,9 @@ def check_config(config: PretrainedConfig) -> None:
     if config.get_text_config() is not config:
         raise refuse(model_type, "is multi-modal")
     if model_type not in _PARTS_BY_HAND and not config.base_model_pp_plan:
-        raise refuse(model_type, "declares no base_model_pp_plan")
+        raise refuse(
+            model_type, "declares no base_model_pp_plan, so nothing says how it can be split"
+        )
     for name, why in _REFUSED_SETTINGS.items():
         if getattr(config, name, None):
             raise refuse(model_type, f"{why} ({name} = {getattr(config, name)!r})")

@@ -29,13 +29,20 @@ def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pr
     config = _read_config(folder, trust_remote_code)
     check_config(config)
     register()
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot build the model of {folder} ({type(error).__name__}: {error}): "
+            "its config.json lacks something or contradicts itself, or it needs another "
+            "version of transformers"
+        ) from error
     model.eval()
     model.requires_grad_(False)
     return model
@@ -46,7 +53,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError) as error:
+    except Exception as error:
         raise UnsupportedModelError(
             f"transformers does not know the model in {folder} ({error}): a newer transformers "
             "may, or the model brings its own code (model.trust_remote_code = true)"

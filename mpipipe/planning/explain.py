@@ -11,23 +11,26 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 __all__ = ["plan_lines", "plan_rows"]
 
 # Said only where there is something to say.
-_PLACES = ("pipeline.layout", "pipeline.bind")
+_SAID = ("pipeline.layout", "pipeline.bind", "model.rotary", "generation.", "generation_config.")
 
 
 def plan_rows(plan: PipelinePlan) -> tuple[tuple[str, str, str], ...]:
-    """Stages, where they lie, then settings: name, value, reason or "as configured"."""
+    """Stages, where they lie, what the model decides, then settings.
+
+    Each is a name, a value, and a reason or "as configured".
+    """
     stages = tuple(_stage_row(stage) for stage in plan.stages)
     reasons = {entry.setting: entry.reason for entry in plan.resolved}
-    places = tuple(
+    said = tuple(
         (entry.setting, entry.value, entry.reason)
         for entry in plan.resolved
-        if entry.setting in _PLACES
+        if entry.setting.startswith(_SAID)
     )
     settings = tuple(
         (setting, value, reasons.get(setting, "as configured"))
         for setting, value in _settings(plan)
     )
-    return stages + places + settings
+    return stages + said + settings
 
 
 def plan_lines(plan: PipelinePlan) -> list[str]:

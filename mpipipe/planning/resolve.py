@@ -32,7 +32,7 @@ from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.resources import Decisions, RankResources
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_memory
@@ -52,8 +52,12 @@ def make_plan(
     hellos: Sequence[RankResources],
     model_path: str,
     workload: Workload = _UNKNOWN,
+    *,
+    notes: Sequence[Resolved] = (),
 ) -> PipelinePlan:
     """The plan for these ranks, in whatever order they are given, and what is known of the run.
+
+    `notes`: what was decided before, with reasons; the plan keeps them.
 
     Raises:
         EnvironmentSetupError: the number of ranks is not `pipeline.num_stages`, or the GPUs that
@@ -63,7 +67,7 @@ def make_plan(
     ranks = sorted(hellos, key=lambda hello: hello.rank)
     assert [hello.rank for hello in ranks] == list(range(len(ranks))), "a hello of every rank"
     assert all(hello.world_size == len(ranks) for hello in ranks), "hellos of one world"
-    decisions = Decisions()
+    decisions = Decisions(list(notes))
     num_stages = _num_stages(config, num_ranks=len(ranks), decisions=decisions)
     device, reason = choose_device(config.pipeline, ranks)
     decisions.text("pipeline.device", config.pipeline.device, device, reason)
@@ -295,7 +299,7 @@ class _Resolver:
         if not 0 < restart_tokens < longest_tokens:
             return 0
         self.decisions.note(
-            "rotary embedding",
+            "model.rotary",
             self.spec.rotary.kind,
             f"a sequence that grows to {restart_tokens} tokens is computed anew once, with the "
             "long factors, as transformers does",

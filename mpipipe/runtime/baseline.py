@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpipipe.errors import ConfigError
 from mpipipe.runtime.baseline_model import BaselinePlace, open_baseline
 from mpipipe.types import Completion, FinishReason
 
@@ -131,7 +132,14 @@ def _generate_batch(
     ignore_eos = batch[0].sampling.ignore_eos
     longest = max(request.sampling.max_new_tokens for request in batch)
     prompts = [request.prompt_ids for request in batch]
-    rows = _generate_rows(model, prompts, longest, ignore_eos=ignore_eos)
+    penalties = {request.sampling.repetition_penalty for request in batch}
+    if len(penalties) > 1:
+        raise ConfigError(
+            f"these prompts have {len(penalties)} repetition penalties, and a batch of "
+            "transformers has one for all: set --batch-size 1"
+        )
+    (penalty,) = penalties
+    rows = _generate_rows(model, prompts, longest, ignore_eos=ignore_eos, penalty=penalty)
     elapsed_s = time.perf_counter() - started_s
     return [
         _completion(request, row, () if ignore_eos else eos, decode, elapsed_s)
@@ -140,7 +148,12 @@ def _generate_batch(
 
 
 def _generate_rows(
-    model: Any, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, *, ignore_eos: bool
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool,
+    penalty: float = 1.0,
 ) -> list[list[int]]:
     """New token ids per prompt, padded with 0 after an end-of-sequence token."""
     width = max(map(len, prompts))
@@ -156,6 +169,7 @@ def _generate_rows(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=penalty,
             eos_token_id=None if ignore_eos else (list(eos) or None),
             pad_token_id=0,
         )

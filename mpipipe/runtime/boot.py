@@ -189,6 +189,7 @@ def _decide(boot: Boot) -> PipelinePlan | None:
         boot.hellos,
         str(boot.model.folder),
         boot.workload,
+        notes=boot.model.notes,
     )
     deepspeed_warnings(boot.loaded, plan)  # a contradiction must stop the run before it loads
     return plan

@@ -5,7 +5,7 @@ Imports neither torch nor transformers, so that a wrong setting is answered at o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
 from mpipipe.config.deepspeed import check_against_plan
 from mpipipe.config.load import LoadedConfig
+from mpipipe.planning.plan import Resolved
 from mpipipe.runtime.model_folder import model_folder
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class ModelFacts:
     folder: Path  # absolute
     spec: ModelSpec
     tokenizer_folder: Path
+    # The configuration, with the model's own settings where it leaves them open, and what they are.
+    loaded: LoadedConfig
+    notes: tuple[Resolved, ...] = ()
 
 
 def read_model(loaded: LoadedConfig) -> ModelFacts:
@@ -43,7 +47,26 @@ def read_model(loaded: LoadedConfig) -> ModelFacts:
     if loaded.config.model.weights != "random":
         read_index(folder)  # a half-copied model must be told before anything heavy starts
     tokenizer_path = loaded.config.model.tokenizer_path
-    return ModelFacts(folder, spec, Path(tokenizer_path).absolute() if tokenizer_path else folder)
+    tokenizer_folder = Path(tokenizer_path).absolute() if tokenizer_path else folder
+    return ModelFacts(folder, spec, tokenizer_folder, *_with_model_defaults(loaded, spec))
+
+
+def _with_model_defaults(
+    loaded: LoadedConfig, spec: ModelSpec
+) -> tuple[LoadedConfig, tuple[Resolved, ...]]:
+    """What `ModelFacts` says of the settings in the model's `generation_config.json`."""
+    generation = loaded.config.generation
+    if not generation.use_model_defaults:
+        return loaded, ()
+    applied = [s for s in spec.generation.applied if s.name not in loaded.generation_set]
+    generation = replace(generation, **{setting.name: setting.value for setting in applied})
+    notes = [Resolved(f"generation.{s.name}", str(s.value), s.reason) for s in applied]
+    notes += [
+        Resolved(f"generation_config.{s.name}", s.value, s.reason)
+        for s in spec.generation.not_applied
+    ]
+    config = replace(loaded.config, generation=generation)
+    return replace(loaded, config=config), tuple(notes)
 
 
 def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:

@@ -115,6 +115,8 @@ async def run_job(
         ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        if model is not None:
+            loaded = model.loaded
         claimed = await claim(ranks, loaded, model, lines, hellos)
         job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks, page=page)
         exit_code = await _do(job, hellos, model)

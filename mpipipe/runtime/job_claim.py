@@ -72,10 +72,11 @@ def read_inputs(ranks: Ranks, loaded: LoadedConfig) -> tuple[ModelFacts | None, 
     """Model facts and prompt lines, on the head; nothing elsewhere."""
     if not ranks.is_head:
         return None, []
-    config = loaded.config
+    model = read_model(loaded)
+    config = model.loaded.config
     path = Path(config.prompts.path) if config.prompts.path else None
     lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
-    return read_model(loaded), lines
+    return model, lines
 
 
 async def claim(

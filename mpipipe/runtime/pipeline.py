@@ -102,6 +102,9 @@ class Pipeline:
             model = await in_phase(
                 ranks, "inputs", lambda: read_model(loaded) if ranks.is_head else None
             )
+            if model is not None:
+                loaded = model.loaded
+                self._sampling = default_sampling(loaded.config.generation)
             await in_phase(ranks, "import", import_boot)
             from mpipipe.models.tokenizer import open_tokenizer
             from mpipipe.runtime.boot import Boot, open_session

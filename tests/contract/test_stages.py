@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +13,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import NumericsError, UnsupportedModelError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
@@ -265,6 +268,33 @@ def test_a_family_that_cannot_be_split_is_refused_before_anything_is_built(
         build(saved_config(tmp_path, config))
     assert f'"{model_type}"' in str(error.value)
     assert "Supported are" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "t5", "bart"}))
+def test_every_family_of_transformers_is_planned_or_refused_for_what_it_is(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Whatever a family calls its sizes, it is no incomplete file that keeps it from running."""
+    try:
+        config = transformers.AutoConfig.for_model(model_type)
+    except Exception as error:  # noqa: BLE001 - some have no configuration without arguments
+        pytest.skip(f"no configuration of its own: {error}")
+    config.save_pretrained(tmp_path)
+    try:
+        assert read_spec(tmp_path).num_layers > 0
+        families.check_config(config)
+    except UnsupportedModelError as error:
+        assert f'"{config.model_type}"' in str(error) or "_text" in str(error)
+
+
+def test_what_transformers_cannot_build_is_one_sentence(tmp_path: Path) -> None:
+    config = transformers.MinistralConfig(**FAMILIES["ministral"][1])
+    config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": "ten thousand"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModelError, match=r"transformers (cannot build|does not know)"):
+        build(tmp_path)
 
 
 def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:

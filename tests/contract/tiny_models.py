@@ -182,7 +182,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 ORIGINAL = 16  # tokens of the original context below
 _THETA = {"rope_theta": 10000.0}
-_LONG = {
+_LONG: dict[str, Any] = {
     "rope_type": "longrope",
     **_THETA,
     "original_max_position_embeddings": ORIGINAL,

@@ -217,8 +217,15 @@ def test_an_unstated_dtype_is_that_of_the_safetensors_file(tmp_path: Path) -> No
         (
             {"is_encoder_decoder": True, "model_type": "t5"},
             UnsupportedModelError,
-            "encoder-decoder",
+            "an encoder beside the decoder",
         ),
+        # These state other sizes than most do, or none: that is not what is wrong with them.
+        ({"model_type": "bloom", "n_head": 4}, UnsupportedModelError, "ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, UnsupportedModelError, "ALiBi"),
+        ({"model_type": "gpt_neo"}, UnsupportedModelError, "embeds positions"),
+        ({"model_type": "xglm"}, UnsupportedModelError, "embeds positions"),
+        ({"model_type": "rwkv", "num_attention_heads": "absent"}, UnsupportedModelError, "RWKV"),
+        ({"model_type": "bert"}, UnsupportedModelError, "is an encoder"),
         ({"architectures": ["BertForMaskedLM"]}, UnsupportedModelError, "BertForMaskedLM"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
         ({"torch_dtype": "float8_e4m3fn"}, UnsupportedModelError, "float8_e4m3fn"),

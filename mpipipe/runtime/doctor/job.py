@@ -92,7 +92,7 @@ async def examine_job(
         warning("job.config", text, "the configuration says so", "see the README's settings")
         for text in loaded.warnings
     ]
-    lines = _read_prompts(loaded, findings)
+    lines = _read_prompts(loaded if model is None else model.loaded, findings)
     plan = None
     if model is not None:
         workload = _workload(loaded, model, lines, findings, quick=quick)
@@ -191,7 +191,9 @@ def _plan(
 ) -> PipelinePlan | None:
     """The plan that a run would make; or why there is none, in a finding."""
     try:
-        plan = make_plan(loaded.config, model.spec, hellos, str(model.folder), workload)
+        plan = make_plan(
+            model.loaded.config, model.spec, hellos, str(model.folder), workload, notes=model.notes
+        )
         told = deepspeed_warnings(loaded, plan)
     except MpipipeError as error:
         findings.append(Finding.of_error("job.plan", error))

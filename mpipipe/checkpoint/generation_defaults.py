@@ -1,0 +1,180 @@
+"""`generation_config.json`: how its authors want a model to generate, as transformers reads it.
+
+`generate()` without arguments takes its settings from this file; without the file, from settings of
+the same names in `config.json`. Here they become defaults of ours, and what we do not apply is
+named. Not here: what the user has set, which wins (`runtime.inputs`), and eos ids (`spec`).
+
+Invariant: no content of the file raises anything; what cannot be used is named like the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["GenerationDefaults", "ModelSetting", "read_generation_defaults"]
+
+_FILE = "generation_config.json"
+_TOP_K = 50  # of transformers, where a model samples and its file does not say
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSetting:
+    """One setting of a model's file."""
+
+    name: str  # applied: a field of `GenerationConfig`; else as the file has it
+    value: Any  # applied: a number; else text for people
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a model's file sets, as far as it differs from our own defaults."""
+
+    applied: tuple[ModelSetting, ...] = ()
+    not_applied: tuple[ModelSetting, ...] = ()
+
+
+# What we can do, the value that changes nothing, and what transformers accepts.
+_APPLICABLE: dict[str, tuple[float, Callable[[float], bool], str]] = {
+    "repetition_penalty": (1.0, lambda value: value > 0, "a number above 0"),
+    "top_k": (0, lambda value: value >= 0 and value == int(value), "a whole number from 0 on"),
+    "top_p": (1.0, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "min_p": (0.0, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+}
+
+_ABSENT: tuple[Any, ...] = (None, [], {}, False, 0)
+# What we cannot do (or do otherwise): the values that change nothing, and why it is not applied.
+_NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((*_ABSENT, 1), "there is no beam search here"),
+    "num_beam_groups": ((*_ABSENT, 1), "there is no beam search here"),
+    "diversity_penalty": (_ABSENT, "there is no beam search here"),
+    "constraints": (_ABSENT, "there is no beam search here"),
+    "force_words_ids": (_ABSENT, "there is no beam search here"),
+    "num_return_sequences": ((*_ABSENT, 1), "a prompt has one completion here"),
+    "penalty_alpha": (_ABSENT, "there is no contrastive search here"),
+    "dola_layers": (_ABSENT, "layers are not contrasted here"),
+    "guidance_scale": ((*_ABSENT, 1), "there is no guidance here"),
+    "no_repeat_ngram_size": (_ABSENT, "repeated n-grams are not banned here"),
+    "encoder_no_repeat_ngram_size": (_ABSENT, "repeated n-grams are not banned here"),
+    "encoder_repetition_penalty": ((*_ABSENT, 1), "prompts have no penalty of their own here"),
+    "bad_words_ids": (_ABSENT, "tokens are not banned here"),
+    "suppress_tokens": (_ABSENT, "tokens are not banned here"),
+    "begin_suppress_tokens": (_ABSENT, "tokens are not banned here"),
+    "sequence_bias": (_ABSENT, "tokens have no bias here"),
+    "forced_bos_token_id": ((None, [], {}, False), "no token is forced here"),
+    "forced_eos_token_id": ((None, [], {}, False), "no token is forced here"),
+    "exponential_decay_length_penalty": (_ABSENT, "the end is not made likelier here"),
+    "min_length": (_ABSENT, "completions have no least length here"),
+    "min_new_tokens": (_ABSENT, "completions have no least length here"),
+    "max_length": ((*_ABSENT, 20), "generation.max_new_tokens decides"),
+    "max_new_tokens": (_ABSENT, "generation.max_new_tokens decides"),
+    "max_time": (_ABSENT, "time ends no completion here"),
+    "stop_strings": (_ABSENT, "generation.stop decides"),
+    "typical_p": ((*_ABSENT, 1), "this filter is not there"),
+    "epsilon_cutoff": (_ABSENT, "this filter is not there"),
+    "eta_cutoff": (_ABSENT, "this filter is not there"),
+    "top_h": (_ABSENT, "this filter is not there"),
+    "watermarking_config": (_ABSENT, "there are no watermarks here"),
+    "token_healing": (_ABSENT, "prompts are not changed here"),
+}
+
+# What changes no completion of a decoder: ids that the tokenizer knows, caches, outputs, drafts.
+_WITHOUT_EFFECT = frozenset(
+    """
+    bos_token_id eos_token_id pad_token_id decoder_start_token_id do_sample temperature
+    use_cache cache_implementation cache_config max_cache_len prefill_chunk_size low_memory
+    return_dict_in_generate output_attentions output_hidden_states output_scores output_logits
+    early_stopping length_penalty renormalize_logits remove_invalid_values
+    use_mtp is_assistant num_assistant_tokens num_assistant_tokens_schedule
+    assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight speculation_type prompt_lookup_num_tokens max_matching_ngram_size
+    compile_config disable_compile continuous_batching_config
+    transformers_version _from_model_config _commit_hash trust_remote_code
+    """.split()  # noqa: SIM905 - a list of them would take a screen
+)
+
+
+def read_generation_defaults(
+    generation: Mapping[str, object] | None, config: Mapping[str, object]
+) -> GenerationDefaults:
+    """The defaults of `generation_config.json`, or of `config.json` where there is none.
+
+    Args:
+        generation: the content of the former; None: there is no such file.
+        config: the content of the latter.
+    """
+    source, where = (config, "config.json") if generation is None else (generation, _FILE)
+    applied: list[ModelSetting] = []
+    ignored: list[ModelSetting] = []
+    samples = _samples(source, where, applied, ignored)
+    for name, (neutral, fits, wanted) in _APPLICABLE.items():
+        value = source.get(name)
+        if value is None:
+            if name == "top_k" and samples:
+                reason = f"transformers' own default for a model that samples ({where})"
+                applied.append(ModelSetting(name, _TOP_K, reason))
+            continue
+        number = _number(value)
+        if number is None or not fits(number):
+            ignored.append(ModelSetting(name, _text(value), f"not applied: it is not {wanted}"))
+        elif number != neutral:
+            when = "" if name == "repetition_penalty" else ", for prompts that sample"
+            number = int(number) if name == "top_k" else number
+            applied.append(ModelSetting(name, number, f"{where} of the model{when}"))
+    for name, (neutral_values, why) in _NOT_HERE.items():
+        value = source.get(name)
+        if value not in neutral_values:
+            ignored.append(ModelSetting(name, _text(value), f"not applied: {why}"))
+    if generation is not None:
+        known = _WITHOUT_EFFECT | set(_APPLICABLE) | set(_NOT_HERE)
+        ignored += [
+            ModelSetting(name, _text(value), "not applied: transformers has no such setting")
+            for name, value in generation.items()
+            if name not in known and value not in _ABSENT
+        ]
+    return GenerationDefaults(tuple(applied), tuple(ignored))
+
+
+def _samples(
+    source: Mapping[str, object],
+    where: str,
+    applied: list[ModelSetting],
+    ignored: list[ModelSetting],
+) -> bool:
+    """Whether the model samples by default, with its temperature noted."""
+    asked = source.get("do_sample")
+    if asked is not None and not isinstance(asked, bool):
+        reason = "not applied: it is neither true nor false"
+        ignored.append(ModelSetting("do_sample", _text(asked), reason))
+        return False
+    if not asked:
+        return False
+    value = source.get("temperature")
+    number = 1.0 if value is None else _number(value)
+    if number is None or number <= 0:
+        reason = "not applied, nor is do_sample: it is not a number above 0"
+        ignored.append(ModelSetting("temperature", _text(value), reason))
+        return False
+    applied.append(ModelSetting("temperature", number, f"do_sample is true in {where}"))
+    return True
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _text(value: object) -> str:
+    """The value as its file has it, shortened."""
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,67 @@
+"""Rotary embeddings that depend on the length, on a GPU: fused stack and plain modules, in graphs.
+
+In float32, with weights whose logits lie far apart: the tokens are those of transformers on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from mpipipe.types import SamplingParams
+from tests.contract.ahead_pipeline import make_requests
+from tests.contract.tiny_models import ORIGINAL, TinyModel, save_tiny
+from tests.gpu.test_engine_gpu import MODES, on_gpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+FORMS = {
+    "llama-longrope": "fast",
+    "llama-dynamic": "fast",
+    "qwen3-longrope": "fast",
+    "phi3-longrope": "plain",
+    "gemma3-longrope": "plain",
+}
+LENGTHS = (3, *range(ORIGINAL - 3, ORIGINAL + 4), 9, 23)
+GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    torch.set_num_threads(1)
+
+    @cache
+    def make(name: str) -> TinyModel:
+        return save_tiny(name, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _own_stream() -> Iterator[None]:
+    """A lane makes its stream the thread's current one: put the default one back."""
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+@pytest.mark.parametrize("num_pages", [60, 10], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FORMS)
+def test_tokens_are_those_of_transformers_on_both_sides_of_the_original_context(
+    name: str, mode: str, num_pages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny(name)
+    requests = make_requests(LENGTHS, lambda _: GREEDY)
+    wanted = [model.greedy_afresh(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    for num_stages in (1, 2):
+        pipeline = on_gpu(model, num_stages, mode, num_pages=num_pages)
+        assert {stage.form for stage in pipeline.models} == {FORMS[name]}
+        assert (pipeline.engines[0].programs.num_graphs > 0) == (mode == "graphs")
+        found = pipeline.generate(requests, seed=num_stages)
+        assert [list(outcome.token_ids) for outcome in found] == wanted
