@@ -101,10 +101,7 @@ def decode_line(line: bytes) -> RecordLine | None:
 
 
 def _has_types(record: dict[str, Any]) -> bool:
-    for name, value in record.items():
-        if not isinstance(value, _FIELD_TYPES.get(name, object)):
-            return False
-    return True
+    return all(isinstance(value, _FIELD_TYPES.get(name, object)) for name, value in record.items())
 
 
 def _holds_tokens(record: dict[str, Any]) -> bool:
