@@ -85,23 +85,23 @@ def encode_line(record: dict[str, Any]) -> bytes:
 def decode_line(line: bytes) -> RecordLine | None:
     """What is in `line`, without its newline; None: it is damaged, or no record."""
     body, mark, tail = line.rpartition(_MARK)
-    if mark and tail != b'%08x"}' % zlib.crc32(body):
+    body_checksum = zlib.crc32(body)
+    if mark and tail != b'%08x"}' % body_checksum:
         return None
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):  # not UTF-8, a number of a thousand digits, too deep
         return None
     if not isinstance(record, dict) or "id" not in record or not _has_types(record):
         return None
     if not mark and not (record.keys() <= _FIELD_TYPES.keys() and _holds_tokens(record)):
         return None
-    return RecordLine(record["id"], "error" in record, bool(mark), zlib.crc32(line))
+    checksum = zlib.crc32(tail, zlib.crc32(mark, body_checksum)) if mark else zlib.crc32(line)
+    return RecordLine(record["id"], "error" in record, bool(mark), checksum)
 
 
 def _has_types(record: dict[str, Any]) -> bool:
-    return all(
-        isinstance(record[name], wanted) for name, wanted in _FIELD_TYPES.items() if name in record
-    )
+    return all(isinstance(value, _FIELD_TYPES.get(name, object)) for name, value in record.items())
 
 
 def _holds_tokens(record: dict[str, Any]) -> bool:

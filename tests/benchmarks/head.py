@@ -1,0 +1,233 @@
+"""What the head spends on bookkeeping for a long prompt file, and how fast a resume reads it.
+
+    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--laps-ahead 1]
+
+The head's own code from the prompt file to the merged completions, over memory channels; the stage
+is a stub that answers every step at once, so there is no torch, no model and no tokenizer. All that
+it takes is bookkeeping. Not run by CI: it is measured, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mpipipe.cli.run_view import TerminalView
+from mpipipe.clock import MonotonicClock
+from mpipipe.config.load import LoadedConfig, load_config
+from mpipipe.config.prompts import read_prompts
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    GenerationEnded,
+    RequestClosed,
+    RequestOpened,
+    SessionEnded,
+    StepSampled,
+    StepScheduled,
+)
+from mpipipe.metrics.log import open_log
+from mpipipe.progress import new_event_loop
+from mpipipe.runtime import job as job_module
+from mpipipe.runtime.inputs import ModelFacts
+from mpipipe.runtime.job_claim import Claim, claim_folder
+from mpipipe.runtime.launch import Ranks, open_ranks
+from mpipipe.runtime.manifest import completions_basis
+from mpipipe.runtime.progress_file import ProgressFile, RunState
+from mpipipe.runtime.requests import PreparedPrompts
+from mpipipe.runtime.session import Session
+from mpipipe.types import Request
+from tests.unit.test_plan import make_plan
+
+_NUM_LEFT = 10  # prompts that the resume has still to do
+_TOKENS_PER_S = 17_695  # of the fastest run so far: 128 each, two H100
+
+
+@contextmanager
+def measured(what: str, num_prompts: int) -> Iterator[None]:
+    """Print wall clock and CPU seconds of the block."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    each_us = cpu_s / num_prompts * 1e6
+    print(f"{what:<34}{wall_s:7.2f} s {cpu_s:7.2f} s CPU {each_us:8.1f} us/prompt")
+
+
+class StubStage:
+    """The only stage: gives every step back at once."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.opened_s: list[float] = []  # when each sequence began, in CPU seconds of the process
+        self._batches: dict[int, list[int]] = {}  # by slot: the sequences that decode
+        self._mesh = ranks.mesh
+        self._mailbox = ranks.mesh.mailbox(
+            RequestOpened,
+            StepScheduled,
+            DecodeScheduled,
+            RequestClosed,
+            GenerationEnded,
+            SessionEnded,
+        )
+
+    async def serve(self) -> bool:
+        """As a stage does."""
+        while True:
+            _, message = await self._mailbox.get()
+            match message:
+                case RequestOpened():
+                    self.opened_s.append(time.process_time())
+                case StepScheduled():
+                    self._give_back(message.step, sum(each.sample for each in message.sequences))
+                    await asyncio.sleep(0)
+                case DecodeScheduled():
+                    rows = self._batches.setdefault(message.slot, [])
+                    for row in reversed(message.left):
+                        del rows[row]
+                    rows.extend(message.joined)
+                    self._give_back(message.step, len(rows))
+                    await asyncio.sleep(0)
+                case GenerationEnded() | SessionEnded():
+                    return True
+                case _:
+                    pass
+
+    def _give_back(self, step: int, num_sampled: int) -> None:
+        self._mesh.send(self._mesh.rank, StepSampled(step, (7,) * num_sampled))
+
+
+def write_prompts(path: Path, num_prompts: int) -> None:
+    """A file of short prompts."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(num_prompts):
+            text = f"Tell me about the number {i}, please, and say why it matters."
+            file.write(json.dumps({"id": f"p{i}", "prompt": text}) + "\n")
+
+
+def read(loaded: LoadedConfig, model: Path) -> Claim:
+    """Read the prompts and claim the run folder, as `mpipipe run` does."""
+    lines = read_prompts(Path(loaded.config.prompts.path), loaded.config.generation)
+    spec: Any = None
+    basis = completions_basis(loaded, ModelFacts(model, spec, model), "float32")
+    return claim_folder(loaded, lines, basis, None)
+
+
+async def complete(loaded: LoadedConfig, claimed: Claim, asked: argparse.Namespace) -> StubStage:
+    """Generate for every prompt that is left, write, merge."""
+    clock = MonotonicClock()
+    async with open_ranks(clock) as ranks:
+        gc.collect()
+        gc.freeze()  # as a boot ends
+        stage = StubStage(ranks)
+        session = make_session(ranks, stage, asked.laps_ahead)
+        requests = [
+            Request(line.prompt_id, line.index, tuple(range(3, 19)), line.sampling)
+            for line in claimed.lines_left
+            if line.sampling is not None
+        ]
+        log = open_log(claimed.folder / "rank_0.log", rank=0, host="here", stage=0)
+        progress = ProgressFile(claimed.folder, ["here"])
+        progress.write(RunState.LOADING)
+        marks = job_module._Marks(clock.now_s())
+        with closing(log):
+            view = TerminalView(show=False)
+            job = job_module._Job(ranks, loaded, claimed, log, view, marks, progress)
+            prepared = PreparedPrompts(tuple(requests), ())
+            tally = await job_module._complete(job, session, prepared, {})
+        assert tally.num_completed == len(requests)
+        assert tally.totals().num_output_tokens == asked.tokens * len(requests)
+    return stage
+
+
+def make_session(ranks: Ranks, stage: StubStage, laps_ahead: int) -> Session:
+    """A session of one rank with the stub for its worker."""
+    plan = make_plan()
+    whole = dataclasses.replace(plan.stages[0], last_layer=30, has_head=True)
+    plan = dataclasses.replace(
+        plan,
+        stages=(whole,),
+        max_sequences_per_slot=64,
+        num_kv_pages=4000,
+        laps_ahead=laps_ahead,
+        max_sequence_tokens=plan.max_context_tokens,
+    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return " seven" * len(ids)
+
+    spec = SimpleNamespace(eos_token_ids=(1,))
+    boot: Any = SimpleNamespace(
+        ranks=ranks, hellos=(), model=SimpleNamespace(spec=spec), tokenizer=None, decode=decode,
+        log=None,
+    )  # fmt: skip
+    nothing: Any = None
+    worker: Any = stage
+    return Session(boot, plan=plan, worker=worker, account=nothing, load=nothing)
+
+
+def run(work: Callable[[], Any]) -> Any:
+    """On the event loop that a run has."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(work())
+
+
+def rates(opened_s: Sequence[float]) -> tuple[float, float]:
+    """Prompts begun per second of CPU in the first and in the last quarter."""
+    quarter = len(opened_s) // 4
+    first_s = opened_s[quarter] - opened_s[0]
+    last_s = opened_s[-1] - opened_s[-1 - quarter]
+    return quarter / first_s, quarter / last_s
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--laps-ahead", type=int, default=1, help="0: the scheduler of CPUs")
+    asked = parser.parse_args()
+    num_prompts = asked.prompts
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_prompts(folder / "prompts.jsonl", num_prompts)
+        (folder / "config.json").write_text("{}")
+        words = [
+            f"prompts.path={folder / 'prompts.jsonl'}", f"output.dir={folder / 'run'}",
+            "model.weights=random", f"generation.max_new_tokens={asked.tokens}",
+            "log.progress=plain",
+        ]  # fmt: skip
+        loaded = load_config(None, words)
+        with measured("prompts read, folder claimed", num_prompts):
+            claimed = read(loaded, folder)
+        (folder / "run" / "manifest.json").write_text(json.dumps({"basis": claimed.basis}))
+        cpu_s = time.process_time()
+        with measured("generated, written, merged", num_prompts):
+            stage = run(lambda: complete(loaded, claimed, asked))
+        cpu_s = time.process_time() - cpu_s
+        claimed.close()
+        first, last = rates(stage.opened_s)
+        share = cpu_s / num_prompts / asked.tokens * _TOKENS_PER_S
+        print(f"  begun per CPU second: first quarter {first:,.0f}, last quarter {last:,.0f}")
+        print(f"  share of a core at {_TOKENS_PER_S:,} tokens/s: {share:.1%}")
+
+        journal = folder / "run" / "completions_rank_0.jsonl"
+        journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-_NUM_LEFT]))
+        loaded = load_config(None, [*words, "output.resume=true"])
+        with measured(f"resumed, {_NUM_LEFT} left: read, claimed", num_prompts):
+            claimed = read(loaded, folder)
+        assert len(claimed.lines_left) == min(_NUM_LEFT, num_prompts)
+        with measured("resumed: generated, merged", num_prompts):
+            run(lambda: complete(loaded, claimed, asked))
+        claimed.close()
+
+
+if __name__ == "__main__":
+    main()
