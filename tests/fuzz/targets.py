@@ -218,7 +218,7 @@ def _slurm(folder: Path) -> Check:
 
 
 def _decode_words(ids: Sequence[int]) -> str:
-    """Like a tokenizer of bytes: 0 to 255 are bytes, 256 a special token without text, more: words."""
+    """Like a tokenizer of bytes: 0 to 255 are bytes, 256 a token without text, more: words."""
     return b"".join(
         bytes([number]) if number < 256 else seeds.WORDS[number - 256] for number in ids
     ).decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""What turns prompts into tokens, with torch's companions: templates, tokenizers and their files."""
+"""What turns prompts into tokens: templates, tokenizers and their files. Needs transformers."""
 
 from __future__ import annotations
 
@@ -23,28 +23,66 @@ from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_json_lines
 __all__ = ["TEXT_TARGETS"]
 
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
-_TEMPLATES = (
+_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_STRICT = (
     "{% if messages[0]['role'] != 'user' %}{{ raise_exception('start with the user') }}{% endif %}"
-    "{{ bos_token }}{% for m in messages %}{{ m.content | trim + eos_token }}{% endfor %}",
+    "{{ bos_token }}{% for m in messages %}{{ m.content | trim + eos_token }}{% endfor %}"
+)
+_TOOLS = (
     "{% set ns = namespace(n=0) %}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"
     "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ m.role.upper()[:1] }}: {{ m['content'] }}"
-    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments }})"
-    "{% endfor %}{% endif %}\n{% endfor %}{% if thinking %}<think>{% endif %}{{ 7 // ns.n }}",
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}"
+    "({{ c.function.arguments }}){% endfor %}{% endif %}\n{% endfor %}"
+    "{% if thinking %}<think>{% endif %}{{ 7 // ns.n }}"
 )
+_TEMPLATES = (_CHATML, _STRICT, _TOOLS)
 _JINJA = (
-    b"{{ messages }}", b"{{ 1/0 }}", b"{{ messages[9] }}", b"{{ x.y.z }}", b"{{ none + 1 }}", b"{% break %}",
-    b"{% for i in range(99999) %}a{% endfor %}", b"{% for i in range(100000000) %}{% endfor %}",
-    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", b"{{ 'a' * 10**9 }}",
-    b"{{ 9 ** 9 ** 9 }}", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", b"{% include 'x' %}", b"{% import 'x' as y %}",
-    b"{{ ''.__class__.__mro__ }}", b"{{ messages | tojson }}", b"{{ strftime_now('%Y') }}", b"{{ raise_exception(1) }}",
-    b"{{ messages | sort }}", b"{{ '%d' | format('x') }}", b"{{ messages.pop() }}", b"{{ 'a' | int(base=99) }}",
-    b"{% set messages = 3 %}", b"{{ '\\ud800' }}", b"{% generation %}{% endgeneration %}", b"{{ {}[[]] }}",
-    b"{{ 'x'.encode('nope') }}", b"{{ '{0.a}'.format(1) }}", b"{{ range(-1)[0] }}", b"{% raw %}", b"{#", b"{{", b"}}", b"%}",
-    b"{{ messages | map(attribute='content') | join }}", b"{{ lipsum }}", b"{{ dict(a=1)['b'].c }}", b"{% extends 3 %}",
-    b"{% call x() %}{% endcall %}", b"{{ 'a' | tojson(indent=-5) }}", b"{{ 'a' | wordwrap(0) }}", b"{{ ['a'] | batch(0) | list }}",
-)  # fmt: skip
+    b"{{ messages }}",
+    b"{{ 1/0 }}",
+    b"{{ messages[9] }}",
+    b"{{ x.y.z }}",
+    b"{{ none + 1 }}",
+    b"{% break %}",
+    b"{% for i in range(99999) %}a{% endfor %}",
+    b"{% for i in range(100000000) %}{% endfor %}",
+    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    b"{{ 'a' * 10**9 }}",
+    b"{{ 9 ** 9 ** 9 }}",
+    b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    b"{% include 'x' %}",
+    b"{% import 'x' as y %}",
+    b"{{ ''.__class__.__mro__ }}",
+    b"{{ messages | tojson }}",
+    b"{{ strftime_now('%Y') }}",
+    b"{{ raise_exception(1) }}",
+    b"{{ messages | sort }}",
+    b"{{ '%d' | format('x') }}",
+    b"{{ messages.pop() }}",
+    b"{{ 'a' | int(base=99) }}",
+    b"{% set messages = 3 %}",
+    b"{{ '\\ud800' }}",
+    b"{% generation %}{% endgeneration %}",
+    b"{{ {}[[]] }}",
+    b"{{ 'x'.encode('nope') }}",
+    b"{{ '{0.a}'.format(1) }}",
+    b"{{ range(-1)[0] }}",
+    b"{% raw %}",
+    b"{#",
+    b"{{",
+    b"}}",
+    b"%}",
+    b"{{ messages | map(attribute='content') | join }}",
+    b"{{ lipsum }}",
+    b"{{ dict(a=1)['b'].c }}",
+    b"{% extends 3 %}",
+    b"{% call x() %}{% endcall %}",
+    b"{{ 'a' | tojson(indent=-5) }}",
+    b"{{ 'a' | wordwrap(0) }}",
+    b"{{ ['a'] | batch(0) | list }}",
+)
 
 
 def _raw_tokenizer() -> RawTokenizer:
