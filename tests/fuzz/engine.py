@@ -148,7 +148,7 @@ def _inputs(target: Target, rng: Random, corpus: list[bytes], num_inputs: int) -
 def _run(target: Target, check: Check, content: bytes) -> _Outcome:
     began_s = time.perf_counter()
     try:
-        with _limit(HUNG_S):
+        with _limit(max(HUNG_S, 2 * target.slow_s)):
             check(content)
     except target.documented as error:
         seconds = time.perf_counter() - began_s

@@ -8,6 +8,8 @@ import struct
 import zipfile
 from typing import Any
 
+from mpipipe.runtime.record_line import encode_line
+
 from mpipipe.control_plane.codec import encode
 from mpipipe.control_plane.messages import (
     Broadcast,
@@ -379,11 +381,17 @@ def _record(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def _journal(*records: dict[str, Any]) -> bytes:
+    """Lines with their checksums."""
+    return b"".join(encode_line(record) + b"\n" for record in records)
+
+
 _ERROR = {"kind": "invalid_json", "message": "line 2 is not valid JSON"}
 JOURNALS = (
-    _lines(_record("b"), _record("a", error=_ERROR), _record("é")),
-    _lines(_record("b"), _record("b"), _record("unknown"))[:-20],
-    _lines(_record("c", logprobs=[{"token_id": 1, "logprob": -0.5, "top": []}])) + bytes(40),
+    _journal(_record("b"), _record("a", error=_ERROR), _record("é")),
+    _journal(_record("b"), _record("b"), _record("unknown"))[:-20],
+    _journal(_record("c", logprobs=[{"token_id": 1, "logprob": -0.5, "top": []}])) + bytes(40),
+    _lines(_record("b"), _record("a", error=_ERROR), _record("c")),  # of a version without them
     b"",
 )
 _ATTEMPT = {
@@ -453,7 +461,7 @@ STATUS = (
 )
 RUN_FILES = {
     "manifest.json": MANIFESTS[0],
-    "completions_rank_0.jsonl": _lines(_record("b"), _record("a")),
+    "completions_rank_0.jsonl": _journal(_record("b"), _record("a")),
     "status.json": STATUS[1],
 }
 SLURM_ANSWERS = (

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
 from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import AutoTokenizer
 
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
-from mpipipe.models.tokenizer import Tokenizer, TransformersTokenizer, open_tokenizer
+from mpipipe.models.chat import ChatTemplates
+from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
 from mpipipe.runtime.requests import prepare
 from tests.fuzz import seeds
 from tests.fuzz.engine import Check, Target
@@ -22,6 +24,9 @@ from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_json_lines
 
 __all__ = ["TEXT_TARGETS"]
 
+# Quick to give up, and never tired of broken templates.
+_LIMITS = RenderLimits(cpu_s=0.5, max_failing_s=math.inf, max_failed_s=math.inf)
+_SLOW_TEMPLATE_S = 20.0  # a process that a template has ended is started again
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -159,14 +164,20 @@ def _messages(folder: Path) -> Check:
 
 
 def _template(folder: Path) -> Check:
-    """Templates of a tokenizer that is read once: reading takes much longer than rendering."""
-    model = _write_folder(folder / "model", _TEMPLATES[0])
-    backend = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[1])
+    """Templates of one renderer: its process takes much longer to start than to render."""
+    named = {"default": ""}
+    tokenizer = open_tokenizer(_write_folder(folder / "model", _CHATML))
+    renderer = ChatRenderer(ChatTemplates(named), {"bos_token": "<s>"}, _LIMITS)
+    conversations = [
+        (line.messages, line.chat_options)
+        for line in _lines(folder / "prompts.jsonl", seeds.PROMPTS[1])
+        if line.messages is not None
+    ]
 
     def check(content: bytes) -> None:
-        backend.chat_template = content.decode("utf-8", "replace")
-        _prepare(lines, TransformersTokenizer(backend))
+        named["default"] = content.decode("utf-8", "replace")
+        for messages, options in conversations:
+            tokenizer.encode(renderer.render(messages, options), add_special_tokens=False)
 
     return check
 
@@ -179,11 +190,14 @@ def _mutate_template(rng: Random, content: bytes, corpus: Sequence[bytes]) -> by
 
 
 def _file(name: str, *, sentencepiece: bool = False) -> Callable[[Path], Check]:
-    """One file of a tokenizer's folder, opened and used anew with each input."""
+    """One file of a tokenizer's folder, opened and used anew with each input.
+
+    Not for conversations: each tokenizer starts a process of its own for them.
+    """
 
     def open_in(folder: Path) -> Check:
         model = _write_folder(folder / "model", _TEMPLATES[0], sentencepiece=sentencepiece)
-        lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[0] + seeds.PROMPTS[1])
+        lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[0])
 
         def check(content: bytes) -> None:
             (model / name).write_bytes(content)
@@ -225,7 +239,7 @@ _FACTS_SEEDS = (
 _TEMPLATE_SEEDS = tuple(template.encode() for template in _TEMPLATES)
 
 TEXT_TARGETS: tuple[Target, ...] = (
-    Target("template", _template, _TEMPLATE_SEEDS, _mutate_template),
+    Target("template", _template, _TEMPLATE_SEEDS, _mutate_template, slow_s=_SLOW_TEMPLATE_S),
     Target("template-messages", _messages, seeds.PROMPTS, mutate_json_lines),
     Target("tokenizer-text", _text, seeds.TEXTS, mutate_bytes),
     Target("tokenizer-template", _file("chat_template.jinja"), _TEMPLATE_SEEDS, _mutate_template),

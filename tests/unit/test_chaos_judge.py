@@ -97,7 +97,7 @@ def test_a_pause_may_take_as_long_as_a_run_and_a_start_has_its_own_deadline() ->
     assert by_kind["pause"] > 100
     moments = {draw(Random(seed), "kill", 2, 10).moment: seed for seed in range(50)}
     limits = {m: JOB.limit_s(draw(Random(s), "kill", 2, 10)) for m, s in moments.items()}
-    assert limits == {"boot": 30.0, "loading": 20.0, "generating": 20.0, "merging": 20.0}
+    assert limits == {"boot": 40.0, "loading": 40.0, "generating": 20.0, "merging": 20.0}
 
 
 def test_blows_are_drawn_alike_from_one_seed_and_cover_all_moments_and_ranks() -> None:
