@@ -177,8 +177,7 @@ def _go_on_twice(loaded: Any, lines: Sequence[Any], job: SlurmJob | None) -> Non
         left = {line.prompt_id for line in claimed.lines_left}
         assert left == known - kept[-1], "a prompt is kept, or run again"
         path = merge(claimed.folder, claimed.index_of)
-        with path.open(encoding="utf-8") as file:
-            merged = [json.loads(line)["id"] for line in file]
+        merged = [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
         assert len(merged) == len(set(merged)), "no prompt is doubled"
         assert {*merged} == kept[-1], "all that is kept is merged"
         assert merged == sorted(merged, key=claimed.index_of.__getitem__), "in order"
