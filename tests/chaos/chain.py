@@ -219,7 +219,8 @@ def reference(job: Job, folder: Path) -> dict[str, list[int]]:
     point = attempt(job, folder, 0, 0, None)
     if point.end.exit_code != 0:
         raise RuntimeError(f"the undisturbed run failed: {point.end.output}")
-    records = [json.loads(line) for line in (folder / "completions.jsonl").open(encoding="utf-8")]
+    lines = (folder / "completions.jsonl").read_bytes().splitlines()
+    records = [json.loads(line) for line in lines]
     return {record["id"]: record["token_ids"] for record in records}
 
 

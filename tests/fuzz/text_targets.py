@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ __all__ = ["TEXT_TARGETS"]
 # Quick to give up, and never tired of broken templates.
 _LIMITS = RenderLimits(cpu_s=0.5, max_failing_s=math.inf, max_failed_s=math.inf)
 _SLOW_TEMPLATE_S = 20.0  # a process that a template has ended is started again
+_TAG_END = re.compile(rb"[%}]}")
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -183,9 +185,11 @@ def _template(folder: Path) -> Check:
 
 
 def _mutate_template(rng: Random, content: bytes, corpus: Sequence[bytes]) -> bytes:
-    if rng.random() < 0.5:
+    """Bytes changed, or something put in: most times where a template can be read again."""
+    if rng.random() < 0.3:
         return mutate_bytes(rng, content, corpus)
-    place = rng.randint(0, len(content))
+    between = [0, *(found.end() for found in _TAG_END.finditer(content)), len(content)]
+    place = rng.choice(between) if rng.random() < 0.9 else rng.randint(0, len(content))
     return content[:place] + rng.choice(_JINJA) + content[place:]
 
 
