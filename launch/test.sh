@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything tox runs, from nothing: lint, types, unit, contract, MPI on 1, 2 and 4 ranks, end to end,
-# and a Slurm cluster on this machine (as root on Debian; MPIPIPE_SLURM_TESTS=off leaves it out).
+# kills and signals (chaos), and a Slurm cluster on this machine (as root on Debian; MPIPIPE_SLURM_TESTS=off leaves it out).
 #
 #   ./launch/test.sh                       all
 #   ./launch/test.sh unit,mpi-2            some environments
@@ -13,6 +13,6 @@ make_venv
 export PATH="$venv/bin:$PATH"
 # A test that is skipped has not been passed: only GPU tests may be left out.
 export MPIPIPE_NO_SKIPS=1
-all=lint,type,unit,contract,mpi-1,mpi-2,mpi-4,e2e
+all=lint,type,unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos
 [ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || all+=,slurm
 exec tox run -e "${1:-$all}"

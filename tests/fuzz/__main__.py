@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --target prompts --inputs 100000 --seed 1`: figures; exit 1 on a finding."""
+"""`python -m tests.fuzz --target prompts --inputs 100000 --seed 1`: figures; 1 on a finding."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _inputs(target: Target, rng: Random, corpus: list[bytes], num_inputs: int) -
 def _run(target: Target, check: Check, content: bytes) -> _Outcome:
     began_s = time.perf_counter()
     try:
-        with _limit(HUNG_S):
+        with _limit(max(HUNG_S, 2 * target.slow_s)):
             check(content)
     except target.documented as error:
         seconds = time.perf_counter() - began_s
@@ -160,7 +160,7 @@ def _run(target: Target, check: Check, content: bytes) -> _Outcome:
         return _Outcome("hung", ("hung",), seconds, is_finding=True, text=_told(error))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - what is looked for; Rust's panics are of this kind
+    except BaseException as error:  # noqa: BLE001 - looked for; also Rust's panics
         seconds = time.perf_counter() - began_s
         return _Outcome(
             type(error).__name__, _frames(error)[-2:], seconds, is_finding=True, text=_told(error)
@@ -221,7 +221,7 @@ def _finding(target: Target, check: Check, outcome: _Outcome, content: bytes) ->
 
 
 def minimise(content: bytes, is_same: Callable[[bytes], bool]) -> bytes:
-    """A shorter input that `is_same` still takes: stretches left out, from large to single bytes."""
+    """A shorter input that `is_same` still takes: stretches left out, ever smaller ones."""
     until_s = time.perf_counter() + _MAX_MINIMISING_S
     trials = 0
     size = max(1, len(content) // 2)

@@ -39,16 +39,74 @@ class _Literal:
 
 
 _TEXTS = (
-    "", " ", "\n", "a", "auto", "null", "0", "-1", "../..", "/", "~", "~nobody-here", "$HOME",
-    "$MPIPIPE_UNSET_VARIABLE", "\0", "a\0b", "\x7f", "\x1b[31m", "é", "e\u0301", "\u2028", "\ufeff",
-    "\ufffd", "\uffff", "😀", "👩\u200d👩\u200d👧", "𝔘", "\u202egnp", "{{ x }}", "{% raw %}", "<s>", "</s>",
-    "<|im_end|>", "[INST]", "%s%n", "1e999", "2020-13-45T99:99:99", "2020-11-22T12:00:00",
-    "9999-12-31T23:59:59+00:00", "a" * 300, "a" * 5_000, "\u0661\u0662",
-)  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "a",
+    "auto",
+    "null",
+    "0",
+    "-1",
+    "../..",
+    "/",
+    "~",
+    "~nobody-here",
+    "$HOME",
+    "$MPIPIPE_UNSET_VARIABLE",
+    "\0",
+    "a\0b",
+    "\x7f",
+    "\x1b[31m",
+    "é",
+    "e\u0301",
+    "\u2028",
+    "\ufeff",
+    "\ufffd",
+    "\uffff",
+    "😀",
+    "👩\u200d👩\u200d👧",
+    "𝔘",
+    "\u202egnp",
+    "{{ x }}",
+    "{% raw %}",
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "[INST]",
+    "%s%n",
+    "1e999",
+    "2020-13-45T99:99:99",
+    "2020-11-22T12:00:00",
+    "9999-12-31T23:59:59+00:00",
+    "a" * 300,
+    "a" * 5_000,
+    "\u0661\u0662",
+)
 _NUMBERS: tuple[int | float, ...] = (
-    0, 1, -1, 2, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63),
-    -(2**63) - 1, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e300, 1.5, 3.0,
-)  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    255,
+    256,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    -(2**63),
+    -(2**63) - 1,
+    10**30,
+    10**400,
+    0.5,
+    -0.0,
+    1e-320,
+    1e300,
+    1.5,
+    3.0,
+)
 _LITERALS = (
     _Literal("NaN"),
     _Literal("Infinity"),
@@ -67,10 +125,32 @@ _LITERALS = (
     _Literal("/**/1"),
 )
 _CHUNKS = (
-    b"\0", b"\n", b"\r\n", b"\r", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\x80",
-    b"\xf0\x9f\x98", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"=", b"#", b"\x1f\x8b", b"PK\x03\x04",
-    b"version https://git-lfs", b"\x00" * 64, b"[" * 2_000,
-)  # fmt: skip
+    b"\0",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\xc3",
+    b"\x80",
+    b"\xf0\x9f\x98",
+    b'"',
+    b"\\",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"=",
+    b"#",
+    b"\x1f\x8b",
+    b"PK\x03\x04",
+    b"version https://git-lfs",
+    b"\x00" * 64,
+    b"[" * 2_000,
+)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -156,21 +236,43 @@ def _mutate_value(rng: Random, value: Any, corpus_values: Sequence[Any]) -> Any:
         return _mutate_object(rng, value, corpus_values)
     if isinstance(value, list) and value and rng.random() < 0.85:
         return _mutate_list(rng, value, corpus_values)
-    choice = rng.randrange(8)
-    if choice == 0:
-        return [value]
-    if choice == 1:
-        return {rng.choice(_TEXTS): value}
-    if choice == 2 and corpus_values:
-        return rng.choice(corpus_values)
-    if choice == 3:
-        return _other_form(value)
-    if choice == 4 and isinstance(value, str):
+    return rng.choice(_VALUE_CHANGES)(rng, value, corpus_values)
+
+
+def _wrapped(rng: Random, value: Any, _: Sequence[Any]) -> Any:
+    return [value] if rng.random() < 0.5 else {rng.choice(_TEXTS): value}
+
+
+def _of_another(rng: Random, value: Any, corpus_values: Sequence[Any]) -> Any:
+    return rng.choice(corpus_values) if corpus_values else value
+
+
+def _edited(rng: Random, value: Any, _: Sequence[Any]) -> Any:
+    if isinstance(value, str):
         place = rng.randint(0, len(value))
         return value[:place] + rng.choice(_TEXTS) + value[place:]
-    if choice == 5 and isinstance(value, int):
+    if isinstance(value, int):
         return value + rng.choice((-1, 1, 2**31, 2**63))
     return _leaf(rng)
+
+
+def _other_leaf(rng: Random, _: Any, __: Sequence[Any]) -> Any:
+    return _leaf(rng)
+
+
+def _in_other_form(_: Random, value: Any, __: Sequence[Any]) -> Any:
+    return _other_form(value)
+
+
+_VALUE_CHANGES = (
+    _wrapped,
+    _of_another,
+    _edited,
+    _in_other_form,
+    _other_leaf,
+    _other_leaf,
+    _other_leaf,
+)
 
 
 def _mutate_object(rng: Random, value: dict[Any, Any], corpus_values: Sequence[Any]) -> Any:
@@ -298,11 +400,38 @@ def mutate_toml(rng: Random, content: bytes, corpus: Sequence[bytes]) -> bytes:
 
 
 _TOML_VALUES = (
-    b"inf", b"-inf", b"nan", b"0x" + b"f" * 5_000, b"9" * 5_000, b"-9223372036854775809", b"0o17", b"0b1",
-    b"1_000", b"1e400", b"1979-05-27", b"1979-05-27T07:32:00Z", b"07:32:00", b"{a = 1}", b"{}", b"[]",
-    b"[1, 'a']", b"[[1]]", b"[" * _MAX_DEPTH + b"]" * _MAX_DEPTH, b"{a=" * _MAX_DEPTH, b"true", b"false",
-    b'"""a\nb"""', b"'a\\b'", b'"\\u0000"', b'"\\ud800"', b"''", b"", b"abc", b'"auto"', b"14,16",
-)  # fmt: skip
+    b"inf",
+    b"-inf",
+    b"nan",
+    b"0x" + b"f" * 5_000,
+    b"9" * 5_000,
+    b"-9223372036854775809",
+    b"0o17",
+    b"0b1",
+    b"1_000",
+    b"1e400",
+    b"1979-05-27",
+    b"1979-05-27T07:32:00Z",
+    b"07:32:00",
+    b"{a = 1}",
+    b"{}",
+    b"[]",
+    b"[1, 'a']",
+    b"[[1]]",
+    b"[" * _MAX_DEPTH + b"]" * _MAX_DEPTH,
+    b"{a=" * _MAX_DEPTH,
+    b"true",
+    b"false",
+    b'"""a\nb"""',
+    b"'a\\b'",
+    b'"\\u0000"',
+    b'"\\ud800"',
+    b"''",
+    b"",
+    b"abc",
+    b'"auto"',
+    b"14,16",
+)
 
 
 def _toml_value(rng: Random) -> bytes:

@@ -8,6 +8,8 @@ import struct
 import zipfile
 from typing import Any
 
+from mpipipe.runtime.record_line import encode_line
+
 from mpipipe.control_plane.codec import encode
 from mpipipe.control_plane.messages import (
     Broadcast,
@@ -43,23 +45,53 @@ _TOOL = {
 }
 PROMPTS = (
     _lines({"id": "a", "prompt": "The capital"}, {"id": 1, "prompt": "é"}, {"prompt": "x"}, "text"),
-    _lines({"id": "b", "messages": _CHAT}, {"messages": [{"role": "user", "content": [{"type": "text", "text": "t"}]}]}),
     _lines(
-        {
-            "custom_id": "c", "method": "POST", "url": "/v1/chat/completions",
-            "body": {
-                "model": "m", "messages": _CHAT, "max_tokens": 24, "n": 1, "stream": False, "tools": [_TOOL],
-                "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
-                "chat_template_kwargs": {"thinking": True}, "continue_final_message": False,
-            },
-        },
-        {"custom_id": "d", "method": "POST", "url": "/v1/completions", "body": {"prompt": ["x"], "max_tokens": 2}},
+        {"id": "b", "messages": _CHAT},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "t"}]}]},
     ),
     _lines(
         {
-            "id": "e", "prompt": "x", "max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1,
-            "repetition_penalty": 1.1, "seed": 7, "stop": ["a", "bc"], "stop_token_ids": [1, 2], "ignore_eos": True,
-            "logprobs": True, "top_logprobs": 2, "metadata": {"mine": [1]},
+            "custom_id": "c",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "m",
+                "messages": _CHAT,
+                "max_tokens": 24,
+                "n": 1,
+                "stream": False,
+                "tools": [_TOOL],
+                "tool_choice": "auto",
+                "response_format": {"type": "text"},
+                "logit_bias": {},
+                "chat_template_kwargs": {"thinking": True},
+                "continue_final_message": False,
+            },
+        },
+        {
+            "custom_id": "d",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": ["x"], "max_tokens": 2},
+        },
+    ),
+    _lines(
+        {
+            "id": "e",
+            "prompt": "x",
+            "max_new_tokens": 3,
+            "temperature": 0.5,
+            "top_k": 4,
+            "top_p": 0.9,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "seed": 7,
+            "stop": ["a", "bc"],
+            "stop_token_ids": [1, 2],
+            "ignore_eos": True,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "metadata": {"mine": [1]},
         },
         {"id": "f", "prompt": "y", "num_logprobs": 1, "stop": "z", "temperature": None},
     ),
@@ -68,15 +100,28 @@ PROMPTS = (
             "id": "t",
             "messages": [
                 *_CHAT,
-                {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": "1",
+                            "type": "function",
+                            "function": {"name": "add", "arguments": "{}"},
+                        }
+                    ],
+                },
                 {"role": "tool", "tool_call_id": "1", "content": "3"},
                 {"role": "assistant", "content": "It is"},
             ],
             "tools": [_TOOL],
         }
     ),
-    b'\xef\xbb\xbf{"id": "g", "prompt": "bom"}\r\n\r\n{"id": 3, "prompt": "a"}\n{"id": "3", "prompt": "again"}\n{"prompt": \n2\n',
-)  # fmt: skip
+    (
+        b'\xef\xbb\xbf{"id": "g", "prompt": "bom"}\r\n\r\n{"id": 3, "prompt": "a"}\n'
+        b'{"id": "3", "prompt": "again"}\n{"prompt": \n2\n'
+    ),
+)
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -108,7 +153,10 @@ resume = "auto"
 [log]
 level = "info"
 """,
-    b'model.path = "m"\nprompts.path = "p.jsonl"\ngeneration.top_p = 0.5\npipeline = {num_slots = 2}\n',
+    (
+        b'model.path = "m"\nprompts.path = "p.jsonl"\ngeneration.top_p = 0.5\n'
+        b"pipeline = {num_slots = 2}\n"
+    ),
 )
 JSON = (
     _json(
@@ -319,16 +367,31 @@ BASIS = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed":
 
 def _record(name: str, **more: Any) -> dict[str, Any]:
     return {
-        "id": name, "text": "té 😀", "token_ids": [1, 2], "finish_reason": "length", "num_prompt_tokens": 2,
-        "num_output_tokens": 2, "queue_s": 0.1, "ttft_s": 0.2, "latency_s": 0.3, "tokens_per_s": 6.6, **more,
-    }  # fmt: skip
+        "id": name,
+        "text": "té 😀",
+        "token_ids": [1, 2],
+        "finish_reason": "length",
+        "num_prompt_tokens": 2,
+        "num_output_tokens": 2,
+        "queue_s": 0.1,
+        "ttft_s": 0.2,
+        "latency_s": 0.3,
+        "tokens_per_s": 6.6,
+        **more,
+    }
+
+
+def _journal(*records: dict[str, Any]) -> bytes:
+    """Lines with their checksums."""
+    return b"".join(encode_line(record) + b"\n" for record in records)
 
 
 _ERROR = {"kind": "invalid_json", "message": "line 2 is not valid JSON"}
 JOURNALS = (
-    _lines(_record("b"), _record("a", error=_ERROR), _record("é")),
-    _lines(_record("b"), _record("b"), _record("unknown"))[:-20],
-    _lines(_record("c", logprobs=[{"token_id": 1, "logprob": -0.5, "top": []}])) + bytes(40),
+    _journal(_record("b"), _record("a", error=_ERROR), _record("é")),
+    _journal(_record("b"), _record("b"), _record("unknown"))[:-20],
+    _journal(_record("c", logprobs=[{"token_id": 1, "logprob": -0.5, "top": []}])) + bytes(40),
+    _lines(_record("b"), _record("a", error=_ERROR), _record("c")),  # of a version without them
     b"",
 )
 _ATTEMPT = {
@@ -345,30 +408,60 @@ MANIFESTS = (
 STATUS = (
     _json(
         {
-            "state": "generating", "mpipipe": "0.1.0", "started_at": "2026-11-22T12:00:00+00:00", "hosts": ["a", "b"],
-            "job_id": "7", "num_restarts": 0, "update_interval_s": 5.0, "num_prompts": 10, "num_kept": 2,
-            "updated_at": "2026-11-22T12:00:05+00:00", "num_completed": 3, "num_failed": 1, "num_running": 2,
-            "num_output_tokens": 40, "tokens_per_s": 5.5, "generating_s": 9.0, "stops_in_s": 100,
+            "state": "generating",
+            "mpipipe": "0.1.0",
+            "started_at": "2026-11-22T12:00:00+00:00",
+            "hosts": ["a", "b"],
+            "job_id": "7",
+            "num_restarts": 0,
+            "update_interval_s": 5.0,
+            "num_prompts": 10,
+            "num_kept": 2,
+            "updated_at": "2026-11-22T12:00:05+00:00",
+            "num_completed": 3,
+            "num_failed": 1,
+            "num_running": 2,
+            "num_output_tokens": 40,
+            "tokens_per_s": 5.5,
+            "generating_s": 9.0,
+            "stops_in_s": 100,
         }
     ),
     _json(
         {
-            "state": "stopped", "started_at": "2026-11-22T12:00:00+00:00", "hosts": [], "job_id": None,
-            "updated_at": "2026-11-22T12:00:05+00:00", "stop_reason": "SIGTERM", "exit_code": 75, "num_prompts": 1,
+            "state": "stopped",
+            "started_at": "2026-11-22T12:00:00+00:00",
+            "hosts": [],
+            "job_id": None,
+            "updated_at": "2026-11-22T12:00:05+00:00",
+            "stop_reason": "SIGTERM",
+            "exit_code": 75,
+            "num_prompts": 1,
         }
     ),
     _json(
         {
-            "state": "failed", "error": "a rank was lost", "job_id": "7", "num_restarts": 1, "hosts": ["a"],
+            "state": "failed",
+            "error": "a rank was lost",
+            "job_id": "7",
+            "num_restarts": 1,
+            "hosts": ["a"],
             "updated_at": "2026-11-22T12:00:05+00:00",
         }
     ),
-    _json({"state": "done", "num_failed": 2, "num_prompts": 4, "updated_at": "2026-11-22T12:00:05+00:00"}),
+    _json(
+        {
+            "state": "done",
+            "num_failed": 2,
+            "num_prompts": 4,
+            "updated_at": "2026-11-22T12:00:05+00:00",
+        }
+    ),
     _json({"state": "loading", "updated_at": "2026-11-22T12:00:05+00:00", "hosts": ["a"]}),
-)  # fmt: skip
+)
 RUN_FILES = {
     "manifest.json": MANIFESTS[0],
-    "completions_rank_0.jsonl": _lines(_record("b"), _record("a")),
+    "completions_rank_0.jsonl": _journal(_record("b"), _record("a")),
     "status.json": STATUS[1],
 }
 SLURM_ANSWERS = (

@@ -14,6 +14,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from mpipipe.runtime.journal import merge
+
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.cli.status import status_command
@@ -23,7 +25,6 @@ from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
 from mpipipe.runtime.job_claim import claim_folder
-from mpipipe.runtime.output import merge
 from mpipipe.scheduler.detokenize import StopWatch
 from mpipipe.topology.slurm import SlurmJob
 from tests.fuzz import seeds
@@ -176,8 +177,7 @@ def _go_on_twice(loaded: Any, lines: Sequence[Any], job: SlurmJob | None) -> Non
         left = {line.prompt_id for line in claimed.lines_left}
         assert left == known - kept[-1], "a prompt is kept, or run again"
         path = merge(claimed.folder, claimed.index_of)
-        with path.open(encoding="utf-8") as file:
-            merged = [json.loads(line)["id"] for line in file]
+        merged = [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
         assert len(merged) == len(set(merged)), "no prompt is doubled"
         assert {*merged} == kept[-1], "all that is kept is merged"
         assert merged == sorted(merged, key=claimed.index_of.__getitem__), "in order"
@@ -218,7 +218,7 @@ def _slurm(folder: Path) -> Check:
 
 
 def _decode_words(ids: Sequence[int]) -> str:
-    """Like a tokenizer of bytes: 0 to 255 are bytes, 256 a special token without text, more: words."""
+    """Like a tokenizer of bytes: 0 to 255 are bytes, 256 a token without text, more: words."""
     return b"".join(
         bytes([number]) if number < 256 else seeds.WORDS[number - 256] for number in ids
     ).decode("utf-8", "replace")

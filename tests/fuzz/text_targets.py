@@ -1,20 +1,23 @@
-"""What turns prompts into tokens, with torch's companions: templates, tokenizers and their files."""
+"""What turns prompts into tokens: templates, tokenizers and their files. Needs transformers."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
 from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import AutoTokenizer
 
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
-from mpipipe.models.tokenizer import Tokenizer, TransformersTokenizer, open_tokenizer
+from mpipipe.models.chat import ChatTemplates
+from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
 from mpipipe.runtime.requests import prepare
 from tests.fuzz import seeds
 from tests.fuzz.engine import Check, Target
@@ -22,29 +25,71 @@ from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_json_lines
 
 __all__ = ["TEXT_TARGETS"]
 
+# Quick to give up, and never tired of broken templates.
+_LIMITS = RenderLimits(cpu_s=0.5, max_failing_s=math.inf, max_failed_s=math.inf)
+_SLOW_TEMPLATE_S = 20.0  # a process that a template has ended is started again
+_TAG_END = re.compile(rb"[%}]}")
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
-_TEMPLATES = (
+_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_STRICT = (
     "{% if messages[0]['role'] != 'user' %}{{ raise_exception('start with the user') }}{% endif %}"
-    "{{ bos_token }}{% for m in messages %}{{ m.content | trim + eos_token }}{% endfor %}",
+    "{{ bos_token }}{% for m in messages %}{{ m.content | trim + eos_token }}{% endfor %}"
+)
+_TOOLS = (
     "{% set ns = namespace(n=0) %}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"
     "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ m.role.upper()[:1] }}: {{ m['content'] }}"
-    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments }})"
-    "{% endfor %}{% endif %}\n{% endfor %}{% if thinking %}<think>{% endif %}{{ 7 // ns.n }}",
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}"
+    "({{ c.function.arguments }}){% endfor %}{% endif %}\n{% endfor %}"
+    "{% if thinking %}<think>{% endif %}{{ 7 // ns.n }}"
 )
+_TEMPLATES = (_CHATML, _STRICT, _TOOLS)
 _JINJA = (
-    b"{{ messages }}", b"{{ 1/0 }}", b"{{ messages[9] }}", b"{{ x.y.z }}", b"{{ none + 1 }}", b"{% break %}",
-    b"{% for i in range(99999) %}a{% endfor %}", b"{% for i in range(100000000) %}{% endfor %}",
-    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", b"{{ 'a' * 10**9 }}",
-    b"{{ 9 ** 9 ** 9 }}", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", b"{% include 'x' %}", b"{% import 'x' as y %}",
-    b"{{ ''.__class__.__mro__ }}", b"{{ messages | tojson }}", b"{{ strftime_now('%Y') }}", b"{{ raise_exception(1) }}",
-    b"{{ messages | sort }}", b"{{ '%d' | format('x') }}", b"{{ messages.pop() }}", b"{{ 'a' | int(base=99) }}",
-    b"{% set messages = 3 %}", b"{{ '\\ud800' }}", b"{% generation %}{% endgeneration %}", b"{{ {}[[]] }}",
-    b"{{ 'x'.encode('nope') }}", b"{{ '{0.a}'.format(1) }}", b"{{ range(-1)[0] }}", b"{% raw %}", b"{#", b"{{", b"}}", b"%}",
-    b"{{ messages | map(attribute='content') | join }}", b"{{ lipsum }}", b"{{ dict(a=1)['b'].c }}", b"{% extends 3 %}",
-    b"{% call x() %}{% endcall %}", b"{{ 'a' | tojson(indent=-5) }}", b"{{ 'a' | wordwrap(0) }}", b"{{ ['a'] | batch(0) | list }}",
-)  # fmt: skip
+    b"{{ messages }}",
+    b"{{ 1/0 }}",
+    b"{{ messages[9] }}",
+    b"{{ x.y.z }}",
+    b"{{ none + 1 }}",
+    b"{% break %}",
+    b"{% for i in range(99999) %}a{% endfor %}",
+    b"{% for i in range(100000000) %}{% endfor %}",
+    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    b"{{ 'a' * 10**9 }}",
+    b"{{ 9 ** 9 ** 9 }}",
+    b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    b"{% include 'x' %}",
+    b"{% import 'x' as y %}",
+    b"{{ ''.__class__.__mro__ }}",
+    b"{{ messages | tojson }}",
+    b"{{ strftime_now('%Y') }}",
+    b"{{ raise_exception(1) }}",
+    b"{{ messages | sort }}",
+    b"{{ '%d' | format('x') }}",
+    b"{{ messages.pop() }}",
+    b"{{ 'a' | int(base=99) }}",
+    b"{% set messages = 3 %}",
+    b"{{ '\\ud800' }}",
+    b"{% generation %}{% endgeneration %}",
+    b"{{ {}[[]] }}",
+    b"{{ 'x'.encode('nope') }}",
+    b"{{ '{0.a}'.format(1) }}",
+    b"{{ range(-1)[0] }}",
+    b"{% raw %}",
+    b"{#",
+    b"{{",
+    b"}}",
+    b"%}",
+    b"{{ messages | map(attribute='content') | join }}",
+    b"{{ lipsum }}",
+    b"{{ dict(a=1)['b'].c }}",
+    b"{% extends 3 %}",
+    b"{% call x() %}{% endcall %}",
+    b"{{ 'a' | tojson(indent=-5) }}",
+    b"{{ 'a' | wordwrap(0) }}",
+    b"{{ ['a'] | batch(0) | list }}",
+)
 
 
 def _raw_tokenizer() -> RawTokenizer:
@@ -121,31 +166,42 @@ def _messages(folder: Path) -> Check:
 
 
 def _template(folder: Path) -> Check:
-    """Templates of a tokenizer that is read once: reading takes much longer than rendering."""
-    model = _write_folder(folder / "model", _TEMPLATES[0])
-    backend = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[1])
+    """Templates of one renderer: its process takes much longer to start than to render."""
+    named = {"default": ""}
+    tokenizer = open_tokenizer(_write_folder(folder / "model", _CHATML))
+    renderer = ChatRenderer(ChatTemplates(named), {"bos_token": "<s>"}, _LIMITS)
+    conversations = [
+        (line.messages, line.chat_options)
+        for line in _lines(folder / "prompts.jsonl", seeds.PROMPTS[1])
+        if line.messages is not None
+    ]
 
     def check(content: bytes) -> None:
-        backend.chat_template = content.decode("utf-8", "replace")
-        _prepare(lines, TransformersTokenizer(backend))
+        named["default"] = content.decode("utf-8", "replace")
+        for messages, options in conversations:
+            tokenizer.encode(renderer.render(messages, options), add_special_tokens=False)
 
     return check
 
 
 def _mutate_template(rng: Random, content: bytes, corpus: Sequence[bytes]) -> bytes:
-    if rng.random() < 0.5:
+    """Bytes changed, or something put in: most times where a template can be read again."""
+    if rng.random() < 0.3:
         return mutate_bytes(rng, content, corpus)
-    place = rng.randint(0, len(content))
+    between = [0, *(found.end() for found in _TAG_END.finditer(content)), len(content)]
+    place = rng.choice(between) if rng.random() < 0.9 else rng.randint(0, len(content))
     return content[:place] + rng.choice(_JINJA) + content[place:]
 
 
 def _file(name: str, *, sentencepiece: bool = False) -> Callable[[Path], Check]:
-    """One file of a tokenizer's folder, opened and used anew with each input."""
+    """One file of a tokenizer's folder, opened and used anew with each input.
+
+    Not for conversations: each tokenizer starts a process of its own for them.
+    """
 
     def open_in(folder: Path) -> Check:
         model = _write_folder(folder / "model", _TEMPLATES[0], sentencepiece=sentencepiece)
-        lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[0] + seeds.PROMPTS[1])
+        lines = _lines(folder / "prompts.jsonl", seeds.PROMPTS[0])
 
         def check(content: bytes) -> None:
             (model / name).write_bytes(content)
@@ -187,7 +243,7 @@ _FACTS_SEEDS = (
 _TEMPLATE_SEEDS = tuple(template.encode() for template in _TEMPLATES)
 
 TEXT_TARGETS: tuple[Target, ...] = (
-    Target("template", _template, _TEMPLATE_SEEDS, _mutate_template),
+    Target("template", _template, _TEMPLATE_SEEDS, _mutate_template, slow_s=_SLOW_TEMPLATE_S),
     Target("template-messages", _messages, seeds.PROMPTS, mutate_json_lines),
     Target("tokenizer-text", _text, seeds.TEXTS, mutate_bytes),
     Target("tokenizer-template", _file("chat_template.jinja"), _TEMPLATE_SEEDS, _mutate_template),

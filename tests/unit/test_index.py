@@ -187,7 +187,7 @@ def test_a_bin_file_whose_directory_is_damaged_is_broken(
     for offset, byte in changes.items():
         content[directory + offset] = byte
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin is broken"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is broken"):
         read_index(tmp_path)
 
 

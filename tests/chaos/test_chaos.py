@@ -1,0 +1,31 @@
+"""The short form for CI: each kind of blow once or so, on two and on three ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.__main__ import prepare, run_points
+
+NUM_PROMPTS = 60
+# A machine of two cores that is busy with other tests must not look like a frozen rank.
+DEADLINE_S = 8.0
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("num_ranks", "kinds"),
+    [
+        (2, ("kill", "stop-rank", "freeze", "kill-launcher", "ctrl-c")),
+        (3, ("pause", "kill-supervisor", "kill-proxy", "freeze", "kill-everything")),
+    ],
+)
+def test_nothing_is_lost_doubled_or_different(
+    num_ranks: int, kinds: tuple[str, ...], tmp_path: Path
+) -> None:
+    job = prepare(tmp_path, num_prompts=NUM_PROMPTS, seed=1, deadline_s=DEADLINE_S)
+    points = list(run_points(job, tmp_path, kinds, [num_ranks], seed=1))
+    assert not [f"{point.line()}\n{point.end.output}" for point in points if point.faults]
+    dealt = [point.blow.kind for point in points if point.blow is not None and point.dealt]
+    assert dealt == list(kinds), "every blow has met its run"
