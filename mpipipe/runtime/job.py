@@ -113,6 +113,8 @@ async def run_job(
             ranks, "configuration", lambda: load_config(config_path, overrides), _FOLDER_DEADLINE_S
         )
         ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
+        if page is not None:
+            page.silence_limit_s = ranks.vitals.timeout_s
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         if model is not None:
@@ -223,6 +225,8 @@ def _merge(job: _Job, written: Mapping[str, int]) -> None:
 def _warn(job: _Job, message: str) -> None:
     job.log.warning("journal", message=message)
     job.view.warned(message)
+
+
 @asynccontextmanager
 async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[None]:
     """While inside, the supervisor learns of this rank's steps, a moment late."""

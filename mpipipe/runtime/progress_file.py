@@ -113,6 +113,8 @@ def sound_values(document: object) -> Mapping[str, Any]:
     if "updated_at" not in sound:
         sound.pop("state", None)
     return sound
+
+
 _ENDED = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
 
 

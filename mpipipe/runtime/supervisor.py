@@ -122,7 +122,7 @@ def watch_supervisor(supervisor: int, page: RankPage, stop: StopSwitch) -> Calla
             frozen_s = None
         elif frozen_s is None:
             frozen_s = now_s
-        elif now_s - frozen_s >= page.silence_limit_s:
+        elif 0 < page.silence_limit_s <= now_s - frozen_s:
             os.kill(supervisor, signal.SIGCONT)
 
     return watch

@@ -116,7 +116,7 @@ def read(loaded: LoadedConfig, model: Path) -> Claim:
     """Read the prompts and claim the run folder, as `mpipipe run` does."""
     lines = read_prompts(Path(loaded.config.prompts.path), loaded.config.generation)
     spec: Any = None
-    basis = completions_basis(loaded, ModelFacts(model, spec, model), "float32")
+    basis = completions_basis(loaded, ModelFacts(model, spec, model, loaded), "float32")
     return claim_folder(loaded, lines, basis, None)
 
 
@@ -139,7 +139,7 @@ async def complete(loaded: LoadedConfig, claimed: Claim, asked: argparse.Namespa
         marks = job_module._Marks(clock.now_s())
         with closing(log):
             view = TerminalView(show=False)
-            job = job_module._Job(ranks, loaded, claimed, log, view, marks, progress)
+            job = job_module._Job(ranks, loaded, claimed, log, view, marks, progress, None)
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mpipipe.config.prompt_fields import ChatOptions
+from mpipipe.config.chat_fields import ChatOptions
 from mpipipe.errors import CheckpointError, EnvironmentSetupError, PromptError
 from mpipipe.models.chat import ChatTemplates, read_chat_templates
 from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits

@@ -25,7 +25,7 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     words = [f"prompts.path={prompts}", f"output.dir={tmp_path / 'run'}", "model.weights=random"]
     loaded = load_config(None, words)
     spec: Any = None
-    facts = ModelFacts(model, spec, model)
+    facts = ModelFacts(model, spec, model, loaded)
     read = completions_basis(loaded, facts, "float32")
     claimed = claim_folder(loaded, [], read, None)
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')

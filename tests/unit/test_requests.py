@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpipipe.config.prompt_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import PromptError
 from mpipipe.models.foreign import each_or_error, foreign_code, in_short
