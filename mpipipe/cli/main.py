@@ -13,9 +13,12 @@ from typing import Annotated
 import typer
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, MpipipeError
+from mpipipe.cli.terminal import guard_terminal, is_broken_pipe
+from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, MpipipeError
 
 __all__ = ["app", "main"]
+
+_EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 _EPILOG = (
     "Exit codes: 0 done · 1 a bug of mpipipe · 2 configuration, plan or output folder · "
@@ -229,8 +232,19 @@ def bench_transformers(
 
 def main() -> None:
     """Run the command line; a user error becomes one sentence and its exit code."""
+    terminal = guard_terminal()
     try:
         app()
+    except SystemExit:
+        sys.stdout.flush()
+        error = terminal.output_error
+        if error is None or not terminal.is_the_result:
+            raise
+        if not is_broken_pipe(error):
+            print(
+                f"mpipipe: error: the output cannot be written ({error.strerror})", file=sys.stderr
+            )
+        sys.exit(_EXIT_BROKEN_PIPE if is_broken_pipe(error) else EXIT_CONFIG)
     except MpipipeError as error:
         if "--debug" in sys.argv:
             raise

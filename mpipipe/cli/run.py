@@ -12,6 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from mpipipe.cli.terminal import guard_terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
 from mpipipe.runtime.rank_page import open_rank_page
@@ -34,6 +35,7 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
     """
     clock = MonotonicClock()
     started_s = clock.now_s() - time.process_time()  # imports so far are part of the boot
+    terminal = guard_terminal()
     info, page, stop = detect(os.environ), open_rank_page(), StopSwitch()
     watch = None
     if info.mpi_expected:
@@ -47,18 +49,11 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             from mpipipe.progress import new_event_loop
             from mpipipe.runtime.job import run_job
 
-            view = TerminalView(show=show)
+            view = TerminalView(terminal, show=show)
+            job = run_job(
+                config, overrides, view, clock, started_s, stop=stop, page=page, debug=debug
+            )
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                job = run_job(
-                    config,
-                    overrides,
-                    view,
-                    clock,
-                    started_s=started_s,
-                    stop=stop,
-                    page=page,
-                    debug=debug,
-                )
                 exit_code = runner.run(job)
     except MpipipeError as error:
         exit_code = error.exit_code

@@ -86,8 +86,8 @@ async def run_job(
     overrides: Sequence[str],
     view: JobView,
     clock: Clock,
-    *,
     started_s: float,
+    *,
     stop: StopSwitch | None = None,
     page: RankPage | None = None,
     debug: bool,
@@ -107,17 +107,7 @@ async def run_job(
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
         claimed = await claim(ranks, loaded, model, lines, hellos)
-        rank = ranks.mesh.rank
-        stage = stage_order(hellos).index(rank)
-        if page is not None:
-            page.opened(claimed.folder, stage)
-        log = open_log(
-            claimed.folder / f"rank_{rank}.log",
-            rank=rank,
-            host=host_name(),
-            level=loaded.config.log.level,
-            stage=stage,
-        )
+        log = _open_log(ranks, loaded, claimed.folder, stage_order(hellos), view=view, page=page)
         progress = ProgressFile(
             claimed.folder if ranks.is_head else None, [hello.host for hello in hellos]
         )
@@ -129,6 +119,32 @@ async def run_job(
             exit_code = await _do(job, hellos, model)
         claimed.close()
         return exit_code
+
+
+def _open_log(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    folder: Path,
+    stages: Sequence[int],
+    *,
+    view: JobView,
+    page: RankPage | None,
+) -> RunLog:
+    """This rank's log in the run folder, known to what shows and what watches over the rank."""
+    rank = ranks.mesh.rank
+    stage = stages.index(rank)
+    if page is not None:
+        page.opened(folder, stage)
+    log = open_log(
+        folder / f"rank_{rank}.log",
+        rank=rank,
+        host=host_name(),
+        level=loaded.config.log.level,
+        stage=stage,
+        on_failure=view.warned,
+    )
+    view.log_opened(log)
+    return log
 
 
 async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:
