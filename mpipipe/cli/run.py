@@ -7,6 +7,7 @@ that takes seconds for an import.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
         watch = watch_supervisor(supervise(info, page), page, stop)
     exit_code = EXIT_BUG
     try:
+        faulthandler.enable()  # a fault in native code: the Python lines that led to it
         with stop_signals(stop, watch):
             keep_wall_time(stop, os.environ)
             # A stop so far is told when all ranks have met: they end together, in order.

@@ -25,6 +25,7 @@ from mpipipe.runtime.stopping import block_stop_signals
 from mpipipe.runtime.supervision import End, Supervision
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import Launcher
+from mpipipe.topology.leftovers import remove_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,7 @@ def supervise(info: LaunchInfo, page: RankPage) -> int:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _OWN_SIGNALS)
         return supervisor
+    remove_leftovers(Path("/dev/shm"), Path("/proc"))
     name = f"rank {info.rank if info.rank is not None else '?'} on {host_name()}"
     watch = Supervision(page, name, info.launcher.value, time.monotonic())
     code, peak_bytes = _watch_over(child, watch, numbers, lambda: os.getppid() != launcher)
