@@ -13,9 +13,12 @@ from typing import Annotated
 import typer
 
 from mpipipe._version import __version__
-from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
+from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
+from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
 __all__ = ["app", "main"]
+
+_EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 _EPILOG = (
     "Exit codes: 0 done · 1 a bug of mpipipe · 2 configuration, plan or output folder · "
@@ -233,7 +236,8 @@ def bench_transformers(
 
 def main() -> None:
     """Run the command line; a user error becomes one sentence and its exit code."""
-    exit_code = _run_app()
+    terminal = guard_terminal()
+    exit_code = _judge_output(terminal, _run_app())
     if "mpipipe.runtime.launch" in sys.modules:  # ranks were joined
         from mpipipe.runtime.launch import leave
 
@@ -255,3 +259,15 @@ def _run_app() -> int:
     except SystemExit as ended:  # how typer ends
         return ended.code if isinstance(ended.code, int) else EXIT_OK
     return EXIT_OK
+
+
+def _judge_output(terminal: Terminal, exit_code: int) -> int:
+    """`exit_code`, or another where what is printed is all that a command does, and was lost."""
+    sys.stdout.flush()
+    error = terminal.output_error
+    if error is None or not terminal.is_the_result:
+        return exit_code
+    if is_broken_pipe(error):
+        return _EXIT_BROKEN_PIPE
+    print(f"mpipipe: error: the output cannot be written ({error.strerror})", file=sys.stderr)
+    return EXIT_CONFIG

@@ -7,11 +7,13 @@ that takes seconds for an import.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from mpipipe.cli.terminal import guard_terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
 from mpipipe.runtime.rank_page import open_rank_page
@@ -34,12 +36,14 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
     """
     clock = MonotonicClock()
     started_s = clock.now_s() - time.process_time()  # imports so far are part of the boot
+    terminal = guard_terminal()
     info, page, stop = detect(os.environ), open_rank_page(), StopSwitch()
     watch = None
     if info.mpi_expected:
         watch = watch_supervisor(supervise(info, page), page, stop)
     exit_code = EXIT_BUG
     try:
+        faulthandler.enable()  # a fault in native code: the Python lines that led to it
         with stop_signals(stop, watch):
             keep_wall_time(stop, os.environ)
             # A stop so far is told when all ranks have met: they end together, in order.
@@ -47,18 +51,11 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             from mpipipe.progress import new_event_loop
             from mpipipe.runtime.job import run_job
 
-            view = TerminalView(show=show)
+            view = TerminalView(terminal, show=show)
+            job = run_job(
+                config, overrides, view, clock, started_s, stop=stop, page=page, debug=debug
+            )
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                job = run_job(
-                    config,
-                    overrides,
-                    view,
-                    clock,
-                    started_s=started_s,
-                    stop=stop,
-                    page=page,
-                    debug=debug,
-                )
                 exit_code = runner.run(job)
     except MpipipeError as error:
         exit_code = error.exit_code

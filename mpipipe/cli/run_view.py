@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from mpipipe.cli.terminal import Terminal
+    from mpipipe.metrics.log import Logger
     from mpipipe.metrics.summary import RunSummary
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.types import Completion
@@ -30,22 +32,27 @@ class TerminalView:
     Progress goes to standard error, the rest to standard output.
     """
 
-    def __init__(self, *, show: bool) -> None:
+    def __init__(self, terminal: Terminal, *, show: bool) -> None:
+        self._terminal = terminal
         self._show = show
         self._progress = ProgressView("none", 0, sys.stderr)
+
+    def log_opened(self, log: Logger) -> None:
+        """Let `log` know when nothing more can be printed."""
+        self._terminal.listen(lambda text: log.warning("terminal", message=text))
+
+    def warned(self, text: str) -> None:
+        """Print a warning."""
+        print(f"mpipipe: warning: {text}", file=sys.stderr, flush=True)
 
     def resumed(self, num_kept: int, num_left: int, folder: Path) -> None:
         """Say how much is left."""
         print(f"Going on in {folder}: {num_kept:,} prompts are done, {num_left:,} are left")
 
-    def warned(self, message: str) -> None:
-        """Print a warning."""
-        print(f"mpipipe: warning: {message}", file=sys.stderr, flush=True)
-
     def planned(self, plan: PipelinePlan, warnings: Sequence[str]) -> None:
         """Print warnings and the plan."""
         for warning in warnings:
-            print(f"mpipipe: warning: {warning}", file=sys.stderr)
+            self.warned(warning)
         print("\n".join(plan_lines(plan)), flush=True)
 
     def generating(self, num_prompts: int, mode: str) -> None:

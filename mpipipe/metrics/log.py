@@ -14,12 +14,14 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpipipe.clock import Clock, MonotonicClock
 from mpipipe.errors import OutputError
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from structlog.typing import FilteringBoundLogger
 
 __all__ = ["ListLog", "Logger", "NullLog", "RunLog", "open_log", "utc_now"]
@@ -65,8 +67,11 @@ def open_log(
     stage: int | None = None,
     clock: Clock | None = None,
     now: Callable[[], datetime] = utc_now,
+    on_failure: Callable[[str], object] = lambda _: None,
 ) -> RunLog:
     """Append to the log at `path`; lines below `level` (a key of `_LEVELS`) are dropped.
+
+    `on_failure` is told once, in a sentence, that lines are lost because the file takes no more.
 
     Raises:
         OutputError: the file cannot be opened.
@@ -74,12 +79,12 @@ def open_log(
     import structlog  # 0.1 s, for its console colours: only ranks that log pay it
 
     try:
-        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        file = path.open("ab", buffering=0)
     except OSError as error:
         raise OutputError(
             f"the log {str(path)!r} cannot be written ({error.strerror}): choose another output.dir"
         ) from error
-    sink = _LineSink(file)
+    sink = _LineSink(file, path, on_failure)
     bound: dict[str, Any] = {"rank": rank, "host": host}
     bound |= {} if stage is None else {"stage": stage}
     logger: FilteringBoundLogger = structlog.wrap_logger(
@@ -186,21 +191,38 @@ class ListLog:
 
 
 class _LineSink:
-    """The file under structlog: one locked, flushed write per line, from any thread."""
+    """The file under structlog: one locked, unbuffered write per line, from any thread."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: FileIO, path: Path, on_failure: Callable[[str], object]) -> None:
         self._file = file
+        self._path = path
+        self._on_failure: Callable[[str], object] | None = on_failure
         self._lock = threading.Lock()
+        self._is_torn = False  # the last line did not fit as a whole
 
     def msg(self, line: str) -> None:
-        with self._lock, contextlib.suppress(OSError, ValueError):  # disk full, or closed
-            self._file.write(line + "\n")
-            self._file.flush()
+        with self._lock:
+            if self._file.closed:
+                return
+            encoded = f"{line}\n".encode(errors="backslashreplace")
+            encoded = b"\n" + encoded if self._is_torn else encoded
+            try:
+                self._is_torn = self._file.write(encoded) < len(encoded)
+            except OSError as error:
+                self._tell(error)
 
     debug = info = warning = error = msg
 
+    def _tell(self, error: OSError) -> None:
+        tell, self._on_failure = self._on_failure, None
+        if tell is not None:
+            tell(
+                f"the log {self._path} cannot be written ({error.strerror}): its lines are lost "
+                "until it can; completions are not touched by that"
+            )
+
     def close(self) -> None:
-        with self._lock, contextlib.suppress(OSError):  # the buffer's rest did not fit on the disk
+        with self._lock, contextlib.suppress(OSError):
             self._file.close()
 
 

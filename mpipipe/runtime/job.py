@@ -93,8 +93,8 @@ async def run_job(
     overrides: Sequence[str],
     view: JobView,
     clock: Clock,
-    *,
     started_s: float,
+    *,
     stop: StopSwitch | None = None,
     page: RankPage | None = None,
     debug: bool,
@@ -148,7 +148,9 @@ def _open_job(
         host=host_name(),
         level=loaded.config.log.level,
         stage=stage,
+        on_failure=view.warned,
     )
+    view.log_opened(log)
     folder = claimed.folder if ranks.is_head else None
     progress = ProgressFile(folder, [hello.host for hello in hellos])
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from mpipipe.metrics.log import Logger
     from mpipipe.metrics.summary import RunSummary
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.types import Completion
@@ -16,14 +17,18 @@ __all__ = ["JobView"]
 
 
 class JobView(Protocol):
-    """What the head shows while the job runs; called on the head only."""
+    """What the head shows while the job runs; called on the head only, but for the first two."""
+
+    def log_opened(self, log: Logger) -> None:
+        """This rank's log is there, for what cannot be shown."""
+        ...
+
+    def warned(self, text: str) -> None:
+        """Something that a user should know of, and that the log cannot tell."""
+        ...
 
     def resumed(self, num_kept: int, num_left: int, folder: Path) -> None:
         """The run goes on from an earlier attempt in `folder`."""
-        ...
-
-    def warned(self, message: str) -> None:
-        """Something that the user should know of, though the run goes on."""
         ...
 
     def planned(self, plan: PipelinePlan, warnings: Sequence[str]) -> None:

@@ -201,7 +201,7 @@ def stop_signals(switch: StopSwitch, watch: Callable[[], object] | None = None) 
 
     Args:
         switch: what they trip.
-        watch: called every second in the thread that waits for signals.
+        watch: called every second in a thread of its own.
     """
     ended = threading.Event()
 
@@ -210,17 +210,19 @@ def stop_signals(switch: StopSwitch, watch: Callable[[], object] | None = None) 
             switch.signalled(number)
 
     def wait() -> None:
+        # Not sigtimedwait: continued after a SIGSTOP, Python 3.11's returns what was in memory.
         while not ended.is_set():
-            taken = signal.sigtimedwait(numbers, _WATCH_INTERVAL_S)
-            if taken is not None:
-                take(taken.si_signo)
-            elif watch is not None:
-                watch()
+            take(signal.sigwait(numbers))
+
+    def keep_watch() -> None:
+        while watch is not None and not ended.wait(_WATCH_INTERVAL_S):
+            watch()
 
     numbers = block_stop_signals()
     for number in numbers:  # in case a library's thread unblocks it
         signal.signal(number, take)
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+    for work, name in ((wait, "signals"), (keep_watch, "supervisor watch")):
+        threading.Thread(target=work, name=name, daemon=True).start()
     try:
         yield
     finally:

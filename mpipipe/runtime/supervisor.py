@@ -6,7 +6,7 @@ only waits: it hands signals on, says in a sentence what became of the rank, and
 that is documented. Not here: what it decides, and the sentences (`runtime.supervision`).
 
 Invariants: forked before any thread, MPI and torch. The rank watches over the supervisor too
-(`watch_supervisor`), from the thread that waits for its signals.
+(`watch_supervisor`), from a thread of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from mpipipe.runtime.stopping import block_stop_signals
 from mpipipe.runtime.supervision import End, Supervision
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import Launcher
+from mpipipe.topology.leftovers import remove_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from mpipipe.runtime.rank_page import RankPage
     from mpipipe.runtime.stopping import StopSwitch
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["supervise", "watch_supervisor"]
 
+_OWN_SIGNALS = {signal.SIGCHLD, signal.SIGALRM}
 _INTERVAL_S = 1.0
 _LAST_WORDS_S = 0.25  # a launcher drops text that it has not read when ranks end badly
 _ABORT_LIMIT_S = 2.0
@@ -46,19 +49,18 @@ def supervise(info: LaunchInfo, page: RankPage) -> int:
     Returns the supervisor's process id, to the rank. Call it before any thread is started.
     """
     numbers = block_stop_signals()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OWN_SIGNALS)
     launcher, kills = os.getppid(), _num_memory_kills()
     sys.stdout.flush()
     sys.stderr.flush()
     supervisor, child = os.getpid(), os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OWN_SIGNALS)
         return supervisor
+    remove_leftovers(Path("/dev/shm"), Path("/proc"))
     name = f"rank {info.rank if info.rank is not None else '?'} on {host_name()}"
     watch = Supervision(page, name, info.launcher.value, time.monotonic())
-    code, peak_bytes = _watch_over(
-        child, watch, {*numbers, signal.SIGCHLD}, lambda: os.getppid() != launcher
-    )
+    code, peak_bytes = _watch_over(child, watch, numbers, lambda: os.getppid() != launcher)
     was_short = _num_memory_kills() > kills
     _leave(watch.end(code, peak_bytes=peak_bytes, was_memory_short=was_short), info, page, code)
     raise AssertionError("the supervisor has left")
@@ -67,15 +69,17 @@ def supervise(info: LaunchInfo, page: RankPage) -> int:
 def _watch_over(
     child: int,
     watch: Supervision,
-    numbers: set[signal.Signals],
+    numbers: AbstractSet[signal.Signals],
     launcher_is_gone: Callable[[], bool],
 ) -> tuple[int, int]:
     """Until the rank ends: its exit code, -n if signal n has killed it, and its peak memory."""
+    # Not sigtimedwait: continued after a SIGSTOP, Python 3.11's returns what was in memory.
+    signal.setitimer(signal.ITIMER_REAL, _INTERVAL_S, _INTERVAL_S)
     while True:
-        taken = signal.sigtimedwait(numbers, _INTERVAL_S)
-        if taken is not None and taken.si_signo != signal.SIGCHLD:
-            watch.signalled(taken.si_signo, time.monotonic())
-            os.kill(child, taken.si_signo)
+        taken = signal.sigwait({*numbers, *_OWN_SIGNALS})
+        if taken not in _OWN_SIGNALS:
+            watch.signalled(taken, time.monotonic())
+            os.kill(child, taken)
         while True:
             pid, status, used = os.wait4(child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if pid == 0:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.errors import EXIT_REQUEUE
-from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, mpiexec, read_jsonl, run
+from mpipipe.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
+from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
 
 NUM_PROMPTS = 150
 
@@ -34,9 +34,14 @@ def job(tiny_config: Path, tmp_path: Path) -> list[str]:
 
 
 def stop_when(
-    ready: Callable[[], bool], pid: Callable[[int], int], config: Path, folder: Path, *words: str
+    ready: Callable[[], bool],
+    pid: Callable[[int], int],
+    config: Path,
+    folder: Path,
+    *words: str,
+    number: signal.Signals = signal.SIGUSR1,
 ) -> Outcome:
-    """Start a run on two ranks, and tell it to stop when it is `ready`; `pid` says whom to tell."""
+    """Start a run on two ranks, and send it `number` when it is `ready`; `pid` says to whom."""
     command = [*mpiexec(2), sys.executable, "-m", "mpipipe", "run", str(config)]
     with subprocess.Popen(
         [*command, f"output.dir={folder}", *words],
@@ -50,7 +55,7 @@ def stop_when(
         while not ready() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         if process.poll() is None:
-            os.kill(pid(process.pid), signal.SIGUSR1)
+            os.kill(pid(process.pid), number)
         stdout, stderr = process.communicate(timeout=LIMIT_S)
     return Outcome(process.returncode, stdout, stderr, folder)
 
@@ -104,6 +109,94 @@ def test_a_run_that_is_stopped_twice_and_resumed_is_the_run_that_was_never_stopp
     again = run(0, tiny_config, folder, *job, resume)
     assert again.exit_code == 0, again.stderr
     assert again.completions() == resumed.completions()
+
+
+def rank_of(folder: Path, rank: int) -> int:
+    """The process id of a rank that has said that it runs."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return int(manifest["hosts"][rank]["pid"])
+
+
+def parent_of(pid: int) -> int:
+    """The process id of a process's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def has_completed(folder: Path) -> bool:
+    path = folder / "completions_rank_0.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def test_a_rank_that_is_killed_is_named_and_its_launcher_reports_it(
+    job: list[str], tiny_config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ended = stop_when(
+        lambda: has_completed(folder),
+        lambda _: rank_of(folder, 1),
+        tiny_config,
+        folder,
+        *job,
+        number=signal.SIGKILL,
+    )
+    assert ended.exit_code == EXIT_PEER_LOST, ended.stderr
+    assert "rank 1 on " in ended.stderr
+    assert "(stage 1), after step " in ended.stderr
+    assert "was killed by SIGKILL" in ended.stderr
+    status = ended.json("status.json")
+    assert status["state"] == "failed"
+    assert "rank 1 on " in status["error"]
+
+
+def test_ranks_whose_launcher_is_gone_end_within_seconds(
+    job: list[str], tiny_config: Path, tmp_path: Path
+) -> None:
+    folder, pids = tmp_path / "run", list[int]()
+
+    def proxy(_: int) -> int:
+        pids.extend(rank_of(folder, rank) for rank in range(2))
+        return parent_of(parent_of(pids[0]))  # of the supervisor
+
+    ready = has_completed
+    stop_when(lambda: ready(folder), proxy, tiny_config, folder, *job, number=signal.SIGKILL)
+    until_s = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}/cmdline").exists() and _runs(pid) for pid in pids):
+        assert time.monotonic() < until_s, "ranks go on without a launcher"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_stops_a_run_in_order(job: list[str], tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ended = stop_when(
+        lambda: has_completed(folder),
+        lambda launcher: launcher,
+        tiny_config,
+        folder,
+        *job,
+        number=signal.SIGINT,
+    )
+    assert ended.exit_code == EXIT_INTERRUPTED, ended.stderr
+    assert "Traceback" not in ended.stderr
+    status = ended.json("status.json")
+    assert (status["state"], status["stop_reason"]) == ("stopped", "SIGINT")
+    assert 0 < len(ended.completions()) < NUM_PROMPTS
+
+
+def test_a_run_goes_on_when_nothing_can_be_printed(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = f'"{sys.executable}" -m mpipipe run "{tiny_config}" output.dir="{folder}" --show'
+    script = f"set -o pipefail; {command} 2>/dev/full >/dev/full"
+    assert execute(["bash", "-c", script], folder).exit_code == 0
+    assert len(read_jsonl(folder / "completions.jsonl")) == 3
+    events = [line for line in read_jsonl(folder / "rank_0.log") if line["event"] == "terminal"]
+    assert len(events) == 2
 
 
 def test_a_run_is_not_resumed_with_other_settings(tiny_config: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -143,11 +144,34 @@ def test_closing_twice_is_fine_and_later_lines_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_does_not_stop_the_run() -> None:
-    log = opened(Path("/dev/full"))
+def test_a_full_disk_does_not_stop_the_run_and_is_told_once() -> None:
+    told: list[str] = []
+    log = open_log(Path("/dev/full"), rank=0, host="h", on_failure=told.append)
     log.info("x")
+    log.info("y")
     log.close()
     log.close()
+    assert len(told) == 1
+    assert "/dev/full cannot be written (No space left on device)" in told[0]
+
+
+def test_a_line_that_did_not_fit_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = open_log(path, rank=0, host="h")
+    log.info("one")
+    size = path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        log.info("torn")
+        log.info("lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.info("two")
+    log.close()
+    first, torn, last = path.read_text().splitlines()
+    assert len(torn) == 10
+    assert [json.loads(line)["event"] for line in (first, last)] == ["one", "two"]
 
 
 def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
