@@ -31,6 +31,7 @@ from mpipipe.runtime.progress_file import (
     fail_for_lost_head,
 )
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
+from mpipipe.runtime.shared_folders import check_model_folder, check_output_folder
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
@@ -109,7 +110,10 @@ async def run_job(
         ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        random = loaded.config.model.weights == "random"
+        await check_model_folder(ranks, model, with_weights=not random)
         claimed = await claim(ranks, loaded, model, lines, hellos)
+        await check_output_folder(ranks, claimed.folder)
         job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks)
         exit_code = await _do(job, hellos, model)
         job.log.close()

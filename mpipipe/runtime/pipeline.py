@@ -25,6 +25,7 @@ from mpipipe.progress import new_event_loop
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
+from mpipipe.runtime.shared_folders import check_model_folder
 from mpipipe.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Pipeline:
             model = await in_phase(
                 ranks, "inputs", lambda: read_model(loaded) if ranks.is_head else None
             )
+            random = loaded.config.model.weights == "random"
+            await check_model_folder(ranks, model, with_weights=not random)
             await in_phase(ranks, "import", import_boot)
             from mpipipe.models.tokenizer import open_tokenizer
             from mpipipe.runtime.boot import Boot, open_session
