@@ -33,6 +33,7 @@ from mpipipe.runtime.progress_file import (
 )
 from mpipipe.runtime.rank_page import RankPage, RankPhase
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
+from mpipipe.runtime.shared_folders import check_model_folder, check_output_folder
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
 
@@ -117,9 +118,12 @@ async def run_job(
             page.silence_limit_s = ranks.vitals.timeout_s
         hellos = await greet(ranks, loaded)
         model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        random = loaded.config.model.weights == "random"
+        await check_model_folder(ranks, model, with_weights=not random)
         if model is not None:
             loaded = model.loaded
         claimed = await claim(ranks, loaded, model, lines, hellos)
+        await check_output_folder(ranks, claimed.folder)
         job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks, page=page)
         exit_code = await _do(job, hellos, model)
         job.log.close()

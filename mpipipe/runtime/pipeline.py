@@ -30,6 +30,7 @@ from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import read_model
 from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts, prepare
+from mpipipe.runtime.shared_folders import check_model_folder
 from mpipipe.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Pipeline:
             model = await in_phase(
                 ranks, "inputs", lambda: read_model(loaded) if ranks.is_head else None
             )
+            random = loaded.config.model.weights == "random"
+            await check_model_folder(ranks, model, with_weights=not random)
             if model is not None:
                 loaded = model.loaded
                 self._sampling = default_sampling(loaded.config.generation)

@@ -23,6 +23,7 @@ from mpipipe.runtime.circumstances import circumstances
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import ModelFacts, read_model
 from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
+from mpipipe.runtime.shared_folders import check_model_folder
 from mpipipe.runtime.workloads import (
     BenchWork,
     Vocabulary,
@@ -98,6 +99,8 @@ async def run_throughput(
         model = await in_phase(
             ranks, "inputs", lambda: _read_inputs(loaded, options) if ranks.is_head else None
         )
+        random = loaded.config.model.weights == "random"
+        await check_model_folder(ranks, model, with_weights=not random)
         # torch and transformers take seconds to import: only now, when the input is in order.
         marks = _Marks(started_s, clock.now_s(), 0.0, 0.0)
         await in_phase(ranks, "import", import_boot)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 
 import msgpack
 import pytest
 
 from mpipipe.control_plane.codec import decode, encode
+from mpipipe.control_plane.handshake import find_mismatch
 from mpipipe.control_plane.messages import (
     TAGS,
     BarrierEntered,
@@ -17,11 +19,13 @@ from mpipipe.control_plane.messages import (
     Echo,
     GatherPart,
     GenerationEnded,
+    Heartbeat,
     Hello,
     LogprobsSampled,
     Message,
     PhaseReport,
     PhaseVerdict,
+    RankLost,
     RequestClosed,
     RequestOpened,
     ScheduledSequence,
@@ -93,7 +97,10 @@ MESSAGES: tuple[Message, ...] = (
     SessionEnded(),
     Echo(1, b"ping", False),
     StopRequested("SIGTERM"),
+    Heartbeat("n2", 2, 417, "load", False, 1.5),
+    RankLost(2, "rank 2 is silent"),
 )
+NUM_DAMAGED = 20_000
 
 # The bytes of MESSAGES. When a line has to change, PROTOCOL_VERSION has to change with it.
 GOLDEN = (
@@ -127,6 +134,8 @@ GOLDEN = (
     "910e",
     "940f01c40470696e67c2",
     "9211a75349475445524d",
+    "9712a26e3202cd01a1a46c6f6164c2cb3ff8000000000000",
+    "931302b072616e6b20322069732073696c656e74",
 )
 
 
@@ -181,6 +190,22 @@ def test_tags_are_unique_by_type() -> None:
 def test_what_is_no_message_is_a_protocol_mismatch(garbage: bytes) -> None:
     with pytest.raises(ProtocolMismatchError, match="control message could not be read"):
         decode(garbage)
+
+
+def test_damaged_frames_are_messages_or_mismatches_and_greetings_can_be_compared() -> None:
+    random, head = Random(9), MESSAGES[0]
+    assert isinstance(head, Hello)
+    for _ in range(NUM_DAMAGED):
+        frame = bytearray(encode(random.choice(MESSAGES)))
+        for _ in range(random.randint(1, 4)):
+            place = random.randrange(len(frame) + 1)
+            frame[place : place + random.randint(0, 2)] = random.randbytes(random.randint(0, 2))
+        try:
+            message = decode(bytes(frame))
+        except ProtocolMismatchError:
+            continue
+        if isinstance(message, Hello):
+            find_mismatch([head, message])
 
 
 def test_a_greeting_of_another_version_is_told_by_its_version() -> None:
