@@ -223,3 +223,12 @@ def test_an_unknown_element_type_is_listed_not_refused(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
     raw_safetensors(tmp_path / "model.safetensors", header, 2)
     assert read_index(tmp_path).tensors["a"].dtype == "F4"
+
+
+@pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "\ud800", "ü" * 200, "..", "", 7, ["a"]])
+def test_an_index_that_names_no_file_is_refused(shard: object, tmp_path: Path) -> None:
+    listing = tmp_path / "model.safetensors.index.json"
+    listing.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError) as raised:
+        read_index(tmp_path)
+    assert len(str(raised.value)) < 500
