@@ -93,8 +93,10 @@ def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
     begin, end = described["data_offsets"]
     shape = tuple(described["shape"])
     numbers = (begin, end, *shape)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a shape or offset is not a whole number")
+    if end < begin:
+        raise ValueError(f"a tensor ends at {end}, before it begins at {begin}")
     dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")

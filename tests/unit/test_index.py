@@ -232,3 +232,15 @@ def test_an_index_that_names_no_file_is_refused(shard: object, tmp_path: Path) -
     with pytest.raises(CheckpointError) as raised:
         read_index(tmp_path)
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("offsets", [[16, 0], [True, 16], [-1, 16], [0, 1.5]])
+def test_a_tensor_lies_where_one_can_lie(offsets: list[object], tmp_path: Path) -> None:
+    """Also one of a type that nothing is known of, whose size follows from nothing else."""
+    tensors = {
+        "a": {"dtype": "F4", "shape": [2], "data_offsets": offsets},
+        "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+    }
+    raw_safetensors(tmp_path / "model.safetensors", tensors, 16)
+    with pytest.raises(CheckpointError, match="broken header"):
+        read_index(tmp_path)
