@@ -96,8 +96,8 @@ def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
     numbers = (begin, end, *shape)
     if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers):
         raise ValueError("a shape or offset is not a whole number")
-    if begin > end:
-        raise ValueError(f"a tensor from {begin} to {end}")
+    if end < begin:
+        raise ValueError(f"a tensor ends at {end}, before it begins at {begin}")
     dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")

@@ -15,6 +15,7 @@ file and its length follows from dtype and shape.
 from __future__ import annotations
 
 import re
+import reprlib
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ __all__ = ["CheckpointIndex", "read_index"]
 SAFETENSORS, TORCH = "safetensors", "torch"
 _STEMS = ((SAFETENSORS, "model.safetensors"), (TORCH, "pytorch_model.bin"))
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.(safetensors|bin)")
+_MAX_NAME = 255  # bytes, of a file on any file system
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -113,7 +115,8 @@ def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
         raise CheckpointError(f"{listing} has no weight_map: the index is broken; copy it again")
     strange = [shard for shard in weight_map.values() if not _is_file_name(shard)]
     if strange:
-        raise CheckpointError(f"{listing} names {strange[0]!r} as a shard: expected a file name")
+        shown = reprlib.repr(strange[0])
+        raise CheckpointError(f"{listing} names {shown} as a shard: expected a file name")
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not _is_there(folder / shard)]
     if missing:
@@ -133,7 +136,13 @@ def _is_there(path: Path) -> bool:
 
 
 def _is_file_name(shard: object) -> bool:
-    return isinstance(shard, str) and bool(shard) and Path(shard).name == shard
+    return (
+        isinstance(shard, str)
+        and 0 < len(shard) <= _MAX_NAME
+        and shard.isprintable()  # not half a surrogate pair, no NUL
+        and len(shard.encode()) <= _MAX_NAME
+        and Path(shard).name == shard
+    )
 
 
 def _require_whole_archive(path: Path) -> None:

@@ -95,7 +95,7 @@ def transformers_command(
         with CompletionWriter(folder, 0) as writer:
             for completion in (*prompts.refused, *result.completions):
                 writer.write(completion)
-        print(f"Completions in {merge(folder, writer.index_of)}")
+        print(f"Completions in {merge(folder, writer.index_of, writer.written)}")
 
 
 def transformers_works_command(

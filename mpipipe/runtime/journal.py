@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from mpipipe.errors import OutputError
 from mpipipe.runtime.output import replaced_file, sync_folder, told_as_output
-from mpipipe.runtime.record_line import completion_record, decode_line, encode_line
+from mpipipe.runtime.record_line import completion_record, decode_line, encode_line, is_intact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -193,10 +193,11 @@ class CompletionWriter:
         again: set[int] = set()
         with os.fdopen(descriptor, "rb") as file:
             file.seek(0)
-            for entry in _entries(file):
-                if entry.record is not None and entry.record.checksum not in again:
-                    again.add(entry.record.checksum)
-                    self._append(entry.content + b"\n")
+            for raw in file:  # not read as JSON: the event loop waits
+                content = raw.rstrip(b"\r\n")
+                if is_intact(content):
+                    again.add(zlib.crc32(content))
+                    self._append(content + b"\n")
         for line in self._held:
             if zlib.crc32(line[:-1]) not in again:
                 again.add(zlib.crc32(line[:-1]))

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["DTYPE", "Earlier", "check_basis", "earlier_basis", "read_earlier", "wants_resume"]
 
 DTYPE = "model.dtype"  # in a basis: the one that was computed in, never "auto"
+_SHOWN = reprlib.Repr()  # values out of a manifest may be of any size and depth
+_SHOWN.maxstring = _SHOWN.maxother = 80
 _BEGIN_ANEW = (
     "choose another output.dir, or set output.overwrite=true and output.resume=false to begin anew"
 )
@@ -152,9 +154,9 @@ def check_basis(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     for name in sorted(earlier.keys() ^ now.keys()):
         what = "does not tell" if name in now else "tells what no longer counts,"
         raise OutputError(
-            f"the run in {folder} cannot be resumed, as its manifest {what} {name}: another "
-            "version of mpipipe wrote it, and completions of two models or settings might stand "
-            f"side by side; finish it with that version, {_BEGIN_ANEW}"
+            f"the run in {folder} cannot be resumed, as its manifest {what} {_short(name)}: "
+            "another version of mpipipe wrote it, and completions of two models or settings might "
+            f"stand side by side; finish it with that version, {_BEGIN_ANEW}"
         )
     for name in sorted(now):
         before, after = earlier[name], now[name]
@@ -171,7 +173,11 @@ def _difference(name: str, before: object, after: object) -> str:
     if isinstance(before, dict) and isinstance(after, dict):
         files = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        return f"{name} are others now ({', '.join(files[:3])}{more} differ)"
-    shown = reprlib.Repr()
-    shown.maxstring = shown.maxother = 80
-    return f"{name} was {shown.repr(before)} and is {shown.repr(after)} now"
+        named = ", ".join(_short(file) for file in files[:3])
+        return f"{name} are others now ({named}{more} differ)"
+    return f"{name} was {_SHOWN.repr(before)} and is {_SHOWN.repr(after)} now"
+
+
+def _short(name: str) -> str:
+    """A name out of a manifest: any text may stand there."""
+    return name if name.isprintable() and len(name) <= _SHOWN.maxstring else _SHOWN.repr(name)

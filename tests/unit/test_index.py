@@ -248,3 +248,24 @@ def test_an_unknown_element_type_is_listed_not_refused(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
     raw_safetensors(tmp_path / "model.safetensors", header, 2)
     assert read_index(tmp_path).tensors["a"].dtype == "F4"
+
+
+@pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "\ud800", "ü" * 200, "..", "", 7, ["a"]])
+def test_an_index_that_names_no_file_is_refused(shard: object, tmp_path: Path) -> None:
+    listing = tmp_path / "model.safetensors.index.json"
+    listing.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError) as raised:
+        read_index(tmp_path)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("offsets", [[16, 0], [True, 16], [-1, 16], [0, 1.5]])
+def test_a_tensor_lies_where_one_can_lie(offsets: list[object], tmp_path: Path) -> None:
+    """Also one of a type that nothing is known of, whose size follows from nothing else."""
+    tensors = {
+        "a": {"dtype": "F4", "shape": [2], "data_offsets": offsets},
+        "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+    }
+    raw_safetensors(tmp_path / "model.safetensors", tensors, 16)
+    with pytest.raises(CheckpointError, match="broken header"):
+        read_index(tmp_path)

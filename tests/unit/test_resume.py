@@ -245,3 +245,13 @@ def test_resume_takes_a_truth_or_auto(value: str) -> None:
 def test_resume_refuses_anything_else(words: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"output\.resume"):
         load_config(None, words)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\\ud800", "a\\u0000b"])
+def test_a_basis_of_odd_names_is_refused_in_a_sentence(name: str, folder: Path) -> None:
+    basis = json.dumps(BASIS)[:-1] + f', "{name}": 1}}'
+    (folder / "manifest.json").write_text(f'{{"basis": {basis}}}')
+    (folder / "completions_rank_0.jsonl").write_bytes(line("a"))
+    with pytest.raises(OutputError, match="cannot be resumed, as its manifest") as raised:
+        read(folder)
+    assert len(str(raised.value).encode()) < 1000
