@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import random
 import sys
 import threading
 from pathlib import Path
@@ -37,11 +38,13 @@ def read(folder: Path, raw: bytes, name: str = "p.jsonl") -> list[PromptLine]:
         (b"\n \n", "holds no prompts"),
         (b"id,prompt\n1,hello\n2,world\n", "table such as CSV"),
         (b'id\tprompt\n1\t"hello"\n', "table such as CSV"),
-        (b'[{"prompt": "x"}, {"prompt": "y"}]', "one JSON array of 2"),
-        (b'[\n{"prompt": "x"},\n{"prompt": "y"}\n]\n', "one JSON array of 2"),
-        (b'["x", "y"]\n', "one JSON array of 2"),
-        (b'[\n  "x",\n  "y"\n]\n', "one JSON array of 2"),
+        (b'[{"prompt": "x"}, {"prompt": "y"}]', "one JSON array"),
+        (b'[\n{"prompt": "x"},\n{"prompt": "y"}\n]\n', "one JSON array"),
+        (b'["x", "y"]\n', "one JSON array"),
+        (b'[\n  "x",\n  "y"\n]\n', "one JSON array"),
         (b'[\n  {\n    "prompt": "x"\n', "no line that is a JSON object"),
+        (b'[\n{"prompt": "x"},\n{"prompt": "y"},\n{"pro', "no line that is a JSON object"),
+        (b'[\n{"prompt": "x"},\n{"prompt": },\n{"prompt": "y"}\n]', "one JSON array"),
         (PRETTY, "one JSON object over several lines"),
         (PRETTY + PRETTY, "no line that is a JSON object"),
         (b"{'prompt': 'x'}\n{'prompt': 'y'}\n", "no line that is a JSON object"),
@@ -59,7 +62,7 @@ def read(folder: Path, raw: bytes, name: str = "p.jsonl") -> list[PromptLine]:
         (TWO.replace(b"\n", b"\r"), "CR alone"),
         (TWO.replace(b"\n", b"\r").strip(), "CR alone"),
         (bytes(range(128, 256)) * 9 + b"\n" + bytes(range(20)) * 9, "binary"),
-        (gzip.compress(TWO), "ends in .gz"),
+        (gzip.compress(TWO, mtime=0), "ends in .gz"),
         (zstandard.ZstdCompressor().compress(TWO), "ends in .zst"),
     ],
 )
@@ -96,9 +99,9 @@ def test_a_file_of_nothing_but_cut_lines_is_error_records(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "raw"),
     [
-        ("p.jsonl.gz", gzip.compress(TWO)),
-        ("p.jsonl.gz", gzip.compress(TWO[:27]) + gzip.compress(TWO[27:])),
-        ("p.gz", gzip.compress(b"\xef\xbb\xbf" + TWO)),
+        ("p.jsonl.gz", gzip.compress(TWO, mtime=0)),
+        ("p.jsonl.gz", gzip.compress(TWO[:27], mtime=0) + gzip.compress(TWO[27:], mtime=0)),
+        ("p.gz", gzip.compress(b"\xef\xbb\xbf" + TWO, mtime=0)),
         ("p.jsonl.zst", zstandard.ZstdCompressor().compress(TWO)),
         (
             "p.jsonl.zst",
@@ -115,7 +118,7 @@ def test_compressed_files_are_read(tmp_path: Path, name: str, raw: bytes) -> Non
 @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.jsonl.zst"])
 def test_damaged_compressed_files_are_a_sentence(tmp_path: Path, name: str) -> None:
     pack = gzip.compress if name.endswith("gz") else zstandard.ZstdCompressor().compress
-    whole = pack(os.urandom(300).hex().encode())
+    whole = pack(random.Random(0).randbytes(300).hex().encode())
     torn = (whole[:-1], whole[: len(whole) // 2], whole[:6], whole + b"tail")
     for raw in (*torn, whole[:40] + b"\xff" * 20 + whole[60:]):
         with pytest.raises(ConfigError, match=r"truncated|binary|no line"):
@@ -142,7 +145,7 @@ def test_without_a_zstd_library_the_remedy_is_said(
         read(tmp_path, zstandard.ZstdCompressor().compress(TWO), "p.zst")
 
 
-@pytest.mark.parametrize("raw", [TWO, gzip.compress(TWO)])
+@pytest.mark.parametrize("raw", [TWO, gzip.compress(TWO, mtime=0)])
 def test_standard_input_is_read_once_and_its_hash_is_known(
     monkeypatch: pytest.MonkeyPatch, raw: bytes
 ) -> None:
