@@ -3,7 +3,8 @@
 Pure functions of the file's bytes; `prompts.py` asks them, and only a file without a single
 readable prompt is ever judged as a whole by its text. Invariant: a file with a readable prompt, and
 one with a line that begins as a JSON object does, is no foreign file (unless an array holds them):
-its bad lines are error records. Exceptions are the formats that are told by their first bytes, and one whole JSON value.
+its bad lines are error records. Exceptions are the formats that are told by their first bytes, and
+one whole JSON value.
 """
 
 from __future__ import annotations
@@ -51,16 +52,17 @@ def problem_of_json_document(raw: bytes) -> str:
     Parses all of it: for files whose first line is no object.
     """
     content = raw.strip()
+    array = f"is one JSON array: {_JSON_LINES} (jq -c '.[]' does it)"
     if _OPENS_ARRAY.match(content) and content.endswith(b"]"):  # also with an item that is broken
-        return f"is one JSON array: {_JSON_LINES} (jq -c '.[]' does it)"
-    if content[:1] not in (b"[", b"{") or (content[:1] == b"{" and b"\n" not in content):
+        return array
+    if not content.startswith(b"[") and not (content.startswith(b"{") and b"\n" in content):
         return ""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # ValueError: also text that is not UTF-8
         return ""
     if isinstance(value, list):
-        return f"is one JSON array: {_JSON_LINES} (jq -c '.[]' does it)"
+        return array
     return f"is one JSON object over several lines: {_JSON_LINES} (jq -c . does it)"
 
 
