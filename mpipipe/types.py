@@ -5,7 +5,6 @@ No torch, no MPI, no I/O. Words are those of ARCHITECTURE.md.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,9 @@ class SamplingParams:
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with `changes` applied and checked."""
-        return dataclasses.replace(self, **changes)
+        # Not dataclasses.replace, which takes twice as long: a file has many prompts.
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return SamplingParams(**(values | changes))
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

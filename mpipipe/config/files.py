@@ -21,6 +21,7 @@ SURROGATE = "half of a surrogate pair (\\ud800 to \\udfff) is no text"
 
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 _MAX_NAME_BYTES = 255  # of Linux's file systems
+_MAX_PATH_BYTES = 4096
 _SHOWN = 80  # characters of a path in an error
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # both byte orders
 
@@ -135,9 +136,7 @@ def expand_path(value: str, setting: str) -> str:
         raise ConfigError(
             f"{setting} = {value[:_SHOWN]!r} holds a NUL character: no path does; remove it"
         )
-    if any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in path.split("/")):
-        raise ConfigError(
-            f"{setting} = {value[:_SHOWN]!r}… has a name of more than {_MAX_NAME_BYTES} bytes, "
-            "which no file has: check the path"
-        )
+    names = path.encode(errors="replace").split(b"/")
+    if max(map(len, names)) > _MAX_NAME_BYTES or len(path) >= _MAX_PATH_BYTES:
+        raise ConfigError(f"{setting} = {value[:_SHOWN]!r}… is too long for a path: check it")
     return path

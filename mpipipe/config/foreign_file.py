@@ -2,8 +2,9 @@
 
 Pure functions of the file's bytes; `prompts.py` asks them, and only a file without a single
 readable prompt is ever judged as a whole by its text. Invariant: a file with a readable prompt, and
-one with a line that begins as a JSON object does, is no foreign file: its bad lines are error
-records. Exceptions are the formats that are told by their first bytes, and one whole JSON value.
+one with a line that begins as a JSON object does, is no foreign file (unless an array holds them):
+its bad lines are error records. Exceptions are the formats that are told by their first bytes, and
+one whole JSON value.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _FIRST_BYTES = (
 )
 _SAMPLE_BYTES = 4096
 _BEGUN_OBJECT = re.compile(rb'[ \t]*\{[ \t]*"')
+_OPENS_ARRAY = re.compile(rb"\[\s*\n")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\ufffd]")  # not tab, newlines, form feed
 _SEPARATORS = b",;\t|"
 
@@ -50,14 +52,17 @@ def problem_of_json_document(raw: bytes) -> str:
     Parses all of it: for files whose first line is no object.
     """
     content = raw.strip()
-    if content[:1] not in (b"[", b"{") or (content[:1] == b"{" and b"\n" not in content):
+    array = f"is one JSON array: {_JSON_LINES} (jq -c '.[]' does it)"
+    if _OPENS_ARRAY.match(content) and content.endswith(b"]"):  # also with an item that is broken
+        return array
+    if not content.startswith(b"[") and not (content.startswith(b"{") and b"\n" in content):
         return ""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # ValueError: also text that is not UTF-8
         return ""
     if isinstance(value, list):
-        return f"is one JSON array of {len(value)}: {_JSON_LINES} (jq -c '.[]' does it)"
+        return array
     return f"is one JSON object over several lines: {_JSON_LINES} (jq -c . does it)"
 
 
@@ -72,7 +77,7 @@ def problem_of_text(raw: bytes) -> str:
     if len(_CONTROL.findall(sample)) * 10 > len(sample):
         return f"is a binary file: {_JSON_LINES}"
     lines = content.split(b"\n")
-    if any(_BEGUN_OBJECT.match(line) for line in lines):
+    if not content.startswith(b"[") and any(_BEGUN_OBJECT.match(line) for line in lines):
         return ""
     begins = f"begins with {lines[0][:40].decode('utf-8', 'replace')!r}"
     if _looks_like_table(lines):

@@ -144,10 +144,10 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -
     _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
     text, messages = _content(asked)
+    options = PLAIN_CHAT
     if messages is None:
         without_chat(asked)
-        options = PLAIN_CHAT
-    else:
+    elif not asked.keys().isdisjoint(CHAT_KEYS):
         options = chat_options(asked, messages)
     # A chat's template writes the special tokens; in a text the run's setting decides.
     if asked.get("add_special_tokens", False) is not False or (

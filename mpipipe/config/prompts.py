@@ -8,6 +8,8 @@ tokenising and chat templates. Invariants: one `PromptLine` per non-blank line, 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -79,18 +81,22 @@ def read_prompts(
     Raises:
         ConfigError: no such file, no file of JSON lines, or no prompt in it.
     """
-    if path is not None:
+    defaults = default_sampling(generation)
+    if path is None:
+        found = [_object_prompt(prompt, number, "line") for number, prompt in enumerate(inline, 1)]
+        if not found:
+            raise ConfigError(
+                "there are no prompts: give a JSONL file, as in `mpipipe run MODEL prompts.jsonl`, "
+                "or set prompts.path to one"
+            )
+        return _prompt_lines(found, defaults, "line", limit)
+    with _without_collections():
         found = _file_prompts(path)
-    else:
-        found = [_inline_prompt(prompt, number) for number, prompt in enumerate(inline, start=1)]
-    if not found:
-        raise ConfigError(
-            "there are no prompts: give a JSONL file, as in `mpipipe run MODEL prompts.jsonl`, or "
-            "set prompts.path to one"
-            if path is None
-            else f"{file_label(path)} holds no prompts: write one JSON object per line"
-        )
-    return _prompt_lines(found, default_sampling(generation), "line", limit)
+        if not found:
+            raise ConfigError(
+                f"{file_label(path)} holds no prompts: write one JSON object per line"
+            )
+        return _prompt_lines(found, defaults, "line", limit)
 
 
 def library_prompts(prompts: Iterable[object], defaults: SamplingParams) -> list[PromptLine]:
@@ -107,6 +113,18 @@ def prompt_seed(run_seed: int, prompt_id: str) -> int:
     """The seed of one prompt, in [0, 2^63): BLAKE2b of run seed and id, the same everywhere."""
     digest = hashlib.blake2b(f"{run_seed}:{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No search for garbage: of a large file all is kept, and looking at it again takes a third."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _file_prompts(path: Path) -> list[_Found]:
@@ -145,10 +163,6 @@ def _line_prompt(line: bytes, number: int) -> _Found:
         error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
     claim = ClaimedId(number, id_of_broken_line(line), is_whole=False)
     return _Found(claim, None, error)
-
-
-def _inline_prompt(prompt: InlinePrompt, number: int) -> _Found:
-    return _object_prompt(prompt, number, "line")
 
 
 def _library_prompt(prompt: object, number: int) -> _Found:

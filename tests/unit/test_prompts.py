@@ -246,7 +246,3 @@ def test_missing_empty_and_foreign_files_are_config_errors(tmp_path: Path) -> No
     utf16.write_bytes('{"prompt": "x"}'.encode("utf-16"))
     with pytest.raises(ConfigError, match="UTF-16"):
         read_prompts(utf16, GENERATION)
-    packed = tmp_path / "p.jsonl.gz"
-    packed.write_bytes(b"\x1f\x8b\x08\x00")
-    with pytest.raises(ConfigError, match="gunzip"):
-        read_prompts(packed, GENERATION)

@@ -166,3 +166,22 @@ def test_how_to_go_on_names_the_folder_of_a_job(project: Path, tmp_path: Path) -
         f"sbatch launch/submit.sbatch {shlex.quote(str(job_file.parent))}"
     )
     assert "output.resume=true" in how_to_go_on(tmp_path / "runs/x/outputs")
+
+
+def test_a_prompt_file_after_the_configuration_is_copied_and_the_copy_wins(
+    project: Path, tmp_path: Path
+) -> None:
+    other = project / "other.jsonl"
+    other.write_text('{"prompt": "b"}\n')
+    job = sourced(prepare_workspace(project / "exp.toml", [str(other)], tmp_path / "job"))
+    other.unlink()
+    config = load_config(Path(job["config"][0]), job["words"]).config
+    assert Path(config.prompts.path).read_text() == '{"prompt": "b"}\n'
+
+
+def test_what_a_job_cannot_start_from_is_a_sentence(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="standard input"):
+        prepare_workspace(project / "exp.toml", ["-"], tmp_path / "job")
+    (project / "model/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="configuration file"):
+        prepare_workspace(project / "model", [], tmp_path / "job")
