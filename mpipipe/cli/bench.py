@@ -77,10 +77,8 @@ def transformers_command(
     if folder is not None:
         claim_run_folder(folder, overwrite=config.output.overwrite)
     tokenizer = open_tokenizer(model.tokenizer_folder, config.model.trust_remote_code)
-    special = config.prompts.add_special_tokens
-    prompts = prepare(
-        lines, tokenizer, add_special_tokens=special, vocab_size=model.spec.vocab_size
-    )
+    special, size = config.prompts.add_special_tokens, model.spec.vocab_size
+    prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
     result = generate_with_transformers(
         model.folder,
         prompts.requests,

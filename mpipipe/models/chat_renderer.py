@@ -175,7 +175,7 @@ class ChatRenderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": places},
+                env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
                 encoding="ascii",
             )
         except OSError as error:

@@ -84,6 +84,12 @@ class Session:
         assert self._tokenizer is not None, "only the head has the tokenizer"
         return self._tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding: a token id must be below; on the head only."""
+        assert self._model is not None, "only the head knows the model"
+        return self._model.spec.vocab_size
+
     def statistics(self) -> SchedulerStatistics | None:
         """The scheduler's counts; None before the first `generate` and on other ranks."""
         return self._core.statistics() if self._core is not None else None

@@ -65,11 +65,11 @@ class IncrementalDetokenizer:
         # They are held back, and so is text of which they changed what came before (decoders that
         # judge whole runs of bytes, until the run is complete).
         stable = text[: len(text) - _num_unfinished(text)]
-        if not stable.startswith(self._given) and len(stable) < len(text):
-            self._num_undone += 1
-            if self._num_undone <= _MAX_UNFINISHED:
-                return ""
-        self._num_undone = 0
+        is_undone = not stable.startswith(self._given)
+        self._num_undone = self._num_undone + 1 if is_undone else 0
+        may_return = len(stable) < len(text) and self._num_undone <= _MAX_UNFINISHED
+        if len(stable) < len(self._given) or (is_undone and may_return):
+            return ""
         new = stable[len(self._given) :]
         self._given = stable
         is_all_out = len(stable) == len(text)

@@ -338,6 +338,23 @@ def test_ids_beyond_the_vocabulary_are_skipped(any_folder: Path) -> None:
     assert tokenizer.decode(()) == ""
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_many_texts_at_once_have_the_ids_of_each_alone(any_folder: Path, special: bool) -> None:
+    tokenizer = open_tokenizer(any_folder)
+    texts = [*TEXTS, *CORPUS, "<s>the fox</s>"]
+    assert tokenizer.encode_all(texts, special) == [tokenizer.encode(t, special) for t in texts]
+    assert tokenizer.encode_all([], special) == []
+
+
+def test_special_tokens_are_those_without_a_text(any_folder: Path) -> None:
+    tokenizer = open_tokenizer(any_folder)
+    assert tokenizer.special_tokens
+    for text, number in tokenizer.special_tokens.items():
+        assert tokenizer.decode([number]) == ""
+        assert tokenizer.encode(text, add_special_tokens=False) == (number,)
+        assert tokenizer.token_text(number) == text
+
+
 def test_a_text_beyond_the_model_is_encoded_without_a_warning(json_folder: Path) -> None:
     settings = json.loads((json_folder / "tokenizer_config.json").read_text())
     write(json_folder / "tokenizer_config.json", {**settings, "model_max_length": 16})

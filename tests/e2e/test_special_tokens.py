@@ -64,8 +64,8 @@ def test_tokens_of_no_embedding_and_stops_that_are_tokens(
 ) -> None:
     place, special = next((p, i) for p, i in enumerate(long_ids) if i >= INSIDE and i != 299)
     assert place, "the model's first token is no special one"
-    seek = {"prompt": "seek", **GREEDY}
-    lines = [
+    seek: dict[str, Any] = {"prompt": "seek", **GREEDY}
+    lines: list[dict[str, Any]] = [
         {"id": "good", "prompt": "a good one"},
         {"id": "bad", "prompt": f"look <|{OUTSIDE}|> here"},
         {"id": "chat", "messages": [{"role": "user", "content": "hi"}]},

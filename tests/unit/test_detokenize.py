@@ -126,6 +126,18 @@ def test_different_tokens_without_text_are_as_harmless_as_one() -> None:
     assert "".join(pieces(decode_bytes, ids)) == "€"
 
 
+def test_letters_that_a_bad_byte_undoes_are_not_given_out_twice() -> None:
+    """A run of bytes that is judged as a whole: what was out stays out, and is not repeated."""
+    for num_letters in range(1, 30):
+        for num_bad in range(1, 12):
+            ids = [*b"abc" * num_letters, *[255] * num_bad, 258]
+            decode = WordDecoder(["", " end"])
+            out = "".join(pieces(decode, ids))
+            assert out.startswith("abc" * num_letters)
+            assert out.endswith(" end")
+            assert len(out) == len(decode(ids))
+
+
 def test_lone_spaces_at_the_start_are_not_taken_for_tokens_without_text() -> None:
     decode = WordDecoder([" ", " a", "b"])
     for num_spaces in range(1, 40):

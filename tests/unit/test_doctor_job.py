@@ -70,6 +70,19 @@ def test_the_plan_knows_the_prompts_as_the_runs_does(
     assert (workload.num_prompt_tokens, workload.num_output_tokens) == (8, 14)
 
 
+def test_what_a_run_would_warn_of_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model, lines = prompts_of(tmp_path)
+    prepared = PreparedPrompts((), (), ("2 prompts begin with <s>: take it out of them",))
+    monkeypatch.setattr(job, "tokenize", lambda *_: (None, prepared))
+    findings: list[Finding] = []
+    job._workload(loaded, model, lines, findings, quick=False)
+    (finding,) = findings
+    assert (finding.check, finding.severity) == ("job.prompts", Severity.WARNING)
+    assert (finding.what, finding.remedy) == ("2 prompts begin with <s>", "take it out of them")
+
+
 def test_a_missing_tokenizer_is_a_finding_and_the_rest_is_planned_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.workload import Workload
-from mpipipe.runtime.doctor.finding import Finding, fatal, ok, warning
+from mpipipe.runtime.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.runtime.doctor.folders import (
     FolderFacts,
     claim_marker,
@@ -164,6 +164,9 @@ def _workload(
     except MpipipeError as error:
         findings.append(Finding.of_error("job.tokenizer", error))
         return counted
+    said = prompts.warnings if prompts is not None else ()
+    for what, remedy in map(split_advice, said):
+        findings.append(warning("job.prompts", what, "", remedy))
     known = workload_of(loaded, model, prompts)
     if len(lines) <= _MANY_PROMPTS:
         return known
