@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
@@ -64,3 +67,75 @@ def test_greedy_tokens_are_those_of_transformers(
     assert outcome.exit_code == 0, outcome.stderr
     tokens = {record["id"]: tuple(record["token_ids"]) for record in outcome.completions()}
     assert tokens == expected
+
+
+# ---- a model whose file and lengths decide -------------------------------------------------------
+
+LENGTHS = (10, 62, 63, 64, 65, 80)  # bytes, which are tokens; the original context is 64
+
+
+@pytest.fixture(scope="session")
+def phi3(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long factors beyond 64 tokens, and a penalty in its generation_config.json."""
+    folder = tmp_path_factory.mktemp("phi3")
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=299,
+        pad_token_id=None,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+        },
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 299, "repetition_penalty": 1.3, "no_repeat_ngram_size": 0})
+    )
+    for path in tiny_model.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("num_ranks", "laps_ahead"), [(2, 0), (3, 1)])
+def test_lengths_and_the_models_own_settings_count_as_in_transformers(
+    phi3: Path, num_ranks: int, laps_ahead: int, tmp_path: Path
+) -> None:
+    texts = {str(n): "".join(chr(97 + (7 * i + n) % 26) for i in range(n)) for n in LENGTHS}
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"id": name, "prompt": text} for name, text in texts.items()]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32)
+    tokenizer = open_tokenizer(phi3, False)
+    expected = {}
+    for name, text in texts.items():
+        ids = torch.tensor([tokenizer.encode(text, True)])
+        mask = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0)
+        expected[name] = output[0, ids.shape[1] :].tolist()
+    config = tmp_path / "phi3.toml"
+    config.write_text(f'model.path = "{phi3}"\nprompts.path = "{prompts}"\n')
+    outcome = run(
+        num_ranks,
+        config,
+        tmp_path / "run",
+        "generation.max_new_tokens=12",
+        f"pipeline.laps_ahead={laps_ahead}",
+        "pipeline.max_tokens_per_step=32",
+        "memory.num_kv_pages=40",
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert {record["id"]: record["token_ids"] for record in outcome.completions()} == expected
+    assert "a sequence that grows to 65 tokens" in outcome.stdout
+    assert outcome.json("manifest.json")["basis"]["generation.repetition_penalty"] == 1.3

@@ -115,10 +115,10 @@ def test_a_stated_head_dim_wins_over_the_quotient(tmp_path: Path) -> None:
     assert spec.kv_elements_per_token_layer == 2 * 8 * 128
 
 
-def test_gpt2_names_and_a_null_inner_size(tmp_path: Path) -> None:
+def test_names_of_gpt2_and_a_null_inner_size(tmp_path: Path) -> None:
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "architectures": ["CodeGenForCausalLM"],
+        "model_type": "codegen",
         "n_embd": 768,
         "n_layer": 12,
         "n_head": 12,
@@ -129,7 +129,7 @@ def test_gpt2_names_and_a_null_inner_size(tmp_path: Path) -> None:
     }
     spec = read_spec(write(tmp_path, config))
     assert (spec.hidden_size, spec.num_layers, spec.intermediate_size) == (768, 12, 3072)
-    assert (spec.max_context_tokens, spec.tied_embeddings, spec.dtype) == (1024, True, "float32")
+    assert (spec.max_context_tokens, spec.tied_embeddings, spec.dtype) == (1024, False, "float32")
 
 
 @pytest.mark.parametrize(
