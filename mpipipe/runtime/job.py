@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from mpipipe.runtime.progress_file import UPDATE_INTERVAL_S, ProgressFile, RunSt
 from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
+from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,6 +180,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
         log.info("ended")
         return await _share_exit_code(session, EXIT_OK)
     warnings = [*loaded.warnings, *deepspeed_warnings(loaded, session.plan)]
+    warnings += launch_warnings(os.environ, session.ranks.mesh.world_size)
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)

@@ -22,6 +22,7 @@ __all__ = [
     "idle_nodes",
     "is_job_id",
     "job_record",
+    "launch_warnings",
     "parse_duration_s",
     "queued_jobs",
     "read_job",
@@ -153,3 +154,13 @@ def idle_nodes(environ: Mapping[str, str], num_ranks: int) -> int:
     """How many nodes of the job get no rank, as in `salloc --nodes=2`, then `srun --ntasks=1`."""
     num_nodes = environ.get("SLURM_JOB_NUM_NODES", "")
     return max(0, int(num_nodes) - num_ranks) if num_nodes.isdecimal() else 0
+
+
+def launch_warnings(environ: Mapping[str, str], num_ranks: int) -> list[str]:
+    """What is odd about how the job was started, a sentence each."""
+    num_idle = idle_nodes(environ, num_ranks) if read_job(environ) is not None else 0
+    if not num_idle:
+        return []
+    verb = "get" if num_idle > 1 else "gets"
+    remedy = "ask for fewer nodes (--nodes=), or for tasks on each (--ntasks-per-node=1)"
+    return [f"{num_idle} of the job's nodes {verb} no rank: {remedy}"]

@@ -13,6 +13,7 @@ from mpipipe.topology.slurm import (
     ask_job_record,
     idle_nodes,
     is_job_id,
+    launch_warnings,
     parse_duration_s,
     queued_jobs,
     read_job,
@@ -138,6 +139,13 @@ def test_what_slurm_says_of_the_tasks_of_an_array_is_no_record_of_one_job() -> N
 )
 def test_nodes_that_get_no_rank_are_counted(num_nodes: str, num_ranks: int, num_idle: int) -> None:
     assert idle_nodes({"SLURM_JOB_NUM_NODES": num_nodes}, num_ranks) == num_idle
+
+
+def test_a_run_that_leaves_nodes_idle_is_warned() -> None:
+    (warning,) = launch_warnings({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, 1)
+    assert warning.startswith("1 of the job's nodes gets no rank")
+    assert launch_warnings({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, 2) == []
+    assert launch_warnings({"SLURM_JOB_NUM_NODES": "2"}, 1) == [], "no job"
 
 
 def test_output_of_any_bytes_is_read() -> None:
