@@ -250,7 +250,7 @@ def wrong_mpi(site: Site, mpi: str, flag: str) -> MpiMismatch:
     return MpiMismatch(result.returncode, result.stderr)
 
 
-# Whatever hole of the heap MPICH's UCX address falls into, the bytes behind it cannot be compressed.
+# Whatever hole of the heap MPICH's UCX address falls into, bytes without zeros lie behind it.
 _DENSE = """
 import asyncio, ctypes, os
 from mpipipe.control_plane import mpi
@@ -283,7 +283,9 @@ def rank_killed_under_plain_srun(site: Site) -> tuple[int, str, float]:
     """As README has it, without --kill-on-bad-exit: exit code, output, seconds to the end."""
     folder = site.folder / "plain"
     command = (f"{site.environments['mpich']}/bin/mpipipe", "run", str(site.tiny_config))
-    words = (*command, f"output.dir={folder}", "generation.max_new_tokens=400")
+    many = site.folder / "plain.jsonl"
+    many.write_text("".join(json.dumps({"id": f"m{i}", "prompt": "on"}) + "\n" for i in range(999)))
+    words = (*command, f"output.dir={folder}", f"prompts.path={many}")
     step = subprocess.Popen(
         site.cluster.command(
             HEAD, "srun", "--partition=short", "-N2", "-n2", "-c2", "--mpi=pmi2", *words
