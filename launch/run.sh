@@ -137,6 +137,8 @@ words=() models=()
 # shellcheck source=/dev/null
 source "$folder/job.env" # sets config, words and models
 words+=(${resume[@]+"${resume[@]}"})
+# For `mpipipe status`, and for the command that goes on with this job: Slurm forgets it.
+scontrol --oneliner show job "$job" >"$folder/scontrol.txt" 2>/dev/null || true
 for path in ${models[@]+"${models[@]}"}; do
     # One that is missing is the doctor's to name.
     [ -z "$MPIPIPE_IMAGE" ] || [ ! -d "$path" ] || bind_model "$path"
@@ -188,6 +190,27 @@ judge_progress() { # after a stop: an attempt without a new completion is a stri
         "again: give it more time (--time=), or shorter prompts (generation.max_new_tokens)." >&2
 }
 
+examined() { # what the doctor has found to be well: it need not look at the same again
+    echo "${SLURM_JOB_NODELIST:-} $mpi $MPIPIPE_IMAGE $config ${words[*]-}"
+}
+
+choose_doctor() { # full, quick or off: the last minutes of a job are for its prompts
+    local left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))
+    if [ "$MPIPIPE_DOCTOR" = off ]; then
+        echo off
+    elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(cat "$folder/examined" 2>/dev/null)" = "$(examined)" ]; then
+        echo "run.sh: the doctor found these nodes well in an earlier attempt; not asked again" >&2
+        echo off
+    elif [ "$left" -lt 180 ]; then
+        echo "run.sh: $left s are left, too few for the doctor" >&2
+        echo off
+    elif [ "$left" -lt 300 ]; then
+        echo quick
+    else
+        echo "$MPIPIPE_DOCTOR"
+    fi
+}
+
 account() { # what Slurm counted; slurmdbd lags a few seconds, and without it there is scontrol
     local file=$folder/sacct.txt _
     for _ in 1 2 3 4 5 6; do
@@ -204,13 +227,18 @@ account() { # what Slurm counted; slurmdbd lags a few seconds, and without it th
 echo "run.sh: job $job on ${SLURM_JOB_NODELIST:-?}, ${SLURM_NTASKS:-?} tasks," \
     "srun --mpi=$mpi, attempt $((${SLURM_RESTART_COUNT:-0} + 1))"
 printf "run.sh: results in %q; progress: mpipipe status %q\n" "$folder/outputs" "$folder/outputs"
+[ "${SLURM_NTASKS:-0}" -ge "${SLURM_JOB_NUM_NODES:-1}" ] || [ -z "${SLURM_NTASKS:-}" ] ||
+    echo "run.sh: warning: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes: a node without a task" \
+        "does nothing; ask for fewer nodes (--nodes=), or for tasks on each (--ntasks-per-node=1)." >&2
 code=0
 before=$(completed)
-if [ "$MPIPIPE_DOCTOR" != off ]; then
+doctor=$(choose_doctor)
+if [ "$doctor" != off ]; then
     flags=()
-    [ "$MPIPIPE_DOCTOR" = full ] || flags=(--quick)
+    [ "$doctor" = full ] || flags=(--quick)
     step mpipipe doctor ${flags[@]+"${flags[@]}"} "$config" ${words[@]+"${words[@]}"}
     [ -z "$stopping" ] || code=75
+    [ "$code" -ne 0 ] || examined >"$folder/examined"
 fi
 if [ "$code" -eq 0 ]; then
     step mpipipe run "$config" ${words[@]+"${words[@]}"}

@@ -17,6 +17,7 @@ from mpipipe.runtime.run_status import (
     find_runs,
     job_folders,
     judge,
+    log_of,
     read_status,
 )
 from mpipipe.topology.command import Runner, run_child
@@ -42,37 +43,70 @@ def status_command(run_or_job: str, *, as_json: bool, run: Runner = run_child) -
     Raises:
         OutputError: there is neither such a folder nor such a job.
     """
-    folder = Path(run_or_job)
-    if not folder.is_dir() and is_job_id(run_or_job):
-        queued, accounted = _ask(run_or_job, run)
-        found = job_folders(run_or_job, _roots([*queued, *accounted]))
-        runs = [read_status(path) for path in found]
-        # Another job may have gone on in the folder.
-        known = {run_or_job} | {job.label for job in queued} | {job.label for job in accounted}
-        for other in sorted({status.job_id for status in runs if status.job_id} - known):
-            others = _ask(other, run)
-            queued, accounted = queued + others[0], accounted + others[1]
-        if not (runs or queued or accounted):
-            raise OutputError(
-                f"there is no job {run_or_job} in the queue or in the accounting, and no folder of "
-                "it here: give the run folder, or set MPIPIPE_SCRATCH to where job folders are"
-            )
-    elif folder.is_dir():
-        runs = [read_status(path) for path in find_runs(folder)[-1:] or [folder]]
-        job_id = runs[0].job_id
-        if not runs[0].values and job_id is None:
-            raise OutputError(
-                f"{folder} holds no run (no status.json, and none right below it): give the run "
-                "folder, which `mpipipe run` prints at its end"
-            )
-        queued, accounted = _ask(job_id, run) if job_id is not None else ((), ())
-    else:
-        raise OutputError(f"there is no folder {folder}: give a run folder, or the id of a job")
+    try:
+        seen = _look(Path(run_or_job), run_or_job, run)
+    except OSError as error:
+        raise OutputError(
+            f"{run_or_job} cannot be looked at ({error}): give a run folder, or the id of a job"
+        ) from error
     if as_json:
-        print(json.dumps(_document(runs, queued, accounted), indent=2, ensure_ascii=False))
+        print(json.dumps(_document(seen), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_lines(runs, queued, accounted)))
+        print("\n".join(_lines(seen)))
     return EXIT_OK
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """Runs, each with the name of its log, and what Slurm says of their jobs."""
+
+    runs: Sequence[RunStatus]
+    logs: Sequence[str | None]  # without a run: one, of the job
+    queued: Sequence[QueuedJob]
+    accounted: Sequence[AccountedJob]
+
+
+def _look(folder: Path, name: str, run: Runner) -> _Seen:
+    if not folder.is_dir() and is_job_id(name):
+        return _look_for_job(name, run)
+    if not folder.is_dir():
+        raise OutputError(f"there is no folder {folder}: give a run folder, or the id of a job")
+    status = read_status((find_runs(folder)[-1:] or [folder])[0])
+    job_id = status.job_id
+    if not status.values and job_id is None:
+        raise OutputError(
+            f"{folder} holds no run (no status.json, and none right below it): give the run "
+            "folder, which `mpipipe run` prints at its end"
+        )
+    queued, accounted = _ask(job_id, run) if job_id is not None else ((), ())
+    log = log_of(status.folder, job_id, [*queued, *accounted], run)
+    return _Seen([status], [log], queued, accounted)
+
+
+def _look_for_job(job_id: str, run: Runner) -> _Seen:
+    queued, accounted = _ask(job_id, run)
+    jobs: list[QueuedJob | AccountedJob] = [*queued, *accounted]
+    # The task of an array has a number of its own; its folder is named `<array>_<task>`.
+    names = dict.fromkeys([job_id, *(job.label for job in jobs if job.raw_id == job_id)])
+    roots = _roots(jobs)
+    found = dict.fromkeys(path for name in names for path in job_folders(name, roots))
+    runs = [read_status(path) for path in found]
+    # Another job may have gone on in the folder.
+    known = {*names, *(job.label for job in jobs)}
+    for other in sorted({status.job_id for status in runs if status.job_id} - known):
+        others = _ask(other, run)
+        queued, accounted = queued + others[0], accounted + others[1]
+    if not (runs or queued or accounted):
+        raise OutputError(
+            f"there is no job {job_id} in the queue or in the accounting, and no folder of "
+            "it here: give the run folder, or set MPIPIPE_SCRATCH to where job folders are"
+        )
+    jobs = [*queued, *accounted]
+    if runs:
+        logs = [log_of(status.folder, status.job_id, jobs, run) for status in runs]
+    else:
+        logs = [log_of(Path(), list(names)[-1], jobs, run)]
+    return _Seen(runs, logs, queued, accounted)
 
 
 def _ask(job_id: str, run: Runner) -> tuple[tuple[QueuedJob, ...], tuple[AccountedJob, ...]]:
@@ -90,54 +124,46 @@ def _roots(jobs: Sequence[QueuedJob | AccountedJob]) -> list[Path]:
     return roots
 
 
-def _judged(
-    status: RunStatus, queued: Sequence[QueuedJob], accounted: Sequence[AccountedJob]
-) -> str:
+def _judged(status: RunStatus, seen: _Seen) -> str:
     """The verdict on one run; of an array's tasks only its own counts."""
-    own_queued = [job for job in queued if status.job_id in {None, job.label}]
-    own_accounted = [job for job in accounted if status.job_id in {None, job.label}]
+    own_queued = [job for job in seen.queued if status.job_id in {None, job.label}]
+    own_accounted = [job for job in seen.accounted if status.job_id in {None, job.label}]
     return judge(status, own_queued, own_accounted, datetime.now(UTC))
 
 
-def _document(
-    runs: Sequence[RunStatus], queued: Sequence[QueuedJob], accounted: Sequence[AccountedJob]
-) -> dict[str, Any]:
-    jobs: list[QueuedJob | AccountedJob] = [*queued, *accounted]
+def _document(seen: _Seen) -> dict[str, Any]:
+    jobs: list[QueuedJob | AccountedJob] = [*seen.queued, *seen.accounted]
     return {
         "runs": [
             {
                 "folder": str(status.folder),
-                "verdict": _judged(status, queued, accounted),
+                "verdict": _judged(status, seen),
+                "log": log,
                 "status": dict(status.values),
+                "left_out": list(status.left_out),
             }
-            for status in runs
+            for status, log in zip(seen.runs, seen.logs, strict=False)
         ],
         "jobs": [dataclasses.asdict(job) for job in jobs],
     }
 
 
-def _lines(
-    runs: Sequence[RunStatus], queued: Sequence[QueuedJob], accounted: Sequence[AccountedJob]
-) -> list[str]:
+def _lines(seen: _Seen) -> list[str]:
     lines: list[str] = []
-    for status in runs:
-        facts = {
-            "run": str(status.folder),
-            "state": _judged(status, queued, accounted),
-            **_progress(status.values),
-        }
+    # A job that has no run yet is judged as one that said nothing.
+    for status, log in zip(seen.runs or [RunStatus(Path(), {})], seen.logs, strict=True):
+        facts = {"run": str(status.folder)} if seen.runs else {}
+        facts |= {"state": _judged(status, seen), **_progress(status.values)}
+        if status.left_out:
+            facts["note"] = f"status.json has odd values, left out: {', '.join(status.left_out)}"
+        facts |= {"log": log} if log else {}
         lines += ["", *(f"{label:<9}{value}" for label, value in facts.items())]
-    if not runs:
-        lines += [
-            "",
-            f"state    {judge(RunStatus(Path(), {}), queued, accounted, datetime.now(UTC))}",
-        ]
-    for job in queued:
+    for job in seen.queued:
         left = f", {job.time_left} left" if job.state == "RUNNING" else ""
         lines.append(f"job      {job.label} {job.state} {job.nodes or f'({job.reason})'}{left}")
     lines += [
         f"job      {job.label} {job.state} after {job.elapsed}, exit code {job.exit_code}"
-        for job in accounted
+        for job in seen.accounted
     ]
     return lines[1:]
 
@@ -154,7 +180,7 @@ def _progress(values: Mapping[str, Any]) -> dict[str, str]:
     prompts += f", {failed:,} failed" if failed else ""
     facts = {"prompts": prompts}
     if values.get("num_output_tokens"):
-        speed = f"{values['tokens_per_s']:,.1f} tokens/s"
+        speed = f"{values.get('tokens_per_s', 0.0):,.1f} tokens/s"
         elapsed_s = values.get("generating_s", 0.0)
         if values.get("state") == "generating" and completed and total > done:
             left_s = (total - done) * elapsed_s / completed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
 from mpipipe.runtime.shared_folders import check_model_folder, check_output_folder
 from mpipipe.runtime.stopping import watch_for_stop
 from mpipipe.topology.host import host_name
+from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -281,6 +283,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
         *loaded.warnings,
         *deepspeed_warnings(loaded, session.plan),
         *prompts.warnings,
+        *launch_warnings(os.environ, session.ranks.mesh.world_size),
     ]
     for warning in warnings:
         log.warning("configuration", message=warning)

@@ -6,7 +6,7 @@ printing is not (`cli.status`).
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import OutputError
-from mpipipe.runtime.folder_lock import last_words
 from mpipipe.runtime.progress_file import STATUS_FILE, RunState
-from mpipipe.runtime.workspace import OUTPUT_FOLDER, how_to_go_on
-from mpipipe.topology.slurm import AccountedJob, QueuedJob
+from mpipipe.runtime.status_values import read_status_file
+from mpipipe.runtime.workspace import OUTPUT_FOLDER, how_to_go_on, recorded_job
+from mpipipe.topology.command import Runner
+from mpipipe.topology.job_end import meaning_of_end
+from mpipipe.topology.slurm import AccountedJob, QueuedJob, ask_job_record
 
-__all__ = ["RunStatus", "duration", "find_runs", "job_folders", "judge", "read_status"]
+__all__ = [
+    "RunStatus",
+    "duration",
+    "find_runs",
+    "job_folders",
+    "judge",
+    "log_of",
+    "read_status",
+]
 
 _LIVE = {RunState.BOOTING.value, RunState.LOADING.value}
+_STARTING = {"RUNNING", "CONFIGURING"}
 _BUSY = {RunState.GENERATING.value, RunState.STOPPING.value}
 # A run that makes tokens writes every few seconds; a shared file system may show it late. One that
 # imports and loads says nothing meanwhile, for minutes when the file system is busy.
 _STALE_INTERVALS = 6
 _STALE_LOADING_S = 900.0
+Job = QueuedJob | AccountedJob
 _JOB_SUFFIX = re.compile(r"-(\d+(?:_\d+)?)(?:\.\d+)?$")  # .2: the second run of a job
 
 
@@ -37,6 +49,7 @@ class RunStatus:
 
     folder: Path
     values: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()  # names of values that were of no use
 
     @property
     def job_id(self) -> str | None:
@@ -56,17 +69,8 @@ def read_status(folder: Path) -> RunStatus:
     Raises:
         OutputError: there is a status file that cannot be read.
     """
-    path = folder / STATUS_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return RunStatus(folder, {})
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} cannot be read ({error}): it is replaced every few seconds, so try again; see "
-            "the rank_*.log files beside it"
-        ) from error
-    return RunStatus(folder, values if isinstance(values, dict) else {})
+    told = read_status_file(folder / STATUS_FILE)
+    return RunStatus(folder, {}) if told is None else RunStatus(folder, told.values, told.left_out)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -75,7 +79,14 @@ def find_runs(folder: Path) -> list[Path]:
         if (place / STATUS_FILE).exists():
             return [place]
     found = [*folder.glob(f"*/{STATUS_FILE}"), *folder.glob(f"*/{OUTPUT_FOLDER}/{STATUS_FILE}")]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+    return [path.parent for path in sorted(found, key=_changed_s)]
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # gone since it was listed
+        return 0.0
 
 
 def job_folders(job_id: str, roots: Sequence[Path]) -> list[Path]:
@@ -92,10 +103,28 @@ def job_folders(job_id: str, roots: Sequence[Path]) -> list[Path]:
                 named.update(dict.fromkeys(find_runs(folder) or [folder]))
         told_of = [*root.glob(f"*/{STATUS_FILE}"), *root.glob(f"*/{OUTPUT_FOLDER}/{STATUS_FILE}")]
         for path in sorted(told_of):
-            told = RunStatus(path.parent, last_words(path.parent)).job_id or ""
+            told = ""
+            with contextlib.suppress(OutputError):  # not a run's, or damaged
+                told = read_status(path.parent).job_id or ""
             if told == job_id or told.startswith(f"{job_id}_"):
                 named[path.parent] = None
     return list(named)
+
+
+def log_of(folder: Path, job_id: str | None, jobs: Sequence[Job], run: Runner) -> str | None:
+    """The log of a job: as its folder or Slurm tells it, or by the name that submit.sbatch gives.
+
+    Slurm forgets a job some minutes after its end.
+    """
+    if log := recorded_job(folder).get("StdOut"):
+        return log
+    if job_id is not None and (log := ask_job_record(job_id, run).get("StdOut")):
+        return log
+    for job in jobs:
+        log_path = Path(job.work_dir) / f"mpipipe-{job.raw_id}.log"
+        if job_id in {job.label, job.raw_id} and log_path.is_file():
+            return str(log_path)
+    return None
 
 
 def judge(
@@ -111,7 +140,7 @@ def judge(
     if job is not None and job.state == "PENDING":
         return _waiting(job, begun=state is not None)
     if state is None:
-        return _without_a_word(job, accounted)
+        return _without_a_word(job, accounted, now)
     if job is not None and _has_begun_again(values, job):
         return f"starting again (the job is {job.state} since {job.start}; before it was {state})"
     if state in _LIVE | _BUSY:
@@ -129,6 +158,8 @@ def _unended(
     state = values["state"]
     if job is None and accounted and accounted[-1].has_ended:
         return f"ended while {state}{_how_it_ended(None, accounted)}"
+    if "updated_at" not in values:
+        return f"{state}{_reason(values)}"
     silent_s = (now - datetime.fromisoformat(values["updated_at"])).total_seconds()
     limit_s = _STALE_INTERVALS * float(values.get("update_interval_s", 5.0))
     if silent_s > (limit_s if state in _BUSY else _STALE_LOADING_S):
@@ -138,11 +169,17 @@ def _unended(
 
 def _has_begun_again(values: Mapping[str, Any], job: QueuedJob) -> bool:
     """Whether Slurm has started the job since the run said something last."""
-    try:
-        begun = datetime.fromisoformat(job.start).astimezone()  # the time of the cluster, as ours
-    except ValueError:  # "N/A"
+    begun = _begun(job)
+    if begun is None or "updated_at" not in values:
         return False
     return datetime.fromisoformat(values["updated_at"]) < begun
+
+
+def _begun(job: QueuedJob) -> datetime | None:
+    try:
+        return datetime.fromisoformat(job.start).astimezone()  # the time of the cluster, as ours
+    except (ValueError, OverflowError, OSError):  # "N/A"; a year that is none
+        return None
 
 
 def _ended(status: RunStatus, job: QueuedJob | None) -> str:
@@ -162,11 +199,19 @@ def _waiting(job: QueuedJob, *, begun: bool) -> str:
     return f"queued{' again' if begun else ''} ({job.reason}{start})"
 
 
-def _without_a_word(job: QueuedJob | None, accounted: Sequence[AccountedJob]) -> str:
+def _without_a_word(job: QueuedJob | None, accounted: Sequence[AccountedJob], now: datetime) -> str:
     if job is not None:
-        return f"the job is {job.state}; no run of it is here: not begun, or in another folder"
+        begun = _begun(job)
+        silent_s = 0.0 if begun is None else (now - begun).total_seconds()
+        if job.state in _STARTING and silent_s < _STALE_LOADING_S:
+            return f"starting (the job is {job.state}; its run has written nothing yet)"
+        return (
+            f"the job is {job.state} since {job.start}, but no run of it is here: see its log; if "
+            "its folder is elsewhere, set MPIPIPE_SCRATCH or give the folder"
+        )
     if accounted:
-        return f"ended before the run began{_how_it_ended(None, accounted)}"
+        began = "ended before the run began" if accounted[-1].has_ended else "starting"
+        return f"{began}{_how_it_ended(None, accounted)}"
     return "unknown: nothing was written, and no such job is known"
 
 
@@ -180,7 +225,9 @@ def _how_it_ended(job: QueuedJob | None, accounted: Sequence[AccountedJob]) -> s
         return f"; the job is {job.state}"
     if accounted:
         last = accounted[-1]
-        return f"; the job is {last.state}, exit code {last.exit_code} (sacct)"
+        meaning = meaning_of_end(last.state, last.exit_code)
+        told = f"; the job is {last.state}, exit code {last.exit_code} (sacct)"
+        return f"{told}: {meaning}" if meaning else told
     return ""
 
 

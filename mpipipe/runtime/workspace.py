@@ -2,7 +2,8 @@
 
 Layout: `config/` (the configuration with every file that it builds on), `prompts/`, `outputs/` (the
 run folder), `job.env` (what `launch/run.sh` sources), `request.json` (what was asked for, and in
-which attempt of the job last). Not here: reading the model, starting ranks.
+which attempt of the job last), `scontrol.txt` (the job as Slurm described it when run.sh began).
+Not here: reading the model, starting ranks.
 
 Invariants: `job.env` is written last, so a folder that has it is complete; a job that Slurm starts
 again finds the folder of each of its commands, once an attempt, and reads the same copies, whatever
@@ -24,16 +25,26 @@ from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime.model_folder import model_folder
 from mpipipe.runtime.output import write_json, write_whole
+from mpipipe.topology.job_end import sbatch_options
+from mpipipe.topology.slurm import job_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["JOB_FILE", "OUTPUT_FOLDER", "how_to_go_on", "job_workspace", "prepare_workspace"]
+__all__ = [
+    "JOB_FILE",
+    "OUTPUT_FOLDER",
+    "how_to_go_on",
+    "job_workspace",
+    "prepare_workspace",
+    "recorded_job",
+]
 
 JOB_FILE = "job.env"
 OUTPUT_FOLDER = "outputs"
+_RECORD_FILE = "scontrol.txt"  # what Slurm said of the job when run.sh began
 _REQUEST_FILE = "request.json"
 
 
@@ -85,9 +96,21 @@ def _request(folder: Path) -> dict[str, Any] | None:
 def how_to_go_on(folder: Path) -> str:
     """What a user does to complete the rest of the run in `folder`."""
     if folder.name == OUTPUT_FOLDER and (folder.parent / JOB_FILE).exists():
-        job = shlex.quote(str(folder.parent))
-        return f"sbatch launch/submit.sbatch {job}"
+        options = sbatch_options(recorded_job(folder))
+        return shlex.join(["sbatch", *options, "launch/submit.sbatch", str(folder.parent)])
     return "start it again with the same output.dir and output.resume=true"
+
+
+def recorded_job(folder: Path) -> dict[str, str]:
+    """What Slurm said of the job that runs, or ran last, in the run folder `folder`.
+
+    As fields of `scontrol show job`; empty: no job, or no run.sh that wrote it down.
+    """
+    try:
+        text = (folder.parent / _RECORD_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return job_record(text)
 
 
 def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> Path:

@@ -16,11 +16,21 @@ Runner = Callable[[Sequence[str], float], "subprocess.CompletedProcess[str]"]
 def run_child(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; its output is captured, its exit code the caller's to judge.
 
+    Bytes of the output that are not UTF-8 (a job's name or folder) become replacement characters.
+
     Raises:
         OSError: it could not be started.
         subprocess.TimeoutExpired: it took longer than `limit_s` and was killed.
     """
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=limit_s,
+        check=False,
+    )
 
 
 def output_of(run: Runner, command: Sequence[str], limit_s: float) -> str | None:

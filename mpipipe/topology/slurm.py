@@ -1,7 +1,8 @@
 """What Slurm says of a job: its name, how much time is left, whether it waits, how it ended.
 
-The environment tells most; `squeue` and `sacct` are asked for the rest, through a `Runner`, and may
-not exist (a container, another cluster). Not here: ranks (`launcher`) and MPI (`srun_mpi`).
+The environment tells most; `squeue`, `sacct` and `scontrol` are asked for the rest, through a
+`Runner`, and may not exist (a container, another cluster). Not here: ranks (`launcher`), MPI
+(`srun_mpi`), and what the end of a job means to a user (`job_end`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ __all__ = [
     "QueuedJob",
     "SlurmJob",
     "accounted_jobs",
+    "ask_job_record",
+    "idle_nodes",
     "is_job_id",
+    "job_record",
+    "launch_warnings",
     "parse_duration_s",
     "queued_jobs",
     "read_job",
     "wall_time_left_s",
 ]
 
-# slurmctld answers in milliseconds; a busy one in seconds; nobody should wait for a dead one.
+# slurmctld answers in milliseconds; a busy one in seconds; a dead one is not waited for.
 _ASK_LIMIT_S = 5.0
-_JOB_ID = re.compile(r"\d+(_\d+)?")
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
+# `scontrol show job`: a value may hold spaces (a command, a log's name), up to the next key.
+_FIELD = re.compile(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*$)", re.DOTALL)
 _DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
-_QUEUE_FORMAT = "%i|%T|%r|%S|%L|%N|%Z"
-_ACCOUNT_FORMAT = "JobID,State,ExitCode,Elapsed,End,WorkDir"
+_QUEUE_FORMAT = "%i|%A|%T|%r|%S|%L|%N|%Z"
+_ACCOUNT_FORMAT = "JobID,JobIDRaw,State,ExitCode,Elapsed,End,WorkDir"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class QueuedJob:
     """A job in the queue: waiting, running or ending."""
 
     label: str
+    raw_id: str  # of an array's task, the number that Slurm gave it; else the label
     state: str  # PENDING, RUNNING, COMPLETING …
     reason: str  # why it waits; "None" when it does not
     start: str  # when it started, or is expected to; "N/A": unknown
@@ -61,6 +69,7 @@ class AccountedJob:
     """A job as the accounting keeps it."""
 
     label: str
+    raw_id: str  # as of QueuedJob
     state: str
     exit_code: str  # code:signal
     elapsed: str
@@ -89,7 +98,7 @@ def read_job(environ: Mapping[str, str]) -> SlurmJob | None:
 
 
 def wall_time_left_s(job: SlurmJob, now_unix_s: float, run: Runner = run_child) -> float | None:
-    """Seconds until Slurm ends `job`; None: no limit, or nobody says."""
+    """Seconds until Slurm ends `job`; None: no limit, or it is not known."""
     if job.end_time_s is not None:
         return max(0.0, job.end_time_s - now_unix_s)
     answer = output_of(run, ("squeue", "-h", "-j", job.label, "-o", "%L"), _ASK_LIMIT_S)
@@ -114,13 +123,44 @@ def queued_jobs(job_id: str, run: Runner = run_child) -> tuple[QueuedJob, ...]:
     """What the queue holds under `job_id`: one job, the tasks of an array, or nothing."""
     command = ("squeue", "-h", "-j", job_id, "-o", _QUEUE_FORMAT)
     answer = output_of(run, command, _ASK_LIMIT_S)  # an old id is an error of squeue
-    fields = (line.split("|", 6) for line in (answer or "").splitlines())
-    return tuple(QueuedJob(*values) for values in fields if len(values) == 7)
+    fields = (line.split("|", 7) for line in (answer or "").splitlines())
+    return tuple(QueuedJob(*values) for values in fields if len(values) == 8)
 
 
 def accounted_jobs(job_id: str, run: Runner = run_child) -> tuple[AccountedJob, ...]:
     """What the accounting knows of `job_id`, of its last attempt: one job, or an array's tasks."""
     command = ("sacct", "-n", "-X", "-P", "-j", job_id, "-o", _ACCOUNT_FORMAT)
     answer = output_of(run, command, _ASK_LIMIT_S)
-    fields = (line.split("|", 5) for line in (answer or "").splitlines())
-    return tuple(AccountedJob(*values) for values in fields if len(values) == 6)
+    fields = (line.split("|", 6) for line in (answer or "").splitlines())
+    return tuple(AccountedJob(*values) for values in fields if len(values) == 7)
+
+
+def job_record(text: str) -> dict[str, str]:
+    """The fields of one job in what `scontrol show job` printed, such as StdOut and TimeLimit."""
+    return {key: value for key, value in _FIELD.findall(text) if value != "(null)"}
+
+
+def ask_job_record(job_id: str, run: Runner = run_child) -> dict[str, str]:
+    """What slurmctld says of `job_id`; empty: it has forgotten the job, some minutes after its end.
+
+    Of an array's id, whose tasks are several jobs: empty.
+    """
+    command = ("scontrol", "--oneliner", "show", "job", job_id)
+    answer = (output_of(run, command, _ASK_LIMIT_S) or "").strip()
+    return job_record(answer) if answer and "\n" not in answer else {}
+
+
+def idle_nodes(environ: Mapping[str, str], num_ranks: int) -> int:
+    """How many nodes of the job get no rank, as in `salloc --nodes=2`, then `srun --ntasks=1`."""
+    num_nodes = environ.get("SLURM_JOB_NUM_NODES", "")
+    return max(0, int(num_nodes) - num_ranks) if num_nodes.isdecimal() else 0
+
+
+def launch_warnings(environ: Mapping[str, str], num_ranks: int) -> list[str]:
+    """What is odd about how the job was started, a sentence each."""
+    num_idle = idle_nodes(environ, num_ranks) if read_job(environ) is not None else 0
+    if not num_idle:
+        return []
+    verb = "get" if num_idle > 1 else "gets"
+    remedy = "ask for fewer nodes (--nodes=), or for tasks on each (--ntasks-per-node=1)"
+    return [f"{num_idle} of the job's nodes {verb} no rank: {remedy}"]

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,13 @@ __all__ = [
     "demo_alone",
     "demo_in_image",
     "demo_on_two_nodes",
+    "dense_memory",
     "doctor_on_two_nodes",
     "held_in_the_queue",
     "near_its_wall_time",
     "node_loses_power",
     "rank_killed",
+    "rank_killed_under_plain_srun",
     "tiny_alone",
     "told_to_stop",
     "wrong_mpi",
@@ -245,6 +248,66 @@ def wrong_mpi(site: Site, mpi: str, flag: str) -> MpiMismatch:
     folder = site.folder / f"wrong-{mpi}-{flag}"
     result = site.srun(mpi, f"--mpi={flag}", *command, f"output.dir={folder}")
     return MpiMismatch(result.returncode, result.stderr)
+
+
+# Whatever hole of the heap MPICH's UCX address falls into, bytes without zeros lie behind it.
+_DENSE = """
+import asyncio, ctypes, os
+from mpipipe.control_plane import mpi
+from mpipipe.progress import ProgressEngine
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+holes = []
+for size in [*range(64, 2000, 16)] * 12:
+    holes.append(libc.malloc(size))
+    ctypes.memmove(libc.malloc(6000), os.urandom(6000), 6000)
+for hole in holes:
+    libc.free(hole)
+async def main():
+    channel = mpi.open_mpi_control_channel(ProgressEngine(), init_limit_s=30.0)
+    print("rank", channel.rank, "of", channel.world_size)
+    await channel.aclose()
+asyncio.run(main())
+"""
+
+
+def dense_memory(site: Site) -> subprocess.CompletedProcess[str]:
+    """MPI starts where the longest values must go through Slurm's pmi2 plugin."""
+    script = site.folder / "dense.py"
+    script.write_text(_DENSE)
+    return site.srun("mpich", "--mpi=pmi2", site.python("mpich"), str(script))
+
+
+def rank_killed_under_plain_srun(site: Site) -> tuple[int, str, float]:
+    """As README has it, without --kill-on-bad-exit: exit code, output, seconds to the end."""
+    folder = site.folder / "plain"
+    command = (f"{site.environments['mpich']}/bin/mpipipe", "run", str(site.tiny_config))
+    many = site.folder / "plain.jsonl"
+    many.write_text("".join(json.dumps({"id": f"m{i}", "prompt": "on"}) + "\n" for i in range(999)))
+    words = (*command, f"output.dir={folder}", f"prompts.path={many}")
+    step = subprocess.Popen(
+        site.cluster.command(
+            HEAD, "srun", "--partition=short", "-N2", "-n2", "-c2", "--mpi=pmi2", *words
+        ),
+        env=site.environ("mpich"), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        journal = folder / "completions_rank_0.jsonl"
+        site.until(lambda: journal.exists() and bool(journal.read_bytes()), "a completion", 120)
+        ranks = [
+            process
+            for process in site.cluster.network.processes("n4")
+            if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes()
+        ]
+        os.kill(ranks[0], signal.SIGKILL)
+        begin = time.monotonic()
+        said, _ = step.communicate(timeout=60)
+        return step.returncode, said, time.monotonic() - begin
+    finally:
+        step.kill()
+        step.wait()
 
 
 def doctor_on_two_nodes(site: Site, mpi: str, flag: str) -> subprocess.CompletedProcess[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import signal
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from mpipipe.config.schema import PipelineConfig
+from mpipipe.errors import EXIT_PEER_LOST
 from tests.slurm.scenarios import (
     ARRAY_PROMPTS,
     SEEN,
@@ -19,11 +24,13 @@ from tests.slurm.scenarios import (
     near_its_wall_time,
     node_loses_power,
     rank_killed,
+    rank_killed_under_plain_srun,
     tiny_alone,
     told_to_stop,
 )
 from tests.slurm.site import JobEnd, read_jsonl
 
+HEARTBEATS = "heartbeat_timeout_s" in {field.name for field in dataclasses.fields(PipelineConfig)}
 story = pytest.mark.story.with_args  # a marker with one function would decorate it
 
 
@@ -101,6 +108,17 @@ def test_the_folder_of_a_failed_job_is_all_that_another_job_needs_to_go_on(
     check_it_went_on(other, told(tiny_alone), restarts=0)
     assert other.job_id != end.job_id
     assert "Going on in" in other.log
+
+
+@pytest.mark.skipif(not HEARTBEATS, reason="ranks do not hear each other's heartbeats yet")
+@story(rank_killed_under_plain_srun)
+def test_a_killed_rank_ends_the_job_also_where_srun_does_not(
+    end: tuple[int, str, float],
+) -> None:
+    code, said, took_s = end
+    assert code in {EXIT_PEER_LOST, 128 + signal.SIGKILL}, said  # srun tells the largest code
+    assert re.search(r"rank 0 on n\d: rank 1 on n4\b", said), said
+    assert took_s < 30  # a silence of 10 s, then Slurm's KillWait
 
 
 @story(near_its_wall_time)

@@ -16,6 +16,7 @@ from tests.slurm.scenarios import (
     demo_alone,
     demo_in_image,
     demo_on_two_nodes,
+    dense_memory,
     doctor_on_two_nodes,
     tiny_alone,
     wrong_mpi,
@@ -92,6 +93,15 @@ def test_a_wrong_mpi_flag_fails_at_once_and_the_right_one_is_named(
     assert end.exit_code != 0
     assert "mpipipe: error:" in end.said
     assert f"srun --mpi={'pmi2' if mpi == 'mpich' else 'pmix'}" in end.said
+
+
+@story(dense_memory)
+def test_mpich_starts_under_pmi2_whatever_lies_in_memory(
+    end: subprocess.CompletedProcess[str],
+) -> None:
+    assert end.returncode == 0, end.stderr
+    assert sorted(end.stdout.split("\n")) == ["", "rank 0 of 2", "rank 1 of 2"]
+    assert "mpi/pmi2" not in end.stderr
 
 
 @story(doctor_on_two_nodes, "openmpi", "pmix")

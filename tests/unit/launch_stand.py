@@ -42,6 +42,7 @@ PROGRAMS = {
     "scontrol": """
         echo "scontrol $*" >>"$CALLS"
         [ "$1" != show ] || waits show
+        [[ $* != *"show job"* || -z ${RECORD:-} ]] || echo "$RECORD"
         [ "$1" != requeue ] || exit "${REQUEUE_CODE:-1}" """,
     "squeue": 'echo "squeue $*" >>"$CALLS"',
     "sacct": """

@@ -344,16 +344,24 @@ def test_singletons_of_a_wrong_mpi_are_named_with_the_right_flag() -> None:
     info = LaunchInfo(Launcher.SRUN, rank=0, world_size=2, mpi_expected=True, detail="none")
     with pytest.raises(EnvironmentSetupError) as raised:
         check_world_size(info, 1, "MPICH Version: 5.0.2")
-    finding = not_joined(raised.value, "apptainer", mpi_loaded=True)
+    finding = not_joined(raised.value, mpi_loaded=True)
     assert finding.severity is Severity.FATAL
     assert "srun started 2 ranks" in finding.what
     assert "--mpi=pmi2" in finding.remedy
-    assert "host's" in finding.cause  # host MPI against container MPI
+    # Under srun the host's MPI does not matter, in a container or not.
+    assert "container" not in finding.cause + finding.remedy
+
+
+def test_nodes_without_a_rank_are_told() -> None:
+    finding = only_bad(replace(healthy(), launch=replace(healthy().launch, idle_nodes=1)))
+    assert finding.check == "launch.nodes"
+    assert finding.severity is Severity.WARNING
+    assert "--ntasks-per-node=1" in finding.remedy
 
 
 def test_a_missing_mpi_is_not_taken_for_a_wrong_flag() -> None:
     error = EnvironmentSetupError("MPI could not be loaded (no libmpi): install one with pip")
-    finding = not_joined(error, "", mpi_loaded=False)
+    finding = not_joined(error, mpi_loaded=False)
     assert "no MPI library" in finding.cause
     assert finding.remedy == "install one with pip"
 
@@ -372,7 +380,7 @@ def test_an_mpi4py_for_another_abi_is_named_as_such(
     problem: str, kind: str, mpi_loaded: bool
 ) -> None:
     error = EnvironmentSetupError(f"MPI could not be loaded ({problem}): install one with pip")
-    finding = not_joined(error, "", mpi_loaded=mpi_loaded)
+    finding = not_joined(error, mpi_loaded=mpi_loaded)
     assert f"built for the ABI of {kind}," in finding.cause
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,67 @@ def test_a_fatal_finding_ends_the_job_with_its_code_before_the_run(stand: Stand)
     assert code == 5
     assert "before the model is loaded" in text
     assert not [line for line in stand.asked("srun") if "mpipipe run" in line]
+
+
+def doctors(stand: Stand) -> list[str]:
+    return [line for line in stand.asked("srun") if "mpipipe doctor" in line]
+
+
+def test_a_job_that_starts_again_on_nodes_that_were_found_well_does_not_ask_the_doctor_again(
+    stand: Stand,
+) -> None:
+    stand.run("run.sh", "configs/demo.toml", SLURM_JOB_NODELIST="n[1-2]")
+    again = {"SLURM_RESTART_COUNT": "1"}
+    code, text = stand.run("run.sh", "configs/demo.toml", SLURM_JOB_NODELIST="n[1-2]", **again)
+    assert code == 0, text
+    assert len(doctors(stand)) == 1
+    assert "earlier attempt" in text
+    stand.run("run.sh", "configs/demo.toml", SLURM_JOB_NODELIST="n[2-3]", **again)
+    assert len(doctors(stand)) == 2, "other nodes"
+
+
+def test_nodes_that_were_found_ill_are_looked_at_again(stand: Stand) -> None:
+    stand.run("run.sh", "configs/demo.toml", DOCTOR_CODE="5")
+    stand.run("run.sh", "configs/demo.toml", SLURM_RESTART_COUNT="1")
+    assert len(doctors(stand)) == 2
+
+
+@pytest.mark.parametrize(
+    ("left_s", "flags"), [(100, None), (250, "--quick /copy.toml"), (900, "/copy.toml")]
+)
+def test_the_last_minutes_of_a_job_are_for_its_prompts(
+    stand: Stand, left_s: int, flags: str | None
+) -> None:
+    environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + left_s)}
+    code, text = stand.run("run.sh", "configs/demo.toml", **environ)
+    assert code == 0, text
+    assert (flags is not None) == bool(doctors(stand))
+    assert flags is None or f"mpipipe doctor {flags}" in doctors(stand)[0]
+
+
+def test_nodes_without_a_task_are_warned_about(stand: Stand) -> None:
+    few = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "1"}
+    assert "1 tasks on 2 nodes" in stand.run("run.sh", "configs/demo.toml", **few)[1]
+    enough = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
+    assert "tasks on 2 nodes" not in stand.run("run.sh", "configs/demo.toml", **enough)[1]
+
+
+def test_what_slurm_says_of_the_job_is_kept_for_those_who_go_on_with_it(stand: Stand) -> None:
+    record = "JobId=7 StdOut=/w/my log.txt NumNodes=2 TimeLimit=00:10:00"
+    stand.run("run.sh", "configs/demo.toml", RECORD=record)
+    assert (stand.job / "scontrol.txt").read_text() == record + "\n"
+
+
+def test_the_log_of_an_arrays_task_gets_a_name_with_the_number_of_the_task(stand: Stand) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "9"}
+    log = stand.folder / "mpipipe-9.log"
+    log.write_text("said")
+    for record in (f"JobId=9 StdOut={log} Power=", f"JobId=9 Power= StdOut={log}"):
+        stand.run("submit.sbatch", "configs/demo.toml", RECORD=record, **array)
+        assert (stand.folder / "mpipipe-7_2.log").read_text() == "said"
+    # A name of the user's own stays alone.
+    stand.run("submit.sbatch", "x.toml", RECORD=f"StdOut={stand.folder}/a-7_3.log", **array)
+    assert len(list(stand.folder.glob("*7_*"))) == 1
 
 
 def test_the_folder_of_an_earlier_job_in_the_place_of_a_configuration_goes_on(stand: Stand) -> None:

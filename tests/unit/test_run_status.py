@@ -21,11 +21,12 @@ from mpipipe.runtime.run_status import RunStatus, duration, find_runs, judge, re
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
-PENDING = QueuedJob("7", "PENDING", "Priority", "2026-11-22T13:00:00", "1:00:00", "", "/w")
-RUNNING = QueuedJob("7", "RUNNING", "None", "2020-11-20T11:00:00", "30:00", "n[1-2]", "/w")
+PENDING = QueuedJob("7", "7", "PENDING", "Priority", "2026-11-22T13:00:00", "1:00:00", "", "/w")
+RUNNING = QueuedJob("7", "7", "RUNNING", "None", "2020-11-20T11:00:00", "30:00", "n[1-2]", "/w")
 AGAIN = dataclasses.replace(RUNNING, start="2020-11-25T11:00:00")  # after it said something
-STILL = AccountedJob("7", "RUNNING", "0:0", "00:05:00", "Unknown", "/w")
-KILLED = AccountedJob("7", "OUT_OF_MEMORY", "0:125", "00:05:00", "x", "/w")
+SINCE = dataclasses.replace(RUNNING, start=(NOW - timedelta(minutes=1)).isoformat())
+STILL = AccountedJob("7", "7", "RUNNING", "0:0", "00:05:00", "Unknown", "/w")
+KILLED = AccountedJob("7", "7", "OUT_OF_MEMORY", "0:125", "00:05:00", "x", "/w")
 
 
 def told(state: str, seconds_ago: float = 1.0, **more: object) -> dict[str, Any]:
@@ -102,7 +103,11 @@ def test_what_fails_after_the_end_of_a_run_is_not_its_end(tmp_path: Path) -> Non
         (told("done", 9999, num_failed=2), [], [], "done, 2 prompts became error records"),
         (told("failed", 9999, error="no space"), [], [], "failed: no space"),
         ({}, [PENDING], [], "queued (Priority, expected to start 2026-11-22T13:00:00)"),
-        ({}, [RUNNING], [], "the job is RUNNING; no run of it is here"),
+        ({}, [SINCE], [], "starting (the job is RUNNING; its run has written nothing yet)"),
+        ({}, [dataclasses.replace(SINCE, state="CONFIGURING")], [], "starting"),
+        ({}, [RUNNING], [], "the job is RUNNING since 2020-11-20T11:00:00, but no run of it is"),
+        ({}, [dataclasses.replace(SINCE, state="COMPLETING")], [], "the job is COMPLETING since"),
+        ({}, [], [STILL], "starting; the job is RUNNING"),
         ({}, [], [KILLED], "ended before the run began; the job is OUT_OF_MEMORY"),
         ({}, [], [], "unknown"),
     ],
@@ -188,7 +193,7 @@ def test_a_running_job_is_shown_by_its_id(
     }  # fmt: skip
     now = datetime.now(UTC).isoformat()
     write(tmp_path / "demo-7" / "outputs", state="generating", updated_at=now, **counts)
-    squeue = "7|RUNNING|None|2020-11-22T11:00:00|30:00|n[1-2]|/w\n"
+    squeue = "7|7|RUNNING|None|2020-11-22T11:00:00|30:00|n[1-2]|/w\n"
     assert status_command("7", as_json=False, run=slurm(squeue=squeue)) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"run      {tmp_path}/demo-7/outputs",
@@ -219,7 +224,7 @@ def test_a_run_folder_of_any_name_is_found_by_the_job_that_it_tells(
 
 
 def test_a_queued_job_has_no_run_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    squeue = "7|PENDING|Resources|N/A|30:00||/nowhere\n"
+    squeue = "7|7|PENDING|Resources|N/A|30:00||/nowhere\n"
     assert status_command("7", as_json=False, run=slurm(squeue=squeue)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["state    queued (Resources)", "job      7 PENDING (Resources)"]
@@ -236,7 +241,7 @@ def test_each_task_of_an_array_is_judged_by_its_own_job(
             "job_id": f"7_{task}",
         }
         write(tmp_path / f"demo-7_{task}" / "outputs", **old)
-    sacct = "7_0|TIMEOUT|0:0|1|x|/w\n7_1|NODE_FAIL|0:0|1|x|/w\n"
+    sacct = "7_0|8|TIMEOUT|0:0|1|x|/w\n7_1|7|NODE_FAIL|0:0|1|x|/w\n"
     assert status_command("7", as_json=True, run=slurm(sacct=sacct)) == 0
     document = json.loads(capsys.readouterr().out)
     verdicts = [run["verdict"] for run in document["runs"]]
@@ -254,9 +259,11 @@ def test_a_run_that_another_job_goes_on_with_is_judged_by_that_job(
 
     def run(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         running = command[0] == "squeue" and "9" in command
-        answers = {"squeue": "9|RUNNING|None|2020-11-22T11:00:00|30:00|n1|/w\n" if running else ""}
+        answers = {
+            "squeue": "9|9|RUNNING|None|2020-11-22T11:00:00|30:00|n1|/w\n" if running else ""
+        }
         if "7" in command:
-            answers["sacct"] = "7|FAILED|6:0|1|x|/w\n"
+            answers["sacct"] = "7|7|FAILED|6:0|1|x|/w\n"
         answer: subprocess.CompletedProcess[str] = slurm(**answers)(command, limit_s)
         return answer
 
@@ -275,3 +282,49 @@ def test_what_cannot_be_found_is_told(
     monkeypatch.delenv("SCRATCH", raising=False)
     with pytest.raises(OutputError):
         status_command(name, as_json=False, run=slurm())
+
+
+TASK = """\
+JobId=782 ArrayJobId=779 ArrayTaskId=1 JobName=a b UserId=root(0) JobState=FAILED Reason=None \
+NumNodes=2 CPUs/Task=2 TimeLimit=00:20:00 Command=/tmp/j.sh 3 StdErr=/tmp/my logs/jj-779_1.log \
+StdIn=/dev/null StdOut=/tmp/my logs/jj-779_1.log Power=
+"""
+
+
+def test_a_task_of_an_array_is_found_by_the_number_that_slurm_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPIPIPE_SCRATCH", str(tmp_path))
+    for task in (1, 2):
+        write(tmp_path / f"demo-779_{task}" / "outputs", state="failed", error="no space")
+    answers = slurm(sacct="779_1|782|FAILED|2:0|00:05|x|/w\n", scontrol=TASK)
+    assert status_command("782", as_json=False, run=answers) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"run      {tmp_path}/demo-779_1/outputs",
+        "state    failed: no space",
+        "log      /tmp/my logs/jj-779_1.log",
+        "job      779_1 FAILED after 00:05, exit code 2:0",
+    ]
+
+
+def test_a_job_that_ended_before_its_run_tells_why_and_where_its_log_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mpipipe-7.log").touch()
+    answers = slurm(sacct=f"7|7|FAILED|3:0|00:05|x|{tmp_path}\n")
+    assert status_command("7", as_json=False, run=answers) == 0
+    why = "the job is FAILED, exit code 3:0 (sacct): model folder"
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"state    ended before the run began; {why}",
+        f"log      {tmp_path}/mpipipe-7.log",
+    ]
+
+
+def test_the_command_for_going_on_repeats_what_the_job_was_given(tmp_path: Path) -> None:
+    run = write(tmp_path / "demo-7" / "outputs", state="stopped")
+    (run.parent / "job.env").touch()
+    (run.parent / "scontrol.txt").write_text(TASK)
+    verdict = judge(read_status(run), [], [], NOW)
+    options = "--time=00:20:00 --gres=none launch/submit.sbatch"
+    assert verdict == f"stopped, can go on: sbatch {options} {run.parent}"

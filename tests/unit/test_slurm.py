@@ -5,11 +5,15 @@ from collections.abc import Sequence
 
 import pytest
 
+from mpipipe.topology.command import run_child
 from mpipipe.topology.slurm import (
     AccountedJob,
     QueuedJob,
     accounted_jobs,
+    ask_job_record,
+    idle_nodes,
     is_job_id,
+    launch_warnings,
     parse_duration_s,
     queued_jobs,
     read_job,
@@ -95,21 +99,22 @@ def test_the_wall_time_left_comes_from_the_environment_or_the_queue() -> None:
 
 
 def test_jobs_in_the_queue_are_read() -> None:
-    answer = "17|PENDING|Resources|2026-11-22T05:00:00|1:00:00||/home/a|b\n"
+    answer = "17|17|PENDING|Resources|2026-11-22T05:00:00|1:00:00||/home/a|b\n"
     (job,) = queued_jobs("17", Answers(squeue=answer))
     start = "2026-11-22T05:00:00"
-    assert job == QueuedJob("17", "PENDING", "Resources", start, "1:00:00", "", "/home/a|b")
+    assert job == QueuedJob("17", "17", "PENDING", "Resources", start, "1:00:00", "", "/home/a|b")
     assert queued_jobs("17", Answers()) == ()  # squeue fails on an id that it does not know
     assert queued_jobs("17", Answers(missing=True)) == ()
 
 
 def test_jobs_in_the_accounting_are_read() -> None:
     answer = (
-        "17_1|COMPLETED|0:0|00:01:00|2026-11-22T05:00:00|/home\n17_2|FAILED|5:0|00:00:09|x|/h\n"
+        "17_1|18|COMPLETED|0:0|00:01:00|2026-11-22T05:00:00|/home\n"
+        "17_2|17|FAILED|5:0|00:00:09|x|/h\n"
     )
     first, second = accounted_jobs("17", Answers(sacct=answer))
     assert first == AccountedJob(
-        "17_1", "COMPLETED", "0:0", "00:01:00", "2026-11-22T05:00:00", "/home"
+        "17_1", "18", "COMPLETED", "0:0", "00:01:00", "2026-11-22T05:00:00", "/home"
     )
     assert (second.label, second.exit_code) == ("17_2", "5:0")
 
@@ -119,3 +124,30 @@ def test_jobs_in_the_accounting_are_read() -> None:
 )
 def test_ids_of_jobs_are_told_from_folders(text: str, holds: bool) -> None:
     assert is_job_id(text) is holds
+
+
+def test_what_slurm_says_of_the_tasks_of_an_array_is_no_record_of_one_job() -> None:
+    one = "JobId=17 ArrayJobId=17 StdOut=/h/a_1.log Power=\n"
+    assert ask_job_record("17_1", Answers(scontrol=one))["StdOut"] == "/h/a_1.log"
+    assert ask_job_record("17", Answers(scontrol=one * 2)) == {}
+    assert ask_job_record("17", Answers()) == {}
+    assert ask_job_record("17", Answers(missing=True)) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_ranks", "num_idle"), [("2", 1, 1), ("2", 2, 0), ("2", 8, 0), ("", 1, 0)]
+)
+def test_nodes_that_get_no_rank_are_counted(num_nodes: str, num_ranks: int, num_idle: int) -> None:
+    assert idle_nodes({"SLURM_JOB_NUM_NODES": num_nodes}, num_ranks) == num_idle
+
+
+def test_a_run_that_leaves_nodes_idle_is_warned() -> None:
+    (warning,) = launch_warnings({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, 1)
+    assert warning.startswith("1 of the job's nodes gets no rank")
+    assert launch_warnings({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, 2) == []
+    assert launch_warnings({"SLURM_JOB_NUM_NODES": "2"}, 1) == [], "no job"
+
+
+def test_output_of_any_bytes_is_read() -> None:
+    result = run_child(("printf", r"a\377b"), 10.0)
+    assert result.stdout == "a\N{REPLACEMENT CHARACTER}b"

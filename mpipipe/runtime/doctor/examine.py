@@ -32,7 +32,6 @@ from mpipipe.runtime.doctor.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.runtime.doctor.read_launch import loaded_libraries
 from mpipipe.runtime.greeting import local_rank_of, meet
 from mpipipe.runtime.launch import PHASE_DEADLINE_S, Ranks, open_ranks
-from mpipipe.topology.gpu import container_kind
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
 
@@ -120,7 +119,7 @@ async def _hear_the_head() -> None:
 def _alone(error: EnvironmentSetupError, elapsed_s: float) -> DoctorReport:
     """Ranks that have not met: at once, without torch, as the first that ends may end them all."""
     mpi_loaded = any(library.name == "libmpi" for library in loaded_libraries())
-    finding = not_joined(error, container_kind(os.environ), mpi_loaded=mpi_loaded)
+    finding = not_joined(error, mpi_loaded=mpi_loaded)
     return DoctorReport((finding,), 1, (host_name(),), elapsed_s)
 
 

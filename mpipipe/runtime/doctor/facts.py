@@ -40,6 +40,7 @@ class LaunchFacts:
     thread_level: str = ""
     slurm_job: str = ""
     wall_left_s: float | None = None  # None: unknown, or no limit
+    idle_nodes: int = 0  # of the job, without a rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def judge_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
     ]
 
 
-def not_joined(error: EnvironmentSetupError, container: str, *, mpi_loaded: bool) -> Finding:
+def not_joined(error: EnvironmentSetupError, *, mpi_loaded: bool) -> Finding:
     """The ranks did not find each other: they run as singletons, or MPI did not load."""
     found = Finding.of_error("launch.mpi", error)
     if (abi := missing_abi(str(error))) is not None:
@@ -51,11 +51,6 @@ def not_joined(error: EnvironmentSetupError, container: str, *, mpi_loaded: bool
         cause = "no MPI library is installed in this environment, or its module is not loaded"
         return replace(found, cause=cause)
     cause = "srun's --mpi, or the mpirun that was used, is not of the kind of the MPI library"
-    if container:
-        cause += (
-            f"; in this {container} container the library is the image's, while srun or mpirun "
-            "is the host's: they must be of one kind (MPICH with pmi2, Open MPI with pmix)"
-        )
     return replace(found, cause=cause)
 
 
@@ -68,6 +63,16 @@ def _launcher(ranks: Sequence[RankFacts]) -> list[Finding]:
         how += f" --mpi={first.srun_mpi}"
     plural = "s" * (len(ranks) > 1)
     findings = [ok("launch.ranks", f"{len(ranks)} rank{plural} ({where}), {how}")]
+    if first.idle_nodes:
+        findings.append(
+            warning(
+                "launch.nodes",
+                f"{first.idle_nodes} of the job's nodes get no rank",
+                "fewer tasks were asked for than nodes",
+                "ask for fewer nodes (--nodes=1), or for tasks on each (--ntasks-per-node=1)",
+                num_idle_nodes=first.idle_nodes,
+            )
+        )
     for host, inside in per_host.items():
         cores = max(rank.node.num_cores for rank in inside)
         if len(inside) > cores:

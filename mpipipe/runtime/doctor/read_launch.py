@@ -10,7 +10,7 @@ from pathlib import Path
 from mpipipe.runtime.doctor.facts import LaunchFacts, Library
 from mpipipe.topology.launcher import detect
 from mpipipe.topology.mpi_abi import abi_of_file, abi_of_module
-from mpipipe.topology.slurm import read_job, wall_time_left_s
+from mpipipe.topology.slurm import idle_nodes, read_job, wall_time_left_s
 
 __all__ = ["loaded_libraries", "read_launch"]
 
@@ -52,6 +52,7 @@ def read_launch(
         thread_level=thread_level,
         slurm_job=job.label if job is not None else "",
         wall_left_s=left_s,
+        idle_nodes=idle_nodes(environ, world_size) if job is not None else 0,
     )
 
 
