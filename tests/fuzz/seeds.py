@@ -8,8 +8,6 @@ import struct
 import zipfile
 from typing import Any
 
-from mpipipe.runtime.record_line import encode_line
-
 from mpipipe.control_plane.codec import encode
 from mpipipe.control_plane.messages import (
     Broadcast,
@@ -25,6 +23,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
     StopRequested,
 )
+from mpipipe.runtime.record_line import encode_line
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 

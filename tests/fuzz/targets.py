@@ -14,8 +14,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from mpipipe.runtime.journal import merge
-
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.cli.status import status_command
@@ -25,6 +23,7 @@ from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
 from mpipipe.runtime.job_claim import claim_folder
+from mpipipe.runtime.journal import merge
 from mpipipe.scheduler.detokenize import StopWatch
 from mpipipe.topology.slurm import SlurmJob
 from tests.fuzz import seeds

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
 from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.models.chat import ChatTemplates
+from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
 from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
 from mpipipe.runtime.requests import prepare
 from tests.fuzz import seeds
