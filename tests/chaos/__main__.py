@@ -1,4 +1,13 @@
-"""`python -m tests.chaos --points 60 --seed 1`: a table of blows; exit code 1 on a violation."""
+"""`python -m tests.chaos --points 60 --seed 1`: a table of blows; exit code 1 on a violation.
+
+A point is one start of the real command with `output.resume=true`, and one blow (`blows`) at a
+drawn moment. Points form chains: the same command in the same folder until all is done. Each end is
+judged (`judge`): exit code, time, processes left, `status.json`; at the end of a chain
+`completions.jsonl` is held against a run of one rank that nothing was done to.
+
+`--folder` keeps the runs and what they said; `--report` gets a JSON line a point. Needs Linux and
+an MPI with `mpiexec`; run it alone on the machine, as a rank that gets no core looks frozen.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +99,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--points", type=int, default=60)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seed", type=int, default=1)

@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument(
         "--target", default="all", help="a name, a group, or `all` that need no torch"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -13,10 +14,12 @@ from mpipipe.control_plane.messages import (
     Broadcast,
     DecodeScheduled,
     GatherPart,
+    Heartbeat,
     Hello,
     LogprobsSampled,
     PhaseReport,
     PhaseVerdict,
+    RankLost,
     RequestOpened,
     ScheduledSequence,
     StepSampled,
@@ -122,6 +125,11 @@ PROMPTS = (
     ),
 )
 
+GZIPPED_PROMPTS = tuple(gzip.compress(content, mtime=0) for content in PROMPTS)
+ZSTD_PROMPTS = (  # two short lines, as zstandard writes them; the library may not be there
+    bytes.fromhex("28b52ffd201ff90000") + b'{"id": "a", "prompt": "x"}\n"y"\n',
+)
+
 # ---- configuration -------------------------------------------------------------------------------
 
 TOML = (
@@ -218,6 +226,8 @@ DEEPSPEED = (
 WORDS_OF_COMMAND = (
     b"generation.seed=7\nmodel.path=2024\ngeneration.stop=END\npipeline.split=14,16\noutput.dir=$HOME/x",
     b'generation.stop=["a", "b"]\ngeneration.stop=c\nmemory.num_kv_pages=auto\nname=\xe2\x82\xac',
+    b"demo:smollm2\nprompts.jsonl\ngeneration.seed=7",
+    b"exp.toml\noutput.dir=x\npipeline.num_stages=2",
     b"generation.temperature=0.5\nmodel.trust_remote_code=true\nlog.level=debug\noutput.resume=auto",
 )
 
@@ -244,6 +254,8 @@ FRAMES = tuple(
         StepSampled(7, (1, 2)),
         LogprobsSampled(7, (TokenLogprobs(1, -0.5, ((1, -0.5), (2, -1.0))), None)),
         StopRequested("SIGTERM on rank 1"),
+        Heartbeat("node-b", 1, 7, "load", False, 0.5),
+        RankLost(1, "rank 1 is silent"),
     )
 )
 

@@ -43,21 +43,22 @@ __all__ = ["TARGETS"]
 # ---- what users write ----------------------------------------------------------------------------
 
 
-def _prompts(folder: Path) -> Check:
-    path = folder / "prompts.jsonl"
+def _prompts(name: str) -> Callable[[Path], Check]:
+    def open_in(folder: Path) -> Check:
+        def check(content: bytes) -> None:
+            (folder / name).write_bytes(content)
+            lines = read_prompts(folder / name, GenerationConfig())
+            assert [line.index for line in lines] == list(range(len(lines)))
+            assert len({line.prompt_id for line in lines}) == len(lines), "ids are unique"
+            for line in lines:
+                given = (line.text is not None) + (line.messages is not None)
+                assert given == (line.error is None), "one of text and messages, or an error"
+                assert (line.sampling is not None) == (line.error is None)
+                line.prompt_id.encode()  # it goes into files
 
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        lines = read_prompts(path, GenerationConfig())
-        assert [line.index for line in lines] == list(range(len(lines)))
-        assert len({line.prompt_id for line in lines}) == len(lines), "ids are unique"
-        for line in lines:
-            given = (line.text is not None) + (line.messages is not None)
-            assert given == (line.error is None), "one of text and messages, or an error"
-            assert (line.sampling is not None) == (line.error is None)
-            line.prompt_id.encode()  # it goes into files
+        return check
 
-    return check
+    return open_in
 
 
 def _config(name: str) -> Callable[[Path], Check]:
@@ -88,7 +89,8 @@ def _words(_: Path) -> Check:
     def check(content: bytes) -> None:
         # As a shell hands them over: any bytes but NUL.
         words = content.replace(b"\0", b"").decode("utf-8", "surrogateescape").split("\n")
-        load_config(None, words)
+        is_setting = "=" in words[0]
+        load_config(None if is_setting else Path(words[0]), words if is_setting else words[1:])
 
     return check
 
@@ -243,7 +245,9 @@ def _detokenize(_: Path) -> Check:
 
 
 TARGETS: tuple[Target, ...] = (
-    Target("prompts", _prompts, seeds.PROMPTS, mutate_json_lines),
+    Target("prompts", _prompts("prompts.jsonl"), seeds.PROMPTS, mutate_json_lines),
+    Target("prompts-gzip", _prompts("prompts.jsonl.gz"), seeds.GZIPPED_PROMPTS, mutate_bytes),
+    Target("prompts-zstd", _prompts("prompts.jsonl.zst"), seeds.ZSTD_PROMPTS, mutate_bytes),
     Target("config-toml", _config("exp.toml"), seeds.TOML, mutate_toml),
     Target("config-json", _config("exp.json"), seeds.JSON, mutate_json),
     Target("config-legacy", _config("exp_config.json"), seeds.LEGACY, mutate_json),

@@ -46,6 +46,13 @@ _TOOLS = (
     "{% if thinking %}<think>{% endif %}{{ 7 // ns.n }}"
 )
 _TEMPLATES = (_CHATML, _STRICT, _TOOLS)
+# Each costs the process that renders, and seconds: only now and then.
+_HOSTILE = (
+    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    b"{{ 'a' * 10**9 }}",
+    b"{{ 9 ** 9 ** 9 }}",
+)
+_HOSTILE_SHARE = 0.001
 _JINJA = (
     b"{{ messages }}",
     b"{{ 1/0 }}",
@@ -55,9 +62,6 @@ _JINJA = (
     b"{% break %}",
     b"{% for i in range(99999) %}a{% endfor %}",
     b"{% for i in range(100000000) %}{% endfor %}",
-    b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    b"{{ 'a' * 10**9 }}",
-    b"{{ 9 ** 9 ** 9 }}",
     b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     b"{% include 'x' %}",
     b"{% import 'x' as y %}",
@@ -190,7 +194,8 @@ def _mutate_template(rng: Random, content: bytes, corpus: Sequence[bytes]) -> by
         return mutate_bytes(rng, content, corpus)
     between = [0, *(found.end() for found in _TAG_END.finditer(content)), len(content)]
     place = rng.choice(between) if rng.random() < 0.9 else rng.randint(0, len(content))
-    return content[:place] + rng.choice(_JINJA) + content[place:]
+    added = rng.choice(_HOSTILE if rng.random() < _HOSTILE_SHARE else _JINJA)
+    return content[:place] + added + content[place:]
 
 
 def _file(name: str, *, sentencepiece: bool = False) -> Callable[[Path], Check]:
