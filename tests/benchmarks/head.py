@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mpipipe.cli.run_view import TerminalView
+from mpipipe.cli.terminal import Terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.config.prompts import read_prompts
@@ -138,7 +139,7 @@ async def complete(loaded: LoadedConfig, claimed: Claim, asked: argparse.Namespa
         progress.write(RunState.LOADING)
         marks = job_module._Marks(clock.now_s())
         with closing(log):
-            view = TerminalView(show=False)
+            view = TerminalView(Terminal(), show=False)
             job = job_module._Job(ranks, loaded, claimed, log, view, marks, progress, None)
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
