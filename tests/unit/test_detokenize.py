@@ -138,6 +138,13 @@ def test_letters_that_a_bad_byte_undoes_are_not_given_out_twice() -> None:
             assert len(out) == len(decode(ids))
 
 
+def test_text_that_is_hidden_for_a_moment_is_not_given_out_twice() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return "" if ids and ids[-1] == 256 else decode_bytes(ids)
+
+    assert "".join(pieces(decode, [*b"abc", 256, *b"de"])) == "abcde"
+
+
 def test_lone_spaces_at_the_start_are_not_taken_for_tokens_without_text() -> None:
     decode = WordDecoder([" ", " a", "b"])
     for num_spaces in range(1, 40):
