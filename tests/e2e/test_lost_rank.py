@@ -1,0 +1,96 @@
+"""A rank that is frozen, and nodes that do not share a folder: the message names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpipipe.errors import EXIT_CHECKPOINT, EXIT_PEER_LOST
+from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl
+
+TIMEOUT_S = 3.0
+NUM_PROMPTS = 100
+
+
+def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -> Outcome:
+    """Run on two ranks and stop the process of `rank` for good once there is a completion."""
+    command = [*mpiexec(2), sys.executable, "-m", "mpipipe", "run", str(config)]
+    with subprocess.Popen(
+        [*command, f"output.dir={folder}", f"pipeline.heartbeat_timeout_s={TIMEOUT_S}", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        journal, until = folder / "completions_rank_0.jsonl", time.monotonic() + LIMIT_S
+        while not (journal.exists() and journal.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        pid = int(manifest["hosts"][rank]["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        stdout, stderr = process.communicate(timeout=LIMIT_S)
+    with pytest.raises(ProcessLookupError):  # the launcher has ended the stopped process too
+        os.kill(pid, 0)
+    return Outcome(process.returncode, stdout, stderr, folder)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_ends_the_job_and_one_sentence_names_it(
+    frozen: int, tiny_config: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "many.jsonl"
+    lines = [{"id": f"p{i}", "prompt": f"prompt {i}"} for i in range(NUM_PROMPTS)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = freeze_when_generating(
+        frozen,
+        tiny_config,
+        tmp_path / "run",
+        f"prompts.path={prompts}",
+        "generation.max_new_tokens=60",
+        "generation.temperature=1.5",
+        "generation.ignore_eos=true",
+    )
+    assert outcome.exit_code == EXIT_PEER_LOST, outcome.stderr
+    assert outcome.stderr.count("has been silent for") == 1
+    assert f"rank {frozen} on " in outcome.stderr
+    assert f"(stage {frozen}) has been silent" in outcome.stderr
+    assert "its last step was" in outcome.stderr
+    status = outcome.json("status.json")
+    assert status["state"] == "failed"
+    assert f"rank {frozen} on " in status["error"]
+    (ended,) = (
+        line
+        for line in read_jsonl(outcome.folder / f"rank_{1 - frozen}.log")
+        if line["event"] == "ended early"
+    )
+    assert ended["error"] == status["error"]
+    assert 0 < len(read_jsonl(outcome.folder / "completions_rank_0.jsonl")) < NUM_PROMPTS
+
+
+def test_a_model_folder_that_a_node_does_not_share_is_named(
+    tiny_config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Rank 1 runs where another file system lies over the model folder, as on another node."""
+    hides = ["unshare", "-m", "sh", "-c"]
+    can = [*hides, "mount --make-rprivate / && mount -t tmpfs none /mnt"]
+    if subprocess.run(can, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    run = [sys.executable, "-m", "mpipipe", "run", str(tiny_config), f"output.dir={tmp_path}/run"]
+    model = str(tiny_model)
+    hidden = 'mount --make-rprivate / && mount -t tmpfs none "$0" && exec "$@"'
+    command = [*mpiexec(1), *run, ":", "-n", "1", *hides, hidden, model, *run]
+    outcome = execute(command, tmp_path / "run")
+    assert outcome.exit_code == EXIT_CHECKPOINT, outcome.stderr
+    assert "rank 1 on " in outcome.stderr
+    assert "do not share this folder" in outcome.stderr
+    assert model in outcome.stderr
+    assert "Traceback" not in outcome.stderr
