@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import EXIT_OK, OutputError
+from mpipipe.runtime.progress_file import RunState
 from mpipipe.runtime.run_status import (
     RunStatus,
     duration,
     find_runs,
     job_folders,
     judge,
+    last_error,
     log_of,
     read_status,
 )
@@ -30,6 +32,8 @@ from mpipipe.topology.slurm import (
 )
 
 __all__ = ["status_command"]
+
+_TOLD = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
 
 
 def status_command(run_or_job: str, *, as_json: bool, run: Runner = run_child) -> int:
@@ -156,6 +160,9 @@ def _lines(seen: _Seen) -> list[str]:
         facts |= {"state": _judged(status, seen), **_progress(status.values)}
         if status.left_out:
             facts["note"] = f"status.json has odd values, left out: {', '.join(status.left_out)}"
+        # A job that ended before its run could tell why: its log may.
+        if log and not seen.queued and status.values.get("state") not in _TOLD:
+            facts |= {"error": error} if (error := last_error(log)) else {}
         facts |= {"log": log} if log else {}
         lines += ["", *(f"{label:<9}{value}" for label, value in facts.items())]
     for job in seen.queued:

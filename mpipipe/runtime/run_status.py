@@ -7,6 +7,7 @@ printing is not (`cli.status`).
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "find_runs",
     "job_folders",
     "judge",
+    "last_error",
     "log_of",
     "read_status",
 ]
@@ -40,6 +42,8 @@ _BUSY = {RunState.GENERATING.value, RunState.STOPPING.value}
 _STALE_INTERVALS = 6
 _STALE_LOADING_S = 900.0
 Job = QueuedJob | AccountedJob
+_ERROR = "mpipipe: error: "
+_LOG_TAIL_BYTES = 1 << 18
 _JOB_SUFFIX = re.compile(r"-(\d+(?:_\d+)?)(?:\.\d+)?$")  # .2: the second run of a job
 
 
@@ -125,6 +129,20 @@ def log_of(folder: Path, job_id: str | None, jobs: Sequence[Job], run: Runner) -
         if job_id in {job.label, job.raw_id} and log_path.is_file():
             return str(log_path)
     return None
+
+
+def last_error(log: str) -> str | None:
+    """The last error that mpipipe printed into a job's log; None: none, or it cannot be read."""
+    try:
+        with Path(log).open("rb") as file:
+            file.seek(-min(_LOG_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except (OSError, ValueError):
+        return None
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    if not errors:
+        return None
+    return "".join(letter if letter.isprintable() else " " for letter in errors[-1])
 
 
 def judge(

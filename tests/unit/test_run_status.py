@@ -311,12 +311,14 @@ def test_a_job_that_ended_before_its_run_tells_why_and_where_its_log_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mpipipe-7.log").touch()
+    said = "mpipipe: error: old\nmpipipe: error: there is no model folder /m\nsrun: error: n1\n"
+    (tmp_path / "mpipipe-7.log").write_text(said)
     answers = slurm(sacct=f"7|7|FAILED|3:0|00:05|x|{tmp_path}\n")
     assert status_command("7", as_json=False, run=answers) == 0
     why = "the job is FAILED, exit code 3:0 (sacct): model folder"
-    assert capsys.readouterr().out.splitlines()[:2] == [
+    assert capsys.readouterr().out.splitlines()[:3] == [
         f"state    ended before the run began; {why}",
+        "error    there is no model folder /m",
         f"log      {tmp_path}/mpipipe-7.log",
     ]
 
