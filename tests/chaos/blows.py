@@ -9,7 +9,8 @@
 | `kill-everything` | all at once | -9 | a node without power |
 | `freeze` | a worker, or its supervisor, too | 6 | its heartbeats stop |
 | `pause` | as `freeze`, for a while shorter than the deadline | 0 | nothing is wrong |
-| `stop-launcher`, `stop-rank` | TERM, USR1 or USR2 | 75 | told to stop |
+| `stop-launcher` | TERM or USR1; USR2 ends MPICH's mpiexec itself | 75 | told to stop |
+| `stop-rank` | TERM, USR1 or USR2 | 75 | told to stop |
 | `interrupt-launcher`, `interrupt-rank`, `ctrl-c` | INT; `ctrl-c` to the process group | 130 | |
 
 A blow that comes when all is done ends with 0.
@@ -48,7 +49,15 @@ _EXIT_CODES = {
 }
 BLOWS = tuple(_EXIT_CODES)
 MOMENTS = ("boot", "loading", "generating", "generating", "generating", "merging")
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = {
+    "stop-launcher": (signal.SIGTERM, signal.SIGUSR1),
+    "stop-rank": (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
+    "freeze": (signal.SIGSTOP,),
+    "pause": (signal.SIGSTOP,),
+    "interrupt-launcher": (signal.SIGINT,),
+    "interrupt-rank": (signal.SIGINT,),
+    "ctrl-c": (signal.SIGINT,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ def draw(rng: Random, kind: str, num_ranks: int, deadline_s: float) -> Blow:
     return Blow(
         kind=kind,
         rank=rng.randrange(num_ranks),
-        signal=signal.SIGKILL if "kill" in kind else rng.choice(_STOPS),
+        signal=rng.choice(_SIGNALS.get(kind, (signal.SIGKILL,))),
         moment=moment,
         progress=rng.random(),
         delay_s=rng.uniform(0.2, 4.0) if moment == "boot" else rng.uniform(0.0, 0.3),
@@ -102,26 +111,17 @@ def deal(blow: Blow, mark: str, launcher: int) -> Dealt | None:
     targets = _targets(blow, processes, launcher)
     if not targets:
         return None
-    number = _signal(blow)
     if blow.kind == "ctrl-c":
-        os.killpg(launcher, number)
+        os.killpg(launcher, blow.signal)
     else:
         for process in targets:
-            _send(process.pid, number)
+            _send(process.pid, blow.signal)
     if blow.kind == "pause":
         time.sleep(blow.pause_s)
         for process in targets:
             _send(process.pid, signal.SIGCONT)
-    name = signal.Signals(number).name
+    name = signal.Signals(blow.signal).name
     return Dealt(f"{name} → {_name(blow, targets)}", tuple(process.pid for process in targets))
-
-
-def _signal(blow: Blow) -> int:
-    if blow.kind in ("freeze", "pause"):
-        return signal.SIGSTOP
-    if blow.kind in ("interrupt-launcher", "interrupt-rank", "ctrl-c"):
-        return signal.SIGINT
-    return blow.signal
 
 
 def _targets(blow: Blow, processes: list[Process], launcher: int) -> list[Process]:

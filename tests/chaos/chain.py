@@ -24,6 +24,7 @@ __all__ = ["Job", "Point", "attempt", "final_faults", "reference"]
 ROOT = Path(__file__).parents[2]
 _RUN_LIMIT_S = 300.0  # of a run that nothing is done to, on a busy machine of two cores
 _POLL_S = 0.02
+_MAX_OUTPUT = 20_000  # characters
 _UNENDED = {"booting", "loading", "generating", "stopping"}
 _SLACK_OF_A_START = 3.0  # pipeline.heartbeat_timeout_s is so much longer while ranks load
 
@@ -89,7 +90,10 @@ class Point:
 
 def attempt(job: Job, folder: Path, chain: int, num_ranks: int, blow: Blow | None) -> Point:
     """Run the command once in `folder`, going on with what is there, and deal the blow."""
-    mark, output = uuid.uuid4().hex, folder.parent / f"{folder.name}.out"
+    mark = uuid.uuid4().hex
+    outputs = folder.parent / f"{folder.name}.outputs"
+    outputs.mkdir(exist_ok=True)
+    output = outputs / f"{len(list(outputs.iterdir())) + 1}.txt"
     started, began_s = time.time(), time.monotonic()
     with output.open("w+b") as said:
         process = _start(job, folder, num_ranks, mark, said)
@@ -104,7 +108,7 @@ def attempt(job: Job, folder: Path, chain: int, num_ranks: int, blow: Blow | Non
             end_all(mark)
             process.wait()
         said.seek(0)
-        text = said.read().decode("utf-8", "replace")[-4_000:]
+        text = said.read().decode("utf-8", "replace")[-_MAX_OUTPUT:]
     end = End(end.exit_code, end.seconds, end.left, text)
     faults = _faults(job, folder, blow if dealt else None, end, started)
     return Point(

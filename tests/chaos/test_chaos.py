@@ -10,15 +10,15 @@ from tests.chaos.__main__ import prepare, run_points
 
 NUM_PROMPTS = 60
 # A machine of two cores that is busy with other tests must not look like a frozen rank.
-DEADLINE_S = 8.0
+DEADLINE_S = 6.0
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("num_ranks", "kinds"),
     [
-        (2, ("kill", "stop-rank", "freeze", "kill-launcher", "ctrl-c")),
-        (3, ("pause", "kill-supervisor", "kill-proxy", "freeze", "kill-everything")),
+        (2, ("kill", "stop-rank", "freeze", "kill-launcher")),
+        (3, ("pause", "kill-supervisor", "kill-proxy", "ctrl-c")),
     ],
 )
 def test_nothing_is_lost_doubled_or_different(

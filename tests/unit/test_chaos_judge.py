@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -106,6 +107,15 @@ def test_blows_are_drawn_alike_from_one_seed_and_cover_all_moments_and_ranks() -
     assert {blow.rank for blow in drawn} == {0, 1, 2}
     assert {blow.moment for blow in drawn} == {"boot", "loading", "generating", "merging"}
     assert all(blow.pause_s < 10 for blow in drawn)
+
+
+def test_each_kind_has_its_signals() -> None:
+    drawn = {kind: {draw(Random(seed), kind, 2, 10).signal for seed in range(40)} for kind in BLOWS}
+    assert drawn["freeze"] == drawn["pause"] == {signal.SIGSTOP}
+    assert drawn["ctrl-c"] == drawn["interrupt-rank"] == {signal.SIGINT}
+    assert drawn["stop-rank"] == {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    assert drawn["stop-launcher"] == {signal.SIGTERM, signal.SIGUSR1}
+    assert all(drawn[kind] == {signal.SIGKILL} for kind in BLOWS if "kill" in kind)
 
 
 # ---- processes -----------------------------------------------------------------------------------
