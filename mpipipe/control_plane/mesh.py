@@ -28,6 +28,7 @@ from mpipipe.errors import (
     MpipipeError,
     ProtocolMismatchError,
     RemoteError,
+    StoppedByUserError,
     StoppedError,
 )
 
@@ -58,6 +59,7 @@ _HANDSHAKE = "handshake"
 _GRACE_S = 5.0
 # A rank that is told to stop gives no reason to hear the others out: they may be loading.
 _STOP_GRACE_S = 0.2
+_STOPS = {StoppedError.__name__, StoppedByUserError.__name__}
 
 
 class Mesh(Messenger):
@@ -255,7 +257,7 @@ def _grace_s(report: PhaseReport) -> float | None:
     """Seconds that the other ranks have to report once this one has; None: as long as they need."""
     if report.error_kind is None:
         return None
-    return _STOP_GRACE_S if report.error_kind == StoppedError.__name__ else _GRACE_S
+    return _STOP_GRACE_S if report.error_kind in _STOPS else _GRACE_S
 
 
 def _report(phase: str, rank: int, error: MpipipeError | None) -> PhaseReport:
