@@ -32,6 +32,8 @@ class FinishReason(str, enum.Enum):
 # Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
 # a factor e or more: the draw is greedy, and the division could only overflow.
 _GREEDY_BELOW_TEMPERATURE = 1e-6
+# Tables of the stages hold counts in 32 bits.
+_MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,27 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(
+            1 <= self.max_new_tokens <= _MAX_COUNT,
+            "max_new_tokens",
+            self.max_new_tokens,
+            f"from 1 to {_MAX_COUNT}",
+        )
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(
+            0 <= self.top_k <= _MAX_COUNT, "top_k", self.top_k, f"from 0 (off) to {_MAX_COUNT}"
+        )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "0 (off) or more, and below 1")
         _require(
             self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0"
         )
-        _require(self.num_logprobs >= -1, "num_logprobs", self.num_logprobs, "-1 (none) or more")
+        _require(
+            -1 <= self.num_logprobs <= _MAX_COUNT,
+            "num_logprobs",
+            self.num_logprobs,
+            f"from -1 (none) to {_MAX_COUNT}",
+        )
 
     @property
     def is_greedy(self) -> bool:

@@ -121,7 +121,7 @@ def _ask(job_id: str, run: Runner) -> tuple[tuple[QueuedJob, ...], tuple[Account
 def _roots(jobs: Sequence[QueuedJob | AccountedJob]) -> list[Path]:
     """Where job folders may be: as launch/site.env has it, below the job's folder and this one."""
     roots = [Path(os.environ[name]) for name in ("MPIPIPE_SCRATCH",) if os.environ.get(name)]
-    places = [Path(job.work_dir) for job in jobs if job.work_dir]
+    places = [Path(job.work_dir) for job in jobs if os.path.isdir(job.work_dir)]
     places += [Path(os.environ[name]) for name in ("SCRATCH",) if os.environ.get(name)]
     for place in (*places, Path()):
         roots += [place / "mpipipe-jobs", place / "runs", place]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import warnings
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -231,8 +232,14 @@ class Pipeline:
             try:
                 lines = library_prompts(await _collect(prompts), settings)
                 prepared = await asyncio.to_thread(
-                    prepare, lines, session.tokenizer, add_special_tokens=self._add_special_tokens
+                    prepare,
+                    lines,
+                    session.tokenizer,
+                    add_special_tokens=self._add_special_tokens,
+                    vocab_size=session.vocab_size,
                 )
+                for sentence in prepared.warnings:
+                    warnings.warn(sentence, stacklevel=2)
             except Exception as error:  # noqa: BLE001 - the caller's iterable may raise anything
                 failure = error
         told = failure if failure is None or isinstance(failure, MpipipeError) else _told(failure)

@@ -10,6 +10,8 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from mpipipe.types import SamplingParams
 from tests.contract.ahead_pipeline import make_requests
@@ -27,6 +29,9 @@ FORMS = {
     "phi3-longrope": "plain",
     "gemma3-longrope": "plain",
 }
+# Older `generate`s feed one token after Phi-3's cache was dropped, and Gemma 3 cannot go back from
+# the long factors: nothing to compare with (seen with 5.17, right in 5.23).
+IS_OLD = Version(transformers.__version__) < Version("5.23")
 LENGTHS = (3, *range(ORIGINAL - 3, ORIGINAL + 4), 9, 23)
 GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
 
@@ -56,6 +61,8 @@ def _own_stream() -> Iterator[None]:
 def test_tokens_are_those_of_transformers_on_both_sides_of_the_original_context(
     name: str, mode: str, num_pages: int, tiny: Callable[[str], TinyModel]
 ) -> None:
+    if IS_OLD and name in {"phi3-longrope", "gemma3-longrope"}:
+        pytest.skip(f"transformers {transformers.__version__} computes {name} wrongly itself")
     model = tiny(name)
     requests = make_requests(LENGTHS, lambda _: GREEDY)
     wanted = [model.greedy_afresh(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import signal
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from mpipipe.config.schema import PipelineConfig
 from mpipipe.errors import EXIT_PEER_LOST
 from tests.slurm.scenarios import (
     ARRAY_PROMPTS,
@@ -30,7 +28,6 @@ from tests.slurm.scenarios import (
 )
 from tests.slurm.site import JobEnd, read_jsonl
 
-HEARTBEATS = "heartbeat_timeout_s" in {field.name for field in dataclasses.fields(PipelineConfig)}
 story = pytest.mark.story.with_args  # a marker with one function would decorate it
 
 
@@ -110,7 +107,6 @@ def test_the_folder_of_a_failed_job_is_all_that_another_job_needs_to_go_on(
     assert "Going on in" in other.log
 
 
-@pytest.mark.skipif(not HEARTBEATS, reason="ranks do not hear each other's heartbeats yet")
 @story(rank_killed_under_plain_srun)
 def test_a_killed_rank_ends_the_job_also_where_srun_does_not(
     end: tuple[int, str, float],
