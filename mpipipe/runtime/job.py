@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import PipelineConfig
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
 from mpipipe.planning.layout import stage_order
+from mpipipe.runtime.file_thread import FileThread
 from mpipipe.runtime.greeting import greet
 from mpipipe.runtime.inputs import deepspeed_warnings
 from mpipipe.runtime.job_claim import Claim, claim, read_inputs
@@ -57,6 +58,7 @@ __all__ = ["run_job"]
 
 _PROGRESS_INTERVAL_S = 0.25
 _FOLDER_DEADLINE_S = 120.0
+_LAST_WRITES_S = 5.0
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class _Job:
     marks: _Marks
     progress: ProgressFile
     page: RankPage | None
+    files: FileThread = field(default_factory=FileThread)  # while the run generates
 
 
 async def run_job(
@@ -200,7 +203,9 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
 
         def stop() -> None:
             job.log.warning("stopping", reason=ranks.stop.reason)
-            job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
+            job.files.post(
+                lambda: job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
+            )
             session.stop()
 
         async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
@@ -309,13 +314,14 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
     )
-    return await _share_exit_code(session, _report(job, summary))
+    return await _share_exit_code(session, await _report(job, summary))
 
 
-def _report(job: _Job, summary: RunSummary) -> int:
+async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    write_json(job.claim.folder / "metrics.json", summary.to_dict())
+    metrics = job.claim.folder / "metrics.json"
+    await job.files.run(lambda: write_json(metrics, summary.to_dict()))
     job.log.info("summary", **summary.to_dict())
     job.view.finished(summary, job.claim.folder)
     num_failed = requests.num_failed + job.claim.earlier.records.num_failed
@@ -324,7 +330,9 @@ def _report(job: _Job, summary: RunSummary) -> int:
         exit_code = job.ranks.stop.exit_code
         job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
-    job.progress.write(state, exit_code=exit_code, num_unfinished=requests.num_unfinished)
+    end = {"exit_code": exit_code, "num_unfinished": requests.num_unfinished}
+    await job.files.run(lambda: job.progress.write(state, **end))
+    job.files.close()
     return exit_code
 
 
@@ -341,12 +349,11 @@ async def _complete(
         if not (folder / "manifest.json").exists():  # the whole folder was moved or removed
             write_json(folder / "manifest.json", manifest)
 
-    with CompletionWriter(folder, session.ranks.mesh.rank, warn) as writer:
+    async with _journal(job, CompletionWriter(folder, session.ranks.mesh.rank, warn)) as writer:
 
         def take(completion: Completion) -> None:
-            writer.write(completion)
+            job.files.post(lambda: _keep(job, writer, completion))
             tally.add(completion)
-            _log_completion(job.log, completion)
             view.completed(completion)
 
         for completion in prompts.refused:
@@ -360,9 +367,29 @@ async def _complete(
             showing.cancel()
             view.ended()
             _tell(job, session, tally)
-    # In a thread: it takes long for many completions, and who is told to stop meanwhile asks us.
-    await asyncio.to_thread(_merge, job, writer.written)
+    # It takes long for many completions; a rank that is told to stop meanwhile asks this one.
+    await job.files.run(lambda: _merge(job, writer.written))
     return tally
+
+
+@asynccontextmanager
+async def _journal(job: _Job, writer: CompletionWriter) -> AsyncIterator[CompletionWriter]:
+    """`writer`, open; at the end all that was posted to it is on the disk."""
+    await job.files.run(writer.__enter__)
+    try:
+        yield writer
+    except BaseException:
+        # The run has failed: a file system that does not answer must not keep it from ending.
+        with suppress(TimeoutError, OutputError):
+            async with asyncio.timeout(_LAST_WRITES_S):
+                await job.files.run(writer.__exit__)
+        raise
+    await job.files.run(writer.__exit__)
+
+
+def _keep(job: _Job, writer: CompletionWriter, completion: Completion) -> None:
+    writer.write(completion)
+    _log_completion(job.log, completion)
 
 
 def _log_completion(log: RunLog, completion: Completion) -> None:
@@ -397,16 +424,17 @@ def _tell(job: _Job, session: Session, tally: RequestTally) -> None:
     elapsed_s = session.ranks.clock.now_s() - job.marks.loaded_s
     state = RunState.STOPPING if session.ranks.stop.reason else RunState.GENERATING
     left_s = session.ranks.stop.seconds_left
-    job.progress.write(
-        state,
-        num_completed=tally.num_completed,
-        num_failed=tally.num_failed,
-        num_running=statistics.num_running if statistics is not None else 0,
-        num_output_tokens=session.num_output_tokens,
-        tokens_per_s=round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
-        generating_s=round(elapsed_s, 1),
-        stops_in_s=None if left_s is None else round(left_s),
-    )
+    values = {
+        "num_completed": tally.num_completed,
+        "num_failed": tally.num_failed,
+        "num_running": statistics.num_running if statistics is not None else 0,
+        "num_output_tokens": session.num_output_tokens,
+        "tokens_per_s": round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        "generating_s": round(elapsed_s, 1),
+        "stops_in_s": None if left_s is None else round(left_s),
+    }
+    with suppress(OutputError):  # of an earlier write: the next completion tells it
+        job.files.post(lambda: job.progress.write(state, **values))
 
 
 async def _share_exit_code(session: Session, exit_code: int) -> int:

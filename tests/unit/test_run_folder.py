@@ -19,6 +19,7 @@ from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.runtime import job as job_module
+from mpipipe.runtime.file_thread import FileThread
 from mpipipe.runtime.folder_lock import lock_folder
 from mpipipe.runtime.job_claim import Claim, claim_folder
 from mpipipe.runtime.journal import CompletionWriter
@@ -309,7 +310,7 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
             claim=Claim(tmp_path, None), log=None, view=view,
-            loaded=load_config(None, []),
+            loaded=load_config(None, []), files=FileThread(),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())
         async with asyncio.TaskGroup() as tasks:

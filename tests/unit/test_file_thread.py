@@ -1,0 +1,59 @@
+"""Files are written in order, beside an event loop that never waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+
+import pytest
+
+from mpipipe.errors import OutputError
+from mpipipe.runtime.file_thread import FileThread
+
+
+def test_work_is_done_in_order_while_the_loop_goes_on() -> None:
+    done: list[int] = []
+    answered = threading.Event()
+
+    def stall() -> None:
+        assert answered.wait(20), "the event loop waits for the files"
+        done.append(0)
+
+    async def write() -> None:
+        files = FileThread()
+        files.post(stall)
+        for number in range(1, 4):
+            files.post(partial(done.append, number))
+        assert done == []
+        await asyncio.sleep(0)
+        answered.set()
+        assert await files.run(lambda: list(done)) == [0, 1, 2, 3]
+        files.close()
+
+    asyncio.run(write())
+
+
+def test_the_first_error_is_told_to_every_later_caller_and_the_rest_is_still_tried() -> None:
+    done: list[str] = []
+
+    def fail(text: str) -> None:
+        raise OutputError(text)
+
+    async def write() -> None:
+        files = FileThread()
+        posted = threading.Event()
+        files.post(lambda: posted.wait(20) and fail("disk full"))
+        files.post(lambda: done.append("after"))
+        posted.set()
+        with pytest.raises(OutputError, match="disk full"):
+            await files.run(lambda: done.append("awaited"))
+        assert done == ["after", "awaited"]
+        with pytest.raises(OutputError, match="disk full"):
+            files.post(lambda: done.append("never"))
+        with pytest.raises(OutputError, match="its own"):
+            await files.run(lambda: fail("its own"))
+        assert done == ["after", "awaited"]
+        files.close()
+
+    asyncio.run(write())
