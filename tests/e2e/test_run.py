@@ -23,6 +23,7 @@ RECORD_KEYS = {
     "ttft_s",
     "latency_s",
     "tokens_per_s",
+    "crc32",
 }
 
 

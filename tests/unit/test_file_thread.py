@@ -43,7 +43,12 @@ def test_the_first_error_is_told_to_every_later_caller_and_the_rest_is_still_tri
     async def write() -> None:
         files = FileThread()
         posted = threading.Event()
-        files.post(lambda: posted.wait(20) and fail("disk full"))
+
+        def fail_then() -> None:
+            posted.wait(20)
+            fail("disk full")
+
+        files.post(fail_then)
         files.post(lambda: done.append("after"))
         posted.set()
         with pytest.raises(OutputError, match="disk full"):
