@@ -270,15 +270,16 @@ def test_a_family_that_cannot_be_split_is_refused_before_anything_is_built(
     assert "Supported are" in str(error.value)
 
 
-@pytest.mark.parametrize("model_type", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "t5", "bart"}))
+# Without `gemma4_assistant`, whose configuration refuses its own defaults (transformers 5.23).
+EVERY_FAMILY = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "t5", "bart"} - {"gemma4_assistant"}
+
+
+@pytest.mark.parametrize("model_type", sorted(EVERY_FAMILY))
 def test_every_family_of_transformers_is_planned_or_refused_for_what_it_is(
     model_type: str, tmp_path: Path
 ) -> None:
     """Whatever a family calls its sizes, it is no incomplete file that keeps it from running."""
-    try:
-        config = transformers.AutoConfig.for_model(model_type)
-    except Exception as error:  # noqa: BLE001 - some have no configuration without arguments
-        pytest.skip(f"no configuration of its own: {error}")
+    config = transformers.AutoConfig.for_model(model_type)
     config.save_pretrained(tmp_path)
     why = ""
     try:
