@@ -54,6 +54,7 @@ def kept(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for record in records:
         fields = {name: value for name, value in record.items() if not name.endswith("_s")}
+        del fields["crc32"]  # of the times, too
         if (logprobs := fields.pop("logprobs", None)) is not None:
             fields["chosen"] = [entry["token_id"] for entry in logprobs]
             fields["logprobs"] = [
