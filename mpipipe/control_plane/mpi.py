@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -26,6 +28,7 @@ from mpipipe.control_plane.pmi_relay import short_pmi_values
 from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
 from mpipipe.control_plane.receive_ring import ReceiveRing
 from mpipipe.errors import ChannelClosedError, DeadlineError, EnvironmentSetupError, PeerLostError
+from mpipipe.topology.launcher import Launcher, detect
 
 if "mpi4py.MPI" not in sys.modules:
     # Init and Finalize are ours: Init under a watch, Finalize only after an orderly end.
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MpiChannel",
+    "end_process",
     "finalize",
     "library_version",
     "module_file",
@@ -64,6 +68,7 @@ _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
 # An Abort that hangs is cut short by the kernel: mpi4py holds the GIL in it.
 _ABORT_LIMIT_S = 5
+_LAUNCHER_LIMIT_S = 1.0
 
 _open_channels: set[MpiChannel] = set()  # not yet closed in order
 
@@ -270,6 +275,22 @@ def finalize() -> None:
     """At exit: finalize MPI after an orderly end; else leave it, as finalizing would hang."""
     if not _open_channels and not MPI.Is_finalized():
         MPI.Finalize()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """Finalize MPI and end at once, although threads still work.
+
+    MPICH tells its launcher only in a handler of C's `exit` that a rank ends in order. The launcher
+    takes one that `os._exit` ended for a dead one: it kills the others while they leave, and
+    reports their SIGKILL (9) in place of the exit code.
+    """
+    finalize()
+    if MPI.Is_finalized() and detect(os.environ).launcher is Launcher.HYDRA:
+        with contextlib.suppress(KeyError, OSError, ValueError):  # no PMI, or the launcher is gone
+            pmi = int(os.environ["PMI_FD"])
+            os.write(pmi, b"cmd=finalize\n")
+            select.select([pmi], [], [], _LAUNCHER_LIMIT_S)  # it answers once it has noted that
+    os._exit(exit_code)
 
 
 def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:

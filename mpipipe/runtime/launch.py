@@ -295,5 +295,5 @@ def leave(exit_code: int) -> NoReturn:
     if "mpipipe.control_plane.mpi" in sys.modules:
         from mpipipe.control_plane import mpi
 
-        mpi.finalize()
+        mpi.end_process(exit_code)
     os._exit(exit_code)

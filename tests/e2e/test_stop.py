@@ -208,3 +208,10 @@ def test_a_run_is_not_resumed_with_other_settings(tiny_config: Path, tmp_path: P
     assert other.exit_code == 2
     assert "max_new_tokens was 8 and is 9 now" in other.stderr
     assert (folder / "completions.jsonl").read_bytes() == before
+
+
+def test_a_rank_that_leaves_with_work_given_up_does_not_have_the_others_killed() -> None:
+    command = [*mpiexec(2), sys.executable, "-m", "tests.e2e.leaving_rank"]
+    outcome = execute(command, Path())
+    assert outcome.exit_code == EXIT_REQUEUE, outcome.stderr
+    assert "rank 0 is still there" in outcome.stdout
