@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["GenerationDefaults", "ModelSetting", "read_generation_defaults"]
 
 _FILE = "generation_config.json"
+_MAX_TOP_K = 2**31 - 1  # as `SamplingParams` has it
 _TOP_K = 50  # of transformers, where a model samples and its file does not say
 
 
@@ -41,7 +42,11 @@ class GenerationDefaults:
 # What we can do, the value that changes nothing, and what transformers accepts.
 _APPLICABLE: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "repetition_penalty": (1.0, lambda value: value > 0, "a number above 0"),
-    "top_k": (0, lambda value: value >= 0 and value == int(value), "a whole number from 0 on"),
+    "top_k": (
+        0,
+        lambda value: 0 <= value <= _MAX_TOP_K and value == int(value),
+        f"a whole number from 0 to {_MAX_TOP_K}",
+    ),
     "top_p": (1.0, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
     "min_p": (0.0, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
 }

@@ -53,10 +53,11 @@ def read_words(source: Path | None, words: Sequence[str]) -> CommandWords:
     others = tuple(word for word in words if word != prompts)
     if source is None or first is None:
         return CommandWords(prompts=prompts, settings=others)
+    is_folder = os.path.isdir(first)
     is_config = source.suffix in _CONFIG_SUFFIXES or os.path.isfile(first)
-    if is_config and not first.startswith(DEMO_SCHEME):
+    if is_config and not is_folder and not first.startswith(DEMO_SCHEME):
         return CommandWords(source, None, prompts, others)
-    if os.path.isdir(first) and not os.path.exists(os.path.join(first, "config.json")):
+    if is_folder and not os.path.exists(os.path.join(first, "config.json")):
         raise ConfigError(
             f"{short(first)} is a folder without a config.json, so it holds no model: give a model "
             "folder, or a configuration file"

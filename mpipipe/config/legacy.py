@@ -16,7 +16,8 @@ or an error.
 | `outputs`, `output_dir`, `output_path` | `output.dir`; a file name loses its suffix |
 | `max_new_tokens`, `generation_length`, `gen_length` | `generation.max_new_tokens` |
 | `max_length` | `generation.max_new_tokens`, with a warning: here the prompt does not count |
-| `do_sample` | false or absent: greedy; true: `temperature` (1 if absent), `top_k` (50 if absent) |
+| `do_sample` | false: greedy; true: `temperature` (1 if absent), `top_k` (50 if absent) |
+| `do_sample` absent | greedy if a filter is given; else the model's own settings decide |
 | `temperature`, `top_k`, `top_p`, `min_p` | the same under `generation`, if `do_sample` |
 | `repetition_penalty`, `seed`, `stop_strings` | `generation`'s; `stop_strings` is `stop` |
 | `pipeline_parallel_size`, `pipeline_size`, `num_stages`, `world_size` | `pipeline.num_stages` |
@@ -314,8 +315,8 @@ def _sampling(
             'add "do_sample": true to sample'
         )
     kept = {name: v for name, v in values.items() if name.rpartition(".")[2] not in _FILTERS}
-    # Said in so many words, it also wins over the model's own do_sample.
-    said = "do_sample" in raw or values.get("generation.temperature") == 0
+    # What is said here, by the file or by the warning, wins over the model's own do_sample.
+    said = "do_sample" in raw or bool(unused)
     return {**kept, "generation.temperature": 0.0} if said else kept
 
 

@@ -142,15 +142,16 @@ def _file_layers(path: Path) -> list[_Layer]:
 
 def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
     raw = _read_table(path)
-    if path.suffix == ".json" and legacy.is_legacy(raw):
-        old = legacy.convert(raw, path)
-        values = _from_folder(old.values, path.parent)
-        return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
+    # First, as a model's file has keys of old experiment files, too: torch_dtype, use_cache.
     if "model_type" in raw or "architectures" in raw:
         raise ConfigError(
             f"{path} is the config.json of a model: give the model's folder, {path.parent}, or a "
             "configuration file that names it as model.path"
         )
+    if path.suffix == ".json" and legacy.is_legacy(raw):
+        old = legacy.convert(raw, path)
+        values = _from_folder(old.values, path.parent)
+        return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
     extends = raw.pop("extends", None)
     if extends is not None and (not isinstance(extends, str) or not extends):
         raise ConfigError(f"{path}: extends = {short(extends)} must be the path of one file")

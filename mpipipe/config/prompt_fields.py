@@ -26,6 +26,7 @@ from mpipipe.config.chat_fields import (
     without_chat,
 )
 from mpipipe.config.checks import sampling_problem
+from mpipipe.config.prompt_ids import ID_KEYS
 from mpipipe.errors import PromptError, SettingError
 from mpipipe.types import SamplingParams
 
@@ -102,10 +103,9 @@ _IGNORED = (
     "return_token_ids",
     "return_tokens_as_token_ids",
 )
-_ID_KEYS = ("id", "custom_id")
-_BATCH_KEYS = (*_ID_KEYS, "method", "url", "body", "metadata")
+_BATCH_KEYS = (*ID_KEYS, "method", "url", "body", "metadata")
 _LINE_KEYS = (
-    *_ID_KEYS,
+    *ID_KEYS,
     *_TEXT_KEYS,
     *_SETTING_KEYS,
     *CHAT_KEYS,
@@ -226,10 +226,11 @@ def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> 
             continue
         name = _ALIASES.get(key, key)
         value = _fitting(name, key, given)
-        if changes.setdefault(name, value) != value:
+        if name in changes and changes[name] != value:
             raise PromptError(
                 "invalid_sampling", f"{key} = {short(value)} contradicts another name of {name}"
             )
+        changes[name] = value
     logprobs = _num_logprobs(asked)
     if logprobs is not None:
         changes.setdefault("num_logprobs", logprobs)
@@ -254,8 +255,10 @@ def _not_supported(key: str, asked: Mapping[str, Any], remedy: str) -> PromptErr
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and true is not 1."""
-    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+    """Equal, and true is not 1; never for what JSON does not have, such as an array."""
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral
+    return isinstance(value, int | float | str | list | dict) and bool(value == neutral)
 
 
 def _fitting(name: str, key: str, value: Any) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 from mpipipe.config.binding import short
 from mpipipe.errors import PromptError
 
-__all__ = ["ClaimedId", "OwnId", "id_of_broken_line", "own_ids", "read_id"]
+__all__ = ["ID_KEYS", "ClaimedId", "OwnId", "id_of_broken_line", "own_ids", "read_id"]
 
-_ID_KEYS = ("id", "custom_id")
+ID_KEYS = ("id", "custom_id")
 # The first field of an object that may be cut off anywhere after it.
 _FIRST_FIELD = re.compile(
     r'\s*\{\s*"(?:id|custom_id)"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?\d{1,19})\s*,'
@@ -45,7 +45,7 @@ class OwnId:
 
 def read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
     """The object's id as text, None without a readable one; and what is wrong with it."""
-    given = {key: line[key] for key in _ID_KEYS if line.get(key) is not None}
+    given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
     readable = [found for value in given.values() if (found := _as_text(value)) is not None]
     prompt_id = readable[0] if readable else None
     if len(readable) < len(given):
@@ -81,7 +81,7 @@ def id_of_broken_line(line: bytes) -> str | None:
             if (found := _FIRST_FIELD.match(text)) is not None:
                 value = (("id", _parsed(found[1])),)
     pairs = value if isinstance(value, tuple) else ()
-    ids = {_as_text(field) for key, field in pairs if key in _ID_KEYS and field is not None}
+    ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
     prompt_id = ids.pop() if len(ids) == 1 else None
     return prompt_id if prompt_id is not None and _is_text(prompt_id) else None
 

@@ -29,7 +29,7 @@ from mpipipe.config.foreign_file import (
 from mpipipe.config.legacy import InlinePrompt
 from mpipipe.config.prompt_fields import parse_fields
 from mpipipe.config.prompt_file import file_label, read_prompt_file
-from mpipipe.config.prompt_ids import ClaimedId, OwnId, id_of_broken_line, own_ids, read_id
+from mpipipe.config.prompt_ids import ID_KEYS, ClaimedId, OwnId, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
@@ -177,7 +177,19 @@ def _library_prompt(prompt: object, number: int) -> _Found:
         kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {error}"
     except ValueError as error:
         kind, reason = "invalid_json", f"is not valid JSON: {error}"
-    return _Found(ClaimedId(number, None), None, PromptError(kind, f"prompt {number} {reason}"))
+    claim = ClaimedId(number, _id_beside_other_faults(prompt), is_whole=False)
+    return _Found(claim, None, PromptError(kind, f"prompt {number} {reason}"))
+
+
+def _id_beside_other_faults(prompt: object) -> str | None:
+    """The id of a prompt that no line can say, read as that of a broken line."""
+    if not isinstance(prompt, dict):
+        return None
+    given = {key: prompt[key] for key in ID_KEYS if key in prompt}
+    try:
+        return id_of_broken_line(json.dumps(given).encode())
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _object_prompt(value: Any, number: int, unit: str) -> _Found:

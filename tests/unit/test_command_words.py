@@ -30,6 +30,19 @@ def test_a_model_and_a_prompt_file_need_no_configuration(model: Path, prompts: s
     assert config_hash(same) == config_hash(config)
 
 
+def test_a_folder_is_a_model_whatever_its_name_ends_in(model: Path) -> None:
+    folder = model.rename(model.with_name("llama.json"))
+    assert load_config(folder, ["p.jsonl"]).config.model.path == str(folder)
+
+
+def test_the_config_of_a_model_is_no_experiment_file(model: Path) -> None:
+    path = model / "config.json"
+    # As published: with keys that old experiment files have, too.
+    path.write_text('{"model_type": "llama", "torch_dtype": "bfloat16", "use_cache": true}')
+    with pytest.raises(ConfigError, match="give the model's folder"):
+        load_config(path, ["p.jsonl"])
+
+
 def test_the_demo_model_and_a_folder_that_only_other_ranks_see_are_models() -> None:
     demo = load_config(Path("demo:smollm2"), ["p.jsonl"]).config
     assert (demo.model.path, demo.name) == ("demo:smollm2", "smollm2")

@@ -244,3 +244,12 @@ def test_the_plan_says_where_sequences_start_over(
     plan = make_plan(found.loaded.config, found.spec, [Rank(0, 1)], str(tmp_path))
     assert plan.restart_tokens == (65 if noted else 0)
     assert ("a sequence that grows to 65 tokens" in "\n".join(plan_lines(plan))) == noted
+
+
+@pytest.mark.parametrize("top_k", [1e300, 2**31, 2**63])
+def test_a_top_k_beyond_every_vocabulary_is_named_and_stops_no_run(
+    tmp_path: Path, top_k: float
+) -> None:
+    found = facts(tmp_path, {"top_k": top_k})
+    assert default_sampling(found.loaded.config.generation) == SamplingParams()
+    assert "generation_config.top_k" in notes(found)

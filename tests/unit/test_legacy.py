@@ -92,6 +92,7 @@ def test_without_do_sample_decoding_is_greedy_and_the_loss_is_said(tmp_path: Pat
     assert loaded.config.generation.top_k == 0
     assert "temperature, top_k has no effect" in loaded.warnings[0]
     assert "do_sample is absent" in loaded.warnings[0]
+    assert "temperature" in loaded.generation_set  # so that a model that samples does not, here
 
 
 def test_do_sample_alone_samples_as_transformers_does(tmp_path: Path) -> None:

@@ -64,6 +64,42 @@ def test_one_bad_prompt_is_its_own_error(prompt: object, kind: str) -> None:
     assert len({line.prompt_id for line in lines}) == 3
 
 
+@pytest.mark.parametrize(
+    ("prompt", "prompt_id"),
+    [
+        ({"id": "x", "prompt": "a", "temperature": float("nan")}, "x"),
+        ({"custom_id": 7, "prompt": object()}, "7"),
+        ({"id": 10**5000, "prompt": "a"}, "0"),
+        ({"id": "\ud800", "prompt": "a"}, "0"),
+        ({"id": object(), "prompt": "a"}, "0"),
+    ],
+)
+def test_an_id_stays_whatever_else_no_line_can_say(prompt: dict[str, Any], prompt_id: str) -> None:
+    (line,) = library_prompts([prompt], SamplingParams())
+    assert line.error is not None
+    assert line.prompt_id == prompt_id
+
+
+class Ambiguous:
+    """As an array of numpy: compared, it is neither true nor false."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+
+def test_an_argument_of_a_foreign_kind_is_named() -> None:
+    with pytest.raises(SettingError, match="is not supported"):
+        keyword_sampling({"n": Ambiguous()}, SamplingParams())
+    with pytest.raises(SettingError, match="is out of range"):
+        keyword_sampling({"temperature": float("nan")}, SamplingParams())
+
+
 def test_a_circle_is_no_prompt() -> None:
     circle: list[Any] = []
     circle.append(circle)
