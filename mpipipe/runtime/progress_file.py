@@ -11,6 +11,7 @@ import contextlib
 import enum
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = [
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
 UPDATE_INTERVAL_S = 5.0
+_PATIENCE_S = 2.0  # the end of a run waits no longer for a file system that does not answer
 
 
 class RunState(str, enum.Enum):
@@ -145,20 +147,28 @@ class ProgressFile:
             "num_restarts": job.num_restarts if job is not None else 0,
             "update_interval_s": UPDATE_INTERVAL_S,
         }
+        self._lock = threading.Lock()
 
     def write(self, state: RunState, **values: object) -> None:
-        """Tell `state`, and `values` from now on."""
-        self._values.update(values)
-        self._values.update(state=state.value, updated_at=_iso(self._now()))
-        if self._path is None:
+        """Tell `state`, and `values` from now on; from any thread. What comes after an end is late.
+
+        It gives up where an earlier one still waits for a file system that does not answer.
+        """
+        if not self._lock.acquire(timeout=_PATIENCE_S):
             return
-        with contextlib.suppress(OutputError):  # not durable: no disk's pace for the loop
-            write_whole(self._path, json_bytes(self._values), durable=False)
+        try:
+            if self._values["state"] in _ENDED:
+                return
+            self._values.update(values)
+            self._values.update(state=state.value, updated_at=_iso(self._now()))
+            if self._path is not None:
+                with contextlib.suppress(OutputError):  # not durable: no disk's pace
+                    write_whole(self._path, json_bytes(self._values), durable=False)
+        finally:
+            self._lock.release()
 
     def failed(self, error: BaseException) -> None:
         """Tell that `error` has ended the run early; one that has told its end keeps that."""
-        if self.state in {RunState.DONE, RunState.STOPPED}:
-            return
         if isinstance(error, MpipipeError):
             stopped, text = error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}, str(error)
         elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
@@ -166,12 +176,6 @@ class ProgressFile:
         else:
             stopped, text = False, f"{type(error).__name__}: {error}"
         self.write(RunState.STOPPED if stopped else RunState.FAILED, error=text)
-
-    @property
-    def state(self) -> RunState | None:
-        """What was told last."""
-        value = self._values["state"]
-        return None if value is None else RunState(value)
 
 
 def fail_for_lost_head(folder: Path, error: BaseException) -> None:

@@ -24,7 +24,7 @@ from mpipipe.runtime.folder_lock import lock_folder
 from mpipipe.runtime.job_claim import Claim, claim_folder
 from mpipipe.runtime.journal import CompletionWriter
 from mpipipe.runtime.output import write_whole
-from mpipipe.runtime.progress_file import sound_values
+from mpipipe.runtime.progress_file import ProgressFile, sound_values
 from mpipipe.topology.slurm import SlurmJob
 from mpipipe.types import Completion, FinishReason
 
@@ -280,6 +280,27 @@ def test_a_lock_lets_go_where_its_file_cannot_be_removed(
         patched.setattr(Path, "unlink", lost)
         lock.close()
     lock_folder(tmp_path, None).close()
+
+
+def test_a_stop_may_still_come_when_all_is_written(tmp_path: Path) -> None:
+    """Ranks are told to stop until they have left: it must not end a run that is done as a bug."""
+    ignored = SimpleNamespace(info=lambda *_, **__: None, finished=lambda *_: None)
+    told: list[str] = []
+    job: Any = SimpleNamespace(
+        claim=Claim(tmp_path, None), log=ignored, view=ignored, files=FileThread(),
+        ranks=SimpleNamespace(stop=SimpleNamespace(reason="")), progress=ProgressFile(tmp_path),
+    )  # fmt: skip
+    requests = SimpleNamespace(num_failed=0, num_unfinished=0)
+    summary: Any = SimpleNamespace(requests=requests, to_dict=dict)
+
+    async def end() -> None:
+        assert await job_module._report(job, summary) == 0
+        job.files.post(lambda: told.append("stop"))
+        await job.files.run(lambda: told.append("done"))
+
+    asyncio.run(end())
+    assert told == ["stop", "done"]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
 
 
 def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
