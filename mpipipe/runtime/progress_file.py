@@ -1,7 +1,7 @@
 """`status.json` in the run folder: what the head is doing, for whoever looks from elsewhere.
 
 Replaced whole at every change of state and every few seconds while tokens are made. Not here: who
-reads it (`cli.status`). Invariant: it never ends a run, not even on a full disk.
+reads it (`status_values`). Invariant: it never ends a run, not even on a full disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import enum
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ __all__ = [
     "ProgressFile",
     "RunState",
     "fail_for_lost_head",
-    "sound_values",
     "tell_end",
 ]
 
@@ -54,67 +53,6 @@ class RunState(str, enum.Enum):
     DONE = "done"  # every prompt has its record
     STOPPED = "stopped"  # it can go on later
     FAILED = "failed"
-
-
-_LIMIT = 1e15  # of counts and seconds alike
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and abs(value) < _LIMIT
-
-
-def _is_number(value: object) -> bool:
-    return _is_count(value) or (isinstance(value, float) and abs(value) < _LIMIT)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_time(value: object) -> bool:
-    try:
-        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        return False
-
-
-def _is_state(value: object) -> bool:
-    return value in [state.value for state in RunState]
-
-
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-_CHECKS: dict[str, Callable[[object], bool]] = {
-    "state": _is_state,
-    "hosts": _is_list_of_texts,
-    **dict.fromkeys(("mpipipe", "job_id", "stop_reason", "error"), _is_text),
-    **dict.fromkeys(("started_at", "updated_at"), _is_time),
-    **dict.fromkeys(("num_restarts", "num_prompts", "num_kept", "num_completed"), _is_count),
-    **dict.fromkeys(("num_failed", "num_running", "num_unfinished", "exit_code"), _is_count),
-    "num_output_tokens": _is_count,
-    **dict.fromkeys(("update_interval_s", "tokens_per_s", "generating_s"), _is_number),
-    "stops_in_s": _is_number,
-}
-
-
-def sound_values(document: object) -> Mapping[str, Any]:
-    """What a status file says, as far as it can be used: fields of other types are left out.
-
-    So its reader may rely on the types that `ProgressFile` writes, on times that have a zone, and
-    on a state that comes with its `updated_at`; numbers are finite. Empty: it is no object.
-    """
-    if not isinstance(document, dict):
-        return {}
-    sound = {
-        name: value
-        for name, value in document.items()
-        if name not in _CHECKS or _CHECKS[name](value)  # others are of another version: not read
-    }
-    if "updated_at" not in sound:
-        sound.pop("state", None)
-    return sound
 
 
 _ENDED = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
@@ -192,8 +130,8 @@ def _iso(moment: datetime) -> str:
 def tell_end(folder: Path, state: RunState, error: str) -> None:
     """Tell how the run in `folder` ended, for ranks that cannot any more; an end told stays."""
     path = folder / STATUS_FILE
-    with contextlib.suppress(OSError, ValueError, OutputError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, OutputError):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("state") not in _ENDED:
+        if isinstance(values, dict) and str(values.get("state")) not in _ENDED:
             values.update(state=state.value, error=error, updated_at=_iso(datetime.now(UTC)))
             write_whole(path, json_bytes(values), durable=False)

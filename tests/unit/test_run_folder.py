@@ -24,7 +24,7 @@ from mpipipe.runtime.folder_lock import lock_folder
 from mpipipe.runtime.job_claim import Claim, claim_folder
 from mpipipe.runtime.journal import CompletionWriter
 from mpipipe.runtime.output import write_whole
-from mpipipe.runtime.progress_file import ProgressFile, sound_values
+from mpipipe.runtime.progress_file import ProgressFile
 from mpipipe.topology.slurm import SlurmJob
 from mpipipe.types import Completion, FinishReason
 
@@ -193,17 +193,6 @@ def test_a_status_of_odd_content_says_nothing(content: bytes, code: int, tmp_pat
             lock_folder(tmp_path, SlurmJob("8", 1, None), now=lambda: NOW, take=take)
     else:
         lock_folder(tmp_path, AGAIN, now=lambda: NOW, take=take).close()
-
-
-def test_a_status_keeps_what_is_sound() -> None:
-    told = {"state": "done", "updated_at": NOW.isoformat(), "hosts": ["a"], "num_prompts": 3}
-    assert sound_values(told) == told
-    odd = {"hosts": "a", "num_prompts": True, "tokens_per_s": float("nan"), "later": {"x": 1}}
-    assert sound_values(told | odd) == {
-        "state": "done", "updated_at": NOW.isoformat(), "later": {"x": 1}
-    }  # fmt: skip
-    assert sound_values({"state": "done"}) == {}
-    assert sound_values([told]) == {}
 
 
 # ---- what lasts ----------------------------------------------------------------------------------
