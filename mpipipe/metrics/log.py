@@ -201,17 +201,20 @@ class _LineSink:
         self._is_torn = False  # the last line did not fit as a whole
 
     def msg(self, line: str) -> None:
+        try:
+            self._write(line)
+        except OSError as error:  # not told with the lock: what tells it may log a failure itself
+            self._tell(error)
+
+    debug = info = warning = error = msg
+
+    def _write(self, line: str) -> None:
         with self._lock:
             if self._file.closed:
                 return
             encoded = f"{line}\n".encode(errors="backslashreplace")
             encoded = b"\n" + encoded if self._is_torn else encoded
-            try:
-                self._is_torn = self._file.write(encoded) < len(encoded)
-            except OSError as error:
-                self._tell(error)
-
-    debug = info = warning = error = msg
+            self._is_torn = self._file.write(encoded) < len(encoded)
 
     def _tell(self, error: OSError) -> None:
         tell, self._on_failure = self._on_failure, None

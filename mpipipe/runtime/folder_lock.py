@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.errors import OutputError
-from mpipipe.runtime.progress_file import STATUS_FILE, RunState, sound_values
+from mpipipe.runtime.progress_file import STATUS_FILE, RunState
+from mpipipe.runtime.status_values import read_status_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,9 +83,10 @@ def lock_folder(
 
 
 def last_words(folder: Path) -> Mapping[str, Any]:
-    """What the run in `folder` told last (`sound_values`); empty: nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return sound_values(json.loads((folder / STATUS_FILE).read_text(encoding="utf-8")))
+    """What the run in `folder` told last (`status_values`); empty: nothing that can be read."""
+    with contextlib.suppress(OutputError):
+        told = read_status_file(folder / STATUS_FILE)
+        return {} if told is None else told.values
     return {}
 
 
@@ -116,7 +117,7 @@ def _is_ended_attempt(values: Mapping[str, Any], job: SlurmJob | None) -> bool:
 
 
 def _is_fresh(values: Mapping[str, Any], now: datetime) -> bool:
-    if values.get("state") not in _BUSY:
+    if values.get("state") not in _BUSY or "updated_at" not in values:
         return False
     return (now - datetime.fromisoformat(values["updated_at"])).total_seconds() < _FRESH_S
 

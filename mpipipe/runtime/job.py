@@ -202,14 +202,18 @@ async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) ->
         marks.loaded_s = ranks.clock.now_s()
 
         def stop() -> None:
-            job.log.warning("stopping", reason=ranks.stop.reason)
-            job.files.post(
-                lambda: job.progress.write(RunState.STOPPING, stop_reason=ranks.stop.reason)
-            )
             session.stop()
+            job.files.post(lambda: _tell_stop(job))
 
         async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
-            return await _run(job, session, prompts)
+            exit_code = await _run(job, session, prompts)
+        job.files.close()  # not before: a stop may come until here
+        return exit_code
+
+
+def _tell_stop(job: _Job) -> None:
+    job.log.warning("stopping", reason=job.ranks.stop.reason)
+    job.progress.write(RunState.STOPPING, stop_reason=job.ranks.stop.reason)
 
 
 def _merge_only(job: _Job) -> None:
@@ -332,7 +336,6 @@ async def _report(job: _Job, summary: RunSummary) -> int:
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
     end = {"exit_code": exit_code, "num_unfinished": requests.num_unfinished}
     await job.files.run(lambda: job.progress.write(state, **end))
-    job.files.close()
     return exit_code
 
 

@@ -1,7 +1,7 @@
 """`status.json` in the run folder: what the head is doing, for whoever looks from elsewhere.
 
 Replaced whole at every change of state and every few seconds while tokens are made. Not here: who
-reads it (`cli.status`). Invariant: it never ends a run, not even on a full disk.
+reads it (`status_values`). Invariant: it never ends a run, not even on a full disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import enum
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ __all__ = [
     "ProgressFile",
     "RunState",
     "fail_for_lost_head",
-    "sound_values",
     "tell_end",
 ]
 
 STATUS_FILE = "status.json"
 # Seconds; a few hundred bytes on a shared file system.
 UPDATE_INTERVAL_S = 5.0
+_PATIENCE_S = 2.0  # the end of a run waits no longer for a file system that does not answer
 
 
 class RunState(str, enum.Enum):
@@ -52,67 +53,6 @@ class RunState(str, enum.Enum):
     DONE = "done"  # every prompt has its record
     STOPPED = "stopped"  # it can go on later
     FAILED = "failed"
-
-
-_LIMIT = 1e15  # of counts and seconds alike
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and abs(value) < _LIMIT
-
-
-def _is_number(value: object) -> bool:
-    return _is_count(value) or (isinstance(value, float) and abs(value) < _LIMIT)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_time(value: object) -> bool:
-    try:
-        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        return False
-
-
-def _is_state(value: object) -> bool:
-    return value in [state.value for state in RunState]
-
-
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-_CHECKS: dict[str, Callable[[object], bool]] = {
-    "state": _is_state,
-    "hosts": _is_list_of_texts,
-    **dict.fromkeys(("mpipipe", "job_id", "stop_reason", "error"), _is_text),
-    **dict.fromkeys(("started_at", "updated_at"), _is_time),
-    **dict.fromkeys(("num_restarts", "num_prompts", "num_kept", "num_completed"), _is_count),
-    **dict.fromkeys(("num_failed", "num_running", "num_unfinished", "exit_code"), _is_count),
-    "num_output_tokens": _is_count,
-    **dict.fromkeys(("update_interval_s", "tokens_per_s", "generating_s"), _is_number),
-    "stops_in_s": _is_number,
-}
-
-
-def sound_values(document: object) -> Mapping[str, Any]:
-    """What a status file says, as far as it can be used: fields of other types are left out.
-
-    So its reader may rely on the types that `ProgressFile` writes, on times that have a zone, and
-    on a state that comes with its `updated_at`; numbers are finite. Empty: it is no object.
-    """
-    if not isinstance(document, dict):
-        return {}
-    sound = {
-        name: value
-        for name, value in document.items()
-        if name not in _CHECKS or _CHECKS[name](value)  # others are of another version: not read
-    }
-    if "updated_at" not in sound:
-        sound.pop("state", None)
-    return sound
 
 
 _ENDED = {RunState.DONE.value, RunState.STOPPED.value, RunState.FAILED.value}
@@ -145,20 +85,28 @@ class ProgressFile:
             "num_restarts": job.num_restarts if job is not None else 0,
             "update_interval_s": UPDATE_INTERVAL_S,
         }
+        self._lock = threading.Lock()
 
     def write(self, state: RunState, **values: object) -> None:
-        """Tell `state`, and `values` from now on."""
-        self._values.update(values)
-        self._values.update(state=state.value, updated_at=_iso(self._now()))
-        if self._path is None:
+        """Tell `state`, and `values` from now on; from any thread. What comes after an end is late.
+
+        It gives up where an earlier one still waits for a file system that does not answer.
+        """
+        if not self._lock.acquire(timeout=_PATIENCE_S):
             return
-        with contextlib.suppress(OutputError):  # not durable: no disk's pace for the loop
-            write_whole(self._path, json_bytes(self._values), durable=False)
+        try:
+            if self._values["state"] in _ENDED:
+                return
+            self._values.update(values)
+            self._values.update(state=state.value, updated_at=_iso(self._now()))
+            if self._path is not None:
+                with contextlib.suppress(OutputError):  # not durable: no disk's pace
+                    write_whole(self._path, json_bytes(self._values), durable=False)
+        finally:
+            self._lock.release()
 
     def failed(self, error: BaseException) -> None:
         """Tell that `error` has ended the run early; one that has told its end keeps that."""
-        if self.state in {RunState.DONE, RunState.STOPPED}:
-            return
         if isinstance(error, MpipipeError):
             stopped, text = error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}, str(error)
         elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
@@ -166,12 +114,6 @@ class ProgressFile:
         else:
             stopped, text = False, f"{type(error).__name__}: {error}"
         self.write(RunState.STOPPED if stopped else RunState.FAILED, error=text)
-
-    @property
-    def state(self) -> RunState | None:
-        """What was told last."""
-        value = self._values["state"]
-        return None if value is None else RunState(value)
 
 
 def fail_for_lost_head(folder: Path, error: BaseException) -> None:
@@ -188,8 +130,8 @@ def _iso(moment: datetime) -> str:
 def tell_end(folder: Path, state: RunState, error: str) -> None:
     """Tell how the run in `folder` ended, for ranks that cannot any more; an end told stays."""
     path = folder / STATUS_FILE
-    with contextlib.suppress(OSError, ValueError, OutputError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, OutputError):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("state") not in _ENDED:
+        if isinstance(values, dict) and str(values.get("state")) not in _ENDED:
             values.update(state=state.value, error=error, updated_at=_iso(datetime.now(UTC)))
             write_whole(path, json_bytes(values), durable=False)

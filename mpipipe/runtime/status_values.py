@@ -1,7 +1,8 @@
 """What a `status.json` says, read as from a stranger: any bytes give values of the right types.
 
 The file lies on a shared file system for whoever looks: a torn, exchanged or hand-made one must not
-end `mpipipe status` in a traceback. What is missing or of another type is left out, and named.
+end `mpipipe status`, or a run that looks who is in its folder, in a traceback. What is missing or
+of another type is left out, and named.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "num_kept": _count,
     "num_completed": _count,
     "num_failed": _count,
+    "num_running": _count,
+    "num_unfinished": _count,
     "num_output_tokens": _count,
     "tokens_per_s": _number,
     "generating_s": _number,

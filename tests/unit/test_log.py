@@ -229,3 +229,20 @@ def test_list_log_keeps_levels_fields_and_bound_fields() -> None:
 def test_importing_the_module_does_not_import_structlog() -> None:
     code = "import sys, mpipipe.metrics.log; sys.exit('structlog' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
+
+
+def test_a_failure_that_is_told_may_be_logged(tmp_path: Path) -> None:
+    """Log and terminal are on one full disk: the terminal's failure goes to the log that failed."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        log.warning("terminal", message="standard error cannot be written")
+
+    log = open_log(Path("/dev/full"), rank=0, host="n1", on_failure=tell)
+    writing = threading.Thread(target=log.info, args=("x",), daemon=True)
+    writing.start()
+    writing.join(20)
+    assert not writing.is_alive(), "the log waits for itself"
+    assert len(told) == 1
+    log.close()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 
 from mpipipe.cli.status import status_command
 from mpipipe.errors import ConfigError, OutputError, StoppedError
-from mpipipe.runtime.progress_file import ProgressFile, RunState
+from mpipipe.runtime import progress_file
+from mpipipe.runtime.progress_file import ProgressFile, RunState, tell_end
 from mpipipe.runtime.run_status import RunStatus, duration, find_runs, judge, read_status
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
@@ -80,6 +82,48 @@ def test_what_fails_after_the_end_of_a_run_is_not_its_end(tmp_path: Path) -> Non
     progress.write(RunState.DONE)
     progress.failed(KeyError("while the ranks left"))
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("content", [b'{"state": []}', b"[" * 100_000, b"[]", b"\xff", b"{"])
+def test_an_end_that_is_told_for_others_meets_odd_content(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    tell_end(tmp_path, RunState.FAILED, "rank 0 was killed")
+    values = read_status_or_nothing(tmp_path)
+    assert values.get("state") == ("failed" if content.startswith(b'{"') else None)
+
+
+def read_status_or_nothing(folder: Path) -> Mapping[str, Any]:
+    try:
+        return read_status(folder).values
+    except OutputError:
+        return {}
+
+
+def test_counts_that_come_late_do_not_hide_the_end_of_a_run(tmp_path: Path) -> None:
+    progress = ProgressFile(tmp_path)
+    progress.failed(ConfigError("disk full"))
+    progress.write(RunState.GENERATING, num_completed=3)  # posted before, to another thread
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_write_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, answers = threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        begun.set()
+        assert answers.wait(20), "the end of the run waits for the file system"
+
+    monkeypatch.setattr(progress_file, "write_whole", hang)
+    monkeypatch.setattr(progress_file, "_PATIENCE_S", 0.0)
+    progress = ProgressFile(tmp_path)
+    writing = threading.Thread(target=progress.write, args=(RunState.GENERATING,))
+    writing.start()
+    assert begun.wait(20)
+    progress.failed(ConfigError("rank 1 is lost"))
+    answers.set()
+    writing.join(20)
 
 
 # ---- judged --------------------------------------------------------------------------------------
