@@ -122,7 +122,9 @@ async def in_phase(
             ranks.mesh.report(phase, error)
         agreed = await judging
         if agreed is not None:
-            raise AgreedError(error or agreed) from error
+            told = error or agreed
+            told.exit_code = agreed.exit_code  # launchers mix different ones: MPICH's `or`s them
+            raise AgreedError(told) from error
         return working.result()
     finally:
         for future in begun:
