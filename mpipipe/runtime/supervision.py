@@ -152,6 +152,8 @@ class Supervision:
             return f"{self._name}{stage}, while booting,"
         if self._page.phase == RankPhase.ENDED:
             return f"{self._name}{stage}, after its work was done,"
+        if self._page.step < 0:
+            return f"{self._name}{stage}, before its first step,"
         return f"{self._name}{stage}, after step {self._page.step},"
 
 

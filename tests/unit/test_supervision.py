@@ -68,6 +68,13 @@ def test_a_rank_that_was_killed_while_booting_has_no_step() -> None:
     assert "rank 1 on n2, while booting, was killed" in end(watch, -signal.SIGKILL).sentence
 
 
+def test_a_rank_that_was_killed_before_its_first_step_has_no_step() -> None:
+    watch, page = supervision()
+    page.step = -1
+    sentence = end(watch, -signal.SIGKILL).sentence
+    assert "rank 1 on n2 (stage 1), before its first step, was killed" in sentence
+
+
 def test_a_stopped_rank_is_ended_after_the_limit_and_not_when_it_was_continued() -> None:
     watch, _ = supervision()
     watch.frozen(0.5)
