@@ -158,7 +158,7 @@ async def open_ranks(
 ) -> AsyncIterator[Ranks]:
     """Join the other ranks of this launch; leave them in order, or abort them all.
 
-    `stop` is tripped by whoever may end the run early; nobody may without.
+    `stop` is tripped by what may end the run early; without it, nothing does.
 
     Raises:
         MpipipeError: the error that all ranks agreed on, or MPI could not be set up.

@@ -162,7 +162,7 @@ def _cause(name: str, peak_bytes: int, was_memory_short: bool) -> str:
     if name == signal.SIGKILL.name:
         if was_memory_short:
             return f": the kernel ran out of memory ({used}); give the job more, or use more ranks"
-        return f"; somebody did that, or a limit on the job's memory was reached ({used})"
+        return f"; a person did that, or the job reached a limit on its memory ({used})"
     return (
         f" ({used}): a fault in native code, of a driver, a library or the memory itself; the "
         "lines above may show where"

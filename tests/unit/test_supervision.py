@@ -47,7 +47,7 @@ def test_the_code_of_a_rank_that_ends_by_itself_is_passed_on(code: int) -> None:
     ("number", "short", "cause"),
     [
         (signal.SIGKILL, True, "out of memory (it had used up to 1.5 GiB)"),
-        (signal.SIGKILL, False, "limit on the job's memory"),
+        (signal.SIGKILL, False, "limit on its memory"),
         (signal.SIGSEGV, False, "native code"),
         (signal.SIGBUS, False, "native code"),
     ],
