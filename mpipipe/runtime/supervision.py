@@ -131,6 +131,8 @@ class Supervision:
         if self._kill_end is not None:
             return self._kill_end
         if exit_code == -signal.SIGALRM:  # an abort that hung: the rank has said why
+            if self._at_once_s is not None:  # the rank was told to stop, twice
+                return End(stop_exit_code(self._stop_signal))
             return End(EXIT_PEER_LOST)
         name = signal.Signals(-exit_code).name
         return End(

@@ -147,6 +147,9 @@ def test_a_rank_that_hangs_when_all_is_done_is_ended_with_its_own_code() -> None
 def test_an_abort_that_was_cut_short_has_said_why() -> None:
     watch, _ = supervision()
     assert end(watch, -signal.SIGALRM) == End(EXIT_PEER_LOST)
+    watch.signalled(signal.SIGINT, 0.0)
+    watch.signalled(signal.SIGINT, 2.0)
+    assert end(watch, -signal.SIGALRM) == End(EXIT_INTERRUPTED)
 
 
 def test_the_end_of_a_run_is_told_once(tmp_path: Path) -> None:
