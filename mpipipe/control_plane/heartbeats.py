@@ -37,7 +37,7 @@ _OFF_INTERVAL_S = 1.0
 
 @dataclass(slots=True)
 class Vitals:
-    """What the heartbeats of this rank tell; whoever knows it writes it here."""
+    """What the heartbeats of this rank tell; boot and the session write it here."""
 
     timeout_s: float = 0.0  # how long a rank may be silent; 0: no heartbeats
     phase: str = ""  # the latest boot phase

@@ -277,7 +277,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """whoever noticed → all: `rank` is silent. The sender tells the user; end without a word."""
+    """who noticed → all others: `rank` is silent. The sender tells the user; end without a word."""
 
     rank: int
     sentence: str

@@ -251,12 +251,13 @@ class MpiChannel:
 
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks now; this one within 5 s even when MPI hangs."""
-        sys.stdout.flush()
-        sys.stderr.flush()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_ABORT_LIMIT_S)  # from any thread: a second signal may be taken in its own
         try:
+            with contextlib.suppress(RuntimeError):  # a signal came in the middle of a print
+                sys.stdout.flush()
+                sys.stderr.flush()
             if not MPI.Is_finalized():
                 MPI.COMM_WORLD.Abort(exit_code)
         finally:

@@ -176,11 +176,6 @@ class StageAccount:
         self._num_sampled = 0
         self._num_steady_steps = 0
 
-    @property
-    def num_steps(self) -> int:
-        """Steps finished so far."""
-        return self._num_steps
-
     def begin(self, now_s: float) -> None:
         """A generate call starts; time since the last one's end is not counted."""
         self._free_ns = _ns(now_s)

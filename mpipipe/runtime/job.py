@@ -250,7 +250,7 @@ async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[
 
     async def tell(page: RankPage) -> None:
         while True:
-            page.step = session.num_steps
+            page.step = session.last_step
             await asyncio.sleep(_PROGRESS_INTERVAL_S)
 
     if page is None:

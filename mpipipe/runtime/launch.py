@@ -122,7 +122,9 @@ async def in_phase(
             ranks.mesh.report(phase, error)
         agreed = await judging
         if agreed is not None:
-            raise AgreedError(error or agreed) from error
+            told = error or agreed
+            told.exit_code = agreed.exit_code  # launchers mix different ones: MPICH's `or`s them
+            raise AgreedError(told) from error
         return working.result()
     finally:
         for future in begun:
@@ -156,7 +158,7 @@ async def open_ranks(
 ) -> AsyncIterator[Ranks]:
     """Join the other ranks of this launch; leave them in order, or abort them all.
 
-    `stop` is tripped by whoever may end the run early; nobody may without.
+    `stop` is tripped by what may end the run early; without it, nothing does.
 
     Raises:
         MpipipeError: the error that all ranks agreed on, or MPI could not be set up.

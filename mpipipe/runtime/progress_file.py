@@ -1,4 +1,4 @@
-"""`status.json` in the run folder: what the head is doing, for whoever looks from elsewhere.
+"""`status.json` in the run folder: what the head is doing, for those who look from elsewhere.
 
 Replaced whole at every change of state and every few seconds while tokens are made. Not here: who
 reads it (`status_values`). Invariant: it never ends a run, not even on a full disk.

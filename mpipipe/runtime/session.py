@@ -158,9 +158,9 @@ class Session:
             pass
 
     @property
-    def num_steps(self) -> int:
-        """Steps that this rank has finished so far."""
-        return self._account.num_steps
+    def last_step(self) -> int:
+        """Number of the last step that left this rank's stage; -1 before any."""
+        return self._account.last_step
 
     def recent_steps(self) -> tuple[StepRecord, ...]:
         """The records of this rank's last steps, oldest first."""

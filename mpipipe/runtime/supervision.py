@@ -131,6 +131,8 @@ class Supervision:
         if self._kill_end is not None:
             return self._kill_end
         if exit_code == -signal.SIGALRM:  # an abort that hung: the rank has said why
+            if self._at_once_s is not None:  # the rank was told to stop, twice
+                return End(stop_exit_code(self._stop_signal))
             return End(EXIT_PEER_LOST)
         name = signal.Signals(-exit_code).name
         return End(
@@ -152,6 +154,8 @@ class Supervision:
             return f"{self._name}{stage}, while booting,"
         if self._page.phase == RankPhase.ENDED:
             return f"{self._name}{stage}, after its work was done,"
+        if self._page.step < 0:
+            return f"{self._name}{stage}, before its first step,"
         return f"{self._name}{stage}, after step {self._page.step},"
 
 
@@ -160,7 +164,7 @@ def _cause(name: str, peak_bytes: int, was_memory_short: bool) -> str:
     if name == signal.SIGKILL.name:
         if was_memory_short:
             return f": the kernel ran out of memory ({used}); give the job more, or use more ranks"
-        return f"; somebody did that, or a limit on the job's memory was reached ({used})"
+        return f"; a person did that, or the job reached a limit on its memory ({used})"
     return (
         f" ({used}): a fault in native code, of a driver, a library or the memory itself; the "
         "lines above may show where"

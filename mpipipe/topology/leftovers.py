@@ -23,7 +23,7 @@ _MIN_AGE_S = 60.0
 
 
 def remove_leftovers(shared: Path, processes: Path, now_unix_s: float | None = None) -> int:
-    """Remove the segments that are nobody's; returns how many.
+    """Remove the segments that no process uses; returns how many.
 
     Args:
         shared: where they are, /dev/shm.

@@ -1,4 +1,4 @@
-"""Shared memory of killed ranks: only what nobody uses goes."""
+"""Shared memory of killed ranks: only what no process uses goes."""
 
 from __future__ import annotations
 

@@ -178,6 +178,22 @@ def test_the_lowest_rank_s_error_is_the_one_that_is_told() -> None:
     assert "rank 1: wrong on 1" in str(outcomes[0])
 
 
+def test_ranks_that_fail_for_different_reasons_end_with_one_exit_code() -> None:
+    meet = threading.Barrier(2, timeout=LIMIT_S)
+
+    def fail_as(error: MpipipeError) -> Work:
+        def fail(_: Ranks) -> None:
+            meet.wait()
+            raise error
+
+        return fail
+
+    outcomes = run_phase([fail_as(CheckpointError("no model")), fail_as(ConfigError("no prompts"))])
+    assert [str(outcome) for outcome in outcomes] == ["no model", "no prompts"]
+    codes = [outcome.exit_code for outcome in outcomes if isinstance(outcome, MpipipeError)]
+    assert codes == [CheckpointError.exit_code] * 2
+
+
 def test_leaving_waits_for_no_work_that_was_given_up(
     stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_the_code_of_a_rank_that_ends_by_itself_is_passed_on(code: int) -> None:
     ("number", "short", "cause"),
     [
         (signal.SIGKILL, True, "out of memory (it had used up to 1.5 GiB)"),
-        (signal.SIGKILL, False, "limit on the job's memory"),
+        (signal.SIGKILL, False, "limit on its memory"),
         (signal.SIGSEGV, False, "native code"),
         (signal.SIGBUS, False, "native code"),
     ],
@@ -66,6 +66,13 @@ def test_a_rank_that_was_killed_while_booting_has_no_step() -> None:
     watch, page = supervision(RankPhase.BOOTING)
     page.stage = -1
     assert "rank 1 on n2, while booting, was killed" in end(watch, -signal.SIGKILL).sentence
+
+
+def test_a_rank_that_was_killed_before_its_first_step_has_no_step() -> None:
+    watch, page = supervision()
+    page.step = -1
+    sentence = end(watch, -signal.SIGKILL).sentence
+    assert "rank 1 on n2 (stage 1), before its first step, was killed" in sentence
 
 
 def test_a_stopped_rank_is_ended_after_the_limit_and_not_when_it_was_continued() -> None:
@@ -140,6 +147,9 @@ def test_a_rank_that_hangs_when_all_is_done_is_ended_with_its_own_code() -> None
 def test_an_abort_that_was_cut_short_has_said_why() -> None:
     watch, _ = supervision()
     assert end(watch, -signal.SIGALRM) == End(EXIT_PEER_LOST)
+    watch.signalled(signal.SIGINT, 0.0)
+    watch.signalled(signal.SIGINT, 2.0)
+    assert end(watch, -signal.SIGALRM) == End(EXIT_INTERRUPTED)
 
 
 def test_the_end_of_a_run_is_told_once(tmp_path: Path) -> None:
