@@ -122,14 +122,19 @@ async def in_phase(
             ranks.mesh.report(phase, error)
         agreed = await judging
         if agreed is not None:
-            told = error or agreed
-            told.exit_code = agreed.exit_code  # launchers mix different ones: MPICH's `or`s them
-            raise AgreedError(told) from error
+            raise _agreed(error, agreed) from error
         return working.result()
     finally:
         for future in begun:
             future.cancel()
         await asyncio.wait(begun)
+
+
+def _agreed(own: MpipipeError | None, agreed: MpipipeError) -> AgreedError:
+    """This rank's own error, or the one of another, with the exit code of all."""
+    told = own or agreed
+    told.exit_code = agreed.exit_code  # launchers mix different ones: MPICH's `or`s them
+    return AgreedError(told)
 
 
 def _for_the_user(error: BaseException, ranks: Ranks) -> MpipipeError | None:

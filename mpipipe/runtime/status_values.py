@@ -1,8 +1,8 @@
 """What a `status.json` says, read as from a stranger: any bytes give values of the right types.
 
-The file lies on a shared file system for all to see: a torn, exchanged or hand-made one must not end
-`mpipipe status`, or a run that looks who is in its folder, in a traceback. What is missing or of
-another type is left out, and named.
+The file lies on a shared file system for all to see: a torn, exchanged or hand-made one must not
+end `mpipipe status`, or a run that looks who is in its folder, in a traceback. What is missing or
+of another type is left out, and named.
 """
 
 from __future__ import annotations

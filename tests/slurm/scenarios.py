@@ -177,11 +177,7 @@ def rank_killed(site: Site) -> JobEnd:
     job = site.sbatch("openmpi", config)
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
-    ranks = [
-        process
-        for process in site.cluster.network.processes("n2")
-        if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes()
-    ]
+    ranks = _ranks(site, "n2")
     os.kill(ranks[0], signal.SIGKILL)
     took = site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to end")
     end = site.finish(job, config, took_s=took, ranks=ranks, first=_attempt(folder))
@@ -189,6 +185,16 @@ def rank_killed(site: Site) -> JobEnd:
     other = site.finish(again, folder, first=end.observed["first"])
     end.observed["continued"] = dataclasses.replace(other, folder=folder)
     return end
+
+
+def _ranks(site: Site, node: str) -> list[int]:
+    """The ranks on `node`; not their supervisors, which are their parents."""
+    parents: dict[int, int] = {}
+    for process in site.cluster.network.processes(node):
+        if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes():
+            status = Path(f"/proc/{process}/stat").read_text()
+            parents[process] = int(status.rpartition(")")[2].split()[1])
+    return [process for process in parents if process not in parents.values()]
 
 
 def near_its_wall_time(site: Site) -> str:
@@ -296,12 +302,7 @@ def rank_killed_under_plain_srun(site: Site) -> tuple[int, str, float]:
     try:
         journal = folder / "completions_rank_0.jsonl"
         site.until(lambda: journal.exists() and bool(journal.read_bytes()), "a completion", 120)
-        ranks = [
-            process
-            for process in site.cluster.network.processes("n4")
-            if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes()
-        ]
-        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(_ranks(site, "n4")[0], signal.SIGKILL)
         begin = time.monotonic()
         said, _ = step.communicate(timeout=60)
         return step.returncode, said, time.monotonic() - begin
