@@ -1,7 +1,8 @@
 """Control frames over MPI. Importing this file loads MPI: import it late.
 
 Receives are pre-posted (`receive_ring`). Longer frames travel in fragments, marked by their tag.
-All calls come from the event-loop thread (THREAD_FUNNELED), on a private duplicate of the world.
+All calls come from the event-loop thread (THREAD_FUNNELED), on a private duplicate of the world;
+but for `abort`, which a second signal and the loss of the supervisor call from their own threads.
 
 Not here: tensors (data_plane.mpi), and what frames mean.
 """

@@ -81,7 +81,7 @@ class StopSwitch:
         self._ends_s = None if seconds_left is None else now_s() + seconds_left
         self._first = threading.Lock()  # taken once, by what trips the switch first
         self._reason = ""
-        self._tripped_s = 0.0
+        self._signalled_s: float | None = None  # when the first signal came
         self._listeners: set[Callable[[], None]] = set()
         self.exit_now: Callable[[int], object] = os._exit
 
@@ -109,7 +109,6 @@ class StopSwitch:
     def trip(self, reason: str) -> None:
         """Stop the run; only the first reason counts. From any thread."""
         if self._first.acquire(blocking=False):
-            self._tripped_s = self._now_s()
             self._reason = reason
             for wake in tuple(self._listeners):
                 wake()
@@ -118,7 +117,10 @@ class StopSwitch:
         """Take a signal, in any thread: the first stops the run, a later one ends it at once."""
         name = signal.Signals(number).name
         self.trip(name)
-        if self._reason and self._now_s() - self._tripped_s >= _SECOND_SIGNAL_S:
+        now_s = self._now_s()
+        if self._signalled_s is None:  # also where the wall time or another rank came before
+            self._signalled_s = now_s
+        elif now_s - self._signalled_s >= _SECOND_SIGNAL_S:
             # Not through sys.stderr, which another thread may hold.
             os.write(2, f"mpipipe: {name} after {self._reason}: the job ends at once\n".encode())
             self.exit_now(stop_exit_code(name))

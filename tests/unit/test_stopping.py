@@ -59,6 +59,20 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_a_later_one_ends_the_job
     assert codes == [EXIT_REQUEUE]
 
 
+@pytest.mark.parametrize("reason", ["the job's wall time ends", "SIGTERM on rank 1"])
+def test_the_first_signal_of_a_rank_that_stops_already_is_no_second_one(reason: str) -> None:
+    clock, codes = ScriptedClock(), list[int]()
+    switch = StopSwitch(now_s=clock.now_s)
+    switch.exit_now = codes.append
+    switch.trip(reason)
+    clock.advance(30.0)
+    switch.signalled(signal.SIGUSR1)  # a site's own warning
+    assert codes == []
+    clock.advance(5.0)
+    switch.signalled(signal.SIGTERM)
+    assert codes == [EXIT_REQUEUE]
+
+
 def test_ctrl_c_stops_in_order_too_with_its_own_exit_code() -> None:
     clock, codes = ScriptedClock(), list[int]()
     switch = StopSwitch(now_s=clock.now_s)
