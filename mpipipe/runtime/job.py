@@ -300,7 +300,6 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
     manifest = build_manifest(session, loaded, job.claim)
     write_json(folder / "manifest.json", manifest)
     tally = await _complete(job, session, prompts, manifest)
-    job.marks.generated_s = session.ranks.clock.now_s()
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
@@ -361,12 +360,15 @@ async def _complete(
 
         for completion in prompts.refused:
             take(completion)
+        clock = session.ranks.clock
+        job.marks.loaded_s = clock.now_s()  # opening and merging files is no part of generating
         showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:
                 async for completion in completions:
                     take(completion)
         finally:
+            job.marks.generated_s = clock.now_s()
             showing.cancel()
             view.ended()
             _tell(job, session, tally)

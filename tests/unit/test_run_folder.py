@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
@@ -314,13 +315,16 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
                 yield each
 
         nothing = SimpleNamespace(
-            mesh=SimpleNamespace(rank=0), tasks=asyncio, stop=SimpleNamespace(reason="")
+            mesh=SimpleNamespace(rank=0),
+            tasks=asyncio,
+            clock=MonotonicClock(),
+            stop=SimpleNamespace(reason=""),
         )
         view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
             claim=Claim(tmp_path, None), log=None, view=view,
-            loaded=load_config(None, []), files=FileThread(),
+            loaded=load_config(None, []), files=FileThread(), marks=SimpleNamespace(),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())
         async with asyncio.TaskGroup() as tasks:
