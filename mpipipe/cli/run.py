@@ -18,7 +18,7 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
 from mpipipe.runtime.rank_page import open_rank_page
 from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals
-from mpipipe.runtime.supervisor import supervise, watch_supervisor
+from mpipipe.runtime.supervisor import end_with, supervise, watch_supervisor
 from mpipipe.topology.launcher import detect
 
 if TYPE_CHECKING:
@@ -38,9 +38,10 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
     started_s = clock.now_s() - time.process_time()  # imports so far are part of the boot
     terminal = guard_terminal()
     info, page, stop = detect(os.environ), open_rank_page(), StopSwitch()
-    watch = None
+    supervisor, watch = None, None
     if info.mpi_expected:
-        watch = watch_supervisor(supervise(info, page), page, stop)
+        supervisor = supervise(info, page)
+        watch = watch_supervisor(supervisor, page, stop)
     exit_code = EXIT_BUG
     try:
         faulthandler.enable()  # a fault in native code: the Python lines that led to it
@@ -67,4 +68,6 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             print(f"mpipipe: {error}", file=sys.stderr, flush=True)  # no error: it was wanted
     finally:
         page.ended(exit_code)
+        if supervisor is not None:
+            end_with(supervisor)
     return exit_code

@@ -124,6 +124,10 @@ def expand_path(value: str, setting: str) -> str:
         ConfigError: a variable that is not set, or what no path can be: one with a NUL, or too
             long for a file system.
     """
+    if "\0" in value:  # the names of users are looked up, too
+        raise ConfigError(
+            f"{setting} = {value[:_SHOWN]!r} holds a NUL character: no path does; remove it"
+        )
     for match in _VARIABLE.finditer(value):
         name = match.group(1) or match.group(2) or ""
         if name not in os.environ:
@@ -132,10 +136,6 @@ def expand_path(value: str, setting: str) -> str:
                 "not set; export it or write the path out"
             )
     path = os.path.expanduser(os.path.expandvars(value))
-    if "\0" in path:
-        raise ConfigError(
-            f"{setting} = {value[:_SHOWN]!r} holds a NUL character: no path does; remove it"
-        )
     names = path.encode(errors="replace").split(b"/")
     if max(map(len, names)) > _MAX_NAME_BYTES or len(path) >= _MAX_PATH_BYTES:
         raise ConfigError(f"{setting} = {value[:_SHOWN]!r}… is too long for a path: check it")

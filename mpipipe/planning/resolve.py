@@ -248,7 +248,7 @@ class _Resolver:
 
     def _transport(self, num_stages: int) -> str:
         if num_stages == 1:
-            reason = "a single stage sends to nobody else"
+            reason = "a single stage sends to no other rank"
             self.decisions.note("pipeline.transport", "loopback", reason)
             return "loopback"
         asked = self.config.pipeline.transport

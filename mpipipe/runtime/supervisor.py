@@ -12,6 +12,7 @@ Invariants: forked before any thread, MPI and torch. The rank watches over the s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
     from mpipipe.runtime.stopping import StopSwitch
     from mpipipe.topology.launcher import LaunchInfo
 
-__all__ = ["supervise", "watch_supervisor"]
+__all__ = ["end_with", "supervise", "watch_supervisor"]
 
 _OWN_SIGNALS = {signal.SIGCHLD, signal.SIGALRM}
 _INTERVAL_S = 1.0
 _LAST_WORDS_S = 0.25  # a launcher drops text that it has not read when ranks end badly
 _ABORT_LIMIT_S = 2.0
+_PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
 
 def supervise(info: LaunchInfo, page: RankPage) -> int:
@@ -130,6 +132,17 @@ def watch_supervisor(supervisor: int, page: RankPage, stop: StopSwitch) -> Calla
             os.kill(supervisor, signal.SIGCONT)
 
     return watch
+
+
+def end_with(supervisor: int) -> None:
+    """Let the kernel end this rank with its supervisor, for when no thread watches any more.
+
+    Its files are written by then. MPI's last words wait for an answer that a launcher does not give
+    once the process that it had started, the supervisor, is gone.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != supervisor:  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _tell(end: End, page: RankPage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.blows import BLOWS, draw, expected
+from tests.chaos.blows import BLOWS, Blow, draw, expected
 from tests.chaos.chain import Job, Point
 from tests.chaos.judge import End, completions_faults, end_faults, num_records
 from tests.chaos.model import write_prompts
@@ -164,3 +165,13 @@ def test_prompts_are_the_same_for_one_seed(tmp_path: Path) -> None:
     write_prompts(tmp_path / "b.jsonl", 9, seed=1)
     assert names == [f"p{n}" for n in range(9)]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_signal_while_python_starts_may_end_the_rank_and_later_it_may_not() -> None:
+    early = Blow("stop-launcher", 0, signal.SIGUSR1, "boot", 0.0, 0.2, 0.0, whole_rank=False)
+    late = dataclasses.replace(early, delay_s=1.5)
+    assert signal.SIGUSR1 in expected(early, 20).exit_codes
+    assert signal.SIGUSR1 not in expected(late, 20).exit_codes
+    assert (
+        signal.SIGUSR1 not in expected(dataclasses.replace(early, moment="loading"), 20).exit_codes
+    )

@@ -76,6 +76,7 @@ def test_a_prompt_file_may_follow_a_configuration_file_and_settings_win(tmp_path
         ("MODEL", ["nothing"], "no setting, and no file"),
         ("MODEL", ["a.jsonl\0"], "NUL"),
         ("MO\0DEL", [], "NUL"),
+        ("~\0", [], "NUL"),  # a user of that name is looked up, too
         ("nope.toml", [], "does not exist"),
     ],
 )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,13 @@ import os, sys, time
 from pathlib import Path
 from mpipipe.runtime.rank_page import RankPhase, open_rank_page
 from mpipipe.runtime.stopping import StopSwitch, stop_signals
-from mpipipe.runtime.supervisor import supervise, watch_supervisor
+from mpipipe.runtime.supervisor import end_with, supervise, watch_supervisor
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 stop, page = StopSwitch(), open_rank_page()
 page.silence_limit_s = 2.0
-watch = watch_supervisor(supervise(LaunchInfo(Launcher.SRUN, rank=1), page), page, stop)
+supervisor = supervise(LaunchInfo(Launcher.SRUN, rank=1), page)
+watch = watch_supervisor(supervisor, page, stop)
 with stop_signals(stop, watch):
     page.opened(Path(sys.argv[1]), 1)
     page.phase, page.step = RankPhase.RUNNING, 17
@@ -38,6 +39,10 @@ with stop_signals(stop, watch):
     while not stop.reason:
         time.sleep(0.01)
 page.ended(stop.exit_code)
+end_with(supervisor)
+if "lingers" in sys.argv:
+    print("lingers", flush=True)
+    time.sleep(600)
 sys.exit(stop.exit_code)
 """
 
@@ -68,9 +73,9 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def supervised(folder: Path, *before: str) -> Iterator[Supervised]:
+def supervised(folder: Path, *before: str, after: Sequence[str] = ()) -> Iterator[Supervised]:
     (folder / "status.json").write_text('{"state": "generating"}')
-    command = [*before, sys.executable, "-c", PROGRAM, str(folder)]
+    command = [*before, sys.executable, "-c", PROGRAM, str(folder), *after]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -144,3 +149,14 @@ def test_a_rank_ends_without_its_launcher(tmp_path: Path) -> None:
         both.process.kill()
         _, err = both.end()
     assert "its launcher, srun, is gone" in err
+
+
+def test_a_rank_that_leaves_ends_with_a_supervisor_that_is_killed_meanwhile(tmp_path: Path) -> None:
+    """No thread watches any more, and MPI's last words would wait for ever."""
+    with supervised(tmp_path, after=["lingers"]) as rank:
+        os.kill(rank.rank, signal.SIGTERM)
+        assert rank.process.stdout is not None
+        assert rank.process.stdout.readline() == "lingers\n"
+        rank.process.kill()
+        code, _ = rank.end()
+    assert code == -signal.SIGKILL
