@@ -360,15 +360,14 @@ async def _complete(
 
         for completion in prompts.refused:
             take(completion)
-        clock = session.ranks.clock
-        job.marks.loaded_s = clock.now_s()  # opening and merging files is no part of generating
         showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:
                 async for completion in completions:
                     take(completion)
         finally:
-            job.marks.generated_s = clock.now_s()
+            # Bringing files to the disk and merging them is no part of generating.
+            job.marks.generated_s = session.ranks.clock.now_s()
             showing.cancel()
             view.ended()
             _tell(job, session, tally)

@@ -185,7 +185,8 @@ def test_ctrl_c_stops_a_run_in_order(job: list[str], tiny_config: Path, tmp_path
     assert ended.exit_code == EXIT_INTERRUPTED, ended.stderr
     assert "Traceback" not in ended.stderr
     status = ended.json("status.json")
-    assert (status["state"], status["stop_reason"]) == ("stopped", "SIGINT")
+    assert status["state"] == "stopped"
+    assert status["stop_reason"].startswith("SIGINT")  # of rank 0, or of the rank that was first
     assert 0 < len(ended.completions()) < NUM_PROMPTS
 
 
