@@ -22,6 +22,7 @@ __all__ = [
     "DecodeScheduled",
     "Echo",
     "GatherPart",
+    "GenerationBegan",
     "GenerationEnded",
     "Heartbeat",
     "Hello",
@@ -39,7 +40,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -247,6 +248,11 @@ class LogprobsSampled:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationBegan:
+    """head → all: a call of `generate` begins; stages account for their time from here."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationEnded:
     """head → all: this call of `generate` is over; wait for the next one."""
 
@@ -295,8 +301,8 @@ class Echo:
 Message = (
     Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
     | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
-    | LogprobsSampled | GenerationEnded | SessionEnded | StopRequested | Heartbeat
-    | RankLost | Echo
+    | LogprobsSampled | GenerationBegan | GenerationEnded | SessionEnded | StopRequested
+    | Heartbeat | RankLost | Echo
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -320,4 +326,5 @@ TAGS: dict[int, type[Message]] = {
     17: StopRequested,
     18: Heartbeat,
     19: RankLost,
+    20: GenerationBegan,
 }

@@ -27,7 +27,7 @@ class PhaseTimes:
     """The run's wall clock on the head, cut into its phases."""
 
     boot_s: float = 0.0  # start of the process to the agreed plan
-    load_s: float = 0.0  # weights and cache on all ranks
+    load_s: float = 0.0  # weights and cache on all ranks, the journal opened
     generate_s: float = 0.0  # to the last completion
     shutdown_s: float = 0.0  # files brought to the disk and merged, reports
 

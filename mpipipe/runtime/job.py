@@ -360,13 +360,15 @@ async def _complete(
 
         for completion in prompts.refused:
             take(completion)
+        # Opening the journal, bringing it to the disk and merging are no part of generating: all
+        # ranks account for their time from here to the end of the loop.
+        job.marks.loaded_s = session.ranks.clock.now_s()
         showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:
                 async for completion in completions:
                     take(completion)
         finally:
-            # Bringing files to the disk and merging them is no part of generating.
             job.marks.generated_s = session.ranks.clock.now_s()
             showing.cancel()
             view.ended()

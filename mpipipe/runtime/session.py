@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
+from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
@@ -125,6 +125,7 @@ class Session:
             )
             if self._stopped:
                 runner.stop()
+            self.ranks.mesh.broadcast_message(GenerationBegan())
             served = self.ranks.tasks.create_task(self._worker.serve(), name="stage")
             # A stage that fails takes its error to the task group, which cancels us; nobody may
             # then wait for steps that will not come back.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.control_plane.messages import (
+    GenerationBegan,
     GenerationEnded,
     LogprobsSampled,
     RequestClosed,
@@ -109,7 +110,12 @@ class StageWorker:
         self._ready: asyncio.Queue[_ReadyStep | None] = asyncio.Queue()
         self._returning: asyncio.Queue[_ReturningStep | None] = asyncio.Queue()
         self._mailbox = mesh.mailbox(
-            RequestOpened, StepScheduled, RequestClosed, GenerationEnded, SessionEnded
+            GenerationBegan,
+            RequestOpened,
+            StepScheduled,
+            RequestClosed,
+            GenerationEnded,
+            SessionEnded,
         )
 
     @property
@@ -124,17 +130,19 @@ class StageWorker:
 
     async def serve(self) -> bool:
         """Run steps until the head ends this generate call; False: the head ended the session."""
-        goes_on = True
+        _, first = await self._mailbox.get()
+        if isinstance(first, SessionEnded):
+            return False
+        assert isinstance(first, GenerationBegan), first
         self._account.begin(self._clock.now_s())
         async with asyncio.TaskGroup() as tasks:
-            intake = tasks.create_task(self._intake(), name="intake")
+            tasks.create_task(self._intake(), name="intake")
             tasks.create_task(self._compute(), name="compute")
             if self.is_first:
                 tasks.create_task(self._return_ids(), name="return")
-            goes_on = await intake
         self._account.end(self._clock.now_s())
         self._closed.extend(self._table.clear())
-        return goes_on
+        return True
 
     def device_use(self) -> DeviceUse:
         """Nothing: on a CPU computing is Python's own time."""
@@ -146,7 +154,7 @@ class StageWorker:
 
     # ---- intake ----------------------------------------------------------------------------------
 
-    async def _intake(self) -> bool:
+    async def _intake(self) -> None:
         while True:
             _, message = await self._mailbox.get()
             match message:
@@ -157,10 +165,10 @@ class StageWorker:
                 case RequestClosed():
                     self._table.close(message.sequence_ids)
                     self._closed.extend(message.sequence_ids)
-                case GenerationEnded() | SessionEnded():
+                case GenerationEnded():
                     self._ready.put_nowait(None)
                     self._returning.put_nowait(None)
-                    return isinstance(message, GenerationEnded)
+                    return
                 case _:
                     raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
 

@@ -29,6 +29,7 @@ from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.config.prompts import read_prompts
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
+    GenerationBegan,
     GenerationEnded,
     RequestClosed,
     RequestOpened,
@@ -75,6 +76,7 @@ class StubStage:
             StepScheduled,
             DecodeScheduled,
             RequestClosed,
+            GenerationBegan,
             GenerationEnded,
             SessionEnded,
         )
@@ -96,7 +98,7 @@ class StubStage:
                     rows.extend(message.joined)
                     self._give_back(message.step, len(rows))
                     await asyncio.sleep(0)
-                case GenerationEnded() | SessionEnded():
+                case GenerationEnded():
                     return True
                 case _:
                     pass

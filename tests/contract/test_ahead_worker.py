@@ -15,7 +15,7 @@ import torch
 from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
-from mpipipe.control_plane.messages import GenerationEnded, SessionEnded
+from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.data_plane.channel import EdgeKind, TensorChannel, Transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.data_plane.transfer import PendingTransfer
@@ -193,6 +193,7 @@ class VirtualRanks:
             clock=MonotonicClock(),
             log=NullLog(),
         )
+        self.ranks[0].mesh.broadcast_message(GenerationBegan())
         serving = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
         completions = [completion async for completion in runner.generate(requests)]
         self.ranks[0].mesh.broadcast_message(GenerationEnded())

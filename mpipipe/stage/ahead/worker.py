@@ -20,6 +20,7 @@ import torch
 
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
+    GenerationBegan,
     GenerationEnded,
     LogprobsSampled,
     RequestClosed,
@@ -118,6 +119,7 @@ class AheadWorker:
             StepScheduled,
             DecodeScheduled,
             RequestClosed,
+            GenerationBegan,
             GenerationEnded,
             SessionEnded,
         )
@@ -134,13 +136,17 @@ class AheadWorker:
 
     async def serve(self) -> bool:
         """Run steps until the head ends this generate call; False: the head ended the session."""
+        _, first = await self._mailbox.get()
+        if isinstance(first, SessionEnded):
+            return False
+        assert isinstance(first, GenerationBegan), first
         self._timeline.begin(self._clock.now_s())
         self._launches_s.clear()
         unregister = self._progress.register(self._poll)
         try:
             while True:
                 message = await self._next()
-                if isinstance(message, GenerationEnded | SessionEnded):
+                if isinstance(message, GenerationEnded):
                     break
                 await self._follow(message)
             self._lane.drain()
@@ -149,10 +155,10 @@ class AheadWorker:
             unregister()
         assert not self._returning, "the head ends a call when all steps have come back"
         self._timeline.end(self._clock.now_s())
-        if self._launches_s:  # a session's last call only hears that it is over
+        if self._launches_s:
             self._us_per_launch = median(self._launches_s) * 1e6
         self._engine.clear()
-        return isinstance(message, GenerationEnded)
+        return True
 
     def device_use(self) -> DeviceUse:
         """Memory of the device; median host time of the latest call's decode steps."""
