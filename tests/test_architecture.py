@@ -41,7 +41,7 @@ PARAMETERS_EXCEPTIONS: dict[str, str] = {
     "mpipipe/stage/ahead/worker.py:AheadWorker.__init__": "wires a stage, keyword-only",
 }
 PRINT_EXCEPTIONS: dict[str, str] = {
-    "mpipipe/runtime/launch.py": "the last words of a rank that is about to abort the job",
+    "mpipipe/runtime/ranks.py": "the last words of a rank that is about to abort the job",
 }
 
 # Words that say nothing, as a part of any name; and those that say nothing as the whole name.

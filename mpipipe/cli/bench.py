@@ -7,27 +7,27 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpipipe.bench.control import measure_control_plane
+from mpipipe.bench.environment import SPEED_PACKAGES
+from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import read_prompts
 from mpipipe.control_plane.probe import format_probe
 from mpipipe.errors import ConfigError
+from mpipipe.planning.inputs import read_model
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.circumstances import SPEED_PACKAGES
-from mpipipe.runtime.control_bench import measure_control_plane
-from mpipipe.runtime.inputs import read_model
-from mpipipe.runtime.journal import CompletionWriter, merge
-from mpipipe.runtime.output import claim_run_folder
-from mpipipe.runtime.packages import package_versions
+from mpipipe.run_folder.files import claim_run_folder
+from mpipipe.run_folder.journal import CompletionWriter, merge
 from mpipipe.runtime.requests import prepare
-from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests
+from mpipipe.topology.packages import package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpipipe.bench.baseline import BaselineResult
+    from mpipipe.bench.baseline_model import BaselinePlace
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.runtime.baseline import BaselineResult
-    from mpipipe.runtime.baseline_model import BaselinePlace
 
 __all__ = ["control_command", "transformers_command", "transformers_works_command"]
 
@@ -70,8 +70,8 @@ def transformers_command(
             "generation.temperature=0"
         )
 
+    from mpipipe.bench.baseline import generate_with_transformers
     from mpipipe.models.tokenizer import open_tokenizer
-    from mpipipe.runtime.baseline import generate_with_transformers
 
     folder = Path(config.output.dir).absolute() if config.output.dir != "auto" else None
     if folder is not None:
@@ -114,8 +114,8 @@ def transformers_works_command(
     loaded = load_config(config_path, overrides)
     facts = read_model(loaded)
 
-    from mpipipe.runtime.baseline import time_with_transformers
-    from mpipipe.runtime.baseline_model import open_baseline
+    from mpipipe.bench.baseline import time_with_transformers
+    from mpipipe.bench.baseline_model import open_baseline
 
     dtype = _dtype(loaded)
     random = loaded.config.model.weights == "random"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpipipe.runtime.demo_model import demo_model_folder, is_ready, prepare_demo_model
+from mpipipe.demo.model import demo_model_folder, is_ready, prepare_demo_model
 
 __all__ = ["demo_model_command"]
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mpipipe.clock import MonotonicClock
+from mpipipe.doctor.examine import run_doctor
+from mpipipe.doctor.finding import DoctorReport, Finding, Severity
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.doctor.examine import run_doctor
-from mpipipe.runtime.doctor.finding import DoctorReport, Finding, Severity
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -191,9 +191,9 @@ def bench_throughput(
     debug: Debug = False,
 ) -> None:
     """Tokens per second of random prompts: `mpirun -n 2 mpipipe bench throughput CONFIG`."""
+    from mpipipe.bench.throughput import ThroughputOptions
+    from mpipipe.bench.workloads import BenchWork
     from mpipipe.cli.throughput import chosen_works, throughput_command
-    from mpipipe.runtime.throughput import ThroughputOptions
-    from mpipipe.runtime.workloads import BenchWork
 
     default = BenchWork(prompts, 0 if mixed else tokens_in, 0 if mixed else tokens_out, mixed)
     options = ThroughputOptions(
@@ -224,8 +224,8 @@ def bench_transformers(
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
     """The same prompts through `transformers.generate` in one process: the figure to beat."""
+    from mpipipe.bench.baseline_model import BaselinePlace
     from mpipipe.cli.bench import transformers_command, transformers_works_command
-    from mpipipe.runtime.baseline_model import BaselinePlace
 
     place = BaselinePlace(device, device_map, threads)
     if work:
@@ -238,8 +238,8 @@ def main() -> None:
     """Run the command line; a user error becomes one sentence and its exit code."""
     terminal = guard_terminal()
     exit_code = _judge_output(terminal, _run_app())
-    if "mpipipe.runtime.launch" in sys.modules:  # ranks were joined
-        from mpipipe.runtime.launch import leave
+    if "mpipipe.runtime.ranks" in sys.modules:  # ranks were joined
+        from mpipipe.runtime.ranks import leave
 
         leave(exit_code)
     sys.exit(exit_code)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from mpipipe.clock import Clock, MonotonicClock
-from mpipipe.runtime.run_status import duration
+from mpipipe.run_folder.status import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

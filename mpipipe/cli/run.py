@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from mpipipe.cli.terminal import guard_terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
-from mpipipe.runtime.rank_page import open_rank_page
-from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, stop_signals
-from mpipipe.runtime.supervisor import end_with, supervise, watch_supervisor
+from mpipipe.job.rank_page import open_rank_page
+from mpipipe.job.supervisor import end_with, supervise, watch_supervisor
+from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time, stop_signals
 from mpipipe.topology.launcher import detect
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             keep_wall_time(stop, os.environ)
             # A stop so far is told when all ranks have met: they end together, in order.
             from mpipipe.cli.run_view import TerminalView
+            from mpipipe.job.run import run_job
             from mpipipe.progress import new_event_loop
-            from mpipipe.runtime.job import run_job
 
             view = TerminalView(terminal, show=show)
             job = run_job(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mpipipe.cli.progress_view import ProgressView
 from mpipipe.metrics.summary_text import summary_lines
 from mpipipe.planning.explain import plan_lines
-from mpipipe.runtime.workspace import how_to_go_on
+from mpipipe.run_folder.workspace import how_to_go_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

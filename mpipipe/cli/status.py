@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import EXIT_OK, OutputError
-from mpipipe.runtime.progress_file import RunState
-from mpipipe.runtime.run_status import (
+from mpipipe.run_folder.progress_file import RunState
+from mpipipe.run_folder.status import (
     RunStatus,
     duration,
     find_runs,

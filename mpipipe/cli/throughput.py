@@ -14,12 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mpipipe.bench.throughput import ThroughputOptions, run_throughput
+from mpipipe.bench.workloads import BenchWork
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import MpipipeError, OutputError
 from mpipipe.planning.explain import plan_lines
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.throughput import ThroughputOptions, run_throughput
-from mpipipe.runtime.workloads import BenchWork
 from mpipipe.topology.launcher import detect
 
 if TYPE_CHECKING:

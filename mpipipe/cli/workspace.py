@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mpipipe.errors import EXIT_OK, ConfigError
-from mpipipe.runtime.workspace import job_workspace
+from mpipipe.run_folder.workspace import job_workspace
 from mpipipe.topology.slurm import read_job
 
 if TYPE_CHECKING:

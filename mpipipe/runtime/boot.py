@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
+from mpipipe.planning.inputs import ModelFacts, deepspeed_warnings
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.workload import Workload
-from mpipipe.runtime.inputs import ModelFacts, deepspeed_warnings
-from mpipipe.runtime.launch import PHASE_DEADLINE_S, Ranks, in_phase
-from mpipipe.runtime.load import StageParts, load_parts, stage_bytes
+from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase
 from mpipipe.runtime.session import LoadFacts, Session
 from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
 from mpipipe.runtime.tensor_channel import open_channel

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpipipe.runtime.launch import Ranks
+    from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["ClockOffsets", "measure_clock_offsets"]
 

@@ -25,11 +25,11 @@ from mpipipe.config.prompt_fields import keyword_sampling
 from mpipipe.config.prompts import library_prompts
 from mpipipe.errors import MpipipeError, RemoteError, SettingError
 from mpipipe.metrics.log import NullLog
+from mpipipe.planning.inputs import read_model
 from mpipipe.planning.workload import Workload
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.greeting import greet
-from mpipipe.runtime.inputs import read_model
-from mpipipe.runtime.launch import import_boot, in_phase, open_ranks
+from mpipipe.runtime.handshake import greet
+from mpipipe.runtime.ranks import import_boot, in_phase, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts, prepare
 from mpipipe.runtime.shared_folders import check_model_folder
 from mpipipe.types import Completion, SamplingParams

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError, OutputError
-from mpipipe.runtime.launch import PHASE_DEADLINE_S, in_phase
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
-    from mpipipe.runtime.inputs import ModelFacts
-    from mpipipe.runtime.launch import Ranks
+    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.runtime.ranks import Ranks
 
 __all__ = [
     "check_model_folder",

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.runtime.launch import Ranks
-    from mpipipe.runtime.load import StageParts
+    from mpipipe.runtime.loading import StageParts
+    from mpipipe.runtime.ranks import Ranks
     from mpipipe.stage.device_use import DeviceUse
 
 __all__ = ["AheadParts", "Worker", "ahead_worker", "awaiting_worker", "prepare_ahead"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.runtime.launch import Ranks
+    from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["Transport", "open_channel", "open_transport"]
 

@@ -37,14 +37,14 @@ from mpipipe.control_plane.messages import (
     StepSampled,
     StepScheduled,
 )
+from mpipipe.job import run as job_module
+from mpipipe.job.acquire import Claim, claim_folder
+from mpipipe.job.manifest import completions_basis
 from mpipipe.metrics.log import open_log
+from mpipipe.planning.inputs import ModelFacts
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime import job as job_module
-from mpipipe.runtime.inputs import ModelFacts
-from mpipipe.runtime.job_claim import Claim, claim_folder
-from mpipipe.runtime.launch import Ranks, open_ranks
-from mpipipe.runtime.manifest import completions_basis
-from mpipipe.runtime.progress_file import ProgressFile, RunState
+from mpipipe.run_folder.progress_file import ProgressFile, RunState
+from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts
 from mpipipe.runtime.session import Session
 from mpipipe.types import Request

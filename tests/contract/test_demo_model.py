@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.demo import model as demo_model
+from mpipipe.demo.model import cache_folder, demo_model_folder, prepare_demo_model
 from mpipipe.errors import CheckpointError, EnvironmentSetupError
 from mpipipe.models.tokenizer import open_tokenizer
-from mpipipe.runtime import demo_model
-from mpipipe.runtime.demo_model import cache_folder, demo_model_folder, prepare_demo_model
 
 HEADS, KV_HEADS, HIDDEN, LAYERS = 4, 2, 64, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -211,7 +211,7 @@ def test_a_ready_model_is_found_without_torch(cache: Path, monkeypatch: pytest.M
     put_wheel(cache, monkeypatch)
     prepare_demo_model(cache)
     code = (
-        "import sys; from mpipipe.runtime.demo_model import prepare_demo_model; "
+        "import sys; from mpipipe.demo.model import prepare_demo_model; "
         "prepare_demo_model(); print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -22,7 +22,7 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.models.fast_layers import FastLayer, merge_layer
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
-from mpipipe.runtime.load import load_parts
+from mpipipe.runtime.loading import load_parts
 from tests.contract.ahead_pipeline import ahead_plan
 from tests.contract.stage_steps import (
     ragged_layout,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mpipipe.runtime.stopping import StopSwitch, stop_signals
+from mpipipe.runtime.stop_switch import StopSwitch, stop_signals
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def run(num_ranks: int, config: Path | str, folder: Path, *words: str) -> Outcom
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo model, fetched once per machine."""
-    from mpipipe.runtime.demo_model import prepare_demo_model
+    from mpipipe.demo.model import prepare_demo_model
 
     return prepare_demo_model()
 

@@ -16,7 +16,7 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.mpi import finalize
 from mpipipe.errors import EXIT_REQUEUE
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.launch import leave, open_ranks
+from mpipipe.runtime.ranks import leave, open_ranks
 
 LIMIT_S = 30.0
 # The launcher kills within some milliseconds of the end of a rank that it takes for a dead one.

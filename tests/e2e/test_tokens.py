@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from mpipipe.bench.baseline import generate_with_transformers
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.models.tokenizer import open_tokenizer
-from mpipipe.runtime.baseline import generate_with_transformers
 from mpipipe.runtime.requests import prepare
 from tests.e2e.conftest import ROOT, read_jsonl, run
 

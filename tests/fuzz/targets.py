@@ -22,8 +22,8 @@ from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
-from mpipipe.runtime.job_claim import claim_folder
-from mpipipe.runtime.journal import merge
+from mpipipe.job.acquire import claim_folder
+from mpipipe.run_folder.journal import merge
 from mpipipe.scheduler.detokenize import StopWatch
 from mpipipe.topology.slurm import SlurmJob
 from tests.fuzz import seeds

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mpipipe.clock import MonotonicClock
+from mpipipe.doctor.probes import links
+from mpipipe.doctor.probes.links import LinkFigure, measure_links, neighbours
 from mpipipe.errors import EnvironmentSetupError, MpipipeError
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.doctor import links
-from mpipipe.runtime.doctor.links import LinkFigure, measure_links, neighbours
-from mpipipe.runtime.greeting import read_hello
-from mpipipe.runtime.launch import Ranks, open_ranks
+from mpipipe.runtime.handshake import read_hello
+from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.tensor_channel import open_transport
 from mpipipe.topology.host import host_name
 
@@ -83,7 +83,7 @@ def test_the_ranks_of_a_host_count_themselves_where_no_launcher_says(
         seen.append(local_rank)
         return read_gpu(device, local_rank)
 
-    from mpipipe.runtime import greeting
+    from mpipipe.runtime import handshake as greeting
 
     read_gpu = greeting._read_gpu
     monkeypatch.setattr(greeting, "_read_gpu", look)

@@ -9,12 +9,12 @@ import pytest
 
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.config.prompts import PromptLine, read_prompts
+from mpipipe.doctor import job
+from mpipipe.doctor.finding import Finding, Severity
 from mpipipe.errors import CheckpointError, OutputError
+from mpipipe.planning.inputs import ModelFacts, read_model
 from mpipipe.planning.workload import Workload
-from mpipipe.runtime.doctor import job
-from mpipipe.runtime.doctor.finding import Finding, Severity
-from mpipipe.runtime.inputs import ModelFacts, read_model
-from mpipipe.runtime.output import claim_run_folder
+from mpipipe.run_folder.files import claim_run_folder
 from mpipipe.runtime.requests import PreparedPrompts
 from mpipipe.types import Request
 

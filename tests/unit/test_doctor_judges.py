@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import pytest
 
 from mpipipe.control_plane.probe import ControlProbe, RoundTrips
-from mpipipe.errors import EnvironmentSetupError
-from mpipipe.runtime.clock_offsets import ClockOffsets
-from mpipipe.runtime.doctor.facts import (
+from mpipipe.doctor.checks.job import HostDemand, judge_folders, judge_memory
+from mpipipe.doctor.checks.launch import not_joined
+from mpipipe.doctor.checks.measured import judge_clocks, judge_control, judge_links
+from mpipipe.doctor.checks.ranks import judge_ranks
+from mpipipe.doctor.facts import (
     GpuLook,
     GpuProcess,
     LaunchFacts,
@@ -20,12 +22,10 @@ from mpipipe.runtime.doctor.facts import (
     SoftwareFacts,
     Wheel,
 )
-from mpipipe.runtime.doctor.finding import Finding, Severity
-from mpipipe.runtime.doctor.folders import FolderFacts
-from mpipipe.runtime.doctor.judge_job import HostDemand, judge_folders, judge_memory
-from mpipipe.runtime.doctor.judge_launch import not_joined
-from mpipipe.runtime.doctor.judge_measured import judge_clocks, judge_control, judge_links
-from mpipipe.runtime.doctor.judge_ranks import judge_ranks
+from mpipipe.doctor.finding import Finding, Severity
+from mpipipe.doctor.probes.folders import FolderFacts
+from mpipipe.errors import EnvironmentSetupError
+from mpipipe.runtime.clock_offsets import ClockOffsets
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size
 

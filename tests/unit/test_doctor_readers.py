@@ -12,8 +12,8 @@ import pytest
 
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import Config, ModelConfig, OutputConfig
-from mpipipe.runtime.doctor.facts import GpuLook, GpuProcess, Library, RankFacts, Wheel
-from mpipipe.runtime.doctor.folders import (
+from mpipipe.doctor.facts import GpuLook, GpuProcess, Library, RankFacts, Wheel
+from mpipipe.doctor.probes.folders import (
     claim_marker,
     file_system,
     look_at_folders,
@@ -21,11 +21,11 @@ from mpipipe.runtime.doctor.folders import (
     read_bytes_per_s,
     write_bytes_per_s,
 )
-from mpipipe.runtime.doctor.nccl_log import nccl_routes, recorded_nccl
-from mpipipe.runtime.doctor.read_gpu import kernel_driver, look_before_torch, parse_processes
-from mpipipe.runtime.doctor.read_launch import loaded_libraries, read_launch
-from mpipipe.runtime.doctor.read_node import read_node
-from mpipipe.runtime.doctor.read_software import (
+from mpipipe.doctor.probes.gpu import kernel_driver, look_before_torch, parse_processes
+from mpipipe.doctor.probes.launch import loaded_libraries, read_launch
+from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.doctor.probes.node import read_node
+from mpipipe.doctor.probes.software import (
     TorchImport,
     cuda_libraries_in,
     nvidia_wheels,

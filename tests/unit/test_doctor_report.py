@@ -15,9 +15,8 @@ from rich.console import Console
 
 from mpipipe.cli.doctor import doctor_command, print_report
 from mpipipe.clock import MonotonicClock
-from mpipipe.errors import CheckpointError, EnvironmentSetupError
-from mpipipe.runtime.doctor.examine import LAST_WORD_S, run_doctor
-from mpipipe.runtime.doctor.finding import (
+from mpipipe.doctor.examine import LAST_WORD_S, run_doctor
+from mpipipe.doctor.finding import (
     DoctorReport,
     Finding,
     Severity,
@@ -26,6 +25,7 @@ from mpipipe.runtime.doctor.finding import (
     split_advice,
     warning,
 )
+from mpipipe.errors import CheckpointError, EnvironmentSetupError
 
 
 def report(*findings: Finding, num_ranks: int = 4) -> DoctorReport:
@@ -160,8 +160,8 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
     async def nobody(*_: object) -> None:
         raise AssertionError("the first rank may be ended while it imports torch")
 
-    no_launcher.setattr("mpipipe.runtime.launch._open_channel", raise_it)
-    no_launcher.setattr("mpipipe.runtime.doctor.examine.collect_facts", nobody)
+    no_launcher.setattr("mpipipe.runtime.ranks._open_channel", raise_it)
+    no_launcher.setattr("mpipipe.doctor.examine.collect_facts", nobody)
     environ = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_END_TIME": "99999999999"}
     for name, value in (environ | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}).items():
         no_launcher.setenv(name, value)
@@ -179,7 +179,7 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
         asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
         return asyncio.Timeout(asyncio.get_running_loop().time() + seconds)
 
-    no_launcher.setattr("mpipipe.runtime.doctor.examine.asyncio.timeout", timeout)
+    no_launcher.setattr("mpipipe.doctor.examine.asyncio.timeout", timeout)
     assert visit() == (None, 5)
     assert limits == [LAST_WORD_S]  # or srun would end the rank that speaks
 

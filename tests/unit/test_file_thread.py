@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from mpipipe.errors import OutputError
-from mpipipe.runtime.file_thread import FileThread
+from mpipipe.run_folder.file_thread import FileThread
 
 
 def test_work_is_done_in_order_while_the_loop_goes_on() -> None:

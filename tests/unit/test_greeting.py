@@ -14,8 +14,9 @@ from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import Hello
 from mpipipe.progress import ProgressEngine, new_event_loop
-from mpipipe.runtime import greeting, own_hello
-from mpipipe.runtime.launch import Ranks
+from mpipipe.runtime import handshake as greeting
+from mpipipe.runtime import own_hello
+from mpipipe.runtime.ranks import Ranks
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import HostFacts
 from mpipipe.topology.launcher import Launcher, LaunchInfo

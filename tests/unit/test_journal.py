@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from mpipipe.errors import OutputError
-from mpipipe.runtime import journal as journal_module
-from mpipipe.runtime.journal import CompletionWriter, merge, read_journals
-from mpipipe.runtime.record_line import completion_record, decode_line, encode_line
+from mpipipe.run_folder import journal as journal_module
+from mpipipe.run_folder.journal import CompletionWriter, merge, read_journals
+from mpipipe.run_folder.record_line import completion_record, decode_line, encode_line
 from mpipipe.types import Completion, FinishReason, TokenLogprobs
 
 NAMES = [f"p{i}" for i in range(6)]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from mpipipe.config.load import load_config
-from mpipipe.runtime.inputs import ModelFacts
-from mpipipe.runtime.job_claim import claim_folder
-from mpipipe.runtime.manifest import build_manifest, completions_basis
+from mpipipe.job.acquire import claim_folder
+from mpipipe.job.manifest import build_manifest, completions_basis
+from mpipipe.planning.inputs import ModelFacts
 from tests.unit.test_plan import make_plan
 
 

@@ -11,8 +11,8 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.errors import ChannelClosedError, MpipipeError, NumericsError
 from mpipipe.progress import ProgressEngine
-from mpipipe.runtime import launch
-from mpipipe.runtime.launch import open_ranks
+from mpipipe.runtime import ranks as launch
+from mpipipe.runtime.ranks import open_ranks
 
 
 def ended_by(error: Exception) -> tuple[MpipipeError, list[BaseException]]:

@@ -14,8 +14,8 @@ from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.errors import CheckpointError, ConfigError, MpipipeError, RemoteError, StoppedError
 from mpipipe.progress import ProgressEngine, new_event_loop
-from mpipipe.runtime.launch import AgreedError, Ranks, in_phase, leave
 from mpipipe.runtime.phase_thread import is_abandoned_work_running
+from mpipipe.runtime.ranks import AgreedError, Ranks, in_phase, leave
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 LIMIT_S = 20.0
@@ -207,7 +207,7 @@ def test_leaving_waits_for_no_work_that_was_given_up(
         assert stuck.begun.wait(LIMIT_S)
         ranks[0].stop.trip("SIGTERM")
 
-    monkeypatch.setattr("mpipipe.runtime.launch.os._exit", end)
+    monkeypatch.setattr("mpipipe.runtime.ranks.os._exit", end)
     with pytest.raises(SystemExit):
         leave(5)
     assert ended == []  # in the ordinary way

@@ -7,9 +7,9 @@ import pytest
 
 from mpipipe.config.load import load_config
 from mpipipe.errors import ConfigError, OutputError
-from mpipipe.runtime.journal import merge
-from mpipipe.runtime.output import claim_run_folder
-from mpipipe.runtime.resume import (
+from mpipipe.run_folder.files import claim_run_folder
+from mpipipe.run_folder.journal import merge
+from mpipipe.run_folder.resume import (
     Earlier,
     check_basis,
     earlier_basis,

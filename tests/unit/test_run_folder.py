@@ -19,13 +19,13 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
-from mpipipe.runtime import job as job_module
-from mpipipe.runtime.file_thread import FileThread
-from mpipipe.runtime.folder_lock import lock_folder
-from mpipipe.runtime.job_claim import Claim, claim_folder
-from mpipipe.runtime.journal import CompletionWriter
-from mpipipe.runtime.output import write_whole
-from mpipipe.runtime.progress_file import ProgressFile
+from mpipipe.job import run as job_module
+from mpipipe.job.acquire import Claim, claim_folder
+from mpipipe.run_folder.file_thread import FileThread
+from mpipipe.run_folder.files import write_whole
+from mpipipe.run_folder.journal import CompletionWriter
+from mpipipe.run_folder.lock import lock_folder
+from mpipipe.run_folder.progress_file import ProgressFile
 from mpipipe.topology.slurm import SlurmJob
 from mpipipe.types import Completion, FinishReason
 

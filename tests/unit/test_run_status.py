@@ -17,9 +17,9 @@ import pytest
 
 from mpipipe.cli.status import status_command
 from mpipipe.errors import ConfigError, OutputError, StoppedError
-from mpipipe.runtime import progress_file
-from mpipipe.runtime.progress_file import ProgressFile, RunState, tell_end
-from mpipipe.runtime.run_status import RunStatus, duration, find_runs, judge, read_status
+from mpipipe.run_folder import progress_file
+from mpipipe.run_folder.progress_file import ProgressFile, RunState, tell_end
+from mpipipe.run_folder.status import RunStatus, duration, find_runs, judge, read_status
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)

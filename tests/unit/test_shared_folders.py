@@ -15,7 +15,7 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.errors import CheckpointError, OutputError
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime import shared_folders
-from mpipipe.runtime.launch import AgreedError, Ranks
+from mpipipe.runtime.ranks import AgreedError, Ranks
 from mpipipe.runtime.shared_folders import (
     check_output_folder,
     describe_model,

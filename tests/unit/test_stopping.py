@@ -26,9 +26,9 @@ from mpipipe.errors import (
     StoppedError,
 )
 from mpipipe.progress import ProgressEngine
-from mpipipe.runtime import stopping
-from mpipipe.runtime.launch import Ranks
-from mpipipe.runtime.stopping import StopSwitch, keep_wall_time, watch_for_stop
+from mpipipe.runtime import stop_switch as stopping
+from mpipipe.runtime.ranks import Ranks
+from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time, watch_for_stop
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def python(program: str, *, preexec: Callable[[], object] | None = None) -> Ende
 
 _TAKING = """
 import os, signal, threading
-from mpipipe.runtime.stopping import StopSwitch, stop_signals
+from mpipipe.runtime.stop_switch import StopSwitch, stop_signals
 
 class Switch(StopSwitch):
     def signalled(self, number):
@@ -233,7 +233,7 @@ with stop_signals(Switch()):
 def test_a_signal_wakes_the_loop() -> None:
     program = """
 import asyncio, os, signal
-from mpipipe.runtime.stopping import StopSwitch, stop_signals
+from mpipipe.runtime.stop_switch import StopSwitch, stop_signals
 
 async def wait(switch):
     asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGUSR2)

@@ -23,9 +23,9 @@ LIMIT_S = 60
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from mpipipe.runtime.rank_page import RankPhase, open_rank_page
-from mpipipe.runtime.stopping import StopSwitch, stop_signals
-from mpipipe.runtime.supervisor import end_with, supervise, watch_supervisor
+from mpipipe.job.rank_page import RankPhase, open_rank_page
+from mpipipe.runtime.stop_switch import StopSwitch, stop_signals
+from mpipipe.job.supervisor import end_with, supervise, watch_supervisor
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 stop, page = StopSwitch(), open_rank_page()

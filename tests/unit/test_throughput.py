@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests, warm_up_requests
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import ConfigError
 from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.summary import RankReport
 from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
-from mpipipe.runtime.workloads import BenchWork, Vocabulary, bench_requests, warm_up_requests
 from mpipipe.types import Completion, FinishReason
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"

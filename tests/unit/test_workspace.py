@@ -11,7 +11,7 @@ import pytest
 
 from mpipipe.config.load import load_config
 from mpipipe.errors import CheckpointError, ConfigError, OutputError
-from mpipipe.runtime.workspace import (
+from mpipipe.run_folder.workspace import (
     JOB_FILE,
     how_to_go_on,
     job_workspace,

@@ -1,0 +1,1 @@
+"""Measuring parts of the system: throughput, control plane, transformers as the baseline."""

@@ -1,0 +1,50 @@
+"""Under which circumstances a figure was measured: devices, plan, versions, date."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpipipe._version import __version__
+from mpipipe.topology.packages import package_versions
+
+if TYPE_CHECKING:
+    from mpipipe.runtime.session import Session
+
+__all__ = ["SPEED_PACKAGES", "circumstances"]
+
+SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
+
+
+def circumstances(session: Session) -> dict[str, Any]:
+    """What a benchmark's record says beside its figures (head)."""
+    plan = session.plan
+    statistics = session.statistics()
+    return {
+        "model": Path(plan.model_path).name,
+        "devices": [hello.gpu_name or plan.device for hello in session.hellos],
+        "plan": {
+            "split": [stage.num_layers for stage in plan.stages],
+            "dtype": plan.dtype,
+            "num_slots": plan.num_slots,
+            "max_sequences_per_slot": plan.max_sequences_per_slot,
+            "max_tokens_per_step": plan.max_tokens_per_step,
+            "num_kv_pages": plan.num_kv_pages,
+            "page_size_tokens": plan.page_size_tokens,
+            "transport": plan.transport,
+            "attention": plan.attention,
+            "laps_ahead": plan.laps_ahead,
+            "prefill": plan.prefill,
+            "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
+            "weights": plan.weights,
+            "hash": plan.content_hash(),
+        },
+        "num_preemptions": statistics.num_preemptions if statistics is not None else 0,
+        "versions": {
+            "mpipipe": __version__,
+            "mpi": session.ranks.mpi_library or None,
+            **package_versions(SPEED_PACKAGES),
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

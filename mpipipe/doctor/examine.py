@@ -1,0 +1,216 @@
+"""`mpipipe doctor`: every rank collects, the head judges. Runs alone, under mpirun and under srun.
+
+Order: join, facts of every rank, then what only makes sense when those are in order: messages,
+clocks, links, the job itself. Ranks that cannot join are a finding too, not a failure.
+Not here: printing (`cli.doctor`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mpipipe.control_plane.probe import probe_control_plane
+from mpipipe.doctor.checks.launch import not_joined
+from mpipipe.doctor.checks.measured import judge_clocks, judge_control, judge_links
+from mpipipe.doctor.checks.ranks import judge_ranks
+from mpipipe.doctor.facts import RankFacts
+from mpipipe.doctor.finding import DoctorReport, Finding
+from mpipipe.doctor.job import examine_job
+from mpipipe.doctor.probes.collect import MpiState, collect_facts, try_load
+from mpipipe.doctor.probes.launch import loaded_libraries
+from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError, MpipipeError
+from mpipipe.runtime.clock_offsets import measure_clock_offsets
+from mpipipe.runtime.handshake import local_rank_of, meet
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks
+from mpipipe.topology.host import host_name
+from mpipipe.topology.launcher import detect
+
+if TYPE_CHECKING:
+    from mpipipe.clock import Clock
+    from mpipipe.config.load import LoadedConfig
+
+__all__ = ["LAST_WORD_S", "run_doctor"]
+
+# How long ranks that are alone wait for the first of them to speak, which may start seconds later:
+# under `srun --kill-on-bad-exit` the first rank that ends with an error ends all of them.
+LAST_WORD_S = 20.0
+_DEADLINE_S = 180.0  # importing torch from a busy parallel file system
+# Enough for stable medians; with the time that naps take to grow long 2.5 s in all.
+_NUM_MESSAGES = 2000
+_IDLE_S = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """What all ranks do next, decided by the head."""
+
+    hosts: list[str]  # by rank
+    measure: bool
+    device: str  # of the tensors whose links are measured: "cpu" | "cuda"
+    links: bool
+    infiniband: bool  # on every host
+    job: bool
+
+
+async def run_doctor(
+    config_path: Path | None,
+    overrides: Sequence[str],
+    clock: Clock,
+    *,
+    quick: bool,
+    debug: bool,
+) -> tuple[DoctorReport | None, int]:
+    """Examine this launch, and the job when one is named.
+
+    Returns the report on the head (None elsewhere) and the exit code, the same on every rank.
+
+    Raises:
+        MpipipeError: a rank was lost on the way, or did not answer.
+    """
+    started_s = clock.now_s()
+    loaded, problem = try_load(config_path, overrides)
+    joined = False
+    try:
+        async with open_ranks(clock, debug=debug) as ranks:
+            joined = True
+            local_rank = await local_rank_of(ranks, _DEADLINE_S)
+            own = await collect_facts(_state(ranks, local_rank), loaded, problem)
+            parts = await ranks.mesh.gather("facts", own.to_json(), _DEADLINE_S)
+            facts = None if parts is None else [RankFacts.from_json(part) for part in parts]
+            findings = await _examine(ranks, loaded, facts, local_rank=local_rank, quick=quick)
+            report = _report(findings, facts, clock.now_s() - started_s)
+            code = b"" if report is None else str(report.exit_code).encode()
+            shared = await ranks.mesh.broadcast(
+                "exit code", code if ranks.is_head else None, PHASE_DEADLINE_S
+            )
+            return report, int(shared)
+    except EnvironmentSetupError as error:
+        if joined:
+            raise
+        if detect(os.environ).rank not in {None, 0}:
+            await _hear_the_head()
+            return None, EXIT_ENVIRONMENT  # rank 0 tells it for all
+        return _alone(error, clock.now_s() - started_s), error.exit_code
+
+
+async def _hear_the_head() -> None:
+    """Wait until the head has spoken; srun then sends TERM, which is no failure of this rank."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    try:
+        async with asyncio.timeout(LAST_WORD_S):
+            await ended.wait()
+    except TimeoutError:
+        pass  # nobody ends us: no --kill-on-bad-exit
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _alone(error: EnvironmentSetupError, elapsed_s: float) -> DoctorReport:
+    """Ranks that have not met: at once, without torch, as the first that ends may end them all."""
+    mpi_loaded = any(library.name == "libmpi" for library in loaded_libraries())
+    finding = not_joined(error, mpi_loaded=mpi_loaded)
+    return DoctorReport((finding,), 1, (host_name(),), elapsed_s)
+
+
+def _report(
+    findings: list[Finding], facts: Sequence[RankFacts] | None, elapsed_s: float
+) -> DoctorReport | None:
+    if facts is None:
+        return None
+    hosts = tuple(dict.fromkeys(rank.host for rank in facts))
+    return DoctorReport(tuple(findings), len(facts), hosts, elapsed_s)
+
+
+def _state(ranks: Ranks, local_rank: int) -> MpiState:
+    state = MpiState(ranks.mesh.rank, local_rank, ranks.mesh.world_size, ranks.mpi_library)
+    if not ranks.mpi_library:
+        return state
+    from mpipipe.control_plane import mpi
+
+    return dataclasses.replace(state, module=mpi.module_file(), thread_level=mpi.thread_level())
+
+
+async def _examine(
+    ranks: Ranks,
+    loaded: LoadedConfig | None,
+    facts: list[RankFacts] | None,
+    *,
+    local_rank: int,
+    quick: bool,
+) -> list[Finding]:
+    """All findings on the head, nothing elsewhere."""
+    decided = None if facts is None else _decide(facts, loaded, quick=quick)
+    payload = None if decided is None else json.dumps(dataclasses.asdict(decided)).encode()
+    course = _Course(**json.loads(await ranks.mesh.broadcast("course", payload, _DEADLINE_S)))
+    findings = []
+    if facts is not None:
+        share = loaded is not None and loaded.config.pipeline.share_gpus
+        findings += judge_ranks(facts, share_gpus=share)
+    if course.measure:
+        findings += await _measure(ranks, course)
+    if course.job and loaded is not None:
+        findings += await examine_job(ranks, loaded, facts, local_rank=local_rank, quick=quick)
+    return findings
+
+
+def _decide(facts: Sequence[RankFacts], loaded: LoadedConfig | None, *, quick: bool) -> _Course:
+    """What the facts allow: ranks that run different things cannot be measured together."""
+    alike = len({rank.software.versions.get("mpipipe") for rank in facts}) == 1
+    torch_works = not any(rank.software.torch_problem for rank in facts)
+    on_gpus = all(rank.gpu.rank_gpu.index >= 0 for rank in facts)
+    measure = alike and not quick and len(facts) > 1
+    return _Course(
+        hosts=[rank.host for rank in facts],
+        measure=measure,
+        device="cuda" if on_gpus else "cpu",
+        links=measure and torch_works,
+        infiniband=all(rank.node.infiniband for rank in facts),
+        job=alike
+        and torch_works
+        and loaded is not None
+        and len({rank.config_hash for rank in facts}) == 1,
+    )
+
+
+async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
+    """Messages, clocks and links between the ranks; findings on the head."""
+    findings: list[Finding] = []
+    await meet(ranks, "cpu", deadline_s=_DEADLINE_S)
+    probe = await probe_control_plane(
+        ranks.mesh, raw=ranks.raw, idle_s=_IDLE_S, num_messages=_NUM_MESSAGES
+    )
+    if probe is not None:
+        findings += judge_control(probe)
+    offsets = await measure_clock_offsets(ranks, time.time)
+    findings += judge_clocks(offsets, dict(enumerate(course.hosts)))
+    if course.links:
+        findings += await _links(ranks, course)
+    return findings
+
+
+async def _links(ranks: Ranks, course: _Course) -> list[Finding]:
+    """Tensors between neighbouring stages; imports torch."""
+    from mpipipe.doctor.probes.links import measure_links
+
+    device: Literal["cpu", "cuda"] = "cuda" if course.device == "cuda" else "cpu"
+    with recorded_nccl() as log:
+        try:
+            figures = await measure_links(ranks, device=device)
+        except MpipipeError as error:  # on every rank
+            return [Finding.of_error("links.edge", error)] if ranks.is_head else []
+        own = json.dumps([[*pair, way] for pair, way in nccl_routes(log).items()]).encode()
+    parts = await ranks.mesh.gather("routes", own, _DEADLINE_S)
+    told = [entry for part in parts or () for entry in json.loads(part)]
+    routes = {(source, target): way for source, target, way in told}
+    return judge_links(figures or [], routes, infiniband=course.infiniband)

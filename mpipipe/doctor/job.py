@@ -1,0 +1,260 @@
+"""Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
+
+The plan is the one that a new `mpipipe run` would make: from the same greetings, and from prompts
+that are tokenised; when these are many, from the longest of them. Not here: what the figures mean
+(`judge_job`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpipipe.config.prompts import read_prompts
+from mpipipe.config.schema import AUTO
+from mpipipe.doctor.checks.job import (
+    HostDemand,
+    judge_folders,
+    judge_memory,
+    judge_plan,
+    judge_prompts,
+)
+from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
+from mpipipe.doctor.probes.folders import (
+    FolderFacts,
+    claim_marker,
+    look_at_folders,
+    output_folder,
+)
+from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
+from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.inputs import deepspeed_warnings
+from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import Workload
+from mpipipe.run_folder.files import holds_run
+from mpipipe.run_folder.resume import wants_resume
+from mpipipe.runtime.handshake import greet
+from mpipipe.runtime.ranks import AgreedError
+from mpipipe.runtime.requests import tokenize, workload_of
+from mpipipe.topology.host import host_name
+from mpipipe.topology.slurm import read_job
+
+if TYPE_CHECKING:
+    from mpipipe.config.load import LoadedConfig
+    from mpipipe.config.prompts import PromptLine
+    from mpipipe.control_plane.messages import Hello
+    from mpipipe.doctor.facts import RankFacts
+    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.runtime.ranks import Ranks
+
+__all__ = ["examine_job"]
+
+_DEADLINE_S = 120.0
+_MANY_PROMPTS = 1_000  # of 200 words: 0.8 s on two cores
+# Of the libraries' files, which the ranks of a host share; and of each rank by itself. Measured
+# after torch 2.13 for CPUs and transformers were imported: 0.08 and 0.16 GiB; the rest is for
+# activations. With CUDA guesses: contexts, cuBLAS and pinned buffers come on top.
+_SHARED_BYTES = {"cpu": 2**30 // 8, "cuda": 2**30}
+_OWN_BYTES = {"cpu": 2**29, "cuda": 3 * 2**29}
+
+
+async def examine_job(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    facts: Sequence[RankFacts] | None,
+    *,
+    local_rank: int,
+    quick: bool,
+) -> list[Finding]:
+    """The findings on the head, nothing elsewhere. All ranks call this, with equal settings.
+
+    Args:
+        ranks: joined, with nothing else going on.
+        loaded: the same on every rank.
+        facts: of all ranks, on the head.
+        local_rank: of this rank; the first of each host looks at the folders.
+        quick: measure no speed, and tokenise nothing.
+    """
+    try:
+        hellos = await greet(ranks, loaded)
+    except AgreedError as agreed:  # raised on every rank
+        return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
+    folders, model = await _look_everywhere(ranks, loaded, look=local_rank == 0, quick=quick)
+    if facts is None or folders is None:
+        return []
+    findings: list[Finding] = [
+        warning("job.config", text, "the configuration says so", "see the README's settings")
+        for text in loaded.warnings
+    ]
+    lines = _read_prompts(loaded if model is None else model.loaded, findings)
+    plan = None
+    if model is not None:
+        workload = _workload(loaded, model, lines, findings, quick=quick)
+        plan = _plan(loaded, model, hellos, workload, findings)
+    stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
+    findings += judge_folders(
+        folders,
+        container=facts[0].node.container,
+        largest_stage_bytes=stage_bytes,
+        demo=loaded.config.model.path.startswith("demo:"),
+    )
+    findings += _run_folder(loaded)
+    if plan is not None and model is not None:
+        findings += [judge_memory(demand) for demand in _demands(plan, model, facts)]
+    return findings
+
+
+async def _look_everywhere(
+    ranks: Ranks, loaded: LoadedConfig, *, look: bool, quick: bool
+) -> tuple[list[FolderFacts] | None, ModelFacts | None]:
+    """What the first rank of every host sees, the head's host first; the head's own model."""
+    with claim_marker(output_folder(loaded)) if ranks.is_head else nullcontext("") as name:
+        payload = name.encode() if ranks.is_head else None
+        marker = (await ranks.mesh.broadcast("marker", payload, _DEADLINE_S)).decode()
+        own, model = b"", None
+        if look or ranks.is_head:
+            facts, model = look_at_folders(loaded, marker, host_name(), quick=quick)
+            own = facts.to_json()
+        parts = await ranks.mesh.gather("folders", own, _DEADLINE_S)
+    if parts is None:
+        return None, None
+    return [FolderFacts.from_json(part) for part in parts if part], model
+
+
+def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptLine]:
+    config = loaded.config
+    path = Path(config.prompts.path) if config.prompts.path else None
+    try:
+        lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.prompts", error))
+        return []
+    findings.append(judge_prompts(lines))
+    return lines
+
+
+def _workload(
+    loaded: LoadedConfig,
+    model: ModelFacts,
+    lines: Sequence[PromptLine],
+    findings: list[Finding],
+    *,
+    quick: bool,
+) -> Workload:
+    """What a run knows before it plans; of many prompts, from those that seem to be the longest.
+
+    Takes about 3 s unless `quick`: transformers is imported. Without lengths a plan has room for
+    the longest that the model takes.
+    """
+    wanted = [line.sampling for line in lines if line.sampling is not None]
+    if not wanted:  # which was told
+        return Workload()
+    counted = Workload(num_requests=len(wanted), sampling=SamplingUse.of(wanted))
+    if quick:
+        return counted
+    longest = sorted(lines, key=_guessed_tokens, reverse=True)[:_MANY_PROMPTS]
+    try:
+        _, prompts = tokenize(loaded, model, longest)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.tokenizer", error))
+        return counted
+    said = prompts.warnings if prompts is not None else ()
+    for what, remedy in map(split_advice, said):
+        findings.append(warning("job.prompts", what, "", remedy))
+    known = workload_of(loaded, model, prompts)
+    if len(lines) <= _MANY_PROMPTS:
+        return known
+    prompt_tokens = (known.num_prompt_tokens or 0) * len(lines) // _MANY_PROMPTS
+    return dataclasses.replace(
+        counted,
+        longest_request_tokens=known.longest_request_tokens,
+        num_prompt_tokens=prompt_tokens,  # at most: the others are shorter
+        num_output_tokens=sum(sampling.max_new_tokens for sampling in wanted),
+    )
+
+
+def _guessed_tokens(line: PromptLine) -> float:
+    """About how many a request comes to; some four letters are a token."""
+    letters = len(line.text or "") + len(str(line.messages or ""))
+    return letters / 4 + (line.sampling.max_new_tokens if line.sampling is not None else 0)
+
+
+def _plan(
+    loaded: LoadedConfig,
+    model: ModelFacts,
+    hellos: Sequence[Hello],
+    workload: Workload,
+    findings: list[Finding],
+) -> PipelinePlan | None:
+    """The plan that a run would make; or why there is none, in a finding."""
+    try:
+        plan = make_plan(
+            model.loaded.config, model.spec, hellos, str(model.folder), workload, notes=model.notes
+        )
+        told = deepspeed_warnings(loaded, plan)
+    except MpipipeError as error:
+        findings.append(Finding.of_error("job.plan", error))
+        return None
+    findings.append(judge_plan(plan))
+    findings += [
+        warning("job.plan", text, "ds_config.json says otherwise", "change one of the two")
+        for text in told
+    ]
+    return plan
+
+
+def _run_folder(loaded: LoadedConfig) -> list[Finding]:
+    """Whether an earlier run is in the way."""
+    output, folder = loaded.config.output, output_folder(loaded)
+    if output.dir == AUTO or not holds_run(folder):
+        return []
+    try:
+        goes_on = wants_resume(output.resume, folder, read_job(os.environ))
+    except OutputError as error:
+        return [Finding.of_error("job.output", error)]
+    if output.overwrite or goes_on:
+        return [ok("job.output", f"{folder} holds an earlier run, as the settings expect")]
+    finding = fatal(
+        "job.output",
+        f"{folder} already holds a run",
+        "output.dir is that of an earlier run",
+        "choose another output.dir, or set output.resume=true to go on with it, or "
+        "output.overwrite=true to replace it",
+    )
+    return [dataclasses.replace(finding, exit_code=EXIT_CONFIG)]
+
+
+def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
+    """Memory by host. On GPUs weights and KV cache are elsewhere, and were checked by the plan."""
+    on_cpu, device = plan.device == "cpu", "cpu" if plan.device == "cpu" else "cuda"
+    demands = []
+    for host in dict.fromkeys(stage.host for stage in plan.stages):
+        stages = [stage for stage in plan.stages if stage.host == host]
+        node = next(rank.node for rank in facts if rank.host == host)
+        kv_bytes = sum(
+            plan.num_kv_pages
+            * kv_page_bytes(
+                model.spec,
+                plan.dtype,
+                num_layers=stage.num_layers,
+                page_size_tokens=plan.page_size_tokens,
+            )
+            for stage in stages
+        )
+        demands.append(
+            HostDemand(
+                host,
+                weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
+                kv_bytes=kv_bytes if on_cpu else 0,
+                library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
+                available_bytes=node.memory_available,
+                limit_bytes=node.memory_limit,
+            )
+        )
+    return demands

@@ -1,0 +1,1 @@
+"""Reading: what the machine, the launch and the job look like."""

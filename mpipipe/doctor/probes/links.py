@@ -1,0 +1,297 @@
+"""How fast tensors travel between neighbouring stages: latency and bandwidth of every pair.
+
+Measured over the tensor channel that a run would use, one pair after the other, so that no pair
+disturbs another. Importing this loads torch. Not here: whether a figure is good (the judges),
+messages (`control_plane.probe`).
+
+Invariants: all ranks take part and leave together, also when one fails. All pairs share about two
+seconds: a slow or a numerous neighbourhood is measured with smaller tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+
+from mpipipe.config.schema import AUTO, PipelineConfig
+from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
+from mpipipe.planning.devices import choose_device, choose_transport
+from mpipipe.planning.layout import stage_order as order_of_stages
+from mpipipe.runtime.handshake import meet
+from mpipipe.runtime.tensor_channel import Transport, open_transport
+from mpipipe.topology.host import host_name
+
+if TYPE_CHECKING:
+    from mpipipe.control_plane.messages import Hello
+    from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.runtime.ranks import Ranks
+
+__all__ = ["LinkFigure", "measure_links", "neighbours"]
+
+T = TypeVar("T")
+
+_BUDGET_S = 2.0  # for all pairs together, connecting apart
+_MEET_S = 60.0
+# Connecting NCCL takes 1 to 5 s; where a firewall is in the way it takes for ever.
+_CONNECT_LIMIT_S = 30.0
+_MEASURE_LIMIT_S = 30.0
+_GRACE_S = 5.0  # between a limit and the one around it
+_NUM_WARM_UP = 5  # NCCL connects a direction when it is first used
+_NUM_ROUND_TRIPS = 20
+_PING_BYTES = 1024
+# A lap's hidden states of one sequence; of a few hundred; of a long prompt.
+_SIZES_BYTES = (1 << 20, 8 << 20, 64 << 20)
+_GROWTH = 8
+_STOP = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigure:
+    """One directed pair of ranks. Latency is half a round trip of 1 KiB."""
+
+    source: int  # rank
+    target: int
+    source_host: str
+    target_host: str
+    transport: str  # "nccl" | "mpi" | "mpi through host memory"
+    latency_us: float  # median
+    bandwidth_gb_s: float  # 10⁹ bytes per second, of the fastest size
+
+
+def neighbours(order: Sequence[int]) -> list[tuple[int, int]]:
+    """The pairs that exchange tensors: along the stages; ids also go from the last to the first."""
+    pairs = list(itertools.pairwise(order))
+    if len(order) > 2:
+        pairs.append((order[-1], order[0]))
+    return pairs
+
+
+async def measure_links(
+    ranks: Ranks, *, device: Literal["cpu", "cuda"], stage_order: Sequence[int] | None = None
+) -> list[LinkFigure] | None:
+    """Measure every pair of neighbours; the figures on the head, None elsewhere. Collective.
+
+    Args:
+        ranks: joined, with nothing else going on.
+        device: where the tensors are. `cuda` falls back to the CPU as a run with "auto" would.
+        stage_order: ranks in the order of their stages; None: as a plan would lay them out.
+
+    Raises:
+        MpipipeError: on every rank: some rank could not connect, or hung.
+    """
+    wanted = AUTO if device == "cuda" else device
+    hellos = await meet(ranks, wanted, deadline_s=_MEET_S)
+    pairs = neighbours(stage_order if stage_order is not None else order_of_stages(hellos))
+    figures: list[LinkFigure] = []
+    if pairs:
+        transport = _transport(device, hellos)
+        # First, and agreed on: a rank without memory would leave its neighbours waiting.
+        own_device = transport.device_of(hellos[ranks.mesh.rank])
+        await _agreed(ranks, "links memory", _reserve(own_device), _CONNECT_LIMIT_S)
+        channel = await _agreed(
+            ranks, "links connected", _connect(ranks, hellos, transport), _CONNECT_LIMIT_S
+        )
+        measuring = _measure(ranks, hellos, channel, transport, pairs)
+        figures = await _agreed(ranks, "links", measuring, _MEASURE_LIMIT_S)
+    own = json.dumps([dataclasses.asdict(figure) for figure in figures]).encode()
+    parts = await ranks.mesh.gather("link figures", own, _MEET_S)
+    if parts is None:
+        return None
+    found = [LinkFigure(**entry) for part in parts for entry in json.loads(part)]
+    return sorted(found, key=lambda figure: pairs.index((figure.source, figure.target)))
+
+
+async def _agreed(ranks: Ranks, phase: str, work: Coroutine[None, None, T], limit_s: float) -> T:
+    """Do `work` on this rank; all ranks go on together, or all fail."""
+    result: list[T] = []
+    error: MpipipeError | None = None
+    try:
+        async with asyncio.timeout(limit_s):
+            result.append(await work)
+    except MpipipeError as caught:
+        error = caught
+    except RuntimeError as caught:  # torch's, NCCL's and CUDA's
+        error = EnvironmentSetupError(_device_problem(str(caught)))
+    except TimeoutError:
+        error = DeadlineError(
+            f"tensors between rank {ranks.mesh.rank} on {host_name()} and its neighbours did not "
+            f"pass within {limit_s:g} s; most likely the hosts cannot reach each other on the "
+            "interface that NCCL or MPI has chosen: name it (NCCL_SOCKET_IFNAME; UCX_NET_DEVICES "
+            "for MPICH, OMPI_MCA_btl_tcp_if_include for Open MPI)"
+        )
+    await ranks.mesh.agree(phase, error, limit_s + _GRACE_S)
+    return result[0]
+
+
+async def _reserve(device: torch.device) -> None:
+    """Have the memory of the largest tensors once; torch keeps it for the measuring."""
+    torch.zeros(_SIZES_BYTES[-1], dtype=torch.uint8, device=device)
+
+
+def _device_problem(message: str) -> str:
+    first_line = " ".join(message.strip().partition("\n")[0].split()) or "no reason given"
+    what = f"tensors could not be sent from {host_name()} ({first_line})"
+    if "out of memory" in message or "not enough memory" in message:
+        return (
+            f"{what}: end what else uses the memory of this GPU or host, or ask Slurm for GPUs of "
+            "your own (--gpus-per-node=N, --exclusive)"
+        )
+    return f"{what}: see whether nvidia-smi shows errors there, and what NCCL_DEBUG=INFO tells"
+
+
+async def _connect(ranks: Ranks, hellos: Sequence[Hello], transport: _Transport) -> TensorChannel:
+    hosts = tuple(hello.host for hello in hellos)
+    ring = Transport(transport.name, transport.device, hosts, tuple(range(len(hosts))))
+    device = transport.device_of(hellos[ranks.mesh.rank])
+    return await open_transport(ring, ranks, device, timeout_s=_CONNECT_LIMIT_S - _GRACE_S)
+
+
+async def _measure(
+    ranks: Ranks,
+    hellos: Sequence[Hello],
+    channel: TensorChannel,
+    transport: _Transport,
+    pairs: Sequence[tuple[int, int]],
+) -> list[LinkFigure]:
+    """The figures of the pairs that this rank is the source of."""
+    own = ranks.mesh.rank
+    device = transport.device_of(hellos[own])
+    figures = []
+    for number, (source, target) in enumerate(pairs):
+        await ranks.mesh.barrier(f"link {number}", _MEASURE_LIMIT_S)
+        if own == source:
+            latency_s, bytes_per_s = await _ask(
+                _End(channel, device, target), _BUDGET_S / len(pairs)
+            )
+            figures.append(
+                LinkFigure(
+                    source,
+                    target,
+                    hellos[source].host,
+                    hellos[target].host,
+                    transport=transport.label,
+                    latency_us=round(latency_s * 1e6, 2),
+                    bandwidth_gb_s=round(bytes_per_s / 1e9, 4),
+                )
+            )
+        elif own == target:
+            await _answer(_End(channel, device, source))
+    await ranks.mesh.barrier("links", _MEASURE_LIMIT_S)
+    await channel.aclose()
+    return figures
+
+
+@dataclass(frozen=True, slots=True)
+class _Transport:
+    """How a run would move tensors."""
+
+    name: str
+    device: str
+
+    @property
+    def label(self) -> str:
+        """For people: GPU tensors over MPI take a detour."""
+        through_host = (self.name, self.device) == ("mpi", "cuda")
+        return "mpi through host memory" if through_host else self.name
+
+    def device_of(self, hello: Hello) -> torch.device:
+        """Where the tensors of a rank are."""
+        if self.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", hello.gpu_index)
+
+
+def _transport(device: str, hellos: Sequence[Hello]) -> _Transport:
+    """That of a run with these ranks and the settings left at `auto`."""
+    asked = PipelineConfig(device=AUTO if device == "cuda" else "cpu", share_gpus=True)
+    where = choose_device(asked, hellos)[0]
+    return _Transport(choose_transport(AUTO, where, hellos)[0], where)
+
+
+# ---- one pair ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """This rank's end of one pair. HIDDEN both ways, as it is the kind with the heavy tensors."""
+
+    channel: TensorChannel
+    device: torch.device
+    peer: int
+
+    def tensor(self, num_bytes: int) -> torch.Tensor:
+        """Bytes to send, or to receive into."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+
+    async def send(self, tensor: torch.Tensor) -> None:
+        """As the channel's; ended in stream order."""
+        await self.channel.send(tensor, destination=self.peer, kind=EdgeKind.HIDDEN).wait()
+
+    async def receive(self, buffer: torch.Tensor) -> None:
+        """As the channel's; ended in stream order."""
+        await self.channel.receive(buffer, source=self.peer, kind=EdgeKind.HIDDEN).wait()
+
+    async def settle(self) -> None:
+        """Return when the device has done what was added to its stream."""
+        if self.device.type != "cuda":
+            return
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.device))
+        while not mark.query():  # noqa: ASYNC110 - a GPU sets no asyncio.Event
+            await asyncio.sleep(0)
+
+
+async def _ask(end: _End, budget_s: float) -> tuple[float, float]:
+    """Median one-way seconds of 1 KiB, and the best bytes per second. The source's part."""
+    limit_s = time.perf_counter() + budget_s
+    ping = end.tensor(_PING_BYTES)
+    times_s = [await _round_trip_s(end, ping, ping) for _ in range(_NUM_WARM_UP + _NUM_ROUND_TRIPS)]
+    latency_s = statistics.median(times_s[_NUM_WARM_UP:]) / 2
+    best_per_s = 0.0
+    for num_bytes in _SIZES_BYTES:
+        await end.send(torch.tensor([num_bytes], device=end.device))
+        load, receipt = end.tensor(num_bytes), end.tensor(1)
+        await _round_trip_s(end, load, receipt)  # memory is pinned or touched for the first time
+        taken_s = max(await _round_trip_s(end, load, receipt) - latency_s, 1e-9)
+        best_per_s = max(best_per_s, num_bytes / taken_s)
+        if 2 * _GROWTH * taken_s > limit_s - time.perf_counter():
+            break
+    await end.send(torch.tensor([_STOP], device=end.device))
+    await end.settle()
+    return latency_s, best_per_s
+
+
+async def _round_trip_s(end: _End, load: torch.Tensor, receipt: torch.Tensor) -> float:
+    start_s = time.perf_counter()
+    await end.send(load)
+    await end.receive(receipt)
+    await end.settle()
+    return time.perf_counter() - start_s
+
+
+async def _answer(end: _End) -> None:
+    """The target's part of `_ask`."""
+    ping = end.tensor(_PING_BYTES)
+    for _ in range(_NUM_WARM_UP + _NUM_ROUND_TRIPS):
+        await end.receive(ping)
+        await end.send(ping)
+    receipt, size = end.tensor(1), torch.zeros(1, dtype=torch.int64, device=end.device)
+    while True:
+        await end.receive(size)
+        await end.settle()
+        if not (num_bytes := int(size.item())):
+            return
+        load = end.tensor(num_bytes)
+        for _ in range(2):
+            await end.receive(load)
+            await end.send(receipt)

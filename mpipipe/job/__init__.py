@@ -1,0 +1,1 @@
+"""`mpipipe run`: from a configuration to the merged file."""

@@ -1,0 +1,450 @@
+"""`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports.
+
+A run that is told to stop (`stopping`) ends with exit code 75 or 130, its files whole; with
+`output.resume` a later one goes on from them (`resume`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mpipipe.config.load import load_config
+from mpipipe.config.schema import PipelineConfig
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
+from mpipipe.job.acquire import Claim, claim, read_inputs
+from mpipipe.job.manifest import build_manifest
+from mpipipe.job.rank_page import RankPage, RankPhase
+from mpipipe.metrics.log import open_log
+from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
+from mpipipe.planning.inputs import deepspeed_warnings
+from mpipipe.planning.layout import stage_order
+from mpipipe.run_folder.file_thread import FileThread
+from mpipipe.run_folder.files import told_as_output, write_json
+from mpipipe.run_folder.journal import CompletionWriter, merge
+from mpipipe.run_folder.progress_file import (
+    UPDATE_INTERVAL_S,
+    ProgressFile,
+    RunState,
+    fail_for_lost_head,
+)
+from mpipipe.runtime.handshake import greet
+from mpipipe.runtime.ranks import Ranks, import_boot, in_phase, open_ranks
+from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
+from mpipipe.runtime.shared_folders import check_model_folder, check_output_folder
+from mpipipe.runtime.stop_switch import watch_for_stop
+from mpipipe.topology.host import host_name
+from mpipipe.topology.slurm import launch_warnings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from pathlib import Path
+
+    from mpipipe.clock import Clock
+    from mpipipe.config.load import LoadedConfig
+    from mpipipe.control_plane.messages import Hello
+    from mpipipe.job.view import JobView
+    from mpipipe.metrics.log import RunLog
+    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.runtime.session import Session
+    from mpipipe.runtime.stop_switch import StopSwitch
+    from mpipipe.types import Completion
+
+__all__ = ["run_job"]
+
+_PROGRESS_INTERVAL_S = 0.25
+_FOLDER_DEADLINE_S = 120.0
+_LAST_WRITES_S = 5.0
+
+
+@dataclass(slots=True)
+class _Marks:
+    """When the phases of the run ended, in seconds of the run's clock."""
+
+    started_s: float
+    booted_s: float = 0.0
+    loaded_s: float = 0.0
+    generated_s: float = 0.0
+
+    def phases(self, now_s: float) -> PhaseTimes:
+        return PhaseTimes(
+            boot_s=self.booted_s - self.started_s,
+            load_s=self.loaded_s - self.booted_s,
+            generate_s=self.generated_s - self.loaded_s,
+            shutdown_s=now_s - self.generated_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A run that has its folder, and where it reports to."""
+
+    ranks: Ranks
+    loaded: LoadedConfig
+    claim: Claim
+    log: RunLog
+    view: JobView
+    marks: _Marks
+    progress: ProgressFile
+    page: RankPage | None
+    files: FileThread = field(default_factory=FileThread)  # while the run generates
+
+
+async def run_job(
+    config_path: Path,
+    overrides: Sequence[str],
+    view: JobView,
+    clock: Clock,
+    started_s: float,
+    *,
+    stop: StopSwitch | None = None,
+    page: RankPage | None = None,
+    debug: bool,
+) -> int:
+    """Complete the configured prompts; returns the exit code, the same on every rank.
+
+    `page` is kept up to date for this rank's supervisor, if it has one.
+
+    Raises:
+        MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
+    """
+    marks = _Marks(started_s)
+    async with open_ranks(clock, stop=stop, debug=debug) as ranks:
+        ranks.vitals.timeout_s = PipelineConfig().heartbeat_timeout_s  # until it is known
+        loaded = await in_phase(
+            ranks, "configuration", lambda: load_config(config_path, overrides), _FOLDER_DEADLINE_S
+        )
+        ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
+        if page is not None:
+            page.silence_limit_s = ranks.vitals.timeout_s
+        hellos = await greet(ranks, loaded)
+        model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
+        random = loaded.config.model.weights == "random"
+        await check_model_folder(ranks, model, with_weights=not random)
+        if model is not None:
+            loaded = model.loaded
+        claimed = await claim(ranks, loaded, model, lines, hellos)
+        await check_output_folder(ranks, claimed.folder)
+        job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks, page=page)
+        exit_code = await _do(job, hellos, model)
+        job.log.close()
+        claimed.close()
+        return exit_code
+
+
+def _open_job(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    claimed: Claim,
+    hellos: tuple[Hello, ...],
+    *,
+    view: JobView,
+    marks: _Marks,
+    page: RankPage | None,
+) -> _Job:
+    """Open this rank's log in the run folder, and see to it that an early end is told there."""
+    rank = ranks.mesh.rank
+    stage = ranks.vitals.stage = stage_order(hellos).index(rank)
+    if page is not None:
+        page.opened(claimed.folder, stage)
+    log = open_log(
+        claimed.folder / f"rank_{rank}.log",
+        rank=rank,
+        host=host_name(),
+        level=loaded.config.log.level,
+        stage=stage,
+        on_failure=view.warned,
+    )
+    view.log_opened(log)
+    folder = claimed.folder if ranks.is_head else None
+    progress = ProgressFile(folder, [hello.host for hello in hellos])
+
+    def end_early(error: BaseException) -> None:
+        log.error("ended early", error=str(error), kind=type(error).__name__)
+        log.close()
+        # The one that has the lock tells the state of the folder.
+        progress.failed(error)
+        fail_for_lost_head(claimed.folder, error)
+        claimed.close()
+
+    ranks.last_words.append(end_early)
+    log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
+    return _Job(ranks, loaded, claimed, log, view, marks, progress, page)
+
+
+async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:
+    """Load and generate; neither when earlier attempts have left nothing to do."""
+    ranks, loaded, claimed, marks = job.ranks, job.loaded, job.claim, job.marks
+    if ranks.is_head:
+        _tell_what_is_left(job)
+    if claimed.done_code is not None:
+        # The earlier attempt may not have merged what it completed. Not stoppable: all is done, so
+        # there is no reason to come back.
+        await in_phase(ranks, "merge", lambda: _merge_only(job), stoppable=False)
+        job.progress.write(RunState.DONE, exit_code=claimed.done_code)
+        return claimed.done_code
+    # torch and transformers take seconds to import: only now, when the input is in order.
+    await in_phase(ranks, "import", import_boot)
+    from mpipipe.runtime.boot import Boot, open_session
+
+    tokenizer, prompts = await in_phase(
+        ranks, "tokenizer", lambda: tokenize(loaded, model, claimed.lines_left)
+    )
+    marks.booted_s = ranks.clock.now_s()
+    job.progress.write(RunState.LOADING)
+    workload = workload_of(loaded, model, prompts)
+    boot = Boot(ranks, loaded, hellos, model, tokenizer, workload, job.log)
+    async with open_session(boot) as session:
+        marks.loaded_s = ranks.clock.now_s()
+
+        def stop() -> None:
+            session.stop()
+            job.files.post(lambda: _tell_stop(job))
+
+        async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
+            exit_code = await _run(job, session, prompts)
+        job.files.close()  # not before: a stop may come until here
+        return exit_code
+
+
+def _tell_stop(job: _Job) -> None:
+    job.log.warning("stopping", reason=job.ranks.stop.reason)
+    job.progress.write(RunState.STOPPING, stop_reason=job.ranks.stop.reason)
+
+
+def _merge_only(job: _Job) -> None:
+    """Leave what a run leaves that has completed everything, without a prompt of its own (head)."""
+    if not job.ranks.is_head:
+        return
+    _merge(job, {})
+    kept, now_s = job.claim.earlier.records, job.ranks.clock.now_s()
+    totals = dataclasses.replace(
+        RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
+    )
+    marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
+    summary = RunSummary(marks.phases(now_s), totals, num_preemptions=0, ranks=())
+    write_json(job.claim.folder / "metrics.json", summary.to_dict())
+    job.log.info("summary", **summary.to_dict())
+
+
+def _merge(job: _Job, written: Mapping[str, int]) -> None:
+    """Merge what earlier attempts have kept and this one has `written`; checksums by prompt id."""
+    # Of an earlier attempt: it must not stand beside other completions.
+    with told_as_output(metrics := job.claim.folder / "metrics.json"):
+        metrics.unlink(missing_ok=True)
+    merge(job.claim.folder, job.claim.index_of, {**job.claim.earlier.records.checksums, **written})
+
+
+def _warn(job: _Job, message: str) -> None:
+    job.log.warning("journal", message=message)
+    job.view.warned(message)
+
+
+@asynccontextmanager
+async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[None]:
+    """While inside, the supervisor learns of this rank's steps, a moment late."""
+
+    async def tell(page: RankPage) -> None:
+        while True:
+            page.step = session.last_step
+            await asyncio.sleep(_PROGRESS_INTERVAL_S)
+
+    if page is None:
+        yield
+        return
+    page.phase = RankPhase.RUNNING
+    telling = session.ranks.tasks.create_task(tell(page), name="steps told")
+    try:
+        yield
+    finally:
+        telling.cancel()
+
+
+def _tell_what_is_left(job: _Job) -> None:
+    kept, num_left, folder = job.claim.earlier.records, len(job.claim.lines_left), job.claim.folder
+    num_kept = len(kept.checksums)
+    if job.claim.is_resumed:
+        job.log.info("resumed", num_kept=num_kept, num_left=num_left, num_damaged=kept.num_damaged)
+        job.view.resumed(num_kept, num_left, folder)
+    if kept.num_damaged:
+        _warn(
+            job,
+            f"{kept.num_damaged:,} lines of completions_rank_*.jsonl were damaged, of no prompt of "
+            "this run, or others of a prompt that has a record: they are in damaged_rank_*.jsonl "
+            f"in {folder} now, and prompts without a record run again",
+        )
+    num_prompts = len(job.claim.index_of)
+    job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
+
+
+async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> int:
+    loaded, log, view, folder = job.loaded, job.log, job.view, job.claim.folder
+    if prompts is None:
+        await session.serve_until_ended()
+        await session.gather_reports()
+        log.info("ended")
+        return await _share_exit_code(session, EXIT_OK)
+    warnings = [
+        *loaded.warnings,
+        *deepspeed_warnings(loaded, session.plan),
+        *prompts.warnings,
+        *launch_warnings(os.environ, session.ranks.mesh.world_size),
+    ]
+    for warning in warnings:
+        log.warning("configuration", message=warning)
+    view.planned(session.plan, warnings)
+    manifest = build_manifest(session, loaded, job.claim)
+    write_json(folder / "manifest.json", manifest)
+    tally = await _complete(job, session, prompts, manifest)
+    session.end()
+    reports = await session.gather_reports()
+    assert reports is not None, "the head gathers"
+    statistics = session.statistics()
+    totals = tally.totals()
+    num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
+    summary = RunSummary(
+        phases=job.marks.phases(session.ranks.clock.now_s()),
+        requests=dataclasses.replace(
+            totals,
+            num_unfinished=num_unfinished,
+            num_kept=len(job.claim.earlier.kept_ids),
+            num_damaged=job.claim.earlier.records.num_damaged,
+        ),
+        num_preemptions=statistics.num_preemptions if statistics is not None else 0,
+        ranks=reports,
+    )
+    return await _share_exit_code(session, await _report(job, summary))
+
+
+async def _report(job: _Job, summary: RunSummary) -> int:
+    """Write and show how the run ended; returns the exit code."""
+    reason, requests = job.ranks.stop.reason, summary.requests
+    metrics = job.claim.folder / "metrics.json"
+    await job.files.run(lambda: write_json(metrics, summary.to_dict()))
+    job.log.info("summary", **summary.to_dict())
+    job.view.finished(summary, job.claim.folder)
+    num_failed = requests.num_failed + job.claim.earlier.records.num_failed
+    exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
+    if requests.num_unfinished:
+        exit_code = job.ranks.stop.exit_code
+        job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
+    state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
+    end = {"exit_code": exit_code, "num_unfinished": requests.num_unfinished}
+    await job.files.run(lambda: job.progress.write(state, **end))
+    return exit_code
+
+
+async def _complete(
+    job: _Job, session: Session, prompts: PreparedPrompts, manifest: dict[str, Any]
+) -> RequestTally:
+    """Generate, write each completion as it ends, merge them in input order."""
+    folder, view = job.claim.folder, job.view
+    tally = RequestTally()
+    view.generating(prompts.num_prompts, job.loaded.config.log.progress)
+
+    def warn(message: str) -> None:
+        _warn(job, message)
+        if not (folder / "manifest.json").exists():  # the whole folder was moved or removed
+            write_json(folder / "manifest.json", manifest)
+
+    async with _journal(job, CompletionWriter(folder, session.ranks.mesh.rank, warn)) as writer:
+
+        def take(completion: Completion) -> None:
+            job.files.post(lambda: _keep(job, writer, completion))
+            tally.add(completion)
+            view.completed(completion)
+
+        for completion in prompts.refused:
+            take(completion)
+        # Opening the journal, bringing it to the disk and merging are no part of generating: all
+        # ranks account for their time from here to the end of the loop.
+        job.marks.loaded_s = session.ranks.clock.now_s()
+        showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
+        try:
+            async with aclosing(session.generate(prompts.requests)) as completions:
+                async for completion in completions:
+                    take(completion)
+        finally:
+            job.marks.generated_s = session.ranks.clock.now_s()
+            showing.cancel()
+            view.ended()
+            _tell(job, session, tally)
+    # It takes long for many completions; a rank that is told to stop meanwhile asks this one.
+    await job.files.run(lambda: _merge(job, writer.written))
+    return tally
+
+
+@asynccontextmanager
+async def _journal(job: _Job, writer: CompletionWriter) -> AsyncIterator[CompletionWriter]:
+    """`writer`, open; at the end all that was posted to it is on the disk."""
+    await job.files.run(writer.__enter__)
+    try:
+        yield writer
+    except BaseException:
+        # The run has failed: a file system that does not answer must not keep it from ending.
+        with suppress(TimeoutError, OutputError):
+            async with asyncio.timeout(_LAST_WRITES_S):
+                await job.files.run(writer.__exit__)
+        raise
+    await job.files.run(writer.__exit__)
+
+
+def _keep(job: _Job, writer: CompletionWriter, completion: Completion) -> None:
+    writer.write(completion)
+    _log_completion(job.log, completion)
+
+
+def _log_completion(log: RunLog, completion: Completion) -> None:
+    log.info(
+        "completed",
+        request=completion.request_id,
+        finish_reason=completion.finish_reason.value,
+        num_prompt_tokens=completion.num_prompt_tokens,
+        num_output_tokens=completion.num_output_tokens,
+        latency_s=round(completion.latency_s, 6),
+        error=completion.error_kind,
+    )
+
+
+async def _show(job: _Job, session: Session, tally: RequestTally) -> None:
+    """Keep the progress display and the status file alive until cancelled."""
+    clock = session.ranks.clock
+    told_s = float("-inf")
+    while True:
+        statistics = session.statistics()
+        running = statistics.num_running if statistics is not None else 0
+        job.view.progress(tally.num_completed, tally.num_failed, session.num_output_tokens, running)
+        if clock.now_s() - told_s >= UPDATE_INTERVAL_S:
+            told_s = clock.now_s()
+            _tell(job, session, tally)
+        await asyncio.sleep(_PROGRESS_INTERVAL_S)
+
+
+def _tell(job: _Job, session: Session, tally: RequestTally) -> None:
+    """The counts of this moment, into `status.json`."""
+    statistics = session.statistics()
+    elapsed_s = session.ranks.clock.now_s() - job.marks.loaded_s
+    state = RunState.STOPPING if session.ranks.stop.reason else RunState.GENERATING
+    left_s = session.ranks.stop.seconds_left
+    values = {
+        "num_completed": tally.num_completed,
+        "num_failed": tally.num_failed,
+        "num_running": statistics.num_running if statistics is not None else 0,
+        "num_output_tokens": session.num_output_tokens,
+        "tokens_per_s": round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        "generating_s": round(elapsed_s, 1),
+        "stops_in_s": None if left_s is None else round(left_s),
+    }
+    with suppress(OutputError):  # of an earlier write: the next completion tells it
+        job.files.post(lambda: job.progress.write(state, **values))
+
+
+async def _share_exit_code(session: Session, exit_code: int) -> int:
+    """The head's exit code on every rank: launchers report whichever they see first."""
+    payload = str(exit_code).encode() if session.is_head else None
+    shared = await session.ranks.mesh.broadcast("exit code", payload, _FOLDER_DEADLINE_S)
+    return int(shared.decode())

@@ -1,0 +1,85 @@
+"""What must be known before anything heavy starts: what the model is.
+
+Imports neither torch nor transformers, so that a wrong setting is answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpipipe.checkpoint.index import read_index
+from mpipipe.checkpoint.spec import ModelSpec, read_spec
+from mpipipe.config.deepspeed import check_against_plan
+from mpipipe.config.load import LoadedConfig
+from mpipipe.planning.model_folder import model_folder
+from mpipipe.planning.plan import Resolved
+
+if TYPE_CHECKING:
+    from mpipipe.planning.plan import PipelinePlan
+
+__all__ = ["ModelFacts", "deepspeed_warnings", "read_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the head knows of the model before any weight is read."""
+
+    folder: Path  # absolute
+    spec: ModelSpec
+    tokenizer_folder: Path
+    # The configuration, with the model's own settings where it leaves them open, and what they are.
+    loaded: LoadedConfig
+    notes: tuple[Resolved, ...] = ()
+
+
+def read_model(loaded: LoadedConfig) -> ModelFacts:
+    """Read what the head must know before it plans: `config.json` and the weight files' headers.
+
+    With `model.weights = "random"` a folder with nothing but a `config.json` will do.
+
+    Raises:
+        CheckpointError: folder or files missing or incomplete, or not a model we can run.
+    """
+    folder = model_folder(loaded)
+    spec = read_spec(folder)
+    if loaded.config.model.weights != "random":
+        read_index(folder)  # a half-copied model must be told before anything heavy starts
+    tokenizer_path = loaded.config.model.tokenizer_path
+    tokenizer_folder = Path(tokenizer_path).absolute() if tokenizer_path else folder
+    return ModelFacts(folder, spec, tokenizer_folder, *_with_model_defaults(loaded, spec))
+
+
+def _with_model_defaults(
+    loaded: LoadedConfig, spec: ModelSpec
+) -> tuple[LoadedConfig, tuple[Resolved, ...]]:
+    """What `ModelFacts` says of the settings in the model's `generation_config.json`."""
+    generation = loaded.config.generation
+    if not generation.use_model_defaults:
+        return loaded, ()
+    applied = [s for s in spec.generation.applied if s.name not in loaded.generation_set]
+    generation = replace(generation, **{setting.name: setting.value for setting in applied})
+    notes = [Resolved(f"generation.{s.name}", str(s.value), s.reason) for s in applied]
+    notes += [
+        Resolved(f"generation_config.{s.name}", s.value, s.reason)
+        for s in spec.generation.not_applied
+    ]
+    config = replace(loaded.config, generation=generation)
+    return replace(loaded, config=config), tuple(notes)
+
+
+def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:
+    """What a `ds_config.json` beside the configuration asks for and the plan does differently.
+
+    Raises:
+        ConfigError: it was written for another number of stages.
+    """
+    if loaded.deepspeed is None:
+        return []
+    return check_against_plan(
+        loaded.deepspeed,
+        num_stages=plan.num_stages,
+        dtype=plan.dtype,
+        max_sequences_per_slot=plan.max_sequences_per_slot,
+    )

@@ -1,1 +1,0 @@
-"""`mpipipe doctor`: says what would go wrong before the job is lost. Collect, judge, report."""
