@@ -7,18 +7,34 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mpipipe.errors import PromptError
 
 __all__ = [
+    "AttentionName",
+    "CacheKind",
     "Completion",
+    "DeviceName",
+    "DtypeName",
     "FinishReason",
+    "PrefillMode",
     "Request",
     "SamplingParams",
     "TokenLogprobs",
+    "TransportName",
+    "WeightsSource",
 ]
+
+# What a plan can say of a run; a configuration can ask for these or leave them at "auto".
+DtypeName = Literal["float32", "bfloat16", "float16"]
+WeightsSource = Literal["checkpoint", "random"]
+TransportName = Literal["nccl", "mpi", "loopback"]
+DeviceName = Literal["cpu", "cuda"]
+AttentionName = Literal["triton", "flashinfer", "varlen", "sdpa", "reference"]
+PrefillMode = Literal["phases", "mixed"]
+CacheKind = Literal["paged", "contiguous"]
 
 
 class FinishReason(str, enum.Enum):

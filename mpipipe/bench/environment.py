@@ -23,7 +23,7 @@ def circumstances(session: Session) -> dict[str, Any]:
     statistics = session.statistics()
     return {
         "model": Path(plan.model_path).name,
-        "devices": [hello.gpu_name or plan.device for hello in session.hellos],
+        "devices": [hello.gpu.name or plan.device for hello in session.hellos],
         "plan": {
             "split": [stage.num_layers for stage in plan.stages],
             "dtype": plan.dtype,

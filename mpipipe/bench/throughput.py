@@ -240,7 +240,7 @@ class _Bench:
     def _floor(self, work: BenchWork) -> FloorTimes | None:
         session, plan = self.session, self.session.plan
         assert self.model is not None, "only the head compares"
-        names = {hello.gpu_name for hello in session.hellos}
+        names = {hello.gpu.name for hello in session.hellos}
         gpu_name = names.pop() if len(names) == 1 else ""
         ceilings = ceilings_of(plan.device, gpu_name, plan.threads_per_rank)
         if ceilings is None:

@@ -6,7 +6,6 @@ Not here: the form of the trace (`metrics.trace`). All ranks call every function
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from mpipipe.errors import OutputError
 from mpipipe.metrics.accounting import StepRecord
 from mpipipe.metrics.trace import decode_records, last_steady, trace_document
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.clock_offsets import measure_clock_offsets
 
 if TYPE_CHECKING:
@@ -57,14 +57,11 @@ async def write_trace(session: Session, path: Path, num_steps: int, *, since_s: 
     offsets_s = await clock_offsets_s(session)
     recent = [record for record in session.recent_steps() if record.start_s >= since_s]
     chosen = last_steady(recent, num_steps)
-    payload = json.dumps([dataclasses.astuple(record) for record in chosen]).encode()
+    payload = to_json(chosen).encode()
     parts = await session.ranks.mesh.gather("trace", payload, _DEADLINE_S)
     if parts is None:
         return
-    records = {
-        rank: [StepRecord(*values) for values in json.loads(part)]
-        for rank, part in enumerate(parts)
-    }
+    records = {rank: from_json(list[StepRecord], part) for rank, part in enumerate(parts)}
     names = {
         stage.rank: f"stage {stage.stage}, rank {stage.rank} on {stage.host}"
         for stage in session.plan.stages

@@ -6,11 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mpipipe.config.load import config_hash, load_config
+from mpipipe.config.load import load_config
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.inputs import deepspeed_warnings, read_model
 from mpipipe.planning.resolve import make_plan
-from mpipipe.runtime.own_hello import own_hello
+from mpipipe.planning.resources import RankResources, read_rank_resources
 from mpipipe.topology.gpu import (
     GpuFacts,
     driver_in_sight,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.control_plane.messages import Hello
 
 __all__ = ["plan_command"]
 
@@ -46,21 +45,19 @@ def plan_command(
         configured = loaded.config.pipeline.num_stages
         num_stages = configured if isinstance(configured, int) else 1
     model = read_model(loaded)
-    hellos = _greetings(loaded, num_stages)
-    plan = make_plan(model.loaded.config, model.spec, hellos, str(model.folder), notes=model.notes)
+    ranks = _ranks(loaded, num_stages)
+    plan = make_plan(model.loaded.config, model.spec, ranks, str(model.folder), notes=model.notes)
     for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
         print(f"mpipipe: warning: {warning}", file=sys.stderr)
     print(plan.to_json() if as_json else "\n".join(plan_lines(plan)))
 
 
-def _greetings(loaded: LoadedConfig, num_ranks: int) -> list[Hello]:
-    """What `num_ranks` ranks of this host would tell each other."""
+def _ranks(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:
+    """What `num_ranks` ranks of this host would have."""
     backends = installed_attention_backends()
     return [
-        own_hello(
+        read_rank_resources(
             rank,
-            num_ranks,
-            config_hash=config_hash(loaded.config),
             launcher=Launcher.NONE.value,
             gpu=gpu,
             attention_backends=backends if gpu.index >= 0 else (),

@@ -21,6 +21,7 @@ from mpipipe.errors import ConfigError
 
 __all__ = [
     "bind",
+    "choices_by_setting",
     "fit",
     "layer_overrides",
     "merge",
@@ -41,9 +42,29 @@ class _MismatchError(Exception):
 
 @functools.cache
 def _fields(cls: type) -> dict[str, Any]:
-    """Field name -> resolved type of a dataclass, in declaration order."""
+    """Field name -> resolved type of a dataclass, in declaration order; choices of words as str."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {name: str if _choices(kind) else kind for name, kind in kinds.items()}
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a setting declared as `kind` takes; empty: it is no choice of words."""
+    options = _options(kind)
+    if not all(typing.get_origin(option) is typing.Literal for option in options):
+        return ()
+    return tuple(word for option in options for word in typing.get_args(option))
+
+
+@functools.cache
+def choices_by_setting() -> dict[str, tuple[str, ...]]:
+    """The words that each setting takes whose type is a choice of words, by dotted name."""
+    return {
+        f"{section}.{name}": _choices(kind)
+        for section in _sections()
+        for name, kind in typing.get_type_hints(_fields(Config)[section]).items()
+        if _choices(kind)
+    }
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Ranges and choices of the settings: one table each, one sentence per violation.
+"""Ranges and choices of the settings: one sentence per violation.
 
 Not here: types (`binding.py`), and whatever needs the model or the ranks (`planning`).
 """
@@ -10,25 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mpipipe.config.binding import nearest
+from mpipipe.config.binding import choices_by_setting, nearest
 from mpipipe.config.schema import AUTO, Config, GenerationConfig
 from mpipipe.errors import ConfigError
 from mpipipe.types import SamplingParams
 
 __all__ = ["check", "default_sampling", "sampling_problem"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.dtype": (AUTO, "float32", "bfloat16", "float16"),
-    "model.weights": ("checkpoint", "random"),
-    "pipeline.transport": (AUTO, "nccl", "mpi"),
-    "pipeline.device": (AUTO, "cpu", "cuda"),
-    "pipeline.attention": (AUTO, "triton", "flashinfer", "varlen", "sdpa", "reference"),
-    "pipeline.prefill": (AUTO, "phases", "mixed"),
-    "pipeline.bind": (AUTO, "none"),
-    "memory.kv_cache": ("paged", "contiguous"),
-    "log.level": ("debug", "info", "warning", "error"),
-    "log.progress": (AUTO, "bar", "plain", "none"),
-}
 
 _POSITIVE_OR_AUTO = (
     "pipeline.num_stages",
@@ -87,7 +74,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: names the setting, its value and what is allowed.
     """
-    for name, choices in _CHOICES.items():
+    for name, choices in choices_by_setting().items():
         value = _value(config, name)
         if value not in choices:
             guess = nearest(value, choices)

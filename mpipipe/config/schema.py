@@ -1,15 +1,27 @@
 """The frozen configuration tree: what a user may ask for, with a default and a unit per field.
 
 `"auto"` values are resolved once at boot (`planning.resolve`), with a reason, before any rank
-starts work. The docstring under each field is its documentation.
+starts work. The docstring under each field is its documentation; a
+Literal type lists the words that the setting takes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from mpipipe.types import (
+    AttentionName,
+    CacheKind,
+    DeviceName,
+    DtypeName,
+    PrefillMode,
+    WeightsSource,
+)
 
 __all__ = [
     "AUTO",
+    "Auto",
     "Config",
     "GenerationConfig",
     "LogConfig",
@@ -20,7 +32,8 @@ __all__ = [
     "PromptsConfig",
 ]
 
-AUTO = "auto"
+Auto = Literal["auto"]
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +44,9 @@ class ModelConfig:
     """Folder with `config.json`, weights and tokenizer; or `demo:smollm2` for the demo model."""
     tokenizer_path: str = ""
     """Folder of the tokenizer; empty: `model.path`."""
-    dtype: str = AUTO
+    dtype: Auto | DtypeName = AUTO
     """`float32`, `bfloat16`, `float16` or `auto` (the checkpoint's; float32 on a CPU)."""
-    weights: str = "checkpoint"
+    weights: WeightsSource = "checkpoint"
     """`checkpoint`, or `random`: weights of the shapes in `config.json`, for benchmarks."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
@@ -98,23 +111,23 @@ class PipelineConfig:
     """Sequences of a micro-batch at most; `auto`: 32 on a CPU."""
     max_tokens_per_step: int | str = AUTO
     """Token budget of a step: decodes first, then chunks of prompts; `auto`: 512 on a CPU."""
-    transport: str = AUTO
+    transport: Literal["auto", "nccl", "mpi"] = AUTO
     """How tensors travel: `nccl`, `mpi` (from a GPU through pinned memory), or `auto`."""
-    device: str = AUTO
+    device: Auto | DeviceName = AUTO
     """`cpu`, `cuda`, or `auto`: a GPU where every rank has one."""
     share_gpus: bool = False
     """Let several ranks use one GPU (tests); tensors then travel over MPI."""
-    attention: str = AUTO
+    attention: Auto | AttentionName = AUTO
     """Attention backend: `triton`, `flashinfer`, `varlen` (torch >= 2.13), `sdpa`, `reference`, or
     `auto`."""
     laps_ahead: int | str = AUTO
     """Laps that the head schedules before it has seen the tokens: 0 or 1; `auto`: 1 on GPUs."""
-    prefill: str = AUTO
+    prefill: Auto | PrefillMode = AUTO
     """`phases`: prompts first, then decode until places are free again; `mixed`: one step of prompt
     chunks per lap; `auto`: phases."""
     threads_per_rank: int | str = AUTO
     """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
-    bind: str = AUTO
+    bind: Literal["auto", "none"] = AUTO
     """CPU cores of a rank: `auto`: near its GPU, unless the launcher has bound it; or `none`."""
     handshake_timeout_s: float = 120.0
     """How long to wait for all ranks to greet each other at start."""
@@ -141,7 +154,7 @@ class MemoryConfig:
     """Replay decode steps as CUDA graphs; captured at boot. false: the same, but eagerly."""
     gpu_memory_fraction: float = 0.9
     """Share of a GPU's free memory that weights, cache and work space may take together."""
-    kv_cache: str = "paged"
+    kv_cache: CacheKind = "paged"
     """`paged`, or `contiguous` (slow and simple: the oracle of the tests)."""
 
 
@@ -162,9 +175,9 @@ class OutputConfig:
 class LogConfig:
     """What is written while running."""
 
-    level: str = "info"
+    level: Literal["debug", "info", "warning", "error"] = "info"
     """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`."""
-    progress: str = AUTO
+    progress: Literal["auto", "bar", "plain", "none"] = AUTO
     """`bar`, `plain`, `none`, or `auto`: a bar on a terminal, plain lines otherwise."""
 
 

@@ -2,7 +2,7 @@
 
 Messages travel between ranks as msgpack (see `codec`), tagged by `TAGS`. Fixed facts are sent once
 (`RequestOpened`), then only deltas (`StepScheduled`). Fields are plain values: int, float, str,
-bytes, bool, None, tuples of these, or other dataclasses of this file.
+bytes, bool, None, tuples of these, or other dataclasses.
 
 Changing a message or a tag means raising `PROTOCOL_VERSION`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpipipe.planning.resources import RankResources
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -48,32 +49,23 @@ PROTOCOL_VERSION = 5
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """rank → head, first message: who I am and what I have."""
+    """rank → head, first message: who this rank is and what it has.
+
+    The first four fields keep their places in every version, so that a rank of another version can
+    be named (`codec`).
+    """
 
     rank: int
     world_size: int
     protocol_version: int
     package_version: str
     config_hash: str
-    host: str
-    pid: int
-    num_cores: int  # usable by this process (affinity), not of the machine
-    memory_available_bytes: int  # for this process: cgroup and MemAvailable considered
-    launcher: str  # topology.launcher.Launcher, e.g. "srun", "none"
-    # The GPU that this rank would use; all empty without one (topology.gpu.GpuFacts).
-    gpu_index: int = -1  # among the devices visible to this process
-    gpu_name: str = ""
-    gpu_uuid: str = ""  # the same for two ranks that share a GPU
-    gpu_capability: int = 0  # compute capability × 10: 75 is a T4, 90 an H100
-    gpu_memory_bytes: int = 0
-    gpu_free_bytes: int = 0
-    nccl_version: str = ""  # "" without NCCL
-    attention_backends: tuple[str, ...] = ()  # those that import here, e.g. "triton", "flashinfer"
-    gpu_problem: str = ""  # why there is no usable GPU, a whole sentence with the remedy
-    gpu_pci: str = ""  # PCI address, e.g. "0000:3b:00.0"
-    gpu_cpus: tuple[int, ...] = ()  # near the GPU (topology.affinity)
-    cores: tuple[tuple[int, ...], ...] = ()  # physical cores of the mask, each as its CPUs
-    num_allowed_cpus: int = 0  # that the job may use on this host
+    resources: RankResources
+
+    @property
+    def host(self) -> str:
+        """Name of the rank's host."""
+        return self.resources.host
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from datetime import timedelta
 from torch.distributed import DistStoreError, Store, TCPStore
 
 from mpipipe.errors import EnvironmentSetupError
+from mpipipe.plain_values import from_json, to_json
 
 __all__ = ["Broadcast", "Rendezvous", "addresses_of_this_host", "open_store"]
 
@@ -38,16 +38,6 @@ class Rendezvous:
 
     addresses: tuple[str, ...]  # the likeliest first
     port: int
-
-    def to_bytes(self) -> bytes:
-        """For the broadcast."""
-        return json.dumps([self.port, *self.addresses]).encode()
-
-    @staticmethod
-    def from_bytes(payload: bytes) -> Rendezvous:
-        """The inverse of `to_bytes`."""
-        port, *addresses = json.loads(payload)
-        return Rendezvous(tuple(addresses), port)
 
 
 async def open_store(
@@ -75,9 +65,9 @@ async def open_store(
                 'pipeline.transport = "mpi" if no TCP port may be opened there'
             ) from error
         addresses = (_LOOPBACK,) if on_one_host else addresses_of_this_host(hosts[0])
-        await broadcast(Rendezvous(addresses, store.port).to_bytes())
+        await broadcast(to_json(Rendezvous(addresses, store.port)).encode())
         return store
-    found = Rendezvous.from_bytes(await broadcast(None))
+    found = from_json(Rendezvous, await broadcast(None))
     address = await _first_that_answers(found)
     if address is None:
         raise EnvironmentSetupError(

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.probe import probe_control_plane
 from mpipipe.doctor.checks.launch import not_joined
@@ -29,11 +29,13 @@ from mpipipe.doctor.probes.collect import MpiState, collect_facts, try_load
 from mpipipe.doctor.probes.launch import loaded_libraries
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError, MpipipeError
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.clock_offsets import measure_clock_offsets
 from mpipipe.runtime.handshake import local_rank_of, meet
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
+from mpipipe.types import DeviceName
 
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
@@ -56,7 +58,7 @@ class _Course:
 
     hosts: list[str]  # by rank
     measure: bool
-    device: str  # of the tensors whose links are measured: "cpu" | "cuda"
+    device: DeviceName  # of the tensors whose links are measured
     links: bool
     infiniband: bool  # on every host
     job: bool
@@ -85,8 +87,8 @@ async def run_doctor(
             joined = True
             local_rank = await local_rank_of(ranks, _DEADLINE_S)
             own = await collect_facts(_state(ranks, local_rank), loaded, problem)
-            parts = await ranks.mesh.gather("facts", own.to_json(), _DEADLINE_S)
-            facts = None if parts is None else [RankFacts.from_json(part) for part in parts]
+            parts = await ranks.mesh.gather("facts", to_json(own).encode(), _DEADLINE_S)
+            facts = None if parts is None else [from_json(RankFacts, part) for part in parts]
             findings = await _examine(ranks, loaded, facts, local_rank=local_rank, quick=quick)
             report = _report(findings, facts, clock.now_s() - started_s)
             code = b"" if report is None else str(report.exit_code).encode()
@@ -151,8 +153,8 @@ async def _examine(
 ) -> list[Finding]:
     """All findings on the head, nothing elsewhere."""
     decided = None if facts is None else _decide(facts, loaded, quick=quick)
-    payload = None if decided is None else json.dumps(dataclasses.asdict(decided)).encode()
-    course = _Course(**json.loads(await ranks.mesh.broadcast("course", payload, _DEADLINE_S)))
+    payload = None if decided is None else to_json(decided).encode()
+    course = from_json(_Course, await ranks.mesh.broadcast("course", payload, _DEADLINE_S))
     findings = []
     if facts is not None:
         share = loaded is not None and loaded.config.pipeline.share_gpus
@@ -203,10 +205,9 @@ async def _links(ranks: Ranks, course: _Course) -> list[Finding]:
     """Tensors between neighbouring stages; imports torch."""
     from mpipipe.doctor.probes.links import measure_links
 
-    device: Literal["cpu", "cuda"] = "cuda" if course.device == "cuda" else "cpu"
     with recorded_nccl() as log:
         try:
-            figures = await measure_links(ranks, device=device)
+            figures = await measure_links(ranks, device=course.device)
         except MpipipeError as error:  # on every rank
             return [Finding.of_error("links.edge", error)] if ranks.is_head else []
         own = json.dumps([[*pair, way] for pair, way in nccl_routes(log).items()]).encode()

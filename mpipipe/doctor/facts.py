@@ -6,11 +6,7 @@ test states only what matters to it.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import typing
 from dataclasses import dataclass, field
-from typing import Any
 
 from mpipipe.topology.gpu import GpuFacts
 
@@ -140,24 +136,3 @@ class RankFacts:
     config_hash: str = ""
     config_problem: str = ""  # why the configuration cannot be read here
     config_exit_code: int = 0  # of that
-
-    def to_json(self) -> bytes:
-        """For a message."""
-        return json.dumps(dataclasses.asdict(self)).encode(errors="surrogateescape")
-
-    @staticmethod
-    def from_json(text: bytes) -> RankFacts:
-        """The inverse of `to_json`."""
-        built: RankFacts = _built(RankFacts, json.loads(text))
-        return built
-
-
-def _built(kind: Any, value: Any) -> Any:
-    """`value`, made of JSON's types, as `kind`: a dataclass, a tuple of something, or plain."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: _built(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
-    if typing.get_origin(kind) is tuple:
-        (item, _) = typing.get_args(kind)
-        return tuple(_built(item, part) for part in value)
-    return value

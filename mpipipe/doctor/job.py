@@ -31,6 +31,7 @@ from mpipipe.doctor.probes.folders import (
     output_folder,
 )
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.inputs import deepspeed_warnings
 from mpipipe.planning.resolve import make_plan
@@ -47,10 +48,10 @@ from mpipipe.topology.slurm import read_job
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
-    from mpipipe.control_plane.messages import Hello
     from mpipipe.doctor.facts import RankFacts
     from mpipipe.planning.inputs import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["examine_job"]
@@ -120,11 +121,11 @@ async def _look_everywhere(
         own, model = b"", None
         if look or ranks.is_head:
             facts, model = look_at_folders(loaded, marker, host_name(), quick=quick)
-            own = facts.to_json()
+            own = to_json(facts).encode()
         parts = await ranks.mesh.gather("folders", own, _DEADLINE_S)
     if parts is None:
         return None, None
-    return [FolderFacts.from_json(part) for part in parts if part], model
+    return [from_json(FolderFacts, part) for part in parts if part], model
 
 
 def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptLine]:
@@ -188,7 +189,7 @@ def _guessed_tokens(line: PromptLine) -> float:
 def _plan(
     loaded: LoadedConfig,
     model: ModelFacts,
-    hellos: Sequence[Hello],
+    hellos: Sequence[RankResources],
     workload: Workload,
     findings: list[Finding],
 ) -> PipelinePlan | None:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
-    from mpipipe.control_plane.messages import Hello
     from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.resources import RankResources
     from mpipipe.run_folder.lock import FolderLock
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.topology.slurm import SlurmJob
@@ -84,7 +84,7 @@ async def claim(
     loaded: LoadedConfig,
     model: ModelFacts | None,
     lines: Sequence[PromptLine],
-    hellos: Sequence[Hello],
+    hellos: Sequence[RankResources],
 ) -> Claim:
     """The run folder, chosen, locked and claimed by the head, the same on every rank.
 
@@ -107,7 +107,7 @@ async def claim(
     return claimed or Claim(Path(folder), done_code)
 
 
-def _dtype(loaded: LoadedConfig, model: ModelFacts, hellos: Sequence[Hello]) -> str:
+def _dtype(loaded: LoadedConfig, model: ModelFacts, hellos: Sequence[RankResources]) -> str:
     """What the plan is going to compute in."""
     config = loaded.config
     device, _ = choose_device(config.pipeline, hellos)

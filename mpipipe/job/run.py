@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.control_plane.messages import Hello
     from mpipipe.job.view import JobView
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.session import Session
     from mpipipe.runtime.stop_switch import StopSwitch
     from mpipipe.types import Completion
@@ -140,7 +140,7 @@ def _open_job(
     ranks: Ranks,
     loaded: LoadedConfig,
     claimed: Claim,
-    hellos: tuple[Hello, ...],
+    hellos: tuple[RankResources, ...],
     *,
     view: JobView,
     marks: _Marks,
@@ -176,7 +176,7 @@ def _open_job(
     return _Job(ranks, loaded, claimed, log, view, marks, progress, page)
 
 
-async def _do(job: _Job, hellos: tuple[Hello, ...], model: ModelFacts | None) -> int:
+async def _do(job: _Job, hellos: tuple[RankResources, ...], model: ModelFacts | None) -> int:
     """Load and generate; neither when earlier attempts have left nothing to do."""
     ranks, loaded, claimed, marks = job.ranks, job.loaded, job.claim, job.marks
     if ranks.is_head:

@@ -18,7 +18,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 __all__ = ["ScheduledStep", "StageAccount", "StageTotals", "StepRecord", "TimeParts"]
 
@@ -130,21 +130,6 @@ class StageTotals:
             overall=self.overall + other.overall,
             num_steady_steps=self.num_steady_steps + other.num_steady_steps,
             steady=self.steady + other.steady,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the names of the fields, for JSON or msgpack."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> StageTotals:
-        """The inverse of `to_dict`."""
-        return StageTotals(
-            **{
-                **values,
-                "overall": TimeParts(**values["overall"]),
-                "steady": TimeParts(**values["steady"]),
-            }
         )
 
 

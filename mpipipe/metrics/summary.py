@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +60,6 @@ class RankReport:
         """Peak above the baseline over weights + KV: 1 is perfect."""
         need = self.weight_bytes + self.kv_bytes
         return (self.peak_rss_bytes - self.baseline_rss_bytes) / need if need else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the names of the fields, for JSON or msgpack."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> RankReport:
-        """The inverse of `to_dict`."""
-        return RankReport(**{**values, "stage": StageTotals.from_dict(values["stage"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +197,7 @@ def _bubble(walls_s: Sequence[float], bubbles_s: Sequence[float]) -> float | Non
 
 
 def _rank_dict(rank: RankReport) -> dict[str, Any]:
-    values = rank.to_dict()
+    values = dataclasses.asdict(rank)
     for name, parts in (("overall", rank.stage.overall), ("steady", rank.stage.steady)):
         values["stage"][name].update(wall_s=parts.wall_s, bubble_ratio=parts.bubble_ratio)
     return {**values, "peak_over_need": rank.peak_over_need}

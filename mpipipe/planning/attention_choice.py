@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mpipipe.config.schema import AUTO, Auto
 from mpipipe.errors import ConfigError
+from mpipipe.types import AttentionName
 
 __all__ = ["choose_attention"]
 
@@ -20,14 +22,14 @@ _ON_EVERY_DEVICE = frozenset({"sdpa", "reference"})
 
 
 def choose_attention(
-    asked: str,
+    asked: Auto | AttentionName,
     *,
     device: str,
     capability: int,
     head_dim: int,
     dtype: str,
     available: Collection[str],
-) -> tuple[str, str]:
+) -> tuple[AttentionName, str]:
     """The backend's name and the reason for it.
 
     Args:
@@ -42,7 +44,7 @@ def choose_attention(
         ConfigError: the backend asked for cannot run this model here.
     """
     facts = _Facts(device, capability, head_dim, dtype, frozenset(available))
-    if asked != "auto":
+    if asked != AUTO:
         problem = _problem(asked, facts)
         if problem:
             raise ConfigError(f'pipeline.attention = "{asked}" cannot run here: {problem}')

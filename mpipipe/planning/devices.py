@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from mpipipe.config.schema import AUTO, PipelineConfig
+from mpipipe.config.schema import AUTO, Auto, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
 from mpipipe.planning.resources import RankResources
+from mpipipe.types import CacheKind, DeviceName, DtypeName, PrefillMode, TransportName
 
 __all__ = [
     "BF16_CAPABILITY",
@@ -28,11 +30,11 @@ __all__ = [
 # Ampere. `torch.cuda.is_bf16_supported()` also says yes on a T4 (7.5), where bfloat16 is emulated.
 BF16_CAPABILITY = 80
 
-Choice = tuple[str, str]  # value, reason
 
-
-def choose_device(pipeline: PipelineConfig, ranks: Sequence[RankResources]) -> Choice:
-    """`cuda` where every rank has a GPU of its own, else `cpu`.
+def choose_device(
+    pipeline: PipelineConfig, ranks: Sequence[RankResources]
+) -> tuple[DeviceName, str]:
+    """`cuda` where every rank has a GPU of its own, else `cpu`; and why.
 
     Raises:
         EnvironmentSetupError: a GPU was asked for and a rank has none, or ranks would share one
@@ -40,7 +42,7 @@ def choose_device(pipeline: PipelineConfig, ranks: Sequence[RankResources]) -> C
     """
     if pipeline.device == "cpu":
         return "cpu", "asked for"
-    lacking = [rank for rank in ranks if rank.gpu_index < 0 or rank.gpu_problem]
+    lacking = [rank for rank in ranks if not rank.has_gpu]
     if lacking and pipeline.device == "cuda":
         raise EnvironmentSetupError(
             f'pipeline.device = "cuda", but {_who(lacking[0])} has no usable GPU: '
@@ -51,14 +53,14 @@ def choose_device(pipeline: PipelineConfig, ranks: Sequence[RankResources]) -> C
     if not pipeline.share_gpus:
         _check_own_gpus(ranks)
     worst = least_capable(ranks)
-    name = worst.gpu_name or "GPU"
+    name = worst.gpu.name or "GPU"
     if len(ranks) == 1:
         return "cuda", f"the rank has a GPU ({name})"
     return "cuda", f"every rank has a GPU, the least capable is {name}"
 
 
 def _why_cpu(lacking: Sequence[RankResources], *, num_ranks: int) -> str:
-    named = [rank for rank in lacking if rank.gpu_problem]
+    named = [rank for rank in lacking if rank.gpu.problem]
     if not named and len(lacking) == num_ranks:
         return "no rank has an NVIDIA GPU"
     first = (named or lacking)[0]
@@ -66,7 +68,7 @@ def _why_cpu(lacking: Sequence[RankResources], *, num_ranks: int) -> str:
 
 
 def _problem(rank: RankResources) -> str:
-    return rank.gpu_problem or (
+    return rank.gpu.problem or (
         'there is none in sight: start it where the GPUs are, or set pipeline.device = "cpu"'
     )
 
@@ -95,7 +97,7 @@ def _by_gpu(ranks: Sequence[RankResources]) -> list[list[RankResources]]:
 
 
 def _identity(rank: RankResources) -> str:
-    return rank.gpu_uuid or f"index {rank.gpu_index}"
+    return rank.gpu.uuid or f"index {rank.gpu.index}"
 
 
 def _who(rank: RankResources) -> str:
@@ -104,21 +106,21 @@ def _who(rank: RankResources) -> str:
 
 def describe_gpu(rank: RankResources) -> str:
     """E.g. "GPU 1 (Tesla T4)"."""
-    return f"GPU {rank.gpu_index} ({rank.gpu_name})"
+    return f"GPU {rank.gpu.index} ({rank.gpu.name})"
 
 
 def least_capable(ranks: Sequence[RankResources]) -> RankResources:
     """The rank with the lowest compute capability; the lowest-numbered of equals."""
-    return min(ranks, key=lambda rank: (rank.gpu_capability, rank.rank))
+    return min(ranks, key=lambda rank: (rank.gpu.capability, rank.rank))
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
 
 def choose_dtype(
-    asked: str, checkpoint: str, device: str, ranks: Sequence[RankResources]
-) -> Choice:
-    """What to store and compute in. `checkpoint`: the dtype of the weight files.
+    asked: Auto | DtypeName, checkpoint: str, device: DeviceName, ranks: Sequence[RankResources]
+) -> tuple[DtypeName, str]:
+    """What to store and compute in, and why. `checkpoint`: the dtype of the weight files.
 
     Raises:
         PlanError: bfloat16 was asked for on a GPU that cannot compute in it.
@@ -134,22 +136,22 @@ def choose_dtype(
     return "float32", f"exact on every CPU; the checkpoint is {checkpoint}"
 
 
-def _gpu_dtype(checkpoint: str, worst: RankResources) -> Choice:
+def _gpu_dtype(checkpoint: str, worst: RankResources) -> tuple[DtypeName, str]:
     if checkpoint == "float16":
         return "float16", "as in the checkpoint"
-    if worst.gpu_capability >= BF16_CAPABILITY:
+    if worst.gpu.capability >= BF16_CAPABILITY:
         made_of = (
             "as in the checkpoint" if checkpoint == "bfloat16" else "half the bytes of float32"
         )
         return "bfloat16", f"{made_of}; every GPU has compute capability 8.0 or newer"
     return "float16", (
         f"the checkpoint is {checkpoint}, but {_who(worst)} has a GPU of compute capability "
-        f"{_capability(worst)} ({worst.gpu_name}), whose only 16-bit type is float16"
+        f"{_capability(worst)} ({worst.gpu.name}), whose only 16-bit type is float16"
     )
 
 
 def _check_bf16(worst: RankResources) -> None:
-    if worst.gpu_capability < BF16_CAPABILITY:
+    if worst.gpu.capability < BF16_CAPABILITY:
         raise PlanError(
             f'model.dtype = "bfloat16", but {describe_gpu(worst)} of {_who(worst)} has compute '
             f"capability {_capability(worst)}, and bfloat16 needs 8.0 (Ampere) or newer: set "
@@ -158,14 +160,16 @@ def _check_bf16(worst: RankResources) -> None:
 
 
 def _capability(rank: RankResources) -> str:
-    return f"{rank.gpu_capability // 10}.{rank.gpu_capability % 10}"
+    return f"{rank.gpu.capability // 10}.{rank.gpu.capability % 10}"
 
 
 # ---- edges ---------------------------------------------------------------------------------------
 
 
-def choose_transport(asked: str, device: str, ranks: Sequence[RankResources]) -> Choice:
-    """How tensors travel between several stages.
+def choose_transport(
+    asked: Literal["auto", "nccl", "mpi"], device: DeviceName, ranks: Sequence[RankResources]
+) -> tuple[TransportName, str]:
+    """How tensors travel between several stages, and why.
 
     Raises:
         PlanError: `nccl` was asked for, but not all stages have a GPU of their own.
@@ -178,7 +182,7 @@ def choose_transport(asked: str, device: str, ranks: Sequence[RankResources]) ->
         return asked, "asked for"
     if device == "cpu":
         return "mpi", "the stages run on CPUs"
-    versions = sorted({rank.nccl_version for rank in ranks})
+    versions = sorted({rank.gpu.nccl_version for rank in ranks})
     if obstacle is not None:
         return "mpi", f"through pinned host memory, as {_first_clause(obstacle)}"
     if len(versions) > 1:
@@ -187,7 +191,7 @@ def choose_transport(asked: str, device: str, ranks: Sequence[RankResources]) ->
 
 
 def _nccl_obstacle(
-    device: str, ranks: Sequence[RankResources]
+    device: DeviceName, ranks: Sequence[RankResources]
 ) -> PlanError | EnvironmentSetupError | None:
     if device == "cpu":
         return PlanError(
@@ -201,7 +205,7 @@ def _nccl_obstacle(
                 f"of {sharers[0].host}, and NCCL refuses two ranks on one GPU: set "
                 'pipeline.transport = "mpi" or "auto", or start fewer ranks'
             )
-    slices = Counter((rank.host, rank.gpu_pci) for rank in ranks if rank.gpu_pci)
+    slices = Counter((rank.host, rank.gpu.pci) for rank in ranks if rank.gpu.pci)
     for (host, _), num_ranks in slices.items():
         if num_ranks > 1:
             return PlanError(
@@ -210,7 +214,7 @@ def _nccl_obstacle(
                 "GPU of its own"
             )
     for rank in ranks:
-        if not rank.nccl_version:
+        if not rank.gpu.nccl_version:
             return EnvironmentSetupError(
                 f"torch on {_who(rank)} was built without NCCL: install a torch with NCCL, or set "
                 'pipeline.transport = "mpi" or "auto"'
@@ -231,11 +235,13 @@ class AheadMode:
 
     laps_ahead: int
     laps_reason: str
-    prefill: str
+    prefill: PrefillMode
     prefill_reason: str
 
 
-def choose_ahead_mode(pipeline: PipelineConfig, device: str, kv_cache: str) -> AheadMode:
+def choose_ahead_mode(
+    pipeline: PipelineConfig, device: DeviceName, kv_cache: CacheKind
+) -> AheadMode:
     """One lap ahead and in phases on a GPU; the CPU's simple mode mixes prompts into its steps.
 
     Raises:
@@ -266,5 +272,5 @@ def choose_ahead_mode(pipeline: PipelineConfig, device: str, kv_cache: str) -> A
     if laps == 0:
         return AheadMode(laps, reason, "mixed", "without laps_ahead prompts fill up every step")
     prefill_reason = "long steps of prompts, then steps of decodes alone, which graphs replay"
-    prefill = "phases" if pipeline.prefill == AUTO else pipeline.prefill
+    prefill: PrefillMode = "phases" if pipeline.prefill == AUTO else pipeline.prefill
     return AheadMode(laps, reason, prefill, prefill_reason)

@@ -12,7 +12,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.planning.plan import Decisions
+from mpipipe.planning.resources import RankResources
 from mpipipe.topology.affinity import Core, format_cpus
 
 __all__ = ["cores_of_ranks", "note_cores", "note_layout", "stage_order", "threads_per_rank"]
@@ -70,7 +71,7 @@ def cores_of_ranks(bind: str, ranks: Sequence[RankResources]) -> dict[int, tuple
     host.
     """
     cores = {rank.rank: rank.cores for rank in ranks}
-    if bind == "none" or any(rank.gpu_index < 0 or rank.gpu_problem for rank in ranks):
+    if bind == "none" or any(not rank.has_gpu for rank in ranks):
         return cores
     for sharers in _by_host(ranks):
         bound = len({rank.cores for rank in sharers}) > 1 or any(map(_is_bound, sharers))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import PlanError
-from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
+from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.types import (
+    AttentionName,
+    CacheKind,
+    DeviceName,
+    DtypeName,
+    PrefillMode,
+    TransportName,
+    WeightsSource,
+)
 
-__all__ = ["PipelinePlan", "Resolved", "StagePlan"]
+__all__ = ["Decisions", "PipelinePlan", "Resolved", "StagePlan"]
+
+Word = TypeVar("Word", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +32,30 @@ class Resolved:
     setting: str  # e.g. "model.dtype"
     value: str
     reason: str
+
+
+@dataclass(slots=True)
+class Decisions:
+    """Takes what was asked for, or notes what an `auto` became and why."""
+
+    notes: list[Resolved] = field(default_factory=list)
+
+    def count(self, setting: str, asked: int | str, value: int, reason: str) -> int:
+        """`asked` when it is a number, else `value`, noted."""
+        if isinstance(asked, int):
+            return asked
+        self.note(setting, str(value), reason)
+        return value
+
+    def text(self, setting: str, asked: str, value: Word, reason: str) -> Word:
+        """`value`, noted where `asked` is `auto`; else it is what was asked for."""
+        if asked == AUTO:
+            self.note(setting, value, reason)
+        return value
+
+    def note(self, setting: str, value: str, reason: str) -> None:
+        """A decision that does not follow from the setting alone."""
+        self.notes.append(Resolved(setting, value, reason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +85,7 @@ class PipelinePlan:
     model_path: str  # absolute
     model_type: str
     architecture: str
-    dtype: str  # "float32" | "bfloat16" | "float16"
+    dtype: DtypeName
     num_layers: int
     hidden_size: int
     stages: tuple[StagePlan, ...]
@@ -60,16 +95,16 @@ class PipelinePlan:
     page_size_tokens: int
     num_kv_pages: int
     max_context_tokens: int
-    kv_cache: str  # "paged" | "contiguous"
-    transport: str  # "nccl" | "mpi" | "loopback"
-    device: str  # "cpu" | "cuda"
-    attention: str  # "triton" | "flashinfer" | "varlen" | "sdpa" | "reference"
+    kv_cache: CacheKind
+    transport: TransportName
+    device: DeviceName
+    attention: AttentionName
     threads_per_rank: int
     resolved: tuple[Resolved, ...]
     laps_ahead: int = 0  # 0: the head awaits every token; 1: scheduler.ahead and stage.ahead
-    prefill: str = "mixed"  # "phases" | "mixed"; only with laps_ahead
+    prefill: PrefillMode = "mixed"  # only with laps_ahead
     cuda_graphs: bool = False
-    weights: str = "checkpoint"  # "checkpoint" | "random"
+    weights: WeightsSource = "checkpoint"
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
@@ -102,7 +137,7 @@ class PipelinePlan:
 
     def to_json(self) -> str:
         """Stable JSON: sorted keys, no spaces that depend on the platform."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2)
+        return to_json(self, indent=2)
 
     @staticmethod
     def from_json(text: str) -> PipelinePlan:
@@ -112,13 +147,8 @@ class PipelinePlan:
             PlanError: the text is no plan.
         """
         try:
-            fields: dict[str, Any] = json.loads(text)
-            stages = tuple(StagePlan(**stage) for stage in fields.pop("stages"))
-            resolved = tuple(Resolved(**entry) for entry in fields.pop("resolved"))
-            sampling = fields.pop("sampling")
-            use = SamplingUse(**(sampling | {"needs": SamplingNeeds(**sampling["needs"])}))
-            return PipelinePlan(stages=stages, resolved=resolved, sampling=use, **fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return from_json(PipelinePlan, text)
+        except ValueError as error:
             raise PlanError(f"this is not a pipeline plan: {error}") from error
 
     def content_hash(self) -> str:

@@ -32,11 +32,12 @@ from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
-from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
-from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.resources import RankResources
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_memory
 from mpipipe.planning.workload import Workload
+from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
 __all__ = ["RankResources", "make_plan"]
 
@@ -66,7 +67,6 @@ def make_plan(
     """
     ranks = sorted(hellos, key=lambda hello: hello.rank)
     assert [hello.rank for hello in ranks] == list(range(len(ranks))), "a hello of every rank"
-    assert all(hello.world_size == len(ranks) for hello in ranks), "hellos of one world"
     decisions = Decisions(list(notes))
     num_stages = _num_stages(config, num_ranks=len(ranks), decisions=decisions)
     device, reason = choose_device(config.pipeline, ranks)
@@ -124,8 +124,8 @@ class _Resolver:
     config: Config
     spec: ModelSpec
     ranks: Sequence[RankResources]  # in the order of their stages
-    device: str
-    dtype: str
+    device: DeviceName
+    dtype: DtypeName
     limits: StepLimits
     sampling: SamplingUse
     decisions: Decisions = field(default_factory=Decisions)
@@ -216,7 +216,9 @@ class _Resolver:
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
 
-    def _num_kv_pages(self, stages: Sequence[StagePlan], demand: KvDemand, attention: str) -> int:
+    def _num_kv_pages(
+        self, stages: Sequence[StagePlan], demand: KvDemand, attention: AttentionName
+    ) -> int:
         """Pages of KV cache, the same on every rank; checks that all fits."""
         memory = self.config.memory
         needs = []
@@ -233,7 +235,7 @@ class _Resolver:
                 self.spec, self.dtype, self.sampling, has_head=stage.has_head
             )
             if attention in _GATHERING and fraction is not None:
-                free_bytes = int(hello.gpu_free_bytes * fraction) - stage.weight_bytes - work_bytes
+                free_bytes = int(hello.gpu.free_bytes * fraction) - stage.weight_bytes - work_bytes
                 work_bytes += gather_bytes(
                     self.spec,
                     self.dtype,
@@ -246,7 +248,7 @@ class _Resolver:
         num_pages, reason = choose_num_pages(memory, needs, demand)
         return self.decisions.count("memory.num_kv_pages", memory.num_kv_pages, num_pages, reason)
 
-    def _transport(self, num_stages: int) -> str:
+    def _transport(self, num_stages: int) -> TransportName:
         if num_stages == 1:
             reason = "a single stage sends to no other rank"
             self.decisions.note("pipeline.transport", "loopback", reason)
@@ -255,20 +257,20 @@ class _Resolver:
         transport, reason = choose_transport(asked, self.device, self.ranks)
         return self.decisions.text("pipeline.transport", asked, transport, reason)
 
-    def _attention(self) -> str:
+    def _attention(self) -> AttentionName:
         asked = self.config.pipeline.attention
         offered = [set(hello.attention_backends) for hello in self.ranks]
         attention, reason = choose_attention(
             asked,
             device=self.device,
-            capability=least_capable(self.ranks).gpu_capability,
+            capability=least_capable(self.ranks).gpu.capability,
             head_dim=self.spec.head_dim,
             dtype=self.dtype,
             available=tuple(sorted(set.intersection(*offered))),
         )
         return self.decisions.text("pipeline.attention", asked, attention, reason)
 
-    def _ahead_mode(self) -> tuple[int, str]:
+    def _ahead_mode(self) -> tuple[int, PrefillMode]:
         pipeline = self.config.pipeline
         mode = choose_ahead_mode(pipeline, self.device, self.config.memory.kv_cache)
         return (
@@ -280,7 +282,7 @@ class _Resolver:
             ),
         )
 
-    def _cuda_graphs(self, attention: str) -> bool:
+    def _cuda_graphs(self, attention: AttentionName) -> bool:
         """Whether decode steps are captured; a reason is noted where they were wanted in vain."""
         if not self.config.memory.cuda_graphs or self.device != "cuda":
             return False

@@ -1,128 +1,63 @@
-"""What planning reads of a rank's `Hello`, and the list of what each `auto` became.
-
-Not here: any decision.
-"""
+"""What one rank has: where it runs and what it may use there. Planning reads nothing else of it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from mpipipe.config.schema import AUTO
-from mpipipe.planning.plan import Resolved
+from mpipipe.topology.affinity import Core, allowed_cpus, cpus_near, usable_physical_cores
+from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.host import read_host
 
-__all__ = ["Decisions", "RankResources"]
+__all__ = ["RankResources", "read_rank_resources"]
 
 
-class RankResources(Protocol):
-    """One rank: where it is and what it may use. The GPU fields are empty without a GPU."""
+@dataclass(frozen=True, slots=True)
+class RankResources:
+    """One rank: where it runs and what it may use. It travels in the rank's `Hello`."""
 
-    @property
-    def rank(self) -> int:
-        """Position in the world."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that were started."""
-        ...
-
-    @property
-    def host(self) -> str:
-        """Name of the host; equal names share cores and memory."""
-        ...
+    rank: int  # position in the world
+    host: str  # ranks with equal names share cores and memory
+    pid: int
+    launcher: str  # topology.launcher.Launcher, e.g. "srun", "none"
+    num_cores: int  # usable by this process (affinity, quota), not of the machine
+    memory_available_bytes: int  # for this process: cgroup and MemAvailable considered
+    gpu: GpuFacts = field(default_factory=GpuFacts)  # that this rank would use
+    gpu_cpus: tuple[int, ...] = ()  # near the GPU (topology.affinity); empty: unknown
+    cores: tuple[Core, ...] = ()  # physical cores of the affinity mask; empty: unknown
+    num_allowed_cpus: int = 0  # that the job may use on this host; more than the mask's: bound
+    attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank
 
     @property
-    def num_cores(self) -> int:
-        """Cores that the rank may use."""
-        ...
-
-    @property
-    def memory_available_bytes(self) -> int:
-        """Memory available on its host."""
-        ...
-
-    @property
-    def gpu_index(self) -> int:
-        """Its GPU among those visible to the process; -1: none."""
-        ...
-
-    @property
-    def gpu_name(self) -> str:
-        """As the driver calls it."""
-        ...
-
-    @property
-    def gpu_uuid(self) -> str:
-        """The same for two ranks on one GPU."""
-        ...
-
-    @property
-    def gpu_capability(self) -> int:
-        """Compute capability × 10."""
-        ...
-
-    @property
-    def gpu_free_bytes(self) -> int:
-        """Free memory of its GPU before anything was loaded."""
-        ...
-
-    @property
-    def nccl_version(self) -> str:
-        """Empty without NCCL."""
-        ...
-
-    @property
-    def attention_backends(self) -> tuple[str, ...]:
-        """Optional attention backends that import on this rank."""
-        ...
-
-    @property
-    def gpu_pci(self) -> str:
-        """PCI address of its GPU; the same for two slices (MIG) of one GPU. Empty: unknown."""
-        ...
-
-    @property
-    def gpu_cpus(self) -> tuple[int, ...]:
-        """CPUs near its GPU; empty: unknown."""
-        ...
-
-    @property
-    def cores(self) -> tuple[tuple[int, ...], ...]:
-        """Physical cores of its affinity mask, each as its CPUs; empty: unknown."""
-        ...
-
-    @property
-    def num_allowed_cpus(self) -> int:
-        """CPUs that the job may use on the host; more than the mask's: the rank is bound."""
-        ...
-
-    @property
-    def gpu_problem(self) -> str:
-        """Why there is no usable GPU, with the remedy; empty: there is one, or nobody looked."""
-        ...
+    def has_gpu(self) -> bool:
+        """Whether this rank can compute on a GPU."""
+        return self.gpu.index >= 0 and not self.gpu.problem
 
 
-@dataclass(slots=True)
-class Decisions:
-    """Takes what was asked for, or notes what an `auto` became and why."""
+def read_rank_resources(
+    rank: int, *, launcher: str, gpu: GpuFacts, attention_backends: tuple[str, ...]
+) -> RankResources:
+    """What `rank` has on this host, as this process is bound now.
 
-    notes: list[Resolved] = field(default_factory=list)
+    `mpipipe plan` reads it with the same function as a run. Needs neither torch nor MPI.
 
-    def count(self, setting: str, asked: int | str, value: int, reason: str) -> int:
-        """`asked` when it is a number, else `value`, noted."""
-        if isinstance(asked, int):
-            return asked
-        self.note(setting, str(value), reason)
-        return value
-
-    def text(self, setting: str, asked: str, value: str, reason: str) -> str:
-        """`asked` unless it is `auto`, else `value`, noted."""
-        if asked != AUTO:
-            return asked
-        self.note(setting, value, reason)
-        return value
-
-    def note(self, setting: str, value: str, reason: str) -> None:
-        """A decision that does not follow from the setting alone."""
-        self.notes.append(Resolved(setting, value, reason))
+    Args:
+        rank: its number.
+        launcher: what started it (`topology.launcher.Launcher`).
+        gpu: that it would use.
+        attention_backends: optional ones that it has.
+    """
+    host = read_host()
+    return RankResources(
+        rank=rank,
+        host=host.host,
+        pid=os.getpid(),
+        launcher=launcher,
+        num_cores=host.usable_cores,
+        memory_available_bytes=host.memory_available_bytes,
+        gpu=gpu,
+        gpu_cpus=cpus_near(gpu.pci),
+        cores=usable_physical_cores(),
+        num_allowed_cpus=len(allowed_cpus()),
+        attention_backends=attention_backends,
+    )

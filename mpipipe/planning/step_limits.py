@@ -19,8 +19,8 @@ from mpipipe.planning.gpu_limits import (
     sampling_bytes,
 )
 from mpipipe.planning.memory import RankMemory
-from mpipipe.planning.plan import StagePlan
-from mpipipe.planning.resources import Decisions, RankResources
+from mpipipe.planning.plan import Decisions, StagePlan
+from mpipipe.planning.resources import RankResources
 from mpipipe.planning.sampling_use import SamplingUse
 
 __all__ = ["StepLimits", "choose_step_limits", "rank_memory"]
@@ -74,7 +74,7 @@ def choose_step_limits(
     tokens = (_TOKENS_PER_STEP, "keeps prompts from holding up the other slots for long")
     if device == "cuda":
         sequences = gpu_sequences_per_slot(num_requests, num_slots)
-        tokens = gpu_tokens_per_step(least_capable(ranks).gpu_capability, spec)
+        tokens = gpu_tokens_per_step(least_capable(ranks).gpu.capability, spec)
         budget = pipeline.max_tokens_per_step
         if isinstance(budget, int) and budget < sequences[0]:
             sequences = (budget, "one token each in max_tokens_per_step")
@@ -125,10 +125,10 @@ def rank_memory(
     return RankMemory(
         rank=stage.rank,
         host=stage.host,
-        available_bytes=int(hello.gpu_free_bytes * gpu_fraction),
+        available_bytes=int(hello.gpu.free_bytes * gpu_fraction),
         weight_bytes=stage.weight_bytes,
         page_bytes=page_bytes,
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
-        gpu=hello.gpu_uuid or f"index {hello.gpu_index}",
+        gpu=hello.gpu.uuid or f"index {hello.gpu.index}",
         gpu_name=describe_gpu(hello),
     )

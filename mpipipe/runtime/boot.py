@@ -31,9 +31,9 @@ from mpipipe.topology.host import peak_rss_bytes
 
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.control_plane.messages import Hello
     from mpipipe.metrics.log import Logger
     from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.planning.resources import RankResources
     from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.stage.worker import StageWorker
 
@@ -49,7 +49,7 @@ class Boot:
 
     ranks: Ranks
     loaded: LoadedConfig
-    hellos: tuple[Hello, ...]
+    hellos: tuple[RankResources, ...]
     model: ModelFacts | None
     tokenizer: Tokenizer | None
     workload: Workload
@@ -161,7 +161,7 @@ def _device_of(boot: Boot, plan: PipelinePlan) -> torch.device:
     """The device of this rank."""
     if plan.device != "cuda":
         return torch.device(plan.device)
-    return torch.device("cuda", boot.hellos[boot.ranks.mesh.rank].gpu_index)
+    return torch.device("cuda", boot.hellos[boot.ranks.mesh.rank].gpu.index)
 
 
 def _use_device(plan: PipelinePlan, device: torch.device) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from mpipipe._version import __version__
 from mpipipe.config.load import LoadedConfig, config_hash
 from mpipipe.config.schema import AUTO
-from mpipipe.control_plane.messages import Hello
+from mpipipe.control_plane.messages import PROTOCOL_VERSION, Hello
 from mpipipe.errors import DeadlineError, ProtocolMismatchError
 from mpipipe.planning.layout import cores_of_ranks
-from mpipipe.runtime.own_hello import own_hello
+from mpipipe.planning.resources import RankResources, read_rank_resources
 from mpipipe.runtime.ranks import AgreedError, in_phase
 from mpipipe.topology.affinity import move_process
 from mpipipe.topology.gpu import (
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
     from mpipipe.runtime.ranks import Ranks
 
-__all__ = ["greet", "local_rank_of", "meet", "read_hello"]
+__all__ = ["greet", "local_rank_of", "meet", "read_resources"]
 
 
-async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
-    """Exchange who we are and what we have; everybody must have the same configuration.
+async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]:
+    """Exchange what the ranks have, in rank order; all must have the same configuration.
 
     Then each rank is bound to the cores near its GPU, if it is to be.
 
@@ -42,7 +43,7 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
     """
     pipeline = loaded.config.pipeline
     try:
-        hellos = await meet(
+        met = await meet(
             ranks,
             pipeline.device,
             config_hash(loaded.config),
@@ -51,36 +52,41 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
     except (ProtocolMismatchError, DeadlineError) as error:
         raise AgreedError(error) from None
     rank = ranks.mesh.rank
-    cores = cores_of_ranks(pipeline.bind, hellos)[rank]
-    if cores != hellos[rank].cores:
+    cores = cores_of_ranks(pipeline.bind, met)[rank]
+    if cores != met[rank].cores:
         move_process(cpu for core in cores for cpu in core)
-    return hellos
+    return met
 
 
 async def meet(
     ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
-) -> tuple[Hello, ...]:
-    """Exchange `read_hello`, in rank order; from then on poll as the cores of this host allow.
+) -> tuple[RankResources, ...]:
+    """Exchange `read_resources`, in rank order; then poll as the cores of this host allow.
+
+    Args:
+        ranks: joined.
+        device: `pipeline.device`.
+        config_hash: must be the same on all ranks.
+        deadline_s: for the others to come.
 
     Raises:
         ProtocolMismatchError: versions, configurations or the number of ranks differ.
         DeadlineError: a rank did not come.
     """
-    hello = await read_hello(ranks, device, config_hash, deadline_s=deadline_s)
-    hellos = await ranks.mesh.handshake(hello, deadline_s)
-    _share_host(ranks, hellos)
-    return hellos
+    resources = await read_resources(ranks, device, deadline_s=deadline_s)
+    mesh = ranks.mesh
+    hello = Hello(mesh.rank, mesh.world_size, PROTOCOL_VERSION, __version__, config_hash, resources)
+    met = tuple(hello.resources for hello in await mesh.handshake(hello, deadline_s))
+    _share_host(ranks, met)
+    return met
 
 
-async def read_hello(
-    ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
-) -> Hello:
-    """Who this rank is and what it has. Collective, as the ranks of a host count themselves.
+async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> RankResources:
+    """What this rank has. Collective, as the ranks of a host count themselves.
 
     Args:
         ranks: joined.
         device: `pipeline.device`; torch is loaded to look at a GPU only where one may be wanted.
-        config_hash: must be the same on all ranks.
         deadline_s: for the others to come.
 
     Raises:
@@ -92,10 +98,8 @@ async def read_hello(
     gpu, backends = await in_phase(
         ranks, "devices", lambda: _read_gpu(device, local_rank), deadline_s
     )
-    return own_hello(
+    return read_rank_resources(
         ranks.mesh.rank,
-        ranks.mesh.world_size,
-        config_hash=config_hash,
         launcher=ranks.info.launcher.value,
         gpu=gpu,
         attention_backends=backends,
@@ -114,14 +118,14 @@ async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:
     return numbers[ranks.mesh.rank]
 
 
-def _share_host(ranks: Ranks, hellos: Sequence[Hello]) -> None:
+def _share_host(ranks: Ranks, met: Sequence[RankResources]) -> None:
     """Let the ranks of this host poll less eagerly where they have fewer cores than they are."""
-    host = hellos[ranks.mesh.rank].host
-    local = [greeting for greeting in hellos if greeting.host == host]
-    if any(greeting.num_cores < sum(map(len, greeting.cores)) for greeting in local):
+    host = met[ranks.mesh.rank].host
+    local = [rank for rank in met if rank.host == host]
+    if any(rank.num_cores < sum(map(len, rank.cores)) for rank in local):
         num_cores = local[0].num_cores  # a CPU quota, for all of them
     else:
-        cpus = {cpu for greeting in local for core in greeting.cores for cpu in core}
+        cpus = {cpu for rank in local for core in rank.cores for cpu in core}
         num_cores = len(cpus) or local[0].num_cores
     ranks.engine.share_cores(num_ranks=len(local), num_cores=num_cores)
 
@@ -130,7 +134,7 @@ def _read_gpu(device: str, local_rank: int) -> tuple[GpuFacts, tuple[str, ...]]:
     """The GPU of this rank and its attention backends; loads torch only for a driver to ask.
 
     Without one a CPU may be just what was wanted: only `cuda`, or a container that may hide the
-    driver, makes it worth a word.
+    driver, makes it worth a sentence.
     """
     if device == "cpu":
         return GpuFacts(), ()

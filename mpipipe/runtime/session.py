@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
@@ -169,11 +169,11 @@ class Session:
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
         """Every rank's totals, in stage order, on the head; None elsewhere."""
-        payload = json.dumps(self._report().to_dict()).encode()
+        payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
-        reports = [RankReport.from_dict(json.loads(part)) for part in parts]
+        reports = [from_json(RankReport, part) for part in parts]
         return tuple(sorted(reports, key=lambda report: report.stage.stage))
 
     def _head_us_per_step(self) -> float | None:
@@ -211,11 +211,10 @@ class Session:
                 laps_ahead=plan.laps_ahead,
                 max_sequence_tokens=plan.max_sequence_tokens,
             )
-            prefill: Literal["phases", "mixed"] = "mixed" if plan.prefill == "mixed" else "phases"
             return AheadCore(
                 limits,
                 eos_token_ids=eos_token_ids,
-                prefill=prefill,
+                prefill=plan.prefill,
                 restart_tokens=plan.restart_tokens,
             )
         return SchedulerCore(

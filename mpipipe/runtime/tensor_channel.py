@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.types import DeviceName, TransportName
 
 __all__ = ["Transport", "open_channel", "open_transport"]
 
@@ -24,8 +25,8 @@ _NCCL_DEADLINE_S = 120.0
 class Transport:
     """How tensors travel, and between whom."""
 
-    name: str  # "nccl" | "mpi" | "loopback"
-    device: str  # "cpu" | "cuda": where the tensors are
+    name: TransportName
+    device: DeviceName  # where the tensors are
     hosts: tuple[str, ...]  # by rank
     stage_ranks: tuple[int, ...]  # ranks in the order of their stages
 

@@ -40,7 +40,7 @@ from mpipipe.stage.ahead.launched import LaunchedStep
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.executor import PreparedStep, StageExecutor
 from mpipipe.stage.sequences import SequenceTable
-from mpipipe.types import FinishReason, Request, SamplingParams, TokenLogprobs
+from mpipipe.types import FinishReason, PrefillMode, Request, SamplingParams, TokenLogprobs
 from tests.contract.replaying_lane import ReplayingLane
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
 
@@ -66,7 +66,7 @@ def ahead_plan(
     num_pages: int = 60,
     max_tokens_per_step: int = 16,
     graphs: bool = False,
-    prefill: str = "phases",
+    prefill: PrefillMode = "phases",
     hidden_size: int = 48,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
@@ -207,7 +207,7 @@ class InProcessAhead:
                 plan.max_sequence_tokens,
             ),
             eos_token_ids=(EOS,),
-            prefill="mixed" if plan.prefill == "mixed" else "phases",
+            prefill=plan.prefill,
             restart_tokens=self._restart_tokens,
         )
         outcomes: dict[int, Outcome] = {}

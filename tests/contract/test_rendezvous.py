@@ -10,13 +10,14 @@ from torch.distributed import Store  # noqa: TID251 - of the tested type
 
 from mpipipe.data_plane.rendezvous import Rendezvous, addresses_of_this_host, open_store
 from mpipipe.errors import EnvironmentSetupError
+from mpipipe.plain_values import from_json, to_json
 
 LIMIT_S = 30
 
 
-def test_addresses_travel_as_bytes() -> None:
+def test_addresses_travel_as_json() -> None:
     rendezvous = Rendezvous(("10.0.0.1", "node1"), 40123)
-    assert Rendezvous.from_bytes(rendezvous.to_bytes()) == rendezvous
+    assert from_json(Rendezvous, to_json(rendezvous)) == rendezvous
 
 
 def test_other_hosts_are_never_told_a_loopback_address() -> None:
@@ -31,8 +32,8 @@ async def _all_open(num_ranks: int, addresses: tuple[str, ...] | None = None) ->
 
     async def broadcast(payload: bytes | None) -> bytes:
         if payload is not None:
-            found = Rendezvous.from_bytes(payload)
-            told.set_result(Rendezvous(addresses or found.addresses, found.port).to_bytes())
+            found = from_json(Rendezvous, payload)
+            told.set_result(to_json(Rendezvous(addresses or found.addresses, found.port)).encode())
         return await told
 
     hosts = ["node1"] * num_ranks

@@ -26,6 +26,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
     StopRequested,
 )
+from mpipipe.planning.resources import RankResources
 from mpipipe.run_folder.record_line import encode_line
 from mpipipe.types import SamplingParams, TokenLogprobs
 
@@ -233,7 +234,14 @@ WORDS_OF_COMMAND = (
 
 # ---- messages ------------------------------------------------------------------------------------
 
-_HELLO = Hello(1, 2, 3, "0.1.0", "abc", "node-b", 77, 4, 8 << 30, "srun", cores=((0, 2), (1, 3)))
+_HELLO = Hello(
+    1,
+    2,
+    3,
+    "0.1.0",
+    "abc",
+    RankResources(1, "node-b", 77, "srun", 4, 8 << 30, cores=((0, 2), (1, 3))),
+)
 _STEP = StepScheduled(
     7,
     1,

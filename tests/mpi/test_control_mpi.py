@@ -20,6 +20,7 @@ from mpipipe.errors import (
     ProtocolMismatchError,
     RemoteError,
 )
+from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
 from tests.contract.channel_suite import Body, ChannelSuite, Spmd
 
@@ -94,7 +95,8 @@ OnMesh = Callable[[MeshBody], None]
 
 
 def hello(rank: int, world_size: int, config_hash: str = "same") -> Hello:
-    return Hello(rank, world_size, 1, "0.1.0", config_hash, f"node{rank}", 7, 2, 1 << 30, "test")
+    resources = RankResources(rank, f"node{rank}", 7, "test", 2, 1 << 30)
+    return Hello(rank, world_size, 1, "0.1.0", config_hash, resources)
 
 
 def test_all_collectives_on_all_ranks(on_mesh: OnMesh) -> None:

@@ -13,7 +13,7 @@ from mpipipe.doctor.probes import links
 from mpipipe.doctor.probes.links import LinkFigure, measure_links, neighbours
 from mpipipe.errors import EnvironmentSetupError, MpipipeError
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.handshake import read_hello
+from mpipipe.runtime.handshake import read_resources
 from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.tensor_channel import open_transport
 from mpipipe.topology.host import host_name
@@ -90,9 +90,9 @@ def test_the_ranks_of_a_host_count_themselves_where_no_launcher_says(
     monkeypatch.setattr(greeting, "told_local_rank", lambda environ: None)
 
     async def body(ranks: Ranks) -> None:
-        hello = await read_hello(ranks, "cpu", deadline_s=LIMIT_S)
+        resources = await read_resources(ranks, "cpu", deadline_s=LIMIT_S)
         assert seen == [ranks.mesh.rank]  # all are on one host
-        assert hello.cores
+        assert resources.cores
 
     on_ranks(body)
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+from mpipipe.planning.resources import RankResources
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Rank:
-    rank: int
-    world_size: int
-    host: str = "node1"
-    num_cores: int = 8
-    memory_available_bytes: int = 16 * GIB
-    gpu_index: int = -1
-    gpu_name: str = ""
-    gpu_uuid: str = ""
-    gpu_capability: int = 0
-    gpu_free_bytes: int = 0
-    nccl_version: str = ""
-    attention_backends: tuple[str, ...] = ()
-    gpu_problem: str = ""
-    gpu_pci: str = ""
-    gpu_cpus: tuple[int, ...] = ()
-    cores: tuple[tuple[int, ...], ...] = ()
-    num_allowed_cpus: int = 0
+def make_rank(rank: int, host: str = "node1", **fields: Any) -> RankResources:
+    """Rank number `rank`; `fields` as those of `RankResources`."""
+    defaults = {"num_cores": 8, "memory_available_bytes": 16 * GIB}
+    return RankResources(rank, host, 100 + rank, "none", **(defaults | fields))
+
+
+def with_gpu(rank: RankResources, **fields: Any) -> RankResources:
+    """The same rank with other `fields` of its GPU."""
+    return replace(rank, gpu=replace(rank.gpu, **fields))

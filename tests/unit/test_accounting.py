@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pytest
 
 from mpipipe.clock import ScriptedClock
 from mpipipe.metrics.accounting import StageAccount, StageTotals, TimeParts
+from mpipipe.plain_values import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def test_only_the_last_records_are_kept() -> None:
 
 def test_totals_survive_json_and_add_up_when_merged() -> None:
     first, _ = pipeline_bubbles(num_slots=2, num_laps=5)
-    again = StageTotals.from_dict(json.loads(json.dumps(first.to_dict())))
+    again = from_json(StageTotals, to_json(first))
     assert again == first
     both = first.merged(again)
     assert both.num_steps == 2 * first.num_steps

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from mpipipe.config.schema import Auto
 from mpipipe.errors import ConfigError
 from mpipipe.planning.attention_choice import choose_attention
+from mpipipe.types import AttentionName
 
 EVERYTHING = ("triton", "varlen", "flashinfer", "sdpa", "reference")
 
 
 def choose(
-    asked: str = "auto",
+    asked: Auto | AttentionName = "auto",
     *,
     device: str = "cuda",
     capability: int = 90,
@@ -60,7 +62,7 @@ def test_the_reason_says_what_was_missing() -> None:
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_what_can_run_is_given_when_asked_for(name: str) -> None:
+def test_what_can_run_is_given_when_asked_for(name: AttentionName) -> None:
     assert choose(name) == name
 
 
@@ -80,7 +82,7 @@ def test_what_can_run_is_given_when_asked_for(name: str) -> None:
     ],
 )
 def test_what_cannot_run_is_refused_with_cause_and_remedy(
-    asked: str, settings: dict[str, object], named: str
+    asked: Auto | AttentionName, settings: dict[str, object], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
         choose(asked, **settings)  # type: ignore[arg-type]

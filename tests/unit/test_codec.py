@@ -8,9 +8,11 @@ from random import Random
 import msgpack
 import pytest
 
+from mpipipe._version import __version__
 from mpipipe.control_plane.codec import decode, encode
 from mpipipe.control_plane.handshake import find_mismatch
 from mpipipe.control_plane.messages import (
+    PROTOCOL_VERSION,
     TAGS,
     BarrierEntered,
     BarrierReleased,
@@ -36,23 +38,31 @@ from mpipipe.control_plane.messages import (
     StopRequested,
 )
 from mpipipe.errors import ProtocolMismatchError
+from mpipipe.planning.resources import RankResources
+from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.host import host_name
 from mpipipe.types import SamplingParams, TokenLogprobs
 
-HELLO = Hello(1, 2, 1, "0.1.0", "abc", "node-b", 77, 4, 8 << 30, "srun")
+HELLO = Hello(1, 2, 1, "0.1.0", "abc", RankResources(1, "node-b", 77, "srun", 4, 8 << 30))
 GPU_HELLO = dataclasses.replace(
     HELLO,
-    gpu_index=0,
-    gpu_name="T4",
-    gpu_uuid="GPU-1",
-    gpu_capability=75,
-    gpu_memory_bytes=16 << 30,
-    gpu_free_bytes=15 << 30,
-    nccl_version="2.27",
-    attention_backends=("triton",),
-    gpu_pci="0000:3b:00.0",
-    gpu_cpus=(0, 1),
-    cores=((0, 2), (1, 3)),
-    num_allowed_cpus=8,
+    resources=dataclasses.replace(
+        HELLO.resources,
+        gpu=GpuFacts(
+            index=0,
+            name="T4",
+            uuid="GPU-1",
+            capability=75,
+            memory_bytes=16 << 30,
+            free_bytes=15 << 30,
+            nccl_version="2.27",
+            pci="0000:3b:00.0",
+        ),
+        gpu_cpus=(0, 1),
+        cores=((0, 2), (1, 3)),
+        num_allowed_cpus=8,
+        attention_backends=("triton",),
+    ),
 )
 SAMPLING = SamplingParams(
     max_new_tokens=16,
@@ -107,13 +117,13 @@ NUM_DAMAGED = 20_000
 # The bytes of MESSAGES. When a line has to change, PROTOCOL_VERSION has to change with it.
 GOLDEN = (
     (
-        "dc001801010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756effa0a000"
-        "0000a090a0a0909000"
+        "9701010201a5302e312e30a36162639b01a66e6f64652d624da47372756e04cf000000020000000099ffa0a0"
+        "000000a0a0a090900090"
     ),
     (
-        "dc001801010201a5302e312e30a3616263a66e6f64652d624d04cf0000000200000000a47372756e00a25434"
-        "a54750552d314bcf0000000400000000cf00000003c0000000a4322e323791a6747269746f6ea0ac30303030"
-        "3a33623a30302e309200019292000292010308"
+        "9701010201a5302e312e30a36162639b01a66e6f64652d624da47372756e04cf00000002000000009900a254"
+        "34a54750552d314bcf0000000400000000cf00000003c0000000a4322e3237a0ac303030303a33623a30302e"
+        "30920001929200029201030891a6747269746f6e"
     ),
     "9602a46c6f616401c0a000",
     "9602a46c6f616401af436865636b706f696e744572726f72b46d6f64656cedb3bf2e62696e20697320676f6e6503",
@@ -211,10 +221,25 @@ def test_damaged_frames_are_messages_or_mismatches_and_greetings_can_be_compared
             find_mismatch([head, message])
 
 
-def test_a_greeting_of_another_version_is_told_by_its_version() -> None:
-    frame = msgpack.packb([1, 3, 8, 42, "9.9.9", "a field", "and more"])
-    with pytest.raises(ProtocolMismatchError, match="rank 3, which speaks protocol version 42"):
-        decode(frame)
+@pytest.mark.parametrize(
+    ("fields", "who"),
+    [
+        # As version 5 wrote it, without a GPU.
+        ([3, 8, 5, "0.9.0", "abc", "node-b", 77, 4, 1 << 30, "srun"], "rank 3 on node-b"),
+        # A later version with a field more here and there.
+        ([3, 8, 42, "9.9.9", "abc", [3, "node-b", 77, "new"], "and more"], "rank 3 on node-b"),
+        ([3, 8, 42, "9.9.9", 7], "rank 3"),
+    ],
+)
+def test_a_greeting_of_another_version_names_both_hosts_and_versions(
+    fields: list[object], who: str
+) -> None:
+    with pytest.raises(ProtocolMismatchError) as raised:
+        decode(msgpack.packb([1, *fields]))
+    theirs = f"the greeting of {who}, which runs mpipipe {fields[3]} and speaks protocol version"
+    assert f"{theirs} {fields[2]};" in str(raised.value)
+    ours = f"this rank, on {host_name()}, runs mpipipe {__version__} and speaks protocol version"
+    assert f"{ours} {PROTOCOL_VERSION})" in str(raised.value)
 
 
 def test_a_step_of_eight_decoding_sequences_stays_small() -> None:

@@ -31,6 +31,7 @@ from mpipipe.doctor.probes.software import (
     nvidia_wheels,
     read_software,
 )
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import memory_limit_bytes, num_oom_kills
 
@@ -395,7 +396,7 @@ def test_facts_survive_the_way_to_the_head() -> None:
         node=read_node({}),
         gpu=GpuLook(rank_gpu=GpuFacts(name="T4"), processes=(GpuProcess(1, "x", "u", 2),)),
     )
-    assert RankFacts.from_json(facts.to_json()) == facts
+    assert from_json(RankFacts, to_json(facts)) == facts
 
 
 # ---- folders -------------------------------------------------------------------------------------

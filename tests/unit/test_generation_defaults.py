@@ -20,7 +20,7 @@ from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.inputs import ModelFacts, read_model
 from mpipipe.planning.resolve import make_plan
 from mpipipe.types import SamplingParams
-from tests.unit.planned_rank import Rank
+from tests.unit.planned_rank import make_rank
 
 CONFIG = {
     "model_type": "llama",
@@ -154,7 +154,7 @@ def test_what_is_not_applied_is_said_one_line_each(tmp_path: Path) -> None:
         "generation_config.chat_format": '"chatml"',
     }
     plan = make_plan(
-        found.loaded.config, found.spec, [Rank(0, 1)], str(tmp_path), notes=found.notes
+        found.loaded.config, found.spec, [make_rank(0)], str(tmp_path), notes=found.notes
     )
     lines = "\n".join(plan_lines(plan))
     for note in found.notes:
@@ -241,7 +241,7 @@ def test_the_plan_says_where_sequences_start_over(
         original_max_position_embeddings=64,
         rope_parameters={"rope_type": "longrope"},
     )
-    plan = make_plan(found.loaded.config, found.spec, [Rank(0, 1)], str(tmp_path))
+    plan = make_plan(found.loaded.config, found.spec, [make_rank(0)], str(tmp_path))
     assert plan.restart_tokens == (65 if noted else 0)
     assert ("a sequence that grows to 65 tokens" in "\n".join(plan_lines(plan))) == noted
 

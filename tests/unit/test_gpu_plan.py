@@ -8,6 +8,7 @@ import pytest
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import (
+    Auto,
     Config,
     GenerationConfig,
     MemoryConfig,
@@ -18,10 +19,13 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, PlanError
 from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resources import RankResources
 from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
-from tests.unit.planned_rank import Rank
+from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import DeviceName
+from tests.unit.planned_rank import make_rank, with_gpu
 
 GIB = 2**30
 BACKENDS = ("triton", "sdpa", "reference")
@@ -55,48 +59,46 @@ LLAMA_3_8B = replace(
 )
 
 
-def h200(num_ranks: int) -> list[Rank]:
+def h200(num_ranks: int) -> list[RankResources]:
     """One host with a GPU per rank."""
     return [
-        Rank(
+        make_rank(
             rank,
-            num_ranks,
             memory_available_bytes=64 * GIB,
-            gpu_index=rank,
-            gpu_name="NVIDIA H200",
-            gpu_uuid=f"GPU-{rank}",
-            gpu_capability=90,
-            gpu_free_bytes=138 * GIB,
-            nccl_version="2.28.9",
+            gpu=GpuFacts(
+                index=rank,
+                name="NVIDIA H200",
+                uuid=f"GPU-{rank}",
+                capability=90,
+                free_bytes=138 * GIB,
+                nccl_version="2.28.9",
+            ),
             attention_backends=BACKENDS,
         )
         for rank in range(num_ranks)
     ]
 
 
-def t4(num_ranks: int) -> list[Rank]:
+def t4(num_ranks: int) -> list[RankResources]:
     """One host per rank, with one T4."""
     return [
-        replace(
-            rank,
-            host=f"node{rank.rank}",
-            gpu_index=0,
-            gpu_name="Tesla T4",
-            gpu_capability=75,
-            gpu_free_bytes=15 * GIB,
+        with_gpu(
+            replace(rank, host=f"node{rank.rank}"),
+            index=0,
+            name="Tesla T4",
+            capability=75,
+            free_bytes=15 * GIB,
         )
         for rank in h200(num_ranks)
     ]
 
 
-def without_gpu(rank: Rank, problem: str = "") -> Rank:
-    return replace(
-        rank, gpu_index=-1, gpu_uuid="", gpu_capability=0, gpu_free_bytes=0, gpu_problem=problem
-    )
+def without_gpu(rank: RankResources, problem: str = "") -> RankResources:
+    return replace(rank, gpu=GpuFacts(problem=problem))
 
 
 def plan(
-    world: list[Rank],
+    world: list[RankResources],
     *settings: PipelineConfig | MemoryConfig | ModelConfig,
     spec: ModelSpec = OPENLLAMA_3B,
     work: tuple[int, int, int] | None = None,
@@ -195,15 +197,17 @@ def test_a_cpu_run_on_a_gpu_machine_ignores_the_gpus() -> None:
 # ---- sharing -------------------------------------------------------------------------------------
 
 
-def sharing(num_ranks: int, num_gpus: int) -> list[Rank]:
+def sharing(num_ranks: int, num_gpus: int) -> list[RankResources]:
     return [
-        replace(rank, gpu_index=rank.rank % num_gpus, gpu_uuid=f"GPU-{rank.rank % num_gpus}")
+        with_gpu(rank, index=rank.rank % num_gpus, uuid=f"GPU-{rank.rank % num_gpus}")
         for rank in h200(num_ranks)
     ]
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_more_ranks_than_gpus_on_a_host_are_refused_with_the_remedy(device: str) -> None:
+def test_more_ranks_than_gpus_of_a_host_are_refused(
+    device: Auto | DeviceName,
+) -> None:
     with pytest.raises(
         EnvironmentSetupError,
         match=r"ranks 0, 2 on node1 would share GPU 0 .*as 3 ranks see 2 GPUs.*share_gpus = true",
@@ -230,7 +234,7 @@ def test_shared_gpus_go_over_mpi_and_share_the_memory() -> None:
 
 def test_without_nccl_on_a_rank_tensors_go_over_mpi_and_asking_for_nccl_is_refused() -> None:
     world = h200(3)
-    world[2] = replace(world[2], nccl_version="")
+    world[2] = with_gpu(world[2], nccl_version="")
     made = plan(world)
     assert made.transport == "mpi"
     assert "rank 2 on node1 was built without NCCL" in reason(made, "pipeline.transport")
@@ -239,9 +243,7 @@ def test_without_nccl_on_a_rank_tensors_go_over_mpi_and_asking_for_nccl_is_refus
 
 
 def test_slices_of_one_gpu_are_gpus_of_their_own_but_not_to_nccl() -> None:
-    slices = [
-        replace(rank, gpu_uuid=f"MIG-{rank.rank}", gpu_pci="0000:3b:00.0") for rank in h200(2)
-    ]
+    slices = [with_gpu(rank, uuid=f"MIG-{rank.rank}", pci="0000:3b:00.0") for rank in h200(2)]
     made = plan(slices)
     assert (made.device, made.transport) == ("cuda", "mpi")
     assert "slices (MIG) of one GPU" in reason(made, "pipeline.transport")
@@ -253,7 +255,7 @@ def test_slices_of_one_gpu_are_gpus_of_their_own_but_not_to_nccl() -> None:
 
 def test_different_nccl_versions_do_not_talk() -> None:
     world = h200(2)
-    world[1] = replace(world[1], nccl_version="2.27.3")
+    world[1] = with_gpu(world[1], nccl_version="2.27.3")
     made = plan(world)
     assert made.transport == "mpi"
     assert "NCCL 2.27.3 and 2.28.9" in reason(made, "pipeline.transport")
@@ -472,7 +474,7 @@ def test_pages_are_no_more_than_the_run_can_use() -> None:
 
 
 def test_weights_that_do_not_fit_a_gpu_are_refused_with_sizes_and_remedies() -> None:
-    world = [replace(rank, gpu_free_bytes=4 * GIB) for rank in h200(2)]
+    world = [with_gpu(rank, free_bytes=4 * GIB) for rank in h200(2)]
     with pytest.raises(
         PlanError,
         match=r"rank 0 on GPU 0 \(NVIDIA H200\) of node1 would hold 3\.\d+ GiB of weights and "
@@ -482,7 +484,7 @@ def test_weights_that_do_not_fit_a_gpu_are_refused_with_sizes_and_remedies() -> 
 
 
 def test_ranks_that_share_a_gpu_must_fit_together() -> None:
-    world = [replace(rank, gpu_free_bytes=8 * GIB) for rank in sharing(2, 1)]
+    world = [with_gpu(rank, free_bytes=8 * GIB) for rank in sharing(2, 1)]
     with pytest.raises(PlanError, match=r"ranks 0, 1 together on GPU 0"):
         plan(world, PipelineConfig(share_gpus=True))
 

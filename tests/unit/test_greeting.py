@@ -12,10 +12,10 @@ from mpipipe.cli import plan as plan_cli
 from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
-from mpipipe.control_plane.messages import Hello
+from mpipipe.planning import resources
+from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime import handshake as greeting
-from mpipipe.runtime import own_hello
 from mpipipe.runtime.ranks import Ranks
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import HostFacts
@@ -45,15 +45,11 @@ class Shares(ProgressEngine):
 def test_ranks_that_meet_share_the_cores_of_their_own_host_only(
     hosts: tuple[str, ...], told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def read_hello(
-        ranks: Ranks, device: str, config_hash: str, *, deadline_s: float
-    ) -> Hello:
+    async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> RankResources:
         rank = ranks.mesh.rank
-        return Hello(
-            rank, len(hosts), 1, "1", config_hash, hosts[rank], 1, 2, 2**30, "srun", cores=((0, 1),)
-        )
+        return RankResources(rank, hosts[rank], 1, "srun", 2, 2**30, cores=((0, 1),))
 
-    monkeypatch.setattr(greeting, "read_hello", read_hello)
+    monkeypatch.setattr(greeting, "read_resources", read_resources)
 
     async def main() -> list[tuple[int, int]]:
         engine, found = ProgressEngine(), []
@@ -96,10 +92,10 @@ def test_mpipipe_plan_shows_the_cores_and_threads_that_a_run_would_have(
 ) -> None:
     monkeypatch.setattr(plan_cli, "query_gpus", lambda: GPUS)
     monkeypatch.setattr(plan_cli, "driver_in_sight", lambda: True)
-    monkeypatch.setattr(own_hello, "read_host", lambda: HostFacts("n0", 8, 64 * 2**30))
-    monkeypatch.setattr(own_hello, "cpus_near", lambda pci: NEAR[pci])
-    monkeypatch.setattr(own_hello, "usable_physical_cores", lambda: tuple((n,) for n in range(8)))
-    monkeypatch.setattr(own_hello, "allowed_cpus", lambda: tuple(range(8)))
+    monkeypatch.setattr(resources, "read_host", lambda: HostFacts("n0", 8, 64 * 2**30))
+    monkeypatch.setattr(resources, "cpus_near", lambda pci: NEAR[pci])
+    monkeypatch.setattr(resources, "usable_physical_cores", lambda: tuple((n,) for n in range(8)))
+    monkeypatch.setattr(resources, "allowed_cpus", lambda: tuple(range(8)))
     config = Path(__file__).parents[2] / "configs/bench_gpu.toml"
     plan_cli.plan_command(config, [], num_stages=2, as_json=True)
     plan = json.loads(capsys.readouterr().out)

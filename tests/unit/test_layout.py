@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -17,24 +17,14 @@ from mpipipe.planning.layout import (
     stage_order,
     threads_per_rank,
 )
-from mpipipe.planning.resources import Decisions
+from mpipipe.planning.plan import Decisions
+from mpipipe.planning.resources import RankResources
 from mpipipe.topology.affinity import Core
-from tests.unit.planned_rank import Rank
+from mpipipe.topology.gpu import GpuFacts
+from tests.unit.planned_rank import make_rank
 from tests.unit.test_resolve import GIB, LAYER_BYTES, MATRIX_BYTES, plan, ranks
 
 SOCKET = 4  # cores
-
-
-@dataclass(frozen=True)
-class Place(Rank):
-    """A rank with a GPU on one of the two sockets of its host."""
-
-    world_size: int = 0
-    num_cores: int = 16
-    gpu_index: int = 0
-    gpu_name: str = "GPU"
-    gpu_capability: int = 80
-    num_allowed_cpus: int = 16
 
 
 def core(number: int) -> Core:
@@ -50,9 +40,19 @@ HOST = cores(*range(2 * SOCKET))
 NEAR = [tuple(cpu for n in range(SOCKET) for cpu in core(s * SOCKET + n)) for s in (0, 1)]
 
 
-def world(*sockets: int) -> list[Place]:
+def world(*sockets: int) -> list[RankResources]:
     """Unbound ranks of one host whose GPUs hang on these sockets."""
-    return [Place(rank, gpu_cpus=NEAR[s], cores=HOST) for rank, s in enumerate(sockets)]
+    return [
+        make_rank(
+            rank,
+            num_cores=16,
+            num_allowed_cpus=16,
+            gpu=GpuFacts(index=0, name="GPU", capability=80),
+            gpu_cpus=NEAR[s],
+            cores=HOST,
+        )
+        for rank, s in enumerate(sockets)
+    ]
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -176,10 +176,10 @@ def test_more_ranks_than_cores_of_a_socket_share_all_of_them() -> None:
             ],
             id="bound each in a cpuset of its own",
         ),
-        pytest.param([*world(0), replace(world(0, 1)[1], gpu_index=-1)], id="computes on CPUs"),
+        pytest.param([*world(0), replace(world(0, 1)[1], gpu=GpuFacts())], id="computes on CPUs"),
     ],
 )
-def test_a_rank_stays_where_it_was_launched(places: list[Place]) -> None:
+def test_a_rank_stays_where_it_was_launched(places: list[RankResources]) -> None:
     assert cores_of_ranks("auto", places) == {rank.rank: rank.cores for rank in places}
     decisions = Decisions()
     note_cores("auto", places, decisions)
@@ -204,11 +204,11 @@ def test_the_plan_says_who_was_bound() -> None:
 # ---- threads -------------------------------------------------------------------------------------
 
 
-def unbound(num_ranks: int) -> list[Place]:
-    return [replace(rank, gpu_index=-1, gpu_cpus=()) for rank in world(*[0] * num_ranks)]
+def unbound(num_ranks: int) -> list[RankResources]:
+    return [replace(rank, gpu=GpuFacts(), gpu_cpus=()) for rank in world(*[0] * num_ranks)]
 
 
-def bound(*shares: tuple[Core, ...]) -> list[Place]:
+def bound(*shares: tuple[Core, ...]) -> list[RankResources]:
     return [
         replace(rank, cores=share, num_cores=sum(map(len, share)))
         for rank, share in zip(unbound(len(shares)), shares, strict=True)

@@ -28,6 +28,7 @@ from mpipipe.errors import (
     ProtocolMismatchError,
     RemoteError,
 )
+from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.types import SamplingParams
 
@@ -68,7 +69,8 @@ def run_all_well(world_size: int, body: Body, clock: Clock | None = None) -> Non
 
 
 def hello(rank: int, world_size: int) -> Hello:
-    return Hello(rank, world_size, 1, "0.1.0", "config-a", f"node{rank}", 100, 2, 1 << 30, "mpich")
+    resources = RankResources(rank, f"node{rank}", 100, "mpich", 2, 1 << 30)
+    return Hello(rank, world_size, 1, "0.1.0", "config-a", resources)
 
 
 @pytest.fixture(params=[1, 2, 4])

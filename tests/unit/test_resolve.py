@@ -17,8 +17,10 @@ from mpipipe.planning.cost import (
 )
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
-from tests.unit.planned_rank import Rank
+from mpipipe.types import CacheKind
+from tests.unit.planned_rank import make_rank
 
 GIB = 2**30
 
@@ -43,12 +45,15 @@ MATRIX_BYTES = 49152 * 576 * 4
 PAGE_BYTES_OF_LAYER = 16 * 2 * 3 * 64 * 4
 
 
-def ranks(*hosts: str, memory: int = 16 * GIB, cores: int = 8) -> list[Rank]:
-    return [Rank(r, len(hosts), host, cores, memory) for r, host in enumerate(hosts)]
+def ranks(*hosts: str, memory: int = 16 * GIB, cores: int = 8) -> list[RankResources]:
+    return [
+        make_rank(r, host, num_cores=cores, memory_available_bytes=memory)
+        for r, host in enumerate(hosts)
+    ]
 
 
 def plan(
-    world: list[Rank],
+    world: list[RankResources],
     *,
     pipeline: PipelineConfig | None = None,
     memory: MemoryConfig | None = None,
@@ -231,7 +236,7 @@ def test_auto_pages_are_no_more_than_the_run_can_use() -> None:
 
 
 def test_auto_pages_are_a_quarter_of_what_the_weights_leave_on_the_tightest_rank() -> None:
-    world = [Rank(0, 2, "a"), Rank(1, 2, "b", memory_available_bytes=2 * GIB)]
+    world = [make_rank(0, "a"), make_rank(1, "b", memory_available_bytes=2 * GIB)]
     made = plan(world)
     left = 2 * GIB - made.stages[1].weight_bytes
     assert made.num_kv_pages == left // 4 // (12 * PAGE_BYTES_OF_LAYER)
@@ -263,7 +268,9 @@ def test_asked_for_pages_win_over_bytes() -> None:
 
 
 @pytest.mark.parametrize("kv_cache", ["paged", "contiguous"])
-def test_too_few_pages_for_the_longest_request_are_refused_with_numbers(kv_cache: str) -> None:
+def test_too_few_pages_for_the_longest_request_are_refused(
+    kv_cache: CacheKind,
+) -> None:
     memory = MemoryConfig(num_kv_pages=6, kv_cache=kv_cache)
     with pytest.raises(PlanError, match=r"6 pages of 16 tokens.*request of 100 tokens needs 7"):
         plan(ranks("a"), memory=memory, longest=100)

@@ -15,6 +15,7 @@ from mpipipe.metrics.summary import (
     percentile,
 )
 from mpipipe.metrics.summary_text import summary_lines
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.types import Completion, FinishReason
 
 MIB = 1024**2
@@ -128,7 +129,7 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
 
 def test_rank_reports_survive_json(summary: RunSummary) -> None:
     report = summary.ranks[0]
-    assert RankReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert from_json(RankReport, to_json(report)) == report
 
 
 def test_a_run_without_a_single_step_still_has_a_summary() -> None:

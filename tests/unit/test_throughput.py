@@ -12,6 +12,7 @@ from mpipipe.errors import ConfigError
 from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.summary import RankReport
 from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.types import Completion, FinishReason
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
@@ -131,4 +132,4 @@ def test_reports_hold_only_what_came_after() -> None:
 
 def test_new_fields_of_a_report_survive_the_journey() -> None:
     sent = dataclasses.replace(report(0, 1, 1.0, 0.0), cpu_us_per_step=90.5, gpu_peak_bytes=3)
-    assert RankReport.from_dict(sent.to_dict()) == sent
+    assert from_json(RankReport, to_json(sent)) == sent

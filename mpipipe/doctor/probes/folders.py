@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import secrets
 import time
@@ -59,15 +58,6 @@ class FolderFacts:
     output_shared: bool = True  # what the head has made there is to be seen
     output_free_bytes: int | None = 0  # None: the file system does not say
     write_bytes_per_s: float = 0.0
-
-    def to_json(self) -> bytes:
-        """For a message."""
-        return json.dumps(dataclasses.asdict(self)).encode(errors="surrogateescape")
-
-    @staticmethod
-    def from_json(text: bytes) -> FolderFacts:
-        """The inverse of `to_json`."""
-        return FolderFacts(**json.loads(text))
 
 
 def output_folder(loaded: LoadedConfig) -> Path:

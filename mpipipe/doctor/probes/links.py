@@ -11,29 +11,29 @@ seconds: a slow or a numerous neighbourhood is measured with smaller tensors.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from mpipipe.config.schema import AUTO, PipelineConfig
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
 from mpipipe.runtime.handshake import meet
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
+from mpipipe.types import DeviceName, TransportName
 
 if TYPE_CHECKING:
-    from mpipipe.control_plane.messages import Hello
     from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["LinkFigure", "measure_links", "neighbours"]
@@ -77,7 +77,7 @@ def neighbours(order: Sequence[int]) -> list[tuple[int, int]]:
 
 
 async def measure_links(
-    ranks: Ranks, *, device: Literal["cpu", "cuda"], stage_order: Sequence[int] | None = None
+    ranks: Ranks, *, device: DeviceName, stage_order: Sequence[int] | None = None
 ) -> list[LinkFigure] | None:
     """Measure every pair of neighbours; the figures on the head, None elsewhere. Collective.
 
@@ -103,11 +103,11 @@ async def measure_links(
         )
         measuring = _measure(ranks, hellos, channel, transport, pairs)
         figures = await _agreed(ranks, "links", measuring, _MEASURE_LIMIT_S)
-    own = json.dumps([dataclasses.asdict(figure) for figure in figures]).encode()
+    own = to_json(figures).encode()
     parts = await ranks.mesh.gather("link figures", own, _MEET_S)
     if parts is None:
         return None
-    found = [LinkFigure(**entry) for part in parts for entry in json.loads(part)]
+    found = [figure for part in parts for figure in from_json(list[LinkFigure], part)]
     return sorted(found, key=lambda figure: pairs.index((figure.source, figure.target)))
 
 
@@ -149,7 +149,9 @@ def _device_problem(message: str) -> str:
     return f"{what}: see whether nvidia-smi shows errors there, and what NCCL_DEBUG=INFO tells"
 
 
-async def _connect(ranks: Ranks, hellos: Sequence[Hello], transport: _Transport) -> TensorChannel:
+async def _connect(
+    ranks: Ranks, hellos: Sequence[RankResources], transport: _Transport
+) -> TensorChannel:
     hosts = tuple(hello.host for hello in hellos)
     ring = Transport(transport.name, transport.device, hosts, tuple(range(len(hosts))))
     device = transport.device_of(hellos[ranks.mesh.rank])
@@ -158,7 +160,7 @@ async def _connect(ranks: Ranks, hellos: Sequence[Hello], transport: _Transport)
 
 async def _measure(
     ranks: Ranks,
-    hellos: Sequence[Hello],
+    hellos: Sequence[RankResources],
     channel: TensorChannel,
     transport: _Transport,
     pairs: Sequence[tuple[int, int]],
@@ -195,8 +197,8 @@ async def _measure(
 class _Transport:
     """How a run would move tensors."""
 
-    name: str
-    device: str
+    name: TransportName
+    device: DeviceName
 
     @property
     def label(self) -> str:
@@ -204,14 +206,14 @@ class _Transport:
         through_host = (self.name, self.device) == ("mpi", "cuda")
         return "mpi through host memory" if through_host else self.name
 
-    def device_of(self, hello: Hello) -> torch.device:
+    def device_of(self, hello: RankResources) -> torch.device:
         """Where the tensors of a rank are."""
         if self.device == "cpu":
             return torch.device("cpu")
-        return torch.device("cuda", hello.gpu_index)
+        return torch.device("cuda", hello.gpu.index)
 
 
-def _transport(device: str, hellos: Sequence[Hello]) -> _Transport:
+def _transport(device: DeviceName, hellos: Sequence[RankResources]) -> _Transport:
     """That of a run with these ranks and the settings left at `auto`."""
     asked = PipelineConfig(device=AUTO if device == "cuda" else "cpu", share_gpus=True)
     where = choose_device(asked, hellos)[0]
