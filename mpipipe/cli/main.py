@@ -237,7 +237,7 @@ def bench_transformers(
 def main() -> None:
     """Run the command line; a user error becomes one sentence and its exit code."""
     terminal = guard_terminal()
-    exit_code = _judge_output(terminal, _run_app())
+    exit_code = _check_output(terminal, _run_app())
     if "mpipipe.runtime.ranks" in sys.modules:  # ranks were joined
         from mpipipe.runtime.ranks import leave
 
@@ -261,7 +261,7 @@ def _run_app() -> int:
     return EXIT_OK
 
 
-def _judge_output(terminal: Terminal, exit_code: int) -> int:
+def _check_output(terminal: Terminal, exit_code: int) -> int:
     """`exit_code`, or another where what is printed is all that a command does, and was lost."""
     sys.stdout.flush()
     error = terminal.output_error

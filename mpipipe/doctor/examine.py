@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.probe import probe_control_plane
 from mpipipe.doctor.checks.launch import not_joined
-from mpipipe.doctor.checks.measured import judge_clocks, judge_control, judge_links
-from mpipipe.doctor.checks.ranks import judge_ranks
+from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
+from mpipipe.doctor.checks.ranks import check_ranks
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import DoctorReport, Finding
 from mpipipe.doctor.job import examine_job
@@ -158,7 +158,7 @@ async def _examine(
     findings = []
     if facts is not None:
         share = loaded is not None and loaded.config.pipeline.share_gpus
-        findings += judge_ranks(facts, share_gpus=share)
+        findings += check_ranks(facts, share_gpus=share)
     if course.measure:
         findings += await _measure(ranks, course)
     if course.job and loaded is not None:
@@ -193,9 +193,9 @@ async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
         ranks.mesh, raw=ranks.raw, idle_s=_IDLE_S, num_messages=_NUM_MESSAGES
     )
     if probe is not None:
-        findings += judge_control(probe)
+        findings += check_control(probe)
     offsets = await measure_clock_offsets(ranks, time.time)
-    findings += judge_clocks(offsets, dict(enumerate(course.hosts)))
+    findings += check_clocks(offsets, dict(enumerate(course.hosts)))
     if course.links:
         findings += await _links(ranks, course)
     return findings
@@ -214,4 +214,4 @@ async def _links(ranks: Ranks, course: _Course) -> list[Finding]:
     parts = await ranks.mesh.gather("routes", own, _DEADLINE_S)
     told = [entry for part in parts or () for entry in json.loads(part)]
     routes = {(source, target): way for source, target, way in told}
-    return judge_links(figures or [], routes, infiniband=course.infiniband)
+    return check_links(figures or [], routes, infiniband=course.infiniband)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from mpipipe.topology.gpu import GpuFacts
 
 __all__ = [
-    "GpuLook",
     "GpuProcess",
     "LaunchFacts",
     "Library",
     "NodeFacts",
     "RankFacts",
+    "RankGpu",
     "SoftwareFacts",
     "Wheel",
 ]
@@ -105,7 +105,7 @@ class GpuProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuLook:
+class RankGpu:
     """What can be seen of NVIDIA GPUs from here. `rank_gpu` is the one this rank would use."""
 
     wanted: str = "auto"  # pipeline.device
@@ -132,7 +132,7 @@ class RankFacts:
     launch: LaunchFacts = field(default_factory=LaunchFacts)
     software: SoftwareFacts = field(default_factory=SoftwareFacts)
     node: NodeFacts = field(default_factory=NodeFacts)
-    gpu: GpuLook = field(default_factory=GpuLook)
+    gpu: RankGpu = field(default_factory=RankGpu)
     config_hash: str = ""
     config_problem: str = ""  # why the configuration cannot be read here
     config_exit_code: int = 0  # of that

@@ -2,7 +2,7 @@
 
 The plan is the one that a new `mpipipe run` would make: from the same greetings, and from prompts
 that are tokenised; when these are many, from the longest of them. Not here: what the figures mean
-(`judge_job`).
+(`check_job`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import AUTO
 from mpipipe.doctor.checks.job import (
     HostDemand,
-    judge_folders,
-    judge_memory,
-    judge_plan,
-    judge_prompts,
+    check_folders,
+    check_memory,
+    check_plan,
+    check_prompts,
 )
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.doctor.probes.folders import (
     FolderFacts,
     claim_marker,
-    look_at_folders,
     output_folder,
+    probe_folders,
 )
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
@@ -86,7 +86,7 @@ async def examine_job(
         hellos = await greet(ranks, loaded)
     except AgreedError as agreed:  # raised on every rank
         return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
-    folders, model = await _look_everywhere(ranks, loaded, look=local_rank == 0, quick=quick)
+    folders, model = await _probe_folders(ranks, loaded, look=local_rank == 0, quick=quick)
     if facts is None or folders is None:
         return []
     findings: list[Finding] = [
@@ -99,7 +99,7 @@ async def examine_job(
         workload = _workload(loaded, model, lines, findings, quick=quick)
         plan = _plan(loaded, model, hellos, workload, findings)
     stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
-    findings += judge_folders(
+    findings += check_folders(
         folders,
         container=facts[0].node.container,
         largest_stage_bytes=stage_bytes,
@@ -107,11 +107,11 @@ async def examine_job(
     )
     findings += _run_folder(loaded)
     if plan is not None and model is not None:
-        findings += [judge_memory(demand) for demand in _demands(plan, model, facts)]
+        findings += [check_memory(demand) for demand in _demands(plan, model, facts)]
     return findings
 
 
-async def _look_everywhere(
+async def _probe_folders(
     ranks: Ranks, loaded: LoadedConfig, *, look: bool, quick: bool
 ) -> tuple[list[FolderFacts] | None, ModelFacts | None]:
     """What the first rank of every host sees, the head's host first; the head's own model."""
@@ -120,7 +120,7 @@ async def _look_everywhere(
         marker = (await ranks.mesh.broadcast("marker", payload, _DEADLINE_S)).decode()
         own, model = b"", None
         if look or ranks.is_head:
-            facts, model = look_at_folders(loaded, marker, host_name(), quick=quick)
+            facts, model = probe_folders(loaded, marker, host_name(), quick=quick)
             own = to_json(facts).encode()
         parts = await ranks.mesh.gather("folders", own, _DEADLINE_S)
     if parts is None:
@@ -136,7 +136,7 @@ def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptL
     except MpipipeError as error:
         findings.append(Finding.of_error("job.prompts", error))
         return []
-    findings.append(judge_prompts(lines))
+    findings.append(check_prompts(lines))
     return lines
 
 
@@ -202,7 +202,7 @@ def _plan(
     except MpipipeError as error:
         findings.append(Finding.of_error("job.plan", error))
         return None
-    findings.append(judge_plan(plan))
+    findings.append(check_plan(plan))
     findings += [
         warning("job.plan", text, "ds_config.json says otherwise", "change one of the two")
         for text in told

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
 __all__ = ["KVCache"]
 
@@ -22,9 +22,9 @@ class KVCache(Protocol):
         ...
 
     def read(
-        self, layer: int, index: int, span: SequenceSpan, layout: BatchLayout
+        self, layer: int, index: int, seq: SequenceLens, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of sequence `index` of the step, all `span.kv_len` tokens: two [L, K, D]."""
+        """K and V of sequence `index` of the step, all `seq.kv_len` tokens: two [L, K, D]."""
         ...
 
     def read_padded(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
 __all__ = ["ContiguousKVCache"]
 
@@ -27,33 +27,33 @@ class ContiguousKVCache:
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
     ) -> None:
         """Append this step's keys and values to those of each sequence."""
-        for span in layout.spans:
-            rows = slice(span.query_start, span.query_start + span.query_len)
+        for seq in layout.seq_lens:
+            rows = slice(seq.query_start, seq.query_start + seq.query_len)
             # clone: the rows may be views of a tensor that the layer reuses
             key_LKD, value_LKD = key_TKD[rows].clone(), value_TKD[rows].clone()
-            entry = (layer, span.sequence_id)
-            if span.num_computed > 0:
+            entry = (layer, seq.sequence_id)
+            if seq.num_computed > 0:
                 old_key_LKD, old_value_LKD = self.entries[entry]
-                assert old_key_LKD.shape[0] == span.num_computed, (
-                    f"sequence {span.sequence_id} has {old_key_LKD.shape[0]} tokens cached, "
-                    f"the step says {span.num_computed}"
+                assert old_key_LKD.shape[0] == seq.num_computed, (
+                    f"sequence {seq.sequence_id} has {old_key_LKD.shape[0]} tokens cached, "
+                    f"the step says {seq.num_computed}"
                 )
                 key_LKD = torch.cat((old_key_LKD, key_LKD))
                 value_LKD = torch.cat((old_value_LKD, value_LKD))
             self.entries[entry] = (key_LKD, value_LKD)
 
     def read(
-        self, layer: int, index: int, span: SequenceSpan, layout: BatchLayout
+        self, layer: int, index: int, seq: SequenceLens, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the span's sequence: two [L, K, D]."""
-        assert layout.spans[index] == span, f"sequence {index} of the step is another one"
-        return self.entries[layer, span.sequence_id]
+        """K and V of sequence `index` of the step: two [L, K, D]."""
+        assert layout.seq_lens[index] == seq, f"sequence {index} of the step is another one"
+        return self.entries[layer, seq.sequence_id]
 
     def read_padded(
         self, layer: int, indices: tuple[int, ...], max_len: int, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the step's sequences `indices`, zero-padded: two [len(indices), L, K, D]."""
-        pairs = [self.entries[layer, layout.spans[index].sequence_id] for index in indices]
+        pairs = [self.entries[layer, layout.seq_lens[index].sequence_id] for index in indices]
         return (
             torch.stack([_padded(key_LKD, max_len) for key_LKD, _ in pairs]),
             torch.stack([_padded(value_LKD, max_len) for _, value_LKD in pairs]),

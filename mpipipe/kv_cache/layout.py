@@ -1,6 +1,6 @@
 """`BatchLayout`: what caches and attention need to know about one step's tokens.
 
-A step is *ragged*: the tokens of all its sequences lie one after the other in one row of T tokens,
+A step is *varlen*: the tokens of all its sequences lie one after the other in one row of T tokens,
 with no padding. Shape letters used in this package: T tokens of the step, B sequences of the step,
 L cached tokens of one sequence (this step's included), P pages, K key/value heads, H query heads,
 D head dimension.
@@ -17,7 +17,7 @@ import torch
 
 __all__ = [
     "BatchLayout",
-    "SequenceSpan",
+    "SequenceLens",
     "build_layout",
     "decode_layout",
     "place_rows",
@@ -26,7 +26,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceSpan:
+class SequenceLens:
     """Where one sequence lies in the step, and how much of it is cached after the step's write."""
 
     sequence_id: int
@@ -48,10 +48,10 @@ class BatchLayout:
     Decode sequences (query_len 1) come first; `num_decodes` counts the leading ones.
     """
 
-    spans: tuple[SequenceSpan, ...]  # B entries; decodes first
+    seq_lens: tuple[SequenceLens, ...]  # B entries; decodes first
     num_decodes: int
     positions_T: torch.Tensor  # int64 [T]: position of each token in its sequence
-    slots_T: torch.Tensor  # int64 [T]: page * page_size + offset, where K and V are written
+    slot_mapping_T: torch.Tensor  # int64 [T]: page * page_size + offset, where K and V are written
     page_table_BP: torch.Tensor  # int64 [B, max pages of the step], 0-padded; int32 on a GPU
     kv_lens_B: torch.Tensor  # int64 [B]; int32 on a GPU
     query_starts_B1: torch.Tensor | None = None  # int32 [B + 1] on a GPU: first row of each, then T
@@ -73,61 +73,61 @@ class BatchLayout:
 
     @property
     def is_decode(self) -> bool:
-        """A step of decodes only: one row per sequence. The only kind that may have no `spans`."""
+        """A step of decodes only: one row per sequence. No other kind may lack `seq_lens`."""
         return self.num_decodes == self.num_tokens
 
 
 def build_layout(
-    entries: Sequence[tuple[SequenceSpan, Sequence[int]]],
+    entries: Sequence[tuple[SequenceLens, Sequence[int]]],
     page_size: int,
     *,
     rotary_by_length: bool = False,
 ) -> BatchLayout:
-    """The layout of a step from its spans and each sequence's pages, in the order of `entries`.
+    """The layout of a step from `entries`: each sequence's lengths and its pages.
 
     A sequence's page i holds its tokens [i * page_size, (i + 1) * page_size); pages beyond
-    `kv_len` may be given and are ignored. Spans must lie one after the other from row 0, decodes
+    `kv_len` may be given and are ignored. Sequences lie one after the other from row 0, decodes
     first; a single-token chunk behind longer ones is treated as a chunk. `rotary_by_length`: the
     model needs `rotary_lens_T`.
     """
-    spans = tuple(span for span, _ in entries)
-    num_tokens = sum(span.query_len for span in spans)
-    max_pages = max((-(-span.kv_len // page_size) for span in spans), default=0)
+    seq_lens = tuple(seq for seq, _ in entries)
+    num_tokens = sum(seq.query_len for seq in seq_lens)
+    max_pages = max((-(-seq.kv_len // page_size) for seq in seq_lens), default=0)
     positions_T = np.empty(num_tokens, dtype=np.int64)
     pages_T = np.empty(num_tokens, dtype=np.int64)
-    page_table_BP = np.zeros((len(spans), max_pages), dtype=np.int64)
+    page_table_BP = np.zeros((len(seq_lens), max_pages), dtype=np.int64)
     row = 0
-    for index, (span, pages) in enumerate(entries):
-        num_pages = -(-span.kv_len // page_size)
-        assert span.query_start == row, f"span {index} starts at {span.query_start}, not {row}"
-        assert len(pages) >= num_pages, f"{len(pages)} pages for {span.kv_len} tokens"
+    for index, (seq, pages) in enumerate(entries):
+        num_pages = -(-seq.kv_len // page_size)
+        assert seq.query_start == row, f"sequence {index} starts at {seq.query_start}, not {row}"
+        assert len(pages) >= num_pages, f"{len(pages)} pages for {seq.kv_len} tokens"
         table_P = page_table_BP[index]
         table_P[:num_pages] = pages[:num_pages]
-        end = row + span.query_len
-        if span.query_len == 1:  # no arrays for the common case: a decode costs 1 µs, not 5
-            positions_T[row] = span.kv_len - 1
+        end = row + seq.query_len
+        if seq.query_len == 1:  # no arrays for the common case: a decode costs 1 µs, not 5
+            positions_T[row] = seq.kv_len - 1
             pages_T[row] = table_P[num_pages - 1]
         else:
-            positions_T[row:end] = np.arange(span.num_computed, span.kv_len)
+            positions_T[row:end] = np.arange(seq.num_computed, seq.kv_len)
             pages_T[row:end] = table_P[positions_T[row:end] // page_size]
         row = end
-    slots_T = pages_T * page_size + positions_T % page_size
+    slot_mapping_T = pages_T * page_size + positions_T % page_size
     return BatchLayout(
-        spans=spans,
-        num_decodes=sum(1 for _ in takewhile(lambda span: span.query_len == 1, spans)),
+        seq_lens=seq_lens,
+        num_decodes=sum(1 for _ in takewhile(lambda seq: seq.query_len == 1, seq_lens)),
         positions_T=torch.from_numpy(positions_T),
-        slots_T=torch.from_numpy(slots_T),
+        slot_mapping_T=torch.from_numpy(slot_mapping_T),
         page_table_BP=torch.from_numpy(page_table_BP),
-        kv_lens_B=torch.tensor([span.kv_len for span in spans], dtype=torch.int64),
-        rotary_lens_T=_rotary_lens(spans, positions_T) if rotary_by_length else None,
+        kv_lens_B=torch.tensor([seq.kv_len for seq in seq_lens], dtype=torch.int64),
+        rotary_lens_T=_rotary_lens(seq_lens, positions_T) if rotary_by_length else None,
     )
 
 
-def _rotary_lens(spans: Sequence[SequenceSpan], positions_T: np.ndarray) -> torch.Tensor | None:
+def _rotary_lens(seq_lens: Sequence[SequenceLens], positions_T: np.ndarray) -> torch.Tensor | None:
     """What tokens see beyond themselves: with the prompt's first pass, all of the prompt."""
-    if all(span.rotary_len <= span.num_computed + 1 for span in spans):
+    if all(seq.rotary_len <= seq.num_computed + 1 for seq in seq_lens):
         return None
-    begun_T = np.repeat([s.rotary_len for s in spans], [s.query_len for s in spans])
+    begun_T = np.repeat([s.rotary_len for s in seq_lens], [s.query_len for s in seq_lens])
     return torch.from_numpy(np.maximum(positions_T + 1, begun_T))
 
 
@@ -141,22 +141,22 @@ def to_device(
     `sent` copies a host tensor to `device`, in the order of the current stream and without waiting.
     Without it the copy is an ordinary one, which waits.
     """
-    starts = [span.query_start for span in layout.spans] + [layout.num_tokens]
+    starts = [seq.query_start for seq in layout.seq_lens] + [layout.num_tokens]
     if sent is None:
 
         def sent(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device)
 
     return BatchLayout(
-        spans=layout.spans,
+        seq_lens=layout.seq_lens,
         num_decodes=layout.num_decodes,
         positions_T=sent(layout.positions_T),
-        slots_T=sent(layout.slots_T),
+        slot_mapping_T=sent(layout.slot_mapping_T),
         page_table_BP=sent(layout.page_table_BP.int()),
         kv_lens_B=sent(layout.kv_lens_B.int()),
         query_starts_B1=sent(torch.tensor(starts, dtype=torch.int32)),
-        max_query_len=max((span.query_len for span in layout.spans), default=0),
-        max_kv_len=max((span.kv_len for span in layout.spans), default=0),
+        max_query_len=max((seq.query_len for seq in layout.seq_lens), default=0),
+        max_kv_len=max((seq.kv_len for seq in layout.seq_lens), default=0),
         rotary_lens_T=None if layout.rotary_lens_T is None else sent(layout.rotary_lens_T),
     )
 
@@ -178,7 +178,7 @@ def decode_layout(
     max_kv_len: int,
     placed: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BatchLayout:
-    """The layout of a decode step from device tensors alone, fit for a CUDA graph: no `spans`.
+    """The layout of a decode step from device tensors alone, fit for a CUDA graph: no `seq_lens`.
 
     Args:
         page_table_BP: int32.
@@ -191,10 +191,10 @@ def decode_layout(
     if placed is None:
         placed = place_rows(page_table_BP, kv_lens_B, page_size)
     return BatchLayout(
-        spans=(),
+        seq_lens=(),
         num_decodes=int(kv_lens_B.shape[0]),
         positions_T=placed[0],
-        slots_T=placed[1],
+        slot_mapping_T=placed[1],
         page_table_BP=page_table_BP,
         kv_lens_B=kv_lens_B,
         max_query_len=1,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
 __all__ = ["PagedKVCache", "store_rows"]
 
@@ -65,18 +65,18 @@ class PagedKVCache:
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
     ) -> None:
         """Store this step's keys and values at the step's slots."""
-        store_rows(self.keys[layer], layout.slots_T, key_TKD)
-        store_rows(self.values[layer], layout.slots_T, value_TKD)
+        store_rows(self.keys[layer], layout.slot_mapping_T, key_TKD)
+        store_rows(self.values[layer], layout.slot_mapping_T, value_TKD)
 
     def read(
-        self, layer: int, index: int, span: SequenceSpan, layout: BatchLayout
+        self, layer: int, index: int, seq: SequenceLens, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of sequence `index` of the step, all `span.kv_len` tokens: two [L, K, D]."""
-        num_pages = -(-span.kv_len // self.page_size)
+        """K and V of sequence `index` of the step, all `seq.kv_len` tokens: two [L, K, D]."""
+        num_pages = -(-seq.kv_len // self.page_size)
         pages_P = layout.page_table_BP[index, :num_pages]
         key_LKD = self.keys[layer].index_select(0, pages_P).flatten(0, 1)
         value_LKD = self.values[layer].index_select(0, pages_P).flatten(0, 1)
-        return key_LKD[: span.kv_len], value_LKD[: span.kv_len]
+        return key_LKD[: seq.kv_len], value_LKD[: seq.kv_len]
 
     def read_padded(
         self, layer: int, indices: tuple[int, ...], max_len: int, layout: BatchLayout
@@ -100,16 +100,18 @@ class PagedKVCache:
         return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
 
 
-def store_rows(pages_PSKD: torch.Tensor, slots_T: torch.Tensor, rows_TKD: torch.Tensor) -> None:
-    """Write row t to slot `slots_T[t]` (page * page_size + offset) of a layer's keys or values.
+def store_rows(
+    pages_PSKD: torch.Tensor, slot_mapping_T: torch.Tensor, rows_TKD: torch.Tensor
+) -> None:
+    """Write row t to slot `slot_mapping_T[t]` (page * page_size + offset) of keys or values.
 
     The cache tensor may be strided. Two rows with the same slot: one of them stays.
     """
     if pages_PSKD.is_contiguous():
-        pages_PSKD.flatten(0, 1).index_copy_(0, slots_T, rows_TKD)
+        pages_PSKD.flatten(0, 1).index_copy_(0, slot_mapping_T, rows_TKD)
         return
     page_size = pages_PSKD.shape[1]
-    pages_PSKD.index_put_((slots_T // page_size, slots_T % page_size), rows_TKD)
+    pages_PSKD.index_put_((slot_mapping_T // page_size, slot_mapping_T % page_size), rows_TKD)
 
 
 def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> torch.Tensor:

@@ -28,7 +28,7 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages nobody owns."""
+        """Pages that no sequence owns."""
         return len(self._free)
 
     @property

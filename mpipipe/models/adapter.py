@@ -1,41 +1,35 @@
-"""A stage of a transformers model: the family's own forward over layers [first, last).
+"""A stage of a transformers model, from empty modules to computing steps over layers [first, last).
 
 The full model is built on the meta device (no memory), everything another stage holds is taken
-out, and the loader fills the rest. The stage then runs transformers' own code: the base model's
-forward on all stages but the last, the causal model's forward on the last one, so that what a
-family does to its hidden states or logits comes with it. Attention and cache are ours
-(`attention_bridge`).
+out, and the loader fills the rest. The stage then runs transformers' own code (`plain_stage`), with
+our attention and cache (`attention_bridge`), or a faster execution mode of it.
 
 Life of a stage: `build_stage_model` → `weights.loader.load_stage` replaces every name of
 `wanted_names` in `module` → `finish(cache)` → `forward` or `forward_decode` per step.
 
-`finish` gives the stage the fastest form its device and family have: packed weights and fused
-layers on a CPU (`packed_linear`, `fused_layer`), the fused stack on a GPU (`fast_stack`), else the
-plain modules.
+`finish` takes the fastest execution mode of device and family: prepacked weights and fused layers
+on a CPU (`prepacked_linear`, `fused_cpu`), the fused stack on a GPU (`fused_gpu`), else the plain
+modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.attention.sdpa import SdpaAttention
-from mpipipe.models.attention_bridge import AttentionCall, StageBinding, bind
+from mpipipe.models.attention_bridge import ForwardContext, attach_context
 from mpipipe.models.buffers import loaded_device, materialise_buffers
 from mpipipe.models.checkpoint_names import CheckpointNames
+from mpipipe.models.execution_mode import choose_mode, graphs_unsupported_reason
 from mpipipe.models.families import ModelParts, locate_parts, refuse
-from mpipipe.models.fast_stack import FastStack, build_fast_stack
-from mpipipe.models.forms import choose_form, graph_obstacle
-from mpipipe.models.fused_layer import fuse_layers
+from mpipipe.models.fused_cpu import fuse_layers
+from mpipipe.models.fused_gpu import FusedStack, build_fused_stack
 from mpipipe.models.operations import choose_operations
-from mpipipe.models.packed_linear import pack_linears
+from mpipipe.models.plain_stage import PlainStage
+from mpipipe.models.prepacked_linear import prepack_linears
 from mpipipe.models.rotary import settle_rotary
 from mpipipe.models.stage_cut import cut_stage, empty_model
 from mpipipe.models.verification import verify_stage
@@ -43,7 +37,7 @@ from mpipipe.models.verification import verify_stage
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
+    from mpipipe.models.attention.base import AttentionBackend
     from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
 
@@ -75,48 +69,40 @@ def build_stage_model(
     model = empty_model(folder, dtype, trust_remote_code)
     parts = locate_parts(model)
     names = CheckpointNames.of(model)
-    binding = StageBinding(backend, stage.first_layer)
-    bind(cut_stage(parts, stage), binding)
+    context = ForwardContext(backend, stage.first_layer)
+    attach_context(cut_stage(parts, stage), context)
     return StageModel(
         plan=stage,
         parts=parts,
-        binding=binding,
+        context=context,
         names=names,
         dtype=dtype,
         max_positions=max_sequence_tokens,
     )
 
 
-class StageModel:
+class StageModel(PlainStage):
     """One stage, from empty modules to computing steps. Not thread-safe: one compute thread."""
+
+    operations: Operations  # after `finish`
 
     def __init__(
         self,
         *,
         plan: StagePlan,
         parts: ModelParts,
-        binding: StageBinding,
+        context: ForwardContext,
         names: CheckpointNames,
         dtype: torch.dtype,
         max_positions: int,
     ) -> None:
-        self.plan = plan
-        self.module: PreTrainedModel = parts.model
+        super().__init__(plan, parts, context, dtype)
         self.names = names
-        self.dtype = dtype
-        self.model_type: str = parts.model.config.model_type
-        self.hidden_size: int = parts.model.config.hidden_size
-        self.vocab_size: int = parts.model.config.vocab_size
-        self._base = parts.base
         self._layers_prefix = f"{parts.base_name}.layers."
-        self._output_names = parts.output_names
-        self._binding = binding
         self._max_positions = max_positions
-        self._options: dict[int, AttentionOptions] = {}  # by layer, as seen in the trial steps
-        self._fast: FastStack | None = None
-        self.form = "plain"  # "plain" | "packed" | "fast", after `finish`
-        self.form_reason = "not finished"
-        self.device = torch.device("meta")  # where the weights are, after `finish`
+        self._fused: FusedStack | None = None
+        self.mode = "plain"  # "plain" | "packed" | "fast", after `finish`
+        self.mode_reason = "not finished"
         self.rotary_by_length = False  # layouts of prompt chunks need `rotary_lens_T`
 
     @property
@@ -137,13 +123,13 @@ class StageModel:
         return {name: self._canonical(name) for name in self.module.state_dict()}
 
     def finish(
-        self, cache: KVCache, *, form: str = "auto", operations: Operations | None = None
+        self, cache: KVCache, *, mode: str = "auto", operations: Operations | None = None
     ) -> None:
-        """Make the loaded stage ready to compute: buffers, checks, its fastest form, the cache.
+        """Make the loaded stage ready to compute: buffers, checks, its execution mode, the cache.
 
         Args:
             cache: holds the stage's keys and values from now on.
-            form: `auto`; `plain`, transformers' modules; `packed`, for a CPU; `fast`, the fused
+            mode: `auto`; `plain`, transformers' modules; `packed`, for a CPU; `fast`, the fused
                 stack (asserts that the stage has one).
             operations: of the fused stack and around it; None takes the best for the device.
 
@@ -153,7 +139,7 @@ class StageModel:
         self.device = loaded_device(self.module)
         self.operations = operations or choose_operations(self.device)[0]
         materialise_buffers(self.module, self._base, self.device)
-        self.rotary_by_length = settle_rotary(self._base, self._binding, self._max_positions)
+        self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
         kv_shape = verify_stage(self)
         if isinstance(cache, PagedKVCache) and tuple(cache.keys[0].shape[2:]) != kv_shape:
             raise refuse(
@@ -162,18 +148,18 @@ class StageModel:
                     *kv_shape, *cache.keys[0].shape[2:]
                 ),
             )
-        self._binding.cache = cache
+        self._context.cache = cache
         layers = list(self._base.layers)
-        self.form, self.form_reason = choose_form(form, self.module, layers, cache, self.device)
+        self.mode, self.mode_reason = choose_mode(mode, self.module, layers, cache, self.device)
         del layers  # what is merged shall be freed
-        if self.form == "packed":
-            fuse_layers(self._base.layers, self._binding, self._options)
-            pack_linears(self.module)
-        elif self.form == "fast":
-            self._fast = build_fast_stack(
+        if self.mode == "packed":
+            fuse_layers(self._base.layers, self._context, self._options)
+            prepack_linears(self.module)
+        elif self.mode == "fast":
+            self._fused = build_fused_stack(
                 self.module,
                 self._base,
-                self._binding,
+                self._context,
                 options=self._options,
                 operations=self.operations,
                 max_positions=self._max_positions,
@@ -181,9 +167,9 @@ class StageModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
 
-    def graph_obstacle(self) -> str:
+    def graphs_unsupported_reason(self) -> str:
         """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
-        return graph_obstacle(self.module.config, self._binding.backend)
+        return graphs_unsupported_reason(self.module.config, self._context.backend)
 
     @torch.inference_mode()
     def forward(
@@ -208,13 +194,13 @@ class StageModel:
 
     @torch.inference_mode()
     def forward_decode(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """One token for each row of the step. On a GPU it waits for nothing (`graph_obstacle`).
+        """One token for each row of the step. Waits for nothing where CUDA graphs are supported.
 
         Args:
             inputs: ids int64 [B] on the first stage, within the vocabulary in empty rows too;
                 hidden states [B, hidden] elsewhere.
             layout: a decode step, from the host (`build_layout`) or from tensors
-                (`decode_layout`; not with a backend that needs spans).
+                (`decode_layout`; not with a backend that needs `seq_lens`).
 
         Returns:
             Hidden states [B, hidden]; on the last stage logits [B, vocabulary] of every row, in
@@ -225,64 +211,15 @@ class StageModel:
         return self._logits(inputs, layout, None)
 
     def _hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        if self._fast is not None:
-            return self._fast.hidden(inputs, layout)
-        return self.run_base(inputs, layout)
+        run = self.run_base if self._fused is None else self._fused.hidden
+        return run(inputs, layout)
 
     def _logits(
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits [S, vocabulary] of the rows `rows_S`, of all rows for None."""
-        if self._fast is not None:
-            return self._fast.logits(inputs, layout, rows_S)
-        self._binding.layout = layout
-        output = self.module(
-            **self._arguments(inputs, layout),
-            logits_to_keep=0 if rows_S is None else rows_S,
-            use_cache=False,
-        )
-        logits_SV: torch.Tensor = output.logits[0]
-        return logits_SV
-
-    def run_base(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """The plain stage without LM head (but with the final norm, if it is here): [T, hidden]."""
-        self._binding.layout = layout
-        output = self._base(**self._arguments(inputs, layout), use_cache=False)
-        hidden_TH: torch.Tensor = output.last_hidden_state[0]
-        return hidden_TH
-
-    def run_without_layers(self, hidden_TH: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """What the base model's forward does around its layers and output parts; for checks."""
-        kept = {name: getattr(self._base, name) for name in ("layers", *self._output_names)}
-        self._base.layers = nn.ModuleList()
-        for name in self._output_names:
-            setattr(self._base, name, nn.Identity() if kept[name] is not None else None)
-        try:
-            return self.run_base(hidden_TH, layout)
-        finally:
-            for name, part in kept.items():
-                setattr(self._base, name, part)
-
-    @contextmanager
-    def recording(self, cache: KVCache) -> Iterator[list[AttentionCall]]:
-        """Run on a throw-away `cache` and list what attention is asked for; for checks.
-
-        With SDPA, which takes every cache: what is checked is the family, not the backend.
-        """
-        binding = self._binding
-        calls: list[AttentionCall] = []
-        kept = binding.cache, binding.backend
-        binding.cache, binding.backend, binding.calls = cache, SdpaAttention(), calls
-        try:
-            yield calls
-            self._options.update({call.layer: call.options for call in calls})
-        finally:
-            binding.cache, binding.backend = kept
-            binding.calls, binding.layout = None, None
-
-    def _arguments(self, inputs: torch.Tensor, layout: BatchLayout) -> dict[str, torch.Tensor]:
-        name = "input_ids" if self.plan.has_embedding else "inputs_embeds"
-        return {name: inputs[None], "position_ids": layout.positions_T[None]}
+        run = self.run_model if self._fused is None else self._fused.logits
+        return run(inputs, layout, rows_S)
 
     def _canonical(self, name: str) -> str:
         """The full model's name: the layer number counted from the first layer of all."""

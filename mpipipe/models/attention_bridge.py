@@ -1,9 +1,9 @@
 """How transformers' layers reach our attention and cache.
 
 transformers lets a model name its attention function; ours is registered under `ATTENTION_NAME`
-and finds the stage's cache through the `StageBinding` that `bind` puts on each attention module.
-There is no mask function of that name, which makes transformers skip its masks: causality, windows
-and sequence borders are the backend's work.
+and finds the stage's cache through the `ForwardContext` that `attach_context` puts on each
+attention module. There is no mask function of that name, which makes transformers skip its masks:
+causality, windows and sequence borders are the backend's work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mpipipe.models.attention.base import AttentionOptions
+from mpipipe.models.layer_options import AttentionOptions
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
 
-__all__ = ["ATTENTION_NAME", "AttentionCall", "StageBinding", "bind", "register"]
+__all__ = ["ATTENTION_NAME", "AttentionCall", "ForwardContext", "attach_context", "register"]
 
-ATTENTION_NAME = "mpipipe_ragged"
-_BINDING = "mpipipe_binding"
+ATTENTION_NAME = "mpipipe_varlen"
+_CONTEXT = "mpipipe_context"
 
 # What transformers passes along to every attention function and what means nothing to ours.
 _IGNORED_ARGUMENTS = frozenset(
@@ -48,7 +48,7 @@ class AttentionCall:
 
 
 @dataclass(slots=True)
-class StageBinding:
+class ForwardContext:
     """What the attention modules of one stage share. `layout` is the step being run."""
 
     backend: AttentionBackend
@@ -66,13 +66,13 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
 
-def bind(layers: nn.ModuleList, binding: StageBinding) -> int:
-    """Give every module of `layers` that knows its layer number the binding; return how many."""
+def attach_context(layers: nn.ModuleList, context: ForwardContext) -> int:
+    """Give every module of `layers` that knows its layer number the context; return how many."""
     modules = [
         module for module in layers.modules() if isinstance(vars(module).get("layer_idx"), int)
     ]
     for module in modules:
-        setattr(module, _BINDING, binding)
+        setattr(module, _CONTEXT, context)
     return len(modules)
 
 
@@ -90,27 +90,27 @@ def _attention(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: [1, heads, T, D] in, [1, T, heads, D] out."""
-    binding: StageBinding = getattr(module, _BINDING)
-    layer = int(vars(module)["layer_idx"]) - binding.first_layer
+    context: ForwardContext = getattr(module, _CONTEXT)
+    layer = int(vars(module)["layer_idx"]) - context.first_layer
     options_key = (scaling, sliding_window, softcap)
-    options = binding.options.get(options_key)
+    options = context.options.get(options_key)
     if options is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         options = AttentionOptions(scale=scale, window=sliding_window, softcap=softcap)
-        binding.options[options_key] = options
-    if binding.calls is not None:
+        context.options[options_key] = options
+    if context.calls is not None:
         unknown = _unknown(module, attention_mask, dropout, kwargs)
         call = AttentionCall(layer, options, key.shape[1], key.shape[-1], value.shape[-1], unknown)
-        binding.calls.append(call)
-    assert binding.cache is not None, "the stage is bound to a cache before it runs"
-    assert binding.layout is not None, "forward sets the layout"
-    output_THD = binding.backend.attend(
+        context.calls.append(call)
+    assert context.cache is not None, "the stage is bound to a cache before it runs"
+    assert context.layout is not None, "forward sets the layout"
+    output_THD = context.backend.attend(
         layer=layer,
         query_THD=query[0].transpose(0, 1),
         key_TKD=key[0].transpose(0, 1),
         value_TKD=value[0].transpose(0, 1),
-        cache=binding.cache,
-        layout=binding.layout,
+        cache=context.cache,
+        layout=context.layout,
         options=options,
     )
     return output_THD[None], None

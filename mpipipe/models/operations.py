@@ -1,6 +1,6 @@
 """The operations that a fused stage is made of, in two forms: Triton kernels and plain torch.
 
-Purpose: `FastStack` is written once against `Operations`. With `triton_operations` it is fast on a
+Purpose: `FusedStack` is written once against `Operations`. With `triton_operations` it is fast on a
 GPU; with `torch_operations` it runs on every device, and proves on a CPU that the stack is wired
 right. Non-purpose: attention (`attention/`), and large matrix products (cuBLAS has them).
 
@@ -12,7 +12,7 @@ X = (H + 2 K) * D, I intermediate size, O and I the sides of a weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn.functional import linear, silu
@@ -20,16 +20,10 @@ from torch.nn.functional import linear, silu
 from mpipipe.kv_cache.layout import place_rows
 from mpipipe.kv_cache.paged import store_rows
 
-__all__ = ["HeadNorms", "Operations", "choose_operations", "torch_operations", "triton_operations"]
+if TYPE_CHECKING:
+    from mpipipe.models.layer_options import HeadNorms
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadNorms:
-    """RMS norms over each head's D before the rotation (Qwen 3)."""
-
-    query_D: torch.Tensor
-    key_D: torch.Tensor
-    eps: float
+__all__ = ["Operations", "choose_operations", "torch_operations", "triton_operations"]
 
 
 class _RmsNorm(Protocol):
@@ -57,7 +51,7 @@ class _RotateAndStore(Protocol):
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         *,
-        slots_T: torch.Tensor,
+        slot_mapping_T: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -98,8 +92,8 @@ class Operations:
 
     * `rms_norm(hidden_TH, weight_H, eps)` → normed [T, H];
     * `add_rms_norm(hidden_TH, residual_TH, weight_H, eps)` → the norm of their sum, and the sum;
-    * `rotate_and_store(qkv_TX, cos_TD, sin_TD, key_cache, value_cache, slots_T=…, norms=…)` →
-      rotated q [T, H, D] and k, v [T, K, D]; k and v are in the cache then;
+    * `rotate_and_store(qkv_TX, cos_TD, sin_TD, key_cache, value_cache, slot_mapping_T=…,
+      norms=…)` → rotated q [T, H, D] and k, v [T, K, D]; k and v are in the cache then;
     * `gated_silu(gate_up_TX)` → silu(first half) * second half: [T, X / 2];
     * `linear(hidden_TH, weight_OH, bias_O)` → [T, O];
     * `advance_rows(kv_len_B, active_B, pages_BP, seats_B, last_token_N, page_size=…)` adds a token
@@ -195,7 +189,7 @@ def _rotate_and_store(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     *,
-    slots_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
     norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -210,8 +204,8 @@ def _rotate_and_store(
     swapped_TND = torch.cat((-turned_TND[..., half:], turned_TND[..., :half]), dim=-1)
     turned_TND = turned_TND * cos_TD[:, None] + swapped_TND * sin_TD[:, None]
     query_THD, key_TKD = turned_TND.split((num_heads, num_kv_heads), dim=1)
-    store_rows(key_cache, slots_T, key_TKD)
-    store_rows(value_cache, slots_T, value_TKD)
+    store_rows(key_cache, slot_mapping_T, key_TKD)
+    store_rows(value_cache, slot_mapping_T, value_TKD)
     return query_THD, key_TKD, value_TKD
 
 
@@ -236,8 +230,8 @@ def _advance_rows(
     page_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kv_len_B.add_(active_B)
-    positions_B, slots_B = place_rows(pages_BP, kv_len_B, page_size)
-    return positions_B, slots_B, last_token_N.index_select(0, seats_B).clamp_(min=0)
+    positions_B, slot_mapping_B = place_rows(pages_BP, kv_len_B, page_size)
+    return positions_B, slot_mapping_B, last_token_N.index_select(0, seats_B).clamp_(min=0)
 
 
 def _greedy_ids(logits_SV: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from mpipipe.models.families import refuse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mpipipe.models.attention_bridge import StageBinding
+    from mpipipe.models.attention_bridge import ForwardContext
 
 __all__ = ["LengthRotary", "settle_rotary"]
 
@@ -52,12 +52,12 @@ class LengthRotary(nn.Module):
     def __init__(
         self,
         original: nn.Module,
-        binding: StageBinding,
+        context: ForwardContext,
         frequencies: Mapping[str | None, _Frequencies],
     ) -> None:
         super().__init__()
         self.original = original  # with fixed frequencies now
-        self._binding = binding
+        self._context = context
         self._frequencies = dict(frequencies)  # by layer type, where the family has several
 
     def forward(
@@ -70,7 +70,7 @@ class LengthRotary(nn.Module):
             fixed: tuple[torch.Tensor, torch.Tensor] = self.original(x, position_ids, **keywords)
             return fixed
         positions_T = position_ids[0]
-        layout = self._binding.layout
+        layout = self._context.layout
         lens_T = None if layout is None else layout.rotary_lens_T
         rows_T = (positions_T + 1 if lens_T is None else lens_T) - found.first
         rows_T = rows_T.clamp(0, len(found.rows_RF) - 1)
@@ -80,7 +80,7 @@ class LengthRotary(nn.Module):
             return functional_call(self.original, buffers, (x, positions), keywords)
 
         # Only where the host knows the step: a decode program has no branch on values.
-        on_host = layout is not None and layout.spans and rows_T.device.type == "cpu"
+        on_host = layout is not None and layout.seq_lens and rows_T.device.type == "cpu"
         if on_host and bool((rows_T == rows_T[0]).all()):  # a third of the time
             same: tuple[torch.Tensor, torch.Tensor] = rotate(found.rows_RF[rows_T[0]], position_ids)
             return same
@@ -88,12 +88,12 @@ class LengthRotary(nn.Module):
         return cos_T11D[:, 0, 0][None], sin_T11D[:, 0, 0][None]
 
 
-def settle_rotary(base: PreTrainedModel, binding: StageBinding, max_positions: int) -> bool:
+def settle_rotary(base: PreTrainedModel, context: ForwardContext, max_positions: int) -> bool:
     """Make every rotary embedding independent of what else is in a step.
 
     Args:
         base: the stage's base model, its buffers filled.
-        binding: knows the layout of the current step.
+        context: knows the layout of the current step.
         max_positions: no sequence of the run grows longer.
 
     Returns:
@@ -106,7 +106,7 @@ def settle_rotary(base: PreTrainedModel, binding: StageBinding, max_positions: i
     for module in list(base.modules()):
         frequencies = _settle(module, base.config.model_type, max_positions)
         if frequencies:
-            settled[module] = LengthRotary(module, binding, frequencies)
+            settled[module] = LengthRotary(module, context, frequencies)
     for parent in list(base.modules()):
         if not isinstance(parent, LengthRotary):
             for name, child in list(parent.named_children()):

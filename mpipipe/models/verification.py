@@ -11,7 +11,8 @@ these does not hold:
    outside our cache, nothing that mixes neighbours).
 
 Three forward passes over a handful of tokens: about a tenth of a second for a 135M model on a CPU
-core. They run on transformers' own modules with SDPA, whatever form and backend the stage takes.
+core. They run on transformers' own modules with SDPA, whatever execution mode and backend the
+stage takes.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 
 from mpipipe.errors import NumericsError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout, to_device
+from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.models.families import refuse
 
 if TYPE_CHECKING:
-    from mpipipe.models.adapter import StageModel
     from mpipipe.models.attention_bridge import AttentionCall
+    from mpipipe.models.plain_stage import PlainStage
 
 __all__ = ["verify_stage"]
 
@@ -38,7 +39,7 @@ _SHORT = 3  # tokens of its neighbour
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
-def verify_stage(stage: StageModel) -> tuple[int, int]:
+def verify_stage(stage: PlainStage) -> tuple[int, int]:
     """Run the three checks; return the KV heads and the head dimension that the cache must hold.
 
     Raises:
@@ -59,14 +60,14 @@ def verify_stage(stage: StageModel) -> tuple[int, int]:
         ) from error
 
 
-def _check_input_untouched(stage: StageModel) -> None:
+def _check_input_untouched(stage: PlainStage) -> None:
     hidden_TH = _trial_input(stage, 2)
     output_TH = stage.run_without_layers(hidden_TH, _layout(stage, [(0, 2, 2)]))
     if not torch.equal(output_TH, hidden_TH):
         raise refuse(stage.model_type, "changes its embeddings in a way that is not known")
 
 
-def _check_chunks(stage: StageModel) -> tuple[int, int]:
+def _check_chunks(stage: PlainStage) -> tuple[int, int]:
     long, short = _trial_input(stage, _LONG), _trial_input(stage, _SHORT)
     half = _LONG // 2
     with stage.recording(ContiguousKVCache()) as calls:
@@ -84,7 +85,7 @@ def _check_chunks(stage: StageModel) -> tuple[int, int]:
     return kv_shape
 
 
-def _check_close(stage: StageModel, actual_TH: torch.Tensor, expected_TH: torch.Tensor) -> None:
+def _check_close(stage: PlainStage, actual_TH: torch.Tensor, expected_TH: torch.Tensor) -> None:
     """The median over tokens, because a near-tie between two experts may move a single one."""
     difference_T = torch.linalg.vector_norm((actual_TH - expected_TH).float(), dim=-1)
     size_T = torch.linalg.vector_norm(expected_TH.float(), dim=-1)
@@ -103,7 +104,7 @@ def _check_close(stage: StageModel, actual_TH: torch.Tensor, expected_TH: torch.
         )
 
 
-def _check_calls(stage: StageModel, calls: list[AttentionCall]) -> tuple[int, int]:
+def _check_calls(stage: PlainStage, calls: list[AttentionCall]) -> tuple[int, int]:
     """Every layer asked for attention once, and for nothing that the backends do not do."""
     layers = [call.layer for call in calls]
     if layers != list(range(stage.plan.num_layers)):
@@ -126,7 +127,7 @@ def _check_calls(stage: StageModel, calls: list[AttentionCall]) -> tuple[int, in
     return calls[0].num_kv_heads, calls[0].key_dim
 
 
-def _has_window(stage: StageModel, layer: int) -> bool:
+def _has_window(stage: PlainStage, layer: int) -> bool:
     """Whether the configuration gives layer `layer` of this stage a sliding window."""
     config = stage.module.config
     layer_types = getattr(config, "layer_types", None)
@@ -135,7 +136,7 @@ def _has_window(stage: StageModel, layer: int) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _trial_input(stage: StageModel, num_tokens: int) -> torch.Tensor:
+def _trial_input(stage: PlainStage, num_tokens: int) -> torch.Tensor:
     """Token ids for the first stage, else hidden states about as large as embeddings are."""
     generator = torch.Generator().manual_seed(num_tokens)
     if stage.plan.has_embedding:
@@ -145,12 +146,12 @@ def _trial_input(stage: StageModel, num_tokens: int) -> torch.Tensor:
     return hidden_TH.to(stage.device, stage.dtype)
 
 
-def _layout(stage: StageModel, sequences: list[tuple[int, int, int]]) -> BatchLayout:
+def _layout(stage: PlainStage, sequences: list[tuple[int, int, int]]) -> BatchLayout:
     """A step of (sequence id, query_len, kv_len), for a cache that needs no pages."""
-    entries: list[tuple[SequenceSpan, list[int]]] = []
+    entries: list[tuple[SequenceLens, list[int]]] = []
     row = 0
     for sequence_id, query_len, kv_len in sequences:
-        entries.append((SequenceSpan(sequence_id, row, query_len, kv_len), [0]))
+        entries.append((SequenceLens(sequence_id, row, query_len, kv_len), [0]))
         row += query_len
     layout = build_layout(entries, page_size=_LONG)
     return layout if stage.device.type == "cpu" else to_device(layout, stage.device)

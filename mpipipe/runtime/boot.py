@@ -110,10 +110,10 @@ def _log_ready(
         plan=dataclasses.asdict(stage),
         load=dataclasses.asdict(load),
         cpus=format_cpus(os.sched_getaffinity(0)),
-        form=parts.model.form,
-        form_reason=parts.model.form_reason,
+        form=parts.model.mode,
+        form_reason=parts.model.mode_reason,
         num_graphs=opened.num_graphs,
-        graph_obstacle=parts.model.graph_obstacle() if opened.device == "cuda" else "",
+        graph_obstacle=parts.model.graphs_unsupported_reason() if opened.device == "cuda" else "",
     )
 
 

@@ -36,7 +36,7 @@ class StageParts:
     cache: KVCache
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held as parameters
-    needs_spans: bool  # attention plans each step on the host (`AttentionBackend.needs_spans`)
+    needs_seq_lens: bool  # of the attention backend: it plans each step on the host
 
 
 def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
@@ -87,7 +87,9 @@ def _load_parts(
     report = _load(model, plan, device)
     cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
     model.finish(cache)
-    return StageParts(model, cache, report.bytes_read, report.parameter_bytes, backend.needs_spans)
+    return StageParts(
+        model, cache, report.bytes_read, report.parameter_bytes, backend.needs_seq_lens
+    )
 
 
 def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadReport:

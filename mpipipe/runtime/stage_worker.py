@@ -104,7 +104,7 @@ def prepare_ahead(
         EnvironmentSetupError: the GPU's memory does not hold the work space.
     """
     lane = open_lane(device, ranks.clock)
-    engine = open_engine(plan, parts.model, lane, attention_needs_spans=parts.needs_spans)
+    engine = open_engine(plan, parts.model, lane, attention_needs_seq_lens=parts.needs_seq_lens)
     started_s = ranks.clock.now_s()
     try:
         engine.prepare(plan.sampling)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.control_plane.messages import StepScheduled
     from mpipipe.kv_cache.base import KVCache
-    from mpipipe.kv_cache.layout import SequenceSpan
+    from mpipipe.kv_cache.layout import SequenceLens
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.sampler import SampleRow
     from mpipipe.types import TokenLogprobs
@@ -32,7 +32,7 @@ class PreparedStep:
     """A step message turned into this stage's plain inputs, before any tensor exists."""
 
     message: StepScheduled
-    placed: Sequence[tuple[SequenceSpan, list[int]]]  # spans with their page tables
+    placed: Sequence[tuple[SequenceLens, list[int]]]  # spans with their page tables
     input_ids: Sequence[int]  # T ids on the first stage, empty elsewhere
     sample_rows: Sequence[SampleRow]  # on the last stage, empty elsewhere
     forget: Sequence[int]  # sequences closed since the step before

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mpipipe.kv_cache.layout import SequenceSpan
+from mpipipe.kv_cache.layout import SequenceLens
 from mpipipe.stage.sampler import SampleRow
 
 if TYPE_CHECKING:
@@ -59,19 +59,19 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def place(self, step: StepScheduled) -> list[tuple[SequenceSpan, list[int]]]:
+    def place(self, step: StepScheduled) -> list[tuple[SequenceLens, list[int]]]:
         """Apply the step's page deltas; return each sequence's span and its whole page table.
 
         The pages are copies: the table may change while the step waits to run.
         """
-        placed: list[tuple[SequenceSpan, list[int]]] = []
+        placed: list[tuple[SequenceLens, list[int]]] = []
         start = 0
         for scheduled in step.sequences:
             sequence = self._sequences[scheduled.sequence_id]
             if scheduled.num_computed == 0:
                 sequence.pages = []
             sequence.pages.extend(scheduled.new_pages)
-            span = SequenceSpan(
+            span = SequenceLens(
                 sequence_id=scheduled.sequence_id,
                 query_start=start,
                 query_len=scheduled.num_tokens,

@@ -52,7 +52,7 @@ Step = StepScheduled | DecodeScheduled
 class TensorSdpa(SdpaAttention):
     """SDPA that is trusted with decode steps from device tensors alone."""
 
-    needs_spans = False
+    needs_seq_lens = False
 
 
 # ---- the pipeline --------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def build_stage(
         stage,
         backend=backend,
         cache=cache,
-        form="plain" if device == "cpu" else "auto",
+        mode="plain" if device == "cpu" else "auto",
         device=device,
         max_sequence_tokens=64,
     )
@@ -180,7 +180,7 @@ class InProcessAhead:
         else:
             self.lane = open_lane(torch.device(device), clock)
         self.engines = [
-            open_engine(plan, stage, self.lane, attention_needs_spans=backend.needs_spans)
+            open_engine(plan, stage, self.lane, attention_needs_seq_lens=backend.needs_seq_lens)
             for stage in self.models
         ]
         self.steps: list[Step] = []
@@ -331,7 +331,7 @@ def plain_outcomes(
     """What the awaiting scheduler and executor make of the requests, on one stage."""
     plan = ahead_plan(1, num_pages=num_pages)
     stage = build_stage(model, plan, 0, SdpaAttention())
-    cache = stage._binding.cache
+    cache = stage._context.cache
     assert cache is not None
     executor = StageExecutor(stage, cache, page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock())
     core = SchedulerCore(

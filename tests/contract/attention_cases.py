@@ -9,7 +9,7 @@ import torch
 
 from mpipipe.kv_cache.layout import (
     BatchLayout,
-    SequenceSpan,
+    SequenceLens,
     build_layout,
     decode_layout,
     to_device,
@@ -53,7 +53,7 @@ class PageTable:
             while len(pages) * PAGE_SIZE < kv_len:
                 pages.append(self.free.pop())
             self.kv_lens[sequence_id] = kv_len
-            entries.append((SequenceSpan(sequence_id, row, query_len, kv_len), list(pages)))
+            entries.append((SequenceLens(sequence_id, row, query_len, kv_len), list(pages)))
             row += query_len
         return build_layout(entries, PAGE_SIZE)
 

@@ -8,7 +8,7 @@ import torch
 
 from mpipipe.kv_cache.layout import (
     BatchLayout,
-    SequenceSpan,
+    SequenceLens,
     build_layout,
     decode_layout,
     to_device,
@@ -48,10 +48,10 @@ def step_cache(
 
 def ragged_layout(step: Sequence[tuple[int, int, int]], device: str = "cpu") -> BatchLayout:
     """The layout of a step of (sequence, query_len, kv_len)."""
-    entries: list[tuple[SequenceSpan, tuple[int, ...]]] = []
+    entries: list[tuple[SequenceLens, tuple[int, ...]]] = []
     row = 0
     for sequence_id, query_len, kv_len in step:
-        entries.append((SequenceSpan(sequence_id, row, query_len, kv_len), _PAGES[sequence_id]))
+        entries.append((SequenceLens(sequence_id, row, query_len, kv_len), _PAGES[sequence_id]))
         row += query_len
     return to_device(build_layout(entries, STEP_PAGE_SIZE), torch.device(device))
 

@@ -485,7 +485,7 @@ def test_ids_that_leave_outlast_the_steps_of_other_slots(tiny: Callable[[str], T
     plan = ahead_plan(2, graphs=True)
     lane = PooledLane(torch.device("cpu"), ScriptedClock())
     model = build_stage(tiny("llama"), plan, 1, TensorSdpa())
-    engine = open_engine(plan, model, lane, attention_needs_spans=False)
+    engine = open_engine(plan, model, lane, attention_needs_seq_lens=False)
     engine.prepare(SamplingUse())
     hidden_BH = engine.hidden_buffer(DecodeScheduled(0, 0, 2, (), (), (), (), False))
     hidden_BH.copy_(torch.randn(hidden_BH.shape, generator=torch.Generator().manual_seed(3)))

@@ -10,12 +10,13 @@ from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.layout import to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention import fresh_prompts
-from mpipipe.models.attention.base import AttentionBackend, AttentionOptions
+from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.fresh_prompts import can_attend_fresh
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.select import make_backend
 from mpipipe.models.attention.triton_paged import TritonAttention
+from mpipipe.models.layer_options import AttentionOptions
 from tests.contract.attention_cases import (
     NUM_PAGES,
     PAGE_SIZE,

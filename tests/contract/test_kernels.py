@@ -11,8 +11,8 @@ from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from mpipipe.models.attention.base import AttentionOptions
 from mpipipe.models.kernels import probe
+from mpipipe.models.layer_options import AttentionOptions
 
 pytest.importorskip("triton", reason="triton is part of the dev extra on Linux x86_64 only")
 
@@ -37,7 +37,7 @@ from mpipipe.models.kernels.prefill_attention import (
     paged_prefill_attention,
 )
 from mpipipe.models.kernels.rotary import rotate_and_store
-from mpipipe.models.operations import HeadNorms
+from mpipipe.models.layer_options import HeadNorms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE_SIZE = 16
@@ -227,7 +227,7 @@ def test_rotation_is_transformers_and_lands_in_the_cache(
     norms = HeadNorms(query_D, key_D, 1e-6) if with_norms else None
     actual = rotate_and_store(
         qkv_TX, cos_TD, sin_TD, key_cache, value_cache,
-        slots_T=torch.tensor(slots, device=DEVICE), norms=norms,
+        slot_mapping_T=torch.tensor(slots, device=DEVICE), norms=norms,
     )  # fmt: skip
 
     query_THD = before_TX[:, : H * D].view(num_tokens, H, D)

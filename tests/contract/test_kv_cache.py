@@ -8,7 +8,7 @@ import torch
 
 from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.kv_cache.paged import PagedKVCache
 from tests.contract.attention_cases import NUM_PAGES, PAGE_SIZE, PageTable, Shape, random_steps
 
@@ -53,18 +53,18 @@ def test_head_major_pages_have_the_same_shape_and_other_strides() -> None:
 def test_the_layout_says_where_every_token_goes() -> None:
     layout = build_layout(
         [
-            (SequenceSpan(7, query_start=0, query_len=1, kv_len=5), [9, 2, 8]),
-            (SequenceSpan(3, query_start=1, query_len=3, kv_len=6), [4, 1]),
+            (SequenceLens(7, query_start=0, query_len=1, kv_len=5), [9, 2, 8]),
+            (SequenceLens(3, query_start=1, query_len=3, kv_len=6), [4, 1]),
         ],
         page_size=4,
     )
     assert layout.num_tokens == 4
     assert layout.num_decodes == 1
     assert layout.positions_T.tolist() == [4, 3, 4, 5]
-    assert layout.slots_T.tolist() == [2 * 4 + 0, 4 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1]
+    assert layout.slot_mapping_T.tolist() == [2 * 4 + 0, 4 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1]
     assert layout.page_table_BP.tolist() == [[9, 2], [4, 1]]
     assert layout.kv_lens_B.tolist() == [5, 6]
-    assert layout.spans[1].num_computed == 3
+    assert layout.seq_lens[1].num_computed == 3
 
 
 def test_a_layout_of_nothing_is_empty() -> None:
@@ -75,7 +75,7 @@ def test_a_layout_of_nothing_is_empty() -> None:
 
 def test_rows_that_leave_a_gap_are_our_bug() -> None:
     with pytest.raises(AssertionError):
-        build_layout([(SequenceSpan(0, query_start=2, query_len=1, kv_len=1), [0])], page_size=4)
+        build_layout([(SequenceLens(0, query_start=2, query_len=1, kv_len=1), [0])], page_size=4)
 
 
 def test_a_cache_returns_what_was_written(cache: KVCache) -> None:
@@ -84,7 +84,7 @@ def test_a_cache_returns_what_was_written(cache: KVCache) -> None:
         layout, key_TKD, value_TKD = step.layout, step.key_TKD, step.value_TKD
         for layer, sign in ((0, 1.0), (1, -1.0)):
             cache.write(layer, sign * key_TKD, sign * value_TKD, layout)
-            for index, span in enumerate(layout.spans):
+            for index, span in enumerate(layout.seq_lens):
                 rows = slice(span.query_start, span.query_start + span.query_len)
                 history = written.setdefault((layer, span.sequence_id), [])
                 history.append(sign * torch.stack((key_TKD[rows], value_TKD[rows])))
@@ -98,12 +98,12 @@ def test_padded_reads_hold_the_same_tokens_as_single_reads(cache: KVCache) -> No
     for step in random_steps(SHAPE, torch.float32):
         layout, key_TKD, value_TKD = step.layout, step.key_TKD, step.value_TKD
         cache.write(0, key_TKD, value_TKD, layout)
-        indices = tuple(reversed(range(len(layout.spans))))
-        max_len = max(span.kv_len for span in layout.spans)
+        indices = tuple(reversed(range(len(layout.seq_lens))))
+        max_len = max(span.kv_len for span in layout.seq_lens)
         keys_BLKD, values_BLKD = cache.read_padded(0, indices, max_len, layout)
         assert keys_BLKD.shape[1] >= max_len
         for row, index in enumerate(indices):
-            span = layout.spans[index]
+            span = layout.seq_lens[index]
             key_LKD, value_LKD = cache.read(0, index, span, layout)
             assert torch.equal(keys_BLKD[row, : span.kv_len], key_LKD)
             assert torch.equal(values_BLKD[row, : span.kv_len], value_LKD)
@@ -119,7 +119,7 @@ def test_a_preempted_sequence_starts_again_from_nothing(cache: KVCache) -> None:
     pages.drop(0)
     layout = pages.layout([(0, 3)])
     cache.write(0, again, again, layout)
-    key_LKD, value_LKD = cache.read(0, 0, layout.spans[0], layout)
+    key_LKD, value_LKD = cache.read(0, 0, layout.seq_lens[0], layout)
     assert torch.equal(key_LKD, again)
     assert torch.equal(value_LKD, again)
 

@@ -90,7 +90,7 @@ def test_the_fused_stack_has_the_same_tokens(
             tiny(name).folder,
             plan,
             cache=paged_cache(config, plan.num_layers, head_major=True, num_pages=128),
-            form="fast",
+            mode="fast",
         )
         for plan in split(2)
     ]

@@ -19,11 +19,16 @@ from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import NumericsError, UnsupportedModelError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models import families, packed_linear, verification
+from mpipipe.models import families, prepacked_linear, verification
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
-from mpipipe.models.packed_linear import BlockedLinear, HalfStoredLinear, PackedLinear, pack
+from mpipipe.models.prepacked_linear import (
+    BlockedLinear,
+    HalfStoredLinear,
+    PrepackedLinear,
+    prepack,
+)
 from tests.contract.tiny_models import (
     FAMILIES,
     NUM_LAYERS,
@@ -73,7 +78,7 @@ def test_every_tensor_of_every_stage_is_materialised_and_none_of_another_stage_i
     full = model.reference.state_dict()
     seen: list[str] = []
     for plan in split(3):
-        stage = load_stage(model.folder, plan, form="plain")
+        stage = load_stage(model.folder, plan, mode="plain")
         tensors = [*stage.module.named_parameters(), *stage.module.named_buffers()]
         assert [tensor_name for tensor_name, tensor in tensors if tensor.is_meta] == []
         wanted = stage.wanted_names()
@@ -97,10 +102,10 @@ def test_tied_ends_on_one_stage_are_one_tensor_and_on_two_stages_are_two(
     tiny: Callable[[str], TinyModel],
 ) -> None:
     folder = tiny("llama-tied").folder
-    alone = load_stage(folder, split(1)[0], form="plain")
+    alone = load_stage(folder, split(1)[0], mode="plain")
     assert alone.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert alone.module.lm_head.weight is alone.module.model.embed_tokens.weight
-    first, last = (load_stage(folder, plan, form="plain") for plan in split(2))
+    first, last = (load_stage(folder, plan, mode="plain") for plan in split(2))
     assert "lm_head.weight" not in first.wanted_names()
     assert "model.embed_tokens.weight" not in last.wanted_names()
     assert torch.equal(first.module.model.embed_tokens.weight, last.module.lm_head.weight)
@@ -192,17 +197,17 @@ def test_a_packed_linear_computes_what_the_linear_does(
 def test_only_weights_that_half_precision_holds_exactly_are_stored_in_it() -> None:
     torch.manual_seed(0)
     exact = torch.randn(8, 8).half().float()
-    assert isinstance(pack(exact, None), HalfStoredLinear)
+    assert isinstance(prepack(exact, None), HalfStoredLinear)
     for changed in (exact + 2.0**-20, exact * 2.0**40, exact * 2.0**-20):
-        assert isinstance(pack(changed, None), BlockedLinear)
-    assert isinstance(pack(exact.bfloat16(), None), BlockedLinear)
+        assert isinstance(prepack(changed, None), BlockedLinear)
+    assert isinstance(prepack(exact.bfloat16(), None), BlockedLinear)
 
 
 def test_packing_frees_the_plain_weights_but_keeps_the_embedding(
     tiny: Callable[[str], TinyModel],
 ) -> None:
-    stage = load_stage(tiny("llama-tied").folder, split(1)[0], form="packed")
-    assert isinstance(stage.module.lm_head, PackedLinear)
+    stage = load_stage(tiny("llama-tied").folder, split(1)[0], mode="packed")
+    assert isinstance(stage.module.lm_head, PrepackedLinear)
     assert not any(type(module) is nn.Linear for module in stage.module.modules())
     left = {name for name, _ in stage.module.named_parameters()}
     assert "model.embed_tokens.weight" in left
@@ -220,11 +225,11 @@ def test_packing_frees_each_plain_weight_before_the_next_is_packed(
     ]
     alive: list[int] = []
 
-    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> PrepackedLinear:
         alive.append(sum(weight() is not None for weight in weights))
-        return pack(weight, bias)
+        return prepack(weight, bias)
 
-    monkeypatch.setattr(packed_linear, "pack", counting)
+    monkeypatch.setattr(prepacked_linear, "prepack", counting)
     stage.finish(ContiguousKVCache())
     assert alive == list(range(len(weights), 0, -1))
 
@@ -232,8 +237,8 @@ def test_packing_frees_each_plain_weight_before_the_next_is_packed(
 def test_packed_and_plain_stages_give_the_same_tokens(tiny: Callable[[str], TinyModel]) -> None:
     folder = tiny("llama").folder
     packed, plain = (
-        InProcessPipeline([load_stage(folder, plan, form=form) for plan in split(2)])
-        for form in ("packed", "plain")
+        InProcessPipeline([load_stage(folder, plan, mode=mode) for plan in split(2)])
+        for mode in ("packed", "plain")
     )
     assert packed.generate(PROMPTS, 6, chunk=4) == plain.generate(PROMPTS, 6, chunk=4)
 
@@ -242,8 +247,8 @@ def test_without_the_kernel_linears_stay_plain(
     tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    stage = load_stage(tiny("llama").folder, split(1)[0], form="packed")
-    assert not any(isinstance(module, PackedLinear) for module in stage.module.modules())
+    stage = load_stage(tiny("llama").folder, split(1)[0], mode="packed")
+    assert not any(isinstance(module, PrepackedLinear) for module in stage.module.modules())
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import transformers
 from mpipipe.checkpoint.index import read_index
 from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.kv_cache.layout import SequenceSpan, build_layout, to_device
+from mpipipe.kv_cache.layout import SequenceLens, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
@@ -394,7 +394,7 @@ def load_stage(
     backend: AttentionBackend | None = None,
     cache: KVCache | None = None,
     dtype: torch.dtype = torch.float32,
-    form: str = "packed",
+    mode: str = "packed",
     operations: Operations | None = None,
     device: str = "cpu",
     max_sequence_tokens: int = 64,
@@ -408,7 +408,7 @@ def load_stage(
         max_sequence_tokens=max_sequence_tokens,
     )
     fill(stage, folder, device)
-    stage.finish(cache or ContiguousKVCache(), form=form, operations=operations)
+    stage.finish(cache or ContiguousKVCache(), mode=mode, operations=operations)
     return stage
 
 
@@ -442,7 +442,7 @@ class InProcessPipeline:
         self, work: Sequence[tuple[int, Sequence[int], int]], *, sample: bool = True
     ) -> torch.Tensor:
         """(sequence, its new tokens, tokens cached before) → logits of each one's last row."""
-        entries: list[tuple[SequenceSpan, list[int]]] = []
+        entries: list[tuple[SequenceLens, list[int]]] = []
         ids: list[int] = []
         for sequence_id, new_ids, num_computed in work:
             kv_len = num_computed + len(new_ids)
@@ -451,7 +451,7 @@ class InProcessPipeline:
                 pages.append(self.next_page)
                 self.next_page += 1
             begun = self.rotary_lens.get(sequence_id, kv_len)
-            span = SequenceSpan(sequence_id, len(ids), len(new_ids), kv_len, rotary_len=begun)
+            span = SequenceLens(sequence_id, len(ids), len(new_ids), kv_len, rotary_len=begun)
             entries.append((span, pages))
             ids.extend(new_ids)
         by_length = any(stage.rotary_by_length for stage in self.stages)

@@ -26,7 +26,6 @@ from torch.nn.functional import (
     rms_norm as torch_rms_norm,
 )
 
-from mpipipe.models.attention.base import AttentionOptions
 from mpipipe.models.kernels import probe
 from mpipipe.models.kernels.activation import gated_silu
 from mpipipe.models.kernels.decode_attention import DecodeTuning, paged_decode_attention
@@ -38,6 +37,7 @@ from mpipipe.models.kernels.prefill_attention import (
     paged_prefill_attention,
 )
 from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.layer_options import AttentionOptions
 from tests.gpu.bench_layer import bench_layer
 from tests.gpu.bench_timing import (
     DTYPE,
@@ -376,7 +376,7 @@ def bench_rows(report: Report, quick: bool) -> None:
         first = hidden[0]
         stored = partial(
             rotate_and_store, cos_TD=cos, sin_TD=sin, key_cache=caches[0], value_cache=caches[1],
-            slots_T=slots,
+            slot_mapping_T=slots,
         )  # fmt: skip
         add("rms_norm", 2 * one, [partial(rms_norm, h, weight, 1e-6) for h in hidden])
         add("torch rms_norm", 2 * one,

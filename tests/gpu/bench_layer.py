@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from mpipipe.models.attention.base import AttentionOptions
 from mpipipe.models.kernels.activation import gated_silu
 from mpipipe.models.kernels.decode_attention import paged_decode_attention
 from mpipipe.models.kernels.launch import early_launch
@@ -27,6 +26,7 @@ from mpipipe.models.kernels.linear import (
 from mpipipe.models.kernels.norms import add_rms_norm, rms_norm
 from mpipipe.models.kernels.prefill_attention import Chunks, paged_prefill_attention
 from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.layer_options import AttentionOptions
 from tests.gpu.bench_timing import (
     DTYPE,
     PAGE_SIZE,
@@ -201,7 +201,7 @@ def project(
 
 def attend(variant: Variant, layer: Layer, step: Step, qkv: torch.Tensor) -> torch.Tensor:
     query, key, _ = rotate_and_store(
-        qkv, step.cos, step.sin, layer.keys, layer.values, slots_T=step.slots
+        qkv, step.cos, step.sin, layer.keys, layer.values, slot_mapping_T=step.slots
     )
     common = (query, layer.keys, layer.values, step.table, step.kv_lens)
     if step.starts is not None:

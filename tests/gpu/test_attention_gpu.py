@@ -61,7 +61,7 @@ def test_decode_steps_need_tensors_alone(
     backend: str, shape: Shape, options: object, dtype: torch.dtype
 ) -> None:
     made = make_backend(backend)
-    if made.needs_spans and backend != "sdpa":
+    if made.needs_seq_lens and backend != "sdpa":
         pytest.skip("plans each step on the host")
     check_decode_steps(made, shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]
 

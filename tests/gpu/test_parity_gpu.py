@@ -61,7 +61,7 @@ def pipeline_of(model: SizedModel, backend: str, num_stages: int) -> InProcessPi
                 backend=make_backend(backend),
                 cache=pages,
                 dtype=model.dtype,
-                form="auto",
+                mode="auto",
                 device="cuda",
                 max_sequence_tokens=64,
             )

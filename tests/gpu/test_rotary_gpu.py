@@ -68,7 +68,7 @@ def test_tokens_are_those_of_transformers_on_both_sides_of_the_original_context(
     wanted = [model.greedy_afresh(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
     for num_stages in (1, 2):
         pipeline = on_gpu(model, num_stages, mode, num_pages=num_pages)
-        assert {stage.form for stage in pipeline.models} == {FORMS[name]}
+        assert {stage.mode for stage in pipeline.models} == {FORMS[name]}
         assert (pipeline.engines[0].programs.num_graphs > 0) == (mode == "graphs")
         found = pipeline.generate(requests, seed=num_stages)
         assert [list(outcome.token_ids) for outcome in found] == wanted

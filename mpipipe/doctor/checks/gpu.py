@@ -6,19 +6,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpipipe.doctor.facts import GpuLook, GpuProcess, RankFacts
+from mpipipe.doctor.facts import GpuProcess, RankFacts, RankGpu
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.planning.devices import BF16_CAPABILITY
 from mpipipe.planning.memory import gib
 
-__all__ = ["judge_gpu", "judge_gpus_of_host", "wants_gpu"]
+__all__ = ["check_gpu", "check_gpus_of_host", "wants_gpu"]
 
 _ON_CPU = 'set pipeline.device = "cpu" to run on CPUs on purpose'
 # The driver keeps some of a GPU for itself, and so does a desktop.
 _OWN_USE = 2**30
 
 
-def wants_gpu(look: GpuLook) -> bool:
+def wants_gpu(look: RankGpu) -> bool:
     """Whether a rank without a GPU would be a surprise."""
     if look.wanted == "cpu":
         return False
@@ -28,7 +28,7 @@ def wants_gpu(look: GpuLook) -> bool:
     return look.wanted == "cuda" or bool(found)
 
 
-def judge_gpu(rank: RankFacts) -> list[Finding]:
+def check_gpu(rank: RankFacts) -> list[Finding]:
     """Findings of the GPU of one rank."""
     look = rank.gpu
     if look.wanted == "cpu":
@@ -100,17 +100,17 @@ def _no_driver(rank: RankFacts) -> Finding:
     )
 
 
-def _driver(look: GpuLook) -> Finding:
+def _driver(look: RankGpu) -> Finding:
     version = look.kernel_driver or _library_version(look)
     return ok("gpu.driver", f"NVIDIA driver {version}, {look.libcuda}")
 
 
-def _library_version(look: GpuLook) -> str:
+def _library_version(look: RankGpu) -> str:
     found = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", look.libcuda)
     return found[1] if found else ""
 
 
-def _driver_library(look: GpuLook) -> list[Finding]:
+def _driver_library(look: RankGpu) -> list[Finding]:
     """A libcuda that is not the running driver's."""
     leak = (
         "LD_LIBRARY_PATH, or a libcuda that was installed into the image, comes before the host's"
@@ -192,7 +192,7 @@ def _same(uuid: str, other: str) -> bool:
     return uuid.removeprefix("GPU-") == other.removeprefix("GPU-") != ""
 
 
-def judge_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> list[Finding]:
+def check_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> list[Finding]:
     """Which rank of one host has which GPU; `share`: pipeline.share_gpus."""
     using = [rank for rank in ranks if rank.gpu.rank_gpu.index >= 0]
     if not using:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HostDemand",
-    "judge_folders",
-    "judge_memory",
-    "judge_plan",
-    "judge_prompts",
+    "check_folders",
+    "check_memory",
+    "check_plan",
+    "check_prompts",
 ]
 
 _GB = 1e9
@@ -35,7 +35,7 @@ _CLOSE = 0.9  # of the limit: one busy moment more and the kernel ends the job
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def judge_folders(
+def check_folders(
     folders: Sequence[FolderFacts],
     *,
     container: str = "",
@@ -160,7 +160,7 @@ def _on(facts: FolderFacts, finding: Finding) -> Finding:
 # ---- prompts, plan, memory -----------------------------------------------------------------------
 
 
-def judge_prompts(lines: Sequence[PromptLine]) -> Finding:
+def check_prompts(lines: Sequence[PromptLine]) -> Finding:
     """How many of the prompts can be completed."""
     wrong = [line for line in lines if line.error is not None]
     if not wrong:
@@ -175,7 +175,7 @@ def judge_prompts(lines: Sequence[PromptLine]) -> Finding:
     )
 
 
-def judge_plan(plan: PipelinePlan) -> Finding:
+def check_plan(plan: PipelinePlan) -> Finding:
     """What would run where."""
     split = " + ".join(str(stage.num_layers) for stage in plan.stages)
     stages = f"{plan.num_stages} stage{'s' * (plan.num_stages > 1)}"
@@ -214,7 +214,7 @@ class HostDemand:
         return bool(self.weight_bytes) and least_bytes > self.available_bytes
 
 
-def judge_memory(demand: HostDemand) -> Finding:
+def check_memory(demand: HostDemand) -> Finding:
     """Whether the plan fits what the cgroup leaves, before the kernel ends the job."""
     parts = [f"{gib(demand.library_bytes)} of libraries"]
     if demand.weight_bytes:

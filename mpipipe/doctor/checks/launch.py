@@ -13,7 +13,7 @@ from mpipipe.topology.launcher import Launcher
 from mpipipe.topology.mpi_abi import MpiAbi, abi_of_file, abi_of_library, missing_abi
 from mpipipe.topology.srun_mpi import short_name
 
-__all__ = ["judge_launch", "not_joined"]
+__all__ = ["check_launch", "not_joined"]
 
 # The MPI that a launcher belongs to, by the value of `topology.launcher.Launcher`.
 _OF_LAUNCHER = {
@@ -23,7 +23,7 @@ _OF_LAUNCHER = {
 _SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
 
 
-def judge_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
+def check_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
     """Launcher, MPI, versions, wall time; findings of all ranks together."""
     return [
         *_launcher(ranks),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpipipe.doctor.probes.links import LinkFigure
     from mpipipe.runtime.clock_offsets import ClockOffsets
 
-__all__ = ["judge_clocks", "judge_control", "judge_links"]
+__all__ = ["check_clocks", "check_control", "check_links"]
 
 _SLOW_ROUND_TRIP_US = 1000.0  # 20 µs measured over shared memory on two cores; TCP adds tens
 _BUSY_IDLE = 0.10  # of a core; 0.02 is the aim
@@ -23,7 +23,7 @@ _SLOW_LATENCY_US = 2000.0
 _OUTLIER = 3.0
 
 
-def judge_control(probe: ControlProbe) -> list[Finding]:
+def check_control(probe: ControlProbe) -> list[Finding]:
     """Awaited messages, and what waiting costs."""
     trip = probe.round_trips[0]
     raw = "" if trip.raw_p50_us is None else f" (plain MPI {trip.raw_p50_us:.0f} µs)"
@@ -56,7 +56,7 @@ def judge_control(probe: ControlProbe) -> list[Finding]:
     return [first, warning("links.idle", text, cause, remedy, idle_share=busiest)]
 
 
-def judge_clocks(offsets: ClockOffsets, host_of: Mapping[int, str]) -> list[Finding]:
+def check_clocks(offsets: ClockOffsets, host_of: Mapping[int, str]) -> list[Finding]:
     """Wall clocks of the hosts, compared with the head's; nothing for a single host."""
     per_host: dict[str, float] = {}
     for rank, ahead_s in offsets.ahead_s.items():
@@ -85,7 +85,7 @@ def judge_clocks(offsets: ClockOffsets, host_of: Mapping[int, str]) -> list[Find
     ]
 
 
-def judge_links(
+def check_links(
     links: Sequence[LinkFigure],
     routes: Mapping[tuple[int, int], str] | None = None,
     *,

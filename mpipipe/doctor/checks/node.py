@@ -6,7 +6,7 @@ from mpipipe.doctor.facts import NodeFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, warning
 from mpipipe.planning.memory import gib
 
-__all__ = ["judge_node"]
+__all__ = ["check_node"]
 
 # Docker's default of 64 MiB in all is too little for NCCL or MPI between several ranks.
 _SHM_PER_RANK = 64 * 2**20
@@ -16,7 +16,7 @@ _OPEN_FILES = 1024  # the usual default; connections, shards and logs of one ran
 _LITTLE_MEMORY = 2 * 2**30
 
 
-def judge_node(node: NodeFacts, *, num_ranks: int) -> list[Finding]:
+def check_node(node: NodeFacts, *, num_ranks: int) -> list[Finding]:
     """Findings of a host on which `num_ranks` ranks run."""
     return [
         _memory(node, num_ranks),

@@ -5,35 +5,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from mpipipe.doctor.checks.gpu import judge_gpu, judge_gpus_of_host, wants_gpu
-from mpipipe.doctor.checks.launch import judge_launch
-from mpipipe.doctor.checks.node import judge_node
-from mpipipe.doctor.checks.software import judge_software
+from mpipipe.doctor.checks.gpu import check_gpu, check_gpus_of_host, wants_gpu
+from mpipipe.doctor.checks.launch import check_launch
+from mpipipe.doctor.checks.node import check_node
+from mpipipe.doctor.checks.software import check_software
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import Finding, Severity, fatal, split_advice
 
-__all__ = ["judge_ranks"]
+__all__ = ["check_ranks"]
 
 
-def judge_ranks(ranks: Sequence[RankFacts], *, share_gpus: bool = False) -> list[Finding]:
+def check_ranks(ranks: Sequence[RankFacts], *, share_gpus: bool = False) -> list[Finding]:
     """All findings that follow from the facts, in the order in which they are shown.
 
     Args:
         ranks: in rank order.
         share_gpus: pipeline.share_gpus.
     """
-    findings = judge_launch(ranks)
+    findings = check_launch(ranks)
     hosts = dict.fromkeys(rank.host for rank in ranks)
     for rank in ranks:
-        findings += _with(judge_software(rank), rank.host, rank.rank)
+        findings += _with(check_software(rank), rank.host, rank.rank)
     for host in hosts:
         inside = [rank for rank in ranks if rank.host == host]
-        findings += _with(judge_node(inside[0].node, num_ranks=len(inside)), host)
+        findings += _with(check_node(inside[0].node, num_ranks=len(inside)), host)
     for rank in ranks:
-        findings += _with(judge_gpu(rank), rank.host, rank.rank)
+        findings += _with(check_gpu(rank), rank.host, rank.rank)
     for host in hosts:
         inside = [rank for rank in ranks if rank.host == host]
-        findings += _with(judge_gpus_of_host(inside, share=share_gpus), host)
+        findings += _with(check_gpus_of_host(inside, share=share_gpus), host)
     return [*findings, *_unequal_gpus(ranks), *_configurations(ranks)]
 
 

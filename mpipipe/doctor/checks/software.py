@@ -10,7 +10,7 @@ from mpipipe.doctor.checks.gpu import wants_gpu
 from mpipipe.doctor.facts import Library, RankFacts, SoftwareFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, warning
 
-__all__ = ["judge_offline", "judge_software"]
+__all__ = ["check_offline", "check_software"]
 
 _REQUIRED = ("transformers", "safetensors")
 _SLOW_IMPORT_S = 30.0  # 2–5 s from a local disk
@@ -37,7 +37,7 @@ _NO_USER_SITE = (
 )
 
 
-def judge_software(rank: RankFacts) -> list[Finding]:
+def check_software(rank: RankFacts) -> list[Finding]:
     """Findings of one rank."""
     software = rank.software
     # Whether what is odd has done harm: then it is the likely cause, and the job is lost.
@@ -49,7 +49,7 @@ def judge_software(rank: RankFacts) -> list[Finding]:
         *_foreign_libraries(software, harmed=harmed),
         _torch(software),
         *_packages(software),
-        judge_offline(rank),
+        check_offline(rank),
     ]
 
 
@@ -237,7 +237,7 @@ def _inside(path: str, folder: str) -> bool:
     return bool(path) and Path(path).is_relative_to(folder)
 
 
-def judge_offline(rank: RankFacts) -> Finding:
+def check_offline(rank: RankFacts) -> Finding:
     """Whether something could wait for a network that is not there."""
     node = rank.node
     if rank.software.hub_offline:

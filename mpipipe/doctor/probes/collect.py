@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from mpipipe.config.load import config_hash, load_config
 from mpipipe.config.schema import AUTO
 from mpipipe.doctor.facts import RankFacts
-from mpipipe.doctor.probes.gpu import look_before_torch, look_with_torch
-from mpipipe.doctor.probes.launch import read_launch
-from mpipipe.doctor.probes.node import read_node
-from mpipipe.doctor.probes.software import import_torch, read_software
+from mpipipe.doctor.probes.gpu import probe_before_torch, probe_with_torch
+from mpipipe.doctor.probes.launch import probe_launch
+from mpipipe.doctor.probes.node import probe_node
+from mpipipe.doctor.probes.software import import_torch, probe_software
 from mpipipe.errors import MpipipeError
 from mpipipe.topology.host import host_name
 
@@ -57,12 +57,12 @@ async def collect_facts(
 ) -> RankFacts:
     """What this rank sees. Imports torch in a thread, so that messages go on meanwhile."""
     wanted = loaded.config.pipeline.device if loaded is not None else AUTO
-    node = read_node(os.environ)  # before torch takes its share of the memory
+    node = probe_node(os.environ)  # before torch takes its share of the memory
     importing = asyncio.to_thread(import_torch)
     (look, gpus), torch_import = await asyncio.gather(
-        asyncio.to_thread(look_before_torch, os.environ, wanted=wanted), importing
+        asyncio.to_thread(probe_before_torch, os.environ, wanted=wanted), importing
     )
-    launch = read_launch(
+    launch = probe_launch(
         os.environ,
         rank=mpi.rank,
         local_rank=mpi.local_rank,
@@ -72,13 +72,13 @@ async def collect_facts(
         thread_level=mpi.thread_level,
     )
     if not torch_import.problem:
-        look = look_with_torch(look, gpus, launch.local_rank)
+        look = probe_with_torch(look, gpus, launch.local_rank)
     return RankFacts(
         rank=mpi.rank,
         host=host_name(),
         pid=os.getpid(),
         launch=launch,
-        software=read_software(os.environ, torch_import),
+        software=probe_software(os.environ, torch_import),
         node=node,
         gpu=look,
         config_hash=config_hash(loaded.config) if loaded is not None else "",

@@ -1,7 +1,7 @@
 """Looks at the model and output folders from every host: there, whole, writable, shared, how fast.
 
 One rank per host does it, all hosts at once: that is also how a job meets its file system. Leaves
-nothing behind. Not here: what the figures mean (`judge_job`).
+nothing behind. Not here: what the figures mean (`check_job`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
     "claim_marker",
     "file_system",
     "free_space_bytes",
-    "look_at_folders",
     "output_folder",
+    "probe_folders",
     "read_bytes_per_s",
     "write_bytes_per_s",
 ]
@@ -84,7 +84,7 @@ def claim_marker(output: Path) -> Iterator[str]:
             marker.rmdir()
 
 
-def look_at_folders(
+def probe_folders(
     loaded: LoadedConfig, marker: str, host: str, *, quick: bool
 ) -> tuple[FolderFacts, ModelFacts | None]:
     """What this host sees of both folders, and the model where it could be read.

@@ -1,8 +1,8 @@
 """Reads what can be seen of NVIDIA GPUs, in the order in which they fail: module, library, torch.
 
 A container without `--nv` sees the kernel's module and the device files, but no libcuda. Nothing
-raises for a GPU that cannot be used: the facts say how far one gets. `look_with_torch` makes a CUDA
-context on the rank's own GPU.
+raises for a GPU that cannot be used: the facts say how far one gets. `probe_with_torch` makes a
+CUDA context on the rank's own GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mpipipe.doctor.facts import GpuLook, GpuProcess
+from mpipipe.doctor.facts import GpuProcess, RankGpu
 from mpipipe.doctor.probes.launch import loaded_libraries
 from mpipipe.topology.gpu import GpuFacts, container_kind, query_gpus
 from mpipipe.topology.launcher import Launcher, detect
 
-__all__ = ["GpusBefore", "kernel_driver", "look_before_torch", "look_with_torch", "parse_processes"]
+__all__ = [
+    "GpusBefore",
+    "kernel_driver",
+    "parse_processes",
+    "probe_before_torch",
+    "probe_with_torch",
+]
 
 _ROOT = Path("/")
 _LIMIT_S = 10.0
@@ -47,21 +53,21 @@ def _run(command: Sequence[str]) -> str:
     return result.stdout
 
 
-def look_before_torch(
+def probe_before_torch(
     environ: Mapping[str, str],
     *,
     wanted: str,
     root: Path = _ROOT,
     run: Callable[[Sequence[str]], str] = _run,
     query: Callable[[], GpusBefore] = query_gpus,
-) -> tuple[GpuLook, GpusBefore]:
+) -> tuple[RankGpu, GpusBefore]:
     """What shows without a CUDA context; nothing but `wanted` when CPUs were asked for."""
     if wanted == "cpu":
-        return GpuLook(wanted=wanted), ()
+        return RankGpu(wanted=wanted), ()
     libcuda = _libcuda(root)
     gpus = query() if libcuda else ()
     given = _given_by_slurm(environ)
-    look = GpuLook(
+    look = RankGpu(
         wanted=wanted,
         kernel_driver=kernel_driver(root),
         device_files=_device_files(root),
@@ -100,7 +106,7 @@ def _declined_by(environ: Mapping[str, str], given: str, *, container: str) -> s
     return "Slurm" if environ.get("SLURM_JOB_ID") and asked_for_none else ""
 
 
-def look_with_torch(look: GpuLook, gpus: GpusBefore, local_rank: int) -> GpuLook:
+def probe_with_torch(look: RankGpu, gpus: GpusBefore, local_rank: int) -> RankGpu:
     """`look` with the GPU that torch would give this rank. Torch is imported already.
 
     Makes a CUDA context on that GPU; does nothing where no driver library loads.

@@ -12,14 +12,14 @@ from mpipipe.topology.launcher import detect
 from mpipipe.topology.mpi_abi import abi_of_file, abi_of_module
 from mpipipe.topology.slurm import idle_nodes, read_job, wall_time_left_s
 
-__all__ = ["loaded_libraries", "read_launch"]
+__all__ = ["loaded_libraries", "probe_launch"]
 
 _ROOT = Path("/")
 _WATCHED = re.compile(r"lib(cuda|cudart|nccl|cublas|cublasLt|cudnn|nvrtc)[-.]")
 _MPI = re.compile(r"lib(mpi)(?:ch|_\w+)?\.so")  # libmpich of Debian, libmpi_cray, libmpi_abi
 
 
-def read_launch(
+def probe_launch(
     environ: Mapping[str, str],
     *,
     rank: int,

@@ -22,13 +22,13 @@ from mpipipe.topology.host import (
     usable_cores,
 )
 
-__all__ = ["PROFILERS", "read_node"]
+__all__ = ["PROFILERS", "probe_node"]
 
 PROFILERS = ("nsys", "ncu", "perf", "py-spy")
 _ROOT = Path("/")
 
 
-def read_node(
+def probe_node(
     environ: Mapping[str, str],
     root: Path = _ROOT,
     which: Callable[[str], str | None] = shutil.which,

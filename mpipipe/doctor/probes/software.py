@@ -21,7 +21,7 @@ from mpipipe.doctor.facts import Library, SoftwareFacts, Wheel
 from mpipipe.doctor.probes.launch import loaded_libraries
 from mpipipe.topology.packages import package_versions
 
-__all__ = ["TorchImport", "cuda_libraries_in", "import_torch", "nvidia_wheels", "read_software"]
+__all__ = ["TorchImport", "cuda_libraries_in", "import_torch", "nvidia_wheels", "probe_software"]
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "triton", "flashinfer-python", "safetensors")
 _CUDA_LIBRARY = re.compile(r"lib(cuda|cudart|nccl|cublas|cublasLt|cudnn|nvrtc)\.so(\.\d+)*")
@@ -52,7 +52,7 @@ def import_torch() -> TorchImport:
     return TorchImport(path=path, cuda=torch.version.cuda or "", seconds=seconds)
 
 
-def read_software(environ: Mapping[str, str], torch_import: TorchImport) -> SoftwareFacts:
+def probe_software(environ: Mapping[str, str], torch_import: TorchImport) -> SoftwareFacts:
     """The packages of this Python, after torch was imported or failed to be."""
     copies = _copies("torch", sys.path)
     folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder]

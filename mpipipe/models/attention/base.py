@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -10,25 +9,17 @@ if TYPE_CHECKING:
 
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
+    from mpipipe.models.layer_options import AttentionOptions
 
-__all__ = ["AttentionBackend", "AttentionOptions"]
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What differs between layers and families."""
-
-    scale: float  # the factor on q·k, usually 1 / sqrt(D)
-    window: int | None = None  # a query sees the last `window` positions, its own included
-    softcap: float | None = None  # scores become softcap · tanh(scores / softcap)
+__all__ = ["AttentionBackend"]
 
 
 class AttentionBackend(Protocol):
     """Stateless; one instance serves all layers of a stage."""
 
     name: str
-    needs_spans: bool
-    """It reads `layout.spans`, so the host must know every length: no CUDA graph, and no lengths
+    needs_seq_lens: bool
+    """It reads `layout.seq_lens`, so the host must know every length: no CUDA graph, and no lengths
     that advance on the device. A backend without this takes decode steps from tensors alone."""
     head_major: bool
     """On a GPU it reads a page's tokens head by head (`PagedKVCache.allocate`)."""

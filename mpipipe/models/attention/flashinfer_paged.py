@@ -1,12 +1,12 @@
 """Attention with FlashInfer (the extra `cuda`), over pages.
 
 Head dimensions 64, 128 and 256, float16 and bfloat16, compute capability 8.0 and later. FlashInfer
-plans each step on the host from the lengths of all sequences, so the backend needs spans, and no
-CUDA graph can hold its steps. Its kernels are compiled at first use (tens of seconds), then kept by
-FlashInfer on disk.
+plans each step on the host from the lengths of all sequences, so the backend needs `seq_lens`, and
+no CUDA graph can hold its steps. Its kernels are compiled at first use (tens of seconds), then kept
+by FlashInfer on disk.
 
-A plan's arrays go to the GPU from pinned memory without waiting. Whoever plans again must not
-overwrite them before they have left: a small ring of wrappers and an event for each see to that.
+A plan's arrays go to the GPU from pinned memory without waiting. The next plan must not overwrite
+them before the copy has ended: a small ring of wrappers, with an event each, prevents that.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mpipipe.kv_cache.paged import PagedKVCache
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["FlashInferAttention"]
 
@@ -45,7 +45,7 @@ class FlashInferAttention:
     """Decodes and chunks of prompts each in one call."""
 
     name = "flashinfer"
-    needs_spans = True
+    needs_seq_lens = True
     head_major = True
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class FlashInferAttention:
         outputs: list[torch.Tensor] = []
         for kind, first, last in (
             ("decode", 0, num_decodes),
-            ("prefill", num_decodes, len(layout.spans)),
+            ("prefill", num_decodes, len(layout.seq_lens)),
         ):
             if first == last:
                 continue
@@ -147,14 +147,14 @@ class _Work:
     ) -> None:
         self._layout = layout
         self._first = first
-        self._spans: tuple[SequenceSpan, ...] = layout.spans[first:last]
+        self._seq_lens: tuple[SequenceLens, ...] = layout.seq_lens[first:last]
         _, self.page_size, self.num_kv_heads, self.head_dim = shape
         self.num_heads = num_heads
-        self._num_pages = [-(-span.kv_len // self.page_size) for span in self._spans]
+        self._num_pages = [-(-seq.kv_len // self.page_size) for seq in self._seq_lens]
 
     def query_starts(self) -> torch.Tensor:
         """int32 [B + 1] on the host."""
-        return _starts([span.query_len for span in self._spans])
+        return _starts([seq.query_len for seq in self._seq_lens])
 
     def page_starts(self) -> torch.Tensor:
         """int32 [B + 1] on the host: where each sequence's pages begin in `pages`."""
@@ -162,7 +162,7 @@ class _Work:
 
     def last_page_lens(self) -> torch.Tensor:
         """int32 [B] on the host: tokens in each last page."""
-        lens = [(span.kv_len - 1) % self.page_size + 1 for span in self._spans]
+        lens = [(seq.kv_len - 1) % self.page_size + 1 for seq in self._seq_lens]
         return torch.tensor(lens, dtype=torch.int32)
 
     def pages(self) -> torch.Tensor:

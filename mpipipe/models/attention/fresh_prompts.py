@@ -2,7 +2,7 @@
 
 Nothing has to be read from pages, and prompts of one length make a plain batch, for which torch
 has faster kernels than ours: on an H200, 32/8 heads of 128 over 8,192 tokens, 99 µs in prompts of
-512 against 189 of our paged kernel (233 of torch's ragged `varlen_attn`), and 265 against 437 in
+512 against 189 of our paged kernel (233 of torch's `varlen_attn`), and 265 against 437 in
 prompts of 2,048. Head dimensions that are no multiple of 8 would be padded: 583 against 256 at 100.
 
 Before compute capability 8.0 torch has no flash kernel, and its memory-efficient one wants as many
@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["attend_fresh", "can_attend_fresh"]
 
@@ -40,8 +40,8 @@ def can_attend_fresh(
         and head_dim % _ALIGNMENT == 0
         and (num_heads == key_TKD.shape[1] or _has_flash_kernel(query_THD.device))
         and all(
-            span.num_computed == 0 and span.query_len == layout.max_query_len
-            for span in layout.spans
+            seq.num_computed == 0 and seq.query_len == layout.max_query_len
+            for seq in layout.seq_lens
         )
     )
 
@@ -59,7 +59,7 @@ def attend_fresh(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """Causal attention of each prompt over itself: [T, H, D]. Only where `can_attend_fresh`."""
-    shape = (len(layout.spans), layout.max_query_len)
+    shape = (len(layout.seq_lens), layout.max_query_len)
     query_BHLD, key_BKLD, value_BKLD = (
         tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query_THD, key_TKD, value_TKD)
     )

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["ReferenceAttention"]
 
@@ -21,7 +21,7 @@ class ReferenceAttention:
     """softmax(scale · Q Kᵀ) V per sequence and query head."""
 
     name = "reference"
-    needs_spans = True
+    needs_seq_lens = True
     head_major = False
 
     def attend(
@@ -42,17 +42,17 @@ class ReferenceAttention:
         device = query_THD.device
         group = query_THD.shape[1] // key_TKD.shape[1]
         outputs: list[torch.Tensor] = []
-        for index, span in enumerate(layout.spans):
-            key_LKD, value_LKD = cache.read(layer, index, span, layout)
-            query_QHD = query_THD[span.query_start : span.query_start + span.query_len]
+        for index, seq in enumerate(layout.seq_lens):
+            key_LKD, value_LKD = cache.read(layer, index, seq, layout)
+            query_QHD = query_THD[seq.query_start : seq.query_start + seq.query_len]
             key_LHD = key_LKD.repeat_interleave(group, dim=1)
             value_LHD = value_LKD.repeat_interleave(group, dim=1)
             scores_HQL = torch.einsum("qhd,lhd->hql", query_QHD.float(), key_LHD.float())
             scores_HQL = scores_HQL * options.scale
             if options.softcap is not None:
                 scores_HQL = options.softcap * torch.tanh(scores_HQL / options.softcap)
-            query_position_Q1 = torch.arange(span.num_computed, span.kv_len, device=device)[:, None]
-            key_position_L = torch.arange(span.kv_len, device=device)
+            query_position_Q1 = torch.arange(seq.num_computed, seq.kv_len, device=device)[:, None]
+            key_position_L = torch.arange(seq.kv_len, device=device)
             hidden_QL = key_position_L > query_position_Q1
             if options.window is not None:
                 hidden_QL = hidden_QL | (key_position_L <= query_position_Q1 - options.window)

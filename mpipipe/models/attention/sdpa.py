@@ -6,9 +6,9 @@ of K and V ([B, K, G, D] against [B, K, L, D]). Measured on one CPU core, 8 sequ
 9/3 heads of 64: 0.16 ms gather + 0.11 ms attention; with `enable_gqa` 0.16 ms, written out 0.36 ms.
 Padding costs a gather, so sequences of very different lengths are gathered in groups.
 
-A decode step from device tensors alone (no `spans`) is gathered in one group, padded to the bound
-that the layout gives: right, and fit for a CUDA graph, but slow and large for a far bound. Hence
-`needs_spans`.
+A decode step from device tensors alone (no `seq_lens`) is gathered in one group, padded to the
+bound that the layout gives: right, and fit for a CUDA graph, but slow and large for a far bound.
+Hence `needs_seq_lens`.
 
 Chunks of prompts: one call per sequence; a fresh prompt needs no cache read and no mask.
 
@@ -25,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["SdpaAttention"]
 
@@ -48,7 +48,7 @@ class SdpaAttention:
     """Works on every torch device, for every head dimension."""
 
     name = "sdpa"
-    needs_spans = True
+    needs_seq_lens = True
     head_major = False
 
     def attend(
@@ -72,13 +72,13 @@ class SdpaAttention:
         outputs: list[torch.Tensor] = []
         if num_decodes:
             outputs.append(_decode(layer, query_THD[:num_decodes], cache, layout, options))
-        for index in range(num_decodes, len(layout.spans)):
-            span = layout.spans[index]
-            rows = slice(span.query_start, span.query_start + span.query_len)
-            if span.num_computed == 0:
+        for index in range(num_decodes, len(layout.seq_lens)):
+            seq = layout.seq_lens[index]
+            rows = slice(seq.query_start, seq.query_start + seq.query_len)
+            if seq.num_computed == 0:
                 key_LKD, value_LKD = key_TKD[rows], value_TKD[rows]
             else:
-                key_LKD, value_LKD = cache.read(layer, index, span, layout)
+                key_LKD, value_LKD = cache.read(layer, index, seq, layout)
             mask_QL = _chunk_mask(index, layout, options, query_THD)
             outputs.append(_chunk(query_THD[rows], key_LKD, value_LKD, mask_QL, options))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -164,9 +164,9 @@ def _decode_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGr
 
 
 def _form_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
-    if not layout.spans:
+    if not layout.seq_lens:
         return (_DecodeGroup(tuple(range(layout.num_decodes)), None, layout.max_kv_len),)
-    lengths = [span.kv_len for span in layout.spans[: layout.num_decodes]]
+    lengths = [seq.kv_len for seq in layout.seq_lens[: layout.num_decodes]]
     members: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -197,7 +197,7 @@ def _decode_mask(
         lengths_B1 = layout.kv_lens_B[: layout.num_decodes, None]
         if group.rows_B is not None:
             lengths_B1 = lengths_B1.index_select(0, group.rows_B)
-        if not layout.spans:
+        if not layout.seq_lens:
             lengths_B1 = lengths_B1.clamp(min=1)  # a row without a sequence: no NaN from nothing
         position_L = torch.arange(padded_len, device=like.device)
         hidden_BL = position_L >= lengths_B1
@@ -212,19 +212,17 @@ def _chunk_mask(
     index: int, layout: BatchLayout, options: AttentionOptions, like: torch.Tensor
 ) -> torch.Tensor | None:
     """Additive mask [Q, L] of one chunk; None where the kernel's own causal mask says the same."""
-    span: SequenceSpan = layout.spans[index]
+    seq: SequenceLens = layout.seq_lens[index]
     window = options.window
-    if window is not None and window >= span.kv_len:
+    if window is not None and window >= seq.kv_len:
         window = None
-    if span.num_computed == 0 and window is None and options.softcap is None:
+    if seq.num_computed == 0 and window is None and options.softcap is None:
         return None
     key = ("sdpa", "chunk", index, window)
     mask = layout.derived.get(key)
     if mask is None:
-        query_position_Q1 = torch.arange(span.num_computed, span.kv_len, device=like.device)[
-            :, None
-        ]
-        key_position_L = torch.arange(span.kv_len, device=like.device)
+        query_position_Q1 = torch.arange(seq.num_computed, seq.kv_len, device=like.device)[:, None]
+        key_position_L = torch.arange(seq.kv_len, device=like.device)
         hidden_QL = key_position_L > query_position_Q1
         if window is not None:
             hidden_QL |= key_position_L <= query_position_Q1 - window

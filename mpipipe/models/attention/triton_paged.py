@@ -19,7 +19,7 @@ from mpipipe.models.attention.fresh_prompts import attend_fresh, can_attend_fres
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["TritonAttention"]
 
@@ -28,7 +28,7 @@ class TritonAttention:
     """Paged decode and prefill kernels of `models/kernels`."""
 
     name = "triton"
-    needs_spans = False
+    needs_seq_lens = False
     head_major = True
 
     def __init__(self, *, fresh_with_torch: bool = True) -> None:
@@ -117,10 +117,10 @@ def _chunks_only(layout: BatchLayout) -> BatchLayout:
         assert layout.query_starts_B1 is not None, "the layout was sent to the device"
         chunks = layout.derived[key] = replace(
             layout,
-            spans=layout.spans[first:],
+            seq_lens=layout.seq_lens[first:],
             num_decodes=0,
             positions_T=layout.positions_T[first:],
-            slots_T=layout.slots_T[first:],
+            slot_mapping_T=layout.slot_mapping_T[first:],
             page_table_BP=layout.page_table_BP[first:],
             kv_lens_B=layout.kv_lens_B[first:],
             query_starts_B1=layout.query_starts_B1[first:] - first,

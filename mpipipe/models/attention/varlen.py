@@ -17,7 +17,7 @@ from mpipipe.kv_cache.paged import PagedKVCache
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["VarlenAttention", "has_paged_varlen"]
 
@@ -37,7 +37,7 @@ class VarlenAttention:
     """Decodes and chunks of prompts in one call."""
 
     name = "varlen"
-    needs_spans = False
+    needs_seq_lens = False
     head_major = False
 
     def attend(

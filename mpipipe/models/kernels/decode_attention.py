@@ -32,7 +32,7 @@ from mpipipe.models.kernels.scores import (
 )
 
 if TYPE_CHECKING:
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["DecodeTuning", "num_pieces", "paged_decode_attention"]
 

@@ -1,8 +1,8 @@
 """Causal attention of prompt chunks over the paged cache that already holds their own tokens.
 
 One program per block of a chunk's queries and head, with a running softmax over blocks of K and V
-(flash attention). Chunks are ragged: programs beyond a chunk's end leave at once. Blocks that every
-query of the program sees whole need no mask and are done in a loop of their own.
+(flash attention). Chunks differ in length: programs beyond a chunk's end leave at once. Blocks that
+every query of the program sees whole need no mask and are done in a loop of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpipipe.models.kernels.scores import (
 )
 
 if TYPE_CHECKING:
-    from mpipipe.models.attention.base import AttentionOptions
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["Chunks", "PrefillTuning", "paged_prefill_attention"]
 

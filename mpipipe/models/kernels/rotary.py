@@ -17,7 +17,7 @@ import triton.language as tl
 from mpipipe.models.kernels.launch import await_inputs, launches_early
 
 if TYPE_CHECKING:
-    from mpipipe.models.operations import HeadNorms
+    from mpipipe.models.layer_options import HeadNorms
 
 __all__ = ["rotate_and_store"]
 
@@ -31,7 +31,7 @@ def rotate_and_store(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     *,
-    slots_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
     norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotate q and k of the merged projection, store k and v; returns q [T, H, D], k, v [T, K, D].
@@ -46,7 +46,7 @@ def rotate_and_store(
         sin_TD: like `cos_TD`.
         key_cache: [pages, page_size, K, D] with any strides but 1 along D.
         value_cache: the same shape and strides.
-        slots_T: int64: page * page_size + offset.
+        slot_mapping_T: int64: page * page_size + offset.
         norms: applied to q and k first.
     """
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -58,7 +58,7 @@ def rotate_and_store(
     assert cos_TD.shape[1] == head_dim
     out_TQD = qkv_TX.new_empty((num_tokens, num_heads + num_kv_heads, head_dim))
     if num_tokens:
-        tensors = (qkv_TX, cos_TD, sin_TD, out_TQD, key_cache, value_cache, slots_T)
+        tensors = (qkv_TX, cos_TD, sin_TD, out_TQD, key_cache, value_cache, slot_mapping_T)
         _launch(tensors, num_heads, norms)
     value_TX = qkv_TX[:, (num_heads + num_kv_heads) * head_dim :]
     value_TKD = value_TX.unflatten(1, (num_kv_heads, head_dim))

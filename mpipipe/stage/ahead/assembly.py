@@ -21,7 +21,7 @@ __all__ = ["open_engine"]
 
 
 def open_engine(
-    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_spans: bool
+    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_seq_lens: bool
 ) -> AheadEngine:
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
@@ -35,7 +35,7 @@ def open_engine(
     if not model.plan.has_embedding:
         hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
     last_token = torch.zeros(seats.num_seats + 1, dtype=torch.int64, device=lane.device)
-    use_graphs = plan.cuda_graphs and not model.graph_obstacle()
+    use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
     sends_ids = model.plan.has_head and not model.plan.has_embedding
     sent_ids = None
     if use_graphs and sends_ids:
@@ -58,5 +58,5 @@ def open_engine(
         batches=batches,
         tensors=tensors,
         programs=programs,
-        ragged=attention_needs_spans,
+        ragged=attention_needs_seq_lens,
     )

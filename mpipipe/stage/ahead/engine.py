@@ -3,7 +3,7 @@
 Every step is [inputs are there → compute → outputs are there] in the order of the lane; the worker
 puts the transfers around it. Prompt chunks run as they are, ragged; decode steps are replayed as
 CUDA graphs where the attention backend works from device tensors alone, and run ragged otherwise
-(`needs_spans`): slower, but for every backend, and the oracle of the graphs.
+(`needs_seq_lens`): slower, but for every backend, and the oracle of the graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpipipe.control_plane.messages import DecodeScheduled
-from mpipipe.kv_cache.layout import BatchLayout, SequenceSpan, build_layout, to_device
+from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.stage.ahead.decode_program import (
     GREEDY,
     DecodePrograms,
@@ -159,7 +159,7 @@ class AheadEngine:
             return self._tensors.last_token.new_zeros(layout.num_tokens)
         return hidden_in_BH.new_zeros(layout.num_tokens, hidden_in_BH.shape[1])
 
-    def _on_device(self, placed: Sequence[tuple[SequenceSpan, Sequence[int]]]) -> BatchLayout:
+    def _on_device(self, placed: Sequence[tuple[SequenceLens, Sequence[int]]]) -> BatchLayout:
         layout = build_layout(
             placed,
             self._plan.page_size_tokens,
@@ -193,7 +193,7 @@ class AheadEngine:
         seats_S = self._lane.upload(seats)
         if not self._is_last:
             return LaunchedStep(self._model.forward(inputs, layout, None), seats_S)
-        rows_S = self._lane.upload(sampled_rows(layout.spans, step))
+        rows_S = self._lane.upload(sampled_rows(layout.seq_lens, step))
         logits_SV = self._model.forward(inputs, layout, rows_S)
         if not len(seats):
             # For the first stage to see that the step is done.
@@ -236,7 +236,7 @@ class AheadEngine:
         rows, num_rows = batch.seats_of_rows, len(batch)
         lengths = batch.lengths
         entries = [
-            (SequenceSpan(int(seat), row, 1, int(lengths[row])), self.seats.pages[seat])
+            (SequenceLens(int(seat), row, 1, int(lengths[row])), self.seats.pages[seat])
             for row, seat in enumerate(rows)
         ]
         layout = self._on_device(entries)

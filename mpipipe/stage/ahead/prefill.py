@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpipipe.kv_cache.layout import SequenceSpan
+from mpipipe.kv_cache.layout import SequenceLens
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import StepScheduled
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 __all__ = ["full_decode", "full_prefill", "sampled_rows"]
 
 
-def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
+def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
     """Prompts that fill a step to `max_tokens_per_step`, and pages enough for each of them."""
-    spans: list[SequenceSpan] = []
+    spans: list[SequenceLens] = []
     first = 0
     longest = min(plan.max_sequence_tokens, plan.num_kv_pages * plan.page_size_tokens)
     while first < plan.max_tokens_per_step:
         length = min(longest, plan.max_tokens_per_step - first)
-        spans.append(SequenceSpan(len(spans), first, length, length))
+        spans.append(SequenceLens(len(spans), first, length, length))
         first += length
     return spans, range(-(-longest // plan.page_size_tokens))
 
 
-def full_decode(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
+def full_decode(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
     """Decodes of as many sequences as a slot may have, as long as all pages let them be; pages.
 
     One of them is twice as long as the others, which is as much padding as there can be.
@@ -37,13 +37,13 @@ def full_decode(plan: PipelinePlan) -> tuple[list[SequenceSpan], range]:
     most = min(2 * num_pages, plan.num_kv_pages)
     lengths = [most * plan.page_size_tokens] + [num_pages * plan.page_size_tokens] * (rows - 1)
     spans = [
-        SequenceSpan(row, row, 1, min(plan.max_sequence_tokens, length))
+        SequenceLens(row, row, 1, min(plan.max_sequence_tokens, length))
         for row, length in enumerate(lengths)
     ]
     return spans, range(most)
 
 
-def sampled_rows(spans: tuple[SequenceSpan, ...], step: StepScheduled) -> np.ndarray:
+def sampled_rows(spans: tuple[SequenceLens, ...], step: StepScheduled) -> np.ndarray:
     """The last row of each chunk that samples: int64 [S]."""
     rows = [
         span.query_start + span.query_len - 1

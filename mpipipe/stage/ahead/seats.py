@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpipipe.kv_cache.layout import SequenceSpan
+from mpipipe.kv_cache.layout import SequenceLens
 from mpipipe.stage.device_sampler import SamplingNeeds, sampling_fields
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ class SeatTable:
         self.pages[seat, first:end] = new_pages
         self.num_pages[seat] = end
 
-    def place(self, step: StepScheduled) -> list[tuple[SequenceSpan, list[int]]]:
+    def place(self, step: StepScheduled) -> list[tuple[SequenceLens, list[int]]]:
         """Apply a prefill step: page deltas, lengths; each chunk's span and page table."""
-        placed: list[tuple[SequenceSpan, list[int]]] = []
+        placed: list[tuple[SequenceLens, list[int]]] = []
         start = 0
         for scheduled in step.sequences:
             seat = self._seat_of[scheduled.sequence_id]
@@ -117,7 +117,7 @@ class SeatTable:
             self.num_computed[seat] = end
             if scheduled.sample:
                 self.sampled_in[seat] = step.step
-            span = SequenceSpan(
+            span = SequenceLens(
                 scheduled.sequence_id,
                 start,
                 scheduled.num_tokens,

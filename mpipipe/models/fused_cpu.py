@@ -6,7 +6,7 @@ for gate and up (3 ms), residual sums inside the products, rotary embedding of q
 and half of the small operations with their dispatch (6 ms).
 
 Used only for the layer classes in `FUSABLE`, whose forward was read and is the same mathematics;
-the plain layer stays the oracle (`tests/contract/test_fused_layer.py`). Shape letters as in
+the plain layer stays the oracle (`tests/contract/test_fused_cpu.py`). Shape letters as in
 `kv_cache.layout`; I intermediate size.
 """
 
@@ -18,13 +18,18 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from mpipipe.models.packed_linear import PackedLinear, can_pack, pack, return_freed_memory
+from mpipipe.models.prepacked_linear import (
+    PrepackedLinear,
+    can_prepack,
+    prepack,
+    return_freed_memory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mpipipe.models.attention.base import AttentionOptions
-    from mpipipe.models.attention_bridge import StageBinding
+    from mpipipe.models.attention_bridge import ForwardContext
+    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["FUSABLE", "FusedLayer", "fuse_layers"]
 
@@ -38,11 +43,11 @@ class FusedLayer(nn.Module):
     """Computes what the transformers layer it was made from does, up to rounding."""
 
     def __init__(
-        self, layer: Any, number: int, binding: StageBinding, options: AttentionOptions
+        self, layer: Any, number: int, context: ForwardContext, options: AttentionOptions
     ) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self._binding = binding
+        self._context = context
         self._number = number  # within the stage
         self._head_dim: int = attention.head_dim
         self._num_heads: int = attention.q_proj.out_features // self._head_dim
@@ -74,16 +79,16 @@ class FusedLayer(nn.Module):
         heads_TXD = self.qkv(hidden_TH).unflatten(-1, (-1, self._head_dim))
         num_kv_heads = (heads_TXD.shape[1] - self._num_heads) // 2
         rotated_TXD = self._rotate(heads_TXD[:, :-num_kv_heads], position_embeddings)
-        binding = self._binding
-        assert binding.cache is not None, "the stage is bound to a cache before it runs"
-        assert binding.layout is not None, "forward sets the layout"
-        attended_THD = binding.backend.attend(
+        context = self._context
+        assert context.cache is not None, "the stage is bound to a cache before it runs"
+        assert context.layout is not None, "forward sets the layout"
+        attended_THD = context.backend.attend(
             layer=self._number,
             query_THD=rotated_TXD[:, : self._num_heads],
             key_TKD=rotated_TXD[:, self._num_heads :],
             value_TKD=heads_TXD[:, -num_kv_heads:],
-            cache=binding.cache,
-            layout=binding.layout,
+            cache=context.cache,
+            layout=context.layout,
             options=self._options,
         )
         return attended_THD.flatten(1)
@@ -101,8 +106,8 @@ class FusedLayer(nn.Module):
         self, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, and sin with its first half negated; computed by the first layer of a step."""
-        assert self._binding.layout is not None
-        derived = self._binding.layout.derived
+        assert self._context.layout is not None
+        derived = self._context.layout.derived
         signed = derived.get(_ROTARY)
         if signed is None:
             cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0].clone()
@@ -113,7 +118,7 @@ class FusedLayer(nn.Module):
 
 
 def fuse_layers(
-    layers: nn.ModuleList, binding: StageBinding, options: Mapping[int, AttentionOptions]
+    layers: nn.ModuleList, context: ForwardContext, options: Mapping[int, AttentionOptions]
 ) -> int:
     """Replace the layers that have a faster form here; return how many were.
 
@@ -123,7 +128,7 @@ def fuse_layers(
     for number in range(len(layers)):
         layer = layers[number]
         if _is_fusable(layer):
-            layers[number] = FusedLayer(layer, number, binding, options[number])
+            layers[number] = FusedLayer(layer, number, context, options[number])
             num_fused += 1
             del layer
             return_freed_memory()
@@ -137,15 +142,15 @@ def _is_fusable(layer: Any) -> bool:
     if type(layer.mlp.act_fn).__name__ not in _SILU:
         return False
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return all(type(linear) is nn.Linear and can_pack(linear) for linear in linears)
+    return all(type(linear) is nn.Linear and can_prepack(linear) for linear in linears)
 
 
-def _merged(*linears: nn.Linear) -> PackedLinear:
+def _merged(*linears: nn.Linear) -> PrepackedLinear:
     """One packed linear whose outputs are those of `linears`, one after the other."""
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
-    return pack(torch.cat([linear.weight for linear in linears]), bias)
+    return prepack(torch.cat([linear.weight for linear in linears]), bias)
 
 
 def _norm(norm: Any, hidden_TH: torch.Tensor) -> torch.Tensor:

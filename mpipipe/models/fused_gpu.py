@@ -7,8 +7,8 @@ write into the KV cache are one kernel. cos and sin of all positions are compute
 model's own rotary module, and looked up once per step; where they depend on more than positions
 (`rotary`), they are computed in each step.
 
-Non-purpose: other mathematics. `obstacle` names what a stage has that this does not compute, and
-such a stage keeps transformers' modules: the oracle of `tests/contract/test_fast_stack.py`.
+Other mathematics is left out. `unsupported_reason` names what a stage has that this does not
+compute; such a stage keeps transformers' modules, the oracle of `tests/contract/test_fused_gpu.py`.
 
 Invariants: one tensor [T, hidden] crosses a stage border, the residual sum; a decode step waits for
 nothing and has no shape that depends on values, so a CUDA graph may hold it.
@@ -16,27 +16,28 @@ nothing and has no shape that depends on values, so a CUDA graph may hold it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.fast_layers import FastLayer, FastLinear, FastNorm, merge_layer, merged, norm_of
+from mpipipe.models.layer_options import HeadNorms
 from mpipipe.models.rotary import LengthRotary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.attention.base import AttentionOptions
-    from mpipipe.models.attention_bridge import StageBinding
+    from mpipipe.models.attention_bridge import ForwardContext
+    from mpipipe.models.layer_options import AttentionOptions
     from mpipipe.models.operations import Operations
 
     # positions int64 [T] → cosine and sine, each [T, D]
     _RotaryLookup = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-__all__ = ["FastStack", "build_fast_stack", "obstacle"]
+__all__ = ["FusedStack", "MergedLayer", "build_fused_stack", "merge_layer", "unsupported_reason"]
 
 # transformers' classes whose forward was read: pre-norm RMSNorm, rotary embedding, gated SiLU, and
 # nothing between the base model's output and the LM head.
@@ -49,7 +50,7 @@ _LAYERS = frozenset(
 _SILU = frozenset({"SiLU", "SiLUActivation"})
 
 
-def obstacle(model: Any, layers: Sequence[Any], head_dim: int) -> str:
+def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
     """What keeps a stage from this form, as a phrase; empty: nothing.
 
     Args:
@@ -75,16 +76,85 @@ def obstacle(model: Any, layers: Sequence[Any], head_dim: int) -> str:
     return "" if rotated == head_dim else f"it rotates {rotated} of {head_dim} elements of a head"
 
 
-def build_fast_stack(
+@dataclass(frozen=True, slots=True, eq=False)
+class _MergedLinear:
+    """A weight [O, I] and perhaps a bias [O]; one or several of the model's, merged."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+    operations: Operations
+
+    def __call__(self, rows_TI: torch.Tensor) -> torch.Tensor:
+        """[T, I] → [T, O]."""
+        return self.operations.linear(rows_TI, self.weight_OI, self.bias_O)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NormWeight:
+    """An RMS norm."""
+
+    weight_H: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedLayer:
+    """The tensors of one decoder layer."""
+
+    input_norm: _NormWeight
+    qkv: _MergedLinear
+    head_norms: HeadNorms | None
+    output: _MergedLinear
+    post_norm: _NormWeight
+    gate_up: _MergedLinear
+    down: _MergedLinear
+    options: AttentionOptions
+
+
+def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -> MergedLayer:
+    """The tensors of transformers' `layer`; `options`: what it asks of attention."""
+    attention, mlp = layer.self_attn, layer.mlp
+    head_norms = None
+    if hasattr(attention, "q_norm"):
+        eps = float(attention.q_norm.variance_epsilon)
+        head_norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, eps)
+    return MergedLayer(
+        input_norm=_norm_of(layer.input_layernorm),
+        qkv=_merged(operations, attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=head_norms,
+        output=_merged(operations, attention.o_proj),
+        post_norm=_norm_of(layer.post_attention_layernorm),
+        gate_up=_merged(operations, mlp.gate_proj, mlp.up_proj),
+        down=_merged(operations, mlp.down_proj),
+        options=options,
+    )
+
+
+def _merged(operations: Operations, *parts: nn.Linear) -> _MergedLinear:
+    """One linear whose outputs are those of `parts`, one after the other."""
+    if len(parts) == 1:
+        return _MergedLinear(parts[0].weight.detach(), parts[0].bias, operations)
+    bias_O = None
+    if parts[0].bias is not None:
+        bias_O = torch.cat([part.bias.detach() for part in parts])
+    return _MergedLinear(torch.cat([part.weight.detach() for part in parts]), bias_O, operations)
+
+
+def _norm_of(norm: Any) -> _NormWeight:
+    """The tensors of one of transformers' RMS norms."""
+    return _NormWeight(norm.weight.detach(), float(norm.variance_epsilon))
+
+
+def build_fused_stack(
     model: Any,
     base: Any,
-    binding: StageBinding,
+    context: ForwardContext,
     *,
     options: Mapping[int, AttentionOptions],
     operations: Operations,
     max_positions: int,
-) -> FastStack:
-    """The fused form of a stage without an `obstacle`; `base.layers` is emptied on the way.
+) -> FusedStack:
+    """The fused form of a stage that has no `unsupported_reason`; empties `base.layers`.
 
     Memory beyond the stage's own weights stays below two layers': a layer's merged weights are
     made, then its plain ones are freed.
@@ -92,39 +162,39 @@ def build_fast_stack(
     Args:
         model: the causal language model that the stage was cut from.
         base: its base model, whose `layers` are the stage's.
-        binding: the stage's cache, backend and current layout.
+        context: the stage's cache, backend and current layout.
         options: what each layer, by its number in the stage, asks of attention.
         operations: the kernels to use.
         max_positions: no token of the run has a position beyond; sizes the rotary table.
     """
-    layers: list[FastLayer] = []
+    layers: list[MergedLayer] = []
     while len(base.layers):
         layers.append(merge_layer(base.layers[0], operations, options[len(layers)]))
         del base.layers[0]
     has_head = isinstance(model.lm_head, nn.Linear)
-    return FastStack(
+    return FusedStack(
         layers=layers,
         embedding_VH=None if base.embed_tokens is None else base.embed_tokens.weight,
-        final_norm=norm_of(base.norm) if has_head else None,
-        head=merged(operations, model.lm_head) if has_head else None,
+        final_norm=_norm_of(base.norm) if has_head else None,
+        head=_merged(operations, model.lm_head) if has_head else None,
         rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].down.weight_OI),
-        binding=binding,
+        context=context,
         operations=operations,
     )
 
 
-class FastStack:
-    """The computation of one stage. `binding.layout` is set by each call."""
+class FusedStack:
+    """The computation of one stage. `context.layout` is set by each call."""
 
     def __init__(
         self,
         *,
-        layers: Sequence[FastLayer],
+        layers: Sequence[MergedLayer],
         embedding_VH: torch.Tensor | None,
-        final_norm: FastNorm | None,
-        head: FastLinear | None,
+        final_norm: _NormWeight | None,
+        head: _MergedLinear | None,
         rotary: _RotaryLookup,
-        binding: StageBinding,
+        context: ForwardContext,
         operations: Operations,
     ) -> None:
         self._layers = tuple(layers)
@@ -132,7 +202,7 @@ class FastStack:
         self._final_norm = final_norm
         self._head = head
         self._rotary = rotary
-        self._binding = binding
+        self._context = context
         self._operations = operations
 
     def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
@@ -160,7 +230,7 @@ class FastStack:
         self, inputs: torch.Tensor, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream behind the last layer, as two tensors to be added."""
-        self._binding.layout = layout
+        self._context.layout = layout
         residual_TH = inputs
         if self._embedding_VH is not None:
             residual_TH = nn.functional.embedding(inputs, self._embedding_VH)
@@ -187,12 +257,12 @@ class FastStack:
     def _attend(
         self,
         number: int,
-        layer: FastLayer,
+        layer: MergedLayer,
         qkv_TX: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Rotary embedding, the write into the cache, attention: [T, H * D]."""
-        cache, layout = self._binding.cache, self._binding.layout
+        cache, layout = self._context.cache, self._context.layout
         assert isinstance(cache, PagedKVCache), "the fused form writes into pages"
         assert layout is not None
         query_THD, key_TKD, value_TKD = self._operations.rotate_and_store(
@@ -200,10 +270,10 @@ class FastStack:
             *rotary,
             cache.keys[number],
             cache.values[number],
-            slots_T=layout.slots_T,
+            slot_mapping_T=layout.slot_mapping_T,
             norms=layer.head_norms,
         )
-        attended_THD = self._binding.backend.attend(
+        attended_THD = self._context.backend.attend(
             layer=number,
             query_THD=query_THD,
             key_TKD=key_TKD,

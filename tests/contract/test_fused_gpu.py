@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mpipipe.models import fast_stack
+from mpipipe.models import fused_gpu
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
-from mpipipe.models.fast_layers import FastLayer, merge_layer
+from mpipipe.models.fused_gpu import MergedLayer, merge_layer
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
 from mpipipe.runtime.loading import load_parts
 from tests.contract.ahead_pipeline import ahead_plan
@@ -61,7 +61,7 @@ def finished_stage(
     folder: Path,
     number: int,
     *,
-    form: str,
+    mode: str,
     dtype: torch.dtype = torch.float32,
     backend: AttentionBackend | None = None,
     operations: Operations | None = None,
@@ -84,8 +84,8 @@ def finished_stage(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         device=device,
     )
-    stage.finish(pages, form=form, operations=operations)
-    assert stage.form == form
+    stage.finish(pages, mode=mode, operations=operations)
+    assert stage.mode == mode
     return stage
 
 
@@ -101,9 +101,9 @@ def test_the_fused_stack_computes_what_transformers_modules_do(
     family: str, number: int, tiny: Callable[[str], TinyModel]
 ) -> None:
     folder = tiny(family).folder
-    plain = run_ragged(finished_stage(folder, number, form="plain"))
+    plain = run_ragged(finished_stage(folder, number, mode="plain"))
     operations = torch_operations()
-    fused = finished_stage(folder, number, form="fast", operations=operations)
+    fused = finished_stage(folder, number, mode="fast", operations=operations)
     assert_near(run_ragged(fused), plain, 1e-5)
 
 
@@ -111,7 +111,7 @@ def test_the_fused_stack_computes_what_transformers_modules_do(
 def test_decode_steps_from_tensors_alone_give_the_same(
     family: str, tiny: Callable[[str], TinyModel]
 ) -> None:
-    stage = finished_stage(tiny(family).folder, 1, form="fast", operations=torch_operations())
+    stage = finished_stage(tiny(family).folder, 1, mode="fast", operations=torch_operations())
     expected = run_ragged(stage)[-2:]
     assert_near(run_tensor_decodes(stage), expected, 1e-5)
 
@@ -133,7 +133,7 @@ def test_plain_stages_decode_from_tensors_alone_too(
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
-        stage.finish(pages, form="plain")
+        stage.finish(pages, mode="plain")
         expected = run_ragged(stage)[-2:]
         assert_near(run_tensor_decodes(stage), expected, 1e-5)
 
@@ -144,12 +144,12 @@ def test_the_fused_stack_rounds_no_worse_than_plain_modules_in_bfloat16(
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3").folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)  # weights that bfloat16 holds exactly
     exact, plain = (
-        torch.cat(run_ragged(finished_stage(tmp_path, 0, form="plain", dtype=dtype))).float()
+        torch.cat(run_ragged(finished_stage(tmp_path, 0, mode="plain", dtype=dtype))).float()
         for dtype in DTYPES
     )
     operations = torch_operations()
     fused_stage = finished_stage(
-        tmp_path, 0, form="fast", dtype=torch.bfloat16, operations=operations
+        tmp_path, 0, mode="fast", dtype=torch.bfloat16, operations=operations
     )
     fused = torch.cat(run_ragged(fused_stage)).float()
     assert (plain - exact).norm() > 0
@@ -163,11 +163,11 @@ if importlib.util.find_spec("triton") is not None:  # in its interpreter: see co
         family: str, number: int, tiny: Callable[[str], TinyModel]
     ) -> None:
         folder = tiny(family).folder
-        plain = run_ragged(finished_stage(folder, number, form="plain"))
+        plain = run_ragged(finished_stage(folder, number, mode="plain"))
         stage = finished_stage(
             folder,
             number,
-            form="fast",
+            mode="fast",
             backend=TritonAttention(),
             operations=triton_operations(),
         )
@@ -176,7 +176,7 @@ if importlib.util.find_spec("triton") is not None:  # in its interpreter: see co
 
 
 def test_what_the_fused_stack_is_given_stays_as_it_is(tiny: Callable[[str], TinyModel]) -> None:
-    stage = finished_stage(tiny("llama").folder, 1, form="fast", operations=torch_operations())
+    stage = finished_stage(tiny("llama").folder, 1, mode="fast", operations=torch_operations())
     hidden_TH = stage_inputs(stage, 5, seed=3)
     before_TH = hidden_TH.clone()
     stage.forward(hidden_TH, ragged_layout(((0, 5, 5),)), None)
@@ -193,7 +193,7 @@ def test_other_mathematics_are_left_to_transformers(tiny: Callable[[str], TinyMo
             max_sequence_tokens=32,
         )
         fill(stage, tiny(family).folder)
-        problem = fast_stack.obstacle(stage.module, [], 16)
+        problem = fused_gpu.unsupported_reason(stage.module, [], 16)
         assert type(stage.module).__name__ in problem
 
 
@@ -213,14 +213,14 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
         fill(stage, folder)
         stage.finish(
             step_cache(stage, num_kv_heads=2, head_dim=12),
-            form="fast",
+            mode="fast",
             operations=torch_operations(),
         )
-        assert stage._fast is not None
-        cos_TD, sin_TD = stage._fast._rotary(torch.tensor([0, longest - 1]))
+        assert stage._fused is not None
+        cos_TD, sin_TD = stage._fused._rotary(torch.tensor([0, longest - 1]))
         assert cos_TD.shape == sin_TD.shape == (2, 12)
         with pytest.raises(IndexError):
-            stage._fast._rotary(torch.tensor([longest]))
+            stage._fused._rotary(torch.tensor([longest]))
 
 
 def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:
@@ -231,9 +231,9 @@ def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], Ti
 
 
 def test_cpu_stages_are_packed_unless_asked_otherwise(tiny: Callable[[str], TinyModel]) -> None:
-    stage = load_stage(tiny("llama").folder, split(1)[0], form="auto")
-    assert stage.form == "packed"
-    assert stage.form_reason
+    stage = load_stage(tiny("llama").folder, split(1)[0], mode="auto")
+    assert stage.mode == "packed"
+    assert stage.mode_reason
 
 
 def test_plain_weights_are_freed_layer_by_layer(
@@ -252,12 +252,12 @@ def test_plain_weights_are_freed_layer_by_layer(
     ]
     alive: list[int] = []
 
-    def counting(*arguments: object) -> FastLayer:
+    def counting(*arguments: object) -> MergedLayer:
         gc.collect()
         alive.append(sum(weight() is not None for weight in merged))
         return merge_layer(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fast_stack, "merge_layer", counting)
+    monkeypatch.setattr(fused_gpu, "merge_layer", counting)
     pages = step_cache(stage, num_kv_heads=config.num_key_value_heads, head_dim=12)
-    stage.finish(pages, form="fast", operations=torch_operations())
+    stage.finish(pages, mode="fast", operations=torch_operations())
     assert alive == [8, 6, 4, 2]  # two a layer, four layers

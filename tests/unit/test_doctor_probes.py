@@ -12,24 +12,24 @@ import pytest
 
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import Config, ModelConfig, OutputConfig
-from mpipipe.doctor.facts import GpuLook, GpuProcess, Library, RankFacts, Wheel
+from mpipipe.doctor.facts import GpuProcess, Library, RankFacts, RankGpu, Wheel
 from mpipipe.doctor.probes.folders import (
     claim_marker,
     file_system,
-    look_at_folders,
     output_folder,
+    probe_folders,
     read_bytes_per_s,
     write_bytes_per_s,
 )
-from mpipipe.doctor.probes.gpu import kernel_driver, look_before_torch, parse_processes
-from mpipipe.doctor.probes.launch import loaded_libraries, read_launch
+from mpipipe.doctor.probes.gpu import kernel_driver, parse_processes, probe_before_torch
+from mpipipe.doctor.probes.launch import loaded_libraries, probe_launch
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
-from mpipipe.doctor.probes.node import read_node
+from mpipipe.doctor.probes.node import probe_node
 from mpipipe.doctor.probes.software import (
     TorchImport,
     cuda_libraries_in,
     nvidia_wheels,
-    read_software,
+    probe_software,
 )
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.topology.gpu import GpuFacts
@@ -91,7 +91,7 @@ def test_a_limit_above_the_hosts_memory_is_none(tmp_path: Path) -> None:
 
 
 def test_a_bare_host_is_read_without_complaint(tmp_path: Path) -> None:
-    node = read_node({}, tmp_path, nothing)
+    node = probe_node({}, tmp_path, nothing)
     assert node.shm_free is None
     assert node.profilers == ()
     assert not node.sacct
@@ -103,7 +103,7 @@ def test_tools_container_and_shared_memory_are_found(tmp_path: Path) -> None:
     (tmp_path / "dev/shm").mkdir(parents=True)
     (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
     there = {"nsys": "/bin/nsys", "sacct": "/bin/sacct"}
-    node = read_node({"APPTAINER_NAME": "x.sif"}, tmp_path, there.get)
+    node = probe_node({"APPTAINER_NAME": "x.sif"}, tmp_path, there.get)
     assert node.shm_free is not None
     assert node.profilers == ("nsys",)
     assert node.sacct
@@ -129,7 +129,7 @@ _V6_DEFAULT = f"{'0' * 32} 00 {'0' * 32} 00 {'f' * 32} 00000400 00000001 0000000
 )
 def test_a_default_route_is_found(tmp_path: Path, v4: str, v6: str, expected: bool) -> None:
     root = write(tmp_path, {"proc/net/route": v4, "proc/net/ipv6_route": v6})
-    assert read_node({}, root, nothing).default_route is expected
+    assert probe_node({}, root, nothing).default_route is expected
 
 
 # ---- launch and software -------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_the_launch_names_srun_and_its_job(tmp_path: Path) -> None:
         "SLURM_NTASKS": "2",
         "SLURM_MPI_TYPE": "pmi2",
     }
-    launch = read_launch(
+    launch = probe_launch(
         environ,
         rank=1,
         local_rank=0,
@@ -192,7 +192,7 @@ def test_the_abi_and_its_library_are_told_by_the_names_of_the_files(
 ) -> None:
     files = ("/lib/libmpi.so.40.30.6", "/site/lib/libmpi.so.12.5")
     maps = "\n".join(f"7f00-7f01 r-xp 0000 08:01 1 {file}" for file in files)
-    launch = read_launch(
+    launch = probe_launch(
         {},
         rank=0,
         local_rank=0,
@@ -214,7 +214,7 @@ def test_cuda_libraries_on_a_search_path_are_found(tmp_path: Path) -> None:
 
 def test_offline_is_read_as_huggingface_reads_it() -> None:
     for word, expected in (("1", True), ("ON", True), ("0", False), ("", False)):
-        facts = read_software({"HF_HUB_OFFLINE": word}, TorchImport(problem="no"))
+        facts = probe_software({"HF_HUB_OFFLINE": word}, TorchImport(problem="no"))
         assert facts.hub_offline is expected
     assert facts.torch_problem == "no"
     assert facts.versions["mpipipe"]
@@ -227,7 +227,7 @@ def test_every_torch_on_the_path_is_listed_the_one_that_wins_first(
         write(tmp_path, {f"{name}/torch/__init__.py": ""})
     search = [str(tmp_path / name) for name in ("user", "empty", "image", "user")]
     monkeypatch.setattr("sys.path", search)
-    copies = read_software({}, TorchImport(problem="broken")).torch_copies
+    copies = probe_software({}, TorchImport(problem="broken")).torch_copies
     assert copies == (str(tmp_path / "user/torch"), str(tmp_path / "image/torch"))
 
 
@@ -290,7 +290,7 @@ def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path:
         tmp_path,
         {"proc/driver/nvidia/version": _NVRM, "dev/nvidia0": "", "dev/nvidiactl": ""},
     )
-    look, gpus = look_before_torch(
+    look, gpus = probe_before_torch(
         {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_GPUS": "3"},
         wanted="auto",
         root=root,
@@ -298,7 +298,7 @@ def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path:
         query=lambda: (GpuFacts(uuid="not asked"),),
     )
     assert gpus == ()
-    assert look == GpuLook(
+    assert look == RankGpu(
         kernel_driver="550.54.15",
         device_files=("/dev/nvidia0",),
         visible="0",
@@ -331,13 +331,13 @@ _BATCH = {"SLURM_JOB_ID": "7"}
 def test_whether_a_gpu_was_given_is_read_of_the_step_before_the_job(
     tmp_path: Path, environ: dict[str, str], given: str, declined_by: str
 ) -> None:
-    look, _ = look_before_torch(environ, wanted="auto", root=tmp_path, run=refuse)
+    look, _ = probe_before_torch(environ, wanted="auto", root=tmp_path, run=refuse)
     assert (look.given_by_slurm, look.declined_by) == (given, declined_by)
 
 
 def test_with_the_library_its_real_version_and_the_others_show(tmp_path: Path) -> None:
     root = write(tmp_path, {"usr/lib/x/libcuda.so.550.54.15": ""})
-    look, gpus = look_before_torch(
+    look, gpus = probe_before_torch(
         {},
         wanted="cuda",
         root=root,
@@ -351,8 +351,8 @@ def test_with_the_library_its_real_version_and_the_others_show(tmp_path: Path) -
 
 
 def test_a_job_for_cpus_is_not_asked_about_gpus(tmp_path: Path) -> None:
-    look, gpus = look_before_torch({}, wanted="cpu", root=tmp_path, run=refuse)
-    assert (look, gpus) == (GpuLook(wanted="cpu"), ())
+    look, gpus = probe_before_torch({}, wanted="cpu", root=tmp_path, run=refuse)
+    assert (look, gpus) == (RankGpu(wanted="cpu"), ())
 
 
 def test_memory_that_the_driver_does_not_tell_is_zero() -> None:
@@ -392,9 +392,9 @@ def test_facts_survive_the_way_to_the_head() -> None:
     facts = RankFacts(
         3,
         "n1",
-        software=read_software({}, TorchImport()),
-        node=read_node({}),
-        gpu=GpuLook(rank_gpu=GpuFacts(name="T4"), processes=(GpuProcess(1, "x", "u", 2),)),
+        software=probe_software({}, TorchImport()),
+        node=probe_node({}),
+        gpu=RankGpu(rank_gpu=GpuFacts(name="T4"), processes=(GpuProcess(1, "x", "u", 2),)),
     )
     assert from_json(RankFacts, to_json(facts)) == facts
 
@@ -412,7 +412,7 @@ def test_looking_at_the_folders_leaves_nothing_behind(tmp_path: Path) -> None:
     job = loaded(tmp_path / "a/b/out", tmp_path / "model")
     with claim_marker(output_folder(job)) as marker:
         assert Path(marker).parent == tmp_path
-        facts, model = look_at_folders(job, marker, "n0", quick=False)
+        facts, model = probe_folders(job, marker, "n0", quick=False)
     assert model is None
     assert "model" in facts.model_problem
     assert facts.model_exit_code == 3
@@ -425,7 +425,7 @@ def test_looking_at_the_folders_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_marker_that_this_host_does_not_see_means_another_folder(tmp_path: Path) -> None:
     job = loaded(tmp_path / "out", tmp_path / "model")
-    facts, _ = look_at_folders(job, str(tmp_path / "elsewhere"), "n1", quick=True)
+    facts, _ = probe_folders(job, str(tmp_path / "elsewhere"), "n1", quick=True)
     assert not facts.output_shared
 
 
@@ -434,7 +434,7 @@ def test_an_output_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) ->
     job = loaded(tmp_path / "file/out", tmp_path / "model")
     with claim_marker(output_folder(job)) as marker:
         assert marker == ""
-        facts, _ = look_at_folders(job, marker, "n0", quick=True)
+        facts, _ = probe_folders(job, marker, "n0", quick=True)
     assert facts.output_problem == "Not a directory"
 
 
@@ -442,10 +442,10 @@ def test_a_file_system_without_blocks_has_an_unknown_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096) + 9 * (0,)))
-    facts, _ = look_at_folders(loaded(tmp_path / "out", tmp_path), str(tmp_path), "n", quick=True)
+    facts, _ = probe_folders(loaded(tmp_path / "out", tmp_path), str(tmp_path), "n", quick=True)
     assert facts.output_free_bytes is None
     (tmp_path / "dev/shm").mkdir(parents=True)
-    assert read_node({}, tmp_path, nothing).shm_free == -1
+    assert probe_node({}, tmp_path, nothing).shm_free == -1
 
 
 def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import pytest
 
 from mpipipe.control_plane.probe import ControlProbe, RoundTrips
-from mpipipe.doctor.checks.job import HostDemand, judge_folders, judge_memory
+from mpipipe.doctor.checks.job import HostDemand, check_folders, check_memory
 from mpipipe.doctor.checks.launch import not_joined
-from mpipipe.doctor.checks.measured import judge_clocks, judge_control, judge_links
-from mpipipe.doctor.checks.ranks import judge_ranks
+from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
+from mpipipe.doctor.checks.ranks import check_ranks
 from mpipipe.doctor.facts import (
-    GpuLook,
     GpuProcess,
     LaunchFacts,
     Library,
     NodeFacts,
     RankFacts,
+    RankGpu,
     SoftwareFacts,
     Wheel,
 )
@@ -60,7 +60,7 @@ HEALTHY_SOFTWARE = SoftwareFacts(
     bundled=("libcudart", "libnccl"),
     hub_offline=True,
 )
-HEALTHY_GPU = GpuLook(
+HEALTHY_GPU = RankGpu(
     kernel_driver="580.65.06",
     device_files=("/dev/nvidia0",),
     libcuda="/usr/lib/x86_64-linux-gnu/libcuda.so.580.65.06",
@@ -82,7 +82,7 @@ def bad(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def only_bad(rank: RankFacts) -> Finding:
-    (finding,) = bad(judge_ranks([rank]))
+    (finding,) = bad(check_ranks([rank]))
     return finding
 
 
@@ -100,20 +100,20 @@ def node_of(rank: RankFacts, **changes: object) -> RankFacts:
 
 def test_healthy_ranks_on_two_hosts_have_nothing_but_ok() -> None:
     ranks = [healthy(0, 2, "n0"), healthy(1, 2, "n1")]
-    findings = judge_ranks(ranks)
+    findings = check_ranks(ranks)
     assert not bad(findings)
     assert {finding.group for finding in findings} == {"launch", "software", "node", "gpu"}
 
 
 def test_a_healthy_host_without_gpus_has_nothing_but_ok() -> None:
-    rank = replace(healthy(), gpu=GpuLook())
-    assert not bad(judge_ranks([rank]))
+    rank = replace(healthy(), gpu=RankGpu())
+    assert not bad(check_ranks([rank]))
 
 
 def test_every_bad_finding_has_a_cause_and_a_remedy() -> None:
     for rank in [case.values[0] for case in CASES]:
         assert isinstance(rank, RankFacts)
-        for finding in bad(judge_ranks([rank])):
+        for finding in bad(check_ranks([rank])):
             assert finding.cause, finding
             assert finding.remedy, finding
 
@@ -135,13 +135,13 @@ def test_a_container_without_nv_is_named_by_the_kernel_module_it_can_see() -> No
 
 
 def test_no_nv_is_asked_for_where_the_host_has_no_gpu() -> None:
-    rank = in_container(replace(healthy(), gpu=GpuLook()))
-    assert not bad(judge_ranks([rank]))
+    rank = in_container(replace(healthy(), gpu=RankGpu()))
+    assert not bad(check_ranks([rank]))
 
 
 def test_a_missing_nv_does_not_matter_to_a_job_for_cpus() -> None:
-    rank = replace(in_container(healthy()), gpu=GpuLook(wanted="cpu"))
-    assert not bad(judge_ranks([rank]))
+    rank = replace(in_container(healthy()), gpu=RankGpu(wanted="cpu"))
+    assert not bad(check_ranks([rank]))
 
 
 def test_cuda_libraries_on_ld_library_path_are_named_with_their_folder() -> None:
@@ -162,7 +162,7 @@ def test_ld_library_path_is_the_cause_when_torch_cannot_be_imported() -> None:
         search_path=("/opt/cuda-11/lib64",),
         on_search_path=(library,),
     )
-    found = {finding.check: finding for finding in bad(judge_ranks([rank]))}
+    found = {finding.check: finding for finding in bad(check_ranks([rank]))}
     assert found["software.libraries"].severity is Severity.FATAL
     assert found["software.torch"].severity is Severity.FATAL
     assert "undefined symbol" in found["software.torch"].what
@@ -198,7 +198,7 @@ def test_a_harmless_ld_library_path_is_not_reported() -> None:
     rank = software_of(
         healthy(), loaded=(own,), search_path=("/opt/cuda/lib64",), on_search_path=(other,)
     )
-    assert not bad(judge_ranks([rank]))
+    assert not bad(check_ranks([rank]))
 
 
 def test_what_nv_binds_is_no_stray_driver() -> None:
@@ -215,7 +215,7 @@ def test_what_nv_binds_is_no_stray_driver() -> None:
 def test_a_libcuda_of_another_driver_is_fatal_where_torch_does_not_compute() -> None:
     other = gpu_of(healthy(), libcuda="/opt/old/libcuda.so.535.54.03")
     problem = GpuFacts(problem="CUDA could not be started (boo): see whether nvidia-smi works")
-    found = {f.check: f for f in bad(judge_ranks([gpu_of(other, rank_gpu=problem)]))}
+    found = {f.check: f for f in bad(check_ranks([gpu_of(other, rank_gpu=problem)]))}
     assert found["gpu.library"].severity is Severity.FATAL
     assert "535.54.03" in found["gpu.library"].what
     assert "580.65.06" in found["gpu.library"].what
@@ -224,7 +224,7 @@ def test_a_libcuda_of_another_driver_is_fatal_where_torch_does_not_compute() -> 
 
 
 def test_a_driver_whose_version_is_unknown_is_not_compared() -> None:
-    assert not bad(judge_ranks([gpu_of(healthy(), kernel_driver="unknown")]))
+    assert not bad(check_ranks([gpu_of(healthy(), kernel_driver="unknown")]))
 
 
 def test_a_stub_of_libcuda_is_fatal() -> None:
@@ -253,7 +253,7 @@ def test_a_torch_in_the_user_site_that_shadows_the_containers_is_named() -> None
 def test_a_shadowing_torch_is_fatal_once_the_gpu_cannot_be_used() -> None:
     problem = GpuFacts(problem="torch 2.1+cpu was built without CUDA: install a torch with CUDA")
     rank = gpu_of(user_torch(healthy()), rank_gpu=problem)
-    found = {finding.check: finding.severity for finding in bad(judge_ranks([rank]))}
+    found = {finding.check: finding.severity for finding in bad(check_ranks([rank]))}
     assert found == {"software.user_site": Severity.FATAL, "gpu.torch": Severity.FATAL}
 
 
@@ -261,7 +261,7 @@ def test_a_torch_that_lives_in_the_user_site_on_purpose_is_not_reported() -> Non
     rank = software_of(
         healthy(), user_site=USER_SITE, torch_path=USER_TORCH, torch_copies=(USER_TORCH,)
     )
-    assert not bad(judge_ranks([rank]))
+    assert not bad(check_ranks([rank]))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_plan_that_the_cgroup_would_kill_is_fatal_before_it_is_loaded() -> Non
         available_bytes=8 * GIB,
         limit_bytes=8 * GIB,
     )
-    finding = judge_memory(demand)
+    finding = check_memory(demand)
     assert finding.severity is Severity.FATAL
     assert "16.00 GiB needed" in finding.what
     assert "cgroup's limit is 8.00 GiB" in finding.what
@@ -313,18 +313,18 @@ def test_a_plan_that_the_cgroup_would_kill_is_fatal_before_it_is_loaded() -> Non
 )
 def test_memory_is_judged_with_a_margin(available: int, severity: Severity) -> None:
     demand = HostDemand("n0", 13 * GIB, 2 * GIB, GIB, available * GIB)
-    assert judge_memory(demand).severity is severity
+    assert check_memory(demand).severity is severity
 
 
 def test_too_little_for_the_kv_cache_alone_is_a_warning() -> None:
     """It fills with the sequences; only what is loaded at once is certain to be too much."""
     demand = HostDemand("n0", 13 * GIB, 8 * GIB, GIB, 15 * GIB, 15 * GIB)
-    assert judge_memory(demand).severity is Severity.WARNING
-    assert judge_memory(replace(demand, weight_bytes=15 * GIB)).severity is Severity.FATAL
+    assert check_memory(demand).severity is Severity.WARNING
+    assert check_memory(replace(demand, weight_bytes=15 * GIB)).severity is Severity.FATAL
 
 
 def test_a_guess_of_what_gpu_libraries_take_is_never_fatal() -> None:
-    assert judge_memory(HostDemand("n0", 0, 0, 7 * GIB, 4 * GIB)).severity is Severity.WARNING
+    assert check_memory(HostDemand("n0", 0, 0, 7 * GIB, 4 * GIB)).severity is Severity.WARNING
 
 
 def test_earlier_oom_kills_of_the_job_are_told() -> None:
@@ -394,7 +394,7 @@ def test_the_abi_is_told_with_the_library_and_the_thread_level() -> None:
     path = "/usr/lib/libmpi.so.40.30.6"
     rank = with_abi("Open MPI v4.1.6, package: x", "Open MPI", path)
     rank = replace(rank, launch=replace(rank.launch, mpi_path=path, thread_level="funneled"))
-    (finding,) = (found for found in judge_ranks([rank]) if found.check == "launch.mpi")
+    (finding,) = (found for found in check_ranks([rank]) if found.check == "launch.mpi")
     assert finding.severity is Severity.OK
     assert finding.what == f"Open MPI v4.1.6, Open MPI ABI, threads: funneled, {path}"
 
@@ -436,7 +436,7 @@ def test_two_kinds_of_mpi_in_one_rank_are_told(rank: RankFacts, word: str) -> No
     ],
 )
 def test_mpis_that_fit_each_other_are_no_finding(rank: RankFacts) -> None:
-    assert not bad(judge_ranks([rank]))
+    assert not bad(check_ranks([rank]))
 
 
 # ---- launch, host and GPU ------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_a_gpu_that_others_use_is_told_with_their_names() -> None:
 
 
 def test_a_t4_is_said_to_compute_in_float16_only() -> None:
-    (finding,) = [f for f in judge_ranks([healthy()]) if f.check == "gpu.torch"]
+    (finding,) = [f for f in check_ranks([healthy()]) if f.check == "gpu.torch"]
     assert "7.5" in finding.what
     assert "float16 only" in finding.what
 
@@ -462,15 +462,15 @@ def two_on_one_gpu() -> list[RankFacts]:
 
 def test_two_ranks_on_one_gpu_are_refused_unless_sharing_is_allowed() -> None:
     ranks = two_on_one_gpu()
-    (finding,) = bad(judge_ranks(ranks))
+    (finding,) = bad(check_ranks(ranks))
     assert (finding.check, finding.severity) == ("gpu.ranks", Severity.FATAL)
     assert "ranks 0, 1" in finding.what
     assert "--gpus-per-node=N" in finding.remedy
-    assert not bad(judge_ranks(ranks, share_gpus=True))
+    assert not bad(check_ranks(ranks, share_gpus=True))
 
 
 def test_a_gpu_given_by_slurm_but_not_to_be_seen_is_fatal() -> None:
-    rank = replace(healthy(), gpu=GpuLook(given_by_slurm="0"))
+    rank = replace(healthy(), gpu=RankGpu(given_by_slurm="0"))
     assert "Slurm gave this step GPU 0" in only_bad(rank).what
 
 
@@ -481,7 +481,7 @@ def without_gpu(by: str, problem: str = "hidden: unset it") -> RankFacts:
 
 @pytest.mark.parametrize("by", ["CUDA_VISIBLE_DEVICES", "MPIPIPE_NV"])
 def test_gpus_hidden_on_purpose_are_no_finding(by: str) -> None:
-    assert not bad(judge_ranks([without_gpu(by)]))
+    assert not bad(check_ranks([without_gpu(by)]))
 
 
 def test_a_slurm_job_without_gpus_runs_on_cpus_and_is_not_lost() -> None:
@@ -489,8 +489,8 @@ def test_a_slurm_job_without_gpus_runs_on_cpus_and_is_not_lost() -> None:
     assert (finding.check, finding.severity) == ("gpu.driver", Severity.WARNING)
     assert "no GPU was asked for" in finding.what
     assert "--gpus-per-node=N" in finding.remedy
-    no_driver = replace(healthy(), gpu=GpuLook(declined_by="Slurm"))
-    assert not bad(judge_ranks([no_driver]))
+    no_driver = replace(healthy(), gpu=RankGpu(declined_by="Slurm"))
+    assert not bad(check_ranks([no_driver]))
 
 
 def test_without_a_gpu_on_purpose_odd_packages_do_no_harm() -> None:
@@ -508,8 +508,8 @@ def test_a_container_without_nv_in_a_job_without_gpus_is_no_more_than_a_warning(
 
 def test_a_gpu_that_was_not_asked_for_but_works_is_judged_as_any() -> None:
     shared = [gpu_of(rank, declined_by="Slurm") for rank in two_on_one_gpu()]
-    assert [finding.check for finding in bad(judge_ranks(shared))] == ["gpu.ranks"]
-    assert not bad(judge_ranks(shared[:1]))
+    assert [finding.check for finding in bad(check_ranks(shared))] == ["gpu.ranks"]
+    assert not bad(check_ranks(shared[:1]))
 
 
 def test_cuda_asked_for_by_name_is_missed_in_a_job_without_gpus() -> None:
@@ -530,14 +530,14 @@ def test_a_full_gpu_is_told_with_who_fills_it() -> None:
 
 def test_gpus_without_a_uuid_are_told_apart_by_their_index() -> None:
     ranks = [gpu_of(healthy(rank, 2), rank_gpu=replace(T4, uuid="", index=rank)) for rank in (0, 1)]
-    assert not bad(judge_ranks(ranks))
-    (finding,) = bad(judge_ranks([ranks[0], replace(ranks[0], rank=1)]))
+    assert not bad(check_ranks(ranks))
+    (finding,) = bad(check_ranks([ranks[0], replace(ranks[0], rank=1)]))
     assert finding.check == "gpu.ranks"
 
 
 def test_a_rank_without_a_gpu_among_ranks_with_one_is_fatal() -> None:
-    ranks = [healthy(0, 2, "n0"), replace(healthy(1, 2, "n1"), gpu=GpuLook())]
-    (finding,) = bad(judge_ranks(ranks))
+    ranks = [healthy(0, 2, "n0"), replace(healthy(1, 2, "n1"), gpu=RankGpu())]
+    (finding,) = bad(check_ranks(ranks))
     assert finding.severity is Severity.FATAL
     assert "rank 1 on n1" in finding.what
 
@@ -556,7 +556,7 @@ def test_versions_that_differ_between_hosts_are_told(
 ) -> None:
     other = healthy(1, 2, "n1")
     other = software_of(other, versions=other.software.versions | {name: version})
-    (finding,) = bad(judge_ranks([healthy(0, 2), other]))
+    (finding,) = bad(check_ranks([healthy(0, 2), other]))
     assert (finding.check, finding.severity) == ("launch.versions", severity)
     assert f"{name} differs" in finding.what
     assert f"{version} on n1 (rank 1)" in finding.what
@@ -579,18 +579,18 @@ def with_mpi(first: str, second: str) -> list[RankFacts]:
     ],
 )
 def test_different_mpi_libraries_are_told(other: str, severity: Severity) -> None:
-    (finding,) = bad(judge_ranks(with_mpi("Open MPI v4.1.6, package: Open MPI root@a", other)))
+    (finding,) = bad(check_ranks(with_mpi("Open MPI v4.1.6, package: Open MPI root@a", other)))
     assert (finding.check, finding.severity) == ("launch.mpi", severity)
 
 
 def test_where_an_mpi_library_was_built_does_not_matter() -> None:
     told = "Open MPI v4.1.6, package: Open MPI root@{}, ident: 4.1.6, repo rev: v4.1.6"
-    assert not bad(judge_ranks(with_mpi(told.format("build-1"), told.format("build-2"))))
+    assert not bad(check_ranks(with_mpi(told.format("build-1"), told.format("build-2"))))
 
 
 def test_more_ranks_than_cores_are_told() -> None:
-    ranks = [node_of(replace(healthy(r, 2), gpu=GpuLook()), num_cores=1) for r in (0, 1)]
-    (finding,) = bad(judge_ranks(ranks))
+    ranks = [node_of(replace(healthy(r, 2), gpu=RankGpu()), num_cores=1) for r in (0, 1)]
+    (finding,) = bad(check_ranks(ranks))
     assert finding.check == "launch.cores"
     assert finding.host == "n0"
 
@@ -600,7 +600,7 @@ def test_configurations_that_differ_are_fatal() -> None:
         replace(healthy(0, 2), config_hash="a"),
         replace(healthy(1, 2, "n1"), config_hash="b"),
     ]
-    (finding,) = bad(judge_ranks(ranks))
+    (finding,) = bad(check_ranks(ranks))
     assert (finding.check, finding.severity) == ("job.config", Severity.FATAL)
 
 
@@ -609,7 +609,7 @@ def test_a_configuration_error_is_told_once_with_its_exit_code() -> None:
         replace(healthy(r, 2, f"n{r}"), config_problem="no x: write y z", config_exit_code=2)
         for r in (0, 1)
     ]
-    (finding,) = bad(judge_ranks(ranks))
+    (finding,) = bad(check_ranks(ranks))
     assert (finding.what, finding.remedy, finding.exit_code) == ("no x", "write y z", 2)
 
 
@@ -631,7 +631,7 @@ CASES = [
 
 @pytest.mark.parametrize("rank", CASES[1:])
 def test_each_of_these_is_one_finding(rank: RankFacts) -> None:
-    assert len(bad(judge_ranks([rank]))) == 1
+    assert len(bad(check_ranks([rank]))) == 1
 
 
 # ---- measured ------------------------------------------------------------------------------------
@@ -643,22 +643,22 @@ def probe(p50_us: float, idle: float = 0.01, raw_us: float | None = 2.0) -> Cont
 
 
 def test_messages_and_idling_are_judged_by_their_figures() -> None:
-    assert not bad(judge_control(probe(20.0)))
-    (slow,) = bad(judge_control(probe(5000.0, raw_us=4000.0)))
+    assert not bad(check_control(probe(20.0)))
+    (slow,) = bad(check_control(probe(5000.0, raw_us=4000.0)))
     assert "network" in slow.cause
-    (crowded,) = bad(judge_control(probe(5000.0)))
+    (crowded,) = bad(check_control(probe(5000.0)))
     assert "cores" in crowded.cause
-    (busy,) = bad(judge_control(probe(20.0, idle=0.9)))
+    (busy,) = bad(check_control(probe(20.0, idle=0.9)))
     assert busy.check == "links.idle"
 
 
 def test_clocks_are_compared_between_hosts_only() -> None:
     hosts = {0: "n0", 1: "n0", 2: "n1"}
-    assert judge_clocks(ClockOffsets({0: 0.0, 1: 5.0}, 0.001), {0: "n0", 1: "n0"}) == []
-    (fine,) = judge_clocks(ClockOffsets({0: 0.0, 1: 0.0, 2: -0.02}, 0.001), hosts)
+    assert check_clocks(ClockOffsets({0: 0.0, 1: 5.0}, 0.001), {0: "n0", 1: "n0"}) == []
+    (fine,) = check_clocks(ClockOffsets({0: 0.0, 1: 0.0, 2: -0.02}, 0.001), hosts)
     assert fine.severity is Severity.OK
     assert "n1 is 20.0 ms behind" in fine.what
-    (apart,) = judge_clocks(ClockOffsets({0: 0.0, 1: 0.0, 2: 61.0}, 0.001), hosts)
+    (apart,) = check_clocks(ClockOffsets({0: 0.0, 1: 0.0, 2: 61.0}, 0.001), hosts)
     assert apart.severity is Severity.WARNING
 
 
@@ -680,19 +680,19 @@ def folder(host: str = "n0", /, **changes: object) -> FolderFacts:
 
 
 def test_folders_that_all_hosts_share_are_ok() -> None:
-    assert not bad(judge_folders([folder("n0"), folder("n1")]))
+    assert not bad(check_folders([folder("n0"), folder("n1")]))
 
 
 def test_a_model_that_only_one_host_sees_is_fatal_there_with_its_exit_code() -> None:
     missing = folder("n1", model_problem="there is no folder /data/m: copy it", model_exit_code=3)
-    (finding,) = bad(judge_folders([folder("n0"), missing]))
+    (finding,) = bad(check_folders([folder("n0"), missing]))
     assert (finding.host, finding.severity, finding.exit_code) == ("n1", Severity.FATAL, 3)
     assert "others do" in finding.cause
 
 
 def test_a_half_copied_model_is_fatal() -> None:
     sentence = "2 of the 3 weight files are not in /data/m: copy the missing files"
-    (finding,) = bad(judge_folders([folder(model_problem=sentence, model_exit_code=3)]))
+    (finding,) = bad(check_folders([folder(model_problem=sentence, model_exit_code=3)]))
     assert finding.what == "2 of the 3 weight files are not in /data/m"
     assert finding.remedy == "copy the missing files"
 
@@ -711,30 +711,30 @@ def test_a_half_copied_model_is_fatal() -> None:
 def test_output_folders_that_would_lose_the_results(
     changes: dict[str, object], word: str, severity: Severity
 ) -> None:
-    (finding,) = bad(judge_folders([folder("n0", **changes)]))
+    (finding,) = bad(check_folders([folder("n0", **changes)]))
     assert (finding.check, finding.severity) == ("job.output", severity)
     assert word in finding.what
 
 
 def test_a_file_system_that_counts_no_blocks_is_not_taken_for_full() -> None:
-    (_, finding) = judge_folders([folder(output_free_bytes=None)])
+    (_, finding) = check_folders([folder(output_free_bytes=None)])
     assert finding.severity is Severity.OK
     assert "unknown" in finding.what
 
 
 def test_shared_memory_without_a_limit_is_ok() -> None:
-    assert not bad(judge_ranks([node_of(healthy(r, 2), shm_free=-1) for r in (0, 1)]))
+    assert not bad(check_ranks([node_of(healthy(r, 2), shm_free=-1) for r in (0, 1)]))
 
 
 def test_an_output_folder_inside_the_container_is_told() -> None:
     inside = folder(output_system="overlay")
-    assert not bad(judge_folders([inside]))
-    (finding,) = bad(judge_folders([inside], container="apptainer"))
+    assert not bad(check_folders([inside]))
+    (finding,) = bad(check_folders([inside], container="apptainer"))
     assert "--bind" in finding.remedy
 
 
 def test_a_model_that_takes_minutes_to_read_is_told() -> None:
-    (finding,) = bad(judge_folders([folder(read_bytes_per_s=1e7)], largest_stage_bytes=7 * GIB))
+    (finding,) = bad(check_folders([folder(read_bytes_per_s=1e7)], largest_stage_bytes=7 * GIB))
     assert "13 minutes" in finding.what
 
 
@@ -754,7 +754,7 @@ class Figure:
 def links_of(
     *figures: Figure, routes: dict[tuple[int, int], str] | None = None, infiniband: bool = False
 ) -> list[Finding]:
-    return judge_links(figures, routes, infiniband=infiniband)  # type: ignore[arg-type]
+    return check_links(figures, routes, infiniband=infiniband)  # type: ignore[arg-type]
 
 
 def test_every_edge_is_told_with_the_way_it_goes() -> None:

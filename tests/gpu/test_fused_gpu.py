@@ -42,7 +42,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtyp
 def finished(
     model: SizedModel,
     number: int,
-    form: str,
+    mode: str,
     *,
     device: str = "cuda",
     dtype: torch.dtype | None = None,
@@ -66,7 +66,7 @@ def finished(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         device=device,
     )
-    stage.finish(pages, form=form, operations=operations)
+    stage.finish(pages, mode=mode, operations=operations)
     return stage
 
 
@@ -95,8 +95,8 @@ def test_decode_steps_wait_for_nothing_and_replay_as_a_graph(
 ) -> None:
     for number in (0, 1):
         stage = finished(sized(name, torch.bfloat16), number, "auto")
-        assert (stage.form == "fast") == (name in FUSED)
-        assert not stage.graph_obstacle()
+        assert (stage.mode == "fast") == (name in FUSED)
+        assert not stage.graphs_unsupported_reason()
         run_ragged(stage)
         eager = run_tensor_decodes(stage)
         check_no_wait(stage)
@@ -145,7 +145,7 @@ def test_finishing_leaves_no_garbage(sized: Callable[[str, torch.dtype], SizedMo
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     stage = finished(model, 0, "auto")
-    config, cache = model.config, stage._binding.cache
+    config, cache = model.config, stage._context.cache
     assert cache is not None
     hidden, width = config.hidden_size, config.intermediate_size
     head = config.hidden_size // config.num_attention_heads

@@ -34,17 +34,17 @@ from torch import nn
 __all__ = [
     "BlockedLinear",
     "HalfStoredLinear",
-    "PackedLinear",
-    "can_pack",
-    "pack",
-    "pack_linears",
+    "PrepackedLinear",
+    "can_prepack",
+    "prepack",
+    "prepack_linears",
     "return_freed_memory",
 ]
 
 _BATCH_HINT = 8
 
 
-class PackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """Computes what the `nn.Linear` of its weight does, up to rounding. Abstract."""
 
     def __init__(self, packed: object, shape: torch.Size) -> None:
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class BlockedLinear(PackedLinear):
+class BlockedLinear(PrepackedLinear):
     """A weight in oneDNN's blocked layout, in its own dtype."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -88,7 +88,7 @@ class BlockedLinear(PackedLinear):
         return output
 
 
-class HalfStoredLinear(PackedLinear):
+class HalfStoredLinear(PrepackedLinear):
     """A float32 weight that float16 holds exactly: stored in float16, computed in float32."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -105,8 +105,8 @@ class HalfStoredLinear(PackedLinear):
         return self.forward(rows).add_(residual)
 
 
-def pack(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedLinear:
-    """The faster form of a weight [out_features, in_features] that `can_pack` allows."""
+def prepack(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PrepackedLinear:
+    """The faster form of a weight [out_features, in_features] that `can_prepack` allows."""
     weight_OI = weight_OI.detach()
     bias_O = None if bias_O is None else bias_O.detach()
     if _is_exact_in_half(weight_OI):
@@ -114,7 +114,7 @@ def pack(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedLinear:
     return BlockedLinear(weight_OI, bias_O)
 
 
-def can_pack(linear: nn.Linear) -> bool:
+def can_prepack(linear: nn.Linear) -> bool:
     """Whether this torch, this processor and this weight allow packing."""
     weight = linear.weight
     if weight.device.type != "cpu":
@@ -128,18 +128,18 @@ def can_pack(linear: nn.Linear) -> bool:
     return weight.dtype == torch.float32
 
 
-def pack_linears(model: nn.Module) -> int:
+def prepack_linears(model: nn.Module) -> int:
     """Replace every plain `nn.Linear` in `model` that can be packed; return how many."""
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and can_pack(child)
+        if type(child) is nn.Linear and can_prepack(child)
     ]
     num_packed = len(places)
     while places:  # one at a time: the plain weight is freed before the next
         parent, name, child = places.pop()
-        setattr(parent, name, pack(child.weight, child.bias))
+        setattr(parent, name, prepack(child.weight, child.bias))
         del child
     return_freed_memory()
     return num_packed

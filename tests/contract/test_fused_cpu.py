@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.kv_cache.layout import SequenceSpan, build_layout
+from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.models.adapter import StageModel
-from mpipipe.models.fused_layer import FusedLayer
+from mpipipe.models.fused_cpu import FusedLayer
 from tests.contract.tiny_models import TinyModel, load_stage, save_tiny, split
 
 
@@ -34,9 +34,9 @@ FAMILIES = ["llama", "llama-head_dim-100", "mistral", "qwen2", "qwen2-window"]
 def run_steps(stage: StageModel) -> list[torch.Tensor]:
     """Two prompts in chunks of unequal lengths, then a decode step of both; all outputs."""
     spans = [
-        [SequenceSpan(0, 0, 5, 5), SequenceSpan(1, 5, 3, 3)],
-        [SequenceSpan(0, 0, 1, 6), SequenceSpan(1, 1, 2, 5)],
-        [SequenceSpan(0, 0, 1, 7), SequenceSpan(1, 1, 1, 6)],
+        [SequenceLens(0, 0, 5, 5), SequenceLens(1, 5, 3, 3)],
+        [SequenceLens(0, 0, 1, 6), SequenceLens(1, 1, 2, 5)],
+        [SequenceLens(0, 0, 1, 7), SequenceLens(1, 1, 1, 6)],
     ]
     torch.manual_seed(1)
     outputs = []
@@ -47,11 +47,11 @@ def run_steps(stage: StageModel) -> list[torch.Tensor]:
     return outputs
 
 
-def outputs(folder: Path, dtype: torch.dtype, *, form: str) -> list[torch.Tensor]:
+def outputs(folder: Path, dtype: torch.dtype, *, mode: str) -> list[torch.Tensor]:
     """The steps of `run_steps` on the second of two stages, in float32."""
-    stage = load_stage(folder, split(2)[1], form=form, dtype=dtype, cache=ContiguousKVCache())
+    stage = load_stage(folder, split(2)[1], mode=mode, dtype=dtype, cache=ContiguousKVCache())
     fused = [isinstance(layer, FusedLayer) for layer in stage.module.model.layers]
-    assert all(fused) if form == "packed" else not any(fused)
+    assert all(fused) if mode == "packed" else not any(fused)
     with torch.inference_mode():
         return [output.float() for output in run_steps(stage)]
 
@@ -69,16 +69,16 @@ def folder(
 
 
 def test_fused_layers_compute_what_plain_ones_do(folder: Path) -> None:
-    plain = outputs(folder, torch.float32, form="plain")
-    fused = outputs(folder, torch.float32, form="packed")
+    plain = outputs(folder, torch.float32, mode="plain")
+    fused = outputs(folder, torch.float32, mode="packed")
     for expected, actual in zip(plain, fused, strict=True):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_fused_layers_round_no_worse_than_plain_ones_in_bfloat16(folder: Path) -> None:
-    exact = torch.cat(outputs(folder, torch.float32, form="plain"))
-    plain = torch.cat(outputs(folder, torch.bfloat16, form="plain"))
-    fused = torch.cat(outputs(folder, torch.bfloat16, form="packed"))
+    exact = torch.cat(outputs(folder, torch.float32, mode="plain"))
+    plain = torch.cat(outputs(folder, torch.bfloat16, mode="plain"))
+    fused = torch.cat(outputs(folder, torch.bfloat16, mode="packed"))
     assert (fused - exact).norm() <= 1.5 * (plain - exact).norm()
     assert (plain - exact).norm() > 0
 
@@ -87,5 +87,5 @@ def test_families_whose_mathematics_differ_are_left_alone(
     tiny: Callable[[str], TinyModel],
 ) -> None:
     for family in ("gemma", "olmo2", "granite", "phi3"):
-        stage = load_stage(tiny(family).folder, split(1)[0], form="packed")
+        stage = load_stage(tiny(family).folder, split(1)[0], mode="packed")
         assert not any(isinstance(module, FusedLayer) for module in stage.module.modules())
