@@ -1,18 +1,18 @@
 """The one component of a process that polls: it asks everything that can complete whether it has.
 
-MPI has no file descriptor to wait on, so somebody must ask again and again. The engine asks eagerly
-for a while after something happened, then naps, longer and longer, so that an idle rank costs next
-to nothing. While this rank computes it never spins: the loop thread would take the GIL and perhaps
-the core from the computing thread.
+MPI has no file descriptor to wait on, so a process must ask again and again. After activity the
+engine asks eagerly for a while, then it backs off: each pause is longer than the last, so that an
+idle rank costs next to nothing. While this rank computes the engine never spins: the loop thread
+would take the GIL, and perhaps the core, from the computing thread.
 
 On the loop of `new_event_loop` the engine polls inside the loop's own wait, which makes a round
 three times cheaper and lets a completion reach its task at once. On any other asyncio loop it polls
 from its coroutine.
 
-Not here: what is polled (channels register themselves), and any knowledge of MPI or CUDA.
+The channels register what is polled; this file knows neither MPI nor CUDA.
 
 Invariants: everything runs in the event-loop thread; an error in a poll ends `run` with that error;
-while steps run nothing else in mpipipe polls, but for a profile (`runtime.timeline`).
+while steps run nothing else in mpipipe polls, except a profile (`bench.timeline`).
 """
 
 from __future__ import annotations
@@ -30,44 +30,46 @@ if TYPE_CHECKING:
 __all__ = ["ProgressEngine", "new_event_loop"]
 
 _SPIN_TURNS = 300
-# With fewer cores than ranks every turn may cost a neighbour its core: give up soon.
+# With fewer cores than ranks a spinning rank may take a neighbour's core: back off soon.
 _SPIN_TURNS_CROWDED = 20
-_FIRST_NAP_S = 50e-6  # the kernel adds about as much (timer slack), so less would be no less
-# Each nap is 3 % longer than the last, so naps are about 3 % of the quiet time so far and a
-# completion is noticed late by about 1.5 % of the time it was waited for, however long that was.
-_NAP_GROWTH = 1.03
+_FIRST_BACKOFF_S = (
+    50e-6  # a shorter pause would not end sooner: the kernel adds as much (timer slack)
+)
+# Each pause is 3 % longer than the last, so a pause is about 3 % of the quiet time so far, and the
+# engine notices a completion late by about 1.5 % of the time it took, however long that was.
+_BACKOFF_GROWTH = 1.03
 # One waking costs 100-600 µs of CPU on a virtual machine (60 µs of it the kernel's, the rest cold
-# caches): naps of 2 ms cost 6 % of a core there, of 20 ms 2.5 %, of 40 ms 1.7 %.
-_LONGEST_NAP_S = 40e-3
-# While computing nobody here waits for a message; only large MPI transfers need a poll or two to
-# get through their handshake.
-_FIRST_COMPUTING_NAP_S = 200e-6
-_COMPUTING_NAP_GROWTH = 1.5
-_LONGEST_COMPUTING_NAP_S = 4e-3
-_LONGEST_PRESSING_NAP_S = 1e-3
+# caches): pauses of 2 ms cost 6 % of a core there, of 20 ms 2.5 %, of 40 ms 1.7 %.
+_MAX_BACKOFF_S = 40e-3
+# While a step computes no task of this rank waits for a message; only large MPI transfers need a
+# poll or two to get through their handshake.
+_FIRST_COMPUTING_BACKOFF_S = 200e-6
+_COMPUTING_BACKOFF_GROWTH = 1.5
+_MAX_COMPUTING_BACKOFF_S = 4e-3
+_MAX_BOOSTED_BACKOFF_S = 1e-3
 
 
 class ProgressEngine:
-    """Polls whatever is registered, eagerly after activity, rarely when idle.
+    """Polls what is registered, eagerly after activity, rarely when idle.
 
     Args:
-        spin: idle rounds after activity before the first nap; 0 never spins.
+        spin: idle rounds after activity before the first pause; 0 never spins.
     """
 
     def __init__(self, *, spin: int = _SPIN_TURNS) -> None:
         self._spin = spin
         self._spins_left = spin
-        self._nap_s = 0.0
+        self._backoff_s = 0.0
         self._polls: tuple[Callable[[], bool], ...] = ()
         self._num_computing = 0
-        self._num_pressing = 0
-        self._nap_end: asyncio.Future[None] | None = None
+        self._num_boosting = 0
+        self._backoff_end: asyncio.Future[None] | None = None
         self._failure: asyncio.Future[None] | None = None
 
     def register(self, poll: Callable[[], bool]) -> Callable[[], None]:
         """Ask `poll` in every round; it must not block, and returns True if something completed.
 
-        A poll that wakes a task but returns False leaves the task waiting for the end of a nap.
+        A task that a poll wakes while it returns False waits for the end of the pause.
         Returns the function that unregisters it (idempotent).
         """
         self._polls = (*self._polls, poll)
@@ -86,34 +88,34 @@ class ProgressEngine:
             self._spins_left = min(self._spins_left, self._spin)
 
     def wake(self) -> None:
-        """Poll eagerly again, at once: something was posted that may soon complete.
+        """Poll eagerly again, at once: something may soon complete.
 
         From the event-loop thread only; other threads use `loop.call_soon_threadsafe`.
         """
         self._spins_left = self._spin
-        self._nap_s = 0.0
-        if self._nap_end is not None:
-            _end(self._nap_end)
+        self._backoff_s = 0.0
+        if self._backoff_end is not None:
+            _end(self._backoff_end)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """While the body runs a thread of this rank computes: no spinning. May be nested."""
+        """A thread of this rank computes while the body runs: no spinning. May nest."""
         self._num_computing += 1
-        self._nap_s = 0.0
+        self._backoff_s = 0.0
         try:
             yield
         finally:
             self._num_computing -= 1
             self.wake()
 
-    def press(self, change: int) -> None:
-        """`change` more (or fewer) transfers are under way that move only while they are polled.
+    def boost(self, change: int) -> None:
+        """Poll at least every millisecond for `change` more (or fewer) transfers under way.
 
         MPI moves a large tensor in pieces, some 100 KB per poll where it may not copy from process
-        to process at once. 52 MB took 10 s with the naps of an idle rank (Open MPI 5.0.8).
+        to process at once. 52 MB took 10 s with the pauses of an idle rank (Open MPI 5.0.8).
         """
-        self._num_pressing += change
-        assert self._num_pressing >= 0, "a transfer ended twice"
+        self._num_boosting += change
+        assert self._num_boosting >= 0, "a transfer ended twice"
 
     # ---- polling ---------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ class ProgressEngine:
         """Poll until cancelled; the owner puts this into its TaskGroup.
 
         Raises:
-            Exception: whatever a poll raised.
+            Exception: an error of a poll.
         """
         self.wake()
         loop: object = asyncio.get_running_loop()
@@ -150,29 +152,29 @@ class ProgressEngine:
         return active
 
     def poll_guarded(self) -> bool:
-        """`poll` for the selector: an error goes to whoever awaits `run`, not into the loop."""
+        """`poll` for the selector: an error ends `run`, it does not go into the loop."""
         try:
             return self.poll()
-        except Exception as error:  # noqa: BLE001 - handed on, not handled
+        except Exception as error:  # noqa: BLE001 - raised by `run`
             assert self._failure is not None, "polled while not running"
             if not self._failure.done():
                 self._failure.set_exception(error)
             return True
 
     def next_pause_s(self) -> float:
-        """Seconds to nap before the next round; 0 to spin. Each call counts as one pause."""
+        """Seconds to pause before the next round; 0 to spin. Each call counts as one pause."""
         if self._num_computing:
-            nap_s = max(self._nap_s, _FIRST_COMPUTING_NAP_S)
-            self._nap_s = min(nap_s * _COMPUTING_NAP_GROWTH, _LONGEST_COMPUTING_NAP_S)
+            backoff_s = max(self._backoff_s, _FIRST_COMPUTING_BACKOFF_S)
+            self._backoff_s = min(backoff_s * _COMPUTING_BACKOFF_GROWTH, _MAX_COMPUTING_BACKOFF_S)
         elif self._spins_left > 0:
             self._spins_left -= 1
             return 0.0
         else:
-            nap_s = max(self._nap_s, _FIRST_NAP_S)
-            self._nap_s = min(nap_s * _NAP_GROWTH, _LONGEST_NAP_S)
-        if self._num_pressing and not self._num_computing:
-            nap_s = min(nap_s, _LONGEST_PRESSING_NAP_S)
-        return nap_s
+            backoff_s = max(self._backoff_s, _FIRST_BACKOFF_S)
+            self._backoff_s = min(backoff_s * _BACKOFF_GROWTH, _MAX_BACKOFF_S)
+        if self._num_boosting and not self._num_computing:
+            backoff_s = min(backoff_s, _MAX_BOOSTED_BACKOFF_S)
+        return backoff_s
 
     async def _run_from_coroutine(self) -> None:
         while True:
@@ -182,29 +184,29 @@ class ProgressEngine:
                 os.sched_yield()
                 await asyncio.sleep(0)
             else:
-                await self._nap(pause_s)
+                await self._back_off(pause_s)
 
-    async def _nap(self, seconds: float) -> None:
+    async def _back_off(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        self._nap_end = loop.create_future()
-        timer = loop.call_later(seconds, _end, self._nap_end)
+        self._backoff_end = loop.create_future()
+        timer = loop.call_later(seconds, _end, self._backoff_end)
         try:
-            await self._nap_end
+            await self._backoff_end
         finally:
             timer.cancel()
-            self._nap_end = None
+            self._backoff_end = None
 
 
-def _end(nap: asyncio.Future[None]) -> None:
-    if not nap.done():
-        nap.set_result(None)
+def _end(backoff: asyncio.Future[None]) -> None:
+    if not backoff.done():
+        backoff.set_result(None)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-# A look at the file descriptors costs 3 µs, as much as a message; they carry only signals and the
+# Polling the file descriptors costs 3 µs, as much as a message; they carry only signals and the
 # calls of other threads, which can wait for a few turns.
-_TURNS_PER_GLANCE = 8
+_TURNS_PER_POLL = 8
 
 _Ready = list[tuple[selectors.SelectorKey, int]]
 
@@ -217,9 +219,9 @@ class _PollingSelector(selectors.SelectSelector):
         self.engine: ProgressEngine | None = None
         self._turn = 0
 
-    def _glance(self) -> _Ready:
-        """What is ready now, but looked at only every so often while the loop is busy."""
-        self._turn = (self._turn + 1) % _TURNS_PER_GLANCE
+    def _poll_descriptors(self) -> _Ready:
+        """The descriptors that are ready, asked only every few turns while the loop is busy."""
+        self._turn = (self._turn + 1) % _TURNS_PER_POLL
         return super().select(0) if self._turn == 0 else []
 
     def select(self, timeout: float | None = None) -> _Ready:
@@ -228,7 +230,7 @@ class _PollingSelector(selectors.SelectSelector):
         if engine is None:
             return super().select(timeout)
         if engine.poll_guarded() or timeout == 0:
-            return self._glance()
+            return self._poll_descriptors()
         end_s = None if timeout is None else time.monotonic() + timeout
         while True:
             pause_s = engine.next_pause_s()
@@ -239,7 +241,7 @@ class _PollingSelector(selectors.SelectSelector):
                 pause_s = min(pause_s, left_s)
             if pause_s == 0:
                 os.sched_yield()  # 0.3 µs; a rank that computes may have the core
-                ready = self._glance()
+                ready = self._poll_descriptors()
             else:
                 ready = super().select(pause_s)
             if engine.poll_guarded() or ready:
@@ -254,14 +256,14 @@ class _PollingLoop(asyncio.SelectorEventLoop):
         self._polling_selector = selector
 
     def attach(self, engine: ProgressEngine | None) -> None:
-        """Let `engine` poll from now on; None: nobody."""
+        """Let `engine` poll from now on; None: no engine."""
         self._polling_selector.engine = engine
 
 
 def new_event_loop() -> asyncio.SelectorEventLoop:
     """The loop that mpipipe runs on.
 
-    It waits with `select`, as epoll rounds every wait up to 1 ms: with naps of 50 µs a message took
-    68 µs one way on `select`, 550 µs on asyncio's default loop.
+    It waits with `select`, as epoll rounds every wait up to 1 ms: with pauses of 50 µs a message
+    took 68 µs one way on `select`, 550 µs on asyncio's default loop.
     """
     return _PollingLoop(_PollingSelector())

@@ -2,7 +2,7 @@
 
 Frames of one source arrive in the order they were sent, whatever their size; frames of different
 sources in any order. A frame to the own rank arrives too. Progress is made by the ProgressEngine
-that the channel was opened with: it must be running while anybody waits.
+that the channel was opened with: it must be running for anything to arrive.
 
 All methods belong to the event-loop thread. Implementations: `memory`, `mpi`.
 """
@@ -35,14 +35,6 @@ class Channel(Protocol):
         Raises:
             ChannelClosedError: the channel was closed.
             ValueError: there is no rank `to`.
-        """
-        ...
-
-    async def receive(self) -> tuple[int, bytes]:
-        """The next frame as (source rank, frame). One reader at a time.
-
-        Raises:
-            ChannelClosedError: the channel is, or becomes, closed.
         """
         ...
 

@@ -51,10 +51,6 @@ class MemoryChannel:
         if not quiet:
             self._engine.wake()
 
-    async def receive(self) -> tuple[int, bytes]:
-        """The next frame as (source rank, frame). Raises as in the contract."""
-        return await self._inbox.get()
-
     def receive_nowait(self) -> tuple[int, bytes] | None:
         """The next frame, or None. Raises as in the contract."""
         return self._inbox.get_nowait()

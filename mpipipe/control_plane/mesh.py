@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from mpipipe.control_plane.handshake import find_mismatch
 from mpipipe.control_plane.messages import (
     BarrierEntered,
     BarrierReleased,
@@ -33,11 +32,13 @@ from mpipipe.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpipipe.clock import Clock
     from mpipipe.control_plane.channel import Channel
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["Mesh"]
+__all__ = ["Mesh", "find_mismatch"]
 
 _Kind = TypeVar(
     "_Kind",
@@ -105,7 +106,7 @@ class Mesh(Messenger):
         return hellos
 
     async def _collect_hellos(self, deadline_s: float) -> tuple[Hello, ...]:
-        collected = await self._arrivals.collect(Hello, "", range(self.world_size), deadline_s)
+        collected = await self._pending.collect(Hello, "", range(self.world_size), deadline_s)
         hellos = tuple(collected.messages.values())
         self._hosts = {greeting.rank: greeting.host for greeting in hellos}
         error: EnvironmentSetupError | None = None
@@ -163,7 +164,7 @@ class Mesh(Messenger):
 
     async def _judge(self, phase: str, deadline_s: float) -> PhaseVerdict:
         """The lowest-ranked error of the phase; else which ranks are missing; else success."""
-        collected = await self._arrivals.collect(
+        collected = await self._pending.collect(
             PhaseReport, phase, range(self.world_size), deadline_s, hurry_s=_grace_s
         )
         for rank, report in collected.messages.items():
@@ -223,7 +224,7 @@ class Mesh(Messenger):
         The head is given longer than itself waits, as it is the one who knows who is missing.
         """
         limit_s = deadline_s + _GRACE_S
-        collected = await self._arrivals.collect(kind, name, (_HEAD,), limit_s)
+        collected = await self._pending.collect(kind, name, (_HEAD,), limit_s)
         if collected.missing:
             what = f"send {kind.__name__} {name!r}"
             raise self._deadline_error(collected.missing, what, limit_s)
@@ -234,7 +235,7 @@ class Mesh(Messenger):
     ) -> list[_Kind]:
         """Every rank's next `kind` under `name`, in rank order."""
         ranks = range(self.world_size)
-        collected = await self._arrivals.collect(kind, name, ranks, deadline_s)
+        collected = await self._pending.collect(kind, name, ranks, deadline_s)
         if collected.missing:
             raise self._deadline_error(collected.missing, what, deadline_s)
         return list(collected.messages.values())
@@ -270,3 +271,51 @@ def _verdict(phase: str, rank: int, error: MpipipeError | None) -> PhaseVerdict:
     if error is None:
         return PhaseVerdict(phase)
     return PhaseVerdict(phase, rank, type(error).__name__, str(error), error.exit_code)
+
+
+# ---- what must be alike on all ranks -------------------------------------------------------------
+
+_SAME_INSTALLATION = (
+    "different installations were started: install the same version of mpipipe on every host"
+)
+_SAME_CONFIGURATION = (
+    "they read different configurations: give every rank the same file and the same overrides, and "
+    "check that the file is the same on both hosts"
+)
+
+
+def find_mismatch(hellos: Sequence[Hello]) -> str | None:
+    """The first difference to the first of `hellos` as a sentence; None when all fit."""
+    for hello in hellos[1:]:
+        for what, head_value, value, remedy in _compared(hellos[0], hello):
+            if head_value != value:
+                return (
+                    f"rank {hellos[0].rank} on {hellos[0].host} has {what} {head_value}, but rank "
+                    f"{hello.rank} on {hello.host} has {value}; {remedy}"
+                )
+    return None
+
+
+def _compared(head: Hello, other: Hello) -> tuple[tuple[str, object, object, str], ...]:
+    """(what it is, the head's value, the other's value, what to do) in order of explanation."""
+    return (
+        (
+            "protocol version",
+            head.protocol_version,
+            other.protocol_version,
+            _SAME_INSTALLATION,
+        ),
+        ("package version", head.package_version, other.package_version, _SAME_INSTALLATION),
+        (
+            "a world of size",
+            head.world_size,
+            other.world_size,
+            "they belong to different launches: start all ranks with one mpirun or srun command",
+        ),
+        (
+            "configuration hash",
+            head.config_hash,
+            other.config_hash,
+            _SAME_CONFIGURATION,
+        ),
+    )

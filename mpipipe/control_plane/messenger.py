@@ -12,9 +12,9 @@ from collections import deque
 from typing import TYPE_CHECKING, NoReturn
 
 from mpipipe.control_plane import codec
-from mpipipe.control_plane.arrivals import Arrivals, Collective
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.messages import Heartbeat
+from mpipipe.control_plane.pending_collectives import Collective, PendingCollectives
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -42,7 +42,7 @@ class Messenger:
     def __init__(self, channel: Channel, engine: ProgressEngine, clock: Clock) -> None:
         self._channel = channel
         self._engine = engine
-        self._arrivals = Arrivals(clock)
+        self._pending = PendingCollectives(clock)
         self._mailboxes: dict[type, Mailbox[tuple[int, Message]]] = {}
         self._backlog: deque[tuple[int, Message]] = deque()
         self._unregister: Callable[[], None] | None = None
@@ -123,7 +123,7 @@ class Messenger:
 
     def _poll(self) -> bool:
         """Deliver what has arrived; called by the engine."""
-        active = self._arrivals.expire()
+        active = self._pending.expire()
         for _ in range(_MAX_PER_ROUND):
             received = self._channel.receive_nowait()
             if received is None:
@@ -139,6 +139,6 @@ class Messenger:
         if mailbox is not None:
             mailbox.put((source, message))
         elif isinstance(message, Collective):
-            self._arrivals.add(source, message)
+            self._pending.add(source, message)
         else:
             self._backlog.append((source, message))

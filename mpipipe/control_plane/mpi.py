@@ -26,7 +26,6 @@ import mpi4py
 from mpipipe.control_plane.launch_watch import launch_watch
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.pmi_relay import short_pmi_values
-from mpipipe.control_plane.raw_ping import raw_one_way_per_s, raw_round_trips_s
 from mpipipe.control_plane.receive_ring import ReceiveRing
 from mpipipe.errors import ChannelClosedError, DeadlineError, EnvironmentSetupError, PeerLostError
 from mpipipe.topology.launcher import Launcher, detect
@@ -65,6 +64,7 @@ _SLOT_BYTES = 32 * 1024
 _NUM_SLOTS, _MIN_SLOTS = 64, 4
 # Tags: what a piece is to the frame it belongs to.
 _WHOLE, _MORE, _LAST, _QUIET = 1, 2, 3, 4
+_RAW = 4  # on the world itself, where nothing else travels
 _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
 # An Abort that hangs is cut short by the kernel: mpi4py holds the GIL in it.
@@ -172,10 +172,6 @@ class MpiChannel:
 
     # ---- receiving -------------------------------------------------------------------------------
 
-    async def receive(self) -> tuple[int, bytes]:
-        """The next frame as (source rank, frame). Raises as in the contract."""
-        return await self._inbox.get()
-
     def receive_nowait(self) -> tuple[int, bytes] | None:
         """The next frame that was polled already, or None. Raises as in the contract."""
         return self._inbox.get_nowait()
@@ -264,13 +260,39 @@ class MpiChannel:
         finally:
             os._exit(exit_code)
 
+    # ---- plain MPI, for comparison ---------------------------------------------------------------
+
     def raw_round_trips_s(self, num_bytes: int, num_repetitions: int) -> list[float]:
-        """See `raw_ping`."""
-        return raw_round_trips_s(MPI.COMM_WORLD, self._rank, num_bytes, num_repetitions)
+        """Seconds of each blocking round trip between ranks 0 and 1; empty on rank 1.
+
+        Both ranks call it at about the same time. Blocks the event loop.
+        """
+        world, peer, buffer = MPI.COMM_WORLD, 1 - self._rank, bytearray(num_bytes)
+        times_s = []
+        for _ in range(num_repetitions):
+            start_s = time.perf_counter()
+            if self._rank == 0:
+                world.Send(buffer, peer, _RAW)
+                world.Recv(buffer, peer, _RAW)
+                times_s.append(time.perf_counter() - start_s)
+            else:
+                world.Recv(buffer, peer, _RAW)
+                world.Send(buffer, peer, _RAW)
+        return times_s
 
     def raw_one_way_per_s(self, num_bytes: int, num_messages: int) -> float:
-        """See `raw_ping`."""
-        return raw_one_way_per_s(MPI.COMM_WORLD, self._rank, num_bytes, num_messages)
+        """Messages per second from rank 0 to rank 1 until the last one is read; 0 on rank 1."""
+        world, buffer, answer = MPI.COMM_WORLD, bytearray(num_bytes), bytearray(1)
+        start_s = time.perf_counter()
+        if self._rank == 0:
+            for _ in range(num_messages):
+                world.Send(buffer, 1, _RAW)
+            world.Recv(answer, 1, _RAW)
+            return num_messages / (time.perf_counter() - start_s)
+        for _ in range(num_messages):
+            world.Recv(buffer, 0, _RAW)
+        world.Send(answer, 0, _RAW)
+        return 0.0
 
 
 def finalize() -> None:

@@ -28,7 +28,7 @@ _PAYLOAD_BYTES = (64, 1024)
 _NUM_WARM_UP = 200
 _NUM_MESSAGES = 20_000  # one way; round trips are a tenth as many
 _BURST = 100  # messages sent between two turns of the event loop
-_SETTLE_S = 2.0  # until naps have reached their longest, 3 % of the time waited
+_SETTLE_S = 2.0  # until the engine's pauses have reached their longest, 3 % of the time waited
 _IDLE_S = 1.0
 _DEADLINE_S = 60.0
 

@@ -11,8 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mpipipe.data_plane.channel import EdgeKind
-from mpipipe.data_plane.transfer import PendingTransfer, check_transfer
+from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, check_transfer
 from mpipipe.errors import ChannelClosedError, ProtocolMismatchError
 
 if TYPE_CHECKING:

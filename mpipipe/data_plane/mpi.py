@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.channel import MOST_BYTES, EdgeKind, PendingTransfer, check_transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer, check_transfer
 from mpipipe.errors import (
     ChannelClosedError,
     DeadlineError,
@@ -162,12 +161,12 @@ class MpiTensorChannel:
         # Short tensors are mostly gone, or here, at once.
         if not self._finish(active):
             self._active.append(active)
-            self._press(active, +1)
+            self._boost(active, +1)
         self._engine.wake()
 
-    def _press(self, active: _Active, change: int) -> None:
+    def _boost(self, active: _Active, change: int) -> None:
         if active.transfer.num_bytes > _LARGE_BYTES:
-            self._engine.press(change)
+            self._engine.boost(change)
 
     # ---- progress --------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class MpiTensorChannel:
         before, self._active = self._active, []
         for active in before:
             if self._finish(active):
-                self._press(active, -1)
+                self._boost(active, -1)
             else:
                 self._active.append(active)
         return len(self._active) < len(before)
@@ -235,7 +234,7 @@ class MpiTensorChannel:
     def _give_up_receives(self) -> None:
         self._poll()
         for active in self._active:
-            self._press(active, -1)
+            self._boost(active, -1)
             active.request.Cancel()
             active.request.Wait()
             active.transfer.finish(

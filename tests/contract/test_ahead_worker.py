@@ -16,9 +16,8 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
-from mpipipe.data_plane.channel import EdgeKind, TensorChannel, Transfer
+from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, TensorChannel, Transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.data_plane.transfer import PendingTransfer
 from mpipipe.errors import NumericsError, PromptError
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.log import NullLog

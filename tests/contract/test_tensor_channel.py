@@ -7,10 +7,9 @@ import asyncio
 import pytest
 import torch
 
-from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.channel import EdgeKind, PendingTransfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.data_plane.staged import StagedChannel
-from mpipipe.data_plane.transfer import PendingTransfer
 from mpipipe.errors import ChannelClosedError, PeerLostError
 from mpipipe.progress import ProgressEngine, new_event_loop
 from tests.contract.slow_staging import SlowStaging

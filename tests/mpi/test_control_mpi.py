@@ -22,7 +22,7 @@ from mpipipe.errors import (
 )
 from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
-from tests.contract.channel_suite import Body, ChannelSuite, Spmd
+from tests.contract.channel_suite import Body, ChannelSuite, Spmd, next_frame
 
 LIMIT_S = 40
 SOON_S = 20.0
@@ -53,7 +53,7 @@ class TestMpiChannel(ChannelSuite):
         async def body(channel: object) -> None:
             assert isinstance(channel, MpiChannel)
             channel.send_nowait((channel.rank + 1) % channel.world_size, b"hello")
-            assert (await channel.receive())[1] == b"hello"
+            assert (await next_frame(channel))[1] == b"hello"
 
         asyncio.run(_with_channel(body))
 

@@ -10,7 +10,7 @@ import pytest
 
 from mpipipe._version import __version__
 from mpipipe.control_plane.codec import decode, encode
-from mpipipe.control_plane.handshake import find_mismatch
+from mpipipe.control_plane.mesh import find_mismatch
 from mpipipe.control_plane.messages import (
     PROTOCOL_VERSION,
     TAGS,

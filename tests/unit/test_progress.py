@@ -1,4 +1,4 @@
-"""The progress engine: who is asked when, and what a nap gives way to."""
+"""The progress engine: who is asked when, and what a pause gives way to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_poll_that_completes_something_wakes_the_task_that_waits_for_it(run: R
         def poll() -> bool:
             nonlocal rounds
             rounds += 1
-            if rounds != 500:  # well into the naps
+            if rounds != 500:  # well into the pauses
                 return False
             arrived.set_result(7)
             return True
@@ -124,7 +124,7 @@ def test_the_loop_goes_on_after_run_was_cancelled(run: Run) -> None:
 
 
 def test_wake_cuts_a_nap_short(run: Run) -> None:
-    """With naps that cannot end by themselves, only a wake can lead to the next round."""
+    """With pauses that cannot end by themselves, only a wake can lead to the next round."""
 
     async def body() -> None:
         engine = EndlessNaps(spin=0)
@@ -168,7 +168,7 @@ def test_other_tasks_and_timers_run_while_the_engine_is_active_all_the_time(run:
     run(body)
 
 
-def test_a_thread_can_hand_its_result_to_the_loop_while_the_engine_naps(run: Run) -> None:
+def test_a_thread_can_hand_its_result_to_the_loop_while_the_engine_pauses(run: Run) -> None:
     async def body() -> None:
         engine = EndlessNaps(spin=0)
         async with asyncio.TaskGroup() as tasks:
@@ -184,14 +184,14 @@ def pauses(engine: ProgressEngine, count: int) -> list[float]:
     return [engine.next_pause_s() for _ in range(count)]
 
 
-def test_after_activity_the_engine_spins_then_naps_ever_longer_up_to_a_limit() -> None:
+def test_after_activity_the_engine_spins_then_pauses_ever_longer_up_to_a_limit() -> None:
     engine = ProgressEngine(spin=3)
     found = pauses(engine, 500)
     assert found[:3] == [0.0, 0.0, 0.0]
-    naps = found[3:]
-    assert naps[0] == pytest.approx(50e-6)
-    assert naps == sorted(naps)
-    assert naps[-1] == pytest.approx(40e-3)
+    backoffs = found[3:]
+    assert backoffs[0] == pytest.approx(50e-6)
+    assert backoffs == sorted(backoffs)
+    assert backoffs[-1] == pytest.approx(40e-3)
 
 
 def test_something_completed_makes_it_spin_again() -> None:
@@ -203,13 +203,13 @@ def test_something_completed_makes_it_spin_again() -> None:
     assert pauses(engine, 3)[:2] == [0.0, 0.0]
 
 
-def test_while_computing_it_never_spins_and_naps_at_least_200_us() -> None:
+def test_while_computing_it_never_spins_and_pauses_at_least_200_us() -> None:
     engine = ProgressEngine(spin=100)
     with engine.computing():
         engine.wake()
-        naps = pauses(engine, 50)
-    assert min(naps) >= 200e-6
-    assert max(naps) <= 4e-3
+        backoffs = pauses(engine, 50)
+    assert min(backoffs) >= 200e-6
+    assert max(backoffs) <= 4e-3
 
 
 def test_computing_counts_threads_so_the_first_to_end_does_not_start_the_spinning() -> None:
@@ -231,15 +231,15 @@ def test_crowded_cores_shorten_the_spinning() -> None:
     assert pauses(crowded, 100).count(0.0) == 20
 
 
-def test_naps_stay_short_while_a_large_transfer_moves_only_when_polled() -> None:
+def test_pauses_stay_short_while_a_large_transfer_moves_only_when_polled() -> None:
     engine = ProgressEngine(spin=0)
-    engine.press(+1)
+    engine.boost(+1)
     pressed = [engine.next_pause_s() for _ in range(400)]
-    engine.press(-1)
+    engine.boost(-1)
     free = [engine.next_pause_s() for _ in range(400)]
     assert max(pressed) == 1e-3
     assert max(free) > 1e-2
-    engine.press(+1)
+    engine.boost(+1)
     with engine.computing():
         assert (
             max(engine.next_pause_s() for _ in range(40)) > 1e-3

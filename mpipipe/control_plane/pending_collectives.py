@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
 
-__all__ = ["Arrivals", "Collected", "Collective"]
+__all__ = ["Collected", "Collective", "PendingCollectives"]
 
 Collective = (
     Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
@@ -59,7 +59,7 @@ class _Waiting:
     future: asyncio.Future[None]
 
 
-class Arrivals:
+class PendingCollectives:
     """Collective messages by kind, name and source.
 
     Args:
