@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.control_plane.messages import Hello
     from mpipipe.metrics.log import Logger
-    from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.stage.worker import StageWorker
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
-from mpipipe.clock import MonotonicClock
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.names import Part, resolve_names
 from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
@@ -33,8 +32,6 @@ class LoadReport:
     """What loading a stage took."""
 
     bytes_read: int  # from disk, in the stored type
-    num_tensors: int  # checkpoint tensors read
-    seconds: float
     parameter_bytes: int  # in memory, in the run's type; shared tensors once
 
 
@@ -66,8 +63,6 @@ def load_stage(
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
-    clock = MonotonicClock()
-    start_s = clock.now_s()
     tied = tied or {}
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
@@ -91,8 +86,6 @@ def load_stage(
     _share_equal(module, wanted, tied)
     return LoadReport(
         bytes_read=filler.bytes_read,
-        num_tensors=filler.num_tensors,
-        seconds=clock.now_s() - start_s,
         parameter_bytes=_prove_materialised(module),
     )
 
@@ -204,14 +197,12 @@ class _Filler:
         self._stored = stored
         self._device = device
         self.bytes_read = 0
-        self.num_tensors = 0
 
     def fill(self, slot: _Slot) -> torch.Tensor:
         """A tensor like `slot.meta`, read and converted."""
         tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=self._device)
         for part in slot.parts:
             self.bytes_read += self._source.read_into(part.source, _region(tensor, part))
-            self.num_tensors += 1
         self._require_in_range(slot, tensor)
         return tensor
 

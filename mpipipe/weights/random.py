@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import torch
 
-from mpipipe.clock import MonotonicClock
 from mpipipe.weights.loader import LoadReport
 
 __all__ = ["fill_random"]
@@ -40,8 +39,6 @@ def fill_random(
         device: where the tensors are drawn and stay.
         seed: other seeds give other weights.
     """
-    clock = MonotonicClock()
-    start_s = clock.now_s()
     tied = tied or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
@@ -53,7 +50,7 @@ def fill_random(
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, made[source])
     num_bytes = sum(tensor.nbytes for tensor in made.values())
-    return LoadReport(0, 0, clock.now_s() - start_s, num_bytes)
+    return LoadReport(0, num_bytes)
 
 
 def _drawn(name: str, shell: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:

@@ -115,7 +115,6 @@ def test_every_type_is_converted_while_loading(
     report = load(tmp_path, stage, run)
     assert_equal(stage, {name: tensor.to(run) for name, tensor in model.state_dict().items()})
     assert report.bytes_read == sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert report.num_tensors == len(stage.wanted)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -208,7 +207,7 @@ def test_what_older_libraries_stored_besides_is_ignored(
     stage = whole(model.config)
     report = load(tmp_path, stage)
     assert_equal(stage, model.state_dict())
-    assert report.num_tensors == len(stage.wanted)
+    assert report.bytes_read == sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 # --- tied embeddings -------------------------------------------------------------------------
