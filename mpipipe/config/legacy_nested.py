@@ -25,74 +25,44 @@ from mpipipe.config.binding import settings
 __all__ = ["KEYS", "FlatConfig", "flatten", "is_nested"]
 
 _SAMPLING = {
-    "do_sample": "do_sample",
-    "max_new_tokens": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_length",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "seed": "seed",
-    "stop": "stop_strings",
-    "stop_strings": "stop_strings",
-    "num_beams": "num_beams",
-    "num_return_sequences": "num_return_sequences",
-    "n": "num_return_sequences",
+    "max_new_tokens": ("max_new_tokens", "max_tokens"),
+    "stop_strings": ("stop_strings", "stop"),
+    "num_return_sequences": ("num_return_sequences", "n"),
+    **{name: (name,) for name in ("do_sample", "max_length", "temperature", "top_k", "top_p")},
+    **{name: (name,) for name in ("min_p", "repetition_penalty", "seed", "num_beams")},
 }
-_OUTPUT = dict.fromkeys(("dir", "path", "folder", "file", "output_dir"), "output_dir")
-KEYS: dict[str, dict[str, str]] = {
+_OUTPUT: dict[str, tuple[str, ...]] = {
+    "output_dir": ("dir", "path", "folder", "file", "output_dir")
+}
+_NAMES: dict[str, dict[str, tuple[str, ...]]] = {  # object → flat key → its names in the object
     "model": {
-        "name": "model_path",
-        "path": "model_path",
-        "name_or_path": "model_path",
-        "model_path": "model_path",
-        "model_name_or_path": "model_path",
-        "dtype": "dtype",
-        "torch_dtype": "dtype",
-        "precision": "dtype",
-        "tokenizer": "tokenizer_path",
-        "tokenizer_path": "tokenizer_path",
-        "tokenizer_name": "tokenizer_path",
-        "trust_remote_code": "trust_remote_code",
-        "local_files_only": "local_files_only",
-        "device_map": "device_map",
+        "model_path": ("name", "path", "name_or_path", "model_path", "model_name_or_path"),
+        "dtype": ("dtype", "torch_dtype", "precision"),
+        "tokenizer_path": ("tokenizer", "tokenizer_path", "tokenizer_name"),
+        **{name: (name,) for name in ("trust_remote_code", "local_files_only", "device_map")},
     },
     "pipeline": {
-        "stages": "num_stages",
-        "size": "num_stages",
-        "num_stages": "num_stages",
-        "pipeline_parallel_size": "num_stages",
-        "micro_batches": "micro_batches",
-        "num_micro_batches": "micro_batches",
-        "microbatches": "micro_batches",
-        "num_microbatches": "micro_batches",
-        "chunks": "micro_batches",
-        "batch_size": "batch_size",
-        "micro_batch_size": "batch_size",
+        "num_stages": ("stages", "size", "num_stages", "pipeline_parallel_size"),
+        "micro_batches": (
+            *("micro_batches", "num_micro_batches", "microbatches", "num_microbatches"),
+            "chunks",
+        ),
+        "batch_size": ("batch_size", "micro_batch_size"),
     },
     "sampling": _SAMPLING,
     "generation": _SAMPLING,
     "nodes": {
-        "count": "nodes",
-        "num_nodes": "nodes",
-        "nodes": "nodes",
-        "hosts": "nodes",
-        "gpus_per_node": "gpus_per_node",
-        "ranks_per_node": "gpus_per_node",
-        "tasks_per_node": "gpus_per_node",
+        "nodes": ("count", "num_nodes", "nodes", "hosts"),
+        "gpus_per_node": ("gpus_per_node", "ranks_per_node", "tasks_per_node"),
     },
-    "prompts": {
-        "file": "prompt_file",
-        "path": "prompt_file",
-        "texts": "prompts",
-        "list": "prompts",
-        "prompts": "prompts",
-    },
+    "prompts": {"prompt_file": ("file", "path"), "prompts": ("texts", "list", "prompts")},
     "output": _OUTPUT,
     "outputs": _OUTPUT,
-    "tokenizer": {"name": "tokenizer_path", "path": "tokenizer_path"},
+    "tokenizer": {"tokenizer_path": ("name", "path")},
+}
+KEYS = {
+    section: {name: key for key, names in keys.items() for name in names}
+    for section, keys in _NAMES.items()
 }
 _ONLY_OLD = ("sampling", "nodes", "outputs", "tokenizer")  # objects that are no sections of today
 

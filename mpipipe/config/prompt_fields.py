@@ -41,49 +41,27 @@ _ALIASES = {
 }
 _LOGPROB_KEYS = ("logprobs", "top_logprobs")
 _SETTING_KEYS = (*_SAMPLING_KEYS, *_ALIASES, *_LOGPROB_KEYS)
-# Settings that are not supported, of the OpenAI API, vLLM and SGLang, with the values that ask for
+# Settings that are not supported, of the OpenAI API, vLLM and SGLang, by the values that ask for
 # nothing. So does null, everywhere.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "verbosity": ("medium",),
-    "reasoning_effort": (),
-    "web_search_options": (),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "echo": (False,),
-    "suffix": ("",),
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "no_stop_trim": (False,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "documents": ([],),
-    "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "logits_processors": ([],),
-}
+_BY_NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
+    ((1,), ("n", "best_of", "length_penalty")),
+    ((0,), ("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens")),
+    ((False,), ("echo", "use_beam_search", "early_stopping")),
+    ((False,), ("include_stop_str_in_output", "no_stop_trim")),
+    ((True,), ("skip_special_tokens", "spaces_between_special_tokens")),
+    (([],), ("functions", "allowed_token_ids", "bad_words", "documents")),
+    (([],), ("guided_choice", "logits_processors")),
+    (({},), ("logit_bias",)),
+    (({"type": "text"},), ("response_format",)),
+    ((["text"],), ("modalities",)),
+    (("medium",), ("verbosity",)),
+    (("none", "auto"), ("function_call",)),
+    (("",), ("suffix",)),
+    ((), ("audio", "reasoning_effort", "web_search_options", "chat_template")),
+    ((), ("truncate_prompt_tokens", "prompt_logprobs", "structured_outputs", "json_schema")),
+    ((), ("guided_json", "guided_regex", "guided_grammar", "regex", "ebnf")),
+)
+_NEUTRAL = {name: values for values, names in _BY_NEUTRAL_VALUES for name in names}
 # What does not decide the tokens: names, notes, how an answer travels, hints for speed.
 _IGNORED = (
     "metadata",

@@ -1,8 +1,8 @@
 """What the doctor says: findings, and the report they make.
 
-Invariants: *fatal* means that the job would fail, or run on what nobody wanted; *warning* that it
-would run, but slower, or that something will be missing. A finding that is not OK has a remedy.
-Not here: deciding what is amiss (`judge_…`), how it is printed (`cli.doctor`).
+Invariants: *fatal* means that the job would fail, or run on devices that the user did not ask for;
+*warning* that it would run, but slower, or that something will be missing. A finding that is not OK
+has a remedy. `checks` decide what is amiss, `cli.doctor` prints it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class Finding:
             "values": dict(self.values),
         }
 
+    def at(self, host: str, rank: int | None = None) -> Finding:
+        """The same, of one host or of one rank."""
+        return dataclasses.replace(self, host=host, rank=rank)
+
     @staticmethod
     def of_error(check: str, error: MpipipeError, *, rank: int | None = None) -> Finding:
         """What would end the job with `error`."""
@@ -87,9 +91,16 @@ def warning(check: str, what: str, cause: str, remedy: str, **values: Value) -> 
     return Finding(check, Severity.WARNING, what, cause, remedy, values=values)
 
 
-def fatal(check: str, what: str, cause: str, remedy: str, **values: Value) -> Finding:
-    """A finding that the job would be lost."""
-    return Finding(check, Severity.FATAL, what, cause, remedy, values=values)
+def fatal(
+    check: str,
+    what: str,
+    cause: str,
+    remedy: str,
+    exit_code: int = EXIT_ENVIRONMENT,
+    **values: Value,
+) -> Finding:
+    """A finding that the job would be lost, with `exit_code`."""
+    return Finding(check, Severity.FATAL, what, cause, remedy, values=values, exit_code=exit_code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,14 +221,12 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
         return [Finding.of_error("job.output", error)]
     if output.overwrite or goes_on:
         return [ok("job.output", f"{folder} holds an earlier run, as the settings expect")]
-    finding = fatal(
-        "job.output",
-        f"{folder} already holds a run",
-        "output.dir is that of an earlier run",
+    remedy = (
         "choose another output.dir, or set output.resume=true to go on with it, or "
-        "output.overwrite=true to replace it",
+        "output.overwrite=true to replace it"
     )
-    return [dataclasses.replace(finding, exit_code=EXIT_CONFIG)]
+    cause = "output.dir is that of an earlier run"
+    return [fatal("job.output", f"{folder} already holds a run", cause, remedy, EXIT_CONFIG)]
 
 
 def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:

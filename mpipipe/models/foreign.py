@@ -6,12 +6,12 @@ Python exceptions of every kind, and panics of the tokenizers library, which are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mpipipe.errors import MpipipeError, PromptError
 
-__all__ = ["DECODE_FAILED", "ENCODE_FAILED", "each_or_error", "foreign_code", "in_short"]
+__all__ = ["DECODE_FAILED", "ENCODE_FAILED", "foreign_code", "in_short"]
 
 # Arguments of `foreign_code`.
 ENCODE_FAILED = (
@@ -53,16 +53,3 @@ def in_short(error: BaseException) -> str:
         text = ""
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1] + "…"
-
-
-def each_or_error(
-    encode: Callable[[str], tuple[int, ...]], texts: Sequence[str]
-) -> list[tuple[int, ...] | PromptError]:
-    """The ids of each text, or the error that it raises."""
-    found: list[tuple[int, ...] | PromptError] = []
-    for text in texts:
-        try:
-            found.append(encode(text))
-        except PromptError as error:
-            found.append(error)
-    return found

@@ -11,8 +11,9 @@ X = (H + 2 K) * D, I intermediate size, O and I the sides of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear, silu
@@ -26,64 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Operations", "choose_operations", "torch_operations", "triton_operations"]
 
 
-class _RmsNorm(Protocol):
-    def __call__(
-        self, hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
-
-
-class _AddRmsNorm(Protocol):
-    def __call__(
-        self,
-        hidden_TH: torch.Tensor,
-        residual_TH: torch.Tensor,
-        weight_H: torch.Tensor,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class _RotateAndStore(Protocol):
-    def __call__(
-        self,
-        qkv_TX: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        *,
-        slot_mapping_T: torch.Tensor,
-        norms: HeadNorms | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-class _GatedSilu(Protocol):
-    def __call__(self, gate_up_TX: torch.Tensor) -> torch.Tensor: ...
-
-
-class _Linear(Protocol):
-    def __call__(
-        self,
-        hidden_TH: torch.Tensor,
-        weight_OH: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-
-
-class _AdvanceRows(Protocol):
-    def __call__(
-        self,
-        kv_len_B: torch.Tensor,
-        active_B: torch.Tensor,
-        pages_BP: torch.Tensor,
-        seats_B: torch.Tensor,
-        last_token_N: torch.Tensor,
-        *,
-        page_size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-class _GreedyIds(Protocol):
-    def __call__(self, logits_SV: torch.Tensor) -> torch.Tensor: ...
+_Two = tuple[torch.Tensor, torch.Tensor]
+_Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +48,13 @@ class Operations:
     """
 
     name: str
-    rms_norm: _RmsNorm
-    add_rms_norm: _AddRmsNorm
-    rotate_and_store: _RotateAndStore
-    gated_silu: _GatedSilu
-    linear: _Linear
-    advance_rows: _AdvanceRows
-    greedy_ids: _GreedyIds
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], _Two]
+    rotate_and_store: Callable[..., _Three]
+    gated_silu: Callable[[torch.Tensor], torch.Tensor]
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    advance_rows: Callable[..., _Three]
+    greedy_ids: Callable[[torch.Tensor], torch.Tensor]
 
 
 def choose_operations(device: torch.device) -> tuple[Operations, str]:
@@ -142,7 +87,7 @@ def triton_operations() -> Operations:
 
 
 def _rows_linear(
-    hidden_TH: torch.Tensor, weight_OH: torch.Tensor, bias_O: torch.Tensor | None = None
+    hidden_TH: torch.Tensor, weight_OH: torch.Tensor, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
     from mpipipe.models.kernels.linear import prefers_small_linear, small_linear
 
@@ -163,7 +108,7 @@ def torch_operations() -> Operations:
         add_rms_norm=_add_rms_norm,
         rotate_and_store=_rotate_and_store,
         gated_silu=_gated_silu,
-        linear=_linear,
+        linear=linear,
         advance_rows=_advance_rows,
         greedy_ids=_greedy_ids,
     )
@@ -177,7 +122,7 @@ def _rms_norm(hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> to
 
 def _add_rms_norm(
     hidden_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> _Two:
     sum_TH = hidden_TH + residual_TH
     return _rms_norm(sum_TH, weight_H, eps), sum_TH
 
@@ -191,7 +136,7 @@ def _rotate_and_store(
     *,
     slot_mapping_T: torch.Tensor,
     norms: HeadNorms | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Three:
     num_kv_heads, head_dim = key_cache.shape[2:]
     heads_TND = qkv_TX.unflatten(-1, (-1, head_dim))
     num_heads = heads_TND.shape[1] - 2 * num_kv_heads
@@ -214,12 +159,6 @@ def _gated_silu(gate_up_TX: torch.Tensor) -> torch.Tensor:
     return silu(gate_TI) * up_TI
 
 
-def _linear(
-    hidden_TH: torch.Tensor, weight_OH: torch.Tensor, bias_O: torch.Tensor | None = None
-) -> torch.Tensor:
-    return linear(hidden_TH, weight_OH, bias_O)
-
-
 def _advance_rows(
     kv_len_B: torch.Tensor,
     active_B: torch.Tensor,
@@ -228,7 +167,7 @@ def _advance_rows(
     last_token_N: torch.Tensor,
     *,
     page_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Three:
     kv_len_B.add_(active_B)
     positions_B, slot_mapping_B = place_rows(pages_BP, kv_len_B, page_size)
     return positions_B, slot_mapping_B, last_token_N.index_select(0, seats_B).clamp_(min=0)

@@ -9,7 +9,7 @@ Invariants: without special tokens in the text, `encode` is BOS plus sentencepie
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
-from mpipipe.errors import CheckpointError, PromptError
-from mpipipe.models.chat import ChatTemplates, Message
+from mpipipe.errors import CheckpointError
+from mpipipe.models.chat import ChatTemplates
 from mpipipe.models.chat_renderer import ChatRenderer
-from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, each_or_error, foreign_code
+from mpipipe.models.tokenizer_base import Tokenizer
 
 __all__ = ["SentencePieceTokenizer"]
 
@@ -40,7 +39,7 @@ class _Settings:
     prefix_every_stretch: bool  # of the text between special tokens ("legacy" in Llama's settings)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """Implements `Tokenizer` over one sentencepiece model."""
 
     def __init__(
@@ -50,15 +49,21 @@ class SentencePieceTokenizer:
         settings: _Settings,
         templates: ChatTemplates,
     ) -> None:
+        super().__init__(ChatRenderer(templates, settings.roles))
         self._first = first  # encodes the start of a text, and decodes
         self._later = later  # encodes the stretches after special tokens
         self._settings = settings
-        self._renderer = ChatRenderer(templates, settings.roles)
         self._own_tokens = {**settings.added, **settings.special}
         self._added_texts = {number: token for token, number in settings.added.items()}
         self._special_ids = frozenset(settings.special.values())
         longest_first = sorted(self._own_tokens, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        last = max(self._own_tokens.values(), default=-1)
+        self.vocab_size = max(first.get_piece_size(), last + 1)
+        self.bos_token_id = self._own_tokens.get(settings.roles.get("bos_token", ""))
+        eos = self._own_tokens.get(settings.roles.get("eos_token", ""))
+        self.eos_token_ids = () if eos is None else (eos,)
+        self.special_tokens = settings.special
 
     @staticmethod
     def open(folder: Path, templates: ChatTemplates) -> SentencePieceTokenizer:
@@ -73,47 +78,13 @@ class SentencePieceTokenizer:
         later = first if settings.prefix_every_stretch else _without_prefix(first)
         return SentencePieceTokenizer(first, later, settings, templates)
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._first.get_piece_size(), *(n + 1 for n in self._own_tokens.values()), 0)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Beginning of sequence."""
-        return self._own_tokens.get(self._settings.roles.get("bos_token", ""))
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End of sequence."""
-        found = self._own_tokens.get(self._settings.roles.get("eos_token", ""))
-        return () if found is None else (found,)
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Those that `decode` skips."""
-        return self._settings.special
-
-    def token_text(self, token_id: int) -> str:
-        """The token of an id."""
+    def _token_text(self, token_id: int) -> str:
         for text, number in self._own_tokens.items():
             if number == token_id:
                 return text
-        with foreign_code("tokenizer", f"token {token_id} has no text", "copy the tokenizer again"):
-            return str(self._first.id_to_piece(token_id))
+        return str(self._first.id_to_piece(token_id))
 
-    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """The ids of `text`."""
-        with foreign_code(*ENCODE_FAILED):
-            return self._encode(text, add_special_tokens)
-
-    def encode_all(
-        self, texts: Sequence[str], add_special_tokens: bool
-    ) -> list[tuple[int, ...] | PromptError]:
-        """`encode` of every text."""
-        return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, add_special_tokens: bool) -> Iterable[int]:
         ids: list[int] = []
         bos, eos = self.bos_token_id, self.eos_token_ids
         if add_special_tokens and self._settings.add_bos and bos is not None:
@@ -127,12 +98,10 @@ class SentencePieceTokenizer:
                 ids += (self._later if position else self._first).encode(stretch)
         if add_special_tokens and self._settings.add_eos:
             ids += eos
-        return tuple(ids)
+        return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-        with foreign_code(*DECODE_FAILED):
-            return "".join(self._texts(ids))
+    def _decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._texts(ids))
 
     def _texts(self, ids: Sequence[int]) -> Iterator[str]:
         num_pieces = self._first.get_piece_size()
@@ -145,16 +114,6 @@ class SentencePieceTokenizer:
             elif 0 <= number < num_pieces and number not in self._special_ids:
                 run.append(number)
         yield self._first.decode(run)
-
-    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
-        """A conversation as text."""
-        return self._renderer.render(messages, options)
-
-    def chat(
-        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
-    ) -> tuple[int, ...]:
-        """The ids of a conversation."""
-        return self.encode(self.render(messages, options), add_special_tokens=False)
 
 
 def _load(path: Path) -> SentencePieceProcessor:

@@ -9,107 +9,33 @@
 Why not transformers for the third: 5.17–5.23 rebuild a sentencepiece model as a different one. With
 `tokenizer.model` alone they add neither BOS nor the leading space; with a `LlamaTokenizer`
 configuration they drop its normaliser and one leading space. sentencepiece is what the model was
-trained with. Non-purpose: incremental text (`scheduler/detokenize.py`).
+trained with. `scheduler/detokenize.py` makes text as tokens come.
 
 Invariants: nothing is downloaded; encoding and decoding are pure functions of their arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.errors import CheckpointError, PromptError
-from mpipipe.models.chat import (
-    ChatTemplates,
-    Message,
-    chat_templates_of,
-    read_chat_templates,
-)
+from mpipipe.models.chat import ChatTemplates, chat_templates_of, read_chat_templates
 from mpipipe.models.chat_renderer import ChatRenderer
-from mpipipe.models.foreign import (
-    DECODE_FAILED,
-    ENCODE_FAILED,
-    each_or_error,
-    foreign_code,
-    in_short,
-)
+from mpipipe.models.foreign import ENCODE_FAILED, foreign_code, in_short
+from mpipipe.models.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Tokenizer", "TransformersTokenizer", "open_tokenizer"]
+__all__ = ["TransformersTokenizer", "open_tokenizer"]
 
 # OPT's published settings, for a folder with nothing but vocab.json and merges.txt: every text
 # begins with </s>, which transformers' bare GPT-2 tokenizer would not add.
 _OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 _NO_LIMIT = 1 << 60
-
-
-class Tokenizer(Protocol):
-    """What the runtime needs of a tokenizer.
-
-    What the tokenizer's own code raises on a text or on ids becomes a `PromptError`, of kind
-    `tokenizer` in `encode` and `token_text`, of kind `detokenize` in `decode`.
-    """
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id that `encode` can return."""
-        ...
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Beginning of sequence."""
-        ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End of sequence, as the tokenizer's files say; the model's own list has precedence."""
-        ...
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """The tokens that `decode` skips: their texts and ids."""
-        ...
-
-    def token_text(self, token_id: int) -> str:
-        """The token of an id, as the vocabulary writes it: for messages."""
-        ...
-
-    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """The ids of `text`; special tokens written out in it are recognised.
-
-        With `add_special_tokens`, those that the model expects round a text are added (BOS).
-        """
-        ...
-
-    def encode_all(
-        self, texts: Sequence[str], add_special_tokens: bool
-    ) -> list[tuple[int, ...] | PromptError]:
-        """`encode` of every text, its error where it has one; faster than one by one."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`: special tokens and ids beyond the vocabulary are skipped."""
-        ...
-
-    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
-        """A conversation through the model's chat template: special tokens written out.
-
-        Raises:
-            PromptError: the model has no chat template, or its template does not take the messages.
-        """
-        ...
-
-    def chat(
-        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
-    ) -> tuple[int, ...]:
-        """The ids of what `render` makes; nothing is added to them."""
-        ...
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -202,47 +128,18 @@ def _open_with_transformers(
     return TransformersTokenizer(backend, templates)
 
 
-class TransformersTokenizer:
+class TransformersTokenizer(Tokenizer):
     """A tokenizer of the transformers library."""
 
     def __init__(self, backend: PreTrainedTokenizerBase, templates: ChatTemplates) -> None:
+        super().__init__(ChatRenderer(templates, backend.special_tokens_map))
         self._backend = backend
         self._backend.model_max_length = _NO_LIMIT  # the context is checked by the scheduler
-        self._num_ids = max(backend.get_vocab().values(), default=-1) + 1
-        self._special_tokens = _special_tokens(backend)
-        self._renderer = ChatRenderer(templates, backend.special_tokens_map)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return self._num_ids
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Beginning of sequence."""
-        found = self._backend.bos_token_id
-        return found if isinstance(found, int) else None
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End of sequence."""
-        found = self._backend.eos_token_id
-        return (found,) if isinstance(found, int) else ()
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Those that `decode` skips."""
-        return self._special_tokens
-
-    def token_text(self, token_id: int) -> str:
-        """The token of an id."""
-        with foreign_code("tokenizer", f"token {token_id} has no text", "copy the tokenizer again"):
-            return str(self._backend.convert_ids_to_tokens(token_id))
-
-    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """The ids of `text`."""
-        with foreign_code(*ENCODE_FAILED):
-            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens))
+        bos, eos = backend.bos_token_id, backend.eos_token_id
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        self.bos_token_id = bos if isinstance(bos, int) else None
+        self.eos_token_ids = (eos,) if isinstance(eos, int) else ()
+        self.special_tokens = _special_tokens(backend)
 
     def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool
@@ -255,27 +152,22 @@ class TransformersTokenizer:
                 found = self._backend(list(texts), add_special_tokens=add_special_tokens)
                 return [tuple(ids) for ids in found["input_ids"]]
         except PromptError:
-            return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
+            return super().encode_all(texts, add_special_tokens)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-        known = [number for number in ids if 0 <= number < self._num_ids]
-        with foreign_code(*DECODE_FAILED):
-            text = self._backend.decode(
-                known, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+    def _token_text(self, token_id: int) -> str:
+        return str(self._backend.convert_ids_to_tokens(token_id))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Iterable[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        known = [number for number in ids if 0 <= number < self.vocab_size]
+        text = self._backend.decode(
+            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text
-
-    def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
-        """A conversation as text."""
-        return self._renderer.render(messages, options)
-
-    def chat(
-        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
-    ) -> tuple[int, ...]:
-        """The ids of a conversation."""
-        return self.encode(self.render(messages, options), add_special_tokens=False)
 
 
 def _special_tokens(backend: PreTrainedTokenizerBase) -> dict[str, int]:

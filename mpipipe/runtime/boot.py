@@ -32,7 +32,7 @@ from mpipipe.topology.host import peak_rss_bytes
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.log import Logger
-    from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.resources import RankResources
     from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.stage.worker import StageWorker

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
-    from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.inputs import ModelFacts
 
 __all__ = ["PreparedPrompts", "prepare", "tokenize", "workload_of"]

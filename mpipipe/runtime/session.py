@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
     from mpipipe.metrics.accounting import StageAccount, StepRecord
-    from mpipipe.models.tokenizer import Tokenizer
+    from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.boot import Boot
     from mpipipe.runtime.stage_worker import Worker

@@ -137,7 +137,7 @@ class AheadCore:
         """Queue a request behind all others.
 
         Raises:
-            PromptError: "empty", or "too_long" for the context, for all pages together, or for what
+            PromptError: "empty_prompt"; "too_long" for the context, for all pages, or for what
                 the stages were made for.
         """
         check_request(

@@ -145,7 +145,7 @@ class SchedulerCore:
         """Queue a request behind all others.
 
         Raises:
-            PromptError: "empty", or "too_long" for the context or for all pages together.
+            PromptError: "empty_prompt", or "too_long" for the context or for all pages together.
         """
         capacity_tokens = self._roster.pages.capacity_tokens
         check_request(

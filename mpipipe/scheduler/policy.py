@@ -126,12 +126,12 @@ def check_request(
     cut it short there would change its completion without a word.
 
     Raises:
-        PromptError: of kind "empty" or "too_long", with the numbers.
+        PromptError: of kind "empty_prompt" or "too_long", with the numbers.
     """
     num_tokens = len(request.prompt_ids)
     if num_tokens == 0:
         raise PromptError(
-            "empty", f"prompt {request.request_id!r} has no tokens: give it some text"
+            "empty_prompt", f"prompt {request.request_id!r} has no tokens: give it some text"
         )
     if num_tokens + 1 > max_context_tokens:
         raise PromptError(

@@ -1,10 +1,10 @@
 """Who started this process, and as which of how many: read from the environment alone.
 
-Not here: MPI itself, and printing. The variables are those seen under Slurm 22.05 (`srun
---mpi=pmi2|pmix|none`, sbatch, salloc), MPICH's hydra and Open MPI's mpirun; those of
-`_BY_VARIABLES` are documented, not tried. Invariant: the innermost launcher wins, because mpirun
-inside a Slurm job starts its own daemons with srun, whose `SLURM_PROCID` and `SLURM_NTASKS` then
-count nodes, not ranks.
+The variables are those seen under Slurm 22.05 (`srun --mpi=pmi2|pmix|none`, sbatch, salloc), hydra
+of MPICH and mpirun of Open MPI; those of `_UNTRIED` are documented, not tried.
+
+Invariant: the innermost launcher wins, because mpirun inside a Slurm job starts its own daemons
+with srun, whose `SLURM_PROCID` and `SLURM_NTASKS` then count nodes, not ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +18,6 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.topology.srun_mpi import MpiFamily, choose_mpi, family_of, short_name
 
 __all__ = ["LaunchInfo", "Launcher", "check_pmi", "check_world_size", "detect", "local_ranks"]
-
-# Launchers that say all there is to say in variables of their own: rank, ranks, rank on this host.
-# "" where there is none.
-_BY_VARIABLES = {
-    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
-    "PALS": ("PALS_RANKID", "", "PALS_LOCAL_RANKID"),
-    "JSRUN": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
-    "FLUX": ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID"),
-}
 
 # Slurm numbers its special steps (batch script, interactive shell, extern) from the top of uint32.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -59,77 +50,46 @@ class LaunchInfo:
     detail: str = ""  # srun's --mpi value
 
 
+# The variables that tell rank, ranks and rank on this host; "": the launcher has none.
+_VARIABLES = {
+    Launcher.OPENMPI: (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    Launcher.HYDRA: ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    Launcher.MVAPICH: ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    Launcher.PALS: ("PALS_RANKID", "", "PALS_LOCAL_RANKID"),
+    Launcher.JSRUN: ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    Launcher.FLUX: ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID"),
+    Launcher.PMIX: ("PMIX_RANK", "", "PMIX_LOCAL_RANK"),
+    Launcher.TORCHRUN: ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+}
+_UNTRIED = (Launcher.MVAPICH, Launcher.PALS, Launcher.JSRUN, Launcher.FLUX)
+
+
 def detect(environ: Mapping[str, str]) -> LaunchInfo:
     """The innermost launcher of this process."""
-    for reader in (_openmpi, _hydra, _srun, _by_variables, _pmi, _pmix, _torchrun):
-        if (info := reader(environ)) is not None:
-            return info
-    return LaunchInfo(launcher=Launcher.NONE)
-
-
-def _openmpi(environ: Mapping[str, str]) -> LaunchInfo | None:
-    if "OMPI_COMM_WORLD_SIZE" not in environ:
-        return None
-    return LaunchInfo(
-        launcher=Launcher.OPENMPI,
-        rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
-        world_size=_number(environ, "OMPI_COMM_WORLD_SIZE"),
-        local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
-        mpi_expected=True,
+    found = (
+        _told(environ, Launcher.OPENMPI, "OMPI_COMM_WORLD_SIZE"),
+        # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE too; only hydra adds MPI_LOCALRANKID.
+        _told(environ, Launcher.HYDRA, "PMI_SIZE", "MPI_LOCALRANKID"),
+        _srun(environ),
+        *(_told(environ, name, *_VARIABLES[name][::2]) for name in _UNTRIED),
+        _told(environ, Launcher.HYDRA, "PMI_SIZE"),
+        _told(environ, Launcher.PMIX, "PMIX_RANK"),
+        _told(environ, Launcher.TORCHRUN, "RANK", "WORLD_SIZE"),
     )
+    return next((info for info in found if info is not None), LaunchInfo(Launcher.NONE))
 
 
-def _hydra(environ: Mapping[str, str]) -> LaunchInfo | None:
-    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE too; only hydra adds MPI_LOCALRANKID.
-    return _pmi(environ) if "MPI_LOCALRANKID" in environ else None
-
-
-def _pmi(environ: Mapping[str, str]) -> LaunchInfo | None:
-    if "PMI_SIZE" not in environ:
+def _told(environ: Mapping[str, str], launcher: Launcher, *needed: str) -> LaunchInfo | None:
+    """What `launcher` tells; None where the environment lacks one of the variables `needed`."""
+    if not set(needed) <= environ.keys():
         return None
-    return LaunchInfo(
-        launcher=Launcher.HYDRA,
-        rank=_number(environ, "PMI_RANK"),
-        world_size=_number(environ, "PMI_SIZE"),
-        local_rank=_number(environ, "MPI_LOCALRANKID"),
-        mpi_expected=True,
-    )
-
-
-def _pmix(environ: Mapping[str, str]) -> LaunchInfo | None:
-    if "PMIX_RANK" not in environ:
-        return None
-    return LaunchInfo(
-        launcher=Launcher.PMIX,
-        rank=_number(environ, "PMIX_RANK"),
-        local_rank=_number(environ, "PMIX_LOCAL_RANK"),
-        mpi_expected=True,
-    )
-
-
-def _torchrun(environ: Mapping[str, str]) -> LaunchInfo | None:
-    if not {"RANK", "WORLD_SIZE"} <= environ.keys():
-        return None
-    return LaunchInfo(
-        launcher=Launcher.TORCHRUN,
-        rank=_number(environ, "RANK"),
-        world_size=_number(environ, "WORLD_SIZE"),
-        local_rank=_number(environ, "LOCAL_RANK"),
-    )
-
-
-def _by_variables(environ: Mapping[str, str]) -> LaunchInfo | None:
-    """A launcher of the table."""
-    for name, (rank, world_size, local_rank) in _BY_VARIABLES.items():
-        if _number(environ, rank) is not None and _number(environ, local_rank) is not None:
-            return LaunchInfo(
-                launcher=Launcher[name],
-                rank=_number(environ, rank),
-                world_size=_number(environ, world_size),
-                local_rank=_number(environ, local_rank),
-                mpi_expected=True,
-            )
-    return None
+    rank, world_size, local_rank = (_number(environ, name) for name in _VARIABLES[launcher])
+    by_mpi = launcher is not Launcher.TORCHRUN
+    return LaunchInfo(launcher, rank, world_size, local_rank, mpi_expected=by_mpi)
 
 
 def local_ranks(seats: Sequence[tuple[str, int | None]]) -> list[int]:

@@ -18,7 +18,8 @@ from mpipipe.config.chat_fields import ChatOptions
 from mpipipe.errors import CheckpointError, EnvironmentSetupError, PromptError
 from mpipipe.models.chat import ChatTemplates, read_chat_templates
 from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
-from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
+from mpipipe.models.tokenizer import open_tokenizer
+from mpipipe.models.tokenizer_base import Tokenizer
 
 CHAT = (
     "{{ bos_token }}{% if tools %}{{ tools|tojson }}{% endif %}{% if terse %}Terse.{% endif %}"

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
+from mpipipe.models.tokenizer import open_tokenizer
+from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.scheduler.detokenize import IncrementalDetokenizer
 
 CORPUS = [f"the fox, number {k}, jumps über straße 漢字 and back {k * 7}" for k in range(60)]

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from mpipipe.errors import CheckpointError, PromptError
-from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
+from mpipipe.models.tokenizer import open_tokenizer
+from mpipipe.models.tokenizer_base import Tokenizer
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wise owls judge vexing riddles"
 WORDS = tuple(SENTENCE.split())

@@ -17,7 +17,8 @@ from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.models.chat import ChatTemplates
 from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
-from mpipipe.models.tokenizer import Tokenizer, open_tokenizer
+from mpipipe.models.tokenizer import open_tokenizer
+from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.runtime.requests import prepare
 from tests.fuzz import seeds
 from tests.fuzz.engine import Check, Target

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA wheels")
 
-from mpipipe.models.kernels.launch import early_launch, launches_early
+from mpipipe.models.kernels.launch import early_launch, launch_options
 from mpipipe.models.kernels.linear import LinearTuning, small_linear
 from mpipipe.models.kernels.norms import rms_norm
 
@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_early_launches_read_nothing_stale() -> None:
     with early_launch(True):
-        if not launches_early(DEVICE):
+        if not launch_options(DEVICE)["EARLY"]:
             pytest.skip("early launch needs compute capability 9.0")
     weights = [drawn(4096, 4096, seed=seed) / 64 for seed in range(4)]
     norm_H = torch.ones(4096, dtype=torch.bfloat16, device=DEVICE)

@@ -144,7 +144,7 @@ def test_a_prompt_that_leaves_no_room_for_a_token_is_refused_with_numbers() -> N
     assert error.value.kind == "too_long"
     with pytest.raises(PromptError) as error:
         add(core, 0)
-    assert error.value.kind == "empty"
+    assert error.value.kind == "empty_prompt"
     assert core.is_idle
     add(core, 19)
     assert not core.is_idle

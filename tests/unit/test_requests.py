@@ -10,7 +10,10 @@ import pytest
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import PromptError
-from mpipipe.models.foreign import each_or_error, foreign_code, in_short
+from mpipipe.models.chat import ChatTemplates
+from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.foreign import foreign_code, in_short
+from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.runtime.requests import PreparedPrompts, prepare
 from mpipipe.types import SamplingParams
 
@@ -18,7 +21,7 @@ VOCAB_SIZE = 200
 SPECIAL = {"<bos>": 1, "<end>": 2, "<image>": VOCAB_SIZE, "<negative>": -3}
 
 
-class ScriptedTokenizer:
+class ScriptedTokenizer(Tokenizer):
     """A token a letter, special ones by name; fails on "boom", and renders what is no "refuse"."""
 
     vocab_size = VOCAB_SIZE + 1
@@ -27,13 +30,14 @@ class ScriptedTokenizer:
     special_tokens: Mapping[str, int] = SPECIAL
 
     def __init__(self) -> None:
+        super().__init__(ChatRenderer(ChatTemplates(), {}))
         self.options: list[ChatOptions] = []
         self.most_texts = 0
 
-    def token_text(self, token_id: int) -> str:
+    def _token_text(self, token_id: int) -> str:
         return next(text for text, number in SPECIAL.items() if number == token_id)
 
-    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         if "boom" in text:
             raise PromptError("tokenizer", "it fails")
         ids = [1] if add_special_tokens else []
@@ -47,9 +51,9 @@ class ScriptedTokenizer:
         self, texts: Sequence[str], add_special_tokens: bool
     ) -> list[tuple[int, ...] | PromptError]:
         self.most_texts = max(self.most_texts, len(texts))
-        return each_or_error(lambda text: self.encode(text, add_special_tokens), texts)
+        return super().encode_all(texts, add_special_tokens)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
     def render(
@@ -60,11 +64,6 @@ class ScriptedTokenizer:
         if text == "refuse":
             raise PromptError("chat_template", "no such roles")
         return f"<bos>{text}"
-
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT
-    ) -> tuple[int, ...]:
-        return self.encode(self.render(messages, options), False)
 
 
 def line(index: int, text: str = "", *, chat: str = "", **sampling: object) -> PromptLine:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpipipe.doctor.finding import Finding, Severity, fatal, ok, split_advice, warning
+from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.errors import EXIT_CONFIG
 from mpipipe.planning.memory import gib
 
@@ -31,6 +31,8 @@ _SLOW_WRITE = 1e6  # completions are small; below this the disk or its server is
 _EPHEMERAL = frozenset({"overlay", "fuse.overlayfs", "fuse-overlayfs", "tmpfs", "ramfs"})
 _CLOSE = 0.9  # of the limit: one busy moment more and the kernel ends the job
 
+_FREE_SPACE = "free space there, or choose another output.dir"
+
 
 # ---- folders -------------------------------------------------------------------------------------
 
@@ -53,8 +55,8 @@ def check_folders(
     findings = []
     for host in folders:
         some_have_it = any(not other.model_problem for other in folders)
-        findings.append(_model(host, some_have_it and not demo, largest_stage_bytes))
-        findings.append(_output(host, container))
+        model = _model(host, some_have_it and not demo, largest_stage_bytes)
+        findings += [model.at(host.host), _output(host, container).at(host.host)]
     return findings
 
 
@@ -68,61 +70,48 @@ def _model(facts: FolderFacts, elsewhere: bool, largest_stage_bytes: int) -> Fin
                 "copy it to a file system that all hosts share, or bind it into the container "
                 "(MPIPIPE_BINDS in launch/site.env)"
             )
-        return Finding(
-            "job.model",
-            Severity.FATAL,
-            what,
-            cause,
-            remedy or "copy the model to a folder that all hosts see",
-            host=facts.host,
-            exit_code=facts.model_exit_code,
-        )
+        remedy = remedy or "copy the model to a folder that all hosts see"
+        return fatal("job.model", what, cause, remedy, facts.model_exit_code)
     system = f" on {facts.model_system}" if facts.model_system else ""
     what = f"complete, {gib(facts.model_bytes)}{system}" if facts.model_bytes else "config.json"
     speed = facts.read_bytes_per_s
     if not speed:
-        return _on(facts, ok("job.model", what, model_bytes=facts.model_bytes))
+        return ok("job.model", what, model_bytes=facts.model_bytes)
     seconds = largest_stage_bytes / speed
     what += f", read at {speed / _GB:.2f} GB/s"
     values = {"read_bytes_per_s": speed, "model_bytes": facts.model_bytes}
     if seconds < _LONG_LOAD_S:
-        return _on(facts, ok("job.model", what, **values))
-    return _on(
-        facts,
-        warning(
-            "job.model",
-            f"{what}: loading takes {seconds / 60:.0f} minutes at least",
-            "a slow or busy file system",
-            "copy the model to the nodes' local disk or to scratch first",
-            **values,
-        ),
+        return ok("job.model", what, **values)
+    return warning(
+        "job.model",
+        f"{what}: loading takes {seconds / 60:.0f} minutes at least",
+        "a slow or busy file system",
+        "copy the model to the nodes' local disk or to scratch first",
+        **values,
     )
 
 
 def _output(facts: FolderFacts, container: str) -> Finding:
     where = f"{facts.output} ({facts.output_system or 'unknown file system'})"
+    free_bytes = facts.output_free_bytes
+    unfit = None
     if facts.output_problem:
-        return _unfit(
-            facts,
+        unfit = (
             f"{where} cannot be written: {facts.output_problem}",
             "a read-only mount or bind, a full quota, or no permission",
             "choose an output.dir on scratch that all hosts can write to",
         )
-    if not facts.output_shared:
-        return _unfit(
-            facts,
+    elif not facts.output_shared:
+        unfit = (
             f"{where} is another folder here than on the head's host",
             "the folder is local to each host (/tmp), or not bound into the container",
             "choose an output.dir on a file system that all hosts share",
         )
-    free_bytes = facts.output_free_bytes
-    if free_bytes is not None and free_bytes < _NO_SPACE:
-        return _unfit(
-            facts,
-            f"{where} has {gib(free_bytes)} of space left",
-            "the disk is full",
-            "free space there, or choose another output.dir",
-        )
+    elif free_bytes is not None and free_bytes < _NO_SPACE:
+        what, remedy = f"{where} has {gib(free_bytes)} of space left", _FREE_SPACE
+        unfit = (what, "the disk is full", remedy)
+    if unfit is not None:
+        return fatal("job.output", *unfit, EXIT_CONFIG)
     what = f"{where}, {'free space unknown' if free_bytes is None else gib(free_bytes) + ' free'}"
     known = {} if free_bytes is None else {"free_bytes": free_bytes}
     values = {"write_bytes_per_s": facts.write_bytes_per_s, **known}
@@ -132,29 +121,13 @@ def _output(facts: FolderFacts, container: str) -> Finding:
         cause = "the folder is the container's own, and gone when it ends"
         remedy = "bind a folder of the host and write there (apptainer --bind)"
     elif free_bytes is not None and free_bytes < _LITTLE_SPACE:
-        cause, remedy = "the disk is nearly full", "free space there, or choose another output.dir"
+        cause, remedy = "the disk is nearly full", _FREE_SPACE
     elif 0 < facts.write_bytes_per_s < _SLOW_WRITE:
         cause = "a slow or busy file system: every completion waits for it"
         remedy = "choose an output.dir on scratch"
     else:
-        return _on(facts, ok("job.output", what, **values))
-    return _on(facts, warning("job.output", what, cause, remedy, **values))
-
-
-def _unfit(facts: FolderFacts, what: str, cause: str, remedy: str) -> Finding:
-    return Finding(
-        "job.output",
-        Severity.FATAL,
-        what,
-        cause,
-        remedy,
-        host=facts.host,
-        exit_code=EXIT_CONFIG,
-    )
-
-
-def _on(facts: FolderFacts, finding: Finding) -> Finding:
-    return replace(finding, host=facts.host)
+        return ok("job.output", what, **values)
+    return warning("job.output", what, cause, remedy, **values)
 
 
 # ---- prompts, plan, memory -----------------------------------------------------------------------
@@ -240,4 +213,4 @@ def check_memory(demand: HostDemand) -> Finding:
             f"sbatch --mem={ask}G, more hosts, or lower memory.kv_cache_bytes",
             **values,
         )
-    return replace(finding, host=demand.host)
+    return finding.at(demand.host)

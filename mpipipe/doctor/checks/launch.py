@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mpipipe.doctor.facts import RankFacts
@@ -23,15 +23,10 @@ _OF_LAUNCHER = {
 _SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
 
 
-def check_launch(ranks: Sequence[RankFacts]) -> list[Finding]:
+def check_launch(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """Launcher, MPI, versions, wall time; findings of all ranks together."""
-    return [
-        *_launcher(ranks),
-        *_mpi(ranks),
-        *_versions(ranks),
-        *_wall_time(ranks),
-        *_tools(ranks),
-    ]
+    for check in (_launcher, _mpi, _versions, _wall_time, _tools):
+        yield from check(ranks)
 
 
 def not_joined(error: EnvironmentSetupError, *, mpi_loaded: bool) -> Finding:
@@ -47,74 +42,66 @@ def not_joined(error: EnvironmentSetupError, *, mpi_loaded: bool) -> Finding:
             "MPI4PY_MPIABI, pip install --no-binary=mpi4py --force-reinstall mpi4py"
         )
         return replace(found, cause=cause, remedy=remedy)
+    cause = "srun's --mpi, or the mpirun that was used, is not of the kind of the MPI library"
     if not mpi_loaded:
         cause = "no MPI library is installed in this environment, or its module is not loaded"
-        return replace(found, cause=cause)
-    cause = "srun's --mpi, or the mpirun that was used, is not of the kind of the MPI library"
     return replace(found, cause=cause)
 
 
-def _launcher(ranks: Sequence[RankFacts]) -> list[Finding]:
+def _launcher(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     first = ranks[0].launch
-    per_host = {host: [r for r in ranks if r.host == host] for host in _hosts(ranks)}
+    hosts = dict.fromkeys(rank.host for rank in ranks)
+    per_host = {host: [rank for rank in ranks if rank.host == host] for host in hosts}
     where = ", ".join(f"{host}: {len(inside)}" for host, inside in per_host.items())
     how = "one process, no launcher" if first.launcher == "none" else f"started by {first.launcher}"
     if first.srun_mpi:
         how += f" --mpi={first.srun_mpi}"
     plural = "s" * (len(ranks) > 1)
-    findings = [ok("launch.ranks", f"{len(ranks)} rank{plural} ({where}), {how}")]
+    yield ok("launch.ranks", f"{len(ranks)} rank{plural} ({where}), {how}")
     if first.idle_nodes:
-        findings.append(
-            warning(
-                "launch.nodes",
-                f"{first.idle_nodes} of the job's nodes get no rank",
-                "fewer tasks were asked for than nodes",
-                "ask for fewer nodes (--nodes=1), or for tasks on each (--ntasks-per-node=1)",
-                num_idle_nodes=first.idle_nodes,
-            )
+        yield warning(
+            "launch.nodes",
+            f"{first.idle_nodes} of the job's nodes get no rank",
+            "fewer tasks were asked for than nodes",
+            "ask for fewer nodes (--nodes=1), or for tasks on each (--ntasks-per-node=1)",
+            num_idle_nodes=first.idle_nodes,
         )
     for host, inside in per_host.items():
         cores = max(rank.node.num_cores for rank in inside)
         if len(inside) > cores:
-            findings.append(
-                replace(
-                    warning(
-                        "launch.cores",
-                        f"{len(inside)} ranks on {host} share {cores} core{'s' * (cores > 1)}",
-                        "fewer cores were asked for than ranks, or the launcher binds all ranks "
-                        "to the same ones",
-                        "give each rank cores: srun --cpus-per-task=4, mpirun --bind-to none",
-                        num_ranks=len(inside),
-                        num_cores=cores,
-                    ),
-                    host=host,
-                )
-            )
-    return findings
+            yield warning(
+                "launch.cores",
+                f"{len(inside)} ranks on {host} share {cores} core{'s' * (cores > 1)}",
+                "fewer cores were asked for than ranks, or the launcher binds all ranks "
+                "to the same ones",
+                "give each rank cores: srun --cpus-per-task=4, mpirun --bind-to none",
+                num_ranks=len(inside),
+                num_cores=cores,
+            ).at(host)
 
 
-def _mpi(ranks: Sequence[RankFacts]) -> list[Finding]:
+def _mpi(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     libraries = _by_value(ranks, lambda rank: _name_and_version(rank.launch.mpi_library))
+    launch = ranks[0].launch
+    mixed = [found for rank in ranks if (found := _mixed_mpis(rank)) is not None]
     if len(libraries) > 1:
         level = warning if len({_series(text) for text in libraries}) == 1 else fatal
-        return [
-            level(
-                "launch.mpi",
-                f"the ranks run different MPI libraries: {_told(libraries)}",
-                "the hosts have different modules, images or environments",
-                "use one environment or image on all hosts, on a shared file system",
-            )
-        ]
-    launch = ranks[0].launch
-    if not launch.mpi_library:
-        return [ok("launch.mpi", "not needed by a single rank")]
-    if mixed := [found for rank in ranks if (found := _mixed_mpis(rank)) is not None]:
-        return mixed
-    parts = [short_name(launch.mpi_library)]
-    parts += [f"{launch.mpi_abi} ABI"] if launch.mpi_abi else []
-    parts += [f"threads: {launch.thread_level}"] if launch.thread_level else []
-    parts += [launch.mpi_path] if launch.mpi_path else []
-    return [ok("launch.mpi", ", ".join(parts))]
+        yield level(
+            "launch.mpi",
+            f"the ranks run different MPI libraries: {_told(libraries)}",
+            "the hosts have different modules, images or environments",
+            "use one environment or image on all hosts, on a shared file system",
+        )
+    elif not launch.mpi_library:
+        yield ok("launch.mpi", "not needed by a single rank")
+    elif mixed:
+        yield from mixed
+    else:
+        parts = [short_name(launch.mpi_library)]
+        parts += [f"{launch.mpi_abi} ABI"] if launch.mpi_abi else []
+        parts += [f"threads: {launch.thread_level}"] if launch.thread_level else []
+        parts += [launch.mpi_path] if launch.mpi_path else []
+        yield ok("launch.mpi", ", ".join(parts))
 
 
 def _mixed_mpis(rank: RankFacts) -> Finding | None:
@@ -148,7 +135,7 @@ def _mixed_mpis(rank: RankFacts) -> Finding | None:
         )
     else:
         return None
-    return replace(found, rank=rank.rank, host=rank.host)
+    return found.at(rank.host, rank.rank)
 
 
 def _name_and_version(library: str) -> str:
@@ -163,84 +150,73 @@ def _series(text: str) -> str:
     return re.sub(r"(\d+\.\d+)[\w.]*$", r"\1", text)
 
 
-def _versions(ranks: Sequence[RankFacts]) -> list[Finding]:
-    findings = []
+def _versions(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     names = dict.fromkeys(name for rank in ranks for name in rank.software.versions)
+    alike = True
     for name in names:
         found = _by_value(ranks, lambda rank, name=name: rank.software.versions.get(name, ""))  # type: ignore[misc]
         if len(found) < 2:
             continue
+        alike = False
         apart = name == "mpipipe" or (
             name == "mpi4py" and len({_series(version) for version in found}) > 1
         )
         level = fatal if apart else warning
-        findings.append(
-            level(
-                "launch.versions",
-                f"{name} differs: {_told(found)}",
-                "the hosts have different environments, or a user site folder is on one of them",
-                "use one environment or image on all hosts; set PYTHONNOUSERSITE=1",
-            )
+        yield level(
+            "launch.versions",
+            f"{name} differs: {_told(found)}",
+            "the hosts have different environments, or a user site folder is on one of them",
+            "use one environment or image on all hosts; set PYTHONNOUSERSITE=1",
         )
-    shown = ranks[0].software.versions
-    text = ", ".join(f"{name} {version}" for name, version in shown.items() if version)
-    return findings or [ok("launch.versions", text)]
+    if alike:
+        shown = ranks[0].software.versions
+        text = ", ".join(f"{name} {version}" for name, version in shown.items() if version)
+        yield ok("launch.versions", text)
 
 
-def _wall_time(ranks: Sequence[RankFacts]) -> list[Finding]:
-    left = [rank.launch.wall_left_s for rank in ranks if rank.launch.wall_left_s is not None]
-    if not left:
-        return []
-    minutes = min(left) / 60
-    if min(left) >= _SHORT_S:
-        return [ok("launch.time", f"{minutes:.0f} minutes are left", wall_left_s=min(left))]
-    return [
-        warning(
-            "launch.time",
-            f"{minutes:.1f} minutes of wall time left",
-            "the job's time limit (sbatch --time) is short or nearly over",
-            "ask for more (sbatch --time=04:00:00); with --requeue and output.resume the job goes "
-            "on in its next run",
-            wall_left_s=min(left),
-        )
-    ]
+def _wall_time(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    told = [rank.launch.wall_left_s for rank in ranks if rank.launch.wall_left_s is not None]
+    if not told:
+        return
+    left_s = min(told)
+    if left_s >= _SHORT_S:
+        yield ok("launch.time", f"{left_s / 60:.0f} minutes are left", wall_left_s=left_s)
+        return
+    yield warning(
+        "launch.time",
+        f"{left_s / 60:.1f} minutes of wall time left",
+        "the job's time limit (sbatch --time) is short or nearly over",
+        "ask for more (sbatch --time=04:00:00); with --requeue and output.resume the job goes "
+        "on in its next run",
+        wall_left_s=left_s,
+    )
 
 
-def _tools(ranks: Sequence[RankFacts]) -> list[Finding]:
+def _tools(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """Profilers, of which any will do, and Slurm's accounting inside a job."""
     node = ranks[0].node
-    findings = []
     if node.profilers:
-        findings.append(ok("launch.profilers", ", ".join(node.profilers)))
+        yield ok("launch.profilers", ", ".join(node.profilers))
     else:
         inside = " in this container" if node.container else ""
-        findings.append(
-            warning(
-                "launch.profilers",
-                f"none of nsys, ncu, perf and py-spy is to be found{inside}",
-                "the image or environment was built without them, or their module is not loaded",
-                "nothing, if you do not profile; else load the module or add them to the image. "
-                "mpipipe bench throughput --trace and --profile need none of them",
-            )
+        yield warning(
+            "launch.profilers",
+            f"none of nsys, ncu, perf and py-spy is to be found{inside}",
+            "the image or environment was built without them, or their module is not loaded",
+            "nothing, if you do not profile; else load the module or add them to the image. "
+            "mpipipe bench throughput --trace and --profile need none of them",
         )
     if not ranks[0].launch.slurm_job:
-        return findings
+        return
     if node.sacct:
-        return [*findings, ok("launch.sacct", "there")]
-    inside = ", as usual in a container: the batch script outside asks it" if node.container else ""
-    if inside:
-        return [*findings, ok("launch.sacct", f"not to be found{inside}")]
-    remedy = "nothing: mpipipe's own metrics.json has memory and times; or ask the site for it"
-    return [
-        *findings,
-        warning(
-            "launch.sacct", "not to be found", "this node lacks Slurm's client programs", remedy
-        ),
-    ]
-
-
-def _hosts(ranks: Sequence[RankFacts]) -> list[str]:
-    return list(dict.fromkeys(rank.host for rank in ranks))
+        yield ok("launch.sacct", "there")
+    elif node.container:
+        usual = "as usual in a container: the batch script outside asks it"
+        yield ok("launch.sacct", f"not to be found, {usual}")
+    else:
+        remedy = "nothing: mpipipe's own metrics.json has memory and times; or ask the site for it"
+        cause = "this node lacks Slurm's client programs"
+        yield warning("launch.sacct", "not to be found", cause, remedy)
 
 
 def _by_value(

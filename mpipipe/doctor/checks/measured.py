@@ -73,16 +73,12 @@ def check_clocks(offsets: ClockOffsets, host_of: Mapping[int, str]) -> list[Find
     values = {"clock_offset_s": ahead_s, "clock_error_s": offsets.error_s}
     if abs(ahead_s) - offsets.error_s < _CLOCK_APART_S:
         return [ok("links.clocks", what, **values)]
-    return [
-        warning(
-            "links.clocks",
-            what,
-            "the hosts do not follow one time server",
-            "tell the site; until then lines of different ranks' logs cannot be put in order. "
-            "mpipipe's own timelines are not affected",
-            **values,
-        )
-    ]
+    cause = "the hosts do not follow one time server"
+    remedy = (
+        "tell the site; until then lines of different ranks' logs cannot be put in order. "
+        "mpipipe's own timelines are not affected"
+    )
+    return [warning("links.clocks", what, cause, remedy, **values)]
 
 
 def check_links(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mpipipe.doctor.facts import NodeFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, warning
 from mpipipe.planning.memory import gib
@@ -16,14 +18,19 @@ _OPEN_FILES = 1024  # the usual default; connections, shards and logs of one ran
 _LITTLE_MEMORY = 2 * 2**30
 
 
-def check_node(node: NodeFacts, *, num_ranks: int) -> list[Finding]:
+def check_node(node: NodeFacts, *, num_ranks: int) -> Iterator[Finding]:
     """Findings of a host on which `num_ranks` ranks run."""
-    return [
-        _memory(node, num_ranks),
-        *_killed(node),
-        _shm(node, num_ranks),
-        *_limits(node),
-    ]
+    yield _memory(node, num_ranks)
+    if node.oom_kills:
+        yield warning(
+            "node.oom",
+            f"{node.oom_kills} processes of this job were killed for lack of memory already",
+            "an earlier step or a neighbour in the same cgroup took more than its limit",
+            "ask for more memory (sbatch --mem), or lower memory.kv_cache_bytes",
+            num_oom_kills=node.oom_kills,
+        )
+    yield _shm(node, num_ranks)
+    yield from _limits(node)
 
 
 def _memory(node: NodeFacts, num_ranks: int) -> Finding:
@@ -39,20 +46,6 @@ def _memory(node: NodeFacts, num_ranks: int) -> Finding:
         remedy = "ask for more: sbatch --mem=32G (or --mem=0 for all of the node)"
     ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
     return warning("node.memory", f"{what}, for {ranks}", cause, remedy, **values)
-
-
-def _killed(node: NodeFacts) -> list[Finding]:
-    if not node.oom_kills:
-        return []
-    return [
-        warning(
-            "node.oom",
-            f"{node.oom_kills} processes of this job were killed for lack of memory already",
-            "an earlier step or a neighbour in the same cgroup took more than its limit",
-            "ask for more memory (sbatch --mem), or lower memory.kv_cache_bytes",
-            num_oom_kills=node.oom_kills,
-        )
-    ]
 
 
 def _shm(node: NodeFacts, num_ranks: int) -> Finding:
@@ -78,31 +71,28 @@ def _shm(node: NodeFacts, num_ranks: int) -> Finding:
     )
 
 
-def _limits(node: NodeFacts) -> list[Finding]:
-    findings = []
-    if node.infiniband and 0 <= node.memlock < _MEMLOCK:
-        findings.append(
-            warning(
-                "node.memlock",
-                f"only {gib(node.memlock)} may be locked in memory (ulimit -l)",
-                "Slurm passes on the limits of the shell that submitted the job",
-                "raise it there (ulimit -l unlimited), or srun --propagate=NONE; else InfiniBand "
-                "falls back to TCP or fails",
-                memlock_bytes=node.memlock,
-            )
+def _limits(node: NodeFacts) -> Iterator[Finding]:
+    little_memlock = node.infiniband and 0 <= node.memlock < _MEMLOCK
+    few_files = 0 <= node.max_open_files < _OPEN_FILES
+    cause = "Slurm passes on the limits of the shell that submitted the job"
+    if little_memlock:
+        yield warning(
+            "node.memlock",
+            f"only {gib(node.memlock)} may be locked in memory (ulimit -l)",
+            cause,
+            "raise it there (ulimit -l unlimited), or srun --propagate=NONE; else InfiniBand "
+            "falls back to TCP or fails",
+            memlock_bytes=node.memlock,
         )
-    if 0 <= node.max_open_files < _OPEN_FILES:
-        findings.append(
-            warning(
-                "node.files",
-                f"only {node.max_open_files} files may be open at once (ulimit -n)",
-                "Slurm passes on the limits of the shell that submitted the job",
-                "raise it there: ulimit -n 4096",
-                max_open_files=node.max_open_files,
-            )
+    if few_files:
+        yield warning(
+            "node.files",
+            f"only {node.max_open_files} files may be open at once (ulimit -n)",
+            cause,
+            "raise it there: ulimit -n 4096",
+            max_open_files=node.max_open_files,
         )
-    if not findings:
+    if not little_memlock and not few_files:
         locked = "unlimited" if node.memlock < 0 else gib(node.memlock)
         files = "unlimited" if node.max_open_files < 0 else str(node.max_open_files)
-        findings.append(ok("node.limits", f"locked memory {locked}, open files {files}"))
-    return findings
+        yield ok("node.limits", f"locked memory {locked}, open files {files}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mpipipe.doctor.checks.gpu import wants_gpu
 from mpipipe.doctor.facts import Library, RankFacts, SoftwareFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, warning
 
-__all__ = ["check_offline", "check_software"]
+__all__ = ["check_software"]
 
 _REQUIRED = ("transformers", "safetensors")
 _SLOW_IMPORT_S = 30.0  # 2–5 s from a local disk
@@ -37,20 +37,25 @@ _NO_USER_SITE = (
 )
 
 
-def check_software(rank: RankFacts) -> list[Finding]:
+def check_software(rank: RankFacts) -> Iterator[Finding]:
     """Findings of one rank."""
     software = rank.software
     # Whether what is odd has done harm: then it is the likely cause, and the job is lost.
     no_gpu = bool(rank.gpu.rank_gpu.problem) and wants_gpu(rank.gpu)
     harmed = bool(software.torch_problem) or no_gpu
-    return [
-        *_shadowed_torch(software, container=rank.node.container, harmed=harmed),
-        *_stray_wheels(software, harmed=harmed),
-        *_foreign_libraries(software, harmed=harmed),
-        _torch(software),
-        *_packages(software),
-        check_offline(rank),
-    ]
+    yield from _shadowed_torch(software, container=rank.node.container, harmed=harmed)
+    yield from _stray_wheels(software, harmed=harmed)
+    yield from _foreign_libraries(software, harmed=harmed)
+    yield _torch(software)
+    missing = [name for name in _REQUIRED if not software.versions.get(name)]
+    if missing:
+        yield fatal(
+            "software.packages",
+            f"{' and '.join(missing)} not installed in this Python",
+            "another environment is active than the one mpipipe was installed into",
+            f"activate it in the batch script, or pip install {' '.join(missing)}",
+        )
+    yield _offline(rank)
 
 
 def _torch(software: SoftwareFacts) -> Finding:
@@ -81,107 +86,73 @@ def _torch(software: SoftwareFacts) -> Finding:
 
 def _unimportable(software: SoftwareFacts, version: str) -> Finding:
     """Installing torch again helps only where what is missing came with torch."""
-    what = (
-        f"torch {version} cannot be imported from {software.torch_path}: {software.torch_problem}"
-    )
-    again = "see the other findings of this group; else install torch again"
-    missing = _MISSING.search(software.torch_problem)
-    old = _TOO_OLD.search(software.torch_problem)
+    problem = software.torch_problem
+    missing, old = _MISSING.search(problem), _TOO_OLD.search(problem)
     if missing and not _OF_TORCH.match(missing[1]):
         package = _DEBIAN.get(missing[1], "")
         named = f" (Debian and Ubuntu: {package})" if package else ""
-        return fatal(
-            "software.torch",
-            what,
-            f"{missing[1]} is a library of the system, and is not there for torch to load",
+        cause = f"{missing[1]} is a library of the system, and is not there for torch to load"
+        remedy = (
             f"have {missing[1]}{named} installed on the host or in the image, or load the module "
-            "that has it; torch itself need not be installed again",
+            "that has it; torch itself need not be installed again"
         )
-    if old and not _OF_TORCH.match(Path(old[1]).name):
-        return fatal(
-            "software.torch",
-            what,
-            f"{old[1]} is older than torch or one of its packages needs: it lacks {old[2]}",
+    elif old and not _OF_TORCH.match(Path(old[1]).name):
+        cause = f"{old[1]} is older than torch or one of its packages needs: it lacks {old[2]}"
+        remedy = (
             "use a newer system (the Apptainer image), load a newer compiler's module, or take the "
-            "folder of the old library out of LD_LIBRARY_PATH",
+            "folder of the old library out of LD_LIBRARY_PATH"
         )
-    cause = "a library or package that it needs is missing, or one of another build wins"
-    return fatal("software.torch", what, cause, again)
+    else:
+        cause = "a library or package that it needs is missing, or one of another build wins"
+        remedy = "see the other findings of this group; else install torch again"
+    what = f"torch {version} cannot be imported from {software.torch_path}: {problem}"
+    return fatal("software.torch", what, cause, remedy)
 
 
-def _packages(software: SoftwareFacts) -> list[Finding]:
-    """What a run imports besides torch."""
-    missing = [name for name in _REQUIRED if not software.versions.get(name)]
-    if not missing:
-        return []
-    return [
-        fatal(
-            "software.packages",
-            f"{' and '.join(missing)} not installed in this Python",
-            "another environment is active than the one mpipipe was installed into",
-            f"activate it in the batch script, or pip install {' '.join(missing)}",
-        )
-    ]
-
-
-def _shadowed_torch(software: SoftwareFacts, *, container: str, harmed: bool) -> list[Finding]:
+def _shadowed_torch(software: SoftwareFacts, *, container: str, harmed: bool) -> Iterator[Finding]:
     """A torch in the user's site folder that wins over the environment's or the image's."""
     taken, *others = software.torch_copies or ("",)
     if not software.user_site or not _inside(taken, software.user_site):
-        return []
+        return
     others = [path for path in others if not _inside(path, software.user_site)]
     if not others and not container:
-        return []  # the user's site is where it was installed on purpose
+        return  # the user's site is where it was installed on purpose
     whose = f"the {container} image's" if container else "this environment's"
     instead = f" ({others[0]})" if others else ""
     level = fatal if harmed else warning
-    return [
-        level(
-            "software.user_site",
-            f"torch is taken from {taken} and not {whose}{instead}",
-            "a `pip install --user` some time ago; Python looks there first, and containers see "
-            "the home folder",
-            _NO_USER_SITE,
-        )
-    ]
+    yield level(
+        "software.user_site",
+        f"torch is taken from {taken} and not {whose}{instead}",
+        "a `pip install --user` some time ago; Python looks there first, and containers see "
+        "the home folder",
+        _NO_USER_SITE,
+    )
 
 
-def _stray_wheels(software: SoftwareFacts, *, harmed: bool) -> list[Finding]:
+def _stray_wheels(software: SoftwareFacts, *, harmed: bool) -> Iterator[Finding]:
     """NVIDIA wheels of another CUDA, of another version than torch pins, or of another folder."""
     level = fatal if harmed else warning
-    findings = []
     for stem, names in _doubled_majors(software).items():
-        findings.append(
-            level(
-                "software.wheels",
-                f"{' and '.join(names)} are both installed",
-                f"both put their files into nvidia/{stem.removeprefix('nvidia-')}; the last one "
-                "installed has overwritten the other",
-                "pip uninstall the one that is not of torch's CUDA, then pip install "
-                "--force-reinstall the other",
-            )
+        yield level(
+            "software.wheels",
+            f"{' and '.join(names)} are both installed",
+            f"both put their files into nvidia/{stem.removeprefix('nvidia-')}; the last one "
+            "installed has overwritten the other",
+            "pip uninstall the one that is not of torch's CUDA, then pip install "
+            "--force-reinstall the other",
         )
     for wheel in software.nvidia_wheels:
         strayed = software.user_site and _inside(wheel.folder, software.user_site)
         if strayed and not _inside(software.torch_path, software.user_site):
-            findings.append(
-                level(
-                    "software.wheels",
-                    f"{wheel.name} {wheel.version} lies in {wheel.folder}, torch does not",
-                    "a `pip install --user` some time ago",
-                    _NO_USER_SITE,
-                )
-            )
+            what = f"{wheel.name} {wheel.version} lies in {wheel.folder}, torch does not"
+            cause, remedy = "a `pip install --user` some time ago", _NO_USER_SITE
         elif wheel.wanted and wheel.wanted != wheel.version:
-            findings.append(
-                level(
-                    "software.wheels",
-                    f"{wheel.name} is {wheel.version}, but torch was built with {wheel.wanted}",
-                    "another package has replaced it",
-                    f"pip install {wheel.name}=={wheel.wanted}",
-                )
-            )
-    return findings
+            what = f"{wheel.name} is {wheel.version}, but torch was built with {wheel.wanted}"
+            cause = "another package has replaced it"
+            remedy = f"pip install {wheel.name}=={wheel.wanted}"
+        else:
+            continue
+        yield level("software.wheels", what, cause, remedy)
 
 
 def _doubled_majors(software: SoftwareFacts) -> dict[str, list[str]]:
@@ -193,7 +164,7 @@ def _doubled_majors(software: SoftwareFacts) -> dict[str, list[str]]:
     return {stem: names for stem, names in found.items() if len(set(names)) > 1}
 
 
-def _foreign_libraries(software: SoftwareFacts, *, harmed: bool) -> list[Finding]:
+def _foreign_libraries(software: SoftwareFacts, *, harmed: bool) -> Iterator[Finding]:
     """CUDA libraries that LD_LIBRARY_PATH puts before those that torch brings along."""
     taken = [
         library
@@ -205,19 +176,16 @@ def _foreign_libraries(software: SoftwareFacts, *, harmed: bool) -> list[Finding
     if not taken and harmed:
         taken = [library for library in software.on_search_path if _is_stray_driver(library)]
     if not taken:
-        return []
+        return
     names = ", ".join(dict.fromkeys(library.path for library in taken[:3]))
     level = fatal if harmed else warning
-    return [
-        level(
-            "software.libraries",
-            f"LD_LIBRARY_PATH puts {names} before torch's own",
-            "a CUDA or NCCL module is loaded, or the host's LD_LIBRARY_PATH leaks into the "
-            "container",
-            f"unset LD_LIBRARY_PATH, or take {_folders(taken)} out of it (module unload cuda; "
-            "apptainer --cleanenv)",
-        )
-    ]
+    yield level(
+        "software.libraries",
+        f"LD_LIBRARY_PATH puts {names} before torch's own",
+        "a CUDA or NCCL module is loaded, or the host's LD_LIBRARY_PATH leaks into the container",
+        f"unset LD_LIBRARY_PATH, or take {_folders(taken)} out of it (module unload cuda; "
+        "apptainer --cleanenv)",
+    )
 
 
 def _is_stray_driver(library: Library) -> bool:
@@ -237,7 +205,7 @@ def _inside(path: str, folder: str) -> bool:
     return bool(path) and Path(path).is_relative_to(folder)
 
 
-def check_offline(rank: RankFacts) -> Finding:
+def _offline(rank: RankFacts) -> Finding:
     """Whether something could wait for a network that is not there."""
     node = rank.node
     if rank.software.hub_offline:

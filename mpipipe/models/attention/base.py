@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -11,11 +12,23 @@ if TYPE_CHECKING:
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.layer_options import AttentionOptions
 
-__all__ = ["AttentionBackend"]
+__all__ = ["AttentionBackend", "AttentionInputs"]
 
 
-class AttentionBackend(Protocol):
-    """Stateless; one instance serves all layers of a stage."""
+class AttentionInputs(NamedTuple):
+    """One layer's part of one step. `layer` counts within the stage, from 0."""
+
+    layer: int
+    query_THD: torch.Tensor
+    key_TKD: torch.Tensor
+    value_TKD: torch.Tensor
+    cache: KVCache  # holds the step's K and V already
+    layout: BatchLayout
+    options: AttentionOptions
+
+
+class AttentionBackend(ABC):
+    """One instance serves all layers of a stage."""
 
     name: str
     needs_seq_lens: bool
@@ -41,4 +54,12 @@ class AttentionBackend(Protocol):
         `layer` counts within the stage, from 0. `stored`: this step's K and V are in the cache
         already (a fused kernel wrote them); they are given all the same.
         """
-        ...
+        if not stored:
+            cache.write(layer, key_TKD, value_TKD, layout)
+        return self.attend_stored(
+            AttentionInputs(layer, query_THD, key_TKD, value_TKD, cache, layout, options)
+        )
+
+    @abstractmethod
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """The attention output [T, H, D]; the cache holds the step's K and V already."""

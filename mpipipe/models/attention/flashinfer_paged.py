@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
     from mpipipe.models.layer_options import AttentionOptions
 
@@ -41,7 +41,7 @@ class _Planner:
     copied: torch.cuda.Event
 
 
-class FlashInferAttention:
+class FlashInferAttention(AttentionBackend):
     """Decodes and chunks of prompts each in one call."""
 
     name = "flashinfer"
@@ -52,22 +52,10 @@ class FlashInferAttention:
         self._workspace: torch.Tensor | None = None
         self._rings: dict[tuple[object, ...], list[_Planner]] = {}
 
-    def attend(
-        self,
-        *,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        cache: KVCache,
-        layout: BatchLayout,
-        options: AttentionOptions,
-        stored: bool = False,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        layer, query_THD, _, _, cache, layout, options = inputs
         assert isinstance(cache, PagedKVCache), "it reads pages"
-        if not stored:
-            cache.write(layer, key_TKD, value_TKD, layout)
         keys, values, order = cache.keys[layer], cache.values[layer], "NHD"
         if not keys.is_contiguous():
             keys, values, order = keys.transpose(1, 2), values.transpose(1, 2), "HND"

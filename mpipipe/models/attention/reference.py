@@ -9,36 +9,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
+
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.base import KVCache
-    from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.layer_options import AttentionOptions
+    pass
 
 __all__ = ["ReferenceAttention"]
 
 
-class ReferenceAttention:
+class ReferenceAttention(AttentionBackend):
     """softmax(scale · Q Kᵀ) V per sequence and query head."""
 
     name = "reference"
     needs_seq_lens = True
     head_major = False
 
-    def attend(
-        self,
-        *,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        cache: KVCache,
-        layout: BatchLayout,
-        options: AttentionOptions,
-        stored: bool = False,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
-        if not stored:
-            cache.write(layer, key_TKD, value_TKD, layout)
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        layer, query_THD, key_TKD, _, cache, layout, options = inputs
         device = query_THD.device
         group = query_THD.shape[1] // key_TKD.shape[1]
         outputs: list[torch.Tensor] = []

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
+
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
@@ -44,28 +46,16 @@ class _DecodeGroup:
     max_len: int
 
 
-class SdpaAttention:
+class SdpaAttention(AttentionBackend):
     """Works on every torch device, for every head dimension."""
 
     name = "sdpa"
     needs_seq_lens = True
     head_major = False
 
-    def attend(
-        self,
-        *,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        cache: KVCache,
-        layout: BatchLayout,
-        options: AttentionOptions,
-        stored: bool = False,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
-        if not stored:
-            cache.write(layer, key_TKD, value_TKD, layout)
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        layer, query_THD, key_TKD, value_TKD, cache, layout, options = inputs
         num_decodes = layout.num_decodes
         if layout.is_decode:
             return _decode(layer, query_THD, cache, layout, options)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 from mpipipe.models.attention.fresh_prompts import attend_fresh, can_attend_fresh
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["TritonAttention"]
 
 
-class TritonAttention:
+class TritonAttention(AttentionBackend):
     """Paged decode and prefill kernels of `models/kernels`."""
 
     name = "triton"
@@ -34,22 +34,10 @@ class TritonAttention:
     def __init__(self, *, fresh_with_torch: bool = True) -> None:
         self._fresh_with_torch = fresh_with_torch
 
-    def attend(
-        self,
-        *,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        cache: KVCache,
-        layout: BatchLayout,
-        options: AttentionOptions,
-        stored: bool = False,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        layer, query_THD, key_TKD, value_TKD, cache, layout, options = inputs
         assert isinstance(cache, PagedKVCache), "the kernels read pages"
-        if not stored:
-            cache.write(layer, key_TKD, value_TKD, layout)
         num_decodes = layout.num_decodes
         if layout.is_decode:
             return _decode(query_THD, cache, layer, layout, options)

@@ -13,11 +13,10 @@ import torch
 
 from mpipipe.errors import ConfigError
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
-    from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["VarlenAttention", "has_paged_varlen"]
 
@@ -33,40 +32,28 @@ def has_paged_varlen() -> bool:
     return "block_table" in inspect.signature(varlen_attn).parameters
 
 
-class VarlenAttention:
+class VarlenAttention(AttentionBackend):
     """Decodes and chunks of prompts in one call."""
 
     name = "varlen"
     needs_seq_lens = False
     head_major = False
 
-    def attend(
-        self,
-        *,
-        layer: int,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        cache: KVCache,
-        layout: BatchLayout,
-        options: AttentionOptions,
-        stored: bool = False,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`.
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        """See `AttentionBackend`.
 
         Raises:
             ConfigError: the model caps its scores.
         """
         from torch.nn.attention.varlen import varlen_attn
 
+        layer, query_THD, key_TKD, _, cache, layout, options = inputs
         assert isinstance(cache, PagedKVCache), "it reads pages"
         if options.softcap is not None:
             raise ConfigError(
                 'pipeline.attention = "varlen", but this model caps its attention scores, which '
                 'torch\'s varlen_attn does not do: use "triton" or "auto"'
             )
-        if not stored:
-            cache.write(layer, key_TKD, value_TKD, layout)
         window = -1 if options.window is None else options.window - 1
         attended_THD = varlen_attn(
             query_THD,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launches_early
+from mpipipe.models.kernels.launch import await_inputs, launch_options
 
 __all__ = ["gated_silu"]
 
@@ -23,13 +23,11 @@ def gated_silu(gate_up_TX: torch.Tensor) -> torch.Tensor:
     out_TI = gate_up_TX.new_empty((num_rows, size))
     assert gate_up_TX.stride(1) == 1
     if num_rows:
-        early = launches_early(gate_up_TX.device)
         _gated_silu_kernel[(num_rows, triton.cdiv(size, _BLOCK))](
             *(gate_up_TX, out_TI, gate_up_TX.stride(0), size),
-            EARLY=early,
             BLOCK=_BLOCK,
             num_warps=4,
-            launch_pdl=early,
+            **launch_options(gate_up_TX.device),
         )
     return out_TI
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
-    launches_early,
+    launch_options,
     zeroed_counters,
 )
 from mpipipe.models.kernels.scores import (
@@ -135,7 +135,6 @@ def _launch(
         counters = zeroed_counters(query_BHD.device)
         parts = query_BHD.new_empty((num_rows, num_heads, pieces, head_dim), dtype=torch.float32)
         sums = query_BHD.new_empty((num_rows, num_heads, pieces), dtype=torch.float32)
-    early = launches_early(query_BHD.device)
     shape = {"HEAD_DIM": head_dim, "PIECES": pieces, "BLOCK_DIM": block_dim(head_dim)}
     shape["BLOCK_PIECES"] = triton.next_power_of_2(pieces)
     _decode_kernel[(num_kv_heads, num_rows, pieces)](
@@ -150,9 +149,8 @@ def _launch(
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16),
         BLOCK_TOKENS=tuning.block_tokens,
         STAGES=tuning.num_stages,
-        EARLY=early,
         num_warps=tuning.num_warps,
-        launch_pdl=early,
+        **launch_options(query_BHD.device),
         **shape,
     )
 

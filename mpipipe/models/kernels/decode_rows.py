@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launches_early
+from mpipipe.models.kernels.launch import await_inputs, launch_options
 
 __all__ = ["advance_rows", "greedy_ids"]
 
@@ -42,15 +42,13 @@ def advance_rows(
     """
     num_rows = kv_len_B.shape[0]
     out_3B = torch.empty(3, num_rows, dtype=torch.int64, device=kv_len_B.device)
-    early = launches_early(kv_len_B.device)
     _advance_kernel[(triton.cdiv(num_rows, 128),)](
         *(kv_len_B, active_B, pages_BP, seats_B, last_token_N, out_3B),
         *(num_rows, pages_BP.stride(0)),
         PAGE_SIZE=page_size,
-        EARLY=early,
         BLOCK=128,
         num_warps=4,
-        launch_pdl=early,
+        **launch_options(kv_len_B.device),
     )
     return out_3B[0], out_3B[1], out_3B[2]
 
@@ -95,20 +93,17 @@ def greedy_ids(logits_SV: torch.Tensor) -> torch.Tensor:
         return ids_S
     tops = torch.empty(num_rows, parts, dtype=torch.float32, device=device)
     places = torch.empty(num_rows, parts, dtype=torch.int32, device=device)
-    early = launches_early(device)
     _part_kernel[(num_rows, parts)](
         *(logits_SV, tops, places, num_ids, logits_SV.stride(0)),
-        EARLY=early,
         BLOCK=_PART,
         num_warps=4,
-        launch_pdl=early,
+        **launch_options(device),
     )
     _best_kernel[(num_rows,)](
         *(tops, places, ids_S, parts),
-        EARLY=early,
         BLOCK=triton.next_power_of_2(parts),
         num_warps=1,
-        launch_pdl=early,
+        **launch_options(device),
     )
     return ids_S
 

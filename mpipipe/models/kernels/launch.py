@@ -25,7 +25,7 @@ __all__ = [
     "MAX_COUNTERS",
     "await_inputs",
     "early_launch",
-    "launches_early",
+    "launch_options",
     "zeroed_counters",
 ]
 
@@ -34,9 +34,10 @@ MAX_COUNTERS = 1 << 16
 _allowed = [True]
 
 
-def launches_early(device: torch.device) -> bool:
-    """Whether kernels on `device` are launched early."""
-    return _allowed[0] and _supports_early_launch(device)
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """The options with which every kernel on `device` is launched: early, where that is allowed."""
+    early = _allowed[0] and _supports_early_launch(device)
+    return {"EARLY": early, "launch_pdl": early}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import triton.language as tl
 from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
-    launches_early,
+    launch_options,
     zeroed_counters,
 )
 from mpipipe.models.kernels.scores import has_async_copy, num_processors
@@ -122,7 +122,6 @@ def _launch(
         size = tiles * tuning.pieces * tuning.block_out * block_rows
         parts = hidden_TH.new_empty(size, dtype=torch.float32)
         counters = zeroed_counters(hidden_TH.device)
-    early = launches_early(weight_OH.device)
     _linear_kernel[(tiles, tuning.pieces)](
         *(hidden_TH, weight_OH, hidden_TH if bias_O is None else bias_O, out_TO),
         *(parts, counters, num_rows, num_out, num_in),
@@ -134,9 +133,8 @@ def _launch(
         BLOCK_OUT=tuning.block_out,
         BLOCK_IN=tuning.block_in,
         STAGES=tuning.num_stages,
-        EARLY=early,
         num_warps=tuning.num_warps,
-        launch_pdl=early,
+        **launch_options(weight_OH.device),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launches_early
+from mpipipe.models.kernels.launch import await_inputs, launch_options
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -55,7 +55,6 @@ def _launch(
     assert added_TH.stride(1) == 1
     assert weight_H.is_contiguous()
     block = triton.next_power_of_2(size)
-    early = launches_early(hidden_TH.device)
     _rms_norm_kernel[(num_rows,)](
         hidden_TH,
         added_TH,
@@ -66,10 +65,9 @@ def _launch(
         size,
         eps,
         ADD=residual_TH is not None,
-        EARLY=early,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: two 16-byte loads
-        launch_pdl=early,
+        **launch_options(hidden_TH.device),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launches_early
+from mpipipe.models.kernels.launch import await_inputs, launch_options
 from mpipipe.models.kernels.scores import (
     LOG2_E,
     block_dim,
@@ -76,7 +76,6 @@ def paged_prefill_attention(
     if not num_rows:
         return out_THD
     tuning = tuning or _default_tuning(key_cache, chunks.max_len)
-    early = launches_early(query_THD.device)
     grid = (triton.cdiv(chunks.max_len, tuning.block_queries), num_heads, kv_lens_B.shape[0])
     _prefill_kernel[grid](
         *(query_THD, key_cache, value_cache, page_table_BP, kv_lens_B, chunks.starts_B1, out_THD),
@@ -92,9 +91,8 @@ def paged_prefill_attention(
         BLOCK_TOKENS=tuning.block_tokens,
         BLOCK_DIM=block_dim(head_dim),
         STAGES=tuning.num_stages,
-        EARLY=early,
         num_warps=tuning.num_warps,
-        launch_pdl=early,
+        **launch_options(query_THD.device),
     )
     return out_THD
 

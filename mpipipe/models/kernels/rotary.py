@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launches_early
+from mpipipe.models.kernels.launch import await_inputs, launch_options
 
 if TYPE_CHECKING:
     from mpipipe.models.layer_options import HeadNorms
@@ -70,7 +70,6 @@ def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms 
     _, page_size, num_kv_heads, head_dim = key_cache.shape
     heads = min(triton.next_power_of_2(num_kv_heads), _MAX_HEADS_PER_PROGRAM)
     blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
-    early = launches_early(qkv_TX.device)
     _rotate_kernel[(qkv_TX.shape[0], blocks)](
         *tensors,
         norms.query_D if norms else qkv_TX,
@@ -86,10 +85,9 @@ def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms 
         NORMS=norms is not None,
         HEADS=heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        EARLY=early,
         num_warps=4,
         enable_fp_fusion=False,  # else a product and the sum become one operation, rounded once
-        launch_pdl=early,
+        **launch_options(qkv_TX.device),
     )
 
 
