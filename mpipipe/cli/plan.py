@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.load import config_hash, load_config
 from mpipipe.planning.explain import plan_lines
-from mpipipe.planning.inputs import deepspeed_warnings, read_model
-from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.model_facts import read_model
+from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.own_hello import own_hello
 from mpipipe.topology.gpu import (
     GpuFacts,

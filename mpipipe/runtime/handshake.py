@@ -1,4 +1,4 @@
-"""The ranks greet each other: who they are, what they have, and that all want the same."""
+"""The handshake of the ranks: who they are, what they have, and that all want the same."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from mpipipe.runtime.ranks import Ranks
 
-__all__ = ["greet", "local_rank_of", "meet", "read_hello"]
+__all__ = ["exchange_hellos", "handshake", "local_rank_of", "read_hello"]
 
 
-async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
-    """Exchange who we are and what we have; everybody must have the same configuration.
+async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
+    """Exchange who we are and what we have; all must have the same configuration.
 
     Then each rank is bound to the cores near its GPU, if it is to be.
 
@@ -42,7 +42,7 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
     """
     pipeline = loaded.config.pipeline
     try:
-        hellos = await meet(
+        hellos = await exchange_hellos(
             ranks,
             pipeline.device,
             config_hash(loaded.config),
@@ -57,7 +57,7 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[Hello, ...]:
     return hellos
 
 
-async def meet(
+async def exchange_hellos(
     ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
 ) -> tuple[Hello, ...]:
     """Exchange `read_hello`, in rank order; from then on poll as the cores of this host allow.
@@ -117,11 +117,11 @@ async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:
 def _share_host(ranks: Ranks, hellos: Sequence[Hello]) -> None:
     """Let the ranks of this host poll less eagerly where they have fewer cores than they are."""
     host = hellos[ranks.mesh.rank].host
-    local = [greeting for greeting in hellos if greeting.host == host]
-    if any(greeting.num_cores < sum(map(len, greeting.cores)) for greeting in local):
+    local = [hello for hello in hellos if hello.host == host]
+    if any(hello.num_cores < sum(map(len, hello.cores)) for hello in local):
         num_cores = local[0].num_cores  # a CPU quota, for all of them
     else:
-        cpus = {cpu for greeting in local for core in greeting.cores for cpu in core}
+        cpus = {cpu for hello in local for core in hello.cores for cpu in core}
         num_cores = len(cpus) or local[0].num_cores
     ranks.engine.share_cores(num_ranks=len(local), num_cores=num_cores)
 
