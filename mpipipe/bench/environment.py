@@ -1,4 +1,4 @@
-"""Under which circumstances a figure was measured: devices, plan, versions, date."""
+"""In which environment a figure was measured: devices, plan, versions, date."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mpipipe.topology.packages import package_versions
 if TYPE_CHECKING:
     from mpipipe.runtime.session import Session
 
-__all__ = ["SPEED_PACKAGES", "circumstances"]
+__all__ = ["SPEED_PACKAGES", "environment"]
 
 SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
 
 
-def circumstances(session: Session) -> dict[str, Any]:
+def environment(session: Session) -> dict[str, Any]:
     """What a benchmark's record says beside its figures (head)."""
     plan = session.plan
     statistics = session.statistics()

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mpipipe.bench.environment import circumstances
+from mpipipe.bench.environment import environment
 from mpipipe.bench.workloads import (
     BenchWork,
     Vocabulary,
@@ -26,11 +26,10 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError
 from mpipipe.metrics.log import NullLog
 from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
-from mpipipe.planning.inputs import ModelFacts, read_model
 from mpipipe.planning.roofline import JobShape, ceilings_of, job_floor
-from mpipipe.runtime.handshake import greet
-from mpipipe.runtime.ranks import import_boot, in_phase, open_ranks
-from mpipipe.runtime.shared_folders import check_model_folder
+from mpipipe.runtime.ranks import in_phase
+from mpipipe.runtime.requests import Prepared
+from mpipipe.runtime.startup import joined_ranks, loaded_session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.summary import RankReport
+    from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.session import Session
     from mpipipe.types import Completion, Request
@@ -91,27 +91,23 @@ async def run_throughput(
     Raises:
         MpipipeError: what `mpipipe run` would refuse, or a work that the plan cannot hold.
     """
-    async with open_ranks(clock, debug=debug) as ranks:
-        loaded = await in_phase(
-            ranks, "configuration", lambda: load_config(config_path, overrides), _DEADLINE_S
-        )
-        hellos = await greet(ranks, loaded)
-        model = await in_phase(
-            ranks, "inputs", lambda: _read_inputs(loaded, options) if ranks.is_head else None
-        )
-        random = loaded.config.model.weights == "random"
-        await check_model_folder(ranks, model, with_weights=not random)
-        # torch and transformers take seconds to import: only now, when the input is in order.
-        marks = _Marks(started_s, clock.now_s(), 0.0, 0.0)
-        await in_phase(ranks, "import", import_boot)
-        from mpipipe.runtime.boot import Boot, open_session
 
-        marks.imported_s = clock.now_s()
-        workload = bench_workload(options.works, options.seed)
-        boot = Boot(ranks, loaded, hellos, model, None, workload, NullLog(), decode=_no_text)
-        async with open_session(boot) as session:
-            marks.loaded_s = clock.now_s()
-            await _Bench(session, model, options, view, marks).run()
+    def load() -> LoadedConfig:
+        return load_config(config_path, overrides)
+
+    def check(model: ModelFacts) -> None:
+        _check_lengths(model, options)
+
+    def prepare(_: ModelFacts) -> Prepared:
+        return Prepared(bench_workload(options.works, options.seed), decode=_no_text)
+
+    async with (
+        joined_ranks(clock, load, check, debug=debug) as joined,
+        loaded_session(joined, prepare, NullLog()) as (session, _),
+    ):
+        ended_s = joined.ranks.phase_ended_s
+        marks = _Marks(started_s, ended_s["model seen"], ended_s["import"], clock.now_s())
+        await _Bench(session, joined.model, options, view, marks).run()
 
 
 @dataclass(slots=True)
@@ -215,7 +211,7 @@ class _Bench:
             "work": work.name,
             "mode": "latency" if self.options.latency else "throughput",
             **throughput_record(timing, reports, self._floor(work)),
-            **circumstances(session),
+            **environment(session),
             "boot": self.marks.record(after),
             "command": self.options.command,
             "seed": self.options.seed,
@@ -275,10 +271,9 @@ def _shortened(request: Request, most_tokens: int) -> Request:
     return dataclasses.replace(request, sampling=request.sampling.replace(max_new_tokens=count))
 
 
-def _read_inputs(loaded: LoadedConfig, options: ThroughputOptions) -> ModelFacts:
-    """The model's facts; refuses works that are longer than it can go."""
-    model = read_model(loaded)
-    limit = loaded.config.memory.max_context_tokens
+def _check_lengths(model: ModelFacts, options: ThroughputOptions) -> None:
+    """Refuse works that are longer than the model can go."""
+    limit = model.loaded.config.memory.max_context_tokens
     longest = model.spec.max_context_tokens if limit == AUTO else int(limit)
     for work in options.works:
         if work.longest_tokens > longest:
@@ -287,7 +282,6 @@ def _read_inputs(loaded: LoadedConfig, options: ThroughputOptions) -> ModelFacts
                 f"goes to {longest}: choose shorter ones, or raise memory.max_context_tokens as "
                 "far as the model goes"
             )
-    return model
 
 
 def _no_text(_: Sequence[int]) -> str:

@@ -12,12 +12,12 @@ from mpipipe.bench.environment import SPEED_PACKAGES
 from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
-from mpipipe.config.prompts import read_prompts
+from mpipipe.config.prompts import configured_prompts
 from mpipipe.control_plane.probe import format_probe
 from mpipipe.errors import ConfigError
-from mpipipe.planning.inputs import read_model
+from mpipipe.planning.model_facts import read_model
 from mpipipe.progress import new_event_loop
-from mpipipe.run_folder.files import claim_run_folder
+from mpipipe.run_folder.files import prepare_run_folder
 from mpipipe.run_folder.journal import CompletionWriter, merge
 from mpipipe.runtime.requests import prepare
 from mpipipe.topology.packages import package_versions
@@ -62,8 +62,7 @@ def transformers_command(
     model = read_model(load_config(config_path, overrides))
     loaded = model.loaded
     config = loaded.config
-    path = Path(config.prompts.path) if config.prompts.path else None
-    lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
+    lines = configured_prompts(loaded)
     if config.generation.temperature > 0:
         raise ConfigError(
             "bench transformers decodes greedily, so that tokens can be compared: set "
@@ -75,7 +74,7 @@ def transformers_command(
 
     folder = Path(config.output.dir).absolute() if config.output.dir != "auto" else None
     if folder is not None:
-        claim_run_folder(folder, overwrite=config.output.overwrite)
+        prepare_run_folder(folder, overwrite=config.output.overwrite)
     tokenizer = open_tokenizer(model.tokenizer_folder, config.model.trust_remote_code)
     special, size = config.prompts.add_special_tokens, model.spec.vocab_size
     prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.load import load_config
 from mpipipe.planning.explain import plan_lines
-from mpipipe.planning.inputs import deepspeed_warnings, read_model
-from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.model_facts import read_model
+from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.planning.resources import RankResources, read_rank_resources
 from mpipipe.topology.gpu import (
     GpuFacts,

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatMessage, ChatOptions
 from mpipipe.config.checks import default_sampling
@@ -34,10 +34,14 @@ from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
+if TYPE_CHECKING:
+    from mpipipe.config.load import LoadedConfig
+
 __all__ = [
     "ChatMessage",
     "ChatOptions",
     "PromptLine",
+    "configured_prompts",
     "library_prompts",
     "prompt_seed",
     "read_prompts",
@@ -65,6 +69,17 @@ class _Found:
     claim: ClaimedId
     fields: Mapping[str, Any] | None
     error: PromptError | None
+
+
+def configured_prompts(loaded: LoadedConfig) -> list[PromptLine]:
+    """The prompts that a configuration names.
+
+    Raises:
+        ConfigError: as `read_prompts` does.
+    """
+    prompts = loaded.config.prompts
+    path = Path(prompts.path) if prompts.path else None
+    return read_prompts(path, loaded.config.generation, prompts.limit, loaded.inline_prompts)
 
 
 def read_prompts(

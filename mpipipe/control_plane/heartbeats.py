@@ -44,6 +44,11 @@ class Vitals:
     stage: int = -1  # -1: no plan yet
     last_step: Callable[[], int] | None = None  # -1 before any; None: this rank is booting
 
+    @property
+    def step(self) -> int:
+        """Number of the last step that left this rank's stage; -1 before any."""
+        return -1 if self.last_step is None else self.last_step()
+
 
 class Heartbeats:
     """This rank's signs of life, and its watch over the others'.
@@ -109,8 +114,7 @@ class Heartbeats:
     def _send(self) -> None:
         vitals = self._vitals
         booting = vitals.last_step is None
-        step = -1 if vitals.last_step is None else vitals.last_step()
-        beat = Heartbeat(self._host, vitals.stage, step, vitals.phase, booting, self._deaf_s)
+        beat = Heartbeat(self._host, vitals.stage, vitals.step, vitals.phase, booting, self._deaf_s)
         self._mesh.send_quietly(self._partners, beat)
 
     def _listen(self, watch: SilenceWatch | None) -> None:

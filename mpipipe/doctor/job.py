@@ -11,10 +11,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpipipe.config.prompts import read_prompts
+from mpipipe.config.prompts import configured_prompts
 from mpipipe.config.schema import AUTO
 from mpipipe.doctor.checks.job import (
     HostDemand,
@@ -33,15 +32,14 @@ from mpipipe.doctor.probes.folders import (
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
-from mpipipe.planning.inputs import deepspeed_warnings
-from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.workload import Workload
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.resume import wants_resume
-from mpipipe.runtime.handshake import greet
+from mpipipe.runtime.handshake import handshake
 from mpipipe.runtime.ranks import AgreedError
-from mpipipe.runtime.requests import tokenize, workload_of
+from mpipipe.runtime.requests import tokenize
 from mpipipe.topology.host import host_name
 from mpipipe.topology.slurm import read_job
 
@@ -49,7 +47,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.doctor.facts import RankFacts
-    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.ranks import Ranks
@@ -83,7 +81,7 @@ async def examine_job(
         quick: measure no speed, and tokenise nothing.
     """
     try:
-        hellos = await greet(ranks, loaded)
+        hellos = await handshake(ranks, loaded)
     except AgreedError as agreed:  # raised on every rank
         return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
     folders, model = await _probe_folders(ranks, loaded, look=local_rank == 0, quick=quick)
@@ -96,7 +94,7 @@ async def examine_job(
     lines = _read_prompts(loaded if model is None else model.loaded, findings)
     plan = None
     if model is not None:
-        workload = _workload(loaded, model, lines, findings, quick=quick)
+        workload = _workload(model, lines, findings, quick=quick)
         plan = _plan(loaded, model, hellos, workload, findings)
     stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
     findings += check_folders(
@@ -129,10 +127,8 @@ async def _probe_folders(
 
 
 def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptLine]:
-    config = loaded.config
-    path = Path(config.prompts.path) if config.prompts.path else None
     try:
-        lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
+        lines = configured_prompts(loaded)
     except MpipipeError as error:
         findings.append(Finding.of_error("job.prompts", error))
         return []
@@ -141,7 +137,6 @@ def _read_prompts(loaded: LoadedConfig, findings: list[Finding]) -> list[PromptL
 
 
 def _workload(
-    loaded: LoadedConfig,
     model: ModelFacts,
     lines: Sequence[PromptLine],
     findings: list[Finding],
@@ -161,14 +156,14 @@ def _workload(
         return counted
     longest = sorted(lines, key=_guessed_tokens, reverse=True)[:_MANY_PROMPTS]
     try:
-        _, prompts = tokenize(loaded, model, longest)
+        prepared = tokenize(model, longest)
     except MpipipeError as error:
         findings.append(Finding.of_error("job.tokenizer", error))
         return counted
-    said = prompts.warnings if prompts is not None else ()
+    said = prepared.prompts.warnings if prepared.prompts is not None else ()
     for what, remedy in map(split_advice, said):
         findings.append(warning("job.prompts", what, "", remedy))
-    known = workload_of(loaded, model, prompts)
+    known = prepared.workload
     if len(lines) <= _MANY_PROMPTS:
         return known
     prompt_tokens = (known.num_prompt_tokens or 0) * len(lines) // _MANY_PROMPTS

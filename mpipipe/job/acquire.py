@@ -1,4 +1,4 @@
-"""What a run reads before it loads anything, and the folder that it claims, new or resumed."""
+"""The folder that a run acquires, new or resumed, and what is left to do in it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError
-from mpipipe.job.manifest import completions_basis
 from mpipipe.planning.devices import choose_device, choose_dtype
-from mpipipe.planning.inputs import read_model
-from mpipipe.run_folder.files import claim_run_folder, holds_run
+from mpipipe.run_folder.files import holds_run, prepare_run_folder
+from mpipipe.run_folder.fingerprint import DTYPE, completions_fingerprint
 from mpipipe.run_folder.lock import lock_folder
 from mpipipe.run_folder.resume import (
-    DTYPE,
     Earlier,
-    earlier_basis,
+    earlier_fingerprint,
     read_earlier,
     wants_resume,
 )
@@ -34,19 +31,17 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
-    from mpipipe.planning.inputs import ModelFacts
-    from mpipipe.planning.resources import RankResources
     from mpipipe.run_folder.lock import FolderLock
-    from mpipipe.runtime.ranks import Ranks
+    from mpipipe.runtime.startup import Joined
     from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["Claim", "claim", "claim_folder", "read_inputs"]
+__all__ = ["Acquired", "acquire", "acquire_folder"]
 
 _DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Acquired:
     """The run folder and what is to be done in it. On ranks but the head only the first two."""
 
     folder: Path
@@ -54,7 +49,7 @@ class Claim:
     earlier: Earlier = field(default_factory=Earlier)
     lines_left: Sequence[PromptLine] = ()
     index_of: Mapping[str, int] = field(default_factory=dict)  # id → position, of all prompts
-    basis: Mapping[str, Any] = field(default_factory=dict)  # what decides the completions
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)  # what decides the completions
     lock: FolderLock | None = None  # until the run has ended
 
     def close(self) -> None:
@@ -65,61 +60,41 @@ class Claim:
     @property
     def is_resumed(self) -> bool:
         """Whether an earlier attempt had begun to generate (head)."""
-        return self.earlier.basis is not None
+        return self.earlier.fingerprint is not None
 
 
-def read_inputs(ranks: Ranks, loaded: LoadedConfig) -> tuple[ModelFacts | None, list[PromptLine]]:
-    """Model facts and prompt lines, on the head; nothing elsewhere."""
-    if not ranks.is_head:
-        return None, []
-    model = read_model(loaded)
-    config = model.loaded.config
-    path = Path(config.prompts.path) if config.prompts.path else None
-    lines = read_prompts(path, config.generation, config.prompts.limit, loaded.inline_prompts)
-    return model, lines
-
-
-async def claim(
-    ranks: Ranks,
-    loaded: LoadedConfig,
-    model: ModelFacts | None,
-    lines: Sequence[PromptLine],
-    hellos: Sequence[RankResources],
-) -> Claim:
-    """The run folder, chosen, locked and claimed by the head, the same on every rank.
+async def acquire(joined: Joined[list[PromptLine]]) -> Acquired:
+    """The run folder, chosen, locked and acquired by the head, the same on every rank.
 
     Raises:
         AgreedError: it cannot be used, or not resumed.
     """
+    ranks, loaded, model = joined.ranks, joined.loaded, joined.model
 
-    def work() -> Claim | None:
+    def work() -> Acquired | None:
         if model is None:
             return None
-        basis = completions_basis(loaded, model, _dtype(loaded, model, hellos))
-        return claim_folder(loaded, lines, basis, read_job(os.environ))
+        # As the plan is going to choose them.
+        device, _ = choose_device(loaded.config.pipeline, joined.hellos)
+        dtype, _ = choose_dtype(loaded.config.model.dtype, model.spec.dtype, device, joined.hellos)
+        fingerprint = completions_fingerprint(loaded, model, dtype)
+        return acquire_folder(loaded, joined.inputs or (), fingerprint, read_job(os.environ))
 
     # As long as it takes: all earlier completions are read, and the prompts once more.
-    claimed = await in_phase(ranks, "output", work)
+    acquired = await in_phase(ranks, "output", work)
     payload = None
-    if claimed is not None:
-        payload = json.dumps([str(claimed.folder), claimed.done_code]).encode()
+    if acquired is not None:
+        payload = json.dumps([str(acquired.folder), acquired.done_code]).encode()
     folder, done_code = json.loads(await ranks.mesh.broadcast("output", payload, _DEADLINE_S))
-    return claimed or Claim(Path(folder), done_code)
+    return acquired or Acquired(Path(folder), done_code)
 
 
-def _dtype(loaded: LoadedConfig, model: ModelFacts, hellos: Sequence[RankResources]) -> str:
-    """What the plan is going to compute in."""
-    config = loaded.config
-    device, _ = choose_device(config.pipeline, hellos)
-    return choose_dtype(config.model.dtype, model.spec.dtype, device, hellos)[0]
-
-
-def claim_folder(
+def acquire_folder(
     loaded: LoadedConfig,
     lines: Sequence[PromptLine],
-    basis: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     job: SlurmJob | None,
-) -> Claim:
+) -> Acquired:
     """The run folder of these settings in `job`, and what is left to do of `lines`; head only.
 
     Raises:
@@ -129,22 +104,24 @@ def claim_folder(
     output = loaded.config.output
     auto = output.dir == AUTO
     index_of = {line.prompt_id: line.index for line in lines}
-    folder = (_auto_folder(loaded, basis, job) if auto else Path(output.dir)).absolute()
+    folder = (_auto_folder(loaded, fingerprint, job) if auto else Path(output.dir)).absolute()
     lock = lock_folder(folder, job)
     try:
         resume = wants_resume(output.resume, folder, job)
-        claim_run_folder(folder, overwrite=output.overwrite, resume=resume)
-        earlier = read_earlier(folder, basis, index_of) if resume else Earlier()
+        prepare_run_folder(folder, overwrite=output.overwrite, resume=resume)
+        earlier = read_earlier(folder, fingerprint, index_of) if resume else Earlier()
     except BaseException:
         lock.close()
         raise
     kept = earlier.records
     left = [line for line in lines if line.prompt_id not in kept.checksums]
     done_code = None if left else EXIT_PROMPTS if kept.num_failed else EXIT_OK
-    return Claim(folder, done_code, earlier, left, index_of, basis, lock)
+    return Acquired(folder, done_code, earlier, left, index_of, fingerprint, lock)
 
 
-def _auto_folder(loaded: LoadedConfig, basis: Mapping[str, Any], job: SlurmJob | None) -> Path:
+def _auto_folder(
+    loaded: LoadedConfig, fingerprint: Mapping[str, Any], job: SlurmJob | None
+) -> Path:
     """By date and time; in a job by its id, so that it is found again when the job is requeued.
 
     Further runs of one job are numbered from 2 on.
@@ -161,13 +138,13 @@ def _auto_folder(loaded: LoadedConfig, basis: Mapping[str, Any], job: SlurmJob |
     folders = (Path("runs", f"{first}.{n}" if n > 1 else first) for n in itertools.count(1))
     earlier = list(itertools.takewhile(holds_run, folders))
     if resume is True or (resume == AUTO and job.num_restarts > 0):
-        bases = {folder: earlier_basis(folder) for folder in earlier}
+        fingerprints = {folder: earlier_fingerprint(folder) for folder in earlier}
         # What ended while it booted is anybody's. Another dtype is refused later, with a sentence.
-        wanted = {**basis, DTYPE: None}
-        for folder, found in bases.items():
-            if found is None or found == basis:
+        wanted = {**fingerprint, DTYPE: None}
+        for folder, found in fingerprints.items():
+            if found is None or found == fingerprint:
                 return folder
-        for folder, found in bases.items():
+        for folder, found in fingerprints.items():
             if {**(found or {}), DTYPE: None} == wanted:
                 return folder
     return Path("runs", f"{first}.{len(earlier) + 1}" if earlier else first)

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
-from mpipipe.config.schema import PipelineConfig
+from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
-from mpipipe.job.acquire import Claim, claim, read_inputs
+from mpipipe.job.acquire import Acquired, acquire
 from mpipipe.job.manifest import build_manifest
 from mpipipe.job.rank_page import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
-from mpipipe.planning.inputs import deepspeed_warnings
 from mpipipe.planning.layout import stage_order
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
 from mpipipe.run_folder.journal import CompletionWriter, merge
@@ -32,11 +32,11 @@ from mpipipe.run_folder.progress_file import (
     RunState,
     fail_for_lost_head,
 )
-from mpipipe.runtime.handshake import greet
-from mpipipe.runtime.ranks import Ranks, import_boot, in_phase, open_ranks
-from mpipipe.runtime.requests import PreparedPrompts, tokenize, workload_of
-from mpipipe.runtime.shared_folders import check_model_folder, check_output_folder
-from mpipipe.runtime.stop_switch import watch_for_stop
+from mpipipe.runtime.ranks import Ranks, in_phase
+from mpipipe.runtime.requests import Prepared, PreparedPrompts, tokenize
+from mpipipe.runtime.shared_folders import check_output_folder
+from mpipipe.runtime.shared_stop import watch_for_stop
+from mpipipe.runtime.startup import Joined, joined_ranks, loaded_session
 from mpipipe.topology.host import host_name
 from mpipipe.topology.slurm import launch_warnings
 
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
     from mpipipe.metrics.log import RunLog
-    from mpipipe.planning.inputs import ModelFacts
-    from mpipipe.planning.resources import RankResources
+    from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.runtime.session import Session
     from mpipipe.runtime.stop_switch import StopSwitch
     from mpipipe.types import Completion
@@ -85,7 +85,7 @@ class _Job:
 
     ranks: Ranks
     loaded: LoadedConfig
-    claim: Claim
+    acquired: Acquired
     log: RunLog
     view: JobView
     marks: _Marks
@@ -112,47 +112,42 @@ async def run_job(
     Raises:
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
     """
-    marks = _Marks(started_s)
-    async with open_ranks(clock, stop=stop, debug=debug) as ranks:
-        ranks.vitals.timeout_s = PipelineConfig().heartbeat_timeout_s  # until it is known
-        loaded = await in_phase(
-            ranks, "configuration", lambda: load_config(config_path, overrides), _FOLDER_DEADLINE_S
-        )
-        ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
+
+    def load() -> LoadedConfig:
+        loaded = load_config(config_path, overrides)
         if page is not None:
-            page.silence_limit_s = ranks.vitals.timeout_s
-        hellos = await greet(ranks, loaded)
-        model, lines = await in_phase(ranks, "inputs", lambda: read_inputs(ranks, loaded))
-        random = loaded.config.model.weights == "random"
-        await check_model_folder(ranks, model, with_weights=not random)
-        if model is not None:
-            loaded = model.loaded
-        claimed = await claim(ranks, loaded, model, lines, hellos)
-        await check_output_folder(ranks, claimed.folder)
-        job = _open_job(ranks, loaded, claimed, hellos, view=view, marks=marks, page=page)
-        exit_code = await _do(job, hellos, model)
+            page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
+        return loaded
+
+    def read(model: ModelFacts) -> list[PromptLine]:
+        return configured_prompts(model.loaded)
+
+    joining = joined_ranks(clock, load, read, heartbeats=True, stop=stop, debug=debug)
+    async with joining as joined:
+        acquired = await acquire(joined)
+        await check_output_folder(joined.ranks, acquired.folder)
+        job = _open_job(joined, acquired, view, _Marks(started_s), page)
+        exit_code = await _do(job, joined)
         job.log.close()
-        claimed.close()
+        acquired.close()
         return exit_code
 
 
 def _open_job(
-    ranks: Ranks,
-    loaded: LoadedConfig,
-    claimed: Claim,
-    hellos: tuple[RankResources, ...],
-    *,
+    joined: Joined[list[PromptLine]],
+    acquired: Acquired,
     view: JobView,
     marks: _Marks,
     page: RankPage | None,
 ) -> _Job:
     """Open this rank's log in the run folder, and see to it that an early end is told there."""
+    ranks, loaded, hellos = joined.ranks, joined.loaded, joined.hellos
     rank = ranks.mesh.rank
     stage = ranks.vitals.stage = stage_order(hellos).index(rank)
     if page is not None:
-        page.opened(claimed.folder, stage)
+        page.opened(acquired.folder, stage)
     log = open_log(
-        claimed.folder / f"rank_{rank}.log",
+        acquired.folder / f"rank_{rank}.log",
         rank=rank,
         host=host_name(),
         level=loaded.config.log.level,
@@ -160,7 +155,7 @@ def _open_job(
         on_failure=view.warned,
     )
     view.log_opened(log)
-    folder = claimed.folder if ranks.is_head else None
+    folder = acquired.folder if ranks.is_head else None
     progress = ProgressFile(folder, [hello.host for hello in hellos])
 
     def end_early(error: BaseException) -> None:
@@ -168,45 +163,40 @@ def _open_job(
         log.close()
         # The one that has the lock tells the state of the folder.
         progress.failed(error)
-        fail_for_lost_head(claimed.folder, error)
-        claimed.close()
+        fail_for_lost_head(acquired.folder, error)
+        acquired.close()
 
-    ranks.last_words.append(end_early)
+    ranks.on_failure.append(end_early)
     log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
-    return _Job(ranks, loaded, claimed, log, view, marks, progress, page)
+    return _Job(ranks, loaded, acquired, log, view, marks, progress, page)
 
 
-async def _do(job: _Job, hellos: tuple[RankResources, ...], model: ModelFacts | None) -> int:
+async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
     """Load and generate; neither when earlier attempts have left nothing to do."""
-    ranks, loaded, claimed, marks = job.ranks, job.loaded, job.claim, job.marks
+    ranks, acquired, marks = job.ranks, job.acquired, job.marks
     if ranks.is_head:
         _tell_what_is_left(job)
-    if claimed.done_code is not None:
+    if acquired.done_code is not None:
         # The earlier attempt may not have merged what it completed. Not stoppable: all is done, so
         # there is no reason to come back.
         await in_phase(ranks, "merge", lambda: _merge_only(job), stoppable=False)
-        job.progress.write(RunState.DONE, exit_code=claimed.done_code)
-        return claimed.done_code
-    # torch and transformers take seconds to import: only now, when the input is in order.
-    await in_phase(ranks, "import", import_boot)
-    from mpipipe.runtime.boot import Boot, open_session
+        job.progress.write(RunState.DONE, exit_code=acquired.done_code)
+        return acquired.done_code
 
-    tokenizer, prompts = await in_phase(
-        ranks, "tokenizer", lambda: tokenize(loaded, model, claimed.lines_left)
-    )
-    marks.booted_s = ranks.clock.now_s()
-    job.progress.write(RunState.LOADING)
-    workload = workload_of(loaded, model, prompts)
-    boot = Boot(ranks, loaded, hellos, model, tokenizer, workload, job.log)
-    async with open_session(boot) as session:
-        marks.loaded_s = ranks.clock.now_s()
+    def prepare(model: ModelFacts) -> Prepared:
+        prepared = tokenize(model, acquired.lines_left)
+        job.progress.write(RunState.LOADING)
+        return prepared
+
+    async with loaded_session(joined, prepare, job.log) as (session, prepared):
+        marks.booted_s, marks.loaded_s = ranks.phase_ended_s["tokenizer"], ranks.clock.now_s()
 
         def stop() -> None:
             session.stop()
             job.files.post(lambda: _tell_stop(job))
 
-        async with watch_for_stop(ranks, stop), _steps_told(session, job.page):
-            exit_code = await _run(job, session, prompts)
+        async with watch_for_stop(ranks, stop), _steps_told(ranks, job.page):
+            exit_code = await _run(job, session, prepared.prompts)
         job.files.close()  # not before: a stop may come until here
         return exit_code
 
@@ -221,22 +211,26 @@ def _merge_only(job: _Job) -> None:
     if not job.ranks.is_head:
         return
     _merge(job, {})
-    kept, now_s = job.claim.earlier.records, job.ranks.clock.now_s()
+    kept, now_s = job.acquired.earlier.records, job.ranks.clock.now_s()
     totals = dataclasses.replace(
         RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
     )
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
     summary = RunSummary(marks.phases(now_s), totals, num_preemptions=0, ranks=())
-    write_json(job.claim.folder / "metrics.json", summary.to_dict())
+    write_json(job.acquired.folder / "metrics.json", summary.to_dict())
     job.log.info("summary", **summary.to_dict())
 
 
 def _merge(job: _Job, written: Mapping[str, int]) -> None:
     """Merge what earlier attempts have kept and this one has `written`; checksums by prompt id."""
     # Of an earlier attempt: it must not stand beside other completions.
-    with told_as_output(metrics := job.claim.folder / "metrics.json"):
+    with told_as_output(metrics := job.acquired.folder / "metrics.json"):
         metrics.unlink(missing_ok=True)
-    merge(job.claim.folder, job.claim.index_of, {**job.claim.earlier.records.checksums, **written})
+    merge(
+        job.acquired.folder,
+        job.acquired.index_of,
+        {**job.acquired.earlier.records.checksums, **written},
+    )
 
 
 def _warn(job: _Job, message: str) -> None:
@@ -245,19 +239,19 @@ def _warn(job: _Job, message: str) -> None:
 
 
 @asynccontextmanager
-async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[None]:
+async def _steps_told(ranks: Ranks, page: RankPage | None) -> AsyncIterator[None]:
     """While inside, the supervisor learns of this rank's steps, a moment late."""
 
     async def tell(page: RankPage) -> None:
         while True:
-            page.step = session.last_step
+            page.step = ranks.vitals.step
             await asyncio.sleep(_PROGRESS_INTERVAL_S)
 
     if page is None:
         yield
         return
     page.phase = RankPhase.RUNNING
-    telling = session.ranks.tasks.create_task(tell(page), name="steps told")
+    telling = ranks.tasks.create_task(tell(page), name="steps told")
     try:
         yield
     finally:
@@ -265,9 +259,9 @@ async def _steps_told(session: Session, page: RankPage | None) -> AsyncIterator[
 
 
 def _tell_what_is_left(job: _Job) -> None:
-    kept, num_left, folder = job.claim.earlier.records, len(job.claim.lines_left), job.claim.folder
-    num_kept = len(kept.checksums)
-    if job.claim.is_resumed:
+    acquired, kept, folder = job.acquired, job.acquired.earlier.records, job.acquired.folder
+    num_left, num_kept = len(acquired.lines_left), len(kept.checksums)
+    if acquired.is_resumed:
         job.log.info("resumed", num_kept=num_kept, num_left=num_left, num_damaged=kept.num_damaged)
         job.view.resumed(num_kept, num_left, folder)
     if kept.num_damaged:
@@ -277,12 +271,12 @@ def _tell_what_is_left(job: _Job) -> None:
             "this run, or others of a prompt that has a record: they are in damaged_rank_*.jsonl "
             f"in {folder} now, and prompts without a record run again",
         )
-    num_prompts = len(job.claim.index_of)
+    num_prompts = len(acquired.index_of)
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> int:
-    loaded, log, view, folder = job.loaded, job.log, job.view, job.claim.folder
+    loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
     if prompts is None:
         await session.serve_until_ended()
         await session.gather_reports()
@@ -297,7 +291,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, warnings)
-    manifest = build_manifest(session, loaded, job.claim)
+    manifest = build_manifest(session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     tally = await _complete(job, session, prompts, manifest)
     session.end()
@@ -311,8 +305,8 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
         requests=dataclasses.replace(
             totals,
             num_unfinished=num_unfinished,
-            num_kept=len(job.claim.earlier.kept_ids),
-            num_damaged=job.claim.earlier.records.num_damaged,
+            num_kept=len(job.acquired.earlier.kept_ids),
+            num_damaged=job.acquired.earlier.records.num_damaged,
         ),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
@@ -323,15 +317,15 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> 
 async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    metrics = job.claim.folder / "metrics.json"
+    metrics = job.acquired.folder / "metrics.json"
     await job.files.run(lambda: write_json(metrics, summary.to_dict()))
     job.log.info("summary", **summary.to_dict())
-    job.view.finished(summary, job.claim.folder)
-    num_failed = requests.num_failed + job.claim.earlier.records.num_failed
+    job.view.finished(summary, job.acquired.folder)
+    num_failed = requests.num_failed + job.acquired.earlier.records.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK
     if requests.num_unfinished:
         exit_code = job.ranks.stop.exit_code
-        job.view.stopped(reason, requests.num_unfinished, job.claim.folder)
+        job.view.stopped(reason, requests.num_unfinished, job.acquired.folder)
     state = RunState.STOPPED if requests.num_unfinished else RunState.DONE
     end = {"exit_code": exit_code, "num_unfinished": requests.num_unfinished}
     await job.files.run(lambda: job.progress.write(state, **end))
@@ -342,7 +336,7 @@ async def _complete(
     job: _Job, session: Session, prompts: PreparedPrompts, manifest: dict[str, Any]
 ) -> RequestTally:
     """Generate, write each completion as it ends, merge them in input order."""
-    folder, view = job.claim.folder, job.view
+    folder, view = job.acquired.folder, job.view
     tally = RequestTally()
     view.generating(prompts.num_prompts, job.loaded.config.log.progress)
 

@@ -40,7 +40,7 @@ __all__ = ["end_with", "supervise", "watch_supervisor"]
 
 _OWN_SIGNALS = {signal.SIGCHLD, signal.SIGALRM}
 _INTERVAL_S = 1.0
-_LAST_WORDS_S = 0.25  # a launcher drops text that it has not read when ranks end badly
+_TELL_S = 0.25  # a launcher drops text that it has not read when ranks end badly
 _ABORT_LIMIT_S = 2.0
 _PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
@@ -151,7 +151,7 @@ def _tell(end: End, page: RankPage) -> None:
         os.write(2, f"mpipipe: error: {end.sentence}\n".encode())
     if page.run_folder is not None:
         tell_end(page.run_folder, end.state, end.sentence)
-    time.sleep(_LAST_WORDS_S)
+    time.sleep(_TELL_S)
 
 
 def _state(pid: int) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.checks import default_sampling
+from mpipipe.config.deepspeed import check_against_plan
 from mpipipe.config.schema import Config
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.attention_choice import choose_attention
@@ -39,7 +41,10 @@ from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_me
 from mpipipe.planning.workload import Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
-__all__ = ["RankResources", "make_plan"]
+if TYPE_CHECKING:
+    from mpipipe.config.load import LoadedConfig
+
+__all__ = ["RankResources", "deepspeed_warnings", "make_plan"]
 
 # These know every length on the host only, or plan each step anew there: nothing a graph can hold.
 _NO_GRAPHS = frozenset({"sdpa", "reference", "flashinfer"})
@@ -314,3 +319,19 @@ class _Resolver:
         value, reason = threads_per_rank(pipeline.bind, self.ranks)
         asked = pipeline.threads_per_rank
         return self.decisions.count("pipeline.threads_per_rank", asked, value, reason)
+
+
+def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:
+    """What a `ds_config.json` beside the configuration asks for and the plan does differently.
+
+    Raises:
+        ConfigError: it was written for another number of stages.
+    """
+    if loaded.deepspeed is None:
+        return []
+    return check_against_plan(
+        loaded.deepspeed,
+        num_stages=plan.num_stages,
+        dtype=plan.dtype,
+        max_sequences_per_slot=plan.max_sequences_per_slot,
+    )

@@ -1,4 +1,4 @@
-"""The run folder: claimed once; its files replaced whole.
+"""The run folder: one run has it; its files replaced whole.
 
 Layout of `output.dir`: `manifest.json`, `completions_rank_<r>.jsonl` (`journal`: in the order they
 ended, one line written whole and flushed), `completions.jsonl` (in input order), `rank_<r>.log`,
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "claim_run_folder",
     "holds_run",
     "json_bytes",
+    "prepare_run_folder",
     "replaced_file",
     "sync_folder",
     "told_as_output",
@@ -48,7 +48,7 @@ def holds_run(folder: Path) -> bool:
     return any(path for pattern in _RUN_FILES for path in folder.glob(pattern))
 
 
-def claim_run_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+def prepare_run_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Make `folder` ready for a new run, or refuse; `resume`: what is there stays.
 
     Raises:

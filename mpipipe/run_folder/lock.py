@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["FolderLock", "last_words", "lock_folder"]
+__all__ = ["FolderLock", "last_status", "lock_folder"]
 
 _LOCK_FILE = ".lock"
 _BUSY = {RunState.GENERATING.value, RunState.STOPPING.value}
@@ -58,7 +58,7 @@ def lock_folder(
 ) -> FolderLock:
     """Keep other runs out of `folder`, which is made where it is missing.
 
-    A folder that cannot be written is not locked: whoever claims it says why.
+    A folder that cannot be written is not locked: `prepare_run_folder` says why.
 
     Raises:
         OutputError: another run is writing there.
@@ -76,13 +76,13 @@ def lock_folder(
         os.close(descriptor)
         if held:
             continue  # its holder has removed it meanwhile: another may lock the next
-        values = last_words(folder)
+        values = last_status(folder)
         if not _is_ended_attempt(values, job) and (held is False or _is_fresh(values, now())):
             raise _occupied(folder, values)
         return FolderLock(path, None)
 
 
-def last_words(folder: Path) -> Mapping[str, Any]:
+def last_status(folder: Path) -> Mapping[str, Any]:
     """What the run in `folder` told last (`status_values`); empty: nothing that can be read."""
     with contextlib.suppress(OutputError):
         told = read_status_file(folder / STATUS_FILE)

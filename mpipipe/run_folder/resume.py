@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, OutputError
+from mpipipe.run_folder.fingerprint import DTYPE
 from mpipipe.run_folder.journal import KeptRecords, journal_files, read_journals
-from mpipipe.run_folder.lock import last_words
+from mpipipe.run_folder.lock import last_status
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Set
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 
     from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["DTYPE", "Earlier", "check_basis", "earlier_basis", "read_earlier", "wants_resume"]
+__all__ = ["Earlier", "check_fingerprint", "earlier_fingerprint", "read_earlier", "wants_resume"]
 
-DTYPE = "model.dtype"  # in a basis: the one that was computed in, never "auto"
 _SHOWN = reprlib.Repr()  # values out of a manifest may be of any size and depth
 _SHOWN.maxstring = _SHOWN.maxother = 80
 _BEGIN_ANEW = (
@@ -42,7 +42,9 @@ class Earlier:
     """What earlier attempts left in the run folder."""
 
     records: KeptRecords = field(default_factory=KeptRecords)  # of completed and failed prompts
-    basis: Mapping[str, Any] | None = None  # what decided their completions; None: nothing earlier
+    fingerprint: Mapping[str, Any] | None = (
+        None  # what decided their completions; None: nothing earlier
+    )
     attempts: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -55,7 +57,7 @@ class Earlier:
 class _Manifest:
     """What a later attempt needs of `manifest.json`."""
 
-    basis: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     attempts: tuple[Mapping[str, Any], ...]
 
 
@@ -72,20 +74,22 @@ def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> boo
     manifest = _read_manifest(folder)
     last = manifest.attempts[-1] if manifest is not None and manifest.attempts else {}
     # An attempt that ended while it booted has left its status, and no manifest.
-    return job.label in (last.get("job"), last_words(folder).get("job_id"))
+    return job.label in (last.get("job"), last_status(folder).get("job_id"))
 
 
-def earlier_basis(folder: Path) -> Mapping[str, Any] | None:
+def earlier_fingerprint(folder: Path) -> Mapping[str, Any] | None:
     """What decided the completions in `folder`; None: no run there has begun to generate.
 
     Raises:
         OutputError: there are completions, and the manifest beside them cannot be read.
     """
     manifest = _read_manifest(folder)
-    return None if manifest is None else manifest.basis
+    return None if manifest is None else manifest.fingerprint
 
 
-def read_earlier(folder: Path, basis: Mapping[str, Any], prompt_ids: Collection[str]) -> Earlier:
+def read_earlier(
+    folder: Path, fingerprint: Mapping[str, Any], prompt_ids: Collection[str]
+) -> Earlier:
     """What is in `folder` of the run that `basis` decides; empty where no run has begun.
 
     Damaged lines are set aside.
@@ -96,8 +100,8 @@ def read_earlier(folder: Path, basis: Mapping[str, Any], prompt_ids: Collection[
     manifest = _read_manifest(folder)
     if manifest is None:
         return Earlier()
-    check_basis(manifest.basis, basis, folder)
-    return Earlier(read_journals(folder, prompt_ids), manifest.basis, manifest.attempts)
+    check_fingerprint(manifest.fingerprint, fingerprint, folder)
+    return Earlier(read_journals(folder, prompt_ids), manifest.fingerprint, manifest.attempts)
 
 
 def _read_manifest(folder: Path) -> _Manifest | None:
@@ -123,8 +127,8 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         )
     try:
         document = read_json_object(path)
-        basis = document.get("basis")
-        if not isinstance(basis, dict) or not basis:
+        fingerprint = document.get("basis")
+        if not isinstance(fingerprint, dict) or not fingerprint:
             raise CheckpointError(f"{path} does not say what decided the completions (basis)")
     except CheckpointError as error:
         if not files:
@@ -133,7 +137,7 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         raise OutputError(text) from None
     found = document.get("attempts")
     attempts = found if isinstance(found, list) else []
-    return _Manifest(basis, tuple(attempt for attempt in attempts if _is_plain(attempt)))
+    return _Manifest(fingerprint, tuple(attempt for attempt in attempts if _is_plain(attempt)))
 
 
 def _is_plain(attempt: object) -> bool:
@@ -145,7 +149,7 @@ def _is_plain(attempt: object) -> bool:
     )
 
 
-def check_basis(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def check_fingerprint(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Check that what decides completions is the same as in the earlier attempts.
 
     Raises:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.errors import ConfigError, OutputError
-from mpipipe.planning.inputs import model_folder
+from mpipipe.planning.model_facts import model_folder
 from mpipipe.run_folder.files import write_json, write_whole
 from mpipipe.topology.job_end import sbatch_options
 from mpipipe.topology.slurm import job_record

@@ -1,7 +1,8 @@
-"""From a configuration that was read to a live session: the only place that wires the parts.
+"""From what was prepared to a live session: the only place that wires the parts.
 
 The order is the same on all ranks, and each step ends in an agreement: plan (head), load, open the
-tensor channel, exercise every edge once. Imports torch and transformers: seconds.
+tensor channel, exercise every edge once. Imports torch and transformers: seconds. Not here: what
+comes before (`startup`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,44 +18,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.planning.inputs import ModelFacts, deepspeed_warnings
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.resolve import make_plan
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase
-from mpipipe.runtime.session import LoadFacts, Session
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase
+from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
 from mpipipe.runtime.tensor_channel import open_channel
 from mpipipe.topology.affinity import format_cpus
 from mpipipe.topology.host import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
-    from mpipipe.metrics.log import Logger
-    from mpipipe.models.tokenizer_base import Tokenizer
-    from mpipipe.planning.resources import RankResources
     from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.stage.worker import StageWorker
 
-__all__ = ["Boot", "open_session"]
-
-
-@dataclass(frozen=True, slots=True)
-class Boot:
-    """What a session starts from. `model` and `tokenizer` are the head's, None elsewhere.
-
-    `decode`, ids to text, replaces the tokenizer's: a benchmark needs no text and no tokenizer.
-    """
-
-    ranks: Ranks
-    loaded: LoadedConfig
-    hellos: tuple[RankResources, ...]
-    model: ModelFacts | None
-    tokenizer: Tokenizer | None
-    workload: Workload
-    log: Logger
-    decode: Callable[[Sequence[int]], str] | None = None
+__all__ = ["open_session"]
 
 
 @asynccontextmanager
@@ -172,7 +150,7 @@ def _use_device(plan: PipelinePlan, device: torch.device) -> None:
 
 
 async def _agree_on_plan(boot: Boot) -> PipelinePlan:
-    """The head plans, everybody gets the same plan."""
+    """The head plans, all ranks get the same plan."""
     ranks = boot.ranks
     plan = await in_phase(ranks, "plan", lambda: _decide(boot))
     text = None if plan is None else plan.to_json().encode()
@@ -188,7 +166,7 @@ def _decide(boot: Boot) -> PipelinePlan | None:
         boot.model.spec,
         boot.hellos,
         str(boot.model.folder),
-        boot.workload,
+        boot.prepared.workload,
         notes=boot.model.notes,
     )
     deepspeed_warnings(boot.loaded, plan)  # a contradiction must stop the run before it loads

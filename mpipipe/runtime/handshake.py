@@ -1,4 +1,4 @@
-"""The ranks greet each other: who they are, what they have, and that all want the same."""
+"""The handshake of the ranks: who they are, what they have, and that all want the same."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from mpipipe.runtime.ranks import Ranks
 
-__all__ = ["greet", "local_rank_of", "meet", "read_resources"]
+__all__ = ["exchange_hellos", "handshake", "local_rank_of", "read_resources"]
 
 
-async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]:
-    """Exchange what the ranks have, in rank order; all must have the same configuration.
+async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]:
+    """Exchange who we are and what we have; all must have the same configuration.
 
     Then each rank is bound to the cores near its GPU, if it is to be.
 
@@ -43,7 +43,7 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]
     """
     pipeline = loaded.config.pipeline
     try:
-        met = await meet(
+        resources = await exchange_hellos(
             ranks,
             pipeline.device,
             config_hash(loaded.config),
@@ -52,13 +52,13 @@ async def greet(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]
     except (ProtocolMismatchError, DeadlineError) as error:
         raise AgreedError(error) from None
     rank = ranks.mesh.rank
-    cores = cores_of_ranks(pipeline.bind, met)[rank]
-    if cores != met[rank].cores:
+    cores = cores_of_ranks(pipeline.bind, resources)[rank]
+    if cores != resources[rank].cores:
         move_process(cpu for core in cores for cpu in core)
-    return met
+    return resources
 
 
-async def meet(
+async def exchange_hellos(
     ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
 ) -> tuple[RankResources, ...]:
     """Exchange `read_resources`, in rank order; then poll as the cores of this host allow.
@@ -73,12 +73,12 @@ async def meet(
         ProtocolMismatchError: versions, configurations or the number of ranks differ.
         DeadlineError: a rank did not come.
     """
-    resources = await read_resources(ranks, device, deadline_s=deadline_s)
+    own = await read_resources(ranks, device, deadline_s=deadline_s)
     mesh = ranks.mesh
-    hello = Hello(mesh.rank, mesh.world_size, PROTOCOL_VERSION, __version__, config_hash, resources)
-    met = tuple(hello.resources for hello in await mesh.handshake(hello, deadline_s))
-    _share_host(ranks, met)
-    return met
+    hello = Hello(mesh.rank, mesh.world_size, PROTOCOL_VERSION, __version__, config_hash, own)
+    resources = tuple(hello.resources for hello in await mesh.handshake(hello, deadline_s))
+    _share_host(ranks, resources)
+    return resources
 
 
 async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> RankResources:
@@ -118,10 +118,10 @@ async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:
     return numbers[ranks.mesh.rank]
 
 
-def _share_host(ranks: Ranks, met: Sequence[RankResources]) -> None:
+def _share_host(ranks: Ranks, resources: Sequence[RankResources]) -> None:
     """Let the ranks of this host poll less eagerly where they have fewer cores than they are."""
-    host = met[ranks.mesh.rank].host
-    local = [rank for rank in met if rank.host == host]
+    host = resources[ranks.mesh.rank].host
+    local = [rank for rank in resources if rank.host == host]
     if any(rank.num_cores < sum(map(len, rank.cores)) for rank in local):
         num_cores = local[0].num_cores  # a CPU quota, for all of them
     else:

@@ -25,13 +25,9 @@ from mpipipe.config.prompt_fields import keyword_sampling
 from mpipipe.config.prompts import library_prompts
 from mpipipe.errors import MpipipeError, RemoteError, SettingError
 from mpipipe.metrics.log import NullLog
-from mpipipe.planning.inputs import read_model
-from mpipipe.planning.workload import Workload
 from mpipipe.progress import new_event_loop
-from mpipipe.runtime.handshake import greet
-from mpipipe.runtime.ranks import import_boot, in_phase, open_ranks
-from mpipipe.runtime.requests import PreparedPrompts, prepare
-from mpipipe.runtime.shared_folders import check_model_folder
+from mpipipe.runtime.requests import Prepared, PreparedPrompts, prepare, tokenizer_of
+from mpipipe.runtime.startup import joined_ranks, loaded_session
 from mpipipe.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -47,7 +43,6 @@ __all__ = ["Pipeline"]
 
 T = TypeVar("T")
 
-_CONFIG_DEADLINE_S = 120.0
 _PROMPTS_PER_TURN = 256  # of an iterable, before messages of other ranks get their turn
 
 
@@ -96,31 +91,17 @@ class Pipeline:
             MpipipeError: configuration, model, memory or launch are not as needed; on every rank.
         """
         async with AsyncExitStack() as stack:
-            ranks = await stack.enter_async_context(open_ranks(MonotonicClock()))
-            loaded = await in_phase(ranks, "configuration", self._load, _CONFIG_DEADLINE_S)
-            self._sampling = default_sampling(loaded.config.generation)
-            self._add_special_tokens = loaded.config.prompts.add_special_tokens
-            hellos = await greet(ranks, loaded)
-            model = await in_phase(
-                ranks, "inputs", lambda: read_model(loaded) if ranks.is_head else None
+            joined = await stack.enter_async_context(
+                joined_ranks(MonotonicClock(), self._load, lambda _: None)
             )
-            random = loaded.config.model.weights == "random"
-            await check_model_folder(ranks, model, with_weights=not random)
-            if model is not None:
-                loaded = model.loaded
-                self._sampling = default_sampling(loaded.config.generation)
-            await in_phase(ranks, "import", import_boot)
-            from mpipipe.models.tokenizer import open_tokenizer
-            from mpipipe.runtime.boot import Boot, open_session
-
-            trust = loaded.config.model.trust_remote_code
-            tokenizer = await in_phase(
-                ranks,
-                "tokenizer",
-                lambda: open_tokenizer(model.tokenizer_folder, trust) if model else None,
+            config = joined.loaded.config
+            self._sampling = default_sampling(config.generation)
+            self._add_special_tokens = config.prompts.add_special_tokens
+            self._session, _ = await stack.enter_async_context(
+                loaded_session(
+                    joined, lambda model: Prepared(tokenizer=tokenizer_of(model)), NullLog()
+                )
             )
-            boot = Boot(ranks, loaded, hellos, model, tokenizer, Workload(), NullLog())
-            self._session = await stack.enter_async_context(open_session(boot))
             self._stack = stack.pop_all()
         return self
 

@@ -7,12 +7,12 @@ exception on one rank is told on its own standard error and aborts the job, so t
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -32,20 +32,28 @@ from mpipipe.errors import (
 )
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime.memory_shortage import memory_shortage
-from mpipipe.runtime.phase_thread import PhaseThread, is_abandoned_work_running
 from mpipipe.runtime.stop_switch import StopSwitch
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import LaunchInfo, check_pmi, check_world_size, detect
 
-__all__ = ["AgreedError", "Ranks", "import_boot", "in_phase", "leave", "open_ranks"]
+__all__ = [
+    "AgreedError",
+    "PhaseThread",
+    "Ranks",
+    "in_phase",
+    "is_abandoned_work_running",
+    "leave",
+    "open_ranks",
+]
 
 T = TypeVar("T")
 
 # Loading a large model from a busy parallel file system takes minutes, and every rank waits for the
 # slowest. A rank that dies meanwhile is noticed by the launcher, not by this deadline.
 PHASE_DEADLINE_S = 3600.0
-_LAST_WORDS_S = 0.25
+_TELL_S = 0.25
 _TOLD_ELSEWHERE_S = 1.5
+_abandoned: list[Future[Any]] = []  # work that still runs, or ran
 
 
 class AgreedError(Exception):
@@ -54,6 +62,37 @@ class AgreedError(Exception):
     def __init__(self, error: MpipipeError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class PhaseThread:
+    """The one thread that does a rank's blocking work, while the event loop goes on polling.
+
+    Importing torch, loading weights and capturing graphs take from seconds to minutes. The event
+    loop must hear the other ranks and a signal meanwhile, and MPI may be called from its thread
+    only. One thread for all phases, as torch keeps the current device, stream and modes per thread.
+
+    Work that was given up goes on in its thread until the process ends: the interpreter waits for
+    it at exit, `os._exit` does not (`leave`).
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "phase")
+
+    def begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Start `work`; the future has what it returns or raises. Cancelling gives it up."""
+        running = self._executor.submit(work)
+        begun: asyncio.Future[T] = asyncio.wrap_future(running)
+
+        def note(ended: asyncio.Future[T]) -> None:
+            if ended.cancelled() and not running.done():
+                _abandoned.append(running)
+
+        begun.add_done_callback(note)
+        return begun
+
+    def close(self) -> None:
+        """Take no more work; does not wait for what is running."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +108,12 @@ class Ranks:
     raw: RawMessages | None  # plain MPI, to measure against; None without MPI
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
     phase_thread: PhaseThread = field(default_factory=PhaseThread)
+    phase_ended_s: dict[str, float] = field(default_factory=dict)  # in seconds of the clock
     vitals: Vitals = field(default_factory=Vitals)  # no heartbeats until it has a timeout
     # Bytes of this rank by what they are for, once planned: for the sentence when memory runs out.
     memory_needs: dict[str, int] = field(default_factory=dict)
     # Told the error that ends the ranks early, the first one and not what followed from it.
-    last_words: list[Callable[[BaseException], None]] = field(default_factory=list)
+    on_failure: list[Callable[[BaseException], None]] = field(default_factory=list)
 
     @property
     def is_head(self) -> bool:
@@ -123,6 +163,7 @@ async def in_phase(
         agreed = await judging
         if agreed is not None:
             raise _agreed(error, agreed) from error
+        ranks.phase_ended_s[phase] = ranks.clock.now_s()
         return working.result()
     finally:
         for future in begun:
@@ -150,11 +191,6 @@ async def _verdict(mesh: Mesh, phase: str, deadline_s: float) -> MpipipeError | 
     except MpipipeError as agreed:
         return agreed
     return None
-
-
-def import_boot() -> None:
-    """The work of the phase that imports torch, transformers and what boots a session: seconds."""
-    importlib.import_module("mpipipe.runtime.boot")
 
 
 @asynccontextmanager
@@ -189,7 +225,7 @@ async def open_ranks(
         told = error.error if isinstance(error, AgreedError) else error
         told = _for_the_user(told, ranks) or told
         try:
-            for tell in ranks.last_words:
+            for tell in ranks.on_failure:
                 tell(told)
         finally:  # whatever becomes of them, the others do not wait
             if mesh.world_size > 1 and not is_agreed:
@@ -289,8 +325,13 @@ def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the process ends in the next lines
     # MPICH's launcher forwards a rank's text from another process, and drops what it has not read
     # when the abort comes: at once after the text, one time in five.
-    time.sleep(_LAST_WORDS_S)
+    time.sleep(_TELL_S)
     mesh.abort(exit_code)
+
+
+def is_abandoned_work_running() -> bool:
+    """Whether a thread of this process still does what is no longer wanted."""
+    return any(not work.done() for work in _abandoned)
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -17,14 +17,22 @@ from mpipipe.planning.workload import Workload
 from mpipipe.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.models.tokenizer_base import Tokenizer
-    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.model_facts import ModelFacts
 
-__all__ = ["PreparedPrompts", "prepare", "tokenize", "workload_of"]
+__all__ = [
+    "Prepared",
+    "PreparedPrompts",
+    "prepare",
+    "tokenize",
+    "tokenizer_of",
+    "workload_of",
+]
+
+_UNKNOWN = Workload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +83,46 @@ def prepare(
     return preparation.result()
 
 
-def tokenize(
-    loaded: LoadedConfig, model: ModelFacts | None, lines: Sequence[PromptLine]
-) -> tuple[Tokenizer | None, PreparedPrompts | None]:
-    """The tokenizer and the requests of a run, on the head; nothing elsewhere (`model` is None).
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the head has ready for a session; on other ranks nothing.
+
+    `prompts`: those that are known before the session. `decode`, ids to text, replaces the
+    tokenizer's: a benchmark needs no text and no tokenizer.
+    """
+
+    workload: Workload = _UNKNOWN
+    tokenizer: Tokenizer | None = None
+    prompts: PreparedPrompts | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
+
+
+def tokenizer_of(model: ModelFacts) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+        CheckpointError: it is missing or of a kind that is not known.
+    """
+    from mpipipe.models.tokenizer import open_tokenizer
+
+    return open_tokenizer(model.tokenizer_folder, model.loaded.config.model.trust_remote_code)
+
+
+def tokenize(model: ModelFacts, lines: Sequence[PromptLine]) -> Prepared:
+    """The tokenizer and the requests of a run.
 
     Raises:
         CheckpointError: the tokenizer is missing or of a kind that is not known.
     """
-    if model is None:
-        return None, None
-    from mpipipe.models.tokenizer import open_tokenizer
-
-    tokenizer = open_tokenizer(model.tokenizer_folder, loaded.config.model.trust_remote_code)
-    special = loaded.config.prompts.add_special_tokens
-    size = model.spec.vocab_size
-    return tokenizer, prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
+    tokenizer = tokenizer_of(model)
+    special, size = model.loaded.config.prompts.add_special_tokens, model.spec.vocab_size
+    prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
+    return Prepared(workload_of(model, prompts), tokenizer, prompts)
 
 
-def workload_of(
-    loaded: LoadedConfig, model: ModelFacts | None, prompts: PreparedPrompts | None
-) -> Workload:
-    """How much there is to do, for the plan; nothing is known on other ranks than the head."""
-    if model is None or prompts is None:
-        return Workload()
-    limit = loaded.config.memory.max_context_tokens
+def workload_of(model: ModelFacts, prompts: PreparedPrompts) -> Workload:
+    """How much there is to do, for the plan."""
+    limit = model.loaded.config.memory.max_context_tokens
     context = model.spec.max_context_tokens if limit == AUTO else int(limit)
     return Workload(
         num_requests=len(prompts.requests),

@@ -19,18 +19,35 @@ from mpipipe.topology.host import host_name, peak_rss_bytes
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
+    from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.accounting import StageAccount, StepRecord
+    from mpipipe.metrics.log import Logger
     from mpipipe.models.tokenizer_base import Tokenizer
+    from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.runtime.boot import Boot
+    from mpipipe.planning.resources import RankResources
+    from mpipipe.runtime.ranks import Ranks
+    from mpipipe.runtime.requests import Prepared
     from mpipipe.runtime.stage_worker import Worker
     from mpipipe.scheduler.instructions import SchedulerStatistics
     from mpipipe.scheduler.interface import Scheduler
     from mpipipe.types import Completion, Request
 
-__all__ = ["LoadFacts", "Session"]
+__all__ = ["Boot", "LoadFacts", "Session"]
 
 _GATHER_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What a session starts from."""
+
+    ranks: Ranks
+    loaded: LoadedConfig
+    hellos: tuple[RankResources, ...]
+    model: ModelFacts | None  # on the head
+    prepared: Prepared  # on the head
+    log: Logger
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +79,9 @@ class Session:
         self.plan = plan
         self.load = load
         self._model = boot.model
-        self._tokenizer = boot.tokenizer
-        self._decode = boot.decode
-        self._special = SpecialTokens(boot.tokenizer.special_tokens if boot.tokenizer else {})
+        self._tokenizer = tokenizer = boot.prepared.tokenizer
+        self._decode = boot.prepared.decode
+        self._special = SpecialTokens(tokenizer.special_tokens if tokenizer else {})
         self._log = boot.log
         self._worker = worker
         self._account = account
@@ -157,11 +174,6 @@ class Session:
         """Serve `generate` calls until the head ends the session (other ranks)."""
         while await self._worker.serve():
             pass
-
-    @property
-    def last_step(self) -> int:
-        """Number of the last step that left this rank's stage; -1 before any."""
-        return self._account.last_step
 
     def recent_steps(self) -> tuple[StepRecord, ...]:
         """The records of this rank's last steps, oldest first."""

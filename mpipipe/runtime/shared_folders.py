@@ -4,7 +4,7 @@ The head plans with its own view, and every rank reads weights at the same path 
 into the same run folder. A folder that only one node has must be named, with the node that lacks
 it. Copies of a model at the same path of every node are as good as one folder, if they are equal.
 
-Not here: whether the model is whole (`checkpoint.index`), claiming the run folder (`job_claim`).
+Not here: whether the model is whole (`checkpoint.index`), acquiring the run folder (`job.acquire`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
-    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.runtime.ranks import Ranks
 
 __all__ = [
@@ -47,9 +47,7 @@ _NOT_SHARED = "most likely the nodes do not share this folder"
 Described = Mapping[str, str]  # of a file's name: its size, and of small files what is in them
 
 
-async def check_model_folder(
-    ranks: Ranks, model: ModelFacts | None, *, with_weights: bool = True
-) -> None:
+async def check_model_folder(ranks: Ranks, model: ModelFacts | None) -> None:
     """Every rank sees the head's model folder as the head does.
 
     Raises:
@@ -59,6 +57,7 @@ async def check_model_folder(
     def describe() -> bytes | None:
         if model is None:
             return None
+        with_weights = model.loaded.config.model.weights != "random"
         files = describe_model(model.folder, with_weights=with_weights)
         return json.dumps([str(model.folder), host_name(), files]).encode()
 
@@ -74,7 +73,7 @@ async def check_model_folder(
 
 
 async def check_output_folder(ranks: Ranks, folder: Path) -> None:
-    """Every rank sees the run folder that the head has claimed, and can write its log there.
+    """Every rank sees the run folder that the head has acquired, and can write its log there.
 
     Raises:
         AgreedError: a rank does not; OutputError, names rank, host and path.

@@ -1,13 +1,11 @@
 """Stopping in order: a signal, or the end of the wall time, ends a run so that it can go on later.
 
-`StopSwitch` is this rank's: tripped once, never reset, from any thread. `watch_for_stop` joins the
-switches of all ranks while steps run: a rank that is tripped tells the head, the head tells all.
-Not here: what the scheduler does then (`scheduler.runner.Runner.stop`), and the process that
-watches over this one (`runtime.supervisor`).
+`StopSwitch` is this rank's: tripped once, never reset, from any thread. Not here: telling the other
+ranks (`shared_stop`), and the process that watches over this one (`job.supervisor`).
 
 Invariants: launchers forward a signal to all ranks, and some send it twice at once, so a second
 one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. The first one gives up a
-boot phase (`launch.in_phase`), and interrupts nothing else. Signals are blocked in every thread and
+boot phase (`ranks.in_phase`), and interrupts nothing else. Signals are blocked in every thread and
 waited for in one: a library that replaces a handler (LLVM takes SIGUSR1 at the first Triton
 compilation) does not get them, and a long call into C does not delay them.
 """
@@ -19,16 +17,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mpipipe.control_plane.messages import StopRequested
 from mpipipe.errors import (
     EXIT_INTERRUPTED,
     EXIT_REQUEUE,
-    DeadlineError,
-    PeerLostError,
     StoppedByUserError,
     StoppedError,
 )
@@ -40,26 +35,17 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
     from types import FrameType
 
-    from mpipipe.control_plane.mesh import Mesh
-    from mpipipe.runtime.ranks import Ranks
-
 __all__ = [
     "StopSwitch",
     "block_stop_signals",
     "keep_wall_time",
     "stop_exit_code",
     "stop_signals",
-    "watch_for_stop",
 ]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _SECOND_SIGNAL_S = 2.0
 _WATCH_INTERVAL_S = 1.0
-# Every rank's event loop is free while its stage computes, so an answer takes milliseconds. A rank
-# that says nothing for so long is gone: after `srun -K` the others have 30 s until SIGKILL.
-_ANSWER_LIMIT_S = 10.0
-_HEAD_LIMIT_S = 15.0  # the head may be merging files
-_GATHER = "stop"
 # Finishing the steps in flight and writing the files takes seconds; Slurm's end is up to 30 s off.
 _MARGIN_S = 60.0
 _MARGIN_SHARE = 0.1  # of a short job's time
@@ -231,65 +217,3 @@ def stop_signals(switch: StopSwitch, watch: Callable[[], object] | None = None) 
         ended.set()
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
-
-
-@asynccontextmanager
-async def watch_for_stop(ranks: Ranks, stop: Callable[[], None]) -> AsyncIterator[None]:
-    """While inside, a tripped switch on any rank trips that of every rank.
-
-    The head calls `stop` then, once, and makes sure that all ranks are still there: steps in flight
-    come back only from a pipeline that is whole.
-
-    Raises:
-        PeerLostError: on the head, through `ranks.tasks`: a rank does not answer.
-    """
-    watching = ranks.tasks.create_task(_watch(ranks, stop), name="stop")
-    try:
-        yield
-    finally:
-        watching.cancel()
-        await asyncio.wait([watching])
-
-
-async def _watch(ranks: Ranks, stop: Callable[[], None]) -> None:
-    mesh, switch = ranks.mesh, ranks.stop
-    listening = ranks.tasks.create_task(_listen(ranks), name="stop of others")
-    try:
-        reason = await switch.tripped()
-        if not mesh.is_head:
-            mesh.send(0, StopRequested(f"{reason} on rank {mesh.rank}"))
-            await _head_speaks(listening, reason)
-            return
-        stop()
-        for rank in range(1, mesh.world_size):
-            mesh.send(rank, StopRequested(reason))
-        await _answers(mesh, reason)
-    finally:
-        listening.cancel()
-        await asyncio.wait([listening])
-
-
-async def _listen(ranks: Ranks) -> None:
-    """The head listens to the first rank that asks; the others to the head, whom they answer."""
-    mesh = ranks.mesh
-    _, message = await mesh.mailbox(StopRequested).get()
-    assert isinstance(message, StopRequested)
-    ranks.stop.trip(message.reason)
-    if not mesh.is_head:
-        await mesh.gather(_GATHER, b"", _ANSWER_LIMIT_S)
-
-
-async def _head_speaks(listening: asyncio.Task[None], reason: str) -> None:
-    done, _ = await asyncio.wait([listening], timeout=_HEAD_LIMIT_S)
-    if not done:
-        raise PeerLostError(
-            f"the run was told to stop ({reason}), but rank 0, which decides, says nothing within "
-            f"{_HEAD_LIMIT_S:g} s; most likely it died: look for the first error in its log"
-        )
-
-
-async def _answers(mesh: Mesh, reason: str) -> None:
-    try:
-        await mesh.gather(_GATHER, b"", _ANSWER_LIMIT_S)
-    except DeadlineError as error:
-        raise PeerLostError(f"the run was told to stop ({reason}), but {error}") from error

@@ -38,11 +38,11 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.job import run as job_module
-from mpipipe.job.acquire import Claim, claim_folder
-from mpipipe.job.manifest import completions_basis
+from mpipipe.job.acquire import Acquired, acquire_folder
 from mpipipe.metrics.log import open_log
-from mpipipe.planning.inputs import ModelFacts
+from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.progress import new_event_loop
+from mpipipe.run_folder.fingerprint import completions_fingerprint
 from mpipipe.run_folder.progress_file import ProgressFile, RunState
 from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts
@@ -115,15 +115,17 @@ def write_prompts(path: Path, num_prompts: int) -> None:
             file.write(json.dumps({"id": f"p{i}", "prompt": text}) + "\n")
 
 
-def read(loaded: LoadedConfig, model: Path) -> Claim:
-    """Read the prompts and claim the run folder, as `mpipipe run` does."""
+def read(loaded: LoadedConfig, model: Path) -> Acquired:
+    """Read the prompts and acquire the run folder, as `mpipipe run` does."""
     lines = read_prompts(Path(loaded.config.prompts.path), loaded.config.generation)
     spec: Any = None
-    basis = completions_basis(loaded, ModelFacts(model, spec, model, loaded), "float32")
-    return claim_folder(loaded, lines, basis, None)
+    fingerprint = completions_fingerprint(loaded, ModelFacts(model, spec, model, loaded), "float32")
+    return acquire_folder(loaded, lines, fingerprint, None)
 
 
-async def complete(loaded: LoadedConfig, claimed: Claim, asked: argparse.Namespace) -> StubStage:
+async def complete(
+    loaded: LoadedConfig, acquired: Acquired, asked: argparse.Namespace
+) -> StubStage:
     """Generate for every prompt that is left, write, merge."""
     clock = MonotonicClock()
     async with open_ranks(clock) as ranks:
@@ -133,16 +135,16 @@ async def complete(loaded: LoadedConfig, claimed: Claim, asked: argparse.Namespa
         session = make_session(ranks, stage, asked.laps_ahead)
         requests = [
             Request(line.prompt_id, line.index, tuple(range(3, 19)), line.sampling)
-            for line in claimed.lines_left
+            for line in acquired.lines_left
             if line.sampling is not None
         ]
-        log = open_log(claimed.folder / "rank_0.log", rank=0, host="here", stage=0)
-        progress = ProgressFile(claimed.folder, ["here"])
+        log = open_log(acquired.folder / "rank_0.log", rank=0, host="here", stage=0)
+        progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)
         marks = job_module._Marks(clock.now_s())
         with closing(log):
             view = TerminalView(Terminal(), show=False)
-            job = job_module._Job(ranks, loaded, claimed, log, view, marks, progress, None)
+            job = job_module._Job(ranks, loaded, acquired, log, view, marks, progress, None)
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)
@@ -168,8 +170,8 @@ def make_session(ranks: Ranks, stage: StubStage, laps_ahead: int) -> Session:
 
     spec = SimpleNamespace(eos_token_ids=(1,))
     boot: Any = SimpleNamespace(
-        ranks=ranks, hellos=(), model=SimpleNamespace(spec=spec), tokenizer=None, decode=decode,
-        log=None,
+        ranks=ranks, hellos=(), model=SimpleNamespace(spec=spec),
+        prepared=SimpleNamespace(tokenizer=None, decode=decode), log=None,
     )  # fmt: skip
     nothing: Any = None
     worker: Any = stage
@@ -208,14 +210,14 @@ def main() -> None:
             "log.progress=plain",
         ]  # fmt: skip
         loaded = load_config(None, words)
-        with measured("prompts read, folder claimed", num_prompts):
-            claimed = read(loaded, folder)
-        (folder / "run" / "manifest.json").write_text(json.dumps({"basis": claimed.basis}))
+        with measured("prompts read, folder acquired", num_prompts):
+            acquired = read(loaded, folder)
+        (folder / "run" / "manifest.json").write_text(json.dumps({"basis": acquired.fingerprint}))
         cpu_s = time.process_time()
         with measured("generated, written, merged", num_prompts):
-            stage = run(lambda: complete(loaded, claimed, asked))
+            stage = run(lambda: complete(loaded, acquired, asked))
         cpu_s = time.process_time() - cpu_s
-        claimed.close()
+        acquired.close()
         first, last = rates(stage.opened_s)
         share = cpu_s / num_prompts / asked.tokens * _TOKENS_PER_S
         print(f"  begun per CPU second: first quarter {first:,.0f}, last quarter {last:,.0f}")
@@ -224,12 +226,12 @@ def main() -> None:
         journal = folder / "run" / "completions_rank_0.jsonl"
         journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-_NUM_LEFT]))
         loaded = load_config(None, [*words, "output.resume=true"])
-        with measured(f"resumed, {_NUM_LEFT} left: read, claimed", num_prompts):
-            claimed = read(loaded, folder)
-        assert len(claimed.lines_left) == min(_NUM_LEFT, num_prompts)
+        with measured(f"resumed, {_NUM_LEFT} left: read, acquired", num_prompts):
+            acquired = read(loaded, folder)
+        assert len(acquired.lines_left) == min(_NUM_LEFT, num_prompts)
         with measured("resumed: generated, merged", num_prompts):
-            run(lambda: complete(loaded, claimed, asked))
-        claimed.close()
+            run(lambda: complete(loaded, acquired, asked))
+        acquired.close()
 
 
 if __name__ == "__main__":

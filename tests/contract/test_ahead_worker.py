@@ -276,8 +276,7 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
         ranks=None,
         hellos=(),
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
-        tokenizer=None,
-        decode=text_of,
+        prepared=SimpleNamespace(tokenizer=None, decode=text_of),
         log=NullLog(),
     )
     nothing: Any = None

@@ -381,7 +381,7 @@ def model_files(but: str) -> dict[str, bytes]:
 # ---- run folders ---------------------------------------------------------------------------------
 
 RUN_PROMPTS = _lines(*({"id": name, "prompt": "x"} for name in ("a", "b", "c", "é")))
-BASIS = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed": 0}
+FINGERPRINT = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed": 0}
 
 
 def _record(name: str, **more: Any) -> dict[str, Any]:
@@ -421,8 +421,16 @@ _ATTEMPT = {
     "num_kept": 0,
 }
 MANIFESTS = (
-    _json({"mpipipe": "0.1.0", "attempts": [_ATTEMPT], "basis": BASIS, "config": {}, "hosts": []}),
-    _json({"attempts": [_ATTEMPT, {**_ATTEMPT, "num_kept": 1}], "basis": BASIS}),
+    _json(
+        {
+            "mpipipe": "0.1.0",
+            "attempts": [_ATTEMPT],
+            "basis": FINGERPRINT,
+            "config": {},
+            "hosts": [],
+        }
+    ),
+    _json({"attempts": [_ATTEMPT, {**_ATTEMPT, "num_kept": 1}], "basis": FINGERPRINT}),
 )
 STATUS = (
     _json(

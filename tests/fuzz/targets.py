@@ -22,7 +22,7 @@ from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
-from mpipipe.job.acquire import claim_folder
+from mpipipe.job.acquire import acquire_folder
 from mpipipe.run_folder.journal import merge
 from mpipipe.scheduler.detokenize import StopWatch
 from mpipipe.topology.slurm import SlurmJob
@@ -143,7 +143,7 @@ def _read_spec(folder: Path) -> None:
 
 
 def _run_file(name: str, label: str | None, *words: str) -> Callable[[Path], Check]:
-    """The folder of an earlier run with one file of odd content, claimed by the next attempt."""
+    """The folder of an earlier run with one file of odd content, acquired by the next attempt."""
 
     def open_in(folder: Path) -> Check:
         run, prompts = folder / "run", folder / "prompts.jsonl"
@@ -172,16 +172,16 @@ def _go_on_twice(loaded: Any, lines: Sequence[Any], job: SlurmJob | None) -> Non
     known = {line.prompt_id for line in lines}
     kept: list[set[str]] = []
     for _ in range(2):
-        claimed = claim_folder(loaded, lines, seeds.BASIS, job)
-        claimed.close()
-        kept.append({*claimed.earlier.kept_ids} & known)
-        left = {line.prompt_id for line in claimed.lines_left}
+        acquired = acquire_folder(loaded, lines, seeds.FINGERPRINT, job)
+        acquired.close()
+        kept.append({*acquired.earlier.kept_ids} & known)
+        left = {line.prompt_id for line in acquired.lines_left}
         assert left == known - kept[-1], "a prompt is kept, or run again"
-        path = merge(claimed.folder, claimed.index_of)
+        path = merge(acquired.folder, acquired.index_of)
         merged = [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
         assert len(merged) == len(set(merged)), "no prompt is doubled"
         assert {*merged} == kept[-1], "all that is kept is merged"
-        assert merged == sorted(merged, key=claimed.index_of.__getitem__), "in order"
+        assert merged == sorted(merged, key=acquired.index_of.__getitem__), "in order"
     assert kept[0] == kept[1], "what was kept once is kept"
 
 

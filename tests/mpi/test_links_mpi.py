@@ -83,11 +83,11 @@ def test_the_ranks_of_a_host_count_themselves_where_no_launcher_says(
         seen.append(local_rank)
         return read_gpu(device, local_rank)
 
-    from mpipipe.runtime import handshake as greeting
+    from mpipipe.runtime import handshake
 
-    read_gpu = greeting._read_gpu
-    monkeypatch.setattr(greeting, "_read_gpu", look)
-    monkeypatch.setattr(greeting, "told_local_rank", lambda environ: None)
+    read_gpu = handshake._read_gpu
+    monkeypatch.setattr(handshake, "_read_gpu", look)
+    monkeypatch.setattr(handshake, "told_local_rank", lambda environ: None)
 
     async def body(ranks: Ranks) -> None:
         resources = await read_resources(ranks, "cpu", deadline_s=LIMIT_S)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mpipipe.config.load import LoadedConfig, load_config
-from mpipipe.config.prompts import PromptLine, read_prompts
+from mpipipe.config.load import load_config
+from mpipipe.config.prompts import PromptLine, configured_prompts
 from mpipipe.doctor import job
 from mpipipe.doctor.finding import Finding, Severity
 from mpipipe.errors import CheckpointError, OutputError
-from mpipipe.planning.inputs import ModelFacts, read_model
+from mpipipe.planning.model_facts import ModelFacts, read_model
 from mpipipe.planning.workload import Workload
-from mpipipe.run_folder.files import claim_run_folder
-from mpipipe.runtime.requests import PreparedPrompts
+from mpipipe.run_folder.files import prepare_run_folder
+from mpipipe.runtime.requests import Prepared, PreparedPrompts, workload_of
 from mpipipe.types import Request
 
 BENCH = Path(__file__).parents[2] / "configs/bench_gpu.toml"
@@ -30,7 +31,7 @@ def test_the_doctor_names_whatever_the_run_would_refuse(tmp_path: Path, name: st
     assert job._run_folder(loaded) == []
     (tmp_path / name).touch()
     with pytest.raises(OutputError, match="already holds a run"):
-        claim_run_folder(tmp_path, overwrite=False)
+        prepare_run_folder(tmp_path, overwrite=False)
     (finding,) = job._run_folder(loaded)
     assert finding.severity is Severity.FATAL
     (finding,) = job._run_folder(
@@ -44,27 +45,30 @@ def test_files_of_others_are_no_run(tmp_path: Path) -> None:
     assert job._run_folder(load_config(BENCH, [f"output.dir={tmp_path}"])) == []
 
 
-def prompts_of(tmp_path: Path) -> tuple[LoadedConfig, ModelFacts, list[PromptLine]]:
+def prompts_of(tmp_path: Path) -> tuple[ModelFacts, list[PromptLine]]:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y"}\n')
     loaded = load_config(BENCH, [f"prompts.path={path}", "generation.max_new_tokens=7"])
-    lines = read_prompts(path, loaded.config.generation, loaded.config.prompts.limit, ())
-    return loaded, read_model(loaded), lines
+    return read_model(loaded), configured_prompts(loaded)
+
+
+def prepared(model: ModelFacts, *prompts: Any) -> Prepared:
+    """What `tokenize` returns of these prompts."""
+    return Prepared(workload_of(model, PreparedPrompts(*prompts)), None, PreparedPrompts(*prompts))
 
 
 def test_the_plan_knows_the_prompts_as_the_runs_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, model, lines = prompts_of(tmp_path)
+    model, lines = prompts_of(tmp_path)
     requests = tuple(
         Request(line.prompt_id, line.index, (1,) * length, line.sampling)
         for line, length in zip(lines, (3, 5), strict=True)
         if line.sampling is not None
     )
-    prepared = PreparedPrompts(requests, ())
-    monkeypatch.setattr(job, "tokenize", lambda *_: (None, prepared))
+    monkeypatch.setattr(job, "tokenize", lambda *_: prepared(model, requests, ()))
     findings: list[Finding] = []
-    workload = job._workload(loaded, model, lines, findings, quick=False)
+    workload = job._workload(model, lines, findings, quick=False)
     assert findings == []
     assert (workload.num_requests, workload.longest_request_tokens) == (2, 12)
     assert (workload.num_prompt_tokens, workload.num_output_tokens) == (8, 14)
@@ -73,11 +77,11 @@ def test_the_plan_knows_the_prompts_as_the_runs_does(
 def test_what_a_run_would_warn_of_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, model, lines = prompts_of(tmp_path)
-    prepared = PreparedPrompts((), (), ("2 prompts begin with <s>: take it out of them",))
-    monkeypatch.setattr(job, "tokenize", lambda *_: (None, prepared))
+    model, lines = prompts_of(tmp_path)
+    said = ("2 prompts begin with <s>: take it out of them",)
+    monkeypatch.setattr(job, "tokenize", lambda *_: prepared(model, (), (), said))
     findings: list[Finding] = []
-    job._workload(loaded, model, lines, findings, quick=False)
+    job._workload(model, lines, findings, quick=False)
     (finding,) = findings
     assert (finding.check, finding.severity) == ("job.prompts", Severity.WARNING)
     assert (finding.what, finding.remedy) == ("2 prompts begin with <s>", "take it out of them")
@@ -86,14 +90,14 @@ def test_what_a_run_would_warn_of_is_a_finding(
 def test_a_missing_tokenizer_is_a_finding_and_the_rest_is_planned_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, model, lines = prompts_of(tmp_path)
+    model, lines = prompts_of(tmp_path)
 
     def missing(*_: object) -> None:
         raise CheckpointError("no tokenizer in /m: copy it there")
 
     monkeypatch.setattr(job, "tokenize", missing)
     findings: list[Finding] = []
-    workload = job._workload(loaded, model, lines, findings, quick=False)
+    workload = job._workload(model, lines, findings, quick=False)
     assert (workload.num_requests, workload.longest_request_tokens) == (2, None)
     (finding,) = findings
     assert (finding.check, finding.severity, finding.exit_code) == (
@@ -106,32 +110,32 @@ def test_a_missing_tokenizer_is_a_finding_and_the_rest_is_planned_without_it(
 def test_prompts_that_could_not_be_read_are_not_tokenised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, model, _ = prompts_of(tmp_path)
+    model, _ = prompts_of(tmp_path)
     monkeypatch.setattr(job, "tokenize", lambda *_: pytest.fail("nothing to tokenise"))
-    assert job._workload(loaded, model, [], [], quick=False) == Workload()
+    assert job._workload(model, [], [], quick=False) == Workload()
 
 
 def test_of_many_prompts_the_longest_stand_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits minutes for the doctor."""
-    loaded, model, lines = prompts_of(tmp_path)
+    model, lines = prompts_of(tmp_path)
     many = [
         dataclasses.replace(line, prompt_id=f"{number}", text="x" * number)
         for number, line in enumerate(lines * 750)
     ]
 
-    def as_letters(_: object, __: object, some: list[PromptLine]) -> tuple[None, PreparedPrompts]:
+    def as_letters(_: object, some: list[PromptLine]) -> Prepared:
         assert min(len(line.text or "") for line in some) == 500
         requests = tuple(
             Request(line.prompt_id, line.index, (1,) * len(line.text or ""), line.sampling)
             for line in some
             if line.sampling is not None
         )
-        return None, PreparedPrompts(requests, ())
+        return prepared(model, requests, ())
 
     monkeypatch.setattr(job, "tokenize", as_letters)
-    workload = job._workload(loaded, model, many, [], quick=False)
+    workload = job._workload(model, many, [], quick=False)
     assert (workload.num_requests, workload.longest_request_tokens) == (1500, 1506)
     assert workload.num_output_tokens == 1500 * 7
     assert workload.num_prompt_tokens == sum(range(500, 1500)) * 3 // 2
@@ -140,8 +144,8 @@ def test_of_many_prompts_the_longest_stand_for_all(
 def test_what_needs_no_tokenizer_is_known_in_a_hurry_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, model, lines = prompts_of(tmp_path)
+    model, lines = prompts_of(tmp_path)
     monkeypatch.setattr(job, "tokenize", lambda *_: pytest.fail("takes seconds"))
-    workload = job._workload(loaded, model, lines, [], quick=True)
+    workload = job._workload(model, lines, [], quick=True)
     assert workload.num_requests == 2
     assert workload.sampling is not None

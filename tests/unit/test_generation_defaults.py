@@ -17,7 +17,7 @@ from mpipipe.config.load import load_config
 from mpipipe.config.prompts import read_prompts
 from mpipipe.errors import CheckpointError
 from mpipipe.planning.explain import plan_lines
-from mpipipe.planning.inputs import ModelFacts, read_model
+from mpipipe.planning.model_facts import ModelFacts, read_model
 from mpipipe.planning.resolve import make_plan
 from mpipipe.types import SamplingParams
 from tests.unit.planned_rank import make_rank

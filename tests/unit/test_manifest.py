@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from mpipipe.config.load import load_config
-from mpipipe.job.acquire import claim_folder
-from mpipipe.job.manifest import build_manifest, completions_basis
-from mpipipe.planning.inputs import ModelFacts
+from mpipipe.job.acquire import acquire_folder
+from mpipipe.job.manifest import build_manifest
+from mpipipe.planning.model_facts import ModelFacts
+from mpipipe.run_folder.fingerprint import completions_fingerprint
 from tests.unit.test_plan import make_plan
 
 
@@ -26,16 +27,16 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     loaded = load_config(None, words)
     spec: Any = None
     facts = ModelFacts(model, spec, model, loaded)
-    read = completions_basis(loaded, facts, "float32")
-    claimed = claim_folder(loaded, [], read, None)
+    read = completions_fingerprint(loaded, facts, "float32")
+    acquired = acquire_folder(loaded, [], read, None)
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')
 
     session: Any = SimpleNamespace(
         plan=make_plan(), hellos=(), ranks=SimpleNamespace(mpi_library="")
     )
-    with closing(claimed):
-        manifest = build_manifest(session, loaded, claimed)
+    with closing(acquired):
+        manifest = build_manifest(session, loaded, acquired)
 
     assert manifest["basis"] == read
     assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
-    assert completions_basis(loaded, facts, "float32") != read
+    assert completions_fingerprint(loaded, facts, "float32") != read

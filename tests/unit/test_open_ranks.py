@@ -24,7 +24,7 @@ def ended_by(error: Exception) -> tuple[MpipipeError, list[BaseException]]:
 
     async def job() -> None:
         async with open_ranks(MonotonicClock()) as ranks:
-            ranks.last_words.append(told.append)
+            ranks.on_failure.append(told.append)
             ranks.tasks.create_task(stage())
             try:
                 await asyncio.Event().wait()
@@ -55,7 +55,7 @@ def test_the_others_do_not_wait_for_last_words_that_fail(monkeypatch: pytest.Mon
 
     async def job() -> None:
         async with open_ranks(MonotonicClock()) as ranks:
-            ranks.last_words.append(lambda _: (folder / "status.json").touch())
+            ranks.on_failure.append(lambda _: (folder / "status.json").touch())
             raise error
 
     folder = Path("/no/such/folder")

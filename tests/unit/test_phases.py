@@ -14,8 +14,13 @@ from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.errors import CheckpointError, ConfigError, MpipipeError, RemoteError, StoppedError
 from mpipipe.progress import ProgressEngine, new_event_loop
-from mpipipe.runtime.phase_thread import is_abandoned_work_running
-from mpipipe.runtime.ranks import AgreedError, Ranks, in_phase, leave
+from mpipipe.runtime.ranks import (
+    AgreedError,
+    Ranks,
+    in_phase,
+    is_abandoned_work_running,
+    leave,
+)
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 LIMIT_S = 20.0

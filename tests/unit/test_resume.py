@@ -7,18 +7,18 @@ import pytest
 
 from mpipipe.config.load import load_config
 from mpipipe.errors import ConfigError, OutputError
-from mpipipe.run_folder.files import claim_run_folder
+from mpipipe.run_folder.files import prepare_run_folder
 from mpipipe.run_folder.journal import merge
 from mpipipe.run_folder.resume import (
     Earlier,
-    check_basis,
-    earlier_basis,
+    check_fingerprint,
+    earlier_fingerprint,
     read_earlier,
     wants_resume,
 )
 from mpipipe.topology.slurm import SlurmJob
 
-BASIS: dict[str, object] = {"model.weights": "", "generation.max_new_tokens": 8}
+FINGERPRINT: dict[str, object] = {"model.weights": "", "generation.max_new_tokens": 8}
 
 
 def line(prompt_id: str, **more: object) -> bytes:
@@ -27,12 +27,12 @@ def line(prompt_id: str, **more: object) -> bytes:
 
 def read(folder: Path, *prompt_ids: str, **differs: object) -> Earlier:
     """What is in `folder` of a run with these prompts."""
-    return read_earlier(folder, BASIS | differs, prompt_ids or ("a", "b", "c", "z"))
+    return read_earlier(folder, FINGERPRINT | differs, prompt_ids or ("a", "b", "c", "z"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    manifest = {"basis": BASIS, "attempts": [{"num_kept": 0}]}
+    manifest = {"basis": FINGERPRINT, "attempts": [{"num_kept": 0}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
@@ -53,7 +53,9 @@ def test_auto_resumes_the_run_of_a_job_that_slurm_has_requeued(
 ) -> None:
     job = SlurmJob(label, restarts, None) if label else None
     attempts = [{"job": "8"}, {"job": "7"}]
-    (tmp_path / "manifest.json").write_text(json.dumps({"basis": BASIS, "attempts": attempts}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"basis": FINGERPRINT, "attempts": attempts})
+    )
     assert wants_resume(setting, tmp_path, job) is wanted
 
 
@@ -68,7 +70,7 @@ def test_records_are_kept_whether_completed_or_failed(folder: Path) -> None:
     earlier = read(folder)
     assert earlier.kept_ids == {"a", "b", "c"}
     assert (earlier.records.num_failed, earlier.records.num_damaged) == (1, 0)
-    assert earlier.basis == BASIS
+    assert earlier.fingerprint == FINGERPRINT
     assert earlier.attempts == ({"num_kept": 0},)
 
 
@@ -124,13 +126,13 @@ def test_completions_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_named() -> None:
-    check_basis(BASIS, dict(BASIS), Path("run"))
+    check_fingerprint(FINGERPRINT, dict(FINGERPRINT), Path("run"))
     with pytest.raises(OutputError, match="max_new_tokens was 8 and is 9 now"):
-        check_basis(BASIS, BASIS | {"generation.max_new_tokens": 9}, Path("run"))
+        check_fingerprint(FINGERPRINT, FINGERPRINT | {"generation.max_new_tokens": 9}, Path("run"))
     weights = "the model's weights"
     before = {weights: {"1.bin": "1:a", "2.bin": "1:b"}}
     with pytest.raises(OutputError, match=r"weights are others now \(2\.bin differ\)"):
-        check_basis(before, {weights: {"1.bin": "1:a", "2.bin": "1:c"}}, Path("run"))
+        check_fingerprint(before, {weights: {"1.bin": "1:a", "2.bin": "1:c"}}, Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_a_manifest_that_does_not_tell_all_is_refused(
     before: dict[str, object], after: dict[str, object], told: str
 ) -> None:
     with pytest.raises(OutputError, match=told):
-        check_basis(BASIS | before, BASIS | after, Path("run"))
+        check_fingerprint(FINGERPRINT | before, FINGERPRINT | after, Path("run"))
 
 
 # ---- manifests of odd content --------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_a_manifest_whose_basis_cannot_be_read_refuses_the_resume(
     for attempt in (
         lambda: read(folder),
         lambda: wants_resume("auto", folder, job),
-        lambda: earlier_basis(folder),
+        lambda: earlier_fingerprint(folder),
     ):
         with pytest.raises(OutputError, match="cannot be resumed"):
             attempt()
@@ -184,7 +186,7 @@ def test_what_stands_in_the_place_of_a_file_is_told(folder: Path) -> None:
     with pytest.raises(OutputError, match=r"manifest\.json cannot be read: Is a directory"):
         read(folder)
     (folder / "manifest.json").rmdir()
-    (folder / "manifest.json").write_text(json.dumps({"basis": BASIS}))
+    (folder / "manifest.json").write_text(json.dumps({"basis": FINGERPRINT}))
     (folder / "completions_rank_1.jsonl").mkdir()
     with pytest.raises(OutputError, match=r"completions_rank_1\.jsonl could not be read"):
         read(folder)
@@ -198,7 +200,7 @@ def test_attempts_of_odd_content_are_forgotten_and_decide_nothing(
     attempts: str, folder: Path
 ) -> None:
     (folder / "manifest.json").write_text(
-        f'{{"basis": {json.dumps(BASIS)}, "attempts": {attempts}}}'
+        f'{{"basis": {json.dumps(FINGERPRINT)}, "attempts": {attempts}}}'
     )
     (folder / "completions_rank_0.jsonl").write_bytes(line("a"))
     earlier = read(folder)
@@ -208,8 +210,8 @@ def test_attempts_of_odd_content_are_forgotten_and_decide_nothing(
 
 @pytest.mark.parametrize("value", [NESTED, "9" * 4000, '"\\ud800"', "[[]]", "NaN"])
 def test_a_basis_of_odd_values_differs(value: str, folder: Path) -> None:
-    basis = json.dumps(BASIS)[:-1] + f', "generation.seed": {value}}}'
-    (folder / "manifest.json").write_text(f'{{"basis": {basis}}}')
+    fingerprint = json.dumps(FINGERPRINT)[:-1] + f', "generation.seed": {value}}}'
+    (folder / "manifest.json").write_text(f'{{"basis": {fingerprint}}}')
     (folder / "completions_rank_0.jsonl").write_bytes(line("a"))
     with pytest.raises(OutputError, match=r"generation\.seed was") as raised:
         read(folder, **{"generation.seed": 0})
@@ -224,13 +226,13 @@ def test_nothing_is_set_aside_before_the_run_is_known_to_be_the_same(folder: Pat
     assert path.read_bytes() == line("a") + line("of other prompts")
 
 
-def test_claiming_leaves_what_is_resumed_and_replaces_what_is_not(folder: Path) -> None:
+def test_preparing_leaves_what_is_resumed_and_replaces_what_is_not(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    claim_run_folder(folder, overwrite=True, resume=True)
+    prepare_run_folder(folder, overwrite=True, resume=True)
     assert {path.name for path in folder.iterdir()} == names
     with pytest.raises(OutputError, match=r"output\.resume=true"):
-        claim_run_folder(folder, overwrite=False)
-    claim_run_folder(folder, overwrite=True)
+        prepare_run_folder(folder, overwrite=False)
+    prepare_run_folder(folder, overwrite=True)
     assert not list(folder.iterdir())
 
 
@@ -249,8 +251,8 @@ def test_resume_refuses_anything_else(words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 5000, "\\ud800", "a\\u0000b"])
 def test_a_basis_of_odd_names_is_refused_in_a_sentence(name: str, folder: Path) -> None:
-    basis = json.dumps(BASIS)[:-1] + f', "{name}": 1}}'
-    (folder / "manifest.json").write_text(f'{{"basis": {basis}}}')
+    fingerprint = json.dumps(FINGERPRINT)[:-1] + f', "{name}": 1}}'
+    (folder / "manifest.json").write_text(f'{{"basis": {fingerprint}}}')
     (folder / "completions_rank_0.jsonl").write_bytes(line("a"))
     with pytest.raises(OutputError, match="cannot be resumed, as its manifest") as raised:
         read(folder)

@@ -20,7 +20,7 @@ from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.job import run as job_module
-from mpipipe.job.acquire import Claim, claim_folder
+from mpipipe.job.acquire import Acquired, acquire_folder
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import write_whole
 from mpipipe.run_folder.journal import CompletionWriter
@@ -31,22 +31,22 @@ from mpipipe.types import Completion, FinishReason
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
 FIRST, AGAIN = SlurmJob("7", 0, None), SlurmJob("7", 1, None)
-BASIS = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed": 0}
+FINGERPRINT = {"model.path": "/models/a", "model.dtype": "float16", "generation.seed": 0}
 
 
-def claim(job: SlurmJob | None, *words: str, **differs: object) -> Claim:
-    """The claim of a run named `demo` of one prompt; it is over as soon as it has its folder."""
+def acquire(job: SlurmJob | None, *words: str, **differs: object) -> Acquired:
+    """What a run named `demo` of one prompt acquires; it lets go of the folder at once."""
     loaded = load_config(None, ["name=demo", *words])
-    claimed = claim_folder(loaded, [PromptLine(0, 1, "a")], BASIS | differs, job)
-    with closing(claimed):
-        return claimed
+    acquired = acquire_folder(loaded, [PromptLine(0, 1, "a")], FINGERPRINT | differs, job)
+    with closing(acquired):
+        return acquired
 
 
 def begin(folder: Path, job: SlurmJob | None, **differs: object) -> None:
     """What a run leaves in `folder` that has begun to generate."""
     folder.mkdir(parents=True, exist_ok=True)
     attempt = {"job": job.label if job else None}
-    document = {"basis": BASIS | differs, "attempts": [attempt]}
+    document = {"basis": FINGERPRINT | differs, "attempts": [attempt]}
     (folder / "manifest.json").write_text(json.dumps(document))
     (folder / "completions_rank_0.jsonl").write_text('{"id": "a"}\n')
 
@@ -60,10 +60,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_requeued_job_finds_the_folder_that_it_was_given(tmp_path: Path) -> None:
-    folder = claim(FIRST).folder
+    folder = acquire(FIRST).folder
     assert folder == tmp_path / "runs" / "demo-7"
     begin(folder, FIRST)
-    again = claim(AGAIN)
+    again = acquire(AGAIN)
     assert again.folder == folder
     assert again.earlier.kept_ids == {"a"}
     assert list(folder.glob(".*")) == []
@@ -74,40 +74,40 @@ def test_a_requeued_job_that_ended_while_it_booted_takes_its_folder(tmp_path: Pa
     folder.mkdir(parents=True)
     (folder / "rank_0.log").touch()
     (folder / "status.json").write_text('{"job_id": "7"}')
-    again = claim(AGAIN)
+    again = acquire(AGAIN)
     assert (again.folder, again.is_resumed) == (folder, False)
 
 
 def test_a_further_run_of_a_job_has_a_folder_of_its_own_and_finds_it_again(tmp_path: Path) -> None:
     begin(tmp_path / "runs" / "demo-7", FIRST)
-    second = claim(FIRST, **{"generation.seed": 1}).folder
+    second = acquire(FIRST, **{"generation.seed": 1}).folder
     assert second.name == "demo-7.2"
     begin(second, FIRST, **{"generation.seed": 1})
-    assert claim(AGAIN, **{"generation.seed": 1}).folder == second
-    assert claim(AGAIN, **{"generation.seed": 2}).folder.name == "demo-7.3"
-    assert claim(AGAIN, "output.resume=false").folder.name == "demo-7.3"
+    assert acquire(AGAIN, **{"generation.seed": 1}).folder == second
+    assert acquire(AGAIN, **{"generation.seed": 2}).folder.name == "demo-7.3"
+    assert acquire(AGAIN, "output.resume=false").folder.name == "demo-7.3"
 
 
 def test_nobody_guesses_which_run_to_go_on_with() -> None:
     with pytest.raises(ConfigError, match=r"set output\.dir to the folder"):
-        claim(None, "output.resume=true")
-    assert claim(None).folder.name.startswith("demo-20")
+        acquire(None, "output.resume=true")
+    assert acquire(None).folder.name.startswith("demo-20")
 
 
 def test_another_dtype_is_refused_with_what_to_set(tmp_path: Path) -> None:
     begin(tmp_path / "runs" / "demo-7", FIRST)
     with pytest.raises(OutputError, match=r"'bfloat16' now.*set model\.dtype=float16"):
-        claim(AGAIN, **{"model.dtype": "bfloat16"})
+        acquire(AGAIN, **{"model.dtype": "bfloat16"})
 
 
 def test_a_requeued_job_does_not_go_on_with_the_run_of_another(tmp_path: Path) -> None:
     begin(tmp_path / "x", SlurmJob("6", 0, None))
     with pytest.raises(OutputError, match="already holds a run"):
-        claim(AGAIN, "output.dir=x")
-    assert claim(AGAIN, "output.dir=x", "output.resume=true").is_resumed
-    assert not claim(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
+        acquire(AGAIN, "output.dir=x")
+    assert acquire(AGAIN, "output.dir=x", "output.resume=true").is_resumed
+    assert not acquire(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
     begin(tmp_path / "x", FIRST)
-    assert claim(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
+    assert acquire(AGAIN, "output.dir=x", "output.overwrite=true").is_resumed
 
 
 # ---- one writer ----------------------------------------------------------------------------------
@@ -117,17 +117,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first = lock_folder(tmp_path, FIRST)
     (tmp_path / "status.json").write_text('{"job_id": "7", "num_restarts": 0}')
     with pytest.raises(OutputError, match="another run of job 7 is writing"):
-        claim(None, f"output.dir={tmp_path}", "output.overwrite=true")
+        acquire(None, f"output.dir={tmp_path}", "output.overwrite=true")
     lock_folder(tmp_path, AGAIN).close()  # the server of a lost node's files may still hold it
     first.close()
-    claim(None, f"output.dir={tmp_path}", "output.overwrite=true")
+    acquire(None, f"output.dir={tmp_path}", "output.overwrite=true")
 
 
-def test_a_refused_claim_leaves_the_folder_to_others(tmp_path: Path) -> None:
+def test_a_run_that_is_refused_leaves_the_folder_to_others(tmp_path: Path) -> None:
     begin(tmp_path / "x", None)
     for _ in range(2):
         with pytest.raises(OutputError, match="already holds a run"):
-            claim(None, "output.dir=x")
+            acquire(None, "output.dir=x")
     assert not (tmp_path / "x" / ".lock").exists()
 
 
@@ -277,7 +277,7 @@ def test_a_stop_may_still_come_when_all_is_written(tmp_path: Path) -> None:
     ignored = SimpleNamespace(info=lambda *_, **__: None, finished=lambda *_: None)
     told: list[str] = []
     job: Any = SimpleNamespace(
-        claim=Claim(tmp_path, None), log=ignored, view=ignored, files=FileThread(),
+        acquired=Acquired(tmp_path, None), log=ignored, view=ignored, files=FileThread(),
         ranks=SimpleNamespace(stop=SimpleNamespace(reason="")), progress=ProgressFile(tmp_path),
     )  # fmt: skip
     requests = SimpleNamespace(num_failed=0, num_unfinished=0)
@@ -323,7 +323,7 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
-            claim=Claim(tmp_path, None), log=None, view=view,
+            acquired=Acquired(tmp_path, None), log=None, view=view,
             loaded=load_config(None, []), files=FileThread(), marks=SimpleNamespace(),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())

@@ -11,7 +11,7 @@ from mpipipe.config.deepspeed import check_against_plan
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
-from mpipipe.planning.inputs import read_model
+from mpipipe.planning.model_facts import read_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(

@@ -26,9 +26,10 @@ from mpipipe.errors import (
     StoppedError,
 )
 from mpipipe.progress import ProgressEngine
-from mpipipe.runtime import stop_switch as stopping
+from mpipipe.runtime import shared_stop
 from mpipipe.runtime.ranks import Ranks
-from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time, watch_for_stop
+from mpipipe.runtime.shared_stop import watch_for_stop
+from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time
 from mpipipe.topology.launcher import Launcher, LaunchInfo
 
 ROOT = Path(__file__).parents[2]
@@ -345,8 +346,8 @@ def test_all_ranks_told_at_once_stop_once() -> None:
 def test_a_rank_that_does_not_answer_is_named(
     told: int, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping, "_ANSWER_LIMIT_S", 0.05)
-    monkeypatch.setattr(stopping, "_HEAD_LIMIT_S", 0.1)
+    monkeypatch.setattr(shared_stop, "_ANSWER_LIMIT_S", 0.05)
+    monkeypatch.setattr(shared_stop, "_HEAD_LIMIT_S", 0.1)
 
     async def run() -> None:
         async with three_ranks() as ranks:

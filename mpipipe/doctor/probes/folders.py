@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from mpipipe.checkpoint.index import read_index
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, MpipipeError
-from mpipipe.planning.inputs import read_model
+from mpipipe.planning.model_facts import read_model
 
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
-    from mpipipe.planning.inputs import ModelFacts
+    from mpipipe.planning.model_facts import ModelFacts
 
 __all__ = [
     "FolderFacts",

@@ -26,7 +26,7 @@ from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
-from mpipipe.runtime.handshake import meet
+from mpipipe.runtime.handshake import exchange_hellos
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
 from mpipipe.types import DeviceName, TransportName
@@ -90,7 +90,7 @@ async def measure_links(
         MpipipeError: on every rank: some rank could not connect, or hung.
     """
     wanted = AUTO if device == "cuda" else device
-    hellos = await meet(ranks, wanted, deadline_s=_MEET_S)
+    hellos = await exchange_hellos(ranks, wanted, deadline_s=_MEET_S)
     pairs = neighbours(stage_order if stage_order is not None else order_of_stages(hellos))
     figures: list[LinkFigure] = []
     if pairs:

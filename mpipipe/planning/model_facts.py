@@ -1,26 +1,22 @@
-"""What must be known before anything heavy starts: what the model is.
+"""Which folder holds the model, and what it is: known before anything heavy starts.
 
-Imports neither torch nor transformers, so that a wrong setting is answered at once.
+Imports neither torch nor transformers, so that a wrong setting is answered at once, also by
+`mpipipe plan` on login nodes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
-from mpipipe.config.deepspeed import check_against_plan
 from mpipipe.config.load import DEMO_SCHEME, LoadedConfig, require_set
 from mpipipe.demo.model import DEMO_MODEL, demo_model_folder, is_ready
 from mpipipe.errors import CheckpointError, ConfigError
 from mpipipe.planning.plan import Resolved
 
-if TYPE_CHECKING:
-    from mpipipe.planning.plan import PipelinePlan
-
-__all__ = ["ModelFacts", "deepspeed_warnings", "model_folder", "read_model"]
+__all__ = ["ModelFacts", "model_folder", "read_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +86,3 @@ def _with_model_defaults(
     ]
     config = replace(loaded.config, generation=generation)
     return replace(loaded, config=config), tuple(notes)
-
-
-def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:
-    """What a `ds_config.json` beside the configuration asks for and the plan does differently.
-
-    Raises:
-        ConfigError: it was written for another number of stages.
-    """
-    if loaded.deepspeed is None:
-        return []
-    return check_against_plan(
-        loaded.deepspeed,
-        num_stages=plan.num_stages,
-        dtype=plan.dtype,
-        max_sequences_per_slot=plan.max_sequences_per_slot,
-    )

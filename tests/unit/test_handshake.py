@@ -15,7 +15,7 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.planning import resources
 from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
-from mpipipe.runtime import handshake as greeting
+from mpipipe.runtime import handshake
 from mpipipe.runtime.ranks import Ranks
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import HostFacts
@@ -49,21 +49,21 @@ def test_ranks_that_meet_share_the_cores_of_their_own_host_only(
         rank = ranks.mesh.rank
         return RankResources(rank, hosts[rank], 1, "srun", 2, 2**30, cores=((0, 1),))
 
-    monkeypatch.setattr(greeting, "read_resources", read_resources)
+    monkeypatch.setattr(handshake, "read_resources", read_resources)
 
     async def main() -> list[tuple[int, int]]:
         engine, found = ProgressEngine(), []
         info, clock = LaunchInfo(Launcher.SRUN), MonotonicClock()
         async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
             running = tasks.create_task(engine.run())
-            meetings = []
+            exchanges = []
             for channel in open_memory_channels(len(hosts), engine):
                 mesh, shares = Mesh(channel, engine, clock), Shares()
                 mesh.start()
                 found.append(shares)
                 ranks = Ranks(mesh, shares, clock, info, tasks, "", None)
-                meetings.append(greeting.meet(ranks, "cpu", deadline_s=LIMIT_S))
-            await asyncio.gather(*meetings)
+                exchanges.append(handshake.exchange_hellos(ranks, "cpu", deadline_s=LIMIT_S))
+            await asyncio.gather(*exchanges)
             running.cancel()
         return [share for shares in found for share in shares.told]
 

@@ -1,0 +1,112 @@
+"""The one way from processes to a live session, for every command and for the library.
+
+`joined_ranks`: ranks, configuration, handshake, inputs, model folder. `loaded_session`: import,
+tokenizer, then plan, load and connect (`boot`). `mpipipe run` acquires its run folder between the
+two. Every phase is the same on all ranks and ends in an agreement; its end is noted in
+`Ranks.phase_ended_s`. Imports neither torch nor transformers before the input is in order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mpipipe.config.schema import PipelineConfig
+from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.runtime.handshake import handshake
+from mpipipe.runtime.ranks import Ranks, in_phase, open_ranks
+from mpipipe.runtime.requests import Prepared
+from mpipipe.runtime.session import Boot, Session
+from mpipipe.runtime.shared_folders import check_model_folder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from mpipipe.clock import Clock
+    from mpipipe.config.load import LoadedConfig
+    from mpipipe.metrics.log import Logger, RunLog
+    from mpipipe.planning.resources import RankResources
+    from mpipipe.runtime.stop_switch import StopSwitch
+
+__all__ = ["Joined", "joined_ranks", "loaded_session"]
+
+T = TypeVar("T")
+
+_CONFIG_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Generic[T]):
+    """The ranks of this launch, which know each other and what is to be run."""
+
+    ranks: Ranks
+    loaded: LoadedConfig  # on the head with the model's own settings
+    hellos: tuple[RankResources, ...]
+    model: ModelFacts | None  # on the head
+    inputs: T | None  # on the head: what else was read
+
+
+@asynccontextmanager
+async def joined_ranks(
+    clock: Clock,
+    load: Callable[[], LoadedConfig],
+    read: Callable[[ModelFacts], T],
+    *,
+    heartbeats: bool = False,
+    stop: StopSwitch | None = None,
+    debug: bool = False,
+) -> AsyncIterator[Joined[T]]:
+    """Join the other ranks, and read what must be in order before anything heavy starts.
+
+    Args:
+        clock: monotonic seconds.
+        load: reads the configuration, on every rank.
+        read: reads what else a command needs, on the head, beside the model's facts.
+        heartbeats: a silent rank ends the run. Off where a script may block between its calls.
+        stop: is tripped by what may end the run early; without it, nothing does.
+        debug: show the traceback of an error that aborts the job.
+
+    Raises:
+        MpipipeError: the error that all ranks agreed on, or MPI could not be set up.
+    """
+    async with open_ranks(clock, stop=stop, debug=debug) as ranks:
+        if heartbeats:
+            ranks.vitals.timeout_s = PipelineConfig().heartbeat_timeout_s  # until it is known
+        loaded = await in_phase(ranks, "configuration", load, _CONFIG_DEADLINE_S)
+        if heartbeats:
+            ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
+        hellos = await handshake(ranks, loaded)
+
+        def read_inputs() -> tuple[ModelFacts, T] | None:
+            if not ranks.is_head:
+                return None
+            model = read_model(loaded)
+            return model, read(model)
+
+        model, inputs = await in_phase(ranks, "inputs", read_inputs) or (None, None)
+        await check_model_folder(ranks, model)
+        yield Joined(ranks, loaded if model is None else model.loaded, hellos, model, inputs)
+
+
+@asynccontextmanager
+async def loaded_session(
+    joined: Joined[T], prepare: Callable[[ModelFacts], Prepared], log: RunLog | Logger
+) -> AsyncIterator[tuple[Session, Prepared]]:
+    """Import, `prepare` on the head what the session is for, plan, load, connect.
+
+    Raises:
+        AgreedError: that failed on some rank.
+    """
+    ranks, model = joined.ranks, joined.model
+    # torch and transformers take seconds to import: only now, when the input is in order.
+    await in_phase(ranks, "import", lambda: importlib.import_module("mpipipe.runtime.boot"))
+    from mpipipe.runtime.boot import open_session
+
+    prepared = await in_phase(
+        ranks, "tokenizer", lambda: Prepared() if model is None else prepare(model)
+    )
+    boot = Boot(ranks, joined.loaded, joined.hellos, model, prepared, log)
+    async with open_session(boot) as session:
+        yield session, prepared
