@@ -12,7 +12,7 @@ from its coroutine.
 Not here: what is polled (channels register themselves), and any knowledge of MPI or CUDA.
 
 Invariants: everything runs in the event-loop thread; an error in a poll ends `run` with that error;
-while steps run nothing else in mpipipe polls, but for a profile (`runtime.timeline`).
+while steps run nothing else in mpipipe polls, but for a profile (`bench.timeline`).
 """
 
 from __future__ import annotations
