@@ -19,7 +19,7 @@ from mpipipe.planning.model_facts import read_model
 from mpipipe.progress import new_event_loop
 from mpipipe.run_folder.files import prepare_run_folder
 from mpipipe.run_folder.journal import CompletionWriter, merge
-from mpipipe.runtime.requests import prepare
+from mpipipe.runtime.requests import tokenize
 from mpipipe.topology.packages import package_versions
 
 if TYPE_CHECKING:
@@ -70,14 +70,13 @@ def transformers_command(
         )
 
     from mpipipe.bench.baseline import generate_with_transformers
-    from mpipipe.models.tokenizer import open_tokenizer
 
     folder = Path(config.output.dir).absolute() if config.output.dir != "auto" else None
     if folder is not None:
         prepare_run_folder(folder, overwrite=config.output.overwrite)
-    tokenizer = open_tokenizer(model.tokenizer_folder, config.model.trust_remote_code)
-    special, size = config.prompts.add_special_tokens, model.spec.vocab_size
-    prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
+    prepared = tokenize(model, lines)
+    tokenizer, prompts = prepared.tokenizer, prepared.prompts
+    assert tokenizer is not None, "tokenised with it"
     result = generate_with_transformers(
         model.folder,
         prompts.requests,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mpipipe.cli.terminal import guard_terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
-from mpipipe.job.rank_page import open_rank_page
+from mpipipe.job.supervision import open_rank_page
 from mpipipe.job.supervisor import end_with, supervise, watch_supervisor
 from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time, stop_signals
 from mpipipe.topology.launcher import detect

@@ -1,6 +1,6 @@
 """Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
 
-The plan is the one that a new `mpipipe run` would make: from the same greetings, and from prompts
+The plan is the one that a new `mpipipe run` would make: from the same handshake, and from prompts
 that are tokenised; when these are many, from the longest of them. Not here: what the figures mean
 (`check_job`).
 """
@@ -160,8 +160,7 @@ def _workload(
     except MpipipeError as error:
         findings.append(Finding.of_error("job.tokenizer", error))
         return counted
-    said = prepared.prompts.warnings if prepared.prompts is not None else ()
-    for what, remedy in map(split_advice, said):
+    for what, remedy in map(split_advice, prepared.prompts.warnings):
         findings.append(warning("job.prompts", what, "", remedy))
     known = prepared.workload
     if len(lines) <= _MANY_PROMPTS:

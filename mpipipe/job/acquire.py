@@ -17,12 +17,7 @@ from mpipipe.planning.devices import choose_device, choose_dtype
 from mpipipe.run_folder.files import holds_run, prepare_run_folder
 from mpipipe.run_folder.fingerprint import DTYPE, completions_fingerprint
 from mpipipe.run_folder.lock import lock_folder
-from mpipipe.run_folder.resume import (
-    Earlier,
-    earlier_fingerprint,
-    read_earlier,
-    wants_resume,
-)
+from mpipipe.run_folder.resume import Earlier, earlier_fingerprint, read_earlier, wants_resume
 from mpipipe.runtime.ranks import in_phase
 from mpipipe.topology.slurm import read_job
 

@@ -1,7 +1,7 @@
 """`mpipipe run`: a prompt file in, a run folder out. All ranks run this; the head reports.
 
-A run that is told to stop (`stopping`) ends with exit code 75 or 130, its files whole; with
-`output.resume` a later one goes on from them (`resume`).
+A run that is told to stop (`runtime.stop_switch`) ends with exit code 75 or 130, its files whole;
+with `output.resume` a later one goes on from them (`run_folder.resume`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.job.acquire import Acquired, acquire
 from mpipipe.job.manifest import build_manifest
-from mpipipe.job.rank_page import RankPage, RankPhase
+from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
 from mpipipe.planning.layout import stage_order
@@ -226,11 +226,8 @@ def _merge(job: _Job, written: Mapping[str, int]) -> None:
     # Of an earlier attempt: it must not stand beside other completions.
     with told_as_output(metrics := job.acquired.folder / "metrics.json"):
         metrics.unlink(missing_ok=True)
-    merge(
-        job.acquired.folder,
-        job.acquired.index_of,
-        {**job.acquired.earlier.records.checksums, **written},
-    )
+    checksums = {**job.acquired.earlier.records.checksums, **written}
+    merge(job.acquired.folder, job.acquired.index_of, checksums)
 
 
 def _warn(job: _Job, message: str) -> None:
@@ -275,9 +272,9 @@ def _tell_what_is_left(job: _Job) -> None:
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
-async def _run(job: _Job, session: Session, prompts: PreparedPrompts | None) -> int:
+async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
-    if prompts is None:
+    if not session.is_head:
         await session.serve_until_ended()
         await session.gather_reports()
         log.info("ended")

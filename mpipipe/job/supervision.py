@@ -1,31 +1,86 @@
-"""What a supervisor decides about its rank, and the sentences that say what became of it.
+"""What a rank lets its supervisor know, what that decides, and what it says became of the rank.
 
-Pure: told what happened and when, it says what to do. Not here: processes (`runtime.supervisor`).
+The rank tells through a page of memory that both have, written without a call. Deciding is pure:
+told what happened and when, it says what to do. Not here: processes (`supervisor`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import enum
+import mmap
+import os
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from mpipipe.errors import EXIT_PEER_LOST
-from mpipipe.job.rank_page import RankPhase
 from mpipipe.run_folder.progress_file import RunState
 from mpipipe.runtime.stop_switch import stop_exit_code
 
-if TYPE_CHECKING:
-    from mpipipe.job.rank_page import RankPage
+__all__ = ["End", "RankPage", "RankPhase", "Supervision", "open_rank_page"]
 
-__all__ = ["End", "Supervision"]
-
+_MAX_PATH_BYTES = 4096
 _GAP_S = 4.0  # between two looks: this process was stopped itself, as by `scontrol suspend`
-_SECOND_SIGNAL_S = 2.0  # as for the rank (`stopping`)
+_SECOND_SIGNAL_S = 2.0  # as for the rank (`runtime.stop_switch`)
 # Ranks that boot end together within 3 s of a signal; one that waits inside MPI_Init cannot.
 _BOOT_LIMIT_S = 6.0
 _AT_ONCE_LIMIT_S = 7.0  # an MPI_Abort that hangs is cut short after 5 s
 _LAUNCHER_LIMIT_S = 5.0
 _EXIT_LIMIT_S = 20.0
+
+
+class RankPhase(enum.IntEnum):
+    """How far a rank is."""
+
+    BOOTING = 0  # nothing is lost when it is killed
+    RUNNING = 1
+    ENDED = 2  # its exit code is decided
+
+
+class RankPage(ctypes.Structure):
+    """What a rank tells; made by `open_rank_page`. Assigning a field tells it."""
+
+    # -1: not known yet. Steps count from 0; the limit is in seconds.
+    stage: int
+    step: int
+    phase: int
+    exit_code: int
+    silence_limit_s: float
+    folder: bytes
+
+    _fields_ = (
+        ("stage", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        ("phase", ctypes.c_int64),
+        ("exit_code", ctypes.c_int64),
+        ("silence_limit_s", ctypes.c_double),
+        ("folder", ctypes.c_char * _MAX_PATH_BYTES),
+    )
+
+    def opened(self, folder: Path, stage: int) -> None:
+        """This rank computes `stage`, and the run folder is known."""
+        path = os.fsencode(folder)
+        self.folder = path if len(path) < _MAX_PATH_BYTES else b""
+        self.stage = stage
+
+    def ended(self, exit_code: int) -> None:
+        """The exit code is decided."""
+        self.exit_code = exit_code
+        self.phase = RankPhase.ENDED
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder; None: not known yet."""
+        return Path(os.fsdecode(self.folder)) if self.folder else None
+
+
+def open_rank_page() -> RankPage:
+    """A page that this process and those that it forks share."""
+    page = RankPage.from_buffer(mmap.mmap(-1, ctypes.sizeof(RankPage)))
+    page.stage = page.step = -1
+    page.silence_limit_s = 10.0
+    return page
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 A launcher knows of a rank that was killed no more than its number and the signal, and a rank that
 is stopped, or whose launcher is gone, stays for ever. So the process that the launcher started
 only waits: it hands signals on, says in a sentence what became of the rank, and exits with a code
-that is documented. Not here: what it decides, and the sentences (`runtime.supervision`).
+that is documented. Not here: what it decides, and the sentences (`supervision`).
 
 Invariants: forked before any thread, MPI and torch. The rank watches over the supervisor too
 (`watch_supervisor`), from a thread of its own.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Set as AbstractSet
 
-    from mpipipe.job.rank_page import RankPage
+    from mpipipe.job.supervision import RankPage
     from mpipipe.runtime.stop_switch import StopSwitch
     from mpipipe.topology.launcher import LaunchInfo
 

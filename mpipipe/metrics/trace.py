@@ -2,7 +2,7 @@
 
 Format: the JSON object form of the Trace Event Format, complete events ("ph": "X", microseconds).
 One process per rank, one track each for compute, waiting for input, sending and idle. Not here:
-gathering the records and comparing clocks (`runtime.throughput`). Overhead is no track of its own:
+gathering the records and comparing clocks (`bench.timeline`). Overhead is no track of its own:
 a record holds when the compute ended, not what of it the compute thread needed itself.
 """
 

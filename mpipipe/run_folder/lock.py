@@ -4,7 +4,7 @@ A lock of the kernel, which ends with its process however that ends. File system
 (Lustre, as many sites mount it) are left with a look at `status.json`. Invariant: an earlier
 attempt of the same Slurm job is never in the way. Slurm has ended it, or has lost its node: then a
 file server may keep the lock for a minute longer, and a node that is cut off from Slurm alone may
-write a prompt a second time, of which `output.merge` takes the first.
+write a prompt a second time, of which `journal.merge` takes the first.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from mpipipe.metrics.accounting import StageAccount
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
 from mpipipe.runtime.tensor_channel import open_channel
@@ -151,16 +151,12 @@ def _use_device(plan: PipelinePlan, device: torch.device) -> None:
 
 async def _agree_on_plan(boot: Boot) -> PipelinePlan:
     """The head plans, all ranks get the same plan."""
-    ranks = boot.ranks
-    plan = await in_phase(ranks, "plan", lambda: _decide(boot))
-    text = None if plan is None else plan.to_json().encode()
-    received = await ranks.mesh.broadcast("plan", text, PHASE_DEADLINE_S)
-    return PipelinePlan.from_json(received.decode())
+    told = await told_by_head(boot.ranks, "plan", lambda: _decide(boot).to_json().encode())
+    return PipelinePlan.from_json(told.decode())
 
 
-def _decide(boot: Boot) -> PipelinePlan | None:
-    if boot.model is None:
-        return None
+def _decide(boot: Boot) -> PipelinePlan:
+    assert boot.model is not None, "the head plans"
     plan = make_plan(
         boot.loaded.config,
         boot.model.spec,

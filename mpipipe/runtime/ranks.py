@@ -44,6 +44,7 @@ __all__ = [
     "is_abandoned_work_running",
     "leave",
     "open_ranks",
+    "told_by_head",
 ]
 
 T = TypeVar("T")
@@ -169,6 +170,16 @@ async def in_phase(
         for future in begun:
             future.cancel()
         await asyncio.wait(begun)
+
+
+async def told_by_head(ranks: Ranks, phase: str, work: Callable[[], bytes]) -> bytes:
+    """Do `work` on the head, in a phase of all ranks; every rank gets what it returns.
+
+    Raises:
+        AgreedError: it failed; raised on every rank.
+    """
+    payload = await in_phase(ranks, phase, lambda: work() if ranks.is_head else None)
+    return await ranks.mesh.broadcast(phase, payload, PHASE_DEADLINE_S)
 
 
 def _agreed(own: MpipipeError | None, agreed: MpipipeError) -> AgreedError:

@@ -32,8 +32,6 @@ __all__ = [
     "workload_of",
 ]
 
-_UNKNOWN = Workload()
-
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompts:
@@ -42,8 +40,8 @@ class PreparedPrompts:
     `warnings`: what many prompts have in common and the user may not expect, a sentence each.
     """
 
-    requests: tuple[Request, ...]
-    refused: tuple[Completion, ...]
+    requests: tuple[Request, ...] = ()
+    refused: tuple[Completion, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -83,6 +81,9 @@ def prepare(
     return preparation.result()
 
 
+_NO_PROMPTS, _UNKNOWN = PreparedPrompts(), Workload()
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What the head has ready for a session; on other ranks nothing.
@@ -93,7 +94,7 @@ class Prepared:
 
     workload: Workload = _UNKNOWN
     tokenizer: Tokenizer | None = None
-    prompts: PreparedPrompts | None = None
+    prompts: PreparedPrompts = _NO_PROMPTS
     decode: Callable[[Sequence[int]], str] | None = None
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError, OutputError
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase
+from mpipipe.runtime.ranks import in_phase, told_by_head
 from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
@@ -54,16 +54,13 @@ async def check_model_folder(ranks: Ranks, model: ModelFacts | None) -> None:
         AgreedError: a rank does not; CheckpointError, names rank, host and path.
     """
 
-    def describe() -> bytes | None:
-        if model is None:
-            return None
+    def describe() -> bytes:
+        assert model is not None, "the head has read it"
         with_weights = model.loaded.config.model.weights != "random"
         files = describe_model(model.folder, with_weights=with_weights)
         return json.dumps([str(model.folder), host_name(), files]).encode()
 
-    described = await in_phase(ranks, "model folder", describe)
-    told = await ranks.mesh.broadcast("model folder", described, PHASE_DEADLINE_S)
-    folder, head_host, files = json.loads(told)
+    folder, head_host, files = json.loads(await told_by_head(ranks, "model folder", describe))
 
     def look() -> None:
         if not ranks.is_head:
@@ -80,9 +77,7 @@ async def check_output_folder(ranks: Ranks, folder: Path) -> None:
     """
     token_path = folder / _TOKEN_FILE
 
-    def leave_token() -> bytes | None:
-        if not ranks.is_head:
-            return None
+    def leave_token() -> bytes:
         token = secrets.token_hex(16)
         try:
             token_path.write_text(token)
@@ -92,10 +87,8 @@ async def check_output_folder(ranks: Ranks, folder: Path) -> None:
             ) from error
         return json.dumps([token, host_name()]).encode()
 
-    left = await in_phase(ranks, "run folder", leave_token)
     try:
-        told = await ranks.mesh.broadcast("run folder", left, PHASE_DEADLINE_S)
-        token, head_host = json.loads(told)
+        token, head_host = json.loads(await told_by_head(ranks, "run folder", leave_token))
         await in_phase(
             ranks,
             "run folder seen",

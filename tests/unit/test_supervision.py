@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpipipe.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
-from mpipipe.job.rank_page import RankPage, RankPhase, open_rank_page
-from mpipipe.job.supervision import End, Supervision
+from mpipipe.job.supervision import End, RankPage, RankPhase, Supervision, open_rank_page
 from mpipipe.run_folder.progress_file import RunState, tell_end
 
 LIMIT_S = 10.0

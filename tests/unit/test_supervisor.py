@@ -23,7 +23,7 @@ LIMIT_S = 60
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from mpipipe.job.rank_page import RankPhase, open_rank_page
+from mpipipe.job.supervision import RankPhase, open_rank_page
 from mpipipe.runtime.stop_switch import StopSwitch, stop_signals
 from mpipipe.job.supervisor import end_with, supervise, watch_supervisor
 from mpipipe.topology.launcher import Launcher, LaunchInfo
