@@ -1,4 +1,4 @@
-"""The one exception tree: grouped by who can do something about it, each with its exit code.
+"""The one exception tree: grouped by what the user can do about it, each with its exit code.
 
 Every message has three parts: what happened (with values), the likely cause, what to do. A user
 error (`MpipipeError`) is shown as that sentence; anything else is our own bug and keeps its
@@ -96,7 +96,7 @@ class PromptError(MpipipeError):
 
 
 class EnvironmentSetupError(MpipipeError):
-    """MPI, devices, memory or the launch itself are not as needed."""
+    """MPI, devices, memory or the launch itself do not suit the run."""
 
     exit_code = EXIT_ENVIRONMENT
 
@@ -160,7 +160,7 @@ class OutOfPagesError(MpipipeError):
     """More pages were asked for than are free (the scheduler must check first)."""
 
 
-# What libraries say when memory does not do, where they have no exception of its own for it:
+# What libraries say when memory is short, where they have no exception for it:
 # torch's CPU allocator, C++, mmap, the loader of shared objects, threads without room for a stack.
 _OUT_OF_MEMORY_WORDS = (
     "out of memory",
@@ -174,7 +174,7 @@ _OUT_OF_MEMORY_WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it was raised from, says that memory does not do."""
+    """Whether `error`, or the error that it was raised from, says that memory is short."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":

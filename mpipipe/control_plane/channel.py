@@ -30,7 +30,7 @@ class Channel(Protocol):
     def send_nowait(self, to: int, frame: bytes, *, quiet: bool = False) -> None:
         """Start sending `frame` to rank `to` and return at once.
 
-        A `quiet` frame does not make the polling of either rank more eager: it comes when it comes.
+        A `quiet` frame does not make the polling of either rank more eager; it may arrive late.
 
         Raises:
             ChannelClosedError: the channel was closed.
@@ -49,7 +49,7 @@ class Channel(Protocol):
     async def aclose(self) -> None:
         """Finish sending, wait until every rank closes, release. Idempotent.
 
-        Frames that nobody has received by then are lost: part with a barrier first.
+        Frames that are not received by then are lost: call a barrier first.
 
         Raises:
             DeadlineError: another rank did not close; `abort` is all that is left.

@@ -65,7 +65,7 @@ def decode(frame: bytes) -> Message:
 
 
 def _describe(frame: bytes) -> str:
-    """The error's sentence; of a `Hello` with other fields, who wrote it and in which version."""
+    """The error's sentence; of a `Hello` with other fields, its rank, host and version."""
     try:
         content = msgpack.unpackb(frame, use_list=False, unicode_errors=_UNICODE)
     except (msgpack.UnpackException, ValueError):

@@ -1,13 +1,12 @@
 """Heartbeats of the ranks: the head hears every rank, every rank the head.
 
 One small message per interval and direction, which neither wakes the polling of an idle rank nor
-counts as traffic. The decision is in `silence`; the exception that comes out of `run` ends this
-rank, and with it the job.
+counts as traffic. `silence` decides which rank is lost; the exception that `run` raises then ends
+this rank, and with it the job.
 
-Exactly one rank tells the user: the head of another rank's silence, and of the head's own the
-lowest rank that is left. It sends `RankLost` to all the others, which end without a word.
-
-Not here: how a rank is ended after an error (the runtime aborts).
+Exactly one rank tells the user: the head tells of another rank's silence, and the lowest rank that
+is left tells of the head's. It sends `RankLost` to all other ranks, which end without a message.
+The runtime ends a rank after an error.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Heartbeats", "Vitals"]
 
 _HEAD = 0
-# Of a silent head each rank waits so much longer than the rank before it, to be told by that one.
+# When the head is silent each rank waits so much longer than the rank before it, which tells it.
 _TURN_S = 1.0
 _LONGEST_TURN_S = 3.0
 _OFF_INTERVAL_S = 1.0
@@ -104,7 +103,7 @@ class Heartbeats:
     # ---- parts -----------------------------------------------------------------------------------
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, and note for how long this rank could not have answered."""
+        """Sleep, and note the time in which this rank could not answer."""
         started_s, used_s = self._clock.now_s(), self._cpu_s()
         await asyncio.sleep(seconds)
         late_s = self._clock.now_s() - started_s - seconds

@@ -3,13 +3,12 @@
 Rank 0 is the head. Collectives are ordinary messages through the head with a deadline, because an
 MPI collective cannot be cancelled and a dead peer must become an error with a name, not a hang.
 Every rank must call the same collectives in the same order; a deadline that passes ends the run.
-
-Not here: how ranks are ended after an error (the runtime aborts).
+The runtime ends the ranks after an error.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import (
     BarrierEntered,
@@ -36,29 +35,19 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.control_plane.channel import Channel
+    from mpipipe.control_plane.pending_collectives import CollectiveT
     from mpipipe.progress import ProgressEngine
 
 __all__ = ["Mesh", "find_mismatch"]
 
-_Kind = TypeVar(
-    "_Kind",
-    Hello,
-    PhaseReport,
-    PhaseVerdict,
-    BarrierEntered,
-    BarrierReleased,
-    Broadcast,
-    GatherPart,
-)
-
 _HEAD = 0
-_NOBODY = -2  # the rank of a verdict that no single rank is the cause of
+_NO_RANK = -2  # the rank of a verdict that no single rank has caused
 _HANDSHAKE = "handshake"
-# Once a rank has reported a failure, the others get this long to report theirs: the lowest-ranked
-# error is the one to show, but a failed run need not wait for a rank that loads for minutes. And so
-# much longer than the head do other ranks wait.
+# Once a rank has reported a failure, the others get this long to report theirs: the error of the
+# lowest rank is shown, but a failed run need not wait for a rank that loads for minutes. The other
+# ranks also wait this much longer than the head.
 _GRACE_S = 5.0
-# A rank that is told to stop gives no reason to hear the others out: they may be loading.
+# After a request to stop the head does not wait for the others' reports: they may be loading.
 _STOP_GRACE_S = 0.2
 _STOPS = {StoppedError.__name__, StoppedByUserError.__name__}
 
@@ -82,7 +71,7 @@ class Mesh(Messenger):
         return self.rank == _HEAD
 
     async def handshake(self, hello: Hello, deadline_s: float) -> tuple[Hello, ...]:
-        """Exchange greetings; returns everybody's, in rank order, on every rank.
+        """Exchange the `Hello`s; returns all of them, in rank order, on every rank.
 
         Raises:
             ProtocolMismatchError: on every rank: versions, configurations or world sizes differ.
@@ -140,7 +129,7 @@ class Mesh(Messenger):
     async def verdict(self, phase: str, deadline_s: float) -> None:
         """Return when all ranks did well in `phase`; may be awaited before this rank reports.
 
-        An error of another rank comes out although this rank has not reported yet.
+        Raises the error of another rank although this rank has not reported yet.
 
         Raises:
             RemoteError: the error of the lowest failing rank, which may be this one.
@@ -153,7 +142,7 @@ class Mesh(Messenger):
             verdict = await self._from_head(PhaseVerdict, phase, deadline_s)
         if verdict.error_kind is None:
             return
-        if verdict.rank == _NOBODY:
+        if verdict.rank == _NO_RANK:
             raise DeadlineError(verdict.error_message)
         raise RemoteError(
             f"{self._label(verdict.rank)}: {verdict.error_message}",
@@ -175,7 +164,7 @@ class Mesh(Messenger):
         if not collected.missing:
             return PhaseVerdict(phase)
         what = f"finish the phase {phase!r}"
-        return _verdict(phase, _NOBODY, self._deadline_error(collected.missing, what, deadline_s))
+        return _verdict(phase, _NO_RANK, self._deadline_error(collected.missing, what, deadline_s))
 
     async def barrier(self, name: str, deadline_s: float) -> None:
         """Return when every rank has called this with `name`.
@@ -218,10 +207,12 @@ class Mesh(Messenger):
 
     # ---- parts of the collectives ----------------------------------------------------------------
 
-    async def _from_head(self, kind: type[_Kind], name: str, deadline_s: float) -> _Kind:
+    async def _from_head(
+        self, kind: type[CollectiveT], name: str, deadline_s: float
+    ) -> CollectiveT:
         """The head's next `kind` under `name`.
 
-        The head is given longer than itself waits, as it is the one who knows who is missing.
+        Waits longer than the head does itself, because the head can say which rank is missing.
         """
         limit_s = deadline_s + _GRACE_S
         collected = await self._pending.collect(kind, name, (_HEAD,), limit_s)
@@ -231,8 +222,8 @@ class Mesh(Messenger):
         return collected.messages[_HEAD]
 
     async def _from_all(
-        self, kind: type[_Kind], name: str, deadline_s: float, what: str
-    ) -> list[_Kind]:
+        self, kind: type[CollectiveT], name: str, deadline_s: float, what: str
+    ) -> list[CollectiveT]:
         """Every rank's next `kind` under `name`, in rank order."""
         ranks = range(self.world_size)
         collected = await self._pending.collect(kind, name, ranks, deadline_s)

@@ -70,7 +70,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class PhaseReport:
-    """rank → head: my outcome of a boot phase. `error_kind` is None when it went well."""
+    """rank → head: its outcome of a boot phase. `error_kind` is None when it went well."""
 
     phase: str
     rank: int
@@ -92,14 +92,14 @@ class PhaseVerdict:
 
 @dataclass(frozen=True, slots=True)
 class BarrierEntered:
-    """rank → head: I am at the barrier `name`."""
+    """rank → head: this rank is at the barrier `name`."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class BarrierReleased:
-    """head → all: everybody is at the barrier `name`."""
+    """head → all: every rank is at the barrier `name`."""
 
     name: str
 
@@ -114,7 +114,7 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class GatherPart:
-    """rank → head: my part of the gather `name`."""
+    """rank → head: its part of the gather `name`."""
 
     name: str
     payload: bytes
@@ -232,7 +232,7 @@ class StepSampled:
 class LogprobsSampled:
     """last stage → head: log-probabilities, only for steps in which a sequence asked for them.
 
-    One entry per sampled sequence of the step, None for those that did not ask.
+    One entry per sampled sequence of the step, None for a sequence that did not ask.
     """
 
     step: int
@@ -256,14 +256,14 @@ class SessionEnded:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """rank → head: I was told to stop; head → all: we stop, answer with the gather `stop`."""
+    """rank → head: this rank was told to stop; head → all: stop, answer with the gather `stop`."""
 
     reason: str  # e.g. "SIGTERM on rank 1"
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """rank → head, head → all, every second or so: I am alive."""
+    """rank → head, head → all, about every second: this rank is alive."""
 
     host: str = ""
     stage: int = -1  # -1: no plan yet
@@ -275,7 +275,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """who noticed → all others: `rank` is silent. The sender tells the user; end without a word."""
+    """the rank that noticed → all others: `rank` is silent. The sender tells the user; just end."""
 
     rank: int
     sentence: str

@@ -1,9 +1,9 @@
 """Typed messages between ranks: encode, send, and deliver what arrives to mailboxes by type.
 
-Not here: the collectives made of messages (`mesh`), and what messages mean.
+`mesh` makes the collectives out of these messages.
 
-Invariants: messages of one source are delivered in the order they were sent; a message that nobody
-has a mailbox for waits until somebody has; messages to the own rank are never encoded.
+Invariants: messages of one source are delivered in the order they were sent; a message without a
+mailbox waits until its type gets one; messages to the own rank are never encoded.
 """
 
 from __future__ import annotations

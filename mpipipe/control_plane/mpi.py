@@ -1,10 +1,9 @@
 """Control frames over MPI. Importing this file loads MPI: import it late.
 
 Receives are pre-posted (`receive_ring`). Longer frames travel in fragments, marked by their tag.
-All calls come from the event-loop thread (THREAD_FUNNELED), on a private duplicate of the world;
-but for `abort`, which a second signal and the loss of the supervisor call from their own threads.
-
-Not here: tensors (data_plane.mpi), and what frames mean.
+All calls come from the event-loop thread (THREAD_FUNNELED), on a private duplicate of the world.
+The exception is `abort`: a second signal, or the loss of the supervisor, calls it from its own
+thread. Tensors travel through `data_plane.mpi`.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ __all__ = [
 ]
 
 _SLOT_BYTES = 32 * 1024
-# Frames that may arrive between two polls without MPI having to copy them aside: over all sources,
-# and from each at least. 2 MiB of memory up to 17 ranks.
+# Receive slots over all sources, and at least per source: so many frames may arrive between two
+# polls before MPI has to copy them aside. 2 MiB of memory up to 17 ranks.
 _NUM_SLOTS, _MIN_SLOTS = 64, 4
 # Tags: what a piece is to the frame it belongs to.
 _WHOLE, _MORE, _LAST, _QUIET = 1, 2, 3, 4
@@ -225,8 +224,8 @@ class MpiChannel:
         self._closed = True
         limit_s = time.monotonic() + _CLOSE_LIMIT_S
         await self._poll_until(lambda: not self._sends, limit_s)
-        everybody = self._communicator.Ibarrier()
-        await self._poll_until(everybody.Test, limit_s)
+        barrier = self._communicator.Ibarrier()
+        await self._poll_until(barrier.Test, limit_s)
         if self._unregister is not None:
             self._unregister()
         self._inbox.close()
@@ -325,7 +324,7 @@ def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
 
 
 def library_version() -> str:
-    """All that the MPI library says of itself, in lines; MPI need not be started."""
+    """The MPI library's description of itself, in lines; MPI need not be started."""
     return MPI.Get_library_version()
 
 
@@ -335,7 +334,7 @@ def module_file() -> str:
 
 
 def thread_level() -> str:
-    """Who may call MPI, as MPI has granted it: `single`, `funneled`, `serialized` or `multiple`."""
+    """The granted use by threads: `single`, `funneled`, `serialized` or `multiple`."""
     names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
     granted = MPI.Query_thread()
     return next(name.lower() for name in names if getattr(MPI, f"THREAD_{name}") == granted)

@@ -27,29 +27,20 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
 
-__all__ = ["Collected", "Collective", "PendingCollectives"]
+__all__ = ["Collected", "Collective", "CollectiveT", "PendingCollectives"]
 
 Collective = (
     Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
 )
-_Kind = TypeVar(
-    "_Kind",
-    Hello,
-    PhaseReport,
-    PhaseVerdict,
-    BarrierEntered,
-    BarrierReleased,
-    Broadcast,
-    GatherPart,
-)
+CollectiveT = TypeVar("CollectiveT", bound=Collective)
 _Key = tuple[type, str]
 
 
 @dataclass(frozen=True)
-class Collected(Generic[_Kind]):
-    """What came by source, in the order of the sources, and which did not come in time."""
+class Collected(Generic[CollectiveT]):
+    """The messages by source, in the order of the sources, and the sources that were late."""
 
-    messages: dict[int, _Kind]
+    messages: dict[int, CollectiveT]
     missing: tuple[int, ...]
 
 
@@ -72,14 +63,14 @@ class PendingCollectives:
         self._waiting: list[_Waiting] = []
 
     def add(self, source: int, message: Collective) -> None:
-        """Keep `message` and wake whoever waits."""
+        """Keep `message` and wake the waiting collectives."""
         queues = self._queues.setdefault((type(message), _name_of(message)), {})
         queues.setdefault(source, deque()).append(message)
         for waiting in self._waiting:
             _wake(waiting)
 
     def expire(self) -> bool:
-        """Wake those whose deadline has passed; True if there was one. Polled by the engine."""
+        """Wake the collectives whose deadline has passed; True if there was one. Polled."""
         if not self._waiting:
             return False
         now_s = self._clock.now_s()
@@ -90,21 +81,21 @@ class PendingCollectives:
 
     async def collect(
         self,
-        kind: type[_Kind],
+        kind: type[CollectiveT],
         name: str,
         sources: Sequence[int],
         limit_s: float,
         *,
-        hurry_s: Callable[[_Kind], float | None] = lambda _: None,
-    ) -> Collected[_Kind]:
+        hurry_s: Callable[[CollectiveT], float | None] = lambda _: None,
+    ) -> Collected[CollectiveT]:
         """One message of `kind` and `name` from each of `sources`, or what came within `limit_s`.
 
-        Once a message has come, the others get at most the seconds more that `hurry_s` says of it.
+        Once a message has come, the others get at most `hurry_s(message)` seconds more.
         """
         deadline_s = self._clock.now_s() + limit_s
         heard: set[int] = set()
         # The key holds the kind, which the type checker cannot know.
-        queues = cast("dict[int, deque[_Kind]]", self._queues.setdefault((kind, name), {}))
+        queues = cast("dict[int, deque[CollectiveT]]", self._queues.setdefault((kind, name), {}))
         while missing := tuple(source for source in sources if not queues.get(source)):
             now_s = self._clock.now_s()
             for source, queue in queues.items():

@@ -1,4 +1,4 @@
-"""How fast the control plane is here: round trips, message rate, and what idling costs.
+"""How fast the control plane is on this machine: round trips, message rate, and the cost of idling.
 
 Run by `mpipipe bench control` on all ranks at once. Measured beside plain MPI in the
 same run, so that a slow machine and a slow control plane can be told apart.

@@ -3,7 +3,7 @@
 MPI matches the messages of one source to receives in that order, so nothing overtakes. A ring for
 each source, not one for MPI_ANY_SOURCE: MPICH 5.0 over UCX never completes such a receive when its
 message came from another host before it was posted; a flood of more pieces than receives hung both
-ranks. Not here: what a piece means, and mpi4py (`mpi` makes the receives).
+ranks. `mpi` makes the receives and puts the pieces together.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Which rank has been silent for too long: the decision behind the heartbeats. Pure.
 
-Silence is counted only while this rank listens. A process that was stopped, suspended or busy for a
-minute has heard nothing in it and must not accuse the others, so no tick counts for more than
-`_MOST_INTERVALS` of them.
+Silence counts only while this rank listens. A process that was stopped, suspended or busy for a
+minute heard nothing in that time and must not accuse the others, so no tick counts for more than
+`_MOST_INTERVALS` intervals.
 
-A rank cannot answer while its event loop is held up: by a step on look-ahead, a compilation, an
-import. It tells the longest such time so far (`Heartbeat.deaf_s`), which it is given on top, and
-that it is booting, where Python may be held up by a busy file system for long.
-
-Not here: sending and receiving (`heartbeats`).
+A rank cannot answer while a step, a compilation or an import holds up its event loop. It reports
+the longest such time so far (`Heartbeat.deaf_s`), which is added to its limit. It also reports that
+it is booting, when a busy file system may hold up Python for long. `heartbeats` sends and receives.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ class SilenceWatch:
 
     Args:
         ranks: the ranks that are watched.
-        timeout_s: how long one may be silent beyond what it has announced.
+        timeout_s: how long one may be silent beyond its reported `deaf_s`.
         now_s: the time at which watching begins.
     """
 
@@ -63,7 +61,7 @@ class SilenceWatch:
         self._ticked_s = now_s
 
     def heard(self, rank: int, heartbeat: Heartbeat) -> None:
-        """`rank` has given a sign of life."""
+        """A heartbeat of `rank` has come."""
         peer = self._peers.get(rank)
         if peer is not None:
             peer.heard = True
@@ -86,7 +84,7 @@ class SilenceWatch:
         return min(late, key=lambda found: (-found.silent_s, found.rank), default=None)
 
     def limit_s(self, last: Heartbeat) -> float:
-        """How long a rank may be silent that has said `last`."""
+        """How long a rank may be silent whose last heartbeat is `last`."""
         return self.timeout_s * (BOOT_FACTOR if last.booting else 1.0) + last.deaf_s
 
 

@@ -84,8 +84,7 @@ class RepeatingChannel(Protocol):
     ) -> Callable[[], None]:
         """What to call for each send of `tensor` behind the work of the stream that is current now.
 
-        Unlike `send`, it may read `tensor` late: until the receiver has it, nobody may overwrite
-        it.
+        Unlike `send`, it may read `tensor` late: do not overwrite it until the receiver has it.
         """
         ...
 

@@ -1,10 +1,8 @@
-"""A blocking call in a thread that nobody has to wait for.
+"""A blocking call in a daemon thread, which the end of the process does not wait for.
 
 `asyncio.to_thread` cannot be given up: a timeout ends the wait, but the thread goes on, and the end
 of the event loop joins it without limit. NCCL blocks for minutes on an interface that leads
-nowhere; whoever gave it up must be able to say so and end.
-
-Not here: what is called (`nccl_groups`).
+nowhere; a caller that gives it up must be able to report that and end. `nccl_groups` uses it.
 """
 
 from __future__ import annotations

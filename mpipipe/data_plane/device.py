@@ -1,7 +1,7 @@
 """What torch says of the GPU that this rank would use. Importing this loads torch.
 
-Not here: choosing a device for all ranks (`planning.devices`), the wording of problems
-(`topology.gpu`). Costs a CUDA context on the rank's own GPU, 0.2–0.5 s.
+`planning.devices` chooses the device for all ranks; `topology.gpu` words the problems. Reading
+costs a CUDA context on the rank's own GPU, 0.2–0.5 s.
 """
 
 from __future__ import annotations

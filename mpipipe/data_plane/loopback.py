@@ -1,8 +1,8 @@
 """Tensors within one process: the own rank as destination, and virtual ranks in tests.
 
 As with large MPI messages a send is done when its receive has come: the one copy goes straight from
-buffer to buffer. So whoever waits for a send before anybody receives waits for ever, here at once
-and not only with large tensors.
+buffer to buffer. So a task that waits for a send before the receive is started waits for ever; here
+that happens with small tensors too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Posted:
 
 @dataclass(slots=True)
 class _Crossing:
-    """What has been started on one lane and has no counterpart yet: only one of them is filled."""
+    """Transfers of one lane without a counterpart yet: only one of the queues is filled."""
 
     sends: deque[_Posted] = field(default_factory=deque)
     receives: deque[_Posted] = field(default_factory=deque)

@@ -4,7 +4,7 @@ The kind of edge is the tag, so MPI itself matches transfers in the order they w
 calls come from the event-loop thread, on a private duplicate of the world communicator. Tensors to
 the own rank take the loopback.
 
-Not here: starting and finalizing MPI (control_plane.mpi), GPU tensors (`staged`).
+`control_plane.mpi` starts and finalizes MPI; `staged` carries GPU tensors.
 
 Measured, 2 ranks of one host: 16 KiB 6 µs, 4 MiB 0.39 ms one way.
 """

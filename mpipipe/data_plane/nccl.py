@@ -4,8 +4,8 @@ Two process groups, so that ids never queue behind hidden states. Hidden states 
 received on the current stream, as are ids received; ids are sent on a stream of their own, so that
 the last stage goes on at once whatever the head is doing. Metadata never travels.
 
-Not here: the control plane (its broadcast is given), CPU tensors, several ranks on one GPU (NCCL
-refuses them: `staged`). Transfers of fixed memory are captured as CUDA graphs.
+NCCL refuses several ranks on one GPU: `staged` serves those. Transfers of fixed memory are captured
+as CUDA graphs.
 
 Invariants: both groups are made in one order on all ranks and have carried a tensor over every edge
 before `open_nccl_channel` returns, so that no step pays for connecting; nothing of
@@ -77,7 +77,7 @@ async def open_nccl_channel(
 
 @dataclass(frozen=True, slots=True)
 class StreamTransfer:
-    """On the stream: whatever is added to the stream from now on comes after it."""
+    """A transfer on the stream: work that is added to the stream later comes after it."""
 
     what: str
 

@@ -4,7 +4,7 @@ Everything here blocks until all ranks do the same, so it runs in a thread and t
 goes on meanwhile; in a daemon thread, because NCCL may never return where a rank or its network is
 missing. Nothing of torch.distributed is left behind after `leave`.
 
-Not here: tensors of a run (`nccl`), finding the head (`rendezvous`).
+`nccl` moves the tensors of a run; `rendezvous` finds the head.
 """
 
 from __future__ import annotations

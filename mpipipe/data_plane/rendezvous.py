@@ -1,10 +1,8 @@
 """How ranks find the head's TCP store: where it listens, broadcast over the control plane.
 
-No port is typed by hand: the head takes a free one. A node may have several addresses, and not all
-are reached from everywhere (Debian maps a host's own name to 127.0.1.1), so the head names all it
-knows and every rank takes the first that answers.
-
-Not here: what is stored, NCCL.
+The head takes a free port. A node may have several addresses, and other hosts may not reach all of
+them (Debian maps a host's own name to 127.0.1.1), so the head names all it knows and every rank
+takes the first that answers.
 """
 
 from __future__ import annotations

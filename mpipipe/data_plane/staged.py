@@ -1,11 +1,11 @@
 """GPU tensors over a channel for CPU tensors, through pinned host memory.
 
-Where NCCL cannot go: several ranks on one GPU, a torch without NCCL. A send copies to the host on
-the current stream, and the bytes leave when that copy is done; a receive takes the bytes and then
-adds the copy to the GPU to the stream. Nothing here waits for the GPU: the progress engine asks.
+For ranks that NCCL cannot serve: several on one GPU, or a torch without NCCL. A send copies to the
+host on the current stream, and the bytes leave when that copy is done; a receive takes the bytes
+and then adds the copy to the GPU to the stream. Nothing here waits for the GPU: the engine polls.
 CPU tensors pass straight through; one lane (peer and kind) carries one sort of tensor only.
 
-Not here: MPI (`mpi`, or any other channel below), the stream order of the contract (`channel`).
+The channel below (`mpi`) moves the bytes; `channel` says what stream order means.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _HostBuffers:
         return ready.pop() if ready else self.staging.allocate(size)
 
     def give_back(self, host: torch.Tensor) -> None:
-        """Nothing reads or writes it any more."""
+        """Keep `host` for the next `take`; nothing reads or writes it any more."""
         self.free[host.nbytes].append(host)
 
 
@@ -267,7 +267,7 @@ class StagedChannel:
         """Hand over what has reached the host, in order; forget what has left.
 
         Raises:
-            MpipipeError: the transport failed; nobody awaits a send, so this ends the engine.
+            MpipipeError: the transport failed; no task awaits a send, so this ends the engine.
         """
         progressed = False
         for sending in lane:

@@ -27,7 +27,7 @@ _PARTS = ("compute", "wait", "send", "idle", "overhead")
 
 
 class ScheduledStep(Protocol):
-    """What is counted of a step; `StepScheduled` messages have it."""
+    """The fields of a step that are counted; `StepScheduled` messages have them."""
 
     @property
     def step(self) -> int:
@@ -172,12 +172,12 @@ class StageAccount:
         self._scheduled_ns[step] = _ns(now_s)
 
     def input_ready(self, step: int, now_s: float) -> None:
-        """Everything `step` needs is here, and the stage turns to it."""
+        """The inputs of `step` are here, and the stage begins with it."""
         assert step in self._scheduled_ns, step
         self._input_ready_ns = _ns(now_s)
 
     def computed(self, step: int, now_s: float, compute_s: float | None = None) -> None:
-        """The result of `step` is in the worker's hands.
+        """The worker has the result of `step`.
 
         `compute_s`: what the compute thread measured for the step itself; the rest of the time
         since `input_ready` is overhead. Without it all of that time counts as compute.

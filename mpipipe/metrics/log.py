@@ -1,7 +1,7 @@
 """The log of one rank: structlog events as JSON lines in `rank_<r>.log`.
 
 Every line has `time` (UTC), `t_s` (monotonic seconds), `level`, `event`, `rank`, `host`, and what
-was bound. Not here: the terminal, the summary. Invariants: nothing global is configured, so a
+was bound. Invariants: nothing global is configured, so a
 program that uses mpipipe as a library keeps its own structlog; a line is written whole and at
 once; a value that JSON cannot hold, or a full disk, never stops the run.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-__all__ = ["ListLog", "Logger", "NullLog", "RunLog", "open_log", "utc_now"]
+__all__ = ["Logger", "NullLog", "RunLog", "open_log", "utc_now"]
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # numbers of the logging module
 
@@ -155,41 +155,6 @@ class NullLog:
         return self
 
 
-class ListLog:
-    """A `Logger` that keeps its events as dicts in `events`, for tests."""
-
-    def __init__(
-        self,
-        events: list[dict[str, object]] | None = None,
-        bound: Mapping[str, object] | None = None,
-    ) -> None:
-        self.events: list[dict[str, object]] = [] if events is None else events
-        self._bound = dict(bound or {})
-
-    def debug(self, event: str, **fields: object) -> None:
-        """See `Logger`."""
-        self._keep("debug", event, fields)
-
-    def info(self, event: str, **fields: object) -> None:
-        """See `Logger`."""
-        self._keep("info", event, fields)
-
-    def warning(self, event: str, **fields: object) -> None:
-        """See `Logger`."""
-        self._keep("warning", event, fields)
-
-    def error(self, event: str, **fields: object) -> None:
-        """See `Logger`."""
-        self._keep("error", event, fields)
-
-    def bind(self, **fields: object) -> ListLog:
-        """See `Logger`; events go to the same list."""
-        return ListLog(self.events, {**self._bound, **fields})
-
-    def _keep(self, level: str, event: str, fields: Mapping[str, object]) -> None:
-        self.events.append({"level": level, "event": event, **self._bound, **fields})
-
-
 class _LineSink:
     """The file under structlog: one locked, unbuffered write per line, from any thread."""
 
@@ -203,7 +168,7 @@ class _LineSink:
     def msg(self, line: str) -> None:
         try:
             self._write(line)
-        except OSError as error:  # not told with the lock: what tells it may log a failure itself
+        except OSError as error:  # reported without the lock: the report may log a failure itself
             self._tell(error)
 
     debug = info = warning = error = msg

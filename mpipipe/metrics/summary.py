@@ -122,7 +122,7 @@ class RequestTally:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Everything that is said about a run at its end."""
+    """All figures of a run at its end."""
 
     phases: PhaseTimes
     requests: RequestTotals

@@ -1,7 +1,7 @@
-"""What a timed job comes to: the record of `mpipipe bench throughput`. Pure: it measures nothing.
+"""The figures of a timed job: the record of `mpipipe bench throughput`. Pure: it measures nothing.
 
 Shares and ratios are fractions of 1, `_s` seconds, `ms_` milliseconds, `_us` microseconds, `_bytes`
-bytes; null where nothing was measured or it would say nothing.
+bytes; null where nothing was measured, or the figure would be meaningless.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["FloorTimes", "JobTiming", "reports_since", "throughput_record"]
 
 @dataclass(frozen=True, slots=True)
 class FloorTimes:
-    """The floors that the figures are held against (`planning.roofline`), as plain numbers."""
+    """The floors that the figures are compared with (`planning.roofline`), as plain numbers."""
 
     tokens_per_s: float
     prefill_s: float

@@ -1,9 +1,9 @@
 """A timeline of stages for Perfetto or chrome://tracing, from step records on one clock.
 
 Format: the JSON object form of the Trace Event Format, complete events ("ph": "X", microseconds).
-One process per rank, one track each for compute, waiting for input, sending and idle. Not here:
-gathering the records and comparing clocks (`bench.timeline`). Overhead is no track of its own:
-a record holds when the compute ended, not what of it the compute thread needed itself.
+One process per rank, one track each for compute, waiting for input, sending and idle.
+`bench.timeline` gathers the records and compares the clocks. Overhead has no track: a record holds
+when the compute ended, but not which part of it the compute thread itself took.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _US = 1e6
 
 
 def decode_records(records: Sequence[StepRecord]) -> list[StepRecord]:
-    """Those that made a token from every row they computed."""
+    """The steps that made a token from every row they computed."""
     return [record for record in records if record.num_tokens == record.num_sampled]
 
 

@@ -1,6 +1,6 @@
 """What the parts of a model weigh and what a step costs in them: a two-line roofline.
 
-Not here: who gets which part (`partition`) and whether it fits (`memory`). Sizes come from the
+`partition` decides which stage gets which part, `memory` whether it fits. Sizes come from the
 `ModelSpec` alone; norms and biases, below 0.1 %, are left out.
 """
 
@@ -119,7 +119,7 @@ def head_decode_cost(
 
 
 def head_cost_in_layers(spec: ModelSpec, dtype: str) -> float:
-    """How many layers take as long as the LM head; the embedding gathers a few rows, so nothing."""
+    """How many layers take as long as the LM head. The embedding only gathers rows."""
     return head_decode_cost(spec, dtype).seconds / layer_decode_cost(spec, dtype).seconds
 
 

@@ -1,7 +1,7 @@
 """What the stages compute on and how: device, dtype, transport, launch-ahead. Pure.
 
-All ranks do alike, so the least capable GPU decides. Not here: how much may be in flight
-(`gpu_limits`), which attention kernel (`attention_choice`).
+All ranks do alike, so the least capable GPU decides. `step_limits` decides how much is in flight,
+`attention_choice` which attention kernel runs.
 """
 
 from __future__ import annotations

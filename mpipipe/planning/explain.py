@@ -1,6 +1,6 @@
 """A plan as text: the table that `mpipipe plan` prints and the log keeps.
 
-Not here: colours and boxes; a row is a tuple of cells.
+A row is a tuple of cells; the command line adds colours and boxes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How many sequences and tokens a GPU's steps may hold, and the memory that those steps need. Pure.
 
-Not here: KV pages (`memory`), time (`cost`).
+`memory` decides the number of KV pages, `cost` estimates times.
 """
 
 from __future__ import annotations

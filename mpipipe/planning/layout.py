@@ -2,8 +2,7 @@
 
 Invariants: rank 0 is the head and takes stage 0; stages on one host follow each other, so that as
 few edges as possible cross the network; a rank that its launcher has bound keeps its cores.
-Not here: which layers a stage has (`partition`), reading and setting affinity
-(`topology.affinity`).
+`partition` decides which layers a stage has; `topology.affinity` reads and sets affinity.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def stage_order(ranks: Sequence[RankResources]) -> tuple[int, ...]:
 
 
 def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:
-    """Say how the stages lie, where there are several hosts to lie on."""
+    """Note where the stages are, if there are several hosts."""
     hosts = _by_host(ranks)
     if len(hosts) == 1:
         return
@@ -66,9 +65,9 @@ def cores_of_ranks(bind: str, ranks: Sequence[RankResources]) -> dict[int, tuple
     """The cores that each rank is to use; equal to its mask where it stays as it was launched.
 
     With `bind` "auto", and GPUs to compute on, a rank whose GPU is nearer to some of its cores gets
-    those, shared out among the ranks of its host to whose GPUs they are as near. Not a rank that
-    was bound: its mask is smaller than what the job may use, or unlike that of another rank of its
-    host.
+    those, shared out among the ranks of its host to whose GPUs they are as near. A rank that was
+    bound keeps its cores: its mask is smaller than what the job may use, or unlike that of another
+    rank of its host.
     """
     cores = {rank.rank: rank.cores for rank in ranks}
     if bind == "none" or any(not rank.has_gpu for rank in ranks):
@@ -96,7 +95,7 @@ def _near(rank: RankResources) -> tuple[Core, ...]:
 
 
 def _share(cores: tuple[Core, ...], position: int, num_sharers: int) -> tuple[Core, ...]:
-    """A contiguous part; all of them where there are fewer than one for each."""
+    """A contiguous part of `cores`; all of them where there are fewer cores than sharers."""
     if len(cores) < num_sharers:
         return cores
     start, end = (len(cores) * edge // num_sharers for edge in (position, position + 1))
@@ -104,7 +103,7 @@ def _share(cores: tuple[Core, ...], position: int, num_sharers: int) -> tuple[Co
 
 
 def note_cores(bind: str, ranks: Sequence[RankResources], decisions: Decisions) -> None:
-    """Say which ranks were bound near their GPUs."""
+    """Note which ranks are bound near their GPUs."""
     cores = cores_of_ranks(bind, ranks)
     moved = [rank for rank in ranks if cores[rank.rank] != rank.cores]
     if not moved:

@@ -1,8 +1,8 @@
-"""Do weights and KV cache fit, and how many KV pages can there be.
+"""Whether weights and KV cache fit, and how many KV pages there can be.
 
-Not here: what things weigh (`cost`, `gpu_limits`). Ranks of one host draw on the same memory, as do
-ranks that share a GPU, so everything is summed up per pool of memory; the number of pages is the
-same on every rank, so the tightest rank decides it.
+`cost` and `gpu_limits` say how large things are. Ranks of one host share its memory, as do ranks on
+one GPU, so needs are summed per pool of memory. The number of pages is the same on every rank, so
+the tightest rank decides it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mpipipe.errors import PlanError
 __all__ = ["KvDemand", "RankMemory", "asked_kv_bytes", "choose_num_pages", "gib"]
 
 # Share of the memory left after the weights that the KV cache may take by itself: the rest is for
-# activations, logits, libraries and whatever else runs on the host.
+# activations, logits, libraries and other programs of the host.
 _AUTO_SHARE = 4
 
 
@@ -80,7 +80,7 @@ class KvDemand:
 
     @property
     def useful_pages(self) -> int:
-        """More than this is never used.
+        """The run never uses more pages than this.
 
         Every sequence at its longest, and the half page per sequence that the scheduler keeps
         back at admission (scheduler.policy.admission_headroom).
@@ -131,7 +131,7 @@ def _pages_in(kv_cache_bytes: int, ranks: Sequence[RankMemory]) -> tuple[int, st
 
 
 def _auto_pages(ranks: Sequence[RankMemory], demand: KvDemand) -> tuple[int, str]:
-    """What the tightest rank can spare, within what is of use.
+    """What the tightest rank can spare, and no more than the run can use.
 
     A host can spare a quarter of what the weights leave, a GPU all that weights and work space
     leave. At most `useful_pages`; at least one longest request, where that is known.

@@ -1,6 +1,6 @@
 """How many layers each stage gets: the split whose slowest stage is fastest.
 
-Not here: what a layer costs (`cost`). Costs are in units of one layer unless said otherwise; all
+`cost` says what the LM head costs. Costs are in units of one layer unless said otherwise; all
 layers cost the same.
 """
 

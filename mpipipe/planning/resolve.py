@@ -1,7 +1,7 @@
-"""From what was asked for and what is there to a `PipelinePlan`: every `auto` becomes a value.
+"""From the configuration and the ranks to a `PipelinePlan`: every `auto` becomes a value.
 
 Pure and deterministic: no clock, no environment, no order of arrival. The head plans once and sends
-the plan to all ranks. Not here: ranges of single settings (`config.checks`).
+the plan to all ranks. `config.checks` has checked the ranges of single settings.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class _Resolver:
     def plan(
         self, model_path: str, stages: tuple[StagePlan, ...], demand: KvDemand
     ) -> PipelinePlan:
-        """The answers together with what is left to ask."""
+        """The plan: the answers so far, and the remaining ones."""
         memory, spec, limits = self.config.memory, self.spec, self.limits
         transport, attention = self._transport(len(stages)), self._attention()
         num_kv_pages = self._num_kv_pages(stages, demand, attention)
@@ -288,7 +288,7 @@ class _Resolver:
         )
 
     def _cuda_graphs(self, attention: AttentionName) -> bool:
-        """Whether decode steps are captured; a reason is noted where they were wanted in vain."""
+        """Whether decode steps are captured; notes the reason if they cannot, but should be."""
         if not self.config.memory.cuda_graphs or self.device != "cuda":
             return False
         obstacle = ""

@@ -1,6 +1,6 @@
-"""The least time that memory and arithmetic allow a job: what measured figures are held against.
+"""The least time that memory and arithmetic allow a job; measured figures are compared with it.
 
-Not here: predictions. A floor knows nothing of kernels, launches, sampling or messages.
+A floor is no prediction: it ignores kernels, launches, sampling and messages.
 
 Assumptions, each of which makes the floor lower or leaves it as it is:
 
@@ -45,7 +45,7 @@ _MEASURED = {"H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TF
 
 
 def ceilings_of(device: str, gpu_name: str = "", num_threads: int = 1) -> Ceilings | None:
-    """The ceilings of a rank's device; None for a GPU that nobody measured.
+    """The ceilings of a rank's device; None for a GPU without measured ceilings.
 
     `num_threads` scales the arithmetic of a CPU; its bandwidth is one core's (planning/cost.py).
     """

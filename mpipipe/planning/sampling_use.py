@@ -1,6 +1,6 @@
 """Which of the sampler's operations a run uses: decides what is made ready, and its memory. Pure.
 
-Not here: the operations (`stage.device_sampler`), their memory (`gpu_limits`).
+`stage.device_sampler` has the operations, `gpu_limits` their memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SamplingUse:
 
     @property
     def is_plain(self) -> bool:
-        """Nobody uses anything beyond the likeliest token."""
+        """Every request takes the likeliest token, and nothing else is asked for."""
         return self == SamplingUse(plain=self.plain)
 
     @property

@@ -1,6 +1,6 @@
-"""How much may be in flight: slots, sequences and tokens per step, context; and what memory it has.
+"""How much may be in flight: slots, sequences and tokens per step, context; and its memory.
 
-Not here: the numbers for GPUs and where they come from (`gpu_limits`), KV pages (`memory`).
+`gpu_limits` has the numbers for GPUs and their origin; `memory` decides the number of KV pages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Workload`: what is known of a run's requests before the plan. Pure facts.
 
-Not here: where they come from (`runtime`), what follows from them (`resolve`).
+`runtime` counts them; `resolve` sizes the plan by them.
 """
 
 from __future__ import annotations

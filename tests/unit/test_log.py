@@ -14,7 +14,7 @@ import structlog
 
 from mpipipe.clock import ScriptedClock
 from mpipipe.errors import OutputError
-from mpipipe.metrics.log import ListLog, Logger, RunLog, open_log
+from mpipipe.metrics.log import RunLog, open_log
 
 NOON = datetime(2026, 11, 21, 13, 0, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
 
@@ -213,17 +213,6 @@ def test_real_clocks_are_the_default(tmp_path: Path) -> None:
     age = datetime.now(UTC) - datetime.fromisoformat(line["time"])
     assert timedelta(0) <= age < timedelta(minutes=1)
     log.close()
-
-
-def test_list_log_keeps_levels_fields_and_bound_fields() -> None:
-    log = ListLog()
-    logger: Logger = log
-    logger.bind(rank=1).bind(stage=2).warning("slow", ms=3)
-    logger.debug("x")
-    assert log.events == [
-        {"level": "warning", "event": "slow", "rank": 1, "stage": 2, "ms": 3},
-        {"level": "debug", "event": "x"},
-    ]
 
 
 def test_importing_the_module_does_not_import_structlog() -> None:
