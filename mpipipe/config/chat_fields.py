@@ -50,6 +50,7 @@ _MESSAGE_FIELDS = {
 # Arguments of `apply_chat_template` itself, which are said in another place or decided here.
 _NO_TEMPLATE_KWARGS = (
     "conversation",
+    "conversations",
     "messages",
     "tools",
     "chat_template",

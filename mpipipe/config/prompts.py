@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -219,25 +220,25 @@ def _prompt_lines(
 def _prompt_line(
     index: int, found: _Found, own: OwnId, defaults: SamplingParams, unit: str
 ) -> PromptLine:
-    number, prompt_id = found.claim.number, own.prompt_id
+    line = PromptLine(index, found.claim.number, own.prompt_id)
     if found.error is not None or found.fields is None:
-        return PromptLine(index, number, prompt_id, error=found.error)
+        return dataclasses.replace(line, error=found.error)
+    where = f"{unit} {found.claim.number}"
     try:
-        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, prompt_id))
+        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, own.prompt_id))
     except PromptError as error:
-        wrong = PromptError(error.kind, f"{unit} {number}: {error}")
-        return PromptLine(index, number, prompt_id, error=wrong)
+        return dataclasses.replace(line, error=PromptError(error.kind, f"{where}: {error}"))
     if own.first_number is not None:
         duplicate = PromptError(
             "duplicate_id",
-            f"{unit} {number}: the id {found.claim.prompt_id!r} belongs to {unit} "
-            f"{own.first_number} already: give each its own",
+            f"{where}: the id {found.claim.prompt_id!r} belongs to {unit} {own.first_number} "
+            "already: give each its own",
         )
-        return PromptLine(index, number, prompt_id, error=duplicate)
+        return dataclasses.replace(line, error=duplicate)
     return PromptLine(
         index,
-        number,
-        prompt_id,
+        found.claim.number,
+        own.prompt_id,
         text=fields.text,
         messages=fields.messages,
         chat_options=fields.chat_options,

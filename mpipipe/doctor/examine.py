@@ -25,8 +25,8 @@ from mpipipe.doctor.checks.ranks import check_ranks
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import DoctorReport, Finding
 from mpipipe.doctor.job import examine_job
-from mpipipe.doctor.probes.collect import MpiState, collect_facts, try_load
-from mpipipe.doctor.probes.launch import loaded_libraries
+from mpipipe.doctor.probes.collect import collect_facts, try_load
+from mpipipe.doctor.probes.launch import MpiState, loaded_libraries
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError, MpipipeError
 from mpipipe.runtime.clock_offsets import measure_clock_offsets

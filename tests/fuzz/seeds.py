@@ -26,7 +26,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
     StopRequested,
 )
-from mpipipe.run_folder.record_line import encode_line
+from mpipipe.run_folder.journal import encode_line
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 

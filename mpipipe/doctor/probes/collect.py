@@ -1,12 +1,11 @@
 """Collects the facts of this rank, what takes long at the same time: `import torch`, the rest.
 
-Not here: judging. Called on every rank, by itself; nothing is sent.
+Called on every rank, by itself; nothing is sent. `checks` say what the facts mean.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from mpipipe.config.load import config_hash, load_config
 from mpipipe.config.schema import AUTO
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.probes.gpu import probe_before_torch, probe_with_torch
-from mpipipe.doctor.probes.launch import probe_launch
+from mpipipe.doctor.probes.launch import MpiState, probe_launch
 from mpipipe.doctor.probes.node import probe_node
 from mpipipe.doctor.probes.software import import_torch, probe_software
 from mpipipe.errors import MpipipeError
@@ -25,19 +24,7 @@ from mpipipe.topology.host import host_name
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["MpiState", "collect_facts", "try_load"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MpiState:
-    """This rank's place in MPI's world; one of one, without a library, where there is no MPI."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    library: str = ""
-    module: str = ""  # file of mpi4py's
-    thread_level: str = ""
+__all__ = ["collect_facts", "try_load"]
 
 
 def try_load(
@@ -62,15 +49,7 @@ async def collect_facts(
     (look, gpus), torch_import = await asyncio.gather(
         asyncio.to_thread(probe_before_torch, os.environ, wanted=wanted), importing
     )
-    launch = probe_launch(
-        os.environ,
-        rank=mpi.rank,
-        local_rank=mpi.local_rank,
-        world_size=mpi.world_size,
-        mpi_library=mpi.library,
-        mpi_module=mpi.module,
-        thread_level=mpi.thread_level,
-    )
+    launch = probe_launch(os.environ, mpi)
     if not torch_import.problem:
         look = probe_with_torch(look, gpus, launch.local_rank)
     return RankFacts(
