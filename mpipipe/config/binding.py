@@ -1,9 +1,9 @@
 """From plain nested values to the frozen dataclass tree, and back.
 
-Generic over the tree in `schema.py`: sections are fields whose type is a dataclass, everything
-else is a setting of type bool, int, float, str, `tuple[T, ...]` or a union of these. Ranges and
-choices are not here (`checks.py`), nor are files (`load.py`). Invariant: a value that comes through
-has exactly its declared type (an int for a float field becomes a float).
+Generic over the tree in `schema.py`: sections are fields whose type is a dataclass, everything else
+is a setting of type bool, int, float, str, `tuple[T, ...]` or a union of these. `checks.py` checks
+ranges and choices, `load.py` reads files. Invariant: a value that comes through has exactly its
+declared type (an int for a float field becomes a float).
 """
 
 from __future__ import annotations

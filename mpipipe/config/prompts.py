@@ -1,8 +1,9 @@
 """A prompt file, or the prompts of a library call → `PromptLine`s in input order.
 
-Each has its text or its own error. Accepted lines are documented in prompts/README.md. Not here:
-tokenising and chat templates. Invariants: one `PromptLine` per non-blank line, also for a bad one;
-`index` counts them from 0; `prompt_id` is unique among them; a bad line never stops the others.
+Each has its text or its own error. Accepted lines are documented in prompts/README.md.
+`runtime.requests` tokenises them and applies chat templates. Invariants: one `PromptLine` per
+non-blank line, also for a bad one; `index` counts them from 0; `prompt_id` is unique among them; a
+bad line never stops the others.
 """
 
 from __future__ import annotations

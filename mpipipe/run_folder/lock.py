@@ -58,7 +58,7 @@ def lock_folder(
 ) -> FolderLock:
     """Keep other runs out of `folder`, which is made where it is missing.
 
-    A folder that cannot be written is not locked: whoever claims it says why.
+    A folder that cannot be written is not locked: the claim of the run folder then says why.
 
     Raises:
         OutputError: another run is writing there.

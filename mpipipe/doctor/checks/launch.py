@@ -1,4 +1,4 @@
-"""Judges how the ranks were started and whether they run the same thing. Pure."""
+"""Checks how the ranks were started and whether they run the same thing. Pure."""
 
 from __future__ import annotations
 

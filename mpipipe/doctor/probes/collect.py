@@ -46,12 +46,12 @@ async def collect_facts(
     wanted = loaded.config.pipeline.device if loaded is not None else AUTO
     node = probe_node(os.environ)  # before torch takes its share of the memory
     importing = asyncio.to_thread(import_torch)
-    (look, gpus), torch_import = await asyncio.gather(
+    (facts, gpus), torch_import = await asyncio.gather(
         asyncio.to_thread(probe_before_torch, os.environ, wanted=wanted), importing
     )
     launch = probe_launch(os.environ, mpi)
     if not torch_import.problem:
-        look = probe_with_torch(look, gpus, launch.local_rank)
+        facts = probe_with_torch(facts, gpus, launch.local_rank)
     return RankFacts(
         rank=mpi.rank,
         host=host_name(),
@@ -59,7 +59,7 @@ async def collect_facts(
         launch=launch,
         software=probe_software(os.environ, torch_import),
         node=node,
-        gpu=look,
+        gpu=facts,
         config_hash=config_hash(loaded.config) if loaded is not None else "",
         config_problem=str(problem) if problem is not None else "",
         config_exit_code=problem.exit_code if problem is not None else 0,
