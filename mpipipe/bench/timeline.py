@@ -1,6 +1,6 @@
 """Looks into a generate call: the last steps of every rank on one clock, and a GPU profile.
 
-Not here: the form of the trace (`metrics.trace`). All ranks call every function here together.
+`metrics.trace` has the form of the trace. All ranks call every function here together.
 """
 
 from __future__ import annotations

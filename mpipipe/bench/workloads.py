@@ -1,7 +1,7 @@
 """Work for benchmarks: so many prompts of so many random tokens, so many tokens out.
 
-Seeded: the same work, seed and model give the same requests on every machine. Not here: running
-them (`throughput`).
+Seeded: the same work, seed and model give the same requests on every machine. `throughput` runs
+them.
 """
 
 from __future__ import annotations

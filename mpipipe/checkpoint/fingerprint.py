@@ -2,7 +2,7 @@
 
 For every file that decides a completion: its size and SHA-256, of large weight files that of their
 header, their end and blocks spread evenly over them. So it takes a bounded number of reads a file,
-whatever its size; times and paths do not count. Not here: whether the files are whole (`index`).
+whatever its size; times and paths do not count. `index` checks whether the files are whole.
 
 Two weight files of one size and one header that differ between the blocks only are taken for equal.
 A `.bin` file has no such gap: the directory at its end holds a checksum of every tensor.

@@ -2,7 +2,7 @@
 
 `generate()` without arguments takes its settings from this file; without the file, from settings of
 the same names in `config.json`. Here they become defaults of ours, and what we do not apply is
-named. Not here: what the user has set, which wins (`planning.model_facts`), and eos ids (`spec`).
+named. What the user has set wins (`planning.model_facts`); `spec` reads eos ids.
 
 Invariant: no content of the file raises anything; what cannot be used is named like the rest.
 """

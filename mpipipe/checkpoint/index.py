@@ -1,7 +1,7 @@
 """Which weight files a model folder has, whether they are whole, and where each tensor lies.
 
 Purpose: find half-copied models before a rank reads a byte of weights, on a login node too (no
-torch). Non-purpose: reading tensors (`weights/sources.py`), and knowing which names a model wants.
+torch). `weights/sources.py` reads tensors, `weights/names.py` knows which names a model wants.
 
 Formats, in this order of preference: `model.safetensors`, safetensors shards by their index,
 `pytorch_model.bin`, `.bin` shards by their index. A safetensors header is 8 bytes of length, then

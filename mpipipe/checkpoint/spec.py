@@ -1,7 +1,7 @@
 """`ModelSpec`: what planning needs to know of a model, read from its `config.json`. No torch.
 
-Non-purpose: building the model. transformers reads the same file again and has the last word on
-what the layers compute; here are sizes only. What differs between families is in `families.py`.
+transformers builds the model: it reads the same file again and has the last word on what the layers
+compute; here are sizes only. What differs between families is in `families.py`.
 
 Invariants: nothing outside the folder is read and nothing is downloaded; a size that the file does
 not state is derived by the rule that transformers' own configuration classes apply.

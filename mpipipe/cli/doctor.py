@@ -58,7 +58,7 @@ class _Row:
     hosts: list[str] = field(default_factory=list)
 
     def where(self, report: DoctorReport) -> str:
-        """Whom it concerns; empty: everybody, or nobody in particular."""
+        """The ranks or hosts concerned; empty: all of them, or the job as a whole."""
         if self.ranks and len(self.ranks) < report.num_ranks:
             who = f"rank{'s' * (len(self.ranks) > 1)} {_ranges(self.ranks)}"
             return f"{who} on {self.hosts[0]}" if len(self.hosts) == 1 else who

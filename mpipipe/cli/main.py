@@ -150,7 +150,7 @@ def slurm_workspace(
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
     """Make the folder of this Slurm job, with copies of what it reads, for `launch/run.sh`."""
-    from mpipipe.cli.workspace import workspace_command
+    from mpipipe.cli.slurm import workspace_command
 
     raise typer.Exit(workspace_command(config, overrides or [], scratch))
 

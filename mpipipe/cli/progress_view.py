@@ -7,8 +7,7 @@ It only shows: the caller counts and calls `update` as often as it likes.
 from __future__ import annotations
 
 import importlib.util
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mpipipe.clock import Clock, MonotonicClock
 from mpipipe.run_folder.status import duration
@@ -23,7 +22,7 @@ _MODES = ("auto", "bar", "plain", "none")
 
 
 class ProgressView:
-    """One run's progress display; `with` or `close` ends it.
+    """One run's progress display; `close` ends it.
 
     Args:
         mode: "bar", "plain", "none", or "auto": a bar if `stream` is a terminal, else plain.
@@ -52,18 +51,6 @@ class ProgressView:
         self._unwritten_line = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Time starts to count, the bar appears. `update` starts what was not started.

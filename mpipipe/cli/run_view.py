@@ -1,6 +1,6 @@
 """What `mpipipe run` prints: the plan, a live display, completions, the summary.
 
-Not here: when (`job.run`).
+`job.run` says when.
 """
 
 from __future__ import annotations

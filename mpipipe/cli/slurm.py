@@ -1,14 +1,23 @@
-"""`mpipipe slurm …`: what the launch scripts ask, answered in one word on standard output.
+"""`mpipipe slurm …`: what the launch scripts ask, answered on standard output.
 
-Runs on a login node, and inside a container, without starting MPI.
+Runs on a login node, on the first node of a job, and inside a container, without torch and MPI.
 """
 
 from __future__ import annotations
 
-from mpipipe.errors import EXIT_OK
-from mpipipe.topology.srun_mpi import ask_library, choose_mpi, offered_types
+import os
+from typing import TYPE_CHECKING
 
-__all__ = ["mpi_flag_command"]
+from mpipipe.errors import EXIT_OK, ConfigError
+from mpipipe.run_folder.workspace import job_workspace
+from mpipipe.topology.mpi_library import ask_library, choose_mpi, offered_types
+from mpipipe.topology.slurm import read_job
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["mpi_flag_command", "workspace_command"]
 
 
 def mpi_flag_command(available: str) -> int:
@@ -21,4 +30,18 @@ def mpi_flag_command(available: str) -> int:
         EnvironmentSetupError: no MPI library, or srun offers nothing that fits it.
     """
     print(choose_mpi(ask_library(), offered_types(available)))
+    return EXIT_OK
+
+
+def workspace_command(config: Path, overrides: Sequence[str], scratch: Path) -> int:
+    """Make the folder of this job below `scratch`, print its file to source; returns the exit code.
+
+    Raises:
+        MpipipeError: this is no Slurm job, the configuration or its model is wrong, or the folder
+            cannot be filled.
+    """
+    job = read_job(os.environ)
+    if job is None:
+        raise ConfigError("this is no Slurm job (SLURM_JOB_ID is not set), so it has no folder")
+    print(job_workspace(config, overrides, scratch, job))
     return EXIT_OK

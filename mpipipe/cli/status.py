@@ -14,10 +14,10 @@ from mpipipe.errors import EXIT_OK, OutputError
 from mpipipe.run_folder.progress_file import RunState
 from mpipipe.run_folder.status import (
     RunStatus,
+    check_status,
     duration,
     find_runs,
     job_folders,
-    judge,
     last_error,
     log_of,
     read_status,
@@ -128,11 +128,11 @@ def _roots(jobs: Sequence[QueuedJob | AccountedJob]) -> list[Path]:
     return roots
 
 
-def _judged(status: RunStatus, seen: _Seen) -> str:
+def _verdict(status: RunStatus, seen: _Seen) -> str:
     """The verdict on one run; of an array's tasks only its own counts."""
     own_queued = [job for job in seen.queued if status.job_id in {None, job.label}]
     own_accounted = [job for job in seen.accounted if status.job_id in {None, job.label}]
-    return judge(status, own_queued, own_accounted, datetime.now(UTC))
+    return check_status(status, own_queued, own_accounted, datetime.now(UTC))
 
 
 def _document(seen: _Seen) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _document(seen: _Seen) -> dict[str, Any]:
         "runs": [
             {
                 "folder": str(status.folder),
-                "verdict": _judged(status, seen),
+                "verdict": _verdict(status, seen),
                 "log": log,
                 "status": dict(status.values),
                 "left_out": list(status.left_out),
@@ -157,7 +157,7 @@ def _lines(seen: _Seen) -> list[str]:
     # A job that has no run yet is judged as one that said nothing.
     for status, log in zip(seen.runs or [RunStatus(Path(), {})], seen.logs, strict=True):
         facts = {"run": str(status.folder)} if seen.runs else {}
-        facts |= {"state": _judged(status, seen), **_progress(status.values)}
+        facts |= {"state": _verdict(status, seen), **_progress(status.values)}
         if status.left_out:
             facts["note"] = f"status.json has odd values, left out: {', '.join(status.left_out)}"
         # A job that ended before its run could tell why: its log may.

@@ -1,9 +1,9 @@
 """From plain nested values to the frozen dataclass tree, and back.
 
-Generic over the tree in `schema.py`: sections are fields whose type is a dataclass, everything
-else is a setting of type bool, int, float, str, `tuple[T, ...]` or a union of these. Ranges and
-choices are not here (`checks.py`), nor are files (`load.py`). Invariant: a value that comes through
-has exactly its declared type (an int for a float field becomes a float).
+Generic over the tree in `schema.py`: sections are fields whose type is a dataclass, everything else
+is a setting of type bool, int, float, str, `tuple[T, ...]` or a union of these. `checks.py` checks
+ranges and choices, `load.py` reads files. Invariant: a value that comes through has exactly its
+declared type (an int for a float field becomes a float).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def bind(values: Mapping[str, Any], source: str) -> Config:
         if kind is None:
             raise _unknown(name, source)
         if not dataclasses.is_dataclass(kind):
-            tree[name] = _convert_setting(name, kind, value, source)
+            tree[name] = _convert_setting(name, value, source)
             continue
         if not isinstance(value, Mapping):
             raise _not_a_setting(name, value, source)
@@ -154,17 +154,15 @@ def _bind_section(section: str, cls: type, values: Mapping[str, Any], source: st
         name = f"{section}.{key}"
         if key not in kinds:
             raise _unknown(name, source)
-        found[key] = _convert_setting(name, kinds[key], value, source)
+        found[key] = _convert_setting(name, value, source)
     return cls(**found)
 
 
-def _convert_setting(name: str, kind: Any, value: Any, source: str) -> Any:
+def _convert_setting(name: str, value: Any, source: str) -> Any:
     try:
-        return _convert(value, kind)
-    except _MismatchError:
-        raise ConfigError(
-            f"{source}: {name} = {short(value)} does not fit: expected {_describe(kind)}"
-        ) from None
+        return fit(name, value)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {name} = {short(value)} {error}") from None
 
 
 def fit(name: str, value: Any) -> Any:

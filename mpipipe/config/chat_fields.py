@@ -1,8 +1,8 @@
 """Chat messages, tools and options of a prompt object, in the form that chat templates take.
 
 As transformers and vLLM have it: the arguments of a function call, JSON text in OpenAI's form,
-become an object; an assistant's turn without content has an empty text. Not here: rendering
-(`models/chat.py`). Invariant: what cannot reach the template is an error that names it.
+become an object; an assistant's turn without content has an empty text. `models/chat.py` renders
+them. Invariant: what cannot reach the template is an error that names it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _MESSAGE_FIELDS = {
 # Arguments of `apply_chat_template` itself, which are said in another place or decided here.
 _NO_TEMPLATE_KWARGS = (
     "conversation",
+    "conversations",
     "messages",
     "tools",
     "chat_template",

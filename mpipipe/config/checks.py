@@ -1,6 +1,6 @@
 """Ranges and choices of the settings: one sentence per violation.
 
-Not here: types (`binding.py`), and whatever needs the model or the ranks (`planning`).
+`binding.py` checks types; `planning` checks what depends on the model or the ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The words of a command: first a configuration file or a model, then a prompt file and settings.
 
 `mpipipe run exp.toml`, `mpipipe run MODEL_FOLDER prompts.jsonl generation.seed=7`. Told apart by
-their names where that is possible, as not every rank may see the files. Not here: what settings
-mean (`binding.py`). Invariant: a word has one meaning, or is an error that shows the right order.
+their names where that is possible, as not every rank may see the files. `binding.py` reads the
+settings. Invariant: a word has one meaning, or is an error that shows the right order.
 """
 
 from __future__ import annotations

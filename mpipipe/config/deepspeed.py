@@ -1,7 +1,7 @@
 """What a `ds_config.json` expects of a run, and whether the plan agrees.
 
 Only the stage count, the dtype and the batch size matter to inference; every other key is left
-alone. Not here: changing the configuration: the file is a cross-check, never a source of settings.
+alone. The file is a cross-check, never a source of settings.
 """
 
 from __future__ import annotations

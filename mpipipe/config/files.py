@@ -1,7 +1,7 @@
 """Reading what users write: text files and strict JSON, with sentences instead of tracebacks.
 
-Not here: what the text means. Invariant: every failure is a `ConfigError` (files) or a
-`ValueError` with a short reason (JSON), never a decoding or recursion error.
+Invariant: every failure is a `ConfigError` (files) or a `ValueError` with a short reason (JSON),
+never a decoding or recursion error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """`exp_config.json` and `ds_config.json`: the older experiment style, read by a table.
 
 A JSON file is in that style when it has at least one key of the table `TARGETS` and no sections (no
-value is an object), or objects of the older style (`legacy_nested.py`). Not here: merging and
-checking (`load.py`). Invariant: nothing is dropped silently: a key is mapped, named in a warning,
-or an error.
+value is an object), or objects of the older style (`legacy_nested.py`). `load.py` merges and
+checks. Invariant: nothing is dropped silently: a key is mapped, named in a warning, or an error.
 
 | old key | becomes |
 |---|---|

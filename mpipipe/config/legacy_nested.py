@@ -10,7 +10,7 @@
 | `output`, `outputs` | `dir`, `path`, `folder`, `file`: `output_dir` |
 | `tokenizer` | `name`, `path`: `tokenizer_path` |
 
-Keys of today inside these objects stay what they are. Not here: what flat keys mean (`legacy.py`).
+Keys of today inside these objects stay what they are. `legacy.py` says what flat keys mean.
 Invariant: a key that has no meaning is kept, by its dotted name, to be told.
 """
 

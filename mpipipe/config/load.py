@@ -1,9 +1,9 @@
 """A configuration file, or a model, plus command-line words → one checked, frozen `LoadedConfig`.
 
 Order: defaults ← `extends` chain, base first ← the file ← model and prompt file ← overrides. Files
-are TOML or JSON; a JSON file in the style of `exp_config.json` goes through `legacy.py`. Not here:
-resolving `auto` (`planning`), reading prompts (`prompts.py`). Invariant: ranks that load the same
-words from the same files get equal configurations with equal hashes.
+are TOML or JSON; a JSON file in the style of `exp_config.json` goes through `legacy.py`. `planning`
+resolves `auto`, `prompts.py` reads prompts. Invariant: ranks that load the same words from the same
+files get equal configurations with equal hashes.
 
 Paths: `~` and `$VAR` are expanded everywhere. A relative `model.path`, `model.tokenizer_path` or
 `prompts.path` is looked up from the current directory, as on a command line; if it is not there but

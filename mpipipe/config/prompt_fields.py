@@ -1,10 +1,10 @@
 """One prompt object → text or messages, and its sampling settings.
 
 Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
-arguments of the library are judged as the settings of a line are. Not here: files, ids
-(`prompt_ids.py`), messages and tools (`chat_fields.py`). Invariant: every key is understood,
-ignored on purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an error: a
-misspelt setting is never silently the default.
+arguments of the library are judged as the settings of a line are. `prompts.py` reads files,
+`prompt_ids.py` finds ids, `chat_fields.py` reads messages and tools. Invariant: every key is
+understood, ignored on purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an
+error: a misspelt setting is never silently the default.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The bytes of a prompt file: plain, `.gz`, `.zst`, or standard input (`-`).
 
-Not here: what the lines say (`prompts.py`), and what kind of file it is when no line can be read
-(`foreign_file.py`). Invariants: every failure is a `ConfigError` about the file; a stream, which
-can be read once, is read once, and its hash is remembered.
+`prompts.py` reads the lines; `foreign_file.py` tells what kind of file it is when no line can be
+read. Invariants: every failure is a `ConfigError` about the file; a stream, which can be read once,
+is read once, and its hash is remembered.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """A prompt file, or the prompts of a library call → `PromptLine`s in input order.
 
-Each has its text or its own error. Accepted lines are documented in prompts/README.md. Not here:
-tokenising and chat templates. Invariants: one `PromptLine` per non-blank line, also for a bad one;
-`index` counts them from 0; `prompt_id` is unique among them; a bad line never stops the others.
+Each has its text or its own error. Accepted lines are documented in prompts/README.md.
+`runtime.requests` tokenises them and applies chat templates. Invariants: one `PromptLine` per
+non-blank line, also for a bad one; `index` counts them from 0; `prompt_id` is unique among them; a
+bad line never stops the others.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -234,25 +236,25 @@ def _prompt_lines(
 def _prompt_line(
     index: int, found: _Found, own: OwnId, defaults: SamplingParams, unit: str
 ) -> PromptLine:
-    number, prompt_id = found.claim.number, own.prompt_id
+    line = PromptLine(index, found.claim.number, own.prompt_id)
     if found.error is not None or found.fields is None:
-        return PromptLine(index, number, prompt_id, error=found.error)
+        return dataclasses.replace(line, error=found.error)
+    where = f"{unit} {found.claim.number}"
     try:
-        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, prompt_id))
+        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, own.prompt_id))
     except PromptError as error:
-        wrong = PromptError(error.kind, f"{unit} {number}: {error}")
-        return PromptLine(index, number, prompt_id, error=wrong)
+        return dataclasses.replace(line, error=PromptError(error.kind, f"{where}: {error}"))
     if own.first_number is not None:
         duplicate = PromptError(
             "duplicate_id",
-            f"{unit} {number}: the id {found.claim.prompt_id!r} belongs to {unit} "
-            f"{own.first_number} already: give each its own",
+            f"{where}: the id {found.claim.prompt_id!r} belongs to {unit} {own.first_number} "
+            "already: give each its own",
         )
-        return PromptLine(index, number, prompt_id, error=duplicate)
+        return dataclasses.replace(line, error=duplicate)
     return PromptLine(
         index,
-        number,
-        prompt_id,
+        found.claim.number,
+        own.prompt_id,
         text=fields.text,
         messages=fields.messages,
         chat_options=fields.chat_options,

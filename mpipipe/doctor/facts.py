@@ -1,7 +1,7 @@
 """What one rank sees of its launch, software, host and GPU: plain values that travel as JSON.
 
-Not here: reading them (`read_…`), judging them (`judge_…`). Every field has a default, so that a
-test states only what matters to it.
+`probes` read them, `checks` say what they mean. Every field has a default, so that a test states
+only what matters to it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """Somebody's work on a GPU. `memory_bytes` 0: the driver does not say."""
+    """Another process that uses a GPU. `memory_bytes` 0: the driver does not say."""
 
     pid: int
     name: str

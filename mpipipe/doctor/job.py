@@ -1,8 +1,8 @@
 """Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
 
 The plan is the one that a new `mpipipe run` would make: from the same handshake, and from prompts
-that are tokenised; when these are many, from the longest of them. Not here: what the figures mean
-(`check_job`).
+that are tokenised; when these are many, from the longest of them. `checks.job` says what the
+figures mean.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def examine_job(
         hellos = await handshake(ranks, loaded)
     except AgreedError as agreed:  # raised on every rank
         return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
-    folders, model = await _probe_folders(ranks, loaded, look=local_rank == 0, quick=quick)
+    folders, model = await _probe_folders(ranks, loaded, is_first=local_rank == 0, quick=quick)
     if facts is None or folders is None:
         return []
     findings: list[Finding] = [
@@ -110,14 +110,14 @@ async def examine_job(
 
 
 async def _probe_folders(
-    ranks: Ranks, loaded: LoadedConfig, *, look: bool, quick: bool
+    ranks: Ranks, loaded: LoadedConfig, *, is_first: bool, quick: bool
 ) -> tuple[list[FolderFacts] | None, ModelFacts | None]:
     """What the first rank of every host sees, the head's host first; the head's own model."""
     with claim_marker(output_folder(loaded)) if ranks.is_head else nullcontext("") as name:
         payload = name.encode() if ranks.is_head else None
         marker = (await ranks.mesh.broadcast("marker", payload, _DEADLINE_S)).decode()
         own, model = b"", None
-        if look or ranks.is_head:
+        if is_first or ranks.is_head:
             facts, model = probe_folders(loaded, marker, host_name(), quick=quick)
             own = to_json(facts).encode()
         parts = await ranks.mesh.gather("folders", own, _DEADLINE_S)

@@ -1,8 +1,8 @@
 """Who owns which KV page: the accounting half of the paged cache, without tensors.
 
-Not here: what lies in a page (`paged.py`), who gets one (`scheduler.policy`). Invariants: a page is
-free or owned, never both; the lowest free ids are handed out first, so equal histories give equal
-page tables.
+`paged.py` holds what lies in a page, `scheduler.policy` decides which sequence gets one.
+Invariants: a page is free or owned, never both; the lowest free ids are handed out first, so equal
+histories give equal page tables.
 """
 
 from __future__ import annotations

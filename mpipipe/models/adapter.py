@@ -21,8 +21,6 @@ import torch
 
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
-from mpipipe.models.buffers import loaded_device, materialise_buffers
-from mpipipe.models.checkpoint_names import CheckpointNames
 from mpipipe.models.execution_mode import choose_mode, graphs_unsupported_reason
 from mpipipe.models.families import ModelParts, locate_parts, refuse
 from mpipipe.models.fused_cpu import fuse_layers
@@ -31,7 +29,13 @@ from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
 from mpipipe.models.rotary import settle_rotary
-from mpipipe.models.stage_cut import cut_stage, empty_model
+from mpipipe.models.stage_cut import (
+    CheckpointNames,
+    cut_stage,
+    empty_model,
+    loaded_device,
+    materialise_buffers,
+)
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:

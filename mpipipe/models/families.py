@@ -2,8 +2,8 @@
 
 The parts come from the family's own `base_model_pp_plan`; a family without one is listed in
 `_PARTS_BY_HAND`. A family that does something to its inputs or outputs outside those parts has a
-function in `_LATER_STAGE_CHANGES`. Not here: how a stage is cut out (`adapter`), the checks that
-run the model (`verification`).
+function in `_LATER_STAGE_CHANGES`. `stage_cut` cuts a stage out, `verification` runs the model to
+check it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Purpose: `FusedStack` is written once against `Operations`. With `triton_operations` it is fast on a
 GPU; with `torch_operations` it runs on every device, and proves on a CPU that the stack is wired
-right. Non-purpose: attention (`attention/`), and large matrix products (cuBLAS has them).
+right. `attention/` computes attention; cuBLAS computes large matrix products.
 
 Invariants: both forms take and return the same shapes, round where transformers' modules round,
 wait for nothing and may be captured in a CUDA graph. Shape letters as in `kv_cache.layout`;

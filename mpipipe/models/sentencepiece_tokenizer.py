@@ -18,8 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError
-from mpipipe.models.chat import ChatTemplates
-from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.chat import ChatRenderer, ChatTemplates
 from mpipipe.models.tokenizer_base import Tokenizer
 
 __all__ = ["SentencePieceTokenizer"]

@@ -1,23 +1,41 @@
-"""A full model on the meta device, and the slice of it that one stage keeps. No weights here."""
+"""A full model on the meta device, its tensors' names, and the slice of it that one stage keeps.
+
+Some families name their tensors differently in checkpoints than in their modules (`embed_out` of
+GPT-NeoX is `lm_head` since transformers 5); the library keeps a table of renamings, used here.
+
+Buffers that no checkpoint holds (rotary frequencies, embedding scales) are empty shells on the meta
+device. They are filled the way `from_pretrained` fills them: real memory first, then the family's
+own `_init_weights` on the modules that own them, with every loaded parameter marked as initialised
+so that it is left alone.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.models.attention_bridge import ATTENTION_NAME, register
-from mpipipe.models.families import ModelParts, check_config, detach_inputs, detach_outputs
+from mpipipe.models.families import ModelParts, check_config, detach_inputs, detach_outputs, refuse
 
 if TYPE_CHECKING:
     from mpipipe.planning.plan import StagePlan
 
-__all__ = ["cut_stage", "empty_model"]
+__all__ = ["CheckpointNames", "cut_stage", "empty_model", "loaded_device", "materialise_buffers"]
 
 
 def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -81,3 +99,77 @@ def cut_stage(parts: ModelParts, stage: StagePlan) -> nn.ModuleList:
     if not stage.has_head:
         detach_outputs(parts)
     return layers
+
+
+def materialise_buffers(
+    model: PreTrainedModel, base: PreTrainedModel, device: torch.device
+) -> None:
+    """Give every non-persistent buffer memory on `device` and its value.
+
+    Raises:
+        UnsupportedModelError: the family's code leaves one without a value.
+    """
+    owners = {
+        module: [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for module in model.modules()
+    }
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module, names in owners.items():
+        for name in names:
+            shell = module.get_buffer(name)
+            # NaN shows below what the family's code did not fill.
+            fill = float("nan") if shell.is_floating_point() else 0
+            buffer = torch.full(shell.shape, fill, dtype=shell.dtype, device=device)
+            module.register_buffer(name, buffer, persistent=False)
+        if names:
+            with torch.no_grad(), initialization.guard_torch_init_functions():
+                base._init_weights(module)
+    for module, names in owners.items():
+        for name in names:
+            if bool(torch.isnan(module.get_buffer(name)).any()):
+                raise refuse(model.config.model_type, f'leaves its buffer "{name}" without values')
+
+
+def loaded_device(module: nn.Module) -> torch.device:
+    """Where the weights of a loaded stage are; holds none of them when it returns."""
+    state = module.state_dict(keep_vars=True)
+    missing = [name for name, tensor in state.items() if tensor.is_meta]
+    assert not missing, f"not loaded: {', '.join(missing[:5])}"
+    first: torch.Tensor = next(iter(state.values()))
+    return first.device
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointNames:
+    """Of one full model, taken before it is cut into a stage."""
+
+    shells: dict[str, torch.Tensor]  # the full state_dict, on the meta device
+    tied: dict[str, str]  # name → the name it shares its tensor with
+    renamings: tuple[WeightRenaming, ...]
+    base_prefix: str  # "model" in "model.layers.0…"
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> CheckpointNames:
+        """The names of `model`, which must be whole."""
+        renamings = tuple(
+            transform
+            for transform in get_model_conversion_mapping(model)
+            if isinstance(transform, WeightRenaming)
+        )
+        return cls(
+            shells=dict(model.state_dict()),
+            tied=dict(model.all_tied_weights_keys),
+            renamings=renamings,
+            base_prefix=model.base_model_prefix,
+        )
+
+    def canonical(self, checkpoint_name: str) -> str:
+        """The full model's name for a tensor found in a checkpoint; unchanged if it has none.
+
+        Adds or drops the base model's prefix where that makes it a name of the model.
+        """
+        name: str = rename_source_key(
+            checkpoint_name, list(self.renamings), [], self.base_prefix, self.shells
+        )[0]
+        return name

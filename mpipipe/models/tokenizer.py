@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError, PromptError
-from mpipipe.models.chat import ChatTemplates, chat_templates_of, read_chat_templates
-from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.chat import ChatRenderer, ChatTemplates, chat_templates_of, read_chat_templates
 from mpipipe.models.foreign import ENCODE_FAILED, foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
 

@@ -11,8 +11,7 @@ from mpipipe.errors import PromptError
 from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code
 
 if TYPE_CHECKING:
-    from mpipipe.models.chat import Message
-    from mpipipe.models.chat_renderer import ChatRenderer
+    from mpipipe.models.chat import ChatRenderer, Message
 
 __all__ = ["Tokenizer"]
 

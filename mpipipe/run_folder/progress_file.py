@@ -1,7 +1,7 @@
 """`status.json` in the run folder: what the head is doing, for those who look from elsewhere.
 
-Replaced whole at every change of state and every few seconds while tokens are made. Not here: who
-reads it (`status_values`). Invariant: it never ends a run, not even on a full disk.
+Replaced whole at every change of state and every few seconds while tokens are made. `status_values`
+reads it. Invariant: it never ends a run, not even on a full disk.
 """
 
 from __future__ import annotations

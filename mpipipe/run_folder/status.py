@@ -1,7 +1,7 @@
 """How a run stands, seen from outside: its `status.json`, and what Slurm says of its job.
 
-For `mpipipe status`, on a login node: neither torch nor MPI. Finding a run and judging it are here;
-printing is not (`cli.status`).
+For `mpipipe status`, on a login node: neither torch nor MPI. A run is found and its state told
+here; `cli.status` prints it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mpipipe.topology.slurm import AccountedJob, QueuedJob, ask_job_record
 
 __all__ = [
     "RunStatus",
+    "check_status",
     "duration",
     "find_runs",
     "job_folders",
-    "judge",
     "last_error",
     "log_of",
     "read_status",
@@ -145,7 +145,7 @@ def last_error(log: str) -> str | None:
     return "".join(letter if letter.isprintable() else " " for letter in errors[-1])
 
 
-def judge(
+def check_status(
     status: RunStatus,
     queued: Sequence[QueuedJob],
     accounted: Sequence[AccountedJob],

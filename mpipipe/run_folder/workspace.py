@@ -3,7 +3,7 @@
 Layout: `config/` (the configuration with every file that it builds on), `prompts/`, `outputs/` (the
 run folder), `job.env` (what `launch/run.sh` sources), `request.json` (what was asked for, and in
 which attempt of the job last), `scontrol.txt` (the job as Slurm described it when run.sh began).
-Not here: reading the model, starting ranks.
+The model is not read and no rank is started.
 
 Invariants: `job.env` is written last, so a folder that has it is complete; a job that Slurm starts
 again finds the folder of each of its commands, once an attempt, and reads the same copies, whatever
@@ -89,7 +89,7 @@ def _request(folder: Path) -> dict[str, Any] | None:
     try:
         request = json.loads((folder / _REQUEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # of nobody knows which command
+        return {}  # it is not known which command made it
     return request if isinstance(request, dict) else {}
 
 

@@ -146,6 +146,6 @@ def _read_gpu(device: str, local_rank: int) -> tuple[GpuFacts, tuple[str, ...]]:
     facts = read_gpu(local_rank)
     if facts.index < 0:
         return facts, ()
-    from mpipipe.models.attention.probe import available_backends
+    from mpipipe.models.attention.select import available_backends
 
     return facts, available_backends()

@@ -1,8 +1,8 @@
 """Which CPUs this process may use, which are near its GPU, and moving the process there.
 
-A core is a tuple of the CPUs (hardware threads) that it offers, lowest first. Not here: deciding
-who gets which cores (`planning.layout`). Every reader takes the root folder, so tests give it a
-fake one. Linux only; what cannot be read is empty, which means "unknown".
+A core is a tuple of the CPUs (hardware threads) that it offers, lowest first. `planning.layout`
+decides which rank gets which cores. Every reader takes the root folder, so tests give it a fake
+one. Linux only; what cannot be read is empty, which means "unknown".
 """
 
 from __future__ import annotations

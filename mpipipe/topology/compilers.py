@@ -1,7 +1,7 @@
 """What optional attention backends compile with: looked for, not tried. Pure but for `PATH`.
 
-Asked by `plan` on a login node, without torch, and by every rank; so both say the same. Not here:
-whether a kernel then runs (`models.kernels.probe`).
+Asked by `plan` on a login node, without torch, and by every rank; so both say the same.
+`models.kernels.probe` tries whether a kernel then runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which GPU a rank uses, what is known of it without torch, and sentences for what is amiss.
 
-Not here: asking torch (`data_plane.device`), deciding anything for all ranks (`planning.devices`).
-Nothing here makes a CUDA context. Readers take the root folder and the environment, for tests.
+`data_plane.device` asks torch, `planning.devices` decides for all ranks. Nothing here makes a CUDA
+context. Readers take the root folder and the environment, for tests.
 """
 
 from __future__ import annotations

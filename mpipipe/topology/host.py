@@ -1,9 +1,9 @@
 """What this process may use of its host: cores, memory, name; and what it has used.
 
 Containers and Slurm limit a job through cgroups, and no library call tells: both versions are read
-here, for the process's own group and every group above it. Not here: GPUs, sharing between ranks
-(`planning`). Every reader takes the root folder, so tests give it a fake one. Linux only; a file
-that is missing means "no limit".
+here, for the process's own group and every group above it. `planning` shares them between ranks.
+Every reader takes the root folder, so tests give it a fake one. Linux only; a file that is missing
+means "no limit".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the end of a Slurm job means, in a user's words; and the sbatch options that it had.
 
-Pure: from the fields that `slurm` has read. Not here: asking Slurm.
+Pure: from the fields that `slurm` has read.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.topology.srun_mpi import MpiFamily, choose_mpi, family_of, short_name
+from mpipipe.topology.mpi_library import MpiFamily, choose_mpi, family_of, short_name
 
 __all__ = ["LaunchInfo", "Launcher", "check_pmi", "check_world_size", "detect", "local_ranks"]
 

@@ -1,8 +1,8 @@
 """What Slurm says of a job: its name, how much time is left, whether it waits, how it ended.
 
 The environment tells most; `squeue`, `sacct` and `scontrol` are asked for the rest, through a
-`Runner`, and may not exist (a container, another cluster). Not here: ranks (`launcher`), MPI
-(`srun_mpi`), and what the end of a job means to a user (`job_end`).
+`Runner`, and may not exist (a container, another cluster). `launcher` tells of ranks, `mpi_library`
+of MPI, `job_end` what the end of a job means to a user.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stage's weights: from the checkpoint into a module that was built on the meta device.
 
 Purpose: account for every name, then read this stage's tensors one by one in file order, convert
-them to the run's type and make them the module's parameters. Non-purpose: building the module,
-choosing the layers, non-persistent buffers (rotary tables; the models package computes them).
+them to the run's type and make them the module's parameters. The models package builds the module,
+chooses the layers and computes non-persistent buffers (rotary tables).
 
 Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
 foreign tensors are never read; afterwards nothing in the module's `state_dict` is on the meta

@@ -1,9 +1,9 @@
 """Which tensors of a checkpoint make up which parameter: names only, no bytes, no torch.
 
-Purpose: checkpoints of one model name their tensors in several ways (saved from the bare decoder
-or with its head, by an older library, experts one by one or fused). The models package speaks the
+Purpose: checkpoints of one model name their tensors in several ways (saved from the bare decoder or
+with its head, by an older library, experts one by one or fused). The models package speaks the
 names of the full model's `state_dict` ("canonical"); here those are found in the checkpoint, and
-every name on both sides is accounted for. Non-purpose: shapes and types (`weights/loader.py`).
+every name on both sides is accounted for. `weights/loader.py` checks shapes and types.
 
 Invariants: one prefix rule holds for a whole checkpoint; no checkpoint tensor is taken silently:
 it belongs to a canonical name, or to `_IGNORED`, or is reported as unexpected.

@@ -1,6 +1,6 @@
 """Reading single tensors out of weight files into memory that the caller owns.
 
-Purpose: one interface over safetensors and `.bin`. Non-purpose: deciding what to read.
+One interface over safetensors and `.bin`; `loader` decides what to read.
 
 Invariants: the peak is the destination plus one tensor in its stored type; nothing of a file stays
 mapped or open after `close`. safetensors are read with plain reads at known offsets, not mapped:

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mpipipe.config.chat_fields import ChatOptions
 from mpipipe.errors import CheckpointError, EnvironmentSetupError, PromptError
-from mpipipe.models.chat import ChatTemplates, read_chat_templates
-from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
+from mpipipe.models.chat import ChatRenderer, ChatTemplates, RenderLimits, read_chat_templates
 from mpipipe.models.tokenizer import open_tokenizer
 from mpipipe.models.tokenizer_base import Tokenizer
 

@@ -27,7 +27,7 @@ from mpipipe.control_plane.messages import (
     StopRequested,
 )
 from mpipipe.planning.resources import RankResources
-from mpipipe.run_folder.record_line import encode_line
+from mpipipe.run_folder.journal import encode_line
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
-from mpipipe.models.chat import ChatTemplates
-from mpipipe.models.chat_renderer import ChatRenderer, RenderLimits
+from mpipipe.models.chat import ChatRenderer, ChatTemplates, RenderLimits
 from mpipipe.models.tokenizer import open_tokenizer
 from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.runtime.requests import prepare

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpipipe.models.attention.probe import available_backends
-from mpipipe.models.attention.select import make_backend
+from mpipipe.models.attention.select import available_backends, make_backend
 from mpipipe.models.attention.triton_paged import TritonAttention
 from tests.contract.attention_cases import Shape
 from tests.contract.test_attention import OPTIONS, check_decode_steps, check_ragged_steps

@@ -8,8 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from mpipipe.models.attention.probe import available_backends
-from mpipipe.models.attention.select import make_backend
+from mpipipe.models.attention.select import available_backends, make_backend
 from tests.contract.tiny_models import InProcessPipeline, load_stage, paged_cache, split
 from tests.gpu.sized_models import SIZED, SizedModel, save_sized
 

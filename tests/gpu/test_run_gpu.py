@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mpipipe.errors import EXIT_REQUEUE
-from mpipipe.models.attention.probe import available_backends
+from mpipipe.models.attention.select import available_backends
 from tests.e2e.conftest import Outcome
 from tests.e2e.test_stop import stop_when
 from tests.gpu.runs import RunModel, check_greedy, check_logprobs, gpu_run, launch, save_run_model

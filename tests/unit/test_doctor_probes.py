@@ -22,7 +22,7 @@ from mpipipe.doctor.probes.folders import (
     write_bytes_per_s,
 )
 from mpipipe.doctor.probes.gpu import kernel_driver, parse_processes, probe_before_torch
-from mpipipe.doctor.probes.launch import loaded_libraries, probe_launch
+from mpipipe.doctor.probes.launch import MpiState, loaded_libraries, probe_launch
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.doctor.probes.node import probe_node
 from mpipipe.doctor.probes.software import (
@@ -163,16 +163,8 @@ def test_the_launch_names_srun_and_its_job(tmp_path: Path) -> None:
         "SLURM_NTASKS": "2",
         "SLURM_MPI_TYPE": "pmi2",
     }
-    launch = probe_launch(
-        environ,
-        rank=1,
-        local_rank=0,
-        world_size=2,
-        mpi_library="MPICH",
-        mpi_module="",
-        thread_level="funneled",
-        root=tmp_path,
-    )
+    state = MpiState(rank=1, world_size=2, library="MPICH", thread_level="funneled")
+    launch = probe_launch(environ, state, tmp_path)
     assert (launch.launcher, launch.srun_mpi, launch.slurm_job) == ("srun", "pmi2", "5_2")
     assert launch.wall_left_s is None  # rank 1 does not ask Slurm
 
@@ -192,16 +184,8 @@ def test_the_abi_and_its_library_are_told_by_the_names_of_the_files(
 ) -> None:
     files = ("/lib/libmpi.so.40.30.6", "/site/lib/libmpi.so.12.5")
     maps = "\n".join(f"7f00-7f01 r-xp 0000 08:01 1 {file}" for file in files)
-    launch = probe_launch(
-        {},
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        mpi_library="x",
-        mpi_module=module,
-        thread_level="funneled",
-        root=write(tmp_path, {"proc/self/maps": maps}),
-    )
+    state = MpiState(library="x", module=module, thread_level="funneled")
+    launch = probe_launch({}, state, write(tmp_path, {"proc/self/maps": maps}))
     assert (launch.mpi_abi, launch.mpi_path) == (abi, path)
 
 

@@ -17,8 +17,14 @@ import pytest
 
 from mpipipe.errors import OutputError
 from mpipipe.run_folder import journal as journal_module
-from mpipipe.run_folder.journal import CompletionWriter, merge, read_journals
-from mpipipe.run_folder.record_line import completion_record, decode_line, encode_line
+from mpipipe.run_folder.journal import (
+    CompletionWriter,
+    completion_record,
+    decode_line,
+    encode_line,
+    merge,
+    read_journals,
+)
 from mpipipe.types import Completion, FinishReason, TokenLogprobs
 
 NAMES = [f"p{i}" for i in range(6)]

@@ -10,8 +10,7 @@ import pytest
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import PromptError
-from mpipipe.models.chat import ChatTemplates
-from mpipipe.models.chat_renderer import ChatRenderer
+from mpipipe.models.chat import ChatRenderer, ChatTemplates
 from mpipipe.models.foreign import foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.runtime.requests import PreparedPrompts, prepare

@@ -19,7 +19,7 @@ from mpipipe.cli.status import status_command
 from mpipipe.errors import ConfigError, OutputError, StoppedError
 from mpipipe.run_folder import progress_file
 from mpipipe.run_folder.progress_file import ProgressFile, RunState, tell_end
-from mpipipe.run_folder.status import RunStatus, duration, find_runs, judge, read_status
+from mpipipe.run_folder.status import RunStatus, check_status, duration, find_runs, read_status
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
@@ -163,12 +163,12 @@ def test_the_file_and_slurm_together_tell_the_state(
     verdict: str,
 ) -> None:
     status = RunStatus(Path("run"), values)
-    assert judge(status, queued, accounted, NOW).startswith(verdict)
+    assert check_status(status, queued, accounted, NOW).startswith(verdict)
 
 
 @pytest.mark.parametrize(("state", "silent_s"), [("generating", 31), ("loading", 901)])
 def test_a_run_that_says_nothing_any_more_is_told(state: str, silent_s: float) -> None:
-    verdict = judge(RunStatus(Path("run"), told(state, silent_s)), [RUNNING], [], NOW)
+    verdict = check_status(RunStatus(Path("run"), told(state, silent_s)), [RUNNING], [], NOW)
     assert verdict.startswith("no sign of life since 2020-11-22 11:")
     assert f"when it was {state}" in verdict
     assert verdict.endswith("; the job is RUNNING")
@@ -371,6 +371,6 @@ def test_the_command_for_going_on_repeats_what_the_job_was_given(tmp_path: Path)
     run = write(tmp_path / "demo-7" / "outputs", state="stopped")
     (run.parent / "job.env").touch()
     (run.parent / "scontrol.txt").write_text(TASK)
-    verdict = judge(read_status(run), [], [], NOW)
+    verdict = check_status(read_status(run), [], [], NOW)
     options = "--time=00:20:00 --gres=none launch/submit.sbatch"
     assert verdict == f"stopped, can go on: sbatch {options} {run.parent}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.topology.srun_mpi import (
+from mpipipe.topology.mpi_library import (
     MpiFamily,
     ask_library,
     choose_mpi,

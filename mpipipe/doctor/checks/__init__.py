@@ -1,1 +1,1 @@
-"""Judging what was read: pure functions from facts to findings."""
+"""Checks of what was read: pure functions from facts to findings."""

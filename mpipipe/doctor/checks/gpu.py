@@ -1,4 +1,4 @@
-"""Judges the GPUs of the ranks: driver, torch on it, memory, who shares what. Pure."""
+"""Checks the GPUs of the ranks: driver, torch on it, memory, who shares what. Pure."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ _ON_CPU = 'set pipeline.device = "cpu" to run on CPUs on purpose'
 _OWN_USE = 2**30
 
 
-def wants_gpu(look: RankGpu) -> bool:
+def wants_gpu(facts: RankGpu) -> bool:
     """Whether a rank without a GPU would be a surprise."""
-    if look.wanted == "cpu":
+    if facts.wanted == "cpu":
         return False
-    if look.wanted == "auto" and look.declined_by:
-        return look.rank_gpu.index >= 0  # torch has found one all the same, and a run uses it
-    found = look.kernel_driver or look.device_files or look.libcuda or look.given_by_slurm
-    return look.wanted == "cuda" or bool(found)
+    if facts.wanted == "auto" and facts.declined_by:
+        return facts.rank_gpu.index >= 0  # torch has found one all the same, and a run uses it
+    found = facts.kernel_driver or facts.device_files or facts.libcuda or facts.given_by_slurm
+    return facts.wanted == "cuda" or bool(found)
 
 
 def check_gpu(rank: RankFacts) -> list[Finding]:
     """Findings of the GPU of one rank."""
-    look = rank.gpu
-    if look.wanted == "cpu":
+    facts = rank.gpu
+    if facts.wanted == "cpu":
         return [ok("gpu.driver", 'not looked at: pipeline.device = "cpu"')]
-    if not wants_gpu(look):
+    if not wants_gpu(facts):
         return [_without(rank)]
-    if not look.libcuda:
+    if not facts.libcuda:
         return [_no_driver(rank)]
-    findings = [*_driver_library(look)]
-    if look.rank_gpu.problem:
+    findings = [*_driver_library(facts)]
+    if facts.rank_gpu.problem:
         return [*findings, _unusable(rank)]
-    if rank.software.torch_problem or look.rank_gpu.index < 0:
+    if rank.software.torch_problem or facts.rank_gpu.index < 0:
         return findings
-    return [*(findings or [_driver(look)]), _numbers(rank), *_memory(rank)]
+    return [*(findings or [_driver(facts)]), _numbers(rank), *_memory(rank)]
 
 
 def _without(rank: RankFacts) -> Finding:
-    """A rank that nobody expects to have a GPU; perhaps somebody should."""
-    look = rank.gpu
-    seen = look.kernel_driver or look.device_files or look.libcuda
-    if not (look.declined_by and seen):
+    """A rank that needs no GPU as it was started; a warning where the host has one."""
+    facts = rank.gpu
+    seen = facts.kernel_driver or facts.device_files or facts.libcuda
+    if not (facts.declined_by and seen):
         return ok("gpu.driver", "the stages run on CPUs: there is no NVIDIA GPU on this host")
-    if look.declined_by != "Slurm":
-        return ok("gpu.driver", f"the stages run on CPUs: {look.declined_by} hides the GPUs")
+    if facts.declined_by != "Slurm":
+        return ok("gpu.driver", f"the stages run on CPUs: {facts.declined_by} hides the GPUs")
     cause = "the job or the step has no --gpus-per-node or --gres=gpu"
-    if rank.node.container == "apptainer" and not look.libcuda:
+    if rank.node.container == "apptainer" and not facts.libcuda:
         cause += "; or Slurm counts no GPUs here, and the container was started without --nv"
     return warning(
         "gpu.driver",
@@ -65,9 +65,9 @@ def _without(rank: RankFacts) -> Finding:
 
 
 def _no_driver(rank: RankFacts) -> Finding:
-    look = rank.gpu
-    loaded = f"the NVIDIA driver {look.kernel_driver}" if look.kernel_driver else "an NVIDIA GPU"
-    seen = look.kernel_driver or look.device_files
+    facts = rank.gpu
+    loaded = f"the NVIDIA driver {facts.kernel_driver}" if facts.kernel_driver else "an NVIDIA GPU"
+    seen = facts.kernel_driver or facts.device_files
     if seen and rank.node.container:
         remedy = "start it with --nv: apptainer exec --nv … (MPIPIPE_NV=on in launch/site.env)"
         if rank.node.container == "docker":
@@ -88,8 +88,8 @@ def _no_driver(rank: RankFacts) -> Finding:
             f"run ldconfig -p | grep libcuda on {rank.host}, and install the driver again; "
             f"or {_ON_CPU}",
         )
-    if look.given_by_slurm:
-        what = f"Slurm gave this step GPU {look.given_by_slurm}, but no NVIDIA driver shows"
+    if facts.given_by_slurm:
+        what = f"Slurm gave this step GPU {facts.given_by_slurm}, but no NVIDIA driver shows"
     else:
         what = 'pipeline.device = "cuda", but this host shows no NVIDIA driver'
     return fatal(
@@ -100,49 +100,49 @@ def _no_driver(rank: RankFacts) -> Finding:
     )
 
 
-def _driver(look: RankGpu) -> Finding:
-    version = look.kernel_driver or _library_version(look)
-    return ok("gpu.driver", f"NVIDIA driver {version}, {look.libcuda}")
+def _driver(facts: RankGpu) -> Finding:
+    version = facts.kernel_driver or _library_version(facts)
+    return ok("gpu.driver", f"NVIDIA driver {version}, {facts.libcuda}")
 
 
-def _library_version(look: RankGpu) -> str:
-    found = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", look.libcuda)
+def _library_version(facts: RankGpu) -> str:
+    found = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", facts.libcuda)
     return found[1] if found else ""
 
 
-def _driver_library(look: RankGpu) -> list[Finding]:
+def _driver_library(facts: RankGpu) -> list[Finding]:
     """A libcuda that is not the running driver's."""
     leak = (
         "LD_LIBRARY_PATH, or a libcuda that was installed into the image, comes before the host's"
     )
     remedy = (
-        f"unset LD_LIBRARY_PATH or take {Path(look.libcuda).parent} out of it; in a container use "
+        f"unset LD_LIBRARY_PATH or take {Path(facts.libcuda).parent} out of it; in a container use "
         "--nv and remove libcuda from the image"
     )
-    if "/stubs/" in look.libcuda:
-        what = f"{look.libcuda} is a stub to link against, no driver"
+    if "/stubs/" in facts.libcuda:
+        what = f"{facts.libcuda} is a stub to link against, no driver"
         return [fatal("gpu.library", what, leak, remedy)]
-    version = _library_version(look)
-    if not version or look.kernel_driver in {"", "unknown", version}:
+    version = _library_version(facts)
+    if not version or facts.kernel_driver in {"", "unknown", version}:
         return []
-    what = f"libcuda is of driver {version} ({look.libcuda}), the running one is " + (
-        look.kernel_driver
+    what = f"libcuda is of driver {version} ({facts.libcuda}), the running one is " + (
+        facts.kernel_driver
     )
-    level = fatal if look.rank_gpu.problem else warning  # CUDA's forward compatibility works so
+    level = fatal if facts.rank_gpu.problem else warning  # CUDA's forward compatibility works so
     return [level("gpu.library", what, leak, remedy)]
 
 
 def _unusable(rank: RankFacts) -> Finding:
     """Torch's reason, and what may be done about it."""
-    look = rank.gpu
-    what, remedy = split_advice(look.rank_gpu.problem)
+    facts = rank.gpu
+    what, remedy = split_advice(facts.rank_gpu.problem)
     if "out of memory" in what:
-        named = _named(look.processes)
+        named = _named(facts.processes)
         cause = f"other processes fill the GPU{named and f': {named}'}"
         remedy = "end them, or ask Slurm for GPUs of your own (--gpus-per-node=N, --exclusive)"
     elif not rank.software.torch_cuda:
         cause = "a torch for CPUs was installed, or one in the user's site folder wins"
-    elif look.visible in {"", "-1", "NoDevFiles"}:
+    elif facts.visible in {"", "-1", "NoDevFiles"}:
         cause = "CUDA_VISIBLE_DEVICES hides every GPU"
     else:
         cause = "driver, torch and GPU do not fit each other, or the GPU was not given to this rank"
@@ -164,12 +164,12 @@ def _numbers(rank: RankFacts) -> Finding:
 
 def _memory(rank: RankFacts) -> list[Finding]:
     """What others hold of this rank's GPU."""
-    look, gpu = rank.gpu, rank.gpu.rank_gpu
-    free = look.free_before_bytes
+    facts, gpu = rank.gpu, rank.gpu.rank_gpu
+    free = facts.free_before_bytes
     free = gpu.free_bytes if free is None else free
     what = f"{gib(free)} of {gib(gpu.memory_bytes)} free"
     values = {"free_bytes": free, "memory_bytes": gpu.memory_bytes}
-    others = [process for process in look.processes if _same(process.gpu_uuid, gpu.uuid)]
+    others = [process for process in facts.processes if _same(process.gpu_uuid, gpu.uuid)]
     if gpu.memory_bytes - free <= max(_OWN_USE, gpu.memory_bytes // 20) and not others:
         return [ok("gpu.memory", what, **values)]
     named = _named(others)

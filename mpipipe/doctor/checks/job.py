@@ -1,4 +1,4 @@
-"""Judges a job before it runs: model, output folder, prompts, plan against memory. Pure."""
+"""Checks a job before it runs: model, output folder, prompts, plan against memory. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges how the ranks were started and whether they run the same thing. Pure."""
+"""Checks how the ranks were started and whether they run the same thing. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, warning
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.topology.launcher import Launcher
-from mpipipe.topology.mpi_abi import MpiAbi, abi_of_file, abi_of_library, missing_abi
-from mpipipe.topology.srun_mpi import short_name
+from mpipipe.topology.mpi_library import (
+    MpiAbi,
+    abi_of_file,
+    abi_of_library,
+    missing_abi,
+    short_name,
+)
 
 __all__ = ["check_launch", "not_joined"]
 

@@ -1,4 +1,4 @@
-"""Judges what was measured between the ranks: messages, clocks, links. Pure."""
+"""Checks what was measured between the ranks: messages, clocks, links. Pure."""
 
 from __future__ import annotations
 

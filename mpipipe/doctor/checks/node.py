@@ -1,4 +1,4 @@
-"""Judges one host: memory, shared memory, limits, network. Pure."""
+"""Checks one host: memory, shared memory, limits, network. Pure."""
 
 from __future__ import annotations
 

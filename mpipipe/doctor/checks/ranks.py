@@ -1,4 +1,4 @@
-"""Judges the facts of all ranks: each by itself, each host once, and what concerns all. Pure."""
+"""Checks the facts of all ranks: each by itself, each host once, and what concerns all. Pure."""
 
 from __future__ import annotations
 

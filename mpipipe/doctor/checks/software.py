@@ -1,4 +1,4 @@
-"""Judges the Python environment of one rank: which torch, which CUDA libraries. Pure."""
+"""Checks the Python environment of one rank: which torch, which CUDA libraries. Pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Looks at the model and output folders from every host: there, whole, writable, shared, how fast.
 
 One rank per host does it, all hosts at once: that is also how a job meets its file system. Leaves
-nothing behind. Not here: what the figures mean (`check_job`).
+nothing behind. `checks.job` says what the figures mean.
 """
 
 from __future__ import annotations

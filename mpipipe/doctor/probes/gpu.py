@@ -67,7 +67,7 @@ def probe_before_torch(
     libcuda = _libcuda(root)
     gpus = query() if libcuda else ()
     given = _given_by_slurm(environ)
-    look = RankGpu(
+    facts = RankGpu(
         wanted=wanted,
         kernel_driver=kernel_driver(root),
         device_files=_device_files(root),
@@ -78,7 +78,7 @@ def probe_before_torch(
         host_gpus=tuple(gpu.uuid for gpu in gpus),
         processes=parse_processes(run(_PROCESSES)) if libcuda else (),
     )
-    return look, gpus
+    return facts, gpus
 
 
 def _given_by_slurm(environ: Mapping[str, str]) -> str:
@@ -96,7 +96,7 @@ def _given_by_slurm(environ: Mapping[str, str]) -> str:
 
 
 def _declined_by(environ: Mapping[str, str], given: str, *, container: str) -> str:
-    """What says that nobody expects this process to have a GPU; or empty."""
+    """What says that this process is to have no GPU; empty: nothing does."""
     if container == "apptainer" and environ.get("MPIPIPE_NV") == "off":
         return "MPIPIPE_NV"
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -106,20 +106,20 @@ def _declined_by(environ: Mapping[str, str], given: str, *, container: str) -> s
     return "Slurm" if environ.get("SLURM_JOB_ID") and asked_for_none else ""
 
 
-def probe_with_torch(look: RankGpu, gpus: GpusBefore, local_rank: int) -> RankGpu:
-    """`look` with the GPU that torch would give this rank. Torch is imported already.
+def probe_with_torch(facts: RankGpu, gpus: GpusBefore, local_rank: int) -> RankGpu:
+    """`facts` with the GPU that torch would give this rank. Torch is imported already.
 
     Makes a CUDA context on that GPU; does nothing where no driver library loads.
     """
-    if look.wanted == "cpu" or not look.libcuda:
-        return look
+    if facts.wanted == "cpu" or not facts.libcuda:
+        return facts
     from mpipipe.data_plane.device import read_gpu
 
     found = read_gpu(local_rank)
     uuid = _bare(found.uuid)
     free = [gpu.free_bytes for gpu in gpus if uuid and _bare(gpu.uuid) == uuid]
     return dataclasses.replace(
-        look,
+        facts,
         rank_gpu=found,
         free_before_bytes=free[0] if free else None,  # a MIG slice is not in the list
     )

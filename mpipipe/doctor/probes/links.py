@@ -1,8 +1,8 @@
 """How fast tensors travel between neighbouring stages: latency and bandwidth of every pair.
 
 Measured over the tensor channel that a run would use, one pair after the other, so that no pair
-disturbs another. Importing this loads torch. Not here: whether a figure is good (the judges),
-messages (`control_plane.probe`).
+disturbs another. Importing this loads torch. `checks.measured` says whether a figure is good,
+`control_plane.probe` measures messages.
 
 Invariants: all ranks take part and leave together, also when one fails. All pairs share about two
 seconds: a slow or a numerous neighbourhood is measured with smaller tensors.
@@ -29,7 +29,7 @@ from mpipipe.planning.layout import stage_order as order_of_stages
 from mpipipe.runtime.handshake import exchange_hellos
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
-from mpipipe.types import DeviceName, TransportName
+from mpipipe.types import DeviceName
 
 if TYPE_CHECKING:
     from mpipipe.data_plane.channel import TensorChannel
@@ -95,13 +95,15 @@ async def measure_links(
     figures: list[LinkFigure] = []
     if pairs:
         transport = _transport(device, hellos)
+        own_device = torch.device("cpu")
+        if transport.device == "cuda":
+            own_device = torch.device("cuda", hellos[ranks.mesh.rank].gpu.index)
         # First, and agreed on: a rank without memory would leave its neighbours waiting.
-        own_device = transport.device_of(hellos[ranks.mesh.rank])
         await _agreed(ranks, "links memory", _reserve(own_device), _CONNECT_LIMIT_S)
-        channel = await _agreed(
-            ranks, "links connected", _connect(ranks, hellos, transport), _CONNECT_LIMIT_S
-        )
-        measuring = _measure(ranks, hellos, channel, transport, pairs)
+        limit_s = _CONNECT_LIMIT_S - _GRACE_S
+        connecting = open_transport(transport, ranks, own_device, timeout_s=limit_s)
+        channel = await _agreed(ranks, "links connected", connecting, _CONNECT_LIMIT_S)
+        measuring = _measure(ranks, channel, own_device, transport, pairs)
         figures = await _agreed(ranks, "links", measuring, _MEASURE_LIMIT_S)
     own = to_json(figures).encode()
     parts = await ranks.mesh.gather("link figures", own, _MEET_S)
@@ -149,25 +151,15 @@ def _device_problem(message: str) -> str:
     return f"{what}: see whether nvidia-smi shows errors there, and what NCCL_DEBUG=INFO tells"
 
 
-async def _connect(
-    ranks: Ranks, hellos: Sequence[RankResources], transport: _Transport
-) -> TensorChannel:
-    hosts = tuple(hello.host for hello in hellos)
-    ring = Transport(transport.name, transport.device, hosts, tuple(range(len(hosts))))
-    device = transport.device_of(hellos[ranks.mesh.rank])
-    return await open_transport(ring, ranks, device, timeout_s=_CONNECT_LIMIT_S - _GRACE_S)
-
-
 async def _measure(
     ranks: Ranks,
-    hellos: Sequence[RankResources],
     channel: TensorChannel,
-    transport: _Transport,
+    device: torch.device,
+    transport: Transport,
     pairs: Sequence[tuple[int, int]],
 ) -> list[LinkFigure]:
     """The figures of the pairs that this rank is the source of."""
     own = ranks.mesh.rank
-    device = transport.device_of(hellos[own])
     figures = []
     for number, (source, target) in enumerate(pairs):
         await ranks.mesh.barrier(f"link {number}", _MEASURE_LIMIT_S)
@@ -179,9 +171,9 @@ async def _measure(
                 LinkFigure(
                     source,
                     target,
-                    hellos[source].host,
-                    hellos[target].host,
-                    transport=transport.label,
+                    transport.hosts[source],
+                    transport.hosts[target],
+                    transport=_label(transport),
                     latency_us=round(latency_s * 1e6, 2),
                     bandwidth_gb_s=round(bytes_per_s / 1e9, 4),
                 )
@@ -193,31 +185,18 @@ async def _measure(
     return figures
 
 
-@dataclass(frozen=True, slots=True)
-class _Transport:
-    """How a run would move tensors."""
-
-    name: TransportName
-    device: DeviceName
-
-    @property
-    def label(self) -> str:
-        """For people: GPU tensors over MPI take a detour."""
-        through_host = (self.name, self.device) == ("mpi", "cuda")
-        return "mpi through host memory" if through_host else self.name
-
-    def device_of(self, hello: RankResources) -> torch.device:
-        """Where the tensors of a rank are."""
-        if self.device == "cpu":
-            return torch.device("cpu")
-        return torch.device("cuda", hello.gpu.index)
-
-
-def _transport(device: DeviceName, hellos: Sequence[RankResources]) -> _Transport:
+def _transport(device: DeviceName, hellos: Sequence[RankResources]) -> Transport:
     """That of a run with these ranks and the settings left at `auto`."""
     asked = PipelineConfig(device=AUTO if device == "cuda" else "cpu", share_gpus=True)
     where = choose_device(asked, hellos)[0]
-    return _Transport(choose_transport(AUTO, where, hellos)[0], where)
+    name, hosts = choose_transport(AUTO, where, hellos)[0], tuple(hello.host for hello in hellos)
+    return Transport(name, where, hosts, tuple(range(len(hosts))))
+
+
+def _label(transport: Transport) -> str:
+    """For people: GPU tensors over MPI take a detour."""
+    through_host = (transport.name, transport.device) == ("mpi", "cuda")
+    return "mpi through host memory" if through_host else transport.name
 
 
 # ---- one pair ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which way NCCL goes between two ranks, read from its own log: nothing else tells.
 
 NCCL reads its settings once per process, at its first communicator. A user's own NCCL_DEBUG is left
-alone, and then nothing is known. Not here: whether a way is a good one (`check_measured`).
+alone, and then nothing is known. `checks.measured` says whether a way is a good one.
 """
 
 from __future__ import annotations

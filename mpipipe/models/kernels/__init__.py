@@ -6,5 +6,5 @@ tests), rounds where transformers' own modules round, launches on the current st
 nothing and chooses its grid from shapes and host-known bounds only, so all of them may be captured
 in a CUDA graph.
 
-Not here: what calls them (`attention/`, the fused layers), and any choice of who uses them.
+`attention/` and the fused stages call them, and choose when.
 """

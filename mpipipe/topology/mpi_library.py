@@ -1,10 +1,13 @@
-"""Which `--mpi=` of srun fits which MPI library: a wrong one starts ranks that never meet.
+"""Which MPI library there is, through which binary interface (ABI) it is called, and which `--mpi=`
+of srun fits it: a wrong one starts ranks that never meet.
 
 Pure, but for `ask_library`, which asks the installed library in a child process, without MPI_Init.
-Not here: whether ranks did meet (`launcher.check_world_size`).
+`launcher.check_world_size` checks that ranks did meet.
 
 Seen to work: MPICH 5.0 with pmi2, Open MPI 4.1 and 5.0 with pmix. Unless they were built for it,
 Open MPI with pmi2 starts one-rank worlds without a word, and MPICH with pmix aborts in MPI_Init.
+mpi4py's wheels hold one module for each ABI and take the one of the library that loads; an mpi4py
+that was built from source fits the library it was built with.
 """
 
 from __future__ import annotations
@@ -19,10 +22,15 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.topology.command import Runner, run_child
 
 __all__ = [
+    "MpiAbi",
     "MpiFamily",
+    "abi_of_file",
+    "abi_of_library",
+    "abi_of_module",
     "ask_library",
     "choose_mpi",
     "family_of",
+    "missing_abi",
     "offered_types",
     "short_name",
 ]
@@ -149,3 +157,52 @@ def ask_library(run: Runner = run_child) -> str:
         f"no MPI library could be loaded ({last}): install one with `pip install mpipipe[mpich]`, "
         "or load the site's MPI module first"
     )
+
+
+_FILE = re.compile(r"libmpi(?:ch|_\w+)?\.so\.(\d+)")
+
+
+class MpiAbi(str, enum.Enum):
+    """What programs are built for."""
+
+    MPICH = "MPICH"  # Intel MPI, Cray MPICH and MVAPICH too
+    OPEN_MPI = "Open MPI"
+    STANDARD = "MPI 5"  # of the standard itself: libmpi_abi
+
+
+# The second part of the name of mpi4py's module.
+_OF_MODULE = {"mpich": MpiAbi.MPICH, "openmpi": MpiAbi.OPEN_MPI, "mpiabi": MpiAbi.STANDARD}
+_OF_NUMBER = {"12": MpiAbi.MPICH, "20": MpiAbi.OPEN_MPI, "40": MpiAbi.OPEN_MPI}
+_OF_FAMILY = {
+    MpiFamily.MPICH: MpiAbi.MPICH,
+    MpiFamily.CRAY: MpiAbi.MPICH,
+    MpiFamily.INTEL: MpiAbi.MPICH,
+    MpiFamily.OPEN_MPI: MpiAbi.OPEN_MPI,
+}
+
+
+def abi_of_module(path: str) -> MpiAbi | None:
+    """That of mpi4py's module, e.g. `MPI.mpich.cpython-312-x86_64-linux-gnu.so`; None: unsaid."""
+    return _OF_MODULE.get(path.rpartition("/")[2].removeprefix("MPI.").partition(".")[0])
+
+
+def abi_of_file(path: str) -> MpiAbi | None:
+    """That of a library by its file, e.g. `libmpi.so.40.30.6`; None: not known."""
+    name = path.rpartition("/")[2]
+    if name.startswith("libmpi_abi."):
+        return MpiAbi.STANDARD
+    found = _FILE.match(name)
+    return _OF_NUMBER.get(found[1]) if found else None
+
+
+def abi_of_library(library: str) -> MpiAbi | None:
+    """That of the library that calls itself `library` (MPI_Get_library_version)."""
+    return _OF_FAMILY.get(family_of(library))
+
+
+def missing_abi(problem: str) -> MpiAbi | None:
+    """What the loader has missed where it says so, e.g. `libmpi.so.40: cannot open …`."""
+    if "undefined symbol: ompi_" in problem:
+        return MpiAbi.OPEN_MPI
+    found = re.search(r"(libmpi\S*): cannot open", problem)
+    return abi_of_file(found[1]) if found else None
