@@ -9,7 +9,6 @@ misspelt setting is never silently the default.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,26 +27,24 @@ from mpipipe.config.chat_fields import (
 from mpipipe.config.checks import sampling_problem
 from mpipipe.config.prompt_ids import ID_KEYS
 from mpipipe.errors import PromptError, SettingError
+from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
 __all__ = ["PromptFields", "keyword_sampling", "parse_fields"]
 
 _TEXT_KEYS = ("prompt", "messages")
-_SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _ALIASES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "max_output_tokens": "max_new_tokens",
 }
 _LOGPROB_KEYS = ("logprobs", "top_logprobs")
-_SETTING_KEYS = (*_SAMPLING_KEYS, *_ALIASES, *_LOGPROB_KEYS)
+_SETTING_KEYS = (*OPTION_NAMES, *_ALIASES, *_LOGPROB_KEYS)
 # Settings that are not supported, of the OpenAI API, vLLM and SGLang, with the values that ask for
 # nothing. So does null, everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),

@@ -83,8 +83,8 @@ def _flatten(message: Message, fields: _Fields) -> _Fields:
             step, slot, sequences, steady = fields
             return step, slot, [_sequence_fields(sequence) for sequence in sequences], steady
         case RequestOpened():
-            sequence_id, prompt_ids, sampling, rotary_len = fields
-            return sequence_id, prompt_ids, _sampling_fields(sampling), rotary_len
+            sequence_id, prompt_ids, sampling, *lengths = fields
+            return sequence_id, prompt_ids, _sampling_fields(sampling), *lengths
         case LogprobsSampled():
             step, logprobs = fields
             return step, [entry and _logprobs_fields(entry) for entry in logprobs]
@@ -115,9 +115,9 @@ def _build(kind: type[Message], fields: list[Any]) -> Message:
             step, slot, tuple([ScheduledSequence(*sequence) for sequence in sequences]), steady
         )
     if kind is RequestOpened:
-        sequence_id, prompt_ids, sampling, rotary_len = fields
+        sequence_id, prompt_ids, sampling, rotary_len, num_output_tokens = fields
         sampling = _exactly(SamplingParams, sampling)
-        return RequestOpened(sequence_id, prompt_ids, sampling, rotary_len)
+        return RequestOpened(sequence_id, prompt_ids, sampling, rotary_len, num_output_tokens)
     if kind is LogprobsSampled:
         step, logprobs = fields
         return LogprobsSampled(

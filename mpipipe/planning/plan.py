@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpipipe.errors import PlanError
-from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
 
 __all__ = ["PipelinePlan", "Resolved", "StagePlan"]
 
@@ -116,7 +117,7 @@ class PipelinePlan:
             stages = tuple(StagePlan(**stage) for stage in fields.pop("stages"))
             resolved = tuple(Resolved(**entry) for entry in fields.pop("resolved"))
             sampling = fields.pop("sampling")
-            use = SamplingUse(**(sampling | {"needs": SamplingNeeds(**sampling["needs"])}))
+            use = SamplingUse(**(sampling | {"needs": SamplingNeeds(sampling["needs"])}))
             return PipelinePlan(stages=stages, resolved=resolved, sampling=use, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a pipeline plan: {error}") from error

@@ -1,8 +1,9 @@
-"""Repetition penalty, temperature, top-k, top-p and min-p on rows with settings of their own.
+"""Penalties, temperature, top-k, top-p and min-p on rows with settings of their own.
 
-Each function equals the class of `transformers.generation.logits_process` named in its docstring,
-row by row and bit for bit, so that a setting means here what it means to `generate`: same float32
-operations in the same order, same treatment of ties, at least one token kept. Only exact ties at
+Each function but `penalise_counts` equals the class of `transformers.generation.logits_process`
+named in its docstring, row by row and bit for bit, so that a setting means here what it means to
+`generate`: same float32 operations in the same order, same treatment of ties, at least one token
+kept. Only exact ties at
 the border of top-p differ: transformers cuts them in the order of an unstable sort; here the
 lowest ids go first. A row's result does not depend on the other rows.
 
@@ -15,7 +16,14 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["keep_min_p", "keep_top_k", "keep_top_p", "penalise_repetition", "running_sums"]
+__all__ = [
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+    "penalise_counts",
+    "penalise_repetition",
+    "running_sums",
+]
 
 _MINUS_INF = float("-inf")
 
@@ -32,6 +40,23 @@ def penalise_repetition(
     ids = ids[ids < logits_V.shape[-1]]
     seen = logits_V[ids]
     logits_V[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+
+
+def penalise_counts(
+    logits_V: torch.Tensor,
+    output_ids: Sequence[int] | torch.Tensor,
+    frequency_penalty: float,
+    presence_penalty: float,
+) -> None:
+    """Subtract from the logits of `output_ids`, in place, as vLLM and the OpenAI API do.
+
+    `frequency_penalty` as often as an id occurs, `presence_penalty` once.
+    """
+    ids = torch.as_tensor(output_ids, dtype=torch.int64, device=logits_V.device)
+    vocabulary = logits_V.shape[-1]
+    counts_V = torch.bincount(ids[ids < vocabulary], minlength=vocabulary)
+    logits_V -= frequency_penalty * counts_V
+    logits_V -= presence_penalty * (counts_V > 0)
 
 
 def keep_top_k(scores_SV: torch.Tensor, k_S: torch.Tensor, max_k: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The last stage's choice of the next token, and its log-probabilities.
 
 Rows of a step have settings of their own; those that share a setting's use are treated together,
-without a loop over rows except for penalties and log-probabilities. The order is transformers':
-repetition penalty, temperature, top-k, top-p, min-p. A row's token depends on its logits, its
+without a loop over rows except for penalties and log-probabilities. The order is vLLM's
+and transformers': repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+min-p. A row's token depends on its logits, its
 settings and its position only. Not here: stops and the end of sequence, which the head decides.
 
 Shape suffixes: S rows to sample, G rows of a group, V vocabulary.
@@ -16,7 +17,13 @@ from dataclasses import dataclass
 import torch
 
 from mpipipe.errors import NumericsError
-from mpipipe.stage.logits_filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from mpipipe.stage.logits_filters import (
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_counts,
+    penalise_repetition,
+)
 from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
 from mpipipe.types import SamplingParams, TokenLogprobs
 
@@ -29,12 +36,20 @@ class SampleRow:
 
     sampling: SamplingParams
     position: int  # index of the token to draw: how many tokens come before it
-    seen_ids: Sequence[int] | torch.Tensor = ()  # prompt and completion; read only for a penalty
+    seen_ids: Sequence[int] | torch.Tensor = ()  # prompt and completion: a repetition penalty's
+    output_ids: Sequence[int] | torch.Tensor = ()  # completion: the other penalties'
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, with no draw."""
         return self.sampling.is_greedy
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a penalty changes its logits."""
+        sampling = self.sampling
+        penalties = (sampling.frequency_penalty, sampling.presence_penalty)
+        return sampling.repetition_penalty != 1 or any(penalties)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
     best_S = logits_SV.argmax(dim=-1)  # the first of equals; a NaN counts as the largest
     _check_finite(logits_SV.gather(-1, best_S.unsqueeze(-1)).squeeze(-1), rows)
     token_ids_S = best_S
-    if any(row.sampling.repetition_penalty != 1 or not row.is_greedy for row in rows):
+    if any(row.is_penalised or not row.is_greedy for row in rows):
         scores_SV = _penalised(logits_SV, rows)
         token_ids_S = best_S if scores_SV is logits_SV else scores_SV.argmax(dim=-1)
         _draw(scores_SV, rows, token_ids_S)
@@ -72,7 +87,7 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
 def filtered_scores(scores_GV: torch.Tensor, settings: Sequence[SamplingParams]) -> torch.Tensor:
     """The log-weights to draw from: temperature, top-k, top-p, min-p; -inf for what is left out.
 
-    `scores_GV`: float32, after the penalty, settings with a temperature above 0.
+    `scores_GV`: float32, after the penalties, settings with a temperature above 0.
     """
     device = scores_GV.device
     largest = torch.finfo(scores_GV.dtype).max  # only absurd settings exceed it
@@ -115,12 +130,16 @@ def _where(
 
 def _penalised(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """A copy with the penalties applied; the logits themselves when no row has one."""
-    if all(row.sampling.repetition_penalty == 1 for row in rows):
+    if not any(row.is_penalised for row in rows):
         return logits_SV
     scores_SV = logits_SV.clone()
-    for index, row in enumerate(rows):
-        if row.sampling.repetition_penalty != 1:
-            penalise_repetition(scores_SV[index], row.seen_ids, row.sampling.repetition_penalty)
+    for scores_V, row in zip(scores_SV, rows, strict=True):
+        sampling = row.sampling
+        frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+        if sampling.repetition_penalty != 1:
+            penalise_repetition(scores_V, row.seen_ids, sampling.repetition_penalty)
+        if frequency or presence:
+            penalise_counts(scores_V, row.output_ids, frequency, presence)
     return scores_SV
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs
-from mpipipe.stage.device_sampler import SamplingNeeds
 from mpipipe.stage.sampler import SampleRow
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, OnDevice, expected, put_on, random_batch
@@ -25,10 +25,10 @@ pytestmark = [
 # properly: oracle and sampler agree to the bit for powers of two only.
 EXACT_PENALTIES = (0.5, 2.0, 8.0)
 NEEDS = {
-    "greedy": SamplingNeeds(),
-    "draw": SamplingNeeds(draw=True),
-    "filters": SamplingNeeds(draw=True, filters=True),
-    "all": SamplingNeeds(draw=True, filters=True, penalty=True),
+    "greedy": SamplingNeeds.NOTHING,
+    "draw": SamplingNeeds.DRAW,
+    "filters": SamplingNeeds.DRAWING,
+    "all": SamplingNeeds.DRAWING | SamplingNeeds.HISTORY,
 }
 
 
