@@ -141,7 +141,7 @@ def test_greedy_rows_need_no_draw_whatever_their_filters() -> None:
         assert needs == SamplingNeeds.DRAWING
     assert SamplingParams(repetition_penalty=0.9).needs == SEEN
     for change in ({"frequency_penalty": -0.1}, {"presence_penalty": 2}):
-        assert SamplingParams(**change).needs == COUNTS  # type: ignore[arg-type]
+        assert SamplingParams(**change).needs == COUNTS
         assert drawing.replace(**change).needs == SamplingNeeds.DRAW | COUNTS
     assert SamplingParams(seed=5).needs == GREEDY
 
