@@ -24,7 +24,6 @@ import torch
 
 from mpipipe.planning.gpu_limits import CHUNK_ELEMENTS
 from mpipipe.sampling_options import OPTIONS, SamplingNeeds
-from mpipipe.stage.logits_filters import keep_min_p, running_sums
 from mpipipe.stage.random_draws import draw_token_ids, signed_key, uniforms
 from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
@@ -35,6 +34,8 @@ __all__ = [
     "SamplingColumns",
     "chunk_rows",
     "column_entries",
+    "keep_min_p",
+    "running_sums",
     "sample_on_device",
 ]
 
@@ -194,3 +195,21 @@ def _filtered(scores_CV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor
     out_CV[:, -1].fill_(False)
     scores_CV = scores_CV.masked_fill(out_CV.scatter(-1, order_CV, out_CV), minus_inf)
     return keep_min_p(scores_CV, columns["min_p"])
+
+
+def running_sums(values_SV: torch.Tensor) -> torch.Tensor:
+    """`cumsum` of each row, the same in every run.
+
+    On a GPU torch sums a row of its own by a scan over the whole device, whose rounding may differ
+    from run to run; several rows are summed by a thread block each. One row is therefore doubled.
+    """
+    if len(values_SV) == 1:
+        return values_SV.expand(2, -1).cumsum(dim=-1)[:1]
+    return values_SV.cumsum(dim=-1)
+
+
+def keep_min_p(scores_SV: torch.Tensor, min_p_S: torch.Tensor) -> torch.Tensor:
+    """-inf for tokens below `min_p_S` of the likeliest one's probability, as `MinPLogitsWarper`."""
+    probabilities_SV = scores_SV.softmax(dim=-1)
+    threshold_S1 = min_p_S.unsqueeze(-1) * probabilities_SV.amax(dim=-1, keepdim=True)
+    return scores_SV.masked_fill(probabilities_SV < threshold_S1, float("-inf"))
