@@ -4,13 +4,14 @@ As objects (`to_json`, `from_json`, `from_plain`) a dataclass is a mapping by fi
 checks names and types. As rows (`row_writer`, `row_reader`) it is an array of its fields, without
 checks of types, for messages between ranks of one version: these are compiled once per class.
 
-Fields may be int, float, str, bytes, bool, None, a Literal, an Optional of these, dataclasses, and
+Fields may be int, float, str, bytes, bool, None, an Enum, a Literal, an Optional of these, dataclasses, and
 tuples, lists and mappings of all of these.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import json
 import types
@@ -84,6 +85,8 @@ def _leaf_check(hint: Any) -> _Convert | None:
     """Returns the value if it is of the type `hint`, else raises ValueError."""
     if hint in {Any, object}:
         return None
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint
     if typing.get_origin(hint) is Literal:
         allowed: tuple[Any, ...] = typing.get_args(hint)
         kinds: tuple[type, ...] = tuple({type(value) for value in allowed})

@@ -9,6 +9,8 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mpipipe.sampling_options import OPTION_NAMES, OPTIONS, SamplingNeeds, SamplingOptions
+
 if TYPE_CHECKING:
     from mpipipe.errors import PromptError
 
@@ -48,68 +50,42 @@ class FinishReason(str, enum.Enum):
 # Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
 # a factor e or more: the draw is greedy, and the division could only overflow.
 _GREEDY_BELOW_TEMPERATURE = 1e-6
-# Tables of the stages hold counts in 32 bits.
-_MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen. Defaults are greedy decoding.
+class SamplingParams(SamplingOptions):
+    """The options of one request, in their ranges.
 
-    Order of application (as in transformers): repetition penalty, temperature, top-k, top-p, min-p.
+    Order of application: repetition penalty, frequency and presence penalty (as in vLLM),
+    temperature, top-k, top-p, min-p (as in transformers).
     """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0 = greedy: the most likely token, ties to the lowest id
-    top_k: int = 0  # 0 = off
-    top_p: float = 1.0  # 1 = off; in (0, 1]
-    min_p: float = 0.0  # 0 = off; in [0, 1)
-    repetition_penalty: float = 1.0  # 1 = off; > 0
-    seed: int = 0  # with the position decides each draw; independent of batching and stages
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    num_logprobs: int = -1  # -1 = none; k >= 0: of the chosen token and of the k best
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
-        _require(
-            1 <= self.max_new_tokens <= _MAX_COUNT,
-            "max_new_tokens",
-            self.max_new_tokens,
-            f"from 1 to {_MAX_COUNT}",
-        )
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(
-            0 <= self.top_k <= _MAX_COUNT, "top_k", self.top_k, f"from 0 (off) to {_MAX_COUNT}"
-        )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
-        _require(0 <= self.min_p < 1, "min_p", self.min_p, "0 (off) or more, and below 1")
-        _require(
-            self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0"
-        )
-        _require(
-            -1 <= self.num_logprobs <= _MAX_COUNT,
-            "num_logprobs",
-            self.num_logprobs,
-            f"from -1 (none) to {_MAX_COUNT}",
-        )
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if not option.allows(value):
+                raise ValueError(f"{name} = {value!r} is out of range: it must be {option.allowed}")
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, with no draw."""
         return self.temperature < _GREEDY_BELOW_TEMPERATURE
 
+    @property
+    def needs(self) -> SamplingNeeds:
+        """The operations that choose its tokens. Filters of a greedy one change nothing."""
+        needs = SamplingNeeds.NOTHING
+        for name, option in OPTIONS.items():
+            if getattr(self, name) != option.default:
+                needs |= option.needs
+        return needs & SamplingNeeds.HISTORY if self.is_greedy else needs
+
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with `changes` applied and checked."""
         # Not dataclasses.replace, which takes twice as long: a file has many prompts.
-        values = {name: getattr(self, name) for name in self.__slots__}
+        values = {name: getattr(self, name) for name in OPTION_NAMES}
         return SamplingParams(**(values | changes))
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r} is out of range: it must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True)

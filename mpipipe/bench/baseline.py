@@ -14,6 +14,7 @@ import torch
 
 from mpipipe.bench.baseline_model import BaselinePlace, open_baseline
 from mpipipe.errors import ConfigError
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.types import Completion, FinishReason
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def generate_with_transformers(
         place: device and threads; None: the CPU.
         random: draw the weights instead of reading them.
     """
+    if any(request.sampling.needs & SamplingNeeds.COUNTS for request in requests):
+        raise ConfigError(
+            "some of these prompts have a frequency or presence penalty, and transformers has "
+            "neither: remove them"
+        )
     started_s = time.perf_counter()
     where = place or BaselinePlace(num_threads=num_threads)
     model = open_baseline(folder, dtype, where, random=random)

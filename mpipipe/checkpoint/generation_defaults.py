@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mpipipe.sampling_options import OPTIONS
 
 __all__ = ["GenerationDefaults", "ModelSetting", "read_generation_defaults"]
 
 _FILE = "generation_config.json"
-_MAX_TOP_K = 2**31 - 1  # as `SamplingParams` has it
 _TOP_K = 50  # of transformers, where a model samples and its file does not say
 
 
@@ -39,16 +40,12 @@ class GenerationDefaults:
     not_applied: tuple[ModelSetting, ...] = ()
 
 
-# What we can do, the value that changes nothing, and what transformers accepts.
-_APPLICABLE: dict[str, tuple[float, Callable[[float], bool], str]] = {
-    "repetition_penalty": (1.0, lambda value: value > 0, "a number above 0"),
-    "top_k": (
-        0,
-        lambda value: 0 <= value <= _MAX_TOP_K and value == int(value),
-        f"a whole number from 0 to {_MAX_TOP_K}",
-    ),
-    "top_p": (1.0, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-    "min_p": (0.0, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+# What we can do, as transformers' files have it, and what transformers accepts.
+_APPLICABLE = {
+    "repetition_penalty": "a number above 0",
+    "top_k": "a whole number from 0 to 2147483647",
+    "top_p": "a number above 0 and at most 1",
+    "min_p": "a number from 0 to below 1",
 }
 
 _ABSENT: tuple[Any, ...] = (None, [], {}, False, 0)
@@ -116,7 +113,8 @@ def read_generation_defaults(
     applied: list[ModelSetting] = []
     ignored: list[ModelSetting] = []
     samples = _samples(source, where, applied, ignored)
-    for name, (neutral, fits, wanted) in _APPLICABLE.items():
+    for name, wanted in _APPLICABLE.items():
+        option = OPTIONS[name]
         value = source.get(name)
         if value is None:
             if name == "top_k" and samples:
@@ -124,9 +122,10 @@ def read_generation_defaults(
                 applied.append(ModelSetting(name, _TOP_K, reason))
             continue
         number = _number(value)
-        if number is None or not fits(number):
+        broken = name == "top_k" and number is not None and not number.is_integer()
+        if number is None or broken or not option.allows(number):
             ignored.append(ModelSetting(name, _text(value), f"not applied: it is not {wanted}"))
-        elif number != neutral:
+        elif number != option.default:
             when = "" if name == "repetition_penalty" else ", for prompts that sample"
             number = int(number) if name == "top_k" else number
             applied.append(ModelSetting(name, number, f"{where} of the model{when}"))

@@ -13,6 +13,7 @@ from typing import Any
 from mpipipe.config.binding import choices_by_setting, nearest
 from mpipipe.config.schema import AUTO, Config, GenerationConfig
 from mpipipe.errors import ConfigError
+from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
 __all__ = ["check", "default_sampling", "sampling_problem"]
@@ -107,10 +108,8 @@ def default_sampling(generation: GenerationConfig) -> SamplingParams:
     Raises:
         ConfigError: a value out of range.
     """
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    fields = {name: getattr(generation, name) for name in names}
     try:
-        sampling = SamplingParams(**fields)
+        sampling = SamplingParams(**{name: getattr(generation, name) for name in OPTION_NAMES})
     except ValueError as error:
         raise ConfigError(f"generation.{error}") from None
     problem = sampling_problem(sampling)

@@ -9,7 +9,6 @@ error: a misspelt setting is never silently the default.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,24 +27,24 @@ from mpipipe.config.chat_fields import (
 from mpipipe.config.checks import sampling_problem
 from mpipipe.config.prompt_ids import ID_KEYS
 from mpipipe.errors import PromptError, SettingError
+from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
 __all__ = ["PromptFields", "keyword_sampling", "parse_fields"]
 
 _TEXT_KEYS = ("prompt", "messages")
-_SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _ALIASES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "max_output_tokens": "max_new_tokens",
 }
 _LOGPROB_KEYS = ("logprobs", "top_logprobs")
-_SETTING_KEYS = (*_SAMPLING_KEYS, *_ALIASES, *_LOGPROB_KEYS)
+_SETTING_KEYS = (*OPTION_NAMES, *_ALIASES, *_LOGPROB_KEYS)
 # Settings that are not supported, of the OpenAI API, vLLM and SGLang, by the values that ask for
 # nothing. So does null, everywhere.
 _BY_NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
     ((1,), ("n", "best_of", "length_penalty")),
-    ((0,), ("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens")),
+    ((0,), ("min_tokens", "min_new_tokens")),
     ((False,), ("echo", "use_beam_search", "early_stopping")),
     ((False,), ("include_stop_str_in_output", "no_stop_trim")),
     ((True,), ("skip_special_tokens", "spaces_between_special_tokens")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from mpipipe.sampling_options import SamplingOptions
 from mpipipe.types import (
     AttentionName,
     CacheKind,
@@ -66,31 +67,12 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationConfig:
-    """Default sampling settings; a prompt line may override each of them."""
+class GenerationConfig(SamplingOptions):
+    """Default sampling settings; a prompt line may override each of them.
 
-    max_new_tokens: int = 128
-    """At most this many tokens per prompt."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0: off."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that hold this probability; 1: off."""
-    min_p: float = 0.0
-    """Drop tokens below this share of the likeliest one's probability; 0: off."""
-    repetition_penalty: float = 1.0
-    """Divide the logits of tokens already seen; 1: off."""
-    seed: int = 0
-    """Seed of the run; each prompt's own seed derives from it and the prompt's id."""
-    stop: tuple[str, ...] = ()
-    """End the text before any of these."""
-    stop_token_ids: tuple[int, ...] = ()
-    """End at any of these token ids, beside the model's end-of-sequence ids."""
-    ignore_eos: bool = False
-    """Go on past the end-of-sequence token (benchmarks)."""
-    num_logprobs: int = -1
-    """-1: none; k: log-probabilities of the chosen and the k likeliest tokens."""
+    They are documented in `sampling_options.SamplingOptions`.
+    """
+
     use_model_defaults: bool = True
     """Settings that are given neither here nor by the prompt come from the model's
     `generation_config.json`, as in transformers: `repetition_penalty`, and, if it says `do_sample`,

@@ -129,12 +129,14 @@ class RequestOpened:
 
     `rotary_len`: tokens of the forward pass that begins the sequence in transformers' `generate`,
     the prompt's as a rule: what rotary embeddings that depend on the length see (`models.rotary`).
+    `num_output_tokens`: how many of the last `prompt_ids` were sampled before it started over.
     """
 
     sequence_id: int
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rotary_len: int = 0
+    num_output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import dtype_bytes, kv_page_bytes
 from mpipipe.planning.devices import BF16_CAPABILITY
 from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
 
 __all__ = [
     "CHUNK_ELEMENTS",
+    "HISTORY_BYTES",
     "activation_bytes",
     "gather_bytes",
     "gpu_sequences_per_slot",
@@ -36,6 +38,8 @@ _FIXED_BYTES = 2**30
 # alive at once (a sort alone has five), and 256 rows of 128k in one piece would make 3 GB of them.
 CHUNK_ELEMENTS = 1 << 23
 _SAMPLER_TEMPORARIES = 10
+# Of a token of a sequence in the tables that penalties read: a boolean, and 32 bits.
+HISTORY_BYTES = {SamplingNeeds.SEEN: 1, SamplingNeeds.COUNTS: 4}
 
 
 def gpu_sequences_per_slot(num_requests: int | None, num_slots: int) -> tuple[int, str]:
@@ -111,7 +115,7 @@ def sampling_bytes(
     The logits of every sequence of a step in the run's dtype and in float32. What the run uses
     adds: the temporaries of draws, penalties and log-probabilities in the graphs' pool (outside of
     graphs they take the place of activations); the logits that graphs keep for log-probabilities;
-    the penalty's table.
+    the penalties' tables.
     """
     row = max_sequences * spec.vocab_size
     total = row * (4 + 2)
@@ -119,9 +123,10 @@ def sampling_bytes(
         total += _SAMPLER_TEMPORARIES * 4 * min(row, CHUNK_ELEMENTS)
     if sampling.logprobs:
         total += row * dtype_bytes(dtype)
-    if sampling.needs.penalty:
-        seats = num_seats(num_slots, max_sequences) + 1  # one for rows without a sequence
-        total += seats * (spec.vocab_size + 1)
+    seats = num_seats(num_slots, max_sequences) + 1  # one for rows without a sequence
+    for need, entry_bytes in HISTORY_BYTES.items():
+        if need & sampling.needs:
+            total += seats * (spec.vocab_size + 1) * entry_bytes
     return total
 
 

@@ -201,7 +201,12 @@ class Runner:
             active.first_step_s = self._clock.now_s()
         if token_ids is not None:
             rotary_len = self._core.rotary_len(sequence_id)
-            self._to_stages(RequestOpened(sequence_id, token_ids, request.sampling, rotary_len))
+            num_output_tokens = len(token_ids) - len(request.prompt_ids)
+            self._to_stages(
+                RequestOpened(
+                    sequence_id, token_ids, request.sampling, rotary_len, num_output_tokens
+                )
+            )
 
     def _to_stages(self, message: _ToStages) -> None:
         for rank in self._stage_ranks:

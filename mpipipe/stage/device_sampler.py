@@ -1,129 +1,99 @@
-"""The sampler without host synchronisation: settings in device tensors, ids out, nothing asked.
+"""The sampler without host synchronisation: options in device tensors, ids out, nothing asked.
 
 `sample_on_device` takes the tokens that `stage.sampler.sample` takes, row by row, but from columns
-of settings that lie on the device, so that a CUDA graph can hold it. What a step may need (a draw,
+of options that lie on the device, so that a CUDA graph can hold it. What a step may need (a draw,
 filters, penalties) is known on the host beforehand: `SamplingNeeds`, the key of a graph. A row that
-does not use an operation has the operation's neutral value in its column, which leaves its scores
-as they are, bit for bit. Also here: `SeenTokens`, the penalty's memory. Not here: log-probabilities
+does not use an operation has the option's neutral value in its column, which leaves its scores as
+they are, bit for bit. Not here: what the penalties remember (`token_history`), log-probabilities
 (`device_logprobs`), stops, and what to do about a row whose logits are broken (id -1).
 
 Invariants: no operation reads a tensor on the host, and no shape depends on a value. A row's token
-depends on its own logits, settings and position only.
+depends on its own logits, options and position only.
 
-Shape suffixes: S rows to sample, C rows of a chunk, V vocabulary, N seats, 1 a column.
+Shape suffixes: S rows to sample, C rows of a chunk, V vocabulary, 1 a column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mpipipe.planning.gpu_limits import CHUNK_ELEMENTS
-from mpipipe.planning.sampling_use import SamplingNeeds
-from mpipipe.stage.logits_filters import keep_min_p, running_sums
+from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.stage.random_draws import draw_token_ids, signed_key, uniforms
+from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
 
 __all__ = [
+    "COLUMNS",
+    "Column",
     "SamplingColumns",
-    "SamplingFields",
-    "SamplingNeeds",
-    "SeenTokens",
     "chunk_rows",
+    "column_entries",
+    "keep_min_p",
+    "running_sums",
     "sample_on_device",
-    "sampling_fields",
 ]
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NOTHING_REMOVED = -1.0  # no cumulated probability is below it
 
-# Temperature (0: greedy), key of the seed, top-k (V: off), 1 - top-p (negative: off), min-p (0:
-# off), repetition penalty (1: off).
-SamplingFields = tuple[float, int, int, float, float, float]
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How the device holds one option of every row."""
+
+    dtype: type[np.generic]
+    entry: Callable[[Any, int], float] = lambda value, _: float(value)  # of value and vocabulary
 
 
-def sampling_fields(sampling: SamplingParams, vocab_size: int) -> SamplingFields:
-    """The columns' entries of one sequence, in the order of `SamplingColumns`."""
-    penalty = float(sampling.repetition_penalty)
+# By the name of the option.
+COLUMNS: Mapping[str, Column] = {
+    "temperature": Column(np.float32, lambda value, _: min(value, _FLOAT32_MAX)),
+    "seed": Column(np.int64, lambda value, _: signed_key(value)),
+    "top_k": Column(np.int64, lambda value, size: value if 0 < value < size else size),  # [1, V]
+    # 1 - top_p, negative where it is off.
+    "top_p": Column(np.float32, lambda value, _: 1 - value if value < 1 else _NOTHING_REMOVED),
+    "min_p": Column(np.float32),
     # Beyond float32's range numpy would warn, and round to infinity as torch does.
-    penalty = penalty if penalty <= _FLOAT32_MAX else float("inf")
-    if sampling.is_greedy:
-        return (0.0, 0, vocab_size, _NOTHING_REMOVED, 0.0, penalty)
-    return (
-        min(float(sampling.temperature), _FLOAT32_MAX),
-        signed_key(sampling.seed),
-        sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size,
-        1 - sampling.top_p if sampling.top_p < 1 else _NOTHING_REMOVED,
-        float(sampling.min_p),
-        penalty,
-    )
+    "repetition_penalty": Column(
+        np.float32, lambda value, _: value if value <= _FLOAT32_MAX else float("inf")
+    ),
+    "frequency_penalty": Column(np.float32),
+    "presence_penalty": Column(np.float32),
+}
+
+
+def column_entries(sampling: SamplingParams, vocab_size: int) -> dict[str, float]:
+    """The columns' entries of one sequence; of a greedy one, neutral where only draws read them."""
+    entries: dict[str, float] = {}
+    for name, column in COLUMNS.items():
+        option = OPTIONS[name]
+        unused = sampling.is_greedy and option.needs & SamplingNeeds.DRAWING
+        value = option.default if unused else getattr(sampling, name)
+        entries[name] = column.entry(value, vocab_size)
+    return entries
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingColumns:
-    """Device tensors with an entry per row: what `sampling_fields` gives, and the row's seat."""
+    """Device tensors with an entry per row: those of `COLUMNS`, and the row's seat."""
 
-    temperature_S: torch.Tensor  # float32; 0: greedy
-    keys_S: torch.Tensor  # int64
-    top_k_S: torch.Tensor  # int64 in [1, V]
-    rest_S: torch.Tensor  # float32
-    min_p_S: torch.Tensor  # float32
-    penalty_S: torch.Tensor  # float32
-    seats_S: torch.Tensor  # int64: rows of `SeenTokens`
+    of: Mapping[str, torch.Tensor]  # option → [S]
+    seats_S: torch.Tensor  # int64: rows of `TokenHistory`
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The column of an option."""
+        return self.of[name]
 
     def rows(self, part: slice) -> SamplingColumns:
         """Views of some rows."""
-        return SamplingColumns(
-            self.temperature_S[part],
-            self.keys_S[part],
-            self.top_k_S[part],
-            self.rest_S[part],
-            self.min_p_S[part],
-            self.penalty_S[part],
-            self.seats_S[part],
-        )
-
-
-class SeenTokens:
-    """Which tokens each sequence has seen, by seat: bool [N, V] on the device.
-
-    Takes N·V bytes, so make it with the first sequence that has a penalty; graphs hold its address.
-    All calls must be made on the stream that samples.
-    """
-
-    def __init__(self, num_seats: int, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        # The last column takes the marks that count for nothing.
-        self._seen_NV1 = torch.zeros(num_seats, vocab_size + 1, dtype=torch.bool, device=device)
-
-    def set_row(self, seat: int, ids: Sequence[int]) -> None:
-        """A sequence takes `seat`, having seen `ids`; those the head cannot produce count not.
-
-        One copy, which the host does not wait for.
-        """
-        on_gpu = self._seen_NV1.device.type == "cuda"
-        row_V = torch.zeros(self._vocab_size, dtype=torch.bool, pin_memory=on_gpu)
-        seen = np.asarray(ids, dtype=np.int64)
-        row_V.numpy()[seen[(seen >= 0) & (seen < self._vocab_size)]] = True
-        # torch keeps pinned memory back from reuse until the copies that read it are done.
-        self._seen_NV1[seat, :-1].copy_(row_V, non_blocking=True)
-
-    def mark(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
-        """Count the sampled `ids_S` as seen from now on; -1 is no token."""
-        columns_S = ids_S.masked_fill(ids_S < 0, self._vocab_size)
-        places_S = seats_S * (self._vocab_size + 1) + columns_S
-        self._seen_NV1.view(-1).index_fill_(0, places_S, True)
-
-    def rows(self, seats_S: torch.Tensor) -> torch.Tensor:
-        """A copy of the rows of some seats: bool [S, V]."""
-        return self._seen_NV1[:, :-1].index_select(0, seats_S)
-
-    def put_rows(self, seats_S: torch.Tensor, rows_SV: torch.Tensor) -> None:
-        """Put back what `rows` gave: undoes the marks of a trial run."""
-        self._seen_NV1[:, :-1].index_copy_(0, seats_S, rows_SV)
+        columns = {name: column_S[part] for name, column_S in self.of.items()}
+        return SamplingColumns(columns, self.seats_S[part])
 
 
 def sample_on_device(
@@ -131,20 +101,20 @@ def sample_on_device(
     columns: SamplingColumns,
     positions_S: torch.Tensor,
     needs: SamplingNeeds,
-    seen: SeenTokens | None = None,
+    history: TokenHistory | None = None,
 ) -> torch.Tensor:
     """Choose one token per row: int64 [S]; -1 where the largest logit is not finite.
 
     Args:
         logits_SV: bfloat16, float16 or float32; not modified.
-        columns: of the rows' settings.
+        columns: of the rows' options.
         positions_S: int64, index of the token to draw: how many tokens come before it.
         needs: of all rows together; more than they use changes no token.
-        seen: needed for `needs.penalty`; it is read only, the caller marks the ids.
+        history: needed for penalties; it is read only, the caller adds the ids.
     """
     # Of equals the first, as torch documents for max: one pass over the logits as they are.
     largest_S, ids_S = logits_SV.max(dim=-1)
-    if needs.draw or needs.penalty:
+    if needs:
         ids_S = torch.cat(
             [
                 _choose(
@@ -153,7 +123,7 @@ def sample_on_device(
                     positions_S[part],
                     likeliest_C=ids_S[part],
                     needs=needs,
-                    seen=seen,
+                    history=history,
                 )
                 for part in chunk_rows(*logits_SV.shape)
             ]
@@ -174,33 +144,40 @@ def _choose(
     *,
     likeliest_C: torch.Tensor,
     needs: SamplingNeeds,
-    seen: SeenTokens | None,
+    history: TokenHistory | None,
 ) -> torch.Tensor:
-    """The tokens of some rows: drawn, or the likeliest after the penalty."""
+    """The tokens of some rows: drawn, or the likeliest after the penalties."""
     scores_CV = logits_CV.float()
-    if needs.penalty:
-        assert seen is not None, "a repetition penalty needs to know what was seen"
-        scores_CV = _penalised(scores_CV, seen.rows(columns.seats_S), columns.penalty_S)
+    if needs & SamplingNeeds.HISTORY:
+        assert history is not None, "a penalty needs to know what was seen"
+        scores_CV = _penalised(scores_CV, columns, needs, history)
         likeliest_C = scores_CV.max(dim=-1).indices
-    if not needs.draw:
+    if not needs & SamplingNeeds.DRAW:
         return likeliest_C
-    greedy_C = columns.temperature_S <= 0
-    temperature_C = columns.temperature_S.masked_fill(greedy_C, 1)
+    greedy_C = columns["temperature"] <= 0
+    temperature_C = columns["temperature"].masked_fill(greedy_C, 1)
     scores_CV = scores_CV / temperature_C.unsqueeze(-1)
     scores_CV.clamp_(max=_FLOAT32_MAX)  # as the oracle: only absurd settings overflow
-    if needs.filters:
+    if needs & SamplingNeeds.FILTERS:
         scores_CV = _filtered(scores_CV, columns)
-    drawn_C = draw_token_ids(scores_CV, uniforms(columns.keys_S, positions_C))
+    drawn_C = draw_token_ids(scores_CV, uniforms(columns["seed"], positions_C))
     return torch.where(greedy_C, likeliest_C, drawn_C)
 
 
 def _penalised(
-    scores_CV: torch.Tensor, seen_CV: torch.Tensor, penalty_C: torch.Tensor
+    scores_CV: torch.Tensor, columns: SamplingColumns, needs: SamplingNeeds, history: TokenHistory
 ) -> torch.Tensor:
-    """`penalise_repetition` of every row."""
-    penalty_C1 = penalty_C.unsqueeze(-1)
-    changed_CV = torch.where(scores_CV < 0, scores_CV * penalty_C1, scores_CV / penalty_C1)
-    return torch.where(seen_CV, changed_CV, scores_CV)
+    """`penalise_repetition` and `penalise_counts` of every row; the scores are not modified."""
+    if needs & SamplingNeeds.SEEN:
+        penalty_C1 = columns["repetition_penalty"].unsqueeze(-1)
+        changed_CV = torch.where(scores_CV < 0, scores_CV * penalty_C1, scores_CV / penalty_C1)
+        seen_CV = history.rows_of(SamplingNeeds.SEEN, columns.seats_S)
+        scores_CV = torch.where(seen_CV, changed_CV, scores_CV)
+    if needs & SamplingNeeds.COUNTS:
+        counts_CV = history.rows_of(SamplingNeeds.COUNTS, columns.seats_S)
+        scores_CV = scores_CV - columns["frequency_penalty"].unsqueeze(-1) * counts_CV
+        scores_CV = scores_CV - columns["presence_penalty"].unsqueeze(-1) * (counts_CV > 0)
+    return scores_CV
 
 
 def _filtered(scores_CV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
@@ -211,10 +188,28 @@ def _filtered(scores_CV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor
     """
     minus_inf = float("-inf")
     ascending_CV, order_CV = scores_CV.sort(dim=-1, stable=True)
-    kth_C1 = ascending_CV.gather(-1, (scores_CV.shape[-1] - columns.top_k_S).unsqueeze(-1))
+    kth_C1 = ascending_CV.gather(-1, (scores_CV.shape[-1] - columns["top_k"]).unsqueeze(-1))
     out_CV = ascending_CV < kth_C1
     probabilities_CV = ascending_CV.masked_fill_(out_CV, minus_inf).softmax(dim=-1)
-    out_CV |= running_sums(probabilities_CV) <= columns.rest_S.unsqueeze(-1)
+    out_CV |= running_sums(probabilities_CV) <= columns["top_p"].unsqueeze(-1)
     out_CV[:, -1].fill_(False)
     scores_CV = scores_CV.masked_fill(out_CV.scatter(-1, order_CV, out_CV), minus_inf)
-    return keep_min_p(scores_CV, columns.min_p_S)
+    return keep_min_p(scores_CV, columns["min_p"])
+
+
+def running_sums(values_SV: torch.Tensor) -> torch.Tensor:
+    """`cumsum` of each row, the same in every run.
+
+    On a GPU torch sums a row of its own by a scan over the whole device, whose rounding may differ
+    from run to run; several rows are summed by a thread block each. One row is therefore doubled.
+    """
+    if len(values_SV) == 1:
+        return values_SV.expand(2, -1).cumsum(dim=-1)[:1]
+    return values_SV.cumsum(dim=-1)
+
+
+def keep_min_p(scores_SV: torch.Tensor, min_p_S: torch.Tensor) -> torch.Tensor:
+    """-inf for tokens below `min_p_S` of the likeliest one's probability, as `MinPLogitsWarper`."""
+    probabilities_SV = scores_SV.softmax(dim=-1)
+    threshold_S1 = min_p_S.unsqueeze(-1) * probabilities_SV.amax(dim=-1, keepdim=True)
+    return scores_SV.masked_fill(probabilities_SV < threshold_S1, float("-inf"))

@@ -1,9 +1,10 @@
 """The last stage's choice of the next token, and its log-probabilities.
 
 Rows of a step have settings of their own; those that share a setting's use are treated together,
-without a loop over rows except for penalties and log-probabilities. The order is transformers':
-repetition penalty, temperature, top-k, top-p, min-p. A row's token depends on its logits, its
-settings and its position only. Not here: stops and the end of sequence, which the head decides.
+without a loop over rows except for penalties and log-probabilities. The order is vLLM's and
+transformers': repetition penalty, frequency and presence penalty, temperature, top-k, top-p, min-p.
+A row's token depends on its logits, its settings and its position only. Not here: stops and the end
+of sequence, which the head decides.
 
 Shape suffixes: S rows to sample, G rows of a group, V vocabulary.
 """
@@ -16,11 +17,20 @@ from dataclasses import dataclass
 import torch
 
 from mpipipe.errors import NumericsError
-from mpipipe.stage.logits_filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from mpipipe.stage.device_sampler import keep_min_p, running_sums
 from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
 from mpipipe.types import SamplingParams, TokenLogprobs
 
-__all__ = ["SampleRow", "Sampled", "filtered_scores", "sample"]
+__all__ = [
+    "SampleRow",
+    "Sampled",
+    "filtered_scores",
+    "penalise_counts",
+    "penalise_repetition",
+    "sample",
+]
+
+_MINUS_INF = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +39,20 @@ class SampleRow:
 
     sampling: SamplingParams
     position: int  # index of the token to draw: how many tokens come before it
-    seen_ids: Sequence[int] | torch.Tensor = ()  # prompt and completion; read only for a penalty
+    seen_ids: Sequence[int] | torch.Tensor = ()  # prompt and completion: a repetition penalty's
+    output_ids: Sequence[int] | torch.Tensor = ()  # completion: the other penalties'
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, with no draw."""
         return self.sampling.is_greedy
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a penalty changes its logits."""
+        sampling = self.sampling
+        penalties = (sampling.frequency_penalty, sampling.presence_penalty)
+        return sampling.repetition_penalty != 1 or any(penalties)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,7 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
     best_S = logits_SV.argmax(dim=-1)  # the first of equals; a NaN counts as the largest
     _check_finite(logits_SV.gather(-1, best_S.unsqueeze(-1)).squeeze(-1), rows)
     token_ids_S = best_S
-    if any(row.sampling.repetition_penalty != 1 or not row.is_greedy for row in rows):
+    if any(row.is_penalised or not row.is_greedy for row in rows):
         scores_SV = _penalised(logits_SV, rows)
         token_ids_S = best_S if scores_SV is logits_SV else scores_SV.argmax(dim=-1)
         _draw(scores_SV, rows, token_ids_S)
@@ -72,7 +90,7 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
 def filtered_scores(scores_GV: torch.Tensor, settings: Sequence[SamplingParams]) -> torch.Tensor:
     """The log-weights to draw from: temperature, top-k, top-p, min-p; -inf for what is left out.
 
-    `scores_GV`: float32, after the penalty, settings with a temperature above 0.
+    `scores_GV`: float32, after the penalties, settings with a temperature above 0.
     """
     device = scores_GV.device
     largest = torch.finfo(scores_GV.dtype).max  # only absurd settings exceed it
@@ -115,12 +133,16 @@ def _where(
 
 def _penalised(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """A copy with the penalties applied; the logits themselves when no row has one."""
-    if all(row.sampling.repetition_penalty == 1 for row in rows):
+    if not any(row.is_penalised for row in rows):
         return logits_SV
     scores_SV = logits_SV.clone()
-    for index, row in enumerate(rows):
-        if row.sampling.repetition_penalty != 1:
-            penalise_repetition(scores_SV[index], row.seen_ids, row.sampling.repetition_penalty)
+    for scores_V, row in zip(scores_SV, rows, strict=True):
+        sampling = row.sampling
+        frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+        if sampling.repetition_penalty != 1:
+            penalise_repetition(scores_V, row.seen_ids, sampling.repetition_penalty)
+        if frequency or presence:
+            penalise_counts(scores_V, row.output_ids, frequency, presence)
     return scores_SV
 
 
@@ -180,3 +202,64 @@ def _check_finite(largest_S: torch.Tensor, rows: Sequence[SampleRow]) -> None:
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+# ---- one operation each --------------------------------------------------------------------------
+#
+# But for `penalise_counts`, each equals the class of `transformers.generation.logits_process` that
+# its docstring names, row by row and bit for bit, so that an option means here what it means to
+# `generate`: same float32 operations in the same order, same treatment of ties, at least one token
+# kept. Only exact ties at the border of top-p differ: transformers cuts them in the order of an
+# unstable sort; here the lowest ids go first. A row's result does not depend on the other rows.
+
+
+def penalise_repetition(
+    logits_V: torch.Tensor, seen_ids: Sequence[int] | torch.Tensor, penalty: float
+) -> None:
+    """Divide the positive logits of `seen_ids` by `penalty` and multiply the others, in place.
+
+    As `RepetitionPenaltyLogitsProcessor`: once per id however often it was seen; ids that the head
+    cannot produce (a padded embedding) are left out.
+    """
+    ids = torch.as_tensor(seen_ids, dtype=torch.int64, device=logits_V.device)
+    ids = ids[ids < logits_V.shape[-1]]
+    seen = logits_V[ids]
+    logits_V[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+
+
+def penalise_counts(
+    logits_V: torch.Tensor,
+    output_ids: Sequence[int] | torch.Tensor,
+    frequency_penalty: float,
+    presence_penalty: float,
+) -> None:
+    """Subtract from the logits of `output_ids`, in place, as vLLM and the OpenAI API do.
+
+    `frequency_penalty` as often as an id occurs, `presence_penalty` once.
+    """
+    ids = torch.as_tensor(output_ids, dtype=torch.int64, device=logits_V.device)
+    vocabulary = logits_V.shape[-1]
+    counts_V = torch.bincount(ids[ids < vocabulary], minlength=vocabulary)
+    logits_V -= frequency_penalty * counts_V
+    logits_V -= presence_penalty * (counts_V > 0)
+
+
+def keep_top_k(scores_SV: torch.Tensor, k_S: torch.Tensor, max_k: int) -> torch.Tensor:
+    """-inf for all below the k-th largest, as `TopKLogitsWarper`: ties with the k-th stay.
+
+    `k_S`: int64 in [1, V]; `max_k`: their largest, known to the caller without asking the device.
+    """
+    largest_SK = scores_SV.topk(max_k, dim=-1).values
+    threshold_S1 = largest_SK.gather(-1, (k_S - 1).unsqueeze(-1))
+    return scores_SV.masked_fill(scores_SV < threshold_S1, _MINUS_INF)
+
+
+def keep_top_p(scores_SV: torch.Tensor, rest_S: torch.Tensor) -> torch.Tensor:
+    """-inf for the unlikeliest tokens that together hold at most `rest_S`, as `TopPLogitsWarper`.
+
+    `rest_S`: float32 1 - top_p, subtracted in double precision as Python does.
+    """
+    ascending_SV, order_SV = scores_SV.sort(dim=-1, stable=True)
+    removed_SV = running_sums(ascending_SV.softmax(dim=-1)) <= rest_S.unsqueeze(-1)
+    removed_SV[:, -1] = False
+    return scores_SV.masked_fill(removed_SV.scatter(-1, order_SV, removed_SV), _MINUS_INF)

@@ -1,7 +1,7 @@
 """`SequenceTable`: what a stage remembers of each sequence, and how a step message becomes input.
 
 The head decides; this table only follows its messages, in order. Histories are kept on the first
-stage (which looks tokens up) and on the last (whose repetition penalty needs them).
+stage (which looks tokens up) and on the last (whose penalties need them).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpipipe.kv_cache.layout import SequenceLens
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.sampler import SampleRow
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class StagedSequence:
     sampling: SamplingParams
     token_ids: list[int]  # prompt, then every sampled token
     rotary_len: int  # as in `RequestOpened`
+    num_prompt_tokens: int
+    needs: SamplingNeeds
     pages: list[int] = field(default_factory=list)
 
 
@@ -43,6 +46,8 @@ class SequenceTable:
             sampling=message.sampling,
             token_ids=list(message.prompt_ids),
             rotary_len=message.rotary_len,
+            num_prompt_tokens=len(message.prompt_ids) - message.num_output_tokens,
+            needs=message.sampling.needs,
         )
 
     def close(self, sequence_ids: Sequence[int]) -> None:
@@ -99,12 +104,13 @@ class SequenceTable:
             if not scheduled.sample:
                 continue
             sequence = self._sequences[scheduled.sequence_id]
-            penalised = sequence.sampling.repetition_penalty != 1.0
+            ids = tuple(sequence.token_ids) if sequence.needs & SamplingNeeds.HISTORY else ()
             rows.append(
                 SampleRow(
                     sampling=sequence.sampling,
                     position=scheduled.num_computed + scheduled.num_tokens,
-                    seen_ids=tuple(sequence.token_ids) if penalised else (),
+                    seen_ids=ids,
+                    output_ids=ids[sequence.num_prompt_tokens :],
                 )
             )
         return rows

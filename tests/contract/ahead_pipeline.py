@@ -236,9 +236,14 @@ class InProcessAhead:
                 if not scheduled.num_computed:
                     known = core.reopened_tokens(scheduled.sequence_id)
                     assert known is not None
-                    sampling = requests[scheduled.sequence_id].sampling
-                    rotary_len = core.rotary_len(scheduled.sequence_id)
-                    message = RequestOpened(scheduled.sequence_id, known, sampling, rotary_len)
+                    request = requests[scheduled.sequence_id]
+                    message = RequestOpened(
+                        scheduled.sequence_id,
+                        known,
+                        request.sampling,
+                        core.rotary_len(scheduled.sequence_id),
+                        num_output_tokens=len(known) - len(request.prompt_ids),
+                    )
                     for engine in self.engines:
                         engine.open(message)
         self.steps.append(step)
@@ -383,8 +388,9 @@ def _reopen(
     """As the runner tells of a sequence that starts over."""
     known = core.reopened_tokens(number)
     if known is not None:
-        rotary_len = core.rotary_len(number)
-        table.open(RequestOpened(number, known, requests[number].sampling, rotary_len))
+        request, rotary_len = requests[number], core.rotary_len(number)
+        num_outputs = len(known) - len(request.prompt_ids)
+        table.open(RequestOpened(number, known, request.sampling, rotary_len, num_outputs))
 
 
 def make_requests(

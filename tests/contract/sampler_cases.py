@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpipipe.stage.ahead.seats import COLUMN_TYPES
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import (
+    COLUMNS,
     SamplingColumns,
-    SamplingFields,
-    SamplingNeeds,
-    SeenTokens,
+    column_entries,
     sample_on_device,
-    sampling_fields,
 )
 from mpipipe.stage.sampler import SampleRow, sample
+from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 MINUS_INF = float("-inf")
@@ -33,9 +32,9 @@ class Batch:
 
     @property
     def needs(self) -> SamplingNeeds:
-        needs = SamplingNeeds()
+        needs = SamplingNeeds.NOTHING
         for row in self.rows:
-            needs |= SamplingNeeds.of(row.sampling)
+            needs |= row.sampling.needs
         return needs
 
     @property
@@ -49,7 +48,10 @@ class Batch:
 def random_settings(
     rng: random.Random, vocabulary: int, penalties: tuple[float, ...], share_off: float
 ) -> SamplingParams:
-    """Options off in that share of all cases, else with extremes among their values."""
+    """Options off in that share of all cases, else with extremes among their values.
+
+    `penalties`: what a repetition penalty may be.
+    """
 
     def maybe(off: float, values: list[float]) -> float:
         return off if rng.random() < share_off else rng.choice(values)
@@ -60,6 +62,8 @@ def random_settings(
         top_p=maybe(1.0, [1e-9, 0.1, 0.5, 0.9, 0.999999]),
         min_p=maybe(0.0, [1e-9, 0.05, 0.5, 0.999999]),
         repetition_penalty=maybe(1.0, list(penalties)),
+        frequency_penalty=maybe(0.0, [-2.0, -0.3, 1e-9, 0.1, 0.7, 2.0]),
+        presence_penalty=maybe(0.0, [-2.0, -0.7, 1e-9, 0.3, 1.1, 2.0]),
         seed=rng.choice([0, -1, 3, 2**63, 2**200]),
         num_logprobs=rng.choice([-1, 0, 1, 3, 20]),
     )
@@ -96,27 +100,34 @@ def random_batch(
     share_off: float = 0.5,
 ) -> Batch:
     rng = random.Random(seed)
-    rows = tuple(
-        SampleRow(
-            random_settings(rng, vocabulary, penalties, share_off),
+
+    def random_row() -> SampleRow:
+        settings = random_settings(rng, vocabulary, penalties, share_off)
+        # Ids of a padded embedding may occur in a prompt; the head cannot produce them.
+        prompt = tuple(rng.randrange(vocabulary + 3) for _ in range(rng.randrange(40)))
+        few = rng.sample(range(vocabulary), min(vocabulary, rng.randrange(1, 9)))
+        output = tuple(rng.choice(few) for _ in range(rng.choice([0, 1, 7, 60])))
+        return SampleRow(
+            settings,
             position=rng.randrange(5000),
-            # Ids of a padded embedding may occur in a prompt; the head cannot produce them.
-            seen_ids=tuple(rng.randrange(vocabulary + 3) for _ in range(rng.randrange(40))),
+            seen_ids=prompt + output,
+            output_ids=output,
         )
-        for _ in range(num_rows)
-    )
+
+    rows = tuple(random_row() for _ in range(num_rows))
     return Batch(random_logits(rng, num_rows, vocabulary, dtype), rows)
 
 
 def columns_on(
-    device: torch.device, fields: Sequence[SamplingFields], seats: Sequence[int]
+    device: torch.device, settings: Sequence[SamplingParams], vocabulary: int, seats: Sequence[int]
 ) -> SamplingColumns:
     """The columns of some rows, uploaded."""
+    entries = [column_entries(setting, vocabulary) for setting in settings]
     columns = {
-        f"{name}_S": torch.from_numpy(np.array([row[index] for row in fields], kind)).to(device)
-        for index, (name, kind) in enumerate(COLUMN_TYPES.items())
+        name: torch.from_numpy(np.array([row[name] for row in entries], column.dtype)).to(device)
+        for name, column in COLUMNS.items()
     }
-    return SamplingColumns(**columns, seats_S=torch.tensor(seats, dtype=torch.int64, device=device))
+    return SamplingColumns(columns, torch.tensor(seats, dtype=torch.int64, device=device))
 
 
 @dataclass(frozen=True)
@@ -127,28 +138,27 @@ class OnDevice:
     columns: SamplingColumns
     positions_S: torch.Tensor
     needs: SamplingNeeds
-    seen: SeenTokens
+    history: TokenHistory
 
     def sample(self, needs: SamplingNeeds | None = None) -> torch.Tensor:
         needs = self.needs if needs is None else needs
-        return sample_on_device(self.logits_SV, self.columns, self.positions_S, needs, self.seen)
+        return sample_on_device(self.logits_SV, self.columns, self.positions_S, needs, self.history)
 
 
 def put_on(device: torch.device, batch: Batch) -> OnDevice:
     """Upload a batch; its seats are in the reverse order of its rows."""
     num_rows, vocabulary = batch.logits_SV.shape
     seats = list(range(num_rows - 1, -1, -1))
-    fields = [sampling_fields(row.sampling, vocabulary) for row in batch.rows]
-    seen = SeenTokens(num_rows, vocabulary, device)
+    history = TokenHistory(num_rows, vocabulary, device)
     for seat, row in zip(seats, batch.rows, strict=True):
         assert isinstance(row.seen_ids, tuple)
-        seen.set_row(seat, row.seen_ids)
+        history.open(seat, row.seen_ids, len(row.output_ids), SamplingNeeds.HISTORY)
     return OnDevice(
         batch.logits_SV.to(device),
-        columns_on(device, fields, seats),
+        columns_on(device, [row.sampling for row in batch.rows], vocabulary, seats),
         torch.tensor([row.position for row in batch.rows], device=device),
         batch.needs,
-        seen,
+        history,
     )
 
 

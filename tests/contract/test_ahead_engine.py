@@ -17,14 +17,15 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
-from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
+from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.ahead import decode_batch
 from mpipipe.stage.ahead.assembly import open_engine
 from mpipipe.stage.ahead.decode_batch import DecodeBatch
 from mpipipe.stage.ahead.decode_program import ProgramKey, row_buckets
 from mpipipe.stage.ahead.lane import CpuLane
-from mpipipe.stage.ahead.seats import COLUMN_TYPES, SeatTable
-from mpipipe.stage.device_sampler import sampling_fields
+from mpipipe.stage.ahead.seats import SeatTable
+from mpipipe.stage.device_sampler import column_entries
 from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.contract.ahead_pipeline import (
     EOS,
@@ -154,6 +155,7 @@ class Scripted:
             temperature=rng.choice([0.0, 0.7]),
             top_k=rng.choice([0, 5]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.5]),
+            presence_penalty=rng.choice([0.0, 0.0, -0.5]),
             seed=rng.randrange(100),
             num_logprobs=rng.choice([-1, -1, 0, 3]),
         )
@@ -226,16 +228,15 @@ def check_rows(scripted: Scripted, slot: int) -> None:
     for row, sequence in enumerate(rows):
         found = device["pages"][row, : len(sequence.pages)].tolist()
         assert found == sequence.pages
-        fields = sampling_fields(sequence.sampling, VOCAB)
-        for name, value in zip(COLUMN_TYPES, fields, strict=True):
+        for name, value in column_entries(sequence.sampling, VOCAB).items():
             assert device[name][row].item() == pytest.approx(value), name
     assert device["active"].tolist() == [1] * num_rows + [0] * (8 - num_rows)
     assert set(device["seats"][num_rows:].tolist()) <= {12}
     assert set(device["pages"][num_rows:, 0].tolist()) <= {777}  # the one that such a row writes to
     assert set(device["kv_len"][num_rows:].tolist()) <= {0}
-    needs = SamplingNeeds()
+    needs = SamplingNeeds.NOTHING
     for sequence in rows:
-        needs |= SamplingNeeds.of(sequence.sampling)
+        needs |= sequence.sampling.needs
     assert batch.needs == needs
     assert batch.max_logprobs == max([s.sampling.num_logprobs for s in rows], default=-1)
 
@@ -379,6 +380,14 @@ def sampled(number: int) -> SamplingParams:
         {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 0.6},
         {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
         {"temperature": 1e-8, "top_k": 3},
+        {"frequency_penalty": 1.3},
+        {"presence_penalty": -1.5},
+        {
+            "temperature": 0.8,
+            "repetition_penalty": 1.2,
+            "frequency_penalty": -0.4,
+            "presence_penalty": 2.0,
+        },
     ]
     chosen: dict[str, float] = options[number % len(options)]
     return SamplingParams(
@@ -465,10 +474,10 @@ def test_what_the_requests_use_is_captured_at_boot_and_nothing_later(
 def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel]) -> None:
     plan = ahead_plan(1, graphs=True, num_slots=2)
     pipeline = InProcessAhead(tiny("llama"), plan, "replayed")
-    pipeline.prepare(SamplingUse(SamplingNeeds(draw=True), logprobs=True))
+    pipeline.prepare(SamplingUse(SamplingNeeds.DRAW, logprobs=True))
     (engine,) = pipeline.engines
     kept = [
-        engine.programs.run(ProgramKey(slot, rows, SamplingNeeds(draw=True), with_logits=True))
+        engine.programs.run(ProgramKey(slot, rows, SamplingNeeds.DRAW, with_logits=True))
         for rows in row_buckets(plan.max_sequences_per_slot)
         for slot in range(plan.num_slots)
     ]
@@ -476,7 +485,7 @@ def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel])
     assert len(logits) == len(kept)
     assert len({tensor.untyped_storage().data_ptr() for tensor in logits}) == 1
     assert logits[0].untyped_storage().nbytes() == plan.max_sequences_per_slot * 97 * 4
-    plain = engine.programs.run(ProgramKey(0, 1, SamplingNeeds(draw=True)))
+    plain = engine.programs.run(ProgramKey(0, 1, SamplingNeeds.DRAW))
     assert plain.logits_BV is None, "the program with logits stands in, for the ids only"
 
 
@@ -504,12 +513,16 @@ def test_ids_that_leave_outlast_the_steps_of_other_slots(tiny: Callable[[str], T
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_preempted_sequences_start_over_and_end_the_same(
-    num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+    num_stages: int, first: int, mode: str, tiny: Callable[[str], TinyModel]
 ) -> None:
+    """`first` of the options; what penalties count outlives the recomputation."""
     model = tiny("llama")
-    requests = make_requests((9, 3, 14, 6, 2, 11), lambda n: sampled(n).replace(max_new_tokens=20))
+    requests = make_requests(
+        (9, 3, 14, 6, 2, 11), lambda n: sampled(first + n).replace(max_new_tokens=20)
+    )
     wanted = plain_outcomes(model, requests)
     plan = ahead_plan(num_stages, num_pages=14, graphs=mode == "replayed", max_sequences=4)
     pipeline = InProcessAhead(model, plan, mode).prepare()

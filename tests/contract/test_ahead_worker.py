@@ -230,7 +230,9 @@ def test_options_stop_strings_and_preemption_change_no_completion(
     model = tiny("llama")
     settings = [
         SamplingParams(max_new_tokens=18, temperature=1.1, seed=3),
-        SamplingParams(max_new_tokens=18, repetition_penalty=1.4, num_logprobs=2),
+        SamplingParams(
+            max_new_tokens=18, repetition_penalty=1.4, presence_penalty=-0.3, num_logprobs=2
+        ),
         SamplingParams(max_new_tokens=18, temperature=0.8, top_p=0.7, num_logprobs=0, seed=4),
         SamplingParams(max_new_tokens=18, ignore_eos=True),
     ]

@@ -5,23 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mpipipe.planning.gpu_limits import HISTORY_BYTES
+from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.stage import device_sampler
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs
-from mpipipe.stage.device_sampler import (
-    SamplingColumns,
-    SamplingNeeds,
-    SeenTokens,
-    sample_on_device,
-    sampling_fields,
-)
-from mpipipe.stage.logits_filters import penalise_repetition
-from mpipipe.stage.sampler import SampleRow
+from mpipipe.stage.device_sampler import COLUMNS, SamplingColumns, sample_on_device
+from mpipipe.stage.sampler import SampleRow, penalise_counts, penalise_repetition
+from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, columns_on, expected, put_on, random_batch
 
 CPU = torch.device("cpu")
-GREEDY = SamplingNeeds()
-ALL = SamplingNeeds(draw=True, filters=True, penalty=True)
+GREEDY = SamplingNeeds.NOTHING
+SEEN, COUNTS = SamplingNeeds.SEEN, SamplingNeeds.COUNTS
+BOTH = SamplingNeeds.HISTORY
+ALL = SamplingNeeds.DRAWING | BOTH
 VOCABULARIES = [7, 211, 255, 256, 257, 1024, 5000]
 
 
@@ -31,8 +29,15 @@ def _one_thread() -> None:
 
 
 def columns_of(*settings: SamplingParams, vocabulary: int) -> SamplingColumns:
-    fields = [sampling_fields(setting, vocabulary) for setting in settings]
-    return columns_on(CPU, fields, list(range(len(settings))))
+    return columns_on(CPU, settings, vocabulary, range(len(settings)))
+
+
+def history_of(
+    num_seats: int, vocabulary: int, device: torch.device = CPU, needs: SamplingNeeds = BOTH
+) -> TokenHistory:
+    history = TokenHistory(num_seats, vocabulary, device)
+    history.make(needs)
+    return history
 
 
 def positions(num_rows: int) -> torch.Tensor:
@@ -79,7 +84,7 @@ def test_neutral_values_leave_a_drawn_row_as_it_is_beside_rows_with_filters() ->
     batch = random_batch(5, 64, 2000)
     rows = tuple(SampleRow(plain.replace(seed=i), i) for i in range(64))
     device = put_on(CPU, Batch(batch.logits_SV, rows))
-    assert device.needs == SamplingNeeds(draw=True)
+    assert device.needs == SamplingNeeds.DRAW
     assert torch.equal(device.sample(), device.sample(ALL))
 
 
@@ -119,30 +124,35 @@ def test_greedy_takes_the_lowest_id_of_equals(dtype: torch.dtype, needs: Samplin
     logits_SV[0, [17, 400, 999]] = 1.0
     logits_SV[1, 999] = 1.0
     columns = columns_of(*[SamplingParams()] * 3, vocabulary=1000)
-    seen = SeenTokens(3, 1000, CPU)
-    ids_S = sample_on_device(logits_SV, columns, positions(3), needs, seen)
+    history = history_of(3, 1000)
+    ids_S = sample_on_device(logits_SV, columns, positions(3), needs, history)
     assert ids_S.dtype == torch.int64
     assert ids_S.tolist() == [17, 999, 0]
 
 
 def test_greedy_rows_need_no_draw_whatever_their_filters() -> None:
-    assert SamplingNeeds.of(SamplingParams(top_k=5, top_p=0.1, min_p=0.2)) == GREEDY
-    assert SamplingNeeds.of(SamplingParams(temperature=1e-9, top_k=5)) == GREEDY
+    assert SamplingParams(top_k=5, top_p=0.1, min_p=0.2).needs == GREEDY
+    assert SamplingParams(temperature=1e-9, top_k=5).needs == GREEDY
     drawing = SamplingParams(temperature=0.5)
-    assert SamplingNeeds.of(drawing) == SamplingNeeds(draw=True)
+    assert drawing.needs == SamplingNeeds.DRAW
     for change in ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}):
-        needs = SamplingNeeds.of(drawing.replace(**change))
-        assert needs == SamplingNeeds(draw=True, filters=True)
-    penalised = SamplingNeeds.of(SamplingParams(repetition_penalty=0.9))
-    assert penalised == SamplingNeeds(penalty=True)
-    assert penalised | SamplingNeeds(draw=True) == SamplingNeeds(draw=True, penalty=True)
-    assert len({GREEDY, SamplingNeeds(), ALL}) == 2, "needs are keys"
+        needs = drawing.replace(**change).needs
+        assert needs == SamplingNeeds.DRAWING
+    assert SamplingParams(repetition_penalty=0.9).needs == SEEN
+    for change in ({"frequency_penalty": -0.1}, {"presence_penalty": 2}):
+        assert SamplingParams(**change).needs == COUNTS
+        assert drawing.replace(**change).needs == SamplingNeeds.DRAW | COUNTS
+    assert SamplingParams(seed=5).needs == GREEDY
+
+
+def test_the_device_has_a_column_for_every_option_that_an_operation_reads() -> None:
+    assert COLUMNS.keys() == {name for name, option in OPTIONS.items() if option.needs}
 
 
 def test_no_rows_give_no_ids() -> None:
     columns = columns_of(vocabulary=50)
     empty_0V = torch.empty(0, 50)
-    ids_S = sample_on_device(empty_0V, columns, positions(0), ALL, SeenTokens(1, 50, CPU))
+    ids_S = sample_on_device(empty_0V, columns, positions(0), ALL, history_of(1, 50))
     assert ids_S.shape == (0,)
     assert select_logprobs(empty_0V, ids_S, 3)[1].shape == (0, 3)
 
@@ -179,89 +189,141 @@ def test_broken_greedy_rows_get_no_id() -> None:
 def test_no_operation_reads_a_value_or_has_a_shape_that_depends_on_one(vocabulary: int) -> None:
     # Tensors on the meta device have no values: whatever asks for one raises.
     meta = torch.device("meta")
-    fields = [sampling_fields(SamplingParams(), vocabulary)] * 6
-    columns = columns_on(meta, fields, list(range(6)))
+    columns = columns_on(meta, [SamplingParams()] * 6, vocabulary, range(6))
     logits_SV = torch.empty(6, vocabulary, dtype=torch.bfloat16, device=meta)
-    seen = SeenTokens(6, vocabulary, meta)
+    history = history_of(6, vocabulary, meta)
     position_S = torch.empty(6, dtype=torch.int64, device=meta)
-    for needs in (GREEDY, SamplingNeeds(draw=True), ALL):
-        ids_S = sample_on_device(logits_SV, columns, position_S, needs, seen)
+    for needs in (GREEDY, SamplingNeeds.DRAW, ALL):
+        ids_S = sample_on_device(logits_SV, columns, position_S, needs, history)
         assert (ids_S.shape, ids_S.dtype) == ((6,), torch.int64)
-        seen.mark(columns.seats_S, ids_S)
+        history.add(needs, columns.seats_S, ids_S)
         chosen_S, top_ids_SK, top_values_SK = select_logprobs(logits_SV, ids_S, 4)
         assert (chosen_S.shape, top_ids_SK.shape, top_values_SK.shape) == ((6,), (6, 4), (6, 4))
 
 
-# ---- seen tokens ---------------------------------------------------------------------------------
+# ---- what the penalties remember -----------------------------------------------------------------
 
 
-def test_seen_tokens_penalise_as_the_oracle_does() -> None:
-    for seed in range(10):
-        batch = random_batch(seed, 12, 90, penalties=(1.7,))
-        seen = SeenTokens(12, 90, CPU)
-        for seat, row in enumerate(batch.rows):
-            seen.set_row(seat, tuple(row.seen_ids))
-        rows_SV = seen.rows(torch.arange(12))
-        penalty_S = torch.tensor([row.sampling.repetition_penalty for row in batch.rows])
-        ours = device_sampler._penalised(batch.logits_SV, rows_SV, penalty_S)
-        for index, row in enumerate(batch.rows):
-            penalise_repetition(
-                batch.logits_SV[index], row.seen_ids, row.sampling.repetition_penalty
-            )
-        assert torch.equal(ours, batch.logits_SV)
+def penalised_by_the_oracle(batch: Batch) -> torch.Tensor:
+    logits_SV = batch.logits_SV.clone()
+    for logits_V, row in zip(logits_SV, batch.rows, strict=True):
+        setting = row.sampling
+        penalise_repetition(logits_V, row.seen_ids, setting.repetition_penalty)
+        penalise_counts(
+            logits_V, row.output_ids, setting.frequency_penalty, setting.presence_penalty
+        )
+    return logits_SV
 
 
-def test_sampled_ids_count_as_seen_and_a_missing_one_does_not() -> None:
-    seen = SeenTokens(4, 10, CPU)
-    seen.set_row(2, (1, 1, 12, -1))
+def test_scores_are_penalised_as_the_oracle_does_bit_for_bit() -> None:
+    for seed in range(20):
+        batch = random_batch(seed, 12, 90, share_off=0.3)
+        device = put_on(CPU, batch)
+        ours = device_sampler._penalised(batch.logits_SV, device.columns, BOTH, device.history)
+        assert torch.equal(ours, penalised_by_the_oracle(batch))
+
+
+def test_penalties_follow_the_formula_of_the_openai_api() -> None:
+    setting = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25)
+    row = SampleRow(setting, 9, seen_ids=(0, 1, 1, 2, 2, 2, 3), output_ids=(2, 2, 2, 3))
+    batch = Batch(torch.tensor([[4.0, 4.0, 4.0, -4.0, 0.0]]), (row,))
+    wanted = [4.0, 4.0, 4.0 - 3 * 0.5 - 0.25, -4.0 - 0.5 - 0.25, 0.0]  # prompts do not count
+    device = put_on(CPU, batch)
+    ours = device_sampler._penalised(batch.logits_SV, device.columns, COUNTS, device.history)
+    assert ours.tolist() == [wanted]
+    assert penalised_by_the_oracle(batch).tolist() == [wanted]
+    assert device.sample().tolist() == [0]
+
+
+def nonzero(rows_SV: torch.Tensor) -> list[dict[int, int]]:
+    return [{i: int(n) for i, n in enumerate(row) if n} for row in rows_SV.tolist()]
+
+
+def test_sampled_ids_are_remembered_and_a_missing_one_is_not() -> None:
+    history = history_of(4, 10)
+    history.open(2, (1, 1, 12, -1, 5, 5, 5), 2, BOTH)
     seats_S = torch.tensor([2, 0, 3])
-    seen.mark(seats_S, torch.tensor([9, -1, 0]))
-    assert [row.nonzero().flatten().tolist() for row in seen.rows(torch.arange(4))] == [
-        [],
-        [],
-        [1, 9],
-        [0],
-    ]
+    for _ in range(2):
+        history.add(BOTH, seats_S, torch.tensor([9, -1, 0]))
+    every_S = torch.arange(4)
+    seen = [{}, {}, {1: 1, 5: 1, 9: 1}, {0: 1}]
+    assert nonzero(history.rows_of(SEEN, every_S)) == seen
+    assert nonzero(history.rows_of(COUNTS, every_S)) == [{}, {}, {5: 2, 9: 2}, {0: 2}]
 
 
-def test_rows_that_share_a_seat_may_be_marked_together() -> None:
-    seen = SeenTokens(2, 5, CPU)
-    seen.mark(torch.tensor([1, 1, 1]), torch.tensor([-1, 4, 0]))
-    assert seen.rows(torch.tensor([0, 1])).tolist() == [[False] * 5, [True, *[False] * 3, True]]
+def test_only_what_is_needed_is_allocated_and_changed() -> None:
+    history = TokenHistory(2, 5, CPU)
+    seats_S, ids_S = torch.tensor([0]), torch.tensor([3])
+    history.open(0, (1, 2), 1, SamplingNeeds.DRAWING)
+    history.add(SamplingNeeds.DRAWING, seats_S, ids_S)
+    assert history.rows(seats_S) == {}
+    history.open(0, (1, 2), 1, COUNTS)
+    assert history.rows(seats_S).keys() == {COUNTS}
+    history.open(0, (1, 2), 1, SEEN)
+    history.add(SEEN, seats_S, ids_S)
+    assert nonzero(history.rows_of(COUNTS, seats_S)) == [{2: 1}]
+    assert nonzero(history.rows_of(SEEN, seats_S)) == [{1: 1, 2: 1, 3: 1}]
+
+
+def test_the_tables_have_the_size_that_the_plan_reserves() -> None:
+    history = history_of(3, 7)
+    for need, table in history._tables.items():
+        assert table.nbytes == 3 * (7 + 1) * HISTORY_BYTES[need]
+    assert history._tables.keys() == HISTORY_BYTES.keys()
+
+
+def test_rows_that_share_a_seat_may_be_added_together() -> None:
+    history = history_of(2, 5)
+    history.add(BOTH, torch.tensor([1, 1, 1, 1]), torch.tensor([-1, 4, 0, 4]))
+    both_S = torch.tensor([0, 1])
+    assert nonzero(history.rows_of(SEEN, both_S)) == [{}, {0: 1, 4: 1}]
+    assert nonzero(history.rows_of(COUNTS, both_S)) == [{}, {0: 1, 4: 2}]
 
 
 def test_a_seat_forgets_its_last_owner() -> None:
-    seen = SeenTokens(2, 5, CPU)
-    seen.set_row(0, (1, 2))
-    seen.mark(torch.tensor([0]), torch.tensor([4]))
-    seen.set_row(0, range(3, 4))
-    assert seen.rows(torch.tensor([0])).tolist() == [[False, False, False, True, False]]
-    seen.set_row(0, ())
-    assert not seen.rows(torch.tensor([0])).any()
+    history, seats_S = history_of(2, 5), torch.tensor([0])
+    history.open(0, (1, 2), 2, BOTH)
+    history.add(BOTH, seats_S, torch.tensor([4]))
+    history.open(0, range(3, 4), 1, BOTH)
+    assert nonzero(history.rows_of(SEEN, seats_S)) == [{3: 1}]
+    assert nonzero(history.rows_of(COUNTS, seats_S)) == [{3: 1}]
+    history.open(0, (), 0, BOTH)
+    assert not any(rows.any() for rows in history.rows(seats_S).values())
 
 
-def test_a_trial_runs_marks_can_be_undone() -> None:
-    seen = SeenTokens(3, 6, CPU)
-    seen.set_row(1, (5,))
-    seats_S = torch.tensor([1, 2])
-    before = seen.rows(seats_S)
-    seen.mark(seats_S, torch.tensor([0, 3]))
-    assert not torch.equal(seen.rows(seats_S), before)
-    seen.put_rows(seats_S, before)
-    assert torch.equal(seen.rows(seats_S), before)
+def test_a_trial_run_can_be_undone() -> None:
+    history, seats_S = history_of(3, 6), torch.tensor([1, 2])
+    history.open(1, (5,), 1, BOTH)
+    before = history.rows(seats_S)
+    history.add(BOTH, seats_S, torch.tensor([0, 3]))
+    assert not any(torch.equal(history.rows(seats_S)[need], before[need]) for need in before)
+    history.put_rows(seats_S, before)
+    assert all(torch.equal(history.rows(seats_S)[need], before[need]) for need in before)
 
 
-def test_marked_tokens_change_the_next_greedy_choice() -> None:
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"repetition_penalty": 2.0}, [1, 2, 1, 1]),
+        ({"presence_penalty": 1.5}, [1, 2, 1, 1]),
+        ({"frequency_penalty": 0.75}, [1, 1, 2, 1]),
+        ({"frequency_penalty": -1.0}, [1, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_remembered_tokens_change_the_next_greedy_choice(
+    options: dict[str, float], wanted: list[int]
+) -> None:
     logits_SV = torch.tensor([[1.0, 3.0, 2.0]])
-    columns = columns_of(SamplingParams(repetition_penalty=2.0), vocabulary=3)
-    seen = SeenTokens(1, 3, CPU)
-    needs = SamplingNeeds(penalty=True)
+    setting = SamplingParams(**options)  # type: ignore[arg-type]
+    columns = columns_of(setting, vocabulary=3)
+    history = history_of(1, 3)
     taken = []
-    for _ in range(3):
-        ids_S = sample_on_device(logits_SV, columns, positions(1), needs, seen)
-        seen.mark(columns.seats_S, ids_S)
+    for _ in wanted:
+        ids_S = sample_on_device(logits_SV, columns, positions(1), setting.needs, history)
+        history.add(setting.needs, columns.seats_S, ids_S)
         taken.append(ids_S.item())
-    assert taken == [1, 2, 1]
+    assert taken == wanted
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from transformers.generation.logits_process import (
 )
 
 from mpipipe.errors import NumericsError
-from mpipipe.stage.logits_filters import penalise_repetition
 from mpipipe.stage.random_draws import (
     draw_token_ids,
     keys_tensor,
@@ -28,7 +27,7 @@ from mpipipe.stage.random_draws import (
     uniform_reference,
     uniforms,
 )
-from mpipipe.stage.sampler import SampleRow, filtered_scores, sample
+from mpipipe.stage.sampler import SampleRow, filtered_scores, penalise_repetition, sample
 from mpipipe.types import SamplingParams
 
 VOCABULARY = 211

@@ -19,6 +19,8 @@ LINES: list[dict[str, Any]] = [
     {"id": "min-p", "prompt": "a", "temperature": 1.1, "min_p": 0.02, "max_new_tokens": 31},
     {"id": "penalised", "prompt": "again again", "repetition_penalty": 1.5},
     {"id": "both", "prompt": "x " * 8, "temperature": 0.9, "repetition_penalty": 0.7},
+    {"id": "counted", "prompt": "again", "frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"id": "counted-drawn", "prompt": "a word", "temperature": 0.8, "frequency_penalty": -0.6},
     {"id": "one", "prompt": "only one token", "max_new_tokens": 1},
     {"id": "two", "prompt": "only two tokens", "max_new_tokens": 2, "temperature": 1.0},
     {"id": "long", "prompt": "a long prompt " * 6, "max_new_tokens": 24},

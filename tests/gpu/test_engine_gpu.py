@@ -97,6 +97,8 @@ def sampled(number: int) -> SamplingParams:
         {"repetition_penalty": 2.0},
         {"temperature": 1.2, "top_p": 0.8},
         {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 0.5},
+        {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+        {"temperature": 0.7, "frequency_penalty": 0.25, "repetition_penalty": 2.0},
     ]
     chosen: dict[str, float] = options[number % len(options)]
     return SamplingParams(

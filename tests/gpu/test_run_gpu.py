@@ -46,6 +46,7 @@ SAMPLED: list[dict[str, Any]] = [
     {"id": "min-p", "prompt": TEXTS[0], "temperature": 1.1, "min_p": 0.02},
     {"id": "penalised", "prompt": TEXTS[4], "repetition_penalty": 1.5},
     {"id": "both", "prompt": TEXTS[5], "temperature": 0.9, "repetition_penalty": 0.7},
+    {"id": "counted", "prompt": TEXTS[1], "frequency_penalty": 0.8, "presence_penalty": 0.4},
 ]
 LINES = [*GREEDY, *SAMPLED]
 JOB = ["generation.max_new_tokens=40", "generation.ignore_eos=true", "generation.num_logprobs=2"]

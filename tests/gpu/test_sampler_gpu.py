@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs
-from mpipipe.stage.device_sampler import SamplingNeeds
 from mpipipe.stage.sampler import SampleRow
+from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, OnDevice, expected, put_on, random_batch
 from tests.gpu.waiting import no_synchronisation
@@ -25,10 +26,10 @@ pytestmark = [
 # properly: oracle and sampler agree to the bit for powers of two only.
 EXACT_PENALTIES = (0.5, 2.0, 8.0)
 NEEDS = {
-    "greedy": SamplingNeeds(),
-    "draw": SamplingNeeds(draw=True),
-    "filters": SamplingNeeds(draw=True, filters=True),
-    "all": SamplingNeeds(draw=True, filters=True, penalty=True),
+    "greedy": SamplingNeeds.NOTHING,
+    "draw": SamplingNeeds.DRAW,
+    "filters": SamplingNeeds.DRAWING,
+    "all": SamplingNeeds.DRAWING | SamplingNeeds.HISTORY,
 }
 
 
@@ -71,6 +72,7 @@ def test_batches_that_use_every_option_get_the_oracles_tokens(
                 ),
                 row.position,
                 row.seen_ids,
+                row.output_ids,
             )
             for row in batch.rows
         )
@@ -164,9 +166,9 @@ def test_nothing_waits_for_the_gpu(
 ) -> None:
     device = put_on(cuda, random_batch(2, 20, vocabulary, dtype=torch.bfloat16))
     with no_synchronisation():
-        device.seen.set_row(3, (1, 2, vocabulary + 1))
+        device.history.open(3, (1, 2, vocabulary + 1), 2, needs)
         ids_S = device.sample(needs)
-        device.seen.mark(device.columns.seats_S, ids_S)
+        device.history.add(needs, device.columns.seats_S, ids_S)
         select_logprobs(device.logits_SV, ids_S, 5)
     assert ids_S.min() >= 0
 
@@ -185,34 +187,55 @@ def test_a_graph_replayed_on_other_batches_gives_their_tokens(
         assert torch.equal(ids_S, other.sample(NEEDS["all"]))
 
 
-def test_marks_inside_a_graph_count_in_its_next_replay(cuda: torch.device) -> None:
-    rows = (SampleRow(SamplingParams(repetition_penalty=2.0), 1),) * 8
-    batch = Batch(torch.arange(1.0, 51.0).repeat(8, 1), rows)
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        (SamplingParams(repetition_penalty=2.0), [49, 48, 47, 46, 45]),
+        (SamplingParams(presence_penalty=1.5), [49, 48, 49, 49, 49]),
+        (SamplingParams(frequency_penalty=0.75), [49, 49, 48, 49, 48]),
+        (SamplingParams(frequency_penalty=-1.0), [49, 49, 49, 49, 49]),
+    ],
+    ids=str,
+)
+def test_what_a_graph_adds_to_the_history_counts_in_its_next_replay(
+    cuda: torch.device, setting: SamplingParams, wanted: list[int]
+) -> None:
+    batch = Batch(torch.arange(1.0, 51.0).repeat(8, 1), (SampleRow(setting, 1),) * 8)
     static, eager = put_on(cuda, batch), put_on(cuda, batch)
 
     def step(device: OnDevice) -> torch.Tensor:
         ids_S = device.sample()
-        device.seen.mark(device.columns.seats_S, ids_S)
+        device.history.add(device.needs, device.columns.seats_S, ids_S)
         return ids_S
 
-    untouched_SV = static.seen.rows(static.columns.seats_S)
+    untouched = static.history.rows(static.columns.seats_S)
     graph, ids_S = captured(lambda: step(static))
-    static.seen.put_rows(static.columns.seats_S, untouched_SV)
+    static.history.put_rows(static.columns.seats_S, untouched)
     taken = []
-    for _ in range(4):
+    for _ in wanted:
         graph.replay()
         assert torch.equal(ids_S, step(eager))
         taken.append(int(ids_S[0]))
-    assert taken == [49, 48, 47, 46]
+    assert taken == wanted
+
+
+def test_rows_that_share_a_seat_are_all_counted(cuda: torch.device) -> None:
+    history = TokenHistory(2, 5, cuda)
+    history.make(SamplingNeeds.COUNTS)
+    ids_S = torch.tensor([4] * 300 + [-1] * 20 + [0] * 7, device=cuda)
+    history.add(SamplingNeeds.COUNTS, torch.ones_like(ids_S), ids_S)
+    counts_SV = history.rows_of(SamplingNeeds.COUNTS, torch.arange(2, device=cuda))
+    assert counts_SV.tolist() == [[0] * 5, [7, 0, 0, 0, 300]]
 
 
 def copy_batch(source: OnDevice, target: OnDevice) -> None:
     target.logits_SV.copy_(source.logits_SV)
     target.positions_S.copy_(source.positions_S)
-    for name in ("temperature", "keys", "top_k", "rest", "min_p", "penalty", "seats"):
-        getattr(target.columns, f"{name}_S").copy_(getattr(source.columns, f"{name}_S"))
+    for name, column_S in source.columns.of.items():
+        target.columns[name].copy_(column_S)
     seats_S = source.columns.seats_S
-    target.seen.put_rows(seats_S, source.seen.rows(seats_S))
+    target.columns.seats_S.copy_(seats_S)
+    target.history.put_rows(seats_S, source.history.rows(seats_S))
 
 
 # ---- time and memory -----------------------------------------------------------------------------
@@ -224,7 +247,12 @@ def test_time_and_memory_of_a_step(
 ) -> None:
     """Prints the figures; fails if temporaries outgrow what chunks are for."""
     setting = SamplingParams(
-        temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1
+        temperature=0.8,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        frequency_penalty=0.5,
     )
     rows = (SampleRow(setting, 1),) * num_rows
     logits_SV = torch.randn(num_rows, vocabulary, dtype=torch.bfloat16, device=cuda) * 3

@@ -60,7 +60,7 @@ def test_a_value_that_changes_nothing_is_accepted(key: str, value: object) -> No
     ("key", "value"),
     [
         ("response_format", {"type": "json_object"}), ("logit_bias", {"1": 5}), ("n", 2),
-        ("n", True), ("modalities", ["text", "audio"]), ("frequency_penalty", 0.5),
+        ("n", True), ("modalities", ["text", "audio"]),
         ("functions", [{"name": "f"}]), ("function_call", {"name": "f"}), ("verbosity", "low"),
         ("min_tokens", 4), ("skip_special_tokens", False), ("echo", True), ("suffix", "x"),
         ("length_penalty", 1.5), ("use_beam_search", True), ("guided_json", {"type": "object"}),
@@ -77,6 +77,18 @@ def test_a_value_that_would_change_something_is_an_error_that_names_it(
     assert kind == "invalid_sampling"
     assert f"{key} = " in message
     assert "not supported" in message
+
+
+def test_penalties_are_those_of_the_openai_api() -> None:
+    line = line_of(frequency_penalty=0.5, presence_penalty=-2)
+    assert line.sampling is not None
+    assert line.sampling.frequency_penalty == 0.5
+    assert line.sampling.presence_penalty == -2.0
+    for key, value in (("frequency_penalty", 2.5), ("presence_penalty", -2.01)):
+        kind, message = kind_of(line_of(**{key: value}))
+        assert kind == "invalid_sampling"
+        assert message.endswith(f"{key} = {value} is out of range: it must be from -2 to 2")
+    assert kind_of(line_of(presence_penalty=True))[0] == "invalid_sampling"
 
 
 def test_minus_one_switches_top_k_off() -> None:

@@ -71,6 +71,8 @@ SAMPLING = SamplingParams(
     top_p=0.75,
     min_p=0.25,
     repetition_penalty=1.5,
+    frequency_penalty=0.5,
+    presence_penalty=-1.25,
     seed=9,
     stop=("\n\n", "END"),
     stop_token_ids=(2, 50256),
@@ -97,7 +99,7 @@ MESSAGES: tuple[Message, ...] = (
     BarrierReleased("warm-up"),
     Broadcast("plan", b"\x00\xff"),
     GatherPart("metrics", b""),
-    RequestOpened(3, (1, 2, 49151), SAMPLING, 3),
+    RequestOpened(3, (1, 2, 49151), SAMPLING, 3, 1),
     STEP,
     DecodeScheduled(300, 1, 3, (0, 2), (7,), (1, 2), (5, 70000), False),
     DecodeScheduled(301, 1, 3, (), (), (), (), True),
@@ -133,8 +135,8 @@ GOLDEN = (
     "9306a4706c616ec40200ff",
     "9307a76d657472696373c400",
     (
-        "950803930102cdbfff9b10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb3ff8"
-        "0000000000000992a20a0aa3454e449202cdc450c30303"
+        "960803930102cdbfff9d10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb3ff8"
+        "000000000000cb3fe0000000000000cbbff40000000000000992a20a0aa3454e449202cdc450c3030301"
     ),
     "95090701929503140190c3950400cd012c930506ce00011170c2c3",
     "9910cd012c010392000291079201029205ce00011170c2",

@@ -235,7 +235,8 @@ def test_every_setting_of_the_schema_has_a_readable_type() -> None:
 def test_default_sampling_takes_every_generation_setting() -> None:
     generation = GenerationConfig(
         max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, min_p=0.1, repetition_penalty=1.2,
-        seed=8, stop=("a",), stop_token_ids=(5,), ignore_eos=True, num_logprobs=2,
+        frequency_penalty=0.3, presence_penalty=-0.4, seed=8, stop=("a",),
+        stop_token_ids=(5,), ignore_eos=True, num_logprobs=2,
     )  # fmt: skip
     fields = dataclasses.asdict(generation)
     assert fields.pop("use_model_defaults") is True  # decides on the others, and is none itself

@@ -20,9 +20,10 @@ from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_s
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingNeeds, SamplingUse
+from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.types import DeviceName
 from tests.unit.planned_rank import make_rank, with_gpu
@@ -418,7 +419,7 @@ def work_bytes(made: PipelinePlan, *, has_head: bool) -> int:
 
 
 PLAIN = SamplingUse()
-DRAWN = SamplingUse(SamplingNeeds(draw=True), plain=False)
+DRAWN = SamplingUse(SamplingNeeds.DRAW, plain=False)
 
 
 def test_log_probabilities_and_penalties_take_memory_of_the_last_stage_only() -> None:
@@ -430,17 +431,19 @@ def test_log_probabilities_and_penalties_take_memory_of_the_last_stage_only() ->
     vocabulary = LLAMA_3_8B.vocab_size
     kept = SamplingUse(DRAWN.needs, logprobs=True, plain=False)
     assert needed(kept) - needed(DRAWN) == 256 * vocabulary * 2
-    penalised = SamplingUse(SamplingNeeds(draw=True, penalty=True), plain=False)
+    penalised = SamplingUse(SamplingNeeds.DRAW | SamplingNeeds.SEEN, plain=False)
     assert needed(penalised) - needed(DRAWN) == (2 * 4 * 256 + 1) * (vocabulary + 1)
+    counted = SamplingUse(SamplingNeeds.DRAW | SamplingNeeds.COUNTS, plain=False)
+    assert needed(counted) - needed(DRAWN) == (2 * 4 * 256 + 1) * (vocabulary + 1) * 4
     assert needed(DRAWN) > needed(PLAIN)
-    everything = SamplingUse(SamplingNeeds(True, True, True), logprobs=True)
+    everything = SamplingUse(SamplingNeeds.DRAWING | SamplingNeeds.HISTORY, logprobs=True)
     assert needed(everything, has_head=False) == needed(PLAIN, has_head=False)
 
 
 def test_what_sampling_takes_is_not_given_to_pages() -> None:
     work = (4000, 1000, 500)
     plain = plan(t4(2), work=work, sampling=PLAIN)
-    penalised = replace(PLAIN, needs=SamplingNeeds(penalty=True))
+    penalised = replace(PLAIN, needs=SamplingNeeds.SEEN)
     assert plan(t4(2), work=work, sampling=penalised).num_kv_pages < plain.num_kv_pages
     assert plan(t4(2), work=work, sampling=penalised).sampling == penalised
     assert plain.sampling == PLAIN
@@ -452,7 +455,7 @@ def test_unknown_requests_are_greedy_or_as_configured() -> None:
         Config(), generation=GenerationConfig(temperature=0.7, top_k=9, num_logprobs=3)
     )
     made = make_plan(config, OPENLLAMA_3B, h200(2), "/models/m")
-    assert made.sampling == SamplingUse(SamplingNeeds(draw=True, filters=True), True, True)
+    assert made.sampling == SamplingUse(SamplingNeeds.DRAWING, True, True)
     assert PipelinePlan.from_json(made.to_json()) == made
 
 

@@ -115,6 +115,7 @@ WRONG: list[dict[str, Any]] = [
     {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1},
     {"temperature": "hot"}, {"temperature": True}, {"top_p": float("nan")}, {"top_p": 0},
     {"top_k": -2}, {"top_k": 1.5}, {"min_p": 1}, {"repetition_penalty": float("inf")},
+    {"frequency_penalty": 2.5}, {"presence_penalty": float("nan")}, {"presence_penalty": "1"},
     {"repetition_penalty": 0}, {"max_new_tokens": 0}, {"max_new_tokens": None, "max_tokens": 0},
     {"max_new_tokens": 1, "max_tokens": 2}, {"stop": [""]}, {"stop": ""}, {"stop": "\ud800"},
     {"stop": [1]}, {"stop": 3}, {"stop_token_ids": [-1]}, {"stop_token_ids": [True]},
@@ -163,6 +164,9 @@ def test_keyword_settings_are_read_as_those_of_a_line() -> None:
     assert found == SamplingParams(temperature=0.5, seed=3, stop=("zs",), max_new_tokens=4)
     assert keyword_sampling({"stop": ("a", "b")}, defaults).stop == ("a", "b")
     assert keyword_sampling({"logprobs": True, "top_logprobs": 2}, defaults).num_logprobs == 2
+    assert keyword_sampling({"frequency_penalty": 1, "presence_penalty": -0.5}, defaults) == (
+        defaults.replace(frequency_penalty=1.0, presence_penalty=-0.5)
+    )
     assert keyword_sampling({}, defaults) == defaults
 
 

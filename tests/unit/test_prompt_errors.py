@@ -84,7 +84,7 @@ def error_of(folder: Path, line: object) -> tuple[str, str]:
         ({"prompt": "x", "logprobs": -2}, "invalid_sampling", "logprobs"),
         ({"prompt": "x", "logprobs": False, "top_logprobs": 2}, "invalid_sampling", "logprobs"),
         ({"prompt": "x", "n": 2}, "invalid_sampling", "n = 2"),
-        ({"prompt": "x", "presence_penalty": 0.5}, "invalid_sampling", "presence_penalty"),
+        ({"prompt": "x", "presence_penalty": 2.5}, "invalid_sampling", "presence_penalty"),
         ({"id": 1.5, "prompt": "x"}, "invalid_id", "1.5"),
         ({"id": True, "prompt": "x"}, "invalid_id", "True"),
         ({"id": "", "prompt": "x"}, "invalid_id", "id"),

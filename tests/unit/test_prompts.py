@@ -104,6 +104,8 @@ def test_completion_batch_line_may_hold_the_prompt_in_a_list(tmp_path: Path) -> 
         ("top_p", 0.25, "top_p", 0.25),
         ("min_p", 0.25, "min_p", 0.25),
         ("repetition_penalty", 1.25, "repetition_penalty", 1.25),
+        ("frequency_penalty", -0.25, "frequency_penalty", -0.25),
+        ("presence_penalty", 2, "presence_penalty", 2.0),
         ("seed", 9, "seed", 9),
         ("stop", ["a", "b"], "stop", ("a", "b")),
         ("stop", "a", "stop", ("a",)),

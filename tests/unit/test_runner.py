@@ -259,6 +259,9 @@ def test_ahead_stages_are_told_all_tokens_of_a_sequence_that_starts_over() -> No
     tokens = (*prompt, *alone(wanted[again.sequence_id])[0])
     assert any(len(m.prompt_ids) > len(wanted[m.sequence_id].prompt_ids) for m in pipeline.opened)
     assert again.prompt_ids == tokens[: len(again.prompt_ids)]
+    for message in pipeline.opened:
+        num_prompt_tokens = len(wanted[message.sequence_id].prompt_ids)
+        assert message.num_output_tokens == len(message.prompt_ids) - num_prompt_tokens
 
 
 @pytest.mark.parametrize(("kind", "most"), [("awaiting", 2), ("phases", 4), ("mixed", 4)])

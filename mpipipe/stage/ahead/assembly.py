@@ -11,6 +11,7 @@ from mpipipe.stage.ahead.decode_batch import DecodeBatch
 from mpipipe.stage.ahead.decode_program import DecodePrograms, StageTensors
 from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.seats import SeatTable
+from mpipipe.stage.token_history import TokenHistory
 
 if TYPE_CHECKING:
     from mpipipe.models.adapter import StageModel
@@ -40,7 +41,8 @@ def open_engine(
     sent_ids = None
     if use_graphs and sends_ids:
         sent_ids = last_token.new_zeros(plan.num_slots, rows)
-    tensors = StageTensors(last_token, hidden_in_BH, sent_ids)
+    history = TokenHistory(seats.num_seats + 1, model.vocab_size, lane.device)
+    tensors = StageTensors(last_token, history, hidden_in_BH, sent_ids)
     programs = DecodePrograms(
         model,
         batches,

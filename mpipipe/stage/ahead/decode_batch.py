@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mpipipe.stage.ahead.seats import COLUMN_TYPES
-from mpipipe.stage.device_sampler import SamplingColumns, SamplingNeeds
+from mpipipe.sampling_options import SamplingNeeds
+from mpipipe.stage.device_sampler import COLUMNS, SamplingColumns, column_entries
+from mpipipe.types import SamplingParams
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import DecodeScheduled
@@ -86,11 +87,11 @@ class DecodeBatch:
         self._seats = seats
         self._nobody_seat, self._nobody_page = nobody
         self._rows = np.empty(0, dtype=np.int64)  # the seat of each row
-        columns = sorted(COLUMN_TYPES.items(), key=lambda entry: -np.dtype(entry[1]).itemsize)
+        columns = sorted(seats.columns.items(), key=lambda entry: -entry[1].itemsize)
         self._arrays = PackedArrays.allocate(
             {
                 "seats": ((rows,), np.int64),
-                **{name: ((rows,), kind) for name, kind in columns},
+                **{name: ((rows,), column.dtype.type) for name, column in columns},
                 "active": ((rows,), np.int32),
                 "kv_len": ((rows,), np.int32),
             },
@@ -98,9 +99,10 @@ class DecodeBatch:
         )
         self._pages = PackedArrays.allocate({"pages": ((rows, seats.max_pages), np.int32)}, lane)
         self._lane = lane
+        self._neutral = column_entries(SamplingParams(), seats.vocab_size)
         # Seats, active, kv_len [rows], pages [rows, P], and the sampling columns.
         self.device: dict[str, torch.Tensor] = {**self._arrays.device, **self._pages.device}
-        self.needs = SamplingNeeds()
+        self.needs = SamplingNeeds.NOTHING
         self.max_logprobs = -1  # of the rows that ask for some; -1: none does
         self.last_step = -1
         self.clear()
@@ -122,8 +124,7 @@ class DecodeBatch:
         """The sampling columns of the first rows."""
         tensors = self._arrays.device
         return SamplingColumns(
-            **{f"{name}_S": tensors[name][:num_rows] for name in COLUMN_TYPES},
-            seats_S=tensors["seats"][:num_rows],
+            {name: tensors[name][:num_rows] for name in COLUMNS}, tensors["seats"][:num_rows]
         )
 
     def clear(self) -> None:
@@ -201,13 +202,7 @@ class DecodeBatch:
         pages[num_rows:] = self._nobody_page
         for name, column in seats.columns.items():
             host[name][:num_rows] = column[rows]
-            host[name][num_rows:] = 0
-        host["temperature"][num_rows:] = 0
-        host["penalty"][num_rows:] = 1
-        host["rest"][num_rows:] = -1
-        host["top_k"][num_rows:] = 1
-        self.needs = SamplingNeeds()
-        for seat in rows.tolist():
-            self.needs |= seats.needs[seat]
+            host[name][num_rows:] = self._neutral[name]
+        self.needs = seats.needs_of(rows)
         asked = seats.num_logprobs[rows]
         self.max_logprobs = int(asked.max()) if num_rows else -1

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.kv_cache.layout import decode_layout
-from mpipipe.stage.device_sampler import SamplingNeeds, sample_on_device
+from mpipipe.sampling_options import SamplingNeeds
+from mpipipe.stage.device_sampler import sample_on_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.ahead.decode_batch import DecodeBatch
     from mpipipe.stage.ahead.lane import Lane
-    from mpipipe.stage.device_sampler import SeenTokens
+    from mpipipe.stage.token_history import TokenHistory
 
 __all__ = ["GREEDY", "DecodeOutput", "DecodePrograms", "ProgramKey", "StageTensors", "row_buckets"]
 
@@ -44,7 +45,7 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_rows), max_rows)
 
 
-GREEDY = SamplingNeeds()
+GREEDY = SamplingNeeds.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class StageTensors:
     """Device tensors that all steps of a stage share."""
 
     last_token: torch.Tensor  # int64 [seats + 1]: the token each sequence sampled last (stage 0)
+    history: TokenHistory  # what the penalties remember (last stage)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
     # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only
     # on the last of several stages, and where programs are captured: otherwise each step's are new.
@@ -78,7 +80,7 @@ class ProgramKey:
     @property
     def num_options(self) -> int:
         """How much it does."""
-        return sum((self.needs.draw, self.needs.filters, self.needs.penalty, self.with_logits))
+        return self.needs.bit_count() + self.with_logits
 
 
 @dataclass(slots=True)
@@ -124,7 +126,6 @@ class DecodePrograms:
         self._replays: dict[ProgramKey, tuple[Callable[[], None], DecodeOutput]] = {}
         self._num_graphs = 0
         self._logits_RV: torch.Tensor | None = None  # of the latest step that keeps them
-        self.seen: SeenTokens | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -167,18 +168,17 @@ class DecodePrograms:
         """Capture in the middle of a run: sampling options that were not known at boot.
 
         The trial run is this very step, so it writes the keys and values that the replay will write
-        again; what it advances (lengths, last tokens, seen tokens) is put back.
+        again; what it advances (lengths, last tokens, history) is put back.
         """
-        tensors = self._batches[key.slot].device
-        advanced = (tensors["kv_len"], self._tensors.last_token)
+        tensors, batch = self._tensors, self._batches[key.slot].device
+        advanced = (batch["kv_len"], tensors.last_token)
         kept = [tensor.clone() for tensor in advanced]
-        seats_B = tensors["seats"][: key.num_rows]
-        seen_BV = self.seen.rows(seats_B) if self.seen is not None else None
+        seats_B = batch["seats"][: key.num_rows]
+        history = tensors.history.rows(seats_B)
         self._work(key)
         for tensor, before in zip(advanced, kept, strict=True):
             tensor.copy_(before)
-        if self.seen is not None and seen_BV is not None:
-            self.seen.put_rows(seats_B, seen_BV)
+        tensors.history.put_rows(seats_B, history)
         self._lane.drain()
         return self._capture(key)
 
@@ -233,8 +233,7 @@ class DecodePrograms:
         if key.needs == GREEDY:
             return self._model.operations.greedy_ids(logits_BV)
         columns = self._batches[key.slot].columns(key.num_rows)
-        ids_B = sample_on_device(logits_BV, columns, kv_len_B.long(), key.needs, self.seen)
-        if key.needs.penalty:
-            assert self.seen is not None, "the stage makes it with the first such sequence"
-            self.seen.mark(columns.seats_S, ids_B)
+        history = self._tensors.history
+        ids_B = sample_on_device(logits_BV, columns, kv_len_B.long(), key.needs, history)
+        history.add(key.needs, columns.seats_S, ids_B)
         return ids_B

@@ -28,7 +28,7 @@ from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
 from mpipipe.stage.ahead.prefill import full_decode, full_prefill, sampled_rows
 from mpipipe.stage.ahead.seats import SeatTable
 from mpipipe.stage.device_logprobs import select_logprobs
-from mpipipe.stage.device_sampler import SamplingColumns, SeenTokens, sample_on_device
+from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,8 +82,10 @@ class AheadEngine:
     def open(self, message: RequestOpened) -> None:
         """A sequence begins, or begins again."""
         seat = self.seats.open(message)
-        if self._is_last and message.sampling.repetition_penalty != 1:
-            self._remember_seen().set_row(seat, message.prompt_ids)
+        if self._is_last:
+            self._tensors.history.open(
+                seat, message.prompt_ids, message.num_output_tokens, message.sampling.needs
+            )
 
     def clear(self) -> None:
         """The end of a generate call: forget all sequences."""
@@ -112,8 +114,8 @@ class AheadEngine:
                 self._lane.drain()
                 return
         kinds = use.kinds if self._is_last else ((GREEDY, False),)
-        if self._is_last and use.needs.penalty:
-            self._remember_seen()
+        if self._is_last:
+            self._tensors.history.make(use.needs)
         keys = [
             ProgramKey(slot, rows, needs, with_logits)
             for rows in reversed(self._buckets)
@@ -131,14 +133,6 @@ class AheadEngine:
             self._lane.download(ids_S)
         self._lane.drain()
         self.clear()
-
-    def _remember_seen(self) -> SeenTokens:
-        """The penalty's table, made when a run first needs it: seats × vocabulary bytes."""
-        if self.programs.seen is None:
-            self.programs.seen = SeenTokens(
-                self.seats.num_seats + 1, self._model.vocab_size, self._lane.device
-            )
-        return self.programs.seen
 
     def _prefill_trial(self) -> None:
         """A step of as many prompt tokens as a step may have; what it writes nobody reads."""
@@ -259,20 +253,13 @@ class AheadEngine:
         positions_S: torch.Tensor,
     ) -> LaunchedStep:
         """Draw a token per row, outside of a graph."""
-        needs = GREEDY
-        for seat in seats.tolist():
-            needs |= self.seats.needs[seat]
+        needs, history = self.seats.needs_of(seats), self._tensors.history
         columns = SamplingColumns(
-            **{
-                f"{name}_S": self._lane.upload(column[seats])
-                for name, column in self.seats.columns.items()
-            },
-            seats_S=seats_S,
+            {name: self._lane.upload(column[seats]) for name, column in self.seats.columns.items()},
+            seats_S,
         )
-        seen = self.programs.seen
-        ids_S = sample_on_device(logits_SV, columns, positions_S, needs, seen)
-        if needs.penalty and seen is not None:
-            seen.mark(seats_S, ids_S)
+        ids_S = sample_on_device(logits_SV, columns, positions_S, needs, history)
+        history.add(needs, seats_S, ids_S)
         if self._is_first:
             self.take_ids(seats_S, ids_S)
         return LaunchedStep(ids_S, seats_S, self._logprobs(logits_SV, ids_S, seats))

@@ -15,22 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpipipe.kv_cache.layout import SequenceLens
-from mpipipe.stage.device_sampler import SamplingNeeds, sampling_fields
+from mpipipe.sampling_options import SamplingNeeds
+from mpipipe.stage.device_sampler import COLUMNS, column_entries
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import RequestOpened, StepScheduled
 
-__all__ = ["COLUMN_TYPES", "SeatTable"]
-
-# The sampling columns of `device_sampler.SamplingColumns`, without the seats.
-COLUMN_TYPES = {
-    "temperature": np.float32,
-    "keys": np.int64,
-    "top_k": np.int64,
-    "rest": np.float32,
-    "min_p": np.float32,
-    "penalty": np.float32,
-}
+__all__ = ["SeatTable"]
 
 
 class SeatTable:
@@ -51,12 +42,12 @@ class SeatTable:
         self.rotary_len = np.zeros(num_seats, dtype=np.int32)  # as in `RequestOpened`
         self.sampled_in = np.full(num_seats, -1, dtype=np.int64)  # the latest step, of any kind
         self.num_logprobs = np.full(num_seats, -1, dtype=np.int32)
+        self.vocab_size = vocab_size
         self.columns = {
-            name: np.zeros(num_seats, dtype=kind) for name, kind in COLUMN_TYPES.items()
+            name: np.zeros(num_seats, dtype=column.dtype) for name, column in COLUMNS.items()
         }
-        self.needs: list[SamplingNeeds] = [SamplingNeeds()] * num_seats
+        self.needs = np.zeros(num_seats, dtype=np.int64)  # bits of `SamplingNeeds`
         self.tokens: list[tuple[int, ...]] = [()] * num_seats  # prompt; with what is recomputed
-        self._vocab_size = vocab_size
         self._seat_of: dict[int, int] = {}
         self._free = list(range(num_seats - 1, -1, -1))
 
@@ -71,15 +62,18 @@ class SeatTable:
             seat = self._seat_of[message.sequence_id] = self._free.pop()
         sampling = message.sampling
         self.tokens[seat] = tuple(message.prompt_ids)
-        self.needs[seat] = SamplingNeeds.of(sampling)
+        self.needs[seat] = sampling.needs
         self.num_logprobs[seat] = sampling.num_logprobs
-        fields = sampling_fields(sampling, self._vocab_size)
-        for name, value in zip(COLUMN_TYPES, fields, strict=True):
-            self.columns[name][seat] = value
+        for name, entry in column_entries(sampling, self.vocab_size).items():
+            self.columns[name][seat] = entry
         self.num_pages[seat] = 0
         self.num_computed[seat] = 0
         self.rotary_len[seat] = message.rotary_len
         return seat
+
+    def needs_of(self, seats: np.ndarray) -> SamplingNeeds:
+        """What the sequences in `seats` need together."""
+        return SamplingNeeds(int(np.bitwise_or.reduce(self.needs[seats])))
 
     def seat(self, sequence_id: int) -> int:
         """The seat of an open sequence."""
