@@ -103,7 +103,9 @@ class PipelinePlan:
 
     def to_json(self) -> str:
         """Stable JSON: sorted keys, no spaces that depend on the platform."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2)
+        return json.dumps(
+            dataclasses.asdict(self), sort_keys=True, indent=2, default=lambda flag: flag.name
+        )
 
     @staticmethod
     def from_json(text: str) -> PipelinePlan:
@@ -117,7 +119,10 @@ class PipelinePlan:
             stages = tuple(StagePlan(**stage) for stage in fields.pop("stages"))
             resolved = tuple(Resolved(**entry) for entry in fields.pop("resolved"))
             sampling = fields.pop("sampling")
-            use = SamplingUse(**(sampling | {"needs": SamplingNeeds(sampling["needs"])}))
+            needs = SamplingNeeds.NOTHING
+            for name in sampling.pop("needs").split("|"):
+                needs |= SamplingNeeds[name]
+            use = SamplingUse(needs, **sampling)
             return PipelinePlan(stages=stages, resolved=resolved, sampling=use, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a pipeline plan: {error}") from error
