@@ -4,8 +4,8 @@ As objects (`to_json`, `from_json`, `from_plain`) a dataclass is a mapping by fi
 checks names and types. As rows (`row_writer`, `row_reader`) it is an array of its fields, without
 checks of types, for messages between ranks of one version: these are compiled once per class.
 
-Fields may be int, float, str, bytes, bool, None, an Enum, a Literal, an Optional of these, dataclasses, and
-tuples, lists and mappings of all of these.
+Fields may be int, float, str, bytes, bool, None, a Flag (by name), a Literal, an Optional of these,
+dataclasses, and tuples, lists and mappings of all of these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,21 @@ _Convert = Callable[[Any], Any]
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON of a dataclass, or of a sequence of them, with sorted keys; equal values, equal text."""
-    return json.dumps(value, default=dataclasses.asdict, sort_keys=True, indent=indent)
+    return json.dumps(value, default=_plain, sort_keys=True, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Flag) else dataclasses.asdict(value)
+
+
+def _flag(kind: type[enum.Flag], names: Any) -> enum.Flag:
+    """The inverse of `Flag.name`: names of members with `|` between them."""
+    flag = kind(0)
+    for name in str(names).split("|"):
+        if name not in kind.__members__:
+            raise ValueError(f"{name!r} is not one of {list(kind.__members__)}")
+        flag |= kind[name]
+    return flag
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:
@@ -85,8 +99,8 @@ def _leaf_check(hint: Any) -> _Convert | None:
     """Returns the value if it is of the type `hint`, else raises ValueError."""
     if hint in {Any, object}:
         return None
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint
+    if isinstance(hint, type) and issubclass(hint, enum.Flag):
+        return functools.partial(_flag, hint)
     if typing.get_origin(hint) is Literal:
         allowed: tuple[Any, ...] = typing.get_args(hint)
         kinds: tuple[type, ...] = tuple({type(value) for value in allowed})

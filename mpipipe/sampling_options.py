@@ -22,7 +22,7 @@ __all__ = ["OPTIONS", "OPTION_NAMES", "SamplingNeeds", "SamplingOption", "Sampli
 _MAX_COUNT = 2**31 - 1
 
 
-class SamplingNeeds(enum.IntFlag):
+class SamplingNeeds(enum.Flag):
     """Operations of the sampler; without any, the likeliest tokens are taken."""
 
     NOTHING = 0

@@ -25,6 +25,8 @@ __all__ = [
     "SampleRow",
     "Sampled",
     "filtered_scores",
+    "keep_top_k",
+    "keep_top_p",
     "penalise_counts",
     "penalise_repetition",
     "sample",

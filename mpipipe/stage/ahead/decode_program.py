@@ -80,7 +80,7 @@ class ProgramKey:
     @property
     def num_options(self) -> int:
         """How much it does."""
-        return self.needs.bit_count() + self.with_logits
+        return self.needs.value.bit_count() + self.with_logits
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ class SeatTable:
             seat = self._seat_of[message.sequence_id] = self._free.pop()
         sampling = message.sampling
         self.tokens[seat] = tuple(message.prompt_ids)
-        self.needs[seat] = sampling.needs
+        self.needs[seat] = sampling.needs.value
         self.num_logprobs[seat] = sampling.num_logprobs
         for name, entry in column_entries(sampling, self.vocab_size).items():
             self.columns[name][seat] = entry
