@@ -493,3 +493,32 @@ def test_the_cases_reach_heavy_preemption(
     filled_up = any(isinstance(step, DecodeScheduled) and step.chunks for step in outcome.steps)
     assert filled_up == (mixed and not laps_ahead)
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
+
+
+@pytest.mark.parametrize("seed", [142, 255, 558, 562])
+def test_a_prompt_that_starts_over_may_take_the_pages_of_younger_rows_of_its_step(
+    seed: int,
+) -> None:
+    random = Random(seed)
+    requests = tuple(
+        Request(
+            f"r{index}",
+            index,
+            tuple(range(1, 1 + random.randint(1, 8))),
+            SamplingParams(max_new_tokens=random.randint(6, 20), ignore_eos=True),
+        )
+        for index in range(random.randint(3, 8))
+    )
+    case = Case(
+        num_slots=random.choice([1, 2]),
+        max_sequences_per_slot=random.choice([3, 4, 6]),
+        max_tokens_per_step=random.choice([6, 7, 8]),
+        num_pages=random.randint(14, 20),
+        page_size=random.choice([1, 2]),
+        max_context_tokens=60,
+        requests=requests,
+        seed=seed,
+        restart_tokens=random.choice([9, 10, 12, 14]),
+    )
+    outcome = AheadSimulation(AheadCase(case, laps_ahead=0, mixed=True)).run()
+    assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
