@@ -192,6 +192,8 @@ class _Resolver:
         num_kv_pages = self._num_kv_pages(stages, demand, attention)
         threads = self._threads()
         laps_ahead, prefill = self._ahead_mode()
+        # Only steps that are sent ahead need tables that are no wider than the run's requests.
+        longest_tokens = demand.longest_tokens if laps_ahead else limits.max_context_tokens
         return PipelinePlan(
             model_path=model_path,
             model_type=spec.model_type,
@@ -215,7 +217,7 @@ class _Resolver:
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.config.model.weights,
-            max_sequence_tokens=demand.longest_tokens,
+            max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them

@@ -2,7 +2,7 @@
 
 Three ways to run decode steps: `ragged` (from lengths that the host knows), `tensors` (the programs
 as they are), and `replayed` (the programs recorded once and replayed on the same addresses, as a
-CUDA graph would be). The oracle is the plain path: `SchedulerCore` and `StageExecutor`.
+CUDA graph would be). The oracle is the plain path: `AwaitingCore` and `StageExecutor`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.scheduler.ahead import AheadCore, AheadLimits
-from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
 from mpipipe.stage.ahead.assembly import open_engine
 from mpipipe.stage.ahead.engine import AheadEngine
@@ -43,6 +42,7 @@ from mpipipe.stage.sequences import SequenceTable
 from mpipipe.types import FinishReason, PrefillMode, Request, SamplingParams, TokenLogprobs
 from tests.contract.replaying_lane import ReplayingLane
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
+from tests.oracles.awaiting_core import AwaitingCore
 
 MAX_TOKENS = 48  # of a sequence
 EOS = 2
@@ -197,14 +197,15 @@ class InProcessAhead:
     def generate(self, requests: Sequence[Request], *, seed: int = 0) -> list[Outcome]:
         """Complete all requests. `seed` decides how late the head hears of each step."""
         rng, plan = Random(seed), self.plan
-        core = AheadCore(
-            AheadLimits(
+        core = SchedulerCore(
+            SchedulerLimits(
                 plan.num_slots,
                 plan.max_sequences_per_slot,
                 plan.max_tokens_per_step,
                 plan.num_kv_pages,
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
+                plan.laps_ahead,
             ),
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
@@ -230,12 +231,11 @@ class InProcessAhead:
 
     # ---- towards the stages ----------------------------------------------------------------------
 
-    def _send(self, core: AheadCore, step: Step, requests: Sequence[Request]) -> None:
+    def _send(self, core: SchedulerCore, step: Step, requests: Sequence[Request]) -> None:
         if isinstance(step, StepScheduled):
             for scheduled in step.sequences:
                 if not scheduled.num_computed:
-                    known = core.reopened_tokens(scheduled.sequence_id)
-                    assert known is not None
+                    known = core.known_tokens(scheduled.sequence_id)
                     request = requests[scheduled.sequence_id]
                     message = RequestOpened(
                         scheduled.sequence_id,
@@ -276,7 +276,7 @@ class InProcessAhead:
 
     def _hear(
         self,
-        core: AheadCore,
+        core: SchedulerCore,
         outcomes: dict[int, Outcome],
         logprobs: dict[int, list[TokenLogprobs | None]],
     ) -> None:
@@ -339,7 +339,7 @@ def plain_outcomes(
     cache = stage._context.cache
     assert cache is not None
     executor = StageExecutor(stage, cache, page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock())
-    core = SchedulerCore(
+    core = AwaitingCore(
         num_slots=1,
         max_sequences_per_slot=4,
         max_tokens_per_step=16,
@@ -383,14 +383,12 @@ def plain_outcomes(
 
 
 def _reopen(
-    core: SchedulerCore, table: SequenceTable, requests: Sequence[Request], number: int
+    core: AwaitingCore, table: SequenceTable, requests: Sequence[Request], number: int
 ) -> None:
     """As the runner tells of a sequence that starts over."""
-    known = core.reopened_tokens(number)
-    if known is not None:
-        request, rotary_len = requests[number], core.rotary_len(number)
-        num_outputs = len(known) - len(request.prompt_ids)
-        table.open(RequestOpened(number, known, request.sampling, rotary_len, num_outputs))
+    known, rotary_len = core.known_tokens(number), core.rotary_len(number)
+    request, num_outputs = requests[number], len(known) - len(requests[number].prompt_ids)
+    table.open(RequestOpened(number, known, request.sampling, rotary_len, num_outputs))
 
 
 def make_requests(
