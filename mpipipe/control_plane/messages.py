@@ -40,7 +40,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -195,27 +195,29 @@ class DecodeScheduled:
     3. row `page_rows[i]` (numbered after 1 and 2) gets `new_pages[i]` appended to its page table.
 
     Then every row computes the one token that it sampled last, at the position after all it has
-    computed so far, and samples the next one.
+    computed so far, and samples the next one. `chunks` of prompts are computed behind the rows, as
+    those of a `StepScheduled`; their sequences are no rows of the batch before a later step.
     """
 
     step: int
     slot: int
-    num_rows: int  # of the batch after the changes: rows of the hidden state, and ids that return
+    num_rows: int  # of the batch after the changes; each samples a token
     left: tuple[int, ...]
     joined: tuple[int, ...]  # sequence ids
     page_rows: tuple[int, ...]
     new_pages: tuple[int, ...]
     steady: bool  # as in StepScheduled
+    chunks: tuple[ScheduledSequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Rows of the hidden state on every edge."""
-        return self.num_rows
+        return self.num_rows + sum([chunk.num_tokens for chunk in self.chunks])
 
     @property
     def num_sampled(self) -> int:
         """Length of the ids tensor that comes back from the last stage."""
-        return self.num_rows
+        return self.num_rows + sum([chunk.sample for chunk in self.chunks])
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,14 +74,12 @@ def _load_parts(
     folder = Path(plan.model_path)
     dtype = getattr(torch, plan.dtype)
     backend = make_backend(plan.attention)
-    # Only with laps ahead are longer requests refused (`policy.check_request`).
-    longest_tokens = plan.max_sequence_tokens if plan.laps_ahead else plan.max_context_tokens
     model = build_stage_model(
         folder,
         stage,
         dtype=dtype,
         backend=backend,
-        max_sequence_tokens=longest_tokens,
+        max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
     )
     report = _load(model, plan, device)
@@ -123,8 +121,8 @@ def _make_cache(
     if plan.kv_cache == "contiguous":
         return ContiguousKVCache()
     spec = read_spec(Path(plan.model_path))
-    # Launch-ahead: the last page is no sequence's, rows without a sequence write there.
-    num_pages = plan.num_kv_pages + (plan.laps_ahead > 0)
+    # On a GPU the last page is no sequence's: rows without a sequence write there.
+    num_pages = plan.num_kv_pages + (device.type == "cuda")
     return PagedKVCache.allocate(
         num_layers=stage.num_layers,
         num_pages=num_pages,

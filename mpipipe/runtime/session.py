@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mpipipe.models.tokenizer import Tokenizer
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.boot import Boot
-    from mpipipe.runtime.stage_worker import Worker
     from mpipipe.scheduler.instructions import SchedulerStatistics
     from mpipipe.scheduler.interface import Scheduler
+    from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.types import Completion, Request
 
 __all__ = ["LoadFacts", "Session"]
@@ -53,7 +53,7 @@ class Session:
         boot: Boot,
         *,
         plan: PipelinePlan,
-        worker: Worker,
+        worker: AheadWorker,
         account: StageAccount,
         load: LoadFacts,
     ) -> None:

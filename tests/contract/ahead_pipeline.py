@@ -23,6 +23,7 @@ from mpipipe.control_plane.messages import (
     RequestOpened,
     StepScheduled,
 )
+from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
@@ -30,6 +31,7 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.ahead import AheadCore, AheadLimits
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
@@ -129,6 +131,13 @@ def build_stage(
     )
 
 
+def cache_of(stage: StageModel) -> KVCache:
+    """The cache that the stage was finished with."""
+    cache = stage._binding.cache
+    assert cache is not None
+    return cache
+
+
 @dataclass
 class Outcome:
     """What became of a request."""
@@ -176,11 +185,17 @@ class InProcessAhead:
         self.models = [build_stage(model, plan, n, backend, device) for n in stages]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
-            self.lane: Lane = ReplayingLane(torch.device(device), clock)
+            self.lane: Lane = ReplayingLane(torch.device(device), clock, ProgressEngine())
         else:
-            self.lane = open_lane(torch.device(device), clock)
+            self.lane = open_lane(torch.device(device), clock, ProgressEngine())
         self.engines = [
-            open_engine(plan, stage, self.lane, attention_needs_spans=backend.needs_spans)
+            open_engine(
+                plan,
+                stage,
+                cache_of(stage),
+                self.lane,
+                attention_needs_spans=backend.needs_spans,
+            )
             for stage in self.models
         ]
         self.steps: list[Step] = []
@@ -300,7 +315,7 @@ class InProcessAhead:
                 )
             elif isinstance(instruction, Closed):
                 for engine in self.engines:
-                    engine.seats.close(RequestClosed(instruction.sequence_ids).sequence_ids)
+                    engine.close(RequestClosed(instruction.sequence_ids).sequence_ids)
 
 
 def _launch(engine: AheadEngine, step: Step, hidden_TH: torch.Tensor | None) -> LaunchedStep:
@@ -331,9 +346,9 @@ def plain_outcomes(
     """What the awaiting scheduler and executor make of the requests, on one stage."""
     plan = ahead_plan(1, num_pages=num_pages)
     stage = build_stage(model, plan, 0, SdpaAttention())
-    cache = stage._binding.cache
-    assert cache is not None
-    executor = StageExecutor(stage, cache, page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock())
+    executor = StageExecutor(
+        stage, cache_of(stage), page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock()
+    )
     core = SchedulerCore(
         num_slots=1,
         max_sequences_per_slot=4,

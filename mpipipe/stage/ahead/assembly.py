@@ -13,6 +13,7 @@ from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.seats import SeatTable
 
 if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.stage.ahead.lane import Lane
@@ -21,7 +22,12 @@ __all__ = ["open_engine"]
 
 
 def open_engine(
-    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_spans: bool
+    plan: PipelinePlan,
+    model: StageModel,
+    cache: KVCache,
+    lane: Lane,
+    *,
+    attention_needs_spans: bool,
 ) -> AheadEngine:
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
@@ -53,6 +59,7 @@ def open_engine(
     return AheadEngine(
         plan,
         model,
+        cache,
         lane,
         seats=seats,
         batches=batches,
