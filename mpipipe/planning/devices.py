@@ -236,11 +236,10 @@ class AheadMode:
 
 
 def choose_ahead_mode(pipeline: PipelineConfig, device: str, kv_cache: str) -> AheadMode:
-    """One lap ahead and in phases on a GPU; the CPU's simple mode mixes prompts into its steps.
+    """One lap ahead and in phases on a GPU; a CPU awaits tokens and mixes prompts into its steps.
 
     Raises:
-        PlanError: prompts in phases were asked for in the mode that always mixes, or a mode that
-            the device or the cache does not have.
+        PlanError: the device or the cache does not have the mode that was asked for.
     """
     laps, reason = 0, "a CPU's steps are long beside a message"
     if isinstance(pipeline.laps_ahead, int):
@@ -258,13 +257,11 @@ def choose_ahead_mode(pipeline: PipelineConfig, device: str, kv_cache: str) -> A
             "whose steps find their keys and values by page: set memory.kv_cache = "
             '"paged", or pipeline.device = "cpu" and pipeline.laps_ahead = 0'
         )
-    if laps == 0 and pipeline.prefill == "phases":
-        raise PlanError(
-            'pipeline.prefill = "phases" needs pipeline.laps_ahead = 1, but it is 0 here: set '
-            'laps_ahead = 1, or prefill = "mixed"'
-        )
-    if laps == 0:
-        return AheadMode(laps, reason, "mixed", "without laps_ahead prompts fill up every step")
-    prefill_reason = "long steps of prompts, then steps of decodes alone, which graphs replay"
-    prefill = "phases" if pipeline.prefill == AUTO else pipeline.prefill
+    if laps:
+        prefill = "phases"
+        prefill_reason = "long steps of prompts, then steps of decodes alone, which graphs replay"
+    else:
+        prefill, prefill_reason = "mixed", "without laps_ahead prompts fill up every step"
+    if pipeline.prefill != AUTO:
+        prefill = pipeline.prefill
     return AheadMode(laps, reason, prefill, prefill_reason)

@@ -70,7 +70,7 @@ class PipelinePlan:
     prefill: str = "mixed"  # "phases" | "mixed"; only with laps_ahead
     cuda_graphs: bool = False
     weights: str = "checkpoint"  # "checkpoint" | "random"
-    max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
+    max_sequence_tokens: int = 0  # no sequence grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
 

@@ -187,8 +187,8 @@ class _Resolver:
         num_kv_pages = self._num_kv_pages(stages, demand, attention)
         threads = self._threads()
         laps_ahead, prefill = self._ahead_mode()
-        # A CPU's tables cost little: there a later call may bring longer requests.
-        most_tokens = demand.longest_tokens if self.device == "cuda" else limits.max_context_tokens
+        # Only steps that are sent ahead need tables that are no wider than the run's requests.
+        longest_tokens = demand.longest_tokens if laps_ahead else limits.max_context_tokens
         return PipelinePlan(
             model_path=model_path,
             model_type=spec.model_type,
@@ -212,7 +212,7 @@ class _Resolver:
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.config.model.weights,
-            max_sequence_tokens=most_tokens,
+            max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them

@@ -6,12 +6,11 @@ import asyncio
 import json
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
-from mpipipe.scheduler.ahead import AheadCore, AheadLimits
-from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.runner import Runner
 from mpipipe.topology.host import host_name, peak_rss_bytes
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.boot import Boot
     from mpipipe.scheduler.instructions import SchedulerStatistics
-    from mpipipe.scheduler.interface import Scheduler
     from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.types import Completion, Request
 
@@ -68,7 +66,7 @@ class Session:
         self._log = boot.log
         self._worker = worker
         self._account = account
-        self._core: Scheduler | None = None
+        self._core: SchedulerCore | None = None
         self._runner: Runner | None = None
         self._stopped = False
         self._one_at_a_time = asyncio.Lock()
@@ -117,7 +115,6 @@ class Session:
             runner = self._runner = Runner(
                 core=self._core,
                 mesh=self.ranks.mesh,
-                stage_ranks=[stage.rank for stage in self.plan.stages],
                 decode=self._decode or self.tokenizer.decode,
                 clock=self.ranks.clock,
                 log=self._log,
@@ -197,35 +194,22 @@ class Session:
             head_us_per_step=self._head_us_per_step(),
         )
 
-    def _make_core(self) -> Scheduler:
+    def _make_core(self) -> SchedulerCore:
         plan = self.plan
-        eos_token_ids = self._eos_token_ids()
-        if plan.laps_ahead:
-            limits = AheadLimits(
-                num_slots=plan.num_slots,
-                max_sequences_per_slot=plan.max_sequences_per_slot,
-                max_tokens_per_step=plan.max_tokens_per_step,
-                num_pages=plan.num_kv_pages,
-                page_size=plan.page_size_tokens,
-                max_context_tokens=plan.max_context_tokens,
-                laps_ahead=plan.laps_ahead,
-                max_sequence_tokens=plan.max_sequence_tokens,
-            )
-            prefill: Literal["phases", "mixed"] = "mixed" if plan.prefill == "mixed" else "phases"
-            return AheadCore(
-                limits,
-                eos_token_ids=eos_token_ids,
-                prefill=prefill,
-                restart_tokens=plan.restart_tokens,
-            )
-        return SchedulerCore(
+        limits = SchedulerLimits(
             num_slots=plan.num_slots,
             max_sequences_per_slot=plan.max_sequences_per_slot,
             max_tokens_per_step=plan.max_tokens_per_step,
             num_pages=plan.num_kv_pages,
             page_size=plan.page_size_tokens,
             max_context_tokens=plan.max_context_tokens,
-            eos_token_ids=eos_token_ids,
+            laps_ahead=plan.laps_ahead,
+            max_sequence_tokens=plan.max_sequence_tokens,
+        )
+        return SchedulerCore(
+            limits,
+            eos_token_ids=self._eos_token_ids(),
+            prefill="mixed" if plan.prefill == "mixed" else "phases",
             restart_tokens=plan.restart_tokens,
         )
 

@@ -4,7 +4,7 @@ What differs between rows is written down once, when a row joins, by the lap at 
 which rows need a page (`lap` modulo the page size), and which rows sample for the last time. A lap
 without changes touches only those rows. `change` gives the deltas of a `DecodeScheduled` message.
 
-Not here: who joins and leaves (`ahead`, `ahead_roster`), and who gets which page.
+Not here: who joins and leaves (`steps`, `roster`), and who gets which page.
 
 Invariants: `rows` is what every stage holds after the latest decode step of the slot; a row that
 left stays in it until the next step. Two laps of one batch share their `Rows` unless rows changed.
@@ -14,64 +14,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
-from mpipipe.scheduler.state import SequenceState
-from mpipipe.types import Request
+from mpipipe.scheduler.sequence import Sequence
 
-__all__ = ["AheadSequence", "DecodeBatch", "Rows"]
-
-
-@dataclass(slots=True, eq=False)
-class AheadSequence:
-    """One request on its way, with up to 1 + `laps_ahead` samples in flight. Compared by identity.
-
-    While it is in a batch, its computed tokens are `base` + the batch's laps.
-    """
-
-    sequence_id: int  # also the order of arrival: a larger id is a younger sequence
-    request: Request
-    tokens: list[int]  # prompt, then generated: what the CPU knows
-    max_tokens: int  # prompt and completion end here with LENGTH
-    stop_ids: frozenset[int]
-    wants_logprobs: bool
-    state: SequenceState = SequenceState.WAITING
-    slot: int = -1  # -1: in none
-    pages: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
-    num_to_prefill: int = 0  # tokens known at admission: what its chunks compute
-    num_promised: int = 0  # pages that admission has set aside for its prefill, not taken yet
-    last_step: int = -1  # latest step that contained it; of a row, settled when it leaves
-    in_batch: bool = False
-    row: int = -1  # in its batch, or in its latest prefill step
-    base: int = 0
-    ends_at: int = 0  # laps of the batch when the last of `num_to_sample` is dispatched
-    is_open: bool = False  # the stages know it
-    restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
-
-    @property
-    def is_prefilled(self) -> bool:
-        """All chunks are dispatched."""
-        return self.num_computed >= self.num_to_prefill
-
-    @property
-    def will_restart(self) -> bool:
-        """It starts over when its samples until then are dispatched."""
-        return self.num_to_prefill < self.restart_tokens < self.max_tokens
-
-    @property
-    def num_to_sample(self) -> int:
-        """Samples to dispatch after the one of its last chunk, before it ends or starts over."""
-        num_tokens = self.restart_tokens if self.will_restart else self.max_tokens
-        return num_tokens - self.num_to_prefill - 1
-
-    @property
-    def rotary_len(self) -> int:
-        """As `RequestOpened.rotary_len`, of a sequence whose tokens are all known."""
-        num_prompt_tokens = len(self.request.prompt_ids)
-        if num_prompt_tokens < self.restart_tokens <= len(self.tokens):
-            return self.restart_tokens
-        return num_prompt_tokens
+__all__ = ["DecodeBatch", "Rows"]
 
 
 class Rows:
@@ -79,7 +25,7 @@ class Rows:
 
     __slots__ = ("ids", "sequences", "tokens", "with_logprobs")
 
-    def __init__(self, sequences: list[AheadSequence]) -> None:
+    def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
         self.ids = tuple([sequence.sequence_id for sequence in sequences])
         self.tokens = [sequence.tokens for sequence in sequences]  # the lists themselves
@@ -96,8 +42,8 @@ class DecodeBatch:
         self._leaving: list[int] = []  # rows that the next step removes
         self._page_size = page_size
         # By lap modulo page size: the rows whose next token begins a page. Dicts as ordered sets.
-        self._page_due: list[dict[AheadSequence, None]] = [{} for _ in range(page_size)]
-        self._ending: dict[int, dict[AheadSequence, None]] = {}  # by `ends_at`
+        self._page_due: list[dict[Sequence, None]] = [{} for _ in range(page_size)]
+        self._ending: dict[int, dict[Sequence, None]] = {}  # by `ends_at`
         self._laps_ahead = laps_ahead
         # Of the latest decode steps: number, and the latest prefill step of those who joined in it.
         self._history: deque[tuple[int, int]] = deque(maxlen=1 + laps_ahead)
@@ -115,13 +61,14 @@ class DecodeBatch:
         history, laps = self._history, self._laps_ahead
         if len(history) > laps and history[0][0] > returned:
             return False
-        return len(history) < laps or history[-laps][1] <= returned
+        # Without laps ahead, a sequence joins when its prefill has come back.
+        return not laps or len(history) < laps or history[-laps][1] <= returned
 
-    def rows_needing_pages(self) -> list[AheadSequence]:
+    def rows_needing_pages(self) -> list[Sequence]:
         """The live rows whose token of the next lap begins a page."""
         return list(self._page_due[self.lap % self._page_size])
 
-    def leave(self, sequence: AheadSequence) -> None:
+    def leave(self, sequence: Sequence) -> None:
         """The row computes nothing more; the next step of the slot removes it."""
         self._leaving.append(sequence.row)
         del self._page_due[-sequence.base % self._page_size][sequence]
@@ -134,7 +81,7 @@ class DecodeBatch:
         sequence.last_step = self.last_step
         sequence.in_batch = False
 
-    def change(self, joined: SequenceOf[AheadSequence]) -> tuple[int, ...]:
+    def change(self, joined: SequenceOf[Sequence]) -> tuple[int, ...]:
         """Remove the rows that left, append `joined`; returns the former, ascending."""
         if not self._leaving and not joined:
             return ()
@@ -152,14 +99,14 @@ class DecodeBatch:
         self.rows = Rows(sequences)
         return left
 
-    def _enter(self, sequence: AheadSequence) -> None:
+    def _enter(self, sequence: Sequence) -> None:
         sequence.in_batch = True
         sequence.base = sequence.num_computed - self.lap
         sequence.ends_at = self.lap + sequence.num_to_sample
         self._page_due[-sequence.base % self._page_size][sequence] = None
         self._ending.setdefault(sequence.ends_at, {})[sequence] = None
 
-    def advance(self, step: int, joined: SequenceOf[AheadSequence]) -> list[AheadSequence]:
+    def advance(self, step: int, joined: SequenceOf[Sequence]) -> list[Sequence]:
         """Step `step` is the next lap. Returns the rows that sample in it for the last time.
 
         Those that are to start over among them.

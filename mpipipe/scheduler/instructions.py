@@ -1,8 +1,7 @@
 """What the scheduler core tells its runner to do: one frozen dataclass per instruction.
 
-The steps themselves are `control_plane.messages.StepScheduled`. Invariant, per sequence: `Opened`
-once, then any number of `Emitted`, `TokensEmitted` and `Preempted`, then `Finished` once, then
-`Closed` once.
+The steps themselves are `control_plane.messages.StepScheduled` and `DecodeScheduled`. Invariant,
+per sequence: any number of tokens in `TokensEmitted`, then `Finished` once, then `Closed` once.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mpipipe.types import FinishReason, Request
+from mpipipe.types import FinishReason
 
 __all__ = [
     "Closed",
-    "Emitted",
     "Finished",
     "Instruction",
-    "Opened",
     "Preempted",
     "SchedulerStatistics",
     "TokensEmitted",
@@ -25,34 +22,13 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """Send `RequestOpened` to every stage, before any step that contains the sequence."""
-
-    sequence_id: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """A token of a completion, in order. `finish_reason` is set on the last one."""
-
-    sequence_id: int
-    request_id: str
-    token_id: int
-    index_in_output: int  # 0 for the first generated token
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
 class TokensEmitted:
-    """The tokens of a decode step, one for each sequence, as many `Emitted` would say.
-
-    `finish_reasons`: by index into both tuples, for those that end with this token.
-    """
+    """The tokens of a step, the next one of each sequence's completion."""
 
     sequence_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    finish_reasons: Mapping[int, FinishReason]
+    finish_reasons: Mapping[int, FinishReason]  # by index into both, of those that end with it
+    first: tuple[int, ...] = ()  # the sequences of which it is the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +36,13 @@ class Finished:
     """No more tokens will come."""
 
     sequence_id: int
-    request_id: str
     reason: FinishReason
     token_ids: tuple[int, ...] = field(default=(), compare=False)  # the whole completion
 
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """For the log and the metrics: the sequence lost its pages and will be recomputed."""
+    """For the log: the sequence lost its pages and will be recomputed."""
 
     sequence_id: int
     num_lost_tokens: int  # tokens to compute again
@@ -80,7 +55,7 @@ class Closed:
     sequence_ids: tuple[int, ...]
 
 
-Instruction = Opened | Emitted | TokensEmitted | Finished | Preempted | Closed
+Instruction = TokensEmitted | Finished | Closed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,28 +1,15 @@
 """The choices of the scheduler, each a pure function.
 
-Not here: the bookkeeping that follows from a choice (`roster`, `core`). Nothing depends on time,
+Not here: the bookkeeping that follows from a choice (`roster`, `steps`). Nothing depends on time,
 hash order or chance, so equal event sequences give equal steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-
 from mpipipe.errors import PromptError
-from mpipipe.scheduler.state import Sequence, Slot
-from mpipipe.types import FinishReason, Request
+from mpipipe.types import Request
 
-__all__ = [
-    "admission_headroom",
-    "check_request",
-    "choose_shares",
-    "choose_victim",
-    "fill_threshold",
-    "finish_reason_of",
-    "is_decoding",
-    "refill_target",
-]
+__all__ = ["admission_headroom", "check_request", "fill_threshold", "refill_target"]
 
 
 def refill_target(num_active: int, num_slots: int, max_sequences_per_slot: int) -> int:
@@ -32,44 +19,6 @@ def refill_target(num_active: int, num_slots: int, max_sequences_per_slot: int) 
     `num_active` counts running and waiting sequences.
     """
     return min(max_sequences_per_slot, -(-num_active // num_slots))
-
-
-def choose_shares(
-    sequences: SequenceOf[Sequence], max_tokens_per_step: int
-) -> list[tuple[Sequence, int]]:
-    """Tokens for each sequence of a slot that can run now, oldest first.
-
-    Sequences that decode get their one token first; prompts share the rest of the budget, the
-    oldest as much as it can use (chunked prefill). A sequence with a sample in flight gets none.
-    """
-    ready = [sequence for sequence in sequences if not sequence.num_pending]
-    prefilling = [sequence for sequence in ready if sequence.is_prefilling]
-    num_decodes = len(ready) - len(prefilling)
-    assert num_decodes <= max_tokens_per_step, "a slot has more sequences than a step has tokens"
-    if not prefilling:
-        return [(sequence, 1) for sequence in ready]
-    budget = max_tokens_per_step - num_decodes
-    shares = []
-    for sequence in ready:
-        if not sequence.is_prefilling:
-            shares.append((sequence, 1))
-            continue
-        chunk = min(budget, sequence.num_left)
-        budget -= chunk
-        if chunk:
-            shares.append((sequence, chunk))
-    return shares
-
-
-def choose_victim(slots: Iterable[Slot]) -> Sequence | None:
-    """The youngest running sequence: it has the least to lose and everybody else came before it."""
-    youngest = [slot.sequences[-1] for slot in slots if slot.sequences]
-    return max(youngest, key=lambda sequence: sequence.sequence_id, default=None)
-
-
-def is_decoding(slot: Slot) -> bool:
-    """The slot has a sequence, and none of its sequences has prompt tokens left to compute."""
-    return bool(slot.sequences) and not any(sequence.is_prefilling for sequence in slot.sequences)
 
 
 def admission_headroom(num_running: int) -> int:
@@ -92,25 +41,6 @@ def fill_threshold(num_running: int, num_waiting: int) -> int:
     bubbles grew from 7 to 11 to 18 %. At an eighth, throughput was within 3 % of the best.
     """
     return min(num_waiting, max(1, num_running // 8))
-
-
-def finish_reason_of(
-    sequence: Sequence, token_id: int, eos_token_ids: frozenset[int], max_sequence_tokens: int
-) -> FinishReason | None:
-    """Whether `token_id`, just appended to `sequence`, is its last one.
-
-    `ignore_eos` ignores the model's end-of-sequence ids, not the stop ids that the user named.
-    """
-    sampling = sequence.request.sampling
-    if token_id in sampling.stop_token_ids:
-        return FinishReason.STOP
-    if token_id in eos_token_ids and not sampling.ignore_eos:
-        return FinishReason.STOP
-    if sequence.num_output_tokens >= sampling.max_new_tokens:
-        return FinishReason.LENGTH
-    if len(sequence.tokens) >= max_sequence_tokens:
-        return FinishReason.LENGTH
-    return None
 
 
 def check_request(

@@ -1,71 +1,97 @@
-"""Who waits, who sits in which slot, who owns which pages: every change of a sequence's place.
+"""Which sequence waits, is in which slot, owns which pages: every change of a sequence's place.
 
-Not here: when a place changes (`core`) and who is chosen (`policy`). Invariants: a running sequence
-is in exactly one slot, slots and queue are ordered by arrival, a sequence outside the slots owns no
-page, and a preempted sequence is older than any that never ran.
+Not here: when a place changes (`steps`, `core`).
+
+Invariants:
+* Running sequences are older than waiting ones: the youngest is preempted first, and waits first.
+  Only one that restarts may wait although younger ones run; both lists stay in order of arrival.
+* Slots are filled evenly: a newcomer goes to the one with the fewest sequences.
+* A sequence that is released loses its pages at once, although its row may stay in its batch until
+  the slot's next decode step and steps in flight may still write into them: stages run steps in
+  order, and that next step removes the row before it computes. So no step after the release reads
+  or writes its pages. Do not release a sequence while its step is being built.
+* At most two sequences per place are open on the stages (finished ones with steps in flight count).
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
-from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 from mpipipe.control_plane.messages import ScheduledSequence
 from mpipipe.kv_cache.pages import PageAllocator
+from mpipipe.scheduler.decode_batch import DecodeBatch
 from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
-from mpipipe.scheduler.policy import choose_victim
-from mpipipe.scheduler.state import Sequence, SequenceEvent, SequenceState, Slot
+from mpipipe.scheduler.policy import admission_headroom, refill_target
+from mpipipe.scheduler.sequence import Sequence, SequenceEvent, SequenceState, next_state
 
-__all__ = ["Roster"]
+__all__ = ["Roster", "SchedulerLimits", "Slot"]
+
+_SEATS_PER_PLACE = 2  # sequences open on the stages, per place in a slot
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the pipeline has room for."""
+
+    num_slots: int  # micro-batches in the ring, at least the number of stages
+    max_sequences_per_slot: int  # rows of a decode step
+    max_tokens_per_step: int  # of a step of prompt chunks
+    num_pages: int  # of the KV cache
+    page_size: int  # tokens
+    max_context_tokens: int  # of the model or the configuration
+    laps_ahead: int  # decode steps of a slot sent before the tokens of the last are known here
+    max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A fixed place in the ring: prompts in the making, those that may join, and the batch."""
+
+    index: int
+    batch: DecodeBatch
+    prefilling: list[Sequence] = field(default_factory=list)  # oldest first
+    joining: list[Sequence] = field(default_factory=list)  # in the order of their last chunks
+    sampled_in: int = -1  # the latest step of this slot that brings tokens back
+
+    @property
+    def num_members(self) -> int:
+        """Sequences that have a place here."""
+        return len(self.prefilling) + len(self.joining) + self.batch.num_live
+
+    @property
+    def decodes(self) -> bool:
+        """Somebody here has only tokens to decode."""
+        return bool(self.joining) or self.batch.num_live > 0
 
 
 class Roster:
     """The waiting queue, the ring of slots and the pool of pages."""
 
-    def __init__(self, *, num_slots: int, num_pages: int, page_size: int) -> None:
-        self.pages = PageAllocator(num_pages, page_size)
-        self.slots = [Slot(index) for index in range(num_slots)]
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.pages = PageAllocator(limits.num_pages, limits.page_size)
+        self.slots = [
+            Slot(index, DecodeBatch(limits.page_size, limits.laps_ahead))
+            for index in range(limits.num_slots)
+        ]
         self.waiting: deque[Sequence] = deque()  # by arrival
+        self.running: dict[Sequence, None] = {}  # by arrival: those with a place
+        self.num_open = 0  # known to the stages
         self.preemptions: list[Preempted] = []  # not yet taken by the core's caller
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.max_pages_used = 0
-
-    @property
-    def num_running(self) -> int:
-        """Sequences in slots."""
-        return sum(len(slot.sequences) for slot in self.slots)
-
-    def running(self) -> Iterator[Sequence]:
-        """Sequences in slots, slot by slot."""
-        for slot in self.slots:
-            yield from slot.sequences
-
-    def room_tokens(self, sequence: Sequence) -> int:
-        """Tokens that `sequence` could compute next with its own and all free pages."""
-        num_pages = len(sequence.pages) + self.pages.num_free
-        return num_pages * self.pages.page_size - sequence.num_computed
-
-    def pages_to_first_token(self, sequence: Sequence) -> int:
-        """Pages it lacks to compute all its known tokens and one more."""
-        return self.pages.pages_for_tokens(len(sequence.tokens) + 1) - len(sequence.pages)
-
-    def pages_to_come(self) -> int:
-        """Pages that the prompts in the making have still to take."""
-        return sum(
-            self.pages_to_first_token(sequence)
-            for sequence in self.running()
-            if sequence.num_left > 1
-        )
+        self._max_sequences_per_slot = limits.max_sequences_per_slot
+        self._num_promised = 0  # pages set aside for prompts in the making
 
     def statistics(
-        self, *, num_steps_in_flight: int, num_steps: int, num_finished: int
+        self, *, num_running: int, num_steps_in_flight: int, num_steps: int, num_finished: int
     ) -> SchedulerStatistics:
         """The counts of the core, with those of this roster."""
         return SchedulerStatistics(
             num_waiting=len(self.waiting),
-            num_running=self.num_running,
+            num_running=num_running,
             num_steps_in_flight=num_steps_in_flight,
             num_free_pages=self.pages.num_free,
             num_pages=self.pages.num_pages,
@@ -76,81 +102,201 @@ class Roster:
             max_pages_used=self.max_pages_used,
         )
 
-    def admit_first(self, slot: Slot) -> Sequence:
-        """Move the first waiting sequence into `slot`."""
-        sequence = self.waiting.popleft()
-        sequence.apply(SequenceEvent.ADMIT)
-        sequence.slot = slot.index
-        bisect.insort(slot.sequences, sequence, key=_arrival)
-        return sequence
+    # ---- admission -------------------------------------------------------------------------------
 
-    def dispatch(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-        """Take the pages for the next `num_tokens` tokens and count them as computed."""
-        sequence.apply(SequenceEvent.SCHEDULE)
-        num_computed = sequence.num_computed
-        end = num_computed + num_tokens
-        new_pages: tuple[int, ...] = ()
-        num_missing = self.pages.pages_for_tokens(end) - len(sequence.pages)
-        if num_missing > 0:
-            new_pages = self.pages.allocate(num_missing)
-            sequence.pages.extend(new_pages)
-            used = self.pages.num_pages - self.pages.num_free
-            self.max_pages_used = max(self.max_pages_used, used)
-        sample = end == len(sequence.tokens)
-        sequence.num_computed = end
-        sequence.num_pending += sample
-        sequence.num_in_flight += 1
-        return ScheduledSequence(sequence.sequence_id, num_computed, num_tokens, new_pages, sample)
+    @property
+    def target(self) -> int:
+        """Sequences that each slot should have."""
+        num_active = len(self.running) + len(self.waiting)
+        return refill_target(num_active, len(self.slots), self._max_sequences_per_slot)
 
-    def make_room(self, sequence: Sequence, wanted: int) -> int:
-        """Tokens of `wanted` there are pages for, after preempting younger sequences if need be.
+    def count_admissible(self, slots: list[Slot], limit: int, returned: int) -> int:
+        """Waiting sequences that `slots` could take now, in order; stops counting at `limit`."""
+        target, num_running = self.target, len(self.running)
+        num_places = sum([max(0, target - slot.num_members) for slot in slots])
+        num_seats = _SEATS_PER_PLACE * self._max_sequences_per_slot * len(self.slots)
+        num_seats -= self.num_open
+        num_free = self.pages.num_free - self._num_promised
+        limit = min(limit, num_places)
+        count = 0
+        for sequence in self.waiting:
+            num_seats -= not sequence.is_open
+            num_free -= self._pages_to_first_token(sequence)
+            if (
+                count >= limit
+                or sequence.last_step > returned  # tokens to recompute are not all known
+                or num_seats < 0
+                or num_free < admission_headroom(num_running + count)
+            ):
+                break
+            count += 1
+        return count
 
-        0: nobody is younger, the sequence has to wait for pages.
+    def can_admit(self, num_sequences: int, returned: int) -> bool:
+        """Whether so many waiting sequences could be admitted now."""
+        num_places = len(self.slots) * self.target - len(self.running)
+        return (
+            num_places >= num_sequences
+            and self.count_admissible(self.slots, num_sequences, returned) >= num_sequences
+        )
+
+    def admit(self, returned: int) -> None:
+        """Give places to all waiting sequences for which there are places and pages."""
+        for _ in range(self.count_admissible(self.slots, len(self.waiting), returned)):
+            self._admit_first(min(self.slots, key=_fullness))
+
+    def refill(self, slot: Slot, budget: int, returned: int) -> None:
+        """As `admit`, for one slot, until its prompts have `budget` tokens to compute."""
+        budget -= sum([s.num_to_prefill - s.num_computed for s in slot.prefilling])
+        num_admissible = self.count_admissible([slot], len(self.waiting), returned)
+        while num_admissible and budget > 0:
+            num_admissible -= 1
+            budget -= len(self.waiting[0].tokens)
+            self._admit_first(slot)
+
+    def _admit_first(self, slot: Slot) -> None:
+        """Give the sequence that waits first a place in `slot`.
+
+        One is admitted only when all its known tokens and a new one fit beside what those admitted
+        before it still need for theirs, and `admission_headroom` is left.
         """
-        if len(sequence.pages) * self.pages.page_size - sequence.num_computed >= wanted:
-            return wanted  # 15 of 16 decodes end here
-        while (room := self.room_tokens(sequence)) <= 0:
-            victim = choose_victim(self.slots)
-            assert victim is not None, "the sequence itself is running"
-            if victim is sequence:
-                return 0
-            self._preempt(victim)
-        return min(wanted, room)
+        sequence = self.waiting.popleft()
+        next_state(sequence, SequenceEvent.ADMIT)
+        sequence.slot = slot.index
+        sequence.num_computed = 0
+        sequence.num_to_prefill = len(sequence.tokens)
+        sequence.num_promised = self._pages_to_first_token(sequence)
+        self._num_promised += sequence.num_promised
+        self.num_open += not sequence.is_open
+        sequence.is_open = True
+        slot.prefilling.append(sequence)
+        self._run(sequence)
 
-    def restart(self, sequence: Sequence) -> None:
-        """Let it compute all its tokens again, in its slot; nothing of it is in flight."""
-        self.num_recomputed_tokens += sequence.num_computed
-        self._forget(sequence)
+    def _run(self, sequence: Sequence) -> None:
+        """Put it into its place by arrival among those that run."""
+        youngest = next(reversed(self.running), None)
+        self.running[sequence] = None
+        if youngest is not None and _arrival(youngest) > _arrival(sequence):
+            self.running = dict.fromkeys(sorted(self.running, key=_arrival))
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take it out of its slot or out of the queue."""
-        was_running = sequence.state is SequenceState.RUNNING
-        sequence.apply(SequenceEvent.FINISH)
-        if was_running:
-            self._release(sequence)
+    def _pages_to_first_token(self, sequence: Sequence) -> int:
+        return self.pages.pages_for_tokens(len(sequence.tokens) + 1)
+
+    # ---- pages -----------------------------------------------------------------------------------
+
+    def give_chunk(self, sequence: Sequence, budget: int, step: int) -> ScheduledSequence | None:
+        """The next tokens of a prompt, at most `budget`, with their pages.
+
+        None: no page is left and nobody is younger; the sequence waits, or has even been released.
+        """
+        size = self.pages.page_size
+        wanted = min(budget, sequence.num_to_prefill - sequence.num_computed)
+        while (room := self._room_tokens(sequence)) <= 0:
+            if not self._preempt_younger(sequence):
+                return None
+        start = sequence.num_computed
+        end = start + min(wanted, room)
+        new_pages = self._take(-(-end // size) - len(sequence.pages))
+        sequence.pages.extend(new_pages)
+        fulfilled = min(sequence.num_promised, len(new_pages))
+        self._unpromise(
+            sequence, sequence.num_promised if end == sequence.num_to_prefill else fulfilled
+        )
+        sequence.num_computed = end
+        sequence.last_step = step
+        slot = self.slots[sequence.slot]
+        if sequence.is_prefilled:
+            slot.prefilling.remove(sequence)
+            slot.joining.append(sequence)
+        return ScheduledSequence(
+            sequence.sequence_id, start, end - start, new_pages, sequence.is_prefilled
+        )
+
+    def give_pages(self, needing: list[Sequence]) -> dict[Sequence, int]:
+        """One page for each, oldest first; younger sequences are preempted for want of pages.
+
+        Of those in need, the youngest may be preempted themselves: they are missing in the answer.
+        """
+        if len(needing) <= self.pages.num_free:
+            given = dict(zip(needing, self._take(len(needing)), strict=True))
         else:
-            self.waiting.remove(sequence)
+            given = {}
+            for sequence in sorted(needing, key=_arrival):
+                while sequence.slot >= 0 and not self.pages.num_free:
+                    if not self._preempt_younger(sequence):
+                        self._preempt(sequence)
+                if sequence.slot >= 0:
+                    (given[sequence],) = self._take(1)
+        for sequence, page in given.items():
+            sequence.pages.append(page)
+        return given
+
+    def _room_tokens(self, sequence: Sequence) -> int:
+        num_pages = len(sequence.pages) + self.pages.num_free
+        return num_pages * self.pages.page_size - sequence.num_computed
+
+    def _take(self, num_pages: int) -> tuple[int, ...]:
+        pages = self.pages.allocate(num_pages)
+        used = self.pages.num_pages - self.pages.num_free
+        self.max_pages_used = max(self.max_pages_used, used)
+        return pages
+
+    def _unpromise(self, sequence: Sequence, num_pages: int) -> None:
+        sequence.num_promised -= num_pages
+        self._num_promised -= num_pages
+
+    # ---- giving up a place -----------------------------------------------------------------------
+
+    def _preempt_younger(self, sequence: Sequence) -> bool:
+        """Preempt the youngest running sequence, unless that is `sequence` itself."""
+        victim = next(reversed(self.running))
+        if victim is sequence:
+            return False
+        self._preempt(victim)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take slot and pages away; to the front of the queue, to start over."""
-        sequence.apply(SequenceEvent.PREEMPT)
+        """Take place and pages away for an older one."""
+        self.restart(sequence)
         self.preemptions.append(Preempted(sequence.sequence_id, sequence.num_computed))
         self.num_preemptions += 1
+
+    def restart(self, sequence: Sequence) -> None:
+        """Take place and pages away; back into the queue, by arrival, to start over."""
+        next_state(sequence, SequenceEvent.PREEMPT)
+        self.release(sequence)
         self.num_recomputed_tokens += sequence.num_computed
-        self._release(sequence)
-        assert not self.waiting or _arrival(sequence) < _arrival(self.waiting[0])
-        self.waiting.appendleft(sequence)
+        older = takewhile(lambda other: _arrival(other) < _arrival(sequence), self.waiting)
+        self.waiting.insert(sum(1 for _ in older), sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.slots[sequence.slot].sequences.remove(sequence)
-        sequence.slot = -1
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
+        """Take it out of its slot and give its pages back."""
+        slot = self.slots[sequence.slot]
+        if sequence.in_batch:
+            slot.batch.leave(sequence)
+        elif sequence.is_prefilled:
+            slot.joining.remove(sequence)
+        else:
+            slot.prefilling.remove(sequence)
+            self._unpromise(sequence, sequence.num_promised)
         self.pages.free(sequence.pages)
         sequence.pages.clear()
-        sequence.num_computed = 0
+        sequence.slot = -1
+        del self.running[sequence]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take it out of wherever it is; nowhere, when its last sample was already dispatched."""
+        was_waiting = sequence.state in (SequenceState.WAITING, SequenceState.PREEMPTED)
+        next_state(sequence, SequenceEvent.FINISH)
+        if was_waiting:
+            self.waiting.remove(sequence)
+        elif sequence.slot >= 0:
+            self.release(sequence)
 
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.sequence_id
+
+
+def _fullness(slot: Slot) -> int:
+    return slot.num_members

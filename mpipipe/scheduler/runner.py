@@ -15,7 +15,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import (
-    DecodeScheduled,
     LogprobsSampled,
     RequestClosed,
     RequestOpened,
@@ -24,7 +23,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.errors import PromptError
 from mpipipe.scheduler.detokenize import NO_SPECIAL_TOKENS, SpecialTokens, StopWatch
-from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Opened, TokensEmitted
+from mpipipe.scheduler.instructions import Closed, Finished, TokensEmitted
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.metrics.log import Logger
+    from mpipipe.scheduler.core import SchedulerCore
     from mpipipe.scheduler.instructions import Instruction
-    from mpipipe.scheduler.interface import Scheduler
 
 __all__ = ["Runner"]
 
@@ -48,7 +47,6 @@ class _Active:
     request: Request
     submitted_s: float
     watch: StopWatch | None  # None: no stop strings, the text is made when all tokens are known
-    opened: bool = False  # its stages know it
     first_step_s: float | None = None
     first_token_s: float | None = None
     error: PromptError | None = None  # the tokenizer failed on its tokens
@@ -56,7 +54,6 @@ class _Active:
 
 
 _Ended = tuple[_Active, Finished]
-_ToStages = RequestOpened | StepScheduled | DecodeScheduled | RequestClosed
 
 
 class Runner:
@@ -64,8 +61,8 @@ class Runner:
 
     Args:
         core: the scheduler; must hold no unfinished sequence.
-        mesh: control messages; the runner receives `StepSampled` and `LogprobsSampled`.
-        stage_ranks: the ranks that run steps, the head's own included.
+        mesh: control messages; every rank is a stage. The runner receives `StepSampled` and
+            `LogprobsSampled`.
         decode: token ids to text, special tokens skipped.
         clock: monotonic seconds.
         log: told of preemptions.
@@ -75,9 +72,8 @@ class Runner:
     def __init__(
         self,
         *,
-        core: Scheduler,
+        core: SchedulerCore,
         mesh: Mesh,
-        stage_ranks: Sequence[int],
         decode: Callable[[Sequence[int]], str],
         clock: Clock,
         log: Logger,
@@ -85,7 +81,6 @@ class Runner:
     ) -> None:
         self._core = core
         self._mesh = mesh
-        self._stage_ranks = tuple(stage_ranks)
         self._decode = decode
         self._special = special
         self._clock = clock
@@ -154,18 +149,16 @@ class Runner:
     def _submit(self, request: Request) -> Completion | None:
         now_s = self._clock.now_s()
         try:
-            instructions = self._core.add(request)
+            sequence_id = self._core.add(request)
         except PromptError as error:
             return Completion.refused(
                 request.request_id, request.index, error, len(request.prompt_ids)
             )
-        for instruction in instructions:
-            assert isinstance(instruction, Opened), "adding a request only opens it"
-            stops = [stop for stop in request.sampling.stop if stop]
-            watch = StopWatch(self._decode, stops, self._special) if stops else None
-            if watch is not None:
-                self._watches[instruction.sequence_id] = watch
-            self._active[instruction.sequence_id] = _Active(request, now_s, watch)
+        stops = [stop for stop in request.sampling.stop if stop]
+        watch = StopWatch(self._decode, stops, self._special) if stops else None
+        if watch is not None:
+            self._watches[sequence_id] = watch
+        self._active[sequence_id] = _Active(request, now_s, watch)
         return None
 
     def _dispatch(self) -> None:
@@ -173,12 +166,12 @@ class Runner:
             return
         started_s = self._clock.now_s()
         while (step := self._core.next_step()) is not None:
-            if isinstance(step, StepScheduled):
-                for scheduled in step.sequences:
-                    if not scheduled.num_computed:
-                        self._open(scheduled.sequence_id)
+            chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
+            for chunk in chunks:
+                if not chunk.num_computed:
+                    self._open(chunk.sequence_id)
             self._in_flight[step.step] = self._core.logprob_rows(step.step)
-            self._to_stages(step)
+            self._mesh.broadcast_message(step)
         self._turns_s.append(self._busy_s + self._clock.now_s() - started_s)
         self._busy_s = 0.0
         for preempted in self._core.take_preemptions():
@@ -189,23 +182,17 @@ class Runner:
             )
 
     def _open(self, sequence_id: int) -> None:
-        """Tell the stages of a sequence that starts, or starts over."""
-        active = self._active[sequence_id]
-        request = active.request
-        token_ids: tuple[int, ...] | None = request.prompt_ids
-        if active.opened:
-            token_ids = self._core.reopened_tokens(sequence_id)
-        else:
-            # Sent with the first step, not on submission: a long prompt file stays on the head.
-            active.opened = True
-            active.first_step_s = self._clock.now_s()
-        if token_ids is not None:
-            rotary_len = self._core.rotary_len(sequence_id)
-            self._to_stages(RequestOpened(sequence_id, token_ids, request.sampling, rotary_len))
+        """Tell the stages of a sequence that starts, or starts over.
 
-    def _to_stages(self, message: _ToStages) -> None:
-        for rank in self._stage_ranks:
-            self._mesh.send(rank, message)
+        With its first step, not on submission: a long prompt file stays on the head.
+        """
+        active = self._active[sequence_id]
+        if active.first_step_s is None:
+            active.first_step_s = self._clock.now_s()
+        token_ids = self._core.known_tokens(sequence_id)
+        rotary_len = self._core.rotary_len(sequence_id)
+        sampling = active.request.sampling
+        self._mesh.broadcast_message(RequestOpened(sequence_id, token_ids, sampling, rotary_len))
 
     # ---- back from the stages --------------------------------------------------------------------
 
@@ -240,28 +227,19 @@ class Runner:
         for instruction in instructions:
             match instruction:
                 case TokensEmitted():
-                    self._num_output_tokens += len(instruction.token_ids)
-                    if self._watches:
-                        self._watch_step(instruction, ended)
-                case Emitted():
-                    self._take_token(instruction, ended)
+                    self._take_tokens(instruction, ended)
                 case Finished() if instruction.sequence_id in self._active:
                     ended.append((self._active.pop(instruction.sequence_id), instruction))
                     self._watches.pop(instruction.sequence_id, None)
                 case Closed():
-                    self._to_stages(RequestClosed(instruction.sequence_ids))
+                    self._mesh.broadcast_message(RequestClosed(instruction.sequence_ids))
 
-    def _take_token(self, emitted: Emitted, ended: list[_Ended]) -> None:
-        active = self._active.get(emitted.sequence_id)
-        if active is None:
-            return  # abandoned
-        if active.first_token_s is None:
-            active.first_token_s = self._clock.now_s()
-        self._num_output_tokens += 1
-        if active.watch is not None:
-            self._watch(emitted.sequence_id, emitted.token_id, emitted.finish_reason, ended)
-
-    def _watch_step(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
+    def _take_tokens(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
+        self._num_output_tokens += len(emitted.token_ids)
+        for sequence_id in emitted.first:
+            self._active[sequence_id].first_token_s = self._clock.now_s()
+        if not self._watches:
+            return
         for row, sequence_id in enumerate(emitted.sequence_ids):
             if sequence_id in self._watches:
                 reason = emitted.finish_reasons.get(row)

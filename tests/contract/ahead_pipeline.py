@@ -2,7 +2,7 @@
 
 Three ways to run decode steps: `ragged` (from lengths that the host knows), `tensors` (the programs
 as they are), and `replayed` (the programs recorded once and replayed on the same addresses, as a
-CUDA graph would be). The oracle is the plain path: `SchedulerCore` and `StageExecutor`.
+CUDA graph would be). The oracle is the plain path: `AwaitingCore` and `StageExecutor`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.progress import ProgressEngine
-from mpipipe.scheduler.ahead import AheadCore, AheadLimits
-from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
 from mpipipe.stage.ahead.assembly import open_engine
 from mpipipe.stage.ahead.engine import AheadEngine
@@ -45,6 +44,7 @@ from mpipipe.stage.sequences import SequenceTable
 from mpipipe.types import FinishReason, Request, SamplingParams, TokenLogprobs
 from tests.contract.replaying_lane import ReplayingLane
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
+from tests.oracles.awaiting_core import AwaitingCore
 
 MAX_TOKENS = 48  # of a sequence
 EOS = 2
@@ -212,14 +212,15 @@ class InProcessAhead:
     def generate(self, requests: Sequence[Request], *, seed: int = 0) -> list[Outcome]:
         """Complete all requests. `seed` decides how late the head hears of each step."""
         rng, plan = Random(seed), self.plan
-        core = AheadCore(
-            AheadLimits(
+        core = SchedulerCore(
+            SchedulerLimits(
                 plan.num_slots,
                 plan.max_sequences_per_slot,
                 plan.max_tokens_per_step,
                 plan.num_kv_pages,
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
+                plan.laps_ahead,
             ),
             eos_token_ids=(EOS,),
             prefill="mixed" if plan.prefill == "mixed" else "phases",
@@ -245,12 +246,11 @@ class InProcessAhead:
 
     # ---- towards the stages ----------------------------------------------------------------------
 
-    def _send(self, core: AheadCore, step: Step, requests: Sequence[Request]) -> None:
+    def _send(self, core: SchedulerCore, step: Step, requests: Sequence[Request]) -> None:
         if isinstance(step, StepScheduled):
             for scheduled in step.sequences:
                 if not scheduled.num_computed:
-                    known = core.reopened_tokens(scheduled.sequence_id)
-                    assert known is not None
+                    known = core.known_tokens(scheduled.sequence_id)
                     sampling = requests[scheduled.sequence_id].sampling
                     rotary_len = core.rotary_len(scheduled.sequence_id)
                     message = RequestOpened(scheduled.sequence_id, known, sampling, rotary_len)
@@ -286,7 +286,7 @@ class InProcessAhead:
 
     def _hear(
         self,
-        core: AheadCore,
+        core: SchedulerCore,
         outcomes: dict[int, Outcome],
         logprobs: dict[int, list[TokenLogprobs | None]],
     ) -> None:
@@ -349,7 +349,7 @@ def plain_outcomes(
     executor = StageExecutor(
         stage, cache_of(stage), page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock()
     )
-    core = SchedulerCore(
+    core = AwaitingCore(
         num_slots=1,
         max_sequences_per_slot=4,
         max_tokens_per_step=16,
@@ -393,13 +393,11 @@ def plain_outcomes(
 
 
 def _reopen(
-    core: SchedulerCore, table: SequenceTable, requests: Sequence[Request], number: int
+    core: AwaitingCore, table: SequenceTable, requests: Sequence[Request], number: int
 ) -> None:
     """As the runner tells of a sequence that starts over."""
-    known = core.reopened_tokens(number)
-    if known is not None:
-        rotary_len = core.rotary_len(number)
-        table.open(RequestOpened(number, known, requests[number].sampling, rotary_len))
+    known, rotary_len = core.known_tokens(number), core.rotary_len(number)
+    table.open(RequestOpened(number, known, requests[number].sampling, rotary_len))
 
 
 def make_requests(

@@ -25,7 +25,7 @@ from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime.session import Session
-from mpipipe.scheduler.ahead import AheadCore, AheadLimits
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.stage.ahead.timeline import LaneTimeline
 from mpipipe.stage.ahead.worker import AheadWorker
@@ -175,21 +175,21 @@ class VirtualRanks:
         self, tasks: asyncio.TaskGroup, requests: Sequence[Request]
     ) -> list[Completion]:
         plan = self.plan
-        core = AheadCore(
-            AheadLimits(
+        core = SchedulerCore(
+            SchedulerLimits(
                 plan.num_slots,
                 plan.max_sequences_per_slot,
                 plan.max_tokens_per_step,
                 plan.num_kv_pages,
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
+                plan.laps_ahead,
             ),
             eos_token_ids=(EOS,),
         )
         runner = Runner(
             core=core,
             mesh=self.ranks[0].mesh,
-            stage_ranks=range(plan.num_stages),
             decode=text_of,
             clock=MonotonicClock(),
             log=NullLog(),

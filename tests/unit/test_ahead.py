@@ -9,9 +9,8 @@ import pytest
 
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.errors import PromptError
-from mpipipe.scheduler.ahead import AheadCore
-from mpipipe.scheduler.ahead_steps import AheadLimits
-from mpipipe.scheduler.instructions import Closed, Emitted, Finished, Instruction, TokensEmitted
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.instructions import Closed, Finished, Instruction, TokensEmitted
 from mpipipe.scheduler.policy import fill_threshold
 from mpipipe.types import FinishReason, Request, SamplingParams
 
@@ -27,26 +26,26 @@ def make_core(
     num_pages: int = 1000,
     page_size: int = 4,
     mixed: bool = False,
-) -> AheadCore:
-    limits = AheadLimits(num_slots, max_sequences, max_tokens, num_pages, page_size, 2000)
-    return AheadCore(limits, eos_token_ids=(EOS,), prefill="mixed" if mixed else "phases")
+) -> SchedulerCore:
+    limits = SchedulerLimits(num_slots, max_sequences, max_tokens, num_pages, page_size, 2000, 1)
+    return SchedulerCore(limits, eos_token_ids=(EOS,), prefill="mixed" if mixed else "phases")
 
 
-def add(core: AheadCore, *lengths: int, max_new_tokens: int = 50) -> None:
+def add(core: SchedulerCore, *lengths: int, max_new_tokens: int = 50) -> None:
     for length in lengths:
         index = core._num_sequences
         sampling = SamplingParams(max_new_tokens=max_new_tokens)
         core.add(Request(f"r{index}", index, tuple(range(length)), sampling))
 
 
-def steps(core: AheadCore) -> list[Step]:
+def steps(core: SchedulerCore) -> list[Step]:
     result: list[Step] = []
     while (step := core.next_step()) is not None:
         result.append(step)
     return result
 
 
-def give_back(core: AheadCore, step: Step, token_id: int = 7) -> list[Instruction]:
+def give_back(core: SchedulerCore, step: Step, token_id: int = 7) -> list[Instruction]:
     return core.sampled(step.step, (token_id,) * step.num_sampled)
 
 
@@ -67,7 +66,7 @@ def test_decode_steps_are_sent_before_their_tokens_are_known() -> None:
     assert third == DecodeScheduled(2, 0, 1, (), (0,), (), (), False)
     assert fourth == DecodeScheduled(3, 1, 1, (), (1,), (), (), False)
     assert core.next_step() is None
-    assert give_back(core, first) == [Emitted(0, "r0", 7, 0, None)]
+    assert give_back(core, first) == [TokensEmitted((0,), (7,), {}, first=(0,))]
     assert core.next_step() == DecodeScheduled(4, 0, 1, (), (), (), (), False)
 
 
@@ -123,7 +122,7 @@ def test_a_length_limit_is_never_overrun() -> None:
     assert core.next_step() is None
     assert give_back(core, decode, 8) == [
         TokensEmitted((0,), (8,), {0: FinishReason.LENGTH}),
-        Finished(0, "r0", FinishReason.LENGTH),
+        Finished(0, FinishReason.LENGTH),
         Closed((0,)),
     ]
     assert core.is_idle
@@ -134,8 +133,8 @@ def test_a_completion_of_one_token_never_joins_a_batch() -> None:
     add(core, 5, max_new_tokens=1)
     (prefill,) = steps(core)
     assert give_back(core, prefill) == [
-        Emitted(0, "r0", 7, 0, FinishReason.LENGTH),
-        Finished(0, "r0", FinishReason.LENGTH),
+        TokensEmitted((0,), (7,), {0: FinishReason.LENGTH}, first=(0,)),
+        Finished(0, FinishReason.LENGTH),
         Closed((0,)),
     ]
 
@@ -148,7 +147,7 @@ def test_surplus_tokens_after_a_stop_are_dropped_and_the_row_leaves_next() -> No
     (second,) = steps(core)
     assert core.sampled(first.step, (EOS, 8)) == [
         TokensEmitted((0, 1), (EOS, 8), {0: FinishReason.STOP}),
-        Finished(0, "r0", FinishReason.STOP),
+        Finished(0, FinishReason.STOP),
     ]
     (third,) = decodes(steps(core))
     assert (third.left, third.num_rows) == ((0,), 1)
@@ -170,10 +169,10 @@ def test_a_cancelled_sequence_is_closed_when_no_step_has_it() -> None:
     core = make_core()
     add(core, 5, 5)
     flight = steps(core)
-    assert core.stop(0, FinishReason.ERROR) == [Finished(0, "r0", FinishReason.ERROR)]
+    assert core.stop(0, FinishReason.ERROR) == [Finished(0, FinishReason.ERROR)]
     assert core.stop(0, FinishReason.ERROR) == []
     assert give_back(core, flight[0]) == []
-    assert give_back(core, flight[1]) == [Emitted(1, "r1", 7, 0, None)]
+    assert give_back(core, flight[1]) == [TokensEmitted((1,), (7,), {}, first=(1,))]
     assert give_back(core, flight[2]) == [Closed((0,))]
 
 
@@ -290,8 +289,8 @@ def test_few_pages_cost_little_recomputation(mixed: bool) -> None:
 
 
 def test_a_request_that_may_outgrow_the_stages_tables_is_refused_and_the_others_run() -> None:
-    limits = AheadLimits(1, 4, 64, 100, 4, 2000, max_sequence_tokens=20)
-    core = AheadCore(limits)
+    limits = SchedulerLimits(1, 4, 64, 100, 4, 2000, 1, max_sequence_tokens=20)
+    core = SchedulerCore(limits)
     add(core, 10, max_new_tokens=10)
     with pytest.raises(PromptError, match=r"may grow to 21 tokens.* at most 20: lower") as caught:
         add(core, 10, max_new_tokens=11)
@@ -305,7 +304,7 @@ def test_a_request_that_may_outgrow_the_stages_tables_is_refused_and_the_others_
 
 
 def test_requests_are_cut_at_the_context_when_the_stages_hold_all_of_it() -> None:
-    core = AheadCore(AheadLimits(1, 4, 64, 100, 4, 20, max_sequence_tokens=20))
+    core = SchedulerCore(SchedulerLimits(1, 4, 64, 100, 4, 20, 1, max_sequence_tokens=20))
     add(core, 10, max_new_tokens=500)
     while not core.is_idle:
         for step in steps(core):

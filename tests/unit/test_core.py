@@ -1,29 +1,98 @@
+"""The scheduler without laps ahead, step by step: every token is awaited, prompts fill steps up."""
+
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 
-from mpipipe.control_plane.messages import StepScheduled
+from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
 from mpipipe.errors import PromptError
-from mpipipe.scheduler.core import (
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.instructions import (
     Closed,
-    Emitted,
     Finished,
     Instruction,
-    Opened,
     Preempted,
-    SchedulerCore,
+    TokensEmitted,
 )
-from mpipipe.scheduler.policy import admission_headroom, choose_shares, refill_target
-from mpipipe.scheduler.state import (
+from mpipipe.scheduler.policy import admission_headroom, refill_target
+from mpipipe.scheduler.sequence import (
     TRANSITIONS,
     IllegalTransitionError,
     Sequence,
     SequenceEvent,
     SequenceState,
+    next_state,
 )
 from mpipipe.types import FinishReason, Request, SamplingParams
 
 EOS = 99
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step as a stage sees it: the share of each of its sequences, decodes first."""
+
+    message: StepScheduled | DecodeScheduled
+    sequences: tuple[ScheduledSequence, ...]
+
+    @property
+    def step(self) -> int:
+        return self.message.step
+
+    @property
+    def slot(self) -> int:
+        return self.message.slot
+
+    @property
+    def num_tokens(self) -> int:
+        return self.message.num_tokens
+
+    @property
+    def steady(self) -> bool:
+        return self.message.steady
+
+
+class FollowedCore(SchedulerCore):
+    """A core, and what a stage knows from its messages."""
+
+    def follow(self) -> list[Sent]:
+        """All steps that can be sent now."""
+        sent = []
+        while (step := self.next_step()) is not None:
+            sent.append(self._read(step))
+        return sent
+
+    def _read(self, step: StepScheduled | DecodeScheduled) -> Sent:
+        computed = self.__dict__.setdefault("computed", {})
+        if isinstance(step, StepScheduled):
+            decodes, chunks = [], step.sequences
+        else:
+            decodes, chunks = self._read_decodes(step, computed), step.chunks
+        for chunk in chunks:
+            computed[chunk.sequence_id] = chunk.num_computed + chunk.num_tokens
+        sent = Sent(step, (*decodes, *chunks))
+        assert sum(s.num_tokens for s in sent.sequences) == step.num_tokens
+        assert sum(s.sample for s in sent.sequences) == step.num_sampled
+        return sent
+
+    def _read_decodes(
+        self, step: DecodeScheduled, computed: dict[int, int]
+    ) -> list[ScheduledSequence]:
+        rows: list[int] = self.__dict__.setdefault("batches", {}).setdefault(step.slot, [])
+        for row in reversed(step.left):
+            del rows[row]
+        rows.extend(step.joined)
+        pages = dict(zip(step.page_rows, step.new_pages, strict=True))
+        decodes = []
+        for row, sequence_id in enumerate(rows):
+            new_pages = (pages[row],) if row in pages else ()
+            decodes.append(
+                ScheduledSequence(sequence_id, computed[sequence_id], 1, new_pages, True)
+            )
+            computed[sequence_id] += 1
+        return decodes
 
 
 def make_core(
@@ -34,16 +103,11 @@ def make_core(
     num_pages: int = 1000,
     page_size: int = 4,
     max_context: int = 1000,
-) -> SchedulerCore:
-    return SchedulerCore(
-        num_slots=num_slots,
-        max_sequences_per_slot=max_sequences,
-        max_tokens_per_step=max_tokens,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_context_tokens=max_context,
-        eos_token_ids=(EOS,),
+) -> FollowedCore:
+    limits = SchedulerLimits(
+        num_slots, max_sequences, max_tokens, num_pages, page_size, max_context, laps_ahead=0
     )
+    return FollowedCore(limits, eos_token_ids=(EOS,), prefill="mixed")
 
 
 def add(core: SchedulerCore, *lengths: int, sampling: SamplingParams | None = None) -> None:
@@ -55,18 +119,15 @@ def add(core: SchedulerCore, *lengths: int, sampling: SamplingParams | None = No
         core.add(request)
 
 
-def steps(core: SchedulerCore) -> list[StepScheduled]:
-    result = []
-    while (step := core.next_step()) is not None:
-        result.append(step)
-    return result
+def steps(core: FollowedCore) -> list[Sent]:
+    return core.follow()
 
 
-def give_back(core: SchedulerCore, step: StepScheduled, token_id: int = 7) -> list[Instruction]:
-    return core.sampled(step.step, (token_id,) * step.num_sampled)
+def give_back(core: SchedulerCore, sent: Sent, token_id: int = 7) -> list[Instruction]:
+    return core.sampled(sent.step, (token_id,) * sent.message.num_sampled)
 
 
-def shape(step: StepScheduled) -> list[tuple[int, int, int, bool]]:
+def shape(step: Sent) -> list[tuple[int, int, int, bool]]:
     return [(s.sequence_id, s.num_computed, s.num_tokens, s.sample) for s in step.sequences]
 
 
@@ -78,13 +139,14 @@ def shape(step: StepScheduled) -> list[tuple[int, int, int, bool]]:
 def test_a_transition_is_in_the_table_or_raises_naming_state_and_event(
     state: SequenceState, event: SequenceEvent
 ) -> None:
-    sequence = Sequence(5, Request("r", 0, (1,), SamplingParams()), [1], state=state)
+    request = Request("r", 0, (1,), SamplingParams())
+    sequence = Sequence(5, request, [1], 9, frozenset(), False, state=state)
     if (state, event) in TRANSITIONS:
-        sequence.apply(event)
+        next_state(sequence, event)
         assert sequence.state is TRANSITIONS[state, event]
     else:
         with pytest.raises(IllegalTransitionError) as error:
-            sequence.apply(event)
+            next_state(sequence, event)
         assert state.name in str(error.value)
         assert event.name in str(error.value)
         assert sequence.state is state
@@ -109,17 +171,6 @@ def test_refill_target_spreads_the_active_over_the_slots(
     assert refill_target(active, slots, bound) == target
 
 
-def test_decodes_come_before_older_prompts_in_the_budget() -> None:
-    request = Request("r", 0, tuple(range(10)), SamplingParams())
-    old_prompt = Sequence(0, request, list(range(10)))
-    decode = Sequence(1, request, list(range(10)), num_computed=9)
-    pending = Sequence(2, request, list(range(10)), num_computed=10, num_pending=1)
-    young_prompt = Sequence(3, request, list(range(10)))
-    shares = choose_shares([old_prompt, decode, pending, young_prompt], 12)
-    assert shares == [(old_prompt, 10), (decode, 1), (young_prompt, 1)]
-    assert choose_shares([old_prompt, decode, young_prompt], 4) == [(old_prompt, 3), (decode, 1)]
-
-
 def test_the_first_sequence_needs_no_headroom() -> None:
     assert [admission_headroom(n) for n in (0, 1, 4, 5)] == [0, 1, 2, 3]
 
@@ -127,11 +178,11 @@ def test_the_first_sequence_needs_no_headroom() -> None:
 # ---- adding --------------------------------------------------------------------------------------
 
 
-def test_add_opens_with_ids_in_order_of_arrival() -> None:
+def test_sequences_are_numbered_in_order_of_arrival() -> None:
     core = make_core()
     request = Request("a", 0, (1, 2), SamplingParams())
-    assert core.add(request) == [Opened(0, request)]
-    assert core.add(request) == [Opened(1, request)]
+    assert core.add(request) == 0
+    assert core.add(request) == 1
 
 
 def test_a_prompt_that_leaves_no_room_for_a_token_is_refused_with_numbers() -> None:
@@ -247,6 +298,20 @@ def test_decodes_come_first_then_chunks_and_the_budget_holds() -> None:
     ]
 
 
+def test_decodes_come_before_older_prompts_in_the_budget() -> None:
+    core = make_core(num_slots=1, max_tokens=12)
+    add(core, 2)
+    (step,) = steps(core)
+    add(core, 30, 30)
+    give_back(core, step)
+    found = []
+    for _ in range(3):
+        (step,) = steps(core)
+        found.append([(s.sequence_id, s.num_tokens) for s in step.sequences])
+        give_back(core, step)
+    assert found == [[(0, 1), (1, 11)], [(0, 1), (1, 11)], [(0, 1), (1, 8), (2, 3)]]
+
+
 def test_a_share_of_one_prompt_token_stands_among_the_decodes() -> None:
     core = make_core(num_slots=1)
     add(core, 5, 1, 4)
@@ -261,11 +326,11 @@ def test_the_last_token_carries_the_reason_and_the_sequence_is_closed() -> None:
     core = make_core()
     add(core, 3, sampling=SamplingParams(max_new_tokens=2))
     (step,) = steps(core)
-    assert give_back(core, step, 7) == [Emitted(0, "r0", 7, 0, None)]
+    assert give_back(core, step, 7) == [TokensEmitted((0,), (7,), {}, first=(0,))]
     (step,) = steps(core)
     assert give_back(core, step, 8) == [
-        Emitted(0, "r0", 8, 1, FinishReason.LENGTH),
-        Finished(0, "r0", FinishReason.LENGTH),
+        TokensEmitted((0,), (8,), {0: FinishReason.LENGTH}),
+        Finished(0, FinishReason.LENGTH),
         Closed((0,)),
     ]
     assert core.is_idle
@@ -291,8 +356,8 @@ def test_what_ends_a_sequence(
     add(core, 3, sampling=sampling)
     (step,) = steps(core)
     emitted = give_back(core, step, token_id)[0]
-    assert isinstance(emitted, Emitted)
-    assert emitted.finish_reason is reason
+    assert isinstance(emitted, TokensEmitted)
+    assert emitted.finish_reasons.get(0) is reason
 
 
 @pytest.mark.parametrize(("context", "num_pages"), [(6, 1000), (1000, 2)])
@@ -307,8 +372,8 @@ def test_a_sequence_ends_with_length_at_the_context_or_when_it_fills_all_pages(
     while not core.is_idle:
         (step,) = steps(core)
         emitted = give_back(core, step)[0]
-        assert isinstance(emitted, Emitted)
-        reasons.append(emitted.finish_reason)
+        assert isinstance(emitted, TokensEmitted)
+        reasons.append(emitted.finish_reasons.get(0))
     assert reasons == [None] * (limit - 4) + [FinishReason.LENGTH]
 
 
@@ -318,7 +383,7 @@ def test_stop_while_idle_closes_at_once_and_again_does_nothing() -> None:
     flight = steps(core)
     give_back(core, flight[0])
     assert core.stop(0, FinishReason.STOP) == [
-        Finished(0, "r0", FinishReason.STOP),
+        Finished(0, FinishReason.STOP),
         Closed((0,)),
     ]
     assert core.stop(0, FinishReason.STOP) == []
@@ -329,8 +394,8 @@ def test_a_sequence_stopped_in_flight_drops_its_token_and_is_closed_when_the_ste
     core = make_core()
     add(core, 3, 3, 3)
     flight = steps(core)
-    assert core.stop(1, FinishReason.ERROR) == [Finished(1, "r1", FinishReason.ERROR)]
-    assert give_back(core, flight[0]) == [Emitted(0, "r0", 7, 0, None), Closed((1,))]
+    assert core.stop(1, FinishReason.ERROR) == [Finished(1, FinishReason.ERROR)]
+    assert give_back(core, flight[0]) == [TokensEmitted((0,), (7,), {}, first=(0,)), Closed((1,))]
 
 
 def test_a_waiting_sequence_can_be_stopped() -> None:
@@ -338,7 +403,7 @@ def test_a_waiting_sequence_can_be_stopped() -> None:
     add(core, 3, 3)
     (step,) = steps(core)
     assert core.stop(1, FinishReason.ERROR) == [
-        Finished(1, "r1", FinishReason.ERROR),
+        Finished(1, FinishReason.ERROR),
         Closed((1,)),
     ]
     give_back(core, step)
@@ -349,7 +414,7 @@ def test_a_step_that_is_not_in_flight_or_has_the_wrong_number_of_ids_asserts() -
     core = make_core()
     add(core, 3)
     (step,) = steps(core)
-    with pytest.raises(AssertionError, match="step 9 is not in flight"):
+    with pytest.raises(AssertionError, match="step 9 came back before 0"):
         core.sampled(9, ())
     with pytest.raises(AssertionError, match="step 0: 2 ids, 1"):
         core.sampled(step.step, (1, 2))
@@ -383,16 +448,16 @@ def test_the_youngest_is_preempted_for_the_oldest_and_starts_over_later() -> Non
     for _ in range(2):  # 0 reaches 9 known tokens and takes the last page
         give_back(core, step)
         (step,) = steps(core)
-    for _ in range(2):  # 1 reaches 9 known tokens as well: the youngest, so it waits
+    assert core.take_preemptions() == []
+    for _ in range(2):  # 1 reaches 9 known tokens as well: there is no page, it is the youngest
         give_back(core, step)
         (step,) = steps(core)
     assert shape(step) == [(0, 10, 1, True)]
-    for _ in range(2):
-        give_back(core, step)
-        assert core.take_preemptions() == []
-        (step,) = steps(core)
-    assert core.take_preemptions() == [Preempted(1, num_lost_tokens=8)]  # 0 needs a fourth page
+    assert core.take_preemptions() == [Preempted(1, num_lost_tokens=8)]
     assert core.take_preemptions() == []
+    for _ in range(2):  # 0 takes a fourth page, of those that 1 had
+        give_back(core, step)
+        (step,) = steps(core)
     assert step.sequences[0].new_pages == (2,)
     assert core.statistics().num_preemptions == 1
     give_back(core, step, EOS)
@@ -414,11 +479,10 @@ def test_a_token_in_flight_of_a_preempted_sequence_counts() -> None:
     (first,) = steps(core)  # needs a third page: sequence 1 loses its own while in flight
     assert core.take_preemptions() == [Preempted(1, num_lost_tokens=8)]
     assert core.next_step() is None
-    assert give_back(core, second, 42) == [Emitted(1, "r1", 42, 4, None)]
+    assert give_back(core, second, 42) == [TokensEmitted((1,), (42,), {})]
     give_back(core, first, EOS)
     (step,) = steps(core)
     assert shape(step) == [(1, 0, 9, True)]
-    assert step.slot == 1
 
 
 def test_a_preempted_sequence_can_finish_with_the_token_in_flight() -> None:
@@ -434,7 +498,7 @@ def test_a_preempted_sequence_can_finish_with_the_token_in_flight() -> None:
     (first,) = steps(core)
     assert core.statistics().num_waiting == 1
     assert give_back(core, second, EOS)[-2:] == [
-        Finished(1, "r1", FinishReason.STOP),
+        Finished(1, FinishReason.STOP),
         Closed((1,)),
     ]
     assert core.statistics().num_waiting == 0
@@ -450,7 +514,7 @@ def test_nobody_is_admitted_into_pages_that_a_prompt_in_the_making_needs() -> No
 
 
 def test_a_preempted_sequence_is_not_run_before_its_token_in_flight_is_back() -> None:
-    core = make_core(num_slots=3, num_pages=5)
+    core = make_core(num_slots=2, num_pages=4)
     add(core, 4, 4)
     first, second = steps(core)
     for _ in range(4):
@@ -458,12 +522,11 @@ def test_a_preempted_sequence_is_not_run_before_its_token_in_flight_is_back() ->
         (first,) = steps(core)
         give_back(core, second)
         (second,) = steps(core)
-    for _ in range(5):  # sequence 0 alone goes on, and takes the last page and then those of 1
-        give_back(core, first)
-        (first,) = steps(core)
+    give_back(core, first)
+    (first,) = steps(core)  # takes a page of sequence 1, whose step is in flight
     assert [p.sequence_id for p in core.take_preemptions()] == [1]
     core.stop(0, FinishReason.ERROR)
-    assert core.statistics().num_free_pages == 5
+    assert core.statistics().num_free_pages == 4
     assert core.next_step() is None
     give_back(core, second)
     assert [shape(step) for step in steps(core)] == [[(1, 0, 9, True)]]
@@ -473,7 +536,7 @@ def test_a_stopped_prompt_is_closed_when_the_last_of_its_chunks_is_back() -> Non
     core = make_core(max_tokens=8)
     add(core, 30)
     first, second = steps(core)
-    assert core.stop(0, FinishReason.ERROR) == [Finished(0, "r0", FinishReason.ERROR)]
+    assert core.stop(0, FinishReason.ERROR) == [Finished(0, FinishReason.ERROR)]
     assert core.sampled(first.step, ()) == []
     assert core.sampled(second.step, ()) == [Closed((0,))]
 

@@ -1,9 +1,11 @@
-"""Random arrivals, pages, ends and delays against a simulated pipeline with real page contents."""
+"""The scheduler against a simulated pipeline: messages run in order, late, with real pages.
+
+The oracle is each request alone, and `AwaitingCore` on the same requests.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -11,304 +13,403 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from mpipipe.control_plane.messages import StepScheduled
-from mpipipe.scheduler.core import (
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    RequestClosed,
+    RequestOpened,
+    ScheduledSequence,
+    StepScheduled,
+)
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.instructions import (
     Closed,
-    Emitted,
     Finished,
     Instruction,
-    Opened,
-    SchedulerCore,
     SchedulerStatistics,
+    TokensEmitted,
 )
 from mpipipe.types import FinishReason, Request, SamplingParams
+from tests.unit.test_awaiting_core import EOS, Case, Simulation, alone, cases, next_token
 
-VOCAB = 24
-EOS = 0
-
-
-def next_token(prefix: list[int], seed: int) -> int:
-    """The fake model: any change of any earlier token changes what follows."""
-    return zlib.crc32(bytes(prefix), seed) % VOCAB
+Step = StepScheduled | DecodeScheduled
+PREFILL = ("phases", "mixed")
 
 
 @dataclass(frozen=True)
-class Case:
-    num_slots: int
-    max_sequences_per_slot: int
-    max_tokens_per_step: int
-    num_pages: int
-    page_size: int
-    max_context_tokens: int
-    requests: tuple[Request, ...]
-    seed: int  # of arrivals and delays
-    cancel: tuple[int, ...] = ()  # requests that are cancelled at a random moment
-    restart_tokens: int = 0  # known tokens with which a sequence starts over
-
-    def rotary_len(self, request: Request, num_tokens: int) -> int:
-        """What every page of a sequence of so many known tokens must have been written with."""
-        num_prompt_tokens = len(request.prompt_ids)
-        if num_prompt_tokens < self.restart_tokens <= num_tokens:
-            return self.restart_tokens
-        return num_prompt_tokens
+class AheadCase:
+    case: Case
+    laps_ahead: int
+    mixed: bool
+    stop_at: dict[int, int] = field(default_factory=dict)  # request → token of its "stop string"
 
     def core(self) -> SchedulerCore:
-        return SchedulerCore(
-            num_slots=self.num_slots,
-            max_sequences_per_slot=self.max_sequences_per_slot,
-            max_tokens_per_step=self.max_tokens_per_step,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            max_context_tokens=self.max_context_tokens,
-            eos_token_ids=(EOS,),
-            restart_tokens=self.restart_tokens,
+        case = self.case
+        limits = SchedulerLimits(
+            num_slots=case.num_slots,
+            max_sequences_per_slot=case.max_sequences_per_slot,
+            max_tokens_per_step=case.max_tokens_per_step,
+            num_pages=case.num_pages,
+            page_size=case.page_size,
+            max_context_tokens=case.max_context_tokens,
+            laps_ahead=self.laps_ahead,
         )
+        return SchedulerCore(
+            limits,
+            eos_token_ids=(EOS,),
+            prefill="mixed" if self.mixed else "phases",
+            restart_tokens=case.restart_tokens,
+        )
+
+    def expected(self, request: Request) -> tuple[list[int], FinishReason]:
+        tokens, reason = alone(self.case, request)
+        stop = self.stop_at.get(request.index)
+        if stop in tokens:
+            # A token that ends the sequence anyway comes before its text is looked at.
+            tokens = tokens[: tokens.index(stop) + 1]
+            reason = reason if len(tokens) == len(alone(self.case, request)[0]) else STOP
+        return tokens, reason
+
+
+STOP = FinishReason.STOP
+
+
+def step_chunks(step: Step) -> tuple[ScheduledSequence, ...]:
+    """The prompts in a step."""
+    return step.sequences if isinstance(step, StepScheduled) else step.chunks
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    page_size = draw(st.integers(1, 5))
-    num_pages = draw(st.integers(4, 24))
-    limit = min(page_size * num_pages, draw(st.integers(6, 60)))
-    max_sequences = draw(st.integers(1, 6))
-    requests = []
-    for index in range(draw(st.integers(1, 14))):
-        prompt = draw(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=min(20, limit - 1)))
-        sampling = SamplingParams(
-            max_new_tokens=draw(st.integers(1, 30)),
-            seed=index,
-            ignore_eos=draw(st.booleans()),
-            stop_token_ids=draw(st.sampled_from([(), (1,), (2, 3)])),
-        )
-        requests.append(Request(f"r{index}", index, tuple(prompt), sampling))
-    return Case(
-        num_slots=draw(st.integers(1, 4)),
-        max_sequences_per_slot=max_sequences,
-        max_tokens_per_step=draw(st.integers(max_sequences, 24)),
-        num_pages=num_pages,
-        page_size=page_size,
-        max_context_tokens=limit,
-        requests=tuple(requests),
-        seed=draw(st.integers(0, 2**16)),
-        restart_tokens=draw(st.sampled_from([0, 0, *range(2, 40, 3)])),
+def ahead_cases(draw: st.DrawFn) -> AheadCase:
+    case = draw(cases())
+    return AheadCase(
+        case,
+        laps_ahead=draw(st.sampled_from([0, 0, 1, 1, 2, 3])),
+        mixed=draw(st.booleans()),
+        stop_at=draw(st.dictionaries(st.integers(0, 13), st.integers(1, 23), max_size=4)),
     )
 
 
 @dataclass
-class Stages:
-    """What the stages know: page tables, token histories, and the contents of the pages."""
+class Stage:
+    """What a stage does: seats, batches by deltas, page tables, and the contents of the pages."""
 
     case: Case
-    memory: list[tuple[int, int] | None] = field(default_factory=list)  # (token, rotary length)
+    # (sequence, token, rotary length)
+    memory: list[tuple[int, int, int] | None] = field(default_factory=list)
     rotary_lens: dict[int, int] = field(default_factory=dict)
-    reopened: dict[int, list[tuple[int, tuple[int, ...], int]]] = field(default_factory=dict)
-    requests: dict[int, Request] = field(default_factory=dict)
+    sampling: dict[int, SamplingParams] = field(default_factory=dict)
+    histories: dict[int, list[int]] = field(default_factory=dict)  # with all that is sampled
+    computed: dict[int, int] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
-    histories: dict[int, list[int]] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
 
-    def open(self, opened: Opened) -> None:
-        assert opened.sequence_id not in self.requests
-        self.requests[opened.sequence_id] = opened.request
-        self.histories[opened.sequence_id] = list(opened.request.prompt_ids)
-        self.rotary_lens[opened.sequence_id] = len(opened.request.prompt_ids)
+    def follow(self, message: RequestOpened | RequestClosed | Step) -> tuple[int, ...]:
+        match message:
+            case RequestOpened():
+                sequence_id = message.sequence_id
+                if sequence_id in self.histories:
+                    assert tuple(self.histories[sequence_id]) == message.prompt_ids
+                self.sampling[sequence_id] = message.sampling
+                self.histories[sequence_id] = list(message.prompt_ids)
+                self.rotary_lens[sequence_id] = message.rotary_len
+                self.computed[sequence_id], self.tables[sequence_id] = 0, []
+                places = self.case.num_slots * self.case.max_sequences_per_slot
+                assert len(self.histories) <= 2 * places, "two seats a place"
+            case RequestClosed():
+                for sequence_id in message.sequence_ids:
+                    self.sampling.pop(sequence_id, None)
+                    self.histories.pop(sequence_id, None)
+            case StepScheduled():
+                return self.prefill(message.sequences)
+            case DecodeScheduled():
+                return self.decode(message)
+        return ()
 
-    def reopen(self, core: SchedulerCore, step: StepScheduled) -> None:
-        """Tell of the sequences that start over with `step`; they hear it when they run it."""
-        for sequence_id in (s.sequence_id for s in step.sequences if not s.num_computed):
-            known = core.reopened_tokens(sequence_id)
-            if known is not None:
-                message = sequence_id, known, core.rotary_len(sequence_id)
-                self.reopened.setdefault(step.step, []).append(message)
+    def prefill(self, chunks: tuple[ScheduledSequence, ...]) -> tuple[int, ...]:
+        for chunk in chunks:
+            sequence_id = chunk.sequence_id
+            assert self.computed[sequence_id] == chunk.num_computed
+            self.tables[sequence_id].extend(chunk.new_pages)
+            for _ in range(chunk.num_tokens):
+                self.compute(sequence_id)
+            history = self.histories[sequence_id]
+            assert chunk.sample == (self.computed[sequence_id] == len(history))
+        return tuple(self.sample(c.sequence_id) for c in chunks if c.sample)
 
-    def run(self, step: StepScheduled) -> tuple[int, ...]:
-        """Write the step's tokens into their pages, then sample from what the pages hold."""
+    def decode(self, step: DecodeScheduled) -> tuple[int, ...]:
+        rows = self.batches[step.slot]
+        assert list(step.left) == sorted(set(step.left))
+        for row in reversed(step.left):
+            del rows[row]
+        rows.extend(step.joined)
+        assert len(rows) == step.num_rows == len(set(rows)) > 0
+        for row, page in zip(step.page_rows, step.new_pages, strict=True):
+            self.tables[rows[row]].append(page)
+        for sequence_id in rows:
+            self.compute(sequence_id)
+        of_chunks = self.prefill(step.chunks)
+        # The last of the writes may not have spoilt what another row reads.
+        return tuple(self.sample(sequence_id) for sequence_id in rows) + of_chunks
+
+    def rotary_len(self, sequence_id: int) -> int:
+        request = self.case.requests[sequence_id]  # they are added in order
+        return self.case.rotary_len(request, len(self.histories[sequence_id]))
+
+    def compute(self, sequence_id: int) -> None:
+        table, position = self.tables[sequence_id], self.computed[sequence_id]
+        token = self.histories[sequence_id][position]
         size = self.case.page_size
-        for sequence_id, known, rotary_len in self.reopened.pop(step.step, ()):
-            assert self.histories[sequence_id] == list(known)
-            self.rotary_lens[sequence_id] = rotary_len
-        for scheduled in step.sequences:
-            if scheduled.num_computed == 0:
-                self.tables[scheduled.sequence_id] = []
-            table = self.tables[scheduled.sequence_id]
-            table.extend(scheduled.new_pages)
-            history = self.histories[scheduled.sequence_id]
-            end = scheduled.num_computed + scheduled.num_tokens
-            assert (len(table) - 1) * size < end <= len(table) * size, "exactly the pages needed"
-            assert end <= len(history), "only known tokens are scheduled"
-            assert scheduled.sample == (end == len(history))
-            for position in range(scheduled.num_computed, end):
-                cell = history[position], self.rotary_lens[scheduled.sequence_id]
-                self.memory[table[position // size] * size + position % size] = cell
-        ids = []
-        for scheduled in step.sequences:
-            if scheduled.sample:
-                table = self.tables[scheduled.sequence_id]
-                history = self.histories[scheduled.sequence_id]
-                cells = [table[p // size] * size + p % size for p in range(len(history))]
-                cached = [self.memory[cell] for cell in cells]
-                request = self.requests[scheduled.sequence_id]
-                begun = self.case.rotary_len(request, len(history))
-                wanted = [(token, begun) for token in history]
-                assert cached == wanted, "a page was overwritten, or should have been"
-                ids.append(next_token(history, request.sampling.seed))
-        return tuple(ids)
+        cell = sequence_id, token, self.rotary_lens[sequence_id]
+        self.memory[table[position // size] * size + position % size] = cell
+        self.computed[sequence_id] = position + 1
 
-    def learn(self, step: StepScheduled, ids: tuple[int, ...]) -> None:
-        sampled = [s.sequence_id for s in step.sequences if s.sample]
-        for sequence_id, token_id in zip(sampled, ids, strict=True):
-            self.histories[sequence_id].append(token_id)
-
-    def close(self, closed: Closed) -> None:
-        for sequence_id in closed.sequence_ids:
-            del self.requests[sequence_id]
-            del self.histories[sequence_id], self.rotary_lens[sequence_id]
-            self.tables.pop(sequence_id, None)
+    def sample(self, sequence_id: int) -> int:
+        history, table = self.histories[sequence_id], self.tables[sequence_id]
+        size = self.case.page_size
+        assert self.computed[sequence_id] == len(history), "all known tokens are computed"
+        assert len(table) == -(-len(history) // size), "exactly the pages needed"
+        cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
+        begun = self.rotary_len(sequence_id)
+        wanted = [(sequence_id, token, begun) for token in history]
+        assert cached == wanted, "a page was overwritten, or should have been"
+        token = next_token(history, self.sampling[sequence_id].seed)
+        history.append(token)
+        return token
 
 
 @dataclass
 class Outcome:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, FinishReason] = field(default_factory=dict)
-    steps: list[StepScheduled] = field(default_factory=list)
+    closed: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     statistics: SchedulerStatistics | None = None
 
 
 @dataclass
-class Simulation:
-    """Feeds the core; checks what must hold at every moment."""
+class AheadSimulation:
+    """Feeds the core as the runner does; checks what must hold at every moment."""
 
-    case: Case
+    ahead: AheadCase
     outcome: Outcome = field(default_factory=Outcome)
+    requests: dict[int, Request] = field(default_factory=dict)
+    opened: set[int] = field(default_factory=set)
+    messages: deque[RequestOpened | RequestClosed | Step] = field(default_factory=deque)
+    flight: deque[tuple[Step, tuple[int, ...]]] = field(default_factory=deque)  # who samples
+    batches: dict[int, list[int]] = field(default_factory=dict)
+    sampled_in: dict[int, int] = field(default_factory=dict)  # by sequence, its latest step
 
     def run(self) -> Outcome:
-        case, random = self.case, Random(self.case.seed)
-        core, stages = case.core(), Stages(case, [None] * (case.num_pages * case.page_size))
-        arrivals, flight = deque(case.requests), deque[StepScheduled]()
+        case, random = self.ahead.case, Random(self.ahead.case.seed)
+        core = self.core = self.ahead.core()
+        self.stage = Stage(case, [None] * (case.num_pages * case.page_size))
+        self.stage.batches = [[] for _ in range(case.num_slots)]
+        arrivals = deque(case.requests)
         to_cancel = list(case.cancel)
         for _ in range(20_000):
             if not arrivals and core.is_idle:
                 break
             choice = random.random()
-            if arrivals and (choice < 0.3 or not flight):
-                self.obey(core.add(arrivals.popleft()), stages)
+            if arrivals and (choice < 0.3 or not self.flight):
+                request = arrivals.popleft()
+                self.requests[core.add(request)] = request
+                self.outcome.tokens[request.request_id] = []
             elif to_cancel and choice > 0.9:
-                self.obey(core.stop(to_cancel.pop(), FinishReason.ERROR), stages)
-            elif flight and choice < 0.8:
-                step = flight.popleft()
-                ids = stages.run(step)  # as late as possible: pages may have changed hands since
-                stages.learn(step, ids)
-                self.obey(core.sampled(step.step, ids), stages)
-            if random.random() < 0.8 or not flight:
-                self.dispatch(core, flight, stages)
-            self.check(core, flight, arrivals)
+                self.obey(core.stop(to_cancel.pop(), FinishReason.ERROR))
+            elif self.flight and choice < 0.8:
+                self.bring_back()
+            if random.random() < 0.8 or not self.flight:
+                while self.dispatch():
+                    pass
+            self.check(len(arrivals))
         assert core.is_idle, "no progress"
-        assert not stages.requests, "every sequence is closed"
+        while self.messages:
+            self.stage.follow(self.messages.popleft())
+        assert not self.stage.histories, "every sequence is closed"
+        assert Counter(self.outcome.closed) == Counter(range(len(case.requests)))
         self.outcome.statistics = core.statistics()
+        assert self.outcome.statistics.num_free_pages == case.num_pages
         return self.outcome
 
-    def dispatch(self, core: SchedulerCore, flight: deque[StepScheduled], stages: Stages) -> None:
-        while (step := core.next_step()) is not None:
-            assert step.num_tokens <= self.case.max_tokens_per_step
-            assert len(step.sequences) <= self.case.max_sequences_per_slot
-            sizes = [s.num_tokens > 1 for s in step.sequences]
-            assert sizes == sorted(sizes), "decodes first"
-            if step.steady:
-                assert all(s.num_tokens == 1 and s.sample for s in step.sequences)
-            awaited = {s.sequence_id for other in flight for s in other.sequences if s.sample}
-            assert not awaited & {s.sequence_id for s in step.sequences}
-            assert not any(other.slot == step.slot and other.num_sampled for other in flight)
-            stages.reopen(core, step)
-            flight.append(step)
-            self.outcome.steps.append(step)
+    def bring_back(self) -> None:
+        step, _ = self.flight.popleft()
+        while (message := self.messages.popleft()) is not step:
+            self.stage.follow(message)
+        self.obey(self.core.sampled(step.step, self.stage.follow(step)))
 
-    def check(
-        self, core: SchedulerCore, flight: deque[StepScheduled], arrivals: deque[Request]
-    ) -> None:
-        assert len(flight) <= self.case.num_slots
-        statistics = core.statistics()
-        assert statistics.num_steps_in_flight == len(flight)
-        assert statistics.num_waiting + statistics.num_running + statistics.num_finished == len(
-            self.case.requests
-        ) - len(arrivals)
+    def dispatch(self) -> bool:
+        case, laps, num_in_flight = self.ahead.case, self.ahead.laps_ahead, len(self.flight)
+        step = self.core.next_step()
+        if step is None:
+            return False
+        assert step.step == len(self.outcome.steps)
+        assert num_in_flight < case.num_slots * (1 + laps)
+        assert step.num_tokens <= case.max_tokens_per_step or not step_chunks(step)
+        rows: tuple[int, ...] = ()
+        if isinstance(step, DecodeScheduled):
+            rows = self.rows_of_decode(step)
+            if num_in_flight >= case.num_slots:
+                ready = [self.sampled_in[sequence_id] + case.num_slots for sequence_id in rows]
+                assert max(ready) <= step.step, "the first stage would wait for these tokens"
+        rows += self.rows_of_chunks(step_chunks(step))
+        assert len(rows) == step.num_sampled == len(set(rows))
+        self.sampled_in.update(dict.fromkeys(rows, step.step))
+        self.flight.append((step, rows))
+        pending = Counter(row for _, rows_of_step in self.flight for row in rows_of_step)
+        assert not pending or max(pending.values()) <= 1 + laps
+        for sequence_id in rows:
+            self.check_length(sequence_id, pending[sequence_id])
+        if step.steady:
+            assert not any(step_chunks(other) for other, _ in self.flight)
+        self.messages.append(step)
+        self.outcome.steps.append(step)
+        return True
+
+    def rows_of_chunks(self, chunks: tuple[ScheduledSequence, ...]) -> tuple[int, ...]:
+        sizes = [chunk.num_tokens > 1 for chunk in chunks]
+        assert sizes == sorted(sizes), "shares of one token first"
+        for chunk in chunks:
+            assert chunk.num_tokens > 0
+            if chunk.num_computed == 0:
+                self.open(chunk.sequence_id)
+        return tuple(chunk.sequence_id for chunk in chunks if chunk.sample)
+
+    def rows_of_decode(self, step: DecodeScheduled) -> tuple[int, ...]:
+        rows = self.batches.setdefault(step.slot, [])
+        for row in reversed(step.left):
+            del rows[row]
+        rows.extend(step.joined)
+        assert len(rows) <= self.ahead.case.max_sequences_per_slot
+        finished = [row for row in rows if self.requests[row].request_id in self.outcome.reasons]
+        assert not finished, "whoever is known to have ended leaves at the next step"
+        return tuple(rows)
+
+    def open(self, sequence_id: int) -> None:
+        request = self.requests[sequence_id]
+        token_ids = request.prompt_ids
+        if sequence_id in self.opened:
+            pending = [step for step, rows in self.flight if sequence_id in rows]
+            assert not pending, "starts over before its tokens are known"
+            token_ids = self.core.known_tokens(sequence_id)
+        self.opened.add(sequence_id)
+        rotary_len = self.core.rotary_len(sequence_id)
+        self.messages.append(RequestOpened(sequence_id, token_ids, request.sampling, rotary_len))
+
+    def check_length(self, sequence_id: int, num_pending: int) -> None:
+        request, case = self.requests[sequence_id], self.ahead.case
+        num_tokens = len(self.outcome.tokens[request.request_id]) + num_pending
+        assert num_tokens <= request.sampling.max_new_tokens, "a surplus step for a known limit"
+        limit = min(case.max_context_tokens, case.num_pages * case.page_size)
+        assert num_tokens + len(request.prompt_ids) <= limit
+
+    def check(self, num_to_arrive: int) -> None:
+        statistics = self.core.statistics()
+        assert statistics.num_steps_in_flight == len(self.flight)
+        counts = (statistics.num_waiting, statistics.num_running, statistics.num_finished)
+        assert sum(counts) == len(self.ahead.case.requests) - num_to_arrive
         if not statistics.num_running:
-            assert statistics.num_free_pages == self.case.num_pages
+            assert statistics.num_free_pages == self.ahead.case.num_pages
+        owned = [page for s in self.core._roster.running for page in s.pages]
+        assert len(owned) == len(set(owned)) == statistics.num_pages - statistics.num_free_pages
+        assert self.core._roster._num_promised == sum(
+            s.num_promised for s in self.core._roster.running
+        )
 
-    def obey(self, instructions: list[Instruction], stages: Stages) -> None:
-        outcome = self.outcome
+    def obey(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
-                case Opened():
-                    stages.open(instruction)
-                    outcome.tokens[instruction.request.request_id] = []
-                case Emitted():
-                    assert instruction.request_id not in outcome.reasons
-                    tokens = outcome.tokens[instruction.request_id]
-                    assert instruction.index_in_output == len(tokens)
-                    tokens.append(instruction.token_id)
+                case TokensEmitted():
+                    self.check_first(instruction)
+                    assert set(instruction.finish_reasons) <= set(range(len(instruction.token_ids)))
+                    pairs = zip(instruction.sequence_ids, instruction.token_ids, strict=True)
+                    for row, (sequence_id, token_id) in enumerate(pairs):
+                        self.take(sequence_id, token_id, row in instruction.finish_reasons)
                 case Finished():
-                    assert instruction.request_id not in outcome.reasons, "finished twice"
-                    outcome.reasons[instruction.request_id] = instruction.reason
+                    request_id = self.requests[instruction.sequence_id].request_id
+                    assert request_id not in self.outcome.reasons, "finished twice"
+                    self.outcome.reasons[request_id] = instruction.reason
+                    assert list(instruction.token_ids) == self.outcome.tokens[request_id]
                 case Closed():
-                    stages.close(instruction)
+                    self.outcome.closed.extend(instruction.sequence_ids)
+                    self.messages.append(RequestClosed(instruction.sequence_ids))
+                    flying = {row for _, rows in self.flight for row in rows}
+                    assert not flying & set(instruction.sequence_ids), "closed while in flight"
+
+    def check_first(self, emitted: TokensEmitted) -> None:
+        requests = [self.requests[sequence_id] for sequence_id in emitted.sequence_ids]
+        first = [r.index for r in requests if not self.outcome.tokens[r.request_id]]
+        assert [self.requests[sequence_id].index for sequence_id in emitted.first] == first
+
+    def take(self, sequence_id: int, token_id: int, ends: bool) -> None:
+        """As the runner: a stop string is noticed when its last token is."""
+        request = self.requests[sequence_id]
+        assert request.request_id not in self.outcome.reasons, "a surplus token was not dropped"
+        self.outcome.tokens[request.request_id].append(token_id)
+        if self.ahead.stop_at.get(request.index) == token_id and not ends:
+            self.obey(self.core.stop(sequence_id, STOP))
 
 
-def alone(case: Case, request: Request) -> tuple[list[int], FinishReason]:
-    """The same completion from a plain loop over one sequence."""
-    tokens = list(request.prompt_ids)
-    limit = min(case.max_context_tokens, case.num_pages * case.page_size)
-    stops = set(request.sampling.stop_token_ids)
-    if not request.sampling.ignore_eos:
-        stops.add(EOS)
-    while True:
-        tokens.append(next_token(tokens, request.sampling.seed))
-        output = tokens[len(request.prompt_ids) :]
-        if tokens[-1] in stops:
-            return output, FinishReason.STOP
-        if len(output) == request.sampling.max_new_tokens or len(tokens) == limit:
-            return output, FinishReason.LENGTH
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(cases())
-def test_every_request_gets_the_tokens_it_would_get_alone(case: Case) -> None:
-    outcome = Simulation(case).run()
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(ahead).run()
     assert outcome.statistics is not None
     event(f"preempted: {outcome.statistics.num_preemptions > 0}")
-    assert outcome.statistics.num_free_pages == case.num_pages
-    assert list(outcome.tokens) == [request.request_id for request in case.requests]
-    for request in case.requests:
-        tokens, reason = alone(case, request)
+    assert list(outcome.tokens) == [request.request_id for request in ahead.case.requests]
+    for request in ahead.case.requests:
+        tokens, reason = ahead.expected(request)
         assert outcome.tokens[request.request_id] == tokens
         assert outcome.reasons[request.request_id] is reason
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_completions_are_those_of_the_core_that_awaits_every_token(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(replace(ahead, stop_at={})).run()
+    other = Simulation(ahead.case).run()
+    assert outcome.tokens == other.tokens
+    assert outcome.reasons == other.reasons
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(ahead_cases())
+def test_without_laps_ahead_no_token_is_surplus(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(replace(ahead, laps_ahead=0)).run()
+    num_sampled = sum(step.num_sampled for step in outcome.steps)
+    assert num_sampled == sum(len(tokens) for tokens in outcome.tokens.values())
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(cases())
-def test_equal_events_give_equal_steps(case: Case) -> None:
-    assert Simulation(case).run().steps == Simulation(case).run().steps
+@given(ahead_cases())
+def test_equal_events_give_equal_steps(ahead: AheadCase) -> None:
+    assert AheadSimulation(ahead).run().steps == AheadSimulation(ahead).run().steps
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(cases(), st.data())
+@given(ahead_cases(), st.data())
 def test_cancelled_requests_end_once_and_the_others_are_not_touched(
-    case: Case, data: st.DataObject
+    ahead: AheadCase, data: st.DataObject
 ) -> None:
-    indices = st.lists(st.integers(0, len(case.requests) - 1), max_size=5)
-    case = replace(case, cancel=tuple(data.draw(indices)))
-    outcome = Simulation(case).run()
-    assert len(outcome.reasons) == len(case.requests)
-    for request in case.requests:
-        tokens, reason = alone(case, request)
+    indices = st.lists(st.integers(0, len(ahead.case.requests) - 1), max_size=5)
+    ahead = replace(ahead, case=replace(ahead.case, cancel=tuple(data.draw(indices))))
+    outcome = AheadSimulation(ahead).run()
+    assert len(outcome.reasons) == len(ahead.case.requests)
+    for request in ahead.case.requests:
+        tokens, reason = ahead.expected(request)
         got = outcome.tokens[request.request_id]
         if outcome.reasons[request.request_id] is FinishReason.ERROR:
-            assert request.index in case.cancel
+            assert request.index in ahead.case.cancel
             assert got == tokens[: len(got)]
         else:
             assert (got, outcome.reasons[request.request_id]) == (tokens, reason)
 
 
 @pytest.mark.parametrize("restart_tokens", [0, 7, 15])
-def test_the_cases_reach_heavy_preemption(restart_tokens: int) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
+@pytest.mark.parametrize("laps_ahead", [0, 1])
+def test_the_cases_reach_heavy_preemption(
+    mixed: bool, restart_tokens: int, laps_ahead: int
+) -> None:
     requests = tuple(
         Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
         for i in range(12)
@@ -324,7 +425,7 @@ def test_the_cases_reach_heavy_preemption(restart_tokens: int) -> None:
         seed=1,
         restart_tokens=restart_tokens,
     )
-    outcome = Simulation(case).run()
+    outcome = AheadSimulation(AheadCase(case, laps_ahead=laps_ahead, mixed=mixed)).run()
     assert outcome.statistics is not None
     assert outcome.statistics.num_preemptions > 10
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]

@@ -367,9 +367,11 @@ def test_launch_ahead_finds_keys_and_values_by_page() -> None:
     assert (made.kv_cache, made.laps_ahead) == ("contiguous", 0)
 
 
-def test_phases_without_launch_ahead_are_refused() -> None:
-    with pytest.raises(PlanError, match=r'prefill = "phases" needs pipeline\.laps_ahead = 1'):
-        plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0, prefill="phases"))
+def test_prompts_are_mixed_in_without_laps_ahead_unless_phases_are_asked_for() -> None:
+    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0))
+    assert (made.laps_ahead, made.prefill) == (0, "mixed")
+    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0, prefill="phases"))
+    assert (made.laps_ahead, made.prefill) == (0, "phases")
     made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=1))
     assert (made.device, made.laps_ahead, made.prefill) == ("cpu", 1, "phases")
 

@@ -136,7 +136,7 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
     assert (made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step) == (2, 32, 512)
     assert made.max_context_tokens == 8192
     assert (made.laps_ahead, made.prefill, made.cuda_graphs) == (0, "mixed", False)
-    assert (made.weights, made.max_sequence_tokens) == ("checkpoint", 200)
+    assert (made.weights, made.max_sequence_tokens) == ("checkpoint", 8192)
     assert made.threads_per_rank == 8
     assert {entry.setting for entry in made.resolved} == {
         "model.dtype",

@@ -1,4 +1,4 @@
-"""The runner with either core, against a pipeline that gives its steps back one at a time."""
+"""The runner with the core in each mode; the pipeline gives its steps back one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import pytest
 
@@ -26,9 +26,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.errors import PromptError
 from mpipipe.metrics.log import NullLog
-from mpipipe.scheduler.ahead import AheadCore
-from mpipipe.scheduler.ahead_steps import AheadLimits
-from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
 from mpipipe.scheduler.runner import Runner
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
@@ -43,19 +41,11 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + i - 1) for i in ids if i != EOS)
 
 
-def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> AheadCore | SchedulerCore:
-    if kind == "awaiting":
-        return SchedulerCore(
-            num_slots=num_slots,
-            max_sequences_per_slot=4,
-            max_tokens_per_step=16,
-            num_pages=num_pages,
-            page_size=4,
-            max_context_tokens=200,
-            eos_token_ids=(EOS,),
-        )
-    limits = AheadLimits(num_slots, 4, 16, num_pages, 4, 200)
-    return AheadCore(limits, eos_token_ids=(EOS,), prefill="mixed" if kind == "mixed" else "phases")
+def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> SchedulerCore:
+    laps_ahead = 0 if kind == "awaiting" else 1
+    limits = SchedulerLimits(num_slots, 4, 16, num_pages, 4, 200, laps_ahead)
+    prefill: Literal["phases", "mixed"] = "phases" if kind == "phases" else "mixed"
+    return SchedulerCore(limits, eos_token_ids=(EOS,), prefill=prefill)
 
 
 @dataclass
@@ -76,8 +66,7 @@ class Pipeline:
     def mailbox(self, kind: type[Message]) -> Mailbox[tuple[int, Message]]:
         return self.mailboxes.setdefault(kind, Mailbox(kind.__name__))
 
-    def send(self, to: int, message: Message) -> None:
-        assert to == 0
+    def broadcast_message(self, message: Message) -> None:
         match message:
             case RequestOpened():
                 self.opened.append(message)
@@ -92,7 +81,7 @@ class Pipeline:
                 for row in reversed(message.left):
                     del rows[row]
                 rows.extend(message.joined)
-                self.run(message.step, rows)
+                self.run(message.step, rows + [c.sequence_id for c in message.chunks if c.sample])
 
     def run(self, step: int, sampled: Sequence[int]) -> None:
         ids = []
@@ -123,18 +112,17 @@ class Pipeline:
             await asyncio.sleep(0)
 
     @asynccontextmanager
-    async def running(self, core: AheadCore | SchedulerCore) -> AsyncIterator[Runner]:
+    async def running(self, core: SchedulerCore) -> AsyncIterator[Runner]:
         """A runner, and a task that gives its steps back."""
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             task = tasks.create_task(self.give_back())
             yield self.runner(core)
             task.cancel()
 
-    def runner(self, core: AheadCore | SchedulerCore) -> Runner:
+    def runner(self, core: SchedulerCore) -> Runner:
         return Runner(
             core=core,
             mesh=cast("Mesh", self),
-            stage_ranks=[0],
             decode=decode,
             clock=self.clock,
             log=NullLog(),
@@ -150,7 +138,7 @@ def requests(count: int = 10, **sampling: object) -> list[Request]:
 
 
 def complete(
-    core: AheadCore | SchedulerCore, wanted: Sequence[Request], pipeline: Pipeline | None = None
+    core: SchedulerCore, wanted: Sequence[Request], pipeline: Pipeline | None = None
 ) -> list[Completion]:
     pipeline = pipeline or Pipeline()
 
@@ -248,9 +236,10 @@ def test_stages_are_told_of_a_request_with_its_first_step(kind: str) -> None:
     assert opened == [(index, request.prompt_ids) for index, request in enumerate(wanted)]
 
 
-def test_ahead_stages_are_told_all_tokens_of_a_sequence_that_starts_over() -> None:
+@pytest.mark.parametrize("kind", CORES)
+def test_stages_are_told_all_tokens_of_a_sequence_that_starts_over(kind: str) -> None:
     pipeline = Pipeline()
-    core = make_core("phases", num_pages=14)
+    core = make_core(kind, num_pages=14)
     wanted = requests()
     complete(core, wanted, pipeline)
     assert len(pipeline.opened) > len(wanted)
@@ -349,7 +338,7 @@ def test_a_runner_that_was_stopped_before_sends_nothing(kind: str) -> None:
 
 
 def complete_with(
-    runner: Runner, core: AheadCore | SchedulerCore, pipeline: Pipeline, wanted: Sequence[Request]
+    runner: Runner, core: SchedulerCore, pipeline: Pipeline, wanted: Sequence[Request]
 ) -> list[Completion]:
     async def run() -> list[Completion]:
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
@@ -364,7 +353,7 @@ def complete_with(
 
 
 def runner_of(
-    core: AheadCore | SchedulerCore,
+    core: SchedulerCore,
     pipeline: Pipeline,
     *,
     special: int | None = None,
@@ -380,7 +369,6 @@ def runner_of(
     return Runner(
         core=core,
         mesh=cast("Mesh", pipeline),
-        stage_ranks=[0],
         decode=decode_or_fail,
         clock=pipeline.clock,
         log=NullLog(),

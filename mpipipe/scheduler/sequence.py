@@ -1,7 +1,7 @@
 """A sequence's record and the table of its legal transitions.
 
-Not here: any choice (`policy`) or order of events (`core`). Invariant: `Sequence.state` changes
-only through `next_state`, so what the table does not list raises, naming state and event.
+Not here: any choice (`policy`, `steps`) or order of events (`core`). Invariant: `Sequence.state`
+changes only through `next_state`: what the table does not list raises, naming state and event.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ __all__ = [
     "Sequence",
     "SequenceEvent",
     "SequenceState",
-    "Slot",
     "next_state",
 ]
 
@@ -37,11 +36,9 @@ class SequenceEvent(enum.IntEnum):
     """What can happen to a sequence."""
 
     ADMIT = 0  # gets a place in a slot
-    SCHEDULE = 1  # gets tokens in a step
-    SAMPLE = 2  # a sampled token came back
-    PREEMPT = 3  # its pages are needed by an older sequence
-    FINISH = 4  # token limit, stop or cancel
-    CLOSE = 5  # nothing of it is in flight any more
+    PREEMPT = 1  # its pages are needed by an older sequence, or it starts over
+    FINISH = 2  # token limit, stop or cancel
+    CLOSE = 3  # nothing of it is in flight any more
 
 
 _S, _E = SequenceState, SequenceEvent
@@ -49,10 +46,6 @@ _S, _E = SequenceState, SequenceEvent
 TRANSITIONS: dict[tuple[SequenceState, SequenceEvent], SequenceState] = {
     (_S.WAITING, _E.ADMIT): _S.RUNNING,
     (_S.PREEMPTED, _E.ADMIT): _S.RUNNING,
-    (_S.RUNNING, _E.SCHEDULE): _S.RUNNING,
-    (_S.RUNNING, _E.SAMPLE): _S.RUNNING,
-    (_S.PREEMPTED, _E.SAMPLE): _S.PREEMPTED,  # its step was under way: the token counts
-    (_S.FINISHED, _E.SAMPLE): _S.FINISHED,  # cancelled meanwhile: the token is dropped
     (_S.RUNNING, _E.PREEMPT): _S.PREEMPTED,
     (_S.WAITING, _E.FINISH): _S.FINISHED,
     (_S.RUNNING, _E.FINISH): _S.FINISHED,
@@ -85,57 +78,51 @@ def next_state(sequence: _HasState, event: SequenceEvent) -> None:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. Compared by identity."""
+    """One request on its way, with up to 1 + `laps_ahead` samples in flight. Compared by identity.
+
+    While it is in a batch, its computed tokens are `base` + the batch's laps.
+    """
 
     sequence_id: int  # also the order of arrival: a larger id is a younger sequence
     request: Request
-    tokens: list[int]  # prompt, then generated
+    tokens: list[int]  # prompt, then generated: what the CPU knows
+    max_tokens: int  # prompt and completion end here with LENGTH
+    stop_ids: frozenset[int]
+    wants_logprobs: bool
     state: SequenceState = SequenceState.WAITING
     slot: int = -1  # -1: in none
-    num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
-    num_pending: int = 0  # samples in flight (0 or 1)
-    num_in_flight: int = 0  # steps in flight that contain this sequence
     pages: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
+    num_to_prefill: int = 0  # tokens known at admission: what its chunks compute
+    num_promised: int = 0  # pages that admission has set aside for its prefill, not taken yet
+    last_step: int = -1  # latest step that contained it; of a row, settled when it leaves
+    in_batch: bool = False
+    row: int = -1  # in its batch, or in its latest prefill step
+    base: int = 0
+    ends_at: int = 0  # laps of the batch when the last of `num_to_sample` is dispatched
+    is_open: bool = False  # the stages know it
     restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
 
     @property
-    def has_restarted(self) -> bool:
-        """It grew to `restart_tokens`."""
-        return self.num_prompt_tokens < self.restart_tokens <= len(self.tokens)
+    def is_prefilled(self) -> bool:
+        """All chunks are dispatched."""
+        return self.num_computed >= self.num_to_prefill
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
+    def will_restart(self) -> bool:
+        """It starts over when its samples until then are dispatched."""
+        return self.num_to_prefill < self.restart_tokens < self.max_tokens
 
     @property
-    def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+    def num_to_sample(self) -> int:
+        """Samples to dispatch after the one of its last chunk, before it ends or starts over."""
+        num_tokens = self.restart_tokens if self.will_restart else self.max_tokens
+        return num_tokens - self.num_to_prefill - 1
 
     @property
-    def num_left(self) -> int:
-        """Known tokens that are not computed yet: 1 when decoding, 0 while a sample is awaited."""
-        return len(self.tokens) - self.num_computed
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Several tokens are left, or the cache is empty: prompt, or recomputation."""
-        return self.num_computed == 0 or len(self.tokens) - self.num_computed > 1
-
-    def apply(self, event: SequenceEvent) -> None:
-        """Move to the state that the table gives for `event`.
-
-        Raises:
-            IllegalTransitionError: the table has no entry.
-        """
-        next_state(self, event)
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A fixed place in the ring of micro-batches."""
-
-    index: int
-    sequences: list[Sequence] = field(default_factory=list)  # oldest first
-    num_sampling: int = 0  # steps of this slot in flight that will bring tokens back
+    def rotary_len(self) -> int:
+        """As `RequestOpened.rotary_len`, of a sequence whose tokens are all known."""
+        num_prompt_tokens = len(self.request.prompt_ids)
+        if num_prompt_tokens < self.restart_tokens <= len(self.tokens):
+            return self.restart_tokens
+        return num_prompt_tokens

@@ -1,6 +1,6 @@
-"""Launch-ahead: which step comes next, and its message.
+"""Which step comes next, and its message.
 
-Not here: what comes back (`ahead`, which tells the invariants), places and pages (`ahead_roster`).
+Not here: what comes back (`core`, which tells the invariants), places and pages (`roster`).
 """
 
 from __future__ import annotations
@@ -9,27 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
-from mpipipe.scheduler.ahead_roster import AheadRoster, AheadSlot
-from mpipipe.scheduler.decode_batch import AheadSequence, Rows
+from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.policy import fill_threshold
+from mpipipe.scheduler.roster import Roster, SchedulerLimits, Slot
+from mpipipe.scheduler.sequence import Sequence
 
-__all__ = ["AheadLimits", "AheadSteps", "Dispatched"]
+__all__ = ["Dispatched", "StepMaker"]
 
-_Chunk = tuple[AheadSequence, ScheduledSequence]
-
-
-@dataclass(frozen=True, slots=True)
-class AheadLimits:
-    """What the pipeline has room for."""
-
-    num_slots: int  # micro-batches in the ring, at least the number of stages
-    max_sequences_per_slot: int  # rows of a decode step
-    max_tokens_per_step: int  # of a step of prompt chunks
-    num_pages: int  # of the KV cache
-    page_size: int  # tokens
-    max_context_tokens: int  # of the model or the configuration
-    laps_ahead: int = 1  # decode steps of a slot sent before the tokens of the last are known here
-    max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
+_Chunk = tuple[Sequence, ScheduledSequence]
 
 
 @dataclass(slots=True, eq=False)
@@ -38,25 +25,28 @@ class Dispatched:
 
     message: StepScheduled | DecodeScheduled
     rows: Rows
-    ending: list[AheadSequence]  # those that sample for the last time
+    ending: list[Sequence]  # those that sample for the last time
+    has_chunks: bool  # of prompts: some rows may sample the first token of their completion
     has_ended: bool = False  # a sequence ended since: it may be among the rows
 
 
-class AheadSteps:
+class StepMaker:
     """Makes the steps, in order.
 
     Args:
         limits: what there is room for.
         roster: the sequences; changed as they are dispatched.
-        prefill: "phases" or "mixed": see `_prefers_prefill`.
+        prefill: "phases" or "mixed": see `_prefers_prefill`. "mixed" without laps ahead fills up
+            decode steps with chunks of prompts.
     """
 
     def __init__(
-        self, limits: AheadLimits, roster: AheadRoster, prefill: Literal["phases", "mixed"]
+        self, limits: SchedulerLimits, roster: Roster, prefill: Literal["phases", "mixed"]
     ) -> None:
         self._limits = limits
         self._roster = roster
         self._mixed = prefill == "mixed"
+        self._fills_up = self._mixed and not limits.laps_ahead
         self.num_steps = 0
         self._returned = -1  # the latest step that has come back
         self._turn = 0  # slot whose turn it is to decode
@@ -69,6 +59,8 @@ class AheadSteps:
         num_slots, num_in_flight = self._limits.num_slots, self.num_steps - 1 - returned
         if num_in_flight >= num_slots * (1 + self._limits.laps_ahead):
             return None
+        if self._fills_up:
+            return self._fill_next()
         dispatched = self._prefill() if self._prefers_prefill() else None
         if dispatched is None:
             dispatched = self._decode_next(early=False)
@@ -97,38 +89,75 @@ class AheadSteps:
         while True:
             slots = self._roster.slots
             slots = slots[self._turn :] + slots[: self._turn]
-            able = [slot for slot in slots if slot.decodes and slot.batch.has_room(self._returned)]
+            able = [slot for slot in slots if self._can_decode(slot)]
             if not early:
                 able = [slot for slot in able if self._due(slot) <= self.num_steps]
             if not able:
                 return None
-            dispatched = self._decode(min(able, key=self._due) if early else able[0])
+            slot = min(able, key=self._due) if early else able[0]
+            # Who need not be awaited longer than the batch itself joins it; without a batch, those
+            # who sampled first.
+            latest = max(self.num_steps, self._due(slot)) - self._limits.num_slots
+            joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
+            dispatched = self._decode(slot, joined)
             if dispatched is not None:
                 return dispatched
 
-    def _due(self, slot: AheadSlot) -> int:
+    def _can_decode(self, slot: Slot) -> bool:
+        """Somebody decodes here, and may have one more sample in flight."""
+        if not self._limits.laps_ahead and not slot.batch.num_live:
+            return bool(slot.joining) and slot.joining[0].last_step <= self._returned
+        return slot.decodes and slot.batch.has_room(self._returned)
+
+    def _due(self, slot: Slot) -> int:
         """The step number from which a decode of `slot` finds its tokens on the first stage."""
         awaited = slot.batch.last_step if slot.batch.num_live else slot.joining[0].last_step
         return awaited + self._limits.num_slots
 
+    def _fill_next(self) -> Dispatched | None:
+        """A step of the next slot that awaits no token: its batch, filled up with prompts.
+
+        Slots take turns; each is refilled at its own. One with only chunks of prompts in flight is
+        not passed over, so that the chunks of a long prompt follow each other through the stages.
+        """
+        slots = self._roster.slots
+        for slot in slots[self._turn :] + slots[: self._turn]:
+            if slot.sampled_in > self._returned:
+                continue
+            num_decodes = slot.batch.num_live + len(slot.joining)
+            budget = self._limits.max_tokens_per_step - num_decodes
+            if self._roster.waiting:
+                self._roster.refill(slot, budget, self._returned)
+            dispatched = self._decode(slot, slot.joining.copy(), budget)
+            if dispatched is not None:
+                self._turn = (slot.index + 1) % self._limits.num_slots
+                return dispatched
+        return None
+
     # ---- making a step ---------------------------------------------------------------------------
 
-    def _decode(self, slot: AheadSlot) -> Dispatched | None:
-        """One lap of the slot's batch; None: preemption left nobody in it."""
+    def _decode(self, slot: Slot, joined: list[Sequence], budget: int = 0) -> Dispatched | None:
+        """One lap of the slot's batch, with at most `budget` tokens of its prompts.
+
+        None: nobody decodes, after preemption perhaps, and no prompt can go on.
+        """
         number, batch = self.num_steps, slot.batch
-        # Who must be awaited no longer than the batch itself joins it; alone, the first ones do.
-        latest = max(number, self._due(slot)) - self._limits.num_slots
-        joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
         needing = batch.rows_needing_pages()
         needing += [s for s in joined if s.num_computed % self._limits.page_size == 0]
-        given = self._roster.give_pages(needing) if needing else {}
+        given, chunks = self._share_pages(slot, needing, budget)
         joined = [sequence for sequence in joined if sequence.slot >= 0]
         if not joined and not batch.num_live:
-            return None
+            return self._send_chunks(slot, chunks) if chunks else None
         if joined:
             slot.joining = [sequence for sequence in slot.joining if sequence not in joined]
         left = batch.change(joined)
         leaving = batch.advance(number, joined)
+        rows = batch.rows
+        if chunks:
+            self._last_prefill = number
+            sampled = _sampled(chunks, first_row=len(rows.ids))
+            rows = Rows(rows.sequences + sampled)
+            leaving += [sequence for sequence in sampled if not sequence.num_to_sample]
         step = DecodeScheduled(
             step=number,
             slot=slot.index,
@@ -138,9 +167,10 @@ class AheadSteps:
             page_rows=tuple([sequence.row for sequence in given]),
             new_pages=tuple(given.values()),
             steady=self._is_steady(),
+            chunks=tuple([chunk for _, chunk in chunks]),
         )
         self._turn = (slot.index + 1) % self._limits.num_slots
-        return self._dispatch(step, batch.rows, leaving)
+        return self._dispatch(step, rows, leaving)
 
     def _is_steady(self) -> bool:
         """For a decode step: so is all that is in flight, and every slot only decodes."""
@@ -154,32 +184,40 @@ class AheadSteps:
         self._roster.admit(self._returned)
         slots = [slot for slot in self._roster.slots if slot.prefilling]
         for slot in sorted(slots, key=_oldest_prompt):
-            entries = self._chunks(slot)
-            if entries:
-                return self._send_chunks(slot, entries)
+            _, chunks = self._share_pages(slot, [], self._limits.max_tokens_per_step)
+            if chunks:
+                return self._send_chunks(slot, chunks)
         self._filling = bool(slots)
         return None
 
-    def _chunks(self, slot: AheadSlot) -> list[_Chunk]:
-        """Dispatch prompts of `slot` up to the budget, oldest first."""
-        budget = self._limits.max_tokens_per_step
-        chunks: list[_Chunk] = []
-        for sequence in slot.prefilling.copy():
-            if not budget or sequence.slot < 0:  # the latter: a victim of those before it
-                break
-            chunk = self._roster.give_chunk(sequence, budget, self.num_steps)
-            if chunk is None:
-                break
-            budget -= chunk.num_tokens
-            chunks.append((sequence, chunk))
-        return chunks
+    def _share_pages(
+        self, slot: Slot, needing: list[Sequence], budget: int
+    ) -> tuple[dict[Sequence, int], list[_Chunk]]:
+        """A page for each row in need, and the slot's prompts up to `budget` tokens, with pages.
 
-    def _send_chunks(self, slot: AheadSlot, chunks: list[_Chunk]) -> Dispatched:
-        """Shares of one token come first (kv_cache/layout.py)."""
-        chunks.sort(key=lambda chunk: chunk[1].num_tokens > 1)  # stable: oldest first in each part
-        sampled = [sequence for sequence, chunk in chunks if chunk.sample]
-        for row, sequence in enumerate(sampled):
-            sequence.row = row
+        Oldest first: a victim is younger than whoever needs its pages, so it is not dispatched yet.
+        """
+        if not budget or not slot.prefilling:
+            return (self._roster.give_pages(needing) if needing else {}), []
+        given: dict[Sequence, int] = {}
+        chunks: list[_Chunk] = []
+        for sequence in sorted([*needing, *slot.prefilling], key=_arrival):
+            if sequence.slot < 0:  # a victim of those before it
+                continue
+            if sequence.is_prefilled:
+                given.update(self._roster.give_pages([sequence]))
+            elif budget:
+                chunk = self._roster.give_chunk(sequence, budget, self.num_steps)
+                if chunk is not None:
+                    budget -= chunk.num_tokens
+                    chunks.append((sequence, chunk))
+        # Shares of one token come first (kv_cache/layout.py); oldest first in each part.
+        chunks.sort(key=lambda chunk: chunk[1].num_tokens > 1)
+        return given, chunks
+
+    def _send_chunks(self, slot: Slot, chunks: list[_Chunk]) -> Dispatched:
+        """A step of chunks of prompts alone."""
+        sampled = _sampled(chunks, first_row=0)
         step = StepScheduled(
             step=self.num_steps,
             slot=slot.index,
@@ -191,10 +229,12 @@ class AheadSteps:
         return self._dispatch(step, Rows(sampled), leaving)
 
     def _dispatch(
-        self, step: StepScheduled | DecodeScheduled, rows: Rows, leaving: list[AheadSequence]
+        self, step: StepScheduled | DecodeScheduled, rows: Rows, leaving: list[Sequence]
     ) -> Dispatched:
         """Count the step. Those `leaving` give up their place behind it: they end, or restart."""
         self.num_steps += 1
+        if rows.ids:
+            self._roster.slots[step.slot].sampled_in = step.step
         ending = []
         for sequence in leaving:
             if sequence.will_restart:
@@ -202,8 +242,20 @@ class AheadSteps:
             else:
                 self._roster.release(sequence)
                 ending.append(sequence)
-        return Dispatched(step, rows, ending)
+        return Dispatched(step, rows, ending, self._last_prefill == step.step)
 
 
-def _oldest_prompt(slot: AheadSlot) -> int:
+def _sampled(chunks: list[_Chunk], *, first_row: int) -> list[Sequence]:
+    """Those that sample in these chunks, numbered from `first_row` on among the step's rows."""
+    sampled = [sequence for sequence, chunk in chunks if chunk.sample]
+    for row, sequence in enumerate(sampled, first_row):
+        sequence.row = row
+    return sampled
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.sequence_id
+
+
+def _oldest_prompt(slot: Slot) -> int:
     return slot.prefilling[0].sequence_id
