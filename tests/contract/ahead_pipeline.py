@@ -39,12 +39,11 @@ from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.lane import Lane, open_lane
 from mpipipe.stage.ahead.launched import LaunchedStep
 from mpipipe.stage.device_logprobs import logprobs_of
-from mpipipe.stage.executor import PreparedStep, StageExecutor
-from mpipipe.stage.sequences import SequenceTable
 from mpipipe.types import FinishReason, Request, SamplingParams, TokenLogprobs
 from tests.contract.replaying_lane import ReplayingLane
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
 from tests.oracles.awaiting_core import AwaitingCore
+from tests.oracles.plain_stage import PreparedStep, SequenceTable, StageExecutor
 
 MAX_TOKENS = 48  # of a sequence
 EOS = 2

@@ -37,16 +37,8 @@ def open_engine(
     batches = tuple(
         DecodeBatch(seats, lane, max_rows=rows, nobody=nobody) for _ in range(plan.num_slots)
     )
-    hidden_in_BH = None
-    if not model.plan.has_embedding:
-        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
-    last_token = torch.zeros(seats.num_seats + 1, dtype=torch.int64, device=lane.device)
     use_graphs = plan.cuda_graphs and not model.graph_obstacle()
-    sends_ids = model.plan.has_head and not model.plan.has_embedding
-    sent_ids = None
-    if use_graphs and sends_ids:
-        sent_ids = last_token.new_zeros(plan.num_slots, rows)
-    tensors = StageTensors(last_token, hidden_in_BH, sent_ids)
+    tensors = _open_tensors(plan, model, cache, lane, use_graphs=use_graphs)
     programs = DecodePrograms(
         model,
         batches,
@@ -59,7 +51,6 @@ def open_engine(
     return AheadEngine(
         plan,
         model,
-        cache,
         lane,
         seats=seats,
         batches=batches,
@@ -67,3 +58,18 @@ def open_engine(
         programs=programs,
         ragged=attention_needs_spans,
     )
+
+
+def _open_tensors(
+    plan: PipelinePlan, model: StageModel, cache: KVCache, lane: Lane, *, use_graphs: bool
+) -> StageTensors:
+    rows = plan.max_sequences_per_slot
+    seats = num_seats(plan.num_slots, rows)
+    hidden_in_BH = None
+    if not model.plan.has_embedding:
+        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
+    last_token = torch.zeros(seats + 1, dtype=torch.int64, device=lane.device)
+    sent_ids = None
+    if use_graphs and model.plan.has_head and not model.plan.has_embedding:
+        sent_ids = last_token.new_zeros(plan.num_slots, rows)
+    return StageTensors(cache, last_token, hidden_in_BH, sent_ids)

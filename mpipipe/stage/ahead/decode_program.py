@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.ahead.decode_batch import DecodeBatch
     from mpipipe.stage.ahead.lane import Lane
@@ -51,6 +52,7 @@ GREEDY = SamplingNeeds()
 class StageTensors:
     """Device tensors that all steps of a stage share."""
 
+    cache: KVCache
     last_token: torch.Tensor  # int64 [seats + 1]: the token each sequence sampled last (stage 0)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
     # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence, StepScheduled
-    from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.sampling_use import SamplingUse
@@ -56,7 +55,6 @@ class AheadEngine:
         self,
         plan: PipelinePlan,
         model: StageModel,
-        cache: KVCache,
         lane: Lane,
         *,
         seats: SeatTable,
@@ -69,7 +67,6 @@ class AheadEngine:
         self.programs = programs
         self._plan = plan
         self._model = model
-        self._cache = cache
         self._lane = lane
         self._batches = batches
         self._tensors = tensors
@@ -98,7 +95,7 @@ class AheadEngine:
     def close(self, sequence_ids: Sequence[int]) -> None:
         """Forget finished sequences."""
         for seat in self.seats.close(sequence_ids):
-            self._cache.forget(seat)
+            self._tensors.cache.forget(seat)
 
     def clear(self) -> None:
         """The end of a generate call: forget all sequences."""

@@ -58,6 +58,15 @@ if TYPE_CHECKING:
 __all__ = ["AheadWorker"]
 
 _Step = StepScheduled | DecodeScheduled
+_FROM_HEAD = (
+    RequestOpened,
+    StepScheduled,
+    DecodeScheduled,
+    RequestClosed,
+    GenerationBegan,
+    GenerationEnded,
+    SessionEnded,
+)
 _NUM_RECENT = 4096
 
 
@@ -137,15 +146,7 @@ class AheadWorker:
         self._received = -1  # the latest step whose ids have been received
         self._ids_due = asyncio.Event()  # a step was launched whose ids will return
         self._ids_here = asyncio.Event()  # `_received` has changed
-        self._mailbox = mesh.mailbox(
-            RequestOpened,
-            StepScheduled,
-            DecodeScheduled,
-            RequestClosed,
-            GenerationBegan,
-            GenerationEnded,
-            SessionEnded,
-        )
+        self._mailbox = mesh.mailbox(*_FROM_HEAD)
 
     @property
     def is_first(self) -> bool:
