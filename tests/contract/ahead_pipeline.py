@@ -24,6 +24,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.kv_cache.base import KVCache
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
@@ -69,6 +70,8 @@ def ahead_plan(
     graphs: bool = False,
     prefill: str = "phases",
     hidden_size: int = 48,
+    laps_ahead: int = 1,
+    kv_cache: str = "paged",
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -85,13 +88,13 @@ def ahead_plan(
         page_size_tokens=PAGE_SIZE,
         num_kv_pages=num_pages,
         max_context_tokens=64,
-        kv_cache="paged",
+        kv_cache=kv_cache,
         transport="loopback",
         device="cpu",
         attention="sdpa",
         threads_per_rank=1,
         resolved=(),
-        laps_ahead=1,
+        laps_ahead=laps_ahead,
         prefill=prefill,
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
@@ -109,16 +112,18 @@ def build_stage(
     config = model.reference.config
     heads = config.num_attention_heads
     stage = plan.stages[number]
-    cache = PagedKVCache.allocate(
-        num_layers=stage.num_layers,
-        num_pages=plan.num_kv_pages + 1,
-        page_size=PAGE_SIZE,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=torch.float32,
-        device=torch.device(device),
-        head_major=backend.head_major,
-    )
+    cache: KVCache = ContiguousKVCache()
+    if plan.kv_cache == "paged":
+        cache = PagedKVCache.allocate(
+            num_layers=stage.num_layers,
+            num_pages=plan.num_kv_pages + 1,
+            page_size=PAGE_SIZE,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=torch.float32,
+            device=torch.device(device),
+            head_major=backend.head_major,
+        )
     return load_stage(
         model.folder,
         stage,
