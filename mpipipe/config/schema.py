@@ -108,10 +108,12 @@ class PipelineConfig:
     """Attention backend: `triton`, `flashinfer`, `varlen` (torch >= 2.13), `sdpa`, `reference`, or
     `auto`."""
     laps_ahead: int | str = AUTO
-    """Laps that the head schedules before it has seen the tokens: 0 or 1; `auto`: 1 on GPUs."""
+    """Laps that the head schedules before it has seen the tokens: 0 (CPUs only), 1, 2 or 3; `auto`:
+    1 on GPUs, 0 on CPUs."""
     prefill: str = AUTO
     """`phases`: prompts first, then decode until places are free again; `mixed`: one step of prompt
-    chunks per lap; `auto`: phases."""
+    chunks per lap, or, without laps ahead, chunks in every decode step that has room; `auto`:
+    phases with laps ahead, mixed without."""
     threads_per_rank: int | str = AUTO
     """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
     bind: str = AUTO

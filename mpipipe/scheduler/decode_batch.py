@@ -61,8 +61,7 @@ class DecodeBatch:
         history, laps = self._history, self._laps_ahead
         if len(history) > laps and history[0][0] > returned:
             return False
-        # Without laps ahead, a sequence joins when its prefill has come back.
-        return not laps or len(history) < laps or history[-laps][1] <= returned
+        return len(history) < laps or history[-laps][1] <= returned
 
     def rows_needing_pages(self) -> list[Sequence]:
         """The live rows whose token of the next lap begins a page."""

@@ -29,6 +29,7 @@ from mpipipe.scheduler.instructions import (
     TokensEmitted,
 )
 from mpipipe.types import FinishReason, Request, SamplingParams
+from tests.oracles.awaiting_core import AwaitingCore
 from tests.unit.test_awaiting_core import EOS, Case, Simulation, alone, cases, next_token
 
 Step = StepScheduled | DecodeScheduled
@@ -379,6 +380,67 @@ def test_without_laps_ahead_no_token_is_surplus(ahead: AheadCase) -> None:
     assert num_sampled == sum(len(tokens) for tokens in outcome.tokens.values())
 
 
+def run_at_once(core: SchedulerCore | AwaitingCore, case: Case) -> list[tuple[int, int]]:
+    """All requests there from the start, every token 1: slot and number of tokens of each step."""
+    for request in case.requests:
+        core.add(request)
+    flight: deque[Step] = deque()
+    found = []
+    while not core.is_idle:
+        while (step := core.next_step()) is not None:
+            flight.append(step)
+            found.append((step.slot, step.num_tokens))
+        step = flight.popleft()
+        core.sampled(step.step, (1,) * step.num_sampled)
+    return found
+
+
+def workload(seed: int, num_slots: int, num_pages: int) -> Case:
+    """Many more requests than places, of any length."""
+    random = Random(seed)
+    requests = tuple(
+        Request(
+            f"r{index}",
+            index,
+            tuple(range(random.randint(1, 60))),
+            SamplingParams(max_new_tokens=random.randint(1, 50)),
+        )
+        for index in range(60)
+    )
+    return Case(
+        num_slots=num_slots,
+        max_sequences_per_slot=random.choice((4, 8)),
+        max_tokens_per_step=random.choice((8, 32, 100)),
+        num_pages=num_pages,
+        page_size=4,
+        max_context_tokens=200,
+        requests=requests,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_slot_makes_the_steps_of_the_core_that_awaits_every_token(seed: int) -> None:
+    case = workload(seed, num_slots=1, num_pages=10_000)
+    core = AheadCase(case, laps_ahead=0, mixed=True).core()
+    assert run_at_once(core, case) == run_at_once(case.core(), case)
+
+
+@pytest.mark.parametrize("num_slots", [2, 4])
+@pytest.mark.parametrize("num_pages", [60, 100, 10_000])
+def test_as_many_steps_are_enough_as_when_every_token_is_awaited(
+    num_slots: int, num_pages: int
+) -> None:
+    """Over ten workloads: which sequences share a slot changes, and with it how the last end."""
+    num_steps = num_awaiting = 0
+    for seed in range(10):
+        case = workload(seed, num_slots, num_pages)
+        core = AheadCase(case, laps_ahead=0, mixed=True).core()
+        num_steps += len(run_at_once(core, case))
+        num_awaiting += len(run_at_once(case.core(), case))
+    assert num_steps <= num_awaiting
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(ahead_cases())
 def test_equal_events_give_equal_steps(ahead: AheadCase) -> None:
@@ -428,4 +490,35 @@ def test_the_cases_reach_heavy_preemption(
     outcome = AheadSimulation(AheadCase(case, laps_ahead=laps_ahead, mixed=mixed)).run()
     assert outcome.statistics is not None
     assert outcome.statistics.num_preemptions > 10
+    filled_up = any(isinstance(step, DecodeScheduled) and step.chunks for step in outcome.steps)
+    assert filled_up == (mixed and not laps_ahead)
+    assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
+
+
+@pytest.mark.parametrize("seed", [142, 255, 558, 562])
+def test_a_prompt_that_starts_over_may_take_the_pages_of_younger_rows_of_its_step(
+    seed: int,
+) -> None:
+    random = Random(seed)
+    requests = tuple(
+        Request(
+            f"r{index}",
+            index,
+            tuple(range(1, 1 + random.randint(1, 8))),
+            SamplingParams(max_new_tokens=random.randint(6, 20), ignore_eos=True),
+        )
+        for index in range(random.randint(3, 8))
+    )
+    case = Case(
+        num_slots=random.choice([1, 2]),
+        max_sequences_per_slot=random.choice([3, 4, 6]),
+        max_tokens_per_step=random.choice([6, 7, 8]),
+        num_pages=random.randint(14, 20),
+        page_size=random.choice([1, 2]),
+        max_context_tokens=60,
+        requests=requests,
+        seed=seed,
+        restart_tokens=random.choice([9, 10, 12, 14]),
+    )
+    outcome = AheadSimulation(AheadCase(case, laps_ahead=0, mixed=True)).run()
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
