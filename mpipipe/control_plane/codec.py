@@ -20,6 +20,7 @@ import msgpack
 from mpipipe.control_plane.messages import (
     PROTOCOL_VERSION,
     TAGS,
+    DecodeScheduled,
     Hello,
     LogprobsSampled,
     Message,
@@ -82,6 +83,9 @@ def _flatten(message: Message, fields: _Fields) -> _Fields:
         case StepScheduled():
             step, slot, sequences, steady = fields
             return step, slot, [_sequence_fields(sequence) for sequence in sequences], steady
+        case DecodeScheduled():
+            *others, chunks = fields
+            return *others, [_sequence_fields(chunk) for chunk in chunks]
         case RequestOpened():
             sequence_id, prompt_ids, sampling, rotary_len = fields
             return sequence_id, prompt_ids, _sampling_fields(sampling), rotary_len
@@ -114,6 +118,9 @@ def _build(kind: type[Message], fields: list[Any]) -> Message:
         return StepScheduled(
             step, slot, tuple([ScheduledSequence(*sequence) for sequence in sequences]), steady
         )
+    if kind is DecodeScheduled:
+        *others, chunks = fields
+        return _exactly(kind, [*others, tuple([ScheduledSequence(*chunk) for chunk in chunks])])
     if kind is RequestOpened:
         sequence_id, prompt_ids, sampling, rotary_len = fields
         sampling = _exactly(SamplingParams, sampling)
