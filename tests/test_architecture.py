@@ -37,7 +37,6 @@ NESTING_EXCEPTIONS: dict[str, str] = {}
 PARAMETERS_EXCEPTIONS: dict[str, str] = {
     "mpipipe/cli/main.py:bench_throughput": "one per option of the command line, keyword-only",
     "mpipipe/models/attention_bridge.py:_attention": "transformers' attention interface has them",
-    "mpipipe/stage/worker.py:StageWorker.__init__": "wires the parts of a stage, keyword-only",
     "mpipipe/stage/ahead/worker.py:AheadWorker.__init__": "wires a stage, keyword-only",
 }
 PRINT_EXCEPTIONS: dict[str, str] = {

@@ -35,7 +35,7 @@ class Mailbox(Generic[T]):
         if self._closed:
             return
         self._items.append(item)
-        self._wake_reader()
+        self.wake()
 
     async def get(self) -> T:
         """The next item; waits for it. Cancelling loses nothing.
@@ -43,15 +43,24 @@ class Mailbox(Generic[T]):
         Raises:
             ChannelClosedError: closed, and nothing is left.
         """
-        assert self._reader is None, f"two readers of the mailbox {self._name!r}"
         while not self._items:
             self._check_open()
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
+            await self.wait()
         return self._items.popleft()
+
+    async def wait(self) -> None:
+        """Return when something is put, or `wake` or `close` is called."""
+        assert self._reader is None, f"two readers of the mailbox {self._name!r}"
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def wake(self) -> None:
+        """Let `wait` return although nothing was put."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def get_nowait(self) -> T | None:
         """The next item, or None when there is none.
@@ -67,7 +76,7 @@ class Mailbox(Generic[T]):
     def close(self) -> None:
         """Wake the reader: after the items that are left, `get` raises. Idempotent."""
         self._closed = True
-        self._wake_reader()
+        self.wake()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -75,7 +84,3 @@ class Mailbox(Generic[T]):
                 f"{self._name} was read after it was closed; unless this rank is shutting down, "
                 "this is a bug in mpipipe: please report it with the log"
             )
-
-    def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)

@@ -12,25 +12,18 @@ import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
-from mpipipe.runtime.stage_worker import ahead_worker, awaiting_worker, prepare_ahead
-from mpipipe.runtime.tensor_channel import open_channel
+from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
 from mpipipe.topology.affinity import format_cpus
 from mpipipe.topology.host import peak_rss_bytes
-
-if TYPE_CHECKING:
-    from mpipipe.stage.ahead.worker import AheadWorker
-    from mpipipe.stage.worker import StageWorker
 
 __all__ = ["open_session"]
 
@@ -60,7 +53,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
-    async with _open_worker(boot, plan, parts, account, device) as opened:
+    async with open_worker(plan, ranks, parts, account=account, device=device) as opened:
         await opened.worker.exercise_edges()
         _settle_garbage()
         await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
@@ -72,7 +65,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             baseline_rss_bytes=baseline_rss_bytes,
             capture_s=opened.capture_s,
         )
-        _log_ready(boot, stage, parts, load, opened)
+        _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
         try:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
@@ -81,17 +74,17 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
 
 
 def _log_ready(
-    boot: Boot, stage: StagePlan, parts: StageParts, load: LoadFacts, opened: _OpenedWorker
+    boot: Boot, plan: PipelinePlan, parts: StageParts, load: LoadFacts, opened: OpenedWorker
 ) -> None:
     boot.log.info(
         "ready",
-        plan=dataclasses.asdict(stage),
+        plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
         load=dataclasses.asdict(load),
         cpus=format_cpus(os.sched_getaffinity(0)),
         form=parts.model.mode,
         form_reason=parts.model.mode_reason,
         num_graphs=opened.num_graphs,
-        graph_obstacle=parts.model.graphs_unsupported_reason() if opened.device == "cuda" else "",
+        graph_obstacle=parts.model.graphs_unsupported_reason() if plan.device == "cuda" else "",
     )
 
 
@@ -103,36 +96,6 @@ def _settle_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenedWorker:
-    worker: StageWorker | AheadWorker
-    capture_s: float | None = None  # None: nothing is captured
-    num_graphs: int = 0  # of decode steps
-    device: str = "cpu"
-
-
-@asynccontextmanager
-async def _open_worker(
-    boot: Boot, plan: PipelinePlan, parts: StageParts, account: StageAccount, device: torch.device
-) -> AsyncIterator[_OpenedWorker]:
-    """The stage's worker with its tensor channel, closed in order."""
-    ranks = boot.ranks
-    if not plan.laps_ahead:
-        channel = await open_channel(plan, ranks, device)
-        with awaiting_worker(plan, ranks, parts, channel=channel, account=account) as worker:
-            yield _OpenedWorker(worker)
-            await channel.aclose()
-        return
-    ahead = await in_phase(ranks, "capture", lambda: prepare_ahead(plan, ranks, parts, device))
-    ahead.lane.enter()  # captured in the phase's thread, launched from this one
-    channel = await open_channel(plan, ranks, device)
-    launcher = ahead_worker(plan, ranks, ahead, channel=channel, account=account)
-    programs = ahead.engine.programs
-    capture_s = ahead.capture_s if programs.use_graphs else None
-    yield _OpenedWorker(launcher, capture_s, programs.num_graphs, plan.device)
-    await channel.aclose()
 
 
 def _device_of(boot: Boot, plan: PipelinePlan) -> torch.device:

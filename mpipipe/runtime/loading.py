@@ -123,8 +123,8 @@ def _make_cache(
     if plan.kv_cache == "contiguous":
         return ContiguousKVCache()
     spec = read_spec(Path(plan.model_path))
-    # Launch-ahead: the last page is no sequence's, rows without a sequence write there.
-    num_pages = plan.num_kv_pages + (plan.laps_ahead > 0)
+    # On a GPU the last page is no sequence's: rows without a sequence write there.
+    num_pages = plan.num_kv_pages + (device.type == "cuda")
     return PagedKVCache.allocate(
         num_layers=stage.num_layers,
         num_pages=num_pages,

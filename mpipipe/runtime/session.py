@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
-    from mpipipe.runtime.stage_worker import Worker
     from mpipipe.scheduler.instructions import SchedulerStatistics
+    from mpipipe.stage.ahead.worker import AheadWorker
     from mpipipe.types import Completion, Request
 
 __all__ = ["Boot", "LoadFacts", "Session"]
@@ -68,7 +68,7 @@ class Session:
         boot: Boot,
         *,
         plan: PipelinePlan,
-        worker: Worker,
+        worker: AheadWorker,
         account: StageAccount,
         load: LoadFacts,
     ) -> None:

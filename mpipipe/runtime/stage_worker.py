@@ -1,110 +1,98 @@
-"""Which worker runs a stage: one that awaits every token, or one that is launched ahead.
-
-Both serve `generate` calls in the same way; the plan's `laps_ahead` decides. Part of `boot`.
-"""
+"""The worker of a stage, with its lane, engine and tensor channel. Part of `boot`."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from mpipipe.errors import EnvironmentSetupError
+from mpipipe.runtime.ranks import in_phase
+from mpipipe.runtime.tensor_channel import open_channel
 from mpipipe.stage.ahead.assembly import open_engine
 from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.lane import Lane, open_lane
 from mpipipe.stage.ahead.timeline import LaneTimeline
 from mpipipe.stage.ahead.worker import AheadWorker
-from mpipipe.stage.executor import StageExecutor
-from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
-    from mpipipe.stage.device_use import DeviceUse
 
-__all__ = ["AheadParts", "Worker", "ahead_worker", "awaiting_worker", "prepare_ahead"]
-
-
-class Worker(Protocol):
-    """What a session asks of its stage."""
-
-    async def serve(self) -> bool:
-        """Run steps until the head ends this generate call; False: the head ended the session."""
-        ...
-
-    async def exercise_edges(self) -> None:
-        """Send one small tensor over every edge of this stage."""
-        ...
-
-    def device_use(self) -> DeviceUse:
-        """What the stage has used of its device and of Python so far."""
-        ...
+__all__ = ["OpenedWorker", "open_worker"]
 
 
-@contextmanager
-def awaiting_worker(
+@dataclass(frozen=True, slots=True)
+class OpenedWorker:
+    """A worker, and what making it ready took."""
+
+    worker: AheadWorker
+    capture_s: float | None  # trial steps and CUDA graphs; None: nothing is captured
+    num_graphs: int  # of decode steps
+
+
+@asynccontextmanager
+async def open_worker(
     plan: PipelinePlan,
     ranks: Ranks,
     parts: StageParts,
     *,
-    channel: TensorChannel,
     account: StageAccount,
-) -> Iterator[StageWorker]:
-    """A stage that computes in a thread and waits for each result: CPUs."""
-    stage = plan.stage_of_rank(ranks.mesh.rank)
-    executor = StageExecutor(
-        parts.model,
-        parts.cache,
-        page_size=plan.page_size_tokens,
-        is_last=stage.has_head,
-        clock=ranks.clock,
-    )
-    threads = ThreadPoolExecutor(
-        1, "compute", initializer=torch.set_num_threads, initargs=(plan.threads_per_rank,)
-    )
-    with threads as thread:
-        yield StageWorker(
+    device: torch.device,
+) -> AsyncIterator[OpenedWorker]:
+    """The stage's worker, ready but for its edges; all ranks call it together.
+
+    Raises:
+        AgreedError: the memory of some rank's GPU does not hold the work space.
+        EnvironmentSetupError: the transport cannot be set up on some rank.
+    """
+    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
+    lane, engine = ready.lane, ready.engine
+    lane.enter()  # captured in the phase's thread, launched from this one
+    try:
+        channel = await open_channel(plan, ranks, device)
+        worker = AheadWorker(
             plan=plan,
-            stage=stage,
+            stage=plan.stage_of_rank(ranks.mesh.rank),
             mesh=ranks.mesh,
             channel=channel,
-            executor=executor,
-            thread=thread,
-            engine=ranks.engine,
-            account=account,
+            engine=engine,
+            lane=lane,
+            timeline=LaneTimeline(lane, account),
+            progress=ranks.engine,
             clock=ranks.clock,
-            dtype=getattr(torch, plan.dtype),
         )
+        capture_s = ready.seconds if engine.programs.use_graphs else None
+        yield OpenedWorker(worker, capture_s, engine.programs.num_graphs)
+        await channel.aclose()
+    finally:
+        lane.close()
 
 
 @dataclass(frozen=True, slots=True)
-class AheadParts:
+class _Ready:
     """A lane with an engine whose programs are ready."""
 
     lane: Lane
     engine: AheadEngine
-    capture_s: float
+    seconds: float
 
 
-def prepare_ahead(
-    plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device
-) -> AheadParts:
+def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device) -> _Ready:
     """Open the device's lane, run and capture the stage's programs.
 
     Raises:
         EnvironmentSetupError: the GPU's memory does not hold the work space.
     """
-    lane = open_lane(device, ranks.clock)
-    engine = open_engine(plan, parts.model, lane, attention_needs_seq_lens=parts.needs_seq_lens)
+    lane = open_lane(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
+    engine = open_engine(
+        plan, parts.model, parts.cache, lane, attention_needs_seq_lens=parts.needs_seq_lens
+    )
     started_s = ranks.clock.now_s()
     try:
         engine.prepare(plan.sampling)
@@ -115,26 +103,4 @@ def prepare_ahead(
             f"({str(error).splitlines()[0]}): lower memory.gpu_memory_fraction, "
             "memory.kv_cache_bytes or pipeline.max_tokens_per_step"
         ) from error
-    return AheadParts(lane, engine, ranks.clock.now_s() - started_s)
-
-
-def ahead_worker(
-    plan: PipelinePlan,
-    ranks: Ranks,
-    ahead: AheadParts,
-    *,
-    channel: TensorChannel,
-    account: StageAccount,
-) -> AheadWorker:
-    """A stage that is launched ahead of its results: GPUs."""
-    return AheadWorker(
-        plan=plan,
-        stage=plan.stage_of_rank(ranks.mesh.rank),
-        mesh=ranks.mesh,
-        channel=channel,
-        engine=ahead.engine,
-        lane=ahead.lane,
-        timeline=LaneTimeline(ahead.lane, account),
-        progress=ranks.engine,
-        clock=ranks.clock,
-    )
+    return _Ready(lane, engine, ranks.clock.now_s() - started_s)

@@ -23,6 +23,8 @@ from mpipipe.control_plane.messages import (
     RequestOpened,
     StepScheduled,
 )
+from mpipipe.kv_cache.base import KVCache
+from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
@@ -30,6 +32,7 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
 from mpipipe.stage.ahead.assembly import open_engine
@@ -37,12 +40,18 @@ from mpipipe.stage.ahead.engine import AheadEngine
 from mpipipe.stage.ahead.lane import Lane, open_lane
 from mpipipe.stage.ahead.launched import LaunchedStep
 from mpipipe.stage.device_logprobs import logprobs_of
-from mpipipe.stage.executor import PreparedStep, StageExecutor
-from mpipipe.stage.sequences import SequenceTable
-from mpipipe.types import FinishReason, PrefillMode, Request, SamplingParams, TokenLogprobs
+from mpipipe.types import (
+    CacheKind,
+    FinishReason,
+    PrefillMode,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 from tests.contract.replaying_lane import ReplayingLane
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
 from tests.oracles.awaiting_core import AwaitingCore
+from tests.oracles.plain_stage import PreparedStep, SequenceTable, StageExecutor
 
 MAX_TOKENS = 48  # of a sequence
 EOS = 2
@@ -68,6 +77,8 @@ def ahead_plan(
     graphs: bool = False,
     prefill: PrefillMode = "phases",
     hidden_size: int = 48,
+    laps_ahead: int = 1,
+    kv_cache: CacheKind = "paged",
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -84,13 +95,13 @@ def ahead_plan(
         page_size_tokens=PAGE_SIZE,
         num_kv_pages=num_pages,
         max_context_tokens=64,
-        kv_cache="paged",
+        kv_cache=kv_cache,
         transport="loopback",
         device="cpu",
         attention="sdpa",
         threads_per_rank=1,
         resolved=(),
-        laps_ahead=1,
+        laps_ahead=laps_ahead,
         prefill=prefill,
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
@@ -108,16 +119,18 @@ def build_stage(
     config = model.reference.config
     heads = config.num_attention_heads
     stage = plan.stages[number]
-    cache = PagedKVCache.allocate(
-        num_layers=stage.num_layers,
-        num_pages=plan.num_kv_pages + 1,
-        page_size=PAGE_SIZE,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=torch.float32,
-        device=torch.device(device),
-        head_major=backend.head_major,
-    )
+    cache: KVCache = ContiguousKVCache()
+    if plan.kv_cache == "paged":
+        cache = PagedKVCache.allocate(
+            num_layers=stage.num_layers,
+            num_pages=plan.num_kv_pages + 1,
+            page_size=PAGE_SIZE,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=torch.float32,
+            device=torch.device(device),
+            head_major=backend.head_major,
+        )
     return load_stage(
         model.folder,
         stage,
@@ -127,6 +140,13 @@ def build_stage(
         device=device,
         max_sequence_tokens=64,
     )
+
+
+def cache_of(stage: StageModel) -> KVCache:
+    """The cache that the stage was finished with."""
+    cache = stage._context.cache
+    assert cache is not None
+    return cache
 
 
 @dataclass
@@ -176,11 +196,17 @@ class InProcessAhead:
         self.models = [build_stage(model, plan, n, backend, device) for n in stages]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
-            self.lane: Lane = ReplayingLane(torch.device(device), clock)
+            self.lane: Lane = ReplayingLane(torch.device(device), clock, ProgressEngine())
         else:
-            self.lane = open_lane(torch.device(device), clock)
+            self.lane = open_lane(torch.device(device), clock, ProgressEngine())
         self.engines = [
-            open_engine(plan, stage, self.lane, attention_needs_seq_lens=backend.needs_seq_lens)
+            open_engine(
+                plan,
+                stage,
+                cache_of(stage),
+                self.lane,
+                attention_needs_seq_lens=backend.needs_seq_lens,
+            )
             for stage in self.models
         ]
         self.steps: list[Step] = []
@@ -305,7 +331,7 @@ class InProcessAhead:
                 )
             elif isinstance(instruction, Closed):
                 for engine in self.engines:
-                    engine.seats.close(RequestClosed(instruction.sequence_ids).sequence_ids)
+                    engine.close(RequestClosed(instruction.sequence_ids).sequence_ids)
 
 
 def _launch(engine: AheadEngine, step: Step, hidden_TH: torch.Tensor | None) -> LaunchedStep:
@@ -336,9 +362,9 @@ def plain_outcomes(
     """What the awaiting scheduler and executor make of the requests, on one stage."""
     plan = ahead_plan(1, num_pages=num_pages)
     stage = build_stage(model, plan, 0, SdpaAttention())
-    cache = stage._context.cache
-    assert cache is not None
-    executor = StageExecutor(stage, cache, page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock())
+    executor = StageExecutor(
+        stage, cache_of(stage), page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock()
+    )
     core = AwaitingCore(
         num_slots=1,
         max_sequences_per_slot=4,

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpipipe.clock import Clock
+from mpipipe.progress import ProgressEngine
 from mpipipe.stage.ahead.lane import CpuLane
 
 __all__ = ["PooledLane", "ReplayingLane"]
@@ -112,8 +113,8 @@ class PooledLane(ReplayingLane):
     For one stage alone: stages of several ranks have pools of their own.
     """
 
-    def __init__(self, device: torch.device, clock: Clock) -> None:
-        super().__init__(device, clock)
+    def __init__(self, device: torch.device, clock: Clock, progress: ProgressEngine) -> None:
+        super().__init__(device, clock, progress)
         self._tapes: list[_Tape] = []
 
     def _recorded(self, tape: _Tape) -> None:

@@ -18,6 +18,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.ahead import decode_batch
 from mpipipe.stage.ahead.assembly import open_engine
@@ -33,6 +34,7 @@ from tests.contract.ahead_pipeline import (
     TensorSdpa,
     ahead_plan,
     build_stage,
+    cache_of,
     make_requests,
     plain_outcomes,
 )
@@ -81,7 +83,7 @@ def test_a_sequence_keeps_its_seat_until_it_is_closed_and_then_somebody_else_get
     seats.close((7, 99))  # one that was never opened here is nobody's
     assert len(seats) == 1
     assert seats.open(opened(9)) == first
-    seats.clear()
+    assert sorted(seats.close(seats.open_ids())) == [0, 1]
     assert len(seats) == 0
 
 
@@ -90,25 +92,25 @@ def test_chunks_of_a_prompt_are_placed_one_after_the_other() -> None:
     seats.open(opened(5, tuple(range(10, 19))))
     seats.open(opened(6, (40, 41)))
     step = chunk(0, (6, 0, 2, (3,), True), (5, 0, 5, (8, 2), False))
-    ((first, first_pages), (second, second_pages)) = seats.place(step)
+    ((first, first_pages), (second, second_pages)) = seats.place(step.sequences, 0)
     assert (first.query_start, first.query_len, first.kv_len, first_pages) == (0, 2, 2, [3])
     assert (second.query_start, second.query_len, second.kv_len) == (2, 5, 5)
     assert second_pages == [8, 2]
-    assert seats.input_ids(step).tolist() == [40, 41, 10, 11, 12, 13, 14]
-    assert seats.sampled_seats(step).tolist() == [seats.seat(6)]
+    assert seats.input_ids(step.sequences).tolist() == [40, 41, 10, 11, 12, 13, 14]
+    assert seats.sampled_seats(step.sequences).tolist() == [seats.seat(6)]
     following = chunk(1, (5, 5, 4, (1,), True))
-    ((span, pages),) = seats.place(following)
+    ((span, pages),) = seats.place(following.sequences, 1)
     assert (span.kv_len, span.num_computed, pages) == (9, 5, [8, 2, 1])
-    assert seats.input_ids(following).tolist() == [15, 16, 17, 18]
+    assert seats.input_ids(following.sequences).tolist() == [15, 16, 17, 18]
     assert (seats.sampled_in[seats.seat(6)], seats.sampled_in[seats.seat(5)]) == (0, 1)
 
 
 def test_a_sequence_that_begins_again_forgets_its_pages() -> None:
     seats = SeatTable(1, 3, VOCAB)
     seats.open(opened(0, (1, 2, 3, 4)))
-    seats.place(chunk(0, (0, 0, 4, (5, 6), True)))
+    seats.place(chunk(0, (0, 0, 4, (5, 6), True)).sequences, 0)
     seats.open(opened(0, (1, 2, 3, 4, 5)))
-    ((_, pages),) = seats.place(chunk(1, (0, 0, 5, (9,), True)))
+    ((_, pages),) = seats.place(chunk(1, (0, 0, 5, (9,), True)).sequences, 1)
     assert pages == [9]
     with pytest.raises(AssertionError, match="4 pages"):
         seats.add_pages(0, (1, 2, 3))
@@ -134,7 +136,7 @@ class Scripted:
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
         self.seats = SeatTable(12, 30, VOCAB)
-        lane = CpuLane(torch.device("cpu"), ScriptedClock())
+        lane = CpuLane(torch.device("cpu"), ScriptedClock(), ProgressEngine())
         self.batches = [
             DecodeBatch(self.seats, lane, max_rows=5, nobody=(12, 777)) for _ in range(2)
         ]
@@ -175,7 +177,7 @@ class Scripted:
         sequence.pages = [self.page() for _ in range(-(-length // 4))]
         sequence.num_computed, sequence.sampled_in = length, self.step
         entry = (sequence.sequence_id, 0, length, tuple(sequence.pages), True)
-        self.seats.place(chunk(self.step, entry, slot=slot))
+        self.seats.place(chunk(self.step, entry, slot=slot).sequences, self.step)
         self.step += 1
         self.ready[slot].append(sequence)
 
@@ -492,9 +494,9 @@ def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel])
 def test_ids_that_leave_outlast_the_steps_of_other_slots(tiny: Callable[[str], TinyModel]) -> None:
     """They are sent beside the lane, and the captures of all slots share their memory."""
     plan = ahead_plan(2, graphs=True)
-    lane = PooledLane(torch.device("cpu"), ScriptedClock())
+    lane = PooledLane(torch.device("cpu"), ScriptedClock(), ProgressEngine())
     model = build_stage(tiny("llama"), plan, 1, TensorSdpa())
-    engine = open_engine(plan, model, lane, attention_needs_seq_lens=False)
+    engine = open_engine(plan, model, cache_of(model), lane, attention_needs_seq_lens=False)
     engine.prepare(SamplingUse())
     hidden_BH = engine.hidden_buffer(DecodeScheduled(0, 0, 2, (), (), (), (), False))
     hidden_BH.copy_(torch.randn(hidden_BH.shape, generator=torch.Generator().manual_seed(3)))

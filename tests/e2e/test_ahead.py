@@ -88,7 +88,7 @@ def check_metrics(outcome: Outcome, num_ranks: int) -> None:
         assert booked_s == pytest.approx(overall["wall_s"], abs=1e-6)
         # 0.1 s: a message at either end, on cores that two tests with up to four ranks each share.
         assert abs(booked_s - generate_s) <= 0.01 * generate_s + 0.1
-        assert rank["cpu_us_per_step"] > 0
+        assert rank["cpu_us_per_step"] is None, "on a CPU computing is the host's time"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ MESSAGES: tuple[Message, ...] = (
     STEP,
     DecodeScheduled(300, 1, 3, (0, 2), (7,), (1, 2), (5, 70000), False),
     DecodeScheduled(301, 1, 3, (), (), (), (), True),
+    DecodeScheduled(
+        *(301, 1, 3, (), (), (), (), False), (ScheduledSequence(4, 0, 200, (6,), True),)
+    ),
     RequestClosed((3, 4)),
     StepSampled(7, (15, 0)),
     LogprobsSampled(7, (None, TokenLogprobs(15, -0.5, ((15, -0.5), (16, -2.0))))),
@@ -141,6 +144,7 @@ GOLDEN = (
     "95090701929503140190c3950400cd012c930506ce00011170c2c3",
     "9a10cd012c010392000291079201029205ce00011170c290",
     "9a10cd012d010390909090c390",
+    "9a10cd012d010390909090c291950400ccc89106c3",
     "920a920304",
     "930b07920f00",
     "930c0792c0930fcbbfe000000000000092920fcbbfe00000000000009210cbc000000000000000",

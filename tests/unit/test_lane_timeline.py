@@ -65,10 +65,10 @@ class Timed:
         self.timeline = LaneTimeline(cast("Lane", self.lane), self.account)
         self.timeline.begin(100.0)
 
-    def add(self, number: int, *offsets: float) -> None:
+    def add(self, number: int, *offsets: float, compute_s: float | None = None) -> None:
         """A step whose marks are so many seconds after the beginning."""
-        marks = [self.lane.at(5000.0 + offset) for offset in offsets]
-        self.timeline.add(StepMarks(Step(number), *marks))
+        taken_up, input_there, computed, sent = (self.lane.at(5000.0 + o) for o in offsets)
+        self.timeline.add(StepMarks(Step(number), taken_up, input_there, computed, sent, compute_s))
 
     def reach(self, offset: float) -> None:
         self.lane.now_s = 5000.0 + offset
@@ -97,6 +97,16 @@ def test_four_marks_cut_a_step_into_wait_compute_and_send_and_the_rest_is_idle()
     assert overall.send_s == pytest.approx(0.25)
     assert overall.overhead_s == 0
     assert overall.wall_s == pytest.approx(10.5)
+
+
+def test_what_a_compute_thread_did_not_need_itself_is_overhead() -> None:
+    timed = Timed()
+    timed.add(0, 0.0, 0.5, 3.0, 3.0, compute_s=2.25)
+    timed.reach(3.0)
+    timed.timeline.end(103.0)
+    overall = timed.overall
+    assert (overall.compute_s, overall.overhead_s) == pytest.approx((2.25, 0.25))
+    assert overall.wall_s == pytest.approx(3.0)
 
 
 def test_a_step_is_booked_once_its_last_mark_is_reached_and_in_order() -> None:

@@ -14,6 +14,7 @@ from mpipipe.stage.ahead.seats import SeatTable
 from mpipipe.stage.token_history import TokenHistory
 
 if TYPE_CHECKING:
+    from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.stage.ahead.lane import Lane
@@ -22,7 +23,12 @@ __all__ = ["open_engine"]
 
 
 def open_engine(
-    plan: PipelinePlan, model: StageModel, lane: Lane, *, attention_needs_seq_lens: bool
+    plan: PipelinePlan,
+    model: StageModel,
+    cache: KVCache,
+    lane: Lane,
+    *,
+    attention_needs_seq_lens: bool,
 ) -> AheadEngine:
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
@@ -32,17 +38,8 @@ def open_engine(
     batches = tuple(
         DecodeBatch(seats, lane, max_rows=rows, nobody=nobody) for _ in range(plan.num_slots)
     )
-    hidden_in_BH = None
-    if not model.plan.has_embedding:
-        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
-    last_token = torch.zeros(seats.num_seats + 1, dtype=torch.int64, device=lane.device)
     use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
-    sends_ids = model.plan.has_head and not model.plan.has_embedding
-    sent_ids = None
-    if use_graphs and sends_ids:
-        sent_ids = last_token.new_zeros(plan.num_slots, rows)
-    history = TokenHistory(seats.num_seats + 1, model.vocab_size, lane.device)
-    tensors = StageTensors(last_token, history, hidden_in_BH, sent_ids)
+    tensors = _open_tensors(plan, model, cache, lane, use_graphs=use_graphs)
     programs = DecodePrograms(
         model,
         batches,
@@ -62,3 +59,19 @@ def open_engine(
         programs=programs,
         ragged=attention_needs_seq_lens,
     )
+
+
+def _open_tensors(
+    plan: PipelinePlan, model: StageModel, cache: KVCache, lane: Lane, *, use_graphs: bool
+) -> StageTensors:
+    rows = plan.max_sequences_per_slot
+    seats = num_seats(plan.num_slots, rows)
+    hidden_in_BH = None
+    if not model.plan.has_embedding:
+        hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=lane.device)
+    last_token = torch.zeros(seats + 1, dtype=torch.int64, device=lane.device)
+    sent_ids = None
+    if use_graphs and model.plan.has_head and not model.plan.has_embedding:
+        sent_ids = last_token.new_zeros(plan.num_slots, rows)
+    history = TokenHistory(seats + 1, model.vocab_size, lane.device)
+    return StageTensors(cache, last_token, history, hidden_in_BH, sent_ids)

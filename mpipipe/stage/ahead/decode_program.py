@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.ahead.decode_batch import DecodeBatch
     from mpipipe.stage.ahead.lane import Lane
@@ -52,6 +53,7 @@ GREEDY = SamplingNeeds.NOTHING
 class StageTensors:
     """Device tensors that all steps of a stage share."""
 
+    cache: KVCache
     last_token: torch.Tensor  # int64 [seats + 1]: the token each sequence sampled last (stage 0)
     history: TokenHistory  # what the penalties remember (last stage)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage

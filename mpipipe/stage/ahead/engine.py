@@ -16,6 +16,7 @@ import torch
 
 from mpipipe.control_plane.messages import DecodeScheduled
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
+from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.ahead.decode_program import (
     GREEDY,
     DecodePrograms,
@@ -33,7 +34,7 @@ from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpipipe.control_plane.messages import RequestOpened, StepScheduled
+    from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence, StepScheduled
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.sampling_use import SamplingUse
@@ -66,6 +67,8 @@ class AheadEngine:
         self._batches = batches
         self._tensors = tensors
         self._ragged = ragged
+        # Steps take their input from whatever tensor it is in, so it may arrive while others run.
+        self.free_inputs = ragged and lane.device.type == "cpu"
         self._slices = RowSlices()
         self._intake = IdsIntake(
             tensors.last_token,
@@ -87,11 +90,16 @@ class AheadEngine:
                 seat, message.prompt_ids, message.num_output_tokens, message.sampling.needs
             )
 
+    def close(self, sequence_ids: Sequence[int]) -> None:
+        """Forget finished sequences."""
+        for seat in self.seats.close(sequence_ids):
+            self._tensors.cache.forget(seat)
+
     def clear(self) -> None:
         """The end of a generate call: forget all sequences."""
         for batch in self._batches:
             batch.clear()
-        self.seats.clear()
+        self.close(self.seats.open_ids())
 
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
@@ -105,8 +113,10 @@ class AheadEngine:
         `use`: by the run's requests, as far as they are known. What no program made here can do is
         captured when it first occurs. First comes a prefill step of full size (without programs a
         decode step, too), so that no request pays for loading kernels, and too little memory shows
-        before the first prompt.
+        before the first prompt. A CPU has no kernels to load and no memory to reserve.
         """
+        if self.free_inputs:
+            return
         with torch.inference_mode():
             self._prefill_trial()
             if self._ragged:
@@ -159,6 +169,8 @@ class AheadEngine:
             self._plan.page_size_tokens,
             rotary_by_length=self._model.rotary_by_length,
         )
+        if self.free_inputs:
+            return layout
         lane = self._lane
         return to_device(layout, lane.device, lambda tensor: lane.upload(tensor.numpy()))
 
@@ -168,6 +180,8 @@ class AheadEngine:
         """Where the step's hidden states must arrive: [T, hidden]."""
         buffer_BH = self._tensors.hidden_in_BH
         assert buffer_BH is not None, "the first stage receives none"
+        if self.free_inputs:
+            return buffer_BH.new_empty(step.num_tokens, self._plan.hidden_size)
         if isinstance(step, DecodeScheduled):
             return self._slices.of(buffer_BH, self._num_rows(step))
         num_tokens = step.num_tokens
@@ -179,30 +193,19 @@ class AheadEngine:
     @torch.inference_mode()
     def prefill(self, step: StepScheduled, hidden_TH: torch.Tensor | None) -> LaunchedStep:
         """Add a step of prompt chunks."""
-        layout = self._on_device(self.seats.place(step))
-        inputs = hidden_TH
-        if inputs is None:
-            inputs = self._lane.upload(self.seats.input_ids(step))
-        seats = self.seats.sampled_seats(step)
-        seats_S = self._lane.upload(seats)
-        if not self._is_last:
-            return LaunchedStep(self._model.forward(inputs, layout, None), seats_S)
-        rows_S = self._lane.upload(sampled_rows(layout.seq_lens, step))
-        logits_SV = self._model.forward(inputs, layout, rows_S)
-        if not len(seats):
-            # For the first stage to see that the step is done.
-            return LaunchedStep(seats_S.new_zeros(1), seats_S)
-        positions_S = self._lane.upload(self.seats.num_computed[seats].astype(np.int64))
-        return self._sample(logits_SV, seats, seats_S, positions_S)
+        return self._chunks_behind(None, step.step, step.sequences, hidden_TH)
 
     @torch.inference_mode()
     def decode(self, step: DecodeScheduled, hidden_BH: torch.Tensor | None) -> LaunchedStep:
-        """Add one lap of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any.
+        """Add one round of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any.
 
         The result has all rows of the program, those without a sequence included.
         """
         batch = self._batches[step.slot]
         batch.apply(step)
+        if step.chunks:
+            assert self._ragged, "programs hold decodes only"
+            return self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
         if self._ragged:
             return self._decode_ragged(batch, hidden_BH)
         rows = self._num_rows(step)
@@ -227,37 +230,84 @@ class AheadEngine:
 
     def _decode_ragged(self, batch: DecodeBatch, hidden_BH: torch.Tensor | None) -> LaunchedStep:
         """A decode step from lengths that the host knows; tokens still come from the device."""
-        rows, num_rows = batch.seats_of_rows, len(batch)
-        lengths = batch.lengths
-        entries = [
-            (SequenceLens(int(seat), row, 1, int(lengths[row])), self.seats.pages[seat])
-            for row, seat in enumerate(rows)
-        ]
-        layout = self._on_device(entries)
-        seats_S = batch.device["seats"][:num_rows]
-        inputs = hidden_BH
-        if inputs is None:
-            inputs = self._tensors.last_token.index_select(0, seats_S).clamp_(min=0)
+        layout = self._on_device(self._decode_spans(batch))
+        seats_S = batch.device["seats"][: len(batch)]
+        inputs = self._latest_ids(batch) if hidden_BH is None else hidden_BH
         result = self._model.forward_decode(inputs, layout)
         if not self._is_last:
             return LaunchedStep(result, seats_S)
-        return self._sample(result, rows, seats_S, layout.kv_lens_B.long())
+        columns, positions_S = batch.columns(len(batch)), layout.kv_lens_B.long()
+        return self._sample(result, batch.seats_of_rows, positions_S, columns, batch.needs)
+
+    def _chunks_behind(
+        self,
+        batch: DecodeBatch | None,
+        number: int,
+        chunks: Sequence[ScheduledSequence],
+        hidden_TH: torch.Tensor | None,
+    ) -> LaunchedStep:
+        """A step of prompt chunks, behind a token of each of `batch`'s sequences, if there are."""
+        spans = [] if batch is None else self._decode_spans(batch)
+        first_row = len(spans)
+        layout = self._on_device(spans + self.seats.place(chunks, number, first_row))
+        inputs = hidden_TH
+        if inputs is None:
+            inputs = self._lane.upload(self.seats.input_ids(chunks))
+            if batch is not None:
+                inputs = torch.cat((self._latest_ids(batch), inputs))
+        seats = self.seats.sampled_seats(chunks)
+        rows, positions = sampled_rows(chunks, first_row), self.seats.num_computed[seats]
+        if batch is not None:
+            seats = np.concatenate((batch.seats_of_rows, seats))
+            rows = np.concatenate((np.arange(first_row), rows))
+            positions = np.concatenate((batch.lengths, positions))
+        seats_S = self._lane.upload(seats)
+        if not self._is_last:
+            return LaunchedStep(self._model.forward(inputs, layout, None), seats_S)
+        logits_SV = self._model.forward(inputs, layout, self._lane.upload(rows))
+        if not len(seats):
+            # For the first stage to see that the step is done.
+            return LaunchedStep(seats_S.new_zeros(1), seats_S)
+        positions_S = self._lane.upload(positions.astype(np.int64))
+        columns, needs = self._settings(seats, seats_S)
+        return self._sample(logits_SV, seats, positions_S, columns, needs)
+
+    def _decode_spans(self, batch: DecodeBatch) -> list[tuple[SequenceLens, Sequence[int]]]:
+        """Where the rows of a batch lie in a step, and their page tables."""
+        rows = zip(batch.seats_of_rows.tolist(), batch.lengths.tolist(), strict=True)
+        return [
+            (SequenceLens(seat, row, 1, length), self.seats.pages[seat])
+            for row, (seat, length) in enumerate(rows)
+        ]
+
+    def _latest_ids(self, batch: DecodeBatch) -> torch.Tensor:
+        """What the rows of a batch sampled last; -1, logits that were not finite, is read as 0."""
+        seats_S = batch.device["seats"][: len(batch)]
+        return self._tensors.last_token.index_select(0, seats_S).clamp_(min=0)
 
     # ---- sampling --------------------------------------------------------------------------------
+
+    def _settings(
+        self, seats: np.ndarray, seats_S: torch.Tensor
+    ) -> tuple[SamplingColumns, SamplingNeeds]:
+        """How the sequences of a prefill step sample."""
+        needs = self.seats.needs_of(seats)
+        columns = SamplingColumns(
+            {name: self._lane.upload(column[seats]) for name, column in self.seats.columns.items()},
+            seats_S,
+        )
+        return columns, needs
 
     def _sample(
         self,
         logits_SV: torch.Tensor,
         seats: np.ndarray,
-        seats_S: torch.Tensor,
         positions_S: torch.Tensor,
+        columns: SamplingColumns,
+        needs: SamplingNeeds,
     ) -> LaunchedStep:
         """Draw a token per row, outside of a graph."""
-        needs, history = self.seats.needs_of(seats), self._tensors.history
-        columns = SamplingColumns(
-            {name: self._lane.upload(column[seats]) for name, column in self.seats.columns.items()},
-            seats_S,
-        )
+        seats_S, history = columns.seats_S, self._tensors.history
         ids_S = sample_on_device(logits_SV, columns, positions_S, needs, history)
         history.add(needs, seats_S, ids_S)
         if self._is_first:

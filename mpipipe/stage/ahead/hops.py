@@ -13,6 +13,7 @@ received these ids by then (`AheadWorker._receive_needed`).
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpipipe.clock import Clock
-    from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.stage.ahead.engine import AheadEngine
 
@@ -41,15 +42,25 @@ class Hops:
         channel: carries the tensors.
         clock: monotonic seconds.
         fixed: the tensors of decode steps stay where they are as long as the channel is open.
+        most_unsent: sends under way at most, see `make_room`; None: they are not counted.
     """
 
-    def __init__(self, channel: TensorChannel, clock: Clock, *, fixed: bool) -> None:
+    def __init__(
+        self,
+        channel: TensorChannel,
+        clock: Clock,
+        *,
+        fixed: bool,
+        most_unsent: int | None = None,
+    ) -> None:
         self.awaited_s = 0.0  # spent so far until receives were on the lane: others' time
         self._channel = channel
         self._clock = clock
         self._repeating = channel if fixed and isinstance(channel, RepeatingChannel) else None
         self._sends: dict[_Memory, Callable[[], None]] = {}
         self._receives: dict[_Memory, Callable[[], None]] = {}
+        self._most_unsent = most_unsent
+        self._unsent: deque[Transfer] = deque()
 
     def prepare(self, plan: PipelinePlan, stage: StagePlan, engine: AheadEngine) -> None:
         """Prepare what the captured decode steps will move, as their first transfers would."""
@@ -69,9 +80,29 @@ class Hops:
     def send(self, step: _Step, tensor: torch.Tensor, to: int, kind: EdgeKind) -> None:
         """Add a send of what `step` made."""
         if self._repeating is None or not isinstance(step, DecodeScheduled):
-            self._channel.send(tensor, destination=to, kind=kind)
+            transfer = self._channel.send(tensor, destination=to, kind=kind)
+            if self._most_unsent is not None:
+                self._unsent.append(transfer)
             return
         self._repeated_send(self._repeating, tensor, to, kind)()
+
+    async def make_room(self) -> None:
+        """Wait until one more send may be under way.
+
+        A round of unfinished sends means that the next stage has stopped taking them; waiting here
+        shows up as send time.
+        """
+        while self._most_unsent is not None and len(self._unsent) >= self._most_unsent:
+            await self._unsent.popleft().wait()
+
+    async def finish_sends(self) -> None:
+        """Wait for what is under way."""
+        while self._unsent:
+            await self._unsent.popleft().wait()
+
+    def start_receive(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> Transfer:
+        """Start a receive that the stage waits for later, in the order of its steps."""
+        return self._channel.receive(buffer, source=source, kind=kind)
 
     async def receive(
         self,

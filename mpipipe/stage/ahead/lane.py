@@ -1,15 +1,17 @@
 """The one ordered queue of work of a rank's device, as the stage engine sees it.
 
 A *lane* takes work in order; the host adds to it and learns later how far it got. On a GPU it is a
-CUDA stream with pinned memory and events. On a CPU every call is done when it returns, which makes
-the same engine run (and be tested) without a GPU.
+CUDA stream with pinned memory and events. On a CPU it is one thread: the worker awaits each
+`compute` before it adds what comes behind it, and all else is done when the call returns.
 
 Not here: transfers between ranks (`data_plane`), what is computed (`decode_program`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpipipe.clock import Clock
+    from mpipipe.progress import ProgressEngine
 
 __all__ = ["CpuLane", "CudaLane", "Lane", "Mark", "open_lane"]
+
+T = TypeVar("T")
 
 
 class Mark(Protocol):
@@ -40,6 +45,15 @@ class Lane(Protocol):
     """Adds work to a device's queue; nothing here waits for the device except `drain`."""
 
     device: torch.device
+    compute_s: float | None  # of the latest `compute` in its own thread; None: marks tell all
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Add `work`; what it returns may be used by what is added next.
+
+        Raises:
+            Exception: what `work` raised.
+        """
+        ...
 
     def enter(self) -> None:
         """From now on the calling thread's work on a GPU goes to this lane."""
@@ -73,11 +87,24 @@ class Lane(Protocol):
         """Most memory of the device that was reserved at once; 0 on a CPU."""
         ...
 
+    def close(self) -> None:
+        """Release its thread, when what that computes is done. Idempotent."""
+        ...
 
-def open_lane(device: torch.device, clock: Clock) -> Lane:
-    """The lane of `device`, entered by this thread."""
+
+def open_lane(
+    device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
+) -> Lane:
+    """The lane of `device`, entered by this thread.
+
+    Args:
+        device: of the stage.
+        clock: monotonic seconds.
+        progress: told while a CPU computes, so that polling does not take the core.
+        num_threads: that torch computes with on a CPU.
+    """
     if device.type != "cuda":
-        return CpuLane(device, clock)
+        return CpuLane(device, clock, progress, num_threads=num_threads)
     torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
@@ -105,6 +132,8 @@ class _CudaMark:
 class CudaLane:
     """One CUDA stream; copies go through a ring of pinned memory."""
 
+    compute_s: float | None = None
+
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self.device = device
         self._stream = stream
@@ -115,6 +144,10 @@ class CudaLane:
         # result may lie where an earlier one has temporaries: it holds until any graph's replay.
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """See `Lane.compute`: what `work` adds to the stream is computed later."""
+        return work()
 
     def enter(self) -> None:
         """See `Lane.enter`; torch keeps device and stream per thread."""
@@ -170,6 +203,9 @@ class CudaLane:
         """See `Lane.peak_bytes`."""
         return int(torch.cuda.max_memory_reserved(self.device))
 
+    def close(self) -> None:
+        """A stream has no thread."""
+
 
 class _HostMark:
     """The host's time when it was made: on a CPU the work before it is done by then."""
@@ -188,11 +224,38 @@ class _HostMark:
 
 
 class CpuLane:
-    """Work is done when the call returns."""
+    """One thread that computes, while the event loop keeps MPI moving.
 
-    def __init__(self, device: torch.device, clock: Clock) -> None:
+    Args:
+        device: a CPU.
+        clock: monotonic seconds.
+        progress: told while the thread computes.
+        num_threads: that torch computes with.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
+    ) -> None:
         self.device = device
+        self.compute_s: float | None = None
         self._clock = clock
+        self._progress = progress
+        # It starts with the first work. torch keeps the number of its threads per thread.
+        self._thread = ThreadPoolExecutor(
+            1, "compute", initializer=torch.set_num_threads, initargs=(num_threads,)
+        )
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """See `Lane.compute`: returns when it is computed."""
+
+        def timed() -> tuple[T, float]:
+            started_s = self._clock.now_s()
+            return work(), self._clock.now_s() - started_s
+
+        loop = asyncio.get_running_loop()
+        with self._progress.computing():
+            result, self.compute_s = await loop.run_in_executor(self._thread, timed)
+        return result
 
     def enter(self) -> None:
         """A CPU has no queue."""
@@ -223,3 +286,7 @@ class CpuLane:
     def peak_bytes(self) -> int:
         """No device memory."""
         return 0
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        self._thread.shutdown()

@@ -9,7 +9,9 @@ import numpy as np
 from mpipipe.kv_cache.layout import SequenceLens
 
 if TYPE_CHECKING:
-    from mpipipe.control_plane.messages import StepScheduled
+    from collections.abc import Sequence
+
+    from mpipipe.control_plane.messages import ScheduledSequence
     from mpipipe.planning.plan import PipelinePlan
 
 __all__ = ["full_decode", "full_prefill", "sampled_rows"]
@@ -43,11 +45,12 @@ def full_decode(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
     return spans, range(most)
 
 
-def sampled_rows(spans: tuple[SequenceLens, ...], step: StepScheduled) -> np.ndarray:
-    """The last row of each chunk that samples: int64 [S]."""
-    rows = [
-        span.query_start + span.query_len - 1
-        for span, scheduled in zip(spans, step.sequences, strict=True)
-        if scheduled.sample
-    ]
+def sampled_rows(chunks: Sequence[ScheduledSequence], first_row: int = 0) -> np.ndarray:
+    """The last row of each chunk that samples, chunks lying from `first_row` on: int64 [S]."""
+    rows: list[int] = []
+    end = first_row
+    for chunk in chunks:
+        end += chunk.num_tokens
+        if chunk.sample:
+            rows.append(end - 1)
     return np.array(rows, dtype=np.int64)

@@ -19,7 +19,7 @@ from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import COLUMNS, column_entries
 
 if TYPE_CHECKING:
-    from mpipipe.control_plane.messages import RequestOpened, StepScheduled
+    from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence
 
 __all__ = ["SeatTable"]
 
@@ -79,16 +79,15 @@ class SeatTable:
         """The seat of an open sequence."""
         return self._seat_of[sequence_id]
 
-    def close(self, sequence_ids: Sequence[int]) -> None:
-        """Forget finished sequences."""
-        for sequence_id in sequence_ids:
-            seat = self._seat_of.pop(sequence_id, None)
-            if seat is not None:
-                self._free.append(seat)
+    def close(self, sequence_ids: Sequence[int]) -> list[int]:
+        """Forget finished sequences; return the seats that they had."""
+        known = [self._seat_of.pop(i) for i in sequence_ids if i in self._seat_of]
+        self._free.extend(known)
+        return known
 
-    def clear(self) -> None:
-        """Forget all sequences (the end of a generate call)."""
-        self.close(list(self._seat_of))
+    def open_ids(self) -> list[int]:
+        """The sequences that are open."""
+        return list(self._seat_of)
 
     def add_pages(self, seat: int, new_pages: Sequence[int]) -> None:
         """Append to a sequence's page table."""
@@ -98,11 +97,13 @@ class SeatTable:
         self.pages[seat, first:end] = new_pages
         self.num_pages[seat] = end
 
-    def place(self, step: StepScheduled) -> list[tuple[SequenceLens, list[int]]]:
-        """Apply a prefill step: page deltas, lengths; each chunk's span and page table."""
-        placed: list[tuple[SequenceLens, list[int]]] = []
-        start = 0
-        for scheduled in step.sequences:
+    def place(
+        self, chunks: Sequence[ScheduledSequence], step: int, first_row: int = 0
+    ) -> list[tuple[SequenceLens, Sequence[int]]]:
+        """Apply the chunks of a step: page deltas, lengths; each one's span and page table."""
+        placed: list[tuple[SequenceLens, Sequence[int]]] = []
+        start = first_row
+        for scheduled in chunks:
             seat = self._seat_of[scheduled.sequence_id]
             if scheduled.num_computed == 0:
                 self.num_pages[seat] = 0
@@ -110,9 +111,9 @@ class SeatTable:
             end = scheduled.num_computed + scheduled.num_tokens
             self.num_computed[seat] = end
             if scheduled.sample:
-                self.sampled_in[seat] = step.step
+                self.sampled_in[seat] = step
             span = SequenceLens(
-                scheduled.sequence_id,
+                seat,  # caches that keep something per sequence know it by its seat
                 start,
                 scheduled.num_tokens,
                 end,
@@ -122,17 +123,17 @@ class SeatTable:
             start += scheduled.num_tokens
         return placed
 
-    def input_ids(self, step: StepScheduled) -> np.ndarray:
-        """The T token ids that a prefill step computes: int64 (first stage)."""
+    def input_ids(self, chunks: Sequence[ScheduledSequence]) -> np.ndarray:
+        """The token ids that chunks compute: int64 (first stage)."""
         ids: list[int] = []
-        for scheduled in step.sequences:
+        for scheduled in chunks:
             history = self.tokens[self._seat_of[scheduled.sequence_id]]
             end = scheduled.num_computed + scheduled.num_tokens
             assert end <= len(history), "the head scheduled tokens that stage 0 does not know"
             ids.extend(history[scheduled.num_computed : end])
         return np.array(ids, dtype=np.int64)
 
-    def sampled_seats(self, step: StepScheduled) -> np.ndarray:
-        """Seats of the sequences that sample in a prefill step, in order: int64 [S]."""
-        seats = [self._seat_of[s.sequence_id] for s in step.sequences if s.sample]
+    def sampled_seats(self, chunks: Sequence[ScheduledSequence]) -> np.ndarray:
+        """Seats of the chunks that sample, in order: int64 [S]."""
+        seats = [self._seat_of[chunk.sequence_id] for chunk in chunks if chunk.sample]
         return np.array(seats, dtype=np.int64)

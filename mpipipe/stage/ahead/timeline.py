@@ -28,6 +28,7 @@ class StepMarks:
     input_there: Mark
     computed: Mark
     sent: Mark
+    compute_s: float | None = None  # of a compute thread's own: the rest is overhead
 
 
 class LaneTimeline:
@@ -69,7 +70,7 @@ class LaneTimeline:
         number = marks.step.step
         self._account.step_scheduled(number, self._advance(marks.taken_up))
         self._account.input_ready(number, self._advance(marks.input_there))
-        self._account.computed(number, self._advance(marks.computed))
+        self._account.computed(number, self._advance(marks.computed), marks.compute_s)
         self._account.sent(marks.step, self._advance(marks.sent))
 
     def _advance(self, mark: Mark) -> float:

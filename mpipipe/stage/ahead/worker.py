@@ -1,18 +1,25 @@
-"""The asyncio loop of one stage in launch-ahead mode. Decides nothing.
+"""The asyncio loop of one stage. Decides nothing.
 
-One task takes the head's messages in order and adds each step to the lane: receive, compute, send.
-Nothing here waits for the device. What the device has done is noticed by a poll: ids that reached
-the host go to the scheduler, log-probabilities to the head, device times to the account.
+The head's messages are followed in their order; each step is added to the lane: receive, compute,
+send. What the device has done is noticed by a poll: ids that reached the host go to the scheduler,
+log-probabilities to the head, device times to the account.
 
-On the first stage the ids of a step are received right before the step that needs them, or one lap
-later (`num_slots` steps), whichever is earlier: a receive that is added before its data exists
-keeps the lane, and one GPU core, waiting.
+On a GPU one task follows each message as it comes, and nothing waits for the device. The ids of a
+step are received right before the step that needs them, or one lap later (`num_slots` steps),
+whichever is earlier: a receive that is added before its data exists keeps the lane, and one GPU
+core, waiting.
+
+On a CPU, whose steps compute in a thread, three tasks share the work, so that no step waits for
+another's communication: the intake starts each step's receive as soon as its message is here,
+*follow* runs the steps, *return* (first of several stages) receives ids as they come.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -40,7 +47,7 @@ from mpipipe.stage.edges import exercise_edges
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
-    from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.progress import ProgressEngine
     from mpipipe.stage.ahead.engine import AheadEngine
@@ -51,7 +58,24 @@ if TYPE_CHECKING:
 __all__ = ["AheadWorker"]
 
 _Step = StepScheduled | DecodeScheduled
+_FROM_HEAD = (
+    RequestOpened,
+    StepScheduled,
+    DecodeScheduled,
+    RequestClosed,
+    GenerationBegan,
+    GenerationEnded,
+    SessionEnded,
+)
 _NUM_RECENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    """A step's hidden states, on their way before the step's turn."""
+
+    hidden_TH: torch.Tensor
+    transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +96,7 @@ class _OnTheWay:
 
 
 class AheadWorker:
-    """Runs the stage of this rank for one `generate` call after another; as `StageWorker`.
+    """Runs the stage of this rank for one `generate` call after another.
 
     Args:
         plan: the agreed plan.
@@ -103,7 +127,12 @@ class AheadWorker:
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
-        self._hops = Hops(channel, clock, fixed=engine.programs.use_graphs)
+        self._hops = Hops(
+            channel,
+            clock,
+            fixed=engine.programs.use_graphs,
+            most_unsent=plan.num_slots if engine.free_inputs else None,
+        )
         self._engine = engine
         self._lane = lane
         self._timeline = timeline
@@ -114,15 +143,10 @@ class AheadWorker:
         self._returning: deque[_Returning] = deque()  # ids not received yet, in order
         self._on_the_way: deque[_OnTheWay] = deque()
         self._logprobs: deque[tuple[int, LogprobTensors, Mark]] = deque()
-        self._mailbox = mesh.mailbox(
-            RequestOpened,
-            StepScheduled,
-            DecodeScheduled,
-            RequestClosed,
-            GenerationBegan,
-            GenerationEnded,
-            SessionEnded,
-        )
+        self._received = -1  # the latest step whose ids have been received
+        self._ids_due = asyncio.Event()  # a step was launched whose ids will return
+        self._ids_here = asyncio.Event()  # `_received` has changed
+        self._mailbox = mesh.mailbox(*_FROM_HEAD)
 
     @property
     def is_first(self) -> bool:
@@ -144,11 +168,7 @@ class AheadWorker:
         self._launches_s.clear()
         unregister = self._progress.register(self._poll)
         try:
-            while True:
-                message = await self._next()
-                if isinstance(message, GenerationEnded):
-                    break
-                await self._follow(message)
+            await (self._serve_in_tasks() if self._engine.free_inputs else self._serve_at_once())
             self._lane.drain()
             self._poll()
         finally:
@@ -161,7 +181,10 @@ class AheadWorker:
         return True
 
     def device_use(self) -> DeviceUse:
-        """Memory of the device; median host time of the latest call's decode steps."""
+        """Memory of the device; median host time of the latest call's decode steps.
+
+        Nothing on a CPU, where computing is the host's time.
+        """
         return DeviceUse(self._lane.peak_bytes(), self._us_per_launch)
 
     async def exercise_edges(self) -> None:
@@ -172,49 +195,92 @@ class AheadWorker:
 
     # ---- messages --------------------------------------------------------------------------------
 
-    async def _next(self) -> object:
-        """The next message. Before waiting for one, receive the ids that nobody else asks for."""
-        while True:
-            received = self._mailbox.get_nowait()
-            if received is None and self._returning and not self._on_the_way:
-                await self._receive_ids()
-                continue
-            _, message = received or await self._mailbox.get()
-            if not isinstance(message, StepSampled):  # our own notice that ids have arrived
-                return message
+    async def _serve_at_once(self) -> None:
+        while not isinstance(message := await self._next(), GenerationEnded):
+            await self._follow(message)
 
-    async def _follow(self, message: object) -> None:
+    async def _next(self) -> object:
+        """The next message. Before waiting for one, receive the ids that no step has asked for."""
+        while (received := self._mailbox.get_nowait()) is None:
+            if self._returning and not self._on_the_way:
+                await self._receive_ids()
+            else:
+                await self._mailbox.wait()
+        return received[1]
+
+    async def _serve_in_tasks(self) -> None:
+        queue: asyncio.Queue[tuple[object, _Arriving | None]] = asyncio.Queue()
+        self._received = -1
+        async with asyncio.TaskGroup() as tasks:
+            returning = tasks.create_task(self._return_ids(), name="return")
+            following = tasks.create_task(self._follow_queue(queue), name="follow")
+            message: object = None
+            while not isinstance(message, GenerationEnded):
+                _, message = await self._mailbox.get()
+                queue.put_nowait((message, self._expect(message)))
+            await following
+            returning.cancel()
+
+    def _expect(self, message: object) -> _Arriving | None:
+        """Let a step's hidden states come while the steps before it compute."""
+        if self.is_first or not isinstance(message, StepScheduled | DecodeScheduled):
+            return None
+        hidden_TH = self._engine.hidden_buffer(message)
+        transfer = self._hops.start_receive(hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
+        return _Arriving(hidden_TH, transfer)
+
+    async def _follow_queue(self, queue: asyncio.Queue[tuple[object, _Arriving | None]]) -> None:
+        while True:
+            message, arriving = await queue.get()
+            if isinstance(message, GenerationEnded):
+                break
+            await self._follow(message, arriving)
+        await self._hops.finish_sends()
+
+    async def _return_ids(self) -> None:
+        while True:
+            await self._ids_due.wait()
+            self._ids_due.clear()
+            while self._returning:
+                await self._receive_ids()
+
+    async def _follow(self, message: object, arriving: _Arriving | None = None) -> None:
         match message:
             case StepScheduled() | DecodeScheduled():
-                await self._launch(message)
+                await self._launch(message, arriving)
             case RequestOpened():
                 self._engine.open(message)
             case RequestClosed():
-                self._engine.seats.close(message.sequence_ids)
+                self._engine.close(message.sequence_ids)
             case _:
                 raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
 
-    async def _launch(self, step: _Step) -> None:
+    async def _launch(self, step: _Step, arriving: _Arriving | None) -> None:
         """Put a step on the lane: receive, compute, send."""
+        lane, engine = self._lane, self._engine
         started_s = self._clock.now_s() - self._hops.awaited_s
-        taken_up = self._lane.mark()
+        taken_up = lane.mark()
         hidden_TH = None
-        if not self.is_first:
-            hidden_TH = self._engine.hidden_buffer(step)
+        if arriving is not None:
+            hidden_TH = arriving.hidden_TH
+            await arriving.transfer.wait()
+        elif not self.is_first:
+            hidden_TH = engine.hidden_buffer(step)
             await self._hops.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         elif not self.is_last:
             await self._receive_needed(step)
-        input_there = self._lane.mark()
+        input_there = lane.mark()
         if isinstance(step, DecodeScheduled):
-            launched = self._engine.decode(step, hidden_TH)
+            launched = await lane.compute(partial(engine.decode, step, hidden_TH))
         else:
-            launched = self._engine.prefill(step, hidden_TH)
-        computed = self._lane.mark()
+            launched = await lane.compute(partial(engine.prefill, step, hidden_TH))
+        computed, compute_s = lane.mark(), lane.compute_s
+        if engine.free_inputs:
+            await self._hops.make_room()
         self._pass_on(step, launched)
-        marks = StepMarks(step, taken_up, input_there, computed, self._lane.mark())
-        self._timeline.add(marks)
+        self._timeline.add(StepMarks(step, taken_up, input_there, computed, lane.mark(), compute_s))
         self._progress.wake()
-        if isinstance(step, DecodeScheduled):
+        if isinstance(step, DecodeScheduled) and compute_s is None:
             self._launches_s.append(self._clock.now_s() - self._hops.awaited_s - started_s)
 
     def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
@@ -231,22 +297,33 @@ class AheadWorker:
             self._bring_to_host(step, launched.result if step.num_sampled else None)
         else:
             self._returning.append(_Returning(step, launched.seats_S))
+            self._ids_due.set()
 
     # ---- ids, on the first stage -----------------------------------------------------------------
 
     async def _receive_needed(self, step: _Step) -> None:
         """Receive the ids that `step` reads, and all that are a lap old."""
+        if self._engine.free_inputs:
+            await self._wait_for_ids(step)
+            return
         needed = step.step - self._plan.num_slots
         if isinstance(step, DecodeScheduled):
             needed = max(needed, self._engine.needed_sample(step))
         while self._returning and self._returning[0].step.step <= needed:
             await self._receive_ids()
 
+    async def _wait_for_ids(self, step: _Step) -> None:
+        """Wait until the return task has received the ids that `step` reads."""
+        if isinstance(step, DecodeScheduled):
+            while self._received < self._engine.needed_sample(step):
+                self._ids_here.clear()
+                await self._ids_here.wait()
+
     async def _receive_ids(self) -> None:
         """Receive the oldest ids that are still out, for the next steps and for the host."""
         returning = self._returning.popleft()
         step = returning.step
-        if isinstance(step, DecodeScheduled):
+        if isinstance(step, DecodeScheduled) and not self._engine.free_inputs:
             ids_S = self._engine.ids_buffer(len(returning.seats_S))
         else:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done
@@ -255,6 +332,8 @@ class AheadWorker:
         if step.num_sampled:
             with torch.inference_mode():
                 self._engine.take_ids(returning.seats_S, ids_S)
+        self._received = step.step
+        self._ids_here.set()
         self._bring_to_host(step, ids_S if step.num_sampled else None)
 
     def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> None:
@@ -296,10 +375,8 @@ class AheadWorker:
                 f"overflowed in {self._plan.dtype}, or a weight file is damaged; set model.dtype "
                 "to bfloat16 or float32, or copy the model again"
             )
-        message = StepSampled(number, token_ids)
-        self._mesh.send(self._mesh.rank, message)
-        # A notice to ourselves: with nothing left to launch, the next ids may now be received.
-        self._mailbox.put((self._mesh.rank, message))
+        self._mesh.send(self._mesh.rank, StepSampled(number, token_ids))
+        self._mailbox.wake()  # with nothing left to launch, the next ids may now be received
 
     def _neighbour(self, offset: int) -> int:
         return self._plan.stages[self._stage.stage + offset].rank
