@@ -28,11 +28,11 @@ from mpipipe.doctor.job import examine_job
 from mpipipe.doctor.probes.collect import collect_facts, try_load
 from mpipipe.doctor.probes.launch import MpiState, loaded_libraries
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
-from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError, MpipipeError
+from mpipipe.errors import EXIT_ENVIRONMENT, EXIT_OK, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.clock_offsets import measure_clock_offsets
 from mpipipe.runtime.handshake import exchange_hellos, local_rank_of
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks, share_exit_code
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
 from mpipipe.types import DeviceName
@@ -91,11 +91,8 @@ async def run_doctor(
             facts = None if parts is None else [from_json(RankFacts, part) for part in parts]
             findings = await _examine(ranks, loaded, facts, local_rank=local_rank, quick=quick)
             report = _report(findings, facts, clock.now_s() - started_s)
-            code = b"" if report is None else str(report.exit_code).encode()
-            shared = await ranks.mesh.broadcast(
-                "exit code", code if ranks.is_head else None, PHASE_DEADLINE_S
-            )
-            return report, int(shared)
+            code = EXIT_OK if report is None else report.exit_code
+            return report, await share_exit_code(ranks, code, PHASE_DEADLINE_S)
     except EnvironmentSetupError as error:
         if joined:
             raise

@@ -32,7 +32,7 @@ from mpipipe.run_folder.progress_file import (
     RunState,
     fail_for_lost_head,
 )
-from mpipipe.runtime.ranks import Ranks, in_phase
+from mpipipe.runtime.ranks import Ranks, in_phase, share_exit_code
 from mpipipe.runtime.requests import Prepared, PreparedPrompts, tokenize
 from mpipipe.runtime.shared_folders import check_output_folder
 from mpipipe.runtime.shared_stop import watch_for_stop
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["run_job"]
 
 _PROGRESS_INTERVAL_S = 0.25
-_FOLDER_DEADLINE_S = 120.0
+_EXIT_DEADLINE_S = 120.0
 _LAST_WRITES_S = 5.0
 
 
@@ -90,7 +90,7 @@ class _Job:
     view: JobView
     marks: _Marks
     progress: ProgressFile
-    page: RankPage | None
+    page: RankPage
     files: FileThread = field(default_factory=FileThread)  # while the run generates
 
 
@@ -102,12 +102,12 @@ async def run_job(
     started_s: float,
     *,
     stop: StopSwitch | None = None,
-    page: RankPage | None = None,
+    page: RankPage,
     debug: bool,
 ) -> int:
     """Complete the configured prompts; returns the exit code, the same on every rank.
 
-    `page` is kept up to date for this rank's supervisor, if it has one.
+    `page` is kept up to date, for this rank's supervisor if it has one.
 
     Raises:
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
@@ -115,8 +115,7 @@ async def run_job(
 
     def load() -> LoadedConfig:
         loaded = load_config(config_path, overrides)
-        if page is not None:
-            page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
+        page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
         return loaded
 
     def read(model: ModelFacts) -> list[PromptLine]:
@@ -138,14 +137,13 @@ def _open_job(
     acquired: Acquired,
     view: JobView,
     marks: _Marks,
-    page: RankPage | None,
+    page: RankPage,
 ) -> _Job:
     """Open this rank's log in the run folder, and see to it that an early end is told there."""
     ranks, loaded, hellos = joined.ranks, joined.loaded, joined.hellos
     rank = ranks.mesh.rank
     stage = ranks.vitals.stage = stage_order(hellos).index(rank)
-    if page is not None:
-        page.opened(acquired.folder, stage)
+    page.opened(acquired.folder, stage)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
         rank=rank,
@@ -236,19 +234,16 @@ def _warn(job: _Job, message: str) -> None:
 
 
 @asynccontextmanager
-async def _steps_told(ranks: Ranks, page: RankPage | None) -> AsyncIterator[None]:
+async def _steps_told(ranks: Ranks, page: RankPage) -> AsyncIterator[None]:
     """While inside, the supervisor learns of this rank's steps, a moment late."""
 
-    async def tell(page: RankPage) -> None:
+    async def tell() -> None:
         while True:
             page.step = ranks.vitals.step
             await asyncio.sleep(_PROGRESS_INTERVAL_S)
 
-    if page is None:
-        yield
-        return
     page.phase = RankPhase.RUNNING
-    telling = ranks.tasks.create_task(tell(page), name="steps told")
+    telling = ranks.tasks.create_task(tell(), name="steps told")
     try:
         yield
     finally:
@@ -278,7 +273,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         await session.serve_until_ended()
         await session.gather_reports()
         log.info("ended")
-        return await _share_exit_code(session, EXIT_OK)
+        return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     warnings = [
         *loaded.warnings,
         *deepspeed_warnings(loaded, session.plan),
@@ -308,7 +303,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
     )
-    return await _share_exit_code(session, await _report(job, summary))
+    return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
 
 
 async def _report(job: _Job, summary: RunSummary) -> int:
@@ -386,11 +381,7 @@ async def _journal(job: _Job, writer: CompletionWriter) -> AsyncIterator[Complet
 
 def _keep(job: _Job, writer: CompletionWriter, completion: Completion) -> None:
     writer.write(completion)
-    _log_completion(job.log, completion)
-
-
-def _log_completion(log: RunLog, completion: Completion) -> None:
-    log.info(
+    job.log.info(
         "completed",
         request=completion.request_id,
         finish_reason=completion.finish_reason.value,
@@ -432,10 +423,3 @@ def _tell(job: _Job, session: Session, tally: RequestTally) -> None:
     }
     with suppress(OutputError):  # of an earlier write: the next completion tells it
         job.files.post(lambda: job.progress.write(state, **values))
-
-
-async def _share_exit_code(session: Session, exit_code: int) -> int:
-    """The head's exit code on every rank: launchers report whichever they see first."""
-    payload = str(exit_code).encode() if session.is_head else None
-    shared = await session.ranks.mesh.broadcast("exit code", payload, _FOLDER_DEADLINE_S)
-    return int(shared.decode())

@@ -12,7 +12,7 @@ refused: nothing else tells whose weights its records came from.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.checkpoint.jsonfile import read_json_object
@@ -42,23 +42,14 @@ class Earlier:
     """What earlier attempts left in the run folder."""
 
     records: KeptRecords = field(default_factory=KeptRecords)  # of completed and failed prompts
-    fingerprint: Mapping[str, Any] | None = (
-        None  # what decided their completions; None: nothing earlier
-    )
+    # What decided their completions; None: no run has begun to generate.
+    fingerprint: Mapping[str, Any] | None = None
     attempts: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def kept_ids(self) -> Set[str]:
         """Prompts with a record, whether completed or failed."""
         return self.records.checksums.keys()
-
-
-@dataclass(frozen=True, slots=True)
-class _Manifest:
-    """What a later attempt needs of `manifest.json`."""
-
-    fingerprint: Mapping[str, Any]
-    attempts: tuple[Mapping[str, Any], ...]
 
 
 def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> bool:
@@ -72,7 +63,7 @@ def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> boo
     if job is None or job.num_restarts == 0:
         return False
     manifest = _read_manifest(folder)
-    last = manifest.attempts[-1] if manifest is not None and manifest.attempts else {}
+    last = manifest.attempts[-1] if manifest.attempts else {}
     # An attempt that ended while it booted has left its status, and no manifest.
     return job.label in (last.get("job"), last_status(folder).get("job_id"))
 
@@ -83,14 +74,13 @@ def earlier_fingerprint(folder: Path) -> Mapping[str, Any] | None:
     Raises:
         OutputError: there are completions, and the manifest beside them cannot be read.
     """
-    manifest = _read_manifest(folder)
-    return None if manifest is None else manifest.fingerprint
+    return _read_manifest(folder).fingerprint
 
 
 def read_earlier(
     folder: Path, fingerprint: Mapping[str, Any], prompt_ids: Collection[str]
 ) -> Earlier:
-    """What is in `folder` of the run that `basis` decides; empty where no run has begun.
+    """What is in `folder` of the run that `fingerprint` decides; empty where no run has begun.
 
     Damaged lines are set aside.
 
@@ -98,14 +88,14 @@ def read_earlier(
         OutputError: it is another run, it is not known which, or files cannot be read or mended.
     """
     manifest = _read_manifest(folder)
-    if manifest is None:
-        return Earlier()
+    if manifest.fingerprint is None:
+        return manifest
     check_fingerprint(manifest.fingerprint, fingerprint, folder)
-    return Earlier(read_journals(folder, prompt_ids), manifest.fingerprint, manifest.attempts)
+    return replace(manifest, records=read_journals(folder, prompt_ids))
 
 
-def _read_manifest(folder: Path) -> _Manifest | None:
-    """The manifest of the run in `folder`; None: nothing was completed there that it could tell of.
+def _read_manifest(folder: Path) -> Earlier:
+    """What the manifest of the run in `folder` tells; empty: nothing was completed there.
 
     Raises:
         OutputError: there are completions, and it cannot be told what they belong to.
@@ -120,7 +110,7 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         ) from error
     if is_missing:
         if not files:
-            return None
+            return Earlier()
         raise OutputError(
             f"output.dir = {folder} has completions ({files[0].name}) but no manifest.json, so it "
             f"cannot be told which run they belong to: {_BEGIN_ANEW}"
@@ -132,12 +122,13 @@ def _read_manifest(folder: Path) -> _Manifest | None:
             raise CheckpointError(f"{path} does not say what decided the completions (basis)")
     except CheckpointError as error:
         if not files:
-            return None
+            return Earlier()
         text = f"the run in {folder} cannot be resumed: {error}; {_BEGIN_ANEW}"
         raise OutputError(text) from None
     found = document.get("attempts")
     attempts = found if isinstance(found, list) else []
-    return _Manifest(fingerprint, tuple(attempt for attempt in attempts if _is_plain(attempt)))
+    told = tuple(attempt for attempt in attempts if _is_plain(attempt))
+    return Earlier(fingerprint=fingerprint, attempts=told)
 
 
 def _is_plain(attempt: object) -> bool:

@@ -44,6 +44,7 @@ __all__ = [
     "is_abandoned_work_running",
     "leave",
     "open_ranks",
+    "share_exit_code",
     "told_by_head",
 ]
 
@@ -180,6 +181,12 @@ async def told_by_head(ranks: Ranks, phase: str, work: Callable[[], bytes]) -> b
     """
     payload = await in_phase(ranks, phase, lambda: work() if ranks.is_head else None)
     return await ranks.mesh.broadcast(phase, payload, PHASE_DEADLINE_S)
+
+
+async def share_exit_code(ranks: Ranks, exit_code: int, deadline_s: float) -> int:
+    """The head's exit code on every rank: launchers report whichever they see first."""
+    payload = str(exit_code).encode() if ranks.is_head else None
+    return int(await ranks.mesh.broadcast("exit code", payload, deadline_s))
 
 
 def _agreed(own: MpipipeError | None, agreed: MpipipeError) -> AgreedError:

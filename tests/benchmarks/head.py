@@ -39,6 +39,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.job import run as job_module
 from mpipipe.job.acquire import Acquired, acquire_folder
+from mpipipe.job.supervision import open_rank_page
 from mpipipe.metrics.log import open_log
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.progress import new_event_loop
@@ -133,8 +134,9 @@ async def complete(
         progress.write(RunState.LOADING)
         marks = job_module._Marks(clock.now_s())
         with closing(log):
+            page = open_rank_page()
             view = TerminalView(Terminal(), show=False)
-            job = job_module._Job(ranks, loaded, acquired, log, view, marks, progress, None)
+            job = job_module._Job(ranks, loaded, acquired, log, view, marks, progress, page)
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)
