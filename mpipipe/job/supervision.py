@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.errors import EXIT_PEER_LOST
 from mpipipe.job.rank_page import RankPhase
-from mpipipe.run_folder.progress_file import RunState
+from mpipipe.run_folder.status_file import RunState
 from mpipipe.runtime.stop_switch import stop_exit_code
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from mpipipe.job.manifest import completions_basis
 from mpipipe.metrics.log import open_log
 from mpipipe.planning.inputs import ModelFacts
 from mpipipe.progress import new_event_loop
-from mpipipe.run_folder.progress_file import ProgressFile, RunState
+from mpipipe.run_folder.status_file import ProgressFile, RunState
 from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts
 from mpipipe.runtime.session import Session

@@ -11,7 +11,7 @@ import pytest
 from mpipipe.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
 from mpipipe.job.rank_page import RankPage, RankPhase, open_rank_page
 from mpipipe.job.supervision import End, Supervision
-from mpipipe.run_folder.progress_file import RunState, tell_end
+from mpipipe.run_folder.status_file import RunState, tell_end
 
 LIMIT_S = 10.0
 
