@@ -1,11 +1,36 @@
-"""How model families name their sizes in `config.json`, and what they leave unsaid there.
+"""What differs between model families, as far as `config.json` tells or leaves unsaid.
 
-The facts a new family may add to. Seen in transformers 5.23's configuration classes.
+How families name their sizes, which cannot run here and why, and what the scheduler must know of
+their rotary embeddings. A new family adds its facts here. Seen in transformers 5.23's configuration
+classes.
+
+Without the table of refusals the first size that such a family calls otherwise, or does not have,
+would be named as the reason. Families that state their sizes as others do, and are only not
+declared to be divisible, are left to `models.families`: the transformers that is installed may know
+more. What a loaded model shows of itself is refused there and in `models.verification`.
+
+Phi-3's `generate` drops its cache when a sequence outgrows the original context, and computes all
+of it again with the long factors of `longrope`. Other families with such factors go on with the
+keys they have, and need nothing here: `models.rotary` decides what each token sees.
 """
 
 from __future__ import annotations
 
-__all__ = ["ALIASES", "PLAIN_MLP", "TIED_BY_DEFAULT"]
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpipipe.errors import UnsupportedModelError
+
+__all__ = [
+    "ALIASES",
+    "PLAIN_MLP",
+    "RESTARTING",
+    "TIED_BY_DEFAULT",
+    "RotaryFacts",
+    "read_rotary",
+    "refusal",
+    "refuse",
+]
 
 # Our name -> the names that families give it, most common first.
 ALIASES = {
@@ -26,49 +51,91 @@ ALIASES = {
     ),
 }
 
+_PLAIN_MLP = """
+    bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj mpt nemotron opt
+    persimmon phi starcoder2 xglm"""
+_TIED_BY_DEFAULT = """
+    bloom cohere cohere2 ernie4_5 falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_bigcode gpt_neo
+    gpt_neox_japanese mpt opt recurrent_gemma smollm3 starcoder2 xglm"""
 # Families whose feed-forward is one up and one down matrix.
-PLAIN_MLP = frozenset(
-    {
-        "bloom",
-        "codegen",
-        "falcon",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gpt_neox_japanese",
-        "gptj",
-        "mpt",
-        "nemotron",
-        "opt",
-        "persimmon",
-        "phi",
-        "starcoder2",
-        "xglm",
-    }
+PLAIN_MLP = frozenset(_PLAIN_MLP.split())
+# Families that tie the LM head to the embedding when config.json is silent.
+TIED_BY_DEFAULT = frozenset(_TIED_BY_DEFAULT.split())
+
+
+_SUPPORTED = (
+    "decoder-only models with attention in every layer whose family declares base_model_pp_plan "
+    "in transformers (Llama, Mistral, Qwen2/3, Gemma, Phi-3, GPT-NeoX, OLMo, Granite, …), and OPT"
 )
 
-# Families that tie the LM head to the embedding when config.json is silent.
-TIED_BY_DEFAULT = frozenset(
-    {
-        "bloom",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "mpt",
-        "opt",
-        "recurrent_gemma",
-        "smollm3",
-        "starcoder2",
-        "xglm",
-    }
-)
+_ALIBI = "biases attention by distance (ALiBi), which our attention does not compute"
+# Reason → model types of transformers.
+_FAMILIES = {
+    _ALIBI: "bloom mpt",
+    "has states or convolutions between tokens (as Mamba, RWKV), not only attention": """
+        bamba bailing_hybrid falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2
+        lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_next recurrent_gemma rwkv
+        xlstm zamba zamba2""",
+    "embeds positions, and declares no base_model_pp_plan, so nothing says how it can be split": """
+        biogpt ctrl gpt2 gpt_bigcode gpt_neo gpt-sw3 imagegpt openai-gpt xglm""",
+    "is an encoder: its tokens see later ones": """
+        albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra
+        ernie eurobert flaubert megatron-bert mobilebert modernbert mpnet nomic_bert rembert
+        roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod""",
+    "is the decoder of a model with an encoder": "bert-generation trocr",
+    "has an encoder beside the decoder": """
+        bart bigbird_pegasus blenderbot blenderbot-small bridgetower led longt5 m2m_100 marian
+        mbart mt5 musicgen musicgen_melody mvp pegasus pegasus_x plbart prophetnet
+        switch_transformers t5 t5gemma t5gemma2 udop umt5 whisper""",
+    "generates in another way than token by token from left to right": "blt cpmant reformer xlnet",
+    "has layers of several sizes": "gemma3n gemma3n_text openelm",
+}
+_REASON_OF = {kind: reason for reason, kinds in _FAMILIES.items() for kind in kinds.split()}
+
+
+def refuse(model_type: str, why: str) -> UnsupportedModelError:
+    """The error for a model of `model_type` that `why` (a verb phrase) rules out."""
+    return UnsupportedModelError(
+        f'the model family "{model_type}" cannot be split into stages: it {why}. '
+        f"Supported are {_SUPPORTED}"
+    )
+
+
+def refusal(config: Mapping[str, object]) -> str:
+    """Why a model with this `config.json` cannot run, as a verb phrase; empty: nothing is known."""
+    model_type = config.get("model_type")
+    if model_type == "falcon":
+        return _ALIBI if config.get("alibi") else ""
+    if config.get("is_encoder_decoder"):
+        return "has an encoder beside the decoder"
+    return _REASON_OF.get(str(model_type), "")
+
+
+# model_type → original context of a file that does not state it, as in transformers' configuration.
+RESTARTING = {"phi3": 4096}
+_LONG = frozenset({"longrope", "su", "yarn"})  # Phi-3 reads the older two names as the first
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryFacts:
+    """How a model's rotary embedding depends on the length of a sequence."""
+
+    kind: str = "default"
+    restart_tokens: int = 0  # with so many known tokens `generate` starts over; 0: never
+
+
+def read_rotary(config: Mapping[str, object]) -> RotaryFacts:
+    """The facts of a model's `config.json`."""
+    kind = "default"
+    for name in ("rope_scaling", "rope_parameters"):  # transformers lets the former win
+        parameters = config.get(name)
+        if isinstance(parameters, Mapping) and parameters:
+            kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+            break
+    original = RESTARTING.get(str(config.get("model_type")))
+    if original is None or kind not in _LONG:
+        return RotaryFacts(kind)
+    stated = config.get("original_max_position_embeddings")
+    if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
+        original = stated
+    return RotaryFacts("longrope", original + 1)

@@ -14,15 +14,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpipipe.checkpoint.families import ALIASES, PLAIN_MLP, TIED_BY_DEFAULT
+from mpipipe.checkpoint.families import (
+    ALIASES,
+    PLAIN_MLP,
+    TIED_BY_DEFAULT,
+    RotaryFacts,
+    read_rotary,
+    refusal,
+    refuse,
+)
 from mpipipe.checkpoint.generation_defaults import (
     GenerationDefaults,
     read_generation_defaults,
 )
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
-from mpipipe.checkpoint.refusals import refusal, refuse
-from mpipipe.checkpoint.rotary import RotaryFacts, read_rotary
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ModelSpec", "read_spec", "require_model_folder"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import EXIT_OK, OutputError
-from mpipipe.run_folder.progress_file import RunState
 from mpipipe.run_folder.status import (
     RunStatus,
     check_status,
@@ -22,6 +21,7 @@ from mpipipe.run_folder.status import (
     log_of,
     read_status,
 )
+from mpipipe.run_folder.status_file import RunState
 from mpipipe.topology.command import Runner, run_child
 from mpipipe.topology.slurm import (
     AccountedJob,

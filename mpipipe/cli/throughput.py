@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.bench.throughput import ThroughputOptions, run_throughput
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.clock import MonotonicClock
@@ -167,29 +168,17 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
-    stages = record["stages"]
-    held = [stage["gpu_peak_bytes"] or stage["peak_rss_bytes"] for stage in stages]
     return (
         record["work"],
-        f"{record['tokens_per_s']:,.1f}",
-        _share(record["share_of_floor"]),
+        number(record["tokens_per_s"], 1),
+        share(record["share_of_floor"]),
         f"{record['prefill_s']:.3f}",
         f"{record['decode_s']:.3f}",
-        _number(record["ms_per_lap"], digits=3),
-        _share(record["share_of_decode_floor"]),
+        number(record["ms_per_lap"], 3),
+        share(record["share_of_decode_floor"]),
         f"{record['ttft_p50_s']:.3f}",
-        "/".join(_share(stage["bubble"]) for stage in stages),
-        "/".join(_share(stage["steady_bubble"], digits=1) for stage in stages),
-        "/".join(_number(_cpu_us(stage), digits=0) for stage in stages),
-        "/".join(f"{size / 2**30:.1f}" for size in held),
+        *stage_cells(record),
     )
-
-
-def _cpu_us(stage: dict[str, Any]) -> float | None:
-    """A rank's Python per step, the head's scheduling included."""
-    parts = (stage["cpu_us_per_step"], stage["head_us_per_step"])
-    known = [part for part in parts if part is not None]
-    return sum(known) if known else None
 
 
 def _boot_line(record: dict[str, Any]) -> str:
@@ -200,11 +189,3 @@ def _boot_line(record: dict[str, Any]) -> str:
         f"{boot['load_s']:.1f} s to load{capture} · first token "
         f"{boot['first_token_s']:.1f} s after the process started"
     )
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _share(share: float | None, digits: int = 0) -> str:
-    return "-" if share is None else f"{share:.{digits}%}"

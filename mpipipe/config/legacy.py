@@ -33,7 +33,7 @@ checks. Invariant: nothing is dropped silently: a key is mapped, named in a warn
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def _mapped(
             inline = _inline_prompts(old, path)
             continue
         target, name = TARGETS[key], flat.names[key]
-        value = _CONVERSIONS.get(key, _same)(name, old, path, warnings)
+        value = _converted(key, name, old, path, warnings)
         if target in mapped and mapped[target][1] != value:
             raise _differ(mapped[target][0], name, target, path)
         mapped[target] = (name, value)
@@ -212,50 +212,28 @@ def _inline_prompts(prompts: list[Any], path: Path) -> tuple[InlinePrompt, ...]:
     return tuple(prompts)
 
 
-def _same(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
+def _converted(key: str, name: str, value: Any, path: Path, warnings: list[str]) -> Any:
+    """The value of the old key `key`, written as `name`, as its setting of today takes it."""
+    if key == "max_length":
+        warnings.append(
+            f"{path}: {name} = {short(value)} is taken as the number of new tokens; the prompt "
+            "does not count (write max_new_tokens)"
+        )
+    match TARGETS[key]:
+        case "model.dtype":
+            return dtype_name(value, f"{path}: {name}")
+        case "output.dir" if isinstance(value, str) and value.endswith(_FILE_SUFFIXES):
+            folder = str(Path(value).with_suffix(""))
+            warnings.append(
+                f"{path}: {name} = {short(value)} is a file; a run writes a folder: taking "
+                f"{folder!r}"
+            )
+            return folder
+        case "generation.stop" if isinstance(value, str):
+            return [value]
+        case "generation.top_k" if type(value) is int and value == -1:
+            return 0  # off, in vLLM's files
     return value
-
-
-def _dtype(key: str, value: Any, path: Path, _warnings: list[str]) -> Any:
-    return dtype_name(value, f"{path}: {key}")
-
-
-def _output_folder(key: str, value: Any, path: Path, warnings: list[str]) -> Any:
-    if not isinstance(value, str) or not value.endswith(_FILE_SUFFIXES):
-        return value
-    folder = str(Path(value).with_suffix(""))
-    warnings.append(
-        f"{path}: {key} = {short(value)} is a file; a run writes a folder: taking {folder!r}"
-    )
-    return folder
-
-
-def _max_length(key: str, value: Any, path: Path, warnings: list[str]) -> Any:
-    warnings.append(
-        f"{path}: {key} = {short(value)} is taken as the number of new tokens; the prompt does not "
-        "count (write max_new_tokens)"
-    )
-    return value
-
-
-def _top_k(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
-    return 0 if type(value) is int and value == -1 else value  # off, in vLLM's files
-
-
-def _stop(_key: str, value: Any, _path: Path, _warnings: list[str]) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-_CONVERSIONS: dict[str, Callable[[str, Any, Path, list[str]], Any]] = {
-    "torch_dtype": _dtype,
-    "dtype": _dtype,
-    "outputs": _output_folder,
-    "output_dir": _output_folder,
-    "output_path": _output_folder,
-    "max_length": _max_length,
-    "stop_strings": _stop,
-    "top_k": _top_k,
-}
 
 
 def _nodes(

@@ -26,7 +26,7 @@ from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
 from mpipipe.run_folder.journal import CompletionWriter, merge
-from mpipipe.run_folder.progress_file import (
+from mpipipe.run_folder.status_file import (
     UPDATE_INTERVAL_S,
     ProgressFile,
     RunState,

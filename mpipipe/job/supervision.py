@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpipipe.errors import EXIT_PEER_LOST
-from mpipipe.run_folder.progress_file import RunState
+from mpipipe.run_folder.status_file import RunState
 from mpipipe.runtime.stop_switch import stop_exit_code
 
 __all__ = ["End", "RankPage", "RankPhase", "Supervision", "open_rank_page"]

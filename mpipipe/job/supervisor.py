@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.errors import EXIT_PEER_LOST
 from mpipipe.job.supervision import End, Supervision
-from mpipipe.run_folder.progress_file import tell_end
+from mpipipe.run_folder.status_file import tell_end
 from mpipipe.runtime.stop_switch import block_stop_signals
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import Launcher

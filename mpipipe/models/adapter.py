@@ -7,24 +7,25 @@ our attention and cache (`attention_bridge`), or a faster execution mode of it.
 Life of a stage: `build_stage_model` → `weights.loader.load_stage` replaces every name of
 `wanted_names` in `module` → `finish(cache)` → `forward` or `forward_decode` per step.
 
-`finish` takes the fastest execution mode of device and family: prepacked weights and fused layers
-on a CPU (`prepacked_linear`, `fused_cpu`), the fused stack on a GPU (`fused_gpu`), else the plain
-modules.
+`finish` takes the fastest execution mode of device and family:
+
+* `packed`, on a CPU: prepacked weights and fused layers (`prepacked_linear`, `fused_cpu`);
+* `fast`, on a GPU: the fused stack (`fused_gpu`);
+* `plain`: transformers' own modules.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
-from mpipipe.models.execution_mode import choose_mode, graphs_unsupported_reason
 from mpipipe.models.families import ModelParts, locate_parts, refuse
 from mpipipe.models.fused_cpu import fuse_layers
-from mpipipe.models.fused_gpu import FusedStack, build_fused_stack
+from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_reason
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
@@ -39,6 +40,8 @@ from mpipipe.models.stage_cut import (
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import StagePlan
 
 __all__ = ["StageModel", "build_stage_model"]
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def build_stage_model(
@@ -154,7 +159,7 @@ class StageModel(PlainStage):
             )
         self._context.cache = cache
         layers = list(self._base.layers)
-        self.mode, self.mode_reason = choose_mode(mode, self.module, layers, cache, self.device)
+        self.mode, self.mode_reason = _choose_mode(mode, self.module, layers, cache, self.device)
         del layers  # what is merged shall be freed
         if self.mode == "packed":
             fuse_layers(self._base.layers, self._context, self._options)
@@ -173,7 +178,7 @@ class StageModel(PlainStage):
 
     def graphs_unsupported_reason(self) -> str:
         """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
-        return graphs_unsupported_reason(self.module.config, self._context.backend)
+        return _graph_problem(self.module.config, self._context.backend)
 
     @torch.inference_mode()
     def forward(
@@ -231,3 +236,44 @@ class StageModel(PlainStage):
             return name
         number, _, rest = name.removeprefix(self._layers_prefix).partition(".")
         return f"{self._layers_prefix}{int(number) + self.plan.first_layer}.{rest}"
+
+
+def _choose_mode(
+    asked: str, model: Any, layers: Sequence[Any], cache: KVCache, device: torch.device
+) -> tuple[str, str]:
+    """`plain`, `packed` or `fast`, and the reason for it.
+
+    Args:
+        asked: one of them, or `auto`: packed on a CPU, on a GPU fast where the family allows it.
+        model: the causal language model that the stage was cut from.
+        layers: the stage's.
+        cache: the stage's.
+        device: where the weights are.
+    """
+    assert asked in {"auto", "plain", "packed", "fast"}, f"no execution mode is called {asked}"
+    if asked in {"plain", "packed"}:
+        return asked, "asked for"
+    if asked == "auto" and device.type != "cuda":
+        return "packed", "weights laid out for the CPU"
+    problem = "its KV cache has no pages"
+    if isinstance(cache, PagedKVCache):
+        problem = unsupported_reason(model, layers, cache.keys[0].shape[-1])
+    assert asked == "auto" or not problem, f"no fused form: {problem}"
+    if problem:
+        return "plain", f"transformers' own modules: {problem}"
+    operations, reason = choose_operations(device)
+    return "fast", f"fused layers with {operations.name} operations: {reason}"
+
+
+def _graph_problem(config: Any, backend: AttentionBackend) -> str:
+    """Why no CUDA graph can hold a stage's decode steps, as a phrase; empty: one can.
+
+    Args:
+        config: of the model, transformers'.
+        backend: computes attention.
+    """
+    if backend.needs_seq_lens:
+        return f'attention "{backend.name}" plans every step on the host'
+    if any(getattr(config, name, None) for name in _EXPERT_COUNTS):
+        return "the routing of experts makes shapes that depend on values"
+    return ""

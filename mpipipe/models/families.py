@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from mpipipe.checkpoint.refusals import refuse
+from mpipipe.checkpoint.families import refuse
 
 __all__ = [
     "ModelParts",
     "check_config",
     "detach_inputs",
     "detach_outputs",
+    "has_silu",
+    "is_of_transformers",
     "locate_parts",
     "refuse",
 ]
@@ -60,6 +63,20 @@ class ModelParts:
     output_names: tuple[str, ...]  # children of `base` behind the layers
     head_names: tuple[str, ...]  # children of `model` beside the base model
     layers: nn.ModuleList
+
+
+def is_of_transformers(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether `module` is one of transformers' classes `names`.
+
+    A class of that name in a model's own code may compute something else.
+    """
+    kind = type(module)
+    return kind.__name__ in names and kind.__module__.startswith("transformers.models.")
+
+
+def has_silu(layer: Any) -> bool:
+    """Whether the gated MLP of a Llama-like layer has SiLU as its activation."""
+    return type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
 
 
 def check_config(config: PretrainedConfig) -> None:

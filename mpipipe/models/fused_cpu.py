@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
+from mpipipe.models.families import has_silu, is_of_transformers
 from mpipipe.models.prepacked_linear import (
     PrepackedLinear,
     can_prepack,
@@ -36,7 +37,6 @@ __all__ = ["FUSABLE", "FusedLayer", "fuse_layers"]
 # transformers' classes: pre-norm RMSNorm, rotary embedding over the whole head, gated SiLU.
 FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
 _ROTARY = ("fused", "rotary")  # key of BatchLayout.derived
-_SILU = frozenset({"SiLU", "SiLUActivation"})
 
 
 class FusedLayer(nn.Module):
@@ -136,10 +136,7 @@ def fuse_layers(
 
 
 def _is_fusable(layer: Any) -> bool:
-    kind = type(layer)  # a model's own code may reuse a class name for other mathematics
-    if kind.__name__ not in FUSABLE or not kind.__module__.startswith("transformers.models."):
-        return False
-    if type(layer.mlp.act_fn).__name__ not in _SILU:
+    if not is_of_transformers(layer, FUSABLE) or not has_silu(layer):
         return False
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return all(type(linear) is nn.Linear and can_prepack(linear) for linear in linears)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models.families import has_silu, is_of_transformers
 from mpipipe.models.layer_options import HeadNorms
 from mpipipe.models.rotary import LengthRotary
 
@@ -47,7 +48,6 @@ _MODELS = frozenset(
 _LAYERS = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 )
-_SILU = frozenset({"SiLU", "SiLUActivation"})
 
 
 def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
@@ -58,12 +58,12 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
         layers: the stage's.
         head_dim: of the stage's KV cache.
     """
-    if not _is_transformers(model, _MODELS):
+    if not is_of_transformers(model, _MODELS):
         return f"{type(model).__name__} is not one of the fused families"
     for layer in layers:
-        if not _is_transformers(layer, _LAYERS):
+        if not is_of_transformers(layer, _LAYERS):
             return f"{type(layer).__name__} is not one of the fused layers"
-        if type(layer.mlp.act_fn).__name__ not in _SILU:
+        if not has_silu(layer):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
         if any(type(linear) is not nn.Linear for linear in _linears(layer)):
             return "its linear layers are not plain ones"
@@ -308,9 +308,3 @@ def _rotary_of(model: Any) -> Any:
 
 def _linears(layer: Any) -> Iterator[nn.Module]:
     yield from (module for module in layer.modules() if hasattr(module, "in_features"))
-
-
-def _is_transformers(module: Any, names: frozenset[str]) -> bool:
-    """Whether `module` is one of transformers' classes `names`, not a model's own of that name."""
-    kind = type(module)
-    return kind.__name__ in names and kind.__module__.startswith("transformers.models.")

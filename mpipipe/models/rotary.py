@@ -10,7 +10,7 @@ of the length that it would see alone.
 A decoded token always sees p + 1. So decode steps need nothing but positions, also in CUDA graphs.
 
 `generate` of some families starts over when a sequence outgrows its original context
-(`checkpoint.rotary`); there the scheduler starts the sequence over, with another R.
+(`checkpoint.families`); there the scheduler starts the sequence over, with another R.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.errors import OutputError
-from mpipipe.run_folder.progress_file import STATUS_FILE, RunState
-from mpipipe.run_folder.status_values import read_status_file
+from mpipipe.run_folder.status_file import STATUS_FILE, RunState, read_status_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,7 +82,7 @@ def lock_folder(
 
 
 def last_status(folder: Path) -> Mapping[str, Any]:
-    """What the run in `folder` told last (`status_values`); empty: nothing that can be read."""
+    """What the run in `folder` told last (`status_file`); empty: nothing that can be read."""
     with contextlib.suppress(OutputError):
         told = read_status_file(folder / STATUS_FILE)
         return {} if told is None else told.values

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import OutputError
-from mpipipe.run_folder.progress_file import STATUS_FILE, RunState
-from mpipipe.run_folder.status_values import read_status_file
+from mpipipe.run_folder.status_file import STATUS_FILE, RunState, read_status_file
 from mpipipe.run_folder.workspace import OUTPUT_FOLDER, how_to_go_on, recorded_job
 from mpipipe.topology.command import Runner
 from mpipipe.topology.job_end import meaning_of_end

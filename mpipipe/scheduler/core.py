@@ -24,7 +24,7 @@ Invariants:
   it ends with LENGTH there. So where a completion ends never depends on what else is running.
 * A sequence that is preempted is admitted again when all its tokens are known here. One that grows
   to `restart_tokens` starts over in the same way, once: transformers computes it anew there, with
-  other rotary frequencies (`checkpoint.rotary`). It can be counted, so no step is in vain.
+  other rotary frequencies (`checkpoint.families`). It can be counted, so no step is in vain.
 * A sequence is closed once it has finished and no step in flight contains it. Its row may still be
   in its batch then, if its slot has had no other step since.
 """

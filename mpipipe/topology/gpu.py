@@ -12,11 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpipipe.topology.command import output_of, run_child
 from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
 from mpipipe.topology.launcher import detect
 
@@ -146,14 +146,8 @@ def query_gpus() -> tuple[GpuFacts, ...]:
     `nccl_version` is "unknown": torch brings NCCL along.
     """
     fields = "index,name,uuid,compute_cap,memory.total,memory.free,pci.bus_id"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_QUERY_LIMIT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return parse_gpus(result.stdout)
+    command = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return parse_gpus(output_of(run_child, command, _QUERY_LIMIT_S) or "")
 
 
 def parse_gpus(text: str) -> tuple[GpuFacts, ...]:

@@ -44,7 +44,7 @@ from mpipipe.metrics.log import open_log
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.progress import new_event_loop
 from mpipipe.run_folder.fingerprint import completions_fingerprint
-from mpipipe.run_folder.progress_file import ProgressFile, RunState
+from mpipipe.run_folder.status_file import ProgressFile, RunState
 from mpipipe.runtime.ranks import Ranks, open_ranks
 from mpipipe.runtime.requests import PreparedPrompts
 from mpipipe.runtime.session import Session

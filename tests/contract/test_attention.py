@@ -9,13 +9,12 @@ from mpipipe.kv_cache.base import KVCache
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
 from mpipipe.kv_cache.layout import to_device
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.attention import fresh_prompts
+from mpipipe.models.attention import triton_paged
 from mpipipe.models.attention.base import AttentionBackend
-from mpipipe.models.attention.fresh_prompts import can_attend_fresh
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.select import make_backend
-from mpipipe.models.attention.triton_paged import TritonAttention
+from mpipipe.models.attention.triton_paged import TritonAttention, can_attend_fresh
 from mpipipe.models.layer_options import AttentionOptions
 from tests.contract.attention_cases import (
     NUM_PAGES,
@@ -264,7 +263,7 @@ def test_torch_attends_fresh_prompts_only_where_it_has_a_kernel(
     shape: str, has_flash: bool, with_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before compute capability 8.0 none takes grouped heads: all scores would be written out."""
-    monkeypatch.setattr(fresh_prompts, "_has_flash_kernel", lambda device: has_flash)
+    monkeypatch.setattr(triton_paged, "_has_flash_kernel", lambda device: has_flash)
     heads = SHAPES[shape]
     query = torch.zeros(8, heads.num_heads, heads.head_dim, dtype=torch.float16)
     key = torch.zeros(8, heads.num_kv_heads, heads.head_dim, dtype=torch.float16)

@@ -182,12 +182,6 @@ def test_a_conversation_renders_as_in_transformers(
         assert ours.render(messages, options) == expected
 
 
-@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "chat_template"])
-def test_words_for_the_template_do_not_replace_the_conversation(name: str) -> None:
-    with pytest.raises(PromptError, match=name):
-        renderer(CHAT).render([USER], ChatOptions(template_kwargs={name: "x"}))
-
-
 def test_a_message_that_the_template_drops_cannot_be_continued() -> None:
     options = ChatOptions(continue_final_message=True)
     with pytest.raises(PromptError, match="continue_final_message"):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mpipipe.checkpoint.rotary import RESTARTING
+from mpipipe.checkpoint.families import RESTARTING
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.models import rotary

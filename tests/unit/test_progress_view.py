@@ -19,6 +19,7 @@ class Terminal(io.StringIO):
 def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
     clock, stream = ScriptedClock(100.0), io.StringIO()
     with closing(ProgressView("plain", 10, stream, clock=clock, interval_s=5.0)) as view:
+        view.start()
         for second in range(1, 13):
             clock.advance(1.0)
             view.update(done=second // 2, failed=0, output_tokens=10 * second, running=4)
@@ -77,6 +78,7 @@ def test_closing_twice_writes_once_and_updates_after_it_are_silent() -> None:
 def test_none_writes_nothing_even_on_a_terminal() -> None:
     stream = Terminal()
     with closing(ProgressView("none", 2, stream, clock=ScriptedClock(), interval_s=0.0)) as view:
+        view.start()
         view.update(done=1, failed=0, output_tokens=1, running=1)
     assert stream.getvalue() == ""
 
@@ -84,6 +86,7 @@ def test_none_writes_nothing_even_on_a_terminal() -> None:
 def test_auto_is_plain_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     with closing(ProgressView("auto", 2, stream, clock=ScriptedClock(), interval_s=0.0)) as view:
+        view.start()
         view.update(done=1, failed=0, output_tokens=1, running=1)
     assert stream.getvalue().startswith("1/2 prompts")
     assert "\x1b" not in stream.getvalue()
@@ -98,6 +101,7 @@ def test_auto_on_a_terminal_is_a_bar_that_ends_with_the_last_state() -> None:
     pytest.importorskip("rich")
     clock, stream = ScriptedClock(), Terminal()
     with closing(ProgressView("auto", 2, stream, clock=clock)) as view:
+        view.start()
         clock.advance(1.0)
         view.update(done=1, failed=0, output_tokens=30, running=1)
         assert "30.0 tokens/s" in stream.getvalue()

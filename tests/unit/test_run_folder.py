@@ -25,7 +25,7 @@ from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import write_whole
 from mpipipe.run_folder.journal import CompletionWriter
 from mpipipe.run_folder.lock import lock_folder
-from mpipipe.run_folder.progress_file import ProgressFile
+from mpipipe.run_folder.status_file import ProgressFile
 from mpipipe.topology.slurm import SlurmJob
 from mpipipe.types import Completion, FinishReason
 

@@ -17,9 +17,9 @@ import pytest
 
 from mpipipe.cli.status import status_command
 from mpipipe.errors import ConfigError, OutputError, StoppedError
-from mpipipe.run_folder import progress_file
-from mpipipe.run_folder.progress_file import ProgressFile, RunState, tell_end
+from mpipipe.run_folder import status_file
 from mpipipe.run_folder.status import RunStatus, check_status, duration, find_runs, read_status
+from mpipipe.run_folder.status_file import ProgressFile, RunState, tell_end
 from mpipipe.topology.slurm import AccountedJob, QueuedJob
 
 NOW = datetime(2020, 11, 22, 12, 0, tzinfo=UTC)
@@ -115,8 +115,8 @@ def test_the_end_of_a_run_does_not_wait_for_a_write_that_hangs(
         begun.set()
         assert answers.wait(20), "the end of the run waits for the file system"
 
-    monkeypatch.setattr(progress_file, "write_whole", hang)
-    monkeypatch.setattr(progress_file, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(status_file, "write_whole", hang)
+    monkeypatch.setattr(status_file, "_PATIENCE_S", 0.0)
     progress = ProgressFile(tmp_path)
     writing = threading.Thread(target=progress.write, args=(RunState.GENERATING,))
     writing.start()

@@ -14,7 +14,7 @@ import pytest
 
 from mpipipe.cli.status import status_command
 from mpipipe.errors import OutputError
-from mpipipe.run_folder.status_values import parse_status
+from mpipipe.run_folder.status_file import parse_status
 
 WHOLE: dict[str, Any] = {
     "state": "generating", "mpipipe": "0.1.0", "started_at": "2026-11-22T11:00:00+00:00",

@@ -10,7 +10,7 @@ import pytest
 
 from mpipipe.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
 from mpipipe.job.supervision import End, RankPage, RankPhase, Supervision, open_rank_page
-from mpipipe.run_folder.progress_file import RunState, tell_end
+from mpipipe.run_folder.status_file import RunState, tell_end
 
 LIMIT_S = 10.0
 

@@ -65,39 +65,31 @@ def _without(rank: RankFacts) -> Finding:
 
 
 def _no_driver(rank: RankFacts) -> Finding:
-    facts = rank.gpu
-    loaded = f"the NVIDIA driver {facts.kernel_driver}" if facts.kernel_driver else "an NVIDIA GPU"
-    seen = facts.kernel_driver or facts.device_files
-    if seen and rank.node.container:
-        remedy = "start it with --nv: apptainer exec --nv … (MPIPIPE_NV=on in launch/site.env)"
-        if rank.node.container == "docker":
-            remedy = "start it with --gpus all: docker run --gpus all …"
-        return fatal(
-            "gpu.driver",
-            f"the host has {loaded}, but libcuda.so.1 is not in this container",
-            "the container was started without --nv, so the host's driver library is not bound"
-            if rank.node.container == "apptainer"
-            else "the container was started without access to the GPUs",
-            f"{remedy}; or {_ON_CPU}",
-        )
-    if seen:
-        return fatal(
-            "gpu.driver",
-            f"the host has {loaded}, but libcuda.so.1 cannot be loaded",
-            "the driver is installed in part, or its folder is not in the loader's cache",
-            f"run ldconfig -p | grep libcuda on {rank.host}, and install the driver again; "
-            f"or {_ON_CPU}",
-        )
-    if facts.given_by_slurm:
-        what = f"Slurm gave this step GPU {facts.given_by_slurm}, but no NVIDIA driver shows"
-    else:
+    facts, container = rank.gpu, rank.node.container
+    loaded = "an NVIDIA GPU"
+    if facts.kernel_driver:
+        loaded = f"the NVIDIA driver {facts.kernel_driver}"
+    if not (facts.kernel_driver or facts.device_files):
         what = 'pipeline.device = "cuda", but this host shows no NVIDIA driver'
-    return fatal(
-        "gpu.driver",
-        what,
-        "the step runs on a node without GPUs, or the container hides them",
-        f"ask for a GPU node (sbatch --partition=… --gpus-per-node=N), or {_ON_CPU}",
-    )
+        if facts.given_by_slurm:
+            what = f"Slurm gave this step GPU {facts.given_by_slurm}, but no NVIDIA driver shows"
+        cause = "the step runs on a node without GPUs, or the container hides them"
+        remedy = "ask for a GPU node (sbatch --partition=… --gpus-per-node=N),"
+    elif not container:
+        what = f"the host has {loaded}, but libcuda.so.1 cannot be loaded"
+        cause = "the driver is installed in part, or its folder is not in the loader's cache"
+        remedy = f"run ldconfig -p | grep libcuda on {rank.host}, and install the driver again;"
+    else:
+        what = f"the host has {loaded}, but libcuda.so.1 is not in this container"
+        cause = "the container was started without access to the GPUs"
+        if container == "apptainer":
+            cause = (
+                "the container was started without --nv, so the host's driver library is not bound"
+            )
+        remedy = "start it with --nv: apptainer exec --nv … (MPIPIPE_NV=on in launch/site.env);"
+        if container == "docker":
+            remedy = "start it with --gpus all: docker run --gpus all …;"
+    return fatal("gpu.driver", what, cause, f"{remedy} or {_ON_CPU}")
 
 
 def _driver(facts: RankGpu) -> Finding:
@@ -173,15 +165,9 @@ def _memory(rank: RankFacts) -> list[Finding]:
     if gpu.memory_bytes - free <= max(_OWN_USE, gpu.memory_bytes // 20) and not others:
         return [ok("gpu.memory", what, **values)]
     named = _named(others)
-    return [
-        warning(
-            "gpu.memory",
-            what,
-            f"used by others: {named}" if named else "another process uses this GPU",
-            "end it, or ask Slurm for GPUs of your own (--gpus-per-node=N, --exclusive)",
-            **values,
-        )
-    ]
+    cause = f"used by others: {named}" if named else "another process uses this GPU"
+    remedy = "end it, or ask Slurm for GPUs of your own (--gpus-per-node=N, --exclusive)"
+    return [warning("gpu.memory", what, cause, remedy, **values)]
 
 
 def _named(processes: Sequence[GpuProcess]) -> str:

@@ -32,21 +32,14 @@ def check_control(probe: ControlProbe) -> list[Finding]:
         f"{probe.one_way_per_s:,.0f} messages/s"
     )
     values = {"round_trip_p50_us": trip.p50_us, "round_trip_p95_us": trip.p95_us}
+    first = ok("links.messages", what, **values)
     if trip.p50_us > _SLOW_ROUND_TRIP_US:
-        slow = trip.raw_p50_us is not None and trip.raw_p50_us > _SLOW_ROUND_TRIP_US / 4
-        first = warning(
-            "links.messages",
-            what,
-            "the network between the hosts is slow, or MPI does not use the fast one"
-            if slow
-            else "the ranks wait for each other's cores: more ranks than cores, or a busy host",
-            "choose the interface (UCX_NET_DEVICES, OMPI_MCA_btl_tcp_if_include)"
-            if slow
-            else "give every rank cores of its own (srun --cpus-per-task), end other programs",
-            **values,
-        )
-    else:
-        first = ok("links.messages", what, **values)
+        cause = "the ranks wait for each other's cores: more ranks than cores, or a busy host"
+        remedy = "give every rank cores of its own (srun --cpus-per-task), end other programs"
+        if trip.raw_p50_us is not None and trip.raw_p50_us > _SLOW_ROUND_TRIP_US / 4:
+            cause = "the network between the hosts is slow, or MPI does not use the fast one"
+            remedy = "choose the interface (UCX_NET_DEVICES, OMPI_MCA_btl_tcp_if_include)"
+        first = warning("links.messages", what, cause, remedy, **values)
     busiest = max(probe.idle_shares)
     text = f"an idle rank uses {busiest * 100:.1f} % of a core"
     if busiest <= _BUSY_IDLE:

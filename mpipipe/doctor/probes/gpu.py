@@ -11,12 +11,12 @@ import contextlib
 import ctypes
 import dataclasses
 import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mpipipe.doctor.facts import GpuProcess, RankGpu
 from mpipipe.doctor.probes.launch import loaded_libraries
+from mpipipe.topology.command import output_of, run_child
 from mpipipe.topology.gpu import GpuFacts, container_kind, query_gpus
 from mpipipe.topology.launcher import Launcher, detect
 
@@ -44,13 +44,7 @@ GpusBefore = tuple[GpuFacts, ...]
 
 
 def _run(command: Sequence[str]) -> str:
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_LIMIT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return result.stdout
+    return output_of(run_child, command, _LIMIT_S) or ""
 
 
 def probe_before_torch(

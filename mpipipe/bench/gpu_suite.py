@@ -1,0 +1,331 @@
+"""Everything that is claimed of the GPU engine, as parts to run on one machine, and their table.
+
+Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
+(pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `transformers_1`
+and `transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
+`launch/bench_gpu.py` runs them.
+
+Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
+greedy decoding and fixed lengths unless a work says mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from mpipipe.bench.figures import number, share, stage_cells
+from mpipipe.errors import EnvironmentSetupError
+
+__all__ = ["Part", "Result", "SuiteOptions", "all_parts", "run_part", "table_lines"]
+
+_SHAPES = ("openllama_3b", "llama3_8b")
+_QUICK = ("4x16x8", "1x16x8")
+
+# The order matters: the trace shows the last work of the first part, so that comes last there.
+_PIPELINE = {
+    "openllama_3b": (
+        "1x512x128", "32x512x128", "128x512x128", "128x1024x256", "512x512x128", "512xmixed",
+        "64x512x128",
+    ),
+    "llama3_8b": ("64x512x128", "128x512x128", "128x1024x256", "512x512x128"),
+}  # fmt: skip
+# A plan is balanced for the largest work of its process, so a batch of one has a process of its own
+# where that changes the split (the LM head weighs as much as 2.4 layers of Llama-3-8B).
+_LATENCY = {"llama3_8b": ("1x512x128",)}
+_SINGLE = {
+    "openllama_3b": ("1x512x128", "32x512x128", "64x512x128", "128x1024x256", "512x512x128"),
+    "llama3_8b": ("1x512x128", "64x512x128", "128x1024x256", "512x512x128"),
+}
+# Prompt chunks between the decode steps, for requests that arrive over time: what that costs a job
+# whose prompts are all there, for which prompts come first (phases, the default of a run).
+_MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
+# Small enough that the slowest (32 tokens/s) takes 4 s.
+_TRANSFORMERS = ("1x512x128", "32x512x128")
+
+# The target on two GPUs, and vLLM 0.26.0 on the same kind of machine on two GPUs and on one.
+_HELD_AGAINST: dict[tuple[str, str], tuple[int | None, int | None, int | None]] = {
+    ("openllama_3b", "512x512x128"): (16_000, 9_860, 5_270),
+    ("openllama_3b", "128x1024x256"): (9_500, 5_236, 3_057),
+    ("openllama_3b", "64x512x128"): (9_500, 6_368, None),
+    ("openllama_3b", "32x512x128"): (6_200, 3_641, 3_698),
+    ("openllama_3b", "1x512x128"): (420, 313, 335),
+    ("llama3_8b", "512x512x128"): (13_500, 12_268, 6_974),
+    ("llama3_8b", "128x1024x256"): (9_500, 7_995, 5_608),
+    ("llama3_8b", "64x512x128"): (6_800, 5_478, None),
+    ("llama3_8b", "1x512x128"): (225, 196, 200),
+}
+# Weak scaling: (work on one GPU, work on two) with the same rows in every slot.
+_SCALING = ("64x512x128", "128x512x128")
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteOptions:
+    """What all parts share."""
+
+    root: Path  # of the source tree
+    out: Path  # where results go
+    device: str = "cuda"  # of transformers; cpu to try the suite
+    quick: bool = False  # tiny works, to try the suite
+    profile: str = ""  # a shape: profile its first pipeline work
+    overrides: tuple[str, ...] = ()  # section.key=value for every run
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to run."""
+
+    name: str
+    command: list[str]
+    limit_s: float
+    json_path: Path | None = None  # where the records appear, one by one; None: on standard output
+    labels: dict[str, Any] = field(default_factory=dict)  # added to each record
+
+
+@dataclass
+class Result:
+    """What became of a part."""
+
+    part: Part
+    seconds: float
+    problem: str  # "" when all went well
+    records: list[dict[str, Any]]
+    last_lines: list[str]
+
+
+def _mpirun(num_ranks: int) -> list[str]:
+    """The launcher with what it needs here."""
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    found = shutil.which("mpirun", path=beside) or shutil.which("mpiexec", path=beside)
+    if found is None:
+        raise EnvironmentSetupError("there is no mpirun: install an MPI, or mpipipe[mpich]")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    command = [found, "-n", str(num_ranks)]
+    if "Open MPI" in version.stdout or "OpenRTE" in version.stdout:
+        # Bound to one core each, as Open MPI does for two ranks, launching and polling would fight.
+        command += ["--bind-to", "none", "--oversubscribe"]
+        command += ["--allow-run-as-root"] if os.getuid() == 0 else []
+    return command
+
+
+def _bench(kind: str, shape: str, options: SuiteOptions) -> list[str]:
+    """`mpipipe bench <kind>` of a shape."""
+    configs = options.root / "configs"
+    command = [sys.executable, "-m", "mpipipe", "bench", kind, str(configs / "bench_gpu.toml")]
+    return [*command, f"model.path={configs / 'shapes' / shape}", *options.overrides]
+
+
+def _throughput_part(
+    kind: str,
+    shape: str,
+    works: tuple[str, ...],
+    num_ranks: int,
+    options: SuiteOptions,
+    *,
+    variant: str,
+) -> Part:
+    """`bench throughput` of a shape. `variant`: a key of the section `pipeline` and its value."""
+    name = f"{kind}_{shape}"
+    json_path = options.out / f"{name}.jsonl"
+    command = [*_mpirun(num_ranks), *_bench("throughput", shape, options)]
+    command += [f"pipeline.{variant}"] if variant else []
+    command += [word for work in _works(works, options) for word in ("--work", work)]
+    if name == f"pipeline_{_SHAPES[0]}":
+        command += ["--trace", str(options.out / "trace.json"), "--trace-steps", "50"]
+    if options.profile and name == f"pipeline_{options.profile}":
+        command += ["--profile", str(options.out / "profile.json")]
+    labels = {"shape": shape, "ranks": num_ranks, "variant": variant}
+    return Part(name, [*command, "--json", str(json_path)], 100.0, json_path, labels)
+
+
+def _works(works: tuple[str, ...], options: SuiteOptions) -> tuple[str, ...]:
+    return _QUICK if options.quick else works
+
+
+def _transformers_part(name: str, device_map: str, options: SuiteOptions) -> Part:
+    """`bench transformers` of the first shape."""
+    command = _bench("transformers", _SHAPES[0], options)
+    command += ["--device", options.device, "--device-map", device_map]
+    command += [word for work in _works(_TRANSFORMERS, options) for word in ("--work", work)]
+    return Part(name, command, 75.0, None, {"shape": _SHAPES[0], "ranks": name[-1]})
+
+
+def _tests_part(options: SuiteOptions) -> Part:
+    """The GPU tests; those that need ranks start them themselves."""
+    return Part("tests", ["bash", str(options.root / "launch" / "test_gpu.sh")], 420.0)
+
+
+def all_parts(options: SuiteOptions) -> list[Part]:
+    """In the order to run them: the figures of the table first, they matter most."""
+    throughput = (
+        ("pipeline", 2, "", _PIPELINE),
+        ("latency", 2, "", _LATENCY),
+        ("chunks", 2, "prefill=mixed", _MIXED_PREFILL),
+        ("single", 1, "", _SINGLE),
+    )
+    parts = [
+        _throughput_part(kind, shape, works, ranks, options, variant=variant)
+        for kind, ranks, variant, by_shape in throughput
+        for shape, works in by_shape.items()
+    ]
+    parts.append(_transformers_part("transformers_1", "none", options))
+    if options.device == "cuda":
+        parts.append(_transformers_part("transformers_2", "auto", options))
+    return [*parts, _tests_part(options)]
+
+
+def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
+    """Run one part, at most `limit_s`; its output goes to the log."""
+    if part.json_path is not None:
+        part.json_path.unlink(missing_ok=True)
+    log.write(f"\n==== {part.name}: {' '.join(part.command)}\n")
+    log.flush()
+    started_s = time.monotonic()
+    process = subprocess.Popen(
+        part.command,
+        cwd=root,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    problem = ""
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+        if process.returncode:
+            problem = f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        problem = f"stopped after {limit_s:.0f} s"
+        output = _end(process)
+    seconds = time.monotonic() - started_s
+    log.write(output)
+    log.flush()
+    shown = [line for line in output.splitlines() if not line.startswith("{")]
+    return Result(part, seconds, problem, _records_of(part, output), shown[-25:])
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """Stop a process that takes too long, ranks included; returns what it had said."""
+    for sent, wait_s in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 8.0)):
+        try:
+            os.killpg(process.pid, sent)
+            return process.communicate(timeout=wait_s)[0]
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            break
+    return ""
+
+
+def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
+    """The JSON records that a part left, also one that failed halfway."""
+    lines = output.splitlines()
+    if part.json_path is not None:
+        lines = part.json_path.read_text().splitlines() if part.json_path.is_file() else []
+        part.json_path.unlink(missing_ok=True)
+    found = []
+    for line in lines:
+        if line.startswith("{"):
+            try:
+                found.append({"part": part.name, **part.labels, **json.loads(line)})
+            except ValueError:
+                continue  # a line cut off when the part was stopped
+    return found
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def table_lines(results: list[Result], seconds: float) -> list[str]:
+    """Markdown: ours beside everything it is held against."""
+    records = [record for result in results for record in result.records]
+    peers = {
+        (record["shape"], record["work"], record["ranks"]): record
+        for record in records
+        if record.get("peer")
+    }
+    ours = [record for record in records if not record.get("peer")]
+    header = (
+        "model", "work", "GPUs", "tokens/s", "target", "vLLM", "floor", "of floor",
+        "transformers 1 GPU", "device_map 2 GPUs", "ms/lap", "of decode floor", "bubble",
+        "steady", "CPU µs/step", "GiB",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    lines += [_row(record, peers) for record in ours]
+    lines += ["", *_scaling_lines(ours), *_boot_lines(ours)]
+    if ours:
+        devices = ", ".join(sorted({name for record in ours for name in record["devices"]}))
+        versions = ", ".join(f"{k} {v}" for k, v in ours[0]["versions"].items() if v)
+        lines += [f"{ours[0]['date']}, {devices}; {versions}."]
+    lines += ["", "| part | seconds | outcome |", "|---|---:|---|"]
+    lines += [f"| {r.part.name} | {r.seconds:.0f} | {r.problem or 'ok'} |" for r in results]
+    return [*lines, "", f"All parts: {seconds:.0f} s."]
+
+
+def _row(record: dict[str, Any], peers: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """One line of the table."""
+    key, ranks, variant = (record["shape"], record["work"]), record["ranks"], record["variant"]
+    target, *vllm = _HELD_AGAINST.get(key, (None, None, None))
+    target = target if ranks == 2 and not variant else None
+    speed = record["tokens_per_s"]
+    shown = f"**{speed:,.0f}**" if target and speed >= target else f"{speed:,.0f}"
+    peer = [peers.get((*key, number), {}) for number in ("1", "2")]
+    cells = [
+        f"{record['shape']}, {variant}" if variant else record["shape"],
+        record["work"],
+        str(ranks),
+        shown,
+        number(target),
+        number(vllm[2 - ranks]),
+        number((record["floor"] or {}).get("tokens_per_s")),
+        share(record["share_of_floor"]),
+        *(entry.get("error") or number(entry.get("tokens_per_s")) for entry in peer),
+        number(record["ms_per_lap"], 3),
+        share(record["share_of_decode_floor"]),
+        *stage_cells(record),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _scaling_lines(ours: list[dict[str, Any]]) -> list[str]:
+    """Weak scaling from one GPU to two, every slot keeping its rows."""
+    of = {
+        (record["shape"], record["work"], record["ranks"]): record
+        for record in ours
+        if not record["variant"]
+    }
+    lines = []
+    for shape in _SHAPES:
+        one, two = of.get((shape, _SCALING[0], 1)), of.get((shape, _SCALING[1], 2))
+        if one and two and one["ms_per_lap"] and two["ms_per_lap"]:
+            job = two["tokens_per_s"] / (2 * one["tokens_per_s"])
+            decode = one["ms_per_lap"] / two["ms_per_lap"]
+            text = (
+                f"Weak scaling 1 → 2 GPUs, {shape}, {_SCALING[0]} → {_SCALING[1]} (64 rows in "
+                f"every slot): decode {decode:.3f}, whole job {job:.3f}."
+            )
+            lines += [text, ""]
+    return lines
+
+
+def _boot_lines(ours: list[dict[str, Any]]) -> list[str]:
+    """From the start of the processes to the first token, once per part."""
+    lines = []
+    for part in dict.fromkeys(record["part"] for record in ours):
+        boot = next(record["boot"] for record in ours if record["part"] == part)
+        text = (
+            f"{part}: first token {boot['first_token_s']:.1f} s after the process started (meet "
+            f"{number(boot['greet_s'], 1)}, import {number(boot['import_s'], 1)}, load "
+            f"{number(boot['load_s'], 1)} of which graphs {number(boot['capture_s'], 1)})."
+        )
+        lines += [text, ""]
+    return lines
