@@ -101,7 +101,7 @@ class PipelinePlan:
     attention: AttentionName
     threads_per_rank: int
     resolved: tuple[Resolved, ...]
-    laps_ahead: int = 0  # 0: the head awaits every token; 1: scheduler.ahead and stage.ahead
+    laps_ahead: int = 0  # 0: the head awaits every token
     prefill: PrefillMode = "mixed"  # only with laps_ahead
     cuda_graphs: bool = False
     weights: WeightsSource = "checkpoint"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
-    from mpipipe.stage.ahead.worker import AheadWorker
+    from mpipipe.stage.worker import AheadWorker
     from mpipipe.types import Completion, Request
 
 __all__ = ["Boot", "LoadFacts", "Session"]

@@ -12,17 +12,17 @@ import torch
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.ranks import in_phase
 from mpipipe.runtime.tensor_channel import open_channel
-from mpipipe.stage.ahead.assembly import open_engine
-from mpipipe.stage.ahead.engine import AheadEngine
-from mpipipe.stage.ahead.lane import Lane, open_lane
-from mpipipe.stage.ahead.timeline import LaneTimeline
-from mpipipe.stage.ahead.worker import AheadWorker
+from mpipipe.stage.assembly import open_engine, open_lane
+from mpipipe.stage.engine import AheadEngine
+from mpipipe.stage.timeline import LaneTimeline
+from mpipipe.stage.worker import AheadWorker
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.stage.lane import Lane
 
 __all__ = ["OpenedWorker", "open_worker"]
 

@@ -1,1 +1,1 @@
-"""How one rank runs a micro-batch (every rank)."""
+"""How one rank runs its stage: tokens stay on the device, the host follows."""

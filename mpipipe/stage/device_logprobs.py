@@ -1,7 +1,7 @@
 """Log-probabilities without host synchronisation: selected on the device, put together later.
 
 `select_logprobs` and then `logprobs_of`, on the copies that have reached the host, give what
-`stage.sampler.sample` gives: of the model's raw distribution, equals in the order of their ids.
+the tests' oracle gives: of the model's raw distribution, equals in the order of their ids.
 
 Shape suffixes: S rows to sample, C rows of a chunk, V vocabulary, K tokens listed.
 """

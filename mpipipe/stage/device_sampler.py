@@ -1,6 +1,6 @@
 """The sampler without host synchronisation: options in device tensors, ids out, nothing asked.
 
-`sample_on_device` takes the tokens that `stage.sampler.sample` takes, row by row, but from columns
+`sample_on_device` takes the tokens that the tests' oracle takes, row by row, but from columns
 of options that lie on the device, so that a CUDA graph can hold it. What a step may need (a draw,
 filters, penalties) is known on the host beforehand: `SamplingNeeds`, the key of a graph. A row that
 does not use an operation has the option's neutral value in its column, which leaves its scores as

@@ -35,11 +35,11 @@ from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
-from mpipipe.stage.ahead.assembly import open_engine
-from mpipipe.stage.ahead.engine import AheadEngine
-from mpipipe.stage.ahead.lane import Lane, open_lane
-from mpipipe.stage.ahead.launched import LaunchedStep
+from mpipipe.stage.assembly import open_engine, open_lane
 from mpipipe.stage.device_logprobs import logprobs_of
+from mpipipe.stage.engine import AheadEngine
+from mpipipe.stage.lane import Lane
+from mpipipe.stage.launched import LaunchedStep
 from mpipipe.types import (
     CacheKind,
     FinishReason,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpipipe.clock import Clock
 from mpipipe.progress import ProgressEngine
-from mpipipe.stage.ahead.lane import CpuLane
+from mpipipe.stage.cpu_lane import CpuLane
 
 __all__ = ["PooledLane", "ReplayingLane"]
 

@@ -16,9 +16,9 @@ from mpipipe.stage.device_sampler import (
     column_entries,
     sample_on_device,
 )
-from mpipipe.stage.sampler import SampleRow, sample
 from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams, TokenLogprobs
+from tests.oracles.sampler import SampleRow, sample
 
 MINUS_INF = float("-inf")
 

@@ -20,13 +20,13 @@ from mpipipe.control_plane.messages import (
 from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
-from mpipipe.stage.ahead import decode_batch
-from mpipipe.stage.ahead.assembly import open_engine
-from mpipipe.stage.ahead.decode_batch import DecodeBatch
-from mpipipe.stage.ahead.decode_program import ProgramKey, row_buckets
-from mpipipe.stage.ahead.lane import CpuLane
-from mpipipe.stage.ahead.seats import SeatTable
+from mpipipe.stage import decode_batch
+from mpipipe.stage.assembly import open_engine
+from mpipipe.stage.cpu_lane import CpuLane
+from mpipipe.stage.decode_batch import DecodeBatch
+from mpipipe.stage.decode_program import ProgramKey, row_buckets
 from mpipipe.stage.device_sampler import column_entries
+from mpipipe.stage.seats import SeatTable
 from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.contract.ahead_pipeline import (
     EOS,

@@ -32,10 +32,10 @@ from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime.session import Session
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
-from mpipipe.stage.ahead.launched import LaunchedStep
-from mpipipe.stage.ahead.timeline import LaneTimeline
-from mpipipe.stage.ahead.worker import AheadWorker
 from mpipipe.stage.device_use import DeviceUse
+from mpipipe.stage.launched import LaunchedStep
+from mpipipe.stage.timeline import LaneTimeline
+from mpipipe.stage.worker import AheadWorker
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams
 from tests.contract.ahead_pipeline import (
     EOS,

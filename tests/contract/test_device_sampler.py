@@ -10,10 +10,10 @@ from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.stage import device_sampler
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs
 from mpipipe.stage.device_sampler import COLUMNS, SamplingColumns, sample_on_device
-from mpipipe.stage.sampler import SampleRow, penalise_counts, penalise_repetition
 from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, columns_on, expected, put_on, random_batch
+from tests.oracles.sampler import SampleRow, penalise_counts, penalise_repetition
 
 CPU = torch.device("cpu")
 GREEDY = SamplingNeeds.NOTHING

@@ -13,8 +13,8 @@ from mpipipe.clock import ScriptedClock
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.stage.ahead.decode_program import row_buckets
-from mpipipe.stage.ahead.hops import Hops
+from mpipipe.stage.decode_program import row_buckets
+from mpipipe.stage.hops import Hops
 from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan
 from tests.contract.tiny_models import save_tiny
 

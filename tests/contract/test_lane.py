@@ -12,7 +12,7 @@ import torch
 
 from mpipipe.clock import ScriptedClock
 from mpipipe.progress import ProgressEngine
-from mpipipe.stage.ahead.lane import CpuLane
+from mpipipe.stage.cpu_lane import CpuLane
 
 LIMIT_S = 60
 T = TypeVar("T")

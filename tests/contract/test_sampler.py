@@ -27,8 +27,8 @@ from mpipipe.stage.random_draws import (
     uniform_reference,
     uniforms,
 )
-from mpipipe.stage.sampler import SampleRow, filtered_scores, penalise_repetition, sample
 from mpipipe.types import SamplingParams
+from tests.oracles.sampler import SampleRow, filtered_scores, penalise_repetition, sample
 
 VOCABULARY = 211
 SEEDS = [0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**64), 2**200 + 3, -(2**200)]

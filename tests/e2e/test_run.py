@@ -197,7 +197,7 @@ def test_a_step_that_fails_on_one_rank_ends_all_ranks_with_its_error(
         "import sys\n"
         "from mpi4py import MPI\n"
         "from mpipipe.errors import NumericsError\n"
-        "from mpipipe.stage.ahead.engine import AheadEngine\n"
+        "from mpipipe.stage.engine import AheadEngine\n"
         "def fail(self, step, hidden):\n"
         "    raise NumericsError('the logits are no numbers')\n"
         f"if MPI.COMM_WORLD.rank == {failing_rank}:\n"

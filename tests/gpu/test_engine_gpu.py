@@ -21,9 +21,9 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.stage.ahead.engine import AheadEngine
-from mpipipe.stage.ahead.launched import LaunchedStep
-from mpipipe.stage.ahead.timeline import LaneTimeline, StepMarks
+from mpipipe.stage.engine import AheadEngine
+from mpipipe.stage.launched import LaunchedStep
+from mpipipe.stage.timeline import LaneTimeline, StepMarks
 from mpipipe.types import Request, SamplingParams
 from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan, make_requests
 from tests.contract.tiny_models import TinyModel, save_tiny

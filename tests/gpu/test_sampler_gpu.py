@@ -11,11 +11,11 @@ import torch
 
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs
-from mpipipe.stage.sampler import SampleRow
 from mpipipe.stage.token_history import TokenHistory
 from mpipipe.types import SamplingParams
 from tests.contract.sampler_cases import Batch, OnDevice, expected, put_on, random_batch
 from tests.gpu.waiting import no_synchronisation
+from tests.oracles.sampler import SampleRow
 
 pytestmark = [
     pytest.mark.gpu,

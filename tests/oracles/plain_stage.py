@@ -12,7 +12,7 @@ import torch
 
 from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.sampling_options import SamplingNeeds
-from mpipipe.stage.sampler import SampleRow, sample
+from tests.oracles.sampler import SampleRow, sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

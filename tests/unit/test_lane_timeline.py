@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from mpipipe.metrics.accounting import StageAccount, TimeParts
-from mpipipe.stage.ahead.timeline import LaneTimeline, StepMarks
+from mpipipe.stage.timeline import LaneTimeline, StepMarks
 
 if TYPE_CHECKING:
-    from mpipipe.stage.ahead.lane import Lane, Mark
+    from mpipipe.stage.lane import Lane, Mark
 
 
 @dataclass

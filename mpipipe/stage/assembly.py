@@ -1,4 +1,4 @@
-"""Builds an `AheadEngine` from its plan and model: tables on the host, tensors on the device."""
+"""Opens a device's lane, and an `AheadEngine` on it: tables on the host, tensors on the device."""
 
 from __future__ import annotations
 
@@ -7,19 +7,44 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.planning.gpu_limits import num_seats
-from mpipipe.stage.ahead.decode_batch import DecodeBatch
-from mpipipe.stage.ahead.decode_program import DecodePrograms, StageTensors
-from mpipipe.stage.ahead.engine import AheadEngine
-from mpipipe.stage.ahead.seats import SeatTable
+from mpipipe.stage.cpu_lane import CpuLane
+from mpipipe.stage.decode_batch import DecodeBatch
+from mpipipe.stage.decode_program import DecodePrograms, StageTensors
+from mpipipe.stage.engine import AheadEngine
+from mpipipe.stage.lane import CudaLane
+from mpipipe.stage.seats import SeatTable
 from mpipipe.stage.token_history import TokenHistory
 
 if TYPE_CHECKING:
+    from mpipipe.clock import Clock
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.progress import ProgressEngine
+    from mpipipe.stage.lane import Lane
 
-__all__ = ["open_engine"]
+__all__ = ["open_engine", "open_lane"]
+
+
+def open_lane(
+    device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
+) -> Lane:
+    """The lane of `device`, entered by this thread.
+
+    Args:
+        device: of the stage.
+        clock: monotonic seconds.
+        progress: told while a CPU computes, so that polling does not take the core.
+        num_threads: that torch computes with on a CPU.
+    """
+    if device.type != "cuda":
+        return CpuLane(device, clock, progress, num_threads=num_threads)
+    torch.cuda.set_device(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+    lane = CudaLane(device, stream)
+    lane.enter()
+    return lane
 
 
 def open_engine(

@@ -38,11 +38,11 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.errors import NumericsError
-from mpipipe.stage.ahead.hops import Hops
-from mpipipe.stage.ahead.timeline import StepMarks
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.edges import exercise_edges
+from mpipipe.stage.hops import Hops
+from mpipipe.stage.timeline import StepMarks
 
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.progress import ProgressEngine
-    from mpipipe.stage.ahead.engine import AheadEngine
-    from mpipipe.stage.ahead.lane import Lane, Mark
-    from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
-    from mpipipe.stage.ahead.timeline import LaneTimeline
+    from mpipipe.stage.engine import AheadEngine
+    from mpipipe.stage.lane import Lane, Mark
+    from mpipipe.stage.launched import LaunchedStep, LogprobTensors
+    from mpipipe.stage.timeline import LaneTimeline
 
 __all__ = ["AheadWorker"]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
-    from mpipipe.stage.ahead.engine import AheadEngine
+    from mpipipe.stage.engine import AheadEngine
 
 __all__ = ["Hops"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import ScheduledStep, StageAccount
-    from mpipipe.stage.ahead.lane import Lane, Mark
+    from mpipipe.stage.lane import Lane, Mark
 
 __all__ = ["LaneTimeline", "StepMarks"]
 

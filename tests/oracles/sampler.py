@@ -1,4 +1,4 @@
-"""The last stage's choice of the next token, and its log-probabilities.
+"""The oracle of the sampler: row by row, on the host. Tokens, and their log-probabilities.
 
 Rows of a step have settings of their own; those that share a setting's use are treated together,
 without a loop over rows except for penalties and log-probabilities. The order is vLLM's and

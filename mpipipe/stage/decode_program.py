@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
-    from mpipipe.stage.ahead.decode_batch import DecodeBatch
-    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.stage.decode_batch import DecodeBatch
+    from mpipipe.stage.lane import Lane
     from mpipipe.stage.token_history import TokenHistory
 
 __all__ = ["GREEDY", "DecodeOutput", "DecodePrograms", "ProgramKey", "StageTensors", "row_buckets"]

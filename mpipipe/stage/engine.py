@@ -17,19 +17,19 @@ import torch
 from mpipipe.control_plane.messages import DecodeScheduled
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.sampling_options import SamplingNeeds
-from mpipipe.stage.ahead.decode_program import (
+from mpipipe.stage.decode_program import (
     GREEDY,
     DecodePrograms,
     ProgramKey,
     StageTensors,
     row_buckets,
 )
-from mpipipe.stage.ahead.ids_intake import IdsIntake, RowSlices
-from mpipipe.stage.ahead.launched import LaunchedStep, LogprobTensors
-from mpipipe.stage.ahead.prefill import full_decode, full_prefill, sampled_rows
-from mpipipe.stage.ahead.seats import SeatTable
 from mpipipe.stage.device_logprobs import select_logprobs
 from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
+from mpipipe.stage.ids_intake import IdsIntake, RowSlices
+from mpipipe.stage.launched import LaunchedStep, LogprobTensors
+from mpipipe.stage.prefill import full_decode, full_prefill, sampled_rows
+from mpipipe.stage.seats import SeatTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.sampling_use import SamplingUse
-    from mpipipe.stage.ahead.decode_batch import DecodeBatch
-    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.stage.decode_batch import DecodeBatch
+    from mpipipe.stage.lane import Lane
 
 __all__ = ["AheadEngine"]
 

@@ -22,8 +22,8 @@ from mpipipe.types import SamplingParams
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import DecodeScheduled
-    from mpipipe.stage.ahead.lane import Lane
-    from mpipipe.stage.ahead.seats import SeatTable
+    from mpipipe.stage.lane import Lane
+    from mpipipe.stage.seats import SeatTable
 
 __all__ = ["DecodeBatch", "PackedArrays"]
 

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mpipipe.stage.ahead.lane import Lane
+    from mpipipe.stage.lane import Lane
 
 __all__ = ["IdsIntake", "RowSlices"]
 

@@ -9,22 +9,17 @@ Not here: transfers between ranks (`data_plane`), what is computed (`decode_prog
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from mpipipe.stage.ahead.pinned import PinnedRing
+from mpipipe.stage.pinned import PinnedRing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mpipipe.clock import Clock
-    from mpipipe.progress import ProgressEngine
-
-__all__ = ["CpuLane", "CudaLane", "Lane", "Mark", "open_lane"]
+__all__ = ["CudaLane", "Lane", "Mark"]
 
 T = TypeVar("T")
 
@@ -90,27 +85,6 @@ class Lane(Protocol):
     def close(self) -> None:
         """Release its thread, when what that computes is done. Idempotent."""
         ...
-
-
-def open_lane(
-    device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
-) -> Lane:
-    """The lane of `device`, entered by this thread.
-
-    Args:
-        device: of the stage.
-        clock: monotonic seconds.
-        progress: told while a CPU computes, so that polling does not take the core.
-        num_threads: that torch computes with on a CPU.
-    """
-    if device.type != "cuda":
-        return CpuLane(device, clock, progress, num_threads=num_threads)
-    torch.cuda.set_device(device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
-    lane = CudaLane(device, stream)
-    lane.enter()
-    return lane
 
 
 class _CudaMark:
@@ -205,88 +179,3 @@ class CudaLane:
 
     def close(self) -> None:
         """A stream has no thread."""
-
-
-class _HostMark:
-    """The host's time when it was made: on a CPU the work before it is done by then."""
-
-    __slots__ = ("now_s",)
-
-    def __init__(self, now_s: float) -> None:
-        self.now_s = now_s
-
-    def reached(self) -> bool:
-        return True
-
-    def seconds_until(self, later: Mark) -> float:
-        assert isinstance(later, _HostMark)
-        return later.now_s - self.now_s
-
-
-class CpuLane:
-    """One thread that computes, while the event loop keeps MPI moving.
-
-    Args:
-        device: a CPU.
-        clock: monotonic seconds.
-        progress: told while the thread computes.
-        num_threads: that torch computes with.
-    """
-
-    def __init__(
-        self, device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
-    ) -> None:
-        self.device = device
-        self.compute_s: float | None = None
-        self._clock = clock
-        self._progress = progress
-        # It starts with the first work. torch keeps the number of its threads per thread.
-        self._thread = ThreadPoolExecutor(
-            1, "compute", initializer=torch.set_num_threads, initargs=(num_threads,)
-        )
-
-    async def compute(self, work: Callable[[], T]) -> T:
-        """See `Lane.compute`: returns when it is computed."""
-
-        def timed() -> tuple[T, float]:
-            started_s = self._clock.now_s()
-            return work(), self._clock.now_s() - started_s
-
-        loop = asyncio.get_running_loop()
-        with self._progress.computing():
-            result, self.compute_s = await loop.run_in_executor(self._thread, timed)
-        return result
-
-    def enter(self) -> None:
-        """A CPU has no queue."""
-
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        """See `Lane.upload`."""
-        return torch.from_numpy(array.copy())
-
-    def upload_into(self, array: np.ndarray, tensor: torch.Tensor) -> None:
-        """See `Lane.upload_into`."""
-        tensor.copy_(torch.from_numpy(array))
-
-    def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Lane.download`."""
-        return tensor.clone()
-
-    def mark(self) -> Mark:
-        """See `Lane.mark`."""
-        return _HostMark(self._clock.now_s())
-
-    def capture(self, work: Callable[[], None]) -> None:  # noqa: ARG002 - the contract's name
-        """There are no graphs on a CPU."""
-        return None  # noqa: RET501 - the contract's answer
-
-    def drain(self) -> None:
-        """Nothing is under way."""
-
-    def peak_bytes(self) -> int:
-        """No device memory."""
-        return 0
-
-    def close(self) -> None:
-        """See `Lane.close`."""
-        self._thread.shutdown()
