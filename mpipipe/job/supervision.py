@@ -27,6 +27,9 @@ _SECOND_SIGNAL_S = 2.0  # as for the rank (`runtime.stop_switch`)
 _BOOT_LIMIT_S = 6.0
 _AT_ONCE_LIMIT_S = 7.0  # an MPI_Abort that hangs is cut short after 5 s
 _LAUNCHER_LIMIT_S = 5.0
+# The other ranks name a frozen rank first, as they know its last step: up to 2 s after the limit on
+# a busy machine (heartbeat interval, and the time in which they were deaf themselves).
+_PEERS_FIRST_S = 3.0
 _EXIT_LIMIT_S = 20.0
 
 
@@ -149,8 +152,8 @@ class Supervision:
         def past(since_s: float | None, limit_s: float) -> bool:
             return since_s is not None and now_s - since_s >= limit_s
 
-        limit_s = self._page.silence_limit_s
-        if limit_s > 0 and past(self._frozen_s, limit_s):
+        limit_s = self._page.silence_limit_s + _PEERS_FIRST_S
+        if self._page.silence_limit_s > 0 and past(self._frozen_s, limit_s):
             return End(
                 EXIT_PEER_LOST,
                 f"{self._where()} was stopped (SIGSTOP) for {limit_s:g} s and is ended, as the "

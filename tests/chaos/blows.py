@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 from random import Random
 
-from mpipipe.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
+from mpipipe.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_REQUEUE
 from tests.chaos.judge import Expected
 from tests.chaos.processes import Process, Rank, marked, others, ranks
 
@@ -49,6 +49,8 @@ _EXIT_CODES = {
 }
 BLOWS = tuple(_EXIT_CODES)
 # Python itself starts: a signal ends it, and nothing has begun. On two busy cores 0.2 s and more.
+# A rank that is killed or frozen then has no supervisor yet: the launcher's own code, or that of an
+# MPI_Init that does not come back.
 _HARDLY_BEGUN_S = 1.0
 MOMENTS = ("boot", "loading", "generating", "generating", "generating", "merging")
 _SIGNALS = {
@@ -105,6 +107,8 @@ def expected(blow: Blow, limit_s: float) -> Expected:
     is_told = blow.kind.startswith(("stop", "interrupt"))
     if is_told and blow.moment == "boot" and blow.delay_s < _HARDLY_BEGUN_S:
         codes |= {blow.signal, 128 + blow.signal}
+    if blow.kind in {"kill", "freeze"} and blow.moment == "boot" and blow.delay_s < _HARDLY_BEGUN_S:
+        codes |= {signal.SIGKILL, 128 + signal.SIGKILL, EXIT_ENVIRONMENT}
     return Expected(codes, limit_s)
 
 

@@ -77,14 +77,14 @@ def test_a_rank_that_was_killed_before_its_first_step_has_no_step() -> None:
 def test_a_stopped_rank_is_ended_after_the_limit_and_not_when_it_was_continued() -> None:
     watch, _ = supervision()
     watch.frozen(0.5)
-    assert looks(watch, 9) == []
+    assert looks(watch, 12) == []  # 3 s more than the limit: the other ranks speak first
     watch.thawed()
-    assert looks(watch, 40, 9) == []
+    assert looks(watch, 40, 12) == []
     watch.frozen(40.0)
-    assert looks(watch, 60, 40) == [(50, "SIGKILL")]
+    assert looks(watch, 60, 40) == [(53, "SIGKILL")]
     found = end(watch, -signal.SIGKILL)
     assert found.exit_code == EXIT_PEER_LOST
-    assert "was stopped (SIGSTOP) for 10 s" in found.sentence
+    assert "was stopped (SIGSTOP) for 13 s" in found.sentence
 
 
 def test_no_limit_on_silence_is_none_for_a_stopped_rank() -> None:
@@ -99,8 +99,8 @@ def test_time_in_which_the_whole_job_was_suspended_does_not_count() -> None:
     watch.frozen(0.5)
     assert watch.look(1.0, launcher_is_gone=False) is None
     assert watch.look(3600.0, launcher_is_gone=False) is None
-    assert looks(watch, 3609, 3600) == []
-    assert looks(watch, 3611, 3609) == [(3610, "SIGKILL")]
+    assert looks(watch, 3612, 3600) == []
+    assert looks(watch, 3614, 3612) == [(3613, "SIGKILL")]
 
 
 @pytest.mark.parametrize(

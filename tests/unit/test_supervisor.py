@@ -125,7 +125,7 @@ def test_a_stopped_rank_is_ended(tmp_path: Path) -> None:
         os.kill(both.rank, signal.SIGSTOP)
         code, err = both.end()
     assert code == EXIT_PEER_LOST
-    assert "was stopped (SIGSTOP) for 2 s" in err
+    assert "was stopped (SIGSTOP) for 5 s" in err
 
 
 def test_a_supervisor_that_is_stopped_is_continued(tmp_path: Path) -> None:
