@@ -1,7 +1,7 @@
 """What a rank lets its supervisor know, what that decides, and what it says became of the rank.
 
 The rank tells through a page of memory that both have, written without a call. Deciding is pure:
-told what happened and when, it says what to do. Not here: processes (`supervisor`).
+told what happened and when, it says what to do. `supervisor` handles the processes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A launcher knows of a rank that was killed no more than its number and the signal, and a rank that
 is stopped, or whose launcher is gone, stays for ever. So the process that the launcher started
 only waits: it hands signals on, says in a sentence what became of the rank, and exits with a code
-that is documented. Not here: what it decides, and the sentences (`supervision`).
+that is documented. `supervision` decides and words the sentences.
 
 Invariants: forked before any thread, MPI and torch. The rank watches over the supervisor too
 (`watch_supervisor`), from a thread of its own.

@@ -102,7 +102,7 @@ class PipelinePlan:
     threads_per_rank: int
     resolved: tuple[Resolved, ...]
     laps_ahead: int = 0  # 0: the head awaits every token
-    prefill: PrefillMode = "mixed"  # only with laps_ahead
+    prefill: PrefillMode = "mixed"
     cuda_graphs: bool = False
     weights: WeightsSource = "checkpoint"
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables

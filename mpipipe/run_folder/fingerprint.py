@@ -1,6 +1,6 @@
 """What decides the completions of a run: an attempt goes on only where all of it is the same.
 
-The manifest keeps it under `basis`. Not here: comparing it with an earlier one (`resume`).
+The manifest keeps it under `basis`. `resume` compares it with an earlier one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From what was prepared to a live session: the only place that wires the parts.
 
 The order is the same on all ranks, and each step ends in an agreement: plan (head), load, open the
-tensor channel, exercise every edge once. Imports torch and transformers: seconds. Not here: what
-comes before (`startup`).
+tensor channel, exercise every edge once. Imports torch and transformers: seconds. `startup`
+does what comes before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How far the clocks of the ranks are apart: by message, without any service.
 
-All ranks call this together. Not here: what to do about it.
+All ranks call this together. `bench.timeline` corrects by it, `doctor.checks.measured` judges it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def load_parts(
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of stage {stage.stage} ({stage.host}) has too little memory for its weights "
-            f"and KV cache ({str(error).splitlines()[0]}): most likely somebody else took some "
+            f"and KV cache ({str(error).splitlines()[0]}): most likely another process took some "
             "meanwhile; lower memory.gpu_memory_fraction or memory.kv_cache_bytes"
         ) from error
 

@@ -1,6 +1,6 @@
 """One sentence for every way in which memory does not do: what was needed, and what there was.
 
-Not here: recognising it (`errors.is_out_of_memory`), planning with what there is (`planning`).
+`errors.is_out_of_memory` recognises it; `planning` plans with what there is.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class Session:
                 runner.stop()
             self.ranks.mesh.broadcast_message(GenerationBegan())
             served = self.ranks.tasks.create_task(self._worker.serve(), name="stage")
-            # A stage that fails takes its error to the task group, which cancels us; nobody may
+            # A stage that fails takes its error to the task group, which cancels us; no task may
             # then wait for steps that will not come back.
             served.add_done_callback(lambda _: runner.stage_ended())
             try:

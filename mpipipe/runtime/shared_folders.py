@@ -4,7 +4,7 @@ The head plans with its own view, and every rank reads weights at the same path 
 into the same run folder. A folder that only one node has must be named, with the node that lacks
 it. Copies of a model at the same path of every node are as good as one folder, if they are equal.
 
-Not here: whether the model is whole (`checkpoint.index`), acquiring the run folder (`job.acquire`).
+`checkpoint.index` checks that the model is whole; `job.acquire` acquires the run folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A rank that is told to stop stops all: the switches of all ranks are one while steps run.
 
-A rank whose switch is tripped tells the head, the head tells all. Not here: what trips a switch
-(`stop_switch`), what the scheduler does then (`scheduler.runner.Runner.stop`).
+A rank whose switch is tripped tells the head, the head tells all. `stop_switch` says what
+trips a switch, `scheduler.runner.Runner.stop` what the scheduler does then.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stopping in order: a signal, or the end of the wall time, ends a run so that it can go on later.
 
-`StopSwitch` is this rank's: tripped once, never reset, from any thread. Not here: telling the other
-ranks (`shared_stop`), and the process that watches over this one (`job.supervisor`).
+`StopSwitch` is this rank's: tripped once, never reset, from any thread. `shared_stop` tells the
+other ranks; `job.supervisor` is the process that watches over this one.
 
 Invariants: launchers forward a signal to all ranks, and some send it twice at once, so a second
 one counts only after `_SECOND_SIGNAL_S`; it ends the job there and then. The first one gives up a

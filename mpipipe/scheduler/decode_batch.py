@@ -4,7 +4,7 @@ What differs between rows is written down once, when a row joins, by the lap at 
 which rows need a page (`lap` modulo the page size), and which rows sample for the last time. A lap
 without changes touches only those rows. `change` gives the deltas of a `DecodeScheduled` message.
 
-Not here: who joins and leaves (`steps`, `roster`), and who gets which page.
+`steps` and `roster` decide which sequence joins or leaves and which page it gets.
 
 Invariants: `rows` is what every stage holds after the latest decode step of the slot; a row that
 left stays in it until the next step. Two laps of one batch share their `Rows` unless rows changed.

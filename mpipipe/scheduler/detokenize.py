@@ -1,6 +1,6 @@
 """From token ids to text while tokens arrive: whole characters only, up to a stop string.
 
-Not here: tokenizers; the caller brings a function from ids to text. It must be called with
+This file knows no tokenizer; the caller brings a function from ids to text. It must be called with
 special tokens skipped and without "clean up" of spaces, which would change text already given out.
 Invariants: what was given out is never taken back; for ids that decode to valid UTF-8, any number
 of them, all of it joined is the text of all ids together (up to the stop string), wherever the

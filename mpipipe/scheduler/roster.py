@@ -1,6 +1,6 @@
 """Which sequence waits, is in which slot, owns which pages: every change of a sequence's place.
 
-Not here: when a place changes (`steps`, `core`).
+`steps` and `core` decide when a place changes.
 
 Invariants:
 * Running sequences are older than waiting ones: the youngest is preempted first, and waits first.
@@ -62,7 +62,7 @@ class Slot:
 
     @property
     def decodes(self) -> bool:
-        """Somebody here has only tokens to decode."""
+        """Some sequence here has only tokens to decode."""
         return bool(self.joining) or self.batch.num_live > 0
 
 
@@ -187,7 +187,7 @@ class Roster:
     def give_chunk(self, sequence: Sequence, budget: int, step: int) -> ScheduledSequence | None:
         """The next tokens of a prompt, at most `budget`, with their pages.
 
-        None: no page is left and nobody is younger; the sequence waits, or has even been released.
+        None: no page is left and no sequence is younger; this one waits, or has even been released.
         """
         size = self.pages.page_size
         wanted = min(budget, sequence.num_to_prefill - sequence.num_computed)

@@ -4,7 +4,7 @@ Runs on the head only. It watches for stop strings as tokens arrive (only then d
 token by itself), and yields each completion when its last token is known. It owns no decision but
 "the stop string is here".
 
-The next steps are sent before completions are made and yielded: stages wait for nobody's text.
+The next steps are sent before completions are made and yielded: no stage waits for text.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Runner:
         self._stopped = True
 
     def stage_ended(self) -> None:
-        """No step comes back any more: fail whoever still waits for one."""
+        """No step comes back any more: fail the tasks that still wait for one."""
         self._sampled.close()
         self._logprobs.close()
 

@@ -1,6 +1,6 @@
 """A sequence's record and the table of its legal transitions.
 
-Not here: any choice (`policy`, `steps`) or order of events (`core`). Invariant: `Sequence.state`
+`policy` and `steps` choose; `core` orders events. Invariant: `Sequence.state`
 changes only through `next_state`: what the table does not list raises, naming state and event.
 """
 

@@ -1,6 +1,6 @@
 """Which step comes next, and its message.
 
-Not here: what comes back (`core`, which tells the invariants), places and pages (`roster`).
+`core` handles what comes back and states the invariants; `roster` keeps places and pages.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class StepMaker:
                 return dispatched
 
     def _can_decode(self, slot: Slot) -> bool:
-        """Somebody decodes here, and may have one more sample in flight."""
+        """Some sequence decodes here, and may have one more sample in flight."""
         if not self._limits.laps_ahead and not slot.batch.num_live:
             return bool(slot.joining) and slot.joining[0].last_step <= self._returned
         return slot.decodes and slot.batch.has_room(self._returned)
@@ -139,7 +139,7 @@ class StepMaker:
     def _decode(self, slot: Slot, joined: list[Sequence], budget: int = 0) -> Dispatched | None:
         """One lap of the slot's batch, with at most `budget` tokens of its prompts.
 
-        None: nobody decodes, after preemption perhaps, and no prompt can go on.
+        None: no sequence decodes, after preemption perhaps, and no prompt can go on.
         """
         number, batch = self.num_steps, slot.batch
         needing = batch.rows_needing_pages()
@@ -195,7 +195,8 @@ class StepMaker:
     ) -> tuple[dict[Sequence, int], list[_Chunk]]:
         """A page for each row in need, and the slot's prompts up to `budget` tokens, with pages.
 
-        Oldest first: a victim is younger than whoever needs its pages, so it is not dispatched yet.
+        Oldest first: a victim is younger than the sequence that needs its pages, so it is not
+        dispatched yet.
         """
         if not budget or not slot.prefilling:
             return (self._roster.give_pages(needing) if needing else {}), []

@@ -59,9 +59,9 @@ def open_engine(
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     rows = plan.max_sequences_per_slot
     seats = SeatTable(num_seats(plan.num_slots, rows), max_pages, model.vocab_size)
-    nobody = (seats.num_seats, plan.num_kv_pages)
+    unused = (seats.num_seats, plan.num_kv_pages)
     batches = tuple(
-        DecodeBatch(seats, lane, max_rows=rows, nobody=nobody) for _ in range(plan.num_slots)
+        DecodeBatch(seats, lane, max_rows=rows, unused=unused) for _ in range(plan.num_slots)
     )
     use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
     tensors = _open_tensors(plan, model, cache, lane, use_graphs=use_graphs)

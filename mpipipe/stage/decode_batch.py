@@ -6,7 +6,7 @@ joined, a page was added), the whole batch is uploaded in one copy from the host
 knows all of it but the tokens; those never leave the device (`last_token`).
 
 Rows without a sequence, which fill a batch up to its graph's size, have length 0, sit in the last
-seat and write to the last page of the cache, which belongs to nobody.
+seat and write to the last page of the cache, which belongs to no sequence.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ class DecodeBatch:
         seats: this stage's sequences.
         lane: the device.
         max_rows: sequences of a slot at most.
-        nobody: the seat and the page of rows without a sequence.
+        unused: the seat and the page of rows without a sequence.
     """
 
     def __init__(
-        self, seats: SeatTable, lane: Lane, *, max_rows: int, nobody: tuple[int, int]
+        self, seats: SeatTable, lane: Lane, *, max_rows: int, unused: tuple[int, int]
     ) -> None:
         rows = -(-max_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self.max_rows = max_rows
         self._seats = seats
-        self._nobody_seat, self._nobody_page = nobody
+        self._unused_seat, self._unused_page = unused
         self._rows = np.empty(0, dtype=np.int64)  # the seat of each row
         columns = sorted(seats.columns.items(), key=lambda entry: -entry[1].itemsize)
         self._arrays = PackedArrays.allocate(
@@ -192,14 +192,14 @@ class DecodeBatch:
         seats, rows, host = self._seats, self._rows, self._arrays.host
         num_rows = len(rows)
         host["seats"][:num_rows] = rows
-        host["seats"][num_rows:] = self._nobody_seat
+        host["seats"][num_rows:] = self._unused_seat
         host["active"][:num_rows] = 1
         host["active"][num_rows:] = 0
         host["kv_len"][:num_rows] = seats.num_computed[rows]
         host["kv_len"][num_rows:] = 0
         pages = self._pages.host["pages"]
         pages[:num_rows] = seats.pages[rows]
-        pages[num_rows:] = self._nobody_page
+        pages[num_rows:] = self._unused_page
         for name, column in seats.columns.items():
             host[name][:num_rows] = column[rows]
             host[name][num_rows:] = self._neutral[name]

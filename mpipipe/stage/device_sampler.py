@@ -4,8 +4,8 @@
 of options that lie on the device, so that a CUDA graph can hold it. What a step may need (a draw,
 filters, penalties) is known on the host beforehand: `SamplingNeeds`, the key of a graph. A row that
 does not use an operation has the option's neutral value in its column, which leaves its scores as
-they are, bit for bit. Not here: what the penalties remember (`token_history`), log-probabilities
-(`device_logprobs`), stops, and what to do about a row whose logits are broken (id -1).
+they are, bit for bit. `token_history` keeps what the penalties remember, `device_logprobs`
+computes log-probabilities; the head decides on stops and on rows with broken logits (id -1).
 
 Invariants: no operation reads a tensor on the host, and no shape depends on a value. A row's token
 depends on its own logits, options and position only.

@@ -145,7 +145,7 @@ class AheadEngine:
         self.clear()
 
     def _prefill_trial(self) -> None:
-        """A step of as many prompt tokens as a step may have; what it writes nobody reads."""
+        """A step of as many prompt tokens as a step may have; no step reads what it writes."""
         spans, pages = full_prefill(self._plan)
         layout = self._on_device([(span, pages) for span in spans])
         rows_S = torch.arange(len(spans), device=self._lane.device) if self._is_last else None

@@ -4,7 +4,7 @@ A *lane* takes work in order; the host adds to it and learns later how far it go
 CUDA stream with pinned memory and events. On a CPU it is one thread: the worker awaits each
 `compute` before it adds what comes behind it, and all else is done when the call returns.
 
-Not here: transfers between ranks (`data_plane`), what is computed (`decode_program`).
+`data_plane` transfers between ranks; `decode_program` says what is computed.
 """
 
 from __future__ import annotations

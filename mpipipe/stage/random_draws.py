@@ -2,8 +2,8 @@
 
 There is no generator state, so a draw does not depend on which other sequences share the step, on
 the number of stages, or on a preemption before it. Everything on tensors is plain torch
-arithmetic without host synchronisation, fit for a CUDA graph; `uniform_reference` is the same
-function on Python integers, the oracle of the tests.
+arithmetic without host synchronisation, fit for a CUDA graph. `tests/oracles/random_draws.py`
+has the same function on Python integers.
 
 The bits are SplitMix64's: G. L. Steele, D. Lea, C. H. Flood, "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014; constants as in S. Vigna's public-domain splitmix64.c (variant 13 of D.
@@ -18,10 +18,8 @@ import torch
 
 __all__ = [
     "draw_token_ids",
-    "keys_tensor",
     "seed_key",
     "signed_key",
-    "uniform_reference",
     "uniforms",
 ]
 
@@ -49,14 +47,8 @@ def seed_key(seed: int) -> int:
             return key
 
 
-def uniform_reference(seed: int, position: int) -> float:
-    """The uniform u in [0, 1) for the token at `position`, in Python integers."""
-    bits = _mix(seed_key(seed) + (position + 1) * _GAMMA & _MASK)
-    return (bits >> (_BITS - _DOUBLE_BITS)) / (1 << _DOUBLE_BITS)
-
-
 def uniforms(keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-    """The uniforms u in [0, 1) per row: int64 keys (`keys_tensor`) and positions → float64 [S].
+    """The uniforms u in [0, 1) per row: int64 keys (`signed_key`) and positions → float64 [S].
 
     Torch's int64 addition and multiplication wrap round, which is what arithmetic modulo 2^64 asks.
     """
@@ -67,13 +59,8 @@ def uniforms(keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
     return _shift_right(state_S, _BITS - _DOUBLE_BITS).double() * 2.0**-_DOUBLE_BITS
 
 
-def keys_tensor(seeds: list[int], device: torch.device) -> torch.Tensor:
-    """The keys of `seeds` as int64 [S], for `uniforms`."""
-    return torch.tensor([signed_key(seed) for seed in seeds], dtype=torch.int64, device=device)
-
-
 def signed_key(seed: int) -> int:
-    """`seed_key` as the int64 of the same bits: one entry of `keys_tensor`."""
+    """`seed_key` as the int64 of the same bits, for `uniforms`."""
     return _signed(seed_key(seed))
 
 

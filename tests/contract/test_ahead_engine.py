@@ -138,7 +138,7 @@ class Scripted:
         self.seats = SeatTable(12, 30, VOCAB)
         lane = CpuLane(torch.device("cpu"), ScriptedClock(), ProgressEngine())
         self.batches = [
-            DecodeBatch(self.seats, lane, max_rows=5, nobody=(12, 777)) for _ in range(2)
+            DecodeBatch(self.seats, lane, max_rows=5, unused=(12, 777)) for _ in range(2)
         ]
         self.rows: list[list[Naive]] = [[], []]
         self.leaving: list[set[int]] = [set(), set()]  # sequence ids

@@ -1,4 +1,4 @@
-"""The sampler without host synchronisation takes the tokens that `stage.sampler` takes."""
+"""The sampler without host synchronisation takes the tokens that `tests.oracles.sampler` takes."""
 
 from __future__ import annotations
 

@@ -22,12 +22,11 @@ from transformers.generation.logits_process import (
 from mpipipe.errors import NumericsError
 from mpipipe.stage.random_draws import (
     draw_token_ids,
-    keys_tensor,
     seed_key,
-    uniform_reference,
     uniforms,
 )
 from mpipipe.types import SamplingParams
+from tests.oracles.random_draws import keys_tensor, uniform_reference
 from tests.oracles.sampler import SampleRow, filtered_scores, penalise_repetition, sample
 
 VOCABULARY = 211

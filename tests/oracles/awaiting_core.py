@@ -16,7 +16,7 @@ Invariants:
 * No sequence grows beyond `max_sequence_tokens`, the smaller of the context and all pages together:
   it ends with LENGTH there. So where a completion ends never depends on what else is running.
 * A sequence that grows to `restart_tokens` starts over in its slot: transformers computes it anew
-  there, with other rotary frequencies (`checkpoint.rotary`).
+  there, with other rotary frequencies (`checkpoint.families`).
 * A sequence is closed once it has finished and no step in flight contains it.
 """
 

@@ -18,8 +18,9 @@ import torch
 
 from mpipipe.errors import NumericsError
 from mpipipe.stage.device_sampler import keep_min_p, running_sums
-from mpipipe.stage.random_draws import draw_token_ids, keys_tensor, uniforms
+from mpipipe.stage.random_draws import draw_token_ids, uniforms
 from mpipipe.types import SamplingParams, TokenLogprobs
+from tests.oracles.random_draws import keys_tensor
 
 __all__ = [
     "SampleRow",
