@@ -125,7 +125,7 @@ class Completion:
     error_message: str | None = None
 
     @staticmethod
-    def refused(
+    def rejected(
         request_id: str, index: int, error: PromptError, num_prompt_tokens: int = 0
     ) -> Completion:
         """The error record of a prompt that was not run."""

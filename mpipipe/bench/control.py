@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.probe import ControlProbe, probe_control_plane
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.runtime.handshake import exchange_hellos
+from mpipipe.runtime.handshake import exchange_resources
 from mpipipe.runtime.ranks import AgreedError, open_ranks
 
 if TYPE_CHECKING:
@@ -32,5 +32,5 @@ async def measure_control_plane(clock: Clock, *, debug: bool = False) -> Control
                     "messages need two ranks, one was started: `mpirun -n 2 mpipipe bench control`"
                 )
             )
-        await exchange_hellos(ranks, "cpu", deadline_s=_MEET_S)
+        await exchange_resources(ranks, "cpu", deadline_s=_MEET_S)
         return await probe_control_plane(ranks.mesh, raw=ranks.raw)

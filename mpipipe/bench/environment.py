@@ -23,7 +23,7 @@ def environment(session: Session) -> dict[str, Any]:
     statistics = session.statistics()
     return {
         "model": Path(plan.model_path).name,
-        "devices": [hello.gpu.name or plan.device for hello in session.hellos],
+        "devices": [rank_resources.gpu.name or plan.device for rank_resources in session.resources],
         "plan": {
             "split": [stage.num_layers for stage in plan.stages],
             "dtype": plan.dtype,
@@ -34,7 +34,7 @@ def environment(session: Session) -> dict[str, Any]:
             "page_size_tokens": plan.page_size_tokens,
             "transport": plan.transport,
             "attention": plan.attention,
-            "laps_ahead": plan.laps_ahead,
+            "lookahead": plan.lookahead,
             "prefill": plan.prefill,
             "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
             "weights": plan.weights,

@@ -256,7 +256,7 @@ def table_lines(results: list[Result], seconds: float) -> list[str]:
     ours = [record for record in records if not record.get("peer")]
     header = (
         "model", "work", "GPUs", "tokens/s", "target", "vLLM", "floor", "of floor",
-        "transformers 1 GPU", "device_map 2 GPUs", "ms/lap", "of decode floor", "bubble",
+        "transformers 1 GPU", "device_map 2 GPUs", "ms/round", "of decode floor", "bubble",
         "steady", "CPU µs/step", "GiB",
     )  # fmt: skip
     lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
@@ -289,7 +289,7 @@ def _row(record: dict[str, Any], peers: dict[tuple[str, str, str], dict[str, Any
         number((record["floor"] or {}).get("tokens_per_s")),
         share(record["share_of_floor"]),
         *(entry.get("error") or number(entry.get("tokens_per_s")) for entry in peer),
-        number(record["ms_per_lap"], 3),
+        number(record["ms_per_round"], 3),
         share(record["share_of_decode_floor"]),
         *stage_cells(record),
     ]
@@ -306,9 +306,9 @@ def _scaling_lines(ours: list[dict[str, Any]]) -> list[str]:
     lines = []
     for shape in _SHAPES:
         one, two = of.get((shape, _SCALING[0], 1)), of.get((shape, _SCALING[1], 2))
-        if one and two and one["ms_per_lap"] and two["ms_per_lap"]:
+        if one and two and one["ms_per_round"] and two["ms_per_round"]:
             job = two["tokens_per_s"] / (2 * one["tokens_per_s"])
-            decode = one["ms_per_lap"] / two["ms_per_lap"]
+            decode = one["ms_per_round"] / two["ms_per_round"]
             text = (
                 f"Weak scaling 1 → 2 GPUs, {shape}, {_SCALING[0]} → {_SCALING[1]} (64 rows in "
                 f"every slot): decode {decode:.3f}, whole job {job:.3f}."

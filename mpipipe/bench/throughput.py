@@ -236,7 +236,7 @@ class _Bench:
     def _floor(self, work: BenchWork) -> FloorTimes | None:
         session, plan = self.session, self.session.plan
         assert self.model is not None, "only the head compares"
-        names = {hello.gpu.name for hello in session.hellos}
+        names = {rank_resources.gpu.name for rank_resources in session.resources}
         gpu_name = names.pop() if len(names) == 1 else ""
         ceilings = ceilings_of(plan.device, gpu_name, plan.threads_per_rank)
         if ceilings is None:
@@ -246,7 +246,7 @@ class _Bench:
         return FloorTimes(
             tokens_per_s=floor.tokens_per_s,
             prefill_s=floor.prefill_s,
-            decode_lap_s=floor.decode_lap_s,
+            decode_round_s=floor.decode_round_s,
             decode_tokens_per_s=floor.decode_tokens_per_s,
             source=ceilings.source,
         )

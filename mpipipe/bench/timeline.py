@@ -40,7 +40,7 @@ async def clock_offsets_s(session: Session) -> dict[int, float]:
 
     On one host all ranks read the same clock (CLOCK_MONOTONIC).
     """
-    if len({hello.host for hello in session.hellos}) == 1:
+    if len({rank_resources.host for rank_resources in session.resources}) == 1:
         return {}
     ranks = session.ranks
     return (await measure_clock_offsets(ranks, ranks.clock.now_s)).ahead_s

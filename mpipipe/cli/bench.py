@@ -89,7 +89,7 @@ def transformers_command(
     print(_result_line(result, place))
     if folder is not None:
         with CompletionWriter(folder, 0) as writer:
-            for completion in (*prompts.refused, *result.completions):
+            for completion in (*prompts.rejected, *result.completions):
                 writer.write(completion)
         print(f"Completions in {merge(folder, writer.index_of, writer.written)}")
 

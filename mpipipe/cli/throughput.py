@@ -34,7 +34,7 @@ __all__ = ["RecordView", "chosen_works", "throughput_command"]
 
 _WIDTH = 140  # of the table where the output is no terminal, as under mpirun
 _COLUMNS = (
-    "work", "tokens/s", "of floor", "prefill s", "decode s", "lap ms", "of floor", "TTFT s",
+    "work", "tokens/s", "of floor", "prefill s", "decode s", "round ms", "of floor", "TTFT s",
     "bubble", "steady", "CPU µs/step", "GiB",
 )  # fmt: skip
 
@@ -174,7 +174,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         share(record["share_of_floor"]),
         f"{record['prefill_s']:.3f}",
         f"{record['decode_s']:.3f}",
-        number(record["ms_per_lap"], 3),
+        number(record["ms_per_round"], 3),
         share(record["share_of_decode_floor"]),
         f"{record['ttft_p50_s']:.3f}",
         *stage_cells(record),

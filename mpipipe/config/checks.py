@@ -46,7 +46,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         for name in _POSITIVE_OR_AUTO
     ),
     ("pipeline.split", _is_split, 'a list of layer counts from 1 on, e.g. [14, 16], or "auto"'),
-    ("pipeline.laps_ahead", lambda v: v in {0, 1, 2, 3, AUTO}, '0, 1, 2, 3 or "auto"'),
+    ("pipeline.lookahead", lambda v: v in {0, 1, 2, 3, AUTO}, '0, 1, 2, 3 or "auto"'),
     ("memory.gpu_memory_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("pipeline.handshake_timeout_s", lambda v: 0 < v < math.inf, "seconds, above 0"),
     (

@@ -28,6 +28,7 @@ from mpipipe.config.binding import bind, layer_overrides, merge, short, to_dict
 from mpipipe.config.checks import check, default_sampling
 from mpipipe.config.command_words import DEMO_SCHEME, CommandWords, read_words
 from mpipipe.config.files import expand_path, parse_json, read_text
+from mpipipe.config.renamed import rename_keys, rename_words
 from mpipipe.config.schema import Config
 from mpipipe.errors import ConfigError
 
@@ -80,7 +81,9 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
             inline = layer.inline_prompts
         warnings += layer.warnings
         deepspeed = layer.deepspeed or deepspeed
-    asked = layer_overrides(named.settings)
+    settings, renamed = rename_words(named.settings)
+    warnings += renamed
+    asked = layer_overrides(settings)
     bind(asked, "command line")
     asked = merge(_named_values(named), asked)
     if asked.get("prompts", {}).get("path"):
@@ -152,11 +155,12 @@ def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
         old = legacy.convert(raw, path)
         values = _from_folder(old.values, path.parent)
         return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
+    raw, renamed = rename_keys(raw, str(path))
     extends = raw.pop("extends", None)
     if extends is not None and (not isinstance(extends, str) or not extends):
         raise ConfigError(f"{path}: extends = {short(extends)} must be the path of one file")
     base = path.parent / expand_path(extends, "extends") if extends else None
-    return _Layer(path, _from_folder(raw, path.parent), (), (), None), base
+    return _Layer(path, _from_folder(raw, path.parent), (), tuple(renamed), None), base
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -102,19 +102,19 @@ class PipelineConfig:
     attention: Auto | AttentionName = AUTO
     """Attention backend: `triton`, `flashinfer`, `varlen` (torch >= 2.13), `sdpa`, `reference`, or
     `auto`."""
-    laps_ahead: int | str = AUTO
-    """Laps that the head schedules before it has seen the tokens: 0 (CPUs only), 1, 2 or 3; `auto`:
-    1 on GPUs, 0 on CPUs."""
+    lookahead: int | str = AUTO
+    """Rounds that the head schedules before it has seen the tokens: 0 (CPUs only), 1, 2 or 3;
+    `auto`: 1 on GPUs, 0 on CPUs."""
     prefill: Auto | PrefillMode = AUTO
     """`phases`: prompts first, then decode until places are free again; `mixed`: one step of prompt
-    chunks per lap, or, without laps ahead, chunks in every decode step that has room; `auto`:
-    phases with laps ahead, mixed without."""
+    chunks per round, or, without lookahead, chunks in every decode step that has room; `auto`:
+    phases with lookahead, mixed without."""
     threads_per_rank: int | str = AUTO
     """Compute threads of each rank; `auto`: usable cores over the ranks of the host."""
     bind: Literal["auto", "none"] = AUTO
     """CPU cores of a rank: `auto`: near its GPU, unless the launcher has bound it; or `none`."""
     handshake_timeout_s: float = 120.0
-    """How long to wait for all ranks to greet each other at start."""
+    """How long to wait for all ranks in the handshake at start."""
     heartbeat_timeout_s: float = 10.0
     """A rank that gives no sign of life for so many seconds, beyond the longest time so far that a
     step held it up, is lost and ends the run (exit code 6). Three times as long while ranks import

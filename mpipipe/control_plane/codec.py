@@ -74,7 +74,7 @@ def _describe(frame: bytes) -> str:
     match content:
         case (tag, int(rank), int(), int(protocol), package, _, *rest) if tag == _HELLO:
             what = (
-                f"the greeting of rank {rank}{_host(rest)}, which runs mpipipe {package} and "
+                f"the hello of rank {rank}{_host(rest)}, which runs mpipipe {package} and "
                 f"speaks protocol version {protocol}"
             )
     return (
@@ -85,7 +85,7 @@ def _describe(frame: bytes) -> str:
 
 
 def _host(rest: Sequence[Any]) -> str:
-    """Where the rank of a greeting runs: of the resources, or before version 6 the next field."""
+    """Where the rank that said hello runs: of the resources, or before version 6 the next field."""
     match rest:
         case [(_, str(host), *_), *_] | [str(host), *_]:
             return f" on {host}"

@@ -80,8 +80,8 @@ class Mesh(Messenger):
         self.send(_HEAD, hello)
         if self.is_head:
             hellos = await self._collect_hellos(deadline_s)
-            for greeting in hellos:
-                self._send_to_others(greeting)
+            for received in hellos:
+                self._send_to_others(received)
             return hellos
         verdict = await self._from_head(PhaseVerdict, _HANDSHAKE, deadline_s)
         if verdict.error_kind == ProtocolMismatchError.__name__:
@@ -91,13 +91,13 @@ class Mesh(Messenger):
         hellos = tuple(
             [await self._from_head(Hello, "", deadline_s) for _ in range(self.world_size)]
         )
-        self._hosts = {greeting.rank: greeting.host for greeting in hellos}
+        self._hosts = {hello.rank: hello.host for hello in hellos}
         return hellos
 
     async def _collect_hellos(self, deadline_s: float) -> tuple[Hello, ...]:
         collected = await self._pending.collect(Hello, "", range(self.world_size), deadline_s)
         hellos = tuple(collected.messages.values())
-        self._hosts = {greeting.rank: greeting.host for greeting in hellos}
+        self._hosts = {hello.rank: hello.host for hello in hellos}
         error: EnvironmentSetupError | None = None
         if (mismatch := find_mismatch(hellos)) is not None:
             error = ProtocolMismatchError(mismatch)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoopbackChannel", "open_loopback_channels"]
 
-_Lane = tuple[int, int, EdgeKind]  # source, destination, kind
+_Edge = tuple[int, int, EdgeKind]  # source, destination, kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class _Posted:
 
 @dataclass(slots=True)
 class _Crossing:
-    """Transfers of one lane without a counterpart yet: only one of the queues is filled."""
+    """Transfers of one edge without a counterpart yet: only one of the queues is filled."""
 
     sends: deque[_Posted] = field(default_factory=deque)
     receives: deque[_Posted] = field(default_factory=deque)
@@ -43,13 +43,13 @@ class LoopbackChannel:
     Args:
         rank: the own number.
         world_size: number of virtual ranks.
-        lanes: shared by all ends.
+        edges: shared by all ends.
     """
 
-    def __init__(self, rank: int, world_size: int, lanes: dict[_Lane, _Crossing]) -> None:
+    def __init__(self, rank: int, world_size: int, edges: dict[_Edge, _Crossing]) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._lanes = lanes
+        self._edges = edges
         self._closed = False
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> PendingTransfer:
@@ -59,9 +59,9 @@ class LoopbackChannel:
             ValueError: `tensor` is not contiguous, or there is no such rank.
             ChannelClosedError: after `aclose`.
         """
-        lane = (self._rank, destination, kind)
+        edge = (self._rank, destination, kind)
         posted = self._post(f"send of {kind.name} to rank {destination}", tensor, destination)
-        crossing = self._lanes.setdefault(lane, _Crossing())
+        crossing = self._edges.setdefault(edge, _Crossing())
         if crossing.receives:
             _copy(posted, crossing.receives.popleft())
         else:
@@ -70,9 +70,9 @@ class LoopbackChannel:
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> PendingTransfer:
         """Start receiving; see the contract. Raises as `send`."""
-        lane = (source, self._rank, kind)
+        edge = (source, self._rank, kind)
         posted = self._post(f"receive of {kind.name} from rank {source}", buffer, source)
-        crossing = self._lanes.setdefault(lane, _Crossing())
+        crossing = self._edges.setdefault(edge, _Crossing())
         if crossing.sends:
             _copy(crossing.sends.popleft(), posted)
         else:
@@ -86,7 +86,7 @@ class LoopbackChannel:
     async def aclose(self) -> None:
         """Give up what has no counterpart; its waiters get ChannelClosedError. Idempotent."""
         self._closed = True
-        for crossing in self._lanes.values():
+        for crossing in self._edges.values():
             for queue in (crossing.sends, crossing.receives):
                 mine = [posted for posted in queue if posted.owner is self]
                 for posted in mine:
@@ -117,5 +117,5 @@ def _copy(sent: _Posted, received: _Posted) -> None:
 
 def open_loopback_channels(world_size: int) -> tuple[LoopbackChannel, ...]:
     """The ends of `world_size` virtual ranks of one event loop."""
-    lanes: dict[_Lane, _Crossing] = {}
-    return tuple(LoopbackChannel(rank, world_size, lanes) for rank in range(world_size))
+    edges: dict[_Edge, _Crossing] = {}
+    return tuple(LoopbackChannel(rank, world_size, edges) for rank in range(world_size))

@@ -204,11 +204,11 @@ class NcclTensorChannel:
 
     async def _drain(self) -> None:
         """Return when everything added to the streams is done."""
-        marks = [torch.cuda.Event(), torch.cuda.Event()]
-        marks[0].record(torch.cuda.current_stream(self._device))
-        marks[1].record(self._ids_stream)
+        events = [torch.cuda.Event(), torch.cuda.Event()]
+        events[0].record(torch.cuda.current_stream(self._device))
+        events[1].record(self._ids_stream)
         limit_s = time.monotonic() + _CLOSE_LIMIT_S
-        while not all(mark.query() for mark in marks):
+        while not all(event.query() for event in events):
             if time.monotonic() >= limit_s:
                 raise DeadlineError(
                     f"rank {self._rank} could not close its tensor channel: transfers on the GPU "
@@ -232,7 +232,7 @@ class _CapturedTransfers:
     """Transfers of fixed memory, captured as CUDA graphs and replayed.
 
     Adding a transfer to a stream through torch.distributed costs the host 40 to 130 µs on a virtual
-    machine with 2 H200, a replay 10 to 16; on the device both take the same time (a lap of two
+    machine with 2 H200, a replay 10 to 16; on the device both take the same time (a round of two
     stages of 0.42 ms: 874 and 870 µs). The other end may add its side without a graph. `release`
     comes before NCCL's groups are left, as a communicator waits for the graphs that use it.
 

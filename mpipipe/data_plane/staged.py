@@ -3,7 +3,7 @@
 For ranks that NCCL cannot serve: several on one GPU, or a torch without NCCL. A send copies to the
 host on the current stream, and the bytes leave when that copy is done; a receive takes the bytes
 and then adds the copy to the GPU to the stream. Nothing here waits for the GPU: the engine polls.
-CPU tensors pass straight through; one lane (peer and kind) carries one sort of tensor only.
+CPU tensors pass straight through; one edge (peer and kind) carries one sort of tensor only.
 
 The channel below (`mpi`) moves the bytes; `channel` says what stream order means.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import Transfer
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["CudaStaging", "HostChannel", "Mark", "StagedChannel", "Staging", "open_staged_channel"]
+__all__ = ["CudaStaging", "Event", "HostChannel", "StagedChannel", "Staging", "open_staged_channel"]
 
 _LEAST_BUFFER_BYTES = 4096
 _CLOSE_LIMIT_S = 30.0
@@ -45,7 +45,7 @@ _CLOSE_POLL_S = 0.5e-3
 # ---- host memory ---------------------------------------------------------------------------------
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in a stream."""
 
     def query(self) -> bool:
@@ -60,12 +60,12 @@ class Staging(Protocol):
         """Host memory: uint8 [num_bytes]."""
         ...
 
-    def to_host(self, host: torch.Tensor, tensor: torch.Tensor) -> Mark:
-        """Add the copy `host` ← `tensor` to the current stream; the mark is behind it."""
+    def to_host(self, host: torch.Tensor, tensor: torch.Tensor) -> Event:
+        """Add the copy `host` ← `tensor` to the current stream; the event is behind it."""
         ...
 
-    def to_device(self, tensor: torch.Tensor, host: torch.Tensor) -> Mark:
-        """Add the copy `tensor` ← `host` to the current stream; the mark is behind it."""
+    def to_device(self, tensor: torch.Tensor, host: torch.Tensor) -> Event:
+        """Add the copy `tensor` ← `host` to the current stream; the event is behind it."""
         ...
 
 
@@ -87,9 +87,9 @@ class CudaStaging:
     @torch.inference_mode()  # a target made in this mode may be written in no other
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
         target.copy_(source, non_blocking=True)
-        mark = torch.cuda.Event()
-        mark.record()
-        return mark
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ class _Sending:
     kind: EdgeKind
     host: torch.Tensor  # uint8, at least as large as the tensor
     payload: torch.Tensor  # the part of `host` that travels, with dtype and shape
-    copied: Mark
+    copied: Event
     transfer: PendingTransfer | None = None  # once the copy is done
 
 
@@ -190,10 +190,10 @@ class StagedChannel:
         self._world_size = world_size
         self._is_staged = is_staged
         self._pool = _HostBuffers(staging)
-        # Per lane the copies complete in order, but on several streams a later one may overtake.
+        # Per stream the copies complete in order, but on several streams a later one may overtake.
         self._sending: dict[tuple[int, EdgeKind], deque[_Sending]] = defaultdict(deque)
         self._receiving: list[_Receiving] = []
-        self._uploading: deque[tuple[Mark, torch.Tensor]] = deque()
+        self._uploading: deque[tuple[Event, torch.Tensor]] = deque()
         self._unregister: Callable[[], None] | None = None
         self._closed = False
 
@@ -257,20 +257,20 @@ class StagedChannel:
     # ---- progress --------------------------------------------------------------------------------
 
     def _poll(self) -> bool:
-        sent = [self._advance(lane) for lane in self._sending.values()]
+        sent = [self._advance(edge) for edge in self._sending.values()]
         received = self._take_received()
         while self._uploading and self._uploading[0][0].query():
             self._pool.give_back(self._uploading.popleft()[1])
         return received or any(sent)
 
-    def _advance(self, lane: deque[_Sending]) -> bool:
+    def _advance(self, edge: deque[_Sending]) -> bool:
         """Hand over what has reached the host, in order; forget what has left.
 
         Raises:
             MpipipeError: the transport failed; no task awaits a send, so this ends the engine.
         """
         progressed = False
-        for sending in lane:
+        for sending in edge:
             if sending.transfer is None:
                 if not sending.copied.query():
                     break
@@ -278,8 +278,8 @@ class StagedChannel:
                     sending.payload, destination=sending.destination, kind=sending.kind
                 )
                 progressed = True
-        while lane and (transfer := lane[0].transfer) is not None and transfer.done:
-            self._pool.give_back(lane.popleft().host)
+        while edge and (transfer := edge[0].transfer) is not None and transfer.done:
+            self._pool.give_back(edge.popleft().host)
             progressed = True
             if transfer.error is not None and not self._closed:
                 raise transfer.error
@@ -293,8 +293,8 @@ class StagedChannel:
         for receiving in done:
             if receiving.inner.error is None:
                 with _on(receiving.stream):
-                    mark = self._staging.to_device(receiving.buffer, receiving.payload)
-                self._uploading.append((mark, receiving.host))
+                    event = self._staging.to_device(receiving.buffer, receiving.payload)
+                self._uploading.append((event, receiving.host))
             receiving.outer.finish(receiving.inner.error)
         return True
 
@@ -325,8 +325,8 @@ class StagedChannel:
 
     def _unsent(self) -> list[str]:
         """Sends that the channel below does not know of yet; it finishes those that it knows."""
-        lanes = self._sending.values()
-        return [sending.what for lane in lanes for sending in lane if sending.transfer is None]
+        edges = self._sending.values()
+        return [sending.what for edge in edges for sending in edge if sending.transfer is None]
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

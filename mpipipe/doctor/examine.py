@@ -31,7 +31,7 @@ from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.errors import EXIT_ENVIRONMENT, EXIT_OK, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.clock_offsets import measure_clock_offsets
-from mpipipe.runtime.handshake import exchange_hellos, local_rank_of
+from mpipipe.runtime.handshake import exchange_resources, local_rank_of
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks, share_exit_code
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
@@ -185,7 +185,7 @@ def _decide(facts: Sequence[RankFacts], loaded: LoadedConfig | None, *, quick: b
 async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
     """Messages, clocks and links between the ranks; findings on the head."""
     findings: list[Finding] = []
-    await exchange_hellos(ranks, "cpu", deadline_s=_DEADLINE_S)
+    await exchange_resources(ranks, "cpu", deadline_s=_DEADLINE_S)
     probe = await probe_control_plane(
         ranks.mesh, raw=ranks.raw, idle_s=_IDLE_S, num_messages=_NUM_MESSAGES
     )

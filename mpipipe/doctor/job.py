@@ -81,7 +81,7 @@ async def examine_job(
         quick: measure no speed, and tokenise nothing.
     """
     try:
-        hellos = await handshake(ranks, loaded)
+        resources = await handshake(ranks, loaded)
     except AgreedError as agreed:  # raised on every rank
         return [Finding.of_error("job.ranks", agreed.error)] if ranks.is_head else []
     folders, model = await _probe_folders(ranks, loaded, is_first=local_rank == 0, quick=quick)
@@ -95,7 +95,7 @@ async def examine_job(
     plan = None
     if model is not None:
         workload = _workload(model, lines, findings, quick=quick)
-        plan = _plan(loaded, model, hellos, workload, findings)
+        plan = _plan(loaded, model, resources, workload, findings)
     stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
     findings += check_folders(
         folders,
@@ -183,14 +183,19 @@ def _guessed_tokens(line: PromptLine) -> float:
 def _plan(
     loaded: LoadedConfig,
     model: ModelFacts,
-    hellos: Sequence[RankResources],
+    resources: Sequence[RankResources],
     workload: Workload,
     findings: list[Finding],
 ) -> PipelinePlan | None:
     """The plan that a run would make; or why there is none, in a finding."""
     try:
         plan = make_plan(
-            model.loaded.config, model.spec, hellos, str(model.folder), workload, notes=model.notes
+            model.loaded.config,
+            model.spec,
+            resources,
+            str(model.folder),
+            workload,
+            notes=model.notes,
         )
         told = deepspeed_warnings(loaded, plan)
     except MpipipeError as error:

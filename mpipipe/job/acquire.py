@@ -70,8 +70,10 @@ async def acquire(joined: Joined[list[PromptLine]]) -> Acquired:
         if model is None:
             return None
         # As the plan is going to choose them.
-        device, _ = choose_device(loaded.config.pipeline, joined.hellos)
-        dtype, _ = choose_dtype(loaded.config.model.dtype, model.spec.dtype, device, joined.hellos)
+        device, _ = choose_device(loaded.config.pipeline, joined.resources)
+        dtype, _ = choose_dtype(
+            loaded.config.model.dtype, model.spec.dtype, device, joined.resources
+        )
         fingerprint = completions_fingerprint(loaded, model, dtype)
         return acquire_folder(loaded, joined.inputs or (), fingerprint, read_job(os.environ))
 

@@ -53,14 +53,14 @@ def build_manifest(
         },
         "hosts": [
             {
-                "rank": hello.rank,
-                "host": hello.host,
-                "pid": hello.pid,
-                "num_cores": hello.num_cores,
-                "memory_available_bytes": hello.memory_available_bytes,
-                "launcher": hello.launcher,
+                "rank": rank_resources.rank,
+                "host": rank_resources.host,
+                "pid": rank_resources.pid,
+                "num_cores": rank_resources.num_cores,
+                "memory_available_bytes": rank_resources.memory_available_bytes,
+                "launcher": rank_resources.launcher,
             }
-            for hello in session.hellos
+            for rank_resources in session.resources
         ],
         "inline_prompts": list(loaded.inline_prompts),  # of an exp_config.json
         "versions": {
@@ -77,7 +77,7 @@ def _attempt(session: Session, num_kept: int) -> dict[str, Any]:
         "mpipipe": __version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "job": job.label if job is not None else None,
-        "hosts": [hello.host for hello in session.hellos],
+        "hosts": [rank_resources.host for rank_resources in session.resources],
         "num_kept": num_kept,
     }
 

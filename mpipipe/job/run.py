@@ -140,9 +140,9 @@ def _open_job(
     page: RankPage,
 ) -> _Job:
     """Open this rank's log in the run folder, and see to it that an early end is told there."""
-    ranks, loaded, hellos = joined.ranks, joined.loaded, joined.hellos
+    ranks, loaded, resources = joined.ranks, joined.loaded, joined.resources
     rank = ranks.mesh.rank
-    stage = ranks.vitals.stage = stage_order(hellos).index(rank)
+    stage = ranks.vitals.stage = stage_order(resources).index(rank)
     page.opened(acquired.folder, stage)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
@@ -154,7 +154,7 @@ def _open_job(
     )
     view.log_opened(log)
     folder = acquired.folder if ranks.is_head else None
-    progress = ProgressFile(folder, [hello.host for hello in hellos])
+    progress = ProgressFile(folder, [rank_resources.host for rank_resources in resources])
 
     def end_early(error: BaseException) -> None:
         log.error("ended early", error=str(error), kind=type(error).__name__)
@@ -165,7 +165,9 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
-    log.info("greeted", hellos=[dataclasses.asdict(hello) for hello in hellos])
+    log.info(
+        "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
+    )
     return _Job(ranks, loaded, acquired, log, view, marks, progress, page)
 
 
@@ -344,7 +346,7 @@ async def _complete(
             tally.add(completion)
             view.completed(completion)
 
-        for completion in prompts.refused:
+        for completion in prompts.rejected:
             take(completion)
         # Opening the journal, bringing it to the disk and merging are no part of generating: all
         # ranks account for their time from here to the end of the loop.

@@ -26,7 +26,7 @@ class FloorTimes:
 
     tokens_per_s: float
     prefill_s: float
-    decode_lap_s: float
+    decode_round_s: float
     decode_tokens_per_s: float | None
     source: str
 
@@ -65,7 +65,7 @@ class JobTiming:
         return max(0.0, self.elapsed_s - self.prefill_s)
 
     @property
-    def lap_s(self) -> float | None:
+    def round_s(self) -> float | None:
         """One token for every sequence after prefill; None where not all ran at once."""
         longest = max(completion.num_output_tokens for completion in self.completions)
         return self.decode_s / (longest - 1) if self.at_once and longest > 1 else None
@@ -104,7 +104,7 @@ def throughput_record(
         "elapsed_s": timing.elapsed_s,
         "prefill_s": timing.prefill_s,
         "decode_s": timing.decode_s,
-        "ms_per_lap": _ms(timing.lap_s),
+        "ms_per_round": _ms(timing.round_s),
         "ms_per_steady_step": _ms(_steady_step_s(reports)),
         "ms_per_token_p50": timing.ms_per_token(),
         "ttft_p50_s": percentile([c.ttft_s for c in timing.completions], 50),
@@ -152,8 +152,8 @@ def _steady_step_s(reports: Sequence[RankReport]) -> float | None:
 
 
 def _decode_share(timing: JobTiming, floor: FloorTimes | None) -> float | None:
-    lap_s = timing.lap_s
-    return floor.decode_lap_s / lap_s if floor is not None and lap_s else None
+    round_s = timing.round_s
+    return floor.decode_round_s / round_s if floor is not None and round_s else None
 
 
 def _stage(report: RankReport) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Operations:
       norms=…)` → rotated q [T, H, D] and k, v [T, K, D]; k and v are in the cache then;
     * `gated_silu(gate_up_TX)` → silu(first half) * second half: [T, X / 2];
     * `linear(hidden_TH, weight_OH, bias_O)` → [T, O];
-    * `advance_rows(kv_len_B, active_B, pages_BP, seats_B, last_token_N, page_size=…)` adds a token
-      to every active row: positions, cache slots and input tokens, int64 [B] each;
+    * `advance_rows(kv_len_B, active_B, pages_BP, request_rows_B, last_token_N, page_size=…)` adds a
+      token to every active row: positions, cache slots and input tokens, int64 [B] each;
     * `greedy_ids(logits_SV)` → the lowest id of each row's largest logit, -1 where that is not
       finite: int64 [S].
     """
@@ -163,14 +163,14 @@ def _advance_rows(
     kv_len_B: torch.Tensor,
     active_B: torch.Tensor,
     pages_BP: torch.Tensor,
-    seats_B: torch.Tensor,
+    request_rows_B: torch.Tensor,
     last_token_N: torch.Tensor,
     *,
     page_size: int,
 ) -> _Three:
     kv_len_B.add_(active_B)
     positions_B, slot_mapping_B = place_rows(pages_BP, kv_len_B, page_size)
-    return positions_B, slot_mapping_B, last_token_N.index_select(0, seats_B).clamp_(min=0)
+    return positions_B, slot_mapping_B, last_token_N.index_select(0, request_rows_B).clamp_(min=0)
 
 
 def _greedy_ids(logits_SV: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from mpipipe.types import CacheKind, DeviceName, DtypeName, PrefillMode, Transpo
 
 __all__ = [
     "BF16_CAPABILITY",
-    "AheadMode",
+    "SchedulingMode",
     "choose_ahead_mode",
     "choose_device",
     "choose_dtype",
@@ -175,22 +175,22 @@ def choose_transport(
         PlanError: `nccl` was asked for, but not all stages have a GPU of their own.
         EnvironmentSetupError: `nccl` was asked for, but a rank has none.
     """
-    obstacle = _nccl_obstacle(device, ranks)
-    if asked == "nccl" and obstacle is not None:
-        raise obstacle
+    unsupported_reason = _nccl_unsupported_reason(device, ranks)
+    if asked == "nccl" and unsupported_reason is not None:
+        raise unsupported_reason
     if asked != AUTO:
         return asked, "asked for"
     if device == "cpu":
         return "mpi", "the stages run on CPUs"
     versions = sorted({rank.gpu.nccl_version for rank in ranks})
-    if obstacle is not None:
-        return "mpi", f"through pinned host memory, as {_first_clause(obstacle)}"
+    if unsupported_reason is not None:
+        return "mpi", f"through pinned host memory, as {_first_clause(unsupported_reason)}"
     if len(versions) > 1:
         return "mpi", f"through pinned host memory, as the ranks have NCCL {' and '.join(versions)}"
     return "nccl", f"every stage has a GPU of its own, and NCCL {versions[0]} is there"
 
 
-def _nccl_obstacle(
+def _nccl_unsupported_reason(
     device: DeviceName, ranks: Sequence[RankResources]
 ) -> PlanError | EnvironmentSetupError | None:
     if device == "cpu":
@@ -230,45 +230,45 @@ def _first_clause(error: Exception) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class AheadMode:
+class SchedulingMode:
     """How far the head runs ahead of the tokens, and when it computes prompts."""
 
-    laps_ahead: int
-    laps_reason: str
+    lookahead: int
+    lookahead_reason: str
     prefill: PrefillMode
     prefill_reason: str
 
 
 def choose_ahead_mode(
     pipeline: PipelineConfig, device: DeviceName, kv_cache: CacheKind
-) -> AheadMode:
-    """One lap ahead and in phases on a GPU; a CPU awaits tokens and mixes prompts into its steps.
+) -> SchedulingMode:
+    """One round ahead and in phases on a GPU; a CPU awaits tokens and mixes prompts into its steps.
 
     Raises:
         PlanError: the device or the cache does not have the mode that was asked for.
     """
-    laps, reason = 0, "a CPU's steps are long beside a message"
-    if isinstance(pipeline.laps_ahead, int):
-        laps = pipeline.laps_ahead
+    lookahead, reason = 0, "a CPU's steps are long beside a message"
+    if isinstance(pipeline.lookahead, int):
+        lookahead = pipeline.lookahead
     elif device == "cuda":
-        laps, reason = 1, "the GPU never waits for the head to see a token"
-    if device == "cuda" and laps == 0:
+        lookahead, reason = 1, "the GPU never waits for the head to see a token"
+    if device == "cuda" and lookahead == 0:
         raise PlanError(
-            "pipeline.laps_ahead = 0 is for CPUs, and this run is on GPUs: set laps_ahead = 1 or "
+            "pipeline.lookahead = 0 is for CPUs, and this run is on GPUs: set lookahead = 1 or "
             '"auto", or pipeline.device = "cpu"'
         )
-    if laps and kv_cache != "paged":
+    if lookahead and kv_cache != "paged":
         raise PlanError(
-            f'memory.kv_cache = "{kv_cache}" cannot be used with pipeline.laps_ahead = {laps}, '
+            f'memory.kv_cache = "{kv_cache}" cannot be used with pipeline.lookahead = {lookahead}, '
             "whose steps find their keys and values by page: set memory.kv_cache = "
-            '"paged", or pipeline.device = "cpu" and pipeline.laps_ahead = 0'
+            '"paged", or pipeline.device = "cpu" and pipeline.lookahead = 0'
         )
     prefill: PrefillMode
-    if laps:
+    if lookahead:
         prefill = "phases"
         prefill_reason = "long steps of prompts, then steps of decodes alone, which graphs replay"
     else:
-        prefill, prefill_reason = "mixed", "without laps_ahead prompts fill up every step"
+        prefill, prefill_reason = "mixed", "without lookahead prompts fill up every step"
     if pipeline.prefill != AUTO:
         prefill = pipeline.prefill
-    return AheadMode(laps, reason, prefill, prefill_reason)
+    return SchedulingMode(lookahead, reason, prefill, prefill_reason)

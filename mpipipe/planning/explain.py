@@ -56,7 +56,7 @@ def _stage_row(stage: StagePlan) -> tuple[str, str, str]:
         parts.append("LM head")
     facts = (
         f"rank {stage.rank} on {stage.host}, {gib(stage.weight_bytes)} of weights, "
-        f"{stage.cost_share:.1%} of a lap"
+        f"{stage.cost_share:.1%} of a round"
     )
     return f"stage {stage.stage}", " + ".join(parts), facts
 
@@ -74,7 +74,7 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         ("pipeline.transport", plan.transport),
         ("pipeline.device", plan.device),
         ("pipeline.attention", plan.attention),
-        ("pipeline.laps_ahead", str(plan.laps_ahead)),
+        ("pipeline.lookahead", str(plan.lookahead)),
         ("pipeline.prefill", plan.prefill),
         ("pipeline.threads_per_rank", str(plan.threads_per_rank)),
         ("memory.kv_cache", plan.kv_cache),

@@ -18,7 +18,7 @@ __all__ = [
     "gather_bytes",
     "gpu_sequences_per_slot",
     "gpu_tokens_per_step",
-    "num_seats",
+    "num_request_rows",
     "sampling_bytes",
 ]
 
@@ -123,16 +123,16 @@ def sampling_bytes(
         total += _SAMPLER_TEMPORARIES * 4 * min(row, CHUNK_ELEMENTS)
     if sampling.logprobs:
         total += row * dtype_bytes(dtype)
-    seats = num_seats(num_slots, max_sequences) + 1  # one for rows without a sequence
+    request_rows = num_request_rows(num_slots, max_sequences) + 1  # one for rows without a sequence
     for need, entry_bytes in HISTORY_BYTES.items():
         if need & sampling.needs:
-            total += seats * (spec.vocab_size + 1) * entry_bytes
+            total += request_rows * (spec.vocab_size + 1) * entry_bytes
     return total
 
 
-def num_seats(num_slots: int, max_sequences: int) -> int:
+def num_request_rows(num_slots: int, max_sequences: int) -> int:
     """Sequences that a stage's tables hold.
 
-    A place may be taken again while its last owner's steps are in flight: two seats a place.
+    A place may be taken again while its last owner's steps are in flight: two request rows a place.
     """
     return 2 * num_slots * max_sequences

@@ -70,7 +70,7 @@ class StagePlan:
     has_embedding: bool
     has_head: bool
     weight_bytes: int  # parameters in the run's dtype
-    cost_share: float  # predicted share of a lap's compute; 1 / num_stages is perfect balance
+    cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
 
     @property
     def num_layers(self) -> int:
@@ -101,7 +101,7 @@ class PipelinePlan:
     attention: AttentionName
     threads_per_rank: int
     resolved: tuple[Resolved, ...]
-    laps_ahead: int = 0  # 0: the head awaits every token
+    lookahead: int = 0  # 0: the head awaits every token
     prefill: PrefillMode = "mixed"
     cuda_graphs: bool = False
     weights: WeightsSource = "checkpoint"

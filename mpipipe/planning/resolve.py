@@ -55,7 +55,7 @@ _UNKNOWN = Workload()
 def make_plan(
     config: Config,
     spec: ModelSpec,
-    hellos: Sequence[RankResources],
+    resources: Sequence[RankResources],
     model_path: str,
     workload: Workload = _UNKNOWN,
     *,
@@ -70,8 +70,10 @@ def make_plan(
             were asked for are not there.
         PlanError: layers, stages, settings and memory do not fit together.
     """
-    ranks = sorted(hellos, key=lambda hello: hello.rank)
-    assert [hello.rank for hello in ranks] == list(range(len(ranks))), "a hello of every rank"
+    ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
+    assert [rank_resources.rank for rank_resources in ranks] == list(range(len(ranks))), (
+        "the resources of every rank"
+    )
     decisions = Decisions(list(notes))
     num_stages = _num_stages(config, num_ranks=len(ranks), decisions=decisions)
     device, reason = choose_device(config.pipeline, ranks)
@@ -161,7 +163,7 @@ class _Resolver:
         return split
 
     def _stage(self, stage: int, first_layer: int, num_layers: int, share: float) -> StagePlan:
-        hello = self.ranks[stage]
+        rank_resources = self.ranks[stage]
         has_embedding = stage == 0
         has_head = stage == len(self.ranks) - 1
         weight_bytes = stage_weight_bytes(
@@ -173,8 +175,8 @@ class _Resolver:
         )
         return StagePlan(
             stage=stage,
-            rank=hello.rank,
-            host=hello.host,
+            rank=rank_resources.rank,
+            host=rank_resources.host,
             first_layer=first_layer,
             last_layer=first_layer + num_layers,
             has_embedding=has_embedding,
@@ -191,9 +193,9 @@ class _Resolver:
         transport, attention = self._transport(len(stages)), self._attention()
         num_kv_pages = self._num_kv_pages(stages, demand, attention)
         threads = self._threads()
-        laps_ahead, prefill = self._ahead_mode()
+        lookahead, prefill = self._scheduling_mode()
         # Only steps that are sent ahead need tables that are no wider than the run's requests.
-        longest_tokens = demand.longest_tokens if laps_ahead else limits.max_context_tokens
+        longest_tokens = demand.longest_tokens if lookahead else limits.max_context_tokens
         return PipelinePlan(
             model_path=model_path,
             model_type=spec.model_type,
@@ -213,7 +215,7 @@ class _Resolver:
             device=self.device,
             attention=attention,
             threads_per_rank=threads,
-            laps_ahead=laps_ahead,
+            lookahead=lookahead,
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.config.model.weights,
@@ -229,7 +231,7 @@ class _Resolver:
         """Pages of KV cache, the same on every rank; checks that all fits."""
         memory = self.config.memory
         needs = []
-        for stage, hello in zip(stages, self.ranks, strict=True):
+        for stage, rank_resources in zip(stages, self.ranks, strict=True):
             page_bytes = kv_page_bytes(
                 self.spec,
                 self.dtype,
@@ -242,7 +244,9 @@ class _Resolver:
                 self.spec, self.dtype, self.sampling, has_head=stage.has_head
             )
             if attention in _GATHERING and fraction is not None:
-                free_bytes = int(hello.gpu.free_bytes * fraction) - stage.weight_bytes - work_bytes
+                free_bytes = (
+                    int(rank_resources.gpu.free_bytes * fraction) - stage.weight_bytes - work_bytes
+                )
                 work_bytes += gather_bytes(
                     self.spec,
                     self.dtype,
@@ -251,7 +255,7 @@ class _Resolver:
                     kv_bytes=asked_kv_bytes(memory, page_bytes),
                     free_bytes=max(0, free_bytes),
                 )
-            needs.append(rank_memory(hello, stage, page_bytes, work_bytes, fraction))
+            needs.append(rank_memory(rank_resources, stage, page_bytes, work_bytes, fraction))
         num_pages, reason = choose_num_pages(memory, needs, demand)
         return self.decisions.count("memory.num_kv_pages", memory.num_kv_pages, num_pages, reason)
 
@@ -266,7 +270,7 @@ class _Resolver:
 
     def _attention(self) -> AttentionName:
         asked = self.config.pipeline.attention
-        offered = [set(hello.attention_backends) for hello in self.ranks]
+        offered = [set(rank_resources.attention_backends) for rank_resources in self.ranks]
         attention, reason = choose_attention(
             asked,
             device=self.device,
@@ -277,12 +281,12 @@ class _Resolver:
         )
         return self.decisions.text("pipeline.attention", asked, attention, reason)
 
-    def _ahead_mode(self) -> tuple[int, PrefillMode]:
+    def _scheduling_mode(self) -> tuple[int, PrefillMode]:
         pipeline = self.config.pipeline
         mode = choose_ahead_mode(pipeline, self.device, self.config.memory.kv_cache)
         return (
             self.decisions.count(
-                "pipeline.laps_ahead", pipeline.laps_ahead, mode.laps_ahead, mode.laps_reason
+                "pipeline.lookahead", pipeline.lookahead, mode.lookahead, mode.lookahead_reason
             ),
             self.decisions.text(
                 "pipeline.prefill", pipeline.prefill, mode.prefill, mode.prefill_reason
@@ -293,14 +297,14 @@ class _Resolver:
         """Whether decode steps are captured; notes the reason if they cannot, but should be."""
         if not self.config.memory.cuda_graphs or self.device != "cuda":
             return False
-        obstacle = ""
+        unsupported_reason = ""
         if attention in _NO_GRAPHS:
-            obstacle = f"{attention} attention needs lengths that only the host knows"
+            unsupported_reason = f"{attention} attention needs lengths that only the host knows"
         elif self.spec.num_experts > 1:
-            obstacle = "the routing of experts makes shapes that depend on values"
-        if obstacle:
-            self.decisions.note("memory.cuda_graphs", "false", obstacle)
-        return not obstacle
+            unsupported_reason = "the routing of experts makes shapes that depend on values"
+        if unsupported_reason:
+            self.decisions.note("memory.cuda_graphs", "false", unsupported_reason)
+        return not unsupported_reason
 
     def _restart_tokens(self, longest_tokens: int) -> int:
         """Where sequences start over, if any of the run grows as far."""

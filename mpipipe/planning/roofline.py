@@ -8,7 +8,7 @@ Assumptions, each of which makes the floor lower or leaves it as it is:
   peak of the dtype that the ceiling was measured with; both overlap perfectly.
 * A decode step reads every weight of the stage once and K and V of every token before it once.
   Activations, the embedding's few rows, page tables and what a kernel pads are free.
-* The pipe: with as many active slots as stages a lap takes as long as its slowest stage needs for
+* The pipe: with as many active slots as stages a round takes as long as its slowest stage needs for
   all of them; with fewer, a micro-batch must pass all stages one after the other.
 * Prompts are computed in chunks of `max_tokens_per_step`, the pipe filled and drained once; then
   all sequences decode in equal slots that stay full.
@@ -106,15 +106,15 @@ class JobFloor:
 
     stages: tuple[StageFloor, ...]
     prefill_s: float
-    decode_lap_s: float  # one token for every running sequence
-    num_laps: float
+    decode_round_s: float  # one token for every running sequence
+    num_rounds: float
     num_output_tokens: int
     num_decoded_tokens: int
 
     @property
     def decode_s(self) -> float:
-        """All laps."""
-        return self.num_laps * self.decode_lap_s
+        """All rounds."""
+        return self.num_rounds * self.decode_round_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -150,8 +150,8 @@ def job_floor(spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ce
     return JobFloor(
         stages=stages,
         prefill_s=sum(prefills_s) + (num_chunks - 1) * max(prefills_s),
-        decode_lap_s=max(sum(decodes_s), num_active_slots * max(decodes_s)),
-        num_laps=shape.num_decoded_tokens / running,
+        decode_round_s=max(sum(decodes_s), num_active_slots * max(decodes_s)),
+        num_rounds=shape.num_decoded_tokens / running,
         num_output_tokens=shape.num_output_tokens,
         num_decoded_tokens=shape.num_decoded_tokens,
     )

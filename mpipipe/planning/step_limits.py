@@ -112,7 +112,7 @@ def _max_context(config: Config, spec: ModelSpec, decisions: Decisions) -> int:
 
 
 def rank_memory(
-    hello: RankResources,
+    rank_resources: RankResources,
     stage: StagePlan,
     page_bytes: int,
     work_bytes: int,
@@ -120,15 +120,15 @@ def rank_memory(
 ) -> RankMemory:
     """What a stage needs and what is there. `gpu_fraction`: of the GPU's free bytes; None: CPU."""
     if gpu_fraction is None:
-        available = hello.memory_available_bytes
+        available = rank_resources.memory_available_bytes
         return RankMemory(stage.rank, stage.host, available, stage.weight_bytes, page_bytes)
     return RankMemory(
         rank=stage.rank,
         host=stage.host,
-        available_bytes=int(hello.gpu.free_bytes * gpu_fraction),
+        available_bytes=int(rank_resources.gpu.free_bytes * gpu_fraction),
         weight_bytes=stage.weight_bytes,
         page_bytes=page_bytes,
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
-        gpu=hello.gpu.uuid or f"index {hello.gpu.index}",
-        gpu_name=describe_gpu(hello),
+        gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",
+        gpu_name=describe_gpu(rank_resources),
     )

@@ -84,7 +84,9 @@ def _log_ready(
         form=parts.model.mode,
         form_reason=parts.model.mode_reason,
         num_graphs=opened.num_graphs,
-        graph_obstacle=parts.model.graphs_unsupported_reason() if plan.device == "cuda" else "",
+        graph_unsupported_reason=parts.model.graphs_unsupported_reason()
+        if plan.device == "cuda"
+        else "",
     )
 
 
@@ -102,7 +104,7 @@ def _device_of(boot: Boot, plan: PipelinePlan) -> torch.device:
     """The device of this rank."""
     if plan.device != "cuda":
         return torch.device(plan.device)
-    return torch.device("cuda", boot.hellos[boot.ranks.mesh.rank].gpu.index)
+    return torch.device("cuda", boot.resources[boot.ranks.mesh.rank].gpu.index)
 
 
 def _use_device(plan: PipelinePlan, device: torch.device) -> None:
@@ -123,7 +125,7 @@ def _decide(boot: Boot) -> PipelinePlan:
     plan = make_plan(
         boot.loaded.config,
         boot.model.spec,
-        boot.hellos,
+        boot.resources,
         str(boot.model.folder),
         boot.prepared.workload,
         notes=boot.model.notes,

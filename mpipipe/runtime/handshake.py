@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mpipipe.runtime.ranks import Ranks
 
-__all__ = ["exchange_hellos", "handshake", "local_rank_of", "read_resources"]
+__all__ = ["exchange_resources", "handshake", "local_rank_of", "read_resources"]
 
 
 async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, ...]:
@@ -43,7 +43,7 @@ async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, 
     """
     pipeline = loaded.config.pipeline
     try:
-        resources = await exchange_hellos(
+        resources = await exchange_resources(
             ranks,
             pipeline.device,
             config_hash(loaded.config),
@@ -58,7 +58,7 @@ async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, 
     return resources
 
 
-async def exchange_hellos(
+async def exchange_resources(
     ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
 ) -> tuple[RankResources, ...]:
     """Exchange `read_resources`, in rank order; then poll as the cores of this host allow.

@@ -130,7 +130,7 @@ class Pipeline:
         settings = keyword_sampling(sampling, self._sampling)  # on all ranks: they must fail alike
         prepared = await self._prepare(prompts, settings)
         # Closing matters: a caller that stops early must not leave the stages in mid-step.
-        async with aclosing(session.generate(prepared.requests, prepared.refused)) as completions:
+        async with aclosing(session.generate(prepared.requests, prepared.rejected)) as completions:
             async for completion in completions:
                 yield completion
 

@@ -41,13 +41,13 @@ class PreparedPrompts:
     """
 
     requests: tuple[Request, ...] = ()
-    refused: tuple[Completion, ...] = ()
+    rejected: tuple[Completion, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def num_prompts(self) -> int:
         """All of them."""
-        return len(self.requests) + len(self.refused)
+        return len(self.requests) + len(self.rejected)
 
     def longest_tokens(self, max_context_tokens: int) -> int:
         """Most tokens that one request can come to occupy; those that can never run left out."""
@@ -72,8 +72,8 @@ def prepare(
         lines: as `config.prompts` reads them.
         tokenizer: the model's.
         add_special_tokens: round prompts that are no conversations.
-        vocab_size: rows of the model's embedding; a prompt with an id beyond them is refused. None:
-            every id is taken.
+        vocab_size: rows of the model's embedding; a prompt with an id beyond them is rejected.
+            None: every id is taken.
     """
     preparation = _Preparation(tokenizer, add_special_tokens, vocab_size)
     for first in range(0, len(lines), _LINES_AT_ONCE):
@@ -146,7 +146,7 @@ class _Preparation:
     add_special_tokens: bool
     vocab_size: int | None
     requests: list[Request] = field(default_factory=list)
-    refused: list[Completion] = field(default_factory=list)
+    rejected: list[Completion] = field(default_factory=list)
     num_chats: int = 0
     num_unrendered: int = 0
     first_unrendered: str = ""
@@ -172,11 +172,11 @@ class _Preparation:
             try:
                 self.requests.append(self._request(line, outcome))
             except PromptError as error:
-                self.refused.append(Completion.refused(line.prompt_id, line.index, error))
+                self.rejected.append(Completion.rejected(line.prompt_id, line.index, error))
 
     def result(self) -> PreparedPrompts:
         """What came of all lines."""
-        return PreparedPrompts(tuple(self.requests), tuple(self.refused), tuple(self._warnings()))
+        return PreparedPrompts(tuple(self.requests), tuple(self.rejected), tuple(self._warnings()))
 
     def _text_or_error(self, line: PromptLine) -> str | PromptError:
         if line.error is not None:

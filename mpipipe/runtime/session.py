@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
-    from mpipipe.stage.worker import AheadWorker
+    from mpipipe.stage.worker import StageWorker
     from mpipipe.types import Completion, Request
 
 __all__ = ["Boot", "LoadFacts", "Session"]
@@ -42,7 +42,7 @@ class Boot:
 
     ranks: Ranks
     loaded: LoadedConfig
-    hellos: tuple[RankResources, ...]
+    resources: tuple[RankResources, ...]
     model: ModelFacts | None  # on the head
     prepared: Prepared  # on the head
     log: Logger
@@ -68,12 +68,12 @@ class Session:
         boot: Boot,
         *,
         plan: PipelinePlan,
-        worker: AheadWorker,
+        worker: StageWorker,
         account: StageAccount,
         load: LoadFacts,
     ) -> None:
         self.ranks = boot.ranks
-        self.hellos = boot.hellos
+        self.resources = boot.resources
         self.plan = plan
         self.load = load
         self._model = boot.model
@@ -115,11 +115,11 @@ class Session:
         return self._runner.num_output_tokens if self._runner is not None else 0
 
     async def generate(
-        self, requests: Iterable[Request], refused: Iterable[Completion] = ()
+        self, requests: Iterable[Request], rejected: Iterable[Completion] = ()
     ) -> AsyncGenerator[Completion, None]:
         """Complete `requests`: completions as they end on the head, nothing on other ranks.
 
-        `refused`, prompts that are no requests, come first.
+        `rejected`, prompts that are no requests, come first.
 
         Every rank must call it the same number of times; other ranks serve their stage until the
         head is done.
@@ -145,7 +145,7 @@ class Session:
             # then wait for steps that will not come back.
             served.add_done_callback(lambda _: runner.stage_ended())
             try:
-                for completion in refused:
+                for completion in rejected:
                     yield completion
                 async with aclosing(runner.generate(requests)) as completions:
                     async for completion in completions:
@@ -215,7 +215,7 @@ class Session:
             num_pages=plan.num_kv_pages,
             page_size=plan.page_size_tokens,
             max_context_tokens=plan.max_context_tokens,
-            laps_ahead=plan.laps_ahead,
+            lookahead=plan.lookahead,
             max_sequence_tokens=plan.max_sequence_tokens,
         )
         return SchedulerCore(

@@ -1,4 +1,4 @@
-"""The worker of a stage, with its lane, engine and tensor channel. Part of `boot`."""
+"""The worker of a stage, with its stream, engine and tensor channel. Part of `boot`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.ranks import in_phase
 from mpipipe.runtime.tensor_channel import open_channel
-from mpipipe.stage.assembly import open_engine, open_lane
-from mpipipe.stage.engine import AheadEngine
-from mpipipe.stage.timeline import LaneTimeline
-from mpipipe.stage.worker import AheadWorker
+from mpipipe.stage.assembly import open_engine, open_stream
+from mpipipe.stage.engine import StageEngine
+from mpipipe.stage.timeline import StreamTimeline
+from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
-    from mpipipe.stage.lane import Lane
+    from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
 
@@ -31,7 +31,7 @@ __all__ = ["OpenedWorker", "open_worker"]
 class OpenedWorker:
     """A worker, and what making it ready took."""
 
-    worker: AheadWorker
+    worker: StageWorker
     capture_s: float | None  # trial steps and CUDA graphs; None: nothing is captured
     num_graphs: int  # of decode steps
 
@@ -52,46 +52,46 @@ async def open_worker(
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
     ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
-    lane, engine = ready.lane, ready.engine
-    lane.enter()  # captured in the phase's thread, launched from this one
+    stream, engine = ready.stream, ready.engine
+    stream.enter()  # captured in the phase's thread, launched from this one
     try:
         channel = await open_channel(plan, ranks, device)
-        worker = AheadWorker(
+        worker = StageWorker(
             plan=plan,
             stage=plan.stage_of_rank(ranks.mesh.rank),
             mesh=ranks.mesh,
             channel=channel,
             engine=engine,
-            lane=lane,
-            timeline=LaneTimeline(lane, account),
+            stream=stream,
+            timeline=StreamTimeline(stream, account),
             progress=ranks.engine,
             clock=ranks.clock,
         )
-        capture_s = ready.seconds if engine.programs.use_graphs else None
-        yield OpenedWorker(worker, capture_s, engine.programs.num_graphs)
+        capture_s = ready.seconds if engine.graph_runner.use_graphs else None
+        yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
         await channel.aclose()
     finally:
-        lane.close()
+        stream.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A lane with an engine whose programs are ready."""
+    """A stream with an engine whose graphs are ready."""
 
-    lane: Lane
-    engine: AheadEngine
+    stream: Stream
+    engine: StageEngine
     seconds: float
 
 
 def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device) -> _Ready:
-    """Open the device's lane, run and capture the stage's programs.
+    """Open the device's stream, run and capture the stage's graphs.
 
     Raises:
         EnvironmentSetupError: the GPU's memory does not hold the work space.
     """
-    lane = open_lane(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
+    stream = open_stream(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
     engine = open_engine(
-        plan, parts.model, parts.cache, lane, attention_needs_seq_lens=parts.needs_seq_lens
+        plan, parts.model, parts.cache, stream, attention_needs_seq_lens=parts.needs_seq_lens
     )
     started_s = ranks.clock.now_s()
     try:
@@ -103,4 +103,4 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
             f"({str(error).splitlines()[0]}): lower memory.gpu_memory_fraction, "
             "memory.kv_cache_bytes or pipeline.max_tokens_per_step"
         ) from error
-    return _Ready(lane, engine, ranks.clock.now_s() - started_s)
+    return _Ready(stream, engine, ranks.clock.now_s() - started_s)

@@ -43,7 +43,7 @@ class Joined(Generic[T]):
 
     ranks: Ranks
     loaded: LoadedConfig  # on the head with the model's own settings
-    hellos: tuple[RankResources, ...]
+    resources: tuple[RankResources, ...]
     model: ModelFacts | None  # on the head
     inputs: T | None  # on the head: what else was read
 
@@ -77,7 +77,7 @@ async def joined_ranks(
         loaded = await in_phase(ranks, "configuration", load, _CONFIG_DEADLINE_S)
         if heartbeats:
             ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
-        hellos = await handshake(ranks, loaded)
+        resources = await handshake(ranks, loaded)
 
         def read_inputs() -> tuple[ModelFacts, T] | None:
             if not ranks.is_head:
@@ -87,7 +87,7 @@ async def joined_ranks(
 
         model, inputs = await in_phase(ranks, "inputs", read_inputs) or (None, None)
         await check_model_folder(ranks, model)
-        yield Joined(ranks, loaded if model is None else model.loaded, hellos, model, inputs)
+        yield Joined(ranks, loaded if model is None else model.loaded, resources, model, inputs)
 
 
 @asynccontextmanager
@@ -107,6 +107,6 @@ async def loaded_session(
     prepared = await in_phase(
         ranks, "tokenizer", lambda: Prepared() if model is None else prepare(model)
     )
-    boot = Boot(ranks, joined.loaded, joined.hellos, model, prepared, log)
+    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log)
     async with open_session(boot) as session:
         yield session, prepared

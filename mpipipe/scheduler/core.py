@@ -7,14 +7,14 @@ Knows no loop, no MPI, no torch and no clock; the runner feeds it and carries ou
     core.sampled(step, ids)      -> [TokensEmitted, Finished …, Closed]; once for every step sent
     core.stop(sequence, reason)  -> [Finished, Closed …]
 
-With laps ahead, decode steps are sent before their input tokens are known here: tokens pass from
-the last stage to the first on the devices, and the CPU reads them up to `laps_ahead` laps later. So
-what only tokens can tell (stop ids, stop strings) is noticed late, and the surplus tokens of such a
-sequence are dropped. What can be counted (length limits) is never overrun. Without laps ahead every
-token is awaited, and none is surplus.
+With lookahead, decode steps are sent before their input tokens are known here: tokens pass from
+the last stage to the first on the devices, and the CPU reads them up to `lookahead` rounds later.
+So what only tokens can tell (stop ids, stop strings) is noticed late, and the surplus tokens of
+such a sequence are dropped. What can be counted (length limits) is never overrun. Without lookahead
+every token is awaited, and none is surplus.
 
 Invariants:
-* At most `num_slots` × (1 + `laps_ahead`) steps are in flight, and 1 + `laps_ahead` samples of a
+* At most `num_slots` × (1 + `lookahead`) steps are in flight, and 1 + `lookahead` samples of a
   sequence. Steps come back in the order in which they were sent.
 * A step is chunks of prompts of one slot (`StepScheduled`), or one token of every sequence in a
   slot's decode batch (`DecodeScheduled`), with chunks behind them where `steps` fills steps up.
@@ -47,8 +47,8 @@ from mpipipe.scheduler.instructions import (
     TokensEmitted,
 )
 from mpipipe.scheduler.policy import check_request
-from mpipipe.scheduler.roster import Roster, SchedulerLimits
 from mpipipe.scheduler.sequence import Sequence, SequenceEvent, SequenceState, next_state
+from mpipipe.scheduler.slot_allocator import SchedulerLimits, SlotAllocator
 from mpipipe.scheduler.steps import Dispatched, StepMaker
 from mpipipe.types import FinishReason, Request
 
@@ -74,15 +74,15 @@ class SchedulerCore:
         restart_tokens: int = 0,
     ) -> None:
         assert limits.num_slots >= 1, f"num_slots = {limits.num_slots}"
-        assert limits.laps_ahead >= 0, f"laps_ahead = {limits.laps_ahead}"
+        assert limits.lookahead >= 0, f"lookahead = {limits.lookahead}"
         assert 1 <= limits.max_sequences_per_slot <= limits.max_tokens_per_step, (
             "a decode needs a token each"
         )
         self._limits = limits
         self._eos_token_ids = frozenset(eos_token_ids)
         self._restart_tokens = restart_tokens
-        self._roster = Roster(limits)
-        self._steps = StepMaker(limits, self._roster, prefill)
+        self._slot_allocator = SlotAllocator(limits)
+        self._steps = StepMaker(limits, self._slot_allocator, prefill)
         self.max_sequence_tokens = min(
             limits.max_context_tokens, limits.num_pages * limits.page_size
         )
@@ -101,13 +101,13 @@ class SchedulerCore:
 
     def take_preemptions(self) -> list[Preempted]:
         """Who was preempted by `next_step` since the last call of this, in order: for the log."""
-        preemptions, self._roster.preemptions = self._roster.preemptions, []
+        preemptions, self._slot_allocator.preemptions = self._slot_allocator.preemptions, []
         return preemptions
 
     def statistics(self) -> SchedulerStatistics:
         """Counts of this moment and since the start."""
-        num_waiting = len(self._roster.waiting)
-        return self._roster.statistics(
+        num_waiting = len(self._slot_allocator.waiting)
+        return self._slot_allocator.statistics(
             # Those whose last token is on its way have no place any more, and yet they run.
             num_running=self._num_sequences - self._num_finished - num_waiting,
             num_steps_in_flight=len(self._flights),
@@ -148,7 +148,7 @@ class SchedulerCore:
         check_request(
             request,
             max_context_tokens=self._limits.max_context_tokens,
-            capacity_tokens=self._roster.pages.capacity_tokens,
+            capacity_tokens=self._slot_allocator.pages.capacity_tokens,
             planned_tokens=self._limits.max_sequence_tokens,
         )
         sampling = request.sampling
@@ -168,7 +168,7 @@ class SchedulerCore:
         )
         self._num_sequences += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._roster.waiting.append(sequence)
+        self._slot_allocator.waiting.append(sequence)
         return sequence.sequence_id
 
     def sampled(self, step: int, token_ids: SequenceOf[int]) -> list[Instruction]:
@@ -224,7 +224,7 @@ class SchedulerCore:
         return dict(sorted(reasons.items())) if len(reasons) > 1 else reasons
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
-        self._roster.finish(sequence)
+        self._slot_allocator.finish(sequence)
         self._num_finished += 1
         for flight in self._flights:
             flight.has_ended = flight.has_ended or flight.message.step <= sequence.last_step
@@ -236,7 +236,7 @@ class SchedulerCore:
         for sequence_id in sequence_ids:
             sequence = self._sequences.pop(sequence_id)
             next_state(sequence, SequenceEvent.CLOSE)
-            self._roster.num_open -= sequence.is_open
+            self._slot_allocator.num_open -= sequence.is_open
         return Closed(tuple(sequence_ids))
 
 

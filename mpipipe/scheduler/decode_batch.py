@@ -1,13 +1,16 @@
-"""The decode batch of a slot: all rows advance by one token per lap, so none is counted by itself.
+"""The decode batch of a slot: all rows advance by one token per round, so none is counted by
+itself.
 
-What differs between rows is written down once, when a row joins, by the lap at which it matters:
-which rows need a page (`lap` modulo the page size), and which rows sample for the last time. A lap
-without changes touches only those rows. `change` gives the deltas of a `DecodeScheduled` message.
+What differs between rows is written down once, when a row joins, by the round at which it matters:
+which rows need a page (`round` modulo the page size), and which rows sample for the last time. A
+round without changes touches only those rows. `change` gives the deltas of a `DecodeScheduled`
+message.
 
-`steps` and `roster` decide which sequence joins or leaves and which page it gets.
+`steps` and `slot_allocator` decide which sequence joins or leaves and which page it gets.
 
 Invariants: `rows` is what every stage holds after the latest decode step of the slot; a row that
-left stays in it until the next step. Two laps of one batch share their `Rows` unless rows changed.
+left stays in it until the next step. Two rounds of one batch share their `Rows` unless rows
+changed.
 """
 
 from __future__ import annotations
@@ -35,18 +38,18 @@ class Rows:
 class DecodeBatch:
     """The rows of one slot, as the stages hold them, and when each of them needs something."""
 
-    def __init__(self, page_size: int, laps_ahead: int) -> None:
+    def __init__(self, page_size: int, lookahead: int) -> None:
         self.rows = Rows([])
-        self.lap = 0  # decode steps of this slot so far
+        self.round = 0  # decode steps of this slot so far
         self.last_step = -1  # number of the latest of them
         self._leaving: list[int] = []  # rows that the next step removes
         self._page_size = page_size
-        # By lap modulo page size: the rows whose next token begins a page. Dicts as ordered sets.
+        # By round modulo page size: the rows whose next token begins a page. Dicts as ordered sets.
         self._page_due: list[dict[Sequence, None]] = [{} for _ in range(page_size)]
         self._ending: dict[int, dict[Sequence, None]] = {}  # by `ends_at`
-        self._laps_ahead = laps_ahead
+        self._lookahead = lookahead
         # Of the latest decode steps: number, and the latest prefill step of those who joined in it.
-        self._history: deque[tuple[int, int]] = deque(maxlen=1 + laps_ahead)
+        self._history: deque[tuple[int, int]] = deque(maxlen=1 + lookahead)
 
     @property
     def num_live(self) -> int:
@@ -54,18 +57,18 @@ class DecodeBatch:
         return len(self.rows.sequences) - len(self._leaving)
 
     def has_room(self, returned: int) -> bool:
-        """Whether no row has 1 + `laps_ahead` samples in flight; steps ≤ `returned` have come back.
+        """Whether no row has 1 + `lookahead` samples in flight; steps ≤ `returned` have come back.
 
         Every row was in the last decode steps, back to the prefill step from which it joined.
         """
-        history, laps = self._history, self._laps_ahead
-        if len(history) > laps and history[0][0] > returned:
+        history, lookahead = self._history, self._lookahead
+        if len(history) > lookahead and history[0][0] > returned:
             return False
-        return len(history) < laps or history[-laps][1] <= returned
+        return len(history) < lookahead or history[-lookahead][1] <= returned
 
     def rows_needing_pages(self) -> list[Sequence]:
-        """The live rows whose token of the next lap begins a page."""
-        return list(self._page_due[self.lap % self._page_size])
+        """The live rows whose token of the next round begins a page."""
+        return list(self._page_due[self.round % self._page_size])
 
     def leave(self, sequence: Sequence) -> None:
         """The row computes nothing more; the next step of the slot removes it."""
@@ -76,7 +79,7 @@ class DecodeBatch:
             del ending[sequence]
             if not ending:
                 del self._ending[sequence.ends_at]
-        sequence.num_computed = sequence.base + self.lap
+        sequence.num_computed = sequence.base + self.round
         sequence.last_step = self.last_step
         sequence.in_batch = False
 
@@ -100,17 +103,17 @@ class DecodeBatch:
 
     def _enter(self, sequence: Sequence) -> None:
         sequence.in_batch = True
-        sequence.base = sequence.num_computed - self.lap
-        sequence.ends_at = self.lap + sequence.num_to_sample
+        sequence.base = sequence.num_computed - self.round
+        sequence.ends_at = self.round + sequence.num_to_sample
         self._page_due[-sequence.base % self._page_size][sequence] = None
         self._ending.setdefault(sequence.ends_at, {})[sequence] = None
 
     def advance(self, step: int, joined: SequenceOf[Sequence]) -> list[Sequence]:
-        """Step `step` is the next lap. Returns the rows that sample in it for the last time.
+        """Step `step` is the next round. Returns the rows that sample in it for the last time.
 
         Those that are to start over among them.
         """
-        self.lap += 1
+        self.round += 1
         self.last_step = step
         self._history.append((step, max([s.last_step for s in joined], default=-1)))
-        return list(self._ending.pop(self.lap, ()))
+        return list(self._ending.pop(self.round, ()))

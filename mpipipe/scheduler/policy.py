@@ -1,6 +1,6 @@
 """The choices of the scheduler, each a pure function.
 
-`roster` and `steps` do the bookkeeping that follows from a choice. Nothing depends on time,
+`slot_allocator` and `steps` do the bookkeeping that follows from a choice. Nothing depends on time,
 hash order or chance, so equal event sequences give equal steps.
 """
 

@@ -151,7 +151,7 @@ class Runner:
         try:
             sequence_id = self._core.add(request)
         except PromptError as error:
-            return Completion.refused(
+            return Completion.rejected(
                 request.request_id, request.index, error, len(request.prompt_ids)
             )
         stops = [stop for stop in request.sampling.stop if stop]
@@ -288,7 +288,7 @@ class Runner:
         try:
             text, reason = self._text(active, finished)
         except PromptError as error:
-            return Completion.refused(request.request_id, request.index, error, num_prompt_tokens)
+            return Completion.rejected(request.request_id, request.index, error, num_prompt_tokens)
         return Completion(
             request_id=request.request_id,
             index=request.index,

@@ -78,9 +78,9 @@ def next_state(sequence: _HasState, event: SequenceEvent) -> None:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way, with up to 1 + `laps_ahead` samples in flight. Compared by identity.
+    """One request on its way, with up to 1 + `lookahead` samples in flight. Compared by identity.
 
-    While it is in a batch, its computed tokens are `base` + the batch's laps.
+    While it is in a batch, its computed tokens are `base` + the batch's rounds.
     """
 
     sequence_id: int  # also the order of arrival: a larger id is a younger sequence
@@ -99,7 +99,7 @@ class Sequence:
     in_batch: bool = False
     row: int = -1  # in its batch, or in its latest prefill step
     base: int = 0
-    ends_at: int = 0  # laps of the batch when the last of `num_to_sample` is dispatched
+    ends_at: int = 0  # rounds of the batch when the last of `num_to_sample` is dispatched
     is_open: bool = False  # the stages know it
     restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
 

@@ -1,6 +1,6 @@
 """Which step comes next, and its message.
 
-`core` handles what comes back and states the invariants; `roster` keeps places and pages.
+`core` handles what comes back and states the invariants; `slot_allocator` keeps places and pages.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Literal
 from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.policy import fill_threshold
-from mpipipe.scheduler.roster import Roster, SchedulerLimits, Slot
 from mpipipe.scheduler.sequence import Sequence
+from mpipipe.scheduler.slot_allocator import SchedulerLimits, Slot, SlotAllocator
 
 __all__ = ["Dispatched", "StepMaker"]
 
@@ -35,18 +35,21 @@ class StepMaker:
 
     Args:
         limits: what there is room for.
-        roster: the sequences; changed as they are dispatched.
-        prefill: "phases" or "mixed": see `_prefers_prefill`. "mixed" without laps ahead fills up
+        slot_allocator: the sequences; changed as they are dispatched.
+        prefill: "phases" or "mixed": see `_prefers_prefill`. "mixed" without lookahead fills up
             decode steps with chunks of prompts.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, roster: Roster, prefill: Literal["phases", "mixed"]
+        self,
+        limits: SchedulerLimits,
+        slot_allocator: SlotAllocator,
+        prefill: Literal["phases", "mixed"],
     ) -> None:
         self._limits = limits
-        self._roster = roster
+        self._slot_allocator = slot_allocator
         self._mixed = prefill == "mixed"
-        self._fills_up = self._mixed and not limits.laps_ahead
+        self._fills_up = self._mixed and not limits.lookahead
         self.num_steps = 0
         self._returned = -1  # the latest step that has come back
         self._turn = 0  # slot whose turn it is to decode
@@ -57,7 +60,7 @@ class StepMaker:
         """The next step, when all steps up to number `returned` have come back; None: wait."""
         self._returned = returned
         num_slots, num_in_flight = self._limits.num_slots, self.num_steps - 1 - returned
-        if num_in_flight >= num_slots * (1 + self._limits.laps_ahead):
+        if num_in_flight >= num_slots * (1 + self._limits.lookahead):
             return None
         if self._fills_up:
             return self._fill_next()
@@ -72,22 +75,22 @@ class StepMaker:
     def _prefers_prefill(self) -> bool:
         """Whether prompts go before decodes now.
 
-        "mixed": once per lap, so that a decode waits for no more than one step of prompts.
+        "mixed": once per round, so that a decode waits for no more than one step of prompts.
         "phases": from when enough places and pages are free (`fill_threshold`) until all are taken.
         """
-        roster = self._roster
+        slot_allocator = self._slot_allocator
         if self._mixed:
-            num_decoding = sum([slot.decodes for slot in roster.slots])
+            num_decoding = sum([slot.decodes for slot in slot_allocator.slots])
             return self.num_steps - self._last_prefill > num_decoding
-        if not self._filling and roster.waiting:
-            threshold = fill_threshold(len(roster.running), len(roster.waiting))
-            self._filling = roster.can_admit(threshold, self._returned)
+        if not self._filling and slot_allocator.waiting:
+            threshold = fill_threshold(len(slot_allocator.running), len(slot_allocator.waiting))
+            self._filling = slot_allocator.can_admit(threshold, self._returned)
         return self._filling
 
     def _decode_next(self, early: bool) -> Dispatched | None:
         """A decode step of the slot whose turn it is, or, `early`, of the one that is due first."""
         while True:
-            slots = self._roster.slots
+            slots = self._slot_allocator.slots
             slots = slots[self._turn :] + slots[: self._turn]
             able = [slot for slot in slots if self._can_decode(slot)]
             if not early:
@@ -105,7 +108,7 @@ class StepMaker:
 
     def _can_decode(self, slot: Slot) -> bool:
         """Some sequence decodes here, and may have one more sample in flight."""
-        if not self._limits.laps_ahead and not slot.batch.num_live:
+        if not self._limits.lookahead and not slot.batch.num_live:
             return bool(slot.joining) and slot.joining[0].last_step <= self._returned
         return slot.decodes and slot.batch.has_room(self._returned)
 
@@ -120,14 +123,14 @@ class StepMaker:
         Slots take turns; each is refilled at its own. One with only chunks of prompts in flight is
         not passed over, so that the chunks of a long prompt follow each other through the stages.
         """
-        slots = self._roster.slots
+        slots = self._slot_allocator.slots
         for slot in slots[self._turn :] + slots[: self._turn]:
             if slot.sampled_in > self._returned:
                 continue
             num_decodes = slot.batch.num_live + len(slot.joining)
             budget = self._limits.max_tokens_per_step - num_decodes
-            if self._roster.waiting:
-                self._roster.refill(slot, budget, self._returned)
+            if self._slot_allocator.waiting:
+                self._slot_allocator.refill(slot, budget, self._returned)
             dispatched = self._decode(slot, slot.joining.copy(), budget)
             if dispatched is not None:
                 self._turn = (slot.index + 1) % self._limits.num_slots
@@ -137,7 +140,7 @@ class StepMaker:
     # ---- making a step ---------------------------------------------------------------------------
 
     def _decode(self, slot: Slot, joined: list[Sequence], budget: int = 0) -> Dispatched | None:
-        """One lap of the slot's batch, with at most `budget` tokens of its prompts.
+        """One round of the slot's batch, with at most `budget` tokens of its prompts.
 
         None: no sequence decodes, after preemption perhaps, and no prompt can go on.
         """
@@ -176,13 +179,13 @@ class StepMaker:
         """For a decode step: so is all that is in flight, and every slot only decodes."""
         return self._last_prefill <= self._returned and all(
             slot.batch.num_live > 0 and not slot.prefilling and not slot.joining
-            for slot in self._roster.slots
+            for slot in self._slot_allocator.slots
         )
 
     def _prefill(self) -> Dispatched | None:
         """A step of prompt chunks of the slot with the oldest prompt; None: no prompt can go on."""
-        self._roster.admit(self._returned)
-        slots = [slot for slot in self._roster.slots if slot.prefilling]
+        self._slot_allocator.admit(self._returned)
+        slots = [slot for slot in self._slot_allocator.slots if slot.prefilling]
         for slot in sorted(slots, key=_oldest_prompt):
             _, chunks = self._share_pages(slot, [], self._limits.max_tokens_per_step)
             if chunks:
@@ -199,16 +202,16 @@ class StepMaker:
         dispatched yet.
         """
         if not budget or not slot.prefilling:
-            return (self._roster.give_pages(needing) if needing else {}), []
+            return (self._slot_allocator.give_pages(needing) if needing else {}), []
         given: dict[Sequence, int] = {}
         chunks: list[_Chunk] = []
         for sequence in sorted([*needing, *slot.prefilling], key=_arrival):
             if sequence.slot < 0:  # a victim of those before it
                 continue
             if sequence.is_prefilled:
-                given.update(self._roster.give_pages([sequence]))
+                given.update(self._slot_allocator.give_pages([sequence]))
             elif budget:
-                chunk = self._roster.give_chunk(sequence, budget, self.num_steps)
+                chunk = self._slot_allocator.give_chunk(sequence, budget, self.num_steps)
                 if chunk is not None:
                     budget -= chunk.num_tokens
                     chunks.append((sequence, chunk))
@@ -235,13 +238,13 @@ class StepMaker:
         """Count the step. Those `leaving` give up their place behind it: they end, or restart."""
         self.num_steps += 1
         if rows.ids:
-            self._roster.slots[step.slot].sampled_in = step.step
+            self._slot_allocator.slots[step.slot].sampled_in = step.step
         ending = []
         for sequence in leaving:
             if sequence.will_restart:
-                self._roster.restart(sequence)
+                self._slot_allocator.restart(sequence)
             else:
-                self._roster.release(sequence)
+                self._slot_allocator.release(sequence)
                 ending.append(sequence)
         return Dispatched(step, rows, ending, self._last_prefill == step.step)
 

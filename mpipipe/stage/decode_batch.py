@@ -6,7 +6,7 @@ joined, a page was added), the whole batch is uploaded in one copy from the host
 knows all of it but the tokens; those never leave the device (`last_token`).
 
 Rows without a sequence, which fill a batch up to its graph's size, have length 0, sit in the last
-seat and write to the last page of the cache, which belongs to no sequence.
+request row and write to the last page of the cache, which belongs to no sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mpipipe.types import SamplingParams
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import DecodeScheduled
-    from mpipipe.stage.lane import Lane
-    from mpipipe.stage.seats import SeatTable
+    from mpipipe.stage.request_table import RequestTable
+    from mpipipe.stage.stream import Stream
 
 __all__ = ["DecodeBatch", "PackedArrays"]
 
@@ -40,19 +40,21 @@ class PackedArrays:
         device: dict[str, torch.Tensor],
         *,
         buffers: tuple[np.ndarray, torch.Tensor],
-        lane: Lane,
+        stream: Stream,
     ) -> None:
         self.host = host
         self.device = device
         self._buffers = buffers
-        self._lane = lane
+        self._stream = stream
 
     @classmethod
-    def allocate(cls, fields: dict[str, tuple[tuple[int, ...], type]], lane: Lane) -> PackedArrays:
+    def allocate(
+        cls, fields: dict[str, tuple[tuple[int, ...], type]], stream: Stream
+    ) -> PackedArrays:
         """Zeros. `fields`: name → (shape, dtype), 8-byte types first, sizes of whole 8 bytes."""
         sizes = [int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in fields.values()]
         host_buffer = np.zeros(sum(sizes), dtype=np.uint8)
-        device_buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=lane.device)
+        device_buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=stream.device)
         host: dict[str, np.ndarray] = {}
         device: dict[str, torch.Tensor] = {}
         start = 0
@@ -62,45 +64,46 @@ class PackedArrays:
             dtype = torch.from_numpy(np.empty(0, kind)).dtype
             device[name] = device_buffer[part].view(dtype).view(shape)
             start += size
-        return cls(host, device, buffers=(host_buffer, device_buffer), lane=lane)
+        return cls(host, device, buffers=(host_buffer, device_buffer), stream=stream)
 
     def upload(self) -> None:
-        """Make the device's side equal to the host's, in the order of the lane."""
-        self._lane.upload_into(*self._buffers)
+        """Make the device's side equal to the host's, in the order of the stream."""
+        self._stream.upload_into(*self._buffers)
 
 
 class DecodeBatch:
     """The rows of one slot.
 
     Args:
-        seats: this stage's sequences.
-        lane: the device.
+        request_rows: this stage's sequences.
+        stream: the device.
         max_rows: sequences of a slot at most.
-        unused: the seat and the page of rows without a sequence.
+        unused: the request row and the page of rows without a sequence.
     """
 
     def __init__(
-        self, seats: SeatTable, lane: Lane, *, max_rows: int, unused: tuple[int, int]
+        self, request_table: RequestTable, stream: Stream, *, max_rows: int, unused: tuple[int, int]
     ) -> None:
         rows = -(-max_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self.max_rows = max_rows
-        self._seats = seats
-        self._unused_seat, self._unused_page = unused
-        self._rows = np.empty(0, dtype=np.int64)  # the seat of each row
-        columns = sorted(seats.columns.items(), key=lambda entry: -entry[1].itemsize)
+        self._request_table = request_table
+        self._unused_request_row, self._unused_page = unused
+        self._rows = np.empty(0, dtype=np.int64)  # the request row of each row
+        columns = sorted(request_table.columns.items(), key=lambda entry: -entry[1].itemsize)
         self._arrays = PackedArrays.allocate(
             {
-                "seats": ((rows,), np.int64),
+                "request_rows": ((rows,), np.int64),
                 **{name: ((rows,), column.dtype.type) for name, column in columns},
                 "active": ((rows,), np.int32),
                 "kv_len": ((rows,), np.int32),
             },
-            lane,
+            stream,
         )
-        self._pages = PackedArrays.allocate({"pages": ((rows, seats.max_pages), np.int32)}, lane)
-        self._lane = lane
-        self._neutral = column_entries(SamplingParams(), seats.vocab_size)
-        # Seats, active, kv_len [rows], pages [rows, P], and the sampling columns.
+        shape = (rows, request_table.max_pages)
+        self._pages = PackedArrays.allocate({"pages": (shape, np.int32)}, stream)
+        self._stream = stream
+        self._neutral = column_entries(SamplingParams(), request_table.vocab_size)
+        # Request rows, active, kv_len [rows], pages [rows, P], and the sampling columns.
         self.device: dict[str, torch.Tensor] = {**self._arrays.device, **self._pages.device}
         self.needs = SamplingNeeds.NOTHING
         self.max_logprobs = -1  # of the rows that ask for some; -1: none does
@@ -111,20 +114,20 @@ class DecodeBatch:
         return len(self._rows)
 
     @property
-    def seats_of_rows(self) -> np.ndarray:
-        """The seat of each row, int64; do not change it."""
+    def request_rows(self) -> np.ndarray:
+        """The request row of each row, int64; do not change it."""
         return self._rows
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, those of the steps on the lane included: int32."""
+        """Tokens of each row, those of the steps on the stream included: int32."""
         return self._arrays.host["kv_len"][: len(self._rows)]
 
     def columns(self, num_rows: int) -> SamplingColumns:
         """The sampling columns of the first rows."""
         tensors = self._arrays.device
         return SamplingColumns(
-            {name: tensors[name][:num_rows] for name in COLUMNS}, tensors["seats"][:num_rows]
+            {name: tensors[name][:num_rows] for name in COLUMNS}, tensors["request_rows"][:num_rows]
         )
 
     def clear(self) -> None:
@@ -138,7 +141,9 @@ class DecodeBatch:
         """The latest step whose tokens the next step of this batch needs."""
         latest = self.last_step if len(self._rows) else -1
         for sequence_id in joined:
-            latest = max(latest, int(self._seats.sampled_in[self._seats.seat(sequence_id)]))
+            latest = max(
+                latest, int(self._request_table.sampled_in[self._request_table.row(sequence_id)])
+            )
         return latest
 
     def apply(self, step: DecodeScheduled) -> None:
@@ -162,47 +167,47 @@ class DecodeBatch:
         if host.nbytes <= _WHOLE_TABLE_BYTES:
             self._pages.upload()
             return
-        used = max(1, int(self._seats.num_pages[self._rows].max(initial=0)))
-        device[:, :used].copy_(self._lane.upload(np.ascontiguousarray(host[:, :used])))
+        used = max(1, int(self._request_table.num_pages[self._rows].max(initial=0)))
+        device[:, :used].copy_(self._stream.upload(np.ascontiguousarray(host[:, :used])))
 
     def _regroup(self, step: DecodeScheduled) -> None:
-        seats, rows = self._seats, self._rows
+        table, rows = self._request_table, self._rows
         # The table is behind the rows while they advance; settle it before they change. Not for
-        # the rows that leave: their seats may have a new owner, or a new beginning, already.
+        # the rows that leave: their request rows may have a new owner, or a new beginning, already.
         kept = np.delete(np.arange(len(rows)), step.left)
         lengths, rows = self._arrays.host["kv_len"][kept], rows[kept]
-        seats.num_computed[rows] = lengths
-        seats.sampled_in[rows] = self.last_step
-        joined = [seats.seat(sequence_id) for sequence_id in step.joined]
+        table.num_computed[rows] = lengths
+        table.sampled_in[rows] = self.last_step
+        joined = [table.row(sequence_id) for sequence_id in step.joined]
         rows = np.concatenate((rows, np.array(joined, dtype=np.int64)))
         assert len(rows) == step.num_rows, f"{len(rows)} rows, the head has {step.num_rows}"
         self._rows = rows
         for row, page in zip(step.page_rows, step.new_pages, strict=True):
-            seats.add_pages(int(rows[row]), (page,))
+            table.add_pages(int(rows[row]), (page,))
         self._rebuild()
 
     def _add_pages(self, step: DecodeScheduled) -> None:
         pages = self._pages.host["pages"]
         for row, page in zip(step.page_rows, step.new_pages, strict=True):
-            seat = int(self._rows[row])
-            self._seats.add_pages(seat, (page,))
-            pages[row] = self._seats.pages[seat]
+            request_row = int(self._rows[row])
+            self._request_table.add_pages(request_row, (page,))
+            pages[row] = self._request_table.pages[request_row]
 
     def _rebuild(self) -> None:
-        seats, rows, host = self._seats, self._rows, self._arrays.host
+        table, rows, host = self._request_table, self._rows, self._arrays.host
         num_rows = len(rows)
-        host["seats"][:num_rows] = rows
-        host["seats"][num_rows:] = self._unused_seat
+        host["request_rows"][:num_rows] = rows
+        host["request_rows"][num_rows:] = self._unused_request_row
         host["active"][:num_rows] = 1
         host["active"][num_rows:] = 0
-        host["kv_len"][:num_rows] = seats.num_computed[rows]
+        host["kv_len"][:num_rows] = table.num_computed[rows]
         host["kv_len"][num_rows:] = 0
         pages = self._pages.host["pages"]
-        pages[:num_rows] = seats.pages[rows]
+        pages[:num_rows] = table.pages[rows]
         pages[num_rows:] = self._unused_page
-        for name, column in seats.columns.items():
+        for name, column in table.columns.items():
             host[name][:num_rows] = column[rows]
             host[name][num_rows:] = self._neutral[name]
-        self.needs = seats.needs_of(rows)
-        asked = seats.num_logprobs[rows]
+        self.needs = table.needs_of(rows)
+        asked = table.num_logprobs[rows]
         self.max_logprobs = int(asked.max()) if num_rows else -1

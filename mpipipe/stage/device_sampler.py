@@ -81,10 +81,10 @@ def column_entries(sampling: SamplingParams, vocab_size: int) -> dict[str, float
 
 @dataclass(frozen=True, slots=True)
 class SamplingColumns:
-    """Device tensors with an entry per row: those of `COLUMNS`, and the row's seat."""
+    """Device tensors with an entry per row: those of `COLUMNS`, and its request row."""
 
     of: Mapping[str, torch.Tensor]  # option → [S]
-    seats_S: torch.Tensor  # int64: rows of `TokenHistory`
+    request_rows_S: torch.Tensor  # int64: rows of `TokenHistory`
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The column of an option."""
@@ -93,7 +93,7 @@ class SamplingColumns:
     def rows(self, part: slice) -> SamplingColumns:
         """Views of some rows."""
         columns = {name: column_S[part] for name, column_S in self.of.items()}
-        return SamplingColumns(columns, self.seats_S[part])
+        return SamplingColumns(columns, self.request_rows_S[part])
 
 
 def sample_on_device(
@@ -171,10 +171,10 @@ def _penalised(
     if needs & SamplingNeeds.SEEN:
         penalty_C1 = columns["repetition_penalty"].unsqueeze(-1)
         changed_CV = torch.where(scores_CV < 0, scores_CV * penalty_C1, scores_CV / penalty_C1)
-        seen_CV = history.rows_of(SamplingNeeds.SEEN, columns.seats_S)
+        seen_CV = history.rows_of(SamplingNeeds.SEEN, columns.request_rows_S)
         scores_CV = torch.where(seen_CV, changed_CV, scores_CV)
     if needs & SamplingNeeds.COUNTS:
-        counts_CV = history.rows_of(SamplingNeeds.COUNTS, columns.seats_S)
+        counts_CV = history.rows_of(SamplingNeeds.COUNTS, columns.request_rows_S)
         scores_CV = scores_CV - columns["frequency_penalty"].unsqueeze(-1) * counts_CV
         scores_CV = scores_CV - columns["presence_penalty"].unsqueeze(-1) * (counts_CV > 0)
     return scores_CV

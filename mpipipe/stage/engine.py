@@ -1,9 +1,10 @@
-"""`AheadEngine`: adds steps to this stage's lane. No asyncio, no communication, no waiting.
+"""`StageEngine`: adds steps to this stage's stream. No asyncio, no communication, no waiting.
 
-Every step is [inputs are there → compute → outputs are there] in the order of the lane; the worker
-puts the transfers around it. Prompt chunks run as they are, ragged; decode steps are replayed as
-CUDA graphs where the attention backend works from device tensors alone, and run ragged otherwise
-(`needs_seq_lens`): slower, but for every backend, and the oracle of the graphs.
+Every step is [inputs are there → compute → outputs are there] in the order of the stream; the
+worker puts the transfers around it. Prompt chunks run as they are, at their lengths (varlen);
+decode steps are replayed as CUDA graphs where the attention backend works from device tensors
+alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the oracle of
+the graphs.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch
 from mpipipe.control_plane.messages import DecodeScheduled
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.sampling_options import SamplingNeeds
-from mpipipe.stage.decode_program import (
+from mpipipe.stage.cuda_graph_runner import (
     GREEDY,
-    DecodePrograms,
-    ProgramKey,
+    CudaGraphRunner,
+    GraphKey,
     StageTensors,
     row_buckets,
 )
 from mpipipe.stage.device_logprobs import select_logprobs
 from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
-from mpipipe.stage.ids_intake import IdsIntake, RowSlices
 from mpipipe.stage.launched import LaunchedStep, LogprobTensors
 from mpipipe.stage.prefill import full_decode, full_prefill, sampled_rows
-from mpipipe.stage.seats import SeatTable
+from mpipipe.stage.request_table import RequestTable
+from mpipipe.stage.token_feedback import RowSlices, TokenFeedback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,42 +40,42 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.sampling_use import SamplingUse
     from mpipipe.stage.decode_batch import DecodeBatch
-    from mpipipe.stage.lane import Lane
+    from mpipipe.stage.stream import Stream
 
-__all__ = ["AheadEngine"]
+__all__ = ["StageEngine"]
 
 
-class AheadEngine:
-    """One stage's tables, batches and programs; made by `assembly.open_engine`."""
+class StageEngine:
+    """One stage's tables, batches and graphs; made by `assembly.open_engine`."""
 
     def __init__(
         self,
         plan: PipelinePlan,
         model: StageModel,
-        lane: Lane,
+        stream: Stream,
         *,
-        seats: SeatTable,
+        request_table: RequestTable,
         batches: tuple[DecodeBatch, ...],
         tensors: StageTensors,
-        programs: DecodePrograms,
-        ragged: bool,
+        graph_runner: CudaGraphRunner,
+        varlen: bool,
     ) -> None:
-        self.seats = seats
-        self.programs = programs
+        self.request_table = request_table
+        self.graph_runner = graph_runner
         self._plan = plan
         self._model = model
-        self._lane = lane
+        self._stream = stream
         self._batches = batches
         self._tensors = tensors
-        self._ragged = ragged
+        self._varlen = varlen
         # Steps take their input from whatever tensor it is in, so it may arrive while others run.
-        self.free_inputs = ragged and lane.device.type == "cpu"
+        self.free_inputs = varlen and stream.device.type == "cpu"
         self._slices = RowSlices()
-        self._intake = IdsIntake(
+        self._feedback = TokenFeedback(
             tensors.last_token,
             max_rows=plan.max_sequences_per_slot,
-            lane=lane,
-            fixed=programs.use_graphs,
+            stream=stream,
+            fixed=graph_runner.use_graphs,
         )
         self._buckets = row_buckets(plan.max_sequences_per_slot)
         self._is_last = model.plan.has_head
@@ -84,22 +85,22 @@ class AheadEngine:
 
     def open(self, message: RequestOpened) -> None:
         """A sequence begins, or begins again."""
-        seat = self.seats.open(message)
+        request_row = self.request_table.open(message)
         if self._is_last:
             self._tensors.history.open(
-                seat, message.prompt_ids, message.num_output_tokens, message.sampling.needs
+                request_row, message.prompt_ids, message.num_output_tokens, message.sampling.needs
             )
 
     def close(self, sequence_ids: Sequence[int]) -> None:
         """Forget finished sequences."""
-        for seat in self.seats.close(sequence_ids):
-            self._tensors.cache.forget(seat)
+        for request_row in self.request_table.close(sequence_ids):
+            self._tensors.cache.forget(request_row)
 
     def clear(self) -> None:
         """The end of a generate call: forget all sequences."""
         for batch in self._batches:
             batch.clear()
-        self.close(self.seats.open_ids())
+        self.close(self.request_table.open_ids())
 
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
@@ -108,10 +109,10 @@ class AheadEngine:
     # ---- boot ------------------------------------------------------------------------------------
 
     def prepare(self, use: SamplingUse) -> None:
-        """Run and capture the decode programs of every slot and size, the largest first.
+        """Run and capture the decode graphs of every slot and size, the largest first.
 
-        `use`: by the run's requests, as far as they are known. What no program made here can do is
-        captured when it first occurs. First comes a prefill step of full size (without programs a
+        `use`: by the run's requests, as far as they are known. What no graph made here can do is
+        captured when it first occurs. First comes a prefill step of full size (without graphs a
         decode step, too), so that no request pays for loading kernels, and too little memory shows
         before the first prompt. A CPU has no kernels to load and no memory to reserve.
         """
@@ -119,42 +120,44 @@ class AheadEngine:
             return
         with torch.inference_mode():
             self._prefill_trial()
-            if self._ragged:
+            if self._varlen:
                 self._decode_trial()
-                self._lane.drain()
+                self._stream.drain()
                 return
         kinds = use.kinds if self._is_last else ((GREEDY, False),)
         if self._is_last:
             self._tensors.history.make(use.needs)
         keys = [
-            ProgramKey(slot, rows, needs, with_logits)
+            GraphKey(slot, rows, needs, with_logits)
             for rows in reversed(self._buckets)
             for needs, with_logits in kinds
             for slot in range(len(self._batches))
         ]
         with torch.inference_mode():
-            self.programs.prepare(keys)
-            # The small steps between the programs load their kernels, and are captured, here too.
-            ids_S = self._lane.upload(np.zeros(1, dtype=np.int64))
-            self.take_ids(self._lane.upload(np.full(1, self.seats.num_seats)), ids_S)
+            self.graph_runner.prepare(keys)
+            # The small steps between the graphs load their kernels, and are captured, here too.
+            ids_S = self._stream.upload(np.zeros(1, dtype=np.int64))
+            self.take_ids(
+                self._stream.upload(np.full(1, self.request_table.num_request_rows)), ids_S
+            )
             if self._is_first and not self._is_last:
                 for rows, batch in itertools.product(self._buckets, self._batches):
-                    self.take_ids(self._seats_of(batch, rows), self.ids_buffer(rows))
-            self._lane.download(ids_S)
-        self._lane.drain()
+                    self.take_ids(self._request_rows_of(batch, rows), self.ids_buffer(rows))
+            self._stream.download(ids_S)
+        self._stream.drain()
         self.clear()
 
     def _prefill_trial(self) -> None:
         """A step of as many prompt tokens as a step may have; no step reads what it writes."""
-        spans, pages = full_prefill(self._plan)
-        layout = self._on_device([(span, pages) for span in spans])
-        rows_S = torch.arange(len(spans), device=self._lane.device) if self._is_last else None
+        seq_lens, pages = full_prefill(self._plan)
+        layout = self._on_device([(seq_len, pages) for seq_len in seq_lens])
+        rows_S = torch.arange(len(seq_lens), device=self._stream.device) if self._is_last else None
         self._model.forward(self._trial_inputs(layout), layout, rows_S)
 
     def _decode_trial(self) -> None:
         """As `_prefill_trial`, of as many decodes, over as much cache, as a step may have."""
-        spans, pages = full_decode(self._plan)
-        layout = self._on_device([(span, pages) for span in spans])
+        seq_lens, pages = full_decode(self._plan)
+        layout = self._on_device([(seq_len, pages) for seq_len in seq_lens])
         self._model.forward_decode(self._trial_inputs(layout), layout)
 
     def _trial_inputs(self, layout: BatchLayout) -> torch.Tensor:
@@ -171,8 +174,8 @@ class AheadEngine:
         )
         if self.free_inputs:
             return layout
-        lane = self._lane
-        return to_device(layout, lane.device, lambda tensor: lane.upload(tensor.numpy()))
+        stream = self._stream
+        return to_device(layout, stream.device, lambda tensor: stream.upload(tensor.numpy()))
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -199,45 +202,45 @@ class AheadEngine:
     def decode(self, step: DecodeScheduled, hidden_BH: torch.Tensor | None) -> LaunchedStep:
         """Add one round of a slot's batch. `hidden_BH`: the filled `hidden_buffer`, if any.
 
-        The result has all rows of the program, those without a sequence included.
+        The result has all rows of the graph, those without a sequence included.
         """
         batch = self._batches[step.slot]
         batch.apply(step)
         if step.chunks:
-            assert self._ragged, "programs hold decodes only"
+            assert self._varlen, "graphs hold decodes only"
             return self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
-        if self._ragged:
-            return self._decode_ragged(batch, hidden_BH)
+        if self._varlen:
+            return self._decode_varlen(batch, hidden_BH)
         rows = self._num_rows(step)
         needs = batch.needs if self._is_last else GREEDY
         with_logits = self._is_last and batch.max_logprobs >= 0
-        output = self.programs.run(ProgramKey(step.slot, rows, needs, with_logits))
+        output = self.graph_runner.run(GraphKey(step.slot, rows, needs, with_logits))
         num_rows = step.num_rows
         logprobs = None
         if output.logits_BV is not None:
             logits_SV, ids_S = output.logits_BV[:num_rows], output.result[:num_rows]
-            logprobs = self._logprobs(logits_SV, ids_S, batch.seats_of_rows)
-        return LaunchedStep(output.result, self._seats_of(batch, rows), logprobs)
+            logprobs = self._logprobs(logits_SV, ids_S, batch.request_rows)
+        return LaunchedStep(output.result, self._request_rows_of(batch, rows), logprobs)
 
     def _num_rows(self, step: DecodeScheduled) -> int:
         """Rows that are computed and sent; every stage comes to the same number."""
-        if self._ragged:
+        if self._varlen:
             return step.num_rows
         return next(size for size in self._buckets if size >= step.num_rows)
 
-    def _seats_of(self, batch: DecodeBatch, num_rows: int) -> torch.Tensor:
-        return self._slices.of(batch.device["seats"], num_rows)
+    def _request_rows_of(self, batch: DecodeBatch, num_rows: int) -> torch.Tensor:
+        return self._slices.of(batch.device["request_rows"], num_rows)
 
-    def _decode_ragged(self, batch: DecodeBatch, hidden_BH: torch.Tensor | None) -> LaunchedStep:
+    def _decode_varlen(self, batch: DecodeBatch, hidden_BH: torch.Tensor | None) -> LaunchedStep:
         """A decode step from lengths that the host knows; tokens still come from the device."""
-        layout = self._on_device(self._decode_spans(batch))
-        seats_S = batch.device["seats"][: len(batch)]
+        layout = self._on_device(self._decode_seq_lens(batch))
+        request_rows_S = batch.device["request_rows"][: len(batch)]
         inputs = self._latest_ids(batch) if hidden_BH is None else hidden_BH
         result = self._model.forward_decode(inputs, layout)
         if not self._is_last:
-            return LaunchedStep(result, seats_S)
+            return LaunchedStep(result, request_rows_S)
         columns, positions_S = batch.columns(len(batch)), layout.kv_lens_B.long()
-        return self._sample(result, batch.seats_of_rows, positions_S, columns, batch.needs)
+        return self._sample(result, batch.request_rows, positions_S, columns, batch.needs)
 
     def _chunks_behind(
         self,
@@ -247,72 +250,78 @@ class AheadEngine:
         hidden_TH: torch.Tensor | None,
     ) -> LaunchedStep:
         """A step of prompt chunks, behind a token of each of `batch`'s sequences, if there are."""
-        spans = [] if batch is None else self._decode_spans(batch)
-        first_row = len(spans)
-        layout = self._on_device(spans + self.seats.place(chunks, number, first_row))
+        seq_lens = [] if batch is None else self._decode_seq_lens(batch)
+        first_row = len(seq_lens)
+        layout = self._on_device(seq_lens + self.request_table.place(chunks, number, first_row))
         inputs = hidden_TH
         if inputs is None:
-            inputs = self._lane.upload(self.seats.input_ids(chunks))
+            inputs = self._stream.upload(self.request_table.input_ids(chunks))
             if batch is not None:
                 inputs = torch.cat((self._latest_ids(batch), inputs))
-        seats = self.seats.sampled_seats(chunks)
-        rows, positions = sampled_rows(chunks, first_row), self.seats.num_computed[seats]
+        request_rows = self.request_table.sampled_request_rows(chunks)
+        rows, positions = (
+            sampled_rows(chunks, first_row),
+            self.request_table.num_computed[request_rows],
+        )
         if batch is not None:
-            seats = np.concatenate((batch.seats_of_rows, seats))
+            request_rows = np.concatenate((batch.request_rows, request_rows))
             rows = np.concatenate((np.arange(first_row), rows))
             positions = np.concatenate((batch.lengths, positions))
-        seats_S = self._lane.upload(seats)
+        request_rows_S = self._stream.upload(request_rows)
         if not self._is_last:
-            return LaunchedStep(self._model.forward(inputs, layout, None), seats_S)
-        logits_SV = self._model.forward(inputs, layout, self._lane.upload(rows))
-        if not len(seats):
+            return LaunchedStep(self._model.forward(inputs, layout, None), request_rows_S)
+        logits_SV = self._model.forward(inputs, layout, self._stream.upload(rows))
+        if not len(request_rows):
             # For the first stage to see that the step is done.
-            return LaunchedStep(seats_S.new_zeros(1), seats_S)
-        positions_S = self._lane.upload(positions.astype(np.int64))
-        columns, needs = self._settings(seats, seats_S)
-        return self._sample(logits_SV, seats, positions_S, columns, needs)
+            return LaunchedStep(request_rows_S.new_zeros(1), request_rows_S)
+        positions_S = self._stream.upload(positions.astype(np.int64))
+        columns, needs = self._settings(request_rows, request_rows_S)
+        return self._sample(logits_SV, request_rows, positions_S, columns, needs)
 
-    def _decode_spans(self, batch: DecodeBatch) -> list[tuple[SequenceLens, Sequence[int]]]:
+    def _decode_seq_lens(self, batch: DecodeBatch) -> list[tuple[SequenceLens, Sequence[int]]]:
         """Where the rows of a batch lie in a step, and their page tables."""
-        rows = zip(batch.seats_of_rows.tolist(), batch.lengths.tolist(), strict=True)
+        rows = zip(batch.request_rows.tolist(), batch.lengths.tolist(), strict=True)
         return [
-            (SequenceLens(seat, row, 1, length), self.seats.pages[seat])
-            for row, (seat, length) in enumerate(rows)
+            (SequenceLens(request_row, row, 1, length), self.request_table.pages[request_row])
+            for row, (request_row, length) in enumerate(rows)
         ]
 
     def _latest_ids(self, batch: DecodeBatch) -> torch.Tensor:
         """What the rows of a batch sampled last; -1, logits that were not finite, is read as 0."""
-        seats_S = batch.device["seats"][: len(batch)]
-        return self._tensors.last_token.index_select(0, seats_S).clamp_(min=0)
+        request_rows_S = batch.device["request_rows"][: len(batch)]
+        return self._tensors.last_token.index_select(0, request_rows_S).clamp_(min=0)
 
     # ---- sampling --------------------------------------------------------------------------------
 
     def _settings(
-        self, seats: np.ndarray, seats_S: torch.Tensor
+        self, request_rows: np.ndarray, request_rows_S: torch.Tensor
     ) -> tuple[SamplingColumns, SamplingNeeds]:
         """How the sequences of a prefill step sample."""
-        needs = self.seats.needs_of(seats)
+        needs = self.request_table.needs_of(request_rows)
         columns = SamplingColumns(
-            {name: self._lane.upload(column[seats]) for name, column in self.seats.columns.items()},
-            seats_S,
+            {
+                name: self._stream.upload(column[request_rows])
+                for name, column in self.request_table.columns.items()
+            },
+            request_rows_S,
         )
         return columns, needs
 
     def _sample(
         self,
         logits_SV: torch.Tensor,
-        seats: np.ndarray,
+        request_rows: np.ndarray,
         positions_S: torch.Tensor,
         columns: SamplingColumns,
         needs: SamplingNeeds,
     ) -> LaunchedStep:
         """Draw a token per row, outside of a graph."""
-        seats_S, history = columns.seats_S, self._tensors.history
+        request_rows_S, history = columns.request_rows_S, self._tensors.history
         ids_S = sample_on_device(logits_SV, columns, positions_S, needs, history)
-        history.add(needs, seats_S, ids_S)
+        history.add(needs, request_rows_S, ids_S)
         if self._is_first:
-            self.take_ids(seats_S, ids_S)
-        return LaunchedStep(ids_S, seats_S, self._logprobs(logits_SV, ids_S, seats))
+            self.take_ids(request_rows_S, ids_S)
+        return LaunchedStep(ids_S, request_rows_S, self._logprobs(logits_SV, ids_S, request_rows))
 
     def input_buffers(self) -> list[torch.Tensor]:
         """Where the inputs of decode steps arrive: of each size, hidden states, or ids."""
@@ -323,18 +332,18 @@ class AheadEngine:
 
     def ids_buffer(self, num_rows: int) -> torch.Tensor:
         """Where the ids of a decode step arrive: int64 [num_rows] (first stage)."""
-        return self._intake.buffer(num_rows)
+        return self._feedback.buffer(num_rows)
 
-    def take_ids(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
+    def take_ids(self, request_rows_S: torch.Tensor, ids_S: torch.Tensor) -> None:
         """The tokens that sequences sampled, for the next step's input (first stage)."""
-        self._intake.take(seats_S, ids_S)
+        self._feedback.take(request_rows_S, ids_S)
 
     def _logprobs(
-        self, logits_SV: torch.Tensor, ids_S: torch.Tensor, seats: np.ndarray
+        self, logits_SV: torch.Tensor, ids_S: torch.Tensor, request_rows: np.ndarray
     ) -> LogprobTensors | None:
-        num_top: list[int] = self.seats.num_logprobs[seats].tolist()
+        num_top: list[int] = self.request_table.num_logprobs[request_rows].tolist()
         if max(num_top) < 0:
             return None
         selected = select_logprobs(logits_SV, ids_S, max(num_top))
-        host = [self._lane.download(tensor) for tensor in (ids_S, *selected)]
+        host = [self._stream.download(tensor) for tensor in (ids_S, *selected)]
         return LogprobTensors(host[0], host[1], host[2], host[3], tuple(num_top))

@@ -1,4 +1,4 @@
-"""What a step leaves on the lane: the outcome of `AheadEngine`, for the worker to pass on."""
+"""What a step leaves on the stream: the outcome of `StageEngine`, for the worker to pass on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LogprobTensors:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step on the lane."""
+    """A step on the stream."""
 
     result: torch.Tensor  # hidden [T, hidden]; on the last stage ids int64 [S], or one 0 if S is 0
-    seats_S: torch.Tensor  # int64: whose tokens the ids are
+    request_rows_S: torch.Tensor  # int64: whose tokens the ids are
     logprobs: LogprobTensors | None = None

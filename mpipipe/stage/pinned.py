@@ -20,7 +20,7 @@ class PinnedRing:
         stream: whose copies use the memory.
         segment_bytes: more than this at once is pinned memory of its own.
         num_segments: what was taken is overwritten when so many segments are full. 8 of 4 MiB hold
-            90 steps of 256 rows, 16 of 256 KiB the ids of 2,000; two laps are in flight.
+            90 steps of 256 rows, 16 of 256 KiB the ids of 2,000; two rounds are in flight.
     """
 
     def __init__(

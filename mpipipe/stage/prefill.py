@@ -1,4 +1,4 @@
-"""What the engine works out about ragged steps, those of prompt chunks above all; no tensors."""
+"""What the engine works out about varlen steps, those of prompt chunks above all; no tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["full_decode", "full_prefill", "sampled_rows"]
 
 def full_prefill(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
     """Prompts that fill a step to `max_tokens_per_step`, and pages enough for each of them."""
-    spans: list[SequenceLens] = []
+    seq_lens: list[SequenceLens] = []
     first = 0
     longest = min(plan.max_sequence_tokens, plan.num_kv_pages * plan.page_size_tokens)
     while first < plan.max_tokens_per_step:
         length = min(longest, plan.max_tokens_per_step - first)
-        spans.append(SequenceLens(len(spans), first, length, length))
+        seq_lens.append(SequenceLens(len(seq_lens), first, length, length))
         first += length
-    return spans, range(-(-longest // plan.page_size_tokens))
+    return seq_lens, range(-(-longest // plan.page_size_tokens))
 
 
 def full_decode(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
@@ -38,11 +38,11 @@ def full_decode(plan: PipelinePlan) -> tuple[list[SequenceLens], range]:
     num_pages = max(1, plan.num_kv_pages // (rows + 1))
     most = min(2 * num_pages, plan.num_kv_pages)
     lengths = [most * plan.page_size_tokens] + [num_pages * plan.page_size_tokens] * (rows - 1)
-    spans = [
+    seq_lens = [
         SequenceLens(row, row, 1, min(plan.max_sequence_tokens, length))
         for row, length in enumerate(lengths)
     ]
-    return spans, range(most)
+    return seq_lens, range(most)
 
 
 def sampled_rows(chunks: Sequence[ScheduledSequence], first_row: int = 0) -> np.ndarray:

@@ -1,17 +1,17 @@
 """The asyncio loop of one stage. Decides nothing.
 
-The head's messages are followed in their order; each step is added to the lane: receive, compute,
+The head's messages are followed in their order; each step is added to the stream: receive, compute,
 send. What the device has done is noticed by a poll: ids that reached the host go to the scheduler,
 log-probabilities to the head, device times to the account.
 
 On a GPU one task follows each message as it comes, and nothing waits for the device. The ids of a
-step are received right before the step that needs them, or one lap later (`num_slots` steps),
-whichever is earlier: a receive that is added before its data exists keeps the lane, and one GPU
+step are received right before the step that needs them, or one round later (`num_slots` steps),
+whichever is earlier: a receive that is added before its data exists keeps the stream, and one GPU
 core, waiting.
 
 On a CPU, whose steps compute in a thread, three tasks share the work, so that no step waits for
-another's communication: the intake starts each step's receive as soon as its message is here,
-*follow* runs the steps, *return* (first of several stages) receives ids as they come.
+another's communication: the task that receives starts each step's receive as soon as its message is
+here, *follow* runs the steps, *return* (first of several stages) receives ids as they come.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mpipipe.errors import NumericsError
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.edges import exercise_edges
-from mpipipe.stage.hops import Hops
-from mpipipe.stage.timeline import StepMarks
+from mpipipe.stage.stage_transfers import StageTransfers
+from mpipipe.stage.timeline import StepEvents
 
 if TYPE_CHECKING:
     from mpipipe.clock import Clock
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.progress import ProgressEngine
-    from mpipipe.stage.engine import AheadEngine
-    from mpipipe.stage.lane import Lane, Mark
+    from mpipipe.stage.engine import StageEngine
     from mpipipe.stage.launched import LaunchedStep, LogprobTensors
-    from mpipipe.stage.timeline import LaneTimeline
+    from mpipipe.stage.stream import Event, Stream
+    from mpipipe.stage.timeline import StreamTimeline
 
-__all__ = ["AheadWorker"]
+__all__ = ["StageWorker"]
 
 _Step = StepScheduled | DecodeScheduled
 _FROM_HEAD = (
@@ -80,31 +80,31 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Returning:
-    """A step on the lane whose outcome the scheduler awaits (first stage)."""
+    """A step on the stream whose outcome the scheduler awaits (first stage)."""
 
     step: _Step
-    seats_S: torch.Tensor
+    request_rows_S: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _OnTheWay:
-    """Ids (or none) that the host has once the mark is reached."""
+    """Ids (or none) that the host has once the event is reached."""
 
     step: _Step
     ids_S: torch.Tensor | None
-    mark: Mark
+    event: Event
 
 
-class AheadWorker:
+class StageWorker:
     """Runs the stage of this rank for one `generate` call after another.
 
     Args:
         plan: the agreed plan.
         stage: this rank's part of it.
         mesh: control messages.
-        channel: tensors; its waits return in the order of the lane.
-        engine: puts steps on the lane.
-        lane: the device.
+        channel: tensors; its waits return in the order of the stream.
+        engine: puts steps on the stream.
+        stream: the device.
         timeline: told where the device's time goes.
         progress: polls for what the device has done.
         clock: monotonic seconds.
@@ -117,9 +117,9 @@ class AheadWorker:
         stage: StagePlan,
         mesh: Mesh,
         channel: TensorChannel,
-        engine: AheadEngine,
-        lane: Lane,
-        timeline: LaneTimeline,
+        engine: StageEngine,
+        stream: Stream,
+        timeline: StreamTimeline,
         progress: ProgressEngine,
         clock: Clock,
     ) -> None:
@@ -127,14 +127,14 @@ class AheadWorker:
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
-        self._hops = Hops(
+        self._transfers = StageTransfers(
             channel,
             clock,
-            fixed=engine.programs.use_graphs,
+            fixed=engine.graph_runner.use_graphs,
             most_unsent=plan.num_slots if engine.free_inputs else None,
         )
         self._engine = engine
-        self._lane = lane
+        self._stream = stream
         self._timeline = timeline
         self._progress = progress
         self._clock = clock
@@ -142,7 +142,7 @@ class AheadWorker:
         self._us_per_launch: float | None = None  # of the latest call that had any
         self._returning: deque[_Returning] = deque()  # ids not received yet, in order
         self._on_the_way: deque[_OnTheWay] = deque()
-        self._logprobs: deque[tuple[int, LogprobTensors, Mark]] = deque()
+        self._logprobs: deque[tuple[int, LogprobTensors, Event]] = deque()
         self._received = -1  # the latest step whose ids have been received
         self._ids_due = asyncio.Event()  # a step was launched whose ids will return
         self._ids_here = asyncio.Event()  # `_received` has changed
@@ -169,7 +169,7 @@ class AheadWorker:
         unregister = self._progress.register(self._poll)
         try:
             await (self._serve_in_tasks() if self._engine.free_inputs else self._serve_at_once())
-            self._lane.drain()
+            self._stream.drain()
             self._poll()
         finally:
             unregister()
@@ -185,13 +185,13 @@ class AheadWorker:
 
         Nothing on a CPU, where computing is the host's time.
         """
-        return DeviceUse(self._lane.peak_bytes(), self._us_per_launch)
+        return DeviceUse(self._stream.peak_bytes(), self._us_per_launch)
 
     async def exercise_edges(self) -> None:
         """Use every edge once, and prepare what repeats on it, so that no step pays for set-up."""
-        await exercise_edges(self._plan, self._stage, self._channel, self._lane.device)
-        self._lane.drain()
-        self._hops.prepare(self._plan, self._stage, self._engine)
+        await exercise_edges(self._plan, self._stage, self._channel, self._stream.device)
+        self._stream.drain()
+        self._transfers.prepare(self._plan, self._stage, self._engine)
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class AheadWorker:
         if self.is_first or not isinstance(message, StepScheduled | DecodeScheduled):
             return None
         hidden_TH = self._engine.hidden_buffer(message)
-        transfer = self._hops.start_receive(hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
+        transfer = self._transfers.start_receive(hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         return _Arriving(hidden_TH, transfer)
 
     async def _follow_queue(self, queue: asyncio.Queue[tuple[object, _Arriving | None]]) -> None:
@@ -235,7 +235,7 @@ class AheadWorker:
             if isinstance(message, GenerationEnded):
                 break
             await self._follow(message, arriving)
-        await self._hops.finish_sends()
+        await self._transfers.finish_sends()
 
     async def _return_ids(self) -> None:
         while True:
@@ -256,53 +256,55 @@ class AheadWorker:
                 raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
 
     async def _launch(self, step: _Step, arriving: _Arriving | None) -> None:
-        """Put a step on the lane: receive, compute, send."""
-        lane, engine = self._lane, self._engine
-        started_s = self._clock.now_s() - self._hops.awaited_s
-        taken_up = lane.mark()
+        """Put a step on the stream: receive, compute, send."""
+        stream, engine = self._stream, self._engine
+        started_s = self._clock.now_s() - self._transfers.awaited_s
+        taken_up = stream.record_event()
         hidden_TH = None
         if arriving is not None:
             hidden_TH = arriving.hidden_TH
             await arriving.transfer.wait()
         elif not self.is_first:
             hidden_TH = engine.hidden_buffer(step)
-            await self._hops.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
+            await self._transfers.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         elif not self.is_last:
             await self._receive_needed(step)
-        input_there = lane.mark()
+        input_there = stream.record_event()
         if isinstance(step, DecodeScheduled):
-            launched = await lane.compute(partial(engine.decode, step, hidden_TH))
+            launched = await stream.compute(partial(engine.decode, step, hidden_TH))
         else:
-            launched = await lane.compute(partial(engine.prefill, step, hidden_TH))
-        computed, compute_s = lane.mark(), lane.compute_s
+            launched = await stream.compute(partial(engine.prefill, step, hidden_TH))
+        computed, compute_s = stream.record_event(), stream.compute_s
         if engine.free_inputs:
-            await self._hops.make_room()
+            await self._transfers.make_room()
         self._pass_on(step, launched)
-        self._timeline.add(StepMarks(step, taken_up, input_there, computed, lane.mark(), compute_s))
+        self._timeline.add(
+            StepEvents(step, taken_up, input_there, computed, stream.record_event(), compute_s)
+        )
         self._progress.wake()
         if isinstance(step, DecodeScheduled) and compute_s is None:
-            self._launches_s.append(self._clock.now_s() - self._hops.awaited_s - started_s)
+            self._launches_s.append(self._clock.now_s() - self._transfers.awaited_s - started_s)
 
     def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
         """Send what the step made, and note what is to come back."""
         if not self.is_last:
-            self._hops.send(step, launched.result, self._neighbour(+1), EdgeKind.HIDDEN)
+            self._transfers.send(step, launched.result, self._neighbour(+1), EdgeKind.HIDDEN)
         elif not self.is_first:
-            self._hops.send(step, launched.result, self._plan.head_rank, EdgeKind.IDS)
+            self._transfers.send(step, launched.result, self._plan.head_rank, EdgeKind.IDS)
         if launched.logprobs is not None:
-            self._logprobs.append((step.step, launched.logprobs, self._lane.mark()))
+            self._logprobs.append((step.step, launched.logprobs, self._stream.record_event()))
         if not self.is_first:
             return
         if self.is_last:
             self._bring_to_host(step, launched.result if step.num_sampled else None)
         else:
-            self._returning.append(_Returning(step, launched.seats_S))
+            self._returning.append(_Returning(step, launched.request_rows_S))
             self._ids_due.set()
 
     # ---- ids, on the first stage -----------------------------------------------------------------
 
     async def _receive_needed(self, step: _Step) -> None:
-        """Receive the ids that `step` reads, and all that are a lap old."""
+        """Receive the ids that `step` reads, and all that are a round old."""
         if self._engine.free_inputs:
             await self._wait_for_ids(step)
             return
@@ -324,21 +326,21 @@ class AheadWorker:
         returning = self._returning.popleft()
         step = returning.step
         if isinstance(step, DecodeScheduled) and not self._engine.free_inputs:
-            ids_S = self._engine.ids_buffer(len(returning.seats_S))
+            ids_S = self._engine.ids_buffer(len(returning.request_rows_S))
         else:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done
-            ids_S = torch.empty(num_ids, dtype=torch.int64, device=self._lane.device)
-        await self._hops.receive(step, ids_S, self._plan.last_rank, EdgeKind.IDS)
+            ids_S = torch.empty(num_ids, dtype=torch.int64, device=self._stream.device)
+        await self._transfers.receive(step, ids_S, self._plan.last_rank, EdgeKind.IDS)
         if step.num_sampled:
             with torch.inference_mode():
-                self._engine.take_ids(returning.seats_S, ids_S)
+                self._engine.take_ids(returning.request_rows_S, ids_S)
         self._received = step.step
         self._ids_here.set()
         self._bring_to_host(step, ids_S if step.num_sampled else None)
 
     def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> None:
-        host_S = None if ids_S is None else self._lane.download(ids_S)
-        self._on_the_way.append(_OnTheWay(step, host_S, self._lane.mark()))
+        host_S = None if ids_S is None else self._stream.download(ids_S)
+        self._on_the_way.append(_OnTheWay(step, host_S, self._stream.record_event()))
         self._progress.wake()
 
     # ---- what the device has done ----------------------------------------------------------------
@@ -346,10 +348,10 @@ class AheadWorker:
     def _poll(self) -> bool:
         """Called by the progress engine: hand on what has arrived; True if anything had."""
         active = False
-        while self._on_the_way and self._on_the_way[0].mark.reached():
+        while self._on_the_way and self._on_the_way[0].event.query():
             self._hand_on(self._on_the_way.popleft())
             active = True
-        while self._logprobs and self._logprobs[0][2].reached():
+        while self._logprobs and self._logprobs[0][2].query():
             step, tensors, _ = self._logprobs.popleft()
             entries = logprobs_of(
                 tensors.ids_S,

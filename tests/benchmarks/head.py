@@ -1,6 +1,6 @@
 """What the head spends on bookkeeping for a long prompt file, and how fast a resume reads it.
 
-    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--laps-ahead 1]
+    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--rounds-ahead 1]
 
 The head's own code from the prompt file to the merged completions, over memory channels; the stage
 is a stub that answers every step at once, so there is no torch, no model and no tokenizer. All that
@@ -123,7 +123,7 @@ async def complete(
         gc.collect()
         gc.freeze()  # as a boot ends
         stage = StubStage(ranks)
-        session = make_session(ranks, stage, asked.laps_ahead)
+        session = make_session(ranks, stage, asked.lookahead)
         requests = [
             Request(line.prompt_id, line.index, tuple(range(3, 19)), line.sampling)
             for line in acquired.lines_left
@@ -144,7 +144,7 @@ async def complete(
     return stage
 
 
-def make_session(ranks: Ranks, stage: StubStage, laps_ahead: int) -> Session:
+def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     """A session of one rank with the stub for its worker."""
     plan = make_plan()
     whole = dataclasses.replace(plan.stages[0], last_layer=30, has_head=True)
@@ -153,7 +153,7 @@ def make_session(ranks: Ranks, stage: StubStage, laps_ahead: int) -> Session:
         stages=(whole,),
         max_sequences_per_slot=64,
         num_kv_pages=4000,
-        laps_ahead=laps_ahead,
+        lookahead=lookahead,
         max_sequence_tokens=plan.max_context_tokens,
     )
 
@@ -162,7 +162,7 @@ def make_session(ranks: Ranks, stage: StubStage, laps_ahead: int) -> Session:
 
     spec = SimpleNamespace(eos_token_ids=(1,))
     boot: Any = SimpleNamespace(
-        ranks=ranks, hellos=(), model=SimpleNamespace(spec=spec),
+        ranks=ranks, resources=(), model=SimpleNamespace(spec=spec),
         prepared=SimpleNamespace(tokenizer=None, decode=decode), log=None,
     )  # fmt: skip
     nothing: Any = None
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--laps-ahead", type=int, default=1, help="0: as on CPUs")
+    parser.add_argument("--rounds-ahead", type=int, default=1, help="0: as on CPUs")
     asked = parser.parse_args()
     num_prompts = asked.prompts
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Ragged steps for the attention and cache suites: sequences that grow over several steps."""
+"""Varlen steps for the attention and cache suites: sequences that grow over several steps."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ChannelSuite:
 
         spmd(body)
 
-    def test_a_flood_that_nobody_reads_yet_is_kept_in_order(self, spmd: Spmd) -> None:
+    def test_a_flood_that_is_not_read_yet_is_kept_in_order(self, spmd: Spmd) -> None:
         async def body(channel: Channel) -> None:
             to = (channel.rank + 1) % channel.world_size
             for number in range(1000):

@@ -119,7 +119,10 @@ def random_batch(
 
 
 def columns_on(
-    device: torch.device, settings: Sequence[SamplingParams], vocabulary: int, seats: Sequence[int]
+    device: torch.device,
+    settings: Sequence[SamplingParams],
+    vocabulary: int,
+    request_rows: Sequence[int],
 ) -> SamplingColumns:
     """The columns of some rows, uploaded."""
     entries = [column_entries(setting, vocabulary) for setting in settings]
@@ -127,7 +130,7 @@ def columns_on(
         name: torch.from_numpy(np.array([row[name] for row in entries], column.dtype)).to(device)
         for name, column in COLUMNS.items()
     }
-    return SamplingColumns(columns, torch.tensor(seats, dtype=torch.int64, device=device))
+    return SamplingColumns(columns, torch.tensor(request_rows, dtype=torch.int64, device=device))
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,16 @@ class OnDevice:
 
 
 def put_on(device: torch.device, batch: Batch) -> OnDevice:
-    """Upload a batch; its seats are in the reverse order of its rows."""
+    """Upload a batch; its request rows are in the reverse order of its rows."""
     num_rows, vocabulary = batch.logits_SV.shape
-    seats = list(range(num_rows - 1, -1, -1))
+    request_rows = list(range(num_rows - 1, -1, -1))
     history = TokenHistory(num_rows, vocabulary, device)
-    for seat, row in zip(seats, batch.rows, strict=True):
+    for request_row, row in zip(request_rows, batch.rows, strict=True):
         assert isinstance(row.seen_ids, tuple)
-        history.open(seat, row.seen_ids, len(row.output_ids), SamplingNeeds.HISTORY)
+        history.open(request_row, row.seen_ids, len(row.output_ids), SamplingNeeds.HISTORY)
     return OnDevice(
         batch.logits_SV.to(device),
-        columns_on(device, [row.sampling for row in batch.rows], vocabulary, seats),
+        columns_on(device, [row.sampling for row in batch.rows], vocabulary, request_rows),
         torch.tensor([row.position for row in batch.rows], device=device),
         batch.needs,
         history,

@@ -46,7 +46,7 @@ def step_cache(
     )
 
 
-def ragged_layout(step: Sequence[tuple[int, int, int]], device: str = "cpu") -> BatchLayout:
+def varlen_layout(step: Sequence[tuple[int, int, int]], device: str = "cpu") -> BatchLayout:
     """The layout of a step of (sequence, query_len, kv_len)."""
     entries: list[tuple[SequenceLens, tuple[int, ...]]] = []
     row = 0
@@ -78,23 +78,23 @@ def stage_inputs(stage: StageModel, num_rows: int, seed: int) -> torch.Tensor:
     return hidden_TH.to(stage.device, stage.dtype)
 
 
-def run_ragged(stage: StageModel) -> list[torch.Tensor]:
+def run_varlen(stage: StageModel) -> list[torch.Tensor]:
     """`RAGGED_STEPS`, then two decode steps; hidden states or logits of all rows, on the CPU."""
     device = str(stage.device)
     outputs = []
     for seed, step in enumerate(RAGGED_STEPS):
-        layout = ragged_layout(step, device)
+        layout = varlen_layout(step, device)
         rows_S = torch.arange(layout.num_tokens, device=stage.device)
         inputs = stage_inputs(stage, layout.num_tokens, seed)
         outputs.append(stage.forward(inputs, layout, rows_S).cpu())
     for seed, lens in ((10, (8, 14)), (11, (9, 15))):
-        layout = ragged_layout([(row, 1, kv_len) for row, kv_len in enumerate(lens)], device)
+        layout = varlen_layout([(row, 1, kv_len) for row, kv_len in enumerate(lens)], device)
         outputs.append(stage.forward_decode(stage_inputs(stage, 2, seed), layout).cpu())
     return outputs
 
 
 def run_tensor_decodes(stage: StageModel) -> list[torch.Tensor]:
-    """The decode steps of `run_ragged`, after its other steps, from tensors alone.
+    """The decode steps of `run_varlen`, after its other steps, from tensors alone.
 
     With an empty row behind the two sequences, whose output is left out.
     """

@@ -101,7 +101,7 @@ def test_every_backend_and_cache_agrees_with_the_reference_over_the_oracle(
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def check_ragged_steps(
+def check_varlen_steps(
     backend: AttentionBackend,
     shape: Shape,
     options: AttentionOptions,
@@ -151,7 +151,7 @@ def check_decode_steps(
 def test_layouts_for_a_gpu_and_strided_pages_change_nothing(
     backend: AttentionBackend, options: AttentionOptions
 ) -> None:
-    check_ragged_steps(backend, SHAPES["grouped"], options, torch.float32, CPU)
+    check_varlen_steps(backend, SHAPES["grouped"], options, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -172,7 +172,7 @@ if importlib.util.find_spec("triton") is not None:  # in its interpreter: see co
     )
     def test_triton_agrees_with_the_reference(shape: str, options: str) -> None:
         backend = TritonAttention()
-        check_ragged_steps(backend, SHAPES[shape], OPTIONS[options], torch.float32, CPU)
+        check_varlen_steps(backend, SHAPES[shape], OPTIONS[options], torch.float32, CPU)
         check_decode_steps(backend, SHAPES[shape], OPTIONS[options], torch.float32, CPU)
 
 

@@ -33,9 +33,9 @@ def columns_of(*settings: SamplingParams, vocabulary: int) -> SamplingColumns:
 
 
 def history_of(
-    num_seats: int, vocabulary: int, device: torch.device = CPU, needs: SamplingNeeds = BOTH
+    num_request_rows: int, vocabulary: int, device: torch.device = CPU, needs: SamplingNeeds = BOTH
 ) -> TokenHistory:
-    history = TokenHistory(num_seats, vocabulary, device)
+    history = TokenHistory(num_request_rows, vocabulary, device)
     history.make(needs)
     return history
 
@@ -196,7 +196,7 @@ def test_no_operation_reads_a_value_or_has_a_shape_that_depends_on_one(vocabular
     for needs in (GREEDY, SamplingNeeds.DRAW, ALL):
         ids_S = sample_on_device(logits_SV, columns, position_S, needs, history)
         assert (ids_S.shape, ids_S.dtype) == ((6,), torch.int64)
-        history.add(needs, columns.seats_S, ids_S)
+        history.add(needs, columns.request_rows_S, ids_S)
         chosen_S, top_ids_SK, top_values_SK = select_logprobs(logits_SV, ids_S, 4)
         assert (chosen_S.shape, top_ids_SK.shape, top_values_SK.shape) == ((6,), (6, 4), (6, 4))
 
@@ -242,9 +242,9 @@ def nonzero(rows_SV: torch.Tensor) -> list[dict[int, int]]:
 def test_sampled_ids_are_remembered_and_a_missing_one_is_not() -> None:
     history = history_of(4, 10)
     history.open(2, (1, 1, 12, -1, 5, 5, 5), 2, BOTH)
-    seats_S = torch.tensor([2, 0, 3])
+    request_rows_S = torch.tensor([2, 0, 3])
     for _ in range(2):
-        history.add(BOTH, seats_S, torch.tensor([9, -1, 0]))
+        history.add(BOTH, request_rows_S, torch.tensor([9, -1, 0]))
     every_S = torch.arange(4)
     seen = [{}, {}, {1: 1, 5: 1, 9: 1}, {0: 1}]
     assert nonzero(history.rows_of(SEEN, every_S)) == seen
@@ -253,16 +253,16 @@ def test_sampled_ids_are_remembered_and_a_missing_one_is_not() -> None:
 
 def test_only_what_is_needed_is_allocated_and_changed() -> None:
     history = TokenHistory(2, 5, CPU)
-    seats_S, ids_S = torch.tensor([0]), torch.tensor([3])
+    request_rows_S, ids_S = torch.tensor([0]), torch.tensor([3])
     history.open(0, (1, 2), 1, SamplingNeeds.DRAWING)
-    history.add(SamplingNeeds.DRAWING, seats_S, ids_S)
-    assert history.rows(seats_S) == {}
+    history.add(SamplingNeeds.DRAWING, request_rows_S, ids_S)
+    assert history.rows(request_rows_S) == {}
     history.open(0, (1, 2), 1, COUNTS)
-    assert history.rows(seats_S).keys() == {COUNTS}
+    assert history.rows(request_rows_S).keys() == {COUNTS}
     history.open(0, (1, 2), 1, SEEN)
-    history.add(SEEN, seats_S, ids_S)
-    assert nonzero(history.rows_of(COUNTS, seats_S)) == [{2: 1}]
-    assert nonzero(history.rows_of(SEEN, seats_S)) == [{1: 1, 2: 1, 3: 1}]
+    history.add(SEEN, request_rows_S, ids_S)
+    assert nonzero(history.rows_of(COUNTS, request_rows_S)) == [{2: 1}]
+    assert nonzero(history.rows_of(SEEN, request_rows_S)) == [{1: 1, 2: 1, 3: 1}]
 
 
 def test_the_tables_have_the_size_that_the_plan_reserves() -> None:
@@ -272,7 +272,7 @@ def test_the_tables_have_the_size_that_the_plan_reserves() -> None:
     assert history._tables.keys() == HISTORY_BYTES.keys()
 
 
-def test_rows_that_share_a_seat_may_be_added_together() -> None:
+def test_rows_that_share_a_request_row_may_be_added_together() -> None:
     history = history_of(2, 5)
     history.add(BOTH, torch.tensor([1, 1, 1, 1]), torch.tensor([-1, 4, 0, 4]))
     both_S = torch.tensor([0, 1])
@@ -280,25 +280,25 @@ def test_rows_that_share_a_seat_may_be_added_together() -> None:
     assert nonzero(history.rows_of(COUNTS, both_S)) == [{}, {0: 1, 4: 2}]
 
 
-def test_a_seat_forgets_its_last_owner() -> None:
-    history, seats_S = history_of(2, 5), torch.tensor([0])
+def test_a_request_row_forgets_its_last_owner() -> None:
+    history, request_rows_S = history_of(2, 5), torch.tensor([0])
     history.open(0, (1, 2), 2, BOTH)
-    history.add(BOTH, seats_S, torch.tensor([4]))
+    history.add(BOTH, request_rows_S, torch.tensor([4]))
     history.open(0, range(3, 4), 1, BOTH)
-    assert nonzero(history.rows_of(SEEN, seats_S)) == [{3: 1}]
-    assert nonzero(history.rows_of(COUNTS, seats_S)) == [{3: 1}]
+    assert nonzero(history.rows_of(SEEN, request_rows_S)) == [{3: 1}]
+    assert nonzero(history.rows_of(COUNTS, request_rows_S)) == [{3: 1}]
     history.open(0, (), 0, BOTH)
-    assert not any(rows.any() for rows in history.rows(seats_S).values())
+    assert not any(rows.any() for rows in history.rows(request_rows_S).values())
 
 
 def test_a_trial_run_can_be_undone() -> None:
-    history, seats_S = history_of(3, 6), torch.tensor([1, 2])
+    history, request_rows_S = history_of(3, 6), torch.tensor([1, 2])
     history.open(1, (5,), 1, BOTH)
-    before = history.rows(seats_S)
-    history.add(BOTH, seats_S, torch.tensor([0, 3]))
-    assert not any(torch.equal(history.rows(seats_S)[need], before[need]) for need in before)
-    history.put_rows(seats_S, before)
-    assert all(torch.equal(history.rows(seats_S)[need], before[need]) for need in before)
+    before = history.rows(request_rows_S)
+    history.add(BOTH, request_rows_S, torch.tensor([0, 3]))
+    assert not any(torch.equal(history.rows(request_rows_S)[need], before[need]) for need in before)
+    history.put_rows(request_rows_S, before)
+    assert all(torch.equal(history.rows(request_rows_S)[need], before[need]) for need in before)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_remembered_tokens_change_the_next_greedy_choice(
     taken = []
     for _ in wanted:
         ids_S = sample_on_device(logits_SV, columns, positions(1), setting.needs, history)
-        history.add(setting.needs, columns.seats_S, ids_S)
+        history.add(setting.needs, columns.request_rows_S, ids_S)
         taken.append(ids_S.item())
     assert taken == wanted
 

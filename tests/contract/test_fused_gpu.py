@@ -23,13 +23,13 @@ from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.models.fused_gpu import MergedLayer, merge_layer
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
 from mpipipe.runtime.loading import load_parts
-from tests.contract.ahead_pipeline import ahead_plan
+from tests.contract.engine_pipeline import engine_plan
 from tests.contract.stage_steps import (
-    ragged_layout,
-    run_ragged,
     run_tensor_decodes,
+    run_varlen,
     stage_inputs,
     step_cache,
+    varlen_layout,
 )
 from tests.contract.tiny_models import TinyModel, fill, load_stage, save_tiny, split
 
@@ -101,10 +101,10 @@ def test_the_fused_stack_computes_what_transformers_modules_do(
     family: str, number: int, tiny: Callable[[str], TinyModel]
 ) -> None:
     folder = tiny(family).folder
-    plain = run_ragged(finished_stage(folder, number, mode="plain"))
+    plain = run_varlen(finished_stage(folder, number, mode="plain"))
     operations = torch_operations()
     fused = finished_stage(folder, number, mode="fast", operations=operations)
-    assert_near(run_ragged(fused), plain, 1e-5)
+    assert_near(run_varlen(fused), plain, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama-head_dim-100", "qwen2-window", "qwen3"])
@@ -112,7 +112,7 @@ def test_decode_steps_from_tensors_alone_give_the_same(
     family: str, tiny: Callable[[str], TinyModel]
 ) -> None:
     stage = finished_stage(tiny(family).folder, 1, mode="fast", operations=torch_operations())
-    expected = run_ragged(stage)[-2:]
+    expected = run_varlen(stage)[-2:]
     assert_near(run_tensor_decodes(stage), expected, 1e-5)
 
 
@@ -134,7 +134,7 @@ def test_plain_stages_decode_from_tensors_alone_too(
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
         stage.finish(pages, mode="plain")
-        expected = run_ragged(stage)[-2:]
+        expected = run_varlen(stage)[-2:]
         assert_near(run_tensor_decodes(stage), expected, 1e-5)
 
 
@@ -144,14 +144,14 @@ def test_the_fused_stack_rounds_no_worse_than_plain_modules_in_bfloat16(
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3").folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)  # weights that bfloat16 holds exactly
     exact, plain = (
-        torch.cat(run_ragged(finished_stage(tmp_path, 0, mode="plain", dtype=dtype))).float()
+        torch.cat(run_varlen(finished_stage(tmp_path, 0, mode="plain", dtype=dtype))).float()
         for dtype in DTYPES
     )
     operations = torch_operations()
     fused_stage = finished_stage(
         tmp_path, 0, mode="fast", dtype=torch.bfloat16, operations=operations
     )
-    fused = torch.cat(run_ragged(fused_stage)).float()
+    fused = torch.cat(run_varlen(fused_stage)).float()
     assert (plain - exact).norm() > 0
     assert (fused - exact).norm() <= 1.2 * (plain - exact).norm()
 
@@ -163,7 +163,7 @@ if importlib.util.find_spec("triton") is not None:  # in its interpreter: see co
         family: str, number: int, tiny: Callable[[str], TinyModel]
     ) -> None:
         folder = tiny(family).folder
-        plain = run_ragged(finished_stage(folder, number, mode="plain"))
+        plain = run_varlen(finished_stage(folder, number, mode="plain"))
         stage = finished_stage(
             folder,
             number,
@@ -171,7 +171,7 @@ if importlib.util.find_spec("triton") is not None:  # in its interpreter: see co
             backend=TritonAttention(),
             operations=triton_operations(),
         )
-        assert_near(run_ragged(stage), plain, 1e-5)
+        assert_near(run_varlen(stage), plain, 1e-5)
         assert_near(run_tensor_decodes(stage), plain[-2:], 1e-5)
 
 
@@ -179,7 +179,7 @@ def test_what_the_fused_stack_is_given_stays_as_it_is(tiny: Callable[[str], Tiny
     stage = finished_stage(tiny("llama").folder, 1, mode="fast", operations=torch_operations())
     hidden_TH = stage_inputs(stage, 5, seed=3)
     before_TH = hidden_TH.clone()
-    stage.forward(hidden_TH, ragged_layout(((0, 5, 5),)), None)
+    stage.forward(hidden_TH, varlen_layout(((0, 5, 5),)), None)
     assert torch.equal(hidden_TH, before_TH)
 
 
@@ -224,7 +224,7 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
 
 
 def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:
-    plan = replace(ahead_plan(1), model_path=str(tiny("llama").folder))
+    plan = replace(engine_plan(1), model_path=str(tiny("llama").folder))
     assert plan.max_sequence_tokens < plan.max_context_tokens
     parts = load_parts(plan, plan.stages[0], False, torch.device("cpu"))
     assert parts.model._max_positions == plan.max_sequence_tokens

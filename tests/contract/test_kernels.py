@@ -411,9 +411,9 @@ def test_advancing_rows_is_what_plain_torch_does(num_rows: int) -> None:
     active_B = torch.ones(num_rows, dtype=torch.int32)
     kv_len_B[-1], active_B[-1] = 0, 0  # a row without a sequence
     pages_BP = torch.randint(0, 90, (num_rows, 4), generator=generator).int()
-    seats_B = torch.randperm(num_rows, generator=generator)
+    request_rows_B = torch.randperm(num_rows, generator=generator)
     last_token_N = torch.randint(-1, 50, (num_rows + 1,), generator=generator)
-    tensors = [t.to(DEVICE) for t in (kv_len_B, active_B, pages_BP, seats_B, last_token_N)]
+    tensors = [t.to(DEVICE) for t in (kv_len_B, active_B, pages_BP, request_rows_B, last_token_N)]
     mine, plain = tensors[0].clone(), tensors[0].clone()
     found = advance_rows(mine, *tensors[1:], page_size=16)
     expected = torch_operations().advance_rows(plain, *tensors[1:], page_size=16)

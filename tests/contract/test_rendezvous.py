@@ -46,7 +46,7 @@ async def _all_open(num_ranks: int, addresses: tuple[str, ...] | None = None) ->
         )
 
 
-def test_all_ranks_share_one_store_on_a_port_that_nobody_chose() -> None:
+def test_all_ranks_share_one_store_on_a_port_that_the_system_chose() -> None:
     stores = asyncio.run(_all_open(3))
     stores[2].set("word", "hello")
     assert stores[1].get("word") == b"hello"

@@ -20,10 +20,10 @@ from mpipipe.errors import UnsupportedModelError
 from mpipipe.models import rotary
 from mpipipe.models.rotary import LengthRotary
 from mpipipe.types import SamplingParams
-from tests.contract.ahead_pipeline import (
+from tests.contract.engine_pipeline import (
     MAX_TOKENS,
-    InProcessAhead,
-    ahead_plan,
+    EnginePipeline,
+    engine_plan,
     make_requests,
     plain_outcomes,
 )
@@ -133,7 +133,7 @@ def test_the_awaiting_scheduler_has_the_same_tokens(
 
 
 @pytest.mark.parametrize("num_pages", [60, 10], ids=["roomy", "preempting"])
-@pytest.mark.parametrize("mode", ["ragged", "tensors", "replayed"])
+@pytest.mark.parametrize("mode", ["varlen", "tensors", "replayed"])
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_the_scheduler_that_runs_ahead_has_the_same_tokens(
@@ -144,8 +144,8 @@ def test_the_scheduler_that_runs_ahead_has_the_same_tokens(
     tiny: Tiny,
     expected: Callable[[str], list[list[int]]],
 ) -> None:
-    plan = ahead_plan(num_stages, num_pages=num_pages, graphs=mode == "replayed")
-    pipeline = InProcessAhead(tiny(name), plan, mode).prepare()
+    plan = engine_plan(num_stages, num_pages=num_pages, graphs=mode == "replayed")
+    pipeline = EnginePipeline(tiny(name), plan, mode).prepare()
     outcomes = pipeline.generate(requests_of(LENGTHS), seed=num_pages)
     assert [list(outcome.token_ids) for outcome in outcomes] == expected(name)
     assert (pipeline.num_preemptions > 0) == (num_pages == 10)

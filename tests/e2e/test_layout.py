@@ -16,8 +16,8 @@ def test_ranks_dealt_round_two_hosts_give_the_same_tokens(
 ) -> None:
     alone = run(1, tiny_config, tmp_path / "alone")
     assert alone.exit_code == 0, alone.stderr
-    for laps_ahead in (0, 1):
-        dealt = run_dealt(tiny_config, tmp_path / f"dealt{laps_ahead}", laps_ahead)
+    for lookahead in (0, 1):
+        dealt = run_dealt(tiny_config, tmp_path / f"dealt{lookahead}", lookahead)
         assert tokens(dealt) == tokens(alone)
         plan = dealt.json("manifest.json")["plan"]
         assert [(stage["rank"], stage["host"]) for stage in plan["stages"]] == [
@@ -31,9 +31,9 @@ def test_ranks_dealt_round_two_hosts_give_the_same_tokens(
         assert json.loads(first_line)["stage"] == 2
 
 
-def run_dealt(config: Path, folder: Path, laps_ahead: int) -> Outcome:
+def run_dealt(config: Path, folder: Path, lookahead: int) -> Outcome:
     command = [*mpiexec(4), sys.executable, str(DEALT), "run", str(config)]
-    words = [f"output.dir={folder}", f"pipeline.laps_ahead={laps_ahead}"]
+    words = [f"output.dir={folder}", f"pipeline.lookahead={lookahead}"]
     outcome = execute([*command, *words], folder, PYTHONPATH=str(ROOT))
     assert outcome.exit_code == 0, outcome.stderr
     return outcome

@@ -95,9 +95,13 @@ def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) ->
     for rank in (0, 1):
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
         assert {event["rank"] for event in events} == {rank}
-        assert {"greeted", "ready"} <= {event["event"] for event in events}
+        assert {"handshake", "ready"} <= {event["event"] for event in events}
         (ready,) = (event for event in events if event["event"] == "ready")
-        assert (ready["form"], ready["num_graphs"], ready["graph_obstacle"]) == ("packed", 0, "")
+        assert (ready["form"], ready["num_graphs"], ready["graph_unsupported_reason"]) == (
+            "packed",
+            0,
+            "",
+        )
         assert ready["form_reason"]
 
 
@@ -197,11 +201,11 @@ def test_a_step_that_fails_on_one_rank_ends_all_ranks_with_its_error(
         "import sys\n"
         "from mpi4py import MPI\n"
         "from mpipipe.errors import NumericsError\n"
-        "from mpipipe.stage.engine import AheadEngine\n"
+        "from mpipipe.stage.engine import StageEngine\n"
         "def fail(self, step, hidden):\n"
         "    raise NumericsError('the logits are no numbers')\n"
         f"if MPI.COMM_WORLD.rank == {failing_rank}:\n"
-        "    AheadEngine.prefill = fail\n"
+        "    StageEngine.prefill = fail\n"
         "from mpipipe.cli.main import main\n"
         "main()\n"
     )

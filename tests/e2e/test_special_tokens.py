@@ -73,7 +73,7 @@ def test_tokens_of_no_embedding_and_stops_that_are_tokens(
         {"id": "text", **seek, "stop": [f"<|{special}|>"]},
         {"id": "never", **seek, "stop": [f"no such text<|{special}|>"]},
     ]
-    outcome = complete(tmp_path, odd_model, num_ranks, lines, f"pipeline.laps_ahead={ahead}")
+    outcome = complete(tmp_path, odd_model, num_ranks, lines, f"pipeline.lookahead={ahead}")
     assert outcome.exit_code == 4, outcome.stderr
     found = {record["id"]: record for record in outcome.completions()}
     assert [name for name in found if "error" in found[name]] == ["bad", "chat"]

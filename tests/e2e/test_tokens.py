@@ -40,7 +40,7 @@ def expected(demo_model: Path, prompt_file: Path) -> dict[str, tuple[int, ...]]:
     lines = read_prompts(prompt_file, GenerationConfig(max_new_tokens=NEW_TOKENS))
     tokenizer = open_tokenizer(demo_model, False)
     prompts = prepare(lines, tokenizer, add_special_tokens=True)
-    assert not prompts.refused
+    assert not prompts.rejected
     result = generate_with_transformers(
         demo_model,
         prompts.requests,
@@ -108,9 +108,9 @@ def phi3(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("num_ranks", "laps_ahead"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(("num_ranks", "lookahead"), [(2, 0), (3, 1)])
 def test_lengths_and_the_models_own_settings_count_as_in_transformers(
-    phi3: Path, num_ranks: int, laps_ahead: int, tmp_path: Path
+    phi3: Path, num_ranks: int, lookahead: int, tmp_path: Path
 ) -> None:
     texts = {str(n): "".join(chr(97 + (7 * i + n) % 26) for i in range(n)) for n in LENGTHS}
     prompts = tmp_path / "prompts.jsonl"
@@ -131,7 +131,7 @@ def test_lengths_and_the_models_own_settings_count_as_in_transformers(
         config,
         tmp_path / "run",
         "generation.max_new_tokens=12",
-        f"pipeline.laps_ahead={laps_ahead}",
+        f"pipeline.lookahead={lookahead}",
         "pipeline.max_tokens_per_step=32",
         "memory.num_kv_pages=40",
     )

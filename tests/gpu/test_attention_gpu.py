@@ -8,7 +8,7 @@ import torch
 from mpipipe.models.attention.select import available_backends, make_backend
 from mpipipe.models.attention.triton_paged import TritonAttention
 from tests.contract.attention_cases import Shape
-from tests.contract.test_attention import OPTIONS, check_decode_steps, check_ragged_steps
+from tests.contract.test_attention import OPTIONS, check_decode_steps, check_varlen_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -50,7 +50,7 @@ def test_our_own_kernels_run_on_a_gpu() -> None:
 def test_backends_agree_with_the_reference(
     backend: str, shape: Shape, options: object, dtype: torch.dtype
 ) -> None:
-    check_ragged_steps(make_backend(backend), shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]
+    check_varlen_steps(make_backend(backend), shape, options, dtype, torch.device("cuda"))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -69,4 +69,4 @@ def test_decode_steps_need_tensors_alone(
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_our_prefill_kernel_agrees_without_torchs_flash_attention(shape: Shape) -> None:
     backend = TritonAttention(fresh_with_torch=False)
-    check_ragged_steps(backend, shape, OPTIONS["window"], torch.bfloat16, torch.device("cuda"))
+    check_varlen_steps(backend, shape, OPTIONS["window"], torch.bfloat16, torch.device("cuda"))

@@ -1,7 +1,7 @@
 """The launch-ahead engine on one GPU, in this process: its tokens, and that it waits for nothing.
 
 In float32 and with weights whose logits lie far apart (`tiny_models`, 0.3), so that tokens are
-equal whatever the order of a sum: those of graphs, of the same work without graphs, of the ragged
+equal whatever the order of a sum: those of graphs, of the same work without graphs, of the varlen
 path, and of transformers on a CPU.
 """
 
@@ -21,11 +21,11 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.stage.engine import AheadEngine
+from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.launched import LaunchedStep
-from mpipipe.stage.timeline import LaneTimeline, StepMarks
+from mpipipe.stage.timeline import StepEvents, StreamTimeline
 from mpipipe.types import Request, SamplingParams
-from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan, make_requests
+from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
 from tests.contract.tiny_models import TinyModel, save_tiny
 from tests.gpu.waiting import no_synchronisation
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-MODES = {"graphs": "replayed", "eager": "tensors", "ragged": "ragged"}
+MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
 FAMILIES = ["llama", "llama-head_dim-100", "opt", "qwen3"]
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -52,22 +52,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
 
 @pytest.fixture(autouse=True)
 def _own_stream() -> Iterator[None]:
-    """A lane makes its stream the thread's current one: put the default one back."""
+    """A stream makes its stream the thread's current one: put the default one back."""
     yield
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.default_stream())
 
 
-def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> InProcessAhead:
+def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> EnginePipeline:
     """All stages on the current GPU, prepared."""
-    plan = ahead_plan(
+    plan = engine_plan(
         num_stages,
         graphs=name == "graphs",
         hidden_size=model.reference.config.hidden_size,
         **shape,  # type: ignore[arg-type]
     )
     device = f"cuda:{torch.cuda.current_device()}"
-    return InProcessAhead(model, plan, MODES[name], MonotonicClock(), device).prepare()
+    return EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_greedy_tokens_are_those_of_transformers(
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
     for num_stages in (1, 2):
         pipeline = on_gpu(model, num_stages, name)
-        assert (pipeline.engines[0].programs.num_graphs > 0) == (name == "graphs")
+        assert (pipeline.engines[0].graph_runner.num_graphs > 0) == (name == "graphs")
         for seed in range(2):
             found = pipeline.generate(requests, seed=seed)
             assert [list(outcome.token_ids) for outcome in found] == wanted
@@ -124,7 +124,7 @@ def test_graphs_sample_what_the_same_work_samples_without_them(
     wanted = eager.generate(requests, seed=3)
     assert (eager.num_preemptions > 0) == (num_pages == 16)
     graphs = on_gpu(model, 2, "graphs", num_pages=num_pages)
-    num_at_boot = [engine.programs.num_graphs for engine in graphs.engines]
+    num_at_boot = [engine.graph_runner.num_graphs for engine in graphs.engines]
     for _ in range(2):
         found = graphs.generate(requests, seed=3)
         assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
@@ -133,7 +133,7 @@ def test_graphs_sample_what_the_same_work_samples_without_them(
                 assert (mine is None) == (other is None)
                 if mine is not None and other is not None:
                     assert mine.logprob == pytest.approx(other.logprob, abs=1e-3)
-    num_captured = [engine.programs.num_graphs for engine in graphs.engines]
+    num_captured = [engine.graph_runner.num_graphs for engine in graphs.engines]
     assert num_captured[0] == num_at_boot[0]
     assert num_captured[1] > num_at_boot[1]
 
@@ -142,12 +142,12 @@ def test_graphs_sample_what_the_same_work_samples_without_them(
 
 
 class Steady:
-    """A batch of one slot, driven by hand: as the worker does, with marks and downloads."""
+    """A batch of one slot, driven by hand: as the worker does, with events and downloads."""
 
-    def __init__(self, pipeline: InProcessAhead) -> None:
-        self.engines, self.lane = pipeline.engines, pipeline.lane
+    def __init__(self, pipeline: EnginePipeline) -> None:
+        self.engines, self.stream = pipeline.engines, pipeline.stream
         self.account = StageAccount(0)
-        self.timeline = LaneTimeline(self.lane, self.account)
+        self.timeline = StreamTimeline(self.stream, self.account)
         self.timeline.begin(0.0)
         self.rows: list[int] = []
         self.lengths: dict[int, int] = {}
@@ -183,7 +183,7 @@ class Steady:
         )
 
     def run(self, step: StepScheduled | DecodeScheduled) -> None:
-        taken_up = self.lane.mark()
+        taken_up = self.stream.record_event()
         first = launched = self.launch(self.engines[0], step, None)
         for engine in self.engines[1:]:
             buffer_TH = engine.hidden_buffer(step)
@@ -192,17 +192,17 @@ class Steady:
             with torch.inference_mode():
                 ids_S = launched.result
                 if isinstance(step, DecodeScheduled):
-                    ids_S = self.engines[0].ids_buffer(len(first.seats_S)).copy_(ids_S)
-                self.engines[0].take_ids(first.seats_S, ids_S)
-        self.downloads.append(self.lane.download(launched.result)[: step.num_sampled])
-        there = self.lane.mark()
-        self.timeline.add(StepMarks(step, taken_up, taken_up, there, self.lane.mark()))
+                    ids_S = self.engines[0].ids_buffer(len(first.request_rows_S)).copy_(ids_S)
+                self.engines[0].take_ids(first.request_rows_S, ids_S)
+        self.downloads.append(self.stream.download(launched.result)[: step.num_sampled])
+        there = self.stream.record_event()
+        self.timeline.add(StepEvents(step, taken_up, taken_up, there, self.stream.record_event()))
         self.timeline.collect()
         self.step += 1
 
     @staticmethod
     def launch(
-        engine: AheadEngine, step: StepScheduled | DecodeScheduled, hidden: torch.Tensor | None
+        engine: StageEngine, step: StepScheduled | DecodeScheduled, hidden: torch.Tensor | None
     ) -> LaunchedStep:
         if isinstance(step, DecodeScheduled):
             return engine.decode(step, hidden)
@@ -220,7 +220,7 @@ def test_steady_decode_steps_wait_for_nothing(
     steady.decode(joined=(0, 1, 2, 3))
     steady.decode()
     slow = torch.ones(4096, 4096, device="cuda")
-    for _ in range(40):  # tens of milliseconds: whoever waits for the lane would be seen to
+    for _ in range(40):  # tens of milliseconds: a call that waits for the stream would be seen to
         slow = slow @ slow.clamp(max=1e-3)
     with no_synchronisation():
         for _ in range(5):  # a page for every row among them
@@ -230,11 +230,11 @@ def test_steady_decode_steps_wait_for_nothing(
         steady.decode(left=(0, 2), joined=(6,))
         for _ in range(5):
             steady.decode()
-    steady.lane.drain()
+    steady.stream.drain()
     steady.timeline.collect()
     assert steady.account.snapshot().num_steps == steady.step
     assert all(int(ids_S.min()) >= 0 for ids_S in steady.downloads)
-    # The same prompt, so the same tokens, whoever came when.
+    # The same prompt, so the same tokens, whichever came first.
     assert len(set(steady.downloads[2].tolist())) == 1
 
 
@@ -246,5 +246,5 @@ def test_prompt_steps_wait_for_nothing(tiny: Callable[[str], TinyModel]) -> None
         steady.prompt(2, 3)
         steady.decode(joined=(2, 3))
         steady.prompt(4)
-    steady.lane.drain()
+    steady.stream.drain()
     assert all(int(ids_S.min()) >= 0 for ids_S in steady.downloads)

@@ -14,8 +14,8 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.select import make_backend
 from mpipipe.models.operations import Operations, torch_operations, triton_operations
 from tests.contract.stage_steps import (
-    run_ragged,
     run_tensor_decodes,
+    run_varlen,
     stage_inputs,
     step_cache,
     tensor_layout,
@@ -82,10 +82,10 @@ def test_fused_stages_round_no_worse_than_plain_ones(
     name: str, number: int, dtype: torch.dtype, sized: Callable[[str, torch.dtype], SizedModel]
 ) -> None:
     model = sized(name, dtype)
-    exact = run_ragged(finished(model, number, "plain", device="cpu", dtype=torch.float32))
-    plain = error_of(run_ragged(finished(model, number, "plain", attention="sdpa")), exact)
+    exact = run_varlen(finished(model, number, "plain", device="cpu", dtype=torch.float32))
+    plain = error_of(run_varlen(finished(model, number, "plain", attention="sdpa")), exact)
     for operations in (torch_operations(), triton_operations()):
-        fused = run_ragged(finished(model, number, "fast", operations=operations))
+        fused = run_varlen(finished(model, number, "fast", operations=operations))
         assert error_of(fused, exact) <= 1.3 * plain + 1e-4, operations.name
 
 
@@ -97,7 +97,7 @@ def test_decode_steps_wait_for_nothing_and_replay_as_a_graph(
         stage = finished(sized(name, torch.bfloat16), number, "auto")
         assert (stage.mode == "fast") == (name in FUSED)
         assert not stage.graphs_unsupported_reason()
-        run_ragged(stage)
+        run_varlen(stage)
         eager = run_tensor_decodes(stage)
         check_no_wait(stage)
         check_graph(stage, eager)
@@ -160,5 +160,5 @@ def test_folders_are_not_needed_after_loading(
 ) -> None:
     stage = finished(sized("llama", torch.bfloat16), 1, "auto")
     assert stage.device.type == "cuda"
-    assert run_ragged(stage)[0].dtype == torch.float32
+    assert run_varlen(stage)[0].dtype == torch.float32
     assert run_tensor_decodes(stage)[0].dtype == torch.bfloat16

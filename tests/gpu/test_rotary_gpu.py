@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 
 from mpipipe.types import SamplingParams
-from tests.contract.ahead_pipeline import make_requests
+from tests.contract.engine_pipeline import make_requests
 from tests.contract.tiny_models import ORIGINAL, TinyModel, save_tiny
 from tests.gpu.test_engine_gpu import MODES, on_gpu
 
@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
 
 @pytest.fixture(autouse=True)
 def _own_stream() -> Iterator[None]:
-    """A lane makes its stream the thread's current one: put the default one back."""
+    """A stream makes its stream the thread's current one: put the default one back."""
     yield
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.default_stream())
@@ -69,6 +69,6 @@ def test_tokens_are_those_of_transformers_on_both_sides_of_the_original_context(
     for num_stages in (1, 2):
         pipeline = on_gpu(model, num_stages, mode, num_pages=num_pages)
         assert {stage.mode for stage in pipeline.models} == {FORMS[name]}
-        assert (pipeline.engines[0].programs.num_graphs > 0) == (mode == "graphs")
+        assert (pipeline.engines[0].graph_runner.num_graphs > 0) == (mode == "graphs")
         found = pipeline.generate(requests, seed=num_stages)
         assert [list(outcome.token_ids) for outcome in found] == wanted

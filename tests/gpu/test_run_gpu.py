@@ -111,7 +111,7 @@ def test_graphs_give_the_models_tokens(
     check_run(model, outcome)
     check_accounts(outcome, 1)
     plan = plan_of(outcome)
-    assert (plan["cuda_graphs"], plan["laps_ahead"], plan["dtype"]) == (True, 1, "bfloat16")
+    assert (plan["cuda_graphs"], plan["lookahead"], plan["dtype"]) == (True, 1, "bfloat16")
 
 
 @pytest.mark.parametrize(

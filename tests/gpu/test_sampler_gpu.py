@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_gpu(
     with no_synchronisation():
         device.history.open(3, (1, 2, vocabulary + 1), 2, needs)
         ids_S = device.sample(needs)
-        device.history.add(needs, device.columns.seats_S, ids_S)
+        device.history.add(needs, device.columns.request_rows_S, ids_S)
         select_logprobs(device.logits_SV, ids_S, 5)
     assert ids_S.min() >= 0
 
@@ -205,12 +205,12 @@ def test_what_a_graph_adds_to_the_history_counts_in_its_next_replay(
 
     def step(device: OnDevice) -> torch.Tensor:
         ids_S = device.sample()
-        device.history.add(device.needs, device.columns.seats_S, ids_S)
+        device.history.add(device.needs, device.columns.request_rows_S, ids_S)
         return ids_S
 
-    untouched = static.history.rows(static.columns.seats_S)
+    untouched = static.history.rows(static.columns.request_rows_S)
     graph, ids_S = captured(lambda: step(static))
-    static.history.put_rows(static.columns.seats_S, untouched)
+    static.history.put_rows(static.columns.request_rows_S, untouched)
     taken = []
     for _ in wanted:
         graph.replay()
@@ -219,7 +219,7 @@ def test_what_a_graph_adds_to_the_history_counts_in_its_next_replay(
     assert taken == wanted
 
 
-def test_rows_that_share_a_seat_are_all_counted(cuda: torch.device) -> None:
+def test_rows_that_share_a_request_row_are_all_counted(cuda: torch.device) -> None:
     history = TokenHistory(2, 5, cuda)
     history.make(SamplingNeeds.COUNTS)
     ids_S = torch.tensor([4] * 300 + [-1] * 20 + [0] * 7, device=cuda)
@@ -233,9 +233,9 @@ def copy_batch(source: OnDevice, target: OnDevice) -> None:
     target.positions_S.copy_(source.positions_S)
     for name, column_S in source.columns.of.items():
         target.columns[name].copy_(column_S)
-    seats_S = source.columns.seats_S
-    target.columns.seats_S.copy_(seats_S)
-    target.history.put_rows(seats_S, source.history.rows(seats_S))
+    request_rows_S = source.columns.request_rows_S
+    target.columns.request_rows_S.copy_(request_rows_S)
+    target.history.put_rows(request_rows_S, source.history.rows(request_rows_S))
 
 
 # ---- time and memory -----------------------------------------------------------------------------

@@ -259,11 +259,11 @@ def test_repeated_transfers_carry_what_is_there_each_time(nccl: Callable[[Body],
     """As in a decode loop: hidden states forward, ids back, in graphs, now and then without."""
 
     async def body(ring: Ring) -> None:
-        channel, num_laps = ring.channel, 60
+        channel, num_rounds = ring.channel, 60
         assert isinstance(channel, RepeatingChannel)
         made, arrived = torch.zeros(2, 32, 3200, dtype=torch.bfloat16, device=ring.device)
         ids, ids_in = torch.zeros(2, 32, dtype=torch.int64, device=ring.device)
-        seen = torch.zeros(2, num_laps, device=ring.device)
+        seen = torch.zeros(2, num_rounds, device=ring.device)
         hidden, back = EdgeKind.HIDDEN, EdgeKind.IDS
         starts: list[Callable[[], None]] = []
         if not ring.is_last:
@@ -276,25 +276,25 @@ def test_repeated_transfers_carry_what_is_there_each_time(nccl: Callable[[Body],
             starts.append(channel.repeated_receive(ids_in, source=SIZE - 1, kind=back))
         send_or_receive = dict(zip(("hidden", "ids"), (starts[0], starts[-1]), strict=True))
         torch.cuda.set_sync_debug_mode("error")
-        for lap in range(num_laps):
-            plain = lap % 7 == RANK  # the other end of the transfer is a graph
-            made.fill_(lap)
+        for number in range(num_rounds):
+            plain = number % 7 == RANK  # the other end of the transfer is a graph
+            made.fill_(number)
             if not plain:
                 send_or_receive["hidden"]()
             else:
                 await pass_on(ring, made, arrived, hidden)
-            seen[0, lap] = arrived.float().mean()
-            ids.fill_(100 + lap)
+            seen[0, number] = arrived.float().mean()
+            ids.fill_(100 + number)
             if not plain:
                 send_or_receive["ids"]()
             else:
                 await pass_on(ring, ids, ids_in, back)
-            seen[1, lap] = ids_in.float().mean()
+            seen[1, number] = ids_in.float().mean()
         torch.cuda.set_sync_debug_mode("default")
         if ring.is_last:
-            assert seen[0].tolist() == list(range(num_laps))
+            assert seen[0].tolist() == list(range(num_rounds))
         if ring.is_first:
-            assert seen[1].tolist() == list(range(100, 100 + num_laps))
+            assert seen[1].tolist() == list(range(100, 100 + num_rounds))
 
     if SIZE != 2:
         pytest.skip("two ranks: one edge forward, one back")

@@ -57,7 +57,7 @@ class TestMpiChannel(ChannelSuite):
 
         asyncio.run(_with_channel(body))
 
-    def test_closing_leaves_an_mpi_that_somebody_else_started(self, spmd: Spmd) -> None:
+    def test_closing_leaves_an_mpi_that_other_code_started(self, spmd: Spmd) -> None:
         async def body(_: object) -> None:
             pass
 
@@ -103,7 +103,7 @@ def test_all_collectives_on_all_ranks(on_mesh: OnMesh) -> None:
     async def body(mesh: Mesh, _: MpiChannel) -> None:
         ranks = range(mesh.world_size)
         hellos = await mesh.handshake(hello(mesh.rank, mesh.world_size), SOON_S)
-        assert [greeting.rank for greeting in hellos] == list(ranks)
+        assert [hello.rank for hello in hellos] == list(ranks)
         await mesh.agree("load", None, SOON_S)
         await mesh.barrier("loaded", SOON_S)
         plan = await mesh.broadcast("plan", bytes(200_000) if mesh.is_head else None, SOON_S)

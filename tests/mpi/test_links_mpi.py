@@ -123,6 +123,6 @@ def test_a_rank_without_memory_is_an_error_of_all_and_no_traceback(
             await measure_links(ranks, device="cpu")
         assert "--gpus-per-node=N" in str(raised.value)
         assert raised.value.exit_code == 5
-        assert time.monotonic() - start_s < 5  # nobody waits for tensors that do not come
+        assert time.monotonic() - start_s < 5  # no rank waits for tensors that do not come
 
     on_ranks(body)

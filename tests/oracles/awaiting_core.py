@@ -11,7 +11,7 @@ Invariants:
 * Pages are taken at dispatch, for exactly the tokens dispatched, oldest sequence first. When none
   is free, the youngest running sequence gives up its pages at once (stages run steps in order, so
   its steps in flight are done before the new owner writes) and starts over when there is room. If
-  the one in need is the youngest itself, it waits: whoever is older may take its pages. So the
+  the one in need is the youngest itself, it waits: any older sequence may take its pages. So the
   oldest sequence always gets on, and every sequence ends.
 * No sequence grows beyond `max_sequence_tokens`, the smaller of the context and all pages together:
   it ends with LENGTH there. So where a completion ends never depends on what else is running.
@@ -151,7 +151,7 @@ def finish_reason_of(
     return None
 
 
-class Roster:
+class SlotAllocator:
     """The waiting queue, the ring of slots and the pool of pages."""
 
     def __init__(self, *, num_slots: int, num_pages: int, page_size: int) -> None:
@@ -193,7 +193,7 @@ class Roster:
     def statistics(
         self, *, num_steps_in_flight: int, num_steps: int, num_finished: int
     ) -> SchedulerStatistics:
-        """The counts of the core, with those of this roster."""
+        """The counts of the core, with those of this slot_allocator."""
         return SchedulerStatistics(
             num_waiting=len(self.waiting),
             num_running=self.num_running,
@@ -235,7 +235,7 @@ class Roster:
     def make_room(self, sequence: Sequence, wanted: int) -> int:
         """Tokens of `wanted` there are pages for, after preempting younger sequences if need be.
 
-        0: nobody is younger, the sequence has to wait for pages.
+        0: no sequence is younger, this one has to wait for pages.
         """
         if len(sequence.pages) * self.pages.page_size - sequence.num_computed >= wanted:
             return wanted  # 15 of 16 decodes end here
@@ -320,7 +320,9 @@ class AwaitingCore:
         self._max_context_tokens = max_context_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._restart_tokens = restart_tokens
-        self._roster = Roster(num_slots=num_slots, num_pages=num_pages, page_size=page_size)
+        self._slot_allocator = SlotAllocator(
+            num_slots=num_slots, num_pages=num_pages, page_size=page_size
+        )
         self.max_sequence_tokens = min(max_context_tokens, num_pages * page_size)
         self._turn = 0
         self._sequences: dict[int, Sequence] = {}  # every sequence that is not closed
@@ -336,13 +338,13 @@ class AwaitingCore:
 
     def take_preemptions(self) -> list[Preempted]:
         """Who was preempted by `next_step` since the last call of this, in order: for the log."""
-        preemptions, self._roster.preemptions = self._roster.preemptions, []
+        preemptions, self._slot_allocator.preemptions = self._slot_allocator.preemptions, []
         return preemptions
 
     def statistics(self) -> SchedulerStatistics:
         """Counts of this moment and since the start."""
         num_in_flight, num_steps = len(self._in_flight), self._num_steps
-        return self._roster.statistics(
+        return self._slot_allocator.statistics(
             num_steps_in_flight=num_in_flight, num_steps=num_steps, num_finished=self._num_finished
         )
 
@@ -369,7 +371,7 @@ class AwaitingCore:
         Raises:
             PromptError: "empty_prompt", or "too_long" for the context or for all pages together.
         """
-        capacity_tokens = self._roster.pages.capacity_tokens
+        capacity_tokens = self._slot_allocator.pages.capacity_tokens
         check_request(
             request, max_context_tokens=self._max_context_tokens, capacity_tokens=capacity_tokens
         )
@@ -381,7 +383,7 @@ class AwaitingCore:
         )
         self._num_sequences += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._roster.waiting.append(sequence)
+        self._slot_allocator.waiting.append(sequence)
         return sequence.sequence_id
 
     def sampled(self, step: int, token_ids: SequenceOf[int]) -> list[Instruction]:
@@ -419,7 +421,7 @@ class AwaitingCore:
 
     def next_step(self) -> StepScheduled | None:
         """The next micro-batch to send, or None: nothing can run before an event."""
-        slots = self._roster.slots
+        slots = self._slot_allocator.slots
         if len(self._in_flight) >= len(slots):
             return None
         for offset in range(len(slots)):
@@ -439,15 +441,16 @@ class AwaitingCore:
     def _run_members(self, slot: Slot) -> list[_Entry]:
         """Dispatch what the slot's sequences can run, oldest first.
 
-        A victim is younger than whoever needs its pages: never in what is already dispatched here.
+        A victim is younger than the sequence that needs its pages: never in what is already
+        dispatched here.
         """
         entries = []
         for sequence, wanted in choose_shares(slot.sequences, self._max_tokens_per_step):
             if sequence.state is not SequenceState.RUNNING:  # a victim of the ones before it
                 continue
-            num_tokens = self._roster.make_room(sequence, wanted)
+            num_tokens = self._slot_allocator.make_room(sequence, wanted)
             if num_tokens:
-                entries.append((sequence, self._roster.dispatch(sequence, num_tokens)))
+                entries.append((sequence, self._slot_allocator.dispatch(sequence, num_tokens)))
         return entries
 
     def _refill(self, slot: Slot, budget: int) -> list[_Entry]:
@@ -456,22 +459,24 @@ class AwaitingCore:
         One is admitted only when all its known tokens and a new one fit beside what the admitted
         ones still need for theirs, so that its prefill is not interrupted half-way.
         """
-        roster = self._roster
-        num_running = roster.num_running
+        slot_allocator = self._slot_allocator
+        num_running = slot_allocator.num_running
         target = refill_target(
-            num_running + len(roster.waiting), len(roster.slots), self._max_sequences_per_slot
+            num_running + len(slot_allocator.waiting),
+            len(slot_allocator.slots),
+            self._max_sequences_per_slot,
         )
-        if not roster.waiting or not budget or len(slot.sequences) >= target:
+        if not slot_allocator.waiting or not budget or len(slot.sequences) >= target:
             return []
-        num_free = roster.pages.num_free - roster.pages_to_come()
+        num_free = slot_allocator.pages.num_free - slot_allocator.pages_to_come()
         entries = []
-        while roster.waiting and budget and len(slot.sequences) < target:
-            first = roster.waiting[0]
-            num_pages = roster.pages_to_first_token(first)
+        while slot_allocator.waiting and budget and len(slot.sequences) < target:
+            first = slot_allocator.waiting[0]
+            num_pages = slot_allocator.pages_to_first_token(first)
             if first.num_pending or num_pages + admission_headroom(num_running) > num_free:
                 break
-            sequence = roster.admit_first(slot)
-            entry = roster.dispatch(sequence, min(budget, sequence.num_left))
+            sequence = slot_allocator.admit_first(slot)
+            entry = slot_allocator.dispatch(sequence, min(budget, sequence.num_left))
             entries.append((sequence, entry))
             budget -= entry.num_tokens
             num_free -= num_pages
@@ -497,7 +502,7 @@ class AwaitingCore:
     def _is_steady(self) -> bool:
         """For a step that only decodes: so does all that is in flight, and every slot."""
         return all(flight.decodes_only for flight in self._in_flight.values()) and all(
-            is_decoding(slot) for slot in self._roster.slots
+            is_decoding(slot) for slot in self._slot_allocator.slots
         )
 
     # ---- ending a sequence -----------------------------------------------------------------------
@@ -517,10 +522,10 @@ class AwaitingCore:
         if reason is not None:
             instructions.append(self._finish(sequence, reason))
         elif len(sequence.tokens) == sequence.restart_tokens:
-            self._roster.restart(sequence)
+            self._slot_allocator.restart(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
-        self._roster.finish(sequence)
+        self._slot_allocator.finish(sequence)
         self._num_finished += 1
         output_ids = tuple(sequence.tokens[sequence.num_prompt_tokens :])
         return Finished(sequence.sequence_id, reason, output_ids)

@@ -21,7 +21,7 @@ _INTERVAL_S = 2.0
 
 
 class Caretaker:
-    """Looks after `nodes` whenever somebody waits for a job.
+    """Looks after `nodes` whenever a test waits for a job.
 
     Args:
         nodes: the names of those to look after.

@@ -99,7 +99,7 @@ def _gather_wheels(wheels: Path) -> None:
     for number, requirement in enumerate(wanted):
         name = re.match(r"[\w.-]+", requirement)
         assert name is not None, requirement
-        _stand_in(wheels, name[0], first=number == 0)
+        _fallback_graph(wheels, name[0], first=number == 0)
 
 
 def _mpich() -> str:
@@ -109,7 +109,7 @@ def _mpich() -> str:
     return pin[1]
 
 
-def _stand_in(wheels: Path, name: str, *, first: bool) -> None:
+def _fallback_graph(wheels: Path, name: str, *, first: bool) -> None:
     """A wheel of no code; the first one makes Python look into the borrowed folder, too."""
     normal, number = name.replace("-", "_"), version(name)
     folder = f"{normal}-{number}.dist-info"

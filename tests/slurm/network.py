@@ -73,7 +73,7 @@ class Network:
         return _processes(self._path(host))
 
     def cut_power(self, host: str) -> None:
-        """The host falls silent: nobody is told, and its processes are gone."""
+        """The host falls silent: no peer is told, and its processes are gone."""
         self._in(host, "link", "set", "eth0", "down")
         self.kill_all(host)
 

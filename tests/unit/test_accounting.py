@@ -148,14 +148,14 @@ def test_times_that_go_back_never_make_a_part_negative() -> None:
     assert_parts(account.snapshot().overall)
 
 
-def pipeline_bubbles(num_slots: int, num_laps: int = 200) -> list[StageTotals]:
+def pipeline_bubbles(num_slots: int, num_rounds: int = 200) -> list[StageTotals]:
     """Two stages of one second each; a slot's next step starts when its ids are back."""
     accounts = [StageAccount(0), StageAccount(1)]
     for account in accounts:
         account.begin(0.0)
     slot_free_s = [0.0] * num_slots
     stage_free_s = [0.0, 0.0]
-    for number in range(num_slots * num_laps):
+    for number in range(num_slots * num_rounds):
         slot = number % num_slots
         steady = number >= 2 * num_slots
         for account in accounts:
@@ -216,7 +216,7 @@ def test_only_the_last_records_are_kept() -> None:
 
 
 def test_totals_survive_json_and_add_up_when_merged() -> None:
-    first, _ = pipeline_bubbles(num_slots=2, num_laps=5)
+    first, _ = pipeline_bubbles(num_slots=2, num_rounds=5)
     again = from_json(StageTotals, to_json(first))
     assert again == first
     both = first.merged(again)

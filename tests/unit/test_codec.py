@@ -211,7 +211,7 @@ def test_what_is_no_message_is_a_protocol_mismatch(garbage: bytes) -> None:
         decode(garbage)
 
 
-def test_damaged_frames_are_messages_or_mismatches_and_greetings_can_be_compared() -> None:
+def test_damaged_frames_are_messages_or_mismatches_and_hellos_can_be_compared() -> None:
     random, head = Random(9), MESSAGES[0]
     assert isinstance(head, Hello)
     for _ in range(NUM_DAMAGED):
@@ -237,12 +237,12 @@ def test_damaged_frames_are_messages_or_mismatches_and_greetings_can_be_compared
         ([3, 8, 42, "9.9.9", 7], "rank 3"),
     ],
 )
-def test_a_greeting_of_another_version_names_both_hosts_and_versions(
+def test_a_hello_of_another_version_names_both_hosts_and_versions(
     fields: list[object], who: str
 ) -> None:
     with pytest.raises(ProtocolMismatchError) as raised:
         decode(msgpack.packb([1, *fields]))
-    theirs = f"the greeting of {who}, which runs mpipipe {fields[3]} and speaks protocol version"
+    theirs = f"the hello of {who}, which runs mpipipe {fields[3]} and speaks protocol version"
     assert f"{theirs} {fields[2]};" in str(raised.value)
     ours = f"this rank, on {host_name()}, runs mpipipe {__version__} and speaks protocol version"
     assert f"{ours} {PROTOCOL_VERSION})" in str(raised.value)

@@ -44,9 +44,9 @@ def failure(path: Path | None, *overrides: str) -> str:
         (["pipeline.transport=nccl"], "pipeline.transport", "nccl"),
         (["pipeline.device=cuda"], "pipeline.device", "cuda"),
         (["pipeline.attention=triton"], "pipeline.attention", "triton"),
-        (["pipeline.laps_ahead=0"], "pipeline.laps_ahead", 0),
-        (["pipeline.laps_ahead=3"], "pipeline.laps_ahead", 3),
-        (["pipeline.laps_ahead=auto"], "pipeline.laps_ahead", "auto"),
+        (["pipeline.lookahead=0"], "pipeline.lookahead", 0),
+        (["pipeline.lookahead=3"], "pipeline.lookahead", 3),
+        (["pipeline.lookahead=auto"], "pipeline.lookahead", "auto"),
         (["memory.gpu_memory_fraction=1"], "memory.gpu_memory_fraction", 1.0),
         (["generation.stop=END"], "generation.stop", ("END",)),
         (["generation.stop=END", "generation.stop=5"], "generation.stop", ("END", "5")),
@@ -170,8 +170,8 @@ def test_null_in_json_is_a_wrong_type(tmp_path: Path) -> None:
         "pipeline.device=tpu",
         "pipeline.attention=flash",
         "pipeline.prefill=eager",
-        "pipeline.laps_ahead=4",
-        "pipeline.laps_ahead=-1",
+        "pipeline.lookahead=4",
+        "pipeline.lookahead=-1",
         "memory.gpu_memory_fraction=0",
         "memory.gpu_memory_fraction=1.01",
         "memory.gpu_memory_fraction=nan",
@@ -226,3 +226,21 @@ def test_wrong_choice_lists_the_choices_and_the_nearest() -> None:
     message = failure(None, "model.dtype=bf16")
     assert '"auto", "float32", "bfloat16", "float16"' in message
     assert 'did you mean "bfloat16"?' in message
+
+
+@pytest.mark.parametrize("as_word", [False, True])
+def test_laps_ahead_is_read_as_lookahead_with_a_warning(tmp_path: Path, as_word: bool) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("" if as_word else "[pipeline]\nlaps_ahead = 2\n")
+    loaded = load_config(path, ["pipeline.laps_ahead=2"] if as_word else [])
+    assert loaded.config.pipeline.lookahead == 2
+    (warning,) = loaded.warnings
+    assert "pipeline.laps_ahead is now called pipeline.lookahead" in warning
+    assert warning.startswith("command line" if as_word else str(path))
+
+
+def test_a_setting_under_both_of_its_names_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("[pipeline]\nlaps_ahead = 2\nlookahead = 1\n")
+    with pytest.raises(ConfigError, match=r"sets pipeline\.lookahead and its older name"):
+        load_config(path)

@@ -1,4 +1,4 @@
-"""The scheduler without laps ahead, step by step: every token is awaited, prompts fill steps up."""
+"""The scheduler without lookahead, step by step: every token is awaited, prompts fill steps up."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def make_core(
     max_context: int = 1000,
 ) -> FollowedCore:
     limits = SchedulerLimits(
-        num_slots, max_sequences, max_tokens, num_pages, page_size, max_context, laps_ahead=0
+        num_slots, max_sequences, max_tokens, num_pages, page_size, max_context, lookahead=0
     )
     return FollowedCore(limits, eos_token_ids=(EOS,), prefill="mixed")
 
@@ -504,7 +504,7 @@ def test_a_preempted_sequence_can_finish_with_the_token_in_flight() -> None:
     assert core.statistics().num_waiting == 0
 
 
-def test_nobody_is_admitted_into_pages_that_a_prompt_in_the_making_needs() -> None:
+def test_no_sequence_is_admitted_into_pages_that_a_prompt_in_the_making_needs() -> None:
     core = make_core(num_pages=8, max_tokens=8)
     add(core, 20, 8)
     flight = steps(core)

@@ -39,7 +39,7 @@ PREFILL = ("phases", "mixed")
 @dataclass(frozen=True)
 class AheadCase:
     case: Case
-    laps_ahead: int
+    lookahead: int
     mixed: bool
     stop_at: dict[int, int] = field(default_factory=dict)  # request → token of its "stop string"
 
@@ -52,7 +52,7 @@ class AheadCase:
             num_pages=case.num_pages,
             page_size=case.page_size,
             max_context_tokens=case.max_context_tokens,
-            laps_ahead=self.laps_ahead,
+            lookahead=self.lookahead,
         )
         return SchedulerCore(
             limits,
@@ -84,7 +84,7 @@ def ahead_cases(draw: st.DrawFn) -> AheadCase:
     case = draw(cases())
     return AheadCase(
         case,
-        laps_ahead=draw(st.sampled_from([0, 0, 1, 1, 2, 3])),
+        lookahead=draw(st.sampled_from([0, 0, 1, 1, 2, 3])),
         mixed=draw(st.booleans()),
         stop_at=draw(st.dictionaries(st.integers(0, 13), st.integers(1, 23), max_size=4)),
     )
@@ -92,7 +92,8 @@ def ahead_cases(draw: st.DrawFn) -> AheadCase:
 
 @dataclass
 class Stage:
-    """What a stage does: seats, batches by deltas, page tables, and the contents of the pages."""
+    """What a stage does: request rows, batches by deltas, page tables, and the contents of the
+    pages."""
 
     case: Case
     # (sequence, token, rotary length)
@@ -115,7 +116,7 @@ class Stage:
                 self.rotary_lens[sequence_id] = message.rotary_len
                 self.computed[sequence_id], self.tables[sequence_id] = 0, []
                 places = self.case.num_slots * self.case.max_sequences_per_slot
-                assert len(self.histories) <= 2 * places, "two seats a place"
+                assert len(self.histories) <= 2 * places, "two request_rows a place"
             case RequestClosed():
                 for sequence_id in message.sequence_ids:
                     self.sampling.pop(sequence_id, None)
@@ -239,12 +240,12 @@ class AheadSimulation:
         self.obey(self.core.sampled(step.step, self.stage.follow(step)))
 
     def dispatch(self) -> bool:
-        case, laps, num_in_flight = self.ahead.case, self.ahead.laps_ahead, len(self.flight)
+        case, rounds, num_in_flight = self.ahead.case, self.ahead.lookahead, len(self.flight)
         step = self.core.next_step()
         if step is None:
             return False
         assert step.step == len(self.outcome.steps)
-        assert num_in_flight < case.num_slots * (1 + laps)
+        assert num_in_flight < case.num_slots * (1 + rounds)
         assert step.num_tokens <= case.max_tokens_per_step or not step_chunks(step)
         rows: tuple[int, ...] = ()
         if isinstance(step, DecodeScheduled):
@@ -257,7 +258,7 @@ class AheadSimulation:
         self.sampled_in.update(dict.fromkeys(rows, step.step))
         self.flight.append((step, rows))
         pending = Counter(row for _, rows_of_step in self.flight for row in rows_of_step)
-        assert not pending or max(pending.values()) <= 1 + laps
+        assert not pending or max(pending.values()) <= 1 + rounds
         for sequence_id in rows:
             self.check_length(sequence_id, pending[sequence_id])
         if step.steady:
@@ -282,7 +283,7 @@ class AheadSimulation:
         rows.extend(step.joined)
         assert len(rows) <= self.ahead.case.max_sequences_per_slot
         finished = [row for row in rows if self.requests[row].request_id in self.outcome.reasons]
-        assert not finished, "whoever is known to have ended leaves at the next step"
+        assert not finished, "a sequence that is known to have ended leaves at the next step"
         return tuple(rows)
 
     def open(self, sequence_id: int) -> None:
@@ -310,10 +311,10 @@ class AheadSimulation:
         assert sum(counts) == len(self.ahead.case.requests) - num_to_arrive
         if not statistics.num_running:
             assert statistics.num_free_pages == self.ahead.case.num_pages
-        owned = [page for s in self.core._roster.running for page in s.pages]
+        owned = [page for s in self.core._slot_allocator.running for page in s.pages]
         assert len(owned) == len(set(owned)) == statistics.num_pages - statistics.num_free_pages
-        assert self.core._roster._num_promised == sum(
-            s.num_promised for s in self.core._roster.running
+        assert self.core._slot_allocator._num_promised == sum(
+            s.num_promised for s in self.core._slot_allocator.running
         )
 
     def obey(self, instructions: list[Instruction]) -> None:
@@ -374,8 +375,8 @@ def test_completions_are_those_of_the_core_that_awaits_every_token(ahead: AheadC
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(ahead_cases())
-def test_without_laps_ahead_no_token_is_surplus(ahead: AheadCase) -> None:
-    outcome = AheadSimulation(replace(ahead, laps_ahead=0)).run()
+def test_without_lookahead_no_token_is_surplus(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(replace(ahead, lookahead=0)).run()
     num_sampled = sum(step.num_sampled for step in outcome.steps)
     assert num_sampled == sum(len(tokens) for tokens in outcome.tokens.values())
 
@@ -422,7 +423,7 @@ def workload(seed: int, num_slots: int, num_pages: int) -> Case:
 @pytest.mark.parametrize("seed", range(5))
 def test_one_slot_makes_the_steps_of_the_core_that_awaits_every_token(seed: int) -> None:
     case = workload(seed, num_slots=1, num_pages=10_000)
-    core = AheadCase(case, laps_ahead=0, mixed=True).core()
+    core = AheadCase(case, lookahead=0, mixed=True).core()
     assert run_at_once(core, case) == run_at_once(case.core(), case)
 
 
@@ -435,7 +436,7 @@ def test_as_many_steps_are_enough_as_when_every_token_is_awaited(
     num_steps = num_awaiting = 0
     for seed in range(10):
         case = workload(seed, num_slots, num_pages)
-        core = AheadCase(case, laps_ahead=0, mixed=True).core()
+        core = AheadCase(case, lookahead=0, mixed=True).core()
         num_steps += len(run_at_once(core, case))
         num_awaiting += len(run_at_once(case.core(), case))
     assert num_steps <= num_awaiting
@@ -468,10 +469,8 @@ def test_cancelled_requests_end_once_and_the_others_are_not_touched(
 
 @pytest.mark.parametrize("restart_tokens", [0, 7, 15])
 @pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
-@pytest.mark.parametrize("laps_ahead", [0, 1])
-def test_the_cases_reach_heavy_preemption(
-    mixed: bool, restart_tokens: int, laps_ahead: int
-) -> None:
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_the_cases_reach_heavy_preemption(mixed: bool, restart_tokens: int, lookahead: int) -> None:
     requests = tuple(
         Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
         for i in range(12)
@@ -487,11 +486,11 @@ def test_the_cases_reach_heavy_preemption(
         seed=1,
         restart_tokens=restart_tokens,
     )
-    outcome = AheadSimulation(AheadCase(case, laps_ahead=laps_ahead, mixed=mixed)).run()
+    outcome = AheadSimulation(AheadCase(case, lookahead=lookahead, mixed=mixed)).run()
     assert outcome.statistics is not None
     assert outcome.statistics.num_preemptions > 10
     filled_up = any(isinstance(step, DecodeScheduled) and step.chunks for step in outcome.steps)
-    assert filled_up == (mixed and not laps_ahead)
+    assert filled_up == (mixed and not lookahead)
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
 
 
@@ -520,5 +519,5 @@ def test_a_prompt_that_starts_over_may_take_the_pages_of_younger_rows_of_its_ste
         seed=seed,
         restart_tokens=random.choice([9, 10, 12, 14]),
     )
-    outcome = AheadSimulation(AheadCase(case, laps_ahead=0, mixed=True)).run()
+    outcome = AheadSimulation(AheadCase(case, lookahead=0, mixed=True)).run()
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]

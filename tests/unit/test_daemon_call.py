@@ -1,4 +1,4 @@
-"""A blocking call that is given up keeps nobody."""
+"""A blocking call that is given up keeps no caller waiting."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def test_a_call_that_never_returns_keeps_neither_its_caller_nor_the_event_loop()
     assert not released.is_set()
     safety.cancel()
     released.set()
-    thread.join(_SAFETY_S)  # what it returns now concerns nobody, and disturbs nobody
+    thread.join(_SAFETY_S)  # what it returns now has no reader, and disturbs none
     assert not thread.is_alive()

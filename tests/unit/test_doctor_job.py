@@ -118,7 +118,7 @@ def test_prompts_that_could_not_be_read_are_not_tokenised(
 def test_of_many_prompts_the_longest_stand_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody waits minutes for the doctor."""
+    """The doctor does not take minutes."""
     model, lines = prompts_of(tmp_path)
     many = [
         dataclasses.replace(line, prompt_id=f"{number}", text="x" * number)

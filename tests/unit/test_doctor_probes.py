@@ -266,7 +266,7 @@ def test_the_kernel_module_tells_its_version(tmp_path: Path, text: str, version:
 
 
 def refuse(_: object = None) -> str:
-    raise AssertionError("nobody needs to ask the driver")
+    raise AssertionError("the driver need not be asked")
 
 
 def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path: Path) -> None:

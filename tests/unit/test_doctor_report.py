@@ -157,11 +157,11 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
     def raise_it(*_: object) -> None:
         raise error
 
-    async def nobody(*_: object) -> None:
+    async def no_facts(*_: object) -> None:
         raise AssertionError("the first rank may be ended while it imports torch")
 
     no_launcher.setattr("mpipipe.runtime.ranks._open_channel", raise_it)
-    no_launcher.setattr("mpipipe.doctor.examine.collect_facts", nobody)
+    no_launcher.setattr("mpipipe.doctor.examine.collect_facts", no_facts)
     environ = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_END_TIME": "99999999999"}
     for name, value in (environ | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}).items():
         no_launcher.setenv(name, value)

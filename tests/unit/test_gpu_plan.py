@@ -148,7 +148,7 @@ def reason(made: PipelinePlan, setting: str) -> str:
 def test_ranks_with_a_gpu_each_run_ahead_on_them_over_nccl() -> None:
     made = plan(h200(2))
     assert (made.device, made.transport, made.attention) == ("cuda", "nccl", "triton")
-    assert (made.laps_ahead, made.prefill, made.cuda_graphs) == (1, "phases", True)
+    assert (made.lookahead, made.prefill, made.cuda_graphs) == (1, "phases", True)
     assert (made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step) == (2, 256, 4096)
     assert "NVIDIA H200" in reason(made, "pipeline.device")
     assert "NCCL 2.28.9" in reason(made, "pipeline.transport")
@@ -157,14 +157,14 @@ def test_ranks_with_a_gpu_each_run_ahead_on_them_over_nccl() -> None:
 
 def test_one_rank_needs_one_slot_and_no_transport() -> None:
     made = plan(h200(1))
-    assert (made.num_slots, made.transport, made.laps_ahead) == (1, "loopback", 1)
+    assert (made.num_slots, made.transport, made.lookahead) == (1, "loopback", 1)
 
 
 def test_one_rank_without_a_gpu_puts_all_on_the_cpu_and_says_which() -> None:
     world = h200(2)
     world[1] = without_gpu(world[1], "CUDA could not be started (x): see nvidia-smi")
     made = plan(world)
-    assert (made.device, made.transport, made.laps_ahead, made.dtype) == (
+    assert (made.device, made.transport, made.lookahead, made.dtype) == (
         "cpu",
         "mpi",
         0,
@@ -356,27 +356,27 @@ def test_few_layers_a_stage_leave_room_for_pages_beside_that_copy() -> None:
 
 def test_graphs_can_be_switched_off_and_need_launch_ahead() -> None:
     made = plan(h200(2), MemoryConfig(cuda_graphs=False))
-    assert (made.cuda_graphs, made.laps_ahead) == (False, 1)
-    with pytest.raises(PlanError, match=r"laps_ahead = 0 is for CPUs"):
-        plan(h200(2), PipelineConfig(laps_ahead=0))
+    assert (made.cuda_graphs, made.lookahead) == (False, 1)
+    with pytest.raises(PlanError, match=r"lookahead = 0 is for CPUs"):
+        plan(h200(2), PipelineConfig(lookahead=0))
 
 
 def test_launch_ahead_finds_keys_and_values_by_page() -> None:
     contiguous = MemoryConfig(kv_cache="contiguous")
-    for pipeline in (PipelineConfig(), PipelineConfig(device="cpu", laps_ahead=1)):
+    for pipeline in (PipelineConfig(), PipelineConfig(device="cpu", lookahead=1)):
         with pytest.raises(PlanError, match=r'kv_cache = "contiguous" cannot be used with'):
             plan(h200(2), contiguous, pipeline)
     made = plan(h200(2), contiguous, PipelineConfig(device="cpu"))
-    assert (made.kv_cache, made.laps_ahead) == ("contiguous", 0)
+    assert (made.kv_cache, made.lookahead) == ("contiguous", 0)
 
 
-def test_prompts_are_mixed_in_without_laps_ahead_unless_phases_are_asked_for() -> None:
-    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0))
-    assert (made.laps_ahead, made.prefill) == (0, "mixed")
-    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=0, prefill="phases"))
-    assert (made.laps_ahead, made.prefill) == (0, "phases")
-    made = plan(h200(2), PipelineConfig(device="cpu", laps_ahead=1))
-    assert (made.device, made.laps_ahead, made.prefill) == ("cpu", 1, "phases")
+def test_prompts_are_mixed_in_without_lookahead_unless_phases_are_asked_for() -> None:
+    made = plan(h200(2), PipelineConfig(device="cpu", lookahead=0))
+    assert (made.lookahead, made.prefill) == (0, "mixed")
+    made = plan(h200(2), PipelineConfig(device="cpu", lookahead=0, prefill="phases"))
+    assert (made.lookahead, made.prefill) == (0, "phases")
+    made = plan(h200(2), PipelineConfig(device="cpu", lookahead=1))
+    assert (made.device, made.lookahead, made.prefill) == ("cpu", 1, "phases")
 
 
 # ---- limits --------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def record(work: str, ranks: int, speed: float, **more: Any) -> dict[str, Any]:
         "floor": None,
         "share_of_floor": None,
         "share_of_decode_floor": 0.5,
-        "ms_per_lap": 12.0,
+        "ms_per_round": 12.0,
         "stages": [STAGE] * ranks,
         "boot": {**boot, "capture_s": None},
         "devices": ["H100"] * ranks,

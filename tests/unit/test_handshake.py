@@ -62,7 +62,7 @@ def test_ranks_that_meet_share_the_cores_of_their_own_host_only(
                 mesh.start()
                 found.append(shares)
                 ranks = Ranks(mesh, shares, clock, info, tasks, "", None)
-                exchanges.append(handshake.exchange_hellos(ranks, "cpu", deadline_s=LIMIT_S))
+                exchanges.append(handshake.exchange_resources(ranks, "cpu", deadline_s=LIMIT_S))
             await asyncio.gather(*exchanges)
             running.cancel()
         return [share for shares in found for share in shares.told]

@@ -32,7 +32,7 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')
 
     session: Any = SimpleNamespace(
-        plan=make_plan(), hellos=(), ranks=SimpleNamespace(mpi_library="")
+        plan=make_plan(), resources=(), ranks=SimpleNamespace(mpi_library="")
     )
     with closing(acquired):
         manifest = build_manifest(session, loaded, acquired)

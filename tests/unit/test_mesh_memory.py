@@ -155,7 +155,7 @@ def test_a_cancelled_reader_loses_no_message() -> None:
     run_all_well(1, body)
 
 
-def test_closing_wakes_whoever_reads_and_refuses_what_is_sent_later() -> None:
+def test_closing_wakes_readers_and_refuses_what_is_sent_later() -> None:
     async def body(mesh: Mesh) -> None:
         if mesh.rank == 1:
             return
@@ -327,17 +327,17 @@ def test_ranks_that_do_not_report_in_time_are_named_with_their_hosts_everywhere(
 # ---- barrier, gather, broadcast ------------------------------------------------------------------
 
 
-def test_nobody_leaves_a_barrier_before_everybody_is_there(world_size: int) -> None:
+def test_no_rank_leaves_a_barrier_before_all_are_there(world_size: int) -> None:
     there = 0
 
     async def body(mesh: Mesh) -> None:
         nonlocal there
-        for lap in range(1, 4):
+        for number in range(1, 4):
             for _ in range(mesh.rank * 3):
                 await asyncio.sleep(0)
             there += 1
-            await mesh.barrier("lap", LONG_S)
-            assert there >= lap * mesh.world_size
+            await mesh.barrier("round", LONG_S)
+            assert there >= number * mesh.world_size
 
     run_all_well(world_size, body)
 
@@ -377,12 +377,12 @@ def test_a_rank_whose_head_is_silent_names_the_head() -> None:
 
 def test_gather_is_in_rank_order_on_the_head_and_none_elsewhere(world_size: int) -> None:
     async def body(mesh: Mesh) -> None:
-        for lap in range(3):
+        for number in range(3):
             for _ in range(mesh.world_size - mesh.rank):
                 await asyncio.sleep(0)
-            parts = await mesh.gather("metrics", b"%d of %d" % (mesh.rank, lap), LONG_S)
+            parts = await mesh.gather("metrics", b"%d of %d" % (mesh.rank, number), LONG_S)
             if mesh.is_head:
-                assert parts == [b"%d of %d" % (rank, lap) for rank in range(mesh.world_size)]
+                assert parts == [b"%d of %d" % (rank, number) for rank in range(mesh.world_size)]
             else:
                 assert parts is None
 
@@ -391,9 +391,9 @@ def test_gather_is_in_rank_order_on_the_head_and_none_elsewhere(world_size: int)
 
 def test_broadcast_gives_every_rank_the_heads_payload(world_size: int) -> None:
     async def body(mesh: Mesh) -> None:
-        for lap in range(3):
-            payload = b"plan %d" % lap if mesh.is_head else None
-            assert await mesh.broadcast("plan", payload, LONG_S) == b"plan %d" % lap
+        for number in range(3):
+            payload = b"plan %d" % number if mesh.is_head else None
+            assert await mesh.broadcast("plan", payload, LONG_S) == b"plan %d" % number
 
     run_all_well(world_size, body)
 

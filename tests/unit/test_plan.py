@@ -68,13 +68,13 @@ def test_rows_show_every_stage_and_the_reason_of_every_auto() -> None:
     rows = {name: (value, reason) for name, value, reason in plan_rows(make_plan())}
     assert rows["stage 0"] == (
         "embedding + layers 0–17 (18)",
-        "rank 0 on node1, 0.29 GiB of weights, 50.0% of a lap",
+        "rank 0 on node1, 0.29 GiB of weights, 50.0% of a round",
     )
     assert rows["stage 1"][0] == "layers 18–29 (12) + LM head"
     assert rows["stage 1"][1].startswith("rank 1 on node2, 50.0 MiB")
     assert rows["pipeline.split"] == ("[18, 12]", "balanced by cost")
     assert rows["pipeline.num_slots"] == ("2", "as configured")
-    assert rows["pipeline.laps_ahead"] == ("0", "as configured")
+    assert rows["pipeline.lookahead"] == ("0", "as configured")
     assert "memory.cuda_graphs" not in rows  # says nothing on a CPU
 
 

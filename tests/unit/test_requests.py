@@ -90,10 +90,10 @@ def test_a_token_without_an_embedding_is_the_error_of_its_prompt_only(
 ) -> None:
     found = prepared([line(0, "a"), line(1, f"b{token}c"), line(2, "c"), line(3, chat=token)])
     assert [request.request_id for request in found.requests] == ["p0", "p2"]
-    assert [refused.error_kind for refused in found.refused] == ["unknown_token"] * 2
-    for refused in found.refused:
-        assert token in (refused.error_message or "")
-        assert str(number) in (refused.error_message or "")
+    assert [rejected.error_kind for rejected in found.rejected] == ["unknown_token"] * 2
+    for rejected in found.rejected:
+        assert token in (rejected.error_message or "")
+        assert str(number) in (rejected.error_message or "")
 
 
 def test_without_a_vocabulary_every_id_is_taken() -> None:
@@ -106,7 +106,7 @@ def test_what_fails_in_the_tokenizer_or_the_template_takes_no_other_prompt() -> 
     broken = PromptLine(index=5, line_number=6, prompt_id="p5", error=PromptError("x", "broken"))
     found = prepared([*lines, broken], special=False)
     assert [request.prompt_ids for request in found.requests] == [(97,), (1, 98)]
-    kinds = {refused.request_id: refused.error_kind for refused in found.refused}
+    kinds = {rejected.request_id: rejected.error_kind for rejected in found.rejected}
     assert kinds == {"p1": "tokenizer", "p2": "chat_template", "p4": "empty_prompt", "p5": "x"}
     assert found.warnings == ()
 

@@ -140,7 +140,7 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
     )
     assert (made.num_slots, made.max_sequences_per_slot, made.max_tokens_per_step) == (2, 32, 512)
     assert made.max_context_tokens == 8192
-    assert (made.laps_ahead, made.prefill, made.cuda_graphs) == (0, "mixed", False)
+    assert (made.lookahead, made.prefill, made.cuda_graphs) == (0, "mixed", False)
     assert (made.weights, made.max_sequence_tokens) == ("checkpoint", 8192)
     assert made.threads_per_rank == 8
     assert {entry.setting for entry in made.resolved} == {
@@ -154,7 +154,7 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
         "pipeline.transport",
         "pipeline.device",
         "pipeline.attention",
-        "pipeline.laps_ahead",
+        "pipeline.lookahead",
         "pipeline.prefill",
         "pipeline.threads_per_rank",
         "memory.max_context_tokens",
@@ -163,13 +163,13 @@ def test_every_auto_of_two_ranks_gets_a_value_and_a_reason() -> None:
     assert all(entry.reason for entry in made.resolved)
 
 
-def test_the_plan_does_not_depend_on_the_order_of_the_hellos() -> None:
+def test_the_plan_does_not_depend_on_the_order_of_the_ranks() -> None:
     world = ranks("a", "b", "a")
     plans = {plan(list(order)).to_json() for order in permutations(world)}
     assert len(plans) == 1
 
 
-def test_one_rank_holds_everything_and_sends_to_nobody() -> None:
+def test_one_rank_holds_everything_and_sends_to_no_rank() -> None:
     made = plan(ranks("a"))
     (stage,) = made.stages
     assert (stage.first_layer, stage.last_layer) == (0, 30)
@@ -191,7 +191,7 @@ def test_asked_for_values_are_taken_and_get_no_reason() -> None:
         attention="reference",
         transport="mpi",
         device="cpu",
-        laps_ahead=1,
+        lookahead=1,
         prefill="mixed",
     )
     memory = MemoryConfig(num_kv_pages=77, max_context_tokens=1024, page_size_tokens=8)
@@ -203,7 +203,7 @@ def test_asked_for_values_are_taken_and_get_no_reason() -> None:
     assert made.max_tokens_per_step == 600  # a token for every sequence
     assert (made.attention, made.dtype) == ("reference", "bfloat16")
     assert (made.num_kv_pages, made.max_context_tokens, made.page_size_tokens) == (77, 1024, 8)
-    assert (made.laps_ahead, made.prefill, made.max_sequence_tokens) == (1, "mixed", 1024)
+    assert (made.lookahead, made.prefill, made.max_sequence_tokens) == (1, "mixed", 1024)
     settings = [entry.setting for entry in made.resolved]
     assert settings == ["pipeline.max_tokens_per_step", "pipeline.layout"]
 

@@ -83,8 +83,8 @@ def test_a_memory_bound_step_takes_its_bytes_over_the_bandwidth() -> None:
     # 2 rows a slot, 5.5 tokens of 4 elements; 108 weights a layer, 40 more in the head; 2 bytes.
     first, last = 2 * (108 + 2 * 5.5 * 4), 2 * (108 + 40 + 2 * 5.5 * 4)
     assert [stage.decode_step_s for stage in floor.stages] == [first, last]
-    assert floor.decode_lap_s == 2 * last  # the slowest stage for both slots
-    assert floor.num_laps == 2
+    assert floor.decode_round_s == 2 * last  # the slowest stage for both slots
+    assert floor.num_rounds == 2
     assert floor.prefill_s == pytest.approx(2 * 108 + 2 * 148)
 
 
@@ -102,12 +102,12 @@ def test_a_compute_bound_step_takes_its_flops() -> None:
 
 def test_one_sequence_must_pass_all_stages_one_after_the_other() -> None:
     one = job_floor(TINY, plan(TINY, 2, 8), JobShape.of([(4, 3)]), Ceilings(1.0, 1e9, "test"))
-    assert one.decode_lap_s == sum(stage.decode_step_s for stage in one.stages)
+    assert one.decode_round_s == sum(stage.decode_step_s for stage in one.stages)
 
 
-def test_more_sequences_than_places_take_more_laps() -> None:
+def test_more_sequences_than_places_take_more_rounds() -> None:
     floor = job_floor(TINY, plan(TINY, 2, 2), JobShape.of([(4, 3)] * 8), Ceilings(1.0, 1e9, ""))
-    assert floor.num_laps == 4
+    assert floor.num_rounds == 4
 
 
 def test_nothing_is_decoded_when_one_token_is_asked_for() -> None:
@@ -129,7 +129,7 @@ def on_two_h200(model: str, prompts: int, tokens_in: int, tokens_out: int) -> Jo
     [
         # 6.65 GB of weights and 0.19 GB of cache over 4.25 TB/s; the prompt 4 ms.
         ("openllama_3b", (1, 512, 128), 614),
-        # 262,144 prompt tokens: 1.1 s; 127 laps of 2 · (1.86 + 24.5) GB.
+        # 262,144 prompt tokens: 1.1 s; 127 rounds of 2 · (1.86 + 24.5) GB.
         ("openllama_3b", (512, 512, 128), 23_500),
         ("llama3_8b", (1, 512, 128), 278),
         ("llama3_8b", (128, 1024, 256), 11_700),

@@ -88,7 +88,7 @@ def test_a_further_run_of_a_job_has_a_folder_of_its_own_and_finds_it_again(tmp_p
     assert acquire(AGAIN, "output.resume=false").folder.name == "demo-7.3"
 
 
-def test_nobody_guesses_which_run_to_go_on_with() -> None:
+def test_which_run_to_go_on_with_is_not_guessed() -> None:
     with pytest.raises(ConfigError, match=r"set output\.dir to the folder"):
         acquire(None, "output.resume=true")
     assert acquire(None).folder.name.startswith("demo-20")
@@ -223,7 +223,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(
     assert seen == [("x.partial", False), (tmp_path.name, True)]
 
 
-def test_completions_reach_the_disk_while_the_run_goes_on_and_nobody_waits_for_it(
+def test_completions_reach_the_disk_while_the_run_goes_on_and_no_step_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, allowed, threads = threading.Event(), threading.Event(), set[int]()
@@ -326,7 +326,7 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
             acquired=Acquired(tmp_path, None), log=None, view=view,
             loaded=load_config(None, []), files=FileThread(), marks=SimpleNamespace(),
         )  # fmt: skip
-        prompts: Any = SimpleNamespace(num_prompts=0, refused=(), requests=())
+        prompts: Any = SimpleNamespace(num_prompts=0, rejected=(), requests=())
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answer())
             await job_module._complete(job, session, prompts, {})

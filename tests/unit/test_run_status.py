@@ -258,7 +258,7 @@ def test_a_run_folder_of_any_name_is_found_by_the_job_that_it_tells(
     write(tmp_path / "demo-5" / "outputs", job_id="7")  # which has gone on with job 5
     write(tmp_path / "other", job_id="77")
     (tmp_path / "web").mkdir()
-    (tmp_path / "web/status.json").write_text("somebody else's")
+    (tmp_path / "web/status.json").write_text("another program's")
     assert status_command("7", as_json=True, run=slurm()) == 0
     document = json.loads(capsys.readouterr().out)
     assert [run["folder"] for run in document["runs"]] == [

@@ -42,8 +42,8 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> SchedulerCore:
-    laps_ahead = 0 if kind == "awaiting" else 1
-    limits = SchedulerLimits(num_slots, 4, 16, num_pages, 4, 200, laps_ahead)
+    lookahead = 0 if kind == "awaiting" else 1
+    limits = SchedulerLimits(num_slots, 4, 16, num_pages, 4, 200, lookahead)
     prefill: Literal["phases", "mixed"] = "phases" if kind == "phases" else "mixed"
     return SchedulerCore(limits, eos_token_ids=(EOS,), prefill=prefill)
 
@@ -222,8 +222,8 @@ def test_a_prompt_that_can_never_run_is_refused_and_the_others_run(kind: str) ->
         async with Pipeline().running(make_core(kind)) as runner:
             return [c async for c in runner.generate(wanted)]
 
-    refused, done = asyncio.run(run())
-    assert (refused.index, refused.error_kind) == (0, "too_long")
+    rejected, done = asyncio.run(run())
+    assert (rejected.index, rejected.error_kind) == (0, "too_long")
     assert outcome(done) == alone(wanted[1])
 
 

@@ -135,7 +135,7 @@ def test_other_ranks_read_and_prepare_nothing(
     head, other = sorted(joins, key=lambda joined: joined.ranks.mesh.rank)
     assert (head.inputs, other.inputs, other.model) == ("read", None, None)
     assert [boot.prepared.workload.num_requests for boot in opened].count(None) == 1
-    assert head.hellos == other.hellos
+    assert head.resources == other.resources
     limit_s = loaded.config.pipeline.heartbeat_timeout_s
     assert [joined.ranks.vitals.timeout_s for joined in joins] == [limit_s] * 2
 

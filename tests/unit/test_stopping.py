@@ -321,7 +321,7 @@ async def watched(rank: Ranks, stopped: asyncio.Event) -> None:
 
 
 @pytest.mark.parametrize("told", [0, 1, 2])
-def test_whoever_is_told_to_stop_stops_all_ranks(told: int) -> None:
+def test_any_rank_that_is_told_to_stop_stops_all_ranks(told: int) -> None:
     async def run() -> list[str]:
         async with three_ranks() as ranks:
             return await stop_at(told, ranks)

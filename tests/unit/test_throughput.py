@@ -94,7 +94,7 @@ def test_a_warm_up_has_the_rows_of_its_work_and_costs_little() -> None:
 # ---- the record ----------------------------------------------------------------------------------
 
 FLOOR = FloorTimes(
-    tokens_per_s=44.0, prefill_s=0.1, decode_lap_s=0.02, decode_tokens_per_s=50.0, source="test"
+    tokens_per_s=44.0, prefill_s=0.1, decode_round_s=0.02, decode_tokens_per_s=50.0, source="test"
 )
 
 
@@ -104,7 +104,7 @@ def test_the_record_says_what_was_measured() -> None:
     assert record["tokens_per_s"] == 11.0
     assert record["total_tokens_per_s"] == (40 + 22) / 2
     assert (record["prefill_s"], record["decode_s"]) == (1.0, 1.0)
-    assert record["ms_per_lap"] == pytest.approx(100.0)
+    assert record["ms_per_round"] == pytest.approx(100.0)
     assert record["ms_per_token_p50"] == pytest.approx(100.0)
     assert record["share_of_floor"] == 0.25
     assert record["share_of_decode_floor"] == pytest.approx(0.2)
@@ -116,7 +116,13 @@ def test_what_would_say_nothing_is_null() -> None:
     timing = JobTiming(2.0, (completion(0.5, 1.5, tokens=1),), at_once=False)
     idle = RankReport(rank=0, host="a", stage=StageTotals(0))
     record = throughput_record(timing, [idle], None)
-    for name in ("ms_per_lap", "ms_per_token_p50", "floor", "share_of_floor", "ms_per_steady_step"):
+    for name in (
+        "ms_per_round",
+        "ms_per_token_p50",
+        "floor",
+        "share_of_floor",
+        "ms_per_steady_step",
+    ):
         assert record[name] is None
     assert record["stages"][0]["steady_bubble"] is None
 

@@ -26,7 +26,7 @@ from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
-from mpipipe.runtime.handshake import exchange_hellos
+from mpipipe.runtime.handshake import exchange_resources
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
 from mpipipe.types import DeviceName
@@ -49,7 +49,7 @@ _GRACE_S = 5.0  # between a limit and the one around it
 _NUM_WARM_UP = 5  # NCCL connects a direction when it is first used
 _NUM_ROUND_TRIPS = 20
 _PING_BYTES = 1024
-# A lap's hidden states of one sequence; of a few hundred; of a long prompt.
+# A round's hidden states of one sequence; of a few hundred; of a long prompt.
 _SIZES_BYTES = (1 << 20, 8 << 20, 64 << 20)
 _GROWTH = 8
 _STOP = 0
@@ -90,14 +90,14 @@ async def measure_links(
         MpipipeError: on every rank: some rank could not connect, or hung.
     """
     wanted = AUTO if device == "cuda" else device
-    hellos = await exchange_hellos(ranks, wanted, deadline_s=_MEET_S)
-    pairs = neighbours(stage_order if stage_order is not None else order_of_stages(hellos))
+    resources = await exchange_resources(ranks, wanted, deadline_s=_MEET_S)
+    pairs = neighbours(stage_order if stage_order is not None else order_of_stages(resources))
     figures: list[LinkFigure] = []
     if pairs:
-        transport = _transport(device, hellos)
+        transport = _transport(device, resources)
         own_device = torch.device("cpu")
         if transport.device == "cuda":
-            own_device = torch.device("cuda", hellos[ranks.mesh.rank].gpu.index)
+            own_device = torch.device("cuda", resources[ranks.mesh.rank].gpu.index)
         # First, and agreed on: a rank without memory would leave its neighbours waiting.
         await _agreed(ranks, "links memory", _reserve(own_device), _CONNECT_LIMIT_S)
         limit_s = _CONNECT_LIMIT_S - _GRACE_S
@@ -185,11 +185,14 @@ async def _measure(
     return figures
 
 
-def _transport(device: DeviceName, hellos: Sequence[RankResources]) -> Transport:
+def _transport(device: DeviceName, resources: Sequence[RankResources]) -> Transport:
     """That of a run with these ranks and the settings left at `auto`."""
     asked = PipelineConfig(device=AUTO if device == "cuda" else "cpu", share_gpus=True)
-    where = choose_device(asked, hellos)[0]
-    name, hosts = choose_transport(AUTO, where, hellos)[0], tuple(hello.host for hello in hellos)
+    where = choose_device(asked, resources)[0]
+    name, hosts = (
+        choose_transport(AUTO, where, resources)[0],
+        tuple(rank_resources.host for rank_resources in resources),
+    )
     return Transport(name, where, hosts, tuple(range(len(hosts))))
 
 

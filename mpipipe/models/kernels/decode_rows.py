@@ -22,7 +22,7 @@ def advance_rows(
     kv_len_B: torch.Tensor,
     active_B: torch.Tensor,
     pages_BP: torch.Tensor,
-    seats_B: torch.Tensor,
+    request_rows_B: torch.Tensor,
     last_token_N: torch.Tensor,
     *,
     page_size: int,
@@ -33,7 +33,7 @@ def advance_rows(
         kv_len_B: int32, grows in place by `active_B`.
         active_B: int32, 1 for rows that hold a sequence.
         pages_BP: int32 page tables.
-        seats_B: int64, places in `last_token_N`.
+        request_rows_B: int64, places in `last_token_N`.
         last_token_N: int64; negative ones are read as 0.
         page_size: tokens per page.
 
@@ -43,7 +43,7 @@ def advance_rows(
     num_rows = kv_len_B.shape[0]
     out_3B = torch.empty(3, num_rows, dtype=torch.int64, device=kv_len_B.device)
     _advance_kernel[(triton.cdiv(num_rows, 128),)](
-        *(kv_len_B, active_B, pages_BP, seats_B, last_token_N, out_3B),
+        *(kv_len_B, active_B, pages_BP, request_rows_B, last_token_N, out_3B),
         *(num_rows, pages_BP.stride(0)),
         PAGE_SIZE=page_size,
         BLOCK=128,
@@ -58,7 +58,7 @@ def _advance_kernel(
     len_ptr,
     active_ptr,
     pages_ptr,
-    seats_ptr,
+    request_rows_ptr,
     token_ptr,
     out_ptr,
     num_rows,
@@ -76,8 +76,8 @@ def _advance_kernel(
     position = tl.maximum(length - 1, 0)
     place = row.to(tl.int64) * pages_stride + position // PAGE_SIZE
     page = tl.load(pages_ptr + place, mask=inside, other=0).to(tl.int64)
-    seat = tl.load(seats_ptr + row, mask=inside, other=0)
-    token = tl.maximum(tl.load(token_ptr + seat, mask=inside, other=0), 0)
+    request_row = tl.load(request_rows_ptr + row, mask=inside, other=0)
+    token = tl.maximum(tl.load(token_ptr + request_row, mask=inside, other=0), 0)
     tl.store(out_ptr + row, position.to(tl.int64), mask=inside)
     tl.store(out_ptr + num_rows + row, page * PAGE_SIZE + position % PAGE_SIZE, mask=inside)
     tl.store(out_ptr + 2 * num_rows + row, token, mask=inside)

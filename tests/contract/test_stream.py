@@ -1,4 +1,4 @@
-"""The lane of a CPU: one thread that computes while the event loop goes on."""
+"""The stream of a CPU: one thread that computes while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mpipipe.clock import ScriptedClock
 from mpipipe.progress import ProgressEngine
-from mpipipe.stage.cpu_lane import CpuLane
+from mpipipe.stage.cpu_stream import CpuStream
 
 LIMIT_S = 60
 T = TypeVar("T")
@@ -21,16 +21,16 @@ T = TypeVar("T")
 def computed(
     work: Callable[[], T], *, clock: ScriptedClock | None = None, num_threads: int = 1
 ) -> tuple[T, float | None]:
-    """What `work` returns on a lane, and the lane's `compute_s` behind it."""
+    """What `work` returns on a stream, and the stream's `compute_s` behind it."""
 
     async def session() -> tuple[T, float | None]:
         device = torch.device("cpu")
-        lane = CpuLane(device, clock or ScriptedClock(), progress, num_threads=num_threads)
+        stream = CpuStream(device, clock or ScriptedClock(), progress, num_threads=num_threads)
         try:
             async with asyncio.timeout(LIMIT_S):
-                return await lane.compute(work), lane.compute_s
+                return await stream.compute(work), stream.compute_s
         finally:
-            lane.close()
+            stream.close()
 
     progress = ProgressEngine()
     return asyncio.run(session())
@@ -63,15 +63,15 @@ def test_polling_pauses_while_the_thread_computes_and_the_loop_goes_on() -> None
 
     async def session() -> None:
         progress, going = ProgressEngine(), threading.Event()
-        lane = CpuLane(torch.device("cpu"), ScriptedClock(), progress)
+        stream = CpuStream(torch.device("cpu"), ScriptedClock(), progress)
         progress.wake()
         assert progress.next_pause_s() == 0
-        computing = asyncio.ensure_future(lane.compute(lambda: going.wait(LIMIT_S)))
+        computing = asyncio.ensure_future(stream.compute(lambda: going.wait(LIMIT_S)))
         await asyncio.sleep(0)
         assert progress.next_pause_s() > 0
         going.set()
         assert await computing
         assert progress.next_pause_s() == 0
-        lane.close()
+        stream.close()
 
     asyncio.run(session())

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import Outcome, execute, mpiexec, run
 
-AHEAD = ["pipeline.laps_ahead=1", "pipeline.device=cpu"]
+AHEAD = ["pipeline.lookahead=1", "pipeline.device=cpu"]
 LINES: list[dict[str, Any]] = [
     {"id": "greedy", "prompt": "many words " * 3},
     {"id": "drawn", "prompt": "some words", "temperature": 1.3, "seed": 5},
@@ -108,7 +108,7 @@ def test_completions_are_those_of_a_plain_run(
     check_same(outcome, plain)
     check_metrics(outcome, max(1, num_ranks))
     plan = outcome.json("manifest.json")["plan"]
-    assert plan["laps_ahead"] == 1
+    assert plan["lookahead"] == 1
     needs = "DRAW|FILTERS|SEEN|COUNTS"
     assert plan["sampling"] == {"needs": needs, "logprobs": True, "plain": False}
     assert plan["prefill"] == ("mixed" if "pipeline.prefill=mixed" in words else "phases")

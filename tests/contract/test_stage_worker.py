@@ -34,14 +34,14 @@ from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.launched import LaunchedStep
-from mpipipe.stage.timeline import LaneTimeline
-from mpipipe.stage.worker import AheadWorker
+from mpipipe.stage.timeline import StreamTimeline
+from mpipipe.stage.worker import StageWorker
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams
-from tests.contract.ahead_pipeline import (
+from tests.contract.engine_pipeline import (
     EOS,
-    InProcessAhead,
-    ahead_plan,
+    EnginePipeline,
     cache_of,
+    engine_plan,
     make_requests,
     plain_outcomes,
 )
@@ -49,7 +49,7 @@ from tests.contract.tiny_models import TinyModel, save_tiny
 
 LIMIT_S = 60
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
-MODES = ["ragged", "replayed"]
+MODES = ["varlen", "replayed"]
 _TURNS = 100  # of the event loop, for which a slow stage holds up a tensor
 
 
@@ -73,7 +73,7 @@ class Rank:
     """A virtual rank."""
 
     mesh: Mesh
-    worker: AheadWorker
+    worker: StageWorker
     account: StageAccount
 
 
@@ -101,7 +101,7 @@ class SlowReceiver:
         return self._sender_sends(tensor, destination=destination, kind=kind)
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
-        """Nothing is received before somebody waits for it, and not at once then."""
+        """Nothing is received before a caller waits for it, and not at once then."""
         return _SlowTransfer(self, buffer, source, kind)
 
     async def take(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> None:
@@ -132,7 +132,7 @@ class VirtualRanks:
         slow: the last of two stages is slow to receive.
     """
 
-    def __init__(self, pipeline: InProcessAhead, *, slow: bool = False) -> None:
+    def __init__(self, pipeline: EnginePipeline, *, slow: bool = False) -> None:
         self._is_slow = slow
         self.pipeline = pipeline
         self.plan: PipelinePlan = pipeline.plan
@@ -156,14 +156,14 @@ class VirtualRanks:
             end: TensorChannel = tensors[number]
             if self._is_slow and number == 1:
                 end = self.slow = SlowReceiver(tensors[1], tensors[0])
-            worker = AheadWorker(
+            worker = StageWorker(
                 plan=self.plan,
                 stage=self.plan.stages[number],
                 mesh=mesh,
                 channel=end,
                 engine=engine,
-                lane=self.pipeline.lane,
-                timeline=LaneTimeline(self.pipeline.lane, account),
+                stream=self.pipeline.stream,
+                timeline=StreamTimeline(self.pipeline.stream, account),
                 progress=progress,
                 clock=clock,
             )
@@ -196,7 +196,7 @@ class VirtualRanks:
                 plan.num_kv_pages,
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
-                plan.laps_ahead,
+                plan.lookahead,
             ),
             eos_token_ids=(EOS,),
             prefill="mixed" if plan.prefill == "mixed" else "phases",
@@ -218,8 +218,8 @@ class VirtualRanks:
 
 
 def virtual(model: TinyModel, num_stages: int, mode: str, **shape: int) -> VirtualRanks:
-    plan = ahead_plan(num_stages, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
-    return VirtualRanks(InProcessAhead(model, plan, mode).prepare())
+    plan = engine_plan(num_stages, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
+    return VirtualRanks(EnginePipeline(model, plan, mode).prepare())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -253,7 +253,7 @@ def test_options_stop_strings_and_preemption_change_no_completion(
         SamplingParams(max_new_tokens=18, ignore_eos=True),
     ]
     requests = make_requests(LENGTHS, lambda n: settings[n % 4])
-    ((*free,),) = virtual(model, 1, "ragged").generate(requests)
+    ((*free,),) = virtual(model, 1, "varlen").generate(requests)
     stops = {completion.index: completion.text[2:4] for completion in free}
     stopping = make_requests(LENGTHS, lambda n: settings[n % 4].replace(stop=(stops[n],)))
     ranks = virtual(model, num_stages, "replayed", num_pages=14, max_sequences=4)
@@ -275,11 +275,11 @@ def test_options_stop_strings_and_preemption_change_no_completion(
 @pytest.mark.parametrize(
     "shape",
     [
-        {"laps_ahead": 0, "prefill": "mixed"},
-        {"laps_ahead": 0, "prefill": "mixed", "num_slots": 1, "max_sequences": 8},
-        {"laps_ahead": 0, "prefill": "mixed", "max_tokens_per_step": 4, "num_pages": 14},
-        {"laps_ahead": 0, "prefill": "mixed", "kv_cache": "contiguous"},
-        {"laps_ahead": 2, "max_sequences": 2},
+        {"lookahead": 0, "prefill": "mixed"},
+        {"lookahead": 0, "prefill": "mixed", "num_slots": 1, "max_sequences": 8},
+        {"lookahead": 0, "prefill": "mixed", "max_tokens_per_step": 4, "num_pages": 14},
+        {"lookahead": 0, "prefill": "mixed", "kv_cache": "contiguous"},
+        {"lookahead": 2, "max_sequences": 2},
     ],
     ids=["awaiting", "one-slot", "preemption", "contiguous", "two-rounds-ahead"],
 )
@@ -295,8 +295,8 @@ def test_tokens_do_not_depend_on_how_far_steps_are_ahead_or_how_they_are_filled(
     ]
     requests = make_requests(LENGTHS, lambda n: settings[n % 3])
     wanted = plain_outcomes(model, requests)
-    plan = ahead_plan(num_stages, num_slots=shape.pop("num_slots", max(2, num_stages)), **shape)
-    ranks = VirtualRanks(InProcessAhead(model, plan, "ragged").prepare())
+    plan = engine_plan(num_stages, num_slots=shape.pop("num_slots", max(2, num_stages)), **shape)
+    ranks = VirtualRanks(EnginePipeline(model, plan, "varlen").prepare())
     for completions in ranks.generate(requests, requests):
         assert [c.token_ids for c in completions] == [o.token_ids for o in wanted]
         for completion, outcome in zip(completions, wanted, strict=True):
@@ -315,7 +315,7 @@ def test_an_error_in_the_compute_thread_ends_the_session_with_it(
     def fail(step: StepScheduled, hidden_TH: torch.Tensor | None) -> LaunchedStep:
         raise RuntimeError(f"step {step.step} has failed")
 
-    ranks = virtual(tiny("llama"), 2, "ragged")
+    ranks = virtual(tiny("llama"), 2, "varlen")
     engine: Any = ranks.pipeline.engines[failing]
     engine.prefill = fail
     with pytest.raises(BaseExceptionGroup) as caught:
@@ -329,21 +329,21 @@ def test_the_first_stage_does_not_run_away_with_chunks_of_a_long_prompt(
     """Steps that sample nothing are in flight until the last stage is through with them."""
     model = tiny("llama")
     requests = make_requests((40, 40), lambda n: SamplingParams(max_new_tokens=4, ignore_eos=True))
-    plan = ahead_plan(2, max_tokens_per_step=3)
-    ranks = VirtualRanks(InProcessAhead(model, plan, "ragged").prepare(), slow=True)
+    plan = engine_plan(2, max_tokens_per_step=3)
+    ranks = VirtualRanks(EnginePipeline(model, plan, "varlen").prepare(), slow=True)
     (completions,) = ranks.generate(requests)
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
     assert [list(c.token_ids) for c in completions] == wanted
     assert ranks.slow is not None
-    assert 2 <= ranks.slow.most_waiting <= plan.num_slots * (1 + plan.laps_ahead)
+    assert 2 <= ranks.slow.most_waiting <= plan.num_slots * (1 + plan.lookahead)
 
 
 def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None:
     """Else a sequence would outgrow the page tables and the rotary table of the stages."""
-    plan = ahead_plan(1)
+    plan = engine_plan(1)
     boot: Any = SimpleNamespace(
         ranks=None,
-        hellos=(),
+        resources=(),
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
         prepared=SimpleNamespace(tokenizer=None, decode=text_of),
         log=NullLog(),
@@ -361,8 +361,8 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
 
 def test_every_second_of_every_rank_is_booked(tiny: Callable[[str], TinyModel]) -> None:
     requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=6, ignore_eos=True))
-    plan = ahead_plan(2)
-    ranks = VirtualRanks(InProcessAhead(tiny("llama"), plan, "ragged", MonotonicClock()).prepare())
+    plan = engine_plan(2)
+    ranks = VirtualRanks(EnginePipeline(tiny("llama"), plan, "varlen", MonotonicClock()).prepare())
     ranks.generate(requests)
     for rank in ranks.ranks:
         totals = rank.account.snapshot()
@@ -379,7 +379,7 @@ def test_logits_that_are_not_finite_end_the_run_with_an_error(
     num_stages: int, tiny: Callable[[str], TinyModel]
 ) -> None:
     requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=6, ignore_eos=True))
-    ranks = virtual(tiny("llama"), num_stages, "ragged")
+    ranks = virtual(tiny("llama"), num_stages, "varlen")
     ranks.pipeline.models[-1].module.lm_head.weight.data[7] = float("nan")
     with pytest.raises(BaseExceptionGroup) as caught:
         ranks.generate(requests)

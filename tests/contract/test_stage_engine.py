@@ -22,26 +22,26 @@ from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage import decode_batch
 from mpipipe.stage.assembly import open_engine
-from mpipipe.stage.cpu_lane import CpuLane
+from mpipipe.stage.cpu_stream import CpuStream
+from mpipipe.stage.cuda_graph_runner import GraphKey, row_buckets
 from mpipipe.stage.decode_batch import DecodeBatch
-from mpipipe.stage.decode_program import ProgramKey, row_buckets
 from mpipipe.stage.device_sampler import column_entries
-from mpipipe.stage.seats import SeatTable
+from mpipipe.stage.request_table import RequestTable
 from mpipipe.types import FinishReason, Request, SamplingParams
-from tests.contract.ahead_pipeline import (
+from tests.contract.engine_pipeline import (
     EOS,
-    InProcessAhead,
+    EnginePipeline,
     TensorSdpa,
-    ahead_plan,
     build_stage,
     cache_of,
+    engine_plan,
     make_requests,
     plain_outcomes,
 )
-from tests.contract.replaying_lane import PooledLane, ReplayingLane
+from tests.contract.replaying_stream import PooledStream, ReplayingStream
 from tests.contract.tiny_models import TinyModel, save_tiny
 
-MODES = ["ragged", "tensors", "replayed"]
+MODES = ["varlen", "tensors", "replayed"]
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 VOCAB = 50
 
@@ -57,7 +57,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
     return make
 
 
-# ---- seats ---------------------------------------------------------------------------------------
+# ---- request rows
+# ---------------------------------------------------------------------------------------
 
 
 def opened(
@@ -72,48 +73,51 @@ def chunk(
     return StepScheduled(step, slot, tuple(ScheduledSequence(*entry) for entry in entries), False)
 
 
-def test_a_sequence_keeps_its_seat_until_it_is_closed_and_then_somebody_else_gets_it() -> None:
-    seats = SeatTable(2, 4, VOCAB)
-    first, second = seats.open(opened(7)), seats.open(opened(8))
+def test_a_sequence_keeps_its_request_row_until_it_is_closed_and_then_another_gets_it() -> None:
+    request_table = RequestTable(2, 4, VOCAB)
+    first, second = request_table.open(opened(7)), request_table.open(opened(8))
     assert {first, second} == {0, 1}
-    assert seats.open(opened(7, (1, 2, 3, 4))) == first  # begins again
-    assert seats.tokens[first] == (1, 2, 3, 4)
+    assert request_table.open(opened(7, (1, 2, 3, 4))) == first  # begins again
+    assert request_table.tokens[first] == (1, 2, 3, 4)
     with pytest.raises(AssertionError, match="more than 2"):
-        seats.open(opened(9))
-    seats.close((7, 99))  # one that was never opened here is nobody's
-    assert len(seats) == 1
-    assert seats.open(opened(9)) == first
-    assert sorted(seats.close(seats.open_ids())) == [0, 1]
-    assert len(seats) == 0
+        request_table.open(opened(9))
+    request_table.close((7, 99))  # one that was never opened here has no row
+    assert len(request_table) == 1
+    assert request_table.open(opened(9)) == first
+    assert sorted(request_table.close(request_table.open_ids())) == [0, 1]
+    assert len(request_table) == 0
 
 
 def test_chunks_of_a_prompt_are_placed_one_after_the_other() -> None:
-    seats = SeatTable(4, 3, VOCAB)
-    seats.open(opened(5, tuple(range(10, 19))))
-    seats.open(opened(6, (40, 41)))
+    request_table = RequestTable(4, 3, VOCAB)
+    request_table.open(opened(5, tuple(range(10, 19))))
+    request_table.open(opened(6, (40, 41)))
     step = chunk(0, (6, 0, 2, (3,), True), (5, 0, 5, (8, 2), False))
-    ((first, first_pages), (second, second_pages)) = seats.place(step.sequences, 0)
+    ((first, first_pages), (second, second_pages)) = request_table.place(step.sequences, 0)
     assert (first.query_start, first.query_len, first.kv_len, first_pages) == (0, 2, 2, [3])
     assert (second.query_start, second.query_len, second.kv_len) == (2, 5, 5)
     assert second_pages == [8, 2]
-    assert seats.input_ids(step.sequences).tolist() == [40, 41, 10, 11, 12, 13, 14]
-    assert seats.sampled_seats(step.sequences).tolist() == [seats.seat(6)]
+    assert request_table.input_ids(step.sequences).tolist() == [40, 41, 10, 11, 12, 13, 14]
+    assert request_table.sampled_request_rows(step.sequences).tolist() == [request_table.row(6)]
     following = chunk(1, (5, 5, 4, (1,), True))
-    ((span, pages),) = seats.place(following.sequences, 1)
-    assert (span.kv_len, span.num_computed, pages) == (9, 5, [8, 2, 1])
-    assert seats.input_ids(following.sequences).tolist() == [15, 16, 17, 18]
-    assert (seats.sampled_in[seats.seat(6)], seats.sampled_in[seats.seat(5)]) == (0, 1)
+    ((seq_len, pages),) = request_table.place(following.sequences, 1)
+    assert (seq_len.kv_len, seq_len.num_computed, pages) == (9, 5, [8, 2, 1])
+    assert request_table.input_ids(following.sequences).tolist() == [15, 16, 17, 18]
+    assert (
+        request_table.sampled_in[request_table.row(6)],
+        request_table.sampled_in[request_table.row(5)],
+    ) == (0, 1)
 
 
 def test_a_sequence_that_begins_again_forgets_its_pages() -> None:
-    seats = SeatTable(1, 3, VOCAB)
-    seats.open(opened(0, (1, 2, 3, 4)))
-    seats.place(chunk(0, (0, 0, 4, (5, 6), True)).sequences, 0)
-    seats.open(opened(0, (1, 2, 3, 4, 5)))
-    ((_, pages),) = seats.place(chunk(1, (0, 0, 5, (9,), True)).sequences, 1)
+    request_table = RequestTable(1, 3, VOCAB)
+    request_table.open(opened(0, (1, 2, 3, 4)))
+    request_table.place(chunk(0, (0, 0, 4, (5, 6), True)).sequences, 0)
+    request_table.open(opened(0, (1, 2, 3, 4, 5)))
+    ((_, pages),) = request_table.place(chunk(1, (0, 0, 5, (9,), True)).sequences, 1)
     assert pages == [9]
     with pytest.raises(AssertionError, match="4 pages"):
-        seats.add_pages(0, (1, 2, 3))
+        request_table.add_pages(0, (1, 2, 3))
 
 
 # ---- the decode batch against a naive model ------------------------------------------------------
@@ -135,10 +139,10 @@ class Scripted:
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
-        self.seats = SeatTable(12, 30, VOCAB)
-        lane = CpuLane(torch.device("cpu"), ScriptedClock(), ProgressEngine())
+        self.request_table = RequestTable(12, 30, VOCAB)
+        stream = CpuStream(torch.device("cpu"), ScriptedClock(), ProgressEngine())
         self.batches = [
-            DecodeBatch(self.seats, lane, max_rows=5, unused=(12, 777)) for _ in range(2)
+            DecodeBatch(self.request_table, stream, max_rows=5, unused=(12, 777)) for _ in range(2)
         ]
         self.rows: list[list[Naive]] = [[], []]
         self.leaving: list[set[int]] = [set(), set()]  # sequence ids
@@ -165,19 +169,19 @@ class Scripted:
     def open_and_compute(self, slot: int, sequence: Naive | None = None) -> None:
         """A new sequence, or one that lost its pages, gets its prompt computed."""
         if sequence is None:
-            if len(self.seats) == self.seats.num_seats:
+            if len(self.request_table) == self.request_table.num_request_rows:
                 return
             sequence = Naive(self.next_id, self.sampling())
             self.next_id += 1
         length = self.rng.randrange(1, 9)
         sequence = Naive(sequence.sequence_id, sequence.sampling)
-        self.seats.open(
+        self.request_table.open(
             RequestOpened(sequence.sequence_id, tuple(range(length)), sequence.sampling)
         )
         sequence.pages = [self.page() for _ in range(-(-length // 4))]
         sequence.num_computed, sequence.sampled_in = length, self.step
         entry = (sequence.sequence_id, 0, length, tuple(sequence.pages), True)
-        self.seats.place(chunk(self.step, entry, slot=slot).sequences, self.step)
+        self.request_table.place(chunk(self.step, entry, slot=slot).sequences, self.step)
         self.step += 1
         self.ready[slot].append(sequence)
 
@@ -189,7 +193,7 @@ class Scripted:
         sequence = self.rng.choice(live)
         self.leaving[slot].add(sequence.sequence_id)
         if self.rng.random() < 0.5:
-            self.seats.close((sequence.sequence_id,))
+            self.request_table.close((sequence.sequence_id,))
         else:
             self.open_and_compute(self.rng.randrange(2), sequence)
 
@@ -222,9 +226,9 @@ def check_rows(scripted: Scripted, slot: int) -> None:
     """After `apply`, before the device has advanced: its side is the naive model's."""
     batch, rows = scripted.batches[slot], scripted.rows[slot]
     device, num_rows = batch.device, len(rows)
-    seats = [scripted.seats.seat(s.sequence_id) for s in rows]
+    request_rows = [scripted.request_table.row(s.sequence_id) for s in rows]
     assert len(batch) == num_rows
-    assert device["seats"][:num_rows].tolist() == seats == batch.seats_of_rows.tolist()
+    assert device["request_rows"][:num_rows].tolist() == request_rows == batch.request_rows.tolist()
     assert device["kv_len"][:num_rows].tolist() == [s.num_computed for s in rows]
     assert batch.lengths.tolist() == [s.num_computed + 1 for s in rows]
     for row, sequence in enumerate(rows):
@@ -233,7 +237,7 @@ def check_rows(scripted: Scripted, slot: int) -> None:
         for name, value in column_entries(sequence.sampling, VOCAB).items():
             assert device[name][row].item() == pytest.approx(value), name
     assert device["active"].tolist() == [1] * num_rows + [0] * (8 - num_rows)
-    assert set(device["seats"][num_rows:].tolist()) <= {12}
+    assert set(device["request_rows"][num_rows:].tolist()) <= {12}
     assert set(device["pages"][num_rows:, 0].tolist()) <= {777}  # the one that such a row writes to
     assert set(device["kv_len"][num_rows:].tolist()) <= {0}
     needs = SamplingNeeds.NOTHING
@@ -318,7 +322,7 @@ def greedy_requests(num_tokens: int = 9) -> list[Request]:
     )
 
 
-def tokens_of(pipeline: InProcessAhead, requests: list[Request], seed: int = 0) -> list[list[int]]:
+def tokens_of(pipeline: EnginePipeline, requests: list[Request], seed: int = 0) -> list[list[int]]:
     return [list(outcome.token_ids) for outcome in pipeline.generate(requests, seed=seed)]
 
 
@@ -329,13 +333,13 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     model, requests = tiny("llama"), greedy_requests()
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    plan = ahead_plan(num_stages, graphs=mode == "replayed")
-    pipeline = InProcessAhead(model, plan, mode).prepare()
+    plan = engine_plan(num_stages, graphs=mode == "replayed")
+    pipeline = EnginePipeline(model, plan, mode).prepare()
     for seed in range(3):  # the same engines, one generate call after the other
         assert tokens_of(pipeline, requests, seed) == wanted
     for engine in pipeline.engines:
         num_buckets, num_slots = len(row_buckets(3)), num_stages
-        assert engine.programs.num_graphs == (mode == "replayed") * num_buckets * num_slots
+        assert engine.graph_runner.num_graphs == (mode == "replayed") * num_buckets * num_slots
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -343,7 +347,7 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_other_families_run_too(family: str, mode: str, tiny: Callable[[str], TinyModel]) -> None:
     model, requests = tiny(family), greedy_requests()[:5]
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    pipeline = InProcessAhead(model, ahead_plan(2, graphs=mode == "replayed"), mode).prepare()
+    pipeline = EnginePipeline(model, engine_plan(2, graphs=mode == "replayed"), mode).prepare()
     assert tokens_of(pipeline, requests) == wanted
 
 
@@ -363,8 +367,8 @@ def test_tokens_do_not_depend_on_how_steps_are_formed(
 ) -> None:
     model, requests = tiny("llama"), greedy_requests()
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    plan = ahead_plan(2, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
-    pipeline = InProcessAhead(model, plan, mode).prepare()
+    plan = engine_plan(2, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
+    pipeline = EnginePipeline(model, plan, mode).prepare()
     assert tokens_of(pipeline, requests) == wanted
 
 
@@ -409,8 +413,8 @@ def test_every_sampling_option_gives_the_plain_paths_tokens_and_log_probabilitie
     model = tiny("llama")
     requests = make_requests((*LENGTHS, *LENGTHS), sampled)
     wanted = plain_outcomes(model, requests)
-    plan = ahead_plan(num_stages, graphs=mode == "replayed")
-    pipeline = InProcessAhead(model, plan, mode).prepare()
+    plan = engine_plan(num_stages, graphs=mode == "replayed")
+    pipeline = EnginePipeline(model, plan, mode).prepare()
     found = pipeline.generate(requests)
     assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
     assert [o.reason for o in found] == [o.reason for o in wanted]
@@ -435,16 +439,16 @@ def test_a_program_captured_in_the_middle_of_a_run_changes_no_token(
     model = tiny("llama")
     requests = make_requests((*LENGTHS, *LENGTHS), sampled)
     for num_stages in (1, 2):
-        plain = InProcessAhead(model, ahead_plan(num_stages), "tensors").prepare()
+        plain = EnginePipeline(model, engine_plan(num_stages), "tensors").prepare()
         wanted = [o.token_ids for o in plain.generate(requests, seed=4)]
-        late = InProcessAhead(model, ahead_plan(num_stages, graphs=True), "replayed").prepare()
-        assert isinstance(late.lane, ReplayingLane)
-        num_at_boot = late.lane.num_captures
+        late = EnginePipeline(model, engine_plan(num_stages, graphs=True), "replayed").prepare()
+        assert isinstance(late.stream, ReplayingStream)
+        num_at_boot = late.stream.num_captures
         assert [o.token_ids for o in late.generate(requests, seed=4)] == wanted
-        num_after_one = late.lane.num_captures
+        num_after_one = late.stream.num_captures
         assert num_after_one > num_at_boot
         assert [o.token_ids for o in late.generate(requests, seed=4)] == wanted
-        assert late.lane.num_captures == num_after_one
+        assert late.stream.num_captures == num_after_one
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -456,16 +460,16 @@ def test_what_the_requests_use_is_captured_at_boot_and_nothing_later(
     settings = [*map(sampled, range(2 * len(LENGTHS))), GREEDY.replace(max_new_tokens=9)]
     requests = make_requests((*LENGTHS, *LENGTHS, 6), lambda n: settings[n])
     wanted = plain_outcomes(model, requests)
-    early = InProcessAhead(model, ahead_plan(num_stages, graphs=True), "replayed")
+    early = EnginePipeline(model, engine_plan(num_stages, graphs=True), "replayed")
     early.prepare(SamplingUse.of(request.sampling for request in requests))
-    assert isinstance(early.lane, ReplayingLane)
-    num_at_boot = early.lane.num_captures
+    assert isinstance(early.stream, ReplayingStream)
+    num_at_boot = early.stream.num_captures
     num_buckets = len(row_buckets(early.plan.max_sequences_per_slot))
     # Two on the last stage; where there are others, the first one's taking of ids.
     num_kinds = num_stages + 1 + (num_stages > 1)
     assert num_at_boot == num_kinds * num_buckets * early.plan.num_slots
     found = early.generate(requests)
-    assert early.lane.num_captures == num_at_boot
+    assert early.stream.num_captures == num_at_boot
     assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
         chosen = [entry.logprob for entry in ours.logprobs if entry is not None]
@@ -474,12 +478,12 @@ def test_what_the_requests_use_is_captured_at_boot_and_nothing_later(
 
 
 def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel]) -> None:
-    plan = ahead_plan(1, graphs=True, num_slots=2)
-    pipeline = InProcessAhead(tiny("llama"), plan, "replayed")
+    plan = engine_plan(1, graphs=True, num_slots=2)
+    pipeline = EnginePipeline(tiny("llama"), plan, "replayed")
     pipeline.prepare(SamplingUse(SamplingNeeds.DRAW, logprobs=True))
     (engine,) = pipeline.engines
     kept = [
-        engine.programs.run(ProgramKey(slot, rows, SamplingNeeds.DRAW, with_logits=True))
+        engine.graph_runner.run(GraphKey(slot, rows, SamplingNeeds.DRAW, with_logits=True))
         for rows in row_buckets(plan.max_sequences_per_slot)
         for slot in range(plan.num_slots)
     ]
@@ -487,23 +491,23 @@ def test_graphs_keep_their_logits_in_one_place(tiny: Callable[[str], TinyModel])
     assert len(logits) == len(kept)
     assert len({tensor.untyped_storage().data_ptr() for tensor in logits}) == 1
     assert logits[0].untyped_storage().nbytes() == plan.max_sequences_per_slot * 97 * 4
-    plain = engine.programs.run(ProgramKey(0, 1, SamplingNeeds.DRAW))
+    plain = engine.graph_runner.run(GraphKey(0, 1, SamplingNeeds.DRAW))
     assert plain.logits_BV is None, "the program with logits stands in, for the ids only"
 
 
 def test_ids_that_leave_outlast_the_steps_of_other_slots(tiny: Callable[[str], TinyModel]) -> None:
-    """They are sent beside the lane, and the captures of all slots share their memory."""
-    plan = ahead_plan(2, graphs=True)
-    lane = PooledLane(torch.device("cpu"), ScriptedClock(), ProgressEngine())
+    """They are sent beside the stream, and the captures of all slots share their memory."""
+    plan = engine_plan(2, graphs=True)
+    stream = PooledStream(torch.device("cpu"), ScriptedClock(), ProgressEngine())
     model = build_stage(tiny("llama"), plan, 1, TensorSdpa())
-    engine = open_engine(plan, model, cache_of(model), lane, attention_needs_seq_lens=False)
+    engine = open_engine(plan, model, cache_of(model), stream, attention_needs_seq_lens=False)
     engine.prepare(SamplingUse())
     hidden_BH = engine.hidden_buffer(DecodeScheduled(0, 0, 2, (), (), (), (), False))
     hidden_BH.copy_(torch.randn(hidden_BH.shape, generator=torch.Generator().manual_seed(3)))
     kept = []
     for slot in range(plan.num_slots):
         for rows in row_buckets(plan.max_sequences_per_slot):
-            ids_B = engine.programs.run(ProgramKey(slot, rows)).result
+            ids_B = engine.graph_runner.run(GraphKey(slot, rows)).result
             assert ids_B.is_contiguous()
         kept.append((ids_B, ids_B.tolist()))
     for ids_B, wanted in kept:
@@ -526,8 +530,8 @@ def test_preempted_sequences_start_over_and_end_the_same(
         (9, 3, 14, 6, 2, 11), lambda n: sampled(first + n).replace(max_new_tokens=20)
     )
     wanted = plain_outcomes(model, requests)
-    plan = ahead_plan(num_stages, num_pages=14, graphs=mode == "replayed", max_sequences=4)
-    pipeline = InProcessAhead(model, plan, mode).prepare()
+    plan = engine_plan(num_stages, num_pages=14, graphs=mode == "replayed", max_sequences=4)
+    pipeline = EnginePipeline(model, plan, mode).prepare()
     num_preemptions = 0
     for seed in range(4):
         found = pipeline.generate(requests, seed=seed)
@@ -546,8 +550,8 @@ def test_stop_ids_end_a_sequence_and_its_surplus_is_dropped(
     requests = make_requests(
         LENGTHS, lambda n: GREEDY.replace(max_new_tokens=9, stop_token_ids=(stops[n],))
     )
-    plan = ahead_plan(2, graphs=mode == "replayed")
-    found = InProcessAhead(model, plan, mode).prepare().generate(requests)
+    plan = engine_plan(2, graphs=mode == "replayed")
+    found = EnginePipeline(model, plan, mode).prepare().generate(requests)
     for outcome, tokens, stop in zip(found, free, stops, strict=True):
         assert list(outcome.token_ids) == tokens[: tokens.index(stop) + 1]
         assert outcome.reason is FinishReason.STOP
@@ -561,8 +565,8 @@ def test_logits_that_are_not_finite_come_back_as_minus_one(
     """And only for the sequences concerned; what follows a -1 on the device does no harm."""
     model = tiny("llama")
     requests = greedy_requests()[:2]
-    plan = ahead_plan(1, graphs=mode == "replayed")
-    pipeline = InProcessAhead(model, plan, mode).prepare()
+    plan = engine_plan(1, graphs=mode == "replayed")
+    pipeline = EnginePipeline(model, plan, mode).prepare()
     pipeline.generate(requests)
     weight = pipeline.models[0].module.lm_head.weight
     weight.data.fill_(float("nan"))

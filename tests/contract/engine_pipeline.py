@@ -1,6 +1,6 @@
 """The launch-ahead engines of a tiny model, fed by the real scheduler; tensors passed by hand.
 
-Three ways to run decode steps: `ragged` (from lengths that the host knows), `tensors` (the programs
+Three ways to run decode steps: `varlen` (from lengths that the host knows), `tensors` (the programs
 as they are), and `replayed` (the programs recorded once and replayed on the same addresses, as a
 CUDA graph would be). The oracle is the plain path: `AwaitingCore` and `StageExecutor`.
 """
@@ -35,11 +35,11 @@ from mpipipe.planning.sampling_use import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
-from mpipipe.stage.assembly import open_engine, open_lane
+from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.device_logprobs import logprobs_of
-from mpipipe.stage.engine import AheadEngine
-from mpipipe.stage.lane import Lane
+from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.launched import LaunchedStep
+from mpipipe.stage.stream import Stream
 from mpipipe.types import (
     CacheKind,
     FinishReason,
@@ -48,7 +48,7 @@ from mpipipe.types import (
     SamplingParams,
     TokenLogprobs,
 )
-from tests.contract.replaying_lane import ReplayingLane
+from tests.contract.replaying_stream import ReplayingStream
 from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
 from tests.oracles.awaiting_core import AwaitingCore
 from tests.oracles.plain_stage import PreparedStep, SequenceTable, StageExecutor
@@ -67,7 +67,7 @@ class TensorSdpa(SdpaAttention):
 # ---- the pipeline --------------------------------------------------------------------------------
 
 
-def ahead_plan(
+def engine_plan(
     num_stages: int,
     *,
     num_slots: int | None = None,
@@ -77,7 +77,7 @@ def ahead_plan(
     graphs: bool = False,
     prefill: PrefillMode = "phases",
     hidden_size: int = 48,
-    laps_ahead: int = 1,
+    lookahead: int = 1,
     kv_cache: CacheKind = "paged",
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
@@ -101,7 +101,7 @@ def ahead_plan(
         attention="sdpa",
         threads_per_rank=1,
         resolved=(),
-        laps_ahead=laps_ahead,
+        lookahead=lookahead,
         prefill=prefill,
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
@@ -115,7 +115,7 @@ def build_stage(
     backend: AttentionBackend,
     device: str = "cpu",
 ) -> StageModel:
-    """Stage `number`, with pages of its own and the one that belongs to nobody."""
+    """Stage `number`, with pages of its own and the one that belongs to no sequence."""
     config = model.reference.config
     heads = config.num_attention_heads
     stage = plan.stages[number]
@@ -163,19 +163,19 @@ class _Flight:
     """A step that every stage has computed, and whose ids are on their way to stage 0."""
 
     step: Step
-    seats_S: torch.Tensor
+    request_rows_S: torch.Tensor
     ids_S: torch.Tensor | None
     logprobs: tuple[TokenLogprobs | None, ...] | None
 
 
-class InProcessAhead:
+class EnginePipeline:
     """Head and stages in one.
 
     Args:
         model: saved.
         plan: of any number of stages.
-        mode: "ragged", "tensors" or "replayed"; on a GPU the latter two run our kernels.
-        clock: of the lane.
+        mode: "varlen", "tensors" or "replayed"; on a GPU the latter two run our kernels.
+        clock: of the stream.
         device: of all stages.
     """
 
@@ -190,21 +190,21 @@ class InProcessAhead:
         self.plan = plan
         self._restart_tokens = read_spec(model.folder).rotary.restart_tokens
         backend: AttentionBackend = SdpaAttention()
-        if mode != "ragged":
+        if mode != "varlen":
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
         stages = range(plan.num_stages)
         self.models = [build_stage(model, plan, n, backend, device) for n in stages]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
-            self.lane: Lane = ReplayingLane(torch.device(device), clock, ProgressEngine())
+            self.stream: Stream = ReplayingStream(torch.device(device), clock, ProgressEngine())
         else:
-            self.lane = open_lane(torch.device(device), clock, ProgressEngine())
+            self.stream = open_stream(torch.device(device), clock, ProgressEngine())
         self.engines = [
             open_engine(
                 plan,
                 stage,
                 cache_of(stage),
-                self.lane,
+                self.stream,
                 attention_needs_seq_lens=backend.needs_seq_lens,
             )
             for stage in self.models
@@ -214,7 +214,7 @@ class InProcessAhead:
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
-    def prepare(self, use: SamplingUse | None = None) -> InProcessAhead:
+    def prepare(self, use: SamplingUse | None = None) -> EnginePipeline:
         """As at boot."""
         for engine in self.engines:
             engine.prepare(use or SamplingUse())
@@ -231,7 +231,7 @@ class InProcessAhead:
                 plan.num_kv_pages,
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
-                plan.laps_ahead,
+                plan.lookahead,
             ),
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
@@ -250,7 +250,7 @@ class InProcessAhead:
         self.num_preemptions = core.statistics().num_preemptions
         for engine in self.engines:
             engine.clear()
-            assert not len(engine.seats), "a sequence was never closed"
+            assert not len(engine.request_table), "a sequence was never closed"
         for number, outcome in outcomes.items():
             outcome.logprobs = logprobs[number][: len(outcome.token_ids)]
         return [outcomes[number] for number in range(len(requests))]
@@ -278,8 +278,8 @@ class InProcessAhead:
         for engine in self.engines[1:]:
             last = _launch(engine, step, last.result)
         ids_S = last.result.clone() if step.num_sampled else None
-        self.lane.drain()  # log-probabilities are read now
-        self._returning.append(_Flight(step, first.seats_S, ids_S, _host_logprobs(last)))
+        self.stream.drain()  # log-probabilities are read now
+        self._returning.append(_Flight(step, first.request_rows_S, ids_S, _host_logprobs(last)))
 
     def _take_needed(self, step: Step) -> None:
         """What the first stage's worker must have received; no sooner, to be nasty."""
@@ -294,8 +294,8 @@ class InProcessAhead:
             with torch.inference_mode():
                 ids_S = flight.ids_S
                 if isinstance(flight.step, DecodeScheduled):  # as the worker receives them
-                    ids_S = self.engines[0].ids_buffer(len(flight.seats_S)).copy_(ids_S)
-                self.engines[0].take_ids(flight.seats_S, ids_S)
+                    ids_S = self.engines[0].ids_buffer(len(flight.request_rows_S)).copy_(ids_S)
+                self.engines[0].take_ids(flight.request_rows_S, ids_S)
         self._arrived.append(flight)
 
     # ---- back from the stages --------------------------------------------------------------------
@@ -334,7 +334,7 @@ class InProcessAhead:
                     engine.close(RequestClosed(instruction.sequence_ids).sequence_ids)
 
 
-def _launch(engine: AheadEngine, step: Step, hidden_TH: torch.Tensor | None) -> LaunchedStep:
+def _launch(engine: StageEngine, step: Step, hidden_TH: torch.Tensor | None) -> LaunchedStep:
     """One stage's share, with the hidden states brought to where the engine wants them."""
     if hidden_TH is not None:
         buffer_TH = engine.hidden_buffer(step)
@@ -360,7 +360,7 @@ def plain_outcomes(
     model: TinyModel, requests: Sequence[Request], *, num_pages: int = 60
 ) -> list[Outcome]:
     """What the awaiting scheduler and executor make of the requests, on one stage."""
-    plan = ahead_plan(1, num_pages=num_pages)
+    plan = engine_plan(1, num_pages=num_pages)
     stage = build_stage(model, plan, 0, SdpaAttention())
     executor = StageExecutor(
         stage, cache_of(stage), page_size=PAGE_SIZE, is_last=True, clock=ScriptedClock()

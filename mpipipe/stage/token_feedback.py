@@ -1,4 +1,4 @@
-"""`IdsIntake`: the tokens that come back to the first stage, into the next steps' input."""
+"""`TokenFeedback`: the tokens that come back to the first stage, into the next steps' input."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mpipipe.stage.lane import Lane
+    from mpipipe.stage.stream import Stream
 
-__all__ = ["IdsIntake", "RowSlices"]
+__all__ = ["RowSlices", "TokenFeedback"]
 
 
 class RowSlices:
@@ -29,20 +29,23 @@ class RowSlices:
         return rows
 
 
-class IdsIntake:
+class TokenFeedback:
     """Writes sampled ids to `last_token`.
 
     Args:
-        last_token: int64 [seats + 1], the last token of every seat.
+        last_token: int64 [request rows + 1], the last token of every request_row.
         max_rows: of a decode step.
-        lane: the device.
-        fixed: the seats of decode steps stay at the same addresses, so that taking may be captured.
+        stream: the device.
+        fixed: the request rows of decode steps stay at the same addresses, so that taking may be
+        captured.
     """
 
-    def __init__(self, last_token: torch.Tensor, *, max_rows: int, lane: Lane, fixed: bool) -> None:
+    def __init__(
+        self, last_token: torch.Tensor, *, max_rows: int, stream: Stream, fixed: bool
+    ) -> None:
         self._last_token = last_token
-        self._arrival = torch.zeros(max_rows, dtype=torch.int64, device=lane.device)
-        self._lane = lane
+        self._arrival = torch.zeros(max_rows, dtype=torch.int64, device=stream.device)
+        self._stream = stream
         self._fixed = fixed
         self._slices = RowSlices()
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
@@ -51,19 +54,19 @@ class IdsIntake:
         """Where the ids of a decode step arrive: int64 [num_rows]; taken before the next ones."""
         return self._slices.of(self._arrival, num_rows)
 
-    def take(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
-        """`ids_S` are now the last tokens of `seats_S`."""
+    def take(self, request_rows_S: torch.Tensor, ids_S: torch.Tensor) -> None:
+        """`ids_S` are now the last tokens of `request_rows_S`."""
         if not self._fixed or ids_S.data_ptr() != self._arrival.data_ptr():
-            self._write(seats_S, ids_S)
+            self._write(request_rows_S, ids_S)
             return
         # A replay costs the host 15 µs, the call itself 50 to 140.
-        key = (seats_S.data_ptr(), len(seats_S))
+        key = (request_rows_S.data_ptr(), len(request_rows_S))
         replay = self._replays.get(key)
         if replay is None:
-            replay = self._lane.capture(lambda: self._write(seats_S, ids_S))
-            assert replay is not None, "addresses are fixed where the lane can capture"
+            replay = self._stream.capture(lambda: self._write(request_rows_S, ids_S))
+            assert replay is not None, "addresses are fixed where the stream can capture"
             self._replays[key] = replay
         replay()
 
-    def _write(self, seats_S: torch.Tensor, ids_S: torch.Tensor) -> None:
-        self._last_token.index_copy_(0, seats_S, ids_S)
+    def _write(self, request_rows_S: torch.Tensor, ids_S: torch.Tensor) -> None:
+        self._last_token.index_copy_(0, request_rows_S, ids_S)

@@ -1,4 +1,4 @@
-"""The lane of a CPU: one thread that computes, while the event loop keeps MPI moving."""
+"""The stream of a CPU: one thread that computes, while the event loop keeps MPI moving."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.progress import ProgressEngine
-    from mpipipe.stage.lane import Mark
+    from mpipipe.stage.stream import Event
 
-__all__ = ["CpuLane"]
+__all__ = ["CpuStream"]
 
 T = TypeVar("T")
 
 
-class _HostMark:
+class _HostEvent:
     """The host's time when it was made: on a CPU the work before it is done by then."""
 
     __slots__ = ("now_s",)
@@ -29,15 +29,15 @@ class _HostMark:
     def __init__(self, now_s: float) -> None:
         self.now_s = now_s
 
-    def reached(self) -> bool:
+    def query(self) -> bool:
         return True
 
-    def seconds_until(self, later: Mark) -> float:
-        assert isinstance(later, _HostMark)
+    def seconds_until(self, later: Event) -> float:
+        assert isinstance(later, _HostEvent)
         return later.now_s - self.now_s
 
 
-class CpuLane:
+class CpuStream:
     """One thread that computes, while the event loop keeps MPI moving.
 
     Args:
@@ -60,7 +60,7 @@ class CpuLane:
         )
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """See `Lane.compute`: returns when it is computed."""
+        """See `Stream.compute`: returns when it is computed."""
 
         def timed() -> tuple[T, float]:
             started_s = self._clock.now_s()
@@ -75,20 +75,20 @@ class CpuLane:
         """A CPU has no queue."""
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
-        """See `Lane.upload`."""
+        """See `Stream.upload`."""
         return torch.from_numpy(array.copy())
 
     def upload_into(self, array: np.ndarray, tensor: torch.Tensor) -> None:
-        """See `Lane.upload_into`."""
+        """See `Stream.upload_into`."""
         tensor.copy_(torch.from_numpy(array))
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Lane.download`."""
+        """See `Stream.download`."""
         return tensor.clone()
 
-    def mark(self) -> Mark:
-        """See `Lane.mark`."""
-        return _HostMark(self._clock.now_s())
+    def record_event(self) -> Event:
+        """See `Stream.record_event`."""
+        return _HostEvent(self._clock.now_s())
 
     def capture(self, work: Callable[[], None]) -> None:  # noqa: ARG002 - the contract's name
         """There are no graphs on a CPU."""
@@ -102,5 +102,5 @@ class CpuLane:
         return 0
 
     def close(self) -> None:
-        """See `Lane.close`."""
+        """See `Stream.close`."""
         self._thread.shutdown()

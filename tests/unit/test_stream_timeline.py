@@ -1,4 +1,4 @@
-"""The lane's marks become a stage's account: the parts add up, and only finished steps count."""
+"""The stream's events become a stage's account: the parts add up, and only finished steps count."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from mpipipe.metrics.accounting import StageAccount, TimeParts
-from mpipipe.stage.timeline import LaneTimeline, StepMarks
+from mpipipe.stage.timeline import StepEvents, StreamTimeline
 
 if TYPE_CHECKING:
-    from mpipipe.stage.lane import Lane, Mark
+    from mpipipe.stage.stream import Event, Stream
 
 
 @dataclass
@@ -25,53 +25,55 @@ class Step:
 
 
 @dataclass
-class ScriptedMark:
+class ScriptedEvent:
     """Reached at `at_s` of the device's own clock, whose zero is anywhere."""
 
-    lane: ScriptedLane
+    stream: ScriptedStream
     at_s: float
 
-    def reached(self) -> bool:
-        return self.lane.now_s >= self.at_s
+    def query(self) -> bool:
+        return self.stream.now_s >= self.at_s
 
-    def seconds_until(self, later: Mark) -> float:
-        assert isinstance(later, ScriptedMark)
-        assert self.reached()
-        assert later.reached()
+    def seconds_until(self, later: Event) -> float:
+        assert isinstance(later, ScriptedEvent)
+        assert self.query()
+        assert later.query()
         return later.at_s - self.at_s
 
 
 @dataclass
-class ScriptedLane:
+class ScriptedStream:
     """Marks where the test wants them."""
 
     now_s: float = 5000.0
-    marks: list[ScriptedMark] = field(default_factory=list)
+    events: list[ScriptedEvent] = field(default_factory=list)
 
-    def mark(self) -> ScriptedMark:
+    def record_event(self) -> ScriptedEvent:
         return self.at(self.now_s)
 
-    def at(self, at_s: float) -> ScriptedMark:
-        self.marks.append(ScriptedMark(self, at_s))
-        return self.marks[-1]
+    def at(self, at_s: float) -> ScriptedEvent:
+        self.events.append(ScriptedEvent(self, at_s))
+        return self.events[-1]
 
 
 class Timed:
     """A timeline that begins at host time 100."""
 
     def __init__(self) -> None:
-        self.lane = ScriptedLane()
+        self.stream = ScriptedStream()
         self.account = StageAccount(0)
-        self.timeline = LaneTimeline(cast("Lane", self.lane), self.account)
+        self.timeline = StreamTimeline(cast("Stream", self.stream), self.account)
         self.timeline.begin(100.0)
 
     def add(self, number: int, *offsets: float, compute_s: float | None = None) -> None:
-        """A step whose marks are so many seconds after the beginning."""
-        taken_up, input_there, computed, sent = (self.lane.at(5000.0 + o) for o in offsets)
-        self.timeline.add(StepMarks(Step(number), taken_up, input_there, computed, sent, compute_s))
+        """A step whose events are so many seconds after the beginning."""
+        taken_up, input_there, computed, sent = (self.stream.at(5000.0 + o) for o in offsets)
+        self.timeline.add(
+            StepEvents(Step(number), taken_up, input_there, computed, sent, compute_s)
+        )
 
     def reach(self, offset: float) -> None:
-        self.lane.now_s = 5000.0 + offset
+        self.stream.now_s = 5000.0 + offset
         self.timeline.collect()
 
     @property
@@ -87,7 +89,7 @@ def test_four_marks_cut_a_step_into_wait_compute_and_send_and_the_rest_is_idle()
     timed = Timed()
     timed.add(0, 1.0, 1.5, 4.0, 4.25)
     timed.add(1, 4.25, 4.25, 6.0, 6.0)
-    timed.add(2, 9.0, 9.5, 10.0, 10.0)  # the lane had run dry for 3 s
+    timed.add(2, 9.0, 9.5, 10.0, 10.0)  # the stream had run dry for 3 s
     timed.reach(10.0)
     timed.timeline.end(110.5)
     overall = timed.overall
@@ -133,12 +135,12 @@ def test_records_are_in_the_hosts_time() -> None:
     assert (record.compute_end_s, record.send_end_s) == pytest.approx((104.0, 104.25))
 
 
-def test_time_between_two_calls_is_nobodys() -> None:
+def test_time_between_two_calls_is_not_counted() -> None:
     timed = Timed()
     timed.add(0, 0.0, 0.0, 1.0, 1.0)
     timed.reach(1.0)
     timed.timeline.end(101.0)
-    timed.lane.now_s = 5050.0
+    timed.stream.now_s = 5050.0
     timed.timeline.begin(150.0)
     timed.add(1, 50.5, 50.5, 51.0, 51.0)
     timed.reach(51.0)
@@ -157,7 +159,7 @@ def test_a_device_clock_that_runs_fast_takes_no_time_away() -> None:
     assert timed.overall.idle_s == 0
 
 
-def test_an_end_with_steps_on_the_lane_is_our_bug() -> None:
+def test_an_end_with_steps_on_the_stream_is_our_bug() -> None:
     timed = Timed()
     timed.add(0, 0.0, 0.0, 1.0, 1.0)
     with pytest.raises(AssertionError, match="drained"):

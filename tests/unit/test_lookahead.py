@@ -228,10 +228,10 @@ def test_stages_never_know_more_than_two_sequences_a_place() -> None:
     most_open = 0
     while not core.is_idle:
         flight += steps(core)
-        most_open = max(most_open, core._roster.num_open)
+        most_open = max(most_open, core._slot_allocator.num_open)
         give_back(core, flight.pop(0))
     assert most_open == 2 * 2 * 2
-    assert core._roster.num_open == 0
+    assert core._slot_allocator.num_open == 0
 
 
 # ---- fullness ------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_slots_stay_full_and_even_until_the_queue_is_empty(num_slots: int, place
         give_back(core, step)
         if isinstance(step, DecodeScheduled):
             rows.append(step.num_rows)
-            members = [slot.num_members for slot in core._roster.slots]
+            members = [slot.num_members for slot in core._slot_allocator.slots]
             unevenness.append(max(members) - min(members))
     assert sum(rows) / len(rows) > 0.93 * places
     assert sum(unevenness) / len(unevenness) < 0.06 * places
@@ -263,7 +263,7 @@ def test_newcomers_make_the_slots_even() -> None:
     core = make_core(num_slots=3, max_tokens=1000)
     add(core, *[5] * 11)
     steps(core)
-    assert [slot.num_members for slot in core._roster.slots] == [4, 4, 3]
+    assert [slot.num_members for slot in core._slot_allocator.slots] == [4, 4, 3]
 
 
 @pytest.mark.parametrize("mixed", [False, True])

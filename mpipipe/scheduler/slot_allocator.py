@@ -26,9 +26,9 @@ from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
 from mpipipe.scheduler.policy import admission_headroom, refill_target
 from mpipipe.scheduler.sequence import Sequence, SequenceEvent, SequenceState, next_state
 
-__all__ = ["Roster", "SchedulerLimits", "Slot"]
+__all__ = ["SchedulerLimits", "Slot", "SlotAllocator"]
 
-_SEATS_PER_PLACE = 2  # sequences open on the stages, per place in a slot
+_REQUEST_ROWS_PER_PLACE = 2  # sequences open on the stages, per place in a slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class SchedulerLimits:
     num_pages: int  # of the KV cache
     page_size: int  # tokens
     max_context_tokens: int  # of the model or the configuration
-    laps_ahead: int  # decode steps of a slot sent before the tokens of the last are known here
+    lookahead: int  # decode steps of a slot sent before the tokens of the last are known here
     max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
 
 
@@ -66,13 +66,13 @@ class Slot:
         return bool(self.joining) or self.batch.num_live > 0
 
 
-class Roster:
+class SlotAllocator:
     """The waiting queue, the ring of slots and the pool of pages."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.pages = PageAllocator(limits.num_pages, limits.page_size)
         self.slots = [
-            Slot(index, DecodeBatch(limits.page_size, limits.laps_ahead))
+            Slot(index, DecodeBatch(limits.page_size, limits.lookahead))
             for index in range(limits.num_slots)
         ]
         self.waiting: deque[Sequence] = deque()  # by arrival
@@ -88,7 +88,7 @@ class Roster:
     def statistics(
         self, *, num_running: int, num_steps_in_flight: int, num_steps: int, num_finished: int
     ) -> SchedulerStatistics:
-        """The counts of the core, with those of this roster."""
+        """The counts of the core, with those of the allocator."""
         return SchedulerStatistics(
             num_waiting=len(self.waiting),
             num_running=num_running,
@@ -114,18 +114,18 @@ class Roster:
         """Waiting sequences that `slots` could take now, in order; stops counting at `limit`."""
         target, num_running = self.target, len(self.running)
         num_places = sum([max(0, target - slot.num_members) for slot in slots])
-        num_seats = _SEATS_PER_PLACE * self._max_sequences_per_slot * len(self.slots)
-        num_seats -= self.num_open
+        num_request_rows = _REQUEST_ROWS_PER_PLACE * self._max_sequences_per_slot * len(self.slots)
+        num_request_rows -= self.num_open
         num_free = self.pages.num_free - self._num_promised
         limit = min(limit, num_places)
         count = 0
         for sequence in self.waiting:
-            num_seats -= not sequence.is_open
+            num_request_rows -= not sequence.is_open
             num_free -= self._pages_to_first_token(sequence)
             if (
                 count >= limit
                 or sequence.last_step > returned  # tokens to recompute are not all known
-                or num_seats < 0
+                or num_request_rows < 0
                 or num_free < admission_headroom(num_running + count)
             ):
                 break

@@ -13,9 +13,9 @@ from mpipipe.clock import ScriptedClock
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.stage.decode_program import row_buckets
-from mpipipe.stage.hops import Hops
-from tests.contract.ahead_pipeline import InProcessAhead, ahead_plan
+from mpipipe.stage.cuda_graph_runner import row_buckets
+from mpipipe.stage.stage_transfers import StageTransfers
+from tests.contract.engine_pipeline import EnginePipeline, engine_plan
 from tests.contract.tiny_models import save_tiny
 
 DECODE = DecodeScheduled(0, 0, 1, (), (), (), (), False)
@@ -52,24 +52,28 @@ class Repeating:
         return start
 
 
-def pair(*, fixed: bool) -> tuple[Repeating, Hops, Hops]:
+def pair(*, fixed: bool) -> tuple[Repeating, StageTransfers, StageTransfers]:
     """A repeating end with its hops, and the hops of a plain end."""
     ends = open_loopback_channels(2)
     repeating = Repeating(ends[0])
     clock = ScriptedClock()
-    return repeating, Hops(repeating, clock, fixed=fixed), Hops(ends[1], clock, fixed=fixed)
+    return (
+        repeating,
+        StageTransfers(repeating, clock, fixed=fixed),
+        StageTransfers(ends[1], clock, fixed=fixed),
+    )
 
 
 def test_a_transfer_is_prepared_once_for_each_memory_and_size() -> None:
     async def session() -> None:
         repeating, here, there = pair(fixed=True)
         results, arrived = torch.zeros(2, 4), torch.empty(4)
-        for lap in range(3):
-            results.fill_(lap)
+        for number in range(3):
+            results.fill_(number)
             for row in (0, 1):
                 here.send(DECODE, results[row], 1, EdgeKind.HIDDEN)
                 await there.receive(DECODE, arrived, 0, EdgeKind.HIDDEN)
-                assert arrived.tolist() == [lap] * 4
+                assert arrived.tolist() == [number] * 4
         here.send(DECODE, results[0, :2], 1, EdgeKind.HIDDEN)
         assert (repeating.num_prepared, repeating.num_repeats) == (3, 7)
 
@@ -80,10 +84,10 @@ def test_a_receive_is_prepared_once_too() -> None:
     async def session() -> None:
         repeating, here, there = pair(fixed=True)
         ids, arrival = torch.zeros(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
-        for lap in range(4):
-            there.send(DECODE, ids.fill_(lap), 0, EdgeKind.IDS)
+        for number in range(4):
+            there.send(DECODE, ids.fill_(number), 0, EdgeKind.IDS)
             await here.receive(DECODE, arrival, 1, EdgeKind.IDS)
-            assert arrival.tolist() == [lap] * 3
+            assert arrival.tolist() == [number] * 3
         assert (repeating.num_prepared, repeating.num_repeats) == (1, 4)
 
     asyncio.run(session())
@@ -109,7 +113,7 @@ def test_waiting_for_a_tensor_is_counted_apart() -> None:
 
     async def session() -> None:
         ends, clock = open_loopback_channels(2), ScriptedClock()
-        here, arrived = Hops(ends[0], clock, fixed=False), torch.empty(5)
+        here, arrived = StageTransfers(ends[0], clock, fixed=False), torch.empty(5)
         receiving = asyncio.ensure_future(here.receive(DECODE, arrived, 1, EdgeKind.HIDDEN))
         await asyncio.sleep(0)
         clock.advance(3.5)
@@ -123,18 +127,18 @@ def test_waiting_for_a_tensor_is_counted_apart() -> None:
 @pytest.mark.parametrize("number", [0, 1])
 def test_transfers_of_captured_steps_are_prepared_at_boot(number: int, tmp_path: Path) -> None:
     """All of them, and preparing moves nothing."""
-    plan = ahead_plan(2, graphs=True)
-    pipeline = InProcessAhead(save_tiny("llama", tmp_path), plan, "replayed").prepare()
+    plan = engine_plan(2, graphs=True)
+    pipeline = EnginePipeline(save_tiny("llama", tmp_path), plan, "replayed").prepare()
     engine, stage = pipeline.engines[number], plan.stages[number]
     repeating = Repeating(open_loopback_channels(2)[number])
-    hops = Hops(repeating, ScriptedClock(), fixed=engine.programs.use_graphs)
+    hops = StageTransfers(repeating, ScriptedClock(), fixed=engine.graph_runner.use_graphs)
     hops.prepare(plan, stage, engine)
     # For each size one receive, and for each slot and size one send.
     num_prepared = len(row_buckets(plan.max_sequences_per_slot)) * (1 + plan.num_slots)
     assert (repeating.num_prepared, repeating.num_repeats) == (num_prepared, 0)
     hops.prepare(plan, stage, engine)
     kind = EdgeKind.IDS if stage.has_head else EdgeKind.HIDDEN
-    for result in engine.programs.results():
+    for result in engine.graph_runner.results():
         hops.send(DECODE, result, 1 - number, kind)
     assert repeating.num_prepared == num_prepared
-    assert repeating.num_repeats == len(engine.programs.results())
+    assert repeating.num_repeats == len(engine.graph_runner.results())

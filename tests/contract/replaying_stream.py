@@ -1,5 +1,5 @@
-"""A CPU lane whose captures behave like CUDA graphs: nothing is computed while one is recorded, and
-a replay repeats the same operations on the same addresses with the same numbers from Python."""
+"""A CPU stream whose captures behave like CUDA graphs: nothing is computed while one is recorded,
+and a replay repeats the same operations on the same addresses with the same numbers from Python."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpipipe.clock import Clock
 from mpipipe.progress import ProgressEngine
-from mpipipe.stage.cpu_lane import CpuLane
+from mpipipe.stage.cpu_stream import CpuStream
 
-__all__ = ["PooledLane", "ReplayingLane"]
+__all__ = ["PooledStream", "ReplayingStream"]
 
 
 @dataclass
@@ -79,8 +79,8 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-class ReplayingLane(CpuLane):
-    """A CPU lane whose captures behave like CUDA graphs."""
+class ReplayingStream(CpuStream):
+    """A CPU stream whose captures behave like CUDA graphs."""
 
     num_captures = 0
 
@@ -101,13 +101,13 @@ class ReplayingLane(CpuLane):
         return replay
 
     def _recorded(self, tape: _Tape) -> None:
-        """For lanes that keep account of their captures."""
+        """For streams that keep account of their captures."""
 
     def _before_replay(self, tape: _Tape) -> None:
-        """For lanes whose captures get in each other's way."""
+        """For streams whose captures get in each other's way."""
 
 
-class PooledLane(ReplayingLane):
+class PooledStream(ReplayingStream):
     """The worst that a memory pool shared by all captures allows: a replay spoils what others made.
 
     For one stage alone: stages of several ranks have pools of their own.

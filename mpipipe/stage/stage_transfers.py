@@ -1,14 +1,14 @@
 """A stage's transfers. Those of decode steps move the same memory again and again: prepared once.
 
-Prepared where programs leave their results at fixed addresses, that is with CUDA graphs, and where
+Prepared where graphs leave their results at fixed addresses, that is with CUDA graphs, and where
 the channel can repeat a transfer (`RepeatingChannel`); plain transfers everywhere else. The two
-ends of an edge may differ in that, as both move all rows of a program, padding included.
+ends of an edge may differ in that, as both move all rows of a graph, padding included.
 
-Why a repeated send needs no copy. Hidden states leave on the lane's own stream, before any later
+Why a repeated send needs no copy. Hidden states leave on the stream, before any later
 replay, of whatever slot, writes to their memory. Ids leave on a stream of their own, which later
-replays do not wait for; so a program puts them where only its slot's programs write
+replays do not wait for; so a graph puts them where only its slot's graphs write
 (`StageTensors.sent_ids`), and the slot's next step has its input from the head, which has
-received these ids by then (`AheadWorker._receive_needed`).
+received these ids by then (`StageWorker._receive_needed`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.data_plane.channel import TensorChannel, Transfer
     from mpipipe.planning.plan import PipelinePlan, StagePlan
-    from mpipipe.stage.engine import AheadEngine
+    from mpipipe.stage.engine import StageEngine
 
-__all__ = ["Hops"]
+__all__ = ["StageTransfers"]
 
 _Step = StepScheduled | DecodeScheduled
 _Memory = tuple[EdgeKind, int, int]  # address, bytes
 
 
-class Hops:
+class StageTransfers:
     """This stage's ends of its edges.
 
     Args:
@@ -53,7 +53,7 @@ class Hops:
         fixed: bool,
         most_unsent: int | None = None,
     ) -> None:
-        self.awaited_s = 0.0  # spent so far until receives were on the lane: others' time
+        self.awaited_s = 0.0  # spent so far until receives were on the stream: others' time
         self._channel = channel
         self._clock = clock
         self._repeating = channel if fixed and isinstance(channel, RepeatingChannel) else None
@@ -62,14 +62,14 @@ class Hops:
         self._most_unsent = most_unsent
         self._unsent: deque[Transfer] = deque()
 
-    def prepare(self, plan: PipelinePlan, stage: StagePlan, engine: AheadEngine) -> None:
+    def prepare(self, plan: PipelinePlan, stage: StagePlan, engine: StageEngine) -> None:
         """Prepare what the captured decode steps will move, as their first transfers would."""
         if self._repeating is None or len(plan.stages) == 1:
             return
         kind, to = EdgeKind.IDS, plan.head_rank
         if not stage.has_head:
             kind, to = EdgeKind.HIDDEN, plan.stages[stage.stage + 1].rank
-        for result in engine.programs.results():
+        for result in engine.graph_runner.results():
             self._repeated_send(self._repeating, result, to, kind)
         kind, source = EdgeKind.IDS, plan.last_rank
         if not stage.has_embedding:
