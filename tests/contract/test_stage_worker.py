@@ -105,8 +105,9 @@ class SlowReceiver:
         return _SlowTransfer(self, buffer, source, kind)
 
     async def take(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> None:
-        """Let the others run on first: the compute thread too, until a second step waits."""
-        while self.most_waiting < 2 and self._num_waiting < 2:
+        """Let the others run on first: the compute thread too, until a second chunk waits."""
+        is_chunk = len(buffer) > 1  # and no trial of the edge, behind which nothing comes
+        while is_chunk and self.most_waiting < 2 and self._num_waiting < 2:
             await asyncio.sleep(0)
         for _ in range(_TURNS):
             await asyncio.sleep(0)
