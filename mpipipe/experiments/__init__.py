@@ -1,0 +1,1 @@
+"""Compares runs: strong and weak scaling, batch sizes, each case its own launch."""
