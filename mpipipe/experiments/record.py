@@ -68,15 +68,17 @@ class Matrix:
     experiment: ExperimentName
     config: str  # configuration file or model, as given
     words: tuple[str, ...]  # settings that were given beside it
-    config_hash: str  # of the resolved configuration without output and log
+    # Every setting of the configuration under the words, but for output and log: what may not
+    # change between the runs of an experiment. "section.key" → value.
+    settings: Mapping[str, Any]
+    config_hash: str  # of `settings`
     prompts_hash: str  # of the content of the prompt file
     cases: tuple[Case, ...]
     repeat: int
     seed: int
     order: tuple[RunSlot, ...]  # of the measured launches: arms and cases interleaved
     timeout_s: float
-    command: tuple[str, ...]  # as typed
-    commit: str | None
+    command: tuple[str, ...]  # that makes or continues it
     version: str  # of mpipipe
 
 
@@ -90,12 +92,13 @@ class ProgressSample:
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What memory and arithmetic, or the smallest case, allow this one at best."""
+    """What memory and arithmetic allow at best, by `planning.roofline` and the run's own plan."""
 
-    # None: only the ratio to the arm's smallest case is known.
+    # None: the device has no measured ceilings (a CPU, an unknown GPU), so only ratios are known.
     tokens_per_s: float | None
-    # Throughput over that of the arm's smallest case; None: the case has no smaller one.
-    speedup: float | None
+    # The same in the cost model's own units. Over that of the arm's smallest case it is the
+    # speedup that the cost model allows at best, on every device.
+    model_tokens_per_s: float
     reason: str  # the formula, with its values
 
 

@@ -36,7 +36,7 @@ def a_record(**changes: object) -> Record:
         tokens_hash="ab",
         flags=("throttled",),
         energy_j=None,
-        ceiling=Ceiling(None, 2.0, "twice"),
+        ceiling=Ceiling(None, 40.0, "two stages"),
         num_places=4,
         sm_clock_mhz=None,
         run_folder="runs/fixed-total_2_r3",
