@@ -1,4 +1,4 @@
-"""One prompt object → text or messages, and its sampling settings.
+"""One prompt object → text, messages or token ids, and its sampling settings.
 
 Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
 arguments of the library are judged as the settings of a line are. `prompts.py` reads files,
@@ -96,16 +96,17 @@ _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 @dataclass(frozen=True, slots=True)
 class PromptFields:
-    """What a prompt object says. Exactly one of `text` and `messages` is set."""
+    """What a prompt object says. Exactly one of `text`, `messages` and `token_ids` is set."""
 
     text: str | None
     messages: tuple[ChatMessage, ...] | None
     sampling: SamplingParams
     chat_options: ChatOptions = PLAIN_CHAT
+    token_ids: tuple[int, ...] | None = None
 
 
 def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -> PromptFields:
-    """Text or messages of `line`, and `defaults` with its overrides; `seed`: unless it has one.
+    """What `line` holds, and `defaults` with its overrides; `seed`: unless it has one.
 
     Raises:
         PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
@@ -120,7 +121,7 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -
             raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
     _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
-    text, messages = _content(asked)
+    text, messages, token_ids = _content(asked)
     options = PLAIN_CHAT
     if messages is None:
         without_chat(asked)
@@ -131,7 +132,7 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -
         messages is None and "add_special_tokens" in asked
     ):
         raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
-    return PromptFields(text, messages, _sampling(asked, defaults, seed), options)
+    return PromptFields(text, messages, _sampling(asked, defaults, seed), options, token_ids)
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
@@ -178,22 +179,29 @@ def _check_endpoint(line: Mapping[str, Any]) -> None:
         raise PromptError("invalid_prompt", f"method = {short(method)} must be POST")
 
 
-def _content(asked: Mapping[str, Any]) -> tuple[str | None, tuple[ChatMessage, ...] | None]:
+_Content = tuple[str | None, tuple[ChatMessage, ...] | None, tuple[int, ...] | None]
+
+
+def _content(asked: Mapping[str, Any]) -> _Content:
     given = [key for key in _TEXT_KEYS if key in asked]
     if not given:
         raise PromptError("missing_prompt", 'neither "prompt" nor "messages" is given: add one')
     if len(given) > 1:
         raise PromptError("invalid_prompt", 'both "prompt" and "messages" are given: keep one')
     if given == ["messages"]:
-        return None, chat_messages(asked["messages"])
+        return None, chat_messages(asked["messages"]), None
     text = asked["prompt"]
     if isinstance(text, list) and len(text) == 1:  # the batch form allows a list
         text = text[0]
+    if isinstance(text, list) and text and all(type(number) is int for number in text):
+        return None, None, tuple(text)
     if not isinstance(text, str):
-        raise PromptError("invalid_prompt", f"prompt = {short(text)} must be one text")
+        raise PromptError(
+            "invalid_prompt", f"prompt = {short(text)} must be one text, or a list of token ids"
+        )
     if not text.strip():
         raise PromptError("empty_prompt", "the prompt is empty: write some text")
-    return text, None
+    return text, None, None
 
 
 def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> SamplingParams:

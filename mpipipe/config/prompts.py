@@ -52,7 +52,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One prompt as asked for: with `error`, or with `sampling` and one of `text`, `messages`."""
+    """One prompt as asked for: with `error`, or with `sampling` and its content.
+
+    The content is one of `text`, `messages` and `token_ids`.
+    """
 
     index: int  # position among the prompts, from 0: the order of completions.jsonl
     line_number: int  # in the file, from 1; blank lines count
@@ -62,6 +65,7 @@ class PromptLine:
     chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
     sampling: SamplingParams | None = None
     error: PromptError | None = None
+    token_ids: tuple[int, ...] | None = None  # taken as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,4 +263,5 @@ def _prompt_line(
         messages=fields.messages,
         chat_options=fields.chat_options,
         sampling=fields.sampling,
+        token_ids=fields.token_ids,
     )
