@@ -131,6 +131,8 @@ class Record:
     ceiling: Ceiling | None
     num_places: int | None  # sequences that the plan lets run at once
     sm_clock_mhz: float | None  # median of the GPUs' clocks while generating
+    cpu_percent: float | None  # of one core, mean over ranks and time while generating
+    gpu_percent: float | None  # mean over GPUs and time while generating
     run_folder: str  # below the experiment's folder; may have been removed
 
     @property

@@ -39,6 +39,8 @@ def a_record(**changes: object) -> Record:
         ceiling=Ceiling(None, 40.0, "two stages"),
         num_places=4,
         sm_clock_mhz=None,
+        cpu_percent=99.5,
+        gpu_percent=None,
         run_folder="runs/fixed-total_2_r3",
     )
     return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
