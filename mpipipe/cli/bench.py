@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mpipipe.bench.control import measure_control_plane
 from mpipipe.bench.environment import SPEED_PACKAGES
-from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests
+from mpipipe.bench.workloads import BenchWork, bench_requests
+from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def read_run_files(folder: Path) -> RunFiles:
     status = _object(folder / "status.json") or {}
     completions = _lines(folder / "completions.jsonl")
     failed = [line for line in completions if line.get("error") is not None]
-    ended = next((event for event in reversed(events) if event.get("event") == "ended early"), {})
-    begun = next((event for event in events if event.get("event") == "generating"), {})
+    ended = _first(reversed(events), "ended early")
+    begun = _first(events, "generating")
     return RunFiles(
         manifest=manifest,
         metrics=_object(folder / "metrics.json"),
@@ -76,6 +76,10 @@ def read_run_files(folder: Path) -> RunFiles:
         num_failed=len(failed),
         gpu_names=_gpu_names(events),
     )
+
+
+def _first(events: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    return next((event for event in events if event.get("event") == name), {})
 
 
 def _tokens_hash(completions: Sequence[Mapping[str, Any]]) -> str:
@@ -101,8 +105,7 @@ def _cores(manifest: Mapping[str, Any], host: str) -> int | None:
 
 def _gpu_names(events: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """As each rank has told in the handshake."""
-    told = next((event for event in events if event.get("event") == "handshake"), {})
-    resources = told.get("resources")
+    resources = _first(events, "handshake").get("resources")
     gpus = [rank.get("gpu") or {} for rank in resources] if isinstance(resources, list) else []
     return tuple(str(gpu["name"]) for gpu in gpus if gpu.get("name"))
 
