@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import LoadedConfig, load_config, to_dict
 from mpipipe.config.prompt_file import STANDARD_INPUT, prompts_hash
 from mpipipe.config.prompts import configured_prompts
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.matrix import (
@@ -79,24 +81,9 @@ def experiment_matrix(
     Raises:
         MpipipeError: what `mpipipe run` would refuse, or the cases cannot be made.
     """
-    added = added_words(words)
-    model = read_model(load_config(config, (*words, *added)))
-    content = None
-    if options.prompt_tokens:
-        _check_no_prompts(words)
-        _check_length(model, options)
-        added = (*added, f"prompts.path={folder.prompts_path.absolute()}")
-        content = _generated(model, options)
-        digest = hashlib.sha256(content).hexdigest()
-        num_available = num_prompts_needed(options)
-    else:
-        num_available, digest = _given_prompts(model.loaded)
-    if threads is not None and model.loaded.config.pipeline.threads_per_rank == "auto":
-        added = (*added, f"pipeline.threads_per_rank={threads}")
-    loaded = load_config(config, (*words, *added))
-    _check_split(loaded, options)
-    cases = make_cases(options, num_available, (*added, "log.progress=none"))
-    settings = _settings(loaded)
+    asked = _asked(folder, config, words, options, threads)
+    settings = _settings(asked.loaded)
+    cases = make_cases(options, asked.num_prompts, asked.words)
     matrix = Matrix(
         schema=SCHEMA,
         experiment=options.experiment,
@@ -104,7 +91,7 @@ def experiment_matrix(
         words=tuple(words),
         settings=settings,
         config_hash=_hash(settings),
-        prompts_hash=digest,
+        prompts_hash=asked.prompts_hash,
         cases=cases,
         repeat=options.repeat,
         seed=options.seed,
@@ -114,9 +101,45 @@ def experiment_matrix(
         version=__version__,
     )
     folder.keep_matrix(matrix)
-    if content is not None and not folder.prompts_path.exists():
-        write_whole(folder.prompts_path, content)
+    if asked.made_prompts is not None and not folder.prompts_path.exists():
+        write_whole(folder.prompts_path, asked.made_prompts)
     return matrix
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The configuration of all cases, and its prompts."""
+
+    loaded: LoadedConfig
+    words: tuple[str, ...]  # of every case, beside those that were given
+    num_prompts: int
+    prompts_hash: str
+    made_prompts: bytes | None  # None: they are the configuration's own
+
+
+def _asked(
+    folder: ExperimentFolder,
+    config: Path,
+    words: Sequence[str],
+    options: ExperimentOptions,
+    threads: int | None,
+) -> _Asked:
+    added = added_words(words)
+    model = read_model(load_config(config, (*words, *added)))
+    made = None
+    if options.prompt_tokens:
+        _check_no_prompts(words)
+        _check_length(model, options)
+        added = (*added, f"prompts.path={folder.prompts_path.absolute()}")
+        made = _generated(model, options)
+        num_prompts, digest = num_prompts_needed(options), hashlib.sha256(made).hexdigest()
+    else:
+        num_prompts, digest = _given_prompts(model.loaded)
+    if threads is not None and model.loaded.config.pipeline.threads_per_rank == AUTO:
+        added = (*added, f"pipeline.threads_per_rank={threads}")
+    loaded = load_config(config, (*words, *added))
+    _check_split(loaded, options)
+    return _Asked(loaded, (*added, "log.progress=none"), num_prompts, digest, made)
 
 
 def _check_no_prompts(words: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpipipe.experiments.matrix import ExperimentOptions, launch_order, make_cases
@@ -90,7 +90,7 @@ def a_record(matrix: Matrix, case: Case, repeat: int, speed: float, **changes: A
     return dataclasses.replace(record, **changes)
 
 
-def an_experiment(matrix: Matrix, speeds: dict[str, Sequence[float]]) -> list[Record]:
+def an_experiment(matrix: Matrix, speeds: Mapping[str, Sequence[float]]) -> list[Record]:
     """All records of the cases in `speeds`, a speed for each repeat."""
     of_name = {case.name: case for case in matrix.cases}
     return [
