@@ -195,7 +195,7 @@ async def _examine(
     decided = None if facts is None else _decide(facts, loaded, quick=quick)
     payload = None if decided is None else to_json(decided).encode()
     course = from_json(_Course, await ranks.mesh.broadcast("course", payload, _DEADLINE_S))
-    findings = []
+    findings: list[Finding] = []
     if facts is not None:
         share = loaded is not None and loaded.config.pipeline.share_gpus
         findings += check_ranks(facts, share_gpus=share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +78,7 @@ def healthy(rank: int = 0, world_size: int = 1, host: str = "n0") -> RankFacts:
     )
 
 
-def bad(findings: Sequence[Finding]) -> list[Finding]:
+def bad(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity is not Severity.OK]
 
 
