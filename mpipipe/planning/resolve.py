@@ -30,15 +30,13 @@ from mpipipe.planning.devices import (
     choose_transport,
     least_capable,
 )
-from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_memory
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.step_limits import StepLimits, choose_step_limits, gather_bytes, rank_memory
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
 if TYPE_CHECKING:
