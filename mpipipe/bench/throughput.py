@@ -69,11 +69,9 @@ class ThroughputView(Protocol):
 
     def planned(self, plan: PipelinePlan) -> None:
         """The plan is agreed and every stage loaded."""
-        ...
 
     def measured(self, record: dict[str, Any]) -> None:
         """One timed call is over."""
-        ...
 
 
 async def run_throughput(
