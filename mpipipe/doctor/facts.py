@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.nvml import GpuProcess
 
 __all__ = [
-    "GpuProcess",
     "LaunchFacts",
     "Library",
     "NodeFacts",
@@ -95,16 +95,6 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuProcess:
-    """Another process that uses a GPU. `memory_bytes` 0: the driver does not say."""
-
-    pid: int
-    name: str
-    gpu_uuid: str
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class RankGpu:
     """What can be seen of NVIDIA GPUs from here. `rank_gpu` is the one this rank would use."""
 
@@ -118,7 +108,7 @@ class RankGpu:
     declined_by: str = ""
     rank_gpu: GpuFacts = field(default_factory=GpuFacts)
     free_before_bytes: int | None = None  # of that GPU, before this rank touched it
-    host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that nvidia-smi lists
+    host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that the driver lists
     processes: tuple[GpuProcess, ...] = ()  # of others, before this rank touched a GPU
 
 

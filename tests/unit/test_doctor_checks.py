@@ -13,7 +13,6 @@ from mpipipe.doctor.checks.launch import not_joined
 from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
 from mpipipe.doctor.checks.ranks import check_ranks
 from mpipipe.doctor.facts import (
-    GpuProcess,
     LaunchFacts,
     Library,
     NodeFacts,
@@ -28,6 +27,7 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.clock_offsets import ClockOffsets
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size
+from mpipipe.topology.nvml import GpuProcess
 
 GIB = 2**30
 IMAGE_TORCH = "/usr/local/lib/python3.12/site-packages/torch"

@@ -12,7 +12,7 @@ import pytest
 
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import Config, ModelConfig, OutputConfig
-from mpipipe.doctor.facts import GpuProcess, Library, RankFacts, RankGpu, Wheel
+from mpipipe.doctor.facts import Library, RankFacts, RankGpu, Wheel
 from mpipipe.doctor.probes.folders import (
     claim_marker,
     file_system,
@@ -21,7 +21,7 @@ from mpipipe.doctor.probes.folders import (
     read_bytes_per_s,
     write_bytes_per_s,
 )
-from mpipipe.doctor.probes.gpu import kernel_driver, parse_processes, probe_before_torch
+from mpipipe.doctor.probes.gpu import kernel_driver, probe_before_torch
 from mpipipe.doctor.probes.launch import MpiState, loaded_libraries, probe_launch
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.doctor.probes.node import probe_node
@@ -34,6 +34,7 @@ from mpipipe.doctor.probes.software import (
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import memory_limit_bytes, num_oom_kills
+from mpipipe.topology.nvml import GpuProcess
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -265,7 +266,7 @@ def test_the_kernel_module_tells_its_version(tmp_path: Path, text: str, version:
     assert kernel_driver(write(tmp_path, {"proc/driver/nvidia/version": text})) == version
 
 
-def refuse(_: object = None) -> str:
+def refuse() -> tuple[tuple[GpuFacts, ...], tuple[GpuProcess, ...]]:
     raise AssertionError("the driver need not be asked")
 
 
@@ -278,8 +279,7 @@ def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path:
         {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_GPUS": "3"},
         wanted="auto",
         root=root,
-        run=lambda _: "",
-        query=lambda: (GpuFacts(uuid="not asked"),),
+        query=refuse,
     )
     assert gpus == ()
     assert look == RankGpu(
@@ -315,34 +315,28 @@ _BATCH = {"SLURM_JOB_ID": "7"}
 def test_whether_a_gpu_was_given_is_read_of_the_step_before_the_job(
     tmp_path: Path, environ: dict[str, str], given: str, declined_by: str
 ) -> None:
-    look, _ = probe_before_torch(environ, wanted="auto", root=tmp_path, run=refuse)
+    look, _ = probe_before_torch(environ, wanted="auto", root=tmp_path, query=refuse)
     assert (look.given_by_slurm, look.declined_by) == (given, declined_by)
 
 
 def test_with_the_library_its_real_version_and_the_others_show(tmp_path: Path) -> None:
     root = write(tmp_path, {"usr/lib/x/libcuda.so.550.54.15": ""})
+    process = GpuProcess(12, "/opt/a, b/python", "GPU-1", 300 * 2**20)
     look, gpus = probe_before_torch(
         {},
         wanted="cuda",
         root=root,
-        run=lambda _: "12, /opt/a, b/python, GPU-1, 300\n",
-        query=lambda: (GpuFacts(uuid="GPU-1"),),
+        query=lambda: ((GpuFacts(uuid="GPU-1"),), (process,)),
     )
     assert look.libcuda == "/usr/lib/x/libcuda.so.550.54.15"
     assert look.host_gpus == ("GPU-1",)
-    assert look.processes == (GpuProcess(12, "/opt/a, b/python", "GPU-1", 300 * 2**20),)
+    assert look.processes == (process,)
     assert len(gpus) == 1
 
 
 def test_a_job_for_cpus_is_not_asked_about_gpus(tmp_path: Path) -> None:
-    look, gpus = probe_before_torch({}, wanted="cpu", root=tmp_path, run=refuse)
+    look, gpus = probe_before_torch({}, wanted="cpu", root=tmp_path, query=refuse)
     assert (look, gpus) == (RankGpu(wanted="cpu"), ())
-
-
-def test_memory_that_the_driver_does_not_tell_is_zero() -> None:
-    assert parse_processes("5, x, GPU-1, [N/A]\nNo devices found\n") == (
-        GpuProcess(5, "x", "GPU-1", 0),
-    )
 
 
 _NCCL = """\
