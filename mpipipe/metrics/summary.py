@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
+from mpipipe.metrics.boot import BootPart
 
 if TYPE_CHECKING:
     from mpipipe.types import Completion
@@ -44,7 +45,8 @@ class RankReport:
     rank: int
     host: str
     stage: StageTotals
-    load_s: float = 0.0
+    load_s: float = 0.0  # of its own work, from `build` to `ready`; without waiting for others
+    boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
     weight_bytes: int = 0  # held as parameters
     kv_bytes: int = 0  # allocated for the KV cache
@@ -204,4 +206,5 @@ def _rank_dict(rank: RankReport) -> dict[str, Any]:
             communication_s=parts.communication_s,
             bubble_ratio=parts.bubble_ratio,
         )
+    values["boot"] = [part.fields() for part in rank.boot]
     return {**values, "peak_over_need": rank.peak_over_need}

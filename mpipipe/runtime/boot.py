@@ -37,6 +37,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         AgreedError: the plan or the load failed on some rank.
     """
     ranks = boot.ranks
+    ranks.boot.begin("plan")
     plan = await _agree_on_plan(boot)
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
@@ -46,8 +47,9 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
-        return load_parts(plan, stage, trust_remote_code, device)
+        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
 
+    ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
@@ -57,11 +59,13 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         open_worker(plan, ranks, parts, account=account, clocks=clocks, device=device) as opened,
     ):
         await opened.worker.exercise_edges()
+        ranks.boot.begin("ready")
         await clocks.compare()
         _settle_garbage()
-        await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
+        with ranks.boot.waiting("ready"):
+            await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
         load = LoadFacts(
-            load_s=ranks.clock.now_s() - started_s,
+            load_s=ranks.boot.own_s(started_s),
             loaded_bytes=parts.loaded_bytes,
             weight_bytes=parts.weight_bytes,
             kv_bytes=parts.cache.num_bytes(),
@@ -70,6 +74,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         )
         _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
+        ranks.boot.end()
         try:
             worker = opened.worker
             yield Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load)

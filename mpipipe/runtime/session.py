@@ -58,7 +58,7 @@ class Boot:
 class LoadFacts:
     """What loading this rank's stage took and left."""
 
-    load_s: float
+    load_s: float  # of this rank's own work; without waiting for others
     loaded_bytes: int
     weight_bytes: int
     kv_bytes: int
@@ -204,6 +204,7 @@ class Session:
             host=host_name(),
             stage=self._account.snapshot(),
             load_s=self.load.load_s,
+            boot=self.ranks.boot.parts,
             loaded_bytes=self.load.loaded_bytes,
             weight_bytes=self.load.weight_bytes,
             kv_bytes=self.load.kv_bytes,

@@ -54,9 +54,11 @@ async def open_worker(
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
+    ranks.boot.begin("warm-up")
     ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
+    ranks.boot.begin("edges")
     try:
         channel = await open_channel(plan, ranks, device)
         worker = StageWorker(
@@ -109,7 +111,7 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
     )
     started_s = ranks.clock.now_s()
     try:
-        engine.prepare(plan.sampling)
+        engine.prepare(plan.sampling, capturing=lambda: ranks.boot.begin("capture"))
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of rank {ranks.mesh.rank} has too little memory for a step of "
