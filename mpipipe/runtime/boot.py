@@ -64,14 +64,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         _settle_garbage()
         with ranks.boot.waiting("ready"):
             await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
-        load = LoadFacts(
-            load_s=ranks.boot.own_s(started_s),
-            loaded_bytes=parts.loaded_bytes,
-            weight_bytes=parts.weight_bytes,
-            kv_bytes=parts.cache.num_bytes(),
-            baseline_rss_bytes=baseline_rss_bytes,
-            capture_s=opened.capture_s,
-        )
+        load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
         _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
         ranks.boot.end()
@@ -80,6 +73,19 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             yield Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load)
         finally:
             gc.unfreeze()
+
+
+def _load_facts(
+    parts: StageParts, opened: OpenedWorker, load_s: float, baseline_rss_bytes: int
+) -> LoadFacts:
+    return LoadFacts(
+        load_s=load_s,
+        loaded_bytes=parts.loaded_bytes,
+        weight_bytes=parts.weight_bytes,
+        kv_bytes=parts.cache.num_bytes(),
+        baseline_rss_bytes=baseline_rss_bytes,
+        capture_s=opened.capture_s,
+    )
 
 
 def _log_ready(
