@@ -170,7 +170,7 @@ def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     )  # fmt: skip
     nothing: Any = None
     worker: Any = stage
-    return Session(boot, plan=plan, worker=worker, account=nothing, load=nothing)
+    return Session(boot, plan=plan, worker=worker, account=nothing, clocks=nothing, load=nothing)
 
 
 def run(work: Callable[[], Any]) -> Any:
