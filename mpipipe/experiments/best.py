@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config.binding import layer_overrides, merge
+from mpipipe.config.command_words import read_words
 from mpipipe.experiments.record import Matrix
 from mpipipe.experiments.verdict import ExperimentVerdict
 
 __all__ = ["best_config"]
 
-# What a case sets for its own measurement only.
-_OF_THE_CASE = {"prompts": ("limit",), "log": ("progress", "sample_interval_s")}
+# What the best case has found; the rest that cases set is for the measurement only.
+_FOUND = ("num_stages", "num_slots", "max_sequences_per_slot")
 
 
 def best_config(
@@ -32,12 +33,12 @@ def best_config(
     best = verdict.best
     if best is None or best.speed is None:
         return None
-    asked = layer_overrides(matrix.words)
-    case = layer_overrides(best.case.words)
-    for section, keys in _OF_THE_CASE.items():
-        for key in keys:
-            case.get(section, {}).pop(key, None)
-    values = merge(asked, case)
+    named = read_words(None, matrix.words)
+    values = layer_overrides(named.settings)
+    if named.prompts is not None:
+        values = merge({"prompts": {"path": named.prompts}}, values)
+    measured = layer_overrides(best.case.words)["pipeline"]
+    values = merge(values, {"pipeline": {name: measured[name] for name in _FOUND}})
     speed = f"{best.speed.median:.1f} tokens/s ({best.speed.low:.1f} to {best.speed.high:.1f})"
     safe = verdict.largest_safe_batch or "none"
     lines = [

@@ -7,6 +7,7 @@ of every CPU and GPU (planning/cost.py), its scale is not.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from mpipipe.checkpoint.spec import ModelSpec, read_spec
 from mpipipe.errors import CheckpointError
 from mpipipe.experiments.record import Ceiling
 from mpipipe.plain_values import from_plain
-from mpipipe.planning.cost import GPU_BYTES_PER_S, GPU_FLOPS_PER_S
+from mpipipe.planning.cost import Ceilings
 from mpipipe.planning.plan import PipelinePlan
-from mpipipe.planning.roofline import Ceilings, JobShape, ceilings_of, job_floor
+from mpipipe.planning.roofline import JobShape, ceilings_of, job_floor
 
 __all__ = ["ceiling_of", "ceiling_of_run", "plan_of"]
+
+_STAND_IN = "H200"  # for GPUs that were not measured
 
 
 def plan_of(manifest: Mapping[str, Any]) -> PipelinePlan | None:
@@ -53,7 +56,8 @@ def ceiling_of(
     is_cpu = plan.device == "cpu"
     measured = None if is_cpu else ceilings_of("cuda", gpu_names[0] if gpu_names else "")
     ceilings = measured or _ratio_only(plan)
-    floor = job_floor(spec, plan, JobShape.of(lengths), ceilings)
+    shape = JobShape.of(lengths)
+    floor = job_floor(spec, plan, shape, ceilings)
     largest = max(stage.cost_share for stage in plan.stages)
     running = min(len(lengths), plan.num_slots * plan.max_sequences_per_slot)
     return Ceiling(
@@ -61,7 +65,8 @@ def ceiling_of(
         model_tokens_per_s=floor.tokens_per_s,
         reason=(
             "output tokens / (prefill + rounds × time of a round): "
-            f"{floor.num_output_tokens} / ({floor.prefill_s:.4g} s + {floor.num_rounds:.4g} × "
+            f"{shape.num_output_tokens} / ({floor.prefill_s:.4g} s + "
+            f"{shape.num_decoded_tokens / running:.4g} × "
             f"{floor.decode_round_s:.4g} s); a round is {running} tokens in "
             f"{min(plan.num_slots, running)} slots, each as long as the slowest of "
             f"{plan.num_stages} stages, which has {largest:.3f} of the cost ({ceilings.source})"
@@ -72,7 +77,7 @@ def ceiling_of(
 def _ratio_only(plan: PipelinePlan) -> Ceilings:
     if plan.device == "cpu":
         ceilings = ceilings_of("cpu", num_threads=plan.threads_per_rank)
-        assert ceilings is not None, "a CPU has the ceilings of planning/cost.py"
-        return ceilings
-    source = "the bandwidth and arithmetic of planning/cost.py: only ratios are meant"
-    return Ceilings(GPU_BYTES_PER_S, GPU_FLOPS_PER_S, source)
+    else:
+        ceilings = ceilings_of("cuda", _STAND_IN)
+    assert ceilings is not None, "a CPU and the stand-in have ceilings"
+    return dataclasses.replace(ceilings, source=f"only ratios are meant; {ceilings.source}")

@@ -34,6 +34,8 @@ __all__ = ["RankLauncher", "choose_launcher", "run_launch"]
 
 _ASK_LIMIT_S = 20.0
 _END_LIMIT_S = 15.0  # a run that is told to stop finishes its steps and writes its files
+_LEFTOVERS_LIMIT_S = 2.0  # a container may have no one who collects the dead
+_POLL_S = 0.02
 _LAST_BYTES = 4096
 
 
@@ -141,14 +143,24 @@ def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """See to it that the launch has ended, with all of its session."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
+    """See to it that the launch has ended, with all of its process group."""
+    if process.poll() is None:
+        _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_LIMIT_S)
+    limit_s = time.monotonic() + _LEFTOVERS_LIMIT_S
+    while _signal(process, signal.SIGKILL) and time.monotonic() < limit_s:
+        process.poll()
+        time.sleep(_POLL_S)
+
+
+def _signal(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:
+    """Whether the group of `process` had anyone left to hear it."""
+    try:
+        os.killpg(process.pid, sent)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _last_line(log: Path) -> str:

@@ -67,7 +67,7 @@ class Matrix:
     schema: int
     experiment: ExperimentName
     config: str  # configuration file or model, as given
-    words: tuple[str, ...]  # settings that were given beside it
+    words: tuple[str, ...]  # that were given beside it; those of the cases come after them
     # Every setting of the configuration under the words, but for output and log: what may not
     # change between the runs of an experiment. "section.key" → value.
     settings: Mapping[str, Any]

@@ -30,16 +30,7 @@ class Launched:
 
 def build_record(matrix: Matrix, slot: RunSlot, launched: Launched, files: RunFiles) -> Record:
     """The record of `slot`, from its launch and its run folder."""
-    ending = Ending(
-        exit_code=launched.exit_code,
-        limit_s=matrix.timeout_s,
-        error=files.error,
-        kind=files.error_kind,
-        last_line=launched.last_line,
-        has_metrics=files.metrics is not None,
-        num_failed=files.num_failed,
-    )
-    outcome, reason = judge_ending(ending)
+    outcome, reason = judge_ending(_ending(launched, files, matrix.timeout_s))
     plan = plan_of(files.manifest)
     return Record(
         schema=SCHEMA,
@@ -70,6 +61,18 @@ def build_record(matrix: Matrix, slot: RunSlot, launched: Launched, files: RunFi
         cpu_percent=series.cpu_percent(files),
         gpu_percent=series.gpu_percent(files),
         run_folder=f"{RUNS_FOLDER}/{record_name(slot.case, slot.repeat)}",
+    )
+
+
+def _ending(launched: Launched, files: RunFiles, limit_s: float) -> Ending:
+    return Ending(
+        exit_code=launched.exit_code,
+        limit_s=limit_s,
+        error=files.error,
+        kind=files.error_kind,
+        last_line=launched.last_line,
+        has_metrics=files.metrics is not None,
+        num_failed=files.num_failed,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import LoadedConfig, load_config, to_dict
 from mpipipe.config.prompt_file import STANDARD_INPUT, prompts_hash
 from mpipipe.config.prompts import configured_prompts
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.matrix import (
@@ -30,7 +32,7 @@ from mpipipe.experiments.record import SCHEMA, Matrix
 from mpipipe.planning.model_facts import ModelFacts, read_model
 from mpipipe.run_folder.files import write_whole
 
-__all__ = ["experiment_matrix", "fixed_words"]
+__all__ = ["added_words", "experiment_matrix"]
 
 # Every prompt to its full length, and the most likely token each time: equal work, equal tokens.
 _FIXED = {
@@ -41,8 +43,8 @@ _FIXED = {
 _UNCOMPARED = ("output.", "log.", "name", "prompts.path", "prompts.limit")
 
 
-def fixed_words(words: Sequence[str]) -> tuple[str, ...]:
-    """`words`, and before them what makes runs comparable, unless they say it themselves.
+def added_words(words: Sequence[str]) -> tuple[str, ...]:
+    """What makes runs comparable, unless `words` say it themselves.
 
     Raises:
         ConfigError: they set what the experiment varies.
@@ -54,8 +56,7 @@ def fixed_words(words: Sequence[str]) -> tuple[str, ...]:
                 f"{name} is what the experiment sets for each case: leave it out, and use "
                 "--stages, --batch, --prompts and --out"
             )
-    added = [f"{name}={value}" for name, value in _FIXED.items() if name not in named]
-    return (*added, *words)
+    return tuple(f"{name}={value}" for name, value in _FIXED.items() if name not in named)
 
 
 def experiment_matrix(
@@ -80,31 +81,17 @@ def experiment_matrix(
     Raises:
         MpipipeError: what `mpipipe run` would refuse, or the cases cannot be made.
     """
-    fixed = fixed_words(words)
-    model = read_model(load_config(config, fixed))
-    if options.prompt_tokens:
-        _check_length(model, options)
-        fixed = (*_without_prompts(fixed), f"prompts.path={folder.prompts_path.absolute()}")
-        content = _generated(model, options)
-        loaded, digest = load_config(config, fixed), hashlib.sha256(content).hexdigest()
-        num_available = num_prompts_needed(options)
-    else:
-        content, loaded = None, model.loaded
-        num_available, digest = _given_prompts(loaded)
-    if threads is not None and loaded.config.pipeline.threads_per_rank == "auto":
-        fixed = (*fixed, f"pipeline.threads_per_rank={threads}")
-        loaded = load_config(config, fixed)
-    _check_split(loaded, options)
-    cases = make_cases(options, num_available, ("log.progress=none",))
-    settings = _settings(loaded)
+    asked = _asked(folder, config, words, options, threads)
+    settings = _settings(asked.loaded)
+    cases = make_cases(options, asked.num_prompts, asked.words)
     matrix = Matrix(
         schema=SCHEMA,
         experiment=options.experiment,
         config=str(config),
-        words=fixed,
+        words=tuple(words),
         settings=settings,
         config_hash=_hash(settings),
-        prompts_hash=digest,
+        prompts_hash=asked.prompts_hash,
         cases=cases,
         repeat=options.repeat,
         seed=options.seed,
@@ -114,20 +101,54 @@ def experiment_matrix(
         version=__version__,
     )
     folder.keep_matrix(matrix)
-    if content is not None and not folder.prompts_path.exists():
-        write_whole(folder.prompts_path, content)
+    if asked.made_prompts is not None and not folder.prompts_path.exists():
+        write_whole(folder.prompts_path, asked.made_prompts)
     return matrix
 
 
-def _without_prompts(words: Sequence[str]) -> list[str]:
-    """The settings among `words`; a prompt file is what `--prompt-tokens` replaces."""
-    kept = [word for word in words if "=" in word]
-    if len(kept) < len(words) or any(word.startswith("prompts.path=") for word in kept):
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The configuration of all cases, and its prompts."""
+
+    loaded: LoadedConfig
+    words: tuple[str, ...]  # of every case, beside those that were given
+    num_prompts: int
+    prompts_hash: str
+    made_prompts: bytes | None  # None: they are the configuration's own
+
+
+def _asked(
+    folder: ExperimentFolder,
+    config: Path,
+    words: Sequence[str],
+    options: ExperimentOptions,
+    threads: int | None,
+) -> _Asked:
+    added = added_words(words)
+    model = read_model(load_config(config, (*words, *added)))
+    made = None
+    if options.prompt_tokens:
+        _check_no_prompts(words)
+        _check_length(model, options)
+        added = (*added, f"prompts.path={folder.prompts_path.absolute()}")
+        made = _generated(model, options)
+        num_prompts, digest = num_prompts_needed(options), hashlib.sha256(made).hexdigest()
+    else:
+        num_prompts, digest = _given_prompts(model.loaded)
+    if threads is not None and model.loaded.config.pipeline.threads_per_rank == AUTO:
+        added = (*added, f"pipeline.threads_per_rank={threads}")
+    loaded = load_config(config, (*words, *added))
+    _check_split(loaded, options)
+    return _Asked(loaded, (*added, "log.progress=none"), num_prompts, digest, made)
+
+
+def _check_no_prompts(words: Sequence[str]) -> None:
+    """A prompt file is what `--prompt-tokens` replaces."""
+    given = [word for word in words if "=" not in word or word.startswith("prompts.path=")]
+    if given:
         raise ConfigError(
-            "--prompt-tokens makes the prompts, and a prompt file is given too: leave one of them "
-            "out"
+            f"--prompt-tokens makes the prompts, and {given[0]} is given too: leave one of them out"
         )
-    return kept
 
 
 def _check_length(model: ModelFacts, options: ExperimentOptions) -> None:
