@@ -46,6 +46,7 @@ class LineChart:
     log_x: bool = False
     log_y: bool = False
     x_from_zero: bool = False
+    y_top: float | None = None  # of a linear axis; None: a little above the highest point
     markers: tuple[Marker, ...] = ()
 
 

@@ -154,10 +154,10 @@ def _experiments_report(
 
 def _occupancy(found: FoundExperiment) -> list[Chart]:
     """Of the run with the most stages whose folder is still there."""
-    for row in sorted(found.section.rows, key=lambda row: -row.case.num_stages):
-        run = row.typical
-        files = found.run_of(run) if run is not None else None
-        if run is not None and files is not None and files.steps:
+    rows = sorted(found.section.rows, key=lambda row: -row.case.num_stages)
+    for run in (run for row in rows for run in row.done):
+        files = found.run_of(run)
+        if files is not None and files.steps:
             return list(occupancy_charts(files, run.name))
     return []
 

@@ -121,7 +121,7 @@ def _lines(axes: Any, chart: LineChart) -> None:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(_plain_number)
     else:
-        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
+        axes.set_ylim(bottom=0, top=chart.y_top or axes.get_ylim()[1] * 1.05)
 
 
 def _places(chart: LineChart) -> list[float]:

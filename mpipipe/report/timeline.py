@@ -105,6 +105,7 @@ def _occupancy(run: RunFiles, name: str, spans: dict[int, list[tuple[float, floa
         "time since generating began (s)",
         "stage computes (%)",
         tuple(curves),
+        y_top=105,
     )
 
 
