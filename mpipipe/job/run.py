@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
+    from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.runtime.session import Session
@@ -86,6 +87,7 @@ class _Job:
     ranks: Ranks
     loaded: LoadedConfig
     acquired: Acquired
+    identity: RunIdentity  # of this rank, in every line that it writes
     log: RunLog
     view: JobView
     marks: _Marks
@@ -144,12 +146,12 @@ def _open_job(
     rank = ranks.mesh.rank
     stage = ranks.vitals.stage = stage_order(resources).index(rank)
     page.opened(acquired.folder, stage)
+    identity = acquired.identity(rank, stage)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
-        rank=rank,
+        identity=identity,
         host=host_name(),
         level=loaded.config.log.level,
-        stage=stage,
         on_failure=view.warned,
     )
     view.log_opened(log)
@@ -168,7 +170,7 @@ def _open_job(
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
-    return _Job(ranks, loaded, acquired, log, view, marks, progress, page)
+    return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:

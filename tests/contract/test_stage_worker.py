@@ -352,7 +352,9 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
         log=NullLog(),
     )
     nothing: Any = None
-    session = Session(boot, plan=plan, worker=nothing, account=nothing, load=nothing)
+    session = Session(
+        boot, plan=plan, worker=nothing, account=nothing, clocks=nothing, load=nothing
+    )
     core = session._make_core()
     fitting, longer = make_requests(
         (8, 8), lambda n: SamplingParams(max_new_tokens=plan.max_sequence_tokens - 8 + n)
