@@ -128,6 +128,7 @@ def errors(
 def timeline(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    steps: Annotated[int, typer.Option(min=0, help="The last of each rank; 0: all.")] = 20_000,
     attempt: Attempt = None,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
@@ -138,7 +139,7 @@ def timeline(
     from mpipipe.logs.timeline import write_timeline
 
     files = find_run(run)
-    num_events = write_timeline(files, output, attempt or last_attempt(files))
+    num_events = write_timeline(files, output, attempt or last_attempt(files), steps)
     show_written(files, output, num_events)
 
 

@@ -167,6 +167,9 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )

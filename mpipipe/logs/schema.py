@@ -81,6 +81,8 @@ _RANK_LOG = (
     _field("start_s", "float?", "of a boot event: when it began, on this rank's clock"),
     _field("end_s", "float?", "of a boot event: when it ended"),
     _field("bytes", "int|null?", "of a boot event: what it read"),
+    _field("seconds", "float?", "of a pause: how long the rank stood still"),
+    _field("cpu_s", "float?", "of a pause: CPU time that it used meanwhile"),
 )
 
 _STEPS = (

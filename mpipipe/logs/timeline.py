@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,8 +39,10 @@ _COUNTERS = {
 }
 
 
-def write_timeline(files: RunFiles, path: Path, attempt: int) -> int:
+def write_timeline(files: RunFiles, path: Path, attempt: int, num_steps: int) -> int:
     """Write the timeline of `attempt` to `path`; returns the number of events.
+
+    num_steps: only so many steps of each rank, the last ones; 0: all.
 
     Raises:
         OutputError: the file cannot be written.
@@ -48,7 +51,7 @@ def write_timeline(files: RunFiles, path: Path, attempt: int) -> int:
     origin_s = _origin_s(files, clocks, attempt)
     try:
         with path.open("w", encoding="utf-8") as file:
-            return _write(file, _events(files, clocks, attempt, origin_s))
+            return _write(file, _events(files, clocks, attempt, origin_s, num_steps))
     except OSError as error:
         raise OutputError(
             f"the timeline cannot be written to {path} ({error.strerror}): choose another -o FILE"
@@ -79,7 +82,9 @@ def _origin_s(files: RunFiles, clocks: RankClocks, attempt: int) -> float:
     return min(found, default=0.0)
 
 
-def _events(files: RunFiles, clocks: RankClocks, attempt: int, origin_s: float) -> Iterator[Event]:
+def _events(
+    files: RunFiles, clocks: RankClocks, attempt: int, origin_s: float, num_steps: int
+) -> Iterator[Event]:
     for rank in files.ranks():
 
         def at(t_s: float, rank: int = rank) -> float:
@@ -91,7 +96,8 @@ def _events(files: RunFiles, clocks: RankClocks, attempt: int, origin_s: float) 
                 title = f"stage {line.get('stage')}, rank {rank} on {host}"
             yield from _log_events(rank, line, at)
         yield from _names(rank, title)
-        for _, line in files.step_lines(rank, attempt):
+        steps = (line for _, line in files.step_lines(rank, attempt))
+        for line in deque(steps, num_steps) if num_steps else steps:
             yield from _step_events(rank, line, at)
         for line in files.sample_lines(rank, attempt):
             yield from _counter_events(rank, line, at)

@@ -312,15 +312,22 @@ def test_the_timeline_has_all_ranks_on_one_clock(run: WrittenRun, tmp_path: Path
 def test_requests_that_overlap_have_tracks_of_their_own(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path, requests=[(0, 0.0, 0.5, 5), (0, 0.1, 0.9, 5), (0, 0.5, 1.0, 5)])
     run.write()
-    write_timeline(RunFiles(tmp_path), tmp_path / "t.json", 1)
+    write_timeline(RunFiles(tmp_path), tmp_path / "t.json", 1, 0)
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     tracks = {event["name"]: event["tid"] for event in events if event.get("cat") == "request"}
     assert tracks["p0 decode"] == tracks["p2 decode"] != tracks["p1 decode"]
 
 
+def test_a_timeline_may_have_the_last_steps_only(run: WrittenRun, tmp_path: Path) -> None:
+    ask("timeline", run.folder, "-o", tmp_path / "t.json", "--steps", "10")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    drawn = {event["args"]["step"] for event in events if event.get("cat") == "compute"}
+    assert drawn == set(range(390, 400))
+
+
 def test_a_timeline_that_cannot_be_written_is_told(run: WrittenRun, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="choose another -o FILE"):
-        write_timeline(RunFiles(run.folder), tmp_path, 1)
+        write_timeline(RunFiles(run.folder), tmp_path, 1, 0)
 
 
 # ---- tail ----------------------------------------------------------------------------------------
