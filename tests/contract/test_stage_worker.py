@@ -107,7 +107,7 @@ class SlowReceiver:
     async def take(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> None:
         """Let the others run on first: the compute thread too, until a second chunk waits."""
         is_chunk = len(buffer) > 1  # and no trial of the edge, behind which nothing comes
-        while is_chunk and self.most_waiting < 2 and self._num_waiting < 2:
+        while is_chunk and self.most_waiting < 2 and self._num_waiting < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for _ in range(_TURNS):
             await asyncio.sleep(0)
