@@ -84,32 +84,38 @@ def _shared_core(run: RunFacts) -> Culprit | None:
     """A rank whose thread computed for longer than it had a core (CPUs only)."""
     if run.device == "cuda":
         return None
-    worst: Culprit | None = None
-    for rank in run.ranks:
-        cpu = rank.cpu
-        if cpu is None or cpu.cpu_s <= 0 or rank.generate_s <= 0:
-            continue
-        compute_s = rank.parts_s.get("compute", 0.0) * min(1.0, cpu.wall_s / rank.generate_s)
-        lost_s = compute_s - cpu.cpu_s
-        if cpu.cpu_s > _CPU_SHARE * compute_s or not _was_put_aside(rank, lost_s):
-            continue
-        node = f", node CPU {cpu.node_percent:.0f} %" if cpu.node_percent is not None else ""
-        sentence = (
-            f"rank {rank.rank} shares its core: its compute took {compute_s / cpu.cpu_s:.1f} × its "
-            f"CPU time ({compute_s:.1f} s against {cpu.cpu_s:.1f} s{node})"
-        )
-        if worst is None or lost_s > worst.seconds:
-            worst = Culprit("shared_core", sentence, rank.rank, rank.stage, lost_s)
-    return worst
+    lost_s = {rank.rank: _put_aside_s(rank) for rank in run.ranks}
+    worst = max(run.ranks, key=lambda rank: lost_s[rank.rank], default=None)
+    if worst is None or lost_s[worst.rank] <= 0:
+        return None
+    cpu = worst.cpu
+    assert cpu is not None, "it has lost time"
+    compute_s = cpu.cpu_s + lost_s[worst.rank]
+    others = [str(rank) for rank, seconds in lost_s.items() if seconds > 0 and rank != worst.rank]
+    node = f", node CPU {cpu.node_percent:.0f} %" if cpu.node_percent is not None else ""
+    sentence = (
+        f"rank {worst.rank} shares its core: its compute took {compute_s / cpu.cpu_s:.1f} × its "
+        f"CPU time ({compute_s:.1f} s against {cpu.cpu_s:.1f} s{node})"
+    )
+    if others:
+        sentence += f"; so {'do ranks' if len(others) > 1 else 'does rank'} {', '.join(others)}"
+    return Culprit("shared_core", sentence, worst.rank, worst.stage, lost_s[worst.rank])
 
 
-def _was_put_aside(rank: RankFacts, lost_s: float) -> bool:
-    """Whether others had the core meanwhile, instead of nobody."""
+def _put_aside_s(rank: RankFacts) -> float:
+    """For how long the rank computed without a core, if others had it meanwhile; else 0."""
     cpu = rank.cpu
-    assert cpu is not None
+    if cpu is None or cpu.cpu_s <= 0 or rank.generate_s <= 0:
+        return 0.0
+    compute_s = rank.parts_s.get("compute", 0.0) * min(1.0, cpu.wall_s / rank.generate_s)
+    lost_s = compute_s - cpu.cpu_s
+    if cpu.cpu_s > _CPU_SHARE * compute_s:
+        return 0.0
     if cpu.num_involuntary_switches is not None:
-        return cpu.num_involuntary_switches * _MOST_SLICE_S >= 0.5 * lost_s
-    return (cpu.node_percent or 0.0) >= _NODE_BUSY_PERCENT
+        was_busy = cpu.num_involuntary_switches * _MOST_SLICE_S >= 0.5 * lost_s
+    else:
+        was_busy = (cpu.node_percent or 0.0) >= _NODE_BUSY_PERCENT
+    return lost_s if was_busy else 0.0
 
 
 def _slow_stage(
