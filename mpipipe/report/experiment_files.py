@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpipipe.errors import OutputError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.report.rows import Section, make_section
-from mpipipe.report.run_files import RunFiles, read_run
+from mpipipe.report.run_files import RunLines, read_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,7 @@ class FoundExperiment:
     folder: Path
     section: Section
 
-    def run_of(self, record: Record) -> RunFiles | None:
+    def run_of(self, record: Record) -> RunLines | None:
         """The record's run folder, where it is still there."""
         folder = self.folder / record.run_folder
         return read_run(folder) if record.run_folder and folder.is_dir() else None

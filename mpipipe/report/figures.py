@@ -118,16 +118,16 @@ CPU = Figure(
     lambda run: run.cpu_percent,
 )  # fmt: skip
 IO = Figure(
-    "io_s", "I/O time (s)", "reading and writing files", None,
+    "io_s", "I/O time (s)", "reading prompts and weights, writing results", None,
     _io_s,
 )  # fmt: skip
 COMMUNICATION = Figure(
     "communication_s", "Communication time (s)",
-    "transfers that a stage had to wait for, and sending", None,
+    "transfers that a stage waited for, and sending; of the rank with most", None,
     lambda run: run.number("time", "communication_s"),
 )  # fmt: skip
 PREPROCESSING = Figure(
-    "preprocessing_s", "Preprocessing cost (s)", "reading and tokenising the prompts", None,
+    "preprocessing_s", "Preprocessing cost (s)", "loading the tokenizer, tokenising", None,
     lambda run: run.number("time", "preprocessing_s"),
 )  # fmt: skip
 GENERATE = Figure(

@@ -34,7 +34,7 @@ from mpipipe.report.regression import (
     regressions,
 )
 from mpipipe.report.rows import Row
-from mpipipe.report.run_files import RunFiles, read_run
+from mpipipe.report.run_files import RunLines, read_run
 from mpipipe.report.run_section import (
     plain_run,
     run_blocks_after_plots,
@@ -162,7 +162,7 @@ def _occupancy(found: FoundExperiment) -> list[Chart]:
     return []
 
 
-def _run_report(run: RunFiles) -> Report:
+def _run_report(run: RunLines) -> Report:
     blocks = [
         *_plots_notice(),
         *run_blocks_before_plots(run),

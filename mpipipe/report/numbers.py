@@ -13,7 +13,7 @@ NOTHING = "–"
 
 
 def number(value: float | None) -> str:
-    """Three digits that count: 1,234 · 123 · 12.3 · 1.23 · 0.123 · 0.00012."""
+    """Three digits that count: 1,234 · 123 · 12.3 · 1.23 · 0.123 · 0.00012 · < 0.0001."""
     if value is None:
         return NOTHING
     size = abs(value)
@@ -23,7 +23,9 @@ def number(value: float | None) -> str:
         return f"{value:.1f}"
     if size >= 1:
         return f"{value:.2f}"
-    return f"{value:.3f}" if size >= 0.01 else f"{value:.2g}"
+    if size >= 0.01:
+        return f"{value:.3f}"
+    return f"{value:.2g}" if size >= 0.0001 else "< 0.0001"
 
 
 def interval(found: Spread | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.report.charts import LineChart
-from mpipipe.report.document import Block, Cell, Commands, Heading, Notice, Table
+from mpipipe.report.document import Block, Cell, Commands, Heading, Notice, Table, Text
 from mpipipe.report.experiment_charts import parts_chart
 from mpipipe.report.figures import FIGURES, PARTS, WALL_CLOCK, RunFacts, stage_parts
 from mpipipe.report.numbers import NOTHING, count, number
@@ -15,8 +15,9 @@ from mpipipe.report.run_files import resource_use
 from mpipipe.report.timeline import occupancy_charts, rate_curve
 
 if TYPE_CHECKING:
+    from mpipipe.logs.reading import Line
     from mpipipe.report.charts import Chart
-    from mpipipe.report.run_files import Line, RunFiles
+    from mpipipe.report.run_files import RunLines
 
 __all__ = [
     "plain_run",
@@ -27,26 +28,27 @@ __all__ = [
 ]
 
 
-def run_facts(run: RunFiles) -> RunFacts:
+def run_facts(run: RunLines) -> RunFacts:
     """The figures' source."""
     cpu, gpu = resource_use(run)
     wall_s = RunFacts(run.metrics, 0.0).number("phases", "wall_s") or 0.0
     energy_j = RunFacts(run.metrics, 0.0).number("energy_j")
-    return RunFacts(run.metrics, wall_s, energy_j, cpu, gpu)
+    return RunFacts({**run.metrics, "time": run.time.time}, wall_s, energy_j, cpu, gpu)
 
 
-def run_blocks_before_plots(run: RunFiles) -> list[Block]:
+def run_blocks_before_plots(run: RunLines) -> list[Block]:
     """Warnings and tables."""
     tables = [_figures_table(run), _stage_table(run), _boot_table(run), _attempts_table(run)]
     return [
         *(Notice(text) for text in _warnings(run)),
+        Text(f"{run.time.culprit.sentence}.", "What held it up:"),
         *(table for table in tables if table is not None),
     ]
 
 
-def run_charts(run: RunFiles) -> list[Chart]:
+def run_charts(run: RunLines) -> list[Chart]:
     """All plots that the run's files have values for."""
-    parts = stage_parts(run_facts(run))
+    parts = _parts(run)
     bars = parts_chart(
         [("", parts)] if parts else [],
         "stage",
@@ -60,7 +62,7 @@ def run_charts(run: RunFiles) -> list[Chart]:
     ]
 
 
-def run_blocks_after_plots(run: RunFiles) -> list[Block]:
+def run_blocks_after_plots(run: RunLines) -> list[Block]:
     """Where it ran and the command that starts it again."""
     argv = [str(word) for word in run.manifest.get("argv") or ()]
     return [
@@ -70,26 +72,34 @@ def run_blocks_after_plots(run: RunFiles) -> list[Block]:
     ]
 
 
-def plain_run(run: RunFiles) -> dict[str, Any]:
+def plain_run(run: RunLines) -> dict[str, Any]:
     """The run as plain values, for `report.json`."""
     facts = run_facts(run)
     return {
         "run": run.manifest.get("run"),
         "figures": {figure.key: _value(run, facts, figure.key) for figure in FIGURES},
-        "stage_parts_s": stage_parts(facts),
+        "stage_parts_s": _parts(run),
     }
 
 
-def _value(run: RunFiles, facts: RunFacts, key: str) -> float | None:
+def _value(run: RunLines, facts: RunFacts, key: str) -> float | None:
     """A figure; a run without metrics has no wall clock."""
     figure = next(figure for figure in FIGURES if figure.key == key)
     return None if key == WALL_CLOCK.key and not run.metrics else figure.of(facts)
 
 
+def _parts(run: RunLines) -> list[dict[str, float]]:
+    """Of each stage; of a run that was killed what its steps tell."""
+    if run.metrics:
+        return stage_parts(run_facts(run))
+    times = [rank.seconds for rank in run.time.ranks]
+    return [{part: seconds.get(part, 0.0) for part in PARTS} for seconds in times]
+
+
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _warnings(run: RunFiles) -> list[str]:
+def _warnings(run: RunLines) -> list[str]:
     warnings = []
     if not run.metrics:
         warnings.append(
@@ -109,7 +119,7 @@ def _warnings(run: RunFiles) -> list[str]:
     return warnings
 
 
-def _figures_table(run: RunFiles) -> Table:
+def _figures_table(run: RunLines) -> Table:
     facts = run_facts(run)
     config = run.manifest.get("config") or {}
     pipeline = config.get("pipeline") or {}
@@ -140,32 +150,33 @@ def _batch(pipeline: Mapping[str, Any]) -> str:
     return NOTHING
 
 
-def _stage_table(run: RunFiles) -> Table | None:
-    facts = run_facts(run)
+def _stage_table(run: RunLines) -> Table | None:
     rows = []
-    for rank, parts in zip(facts.ranks, stage_parts(facts), strict=True):
-        stage = rank.get("stage") or {}
-        bubble = (stage.get("overall") or {}).get("bubble_ratio")
+    for number_of_stage, parts in enumerate(_parts(run)):
+        generating_s = sum(parts[part] for part in PARTS[:-1])
+        bubble = 1 - parts["compute"] / generating_s if generating_s else None
         rows.append(
             (
-                _words(f"stage {stage.get('stage', rank.get('rank'))}"),
-                _words(_text(rank.get("host"))),
+                _words(f"stage {number_of_stage}"),
+                _words(_host(run, number_of_stage)),
                 *(Cell(number(parts[part])) for part in PARTS),
                 Cell(number(None if bubble is None else 100 * bubble)),
-                Cell(number(rank.get("load_s"))),
             )
         )
-    header = ("Stage", "Host", *(f"{part} (s)" for part in PARTS), "Bubble (%)", "Load (s)")
+    header = ("Stage", "Host", *(f"{part} (s)" for part in PARTS), "Bubble (%)")
     notes = (
-        (
-            "compute to overhead: the parts of the time while generating; I/O: reading prompts and "
-            "weights before."
-        ),
+        "compute to overhead: parts of the time while generating; I/O: reading prompts, weights.",
     )
     return Table("Where the time of each stage went", header, tuple(rows), notes) if rows else None
 
 
-def _boot_table(run: RunFiles) -> Table | None:
+def _host(run: RunLines, stage: int) -> str:
+    ranks = run_facts(run).ranks
+    found = ranks[stage].get("host") if stage < len(ranks) else run.time.ranks[stage].host
+    return str(found or NOTHING)
+
+
+def _boot_table(run: RunLines) -> Table | None:
     boots = [
         {event["name"]: event["seconds"] for event in rank.get("boot") or ()}
         for rank in run_facts(run).ranks
@@ -180,7 +191,7 @@ def _boot_table(run: RunFiles) -> Table | None:
     )
 
 
-def _attempts_table(run: RunFiles) -> Table | None:
+def _attempts_table(run: RunLines) -> Table | None:
     attempts: Sequence[Mapping[str, Any]] = run.metrics.get("attempts") or ()
     if len(attempts) < 2:
         return None
@@ -211,7 +222,7 @@ def _text(value: object) -> str:
 # ---- time and place ------------------------------------------------------------------------------
 
 
-def _rates(run: RunFiles) -> LineChart | None:
+def _rates(run: RunLines) -> LineChart | None:
     head: Sequence[Line] = run.samples.get(0, ())
     began_s = run.began_s
     if began_s is None:

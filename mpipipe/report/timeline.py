@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from mpipipe.report.charts import Curve, LaneChart, LineChart, Span
 
 if TYPE_CHECKING:
-    from mpipipe.report.run_files import Line, RunFiles
+    from mpipipe.logs.reading import Line
+    from mpipipe.report.run_files import RunLines
 
 __all__ = ["busy_shares", "occupancy_charts", "rate_curve"]
 
@@ -56,7 +57,7 @@ def busy_shares(
     return [min(1.0, seconds / width) for seconds in busy]
 
 
-def occupancy_charts(run: RunFiles, name: str) -> list[LineChart | LaneChart]:
+def occupancy_charts(run: RunLines, name: str) -> list[LineChart | LaneChart]:
     """How full the pipeline was; nothing where no steps were written.
 
     Args:
@@ -70,9 +71,12 @@ def occupancy_charts(run: RunFiles, name: str) -> list[LineChart | LaneChart]:
     return [_occupancy(run, name, spans), _lanes(run, name, spans)]
 
 
-def _compute_spans(run: RunFiles, rank: int, began_s: float) -> list[tuple[float, float]]:
+def _compute_spans(run: RunLines, rank: int, began_s: float) -> list[tuple[float, float]]:
     return [
-        (start := run.on_head(rank, _compute_start_s(line)) - began_s, start + line["compute_s"])
+        (
+            start := run.clocks.on_head(rank, _compute_start_s(line)) - began_s,
+            start + line["compute_s"],
+        )
         for line in run.steps[rank]
     ]
 
@@ -82,7 +86,7 @@ def _compute_start_s(line: Line) -> float:
     return float(line["start_s"]) + sum(float(line.get(part) or 0.0) for part in before)
 
 
-def _occupancy(run: RunFiles, name: str, spans: dict[int, list[tuple[float, float]]]) -> LineChart:
+def _occupancy(run: RunLines, name: str, spans: dict[int, list[tuple[float, float]]]) -> LineChart:
     start = min(found[0][0] for found in spans.values())
     end = max(found[-1][1] for found in spans.values())
     num_bins = max(1, min(_MOST_BINS, max(map(len, spans.values())) // _STEPS_PER_BIN))
@@ -109,7 +113,7 @@ def _occupancy(run: RunFiles, name: str, spans: dict[int, list[tuple[float, floa
     )
 
 
-def _lanes(run: RunFiles, name: str, spans: dict[int, list[tuple[float, float]]]) -> LaneChart:
+def _lanes(run: RunLines, name: str, spans: dict[int, list[tuple[float, float]]]) -> LaneChart:
     """Some steps from the middle of the run, one by one."""
     longest = max(spans.values(), key=len)
     middle = len(longest) // 2
@@ -131,6 +135,6 @@ def _lanes(run: RunFiles, name: str, spans: dict[int, list[tuple[float, float]]]
     )
 
 
-def _stage(run: RunFiles, rank: int) -> int:
+def _stage(run: RunLines, rank: int) -> int:
     stage = run.steps[rank][0].get("stage")
     return rank if stage is None else int(stage)

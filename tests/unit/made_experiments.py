@@ -281,7 +281,10 @@ def make_run_folder(folder: Path, *, num_steps: int = 60, killed: bool = False) 
         ],
     )  # fmt: skip
     _write_lines(folder / "requests.jsonl", [{"attempt": 1, "admitted_s": 100.0}])
-    _write_lines(folder / "clock.jsonl", [{"attempt": 1, "of_rank": 1, "offset_s": -5.0}])
+    _write_lines(
+        folder / "clock.jsonl",
+        [{"attempt": 1, "t_s": 100.0, "of_rank": 1, "offset_s": -5.0, "error_s": 1e-5}],
+    )
     return folder
 
 

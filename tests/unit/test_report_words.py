@@ -177,6 +177,10 @@ def test_a_killed_run_has_a_page_of_what_is_left(tmp_path: Path) -> None:
     figures = json.loads(report.files["report.json"])["figures"]
     assert figures["cpu_percent"] == 90.0
     assert figures["wall_clock_s"] is None
+    # 60 whole steps of 40 ms, 30 of them compute, and a torn line
+    first = json.loads(report.files["report.json"])["stage_parts_s"][0]
+    assert first["compute"] == pytest.approx(60 * 0.03)
+    assert first["idle"] == pytest.approx(60 * 0.005)
 
 
 def test_a_single_run_has_no_interval_to_compare_by(tmp_path: Path) -> None:
