@@ -71,7 +71,7 @@ class BootTimeline:
 
     def __init__(self, clock: Clock, started_s: float | None = None) -> None:
         self.started_s = clock.now_s() if started_s is None else started_s
-        self._clock = clock
+        self.clock = clock
         self._parts: list[BootPart] = []
         self._open: PartName | None = "process"
         self._since_s = self.started_s
@@ -103,7 +103,7 @@ class BootTimeline:
         """The open part ends and `name` begins: now, or `at_s`. Nothing after `end`."""
         if self._open is None:
             return
-        at_s = self._clock.now_s() if at_s is None else at_s
+        at_s = self.clock.now_s() if at_s is None else at_s
         if at_s - self._since_s >= _SHORT_S:
             self._close(at_s)
         self._open, self._phase = name, ""
@@ -116,7 +116,7 @@ class BootTimeline:
         """
         if self._open is None:
             return
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         self._close(max(self._since_s, now_s - seconds), num_bytes)
         self._open = name
 
@@ -138,7 +138,7 @@ class BootTimeline:
         """The rank is ready: the last part ends, and nothing is cut any more."""
         if self._open is None:
             return
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         if now_s - self._since_s >= _SHORT_S:
             self._close(now_s)
         self._open = None

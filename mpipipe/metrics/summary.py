@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
-from mpipipe.metrics.boot import BootPart
+from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
+from mpipipe.metrics.boot import BootPart, PartName
+from mpipipe.metrics.identity import SCHEMA
 
 if TYPE_CHECKING:
+    from mpipipe.metrics.identity import RunIdentity
     from mpipipe.types import Completion
 
 __all__ = ["PhaseTimes", "RankReport", "RequestTally", "RequestTotals", "RunSummary", "percentile"]
@@ -56,6 +59,15 @@ class RankReport:
     capture_s: float | None = None  # capturing CUDA graphs, a part of load_s; None without them
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
+
+    @property
+    def boot_own_s(self) -> float:
+        """Its boot without waiting for other ranks."""
+        return sum(part.seconds for part in self.boot if part.name != "wait")
+
+    def part_s(self, *names: PartName) -> float:
+        """Seconds of the parts of its boot with these names."""
+        return sum(part.seconds for part in self.boot if part.name in names)
 
     @property
     def peak_over_need(self) -> float | None:
@@ -130,6 +142,30 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of their stages
+    identity: RunIdentity | None = None  # of the head
+    state: AttemptState = DONE
+    earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
+    io_write_s: float = 0.0  # of the head: completions, status, its log, merging
+
+    @property
+    def attempts(self) -> tuple[AttemptTotals, ...]:
+        """Those before, and this one."""
+        own = AttemptTotals(
+            attempt=len(self.earlier) + 1,
+            state=self.state,
+            wall_s=self.phases.wall_s,
+            generate_s=self.phases.generate_s,
+            num_completed=self.requests.num_completed,
+            num_failed=self.requests.num_failed,
+            num_output_tokens=self.requests.num_output_tokens,
+        )
+        return (*self.earlier, own)
+
+    @property
+    def slowest_boot(self) -> RankReport | None:
+        """The rank whose own work from its process's start to `ready` was longest."""
+        booted = [rank for rank in self.ranks if rank.boot]
+        return max(booted, key=lambda rank: rank.boot_own_s, default=None)
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -160,6 +196,8 @@ class RunSummary:
     def to_dict(self) -> dict[str, Any]:
         """The contents of `metrics.json`.
 
+        * `schema`, and the identity of the head's lines: `run`, `attempt`, `job`, `replica` …
+        * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
@@ -168,8 +206,13 @@ class RunSummary:
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
           each part (`compute_s`, `wait_s`, `send_s`, `idle_s`, `overhead_s`), their sum `wall_s`
           and the `bubble_ratio`
+        * `time`: seconds by what they were for, see `_times`
+        * `attempts`: of each start of the run the fields of `AttemptTotals`; `total`: their sums
         """
         return {
+            "schema": SCHEMA,
+            **(self.identity.fields() if self.identity is not None else {}),
+            "state": self.state,
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
@@ -178,6 +221,20 @@ class RunSummary:
             "bubble_ratio": self.bubble_ratio,
             "steady_bubble_ratio": self.steady_bubble_ratio,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
+            "time": self._times(),
+            "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
+            "total": total_of(self.attempts),
+        }
+
+    def _times(self) -> dict[str, float]:
+        """Ranks read side by side: the slowest counts. Prompts are the head's alone."""
+        return {
+            "preprocessing_s": max(
+                (r.part_s("tokenizer", "tokenise") for r in self.ranks), default=0.0
+            ),
+            "io_read_s": max((r.part_s("read prompts") for r in self.ranks), default=0.0)
+            + max((r.part_s("read weights") for r in self.ranks), default=0.0),
+            "io_write_s": self.io_write_s,
         }
 
     def _per_s(self, num_tokens: int) -> float:

@@ -61,14 +61,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         _settle_garbage()
         with ranks.boot.waiting("ready"):
             await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
-        load = LoadFacts(
-            load_s=ranks.boot.own_s(started_s),
-            loaded_bytes=parts.loaded_bytes,
-            weight_bytes=parts.weight_bytes,
-            kv_bytes=parts.cache.num_bytes(),
-            baseline_rss_bytes=baseline_rss_bytes,
-            capture_s=opened.capture_s,
-        )
+        load = _load_facts(ranks.boot.own_s(started_s), parts, opened, baseline_rss_bytes)
         _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
         ranks.boot.end()
@@ -76,6 +69,19 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
         finally:
             gc.unfreeze()
+
+
+def _load_facts(
+    own_s: float, parts: StageParts, opened: OpenedWorker, baseline_rss_bytes: int
+) -> LoadFacts:
+    return LoadFacts(
+        load_s=own_s,
+        loaded_bytes=parts.loaded_bytes,
+        weight_bytes=parts.weight_bytes,
+        kv_bytes=parts.cache.num_bytes(),
+        baseline_rss_bytes=baseline_rss_bytes,
+        capture_s=opened.capture_s,
+    )
 
 
 def _log_ready(
