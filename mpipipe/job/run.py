@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
-    from mpipipe.metrics.boot import BootPart, BootTimeline
+    from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.model_facts import ModelFacts
@@ -174,7 +174,7 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
-    ranks.boot.listen(lambda part: _tell_boot(log, part))
+    ranks.boot.listen(lambda part: log.info("boot", **part.event()))
     ranks.on_phase.append(
         lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
     )
@@ -182,12 +182,6 @@ def _open_job(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
     return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
-
-
-def _tell_boot(log: RunLog, part: BootPart) -> None:
-    fields = part.fields()
-    seconds = fields.pop("seconds")
-    log.info("boot", **fields, end_s=part.start_s + seconds)
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:

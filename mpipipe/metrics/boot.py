@@ -39,7 +39,7 @@ PartName = Literal[
     "wait",  # for other ranks
     "ready",  # what is left until the session takes requests
 ]
-_SHORT_S = 0.0001  # less is no part of its own
+_SHORT_S = 0.001  # less is no part of its own: it counts for the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,22 @@ class BootPart:
 
     def fields(self) -> dict[str, Any]:
         """As it stands in `metrics.json`: what does not apply is left out."""
-        told: dict[str, Any] = {
-            "name": self.name, "start_s": self.start_s, "seconds": self.seconds,
-        }  # fmt: skip
-        told |= {"bytes": self.num_bytes} if self.num_bytes else {}
-        return told | ({"phase": self.phase} if self.phase else {})
+        return {
+            "name": self.name,
+            "start_s": round(self.start_s, 6),
+            "seconds": round(self.seconds, 6),
+            **self._more(),
+        }
+
+    def event(self) -> dict[str, Any]:
+        """As it stands in the rank's log."""
+        ends = {"start_s": self.start_s, "end_s": self.start_s + self.seconds}
+        rounded = {name: round(value, 6) for name, value in ends.items()}
+        return {"name": self.name, **rounded, **self._more()}
+
+    def _more(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"bytes": self.num_bytes} if self.num_bytes else {}
+        return more | ({"phase": self.phase} if self.phase else {})
 
 
 class BootTimeline:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ROOT, execute, mpiexec, read_jsonl, run
+from tests.e2e.conftest import LIMIT_S, ROOT, execute, mpiexec, read_jsonl, run
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
 RECORD_KEYS = {
@@ -72,6 +75,7 @@ def test_the_manifest_is_enough_to_repeat_the_run(
     assert Path(manifest["config"]["model"]["path"]).is_absolute()
     assert manifest["config"]["output"]["dir"] == str(tmp_path / "first")
     assert len(manifest["plan"]["stages"]) == len(manifest["hosts"]) == max(1, num_ranks)
+    _check_surroundings(manifest, max(1, num_ranks))
     again = tmp_path / "again.json"
     again.write_text(json.dumps(manifest["config"]))
     second = run(num_ranks, again, tmp_path / "second")
@@ -79,9 +83,63 @@ def test_the_manifest_is_enough_to_repeat_the_run(
     assert tokens(second.completions()) == tokens(first.completions())
 
 
+def _check_surroundings(manifest: dict[str, Any], num_ranks: int) -> None:
+    """What a run of this machine, started by a test, tells of it."""
+    assert manifest["schema"] == 1
+    assert "run" in manifest["argv"]
+    (node,) = manifest["nodes"]
+    assert node["host"] == manifest["hosts"][0]["host"]
+    assert node["cpu_model"]
+    assert node["kernel"] == os.uname().release
+    assert node["memory_bytes"] >= manifest["hosts"][0]["memory_available_bytes"]
+    launch = manifest["launch"]
+    assert (launch["num_nodes"], launch["num_ranks"]) == (1, num_ranks)
+    assert launch["launcher"] == manifest["hosts"][0]["launcher"]
+    assert manifest["environment"]["OMP_NUM_THREADS"] == "1"
+    assert not {"PATH", "HOME"} & manifest["environment"].keys()
+    assert "node.memory" in {finding["check"] for finding in manifest["doctor"]}
+    (attempt,) = manifest["attempts"]
+    assert attempt["attempt"] == 1
+    age_s = datetime.now(UTC).timestamp() - attempt["unix_s"]
+    assert 0 < age_s < LIMIT_S
+
+
+def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
+    """The parts of a rank's boot, in its log and in the metrics, are its boot's wall clock."""
+    events = read_jsonl(folder / f"rank_{rank['rank']}.log")
+    logged = [event for event in events if event["event"] == "boot"]
+    boot = rank["boot"]
+    assert [event["name"] for event in logged] == [part["name"] for part in boot]
+    for before, after in itertools.pairwise(logged):
+        assert after["start_s"] == pytest.approx(before["end_s"], abs=2e-6)
+    names = {part["name"] for part in boot}
+    assert {"process", "imports", "mpi", "build", "read weights", "wait"} <= names
+    assert ("tokenizer" in names) == (rank["rank"] == 0)
+    # From the process's start, as the kernel tells it, to the first sign of being ready.
+    (ready,) = (event for event in events if event["event"] == "ready")
+    wall_s = ready["t_s"] - boot[0]["start_s"]
+    assert sum(part["seconds"] for part in boot) == pytest.approx(wall_s, rel=0.01)
+    (read,) = (part for part in boot if part["name"] == "read weights")
+    assert read["bytes"] == rank["loaded_bytes"] > 0
+    own_s = sum(part["seconds"] for part in boot if part["name"] != "wait")
+    assert 0 < rank["load_s"] < own_s
+
+
 def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
-    metrics = run(2, tiny_config, tmp_path / "run").json("metrics.json")
+    outcome = run(2, tiny_config, tmp_path / "run")
+    metrics = outcome.json("metrics.json")
     assert metrics["requests"]["num_completed"] == 3
+    assert (metrics["schema"], metrics["state"], metrics["attempt"]) == (1, "done", 1)
+    assert metrics["run"] == outcome.json("manifest.json")["run"]
+    (attempt,) = metrics["attempts"]
+    assert attempt["wall_s"] == metrics["total"]["wall_s"] == metrics["phases"]["wall_s"]
+    assert attempt["num_output_tokens"] == metrics["requests"]["num_output_tokens"]
+    assert (
+        min(metrics["time"][f"{name}_s"] for name in ("preprocessing", "io_read", "io_write")) > 0
+    )
+    assert "slowest boot  rank " in outcome.stdout
+    for rank in metrics["ranks"]:
+        _check_boot(tmp_path / "run", rank)
     for rank in metrics["ranks"]:
         overall = rank["stage"]["overall"]
         names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
@@ -91,10 +149,13 @@ def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
 
 
 def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
-    run(2, tiny_config, tmp_path / "run")
+    manifest = run(2, tiny_config, tmp_path / "run").json("manifest.json")
     for rank in (0, 1):
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
-        assert {event["rank"] for event in events} == {rank}
+        assert {event["rank"] for event in events} == {event["stage"] for event in events} == {rank}
+        assert {(event["run"], event["attempt"], event["job"]) for event in events} == {
+            (manifest["run"], 1, None)
+        }
         assert {"handshake", "ready"} <= {event["event"] for event in events}
         (ready,) = (event for event in events if event["event"] == "ready")
         assert (ready["form"], ready["num_graphs"], ready["graph_unsupported_reason"]) == (
