@@ -204,8 +204,8 @@ class RunSummary:
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
-          each part (`compute_s`, `wait_s`, `send_s`, `idle_s`, `overhead_s`), their sum `wall_s`
-          and the `bubble_ratio`
+          each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
+          sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
         * `time`: seconds by what they were for, see `_times`
         * `attempts`: of each start of the run the fields of `AttemptTotals`; `total`: their sums
         """
@@ -227,7 +227,10 @@ class RunSummary:
         }
 
     def _times(self) -> dict[str, float]:
-        """Ranks read side by side: the slowest counts. Prompts are the head's alone."""
+        """Ranks read, and communicate, side by side: the slowest counts.
+
+        Prompts are read and tokenised, completions written, by the head alone.
+        """
         return {
             "preprocessing_s": max(
                 (r.part_s("tokenizer", "tokenise") for r in self.ranks), default=0.0
@@ -235,6 +238,9 @@ class RunSummary:
             "io_read_s": max((r.part_s("read prompts") for r in self.ranks), default=0.0)
             + max((r.part_s("read weights") for r in self.ranks), default=0.0),
             "io_write_s": self.io_write_s,
+            "communication_s": max(
+                (rank.stage.overall.communication_s for rank in self.ranks), default=0.0
+            ),
         }
 
     def _per_s(self, num_tokens: int) -> float:
@@ -258,6 +264,10 @@ def _bubble(walls_s: Sequence[float], bubbles_s: Sequence[float]) -> float | Non
 def _rank_dict(rank: RankReport) -> dict[str, Any]:
     values = dataclasses.asdict(rank)
     for name, parts in (("overall", rank.stage.overall), ("steady", rank.stage.steady)):
-        values["stage"][name].update(wall_s=parts.wall_s, bubble_ratio=parts.bubble_ratio)
+        values["stage"][name].update(
+            wall_s=parts.wall_s,
+            communication_s=parts.communication_s,
+            bubble_ratio=parts.bubble_ratio,
+        )
     values["boot"] = [part.fields() for part in rank.boot]
     return {**values, "peak_over_need": rank.peak_over_need}

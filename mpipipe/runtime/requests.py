@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import PromptError
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
+    from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
@@ -46,6 +47,11 @@ class Boot:
     model: ModelFacts | None  # on the head
     prepared: Prepared  # on the head
     log: Logger
+
+    @property
+    def hosts(self) -> list[str]:
+        """By rank."""
+        return [rank_resources.host for rank_resources in self.resources]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +76,13 @@ class Session:
         plan: PipelinePlan,
         worker: StageWorker,
         account: StageAccount,
+        clocks: Clocks,
         load: LoadFacts,
     ) -> None:
         self.ranks = boot.ranks
         self.resources = boot.resources
         self.plan = plan
+        self.clocks = clocks
         self.load = load
         self._model = boot.model
         self._tokenizer = tokenizer = boot.prepared.tokenizer
@@ -178,6 +186,7 @@ class Session:
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
         """Every rank's totals, in stage order, on the head; None elsewhere."""
+        await self._worker.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpipipe.planning.gpu_limits import num_request_rows
+from mpipipe.planning.step_limits import num_request_rows
 from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
 from mpipipe.stage.decode_batch import DecodeBatch

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence, StepScheduled
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.planning.sampling_use import SamplingUse
+    from mpipipe.planning.workload import SamplingUse
     from mpipipe.stage.decode_batch import DecodeBatch
     from mpipipe.stage.stream import Stream
 

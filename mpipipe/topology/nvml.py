@@ -35,12 +35,11 @@ _GPU_SENSOR = 0  # NVML_TEMPERATURE_GPU
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process that computes on a GPU. `memory_bytes` 0: the driver does not say."""
+    """A process that computes on a GPU."""
 
     pid: int
     name: str
     gpu_uuid: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,6 @@ class Nvml:
                 pid=process.pid,
                 name=self.ask("nvmlSystemGetProcessName", process.pid) or "a process",
                 gpu_uuid=self.ask("nvmlDeviceGetUUID", handle) or "",
-                memory_bytes=process.usedGpuMemory or 0,
             )
             for _, handle in self._handles()
             for process in self.ask("nvmlDeviceGetComputeRunningProcesses_v3", handle) or ()

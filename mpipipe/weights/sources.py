@@ -46,19 +46,15 @@ class TensorSource(Protocol):
 
     def names(self) -> Collection[str]:
         """All tensor names."""
-        ...
 
     def stored(self, name: str) -> StoredTensor:
         """Type, shape and place of `name`; reads no tensor bytes."""
-        ...
 
     def read_into(self, name: str, out: torch.Tensor) -> int:
         """Fill `out` (same shape; any floating type, any device); returns the bytes read."""
-        ...
 
     def close(self) -> None:
         """Let go of the files."""
-        ...
 
 
 def open_source(index: CheckpointIndex) -> TensorSource:

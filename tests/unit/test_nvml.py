@@ -60,15 +60,12 @@ def test_a_gpu_that_is_lost_does_not_hide_the_others() -> None:
 
 
 def test_processes_are_told_with_their_gpu_and_what_the_driver_says_of_them() -> None:
-    running = [
-        SimpleNamespace(pid=12, usedGpuMemory=300 * MIB),
-        SimpleNamespace(pid=5, usedGpuMemory=None),
-    ]
+    running = [SimpleNamespace(pid=12), SimpleNamespace(pid=5)]
     busy = FakeCard("GPU-1", answers={"nvmlDeviceGetComputeRunningProcesses_v3": running})
     _, processes = query_host(FakeNvml(FakeCard("GPU-0"), busy, names={12: "/opt/a, b/python"}))
     assert processes == (
-        GpuProcess(12, "/opt/a, b/python", "GPU-1", 300 * MIB),
-        GpuProcess(5, "a process", "GPU-1", 0),
+        GpuProcess(12, "/opt/a, b/python", "GPU-1"),
+        GpuProcess(5, "a process", "GPU-1"),
     )
 
 

@@ -134,7 +134,7 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     assert rank["loaded_bytes"] == 250 * MIB
     assert rank["peak_over_need"] == pytest.approx(1.1)
     overall = rank["stage"]["overall"]
-    parts = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+    parts = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
     assert sum(overall[part] for part in parts) == pytest.approx(overall["wall_s"])
     assert overall["bubble_ratio"] == pytest.approx(0.5)
     assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)
@@ -143,7 +143,9 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
 def test_reading_and_preprocessing_are_told_apart(summary: RunSummary) -> None:
     """The head's prompts, and of weights, which are read side by side, the slowest rank's."""
     times = replace(summary, io_write_s=0.75).to_dict()["time"]
-    assert times == {"preprocessing_s": 1.5, "io_read_s": 6.25, "io_write_s": 0.75}
+    assert times == {
+        "preprocessing_s": 1.5, "io_read_s": 6.25, "io_write_s": 0.75, "communication_s": 1.0,
+    }  # fmt: skip
 
 
 def test_the_slowest_boot_is_named_with_its_reason(summary: RunSummary) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mpipipe.doctor.facts import RankGpu
-from mpipipe.doctor.probes.launch import loaded_libraries
+from mpipipe.doctor.probes.process import loaded_libraries
 from mpipipe.topology.gpu import GpuFacts, container_kind
+from mpipipe.topology.host import read_text
 from mpipipe.topology.launcher import Launcher, detect
 from mpipipe.topology.nvml import GpuProcess, query_host
 
@@ -117,9 +118,8 @@ def kernel_driver(root: Path = _ROOT) -> str:
 
     E.g. `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar …`.
     """
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
-    except OSError:
+    text = read_text(root / "proc/driver/nvidia/version")
+    if not text:
         return ""
     found = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     return found[1] if found else "unknown"
