@@ -50,7 +50,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpipipe.config.binding import merge, nearest, settings, short
+from mpipipe.config.binding import merge, nearest, sections, settings, short
 from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
 from mpipipe.config.files import expand_path
 from mpipipe.errors import ConfigError
@@ -138,14 +138,13 @@ class LegacyConfig:
 def is_legacy(raw: Mapping[str, Any]) -> bool:
     """True when the keys are those of an `exp_config.json`."""
     objects = {key for key, value in raw.items() if isinstance(value, dict) and key != "device_map"}
-    sections = _sections()
     has_old_object = any(
-        key in _OLD_OBJECTS - sections
+        key in _OLD_OBJECTS - sections().keys()
         or any(name in TARGETS and name not in settings() for name, _ in _names({key: raw[key]}))
         for key in objects
     )
     has_old_key = any(key in TARGETS and key != "name" for key in raw.keys() - objects)
-    return has_old_object or (has_old_key and (not objects or bool(objects - sections)))
+    return has_old_object or (has_old_key and (not objects or bool(objects - sections().keys())))
 
 
 def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -153,14 +152,10 @@ def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in raw.items():
         if not isinstance(value, dict) or name == "device_map":
             yield name, value
-        elif not value and name not in _OLD_OBJECTS and name not in _sections():
+        elif not value and name not in _OLD_OBJECTS and name not in sections():
             yield name, value  # to be told as unknown
         else:
             yield from ((f"{name}.{key}", inner) for key, inner in value.items())
-
-
-def _sections() -> set[str]:
-    return {name.partition(".")[0] for name in settings() if "." in name}
 
 
 def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:

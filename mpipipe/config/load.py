@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mpipipe.config import legacy
 from mpipipe.config.binding import bind, layer_overrides, merge, short, to_dict
 from mpipipe.config.checks import check, default_sampling
 from mpipipe.config.command_words import DEMO_SCHEME, CommandWords, read_words
-from mpipipe.config.files import expand_path, parse_json, read_text
+from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.config.renamed import rename_keys, rename_words
 from mpipipe.config.schema import Config
 from mpipipe.errors import ConfigError
@@ -167,16 +166,7 @@ def _read_table(path: Path) -> dict[str, Any]:
     text = read_text(path, "configuration file")
     if path.suffix not in (".toml", ".json"):
         raise ConfigError(f"{path}: a configuration file ends in .toml or .json: rename it")
-    try:
-        table = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
-    except (ValueError, RecursionError) as error:
-        language = path.suffix[1:].upper()
-        raise ConfigError(f"{path} is not valid {language}: {error}") from None
-    if not isinstance(table, dict):
-        raise ConfigError(
-            f"{path}: expected an object with sections, found a {type(table).__name__}"
-        )
-    return table
+    return parse_table(text, path)
 
 
 def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpipipe.config.binding import short
+from mpipipe.config.binding import is_text, short
 from mpipipe.errors import PromptError
 
 __all__ = ["ID_KEYS", "ClaimedId", "OwnId", "id_of_broken_line", "own_ids", "read_id"]
@@ -83,7 +83,7 @@ def id_of_broken_line(line: bytes) -> str | None:
     pairs = value if isinstance(value, tuple) else ()
     ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
     prompt_id = ids.pop() if len(ids) == 1 else None
-    return prompt_id if prompt_id is not None and _is_text(prompt_id) else None
+    return prompt_id if prompt_id is not None and is_text(prompt_id) else None
 
 
 def _parsed(scalar: str) -> object:
@@ -91,15 +91,6 @@ def _parsed(scalar: str) -> object:
         return json.loads(scalar)
     except ValueError:  # an escape that is none
         return None
-
-
-def _is_text(word: str) -> bool:
-    """Whether it can be written: no half of a surrogate pair, of a byte that is no UTF-8 either."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def own_ids(claims: Sequence[ClaimedId], unit: str = "line") -> list[OwnId]:
