@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpipipe.config.binding import fit, nearest, short
@@ -30,7 +30,7 @@ from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["PromptFields", "keyword_sampling", "parse_fields"]
+__all__ = ["PromptLine", "keyword_sampling", "read_fields"]
 
 _TEXT_KEYS = ("prompt", "messages")
 _ALIASES = {
@@ -95,27 +95,35 @@ _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 
 @dataclass(frozen=True, slots=True)
-class PromptFields:
-    """What a prompt object says. Exactly one of `text` and `messages` is set."""
+class PromptLine:
+    """One prompt as asked for: with `error`, or with `sampling` and one of `text`, `messages`."""
 
-    text: str | None
-    messages: tuple[ChatMessage, ...] | None
-    sampling: SamplingParams
-    chat_options: ChatOptions = PLAIN_CHAT
+    index: int  # position among the prompts, from 0: the order of completions.jsonl
+    line_number: int  # in the file, from 1; blank lines count
+    prompt_id: str  # unique in the run
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
+    sampling: SamplingParams | None = None
+    error: PromptError | None = None
 
 
-def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -> PromptFields:
-    """Text or messages of `line`, and `defaults` with its overrides; `seed`: unless it has one.
+def read_fields(
+    line: PromptLine, given: Mapping[str, Any], defaults: SamplingParams, seed: int
+) -> PromptLine:
+    """`line` with the text or messages of `given`, and `defaults` with its overrides.
+
+    `seed`: unless it has one.
 
     Raises:
         PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
             invalid_sampling, unknown_field.
     """
-    asked = line
-    if "body" in line:
-        _reject_unknown(line, _KNOWN_BATCH, _BATCH_KEYS)
-        _check_endpoint(line)
-        asked = line["body"]
+    asked = given
+    if "body" in given:
+        _reject_unknown(given, _KNOWN_BATCH, _BATCH_KEYS)
+        _check_endpoint(given)
+        asked = given["body"]
         if not isinstance(asked, Mapping):
             raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
     _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
@@ -131,7 +139,8 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -
         messages is None and "add_special_tokens" in asked
     ):
         raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
-    return PromptFields(text, messages, _sampling(asked, defaults, seed), options)
+    sampling = _sampling(asked, defaults, seed)
+    return replace(line, text=text, messages=messages, chat_options=options, sampling=sampling)
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
