@@ -43,7 +43,11 @@ _MAX_INT = 2**63 - 1  # what MessagePack, numpy and torch all carry
 def sections() -> dict[str, type]:
     """Every section of the tree by name, with its dataclass."""
     hints = typing.get_type_hints(Config)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    return {
+        name: kind
+        for name, kind in hints.items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
 
 
 @functools.cache

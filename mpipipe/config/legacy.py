@@ -57,9 +57,9 @@ from mpipipe.errors import ConfigError
 
 __all__ = [
     "TARGETS",
+    "ConfigLayer",
     "DeepSpeedExpectations",
     "InlinePrompt",
-    "LegacyConfig",
     "convert",
     "is_legacy",
 ]
@@ -126,13 +126,15 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
 
 
 @dataclass(frozen=True, slots=True)
-class LegacyConfig:
-    """An old experiment file in today's words."""
+class ConfigLayer:
+    """What one configuration file says, in today's words."""
 
+    path: Path
     values: dict[str, Any]  # section -> setting -> value
-    inline_prompts: tuple[InlinePrompt, ...]
-    warnings: tuple[str, ...]
-    deepspeed: DeepSpeedExpectations | None
+    inline_prompts: tuple[InlinePrompt, ...] = ()
+    warnings: tuple[str, ...] = ()
+    deepspeed: DeepSpeedExpectations | None = None
+    base: Path | None = None  # the file that it extends
 
 
 def is_legacy(raw: Mapping[str, Any]) -> bool:
@@ -158,7 +160,7 @@ def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{key}", inner) for key, inner in value.items())
 
 
-def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
+def convert(raw: Mapping[str, Any], path: Path) -> ConfigLayer:
     """`raw`, read from `path`, by the table above.
 
     Raises:
@@ -176,7 +178,7 @@ def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
         section, _, name = target.rpartition(".")
         if target in settings():
             nested = merge(nested, {section: {name: value}} if section else {name: value})
-    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(values, path))
+    return ConfigLayer(path, nested, inline, tuple(warnings), _deepspeed(values, path))
 
 
 def _by_target(

@@ -10,7 +10,7 @@ error: a misspelt setting is never silently the default.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,35 +62,15 @@ _BY_NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
 )
 _NEUTRAL = {name: values for values, names in _BY_NEUTRAL_VALUES for name in names}
 # What does not decide the tokens: names, notes, how an answer travels, hints for speed.
-_IGNORED = (
-    "metadata",
-    "model",
-    "user",
-    "store",
-    "service_tier",
-    "stream",
-    "stream_options",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prediction",
-    "priority",
-    "request_id",
-    "cache_salt",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
-)
-_BATCH_KEYS = (*ID_KEYS, "method", "url", "body", "metadata")
-_LINE_KEYS = (
-    *ID_KEYS,
-    *_TEXT_KEYS,
-    *_SETTING_KEYS,
-    *CHAT_KEYS,
-    "add_special_tokens",
-    *_NEUTRAL,
-    *_IGNORED,
-)
-_KNOWN_BATCH, _KNOWN_LINE = frozenset(_BATCH_KEYS), frozenset(_LINE_KEYS)
+_IGNORED = """
+    metadata model user store service_tier stream stream_options safety_identifier prompt_cache_key
+    prompt_cache_retention prediction priority request_id cache_salt return_token_ids
+    return_tokens_as_token_ids
+    """.split()  # noqa: SIM905 - a list of them would take a screen
+# Dictionaries as sets that keep their order.
+_BATCH_KEYS = dict.fromkeys((*ID_KEYS, "method", "url", "body", "metadata"))
+_PROMPT_KEYS = (*ID_KEYS, *_TEXT_KEYS, *_SETTING_KEYS, *CHAT_KEYS, "add_special_tokens")
+_LINE_KEYS = dict.fromkeys((*_PROMPT_KEYS, *_NEUTRAL, *_IGNORED))
 _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 
@@ -121,12 +101,12 @@ def read_fields(
     """
     asked = given
     if "body" in given:
-        _reject_unknown(given, _KNOWN_BATCH, _BATCH_KEYS)
+        _reject_unknown(given, _BATCH_KEYS)
         _check_endpoint(given)
         asked = given["body"]
         if not isinstance(asked, Mapping):
             raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
-    _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
+    _reject_unknown(asked, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
     text, messages = _content(asked)
     options = PLAIN_CHAT
@@ -161,14 +141,12 @@ def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -
         raise SettingError(str(error)) from None
 
 
-def _reject_unknown(
-    line: Mapping[str, Any], known: frozenset[str], in_order: Sequence[str]
-) -> None:
-    if line.keys() <= known:
+def _reject_unknown(line: Mapping[str, Any], known: Mapping[str, None]) -> None:
+    if line.keys() <= known.keys():
         return
     for key, value in line.items():
         if key not in known and value is not None:
-            guess = nearest(key, in_order)
+            guess = nearest(key, known)
             hint = f'did you mean "{guess}"? ' if guess else ""
             raise PromptError(
                 "unknown_field",
