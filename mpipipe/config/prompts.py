@@ -17,7 +17,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpipipe.config.chat_fields import ChatMessage, ChatOptions
 from mpipipe.config.checks import default_sampling
@@ -28,15 +28,13 @@ from mpipipe.config.foreign_file import (
     problem_of_text,
 )
 from mpipipe.config.legacy import InlinePrompt
+from mpipipe.config.load import LoadedConfig
 from mpipipe.config.prompt_fields import PromptLine, read_fields
 from mpipipe.config.prompt_file import file_label, read_prompt_file
 from mpipipe.config.prompt_ids import ID_KEYS, FoundPrompt, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
-
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
 
 __all__ = [
     "ChatMessage",

@@ -14,16 +14,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.index import read_index
+from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, MpipipeError
-from mpipipe.planning.model_facts import read_model
-
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
-    from mpipipe.planning.model_facts import ModelFacts
+from mpipipe.planning.model_facts import ModelFacts, read_model
 
 __all__ = [
     "FolderFacts",
