@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpipipe.config.chat_fields import ChatMessage, ChatOptions
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json
 from mpipipe.config.foreign_file import (
@@ -37,8 +36,6 @@ from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
 __all__ = [
-    "ChatMessage",
-    "ChatOptions",
     "PromptLine",
     "configured_prompts",
     "library_prompts",
