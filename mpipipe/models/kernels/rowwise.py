@@ -23,10 +23,7 @@ def rms_norm(hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tor
     Statistics in float32; the normalised row is rounded to the dtype, then multiplied, as
     transformers' LlamaRMSNorm does.
     """
-    out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
-    if hidden_TH.shape[0]:
-        _launch(hidden_TH, None, weight_H, (out_TH, out_TH), eps=eps)
-    return out_TH
+    return _norm(hidden_TH, None, weight_H, eps)[0]
 
 
 def add_rms_norm(
@@ -36,33 +33,29 @@ def add_rms_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` of hidden + residual, and that sum rounded to the dtype: two [T, H]."""
-    out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
-    sum_TH = torch.empty_like(out_TH)
-    if hidden_TH.shape[0]:
-        outputs = (out_TH, sum_TH)
-        _launch(hidden_TH, residual_TH, weight_H, outputs, eps=eps)
-    return out_TH, sum_TH
+    return _norm(hidden_TH, residual_TH, weight_H, eps)
 
 
-def _launch(
-    hidden_TH: torch.Tensor,
-    residual_TH: torch.Tensor | None,
-    weight_H: torch.Tensor,
-    outputs: tuple[torch.Tensor, torch.Tensor],
-    *,
-    eps: float,
-) -> None:
+def _norm(
+    hidden_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, size = hidden_TH.shape
-    added_TH = hidden_TH if residual_TH is None else residual_TH
+    out_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
+    added_TH, sum_TH = hidden_TH, out_TH
+    if residual_TH is not None:
+        added_TH, sum_TH = residual_TH, torch.empty_like(out_TH)
     assert hidden_TH.stride(1) == 1
     assert added_TH.stride(1) == 1
     assert weight_H.is_contiguous()
+    if not num_rows:
+        return out_TH, sum_TH
     block = triton.next_power_of_2(size)
     _rms_norm_kernel[(num_rows,)](
         hidden_TH,
         added_TH,
         weight_H,
-        *outputs,
+        out_TH,
+        sum_TH,
         hidden_TH.stride(0),
         added_TH.stride(0),
         size,
@@ -72,6 +65,7 @@ def _launch(
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: two 16-byte loads
         **launch_options(hidden_TH.device),
     )
+    return out_TH, sum_TH
 
 
 @triton.jit
