@@ -18,6 +18,7 @@ from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.job.acquire import Acquired, acquire
 from mpipipe.job.manifest import complete_manifest, record_start
+from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.attempts import DONE, STOPPED, AttemptTotals
 from mpipipe.metrics.log import open_log
@@ -43,6 +44,7 @@ from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
@@ -174,14 +176,21 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
-    ranks.boot.listen(lambda part: log.info("boot", **part.event()))
-    ranks.on_phase.append(
-        lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
-    )
+    _log_what_comes(ranks, log)
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
     return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
+
+
+def _log_what_comes(ranks: Ranks, log: RunLog) -> None:
+    ranks.boot.listen(lambda part: log.info("boot", **part.event()))
+    ranks.on_phase.append(
+        lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
+    )
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
@@ -223,16 +232,12 @@ def _merge_only(job: _Job) -> None:
     """Leave what a run leaves that has completed everything, without a prompt of its own (head)."""
     if not job.ranks.is_head:
         return
-    clock, kept = job.ranks.clock, job.acquired.earlier.records
-    began_s = clock.now_s()
+    began_s = job.ranks.clock.now_s()
     _merge(job, {})
-    now_s = clock.now_s()
-    totals = dataclasses.replace(
-        RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
-    )
+    now_s, nothing = job.ranks.clock.now_s(), _all_requests(job, RequestTally(), 0)
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
     summary = _summary(
-        job, marks.phases(now_s), totals, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
+        job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
     write_json(job.acquired.folder / "metrics.json", summary.to_dict())
     job.log.info("summary", **summary.to_dict())
@@ -289,7 +294,8 @@ def _tell_what_is_left(job: _Job) -> None:
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
     if not session.is_head:
-        await session.serve_until_ended()
+        async with _recording(job, session):
+            await session.serve_until_ended()
         await session.gather_reports()
         log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
@@ -304,28 +310,33 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     view.planned(session.plan, warnings)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
-    tally = await _complete(job, session, prompts, manifest)
+    async with _recording(job, session) as recorded:
+        tally = await _complete(job, session, prompts, manifest)
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     statistics = session.statistics()
-    totals = tally.totals()
-    num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
-    requests = dataclasses.replace(
-        totals,
-        num_unfinished=num_unfinished,
-        num_kept=len(job.acquired.earlier.kept_ids),
-        num_damaged=job.acquired.earlier.records.num_damaged,
-    )
     summary = _summary(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
-        requests,
+        _all_requests(job, tally, prompts.num_prompts),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
+        itl_p50_s=recorded.gaps.percentile(50),
+        itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,
     )
     return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
+
+
+def _all_requests(job: _Job, tally: RequestTally, num_prompts: int) -> RequestTotals:
+    totals, earlier = tally.totals(), job.acquired.earlier
+    return dataclasses.replace(
+        totals,
+        num_unfinished=num_prompts - totals.num_completed - totals.num_failed,
+        num_kept=len(earlier.kept_ids),
+        num_damaged=earlier.records.num_damaged,
+    )
 
 
 def _summary(job: _Job, phases: PhaseTimes, requests: RequestTotals, **figures: Any) -> RunSummary:
@@ -338,6 +349,13 @@ def _summary(job: _Job, phases: PhaseTimes, requests: RequestTotals, **figures: 
         state=STOPPED if requests.num_unfinished else DONE,
         earlier=tuple(attempt for attempt in told if attempt is not None),
         **figures,
+    )
+
+
+def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
+    wanted, folder = job.loaded.config.log, job.acquired.folder
+    return recording(
+        folder, job.identity, wanted, session, job.files, on_failure=lambda told: _warn(job, told)
     )
 
 

@@ -59,6 +59,7 @@ class RankReport:
     capture_s: float | None = None  # capturing CUDA graphs, a part of load_s; None without them
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
+    energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
 
     @property
     def boot_own_s(self) -> float:
@@ -142,6 +143,8 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of their stages
+    itl_p50_s: float | None = None  # between the tokens of a request, over all requests
+    itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
     state: AttemptState = DONE
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
@@ -166,6 +169,12 @@ class RunSummary:
         """The rank whose own work from its process's start to `ready` was longest."""
         booted = [rank for rank in self.ranks if rank.boot]
         return max(booted, key=lambda rank: rank.boot_own_s, default=None)
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
+        told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
+        return sum(told) if told and len(told) == len(self.ranks) else None
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -202,6 +211,7 @@ class RunSummary:
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
+        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request; `energy_j`
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
           each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
@@ -220,6 +230,9 @@ class RunSummary:
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,
             "steady_bubble_ratio": self.steady_bubble_ratio,
+            "itl_p50_s": self.itl_p50_s,
+            "itl_p95_s": self.itl_p95_s,
+            "energy_j": self.energy_j,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
             "time": self._times(),
             "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
