@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpipipe.config.prompt_ids import FoundPrompt, id_of_broken_line, own_ids, read_id
-from mpipipe.config.prompts import read_prompts
+from mpipipe.config.prompts import FoundPrompt, id_of_broken_line, own_ids, read_id, read_prompts
 from mpipipe.config.schema import GenerationConfig
 
 
