@@ -23,12 +23,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from mpipipe.config import legacy
 from mpipipe.config.binding import bind, layer_overrides, merge, settings, short, to_dict
-from mpipipe.config.checks import check, default_sampling
+from mpipipe.config.checks import check
 from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.config.schema import Config
@@ -38,7 +39,6 @@ __all__ = [
     "DEMO_SCHEME",
     "LoadedConfig",
     "config_hash",
-    "default_sampling",
     "load_config",
     "require_set",
     "to_dict",
@@ -199,8 +199,7 @@ def require_set(config: Config, *names: str) -> None:
         ConfigError: names the empty setting and how to give it.
     """
     for name in names:
-        section, _, key = name.partition(".")
-        if not dataclasses.asdict(config)[section][key]:
+        if not attrgetter(name)(config):
             raise ConfigError(
                 f"{name} is not set: give it in the configuration file or as {name}=… "
                 "on the command line"

@@ -43,17 +43,7 @@ from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-__all__ = [
-    "FoundPrompt",
-    "PromptLine",
-    "configured_prompts",
-    "id_of_broken_line",
-    "library_prompts",
-    "own_ids",
-    "prompt_seed",
-    "read_id",
-    "read_prompts",
-]
+__all__ = ["PromptLine", "configured_prompts", "library_prompts", "prompt_seed", "read_prompts"]
 
 # The first field of an object that may be cut off anywhere after it.
 _FIRST_FIELD = re.compile(
@@ -62,7 +52,7 @@ _FIRST_FIELD = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class FoundPrompt:
+class _FoundPrompt:
     """What is in the place of one prompt: an object, or the error that hides it."""
 
     number: int  # of the line, or of the prompt of a library call
@@ -142,7 +132,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _file_prompts(path: Path) -> list[FoundPrompt]:
+def _file_prompts(path: Path) -> list[_FoundPrompt]:
     """Every non-blank line of the file.
 
     Raises:
@@ -169,17 +159,17 @@ def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def _line_prompt(line: bytes, number: int) -> FoundPrompt:
+def _line_prompt(line: bytes, number: int) -> _FoundPrompt:
     try:
         return _object_prompt(parse_json(line.decode("utf-8")), number, "line")
     except UnicodeDecodeError:
         error = PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
     except ValueError as invalid:
         error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
-    return FoundPrompt(number, id_of_broken_line(line), error=error)
+    return _FoundPrompt(number, _id_of_broken_line(line), error=error)
 
 
-def _library_prompt(prompt: object, number: int) -> FoundPrompt:
+def _library_prompt(prompt: object, number: int) -> _FoundPrompt:
     """As a line that says the same: through JSON, so that what no line can say is refused alike."""
     if isinstance(prompt, list | tuple):
         prompt = {"messages": prompt}
@@ -192,7 +182,7 @@ def _library_prompt(prompt: object, number: int) -> FoundPrompt:
     except ValueError as fault:
         kind, reason = "invalid_json", f"is not valid JSON: {fault}"
     error = PromptError(kind, f"prompt {number} {reason}")
-    return FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
+    return _FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
 
 
 def _id_beside_other_faults(prompt: object) -> str | None:
@@ -201,29 +191,29 @@ def _id_beside_other_faults(prompt: object) -> str | None:
         return None
     given = {key: prompt[key] for key in ID_KEYS if key in prompt}
     try:
-        return id_of_broken_line(json.dumps(given).encode())
+        return _id_of_broken_line(json.dumps(given).encode())
     except (TypeError, ValueError, RecursionError):
         return None
 
 
-def _object_prompt(value: Any, number: int, unit: str) -> FoundPrompt:
+def _object_prompt(value: Any, number: int, unit: str) -> _FoundPrompt:
     if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         error = PromptError(
             "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
         )
-        return FoundPrompt(number, None, error=error)
-    prompt_id, problem = read_id(value)
+        return _FoundPrompt(number, None, error=error)
+    prompt_id, problem = _read_id(value)
     if problem is not None:
         problem = PromptError(problem.kind, f"{unit} {number}: {problem}")
-    return FoundPrompt(number, prompt_id, value, problem)
+    return _FoundPrompt(number, prompt_id, value, problem)
 
 
 def _prompt_lines(
-    found: Sequence[FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
+    found: Sequence[_FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
 ) -> list[PromptLine]:
-    own = own_ids(found, unit)
+    own = _own_ids(found, unit)
     number_of = {prompt_id: prompt.number for prompt_id, prompt in zip(own, found, strict=True)}
     lines = []
     for index in range(min(limit or len(found), len(found))):
@@ -238,7 +228,7 @@ def _prompt_lines(
 
 def _prompt_line(
     line: PromptLine,
-    found: FoundPrompt,
+    found: _FoundPrompt,
     defaults: SamplingParams,
     unit: str,
     number_of: Mapping[str, int],
@@ -263,7 +253,7 @@ def _prompt_line(
 # ---- ids -----------------------------------------------------------------------------------------
 
 
-def read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
+def _read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
     """The object's id as text, None without a readable one; and what is wrong with it."""
     given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
     readable = [found for value in given.values() if (found := _as_text(value)) is not None]
@@ -286,7 +276,7 @@ def _as_text(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def id_of_broken_line(line: bytes) -> str | None:
+def _id_of_broken_line(line: bytes) -> str | None:
     """The id of a line that is no valid JSON; None where it cannot be read beyond doubt.
 
     Read from an object that is complete but for what `parse_json` refuses, or from the beginning of
@@ -313,7 +303,7 @@ def _parsed(scalar: str) -> object:
         return None
 
 
-def own_ids(found: Sequence[FoundPrompt], unit: str = "line") -> list[str]:
+def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
     """An id for each of `found`, that no other has; `unit` names what their numbers count."""
     owners: dict[str, int] = {}  # id -> position in `found`
     for is_whole in (True, False):
