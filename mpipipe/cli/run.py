@@ -88,8 +88,8 @@ def _boot_so_far(clock: MonotonicClock) -> BootTimeline:
 
 def _examine_node(num_ranks: int) -> list[dict[str, Any]]:
     """The doctor's findings about this node that cost nothing: memory, shared memory, limits."""
-    from mpipipe.doctor.checks.node import check_node
-    from mpipipe.doctor.probes.node import probe_node
+    from mpipipe.doctor.checks.ranks import check_node
+    from mpipipe.doctor.probes.process import probe_node
 
     findings = check_node(probe_node(os.environ), num_ranks=num_ranks)
     return [finding.at(host_name()).to_dict() for finding in findings]

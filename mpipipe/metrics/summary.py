@@ -247,8 +247,9 @@ class RunSummary:
         }
 
     def _times(self) -> dict[str, float]:
-        """Ranks read and communicate side by side: the slowest counts. Prompts are the head's
-        alone.
+        """Ranks read, and communicate, side by side: the slowest counts.
+
+        Prompts are read and tokenised, completions written, by the head alone.
         """
         return {
             "preprocessing_s": max(
@@ -258,7 +259,7 @@ class RunSummary:
             + max((r.part_s("read weights") for r in self.ranks), default=0.0),
             "io_write_s": self.io_write_s,
             "communication_s": max(
-                (r.stage.overall.communication_s for r in self.ranks), default=0.0
+                (rank.stage.overall.communication_s for rank in self.ranks), default=0.0
             ),
         }
 

@@ -64,7 +64,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         _settle_garbage()
         with ranks.boot.waiting("ready"):
             await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
-        load = _load_facts(ranks.boot.own_s(started_s), parts, opened, baseline_rss_bytes)
+        load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
         _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
         ranks.boot.end()
@@ -76,10 +76,10 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
 
 
 def _load_facts(
-    own_s: float, parts: StageParts, opened: OpenedWorker, baseline_rss_bytes: int
+    parts: StageParts, opened: OpenedWorker, load_s: float, baseline_rss_bytes: int
 ) -> LoadFacts:
     return LoadFacts(
-        load_s=own_s,
+        load_s=load_s,
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
         kv_bytes=parts.cache.num_bytes(),

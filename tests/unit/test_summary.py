@@ -156,11 +156,8 @@ def test_reading_and_preprocessing_are_told_apart(summary: RunSummary) -> None:
     """The head's prompts, and of weights, which are read side by side, the slowest rank's."""
     times = replace(summary, io_write_s=0.75).to_dict()["time"]
     assert times == {
-        "preprocessing_s": 1.5,
-        "io_read_s": 6.25,
-        "io_write_s": 0.75,
-        "communication_s": 1.0,
-    }
+        "preprocessing_s": 1.5, "io_read_s": 6.25, "io_write_s": 0.75, "communication_s": 1.0,
+    }  # fmt: skip
 
 
 def test_the_slowest_boot_is_named_with_its_reason(summary: RunSummary) -> None:
