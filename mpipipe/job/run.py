@@ -180,6 +180,9 @@ def _open_job(
     ranks.on_phase.append(
         lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
     )
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
