@@ -162,7 +162,7 @@ class VirtualRanks:
             if self._is_slow and number == 1:
                 end = self.slow = SlowReceiver(tensors[1], tensors[0])
             told: list[tuple[StepRecord, float | None]] = []
-            account.on_step = lambda record, transfer_s, told=told: told.append(  # type: ignore[misc]
+            account.on_step = lambda record, transfer_s, told=told: told.append(
                 (record, transfer_s)
             )
             link = None
