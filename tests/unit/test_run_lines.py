@@ -171,6 +171,9 @@ def proc(root: Path, *, utime: int, busy: int, idle: int, received: int) -> None
     (own / "stat").write_text(f"42 (a (strange) name) {' '.join(fields)}\n")
     (own / "statm").write_text("9000 700 300 1 0 600 0\n")
     (own / "io").write_text("rchar: 1\nwchar: 2\nread_bytes: 4096\nwrite_bytes: 512\n")
+    for thread in ("42", "43"):
+        (own / "task" / thread).mkdir(parents=True, exist_ok=True)
+        (own / "task" / thread / "status").write_text("x:\t1\nnonvoluntary_ctxt_switches:\t7\n")
     (root / "proc/stat").write_text(f"cpu  {busy} 0 0 {idle} 10 0 0 0 7 0\ncpu0 1 2 3 4\n")
     (root / "proc/net/dev").write_text(
         "Inter-|   Receive  |  Transmit\n face |bytes packets|bytes packets\n"
@@ -192,6 +195,7 @@ def test_a_sample_has_the_rates_since_the_reading_before(tmp_path: Path) -> None
     assert fields["rss_bytes"] == 700 * 4096
     assert (fields["io_read_bytes"], fields["io_write_bytes"]) == (4096, 512)
     assert (fields["net_rx_bytes"], fields["net_tx_bytes"]) == (1006, 100)
+    assert fields["num_involuntary_switches"] == 14
 
 
 def test_what_proc_does_not_tell_is_null(tmp_path: Path) -> None:
