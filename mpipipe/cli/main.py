@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mpipipe._version import __version__
+from mpipipe.cli.logs import logs
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(logs, name="logs")
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 

@@ -18,6 +18,7 @@ from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.job.acquire import Acquired, acquire
 from mpipipe.job.manifest import build_manifest
+from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
@@ -42,12 +43,14 @@ from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
+    from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.runtime.session import Session
@@ -86,6 +89,7 @@ class _Job:
     ranks: Ranks
     loaded: LoadedConfig
     acquired: Acquired
+    identity: RunIdentity  # of this rank, in every line that it writes
     log: RunLog
     view: JobView
     marks: _Marks
@@ -144,12 +148,12 @@ def _open_job(
     rank = ranks.mesh.rank
     stage = ranks.vitals.stage = stage_order(resources).index(rank)
     page.opened(acquired.folder, stage)
+    identity = acquired.identity(rank, stage)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
-        rank=rank,
+        identity=identity,
         host=host_name(),
         level=loaded.config.log.level,
-        stage=stage,
         on_failure=view.warned,
     )
     view.log_opened(log)
@@ -165,10 +169,13 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
-    return _Job(ranks, loaded, acquired, log, view, marks, progress, page)
+    return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
@@ -272,7 +279,8 @@ def _tell_what_is_left(job: _Job) -> None:
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
     if not session.is_head:
-        await session.serve_until_ended()
+        async with _recording(job, session):
+            await session.serve_until_ended()
         await session.gather_reports()
         log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
@@ -287,7 +295,8 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     view.planned(session.plan, warnings)
     manifest = build_manifest(session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
-    tally = await _complete(job, session, prompts, manifest)
+    async with _recording(job, session) as recorded:
+        tally = await _complete(job, session, prompts, manifest)
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
@@ -304,8 +313,17 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         ),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
+        itl_p50_s=recorded.gaps.percentile(50),
+        itl_p95_s=recorded.gaps.percentile(95),
     )
     return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
+
+
+def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
+    wanted, folder = job.loaded.config.log, job.acquired.folder
+    return recording(
+        folder, job.identity, wanted, session, job.files, on_failure=lambda told: _warn(job, told)
+    )
 
 
 async def _report(job: _Job, summary: RunSummary) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
+from mpipipe.metrics.boot import BootPart
 
 if TYPE_CHECKING:
     from mpipipe.types import Completion
@@ -44,7 +45,8 @@ class RankReport:
     rank: int
     host: str
     stage: StageTotals
-    load_s: float = 0.0
+    load_s: float = 0.0  # of its own work, from `build` to `ready`; without waiting for others
+    boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
     weight_bytes: int = 0  # held as parameters
     kv_bytes: int = 0  # allocated for the KV cache
@@ -54,6 +56,7 @@ class RankReport:
     capture_s: float | None = None  # capturing CUDA graphs, a part of load_s; None without them
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
+    energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
 
     @property
     def peak_over_need(self) -> float | None:
@@ -128,6 +131,14 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of their stages
+    itl_p50_s: float | None = None  # between the tokens of a request, over all requests
+    itl_p95_s: float | None = None
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
+        told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
+        return sum(told) if told and len(told) == len(self.ranks) else None
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -162,10 +173,11 @@ class RunSummary:
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
+        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request; `energy_j`
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
-          each part (`compute_s`, `wait_s`, `send_s`, `idle_s`, `overhead_s`), their sum `wall_s`
-          and the `bubble_ratio`
+          each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
+          sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
         """
         return {
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
@@ -175,6 +187,9 @@ class RunSummary:
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,
             "steady_bubble_ratio": self.steady_bubble_ratio,
+            "itl_p50_s": self.itl_p50_s,
+            "itl_p95_s": self.itl_p95_s,
+            "energy_j": self.energy_j,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
         }
 
@@ -199,5 +214,10 @@ def _bubble(walls_s: Sequence[float], bubbles_s: Sequence[float]) -> float | Non
 def _rank_dict(rank: RankReport) -> dict[str, Any]:
     values = dataclasses.asdict(rank)
     for name, parts in (("overall", rank.stage.overall), ("steady", rank.stage.steady)):
-        values["stage"][name].update(wall_s=parts.wall_s, bubble_ratio=parts.bubble_ratio)
+        values["stage"][name].update(
+            wall_s=parts.wall_s,
+            communication_s=parts.communication_s,
+            bubble_ratio=parts.bubble_ratio,
+        )
+    values["boot"] = [part.fields() for part in rank.boot]
     return {**values, "peak_over_need": rank.peak_over_need}

@@ -108,13 +108,19 @@ def tokenizer_of(model: ModelFacts) -> Tokenizer:
     return open_tokenizer(model.tokenizer_folder, model.loaded.config.model.trust_remote_code)
 
 
-def tokenize(model: ModelFacts, lines: Sequence[PromptLine]) -> Prepared:
-    """The tokenizer and the requests of a run.
+def tokenize(
+    model: ModelFacts,
+    lines: Sequence[PromptLine],
+    *,
+    tokenizing: Callable[[], object] = lambda: None,
+) -> Prepared:
+    """The tokenizer and the requests of a run; `tokenizing` is told between the two.
 
     Raises:
         CheckpointError: the tokenizer is missing or of a kind that is not known.
     """
     tokenizer = tokenizer_of(model)
+    tokenizing()
     special, size = model.loaded.config.prompts.add_special_tokens, model.spec.vocab_size
     prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
     return Prepared(workload_of(model, prompts), tokenizer, prompts)

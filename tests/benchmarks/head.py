@@ -129,14 +129,17 @@ async def complete(
             for line in acquired.lines_left
             if line.sampling is not None
         ]
-        log = open_log(acquired.folder / "rank_0.log", rank=0, host="here", stage=0)
+        identity = acquired.identity(rank=0, stage=0)
+        log = open_log(acquired.folder / "rank_0.log", identity=identity, host="here")
         progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)
         marks = job_module._Marks(clock.now_s())
         with closing(log):
             page = open_rank_page()
             view = TerminalView(Terminal(), show=False)
-            job = job_module._Job(ranks, loaded, acquired, log, view, marks, progress, page)
+            job = job_module._Job(
+                ranks, loaded, acquired, identity, log, view, marks, progress, page
+            )
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)
@@ -167,7 +170,7 @@ def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     )  # fmt: skip
     nothing: Any = None
     worker: Any = stage
-    return Session(boot, plan=plan, worker=worker, account=nothing, load=nothing)
+    return Session(boot, plan=plan, worker=worker, account=nothing, clocks=nothing, load=nothing)
 
 
 def run(work: Callable[[], Any]) -> Any:
