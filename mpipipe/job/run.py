@@ -38,6 +38,7 @@ from mpipipe.runtime.shared_folders import check_output_folder
 from mpipipe.runtime.shared_stop import watch_for_stop
 from mpipipe.runtime.startup import Joined, joined_ranks, loaded_session
 from mpipipe.topology.host import host_name
+from mpipipe.topology.profilers import profiler_problem
 from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
         job.progress.write(RunState.LOADING)
         return prepared
 
-    async with loaded_session(joined, prepare, job.log) as (session, prepared):
+    loading = loaded_session(joined, prepare, job.log, acquired.folder)
+    async with loading as (session, prepared):
         marks.booted_s, marks.loaded_s = ranks.phase_ended_s["tokenizer"], ranks.clock.now_s()
 
         def stop() -> None:
@@ -271,6 +273,9 @@ def _tell_what_is_left(job: _Job) -> None:
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
+    problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
+    if problem:
+        log.warning("profile", message=problem)
     if not session.is_head:
         await session.serve_until_ended()
         await session.gather_reports()
@@ -284,7 +289,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     ]
     for warning in warnings:
         log.warning("configuration", message=warning)
-    view.planned(session.plan, warnings)
+    view.planned(session.plan, [*warnings, problem] if problem else warnings)
     manifest = build_manifest(session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     tally = await _complete(job, session, prompts, manifest)

@@ -22,6 +22,7 @@ from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
+from mpipipe.stage.profiling import open_profiler
 from mpipipe.topology.affinity import format_cpus
 from mpipipe.topology.host import peak_rss_bytes
 
@@ -53,7 +54,11 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
-    async with open_worker(plan, ranks, parts, account=account, device=device) as opened:
+    profile, rank = boot.loaded.config.profile, ranks.mesh.rank
+    profiler = open_profiler(profile, os.environ, folder=boot.folder, rank=rank, log=boot.log)
+    async with open_worker(
+        plan, ranks, parts, account=account, device=device, profiler=profiler
+    ) as opened:
         await opened.worker.exercise_edges()
         _settle_garbage()
         await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)

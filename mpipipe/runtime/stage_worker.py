@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.stage.profiling import Profiler
     from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
@@ -44,18 +45,21 @@ async def open_worker(
     *,
     account: StageAccount,
     device: torch.device,
+    profiler: Profiler,
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
+
+    `profiler` is told what it does, and closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
+    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler))
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
     try:
-        channel = await open_channel(plan, ranks, device)
+        channel = profiler.channel(await open_channel(plan, ranks, device))
         worker = StageWorker(
             plan=plan,
             stage=plan.stage_of_rank(ranks.mesh.rank),
@@ -66,9 +70,11 @@ async def open_worker(
             timeline=StreamTimeline(stream, account),
             progress=ranks.engine,
             clock=ranks.clock,
+            ranges=profiler,
         )
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
+        await profiler.aclose()
         await channel.aclose()
     finally:
         stream.close()
@@ -83,7 +89,9 @@ class _Ready:
     seconds: float
 
 
-def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device) -> _Ready:
+def _prepare(
+    plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device, profiler: Profiler
+) -> _Ready:
     """Open the device's stream, run and capture the stage's graphs.
 
     Raises:
@@ -91,7 +99,12 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
     """
     stream = open_stream(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
     engine = open_engine(
-        plan, parts.model, parts.cache, stream, attention_needs_seq_lens=parts.needs_seq_lens
+        plan,
+        parts.model,
+        parts.cache,
+        stream,
+        attention_needs_seq_lens=parts.needs_seq_lens,
+        ranges=profiler,
     )
     started_s = ranks.clock.now_s()
     try:
@@ -103,4 +116,6 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
             f"({str(error).splitlines()[0]}): lower memory.gpu_memory_fraction, "
             "memory.kv_cache_bytes or pipeline.max_tokens_per_step"
         ) from error
-    return _Ready(stream, engine, ranks.clock.now_s() - started_s)
+    seconds = ranks.clock.now_s() - started_s
+    profiler.prepare()
+    return _Ready(stream, engine, seconds)

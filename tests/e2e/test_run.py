@@ -43,8 +43,9 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(2, tiny_config, folder)
+    outcome = run(2, tiny_config, folder, "profile.tool=perf")
     assert outcome.exit_code == 0, outcome.stderr
+    assert "mpirun -n 2 launch/profile_rank.sh perf" in outcome.stderr, "not started under it"
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "manifest.json",
@@ -90,9 +91,15 @@ def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
         assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
 
 
-def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
-    run(2, tiny_config, tmp_path / "run")
+def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
+    outcome = run(2, tiny_config, tmp_path / "run", "profile.tool=torch", "profile.steps=[2,4]")
     for rank in (0, 1):
+        profile = outcome.json(f"torch_rank_{rank}.json")["traceEvents"]
+        names = {event["name"] for event in profile if event.get("ph") == "X"}
+        steps = {int(name.split()[2]) for name in names if " step " in name}
+        assert steps == {2, 3, 4}
+        kind = "send hidden to rank 1" if rank == 0 else "wait: receive hidden from rank 0"
+        assert {kind, "aten::mm"} <= names
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
         assert {event["rank"] for event in events} == {rank}
         assert {"handshake", "ready"} <= {event["event"] for event in events}
