@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import ConfigError
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Request, SamplingParams
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from mpipipe.topology.gpu import (
     gpu_of_rank,
     installed_attention_backends,
     no_driver_problem,
-    query_gpus,
 )
 from mpipipe.topology.launcher import Launcher
+from mpipipe.topology.nvml import query_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,8 +67,8 @@ def _ranks(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:
 
 
 def _gpus(device: str, num_ranks: int) -> list[GpuFacts]:
-    """The GPU of each rank, as nvidia-smi tells; whether torch can use it is not tried."""
-    found = query_gpus() if device != "cpu" and driver_in_sight() else ()
+    """The GPU of each rank, as the driver tells; whether torch can use it is not tried."""
+    found = query_host()[0] if device != "cpu" and driver_in_sight() else ()
     if found:
         return [found[gpu_of_rank(rank, len(found))] for rank in range(num_ranks)]
     problem = no_driver_problem(os.environ) if device == "cuda" else ""

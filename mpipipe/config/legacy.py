@@ -1,8 +1,8 @@
 """`exp_config.json` and `ds_config.json`: the older experiment style, read by a table.
 
-A JSON file is in that style when it has at least one key of the table `TARGETS` and no sections (no
-value is an object), or objects of the older style (`legacy_nested.py`). `load.py` merges and
-checks. Invariant: nothing is dropped silently: a key is mapped, named in a warning, or an error.
+A JSON file is in that style when it has at least one flat key of the table `TARGETS` and no
+sections (no value is an object), or objects of the older style. `load.py` merges and checks.
+Invariant: nothing is dropped silently: a key is mapped, named in a warning, or an error.
 
 | old key | becomes |
 |---|---|
@@ -28,12 +28,24 @@ checks. Invariant: nothing is dropped silently: a key is mapped, named in a warn
 | `local_files_only` | nothing is ever downloaded; false gets a warning |
 | `deepspeed_config`, `ds_config` | the file to read instead of `ds_config.json` beside it |
 | `device_map`, `low_cpu_mem_usage`, `use_cache` | a warning: decided by the plan |
+
+| old object | its keys |
+|---|---|
+| `model` | `name`, `name_or_path`: `model.path`; `dtype`, `precision`; `tokenizer` |
+| `pipeline` | `stages`, `size`: the stages; `micro_batches`; `micro_batch_size`: `batch_size` |
+| `sampling`, `generation` | `max_tokens`: `max_new_tokens`; `stop`: `stop_strings`; … |
+| `nodes` | `count`, `hosts`: `nodes`; `gpus_per_node`, `tasks_per_node`: `gpus_per_node` |
+| `prompts` | `file`: `prompt_file`; `texts`: the prompts themselves |
+| `output`, `outputs` | `dir`, `path`, `folder`, `file`: `output.dir` |
+| `tokenizer` | `name`, `path`: `model.tokenizer_path` |
+
+Keys of today inside these objects stay what they are.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +53,10 @@ from typing import Any
 from mpipipe.config.binding import merge, nearest, settings, short
 from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
 from mpipipe.config.files import expand_path
-from mpipipe.config.legacy_nested import KEYS, FlatConfig, flatten, is_nested
 from mpipipe.errors import ConfigError
 
 __all__ = [
+    "TARGETS",
     "DeepSpeedExpectations",
     "InlinePrompt",
     "LegacyConfig",
@@ -54,46 +66,60 @@ __all__ = [
 
 InlinePrompt = str | Mapping[str, Any]  # a text, or an object as on a line of a prompt file
 
-_OLD_NAMES = {  # setting of today → its old keys
-    "model.path": ("model_path", "model_name_or_path", "model"),
-    "model.tokenizer_path": ("tokenizer_path", "tokenizer_name"),
-    "model.dtype": ("torch_dtype", "dtype"),
-    "model.trust_remote_code": ("trust_remote_code",),
-    "prompts.path": ("prompts", "prompt_file", "prompts_file", "prompts_path"),
-    "output.dir": ("outputs", "output_dir", "output_path"),
-    "generation.max_new_tokens": (
-        "max_new_tokens",
-        "generation_length",
-        "gen_length",
-        "max_length",
-    ),
-    "generation.temperature": ("temperature",),
-    "generation.top_k": ("top_k",),
-    "generation.top_p": ("top_p",),
-    "generation.min_p": ("min_p",),
-    "generation.repetition_penalty": ("repetition_penalty",),
-    "generation.seed": ("seed",),
-    "generation.stop": ("stop_strings",),
-    "pipeline.num_stages": ("pipeline_parallel_size", "pipeline_size", "num_stages", "world_size"),
-    "pipeline.num_slots": ("micro_batches",),
-    "pipeline.max_sequences_per_slot": ("batch_size",),
-    "name": ("name", "experiment_name", "run_name"),
-}
-TARGETS = {old: setting for setting, names in _OLD_NAMES.items() for old in names}
-_ONLY_ONE = ("num_return_sequences", "num_beams")
-_DS_KEYS = ("deepspeed_config", "ds_config")
-_DECIDED_BY_PLAN = ("device_map", "low_cpu_mem_usage", "use_cache")
-_NODES, _PER_NODE = "nodes", "gpus_per_node"
-_SPECIAL = (
-    "do_sample",
-    "local_files_only",
-    *_ONLY_ONE,
-    *_DS_KEYS,
-    *_DECIDED_BY_PLAN,
-    _NODES,
-    _PER_NODE,
-)
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")  # without effect when greedy
+_SAME_IN_GENERATION = (*_FILTERS, "repetition_penalty", "seed")
+# Setting of today, or a key that is read below → its old names; with a dot: inside an object, of
+# which `sampling` may be called `generation`, and `output` `outputs`.
+_OLD_NAMES = {
+    "model.path": """
+        model_path model_name_or_path model
+        model.name model.path model.name_or_path model.model_path model.model_name_or_path""",
+    "model.tokenizer_path": """
+        tokenizer_path tokenizer_name tokenizer.name tokenizer.path
+        model.tokenizer model.tokenizer_path model.tokenizer_name""",
+    "model.dtype": "torch_dtype dtype model.dtype model.torch_dtype model.precision",
+    "model.trust_remote_code": "trust_remote_code model.trust_remote_code",
+    "prompts.path": """
+        prompts prompt_file prompts_file prompts_path
+        prompts.file prompts.path prompts.texts prompts.list prompts.prompts""",
+    "output.dir": """
+        outputs output_dir output_path
+        output.dir output.path output.folder output.file output.output_dir""",
+    "pipeline.num_stages": """
+        pipeline_parallel_size pipeline_size num_stages world_size
+        pipeline.stages pipeline.size pipeline.num_stages pipeline.pipeline_parallel_size""",
+    "pipeline.num_slots": """
+        micro_batches pipeline.micro_batches pipeline.num_micro_batches pipeline.microbatches
+        pipeline.num_microbatches pipeline.chunks""",
+    "pipeline.max_sequences_per_slot": """
+        batch_size pipeline.batch_size pipeline.micro_batch_size""",
+    "generation.max_new_tokens": """
+        max_new_tokens generation_length gen_length max_length
+        sampling.max_new_tokens sampling.max_tokens sampling.max_length""",
+    "generation.stop": "stop_strings sampling.stop_strings sampling.stop",
+    **{f"generation.{name}": f"{name} sampling.{name}" for name in _SAME_IN_GENERATION},
+    "name": "name experiment_name run_name",
+    "do_sample": "do_sample sampling.do_sample",
+    "num_beams": "num_beams sampling.num_beams",
+    "num_return_sequences": "num_return_sequences sampling.num_return_sequences sampling.n",
+    "nodes": "nodes nodes.count nodes.num_nodes nodes.nodes nodes.hosts",
+    "gpus_per_node": "gpus_per_node nodes.gpus_per_node nodes.ranks_per_node nodes.tasks_per_node",
+    "local_files_only": "local_files_only model.local_files_only",
+    "deepspeed_config": "deepspeed_config ds_config",
+    "device_map": "device_map model.device_map",
+    "low_cpu_mem_usage": "low_cpu_mem_usage",
+    "use_cache": "use_cache",
+}
+TARGETS = {
+    name.replace(object_name, other_name): target
+    for target, names in _OLD_NAMES.items()
+    for name in names.split()
+    for object_name, other_name in (("", ""), ("sampling.", "generation."), ("output.", "outputs."))
+}
+_OLD_OBJECTS = {name.partition(".")[0] for name in TARGETS if "." in name}
+_PROMPT_LISTS = ("prompts", "prompts.texts", "prompts.list", "prompts.prompts")
+_ONLY_ONE = ("num_return_sequences", "num_beams")
+_DECIDED_BY_PLAN = ("device_map", "low_cpu_mem_usage", "use_cache")
 _MOST_RANKS = 1 << 20
 _DEFAULT_TOP_K = 50  # what transformers samples with when nothing else is said
 _FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
@@ -111,11 +137,30 @@ class LegacyConfig:
 
 def is_legacy(raw: Mapping[str, Any]) -> bool:
     """True when the keys are those of an `exp_config.json`."""
-    known = set(TARGETS) - {"name"} | set(_SPECIAL)
     objects = {key for key, value in raw.items() if isinstance(value, dict) and key != "device_map"}
-    has_old_key = any(key in known for key in raw if key not in objects)
-    sections = {name.partition(".")[0] for name in settings()}
-    return is_nested(raw) or (has_old_key and (not objects or bool(objects - sections)))
+    sections = _sections()
+    has_old_object = any(
+        key in _OLD_OBJECTS - sections
+        or any(name in TARGETS and name not in settings() for name, _ in _names({key: raw[key]}))
+        for key in objects
+    )
+    has_old_key = any(key in TARGETS and key != "name" for key in raw.keys() - objects)
+    return has_old_object or (has_old_key and (not objects or bool(objects - sections)))
+
+
+def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of `raw`; what an object holds is `object.key`."""
+    for name, value in raw.items():
+        if not isinstance(value, dict) or name == "device_map":
+            yield name, value
+        elif not value and name not in _OLD_OBJECTS and name not in _sections():
+            yield name, value  # to be told as unknown
+        else:
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+
+
+def _sections() -> set[str]:
+    return {name.partition(".")[0] for name in settings() if "." in name}
 
 
 def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
@@ -125,61 +170,53 @@ def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
         ConfigError: unknown keys, two keys that disagree, or a value that has no meaning here.
     """
     warnings: list[str] = []
-    flat = flatten(raw)
-    _check_keys(flat, path)
-    inline, mapped = _mapped(flat, path, warnings)
-    values = {target: value for target, (_, value) in mapped.items()}
-    values = _nodes(values, flat.values, path, warnings)
+    values, inline = _by_target(raw, path, warnings)
+    settled = _nodes(values, path, warnings)
     # A file with an object `sampling` says do_sample only if it means it.
-    as_said = "do_sample" not in flat.values and isinstance(raw.get("sampling"), dict)
-    if not as_said:
-        values = _sampling(values, flat.values, path, warnings)
-    _check_special(flat.values, path, warnings)
-    nested: dict[str, Any] = flat.of_today
-    for target, value in values.items():
+    if "do_sample" in values or not isinstance(raw.get("sampling"), dict):
+        settled = _sampling(settled, path, warnings)
+    _check_special(values, path, warnings)
+    nested: dict[str, Any] = {}
+    for target, value in settled.items():
         section, _, name = target.rpartition(".")
-        nested = merge(nested, {section: {name: value}} if section else {name: value})
-    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(flat.values, path))
+        if target in settings():
+            nested = merge(nested, {section: {name: value}} if section else {name: value})
+    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(values, path))
 
 
-def _mapped(
-    flat: FlatConfig, path: Path, warnings: list[str]
-) -> tuple[tuple[InlinePrompt, ...], dict[str, tuple[str, Any]]]:
-    """The prompts that the file holds, and target → (old key as written, value)."""
-    inline: tuple[InlinePrompt, ...] = ()
-    mapped: dict[str, tuple[str, Any]] = {}
-    for key, old in flat.values.items():
-        if key not in TARGETS:
+def _by_target(
+    raw: Mapping[str, Any], path: Path, warnings: list[str]
+) -> tuple[dict[str, Any], tuple[InlinePrompt, ...]]:
+    """Target → value, and the prompts that the file holds."""
+    found: dict[str, tuple[str, Any]] = {}  # target → its name as written, and the value
+    unknown = []
+    for name, old in _names(raw):
+        target = TARGETS.get(name) or (name if name in settings() else None)
+        if target is None:
+            unknown.append(name)
             continue
-        if key == "prompts" and isinstance(old, list):
-            inline = _inline_prompts(old, path)
-            continue
-        target, name = TARGETS[key], flat.names[key]
-        value = _converted(key, name, old, path, warnings)
-        if target in mapped and mapped[target][1] != value:
-            raise _differ(mapped[target][0], name, target, path)
-        mapped[target] = (name, value)
-    if inline and "prompts.path" in mapped:
-        first = mapped["prompts.path"][0]
-        raise ConfigError(f"{path}: 'prompts' and {first!r} both give prompts: remove one of them")
-    return inline, mapped
+        value = _converted(target, name, old, path, warnings)
+        first = found.setdefault(target, (name, value))
+        if first[1] != value:
+            raise ConfigError(
+                f"{path}: {first[0]!r} and {name!r} both mean {target} but differ: remove one of "
+                "them"
+            )
+    _check_known(unknown, path)
+    values = {target: value for target, (_, value) in found.items()}
+    name, prompts = found.get("prompts.path", ("", None))
+    if name not in _PROMPT_LISTS or not isinstance(prompts, list):
+        return values, ()
+    del values["prompts.path"]
+    return values, _inline_prompts(prompts, path)
 
 
-def _differ(first: str, second: str, target: str, path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path}: {first!r} and {second!r} both mean {target} but differ: remove one of them"
-    )
-
-
-def _check_keys(flat: FlatConfig, path: Path) -> None:
-    for first, second in flat.clashes:
-        raise _differ(first, second, "the same", path)
-    known = (*TARGETS, *_SPECIAL)
-    unknown = [*(key for key in flat.values if key not in known), *flat.unknown]
+def _check_known(unknown: Sequence[str], path: Path) -> None:
     if not unknown:
         return
     told = [_unknown_key(key) for key in unknown]
-    rest = "" if all("did you mean" in one for one in told) else f"; it may have {', '.join(known)}"
+    flat = [name for name in TARGETS if "." not in name]
+    rest = "" if all("did you mean" in one for one in told) else f"; it may have {', '.join(flat)}"
     raise ConfigError(
         f"{path}: unknown key{'s' if len(told) > 1 else ''} in an exp_config file: "
         + "; ".join(told)
@@ -189,15 +226,11 @@ def _check_keys(flat: FlatConfig, path: Path) -> None:
 
 def _unknown_key(key: str) -> str:
     """The key with what it would be now, if that can be guessed."""
-    dotted = {
-        f"{section}.{name}": old for section, keys in KEYS.items() for name, old in keys.items()
-    }
-    now = {**{name: name for name in settings()}, **TARGETS, **dict.fromkeys(_SPECIAL, "")}
-    now |= {name: TARGETS.get(old, "") for name, old in dotted.items()}
-    guess = nearest(key, now)
+    guess = nearest(key, (*settings(), *TARGETS))
     if not guess:
         return f'"{key:.60}" has no counterpart: remove it'
-    means = f" (now {now[guess]})" if now[guess] not in ("", guess) else ""
+    now = TARGETS.get(guess, guess)
+    means = f" (now {now})" if now in settings() and now != guess else ""
     return f'"{key:.60}", did you mean "{guess}"?{means}'
 
 
@@ -212,14 +245,14 @@ def _inline_prompts(prompts: list[Any], path: Path) -> tuple[InlinePrompt, ...]:
     return tuple(prompts)
 
 
-def _converted(key: str, name: str, value: Any, path: Path, warnings: list[str]) -> Any:
-    """The value of the old key `key`, written as `name`, as its setting of today takes it."""
-    if key == "max_length":
+def _converted(target: str, name: str, value: Any, path: Path, warnings: list[str]) -> Any:
+    """The value of the old key `name` as its setting of today takes it."""
+    if name.endswith("max_length"):
         warnings.append(
             f"{path}: {name} = {short(value)} is taken as the number of new tokens; the prompt "
             "does not count (write max_new_tokens)"
         )
-    match TARGETS[key]:
+    match target:
         case "model.dtype":
             return dtype_name(value, f"{path}: {name}")
         case "output.dir" if isinstance(value, str) and value.endswith(_FILE_SUFFIXES):
@@ -236,16 +269,13 @@ def _converted(key: str, name: str, value: Any, path: Path, warnings: list[str])
     return value
 
 
-def _nodes(
-    values: dict[str, Any], raw: Mapping[str, Any], path: Path, warnings: list[str]
-) -> dict[str, Any]:
+def _nodes(values: dict[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
     """`values` with the ranks that the file's nodes make, one stage each."""
-    if _NODES not in raw and _PER_NODE not in raw:
+    if "nodes" not in values and "gpus_per_node" not in values:
         return values
-    nodes = raw.get(_NODES, 1)
+    nodes, per_node = values.get("nodes", 1), values.get("gpus_per_node", 1)
     nodes = len(nodes) if isinstance(nodes, list) else nodes
-    per_node = raw.get(_PER_NODE, 1)
-    for key, count in ((_NODES, nodes), (_PER_NODE, per_node)):
+    for key, count in (("nodes", nodes), ("gpus_per_node", per_node)):
         if type(count) is not int or not 1 <= count <= _MOST_RANKS:
             raise ConfigError(f"{path}: {key} = {short(count)} must be a whole number from 1 on")
     ranks = nodes * per_node
@@ -262,61 +292,57 @@ def _nodes(
     return {**values, "pipeline.num_stages": ranks}
 
 
-def _sampling(
-    values: dict[str, Any], raw: Mapping[str, Any], path: Path, warnings: list[str]
-) -> dict[str, Any]:
+def _sampling(values: dict[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
     """`values` with `do_sample` applied, as transformers understands it."""
-    do_sample = _flag(raw, "do_sample", False, path)
-    if do_sample:
-        return {
-            "generation.temperature": 1.0,
-            "generation.top_k": _DEFAULT_TOP_K,
-            **values,
-        }
+    if _flag(values, "do_sample", False, path):
+        return {"generation.temperature": 1.0, "generation.top_k": _DEFAULT_TOP_K, **values}
     unused = [name for name in _FILTERS if f"generation.{name}" in values]
     if unused and values.get("generation.temperature") != 0:
-        why = "do_sample is false" if "do_sample" in raw else "do_sample is absent"
+        why = "do_sample is false" if "do_sample" in values else "do_sample is absent"
         warnings.append(
             f"{path}: {why}, so decoding is greedy and {', '.join(unused)} has no effect; "
             'add "do_sample": true to sample'
         )
     kept = {name: v for name, v in values.items() if name.rpartition(".")[2] not in _FILTERS}
     # What is said here, by the file or by the warning, wins over the model's own do_sample.
-    said = "do_sample" in raw or bool(unused)
+    said = "do_sample" in values or bool(unused)
     return {**kept, "generation.temperature": 0.0} if said else kept
 
 
-def _flag(raw: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
-    value = raw.get(key, default)
+def _flag(values: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
+    value = values.get(key, default)
     if not isinstance(value, bool):
         raise ConfigError(f"{path}: {key} = {short(value)} must be true or false")
     return value
 
 
-def _check_special(raw: Mapping[str, Any], path: Path, warnings: list[str]) -> None:
-    if not _flag(raw, "local_files_only", True, path):
+def _check_special(values: Mapping[str, Any], path: Path, warnings: list[str]) -> None:
+    if not _flag(values, "local_files_only", True, path):
         warnings.append(
             f"{path}: local_files_only is false, but nothing is ever downloaded: "
             "the model folder must be complete"
         )
     for key in _ONLY_ONE:
-        if raw.get(key, 1) != 1:
-            raise ConfigError(f"{path}: {key} = {short(raw[key])} is not supported: it must be 1")
+        if values.get(key, 1) != 1:
+            raise ConfigError(
+                f"{path}: {key} = {short(values[key])} is not supported: it must be 1"
+            )
     warnings.extend(
         f"{path}: {key} has no effect: the plan places layers and caches"
         for key in _DECIDED_BY_PLAN
-        if key in raw
+        if key in values
     )
 
 
-def _deepspeed(raw: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | None:
-    for key in _DS_KEYS:
-        if key in raw:
-            if not isinstance(raw[key], str):
-                raise ConfigError(f"{path}: {key} = {short(raw[key])} must be the path of a file")
-            given = Path(expand_path(raw[key], key))
-            beside = path.parent / given
-            is_beside = not os.path.exists(given) and os.path.exists(beside)
-            return read_expectations(beside if is_beside else given)
+def _deepspeed(values: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | None:
     beside = path.parent / "ds_config.json"
-    return read_expectations(beside) if os.path.exists(beside) else None
+    if "deepspeed_config" not in values:
+        return read_expectations(beside) if os.path.exists(beside) else None
+    named = values["deepspeed_config"]
+    if not isinstance(named, str):
+        raise ConfigError(f"{path}: deepspeed_config = {short(named)} must be the path of a file")
+    given = Path(expand_path(named, "deepspeed_config"))
+    beside = path.parent / given
+    return read_expectations(
+        beside if not os.path.exists(given) and os.path.exists(beside) else given
+    )

@@ -79,7 +79,20 @@ async def connect_groups(
     device_index: int,
     timeout_s: float,
 ) -> NcclGroups:
-    """Connect all ranks; see `nccl.open_nccl_channel`."""
+    """Connect all ranks, each with a GPU of its own. Collective.
+
+    Args:
+        broadcast: the head's bytes to all, over the control plane.
+        rank: the own number; rank 0 is the head.
+        hosts: the host of every rank, in order of rank.
+        stage_ranks: the rank of every stage, the head's first.
+        device_index: this rank's GPU.
+        timeout_s: for all of it.
+
+    Raises:
+        EnvironmentSetupError: no NCCL, or it could not connect.
+        DeadlineError: it took longer than `timeout_s`.
+    """
     if not dist.is_nccl_available():
         raise EnvironmentSetupError(
             f"torch {torch.__version__} on {hosts[rank]} was built without NCCL: install one with "

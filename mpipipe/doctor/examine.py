@@ -8,26 +8,30 @@ prints what is found.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpipipe.config.load import config_hash, load_config
+from mpipipe.config.schema import AUTO
 from mpipipe.control_plane.probe import probe_control_plane
-from mpipipe.doctor.checks.launch import not_joined
 from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
-from mpipipe.doctor.checks.ranks import check_ranks
-from mpipipe.doctor.facts import RankFacts
+from mpipipe.doctor.checks.ranks import check_ranks, not_joined
+from mpipipe.doctor.facts import LaunchFacts, RankFacts
 from mpipipe.doctor.finding import DoctorReport, Finding
 from mpipipe.doctor.job import examine_job
-from mpipipe.doctor.probes.collect import collect_facts, try_load
-from mpipipe.doctor.probes.launch import MpiState, loaded_libraries
-from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.doctor.probes.gpu import probe_before_torch, probe_with_torch
+from mpipipe.doctor.probes.process import (
+    import_torch,
+    loaded_libraries,
+    probe_launch,
+    probe_node,
+    probe_software,
+)
 from mpipipe.errors import EXIT_ENVIRONMENT, EXIT_OK, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.clock_offsets import measure_clock_offsets
@@ -80,13 +84,13 @@ async def run_doctor(
         MpipipeError: a rank was lost on the way, or did not answer.
     """
     started_s = clock.now_s()
-    loaded, problem = try_load(config_path, overrides)
+    loaded, problem = _try_load(config_path, overrides)
     joined = False
     try:
         async with open_ranks(clock, debug=debug) as ranks:
             joined = True
             local_rank = await local_rank_of(ranks, _DEADLINE_S)
-            own = await collect_facts(_state(ranks, local_rank), loaded, problem)
+            own = await _collect_facts(ranks, local_rank, loaded, problem)
             parts = await ranks.mesh.gather("facts", to_json(own).encode(), _DEADLINE_S)
             facts = None if parts is None else [from_json(RankFacts, part) for part in parts]
             findings = await _examine(ranks, loaded, facts, local_rank=local_rank, quick=quick)
@@ -131,13 +135,52 @@ def _report(
     return DoctorReport(tuple(findings), len(facts), hosts, elapsed_s)
 
 
-def _state(ranks: Ranks, local_rank: int) -> MpiState:
-    state = MpiState(ranks.mesh.rank, local_rank, ranks.mesh.world_size, ranks.mpi_library)
-    if not ranks.mpi_library:
-        return state
-    from mpipipe.control_plane import mpi
+def _try_load(
+    path: Path | None, overrides: Sequence[str]
+) -> tuple[LoadedConfig | None, MpipipeError | None]:
+    """The configuration, or why there is none; neither when no job was named."""
+    if path is None:
+        return None, None
+    try:
+        return load_config(path, overrides), None
+    except MpipipeError as error:
+        return None, error
 
-    return dataclasses.replace(state, module=mpi.module_file(), thread_level=mpi.thread_level())
+
+async def _collect_facts(
+    ranks: Ranks, local_rank: int, loaded: LoadedConfig | None, problem: MpipipeError | None
+) -> RankFacts:
+    """What this rank sees. Imports torch in a thread, so that messages go on meanwhile."""
+    wanted = loaded.config.pipeline.device if loaded is not None else AUTO
+    node = probe_node(os.environ)  # before torch takes its share of the memory
+    (gpu, gpus), imported = await asyncio.gather(
+        asyncio.to_thread(probe_before_torch, os.environ, wanted=wanted),
+        asyncio.to_thread(import_torch),
+    )
+    launch = _launch(ranks)
+    if not imported.torch_problem:
+        gpu = probe_with_torch(gpu, gpus, local_rank)
+    return RankFacts(
+        rank=ranks.mesh.rank,
+        host=host_name(),
+        launch=launch,
+        software=probe_software(os.environ, imported),
+        node=node,
+        gpu=gpu,
+        config_hash=config_hash(loaded.config) if loaded is not None else "",
+        config_problem=str(problem) if problem is not None else "",
+        config_exit_code=problem.exit_code if problem is not None else 0,
+    )
+
+
+def _launch(ranks: Ranks) -> LaunchFacts:
+    joined, module = LaunchFacts(world_size=ranks.mesh.world_size), ""
+    if ranks.mpi_library:
+        from mpipipe.control_plane import mpi
+
+        module = mpi.module_file()
+        joined = replace(joined, mpi_library=ranks.mpi_library, thread_level=mpi.thread_level())
+    return probe_launch(os.environ, joined, is_head=ranks.is_head, mpi_module=module)
 
 
 async def _examine(
@@ -152,7 +195,7 @@ async def _examine(
     decided = None if facts is None else _decide(facts, loaded, quick=quick)
     payload = None if decided is None else to_json(decided).encode()
     course = from_json(_Course, await ranks.mesh.broadcast("course", payload, _DEADLINE_S))
-    findings = []
+    findings: list[Finding] = []
     if facts is not None:
         share = loaded is not None and loaded.config.pipeline.share_gpus
         findings += check_ranks(facts, share_gpus=share)
@@ -202,13 +245,8 @@ async def _links(ranks: Ranks, course: _Course) -> list[Finding]:
     """Tensors between neighbouring stages; imports torch."""
     from mpipipe.doctor.probes.links import measure_links
 
-    with recorded_nccl() as log:
-        try:
-            figures = await measure_links(ranks, device=course.device)
-        except MpipipeError as error:  # on every rank
-            return [Finding.of_error("links.edge", error)] if ranks.is_head else []
-        own = json.dumps([[*pair, way] for pair, way in nccl_routes(log).items()]).encode()
-    parts = await ranks.mesh.gather("routes", own, _DEADLINE_S)
-    told = [entry for part in parts or () for entry in json.loads(part)]
-    routes = {(source, target): way for source, target, way in told}
-    return check_links(figures or [], routes, infiniband=course.infiniband)
+    try:
+        figures = await measure_links(ranks, device=course.device)
+    except MpipipeError as error:  # on every rank
+        return [Finding.of_error("links.edge", error)] if ranks.is_head else []
+    return check_links(figures or [], infiniband=course.infiniband)

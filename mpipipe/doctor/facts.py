@@ -1,4 +1,4 @@
-"""What one rank sees of its launch, software, host and GPU: plain values that travel as JSON.
+"""What one rank sees of launch, software, host, GPU and links: plain values that travel as JSON.
 
 `probes` read them, `checks` say what they mean. Every field has a default, so that a test states
 only what matters to it.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.nvml import GpuProcess
 
 __all__ = [
-    "GpuProcess",
     "LaunchFacts",
     "Library",
+    "LinkFigure",
     "NodeFacts",
     "RankFacts",
     "RankGpu",
@@ -28,7 +29,6 @@ class LaunchFacts:
 
     launcher: str = "none"  # topology.launcher.Launcher
     world_size: int = 1
-    local_rank: int = 0
     srun_mpi: str = ""  # what srun's --mpi was
     mpi_library: str = ""  # name and version; empty without MPI
     mpi_abi: str = ""  # topology.mpi_abi.MpiAbi that mpi4py speaks; empty: not known
@@ -95,16 +95,6 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuProcess:
-    """Another process that uses a GPU. `memory_bytes` 0: the driver does not say."""
-
-    pid: int
-    name: str
-    gpu_uuid: str
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class RankGpu:
     """What can be seen of NVIDIA GPUs from here. `rank_gpu` is the one this rank would use."""
 
@@ -118,7 +108,7 @@ class RankGpu:
     declined_by: str = ""
     rank_gpu: GpuFacts = field(default_factory=GpuFacts)
     free_before_bytes: int | None = None  # of that GPU, before this rank touched it
-    host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that nvidia-smi lists
+    host_gpus: tuple[str, ...] = ()  # uuids of all GPUs that the driver lists
     processes: tuple[GpuProcess, ...] = ()  # of others, before this rank touched a GPU
 
 
@@ -128,7 +118,6 @@ class RankFacts:
 
     rank: int = 0
     host: str = ""
-    pid: int = 0
     launch: LaunchFacts = field(default_factory=LaunchFacts)
     software: SoftwareFacts = field(default_factory=SoftwareFacts)
     node: NodeFacts = field(default_factory=NodeFacts)
@@ -136,3 +125,17 @@ class RankFacts:
     config_hash: str = ""
     config_problem: str = ""  # why the configuration cannot be read here
     config_exit_code: int = 0  # of that
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigure:
+    """One directed pair of ranks. Latency is half a round trip of 1 KiB."""
+
+    source: int  # rank
+    target: int
+    source_host: str
+    target_host: str
+    transport: str  # "nccl" | "mpi" | "mpi through host memory"
+    latency_us: float  # median
+    bandwidth_gb_s: float  # 10⁹ bytes per second, of the fastest size
+    route: str = ""  # that NCCL says it takes, e.g. "NET/Socket/0"

@@ -33,8 +33,7 @@ from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.resume import wants_resume
 from mpipipe.runtime.handshake import handshake

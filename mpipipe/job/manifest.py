@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from mpipipe.job.acquire import Acquired
     from mpipipe.runtime.session import Session
 
-__all__ = ["build_manifest"]
+__all__ = ["SCHEMA", "build_manifest"]
+
+SCHEMA = 1  # of the files of a run: fields are added within it, never renamed
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
 
@@ -41,6 +43,8 @@ def build_manifest(
     attempt = _attempt(session, len(acquired.earlier.kept_ids))
     return {
         "mpipipe": __version__,
+        "schema": SCHEMA,
+        "run": acquired.run,
         "started": attempt["started"],
         "attempts": [*acquired.earlier.attempts, attempt],
         "basis": dict(acquired.fingerprint),

@@ -23,6 +23,7 @@ from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
 from mpipipe.planning.layout import stage_order
 from mpipipe.planning.resolve import deepspeed_warnings
+from mpipipe.run_folder.accounts import read_accounts
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
 from mpipipe.run_folder.journal import CompletionWriter, merge
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
+    from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.runtime.session import Session
@@ -87,6 +89,7 @@ class _Job:
     ranks: Ranks
     loaded: LoadedConfig
     acquired: Acquired
+    identity: RunIdentity  # of this rank, in every line that it writes
     log: RunLog
     view: JobView
     marks: _Marks
@@ -145,12 +148,12 @@ def _open_job(
     rank = ranks.mesh.rank
     stage = ranks.vitals.stage = stage_order(resources).index(rank)
     page.opened(acquired.folder, stage)
+    identity = acquired.identity(rank, stage)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
-        rank=rank,
+        identity=identity,
         host=host_name(),
         level=loaded.config.log.level,
-        stage=stage,
         on_failure=view.warned,
     )
     view.log_opened(log)
@@ -169,7 +172,7 @@ def _open_job(
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
-    return _Job(ranks, loaded, acquired, log, view, marks, progress, page)
+    return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
@@ -219,8 +222,13 @@ def _merge_only(job: _Job) -> None:
     )
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
     summary = RunSummary(marks.phases(now_s), totals, num_preemptions=0, ranks=())
-    write_json(job.acquired.folder / "metrics.json", summary.to_dict())
+    _write_metrics(job.acquired.folder, summary)
     job.log.info("summary", **summary.to_dict())
+
+
+def _write_metrics(folder: Path, summary: RunSummary) -> None:
+    """With what Slurm has counted of earlier attempts; of this one it is known after its end."""
+    write_json(folder / "metrics.json", {**summary.to_dict(), "slurm": read_accounts(folder)})
 
 
 def _merge(job: _Job, written: Mapping[str, int]) -> None:
@@ -316,8 +324,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
 async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    metrics = job.acquired.folder / "metrics.json"
-    await job.files.run(lambda: write_json(metrics, summary.to_dict()))
+    await job.files.run(lambda: _write_metrics(job.acquired.folder, summary))
     job.log.info("summary", **summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed

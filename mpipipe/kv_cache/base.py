@@ -19,13 +19,11 @@ class KVCache(Protocol):
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
     ) -> None:
         """Store this step's keys and values."""
-        ...
 
     def read(
         self, layer: int, index: int, seq: SequenceLens, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of sequence `index` of the step, all `seq.kv_len` tokens: two [L, K, D]."""
-        ...
 
     def read_padded(
         self, layer: int, indices: tuple[int, ...], max_len: int, layout: BatchLayout
@@ -34,12 +32,9 @@ class KVCache(Protocol):
 
         What lies beyond a sequence's `kv_len` is any finite number: mask it.
         """
-        ...
 
     def forget(self, sequence_id: int) -> None:
         """Drop what is kept per sequence (nothing for paged: its pages are the head's)."""
-        ...
 
     def num_bytes(self) -> int:
         """Memory reserved."""
-        ...

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
+from mpipipe.metrics.boot import BootPart
 
 if TYPE_CHECKING:
     from mpipipe.types import Completion
@@ -44,7 +45,8 @@ class RankReport:
     rank: int
     host: str
     stage: StageTotals
-    load_s: float = 0.0
+    load_s: float = 0.0  # of its own work, from `build` to `ready`; without waiting for others
+    boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
     weight_bytes: int = 0  # held as parameters
     kv_bytes: int = 0  # allocated for the KV cache
@@ -164,8 +166,8 @@ class RunSummary:
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
-          each part (`compute_s`, `wait_s`, `send_s`, `idle_s`, `overhead_s`), their sum `wall_s`
-          and the `bubble_ratio`
+          each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
+          sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
         """
         return {
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
@@ -199,5 +201,10 @@ def _bubble(walls_s: Sequence[float], bubbles_s: Sequence[float]) -> float | Non
 def _rank_dict(rank: RankReport) -> dict[str, Any]:
     values = dataclasses.asdict(rank)
     for name, parts in (("overall", rank.stage.overall), ("steady", rank.stage.steady)):
-        values["stage"][name].update(wall_s=parts.wall_s, bubble_ratio=parts.bubble_ratio)
+        values["stage"][name].update(
+            wall_s=parts.wall_s,
+            communication_s=parts.communication_s,
+            bubble_ratio=parts.bubble_ratio,
+        )
+    values["boot"] = [part.fields() for part in rank.boot]
     return {**values, "peak_over_need": rank.peak_over_need}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["summary_lines"]
 
 _TIME_HEADER = (
-    "stage", "rank", "host", "compute", "wait", "send", "idle", "overhead", "bubble", "steady",
+    "stage", "rank", "host", "compute", "wait", "transfer", "send", "idle", "overhead", "bubble", "steady",
 )  # fmt: skip
 _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
 _LEFT_ALIGNED = ("host",)
@@ -78,7 +78,8 @@ def _time_row(rank: RankReport) -> tuple[str, ...]:
         *(
             _part(parts, seconds)
             for seconds in (
-                parts.compute_s, parts.wait_s, parts.send_s, parts.idle_s, parts.overhead_s,
+                parts.compute_s, parts.wait_s, parts.transfer_s, parts.send_s, parts.idle_s,
+                parts.overhead_s,
             )
         ),
         _share(parts.bubble_ratio if parts.wall_s > 0 else None),

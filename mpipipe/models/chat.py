@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
@@ -290,7 +290,8 @@ def _ask(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        _send(process.stdin, line)
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
     except BrokenPipeError:
         return None
     answer = process.stdout.readline()
@@ -300,30 +301,15 @@ def _ask(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
     return found
 
 
-def _send(pipe: IO[str], line: str) -> None:
-    pipe.write(line + "\n")
-    pipe.flush()
-
-
 def _end_process(process: subprocess.Popen[str]) -> int:
     """Its exit status: its own where it has ended already."""
     if process.returncode is None:
         try:
-            return _wait(process)
+            process.communicate(timeout=1.0)
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.wait()
+            process.communicate()
     return process.returncode
-
-
-def _wait(process: subprocess.Popen[str]) -> int:
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        try:
-            pipe.close()
-        except OSError:  # what could not be written before it ended
-            continue
-    return process.wait(timeout=1.0)
 
 
 def _cannot_start(reason: str) -> EnvironmentSetupError:

@@ -60,10 +60,6 @@ class PrepackedLinear(nn.Module):
         """The same, with `residual` added."""
         raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        """Shown in the module's printed form."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
 
 class BlockedLinear(PrepackedLinear):
     """A weight in oneDNN's blocked layout, in its own dtype."""
@@ -128,21 +124,19 @@ def can_prepack(linear: nn.Linear) -> bool:
     return weight.dtype == torch.float32
 
 
-def prepack_linears(model: nn.Module) -> int:
-    """Replace every plain `nn.Linear` in `model` that can be packed; return how many."""
+def prepack_linears(model: nn.Module) -> None:
+    """Replace every plain `nn.Linear` in `model` that can be packed."""
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear and can_prepack(child)
     ]
-    num_packed = len(places)
     while places:  # one at a time: the plain weight is freed before the next
         parent, name, child = places.pop()
         setattr(parent, name, prepack(child.weight, child.bias))
         del child
     return_freed_memory()
-    return num_packed
 
 
 def return_freed_memory() -> None:

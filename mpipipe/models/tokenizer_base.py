@@ -73,12 +73,6 @@ class Tokenizer(ABC):
         """
         return self._renderer.render(messages, options)
 
-    def chat(
-        self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT
-    ) -> tuple[int, ...]:
-        """The ids of what `render` makes; nothing is added to them."""
-        return self.encode(self.render(messages, options), add_special_tokens=False)
-
     @abstractmethod
     def _token_text(self, token_id: int) -> str: ...
 

@@ -40,6 +40,10 @@ _RUN_FILES = (
     "status.json",
     "completions*.jsonl",
     "damaged_rank_*.jsonl",
+    "requests.jsonl",
+    "steps_rank_*.jsonl",
+    "samples_rank_*.jsonl",
+    "clock.jsonl",
     "rank_*.log",
 )
 

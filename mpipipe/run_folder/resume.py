@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, OutputError
+from mpipipe.metrics.identity import is_run_id
 from mpipipe.run_folder.fingerprint import DTYPE
 from mpipipe.run_folder.journal import KeptRecords, journal_files, read_journals
 from mpipipe.run_folder.lock import last_status
@@ -45,6 +46,7 @@ class Earlier:
     # What decided their completions; None: no run has begun to generate.
     fingerprint: Mapping[str, Any] | None = None
     attempts: tuple[Mapping[str, Any], ...] = ()
+    run: str = ""  # the run's id; empty: none has been made
 
     @property
     def kept_ids(self) -> Set[str]:
@@ -128,7 +130,8 @@ def _read_manifest(folder: Path) -> Earlier:
     found = document.get("attempts")
     attempts = found if isinstance(found, list) else []
     told = tuple(attempt for attempt in attempts if _is_plain(attempt))
-    return Earlier(fingerprint=fingerprint, attempts=told)
+    run = document.get("run")
+    return Earlier(fingerprint=fingerprint, attempts=told, run=run if is_run_id(run) else "")
 
 
 def _is_plain(attempt: object) -> bool:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import PromptError
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -109,13 +108,19 @@ def tokenizer_of(model: ModelFacts) -> Tokenizer:
     return open_tokenizer(model.tokenizer_folder, model.loaded.config.model.trust_remote_code)
 
 
-def tokenize(model: ModelFacts, lines: Sequence[PromptLine]) -> Prepared:
-    """The tokenizer and the requests of a run.
+def tokenize(
+    model: ModelFacts,
+    lines: Sequence[PromptLine],
+    *,
+    tokenizing: Callable[[], object] = lambda: None,
+) -> Prepared:
+    """The tokenizer and the requests of a run; `tokenizing` is told between the two.
 
     Raises:
         CheckpointError: the tokenizer is missing or of a kind that is not known.
     """
     tokenizer = tokenizer_of(model)
+    tokenizing()
     special, size = model.loaded.config.prompts.add_special_tokens, model.spec.vocab_size
     prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
     return Prepared(workload_of(model, prompts), tokenizer, prompts)

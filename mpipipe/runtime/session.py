@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
+    from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
@@ -49,12 +50,17 @@ class Boot:
     log: Logger
     folder: Path  # for what a profiler records
 
+    @property
+    def hosts(self) -> list[str]:
+        """By rank."""
+        return [rank_resources.host for rank_resources in self.resources]
+
 
 @dataclass(frozen=True, slots=True)
 class LoadFacts:
     """What loading this rank's stage took and left."""
 
-    load_s: float
+    load_s: float  # of this rank's own work; without waiting for others
     loaded_bytes: int
     weight_bytes: int
     kv_bytes: int
@@ -72,11 +78,13 @@ class Session:
         plan: PipelinePlan,
         worker: StageWorker,
         account: StageAccount,
+        clocks: Clocks,
         load: LoadFacts,
     ) -> None:
         self.ranks = boot.ranks
         self.resources = boot.resources
         self.plan = plan
+        self.clocks = clocks
         self.load = load
         self._model = boot.model
         self._tokenizer = tokenizer = boot.prepared.tokenizer
@@ -180,6 +188,7 @@ class Session:
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
         """Every rank's totals, in stage order, on the head; None elsewhere."""
+        await self._worker.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
@@ -197,6 +206,7 @@ class Session:
             host=host_name(),
             stage=self._account.snapshot(),
             load_s=self.load.load_s,
+            boot=self.ranks.boot.parts,
             loaded_bytes=self.load.loaded_bytes,
             weight_bytes=self.load.weight_bytes,
             kv_bytes=self.load.kv_bytes,

@@ -14,12 +14,14 @@ from mpipipe.runtime.ranks import in_phase
 from mpipipe.runtime.tensor_channel import open_channel
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.engine import StageEngine
+from mpipipe.stage.step_times import StepTimesLink
 from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.stage.profiling import Profiler
@@ -44,6 +46,7 @@ async def open_worker(
     parts: StageParts,
     *,
     account: StageAccount,
+    clocks: Clocks,
     device: torch.device,
     profiler: Profiler,
 ) -> AsyncIterator[OpenedWorker]:
@@ -55,9 +58,11 @@ async def open_worker(
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
+    ranks.boot.begin("warm-up")
     ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler))
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
+    ranks.boot.begin("edges")
     try:
         channel = profiler.channel(await open_channel(plan, ranks, device))
         worker = StageWorker(
@@ -67,7 +72,7 @@ async def open_worker(
             channel=channel,
             engine=engine,
             stream=stream,
-            timeline=StreamTimeline(stream, account),
+            timeline=StreamTimeline(stream, account, _link(plan, ranks, account, clocks)),
             progress=ranks.engine,
             clock=ranks.clock,
             ranges=profiler,
@@ -78,6 +83,17 @@ async def open_worker(
         await channel.aclose()
     finally:
         stream.close()
+
+
+def _link(
+    plan: PipelinePlan, ranks: Ranks, account: StageAccount, clocks: Clocks
+) -> StepTimesLink | None:
+    """To the stages before and behind this rank's; None: it is the only one."""
+    if plan.num_stages == 1:
+        return None
+    stage, mesh = plan.stage_of_rank(ranks.mesh.rank).stage, ranks.mesh
+    ahead_s, clock = clocks.ahead_s, ranks.clock
+    return StepTimesLink(plan, stage, mesh=mesh, account=account, clock=clock, ahead_s=ahead_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +124,7 @@ def _prepare(
     )
     started_s = ranks.clock.now_s()
     try:
-        engine.prepare(plan.sampling)
+        engine.prepare(plan.sampling, capturing=lambda: ranks.boot.begin("capture"))
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of rank {ranks.mesh.rank} has too little memory for a step of "

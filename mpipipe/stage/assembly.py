@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpipipe.planning.gpu_limits import num_request_rows
+from mpipipe.planning.step_limits import num_request_rows
 from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
 from mpipipe.stage.decode_batch import DecodeBatch
@@ -61,9 +61,8 @@ def open_engine(
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     rows = plan.max_sequences_per_slot
-    request_table = RequestTable(
-        num_request_rows(plan.num_slots, rows), max_pages, model.vocab_size
-    )
+    num_rows = num_request_rows(plan.num_slots, rows)
+    request_table = RequestTable(num_rows, max_pages, model.vocab_size)
     unused = (request_table.num_request_rows, plan.num_kv_pages)
     batches = tuple(
         DecodeBatch(request_table, stream, max_rows=rows, unused=unused)

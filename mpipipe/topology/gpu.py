@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpipipe.topology.command import output_of, run_child
 from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
 from mpipipe.topology.launcher import detect
 
@@ -29,15 +28,12 @@ __all__ = [
     "installed_attention_backends",
     "mig_slice",
     "no_driver_problem",
-    "parse_gpus",
     "pci_address",
-    "query_gpus",
     "told_local_rank",
 ]
 
 _ROOT = Path("/")
 _DRIVER_FILES = ("dev/nvidiactl", "dev/dxg")  # the second under WSL
-_QUERY_LIMIT_S = 10
 
 # Said by some launchers that `launcher.detect` takes for another. Not SLURM_LOCALID: the daemons of
 # mpirun inherit it from the batch script.
@@ -138,49 +134,6 @@ def _torch_release() -> tuple[int, int]:
         return (0, 0)
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
-def query_gpus() -> tuple[GpuFacts, ...]:
-    """The GPUs of this host as `nvidia-smi` lists them; none without it. For `plan`, without torch.
-
-    `nccl_version` is "unknown": torch brings NCCL along.
-    """
-    fields = "index,name,uuid,compute_cap,memory.total,memory.free,pci.bus_id"
-    command = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    return parse_gpus(output_of(run_child, command, _QUERY_LIMIT_S) or "")
-
-
-def parse_gpus(text: str) -> tuple[GpuFacts, ...]:
-    """The lines of `query_gpus`; a GPU whose values are not numbers ("[N/A]") is left out."""
-    found = []
-    for line in text.splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) != 7:
-            continue
-        index, name, uuid, capability, total, free, pci = words
-        try:
-            major, minor = map(int, capability.split("."))
-            memory_bytes, free_bytes = int(total) * 2**20, int(free) * 2**20
-            facts = GpuFacts(
-                index=int(index),
-                name=name,
-                uuid=uuid,
-                capability=10 * major + minor,
-                memory_bytes=memory_bytes,
-                free_bytes=free_bytes,
-                nccl_version="unknown",
-                pci=_as_linux_writes(pci),
-            )
-        except ValueError:
-            continue
-        found.append(facts)
-    return tuple(found)
-
-
-def _as_linux_writes(pci: str) -> str:
-    """`00000000:3B:00.0`, a PCI address of nvidia-smi, as it is in /sys; empty: it is none."""
-    found = re.fullmatch(r"([0-9A-F]+):([0-9A-F]{2}:[0-9A-F]{2}\.\d)", pci, re.IGNORECASE)
-    return f"{int(found[1], 16):04x}:{found[2].lower()}" if found else ""
 
 
 # ---- what is amiss -------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction

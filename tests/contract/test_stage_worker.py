@@ -107,7 +107,7 @@ class SlowReceiver:
     async def take(self, buffer: torch.Tensor, source: int, kind: EdgeKind) -> None:
         """Let the others run on first: the compute thread too, until a second chunk waits."""
         is_chunk = len(buffer) > 1  # and no trial of the edge, behind which nothing comes
-        while is_chunk and self.most_waiting < 2 and self._num_waiting < 2:
+        while is_chunk and self.most_waiting < 2 and self._num_waiting < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for _ in range(_TURNS):
             await asyncio.sleep(0)
@@ -352,7 +352,9 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
         log=NullLog(),
     )
     nothing: Any = None
-    session = Session(boot, plan=plan, worker=nothing, account=nothing, load=nothing)
+    session = Session(
+        boot, plan=plan, worker=nothing, account=nothing, clocks=nothing, load=nothing
+    )
     core = session._make_core()
     fitting, longer = make_requests(
         (8, 8), lambda n: SamplingParams(max_new_tokens=plan.max_sequence_tokens - 8 + n)

@@ -85,7 +85,7 @@ def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
     assert metrics["requests"]["num_completed"] == 3
     for rank in metrics["ranks"]:
         overall = rank["stage"]["overall"]
-        names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+        names = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
         assert sum(overall[name] for name in names) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
         assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02

@@ -10,7 +10,7 @@ import torch
 
 from mpipipe.clock import MonotonicClock
 from mpipipe.doctor.probes import links
-from mpipipe.doctor.probes.links import LinkFigure, measure_links, neighbours
+from mpipipe.doctor.probes.links import measure_links, neighbours
 from mpipipe.errors import EnvironmentSetupError, MpipipeError
 from mpipipe.progress import new_event_loop
 from mpipipe.runtime.handshake import read_resources
@@ -101,8 +101,6 @@ def test_ids_close_the_ring() -> None:
     assert neighbours([0]) == []
     assert neighbours([0, 1]) == [(0, 1)]
     assert neighbours([0, 2, 1]) == [(0, 2), (2, 1), (1, 0)]
-    figure = LinkFigure(0, 1, "a", "b", "mpi", 1.0, 2.0)
-    assert (figure.source_host, figure.target_host) == ("a", "b")
 
 
 def test_a_rank_without_memory_is_an_error_of_all_and_no_traceback(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mpipipe.control_plane.probe import ControlProbe, RoundTrips
 from mpipipe.doctor.checks.job import HostDemand, check_folders, check_memory
-from mpipipe.doctor.checks.launch import not_joined
 from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
-from mpipipe.doctor.checks.ranks import check_ranks
+from mpipipe.doctor.checks.ranks import check_ranks, not_joined
 from mpipipe.doctor.facts import (
-    GpuProcess,
     LaunchFacts,
     Library,
+    LinkFigure,
     NodeFacts,
     RankFacts,
     RankGpu,
@@ -28,6 +28,7 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.clock_offsets import ClockOffsets
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size
+from mpipipe.topology.nvml import GpuProcess
 
 GIB = 2**30
 IMAGE_TORCH = "/usr/local/lib/python3.12/site-packages/torch"
@@ -77,7 +78,7 @@ def healthy(rank: int = 0, world_size: int = 1, host: str = "n0") -> RankFacts:
     )
 
 
-def bad(findings: Sequence[Finding]) -> list[Finding]:
+def bad(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity is not Severity.OK]
 
 
@@ -100,7 +101,7 @@ def node_of(rank: RankFacts, **changes: object) -> RankFacts:
 
 def test_healthy_ranks_on_two_hosts_have_nothing_but_ok() -> None:
     ranks = [healthy(0, 2, "n0"), healthy(1, 2, "n1")]
-    findings = check_ranks(ranks)
+    findings = list(check_ranks(ranks))
     assert not bad(findings)
     assert {finding.group for finding in findings} == {"launch", "software", "node", "gpu"}
 
@@ -443,7 +444,7 @@ def test_mpis_that_fit_each_other_are_no_finding(rank: RankFacts) -> None:
 
 
 def test_a_gpu_that_others_use_is_told_with_their_names() -> None:
-    process = GpuProcess(77, "python3, other", "GPU-0", 4 * GIB)
+    process = GpuProcess(77, "python3, other", "GPU-0")
     rank = gpu_of(healthy(), free_before_bytes=11 * GIB, processes=(process,))
     finding = only_bad(rank)
     assert finding.check == "gpu.memory"
@@ -521,7 +522,7 @@ def test_a_full_gpu_is_told_with_who_fills_it() -> None:
     rank = gpu_of(
         healthy(),
         rank_gpu=GpuFacts(problem="CUDA could not be started (out of memory): see nvidia-smi"),
-        processes=(GpuProcess(77, "other", "GPU-0", 16 * GIB),),
+        processes=(GpuProcess(77, "other", "GPU-0"),),
     )
     finding = only_bad(rank)
     assert "other (pid 77)" in finding.cause
@@ -738,44 +739,32 @@ def test_a_model_that_takes_minutes_to_read_is_told() -> None:
     assert "13 minutes" in finding.what
 
 
-@dataclass(frozen=True)
-class Figure:
-    """What `links.LinkFigure` is, whose module needs torch."""
-
-    source: int
-    target: int
-    source_host: str = "n0"
-    target_host: str = "n1"
-    transport: str = "nccl"
-    latency_us: float = 30.0
-    bandwidth_gb_s: float = 10.0
-
-
-def links_of(
-    *figures: Figure, routes: dict[tuple[int, int], str] | None = None, infiniband: bool = False
-) -> list[Finding]:
-    return check_links(figures, routes, infiniband=infiniband)  # type: ignore[arg-type]
+def link(
+    source: int, target: int, hosts: tuple[str, str] = ("n0", "n1"), **figures: Any
+) -> LinkFigure:
+    usual = {"latency_us": 30.0, "bandwidth_gb_s": 10.0}
+    return LinkFigure(source, target, *hosts, transport="nccl", **(usual | figures))
 
 
 def test_every_edge_is_told_with_the_way_it_goes() -> None:
-    edges = [Figure(0, 1), Figure(1, 2, "n1", "n1", bandwidth_gb_s=200.0)]
-    findings = links_of(*edges, routes={(0, 1): "NET/IB/0", (1, 2): "P2P/CUMEM"}, infiniband=True)
+    near = link(1, 2, ("n1", "n1"), bandwidth_gb_s=200.0, route="P2P/CUMEM")
+    findings = check_links([link(0, 1, route="NET/IB/0"), near], infiniband=True)
     assert not bad(findings)
     assert "rank 0 on n0 → rank 1 on n1: nccl via NET/IB/0, 30 µs, 10.00 GB/s" in findings[0].what
     assert "P2P/CUMEM" in findings[1].what
 
 
 def test_a_slow_edge_is_told_and_one_slower_than_its_like_too() -> None:
-    (slow,) = bad(links_of(Figure(0, 1, bandwidth_gb_s=0.01)))
+    (slow,) = bad(check_links([link(0, 1, bandwidth_gb_s=0.01)]))
     assert "slow network" in slow.cause
-    (odd,) = bad(links_of(Figure(0, 1), Figure(1, 2), Figure(2, 3, bandwidth_gb_s=2.0)))
+    (odd,) = bad(check_links([link(0, 1), link(1, 2), link(2, 3, bandwidth_gb_s=2.0)]))
     assert "others of its kind reach 10.00 GB/s" in odd.cause
 
 
 def test_a_way_that_nccl_should_not_go_is_told() -> None:
-    socket = {(0, 1): "NET/Socket/0"}
-    assert not bad(links_of(Figure(0, 1), routes=socket))
-    (missed,) = bad(links_of(Figure(0, 1), routes=socket, infiniband=True))
+    socket = link(0, 1, route="NET/Socket/0")
+    assert not bad(check_links([socket]))
+    (missed,) = bad(check_links([socket], infiniband=True))
     assert "InfiniBand" in missed.cause
-    (inside,) = bad(links_of(Figure(0, 1, "n0", "n0"), routes=socket))
+    (inside,) = bad(check_links([replace(socket, target_host="n0")]))
     assert "inside one host" in inside.cause

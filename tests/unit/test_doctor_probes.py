@@ -12,7 +12,14 @@ import pytest
 
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import Config, ModelConfig, OutputConfig
-from mpipipe.doctor.facts import GpuProcess, Library, RankFacts, RankGpu, Wheel
+from mpipipe.doctor.facts import (
+    LaunchFacts,
+    Library,
+    RankFacts,
+    RankGpu,
+    SoftwareFacts,
+    Wheel,
+)
 from mpipipe.doctor.probes.folders import (
     claim_marker,
     file_system,
@@ -21,19 +28,20 @@ from mpipipe.doctor.probes.folders import (
     read_bytes_per_s,
     write_bytes_per_s,
 )
-from mpipipe.doctor.probes.gpu import kernel_driver, parse_processes, probe_before_torch
-from mpipipe.doctor.probes.launch import MpiState, loaded_libraries, probe_launch
+from mpipipe.doctor.probes.gpu import kernel_driver, probe_before_torch
 from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
-from mpipipe.doctor.probes.node import probe_node
-from mpipipe.doctor.probes.software import (
-    TorchImport,
+from mpipipe.doctor.probes.process import (
     cuda_libraries_in,
+    loaded_libraries,
     nvidia_wheels,
+    probe_launch,
+    probe_node,
     probe_software,
 )
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import memory_limit_bytes, num_oom_kills
+from mpipipe.topology.nvml import GpuProcess
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -163,8 +171,9 @@ def test_the_launch_names_srun_and_its_job(tmp_path: Path) -> None:
         "SLURM_NTASKS": "2",
         "SLURM_MPI_TYPE": "pmi2",
     }
-    state = MpiState(rank=1, world_size=2, library="MPICH", thread_level="funneled")
-    launch = probe_launch(environ, state, tmp_path)
+    joined = LaunchFacts(world_size=2, mpi_library="MPICH", thread_level="funneled")
+    launch = probe_launch(environ, joined, is_head=False, root=tmp_path)
+    assert (launch.world_size, launch.mpi_library) == (2, "MPICH")
     assert (launch.launcher, launch.srun_mpi, launch.slurm_job) == ("srun", "pmi2", "5_2")
     assert launch.wall_left_s is None  # rank 1 does not ask Slurm
 
@@ -184,8 +193,8 @@ def test_the_abi_and_its_library_are_told_by_the_names_of_the_files(
 ) -> None:
     files = ("/lib/libmpi.so.40.30.6", "/site/lib/libmpi.so.12.5")
     maps = "\n".join(f"7f00-7f01 r-xp 0000 08:01 1 {file}" for file in files)
-    state = MpiState(library="x", module=module, thread_level="funneled")
-    launch = probe_launch({}, state, write(tmp_path, {"proc/self/maps": maps}))
+    root = write(tmp_path, {"proc/self/maps": maps})
+    launch = probe_launch({}, LaunchFacts(), is_head=True, mpi_module=module, root=root)
     assert (launch.mpi_abi, launch.mpi_path) == (abi, path)
 
 
@@ -198,7 +207,7 @@ def test_cuda_libraries_on_a_search_path_are_found(tmp_path: Path) -> None:
 
 def test_offline_is_read_as_huggingface_reads_it() -> None:
     for word, expected in (("1", True), ("ON", True), ("0", False), ("", False)):
-        facts = probe_software({"HF_HUB_OFFLINE": word}, TorchImport(problem="no"))
+        facts = probe_software({"HF_HUB_OFFLINE": word}, SoftwareFacts(torch_problem="no"))
         assert facts.hub_offline is expected
     assert facts.torch_problem == "no"
     assert facts.versions["mpipipe"]
@@ -211,7 +220,7 @@ def test_every_torch_on_the_path_is_listed_the_one_that_wins_first(
         write(tmp_path, {f"{name}/torch/__init__.py": ""})
     search = [str(tmp_path / name) for name in ("user", "empty", "image", "user")]
     monkeypatch.setattr("sys.path", search)
-    copies = probe_software({}, TorchImport(problem="broken")).torch_copies
+    copies = probe_software({}, SoftwareFacts(torch_problem="broken")).torch_copies
     assert copies == (str(tmp_path / "user/torch"), str(tmp_path / "image/torch"))
 
 
@@ -265,7 +274,7 @@ def test_the_kernel_module_tells_its_version(tmp_path: Path, text: str, version:
     assert kernel_driver(write(tmp_path, {"proc/driver/nvidia/version": text})) == version
 
 
-def refuse(_: object = None) -> str:
+def refuse() -> tuple[tuple[GpuFacts, ...], tuple[GpuProcess, ...]]:
     raise AssertionError("the driver need not be asked")
 
 
@@ -278,8 +287,7 @@ def test_a_container_without_nv_shows_module_and_device_but_no_library(tmp_path:
         {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_GPUS": "3"},
         wanted="auto",
         root=root,
-        run=lambda _: "",
-        query=lambda: (GpuFacts(uuid="not asked"),),
+        query=refuse,
     )
     assert gpus == ()
     assert look == RankGpu(
@@ -315,34 +323,28 @@ _BATCH = {"SLURM_JOB_ID": "7"}
 def test_whether_a_gpu_was_given_is_read_of_the_step_before_the_job(
     tmp_path: Path, environ: dict[str, str], given: str, declined_by: str
 ) -> None:
-    look, _ = probe_before_torch(environ, wanted="auto", root=tmp_path, run=refuse)
+    look, _ = probe_before_torch(environ, wanted="auto", root=tmp_path, query=refuse)
     assert (look.given_by_slurm, look.declined_by) == (given, declined_by)
 
 
 def test_with_the_library_its_real_version_and_the_others_show(tmp_path: Path) -> None:
     root = write(tmp_path, {"usr/lib/x/libcuda.so.550.54.15": ""})
+    process = GpuProcess(12, "/opt/a, b/python", "GPU-1")
     look, gpus = probe_before_torch(
         {},
         wanted="cuda",
         root=root,
-        run=lambda _: "12, /opt/a, b/python, GPU-1, 300\n",
-        query=lambda: (GpuFacts(uuid="GPU-1"),),
+        query=lambda: ((GpuFacts(uuid="GPU-1"),), (process,)),
     )
     assert look.libcuda == "/usr/lib/x/libcuda.so.550.54.15"
     assert look.host_gpus == ("GPU-1",)
-    assert look.processes == (GpuProcess(12, "/opt/a, b/python", "GPU-1", 300 * 2**20),)
+    assert look.processes == (process,)
     assert len(gpus) == 1
 
 
 def test_a_job_for_cpus_is_not_asked_about_gpus(tmp_path: Path) -> None:
-    look, gpus = probe_before_torch({}, wanted="cpu", root=tmp_path, run=refuse)
+    look, gpus = probe_before_torch({}, wanted="cpu", root=tmp_path, query=refuse)
     assert (look, gpus) == (RankGpu(wanted="cpu"), ())
-
-
-def test_memory_that_the_driver_does_not_tell_is_zero() -> None:
-    assert parse_processes("5, x, GPU-1, [N/A]\nNo devices found\n") == (
-        GpuProcess(5, "x", "GPU-1", 0),
-    )
 
 
 _NCCL = """\
@@ -376,9 +378,9 @@ def test_facts_survive_the_way_to_the_head() -> None:
     facts = RankFacts(
         3,
         "n1",
-        software=probe_software({}, TorchImport()),
+        software=probe_software({}, SoftwareFacts()),
         node=probe_node({}),
-        gpu=RankGpu(rank_gpu=GpuFacts(name="T4"), processes=(GpuProcess(1, "x", "u", 2),)),
+        gpu=RankGpu(rank_gpu=GpuFacts(name="T4"), processes=(GpuProcess(1, "x", "u"),)),
     )
     assert from_json(RankFacts, to_json(facts)) == facts
 

@@ -161,7 +161,7 @@ def test_ranks_that_are_alone_in_mpi_are_told_by_the_first_of_them_only(
         raise AssertionError("the first rank may be ended while it imports torch")
 
     no_launcher.setattr("mpipipe.runtime.ranks._open_channel", raise_it)
-    no_launcher.setattr("mpipipe.doctor.examine.collect_facts", no_facts)
+    no_launcher.setattr("mpipipe.doctor.examine._collect_facts", no_facts)
     environ = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_END_TIME": "99999999999"}
     for name, value in (environ | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}).items():
         no_launcher.setenv(name, value)

@@ -13,7 +13,6 @@ from mpipipe.topology.gpu import (
     gpu_of_rank,
     mig_slice,
     no_driver_problem,
-    parse_gpus,
     pci_address,
     told_local_rank,
 )
@@ -94,24 +93,6 @@ def test_what_torch_says_becomes_one_sentence_with_the_remedy(
     problem = cuda_init_problem(message, "13.0", environ, tmp_path)
     assert expected in problem
     assert "\n" not in problem
-
-
-def test_lines_of_nvidia_smi_become_facts() -> None:
-    text = (
-        "0, NVIDIA H200, GPU-aa, 9.0, 143771, 143000, 00000000:3B:00.0\n"
-        "1, Tesla T4, GPU-bb, 7.5, 15360, 15000, [N/A]\n"
-        "2, Tesla K10, GPU-cc, [N/A], 1, 1, 00000000:B0:00.0\n"
-        "no devices were found\n"
-    )
-    first, second = parse_gpus(text)
-    assert (first.index, first.name, first.uuid, first.capability) == (
-        0,
-        "NVIDIA H200",
-        "GPU-aa",
-        90,
-    )
-    assert (second.capability, second.free_bytes) == (75, 15000 * 2**20)
-    assert (first.pci, second.pci) == ("0000:3b:00.0", "")  # as in /sys/bus/pci/devices
 
 
 def test_a_slice_of_a_gpu_is_known_by_its_name_in_the_environment() -> None:

@@ -90,7 +90,7 @@ NEAR = {"0000:0b:00.0": (0, 1, 2, 3), "0000:1b:00.0": (4, 5, 6, 7)}
 def test_mpipipe_plan_shows_the_cores_and_threads_that_a_run_would_have(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan_cli, "query_gpus", lambda: GPUS)
+    monkeypatch.setattr(plan_cli, "query_host", lambda: (GPUS, ()))
     monkeypatch.setattr(plan_cli, "driver_in_sight", lambda: True)
     monkeypatch.setattr(resources, "read_host", lambda: HostFacts("n0", 8, 64 * 2**30))
     monkeypatch.setattr(resources, "cpus_near", lambda pci: NEAR[pci])

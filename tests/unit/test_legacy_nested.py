@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from mpipipe.config.binding import settings
-from mpipipe.config.legacy import TARGETS, is_legacy
-from mpipipe.config.legacy_nested import KEYS
+from mpipipe.config.legacy import is_legacy
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.errors import ConfigError
 
@@ -70,13 +69,6 @@ def test_objects_and_flat_keys_and_settings_of_today_may_be_mixed(tmp_path: Path
     assert config.generation.max_new_tokens == 5
     assert config.generation.temperature == 0
     assert any("temperature has no effect" in warning for warning in loaded.warnings)
-
-
-@pytest.mark.parametrize("section", sorted(KEYS))
-def test_every_documented_key_is_one_of_the_flat_style(section: str) -> None:
-    known = {*TARGETS, "do_sample", "num_beams", "num_return_sequences", "nodes", "gpus_per_node"}
-    known |= {"local_files_only", "device_map"}
-    assert set(KEYS[section].values()) <= known
 
 
 def test_each_unknown_key_is_told_with_what_it_would_be_now(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 from mpipipe.config.load import load_config
 from mpipipe.job.acquire import acquire_folder
 from mpipipe.job.manifest import build_manifest
+from mpipipe.metrics.identity import is_run_id
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.run_folder.fingerprint import completions_fingerprint
 from tests.unit.test_plan import make_plan
@@ -40,3 +42,23 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     assert manifest["basis"] == read
     assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
     assert completions_fingerprint(loaded, facts, "float32") != read
+
+
+def test_a_run_keeps_its_id_over_its_attempts_and_counts_them(tmp_path: Path) -> None:
+    words = [f"output.dir={tmp_path}", "output.resume=true", "model.weights=random"]
+    loaded = load_config(None, words)
+    with closing(acquire_folder(loaded, [], {"a": 1}, None)) as first:
+        assert is_run_id(first.run)
+        identity = first.identity(rank=3, stage=1)
+        assert identity.fields() == {
+            "run": first.run, "attempt": 1, "job": None, "replica": 0, "rank": 3, "stage": 1,
+        }  # fmt: skip
+    manifest = {"basis": {"a": 1}, "run": first.run, "attempts": [{"num_kept": 0}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with closing(acquire_folder(loaded, [], {"a": 1}, None)) as second:
+        assert (second.run, second.attempt) == (first.run, 2)
+    # Whatever else stands there is no id: a new one is made.
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "run": ["x"]}))
+    with closing(acquire_folder(loaded, [], {"a": 1}, None)) as other:
+        assert is_run_id(other.run)
+        assert other.run != first.run

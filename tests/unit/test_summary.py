@@ -121,7 +121,7 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     assert rank["loaded_bytes"] == 250 * MIB
     assert rank["peak_over_need"] == pytest.approx(1.1)
     overall = rank["stage"]["overall"]
-    parts = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+    parts = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
     assert sum(overall[part] for part in parts) == pytest.approx(overall["wall_s"])
     assert overall["bubble_ratio"] == pytest.approx(0.5)
     assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)

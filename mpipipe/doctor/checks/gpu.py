@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpipipe.doctor.facts import GpuProcess, RankFacts, RankGpu
+from mpipipe.doctor.facts import RankFacts, RankGpu
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.planning.devices import BF16_CAPABILITY
 from mpipipe.planning.memory import gib
+from mpipipe.topology.nvml import GpuProcess
 
 __all__ = ["check_gpu", "check_gpus_of_host", "wants_gpu"]
 

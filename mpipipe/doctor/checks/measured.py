@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mpipipe.doctor.facts import LinkFigure
 from mpipipe.doctor.finding import Finding, ok, warning
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.probe import ControlProbe
-    from mpipipe.doctor.probes.links import LinkFigure
     from mpipipe.runtime.clock_offsets import ClockOffsets
 
 __all__ = ["check_clocks", "check_control", "check_links"]
@@ -74,29 +74,20 @@ def check_clocks(offsets: ClockOffsets, host_of: Mapping[int, str]) -> list[Find
     return [warning("links.clocks", what, cause, remedy, **values)]
 
 
-def check_links(
-    links: Sequence[LinkFigure],
-    routes: Mapping[tuple[int, int], str] | None = None,
-    *,
-    infiniband: bool = False,
-) -> list[Finding]:
+def check_links(links: Sequence[LinkFigure], *, infiniband: bool = False) -> list[Finding]:
     """Every edge between neighbouring stages; one that is far slower than its like stands out.
 
-    Args:
-        links: as measured.
-        routes: (source, target) → the way that NCCL says it goes, e.g. "NET/Socket/0".
-        infiniband: every host has it.
+    `infiniband`: every host has it.
     """
     findings = []
     for link in links:
-        way = (routes or {}).get((link.source, link.target), "")
         what = (
             f"rank {link.source} on {link.source_host} → rank {link.target} on "
-            f"{link.target_host}: {link.transport}{f' via {way}' if way else ''}, "
+            f"{link.target_host}: {link.transport}{f' via {link.route}' if link.route else ''}, "
             f"{link.latency_us:.0f} µs, {link.bandwidth_gb_s:.2f} GB/s"
         )
         values = {"latency_us": link.latency_us, "bandwidth_gb_s": link.bandwidth_gb_s}
-        cause = _slow_link(link, links) or _odd_way(link, way, infiniband)
+        cause = _slow_link(link, links) or _odd_route(link, infiniband)
         if not cause:
             findings.append(ok("links.edge", what, **values))
             continue
@@ -121,13 +112,13 @@ def _slow_link(link: LinkFigure, links: Sequence[LinkFigure]) -> str:
     return ""
 
 
-def _odd_way(link: LinkFigure, way: str, infiniband: bool) -> str:
-    """Why NCCL should have gone another way; empty: it should not."""
-    if not way.startswith("NET/"):
+def _odd_route(link: LinkFigure, infiniband: bool) -> str:
+    """Why NCCL should have taken another route; empty: it should not."""
+    if not link.route.startswith("NET/"):
         return ""
     if link.source_host == link.target_host:
         return "NCCL uses the network inside one host: /dev/shm or access between GPUs is off"
-    if infiniband and way.startswith("NET/Socket"):
+    if infiniband and link.route.startswith("NET/Socket"):
         return "the hosts have InfiniBand, but NCCL did not find it (no libibverbs in the image?)"
     return ""
 

@@ -11,40 +11,30 @@ import contextlib
 import ctypes
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mpipipe.doctor.facts import GpuProcess, RankGpu
-from mpipipe.doctor.probes.launch import loaded_libraries
-from mpipipe.topology.command import output_of, run_child
-from mpipipe.topology.gpu import GpuFacts, container_kind, query_gpus
+from mpipipe.doctor.facts import RankGpu
+from mpipipe.doctor.probes.process import loaded_libraries
+from mpipipe.topology.gpu import GpuFacts, container_kind
+from mpipipe.topology.host import read_text
 from mpipipe.topology.launcher import Launcher, detect
+from mpipipe.topology.nvml import GpuProcess, query_host
 
 __all__ = [
     "GpusBefore",
     "kernel_driver",
-    "parse_processes",
     "probe_before_torch",
     "probe_with_torch",
 ]
 
 _ROOT = Path("/")
-_LIMIT_S = 10.0
 _SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # indices; that of the step first
 _SLURM_COUNT = "SLURM_GPUS_ON_NODE"
 _NO_DEVICES = "NoDevFiles"  # what some versions make of CUDA_VISIBLE_DEVICES then
-_PROCESSES = (
-    "nvidia-smi",
-    "--query-compute-apps=pid,process_name,gpu_uuid,used_memory",
-    "--format=csv,noheader,nounits",
-)
 
 GpusBefore = tuple[GpuFacts, ...]
-"""The GPUs of the host as nvidia-smi lists them before this rank has touched one."""
-
-
-def _run(command: Sequence[str]) -> str:
-    return output_of(run_child, command, _LIMIT_S) or ""
+"""The GPUs of the host as the driver lists them before this rank has touched one."""
 
 
 def probe_before_torch(
@@ -52,14 +42,13 @@ def probe_before_torch(
     *,
     wanted: str,
     root: Path = _ROOT,
-    run: Callable[[Sequence[str]], str] = _run,
-    query: Callable[[], GpusBefore] = query_gpus,
+    query: Callable[[], tuple[GpusBefore, tuple[GpuProcess, ...]]] = query_host,
 ) -> tuple[RankGpu, GpusBefore]:
     """What shows without a CUDA context; nothing but `wanted` when CPUs were asked for."""
     if wanted == "cpu":
         return RankGpu(wanted=wanted), ()
     libcuda = _libcuda(root)
-    gpus = query() if libcuda else ()
+    gpus, processes = query() if libcuda else ((), ())
     given = _given_by_slurm(environ)
     facts = RankGpu(
         wanted=wanted,
@@ -70,7 +59,7 @@ def probe_before_torch(
         given_by_slurm=given,
         declined_by=_declined_by(environ, given, container=container_kind(environ, root)),
         host_gpus=tuple(gpu.uuid for gpu in gpus),
-        processes=parse_processes(run(_PROCESSES)) if libcuda else (),
+        processes=processes,
     )
     return facts, gpus
 
@@ -120,7 +109,7 @@ def probe_with_torch(facts: RankGpu, gpus: GpusBefore, local_rank: int) -> RankG
 
 
 def _bare(uuid: str) -> str:
-    """Without the prefix that nvidia-smi writes and torch does not."""
+    """Without the prefix that NVML writes and torch does not."""
     return uuid.removeprefix("GPU-")
 
 
@@ -129,9 +118,8 @@ def kernel_driver(root: Path = _ROOT) -> str:
 
     E.g. `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar …`.
     """
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
-    except OSError:
+    text = read_text(root / "proc/driver/nvidia/version")
+    if not text:
         return ""
     found = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     return found[1] if found else "unknown"
@@ -151,16 +139,3 @@ def _libcuda(root: Path) -> str:
         ctypes.CDLL("libcuda.so.1")
     paths = [library.path for library in loaded_libraries() if library.name == "libcuda"]
     return str(Path(paths[0]).resolve()) if paths else ""
-
-
-def parse_processes(text: str) -> tuple[GpuProcess, ...]:
-    """Lines of `pid, name, uuid, MiB`; names may hold commas."""
-    found = []
-    for line in text.splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) < 4 or not words[0].isdigit():
-            continue
-        memory = int(words[-1]) * 2**20 if words[-1].isdigit() else 0
-        name = ", ".join(words[1:-2])
-        found.append(GpuProcess(int(words[0]), name, words[-2], memory))
-    return tuple(found)

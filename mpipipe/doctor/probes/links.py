@@ -15,13 +15,15 @@ import itertools
 import statistics
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from mpipipe.config.schema import AUTO, PipelineConfig
 from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.doctor.facts import LinkFigure
+from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.ranks import Ranks
 
-__all__ = ["LinkFigure", "measure_links", "neighbours"]
+__all__ = ["measure_links", "neighbours"]
 
 T = TypeVar("T")
 
@@ -53,19 +55,6 @@ _PING_BYTES = 1024
 _SIZES_BYTES = (1 << 20, 8 << 20, 64 << 20)
 _GROWTH = 8
 _STOP = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkFigure:
-    """One directed pair of ranks. Latency is half a round trip of 1 KiB."""
-
-    source: int  # rank
-    target: int
-    source_host: str
-    target_host: str
-    transport: str  # "nccl" | "mpi" | "mpi through host memory"
-    latency_us: float  # median
-    bandwidth_gb_s: float  # 10⁹ bytes per second, of the fastest size
 
 
 def neighbours(order: Sequence[int]) -> list[tuple[int, int]]:
@@ -92,25 +81,37 @@ async def measure_links(
     wanted = AUTO if device == "cuda" else device
     resources = await exchange_resources(ranks, wanted, deadline_s=_MEET_S)
     pairs = neighbours(stage_order if stage_order is not None else order_of_stages(resources))
-    figures: list[LinkFigure] = []
-    if pairs:
-        transport = _transport(device, resources)
-        own_device = torch.device("cpu")
-        if transport.device == "cuda":
-            own_device = torch.device("cuda", resources[ranks.mesh.rank].gpu.index)
-        # First, and agreed on: a rank without memory would leave its neighbours waiting.
-        await _agreed(ranks, "links memory", _reserve(own_device), _CONNECT_LIMIT_S)
-        limit_s = _CONNECT_LIMIT_S - _GRACE_S
-        connecting = open_transport(transport, ranks, own_device, timeout_s=limit_s)
-        channel = await _agreed(ranks, "links connected", connecting, _CONNECT_LIMIT_S)
-        measuring = _measure(ranks, channel, own_device, transport, pairs)
-        figures = await _agreed(ranks, "links", measuring, _MEASURE_LIMIT_S)
-    own = to_json(figures).encode()
+    transport = _transport(device, resources)
+    own_device = torch.device("cpu")
+    if transport.device == "cuda":
+        own_device = torch.device("cuda", resources[ranks.mesh.rank].gpu.index)
+    with recorded_nccl() as log:
+        figures = await _connect_and_measure(ranks, own_device, transport, pairs)
+        routes = nccl_routes(log)
+    told = [
+        replace(figure, route=routes.get((figure.source, figure.target), "")) for figure in figures
+    ]
+    own = to_json(told).encode()
     parts = await ranks.mesh.gather("link figures", own, _MEET_S)
     if parts is None:
         return None
     found = [figure for part in parts for figure in from_json(list[LinkFigure], part)]
     return sorted(found, key=lambda figure: pairs.index((figure.source, figure.target)))
+
+
+async def _connect_and_measure(
+    ranks: Ranks, device: torch.device, transport: Transport, pairs: Sequence[tuple[int, int]]
+) -> list[LinkFigure]:
+    """The figures of the pairs that this rank is the source of."""
+    if not pairs:
+        return []
+    # First, and agreed on: a rank without memory would leave its neighbours waiting.
+    await _agreed(ranks, "links memory", _reserve(device), _CONNECT_LIMIT_S)
+    limit_s = _CONNECT_LIMIT_S - _GRACE_S
+    connecting = open_transport(transport, ranks, device, timeout_s=limit_s)
+    channel = await _agreed(ranks, "links connected", connecting, _CONNECT_LIMIT_S)
+    measuring = _measure(ranks, channel, device, transport, pairs)
+    return await _agreed(ranks, "links", measuring, _MEASURE_LIMIT_S)
 
 
 async def _agreed(ranks: Ranks, phase: str, work: Coroutine[None, None, T], limit_s: float) -> T:
@@ -189,10 +190,8 @@ def _transport(device: DeviceName, resources: Sequence[RankResources]) -> Transp
     """That of a run with these ranks and the settings left at `auto`."""
     asked = PipelineConfig(device=AUTO if device == "cuda" else "cpu", share_gpus=True)
     where = choose_device(asked, resources)[0]
-    name, hosts = (
-        choose_transport(AUTO, where, resources)[0],
-        tuple(rank_resources.host for rank_resources in resources),
-    )
+    name = choose_transport(AUTO, where, resources)[0]
+    hosts = tuple(rank_resources.host for rank_resources in resources)
     return Transport(name, where, hosts, tuple(range(len(hosts))))
 
 

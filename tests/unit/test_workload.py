@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.types import SamplingParams
 
