@@ -7,6 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpipipe.bench.baseline import (
+    BaselinePlace,
+    BaselineResult,
+    generate_with_transformers,
+    open_baseline,
+    time_with_transformers,
+)
 from mpipipe.bench.control import measure_control_plane
 from mpipipe.bench.environment import SPEED_PACKAGES
 from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests
@@ -25,8 +32,6 @@ from mpipipe.topology.packages import package_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpipipe.bench.baseline import BaselineResult
-    from mpipipe.bench.baseline_model import BaselinePlace
     from mpipipe.config.load import LoadedConfig
 
 __all__ = ["control_command", "transformers_command", "transformers_works_command"]
@@ -69,8 +74,6 @@ def transformers_command(
             "generation.temperature=0"
         )
 
-    from mpipipe.bench.baseline import generate_with_transformers
-
     folder = Path(config.output.dir).absolute() if config.output.dir != "auto" else None
     if folder is not None:
         prepare_run_folder(folder, overwrite=config.output.overwrite)
@@ -111,9 +114,6 @@ def transformers_works_command(
     works = [BenchWork.parse(word) for word in words]
     loaded = load_config(config_path, overrides)
     facts = read_model(loaded)
-
-    from mpipipe.bench.baseline import time_with_transformers
-    from mpipipe.bench.baseline_model import open_baseline
 
     dtype = _dtype(loaded)
     random = loaded.config.model.weights == "random"

@@ -10,22 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpipipe.config.files import parse_json, read_text
+from mpipipe.config.files import parse_table, read_text
 from mpipipe.errors import ConfigError
 
 __all__ = ["DeepSpeedExpectations", "check_against_plan", "dtype_name", "read_expectations"]
 
-_DTYPES = {
-    "float32": "float32",
-    "fp32": "float32",
-    "float": "float32",
-    "float16": "float16",
-    "fp16": "float16",
-    "half": "float16",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "auto": "auto",
+_OLD_DTYPES = {
+    "float32": ("float32", "fp32", "float"),
+    "float16": ("float16", "fp16", "half"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "auto": ("auto",),
 }
+_DTYPES = {old: dtype for dtype, names in _OLD_DTYPES.items() for old in names}
 _BATCH_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size")
 _DS_AUTO = "auto"  # in these files: left to the launcher, so nothing is expected
 
@@ -58,12 +54,7 @@ def read_expectations(path: Path) -> DeepSpeedExpectations:
     Raises:
         ConfigError: not readable, not JSON, or a value of the wrong kind.
     """
-    try:
-        raw = parse_json(read_text(path, "DeepSpeed configuration"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected an object, found a {type(raw).__name__}")
+    raw = parse_table(read_text(path, "DeepSpeed configuration"), path)
     return DeepSpeedExpectations(
         path=path,
         num_stages=_num_stages(raw, path),

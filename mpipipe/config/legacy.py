@@ -50,16 +50,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpipipe.config.binding import merge, nearest, settings, short
+from mpipipe.config.binding import merge, nearest, sections, settings, short
 from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
 from mpipipe.config.files import expand_path
 from mpipipe.errors import ConfigError
 
 __all__ = [
     "TARGETS",
+    "ConfigLayer",
     "DeepSpeedExpectations",
     "InlinePrompt",
-    "LegacyConfig",
     "convert",
     "is_legacy",
 ]
@@ -126,26 +126,27 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
 
 
 @dataclass(frozen=True, slots=True)
-class LegacyConfig:
-    """An old experiment file in today's words."""
+class ConfigLayer:
+    """What one configuration file says, in today's words."""
 
+    path: Path
     values: dict[str, Any]  # section -> setting -> value
-    inline_prompts: tuple[InlinePrompt, ...]
-    warnings: tuple[str, ...]
-    deepspeed: DeepSpeedExpectations | None
+    inline_prompts: tuple[InlinePrompt, ...] = ()
+    warnings: tuple[str, ...] = ()
+    deepspeed: DeepSpeedExpectations | None = None
+    base: Path | None = None  # the file that it extends
 
 
 def is_legacy(raw: Mapping[str, Any]) -> bool:
     """True when the keys are those of an `exp_config.json`."""
     objects = {key for key, value in raw.items() if isinstance(value, dict) and key != "device_map"}
-    sections = _sections()
     has_old_object = any(
-        key in _OLD_OBJECTS - sections
+        key in _OLD_OBJECTS - sections().keys()
         or any(name in TARGETS and name not in settings() for name, _ in _names({key: raw[key]}))
         for key in objects
     )
     has_old_key = any(key in TARGETS and key != "name" for key in raw.keys() - objects)
-    return has_old_object or (has_old_key and (not objects or bool(objects - sections)))
+    return has_old_object or (has_old_key and (not objects or bool(objects - sections().keys())))
 
 
 def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -153,17 +154,13 @@ def _names(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in raw.items():
         if not isinstance(value, dict) or name == "device_map":
             yield name, value
-        elif not value and name not in _OLD_OBJECTS and name not in _sections():
+        elif not value and name not in _OLD_OBJECTS and name not in sections():
             yield name, value  # to be told as unknown
         else:
             yield from ((f"{name}.{key}", inner) for key, inner in value.items())
 
 
-def _sections() -> set[str]:
-    return {name.partition(".")[0] for name in settings() if "." in name}
-
-
-def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
+def convert(raw: Mapping[str, Any], path: Path) -> ConfigLayer:
     """`raw`, read from `path`, by the table above.
 
     Raises:
@@ -181,7 +178,7 @@ def convert(raw: Mapping[str, Any], path: Path) -> LegacyConfig:
         section, _, name = target.rpartition(".")
         if target in settings():
             nested = merge(nested, {section: {name: value}} if section else {name: value})
-    return LegacyConfig(nested, inline, tuple(warnings), _deepspeed(values, path))
+    return ConfigLayer(path, nested, inline, tuple(warnings), _deepspeed(values, path))
 
 
 def _by_target(

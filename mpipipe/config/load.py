@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mpipipe.config import legacy
 from mpipipe.config.binding import bind, layer_overrides, merge, short, to_dict
 from mpipipe.config.checks import check, default_sampling
 from mpipipe.config.command_words import DEMO_SCHEME, CommandWords, read_words
-from mpipipe.config.files import expand_path, parse_json, read_text
+from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.config.renamed import rename_keys, rename_words
 from mpipipe.config.schema import Config
 from mpipipe.errors import ConfigError
@@ -85,7 +84,8 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     warnings += renamed
     asked = layer_overrides(settings)
     bind(asked, "command line")
-    asked = merge(_named_values(named), asked)
+    paths = {"model": named.model, "prompts": named.prompts}
+    asked = merge({name: {"path": path} for name, path in paths.items() if path}, asked)
     if asked.get("prompts", {}).get("path"):
         inline = ()
     values = {"name": _default_name(named), **values}
@@ -97,16 +97,6 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
-def _named_values(named: CommandWords) -> dict[str, Any]:
-    """What the words that are no settings say, as settings."""
-    values: dict[str, Any] = {}
-    if named.model is not None:
-        values["model"] = {"path": named.model}
-    if named.prompts is not None:
-        values["prompts"] = {"path": named.prompts}
-    return values
-
-
 def _default_name(named: CommandWords) -> str:
     """The file's stem, or the model's name."""
     if named.config is not None:
@@ -115,18 +105,9 @@ def _default_name(named: CommandWords) -> str:
     return Path(os.path.normpath(model)).name.strip("\\\n ") or Config().name
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    path: Path
-    values: dict[str, Any]
-    inline_prompts: tuple[legacy.InlinePrompt, ...]
-    warnings: tuple[str, ...]
-    deepspeed: legacy.DeepSpeedExpectations | None
-
-
-def _file_layers(path: Path) -> list[_Layer]:
+def _file_layers(path: Path) -> list[legacy.ConfigLayer]:
     """The files of the `extends` chain, from `path` to its root."""
-    layers: list[_Layer] = []
+    layers: list[legacy.ConfigLayer] = []
     seen: list[Path] = []
     next_path: Path | None = path
     while next_path is not None:
@@ -137,13 +118,12 @@ def _file_layers(path: Path) -> list[_Layer]:
                 f"{next_path}: extends goes in a circle ({chain}): remove one of them"
             )
         seen.append(real)
-        layer, base = _read_layer(next_path)
-        layers.append(layer)
-        next_path = base
+        layers.append(_read_layer(next_path))
+        next_path = layers[-1].base
     return layers
 
 
-def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
+def _read_layer(path: Path) -> legacy.ConfigLayer:
     raw = _read_table(path)
     # First, as a model's file has keys of old experiment files, too: torch_dtype, use_cache.
     if "model_type" in raw or "architectures" in raw:
@@ -153,30 +133,21 @@ def _read_layer(path: Path) -> tuple[_Layer, Path | None]:
         )
     if path.suffix == ".json" and legacy.is_legacy(raw):
         old = legacy.convert(raw, path)
-        values = _from_folder(old.values, path.parent)
-        return _Layer(path, values, old.inline_prompts, old.warnings, old.deepspeed), None
+        return dataclasses.replace(old, values=_from_folder(old.values, path.parent))
     raw, renamed = rename_keys(raw, str(path))
     extends = raw.pop("extends", None)
     if extends is not None and (not isinstance(extends, str) or not extends):
         raise ConfigError(f"{path}: extends = {short(extends)} must be the path of one file")
     base = path.parent / expand_path(extends, "extends") if extends else None
-    return _Layer(path, _from_folder(raw, path.parent), (), tuple(renamed), None), base
+    values = _from_folder(raw, path.parent)
+    return legacy.ConfigLayer(path, values, warnings=tuple(renamed), base=base)
 
 
 def _read_table(path: Path) -> dict[str, Any]:
     text = read_text(path, "configuration file")
     if path.suffix not in (".toml", ".json"):
         raise ConfigError(f"{path}: a configuration file ends in .toml or .json: rename it")
-    try:
-        table = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
-    except (ValueError, RecursionError) as error:
-        language = path.suffix[1:].upper()
-        raise ConfigError(f"{path} is not valid {language}: {error}") from None
-    if not isinstance(table, dict):
-        raise ConfigError(
-            f"{path}: expected an object with sections, found a {type(table).__name__}"
-        )
-    return table
+    return parse_table(text, path)
 
 
 def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpipipe.config.binding import short
+from mpipipe.config.binding import is_text, short
 from mpipipe.errors import PromptError
 
-__all__ = ["ID_KEYS", "ClaimedId", "OwnId", "id_of_broken_line", "own_ids", "read_id"]
+__all__ = ["ID_KEYS", "FoundPrompt", "id_of_broken_line", "own_ids", "read_id"]
 
 ID_KEYS = ("id", "custom_id")
 # The first field of an object that may be cut off anywhere after it.
@@ -27,20 +27,13 @@ _FIRST_FIELD = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimedId:
-    """What a line says about its id."""
+class FoundPrompt:
+    """What is in the place of one prompt: an object, or the error that hides it."""
 
-    number: int  # of the line
-    prompt_id: str | None  # None: nothing that can be read
-    is_whole: bool = True  # whether the line is valid JSON
-
-
-@dataclass(frozen=True, slots=True)
-class OwnId:
-    """What a line is called, which no other line is."""
-
-    prompt_id: str
-    first_number: int | None = None  # of the line that has the id which this one claimed
+    number: int  # of the line, or of the prompt of a library call
+    prompt_id: str | None  # that it says; None: nothing that can be read
+    fields: Mapping[str, Any] | None = None
+    error: PromptError | None = None
 
 
 def read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
@@ -83,7 +76,7 @@ def id_of_broken_line(line: bytes) -> str | None:
     pairs = value if isinstance(value, tuple) else ()
     ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
     prompt_id = ids.pop() if len(ids) == 1 else None
-    return prompt_id if prompt_id is not None and _is_text(prompt_id) else None
+    return prompt_id if prompt_id is not None and is_text(prompt_id) else None
 
 
 def _parsed(scalar: str) -> object:
@@ -93,32 +86,20 @@ def _parsed(scalar: str) -> object:
         return None
 
 
-def _is_text(word: str) -> bool:
-    """Whether it can be written: no half of a surrogate pair, of a byte that is no UTF-8 either."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def own_ids(claims: Sequence[ClaimedId], unit: str = "line") -> list[OwnId]:
-    """An id for each line, in the order of `claims`; `unit` names what they number."""
-    owners: dict[str, int] = {}  # id -> position in `claims`
+def own_ids(found: Sequence[FoundPrompt], unit: str = "line") -> list[str]:
+    """An id for each of `found`, that no other has; `unit` names what their numbers count."""
+    owners: dict[str, int] = {}  # id -> position in `found`
     for is_whole in (True, False):
-        for position, claim in enumerate(claims):
-            if claim.prompt_id is not None and claim.is_whole is is_whole:
-                owners.setdefault(claim.prompt_id, position)
-    own: list[OwnId] = []
-    for position, claim in enumerate(claims):
-        if claim.prompt_id is not None and owners[claim.prompt_id] == position:
-            own.append(OwnId(claim.prompt_id))
-            continue
-        wanted = str(claim.number) if claim.prompt_id is None else claim.prompt_id
-        unique = _unused(wanted, f"#{unit}{claim.number}", owners)
-        first = None if claim.prompt_id is None else claims[owners[claim.prompt_id]].number
-        owners[unique] = position
-        own.append(OwnId(unique, first))
+        for position, prompt in enumerate(found):
+            if prompt.prompt_id is not None and (prompt.fields is not None) is is_whole:
+                owners.setdefault(prompt.prompt_id, position)
+    own: list[str] = []
+    for position, prompt in enumerate(found):
+        wanted = str(prompt.number) if prompt.prompt_id is None else prompt.prompt_id
+        if prompt.prompt_id is None or owners[wanted] != position:
+            wanted = _unused(wanted, f"#{unit}{prompt.number}", owners)
+            owners[wanted] = position
+        own.append(wanted)
     return own
 
 

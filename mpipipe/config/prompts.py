@@ -16,11 +16,9 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpipipe.config.chat_fields import PLAIN_CHAT, ChatMessage, ChatOptions
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json
 from mpipipe.config.foreign_file import (
@@ -29,48 +27,21 @@ from mpipipe.config.foreign_file import (
     problem_of_text,
 )
 from mpipipe.config.legacy import InlinePrompt
-from mpipipe.config.prompt_fields import parse_fields
+from mpipipe.config.load import LoadedConfig
+from mpipipe.config.prompt_fields import PromptLine, read_fields
 from mpipipe.config.prompt_file import file_label, read_prompt_file
-from mpipipe.config.prompt_ids import ID_KEYS, ClaimedId, OwnId, id_of_broken_line, own_ids, read_id
+from mpipipe.config.prompt_ids import ID_KEYS, FoundPrompt, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
-
 __all__ = [
-    "ChatMessage",
-    "ChatOptions",
     "PromptLine",
     "configured_prompts",
     "library_prompts",
     "prompt_seed",
     "read_prompts",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLine:
-    """One prompt as asked for: with `error`, or with `sampling` and one of `text`, `messages`."""
-
-    index: int  # position among the prompts, from 0: the order of completions.jsonl
-    line_number: int  # in the file, from 1; blank lines count
-    prompt_id: str  # unique in the run
-    text: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
-    sampling: SamplingParams | None = None
-    error: PromptError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What is in the place of one prompt: an object, or the error that hides it."""
-
-    claim: ClaimedId
-    fields: Mapping[str, Any] | None
-    error: PromptError | None
 
 
 def configured_prompts(loaded: LoadedConfig) -> list[PromptLine]:
@@ -144,7 +115,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _file_prompts(path: Path) -> list[_Found]:
+def _file_prompts(path: Path) -> list[FoundPrompt]:
     """Every non-blank line of the file.
 
     Raises:
@@ -171,18 +142,17 @@ def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def _line_prompt(line: bytes, number: int) -> _Found:
+def _line_prompt(line: bytes, number: int) -> FoundPrompt:
     try:
         return _object_prompt(parse_json(line.decode("utf-8")), number, "line")
     except UnicodeDecodeError:
         error = PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
     except ValueError as invalid:
         error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
-    claim = ClaimedId(number, id_of_broken_line(line), is_whole=False)
-    return _Found(claim, None, error)
+    return FoundPrompt(number, id_of_broken_line(line), error=error)
 
 
-def _library_prompt(prompt: object, number: int) -> _Found:
+def _library_prompt(prompt: object, number: int) -> FoundPrompt:
     """As a line that says the same: through JSON, so that what no line can say is refused alike."""
     if isinstance(prompt, list | tuple):
         prompt = {"messages": prompt}
@@ -190,12 +160,12 @@ def _library_prompt(prompt: object, number: int) -> _Found:
         prompt = dict(prompt)
     try:
         return _object_prompt(parse_json(json.dumps(prompt)), number, "prompt")
-    except (TypeError, RecursionError) as error:
-        kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {error}"
-    except ValueError as error:
-        kind, reason = "invalid_json", f"is not valid JSON: {error}"
-    claim = ClaimedId(number, _id_beside_other_faults(prompt), is_whole=False)
-    return _Found(claim, None, PromptError(kind, f"prompt {number} {reason}"))
+    except (TypeError, RecursionError) as fault:
+        kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {fault}"
+    except ValueError as fault:
+        kind, reason = "invalid_json", f"is not valid JSON: {fault}"
+    error = PromptError(kind, f"prompt {number} {reason}")
+    return FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
 
 
 def _id_beside_other_faults(prompt: object) -> str | None:
@@ -209,54 +179,55 @@ def _id_beside_other_faults(prompt: object) -> str | None:
         return None
 
 
-def _object_prompt(value: Any, number: int, unit: str) -> _Found:
+def _object_prompt(value: Any, number: int, unit: str) -> FoundPrompt:
     if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         error = PromptError(
             "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
         )
-        return _Found(ClaimedId(number, None), None, error)
+        return FoundPrompt(number, None, error=error)
     prompt_id, problem = read_id(value)
     if problem is not None:
         problem = PromptError(problem.kind, f"{unit} {number}: {problem}")
-    return _Found(ClaimedId(number, prompt_id), value, problem)
+    return FoundPrompt(number, prompt_id, value, problem)
 
 
 def _prompt_lines(
-    found: Sequence[_Found], defaults: SamplingParams, unit: str, limit: int = 0
+    found: Sequence[FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
 ) -> list[PromptLine]:
-    ids = own_ids([prompt.claim for prompt in found], unit)
-    return [
-        _prompt_line(index, found[index], ids[index], defaults, unit)
-        for index in range(min(limit or len(found), len(found)))
-    ]
+    own = own_ids(found, unit)
+    number_of = {prompt_id: prompt.number for prompt_id, prompt in zip(own, found, strict=True)}
+    lines = []
+    for index in range(min(limit or len(found), len(found))):
+        prompt, line = found[index], PromptLine(index, found[index].number, own[index])
+        try:
+            line = _prompt_line(line, prompt, defaults, unit, number_of)
+        except PromptError as error:
+            line = dataclasses.replace(line, error=error)
+        lines.append(line)
+    return lines
 
 
 def _prompt_line(
-    index: int, found: _Found, own: OwnId, defaults: SamplingParams, unit: str
+    line: PromptLine,
+    found: FoundPrompt,
+    defaults: SamplingParams,
+    unit: str,
+    number_of: Mapping[str, int],
 ) -> PromptLine:
-    line = PromptLine(index, found.claim.number, own.prompt_id)
+    """`line` with what it asks for; raises PromptError where it cannot be completed."""
     if found.error is not None or found.fields is None:
         return dataclasses.replace(line, error=found.error)
-    where = f"{unit} {found.claim.number}"
+    where = f"{unit} {found.number}"
     try:
-        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, own.prompt_id))
+        line = read_fields(line, found.fields, defaults, prompt_seed(defaults.seed, line.prompt_id))
     except PromptError as error:
-        return dataclasses.replace(line, error=PromptError(error.kind, f"{where}: {error}"))
-    if own.first_number is not None:
-        duplicate = PromptError(
+        raise PromptError(error.kind, f"{where}: {error}") from None
+    if found.prompt_id not in {None, line.prompt_id}:
+        raise PromptError(
             "duplicate_id",
-            f"{where}: the id {found.claim.prompt_id!r} belongs to {unit} {own.first_number} "
-            "already: give each its own",
+            f"{where}: the id {found.prompt_id!r} belongs to {unit} "
+            f"{number_of[found.prompt_id]} already: give each its own",
         )
-        return dataclasses.replace(line, error=duplicate)
-    return PromptLine(
-        index,
-        found.claim.number,
-        own.prompt_id,
-        text=fields.text,
-        messages=fields.messages,
-        chat_options=fields.chat_options,
-        sampling=fields.sampling,
-    )
+    return line

@@ -165,6 +165,14 @@ class LogConfig:
     """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`."""
     progress: Literal["auto", "bar", "plain", "none"] = AUTO
     """`bar`, `plain`, `none`, or `auto`: a bar on a terminal, plain lines otherwise."""
+    steps: Literal["recent", "all", "none"] = "recent"
+    """Steps in `steps_rank_<r>.jsonl`, about 450 bytes each: the last 4,096 at least, `all`, or
+    `none`."""
+    sample_interval_s: float = 5.0
+    """How often each rank writes CPU, memory, I/O, network, GPU and counts to
+    `samples_rank_<r>.jsonl`; 0: never, and `energy_j` stays null."""
+    token_times: bool = False
+    """Write the time of every token to `requests.jsonl`, and not their percentiles alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mpipipe.config.load import config_hash, load_config
+from mpipipe.clock import Clock
+from mpipipe.config.load import LoadedConfig, config_hash, load_config
 from mpipipe.config.schema import AUTO
 from mpipipe.control_plane.probe import probe_control_plane
 from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
@@ -40,10 +40,6 @@ from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, open_ranks, share_exi
 from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
 from mpipipe.types import DeviceName
-
-if TYPE_CHECKING:
-    from mpipipe.clock import Clock
-    from mpipipe.config.load import LoadedConfig
 
 __all__ = ["LAST_WORD_S", "run_doctor"]
 

@@ -18,6 +18,7 @@ from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.job.acquire import Acquired, acquire
 from mpipipe.job.manifest import build_manifest
+from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
@@ -44,6 +45,7 @@ from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from mpipipe.clock import Clock
@@ -169,6 +171,9 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
@@ -285,7 +290,8 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     if problem:
         log.warning("profile", message=problem)
     if not session.is_head:
-        await session.serve_until_ended()
+        async with _recording(job, session):
+            await session.serve_until_ended()
         await session.gather_reports()
         log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
@@ -300,7 +306,8 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     view.planned(session.plan, [*warnings, problem] if problem else warnings)
     manifest = build_manifest(session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
-    tally = await _complete(job, session, prompts, manifest)
+    async with _recording(job, session) as recorded:
+        tally = await _complete(job, session, prompts, manifest)
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
@@ -317,8 +324,17 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         ),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
+        itl_p50_s=recorded.gaps.percentile(50),
+        itl_p95_s=recorded.gaps.percentile(95),
     )
     return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
+
+
+def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
+    wanted, folder = job.loaded.config.log, job.acquired.folder
+    return recording(
+        folder, job.identity, wanted, session, job.files, on_failure=lambda told: _warn(job, told)
+    )
 
 
 async def _report(job: _Job, summary: RunSummary) -> int:

@@ -56,6 +56,7 @@ class RankReport:
     capture_s: float | None = None  # capturing CUDA graphs, a part of load_s; None without them
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
+    energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
 
     @property
     def peak_over_need(self) -> float | None:
@@ -130,6 +131,14 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of their stages
+    itl_p50_s: float | None = None  # between the tokens of a request, over all requests
+    itl_p95_s: float | None = None
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
+        told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
+        return sum(told) if told and len(told) == len(self.ranks) else None
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -164,6 +173,7 @@ class RunSummary:
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
+        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request; `energy_j`
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
           each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
@@ -177,6 +187,9 @@ class RunSummary:
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,
             "steady_bubble_ratio": self.steady_bubble_ratio,
+            "itl_p50_s": self.itl_p50_s,
+            "itl_p95_s": self.itl_p95_s,
+            "energy_j": self.energy_j,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
         }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
 from mpipipe.topology.launcher import detect
+from mpipipe.topology.packages import package_versions
 
 __all__ = [
     "GpuFacts",
@@ -128,11 +128,8 @@ def installed_attention_backends() -> tuple[str, ...]:
 
 
 def _torch_release() -> tuple[int, int]:
-    try:
-        version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
-    numbers = re.match(r"(\d+)\.(\d+)", version)
+    version = package_versions(["torch"])["torch"]
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpipipe.config.prompt_ids import ClaimedId, id_of_broken_line, own_ids, read_id
+from mpipipe.config.prompt_ids import FoundPrompt, id_of_broken_line, own_ids, read_id
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 
@@ -100,11 +100,14 @@ claims = st.lists(
 def test_ids_are_unique_and_the_first_whole_line_has_its_own(
     said: list[tuple[str | None, bool]],
 ) -> None:
-    lines = [ClaimedId(n, prompt_id, whole) for n, (prompt_id, whole) in enumerate(said, start=1)]
-    own = [one.prompt_id for one in own_ids(lines)]
+    lines = [
+        FoundPrompt(number, prompt_id, {} if is_whole else None)
+        for number, (prompt_id, is_whole) in enumerate(said, start=1)
+    ]
+    own = own_ids(lines)
     assert len(set(own)) == len(own) == len(lines)
     for prompt_id in {line.prompt_id for line in lines} - {None}:
-        first = [line for line in lines if line.prompt_id == prompt_id and line.is_whole]
+        first = [line for line in lines if line.prompt_id == prompt_id and line.fields == {}]
         first += [line for line in lines if line.prompt_id == prompt_id]
         assert own[first[0].number - 1] == prompt_id
 
