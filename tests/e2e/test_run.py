@@ -99,7 +99,8 @@ def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: P
         steps = {int(name.split()[2]) for name in names if " step " in name}
         assert steps == {2, 3, 4}
         kind = "send hidden to rank 1" if rank == 0 else "wait: receive hidden from rank 0"
-        assert {kind, "aten::mm"} <= names
+        assert kind in names
+        assert any(name.startswith("aten::") for name in names), "what the steps compute"
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
         assert {event["rank"] for event in events} == {rank}
         assert {"handshake", "ready"} <= {event["event"] for event in events}
