@@ -83,6 +83,8 @@ class RankSteps:
             KeyError, TypeError, ValueError: the line is damaged; nothing was counted.
         """
         start_s, idle_s, wait_s, transfer_s, compute_s, overhead_s, send_s = _FIELDS(line)
+        if transfer_s is None:  # how the wait divides is not known
+            transfer_s = 0.0
         seconds = idle_s + wait_s + transfer_s + compute_s + overhead_s + send_s
         step, slot, phase_name = line["step"], line["slot"], line["phase"]
         num_tokens, num_rows = line["num_tokens"], line["num_rows"]
@@ -120,7 +122,7 @@ class RankSteps:
             self._keep(seconds, line)
 
     def _keep(self, seconds: float, line: Line) -> None:
-        parts_s = {part: line[f"{part}_s"] for part in PARTS}
+        parts_s = {part: line[f"{part}_s"] or 0.0 for part in PARTS}
         long = LongStep(
             seconds, line["step"], line["slot"], line["phase"], line["start_s"], parts_s
         )
