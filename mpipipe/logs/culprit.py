@@ -49,7 +49,7 @@ class Culprit:
 def find_culprit(run: RunFacts) -> Culprit:
     """The one thing that cost the run the most time, if there is one."""
     stalls = [stall for stall in find_stalls(run) if stall.seconds >= _LEAST_STALL_S]
-    shared = _shared_core(run)
+    shared = _shared_core(run, stalls)
     found = [
         *_stalled(stalls),
         *([shared] if shared is not None else []),
@@ -80,11 +80,21 @@ def _stalled(stalls: Sequence[Stall]) -> Iterator[Culprit]:
     )
 
 
-def _shared_core(run: RunFacts) -> Culprit | None:
+def _computed(run: RunFacts, stalls: Sequence[Stall]) -> dict[int, float]:
+    """Seconds of compute by rank, without stalls."""
+    computed = {rank.rank: rank.parts_s.get("compute", 0.0) for rank in run.ranks}
+    for stall in stalls:
+        if stall.part == "compute":
+            computed[stall.rank] -= stall.seconds - stall.usual_s
+    return computed
+
+
+def _shared_core(run: RunFacts, stalls: Sequence[Stall]) -> Culprit | None:
     """A rank whose thread computed for longer than it had a core (CPUs only)."""
     if run.device == "cuda":
         return None
-    lost_s = {rank.rank: _put_aside_s(rank) for rank in run.ranks}
+    computed = _computed(run, stalls)
+    lost_s = {rank.rank: _put_aside_s(rank, computed[rank.rank]) for rank in run.ranks}
     worst = max(run.ranks, key=lambda rank: lost_s[rank.rank], default=None)
     if worst is None or lost_s[worst.rank] <= 0:
         return None
@@ -102,12 +112,12 @@ def _shared_core(run: RunFacts) -> Culprit | None:
     return Culprit("shared_core", sentence, worst.rank, worst.stage, lost_s[worst.rank])
 
 
-def _put_aside_s(rank: RankFacts) -> float:
+def _put_aside_s(rank: RankFacts, computed_s: float) -> float:
     """For how long the rank computed without a core, if others had it meanwhile; else 0."""
     cpu = rank.cpu
     if cpu is None or cpu.cpu_s <= 0 or rank.generate_s <= 0:
         return 0.0
-    compute_s = rank.parts_s.get("compute", 0.0) * min(1.0, cpu.wall_s / rank.generate_s)
+    compute_s = computed_s * min(1.0, cpu.wall_s / rank.generate_s)
     lost_s = compute_s - cpu.cpu_s
     if cpu.cpu_s > _CPU_SHARE * compute_s:
         return 0.0
@@ -122,12 +132,9 @@ def _slow_stage(
     run: RunFacts, stalls: Sequence[Stall], shared: Culprit | None
 ) -> Iterator[Culprit]:
     """A stage that computes longer than the others, other than by a stall or for want of a core."""
-    computed = {rank.rank: rank.parts_s.get("compute", 0.0) for rank in run.ranks}
+    computed = _computed(run, stalls)
     if len(computed) < 2 or not any(computed.values()):
         return
-    for stall in stalls:
-        if stall.part == "compute":
-            computed[stall.rank] -= stall.seconds - stall.usual_s
     slowest = max(run.ranks, key=lambda rank: computed[rank.rank])
     others = [rank for rank in run.ranks if rank is not slowest]
     others_s = fmean(computed[rank.rank] for rank in others)

@@ -1,7 +1,7 @@
 """What this process and its node have used so far: CPU, memory, files, network.
 
-Read from /proc, in 0.1 ms and 0.02 ms a thread; what a container or kernel does not tell is None. Counters only
-grow: who wants a rate takes the difference of two readings. Linux only.
+Read from /proc, in 0.1 ms and 0.02 ms a thread; what a container or kernel does not tell is None.
+Counters only grow: who wants a rate takes the difference of two readings. Linux only.
 """
 
 from __future__ import annotations
