@@ -9,6 +9,7 @@ means "no limit", and of CPUs "unknown". `planning.layout` decides which rank ge
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def memory_available_bytes(root: Path = _ROOT) -> int:
 
     Page cache that a group can drop (`inactive_file`) counts as free, as Kubernetes counts it.
     """
-    available = _kib(root / "proc/meminfo", "MemAvailable") or 0
+    available = _stat(root / "proc/meminfo", "MemAvailable") * 1024
     for group in cgroup_folders(root, "memory"):
         limit, usage, cache = _memory_use(group)
         if limit is not None:
@@ -87,7 +88,7 @@ def memory_available_bytes(root: Path = _ROOT) -> int:
 def memory_limit_bytes(root: Path = _ROOT) -> int | None:
     """The tightest memory limit of the cgroups; None without one below the host's memory."""
     limits = [_memory_use(group)[0] for group in cgroup_folders(root, "memory")]
-    total = _kib(root / "proc/meminfo", "MemTotal") or 0
+    total = _stat(root / "proc/meminfo", "MemTotal") * 1024
     return min((limit for limit in limits if limit is not None and limit < total), default=None)
 
 
@@ -104,10 +105,8 @@ def peak_rss_bytes(root: Path = _ROOT) -> int:
 
     VmHWM first: `ru_maxrss` starts at the size of the process that forked this one.
     """
-    peak = _kib(root / "proc/self/status", "VmHWM")
-    if peak is not None:
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_kib = _stat(root / "proc/self/status", "VmHWM")
+    return 1024 * (peak_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
@@ -171,20 +170,9 @@ def _integer(path: Path) -> int | None:
 
 
 def _stat(path: Path, key: str) -> int:
-    for line in read_text(path).splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.strip().isdigit():
-            return int(value)
-    return 0
-
-
-def _kib(path: Path, key: str) -> int | None:
-    """Bytes of a `Key:   123 kB` line; None when there is none."""
-    for line in read_text(path).splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return None
+    """The number of a `key 123` or `Key:   123 kB` line; 0 when there is none."""
+    found = re.search(rf"^{key}:?\s+(\d+)", read_text(path), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 # ---- CPUs, one by one ----------------------------------------------------------------------------
