@@ -139,7 +139,8 @@ def row_writer(kind: type) -> Callable[[Any], Sequence[Any]]:
     def write(value: Any) -> Sequence[Any]:
         row = list(take(value))
         for place, convert in nested:
-            row[place] = convert(row[place])
+            if row[place]:  # most are empty: a message is written with every step
+                row[place] = convert(row[place])
         return row
 
     return write

@@ -2,7 +2,7 @@
 
 Whatever takes options takes them from here: the settings of a run (`config.schema`), of a prompt
 (`config.prompt_fields`), of a request (`types.SamplingParams`, and with it the messages), and what
-is made ready on the last stage (`planning.sampling_use`). `stage.device_sampler` says how the
+is made ready on the last stage (`planning.workload`). `stage.device_sampler` says how the
 device holds an option and what it does to the logits.
 
 The default of an option that changes the logits is its neutral value: it changes nothing.

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mpipipe.bench.environment import environment
 from mpipipe.bench.workloads import (
     BenchWork,
-    Vocabulary,
     bench_requests,
     bench_workload,
     warm_up_requests,
 )
+from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError
@@ -69,11 +69,9 @@ class ThroughputView(Protocol):
 
     def planned(self, plan: PipelinePlan) -> None:
         """The plan is agreed and every stage loaded."""
-        ...
 
     def measured(self, record: dict[str, Any]) -> None:
         """One timed call is over."""
-        ...
 
 
 async def run_throughput(
@@ -242,14 +240,7 @@ class _Bench:
         if ceilings is None:
             return None
         shape = JobShape.of(work.lengths(self.options.seed))
-        floor = job_floor(self.model.spec, plan, shape, ceilings)
-        return FloorTimes(
-            tokens_per_s=floor.tokens_per_s,
-            prefill_s=floor.prefill_s,
-            decode_round_s=floor.decode_round_s,
-            decode_tokens_per_s=floor.decode_tokens_per_s,
-            source=ceilings.source,
-        )
+        return job_floor(self.model.spec, plan, shape, ceilings)
 
     async def _profile(self, path: Path) -> None:
         """The first work again with fewer tokens, the middle of its decoding profiled."""

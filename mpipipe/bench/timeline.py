@@ -16,7 +16,6 @@ from mpipipe.errors import OutputError
 from mpipipe.metrics.accounting import StepRecord
 from mpipipe.metrics.trace import decode_records, last_steady, trace_document
 from mpipipe.plain_values import from_json, to_json
-from mpipipe.runtime.clock_offsets import measure_clock_offsets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.session import Session
 
-__all__ = ["clock_offsets_s", "profiling", "write_profile", "write_trace"]
+__all__ = ["profiling", "write_profile", "write_trace"]
 
 _DEADLINE_S = 120.0
 # Steps are counted, not announced: telling a profile of every one would cost the run that has none.
@@ -33,17 +32,6 @@ _DEADLINE_S = 120.0
 _POLL_S = 0.005
 # Steps that pass before the profile begins: the first ones after prefill are no steady state.
 _NUM_SKIPPED_STEPS = 8
-
-
-async def clock_offsets_s(session: Session) -> dict[int, float]:
-    """How far each rank's clock is ahead of the head's, on the head; empty elsewhere.
-
-    On one host all ranks read the same clock (CLOCK_MONOTONIC).
-    """
-    if len({rank_resources.host for rank_resources in session.resources}) == 1:
-        return {}
-    ranks = session.ranks
-    return (await measure_clock_offsets(ranks, ranks.clock.now_s)).ahead_s
 
 
 async def write_trace(session: Session, path: Path, num_steps: int, *, since_s: float) -> None:
@@ -54,7 +42,8 @@ async def write_trace(session: Session, path: Path, num_steps: int, *, since_s: 
     Raises:
         OutputError: the file cannot be written.
     """
-    offsets_s = await clock_offsets_s(session)
+    await session.clocks.compare()
+    offsets_s = {offset.rank: offset.ahead_s for offset in session.clocks.offsets}
     recent = [record for record in session.recent_steps() if record.start_s >= since_s]
     chosen = last_steady(recent, num_steps)
     payload = to_json(chosen).encode()

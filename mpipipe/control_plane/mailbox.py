@@ -37,6 +37,11 @@ class Mailbox(Generic[T]):
         self._items.append(item)
         self.wake()
 
+    @property
+    def num_waiting(self) -> int:
+        """Items that were put and not read; may be asked after `close`."""
+        return len(self._items)
+
     async def get(self) -> T:
         """The next item; waits for it. Cancelling loses nothing.
 

@@ -10,6 +10,7 @@ Changing a message or a tag means raising `PROTOCOL_VERSION`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mpipipe.planning.resources import RankResources
 from mpipipe.types import SamplingParams, TokenLogprobs
@@ -20,6 +21,9 @@ __all__ = [
     "BarrierEntered",
     "BarrierReleased",
     "Broadcast",
+    "ClockAsked",
+    "ClockTold",
+    "ClocksCompared",
     "DecodeScheduled",
     "Echo",
     "GatherPart",
@@ -38,10 +42,11 @@ __all__ = [
     "SessionEnded",
     "StepSampled",
     "StepScheduled",
+    "StepTimes",
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -175,6 +180,16 @@ class StepScheduled:
         """Length of the ids tensor that comes back from the last stage."""
         return sum(sequence.sample for sequence in self.sequences)
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have a share of it."""
+        return len(self.sequences)
+
+    @property
+    def phase(self) -> Literal["prefill", "decode", "mixed"]:
+        """Chunks of prompts alone."""
+        return "prefill"
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeScheduled:
@@ -213,6 +228,16 @@ class DecodeScheduled:
         """Length of the ids tensor that comes back from the last stage."""
         return self.num_rows + sum([chunk.sample for chunk in self.chunks])
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have a share of it."""
+        return self.num_rows + len(self.chunks)
+
+    @property
+    def phase(self) -> Literal["prefill", "decode", "mixed"]:
+        """One token of each sequence, and perhaps chunks of prompts."""
+        return "mixed" if self.chunks else "decode"
+
 
 @dataclass(frozen=True, slots=True)
 class RequestClosed:
@@ -241,6 +266,17 @@ class LogprobsSampled:
 
     step: int
     logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """stage → the stage that gets its results: when it had computed its steps, on its own clock.
+
+    A batch at a time, and what is left at the end of a call. Every step is told once, in order.
+    """
+
+    first_step: int  # counted over all calls of the session
+    computed_s: tuple[float, ...]  # of that step and those that follow it
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +322,28 @@ class RankLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockAsked:
+    """head → rank: answer at once with the time."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockTold:
+    """rank → head: the time on its clock when it read the question."""
+
+    number: int
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClocksCompared:
+    """head → all: by rank, the seconds that its clock is ahead of the head's."""
+
+    ahead_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Echo:
     """Round-trip probe of `bench control`; `reply` says whether it is the answer."""
 
@@ -298,7 +356,7 @@ Message = (
     Hello | PhaseReport | PhaseVerdict | BarrierEntered | BarrierReleased | Broadcast | GatherPart
     | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
     | LogprobsSampled | GenerationBegan | GenerationEnded | SessionEnded | StopRequested
-    | Heartbeat | RankLost | Echo
+    | Heartbeat | RankLost | Echo | StepTimes | ClockAsked | ClockTold | ClocksCompared
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -323,4 +381,8 @@ TAGS: dict[int, type[Message]] = {
     18: Heartbeat,
     19: RankLost,
     20: GenerationBegan,
+    21: StepTimes,
+    22: ClockAsked,
+    23: ClockTold,
+    24: ClocksCompared,
 }

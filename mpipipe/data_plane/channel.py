@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from mpipipe.errors import ChannelClosedError
+from mpipipe.errors import ChannelClosedError, DeadlineError, ProtocolMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -33,6 +34,7 @@ __all__ = [
     "TensorChannel",
     "Transfer",
     "check_transfer",
+    "drain",
 ]
 
 
@@ -52,7 +54,6 @@ class Transfer(Protocol):
         Raises:
             ChannelClosedError: the channel was closed first.
         """
-        ...
 
 
 class TensorChannel(Protocol):
@@ -60,15 +61,12 @@ class TensorChannel(Protocol):
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> Transfer:
         """Start sending a contiguous tensor to rank `destination`."""
-        ...
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> Transfer:
         """Start receiving into a contiguous `buffer` whose shape and dtype equal the sender's."""
-        ...
 
     async def aclose(self) -> None:
         """Finish what is under way, then release. Idempotent."""
-        ...
 
 
 @runtime_checkable
@@ -86,18 +84,18 @@ class RepeatingChannel(Protocol):
 
         Unlike `send`, it may read `tensor` late: do not overwrite it until the receiver has it.
         """
-        ...
 
     def repeated_receive(
         self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
     ) -> Callable[[], None]:
         """What to call for each receive into `buffer` on the stream that is current now."""
-        ...
 
 
 # ---- what every implementation here does alike ---------------------------------------------------
 
 MOST_BYTES = 2**31 - 1  # of one MPI message, whose count is a C int
+_CLOSE_LIMIT_S = 30.0
+_CLOSE_POLL_S = 0.5e-3
 
 
 def check_transfer(
@@ -168,6 +166,17 @@ class PendingTransfer:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def give_up(self) -> None:
+        """The channel is closed before the transfer's end."""
+        self.finish(ChannelClosedError(f"the tensor channel was closed during the {self.what}"))
+
+    def mismatch(self, expected: object, came: object) -> ProtocolMismatchError:
+        """The error of a receive for which something else came; both in words."""
+        return ProtocolMismatchError(
+            f"the {self.what} expected {expected} but got {came}; the ranks disagree about the "
+            "step, which is a bug in mpipipe: please report it with the logs"
+        )
+
     async def wait(self) -> None:
         """Return when the buffer is the caller's again. One waiter at a time.
 
@@ -184,3 +193,27 @@ class PendingTransfer:
             await self._waiter
         if self._error is not None:
             raise self._error
+
+
+async def drain(
+    unfinished: Callable[[], Sequence[str]], poll: Callable[[], bool], *, cause: str
+) -> None:
+    """Before a channel is closed: poll until nothing is unfinished.
+
+    Args:
+        unfinished: the transfers under way, in words.
+        poll: moves them on; returns whether any moved.
+        cause: what most likely holds them up, and what to do, for the error.
+
+    Raises:
+        DeadlineError: some are under way for too long.
+    """
+    limit_s = time.monotonic() + _CLOSE_LIMIT_S
+    while names := unfinished():
+        if time.monotonic() >= limit_s:
+            raise DeadlineError(
+                f"the tensor channel could not be closed: {', '.join(names)} unfinished after "
+                f"{_CLOSE_LIMIT_S:g} s; most likely {cause}"
+            )
+        if not poll():
+            await asyncio.sleep(_CLOSE_POLL_S)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, check_transfer
-from mpipipe.errors import ChannelClosedError, ProtocolMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -91,24 +90,17 @@ class LoopbackChannel:
                 mine = [posted for posted in queue if posted.owner is self]
                 for posted in mine:
                     queue.remove(posted)
-                    posted.transfer.finish(_closed_first(posted.transfer))
-
-
-def _closed_first(transfer: PendingTransfer) -> ChannelClosedError:
-    return ChannelClosedError(f"the tensor channel was closed during the {transfer.what}")
+                    posted.transfer.give_up()
 
 
 def _copy(sent: _Posted, received: _Posted) -> None:
     """Move the tensor and finish both; a receive of another shape or type fails."""
     source, target = sent.tensor, received.tensor
     if source.shape != target.shape or source.dtype != target.dtype:
-        error = ProtocolMismatchError(
-            f"the {received.transfer.what} expected {tuple(target.shape)} {target.dtype} but got "
-            f"{tuple(source.shape)} {source.dtype}; the ranks disagree about the step, which is a "
-            "bug in mpipipe: please report it with the logs"
-        )
+        expected = f"{tuple(target.shape)} {target.dtype}"
+        came = f"{tuple(source.shape)} {source.dtype}"
         sent.transfer.finish()
-        received.transfer.finish(error)
+        received.transfer.finish(received.transfer.mismatch(expected, came))
         return
     target.copy_(source)
     sent.transfer.finish()

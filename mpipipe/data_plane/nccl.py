@@ -8,7 +8,7 @@ NCCL refuses several ranks on one GPU: `staged` serves those. Transfers of fixed
 as CUDA graphs.
 
 Invariants: both groups are made in one order on all ranks and have carried a tensor over every edge
-before `open_nccl_channel` returns, so that no step pays for connecting; nothing of
+before `connect_groups` returns, so that no step pays for connecting; nothing of
 torch.distributed is left behind after `aclose`. The environment (NCCL_*) is the user's.
 
 Measured, 2 H200 of one host: 27–40 µs one way up to 1 MiB, 64 MiB at 315 GB/s.
@@ -17,62 +17,18 @@ Measured, 2 H200 of one host: 27–40 µs one way up to 1 MiB, 64 MiB at 315 GB/
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from mpipipe.data_plane.channel import EdgeKind, check_transfer
+from mpipipe.data_plane.channel import EdgeKind, check_transfer, drain
 from mpipipe.data_plane.daemon_call import call_in_daemon
-from mpipipe.data_plane.nccl_groups import (
-    LEAVE_LIMIT_S,
-    NcclGroups,
-    connect_groups,
-    first_line,
-)
-from mpipipe.data_plane.rendezvous import Broadcast
+from mpipipe.data_plane.nccl_groups import LEAVE_LIMIT_S, NcclGroups, first_line
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, PeerLostError
 
-__all__ = ["NcclTensorChannel", "StreamTransfer", "open_nccl_channel"]
-
-_CLOSE_LIMIT_S = 30.0
-_CLOSE_POLL_S = 1e-3
-
-
-async def open_nccl_channel(
-    broadcast: Broadcast,
-    *,
-    rank: int,
-    hosts: Sequence[str],
-    stage_ranks: Sequence[int],
-    device_index: int,
-    timeout_s: float,
-) -> NcclTensorChannel:
-    """Connect all ranks, each with a GPU of its own. Collective.
-
-    Args:
-        broadcast: the head's bytes to all, over the control plane.
-        rank: the own number; rank 0 is the head.
-        hosts: the host of every rank, in order of rank.
-        stage_ranks: the rank of every stage, the head's first.
-        device_index: this rank's GPU.
-        timeout_s: for all of it.
-
-    Raises:
-        EnvironmentSetupError: no NCCL, or it could not connect.
-        DeadlineError: it took longer than `timeout_s`.
-    """
-    groups = await connect_groups(
-        broadcast,
-        rank=rank,
-        hosts=hosts,
-        stage_ranks=stage_ranks,
-        device_index=device_index,
-        timeout_s=timeout_s,
-    )
-    return NcclTensorChannel(groups)
+__all__ = ["NcclTensorChannel", "StreamTransfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +64,15 @@ class NcclTensorChannel:
             ChannelClosedError: after `aclose`.
             PeerLostError: NCCL failed.
         """
-        transfer = StreamTransfer(f"send of {kind.name} to rank {destination}")
-        self._check(transfer, tensor, destination)
-        if tensor.numel() == 0:  # both ends know the shape: nothing to send, nothing to receive
-            return transfer
-        try:
+        sent = tensor.detach()
+
+        def add() -> None:
             if kind is EdgeKind.IDS:
-                self._send_aside(tensor.detach(), destination)
+                self._send_aside(sent, destination)
             else:
-                self._groups.by_kind[kind].send([tensor.detach()], destination, 0).wait()
-        except (dist.DistError, RuntimeError) as error:
-            raise _lost_peer(transfer, error) from error
-        return transfer
+                self._groups.by_kind[kind].send([sent], destination, 0).wait()
+
+        return self._add(f"send of {kind.name} to rank {destination}", tensor, destination, add)
 
     def _send_aside(self, ids: torch.Tensor, destination: int) -> None:
         """Send a copy (a few KB) on the stream of the ids.
@@ -139,15 +92,26 @@ class NcclTensorChannel:
 
         Raises as `send`.
         """
-        transfer = StreamTransfer(f"receive of {kind.name} from rank {source}")
-        self._check(transfer, buffer, source)
-        if buffer.numel() == 0:
-            return transfer
-        try:
-            self._groups.by_kind[kind].recv([buffer.detach()], source, 0).wait()
-        except (dist.DistError, RuntimeError) as error:
-            raise _lost_peer(transfer, error) from error
-        return transfer
+        received = buffer.detach()
+
+        def add() -> None:
+            self._groups.by_kind[kind].recv([received], source, 0).wait()
+
+        return self._add(f"receive of {kind.name} from rank {source}", buffer, source, add)
+
+    def _add(
+        self, what: str, tensor: torch.Tensor, peer: int, add: Callable[[], object]
+    ) -> StreamTransfer:
+        self._check(what, tensor, peer)
+        if tensor.numel():  # both ends know the shape, so an empty tensor need not travel
+            try:
+                add()
+            except (dist.DistError, RuntimeError) as error:
+                raise PeerLostError(
+                    f"NCCL failed during the {what} ({first_line(error)}); most likely that rank "
+                    "died: look for the first error in the logs"
+                ) from error
+        return StreamTransfer(what)
 
     def repeated_send(
         self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind
@@ -159,7 +123,7 @@ class NcclTensorChannel:
 
         Raises as `send`; `EnvironmentSetupError` if NCCL cannot be captured.
         """
-        self._check(StreamTransfer(f"send of {kind.name}"), tensor, destination)
+        self._check(f"send of {kind.name}", tensor, destination)
         group, tensors = self._groups.by_kind[kind], [tensor.detach()]
         aside = self._ids_stream if kind is EdgeKind.IDS else None
         return self._captured.capture(lambda: group.send(tensors, destination, 0).wait(), aside)
@@ -168,12 +132,12 @@ class NcclTensorChannel:
         self, buffer: torch.Tensor, *, source: int, kind: EdgeKind
     ) -> Callable[[], None]:
         """See `RepeatingChannel`. Raises as `repeated_send`."""
-        self._check(StreamTransfer(f"receive of {kind.name}"), buffer, source)
+        self._check(f"receive of {kind.name}", buffer, source)
         group, tensors = self._groups.by_kind[kind], [buffer.detach()]
         return self._captured.capture(lambda: group.recv(tensors, source, 0).wait())
 
-    def _check(self, transfer: StreamTransfer, tensor: torch.Tensor, peer: int) -> None:
-        what, world_size = transfer.what, self._groups.world_size
+    def _check(self, what: str, tensor: torch.Tensor, peer: int) -> None:
+        world_size = self._groups.world_size
         check_transfer(what, tensor, peer, world_size=world_size, closed=self._closed)
         if peer == self._rank:
             raise ValueError(f"{what}: NCCL does not send to the own rank")
@@ -191,7 +155,14 @@ class NcclTensorChannel:
         if self._closed:
             return
         self._closed = True
-        await self._drain()
+        events = [torch.cuda.Event(), torch.cuda.Event()]
+        events[0].record(torch.cuda.current_stream(self._device))
+        events[1].record(self._ids_stream)
+        await drain(
+            lambda: ["transfers on the GPU"] if not all(e.query() for e in events) else [],
+            lambda: False,
+            cause="another rank hangs or died: see its log",
+        )
         self._captured.release()
         try:
             async with asyncio.timeout(LEAVE_LIMIT_S):
@@ -201,28 +172,6 @@ class NcclTensorChannel:
                 f"rank {self._rank} waited {LEAVE_LIMIT_S:g} s for the other ranks to close NCCL; "
                 "most likely one of them hangs or died: see its log"
             ) from None
-
-    async def _drain(self) -> None:
-        """Return when everything added to the streams is done."""
-        events = [torch.cuda.Event(), torch.cuda.Event()]
-        events[0].record(torch.cuda.current_stream(self._device))
-        events[1].record(self._ids_stream)
-        limit_s = time.monotonic() + _CLOSE_LIMIT_S
-        while not all(event.query() for event in events):
-            if time.monotonic() >= limit_s:
-                raise DeadlineError(
-                    f"rank {self._rank} could not close its tensor channel: transfers on the GPU "
-                    f"are unfinished after {_CLOSE_LIMIT_S:g} s; most likely another rank hangs or "
-                    "died: see its log"
-                )
-            await asyncio.sleep(_CLOSE_POLL_S)
-
-
-def _lost_peer(transfer: StreamTransfer, error: Exception) -> PeerLostError:
-    return PeerLostError(
-        f"NCCL failed during the {transfer.what} ({first_line(error)}); most likely that rank "
-        "died: look for the first error in the logs"
-    )
 
 
 # ---- transfers of fixed memory -------------------------------------------------------------------

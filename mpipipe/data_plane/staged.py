@@ -10,9 +10,7 @@ The channel below (`mpi`) moves the bytes; `channel` says what stream order mean
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -25,8 +23,8 @@ from mpipipe.data_plane.channel import (
     PendingTransfer,
     TensorChannel,
     check_transfer,
+    drain,
 )
-from mpipipe.errors import DeadlineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["CudaStaging", "Event", "HostChannel", "StagedChannel", "Staging", "open_staged_channel"]
 
 _LEAST_BUFFER_BYTES = 4096
-_CLOSE_LIMIT_S = 30.0
-_CLOSE_POLL_S = 0.5e-3
 
 
 # ---- host memory ---------------------------------------------------------------------------------
@@ -50,7 +46,6 @@ class Event(Protocol):
 
     def query(self) -> bool:
         """Whether the stream has passed it."""
-        ...
 
 
 class Staging(Protocol):
@@ -58,15 +53,12 @@ class Staging(Protocol):
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Host memory: uint8 [num_bytes]."""
-        ...
 
     def to_host(self, host: torch.Tensor, tensor: torch.Tensor) -> Event:
         """Add the copy `host` ← `tensor` to the current stream; the event is behind it."""
-        ...
 
     def to_device(self, tensor: torch.Tensor, host: torch.Tensor) -> Event:
         """Add the copy `tensor` ← `host` to the current stream; the event is behind it."""
-        ...
 
 
 class CudaStaging:
@@ -118,15 +110,12 @@ class HostChannel(Protocol):
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> PendingTransfer:
         """As `TensorChannel.send`."""
-        ...
 
     def receive(self, buffer: torch.Tensor, *, source: int, kind: EdgeKind) -> PendingTransfer:
         """As `TensorChannel.receive`."""
-        ...
 
     async def aclose(self) -> None:
         """As `TensorChannel.aclose`."""
-        ...
 
 
 def open_staged_channel(engine: ProgressEngine) -> TensorChannel:
@@ -212,8 +201,7 @@ class StagedChannel:
         if not self._is_staged(tensor):
             return self._below.send(tensor, destination=destination, kind=kind)
         what = f"send of {kind.name} to rank {destination}"
-        self._check(what, tensor, destination)
-        host, payload = self._host_memory(tensor)
+        host, payload = self._host_memory(what, tensor, destination)
         copied = self._staging.to_host(payload, tensor.detach())
         self._sending[destination, kind].append(
             _Sending(what, destination, kind, host, payload, copied)
@@ -231,8 +219,7 @@ class StagedChannel:
         if not self._is_staged(buffer):
             return self._below.receive(buffer, source=source, kind=kind)
         what = f"receive of {kind.name} from rank {source}"
-        self._check(what, buffer, source)
-        host, payload = self._host_memory(buffer)
+        host, payload = self._host_memory(what, buffer, source)
         inner = self._below.receive(payload, source=source, kind=kind)
         stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
         outer = PendingTransfer(what, buffer.nbytes)
@@ -240,19 +227,14 @@ class StagedChannel:
         self._engine.wake()
         return outer
 
-    def _host_memory(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _host_memory(
+        self, what: str, tensor: torch.Tensor, peer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A host buffer, and the part of it that travels in place of `tensor`."""
+        size, closed = self._world_size, self._closed
+        check_transfer(what, tensor, peer, world_size=size, closed=closed, most_bytes=MOST_BYTES)
         host = self._pool.take(tensor.nbytes)
         return host, host[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-    def _check(self, what: str, tensor: torch.Tensor, peer: int) -> None:
-        check_transfer(
-            what,
-            tensor,
-            peer,
-            world_size=self._world_size,
-            closed=self._closed,
-            most_bytes=MOST_BYTES,
-        )
 
     # ---- progress --------------------------------------------------------------------------------
 
@@ -309,15 +291,7 @@ class StagedChannel:
         if self._closed:
             return
         self._closed = True
-        limit_s = time.monotonic() + _CLOSE_LIMIT_S
-        while names := self._unsent():
-            if time.monotonic() >= limit_s:
-                raise DeadlineError(
-                    f"the tensor channel could not be closed: {', '.join(names)} did not leave the "
-                    f"GPU within {_CLOSE_LIMIT_S:g} s; most likely a kernel hangs: see the logs"
-                )
-            if not self._poll():
-                await asyncio.sleep(_CLOSE_POLL_S)
+        await drain(self._unsent, self._poll, cause="a kernel on the GPU hangs: see the logs")
         await self._below.aclose()
         self._poll()
         if self._unregister is not None:

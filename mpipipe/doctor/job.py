@@ -37,8 +37,7 @@ from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.resume import wants_resume
 from mpipipe.runtime.handshake import handshake

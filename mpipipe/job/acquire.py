@@ -6,16 +6,18 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError
+from mpipipe.metrics.identity import RunIdentity, new_run_id
 from mpipipe.planning.devices import choose_device, choose_dtype
 from mpipipe.run_folder.files import holds_run, prepare_run_folder
 from mpipipe.run_folder.fingerprint import DTYPE, completions_fingerprint
+from mpipipe.run_folder.history import told_attempts
 from mpipipe.run_folder.lock import lock_folder
 from mpipipe.run_folder.resume import Earlier, earlier_fingerprint, read_earlier, wants_resume
 from mpipipe.runtime.ranks import in_phase
@@ -37,10 +39,12 @@ _DEADLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """The run folder and what is to be done in it. On ranks but the head only the first two."""
+    """The run folder and what is to be done in it. On ranks but the head only the first four."""
 
     folder: Path
     done_code: int | None  # the exit code when nothing is left to do; None: something is
+    run: str  # the id of the run, made at its first attempt
+    attempt: int  # counted from 1
     earlier: Earlier = field(default_factory=Earlier)
     lines_left: Sequence[PromptLine] = ()
     index_of: Mapping[str, int] = field(default_factory=dict)  # id → position, of all prompts
@@ -51,6 +55,12 @@ class Acquired:
         """Let others into the folder."""
         if self.lock is not None:
             self.lock.close()
+
+    def identity(self, rank: int, stage: int) -> RunIdentity:
+        """What every line that `rank` writes begins with."""
+        job = read_job(os.environ)
+        label = job.label if job is not None else None
+        return RunIdentity(self.run, self.attempt, label, replica=0, rank=rank, stage=stage)
 
     @property
     def is_resumed(self) -> bool:
@@ -81,9 +91,10 @@ async def acquire(joined: Joined[list[PromptLine]]) -> Acquired:
     acquired = await in_phase(ranks, "output", work)
     payload = None
     if acquired is not None:
-        payload = json.dumps([str(acquired.folder), acquired.done_code]).encode()
-    folder, done_code = json.loads(await ranks.mesh.broadcast("output", payload, _DEADLINE_S))
-    return acquired or Acquired(Path(folder), done_code)
+        told = [str(acquired.folder), acquired.done_code, acquired.run, acquired.attempt]
+        payload = json.dumps(told).encode()
+    folder, *rest = json.loads(await ranks.mesh.broadcast("output", payload, _DEADLINE_S))
+    return acquired or Acquired(Path(folder), *rest)
 
 
 def acquire_folder(
@@ -107,13 +118,24 @@ def acquire_folder(
         resume = wants_resume(output.resume, folder, job)
         prepare_run_folder(folder, overwrite=output.overwrite, resume=resume)
         earlier = read_earlier(folder, fingerprint, index_of) if resume else Earlier()
+        told = told_attempts(folder, earlier.attempts, earlier.records)
     except BaseException:
         lock.close()
         raise
     kept = earlier.records
     left = [line for line in lines if line.prompt_id not in kept.checksums]
     done_code = None if left else EXIT_PROMPTS if kept.num_failed else EXIT_OK
-    return Acquired(folder, done_code, earlier, left, index_of, fingerprint, lock)
+    return Acquired(
+        folder,
+        done_code,
+        earlier.run or new_run_id(),
+        len(earlier.attempts) + 1,
+        replace(earlier, attempts=told),
+        left,
+        index_of,
+        fingerprint,
+        lock,
+    )
 
 
 def _auto_folder(

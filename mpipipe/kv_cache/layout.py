@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ __all__ = [
     "place_rows",
     "to_device",
 ]
+
+DerivedT = TypeVar("DerivedT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +63,22 @@ class BatchLayout:
     # int64 [T]: the length that each token's rotary embedding sees, where the model's frequencies
     # depend on it; None: position + 1, as in all decode steps.
     rotary_lens_T: torch.Tensor | None = None
-    derived: dict[tuple[object, ...], object] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    """What caches and backends compute from the layout once per step (masks, gather indices),
-    so that all layers share it; keys start with the owner's name."""
+    _derived: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.positions_T.shape[0])
+
+    def derive(self, key: tuple[object, ...], compute: Callable[[], DerivedT]) -> DerivedT:
+        """What `compute` gives, once per step: masks and gather indices that all layers share.
+
+        Keys start with the owner's name.
+        """
+        found: DerivedT | None = self._derived.get(key)
+        if found is None:
+            found = self._derived[key] = compute()
+        return found
 
     @property
     def is_decode(self) -> bool:

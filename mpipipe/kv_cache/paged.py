@@ -83,7 +83,9 @@ class PagedKVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the step's sequences `indices`, whole pages: two [len(indices), L, K, D]."""
         num_pages = min(-(-max_len // self.page_size), layout.page_table_BP.shape[1])
-        pages_N = _pages(indices, num_pages, layout)
+        pages_N = layout.derive(
+            ("paged", indices, num_pages), lambda: _pages(indices, num_pages, layout)
+        )
         keys, values = self.keys[layer], self.values[layer]
         if keys.is_contiguous():
             # Page rows are copied whole: one memcpy of page_size * K * D elements per page.
@@ -115,18 +117,12 @@ def store_rows(
 
 
 def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> torch.Tensor:
-    """The first `num_pages` pages of the sequences in one row; computed once per step."""
-    key = ("paged", indices, num_pages)
-    pages_N = layout.derived.get(key)
-    if pages_N is None:
-        table_BP = layout.page_table_BP
-        if indices != tuple(range(table_BP.shape[0])):
-            rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
-            table_BP = table_BP.index_select(0, rows_B)
-        pages_N = table_BP[:, :num_pages].flatten()
-        layout.derived[key] = pages_N
-    assert isinstance(pages_N, torch.Tensor)
-    return pages_N
+    """The first `num_pages` pages of the sequences in one row."""
+    table_BP = layout.page_table_BP
+    if indices != tuple(range(table_BP.shape[0])):
+        rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
+        table_BP = table_BP.index_select(0, rows_B)
+    return table_BP[:, :num_pages].flatten()
 
 
 def _zeros(

@@ -1,9 +1,9 @@
 """The log of one rank: structlog events as JSON lines in `rank_<r>.log`.
 
-Every line has `time` (UTC), `t_s` (monotonic seconds), `level`, `event`, `rank`, `host`, and what
-was bound. Invariants: nothing global is configured, so a
-program that uses mpipipe as a library keeps its own structlog; a line is written whole and at
-once; a value that JSON cannot hold, or a full disk, never stops the run.
+Every line has `time` (UTC), `t_s` (monotonic seconds), `level`, `event`, the identity (`identity`),
+`host`, and what was bound. Invariants: nothing global is configured, so a program that uses mpipipe
+as a library keeps its own structlog; a line is written whole and at once; a value that JSON cannot
+hold, or a full disk, never stops the run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from structlog.typing import FilteringBoundLogger
+
+    from mpipipe.metrics.identity import RunIdentity
 
 __all__ = ["Logger", "NullLog", "RunLog", "open_log", "utc_now"]
 
@@ -61,10 +63,9 @@ def utc_now() -> datetime:
 def open_log(
     path: Path,
     *,
-    rank: int,
+    identity: RunIdentity,
     host: str,
     level: str = "info",
-    stage: int | None = None,
     clock: Clock | None = None,
     now: Callable[[], datetime] = utc_now,
     on_failure: Callable[[str], object] = lambda _: None,
@@ -85,8 +86,6 @@ def open_log(
             f"the log {str(path)!r} cannot be written ({error.strerror}): choose another output.dir"
         ) from error
     sink = _LineSink(file, path, on_failure)
-    bound: dict[str, Any] = {"rank": rank, "host": host}
-    bound |= {} if stage is None else {"stage": stage}
     logger: FilteringBoundLogger = structlog.wrap_logger(
         sink,
         processors=[
@@ -98,7 +97,8 @@ def open_log(
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         context_class=dict,
         cache_logger_on_first_use=True,
-        **bound,
+        **identity.fields(),
+        host=host,
     )
     return RunLog(logger.bind(), sink)
 

@@ -136,6 +136,9 @@ def _since(old: StageTotals, new: StageTotals) -> StageTotals:
         overall=_parts_since(old.overall, new.overall),
         num_steady_steps=new.num_steady_steps - old.num_steady_steps,
         steady=_parts_since(old.steady, new.steady),
+        bytes_in=new.bytes_in - old.bytes_in,
+        bytes_out=new.bytes_out - old.bytes_out,
+        num_undivided=new.num_undivided - old.num_undivided,
     )
 
 

@@ -178,7 +178,12 @@ class StageModel(PlainStage):
 
     def graphs_unsupported_reason(self) -> str:
         """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
-        return _graph_problem(self.module.config, self._context.backend)
+        backend, config = self._context.backend, self.module.config
+        if backend.needs_seq_lens:
+            return f'attention "{backend.name}" plans every step on the host'
+        if any(getattr(config, name, None) for name in _EXPERT_COUNTS):
+            return "the routing of experts makes shapes that depend on values"
+        return ""
 
     @torch.inference_mode()
     def forward(
@@ -263,17 +268,3 @@ def _choose_mode(
         return "plain", f"transformers' own modules: {problem}"
     operations, reason = choose_operations(device)
     return "fast", f"fused layers with {operations.name} operations: {reason}"
-
-
-def _graph_problem(config: Any, backend: AttentionBackend) -> str:
-    """Why no CUDA graph can hold a stage's decode steps, as a phrase; empty: one can.
-
-    Args:
-        config: of the model, transformers'.
-        backend: computes attention.
-    """
-    if backend.needs_seq_lens:
-        return f'attention "{backend.name}" plans every step on the host'
-    if any(getattr(config, name, None) for name in _EXPERT_COUNTS):
-        return "the routing of experts makes shapes that depend on values"
-    return ""

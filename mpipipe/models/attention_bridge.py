@@ -66,14 +66,11 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
 
-def attach_context(layers: nn.ModuleList, context: ForwardContext) -> int:
-    """Give every module of `layers` that knows its layer number the context; return how many."""
-    modules = [
-        module for module in layers.modules() if isinstance(vars(module).get("layer_idx"), int)
-    ]
-    for module in modules:
-        setattr(module, _CONTEXT, context)
-    return len(modules)
+def attach_context(layers: nn.ModuleList, context: ForwardContext) -> None:
+    """Give every module of `layers` that knows its layer number the context."""
+    for module in layers.modules():
+        if isinstance(vars(module).get("layer_idx"), int):
+            setattr(module, _CONTEXT, context)
 
 
 def _attention(

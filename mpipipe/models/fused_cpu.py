@@ -36,7 +36,7 @@ __all__ = ["FUSABLE", "FusedLayer", "fuse_layers"]
 
 # transformers' classes: pre-norm RMSNorm, rotary embedding over the whole head, gated SiLU.
 FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
-_ROTARY = ("fused", "rotary")  # key of BatchLayout.derived
+_ROTARY = ("fused", "rotary")  # key of what a layout derives
 
 
 class FusedLayer(nn.Module):
@@ -97,7 +97,9 @@ class FusedLayer(nn.Module):
         self, heads_TXD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Rotary embedding of queries and keys at once: x · cos + (-x₂, x₁) · sin."""
-        cos_T1D, sin_T1D = self._signed(position_embeddings)
+        layout = self._context.layout
+        assert layout is not None, "forward sets the layout"
+        cos_T1D, sin_T1D = layout.derive(_ROTARY, lambda: self._signed(position_embeddings))
         half = self._head_dim // 2
         swapped_TXD = torch.cat((heads_TXD[..., half:], heads_TXD[..., :half]), dim=-1)
         return torch.addcmul(heads_TXD * cos_T1D, swapped_TXD, sin_T1D)
@@ -105,34 +107,25 @@ class FusedLayer(nn.Module):
     def _signed(
         self, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, and sin with its first half negated; computed by the first layer of a step."""
-        assert self._context.layout is not None
-        derived = self._context.layout.derived
-        signed = derived.get(_ROTARY)
-        if signed is None:
-            cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0].clone()
-            sin_TD[:, : self._head_dim // 2].neg_()
-            signed = derived[_ROTARY] = (cos_TD[:, None], sin_TD[:, None])
-        assert isinstance(signed, tuple)
-        return signed
+        """cos, and sin with its first half negated."""
+        cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0].clone()
+        sin_TD[:, : self._head_dim // 2].neg_()
+        return cos_TD[:, None], sin_TD[:, None]
 
 
 def fuse_layers(
     layers: nn.ModuleList, context: ForwardContext, options: Mapping[int, AttentionOptions]
-) -> int:
-    """Replace the layers that have a faster form here; return how many were.
+) -> None:
+    """Replace the layers that have a faster form here.
 
     `options`: what each layer, by its number in the stage, asks of attention.
     """
-    num_fused = 0
     for number in range(len(layers)):
         layer = layers[number]
         if _is_fusable(layer):
             layers[number] = FusedLayer(layer, number, context, options[number])
-            num_fused += 1
             del layer
             return_freed_memory()
-    return num_fused
 
 
 def _is_fusable(layer: Any) -> bool:

@@ -148,7 +148,7 @@ def _longrope(module: nn.Module, layer_type: str | None) -> _Frequencies:
         ]
     )
     name, short_F = _buffer(module, layer_type)
-    long_F, _ = _compute(module, "longrope", first + 1, layer_type)
+    long_F = _compute(module, "longrope", first + 1, layer_type)
     return _Frequencies(name, torch.stack((short_F, long_F.to(short_F))), first)
 
 
@@ -159,7 +159,7 @@ def _dynamic(module: nn.Module, layer_type: str | None, max_positions: int) -> _
     lens_N1 = torch.arange(first + 1, max(first, max_positions) + 1, device=original_F.device)
     rows_NF = original_F.new_empty(0, len(original_F))
     if len(lens_N1):
-        rows_NF, _ = _compute(module, "dynamic", lens_N1[:, None], layer_type)
+        rows_NF = _compute(module, "dynamic", lens_N1[:, None], layer_type)
     return _Frequencies(name, torch.cat((original_F[None], rows_NF.to(original_F))), first)
 
 
@@ -171,10 +171,10 @@ def _buffer(module: nn.Module, layer_type: str | None) -> tuple[str, torch.Tenso
 
 def _compute(
     module: nn.Module, kind: str, seq_len: int | torch.Tensor, layer_type: str | None
-) -> tuple[torch.Tensor, float]:
+) -> torch.Tensor:
     """By the formula of transformers; `seq_len` [N, 1] gives frequencies [N, F]."""
     config = vars(module)["config"]
     device = next(module.buffers()).device
     compute: Any = ROPE_INIT_FUNCTIONS[kind]
-    frequencies, scaling = compute(config, device, seq_len=seq_len, layer_type=layer_type)
-    return frequencies, float(scaling)
+    frequencies: torch.Tensor = compute(config, device, seq_len=seq_len, layer_type=layer_type)[0]
+    return frequencies

@@ -13,17 +13,17 @@ MemoryError. The end of the input ends the process.
 from __future__ import annotations
 
 import json
-import re
 import resource
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from mpipipe.models.foreign import in_short
+
 __all__ = ["main"]
 
 _PAGE_BYTES = resource.getpagesize()
-_MAX_ERROR = 300  # characters
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         except MemoryError:
             answer = {"error": "it takes too much memory"}
         except BaseException as error:  # noqa: BLE001 - a template may raise anything
-            answer = {"error": _in_short(error)}
+            answer = {"error": in_short(error)}
         _answer(answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -75,14 +75,6 @@ def _render(render: Any, line: str, max_characters: int) -> dict[str, str]:
     if len(text) > allowed:
         return {"error": f"it made a text of {len(text)} characters, more than {allowed}"}
     return {"text": text}
-
-
-def _in_short(error: BaseException) -> str:
-    try:
-        text = re.sub(r"\s+", " ", str(error))
-    except BaseException:  # noqa: BLE001 - the text of an error may be foreign code, too
-        text = ""
-    return f"{type(error).__name__}: {text}"[:_MAX_ERROR].removesuffix(": ")
 
 
 def _answer(answer: dict[str, Any]) -> None:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from mpipipe.checkpoint.spec import ModelSpec
 
 __all__ = [
-    "BYTES_PER_S",
-    "FLOPS_PER_S",
-    "GPU_BYTES_PER_S",
-    "GPU_FLOPS_PER_S",
-    "DecodeCost",
+    "CPU_CORE",
+    "Ceilings",
+    "StepCost",
     "WorkMix",
     "dtype_bytes",
     "gpu_head_cost_in_layers",
@@ -26,17 +24,24 @@ __all__ = [
     "stage_weight_bytes",
 ]
 
-# One CPU core, measured with SmolLM2-135M in float32: the LM head (28.3 M weights) takes 11 ms for
-# 8 rows, so it streams weights at 10 GB/s; 512 rows through 576 × 6144 reach 61 GFLOP/s. Only
-# their ratio matters for the split.
-BYTES_PER_S = 10e9
-FLOPS_PER_S = 60e9
 
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What one rank's device does at best."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    source: str = ""
+
+
+# Measured with SmolLM2-135M in float32: the LM head (28.3 M weights) takes 11 ms for 8 rows, so a
+# core streams weights at 10 GB/s; 512 rows through 576 × 6144 reach 61 GFLOP/s. Only their ratio
+# matters for the split.
+CPU_CORE = Ceilings(10e9, 60e9)
 # One H200 as kernels reach it (copies: 4.25 TB/s, matrix products: 790 TFLOP/s). Again only the
 # ratio matters for the split. Data sheets give 200 (T4, A100) to 400 (L4) operations per byte, here
 # it is 180, so one pair serves all.
-GPU_BYTES_PER_S = 3.3e12
-GPU_FLOPS_PER_S = 6e14
+_GPU = Ceilings(3.3e12, 6e14)
 
 # The micro-batch the split is made for. With it a SmolLM2 layer costs a sixth of the head
 # (1.9 ms to 11 ms); measured: 1.7–1.9 ms to 11 ms.
@@ -52,21 +57,15 @@ def dtype_bytes(dtype: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeCost:
-    """Memory traffic and arithmetic of one decode step."""
+class StepCost:
+    """Memory traffic and arithmetic of a step, or of a part of it."""
 
     bytes_moved: float
     flops: float
 
-    @property
-    def seconds(self) -> float:
-        """Predicted time on one CPU core: the slower of moving and computing."""
-        return max(self.bytes_moved / BYTES_PER_S, self.flops / FLOPS_PER_S)
-
-    @property
-    def gpu_seconds(self) -> float:
-        """The same on a GPU."""
-        return max(self.bytes_moved / GPU_BYTES_PER_S, self.flops / GPU_FLOPS_PER_S)
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Predicted time: the slower of moving and computing."""
+        return max(self.bytes_moved / ceilings.bytes_per_s, self.flops / ceilings.flops_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,9 @@ def layer_decode_cost(
     spec: ModelSpec,
     dtype: str,
     *,
-    num_sequences: int = _NUM_SEQUENCES,
+    num_sequences: float = _NUM_SEQUENCES,
     context_tokens: float = _CONTEXT_TOKENS,
-) -> DecodeCost:
+) -> StepCost:
     """One layer, one token for each of `num_sequences` with `context_tokens` tokens cached.
 
     Moves all weights and all cached K and V once; a weight costs a multiply and an add per
@@ -107,20 +106,21 @@ def layer_decode_cost(
     elements = spec.layer_parameters + cached_tokens * spec.kv_elements_per_token_layer
     matrices = 2 * num_sequences * spec.layer_parameters
     attention = 4 * cached_tokens * spec.num_heads * spec.head_dim
-    return DecodeCost(float(elements * dtype_bytes(dtype)), float(matrices + attention))
+    return StepCost(float(elements * dtype_bytes(dtype)), float(matrices + attention))
 
 
 def head_decode_cost(
-    spec: ModelSpec, dtype: str, *, num_sequences: int = _NUM_SEQUENCES
-) -> DecodeCost:
+    spec: ModelSpec, dtype: str, *, num_sequences: float = _NUM_SEQUENCES
+) -> StepCost:
     """The LM head for one token of each of `num_sequences`."""
     parameters = spec.embedding_parameters
-    return DecodeCost(float(parameters * dtype_bytes(dtype)), float(2 * num_sequences * parameters))
+    return StepCost(float(parameters * dtype_bytes(dtype)), float(2 * num_sequences * parameters))
 
 
 def head_cost_in_layers(spec: ModelSpec, dtype: str) -> float:
     """How many layers take as long as the LM head. The embedding only gathers rows."""
-    return head_decode_cost(spec, dtype).seconds / layer_decode_cost(spec, dtype).seconds
+    head, layer = head_decode_cost(spec, dtype), layer_decode_cost(spec, dtype)
+    return head.seconds(CPU_CORE) / layer.seconds(CPU_CORE)
 
 
 def gpu_head_cost_in_layers(spec: ModelSpec, dtype: str, mix: WorkMix) -> float:
@@ -137,8 +137,8 @@ def gpu_head_cost_in_layers(spec: ModelSpec, dtype: str, mix: WorkMix) -> float:
     mean_prompt = mix.num_prompt_tokens / max(1, mix.num_requests)
     attention = 4 * mean_prompt / 2 * spec.num_heads * spec.head_dim
     prompt_flops = mix.num_prompt_tokens * (2 * spec.layer_parameters + attention)
-    layer_s = mix.num_decode_steps * layer.gpu_seconds + prompt_flops / GPU_FLOPS_PER_S
-    return mix.num_decode_steps * head.gpu_seconds / layer_s
+    layer_s = mix.num_decode_steps * layer.seconds(_GPU) + prompt_flops / _GPU.flops_per_s
+    return mix.num_decode_steps * head.seconds(_GPU) / layer_s
 
 
 def stage_weight_bytes(

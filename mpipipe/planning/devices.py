@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from mpipipe.config.schema import AUTO, Auto, PipelineConfig
@@ -18,10 +17,10 @@ from mpipipe.types import CacheKind, DeviceName, DtypeName, PrefillMode, Transpo
 
 __all__ = [
     "BF16_CAPABILITY",
-    "SchedulingMode",
-    "choose_ahead_mode",
     "choose_device",
     "choose_dtype",
+    "choose_lookahead",
+    "choose_prefill",
     "choose_transport",
     "describe_gpu",
     "least_capable",
@@ -229,23 +228,13 @@ def _first_clause(error: Exception) -> str:
 # ---- launch-ahead --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulingMode:
-    """How far the head runs ahead of the tokens, and when it computes prompts."""
-
-    lookahead: int
-    lookahead_reason: str
-    prefill: PrefillMode
-    prefill_reason: str
-
-
-def choose_ahead_mode(
+def choose_lookahead(
     pipeline: PipelineConfig, device: DeviceName, kv_cache: CacheKind
-) -> SchedulingMode:
-    """One round ahead and in phases on a GPU; a CPU awaits tokens and mixes prompts into its steps.
+) -> tuple[int, str]:
+    """One round ahead on a GPU, none on a CPU, which awaits every token; and why.
 
     Raises:
-        PlanError: the device or the cache does not have the mode that was asked for.
+        PlanError: the device or the cache does not have the lookahead that was asked for.
     """
     lookahead, reason = 0, "a CPU's steps are long beside a message"
     if isinstance(pipeline.lookahead, int):
@@ -263,12 +252,13 @@ def choose_ahead_mode(
             "whose steps find their keys and values by page: set memory.kv_cache = "
             '"paged", or pipeline.device = "cpu" and pipeline.lookahead = 0'
         )
-    prefill: PrefillMode
+    return lookahead, reason
+
+
+def choose_prefill(asked: Auto | PrefillMode, lookahead: int) -> tuple[PrefillMode, str]:
+    """When the head computes prompts, and why."""
+    if asked != AUTO:
+        return asked, "asked for"
     if lookahead:
-        prefill = "phases"
-        prefill_reason = "long steps of prompts, then steps of decodes alone, which graphs replay"
-    else:
-        prefill, prefill_reason = "mixed", "without lookahead prompts fill up every step"
-    if pipeline.prefill != AUTO:
-        prefill = pipeline.prefill
-    return SchedulingMode(lookahead, reason, prefill, prefill_reason)
+        return "phases", "long steps of prompts, then steps of decodes alone, which graphs replay"
+    return "mixed", "without lookahead prompts fill up every step"

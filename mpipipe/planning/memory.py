@@ -1,8 +1,8 @@
 """Whether weights and KV cache fit, and how many KV pages there can be.
 
-`cost` and `gpu_limits` say how large things are. Ranks of one host share its memory, as do ranks on
-one GPU, so needs are summed per pool of memory. The number of pages is the same on every rank, so
-the tightest rank decides it.
+`cost` and `step_limits` say how large things are. Ranks of one host share its memory, as do ranks
+on one GPU, so needs are summed per pool of memory. The number of pages is the same on every rank,
+so the tightest rank decides it.
 """
 
 from __future__ import annotations

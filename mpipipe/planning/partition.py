@@ -13,20 +13,13 @@ from mpipipe.errors import PlanError
 __all__ = ["check_split", "split_layers", "stage_costs"]
 
 
-def split_layers(
-    num_layers: int,
-    num_stages: int,
-    *,
-    layer_cost: float = 1.0,
-    first_extra: float = 0.0,
-    last_extra: float = 0.0,
-) -> tuple[int, ...]:
+def split_layers(num_layers: int, num_stages: int, *, last_extra: float = 0.0) -> tuple[int, ...]:
     """Contiguous layers per stage, at least one each, minimising the slowest stage.
 
-    `first_extra` (embedding) and `last_extra` (LM head) are added to the first and last stage.
-    Layers are dealt one by one to the stage that is cheapest with it, which is optimal for equal
-    items: whichever layer made the slowest stage slowest would have cost no less elsewhere. Ties go
-    to inner stages from the front, then to the last, then to the first, which schedules as well.
+    `last_extra`: the cost of the last stage beside its layers (LM head). Layers are dealt one by
+    one to the stage that is cheapest with it, which is optimal for equal items: whichever layer
+    made the slowest stage slowest would have cost no less elsewhere. Ties go to inner stages from
+    the front, then to the last, then to the first, which schedules as well.
 
     Raises:
         PlanError: no layers, no stages, or more stages than layers.
@@ -34,23 +27,15 @@ def split_layers(
     _check_counts(num_layers, num_stages)
     split = [1] * num_stages
     order = [*range(1, num_stages - 1), num_stages - 1, 0] if num_stages > 1 else [0]
-    extras = _extras(num_stages, first_extra, last_extra)
     for _ in range(num_layers - num_stages):
-        cheapest = min(order, key=lambda stage: (split[stage] + 1) * layer_cost + extras[stage])
-        split[cheapest] += 1
+        costs = stage_costs(split, last_extra=last_extra)
+        split[min(order, key=lambda stage: costs[stage])] += 1
     return tuple(split)
 
 
-def stage_costs(
-    split: Sequence[int],
-    *,
-    layer_cost: float = 1.0,
-    first_extra: float = 0.0,
-    last_extra: float = 0.0,
-) -> tuple[float, ...]:
+def stage_costs(split: Sequence[int], *, last_extra: float = 0.0) -> list[float]:
     """The cost of each stage of `split`."""
-    extras = _extras(len(split), first_extra, last_extra)
-    return tuple(num * layer_cost + extra for num, extra in zip(split, extras, strict=True))
+    return [*map(float, split[:-1]), split[-1] + last_extra]
 
 
 def check_split(split: Sequence[int], *, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -74,13 +59,6 @@ def check_split(split: Sequence[int], *, num_layers: int, num_stages: int) -> tu
             "change the entries so that they add up"
         )
     return tuple(split)
-
-
-def _extras(num_stages: int, first_extra: float, last_extra: float) -> list[float]:
-    extras = [0.0] * num_stages
-    extras[0] += first_extra
-    extras[-1] += last_extra
-    return extras
 
 
 def _check_counts(num_layers: int, num_stages: int) -> None:

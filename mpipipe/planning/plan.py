@@ -9,7 +9,7 @@ from typing import TypeVar
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import PlanError
 from mpipipe.plain_values import from_json, to_json
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
 from mpipipe.types import (
     AttentionName,
     CacheKind,

@@ -24,21 +24,20 @@ from mpipipe.planning.cost import (
     stage_weight_bytes,
 )
 from mpipipe.planning.devices import (
-    choose_ahead_mode,
     choose_device,
     choose_dtype,
+    choose_lookahead,
+    choose_prefill,
     choose_transport,
     least_capable,
 )
-from mpipipe.planning.gpu_limits import gather_bytes
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.step_limits import StepLimits, choose_step_limits, rank_memory
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.step_limits import StepLimits, choose_step_limits, gather_bytes, rank_memory
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
 if TYPE_CHECKING:
@@ -145,13 +144,31 @@ class _Resolver:
             head = head_cost_in_layers(self.spec, self.dtype)
         split = self._split(num_stages, head)
         costs = stage_costs(split, last_extra=head)
-        starts = [sum(split[:stage]) for stage in range(len(split))]
-        return tuple(
-            self._stage(stage, first_layer, num_layers, cost / sum(costs))
-            for stage, (first_layer, num_layers, cost) in enumerate(
-                zip(starts, split, costs, strict=True)
+        stages = []
+        for stage, (num_layers, cost) in enumerate(zip(split, costs, strict=True)):
+            first_layer = sum(split[:stage])
+            has_embedding, has_head = stage == 0, stage == num_stages - 1
+            weight_bytes = stage_weight_bytes(
+                self.spec,
+                self.dtype,
+                num_layers=num_layers,
+                has_embedding=has_embedding,
+                has_head=has_head,
             )
-        )
+            stages.append(
+                StagePlan(
+                    stage=stage,
+                    rank=self.ranks[stage].rank,
+                    host=self.ranks[stage].host,
+                    first_layer=first_layer,
+                    last_layer=first_layer + num_layers,
+                    has_embedding=has_embedding,
+                    has_head=has_head,
+                    weight_bytes=weight_bytes,
+                    cost_share=round(cost / sum(costs), 6),
+                )
+            )
+        return tuple(stages)
 
     def _split(self, num_stages: int, head: float) -> tuple[int, ...]:
         asked, num_layers = self.config.pipeline.split, self.spec.num_layers
@@ -161,29 +178,6 @@ class _Resolver:
         reason = f"balanced by cost; the LM head counts as {head:.1f} layers"
         self.decisions.note("pipeline.split", str(list(split)), reason)
         return split
-
-    def _stage(self, stage: int, first_layer: int, num_layers: int, share: float) -> StagePlan:
-        rank_resources = self.ranks[stage]
-        has_embedding = stage == 0
-        has_head = stage == len(self.ranks) - 1
-        weight_bytes = stage_weight_bytes(
-            self.spec,
-            self.dtype,
-            num_layers=num_layers,
-            has_embedding=has_embedding,
-            has_head=has_head,
-        )
-        return StagePlan(
-            stage=stage,
-            rank=rank_resources.rank,
-            host=rank_resources.host,
-            first_layer=first_layer,
-            last_layer=first_layer + num_layers,
-            has_embedding=has_embedding,
-            has_head=has_head,
-            weight_bytes=weight_bytes,
-            cost_share=round(share, 6),
-        )
 
     def plan(
         self, model_path: str, stages: tuple[StagePlan, ...], demand: KvDemand
@@ -283,15 +277,10 @@ class _Resolver:
 
     def _scheduling_mode(self) -> tuple[int, PrefillMode]:
         pipeline = self.config.pipeline
-        mode = choose_ahead_mode(pipeline, self.device, self.config.memory.kv_cache)
-        return (
-            self.decisions.count(
-                "pipeline.lookahead", pipeline.lookahead, mode.lookahead, mode.lookahead_reason
-            ),
-            self.decisions.text(
-                "pipeline.prefill", pipeline.prefill, mode.prefill, mode.prefill_reason
-            ),
-        )
+        value, reason = choose_lookahead(pipeline, self.device, self.config.memory.kv_cache)
+        lookahead = self.decisions.count("pipeline.lookahead", pipeline.lookahead, value, reason)
+        prefill, reason = choose_prefill(pipeline.prefill, lookahead)
+        return lookahead, self.decisions.text("pipeline.prefill", pipeline.prefill, prefill, reason)
 
     def _cuda_graphs(self, attention: AttentionName) -> bool:
         """Whether decode steps are captured; notes the reason if they cannot, but should be."""

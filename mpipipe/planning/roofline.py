@@ -24,24 +24,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.planning.cost import BYTES_PER_S, FLOPS_PER_S, dtype_bytes
+from mpipipe.metrics.throughput import FloorTimes
+from mpipipe.planning.cost import (
+    CPU_CORE,
+    Ceilings,
+    StepCost,
+    dtype_bytes,
+    head_decode_cost,
+    layer_decode_cost,
+)
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 
-__all__ = ["Ceilings", "JobFloor", "JobShape", "StageFloor", "ceilings_of", "job_floor"]
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """What one rank's device does at best."""
-
-    bytes_per_s: float
-    flops_per_s: float
-    source: str
-
+__all__ = ["JobShape", "ceilings_of", "job_floor"]
 
 # GPUs whose ceilings we measured, by a part of the name that the driver gives: copy bandwidth and
 # bfloat16 matrix products of torch 2.11.
-_MEASURED = {"H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TFLOP/s bf16")}
+_MEASURED = {
+    "H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TFLOP/s bf16"),
+    "H100": Ceilings(3.0e12, 790e12, "measured: about 3.0 TB/s copy, 790 TFLOP/s bf16"),
+}
 
 
 def ceilings_of(device: str, gpu_name: str = "", num_threads: int = 1) -> Ceilings | None:
@@ -51,7 +52,7 @@ def ceilings_of(device: str, gpu_name: str = "", num_threads: int = 1) -> Ceilin
     """
     if device == "cpu":
         source = "one CPU core of planning/cost.py, arithmetic times threads"
-        return Ceilings(BYTES_PER_S, FLOPS_PER_S * num_threads, source)
+        return Ceilings(CPU_CORE.bytes_per_s, CPU_CORE.flops_per_s * num_threads, source)
     found = (ceilings for name, ceilings in _MEASURED.items() if name in gpu_name)
     return next(found, None)
 
@@ -91,100 +92,50 @@ class JobShape:
         return self.cached_tokens / self.num_decoded_tokens if self.num_decoded_tokens else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class StageFloor:
-    """One stage's floors."""
-
-    stage: int
-    decode_step_s: float  # one slot's rows at the mean context
-    prefill_step_s: float  # one chunk of prompts
-
-
-@dataclass(frozen=True, slots=True)
-class JobFloor:
-    """The floors of a whole job."""
-
-    stages: tuple[StageFloor, ...]
-    prefill_s: float
-    decode_round_s: float  # one token for every running sequence
-    num_rounds: float
-    num_output_tokens: int
-    num_decoded_tokens: int
-
-    @property
-    def decode_s(self) -> float:
-        """All rounds."""
-        return self.num_rounds * self.decode_round_s
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens over prefill and decode."""
-        return self.num_output_tokens / (self.prefill_s + self.decode_s)
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """Decoded tokens over decode alone; None when nothing is decoded."""
-        return self.num_decoded_tokens / self.decode_s if self.decode_s > 0 else None
-
-
-def job_floor(spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ceilings) -> JobFloor:
+def job_floor(
+    spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ceilings
+) -> FloorTimes:
     """The floors of `shape` under `plan` when every rank has the same `ceilings`."""
     running = min(shape.num_sequences, plan.num_slots * plan.max_sequences_per_slot)
     num_active_slots = min(plan.num_slots, running)
-    rows = running / num_active_slots
     num_chunks = max(1, -(-shape.num_prompt_tokens // plan.max_tokens_per_step))
-    bytes_per_element = dtype_bytes(plan.dtype)
-
-    def floor(stage: StagePlan) -> StageFloor:
-        decode = _decode_step(spec, stage, shape, rows)
-        prefill = _prefill_step(spec, stage, shape, num_chunks)
-        return StageFloor(
-            stage=stage.stage,
-            decode_step_s=decode.seconds(bytes_per_element, ceilings),
-            prefill_step_s=prefill.seconds(bytes_per_element, ceilings),
-        )
-
-    stages = tuple(map(floor, plan.stages))
-    decodes_s = [stage.decode_step_s for stage in stages]
-    prefills_s = [stage.prefill_step_s for stage in stages]
-    return JobFloor(
-        stages=stages,
-        prefill_s=sum(prefills_s) + (num_chunks - 1) * max(prefills_s),
-        decode_round_s=max(sum(decodes_s), num_active_slots * max(decodes_s)),
-        num_rounds=shape.num_decoded_tokens / running,
-        num_output_tokens=shape.num_output_tokens,
-        num_decoded_tokens=shape.num_decoded_tokens,
+    decodes_s, prefills_s = [], []
+    for stage in plan.stages:
+        decode = _decode_step(spec, plan.dtype, stage, shape, running / num_active_slots)
+        prefill = _prefill_step(spec, plan.dtype, stage, shape, num_chunks)
+        decodes_s.append(decode.seconds(ceilings))
+        prefills_s.append(prefill.seconds(ceilings))
+    prefill_s = sum(prefills_s) + (num_chunks - 1) * max(prefills_s)
+    decode_round_s = max(sum(decodes_s), num_active_slots * max(decodes_s))
+    decode_s = shape.num_decoded_tokens / running * decode_round_s
+    return FloorTimes(
+        tokens_per_s=shape.num_output_tokens / (prefill_s + decode_s),
+        prefill_s=prefill_s,
+        decode_round_s=decode_round_s,
+        decode_tokens_per_s=shape.num_decoded_tokens / decode_s if decode_s > 0 else None,
+        source=ceilings.source,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Demand:
-    """What one step of a stage must move and compute."""
-
-    elements: float
-    flops: float
-
-    def seconds(self, bytes_per_element: int, ceilings: Ceilings) -> float:
-        moving_s = self.elements * bytes_per_element / ceilings.bytes_per_s
-        return max(moving_s, self.flops / ceilings.flops_per_s)
-
-
-def _decode_step(spec: ModelSpec, stage: StagePlan, shape: JobShape, rows: float) -> _Demand:
-    head = spec.embedding_parameters if stage.has_head else 0
-    weights = stage.num_layers * spec.layer_parameters + head
-    cached = rows * shape.mean_context_tokens * stage.num_layers
-    return _Demand(
-        elements=weights + cached * spec.kv_elements_per_token_layer,
-        # A weight: a multiply and an add per row. A cached token: two of each per element of all
-        # query heads, for the score and for the sum of values.
-        flops=2 * rows * weights + 4 * cached * spec.num_heads * spec.head_dim,
+def _decode_step(
+    spec: ModelSpec, dtype: str, stage: StagePlan, shape: JobShape, rows: float
+) -> StepCost:
+    """All layers of the stage, and the LM head on the last one."""
+    context = shape.mean_context_tokens
+    layer = layer_decode_cost(spec, dtype, num_sequences=rows, context_tokens=context)
+    head = head_decode_cost(spec, dtype, num_sequences=rows)
+    return StepCost(
+        stage.num_layers * layer.bytes_moved + stage.has_head * head.bytes_moved,
+        stage.num_layers * layer.flops + stage.has_head * head.flops,
     )
 
 
-def _prefill_step(spec: ModelSpec, stage: StagePlan, shape: JobShape, num_chunks: int) -> _Demand:
+def _prefill_step(
+    spec: ModelSpec, dtype: str, stage: StagePlan, shape: JobShape, num_chunks: int
+) -> StepCost:
     """The mean chunk; of every prompt only the last row passes the LM head."""
     layers = stage.num_layers * spec.layer_parameters
     head = spec.embedding_parameters if stage.has_head else 0
     attention = 4 * shape.prompt_pairs * stage.num_layers * spec.num_heads * spec.head_dim
     flops = 2 * shape.num_prompt_tokens * layers + 2 * shape.num_sequences * head + attention
-    return _Demand(elements=layers + head, flops=flops / num_chunks)
+    return StepCost((layers + head) * dtype_bytes(dtype), flops / num_chunks)

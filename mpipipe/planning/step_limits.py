@@ -1,6 +1,6 @@
-"""How much may be in flight: slots, sequences and tokens per step, context; and its memory.
+"""How many slots, sequences, tokens per step and context tokens a run has, and their memory. Pure.
 
-`gpu_limits` has the numbers for GPUs and their origin; `memory` decides the number of KV pages.
+`memory` decides the number of KV pages, `cost` estimates times.
 """
 
 from __future__ import annotations
@@ -11,25 +11,50 @@ from dataclasses import dataclass
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config
 from mpipipe.errors import PlanError
-from mpipipe.planning.devices import describe_gpu, least_capable
-from mpipipe.planning.gpu_limits import (
-    activation_bytes,
-    gpu_sequences_per_slot,
-    gpu_tokens_per_step,
-    sampling_bytes,
-)
+from mpipipe.planning.cost import dtype_bytes, kv_page_bytes
+from mpipipe.planning.devices import BF16_CAPABILITY, describe_gpu, least_capable
 from mpipipe.planning.memory import RankMemory
 from mpipipe.planning.plan import Decisions, StagePlan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
 
-__all__ = ["StepLimits", "choose_step_limits", "rank_memory"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "HISTORY_BYTES",
+    "StepLimits",
+    "choose_step_limits",
+    "gather_bytes",
+    "gpu_sequences_per_slot",
+    "gpu_tokens_per_step",
+    "num_request_rows",
+    "rank_memory",
+]
 
 # Enough rows to use the weights well while a step stays short: at 8 rows a CPU core still waits for
 # memory, from about a dozen on it computes (planning/cost.py: 60 GFLOP/s over 10 GB/s).
 _SEQUENCES_PER_SLOT = 32
 # Arithmetic of 16 decode steps of 32 sequences: what a prompt chunk may hold up other slots.
 _TOKENS_PER_STEP = 512
+
+# From about 180 rows on a matrix product takes longer than reading its weights (planning/cost.py:
+# 6e14 operations/s over 3.3e12 bytes/s), so more rows win little and cost KV memory.
+_GPU_SEQUENCES_PER_SLOT = 256
+# Long enough that matrix products are limited by arithmetic, short enough for a fine-grained pipe:
+# filling and draining it costs a step. Above 144 MB of gate and up activations products got slower
+# (H200, bf16: 28672 × 4096 774 TFLOP/s with 2048 rows, 690 with 4096; 17280 × 3200 774 with 4096).
+_MAX_GPU_TOKENS_PER_STEP = 4096
+_MIN_GPU_TOKENS_PER_STEP = 512
+_WIDEST_ACTIVATION_BYTES = 144 * 10**6
+_TOKENS_PER_STEP_TURING = 2048  # a T4 has a tenth of the arithmetic and 16 GB
+# CUDA context and kernels, NCCL's buffers, the pools of the graphs.
+_FIXED_BYTES = 2**30
+# Scores that the sampler treats at once, 32 MB of float32: about ten temporaries of a chunk are
+# alive at once (a sort alone has five), and 256 rows of 128k in one piece would make 3 GB of them.
+CHUNK_ELEMENTS = 1 << 23
+_SAMPLER_TEMPORARIES = 10
+# Of a token of a sequence in the tables that penalties read: a boolean, and 32 bits.
+HISTORY_BYTES = {SamplingNeeds.SEEN: 1, SamplingNeeds.COUNTS: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +70,8 @@ class StepLimits:
         self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
     ) -> int:
         """Memory that steps within these limits need on a GPU."""
-        return activation_bytes(spec, dtype, self.max_tokens_per_step) + has_head * sampling_bytes(
-            spec,
-            dtype,
-            sampling,
-            num_slots=self.num_slots,
-            max_sequences=self.max_sequences_per_slot,
-        )
+        work_bytes = _activation_bytes(spec, dtype, self.max_tokens_per_step)
+        return work_bytes + has_head * _sampling_bytes(spec, dtype, sampling, self)
 
 
 def choose_step_limits(
@@ -132,3 +152,101 @@ def rank_memory(
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",
         gpu_name=describe_gpu(rank_resources),
     )
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+def gpu_sequences_per_slot(num_requests: int | None, num_slots: int) -> tuple[int, str]:
+    """Rows of a decode step at most, and why: no more than the run has for each slot."""
+    if num_requests is None or num_requests >= _GPU_SEQUENCES_PER_SLOT * num_slots:
+        return _GPU_SEQUENCES_PER_SLOT, "enough rows a step to use the weights well on a GPU"
+    rows = _next_bucket(max(1, -(-num_requests // num_slots)))
+    share = "" if num_slots == 1 else f" over {num_slots} slots"
+    plural = "s" * (num_requests > 1)
+    return min(rows, _GPU_SEQUENCES_PER_SLOT), f"all {num_requests} request{plural}{share}"
+
+
+def _next_bucket(rows: int) -> int:
+    """1, 2, 4, then multiples of 8, which suit matrix kernels."""
+    return next((size for size in (1, 2, 4) if size >= rows), -(-rows // 8) * 8)
+
+
+def gpu_tokens_per_step(capability: int, spec: ModelSpec) -> tuple[int, str]:
+    """Token budget of a step for compute capability × 10, and why."""
+    if capability < BF16_CAPABILITY:
+        return _TOKENS_PER_STEP_TURING, "a GPU before compute capability 8.0 computes slower"
+    width = spec.intermediate_size * (2 if spec.gated_mlp else 1)
+    tokens = _MAX_GPU_TOKENS_PER_STEP
+    while tokens > _MIN_GPU_TOKENS_PER_STEP and tokens * width * 2 > _WIDEST_ACTIVATION_BYTES:
+        tokens //= 2
+    return tokens, "long enough to be limited by arithmetic, short enough for the pipe"
+
+
+def _activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
+    """Memory of a stage beside weights, KV pages and sampling, estimated from above.
+
+    One layer's activations at the largest step: both halves of the MLP before and after the
+    product, Q, K and V, and six tensors as wide as the hidden state; and 1 GiB for all else.
+    """
+    qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
+    row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
+    return max_tokens * row * dtype_bytes(dtype) + _FIXED_BYTES
+
+
+def gather_bytes(
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    num_tokens: int,
+    num_layers: int,
+    kv_bytes: int | None,
+    free_bytes: int,
+) -> int:
+    """Memory of the copy that backends without paged kernels make of keys and values.
+
+    One layer at a time, those of a slot's sequences in one padded tensor. Padding at most doubles a
+    layer's share of the pages in use (`models/attention/sdpa.py`).
+
+    Args:
+        spec: of the model.
+        dtype: of the cache.
+        num_tokens: of a slot, with every sequence at its longest.
+        num_layers: of the stage.
+        kv_bytes: of all of its pages; None: as many as fit beside the copy.
+        free_bytes: for both.
+    """
+    if kv_bytes is None:  # P + 2 P / layers = free
+        kv_bytes = free_bytes * num_layers // (num_layers + 2)
+    row = kv_page_bytes(spec, dtype, num_layers=1, page_size_tokens=1)
+    return min(num_tokens * row, 2 * kv_bytes // num_layers)
+
+
+def _sampling_bytes(spec: ModelSpec, dtype: str, sampling: SamplingUse, limits: StepLimits) -> int:
+    """Memory of the last stage for logits and what is drawn from them, estimated from above.
+
+    The logits of every sequence of a step in the run's dtype and in float32. What the run uses
+    adds: the temporaries of draws, penalties and log-probabilities in the graphs' pool (outside of
+    graphs they take the place of activations); the logits that graphs keep for log-probabilities;
+    the penalties' tables.
+    """
+    row = limits.max_sequences_per_slot * spec.vocab_size
+    total = row * (4 + 2)
+    if not sampling.is_plain:
+        total += _SAMPLER_TEMPORARIES * 4 * min(row, CHUNK_ELEMENTS)
+    if sampling.logprobs:
+        total += row * dtype_bytes(dtype)
+    request_rows = num_request_rows(limits.num_slots, limits.max_sequences_per_slot)
+    request_rows += 1  # one for rows without a sequence
+    for need, entry_bytes in HISTORY_BYTES.items():
+        if need & sampling.needs:
+            total += request_rows * (spec.vocab_size + 1) * entry_bytes
+    return total
+
+
+def num_request_rows(num_slots: int, max_sequences: int) -> int:
+    """Sequences that a stage's tables hold.
+
+    A place may be taken again while its last owner's steps are in flight: two request rows a place.
+    """
+    return 2 * num_slots * max_sequences

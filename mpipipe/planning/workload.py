@@ -1,15 +1,55 @@
-"""`Workload`: what is known of a run's requests before the plan. Pure facts.
+"""What is known of a run's requests before the plan. Pure facts.
 
-`runtime` counts them; `resolve` sizes the plan by them.
+`runtime` counts requests and tokens; `resolve` sizes the plan by them. `SamplingUse` says which of
+the sampler's operations (`stage.device_sampler`) a run uses: it decides what is made ready, and its
+memory (`step_limits`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
+from mpipipe.types import SamplingParams
 
-__all__ = ["Workload"]
+__all__ = ["SamplingUse", "Workload"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingUse:
+    """What the requests of a run use, all together."""
+
+    needs: SamplingNeeds = SamplingNeeds.NOTHING
+    logprobs: bool = False  # of some request
+    plain: bool = True  # some request is greedy, without any of these
+
+    @staticmethod
+    def of(samplings: Iterable[SamplingParams]) -> SamplingUse:
+        """The union over all requests."""
+        needs, logprobs, plain = SamplingNeeds.NOTHING, False, False
+        for sampling in samplings:
+            own = sampling.needs
+            needs |= own
+            logprobs |= sampling.num_logprobs >= 0
+            plain |= not own and sampling.num_logprobs < 0
+        return SamplingUse(needs, logprobs, plain)
+
+    @property
+    def is_plain(self) -> bool:
+        """Every request takes the likeliest token, and nothing else is asked for."""
+        return self == SamplingUse(plain=self.plain)
+
+    @property
+    def kinds(self) -> tuple[tuple[SamplingNeeds, bool], ...]:
+        """The kinds of decode steps to make ready: operations, and whether logits are kept.
+
+        One that does all serves every step, since more operations than a row uses change no token;
+        beside it the cheapest, where the run has requests for it.
+        """
+        everything = (self.needs, self.logprobs)
+        nothing = (SamplingNeeds.NOTHING, False)
+        return (everything, nothing) if self.plain and everything != nothing else (everything,)
 
 
 @dataclass(frozen=True, slots=True)

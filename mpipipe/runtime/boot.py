@@ -12,16 +12,19 @@ import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
+from mpipipe.stage.profiling import Profiler, open_profiler
 from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
 __all__ = ["open_session"]
@@ -35,9 +38,8 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         AgreedError: the plan or the load failed on some rank.
     """
     ranks = boot.ranks
+    ranks.boot.begin("plan")
     plan = await _agree_on_plan(boot)
-    for entry in plan.resolved:
-        boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
@@ -46,30 +48,52 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
-        return load_parts(plan, stage, trust_remote_code, device)
+        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
 
+    ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
-    async with open_worker(plan, ranks, parts, account=account, device=device) as opened:
+    opening = partial(open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot))
+    async with (
+        compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
+        opening(account=account, clocks=clocks) as opened,
+    ):
         await opened.worker.exercise_edges()
+        ranks.boot.begin("ready")
+        await clocks.compare()
         _settle_garbage()
-        await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
-        load = LoadFacts(
-            load_s=ranks.clock.now_s() - started_s,
-            loaded_bytes=parts.loaded_bytes,
-            weight_bytes=parts.weight_bytes,
-            kv_bytes=parts.cache.num_bytes(),
-            baseline_rss_bytes=baseline_rss_bytes,
-            capture_s=opened.capture_s,
-        )
+        with ranks.boot.waiting("ready"):
+            await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
+        load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
         _log_ready(boot, plan, parts, load, opened)
         ranks.vitals.last_step = lambda: account.last_step
+        ranks.boot.end()
         try:
-            yield Session(boot, plan=plan, worker=opened.worker, account=account, load=load)
+            worker = opened.worker
+            yield Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load)
         finally:
             gc.unfreeze()
+
+
+def _load_facts(
+    parts: StageParts, opened: OpenedWorker, load_s: float, baseline_rss_bytes: int
+) -> LoadFacts:
+    return LoadFacts(
+        load_s=load_s,
+        loaded_bytes=parts.loaded_bytes,
+        weight_bytes=parts.weight_bytes,
+        kv_bytes=parts.cache.num_bytes(),
+        baseline_rss_bytes=baseline_rss_bytes,
+        capture_s=opened.capture_s,
+    )
+
+
+def _profiler(boot: Boot) -> Profiler:
+    """What watches this rank's stage."""
+    config, rank = boot.loaded.config, boot.ranks.mesh.rank
+    return open_profiler(config.profile, os.environ, folder=boot.folder, rank=rank, log=boot.log)
 
 
 def _log_ready(
@@ -116,7 +140,10 @@ def _use_device(plan: PipelinePlan, device: torch.device) -> None:
 async def _agree_on_plan(boot: Boot) -> PipelinePlan:
     """The head plans, all ranks get the same plan."""
     told = await told_by_head(boot.ranks, "plan", lambda: _decide(boot).to_json().encode())
-    return PipelinePlan.from_json(told.decode())
+    plan = PipelinePlan.from_json(told.decode())
+    for entry in plan.resolved:
+        boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
+    return plan
 
 
 def _decide(boot: Boot) -> PipelinePlan:

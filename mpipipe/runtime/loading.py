@@ -11,7 +11,7 @@ import torch
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend
@@ -21,6 +21,7 @@ from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
+    from mpipipe.metrics.boot import BootTimeline
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.weights.loader import LoadReport
@@ -49,9 +50,15 @@ def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
 
 
 def load_parts(
-    plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool, device: torch.device
+    plan: PipelinePlan,
+    stage: StagePlan,
+    trust_remote_code: bool,
+    device: torch.device,
+    boot: BootTimeline,
 ) -> StageParts:
     """Build, fill and bind this rank's layers on `device`. Nothing of another stage is read.
+
+    Its parts begin in `boot`.
 
     Raises:
         CheckpointError: the weights do not fit the model, or cannot be read.
@@ -59,7 +66,7 @@ def load_parts(
         EnvironmentSetupError: the GPU's memory does not hold what was planned.
     """
     try:
-        return _load_parts(plan, stage, trust_remote_code, device)
+        return _load_parts(plan, stage, trust_remote_code, device, boot)
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of stage {stage.stage} ({stage.host}) has too little memory for its weights "
@@ -69,7 +76,11 @@ def load_parts(
 
 
 def _load_parts(
-    plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool, device: torch.device
+    plan: PipelinePlan,
+    stage: StagePlan,
+    trust_remote_code: bool,
+    device: torch.device,
+    boot: BootTimeline,
 ) -> StageParts:
     folder = Path(plan.model_path)
     dtype = getattr(torch, plan.dtype)
@@ -82,17 +93,22 @@ def _load_parts(
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
     )
-    report = _load(model, plan, device)
+    report = _load(model, plan, device, boot)
+    boot.begin("cache")
     cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
+    boot.begin("convert weights")  # into the layout to compute with, after trial steps
     model.finish(cache)
     return StageParts(
         model, cache, report.bytes_read, report.parameter_bytes, backend.needs_seq_lens
     )
 
 
-def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadReport:
+def _load(
+    model: StageModel, plan: PipelinePlan, device: torch.device, boot: BootTimeline
+) -> LoadReport:
     """The stage's weights from its files, or random ones, for which `config.json` is enough."""
     if plan.weights == "random":
+        boot.begin("convert weights")
         return fill_random(
             model.module,
             model.wanted_names(),
@@ -100,7 +116,8 @@ def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadRe
             dtype=model.dtype,
             device=device,
         )
-    return load_stage(
+    boot.begin("read weights")
+    report = load_stage(
         model.module,
         model.wanted_names(),
         read_index(Path(plan.model_path)),
@@ -110,6 +127,8 @@ def _load(model: StageModel, plan: PipelinePlan, device: torch.device) -> LoadRe
         dtype=model.dtype,
         device=device,
     )
+    boot.divide("convert weights", report.convert_s, report.bytes_read)
+    return report
 
 
 def _make_cache(

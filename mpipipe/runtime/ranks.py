@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from mpipipe.clock import Clock
+from mpipipe.clock import Clock, MonotonicClock
 from mpipipe.control_plane.channel import Channel
 from mpipipe.control_plane.heartbeats import Heartbeats, Vitals
 from mpipipe.control_plane.memory import open_memory_channels
@@ -30,6 +30,7 @@ from mpipipe.errors import (
     MpipipeError,
     PeerLostError,
 )
+from mpipipe.metrics.boot import BootTimeline
 from mpipipe.progress import ProgressEngine
 from mpipipe.runtime.memory_shortage import memory_shortage
 from mpipipe.runtime.stop_switch import StopSwitch
@@ -111,6 +112,9 @@ class Ranks:
     stop: StopSwitch = field(default_factory=StopSwitch)  # never tripped unless given
     phase_thread: PhaseThread = field(default_factory=PhaseThread)
     phase_ended_s: dict[str, float] = field(default_factory=dict)  # in seconds of the clock
+    boot: BootTimeline = field(default_factory=lambda: BootTimeline(MonotonicClock()))
+    # Told of each phase that ended well: its name, seconds of this rank's own work, seconds waited.
+    on_phase: list[Callable[[str, float, float], object]] = field(default_factory=list)
     vitals: Vitals = field(default_factory=Vitals)  # no heartbeats until it has a timeout
     # Bytes of this rank by what they are for, once planned: for the sentence when memory runs out.
     memory_needs: dict[str, int] = field(default_factory=dict)
@@ -134,12 +138,14 @@ async def in_phase(
     """Do `work` in this rank's phase thread, then agree with all others that theirs went well.
 
     The event loop goes on polling. A rank that is told to stop does not begin, or gives its work
-    up, unless `stoppable` is off; so does a rank when another rank has failed meanwhile.
+    up, unless `stoppable` is off; so does a rank when another rank has failed meanwhile. In the
+    boot, the time after a rank's own work is `wait`.
 
     Raises:
         AgreedError: the work of some rank failed; raised on every rank.
     """
     ranks.vitals.phase = phase
+    began_s = ranks.clock.now_s()
     judging = ranks.tasks.create_task(_verdict(ranks.mesh, phase, deadline_s), name="verdict")
     begun: list[asyncio.Future[Any]] = [judging]
     error: MpipipeError | None = None
@@ -162,15 +168,28 @@ async def in_phase(
                 raise
         if not judging.done():
             ranks.mesh.report(phase, error)
-        agreed = await judging
+        agreed = await _outcome(ranks, phase, judging, began_s)
         if agreed is not None:
             raise _agreed(error, agreed) from error
-        ranks.phase_ended_s[phase] = ranks.clock.now_s()
         return working.result()
     finally:
         for future in begun:
             future.cancel()
         await asyncio.wait(begun)
+
+
+async def _outcome(
+    ranks: Ranks, phase: str, judging: asyncio.Future[MpipipeError | None], began_s: float
+) -> MpipipeError | None:
+    """What the ranks agree on; this one's own work, which `began_s`, is done."""
+    done_s = ranks.clock.now_s()
+    with ranks.boot.waiting(phase):
+        agreed = await judging
+    if agreed is None:
+        ended_s = ranks.phase_ended_s[phase] = ranks.clock.now_s()
+        for tell in ranks.on_phase:
+            tell(phase, done_s - began_s, ended_s - done_s)
+    return agreed
 
 
 async def told_by_head(ranks: Ranks, phase: str, work: Callable[[], bytes]) -> bytes:
@@ -213,15 +232,22 @@ async def _verdict(mesh: Mesh, phase: str, deadline_s: float) -> MpipipeError | 
 
 @asynccontextmanager
 async def open_ranks(
-    clock: Clock, *, stop: StopSwitch | None = None, debug: bool = False
+    clock: Clock,
+    *,
+    stop: StopSwitch | None = None,
+    boot: BootTimeline | None = None,
+    debug: bool = False,
 ) -> AsyncIterator[Ranks]:
     """Join the other ranks of this launch; leave them in order, or abort them all.
 
-    `stop` is tripped by what may end the run early; without it, nothing does.
+    `stop` is tripped by what may end the run early; without it, nothing does. `boot` has what this
+    process did so far; without it, the boot begins here.
 
     Raises:
         MpipipeError: the error that all ranks agreed on, or MPI could not be set up.
     """
+    boot = boot or BootTimeline(clock)
+    boot.begin("mpi")
     info = detect(os.environ)
     engine = ProgressEngine()
     opened = _open_channel(info, engine)
@@ -233,7 +259,7 @@ async def open_ranks(
     ranks: Ranks | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
-            ranks = Ranks(mesh, engine, clock, info, tasks, library, raw, switch)
+            ranks = Ranks(mesh, engine, clock, info, tasks, library, raw, switch, boot=boot)
             async with _in_touch(ranks):
                 yield ranks
     except BaseException as raised:  # noqa: BLE001 - the supervisor: no rank may be left waiting

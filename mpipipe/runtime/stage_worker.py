@@ -14,14 +14,17 @@ from mpipipe.runtime.ranks import in_phase
 from mpipipe.runtime.tensor_channel import open_channel
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.engine import StageEngine
+from mpipipe.stage.step_times import StepTimesLink
 from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.stage.profiling import Profiler
     from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
@@ -43,19 +46,25 @@ async def open_worker(
     parts: StageParts,
     *,
     account: StageAccount,
+    clocks: Clocks,
     device: torch.device,
+    profiler: Profiler,
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
+
+    `profiler` is told what it does, and closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
+    ranks.boot.begin("warm-up")
+    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler))
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
+    ranks.boot.begin("edges")
     try:
-        channel = await open_channel(plan, ranks, device)
+        channel = profiler.channel(await open_channel(plan, ranks, device))
         worker = StageWorker(
             plan=plan,
             stage=plan.stage_of_rank(ranks.mesh.rank),
@@ -63,15 +72,28 @@ async def open_worker(
             channel=channel,
             engine=engine,
             stream=stream,
-            timeline=StreamTimeline(stream, account),
+            timeline=StreamTimeline(stream, account, _link(plan, ranks, account, clocks)),
             progress=ranks.engine,
             clock=ranks.clock,
+            ranges=profiler,
         )
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
+        await profiler.aclose()
         await channel.aclose()
     finally:
         stream.close()
+
+
+def _link(
+    plan: PipelinePlan, ranks: Ranks, account: StageAccount, clocks: Clocks
+) -> StepTimesLink | None:
+    """To the stages before and behind this rank's; None: it is the only one."""
+    if plan.num_stages == 1:
+        return None
+    stage, mesh = plan.stage_of_rank(ranks.mesh.rank).stage, ranks.mesh
+    ahead_s, clock = clocks.ahead_s, ranks.clock
+    return StepTimesLink(plan, stage, mesh=mesh, account=account, clock=clock, ahead_s=ahead_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +105,9 @@ class _Ready:
     seconds: float
 
 
-def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device) -> _Ready:
+def _prepare(
+    plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device, profiler: Profiler
+) -> _Ready:
     """Open the device's stream, run and capture the stage's graphs.
 
     Raises:
@@ -91,11 +115,16 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
     """
     stream = open_stream(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
     engine = open_engine(
-        plan, parts.model, parts.cache, stream, attention_needs_seq_lens=parts.needs_seq_lens
+        plan,
+        parts.model,
+        parts.cache,
+        stream,
+        attention_needs_seq_lens=parts.needs_seq_lens,
+        ranges=profiler,
     )
     started_s = ranks.clock.now_s()
     try:
-        engine.prepare(plan.sampling)
+        engine.prepare(plan.sampling, capturing=lambda: ranks.boot.begin("capture"))
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of rank {ranks.mesh.rank} has too little memory for a step of "
@@ -103,4 +132,6 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
             f"({str(error).splitlines()[0]}): lower memory.gpu_memory_fraction, "
             "memory.kv_cache_bytes or pipeline.max_tokens_per_step"
         ) from error
-    return _Ready(stream, engine, ranks.clock.now_s() - started_s)
+    seconds = ranks.clock.now_s() - started_s
+    profiler.prepare()
+    return _Ready(stream, engine, seconds)

@@ -3,7 +3,8 @@
 `joined_ranks`: ranks, configuration, handshake, inputs, model folder. `loaded_session`: import,
 tokenizer, then plan, load and connect (`boot`). `mpipipe run` acquires its run folder between the
 two. Every phase is the same on all ranks and ends in an agreement; its end is noted in
-`Ranks.phase_ended_s`. Imports neither torch nor transformers before the input is in order.
+`Ranks.phase_ended_s`, and what this rank did until then in `Ranks.boot`. Imports neither torch nor
+transformers before the input is in order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpipipe.config.schema import PipelineConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.log import Logger, RunLog
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.stop_switch import StopSwitch
@@ -56,6 +59,7 @@ async def joined_ranks(
     *,
     heartbeats: bool = False,
     stop: StopSwitch | None = None,
+    boot: BootTimeline | None = None,
     debug: bool = False,
 ) -> AsyncIterator[Joined[T]]:
     """Join the other ranks, and read what must be in order before anything heavy starts.
@@ -66,17 +70,20 @@ async def joined_ranks(
         read: reads what else a command needs, on the head, beside the model's facts.
         heartbeats: a silent rank ends the run. Off where a script may block between its calls.
         stop: is tripped by what may end the run early; without it, nothing does.
+        boot: what this process did so far; without it, the boot begins here.
         debug: show the traceback of an error that aborts the job.
 
     Raises:
         MpipipeError: the error that all ranks agreed on, or MPI could not be set up.
     """
-    async with open_ranks(clock, stop=stop, debug=debug) as ranks:
+    async with open_ranks(clock, stop=stop, boot=boot, debug=debug) as ranks:
         if heartbeats:
             ranks.vitals.timeout_s = PipelineConfig().heartbeat_timeout_s  # until it is known
+        ranks.boot.begin("configuration")
         loaded = await in_phase(ranks, "configuration", load, _CONFIG_DEADLINE_S)
         if heartbeats:
             ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
+        ranks.boot.begin("handshake")
         resources = await handshake(ranks, loaded)
 
         def read_inputs() -> tuple[ModelFacts, T] | None:
@@ -85,28 +92,37 @@ async def joined_ranks(
             model = read_model(loaded)
             return model, read(model)
 
+        ranks.boot.begin("read prompts")
         model, inputs = await in_phase(ranks, "inputs", read_inputs) or (None, None)
+        ranks.boot.begin("model folder")
         await check_model_folder(ranks, model)
         yield Joined(ranks, loaded if model is None else model.loaded, resources, model, inputs)
 
 
 @asynccontextmanager
 async def loaded_session(
-    joined: Joined[T], prepare: Callable[[ModelFacts], Prepared], log: RunLog | Logger
+    joined: Joined[T],
+    prepare: Callable[[ModelFacts], Prepared],
+    log: RunLog | Logger,
+    folder: Path = Path(),
 ) -> AsyncIterator[tuple[Session, Prepared]]:
     """Import, `prepare` on the head what the session is for, plan, load, connect.
+
+    What a profiler records goes to `folder`.
 
     Raises:
         AgreedError: that failed on some rank.
     """
     ranks, model = joined.ranks, joined.model
     # torch and transformers take seconds to import: only now, when the input is in order.
+    ranks.boot.begin("imports")
     await in_phase(ranks, "import", lambda: importlib.import_module("mpipipe.runtime.boot"))
     from mpipipe.runtime.boot import open_session
 
+    ranks.boot.begin("tokenizer")
     prepared = await in_phase(
         ranks, "tokenizer", lambda: Prepared() if model is None else prepare(model)
     )
-    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log)
+    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log, folder)
     async with open_session(boot) as session:
         yield session, prepared

@@ -55,12 +55,13 @@ async def open_transport(
     if transport.name == "loopback":
         return open_loopback_channels(1)[0]
     if transport.name == "nccl":
-        from mpipipe.data_plane.nccl import open_nccl_channel
+        from mpipipe.data_plane.nccl import NcclTensorChannel
+        from mpipipe.data_plane.nccl_groups import connect_groups
 
         async def broadcast(payload: bytes | None) -> bytes:
             return await ranks.mesh.broadcast("nccl", payload, timeout_s)
 
-        return await open_nccl_channel(
+        groups = await connect_groups(
             broadcast,
             rank=ranks.mesh.rank,
             hosts=transport.hosts,
@@ -68,6 +69,7 @@ async def open_transport(
             device_index=device.index,
             timeout_s=timeout_s,
         )
+        return NcclTensorChannel(groups)
     if transport.device == "cuda":
         from mpipipe.data_plane.staged import open_staged_channel
 

@@ -91,13 +91,14 @@ class StepMaker:
         """A decode step of the slot whose turn it is, or, `early`, of the one that is due first."""
         while True:
             slots = self._slot_allocator.slots
-            slots = slots[self._turn :] + slots[: self._turn]
-            able = [slot for slot in slots if self._can_decode(slot)]
-            if not early:
-                able = [slot for slot in able if self._due(slot) <= self.num_steps]
-            if not able:
+            in_turn = slots[self._turn :] + slots[: self._turn]
+            able = (slot for slot in in_turn if self._can_decode(slot))
+            if early:
+                slot = min(able, key=self._due, default=None)
+            else:
+                slot = next((slot for slot in able if self._due(slot) <= self.num_steps), None)
+            if slot is None:
                 return None
-            slot = min(able, key=self._due) if early else able[0]
             # Who need not be awaited longer than the batch itself joins it; without a batch, those
             # who sampled first.
             latest = max(self.num_steps, self._due(slot)) - self._limits.num_slots

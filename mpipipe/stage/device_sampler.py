@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpipipe.planning.gpu_limits import CHUNK_ELEMENTS
+from mpipipe.planning.step_limits import CHUNK_ELEMENTS
 from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.stage.random_draws import draw_token_ids, signed_key, uniforms
 from mpipipe.stage.token_history import TokenHistory

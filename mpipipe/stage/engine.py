@@ -33,12 +33,12 @@ from mpipipe.stage.request_table import RequestTable
 from mpipipe.stage.token_feedback import RowSlices, TokenFeedback
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence, StepScheduled
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.planning.sampling_use import SamplingUse
+    from mpipipe.planning.workload import SamplingUse
     from mpipipe.stage.decode_batch import DecodeBatch
     from mpipipe.stage.stream import Stream
 
@@ -108,13 +108,14 @@ class StageEngine:
 
     # ---- boot ------------------------------------------------------------------------------------
 
-    def prepare(self, use: SamplingUse) -> None:
+    def prepare(self, use: SamplingUse, *, capturing: Callable[[], object] = lambda: None) -> None:
         """Run and capture the decode graphs of every slot and size, the largest first.
 
         `use`: by the run's requests, as far as they are known. What no graph made here can do is
-        captured when it first occurs. First comes a prefill step of full size (without graphs a
-        decode step, too), so that no request pays for loading kernels, and too little memory shows
-        before the first prompt. A CPU has no kernels to load and no memory to reserve.
+        captured when it first occurs. `capturing` is told when graphs begin. First comes a prefill
+        step of full size (without graphs a decode step, too), so that no request pays for loading
+        kernels, and too little memory shows before the first prompt. A CPU has no kernels to load
+        and no memory to reserve.
         """
         if self.free_inputs:
             return
@@ -133,6 +134,8 @@ class StageEngine:
             for needs, with_logits in kinds
             for slot in range(len(self._batches))
         ]
+        if self.graph_runner.use_graphs:
+            capturing()
         with torch.inference_mode():
             self.graph_runner.prepare(keys)
             # The small steps between the graphs load their kernels, and are captured, here too.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import ScheduledStep, StageAccount
+    from mpipipe.stage.step_times import StepTimesLink
     from mpipipe.stage.stream import Event, Stream
 
 __all__ = ["StepEvents", "StreamTimeline"]
@@ -29,6 +30,9 @@ class StepEvents:
     computed: Event
     sent: Event
     compute_s: float | None = None  # of a compute thread's own: the rest is overhead
+    needs: int = -1  # the step of the stage before that made its input; -1: no other stage did
+    bytes_in: int = 0  # of tensors from and to other ranks
+    bytes_out: int = 0
 
 
 class StreamTimeline:
@@ -37,11 +41,15 @@ class StreamTimeline:
     Args:
         stream: where the events are.
         account: told of every step, in seconds of the host's clock.
+        link: to the stages before and behind; None: there are none.
     """
 
-    def __init__(self, stream: Stream, account: StageAccount) -> None:
+    def __init__(
+        self, stream: Stream, account: StageAccount, link: StepTimesLink | None = None
+    ) -> None:
         self._stream = stream
         self._account = account
+        self._link = link
         self._pending: deque[StepEvents] = deque()
         self._latest: Event | None = None
         self._latest_s = 0.0
@@ -59,19 +67,41 @@ class StreamTimeline:
         """Book the steps that are done."""
         while self._pending and self._pending[0].sent.query():
             self._book(self._pending.popleft())
+        if self._link is not None:
+            self._link.poll()
 
-    def end(self, now_s: float) -> None:
-        """The generate call is over and the stream is empty; what is left counts as idle."""
+    def end(self, now_s: float, bytes_in: int = 0) -> None:
+        """The generate call is over and the stream is empty; what is left counts as idle.
+
+        `bytes_in`: received since the last step.
+        """
         self.collect()
         assert not self._pending, "the stream was drained"
         self._account.end(max(now_s, self._latest_s))
+        self._account.add_bytes(bytes_in, 0)
+        if self._link is not None:
+            self._link.flush()
+
+    async def settle(self) -> None:
+        """Wait a moment until what other stages tell about this one's steps is here."""
+        if self._link is not None:
+            await self._link.settle()
 
     def _book(self, events: StepEvents) -> None:
         number = events.step.step
         self._account.step_scheduled(number, self._advance(events.taken_up))
         self._account.input_ready(number, self._advance(events.input_there))
-        self._account.computed(number, self._advance(events.computed), events.compute_s)
-        self._account.sent(events.step, self._advance(events.sent))
+        computed_s = self._advance(events.computed)
+        self._account.computed(number, computed_s, events.compute_s)
+        self._account.sent(
+            events.step,
+            self._advance(events.sent),
+            needs=events.needs,
+            bytes_in=events.bytes_in,
+            bytes_out=events.bytes_out,
+        )
+        if self._link is not None:
+            self._link.computed(computed_s)
 
     def _advance(self, event: Event) -> float:
         """The host time of `event`, from that of the event before it.

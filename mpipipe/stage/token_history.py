@@ -18,7 +18,7 @@ from mpipipe.sampling_options import SamplingNeeds
 
 __all__ = ["TokenHistory"]
 
-# Sizes as `planning.gpu_limits.HISTORY_BYTES` has them.
+# Sizes as `planning.step_limits.HISTORY_BYTES` has them.
 _DTYPES = {SamplingNeeds.SEEN: torch.bool, SamplingNeeds.COUNTS: torch.int32}
 
 

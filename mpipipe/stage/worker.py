@@ -41,6 +41,7 @@ from mpipipe.errors import NumericsError
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.edges import exercise_edges
+from mpipipe.stage.ranges import NO_RANGES
 from mpipipe.stage.stage_transfers import StageTransfers
 from mpipipe.stage.timeline import StepEvents
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from mpipipe.progress import ProgressEngine
     from mpipipe.stage.engine import StageEngine
     from mpipipe.stage.launched import LaunchedStep, LogprobTensors
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Event, Stream
     from mpipipe.stage.timeline import StreamTimeline
 
@@ -108,6 +110,7 @@ class StageWorker:
         timeline: told where the device's time goes.
         progress: polls for what the device has done.
         clock: monotonic seconds.
+        ranges: names the steps for a profiler.
     """
 
     def __init__(
@@ -122,28 +125,29 @@ class StageWorker:
         timeline: StreamTimeline,
         progress: ProgressEngine,
         clock: Clock,
+        ranges: Ranges = NO_RANGES,
     ) -> None:
         self._plan = plan
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
+        fixed, most_unsent = engine.graph_runner.use_graphs, plan.num_slots
         self._transfers = StageTransfers(
-            channel,
-            clock,
-            fixed=engine.graph_runner.use_graphs,
-            most_unsent=plan.num_slots if engine.free_inputs else None,
+            channel, clock, fixed=fixed, most_unsent=most_unsent if engine.free_inputs else None
         )
         self._engine = engine
         self._stream = stream
         self._timeline = timeline
         self._progress = progress
         self._clock = clock
+        self._ranges = ranges
         self._launches_s: deque[float] = deque(maxlen=_NUM_RECENT)  # of this call's decode steps
         self._us_per_launch: float | None = None  # of the latest call that had any
         self._returning: deque[_Returning] = deque()  # ids not received yet, in order
         self._on_the_way: deque[_OnTheWay] = deque()
         self._logprobs: deque[tuple[int, LogprobTensors, Event]] = deque()
         self._received = -1  # the latest step whose ids have been received
+        self._id_bytes = 0  # of ids received since a step was launched
         self._ids_due = asyncio.Event()  # a step was launched whose ids will return
         self._ids_here = asyncio.Event()  # `_received` has changed
         self._mailbox = mesh.mailbox(*_FROM_HEAD)
@@ -174,11 +178,16 @@ class StageWorker:
         finally:
             unregister()
         assert not self._returning, "the head ends a call when all steps have come back"
-        self._timeline.end(self._clock.now_s())
+        self._timeline.end(self._clock.now_s(), bytes_in=self._id_bytes)
+        self._id_bytes = 0
         if self._launches_s:
             self._us_per_launch = median(self._launches_s) * 1e6
         self._engine.clear()
         return True
+
+    async def settle(self) -> None:
+        """After a call: wait a moment until this stage's times are known as far as they will be."""
+        await self._timeline.settle()
 
     def device_use(self) -> DeviceUse:
         """Memory of the device; median host time of the latest call's decode steps.
@@ -260,7 +269,7 @@ class StageWorker:
         stream, engine = self._stream, self._engine
         started_s = self._clock.now_s() - self._transfers.awaited_s
         taken_up = stream.record_event()
-        hidden_TH = None
+        hidden_TH, needs = None, step.step
         if arriving is not None:
             hidden_TH = arriving.hidden_TH
             await arriving.transfer.wait()
@@ -268,19 +277,25 @@ class StageWorker:
             hidden_TH = engine.hidden_buffer(step)
             await self._transfers.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         elif not self.is_last:
-            await self._receive_needed(step)
+            needs = await self._receive_needed(step)
+        else:
+            needs = -1
         input_there = stream.record_event()
         if isinstance(step, DecodeScheduled):
-            launched = await stream.compute(partial(engine.decode, step, hidden_TH))
+            work = partial(engine.decode, step, hidden_TH)
         else:
-            launched = await stream.compute(partial(engine.prefill, step, hidden_TH))
+            work = partial(engine.prefill, step, hidden_TH)
+        launched = await stream.compute(self._ranges.step(step, work))
         computed, compute_s = stream.record_event(), stream.compute_s
         if engine.free_inputs:
             await self._transfers.make_room()
         self._pass_on(step, launched)
-        self._timeline.add(
-            StepEvents(step, taken_up, input_there, computed, stream.record_event(), compute_s)
-        )
+        events = StepEvents(step, taken_up, input_there, computed, stream.record_event(), compute_s)
+        events.needs = needs
+        events.bytes_in = self._id_bytes if hidden_TH is None else hidden_TH.nbytes
+        events.bytes_out = 0 if self.is_first and self.is_last else launched.result.nbytes
+        self._id_bytes = 0
+        self._timeline.add(events)
         self._progress.wake()
         if isinstance(step, DecodeScheduled) and compute_s is None:
             self._launches_s.append(self._clock.now_s() - self._transfers.awaited_s - started_s)
@@ -303,23 +318,26 @@ class StageWorker:
 
     # ---- ids, on the first stage -----------------------------------------------------------------
 
-    async def _receive_needed(self, step: _Step) -> None:
-        """Receive the ids that `step` reads, and all that are a round old."""
+    async def _receive_needed(self, step: _Step) -> int:
+        """Receive the ids that `step` reads, and all that are a round old; the latest such step."""
         if self._engine.free_inputs:
-            await self._wait_for_ids(step)
-            return
+            return await self._wait_for_ids(step)
         needed = step.step - self._plan.num_slots
         if isinstance(step, DecodeScheduled):
             needed = max(needed, self._engine.needed_sample(step))
         while self._returning and self._returning[0].step.step <= needed:
             await self._receive_ids()
+        return needed
 
-    async def _wait_for_ids(self, step: _Step) -> None:
+    async def _wait_for_ids(self, step: _Step) -> int:
         """Wait until the return task has received the ids that `step` reads."""
-        if isinstance(step, DecodeScheduled):
-            while self._received < self._engine.needed_sample(step):
-                self._ids_here.clear()
-                await self._ids_here.wait()
+        if not isinstance(step, DecodeScheduled):
+            return -1
+        needed = self._engine.needed_sample(step)
+        while self._received < needed:
+            self._ids_here.clear()
+            await self._ids_here.wait()
+        return needed
 
     async def _receive_ids(self) -> None:
         """Receive the oldest ids that are still out, for the next steps and for the host."""
@@ -331,6 +349,7 @@ class StageWorker:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done
             ids_S = torch.empty(num_ids, dtype=torch.int64, device=self._stream.device)
         await self._transfers.receive(step, ids_S, self._plan.last_rank, EdgeKind.IDS)
+        self._id_bytes += ids_S.nbytes
         if step.num_sampled:
             with torch.inference_mode():
                 self._engine.take_ids(returning.request_rows_S, ids_S)

@@ -11,6 +11,7 @@ a stage's peak. `.bin` files can only be mapped, so the map is renewed every `RE
 from __future__ import annotations
 
 import pickle
+import time
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -40,21 +41,19 @@ class StoredTensor:
 class TensorSource(Protocol):
     """The tensors of one checkpoint."""
 
+    convert_s: float  # seconds that conversions, apart from reading, have taken so far
+
     def names(self) -> Collection[str]:
         """All tensor names."""
-        ...
 
     def stored(self, name: str) -> StoredTensor:
         """Type, shape and place of `name`; reads no tensor bytes."""
-        ...
 
     def read_into(self, name: str, out: torch.Tensor) -> int:
         """Fill `out` (same shape; any floating type, any device); returns the bytes read."""
-        ...
 
     def close(self) -> None:
         """Let go of the files."""
-        ...
 
 
 def open_source(index: CheckpointIndex) -> TensorSource:
@@ -70,6 +69,7 @@ class SafetensorsSource:
         self._file_order = {path: number for number, path in enumerate(index.files)}
         self._path: Path | None = None
         self._file: FileIO | None = None
+        self.convert_s = 0.0
 
     def names(self) -> Collection[str]:
         """All tensor names."""
@@ -89,7 +89,9 @@ class SafetensorsSource:
         if entry.num_bytes:
             self._read(name, entry, target)
         if not direct:
+            began_s = time.perf_counter()
             out.copy_(target)
+            self.convert_s += time.perf_counter() - began_s
         return entry.num_bytes
 
     def _read(self, name: str, entry: TensorEntry, target: torch.Tensor) -> None:
@@ -133,6 +135,7 @@ class TorchSource:
         self._tensors: Mapping[str, torch.Tensor] = {}
         self._listed: dict[Path, dict[str, StoredTensor]] = {}  # kept when a file is let go of
         self._bytes_mapped_in = 0
+        self.convert_s = 0.0
 
     def names(self) -> Collection[str]:
         """All tensor names; of a single file, from its directory of tensors."""

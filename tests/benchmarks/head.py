@@ -1,6 +1,6 @@
 """What the head spends on bookkeeping for a long prompt file, and how fast a resume reads it.
 
-    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--rounds-ahead 1]
+    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--lookahead 1]
 
 The head's own code from the prompt file to the merged completions, over memory channels; the stage
 is a stub that answers every step at once, so there is no torch, no model and no tokenizer. All that
@@ -129,14 +129,17 @@ async def complete(
             for line in acquired.lines_left
             if line.sampling is not None
         ]
-        log = open_log(acquired.folder / "rank_0.log", rank=0, host="here", stage=0)
+        identity = acquired.identity(rank=0, stage=0)
+        log = open_log(acquired.folder / "rank_0.log", identity=identity, host="here")
         progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)
         marks = job_module._Marks(clock.now_s())
         with closing(log):
             page = open_rank_page()
             view = TerminalView(Terminal(), show=False)
-            job = job_module._Job(ranks, loaded, acquired, log, view, marks, progress, page)
+            job = job_module._Job(
+                ranks, loaded, acquired, identity, log, view, marks, progress, page
+            )
             prepared = PreparedPrompts(tuple(requests), ())
             tally = await job_module._complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)
@@ -167,7 +170,7 @@ def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     )  # fmt: skip
     nothing: Any = None
     worker: Any = stage
-    return Session(boot, plan=plan, worker=worker, account=nothing, load=nothing)
+    return Session(boot, plan=plan, worker=worker, account=nothing, clocks=nothing, load=nothing)
 
 
 def run(work: Callable[[], Any]) -> Any:
@@ -189,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds-ahead", type=int, default=1, help="0: as on CPUs")
+    parser.add_argument("--lookahead", type=int, default=1, help="0: as on CPUs")
     asked = parser.parse_args()
     num_prompts = asked.prompts
     with tempfile.TemporaryDirectory() as name:

@@ -23,15 +23,14 @@ from mpipipe.control_plane.messages import (
     RequestOpened,
     StepScheduled,
 )
-from mpipipe.kv_cache.base import KVCache
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.planning.plan import PipelinePlan
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction

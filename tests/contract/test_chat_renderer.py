@@ -19,6 +19,7 @@ from mpipipe.errors import CheckpointError, EnvironmentSetupError, PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates, RenderLimits, read_chat_templates
 from mpipipe.models.tokenizer import open_tokenizer
 from mpipipe.models.tokenizer_base import Tokenizer
+from tests.contract.chat_ids import chat_ids
 
 CHAT = (
     "{{ bos_token }}{% if tools %}{{ tools|tojson }}{% endif %}{% if terse %}Terse.{% endif %}"
@@ -247,7 +248,7 @@ def test_both_kinds_of_tokenizers_find_templates_in_every_form(folder: Path, for
     assert tokenizer.render([USER]) == "A"
     expected = "T" if form in {"list", "object"} else "A"
     assert tokenizer.render([USER], ChatOptions(tools=(TOOL,))) == expected
-    assert tokenizer.chat([USER]) == tokenizer.encode("A", add_special_tokens=False)
+    assert chat_ids(tokenizer, [USER]) == tokenizer.encode("A", add_special_tokens=False)
 
 
 def test_files_win_over_the_configuration_and_have_names(folder: Path) -> None:
@@ -280,7 +281,7 @@ def test_templates_that_serve_no_conversation_leave_prompts_alone(
     state(folder, stated)
     tokenizer = open_tokenizer(folder)
     with pytest.raises(PromptError, match=words) as caught:
-        tokenizer.chat([USER])
+        chat_ids(tokenizer, [USER])
     assert caught.value.kind == "no_chat_template"
     assert tokenizer.decode(tokenizer.encode("the fox", add_special_tokens=True)) == "the fox"
 

@@ -19,6 +19,7 @@ from mpipipe.demo import model as demo_model
 from mpipipe.demo.model import cache_folder, demo_model_folder, prepare_demo_model
 from mpipipe.errors import CheckpointError, EnvironmentSetupError
 from mpipipe.models.tokenizer import open_tokenizer
+from tests.contract.chat_ids import chat_ids
 
 HEADS, KV_HEADS, HIDDEN, LAYERS = 4, 2, 64, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -182,7 +183,7 @@ def test_the_tokenizer_splits_digits_and_knows_the_turns(
     names = tokens()
     # A space before a digit stays on its own side of it, so that two spaces are one token.
     assert [names[i] for i in tokenizer.encode("the  12", True)] == ["the", "ĠĠ", "1", "2"]
-    ids = tokenizer.chat([{"role": "user", "content": "the"}])
+    ids = chat_ids(tokenizer, [{"role": "user", "content": "the"}])
     reference = AutoTokenizer.from_pretrained(folder)
     assert reference.decode(ids) == "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpipipe.planning.gpu_limits import HISTORY_BYTES
+from mpipipe.planning.step_limits import HISTORY_BYTES
 from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.stage import device_sampler
 from mpipipe.stage.device_logprobs import logprobs_of, select_logprobs

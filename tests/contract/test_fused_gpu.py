@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mpipipe.clock import MonotonicClock
+from mpipipe.metrics.boot import BootTimeline
 from mpipipe.models import fused_gpu
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
@@ -226,8 +228,15 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
 def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:
     plan = replace(engine_plan(1), model_path=str(tiny("llama").folder))
     assert plan.max_sequence_tokens < plan.max_context_tokens
-    parts = load_parts(plan, plan.stages[0], False, torch.device("cpu"))
+    boot = BootTimeline(MonotonicClock())
+    parts = load_parts(plan, plan.stages[0], False, torch.device("cpu"), boot)
     assert parts.model._max_positions == plan.max_sequence_tokens
+    boot.end()
+    names = [part.name for part in boot.parts]
+    assert names[:2] == ["process", "read weights"]  # as nothing has begun `build` here
+    assert names[-1] == "convert weights"
+    (read,) = (part for part in boot.parts if part.name == "read weights")
+    assert read.num_bytes == parts.loaded_bytes > 0
 
 
 def test_cpu_stages_are_packed_unless_asked_otherwise(tiny: Callable[[str], TinyModel]) -> None:

@@ -17,7 +17,7 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
-from mpipipe.planning.sampling_use import SamplingUse
+from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage import decode_batch

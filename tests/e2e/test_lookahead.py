@@ -83,7 +83,7 @@ def check_metrics(outcome: Outcome, num_ranks: int) -> None:
     generate_s = metrics["phases"]["generate_s"]
     for rank in metrics["ranks"]:
         overall = rank["stage"]["overall"]
-        names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+        names = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
         booked_s = sum(overall[name] for name in names)
         assert booked_s == pytest.approx(overall["wall_s"], abs=1e-6)
         # 0.1 s: a message at either end, on cores that two tests with up to four ranks each share.

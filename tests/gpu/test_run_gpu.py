@@ -92,7 +92,7 @@ def check_accounts(outcome: Outcome, num_ranks: int) -> None:
     generate_s = metrics["phases"]["generate_s"]
     for rank in metrics["ranks"]:
         overall = rank["stage"]["overall"]
-        names = ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s")
+        names = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
         booked_s = sum(overall[name] for name in names)
         assert abs(booked_s - generate_s) <= 0.01 * generate_s + 0.02
         assert rank["cpu_us_per_step"] > 0

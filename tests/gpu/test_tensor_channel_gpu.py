@@ -18,7 +18,8 @@ import torch.distributed as dist  # noqa: TID251 - nothing of it may be left beh
 from mpi4py import MPI
 
 from mpipipe.data_plane.channel import EdgeKind, RepeatingChannel, TensorChannel
-from mpipipe.data_plane.nccl import open_nccl_channel
+from mpipipe.data_plane.nccl import NcclTensorChannel
+from mpipipe.data_plane.nccl_groups import connect_groups
 from mpipipe.data_plane.staged import open_staged_channel
 from mpipipe.errors import ChannelClosedError
 from mpipipe.progress import ProgressEngine, new_event_loop
@@ -65,7 +66,7 @@ async def nccl_broadcast(payload: bytes | None) -> bytes:
 async def open_channel(transport: str, engine: ProgressEngine, index: int) -> TensorChannel:
     if transport == "staged":
         return open_staged_channel(engine)
-    return await open_nccl_channel(
+    groups = await connect_groups(
         nccl_broadcast,
         rank=RANK,
         hosts=["here"] * SIZE,
@@ -73,6 +74,7 @@ async def open_channel(transport: str, engine: ProgressEngine, index: int) -> Te
         device_index=index,
         timeout_s=30,
     )
+    return NcclTensorChannel(groups)
 
 
 class Session:

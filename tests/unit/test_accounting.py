@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 
 from mpipipe.clock import ScriptedClock
-from mpipipe.metrics.accounting import StageAccount, StageTotals, TimeParts
+from mpipipe.metrics.accounting import (
+    StageAccount,
+    StageTotals,
+    StepPhase,
+    StepRecord,
+    TimeParts,
+)
 from mpipipe.plain_values import from_json, to_json
 
 
@@ -19,10 +25,12 @@ class Step:
     num_tokens: int = 4
     num_sampled: int = 4
     steady: bool = True
+    num_sequences: int = 4
+    phase: StepPhase = "decode"
 
 
 def assert_parts(parts: TimeParts, **expected_s: float) -> None:
-    for name in ("compute_s", "wait_s", "send_s", "idle_s", "overhead_s"):
+    for name in ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s"):
         assert getattr(parts, name) == pytest.approx(expected_s.get(name, 0.0), abs=1e-9), name
 
 
@@ -64,6 +72,89 @@ def test_a_step_scheduled_while_another_computes_causes_no_idle_time() -> None:
     account.sent(Step(1), 5.0)
     account.end(5.0)
     assert_parts(account.snapshot().overall, compute_s=5.0)
+
+
+def run_step(account: StageAccount, number: int, *, due_s: float, ready_s: float) -> None:
+    """A step that computes for a second."""
+    account.step_scheduled(number, due_s)
+    account.input_ready(number, ready_s)
+    account.computed(number, ready_s + 1.0)
+    account.sent(Step(number), ready_s + 1.0, needs=number, bytes_in=100, bytes_out=10)
+
+
+@pytest.mark.parametrize(
+    ("upstream_s", "wait_s", "transfer_s"),
+    [(11.5, 1.5, 0.5), (9.0, 0.0, 2.0), (10.0, 0.0, 2.0), (12.0, 2.0, 0.0), (99.0, 2.0, 0.0)],
+)
+@pytest.mark.parametrize("told_early", [True, False])
+def test_the_wait_ends_when_the_stage_before_was_done_and_the_rest_is_transfer(
+    upstream_s: float, wait_s: float, transfer_s: float, told_early: bool
+) -> None:
+    account = StageAccount(1)
+    account.begin(10.0)
+    if told_early:
+        account.upstream_computed(0, [upstream_s])
+    run_step(account, 0, due_s=10.0, ready_s=12.0)
+    if not told_early:
+        assert_parts(account.snapshot().overall, wait_s=2.0, compute_s=1.0)
+        account.upstream_computed(0, [upstream_s])
+    totals = account.snapshot()
+    assert_parts(totals.overall, wait_s=wait_s, transfer_s=transfer_s, compute_s=1.0)
+    assert totals.overall.communication_s == pytest.approx(transfer_s)
+    assert (totals.bytes_in, totals.bytes_out, totals.num_undivided) == (100, 10, 0)
+
+
+def test_a_wait_is_divided_when_the_times_come_and_steps_are_told_in_order() -> None:
+    account = StageAccount(1)
+    told: list[tuple[int, float | None]] = []
+    account.on_step = lambda record, transfer_s: told.append((record.step, transfer_s))
+    account.begin(0.0)
+    run_step(account, 0, due_s=0.0, ready_s=1.0)
+    run_step(account, 1, due_s=2.0, ready_s=2.0)  # no wait: needs no time, but comes second
+    run_step(account, 2, due_s=3.0, ready_s=5.0)
+    assert told == []
+    account.upstream_computed(0, [0.75, 1.5])
+    assert told == [(0, 0.25), (1, 0.0)]
+    account.give_up(before_s=6.0)  # it left at 6
+    assert told[2:] == []
+    account.give_up(before_s=6.1)
+    assert told[2:] == [(2, None)]
+    totals = account.snapshot()
+    assert_parts(totals.overall, wait_s=0.75 + 2.0, transfer_s=0.25, compute_s=3.0)
+    assert totals.num_undivided == 1
+    account.upstream_computed(2, [4.0])  # too late, and harmless
+    assert account.snapshot() == totals
+
+
+def test_times_that_come_after_their_call_divide_its_waits() -> None:
+    account = StageAccount(1)
+    account.begin(0.0)
+    run_step(account, 0, due_s=0.0, ready_s=1.0)
+    account.end(2.0)
+    account.begin(10.0)
+    run_step(account, 0, due_s=10.0, ready_s=12.0)
+    account.end(13.0)
+    account.upstream_computed(0, [0.5])  # steps are counted over all calls
+    account.upstream_computed(1, [11.0])
+    assert_parts(account.snapshot().overall, wait_s=1.5, transfer_s=1.5, compute_s=2.0)
+    assert account.num_steps == 2
+
+
+def test_a_step_whose_input_no_other_stage_made_has_no_transfer() -> None:
+    account = StageAccount(0)
+    account.begin(0.0)
+    account.step_scheduled(0, 0.0)
+    account.input_ready(0, 1.0)
+    account.computed(0, 2.0)
+    account.sent(Step(0), 2.0, needs=-1)
+    assert account.is_divided
+    assert_parts(account.snapshot().overall, wait_s=1.0, compute_s=1.0)
+
+
+def test_times_that_are_never_needed_are_forgotten() -> None:
+    account = StageAccount(0)
+    account.upstream_computed(0, [0.0] * 10_000)
+    assert len(account._upstream) <= 4096
 
 
 def test_a_step_that_was_due_when_the_call_ended_counts_as_wait() -> None:
@@ -111,28 +202,52 @@ def test_parts_add_up_to_the_wall_clock_whatever_the_events() -> None:
     rng = random.Random(7)
     clock = ScriptedClock(123_456.789)
     account = StageAccount(0)
+    told: list[tuple[StepRecord, float | None]] = []
+    account.on_step = lambda record, transfer_s: told.append((record, transfer_s))
     expected_wall_s = 0.0
-    step = 0
-    for _ in range(20):
+    step = num_told = 0
+    upstream_s: list[float] = []
+    for call in range(20):
         begin_s = clock.now_s()
         account.begin(begin_s)
         for _ in range(50):
             account.step_scheduled(step, clock.now_s() - rng.random())
+            upstream_s.append(clock.now_s() + rng.uniform(-0.5, 1.0))  # also too early, or too late
             clock.advance(rng.random())
             account.input_ready(step, clock.now_s())
             clock.advance(rng.random())
             account.computed(step, clock.now_s(), compute_s=rng.random())
             clock.advance(rng.choice([0.0, rng.random()]))
-            account.sent(Step(step, steady=rng.random() < 0.7), clock.now_s())
+            needs = step - 50 * call if rng.random() < 0.9 else -1
+            account.sent(Step(step, steady=rng.random() < 0.7), clock.now_s(), needs=needs)
             step += 1
+            if rng.random() < 0.1:  # a batch of times, perhaps of steps that come later
+                batch = upstream_s[num_told : step - rng.randint(0, 5)]
+                account.upstream_computed(num_told, batch)
+                num_told += len(batch)
+            assert account.snapshot().overall.wall_s == pytest.approx(
+                expected_wall_s + clock.now_s() - begin_s, abs=1e-6
+            )
         clock.advance(rng.random())
         account.end(clock.now_s())
         expected_wall_s += clock.now_s() - begin_s
         clock.advance(5.0)
+    account.upstream_computed(num_told, upstream_s[num_told : step - 7])
+    undivided = account.snapshot().num_undivided
+    account.give_up(float("inf"))
+    assert account.is_divided
+    assert [record.step for record, _ in told] == list(range(step))
+    unknown = [record for record, transfer_s in told if transfer_s is None]
+    assert undivided >= account.snapshot().num_undivided == len(unknown) > 0
+    for record, transfer_s in told:
+        assert 0 <= (transfer_s or 0.0) <= record.input_ready_s - record.scheduled_s + 1e-9
     totals = account.snapshot()
+    transfers_s = sum(transfer_s or 0.0 for _, transfer_s in told)
+    assert totals.overall.transfer_s == pytest.approx(transfers_s, abs=1e-6)
     assert totals.overall.wall_s == pytest.approx(expected_wall_s, abs=1e-6)
     for parts in (totals.overall, totals.steady):
         assert min(parts.compute_s, parts.wait_s, parts.send_s, parts.overhead_s) > 0
+        assert parts.transfer_s > 0
         assert parts.idle_s >= 0
     assert totals.steady.wall_s < totals.overall.wall_s
 

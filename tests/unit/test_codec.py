@@ -17,6 +17,9 @@ from mpipipe.control_plane.messages import (
     BarrierEntered,
     BarrierReleased,
     Broadcast,
+    ClockAsked,
+    ClocksCompared,
+    ClockTold,
     DecodeScheduled,
     Echo,
     GatherPart,
@@ -35,6 +38,7 @@ from mpipipe.control_plane.messages import (
     SessionEnded,
     StepSampled,
     StepScheduled,
+    StepTimes,
     StopRequested,
 )
 from mpipipe.errors import ProtocolMismatchError
@@ -116,6 +120,10 @@ MESSAGES: tuple[Message, ...] = (
     StopRequested("SIGTERM"),
     Heartbeat("n2", 2, 417, "load", False, 1.5),
     RankLost(2, "rank 2 is silent"),
+    StepTimes(64, (0.5, 1.25)),
+    ClockAsked(3),
+    ClockTold(3, 1.5),
+    ClocksCompared((0.0, -0.25)),
 )
 NUM_DAMAGED = 20_000
 
@@ -155,6 +163,10 @@ GOLDEN = (
     "9211a75349475445524d",
     "9712a26e3202cd01a1a46c6f6164c2cb3ff8000000000000",
     "931302b072616e6b20322069732073696c656e74",
+    "93154092cb3fe0000000000000cb3ff4000000000000",
+    "921603",
+    "931703cb3ff8000000000000",
+    "921892cb0000000000000000cbbfd0000000000000",
 )
 
 

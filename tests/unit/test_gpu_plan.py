@@ -16,13 +16,11 @@ from mpipipe.config.schema import (
     PipelineConfig,
 )
 from mpipipe.errors import ConfigError, EnvironmentSetupError, PlanError
-from mpipipe.planning.gpu_limits import gpu_sequences_per_slot, gpu_tokens_per_step
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.sampling_use import SamplingUse
-from mpipipe.planning.step_limits import StepLimits
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.step_limits import StepLimits, gpu_sequences_per_slot, gpu_tokens_per_step
+from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.types import DeviceName

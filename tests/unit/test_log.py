@@ -14,16 +14,18 @@ import structlog
 
 from mpipipe.clock import ScriptedClock
 from mpipipe.errors import OutputError
+from mpipipe.metrics.identity import RunIdentity
 from mpipipe.metrics.log import RunLog, open_log
 
 NOON = datetime(2026, 11, 21, 13, 0, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
 
 
-def opened(path: Path, level: str = "info", stage: int | None = 1) -> RunLog:
+IDENTITY = RunIdentity("0123456789ab", attempt=2, job="7", replica=0, rank=3, stage=1)
+
+
+def opened(path: Path, level: str = "info") -> RunLog:
     clock = ScriptedClock(12.5)
-    return open_log(
-        path, rank=3, host="n1", level=level, stage=stage, clock=clock, now=lambda: NOON
-    )
+    return open_log(path, identity=IDENTITY, host="n1", level=level, clock=clock, now=lambda: NOON)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -39,9 +41,13 @@ def test_a_line_has_both_times_level_event_and_what_was_bound(tmp_path: Path) ->
             "t_s": 12.5,
             "level": "info",
             "event": "weights_loaded",
+            "run": "0123456789ab",
+            "attempt": 2,
+            "job": "7",
+            "replica": 0,
             "rank": 3,
-            "host": "n1",
             "stage": 1,
+            "host": "n1",
             "num_bytes": 7,
         }
     ]
@@ -69,14 +75,13 @@ def test_lines_below_the_level_are_dropped(tmp_path: Path, level: str, kept: int
 
 
 def test_bind_adds_fields_to_later_events_only_of_the_new_logger(tmp_path: Path) -> None:
-    log = opened(tmp_path / "l", stage=None)
+    log = opened(tmp_path / "l")
     bound = log.bind(request="a")
     bound.info("x")
     log.info("y")
     first, second = lines(tmp_path / "l")
     assert first["request"] == "a"
     assert "request" not in second
-    assert "stage" not in second
     log.close()
 
 
@@ -146,7 +151,7 @@ def test_closing_twice_is_fine_and_later_lines_are_lost(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_does_not_stop_the_run_and_is_told_once() -> None:
     told: list[str] = []
-    log = open_log(Path("/dev/full"), rank=0, host="h", on_failure=told.append)
+    log = open_log(Path("/dev/full"), identity=IDENTITY, host="h", on_failure=told.append)
     log.info("x")
     log.info("y")
     log.close()
@@ -158,7 +163,7 @@ def test_a_full_disk_does_not_stop_the_run_and_is_told_once() -> None:
 def test_a_line_that_did_not_fit_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "log"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = open_log(path, rank=0, host="h")
+    log = open_log(path, identity=IDENTITY, host="h")
     log.info("one")
     size = path.stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
@@ -207,7 +212,7 @@ def test_the_programs_own_structlog_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_real_clocks_are_the_default(tmp_path: Path) -> None:
-    log = open_log(tmp_path / "l", rank=0, host="h")
+    log = open_log(tmp_path / "l", identity=IDENTITY, host="h")
     log.info("x")
     (line,) = lines(tmp_path / "l")
     age = datetime.now(UTC) - datetime.fromisoformat(line["time"])
@@ -228,7 +233,7 @@ def test_a_failure_that_is_told_may_be_logged(tmp_path: Path) -> None:
         told.append(text)
         log.warning("terminal", message="standard error cannot be written")
 
-    log = open_log(Path("/dev/full"), rank=0, host="n1", on_failure=tell)
+    log = open_log(Path("/dev/full"), identity=IDENTITY, host="n1", on_failure=tell)
     writing = threading.Thread(target=log.info, args=("x",), daemon=True)
     writing.start()
     writing.join(20)

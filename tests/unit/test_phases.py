@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mpipipe.clock import MonotonicClock
+from mpipipe.clock import Clock, MonotonicClock, ScriptedClock
 from mpipipe.control_plane import mesh as mesh_module
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.errors import CheckpointError, ConfigError, MpipipeError, RemoteError, StoppedError
+from mpipipe.metrics.boot import BootTimeline
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime.ranks import (
     AgreedError,
@@ -32,6 +33,7 @@ def run_phase(
     during: Callable[[list[Ranks]], None] = lambda _: None,
     *,
     stoppable: bool = True,
+    clock: Clock | None = None,
 ) -> list[object]:
     """One phase of virtual ranks: each one's result, or the error that was agreed on."""
 
@@ -42,14 +44,14 @@ def run_phase(
             return agreed.error
 
     async def main() -> list[object]:
-        engine, clock, info = ProgressEngine(), MonotonicClock(), LaunchInfo(Launcher.HYDRA)
+        engine, info = ProgressEngine(), LaunchInfo(Launcher.HYDRA)
+        now = clock or MonotonicClock()
         async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
             polling = tasks.create_task(engine.run())
             ranks = []
             for channel in open_memory_channels(len(works), engine):
-                ranks.append(
-                    Ranks(Mesh(channel, engine, clock), engine, clock, info, tasks, "", None)
-                )
+                mesh, boot = Mesh(channel, engine, now), BootTimeline(now)
+                ranks.append(Ranks(mesh, engine, now, info, tasks, "", None, boot=boot))
                 ranks[-1].mesh.start()
             running = [
                 tasks.create_task(one(rank, work)) for rank, work in zip(ranks, works, strict=True)
@@ -101,6 +103,35 @@ def test_the_work_is_done_beside_the_event_loop() -> None:
 
     assert run_phase([work, work]) == [0, 1]
     assert threading.get_ident() not in threads
+
+
+def test_own_work_and_waiting_for_others_are_told_apart() -> None:
+    """Rank 1 is done at once; rank 0 takes 5 s from when rank 1 waits for it."""
+    clock, told = ScriptedClock(10.0), dict[int, tuple[str, float, float]]()
+    all_ranks: list[Ranks] = []
+
+    def prepare(ranks: list[Ranks]) -> None:
+        for rank in ranks:
+            number = rank.mesh.rank
+            rank.on_phase.append(lambda *facts, number=number: told.update({number: facts}))
+            rank.boot.begin("plan")
+        all_ranks.extend(ranks)
+
+    def work(ranks: Ranks) -> None:
+        if ranks.mesh.rank == 0:
+            while not all_ranks or all_ranks[1].boot.open_part != "wait":
+                threading.Event().wait(0.001)
+            clock.advance(5.0)
+
+    def boots() -> list[list[tuple[str, float, str]]]:
+        return [
+            [(part.name, part.seconds, part.phase) for part in rank.boot.parts]
+            for rank in all_ranks
+        ]
+
+    run_phase([work, work], prepare, clock=clock)
+    assert told == {0: ("load", 5.0, 0.0), 1: ("load", 0.0, 5.0)}
+    assert boots() == [[("plan", 5.0, "")], [("wait", 5.0, "load")]]
 
 
 @pytest.mark.parametrize("told", [0, 1, 2])

@@ -21,6 +21,7 @@ from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.job import run as job_module
 from mpipipe.job.acquire import Acquired, acquire_folder
+from mpipipe.metrics.log import NullLog
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import write_whole
 from mpipipe.run_folder.journal import CompletionWriter
@@ -277,7 +278,8 @@ def test_a_stop_may_still_come_when_all_is_written(tmp_path: Path) -> None:
     ignored = SimpleNamespace(info=lambda *_, **__: None, finished=lambda *_: None)
     told: list[str] = []
     job: Any = SimpleNamespace(
-        acquired=Acquired(tmp_path, None), log=ignored, view=ignored, files=FileThread(),
+        acquired=Acquired(tmp_path, None, "0" * 12, 1), log=ignored, view=ignored,
+        files=FileThread(),
         ranks=SimpleNamespace(stop=SimpleNamespace(reason="")), progress=ProgressFile(tmp_path),
     )  # fmt: skip
     requests = SimpleNamespace(num_failed=0, num_unfinished=0)
@@ -323,7 +325,7 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
-            acquired=Acquired(tmp_path, None), log=None, view=view,
+            acquired=Acquired(tmp_path, None, "0" * 12, 1), log=NullLog(), view=view,
             loaded=load_config(None, []), files=FileThread(), marks=SimpleNamespace(),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, rejected=(), requests=())

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from mpipipe.clock import MonotonicClock
+from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.errors import CheckpointError, ConfigError, MpipipeError
+from mpipipe.metrics.boot import BootTimeline
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.planning.workload import Workload
@@ -104,6 +105,43 @@ def test_the_phases_come_in_their_order_and_each_end_is_noted(
     (boot,) = opened
     assert boot.prepared is prepared
     assert boot.loaded.config.generation.top_k == 7
+
+
+def test_each_part_of_a_boot_is_booked_to_its_name(
+    loaded: LoadedConfig, opened: list[Boot]
+) -> None:
+    clock = ScriptedClock(50.0)
+
+    def load() -> LoadedConfig:
+        clock.advance(1.0)
+        return loaded
+
+    def read(_: ModelFacts) -> None:
+        clock.advance(2.0)
+
+    def prepare(_: ModelFacts) -> Prepared:
+        clock.advance(3.0)
+        return Prepared()
+
+    async def job() -> None:
+        boot = BootTimeline(clock, started_s=45.0)
+        boot.begin("imports", at_s=46.0)
+        clock.advance(0.5)
+        async with (
+            joined_ranks(clock, load, read, boot=boot) as joined,
+            loaded_session(joined, prepare, NullLog()),
+        ):
+            assert joined.ranks.boot is boot
+            boot.end()
+            assert sum(part.seconds for part in boot.parts) == boot.wall_s == clock.now_s() - 45.0
+            named = {part.name: part.seconds for part in boot.parts}
+            assert named == {
+                "process": 1.0, "imports": 4.5, "configuration": 1.0, "read prompts": 2.0,
+                "tokenizer": 3.0,
+            }  # fmt: skip
+
+    run(job())
+    assert len(opened) == 1
 
 
 def test_other_ranks_read_and_prepare_nothing(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from mpipipe.metrics.accounting import StageAccount, TimeParts
+from mpipipe.metrics.accounting import StageAccount, StepPhase, TimeParts
 from mpipipe.stage.timeline import StepEvents, StreamTimeline
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class Step:
     num_tokens: int = 3
     num_sampled: int = 3
     steady: bool = True
+    num_sequences: int = 3
+    phase: StepPhase = "decode"
 
 
 @dataclass

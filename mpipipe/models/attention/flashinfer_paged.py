@@ -12,6 +12,7 @@ them before the copy has ended: a small ring of wrappers, with an event each, pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 if TYPE_CHECKING:
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
     from mpipipe.models.layer_options import AttentionOptions
+
+    # "flashinfer", the kind of step, the order in memory, what the layer asks
+    _PlanKey = tuple[str, str, str, AttentionOptions]
 
 __all__ = ["FlashInferAttention"]
 
@@ -50,7 +54,7 @@ class FlashInferAttention(AttentionBackend):
 
     def __init__(self) -> None:
         self._workspace: torch.Tensor | None = None
-        self._rings: dict[tuple[object, ...], list[_Planner]] = {}
+        self._rings: dict[_PlanKey, list[_Planner]] = {}
 
     def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
         """See `AttentionBackend`."""
@@ -68,24 +72,25 @@ class FlashInferAttention(AttentionBackend):
             if first == last:
                 continue
             plan = ("flashinfer", kind, order, options)
-            wrapper: Any = layout.derived.get(plan)
-            if wrapper is None:
-                work = _Work(layout, first, last, query_THD.shape[1], cache.keys[layer].shape)
-                wrapper = self._plan(plan, work, options, query_THD)
-                layout.derived[plan] = wrapper
+            shape = cache.keys[layer].shape
+            wrapper = layout.derive(
+                plan, partial(self._plan, plan, layout, slice(first, last), query_THD, shape)
+            )
             rows = slice(num_decodes) if kind == "decode" else slice(num_decodes, None)
             outputs.append(wrapper.run(query_THD[rows].contiguous(), (keys, values)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _plan(
         self,
-        plan: tuple[object, ...],
-        work: _Work,
-        options: AttentionOptions,
+        plan: _PlanKey,
+        layout: BatchLayout,
+        sequences: slice,
         like: torch.Tensor,
+        shape: torch.Size,
     ) -> Any:
-        """A wrapper that has planned `work`; the next one of the ring for this kind of plan."""
-        kind = plan[1]
+        """A wrapper that has planned these `sequences`; the next of the plan's ring."""
+        _, kind, _, options = plan
+        work = _Work(layout, sequences, like.shape[1], shape)
         planner = self._next_planner(plan, like.device)
         settings: dict[str, Any] = {
             "window_left": -1 if options.window is None else options.window - 1,
@@ -103,7 +108,7 @@ class FlashInferAttention(AttentionBackend):
         planner.copied.record()
         return planner.wrapper
 
-    def _next_planner(self, plan: tuple[object, ...], device: torch.device) -> _Planner:
+    def _next_planner(self, plan: _PlanKey, device: torch.device) -> _Planner:
         import flashinfer
 
         if self._workspace is None:
@@ -128,14 +133,14 @@ class FlashInferAttention(AttentionBackend):
 
 
 class _Work:
-    """The sequences [first, last) of a step in FlashInfer's terms."""
+    """Some sequences of a step in FlashInfer's terms."""
 
     def __init__(
-        self, layout: BatchLayout, first: int, last: int, num_heads: int, shape: torch.Size
+        self, layout: BatchLayout, sequences: slice, num_heads: int, shape: torch.Size
     ) -> None:
         self._layout = layout
-        self._first = first
-        self._seq_lens: tuple[SequenceLens, ...] = layout.seq_lens[first:last]
+        self._first: int = sequences.start
+        self._seq_lens: tuple[SequenceLens, ...] = layout.seq_lens[sequences]
         _, self.page_size, self.num_kv_heads, self.head_dim = shape
         self.num_heads = num_heads
         self._num_pages = [-(-seq.kv_len // self.page_size) for seq in self._seq_lens]

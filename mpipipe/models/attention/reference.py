@@ -5,14 +5,9 @@ Slow and obvious on purpose: the other backends are tested against it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ReferenceAttention"]
 

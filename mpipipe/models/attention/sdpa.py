@@ -18,6 +18,7 @@ Softcapped scores (Gemma 2) cannot go through the fused kernel and are written o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,7 +84,8 @@ def _decode(
 ) -> torch.Tensor:
     """One token of each decoding sequence over its cache: [B, H, D]."""
     output_BHD: torch.Tensor | None = None
-    for group in _decode_groups(layout, query_BHD.device):
+    groups = layout.derive(("sdpa", "groups"), lambda: _decode_groups(layout, query_BHD.device))
+    for group in groups:
         key_BLKD, value_BLKD = cache.read_padded(layer, group.indices, group.max_len, layout)
         num_kv_heads = key_BLKD.shape[2]
         rows_B = group.rows_B
@@ -91,7 +93,10 @@ def _decode(
         num_rows, num_heads, head_dim = part_BHD.shape
         group_size = num_heads // num_kv_heads
         query_BKGD = part_BHD.view(num_rows, num_kv_heads, group_size, head_dim)
-        mask_B11L = _decode_mask(group, key_BLKD.shape[1], layout, options, query_BHD)
+        mask_B11L = layout.derive(
+            ("sdpa", "decode", group.indices, key_BLKD.shape[1], options.window),
+            partial(_decode_mask, group, key_BLKD.shape[1], layout, options.window, query_BHD),
+        )
         attended_BKGD = _attend(
             query_BKGD, key_BLKD.transpose(1, 2), value_BLKD.transpose(1, 2), mask_B11L, options
         )
@@ -144,16 +149,7 @@ def _attend(
 
 
 def _decode_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
-    """The decoding sequences by length; computed by the first layer, used by all."""
-    key = ("sdpa", "groups")
-    groups = layout.derived.get(key)
-    if groups is None:
-        groups = layout.derived[key] = _form_groups(layout, device)
-    assert isinstance(groups, tuple)
-    return groups
-
-
-def _form_groups(layout: BatchLayout, device: torch.device) -> tuple[_DecodeGroup, ...]:
+    """The decoding sequences by length."""
     if not layout.seq_lens:
         return (_DecodeGroup(tuple(range(layout.num_decodes)), None, layout.max_kv_len),)
     lengths = [seq.kv_len for seq in layout.seq_lens[: layout.num_decodes]]
@@ -177,25 +173,20 @@ def _decode_mask(
     group: _DecodeGroup,
     padded_len: int,
     layout: BatchLayout,
-    options: AttentionOptions,
+    window: int | None,
     like: torch.Tensor,
 ) -> torch.Tensor:
     """Additive mask [B, 1, 1, L]: -inf beyond each sequence's end and before its window."""
-    key = ("sdpa", "decode", group.indices, padded_len, options.window)
-    mask = layout.derived.get(key)
-    if mask is None:
-        lengths_B1 = layout.kv_lens_B[: layout.num_decodes, None]
-        if group.rows_B is not None:
-            lengths_B1 = lengths_B1.index_select(0, group.rows_B)
-        if not layout.seq_lens:
-            lengths_B1 = lengths_B1.clamp(min=1)  # a row without a sequence: no NaN from nothing
-        position_L = torch.arange(padded_len, device=like.device)
-        hidden_BL = position_L >= lengths_B1
-        if options.window is not None:
-            hidden_BL |= position_L < lengths_B1 - options.window
-        mask = layout.derived[key] = _additive(hidden_BL, like)[:, None, None, :]
-    assert isinstance(mask, torch.Tensor)
-    return mask
+    lengths_B1 = layout.kv_lens_B[: layout.num_decodes, None]
+    if group.rows_B is not None:
+        lengths_B1 = lengths_B1.index_select(0, group.rows_B)
+    if not layout.seq_lens:
+        lengths_B1 = lengths_B1.clamp(min=1)  # a row without a sequence: no NaN from nothing
+    position_L = torch.arange(padded_len, device=like.device)
+    hidden_BL = position_L >= lengths_B1
+    if window is not None:
+        hidden_BL |= position_L < lengths_B1 - window
+    return _additive(hidden_BL, like)[:, None, None, :]
 
 
 def _chunk_mask(
@@ -208,17 +199,16 @@ def _chunk_mask(
         window = None
     if seq.num_computed == 0 and window is None and options.softcap is None:
         return None
-    key = ("sdpa", "chunk", index, window)
-    mask = layout.derived.get(key)
-    if mask is None:
+
+    def compute() -> torch.Tensor:
         query_position_Q1 = torch.arange(seq.num_computed, seq.kv_len, device=like.device)[:, None]
         key_position_L = torch.arange(seq.kv_len, device=like.device)
         hidden_QL = key_position_L > query_position_Q1
         if window is not None:
             hidden_QL |= key_position_L <= query_position_Q1 - window
-        mask = layout.derived[key] = _additive(hidden_QL, like)
-    assert isinstance(mask, torch.Tensor)
-    return mask
+        return _additive(hidden_QL, like)
+
+    return layout.derive(("sdpa", "chunk", index, window), compute)
 
 
 def _additive(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class TritonAttention(AttentionBackend):
             outputs.append(_decode(query_THD[:num_decodes], cache, layer, layout, options))
             query_THD = query_THD[num_decodes:]
             key_TKD, value_TKD = key_TKD[num_decodes:], value_TKD[num_decodes:]
-            layout = _chunks_only(layout)
+            layout = layout.derive(("triton", "chunks"), lambda: _chunks_only(layout))
         if self._fresh_with_torch and can_attend_fresh(query_THD, key_TKD, layout, options):
             outputs.append(_attend_fresh(query_THD, key_TKD, value_TKD, layout, options))
         else:
@@ -107,25 +107,20 @@ def _prefill(
 
 
 def _chunks_only(layout: BatchLayout) -> BatchLayout:
-    """The step without its leading decodes; made by the first layer, used by all."""
-    key = ("triton", "chunks")
-    chunks = layout.derived.get(key)
-    if chunks is None:
-        first = layout.num_decodes
-        assert layout.query_starts_B1 is not None, "the layout was sent to the device"
-        chunks = layout.derived[key] = replace(
-            layout,
-            seq_lens=layout.seq_lens[first:],
-            num_decodes=0,
-            positions_T=layout.positions_T[first:],
-            slot_mapping_T=layout.slot_mapping_T[first:],
-            page_table_BP=layout.page_table_BP[first:],
-            kv_lens_B=layout.kv_lens_B[first:],
-            query_starts_B1=layout.query_starts_B1[first:] - first,
-            derived={},
-        )
-    assert isinstance(chunks, type(layout))
-    return chunks
+    """The step without its leading decodes."""
+    first = layout.num_decodes
+    assert layout.query_starts_B1 is not None, "the layout was sent to the device"
+    return replace(
+        layout,
+        seq_lens=layout.seq_lens[first:],
+        num_decodes=0,
+        positions_T=layout.positions_T[first:],
+        slot_mapping_T=layout.slot_mapping_T[first:],
+        page_table_BP=layout.page_table_BP[first:],
+        kv_lens_B=layout.kv_lens_B[first:],
+        query_starts_B1=layout.query_starts_B1[first:] - first,
+        _derived={},
+    )
 
 
 _ALIGNMENT = 8  # elements of a head: torch's kernels load 16 bytes at a time

@@ -77,11 +77,8 @@ def _query_starts(layout: BatchLayout) -> torch.Tensor:
     """int32 [B + 1]; a decode step has one row per sequence."""
     if layout.query_starts_B1 is not None:
         return layout.query_starts_B1
-    key = ("varlen", "starts")
-    starts_B1 = layout.derived.get(key)
-    if starts_B1 is None:
-        starts_B1 = layout.derived[key] = torch.arange(
-            layout.num_tokens + 1, dtype=torch.int32, device=layout.kv_lens_B.device
-        )
-    assert isinstance(starts_B1, torch.Tensor)
-    return starts_B1
+    device = layout.kv_lens_B.device
+    return layout.derive(
+        ("varlen", "starts"),
+        lambda: torch.arange(layout.num_tokens + 1, dtype=torch.int32, device=device),
+    )
