@@ -11,7 +11,7 @@ import os
 from functools import cache
 
 from mpipipe.models.foreign import in_short
-from mpipipe.topology.compilers import has_c_compiler
+from mpipipe.topology.packages import has_c_compiler
 
 __all__ = ["available"]
 
