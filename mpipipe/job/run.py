@@ -25,6 +25,7 @@ from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RequestTotals, RunSummary
 from mpipipe.planning.layout import stage_order
 from mpipipe.planning.resolve import deepspeed_warnings
+from mpipipe.run_folder.accounts import read_accounts
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
 from mpipipe.run_folder.journal import CompletionWriter, merge
@@ -40,6 +41,7 @@ from mpipipe.runtime.shared_folders import check_output_folder
 from mpipipe.runtime.shared_stop import watch_for_stop
 from mpipipe.runtime.startup import Joined, joined_ranks, loaded_session
 from mpipipe.topology.host import host_name
+from mpipipe.topology.profilers import profiler_problem
 from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
@@ -176,6 +178,14 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
+    _log_what_comes(ranks, log)
+    log.info(
+        "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
+    )
+    return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
+
+
+def _log_what_comes(ranks: Ranks, log: RunLog) -> None:
     ranks.boot.listen(lambda part: log.info("boot", **part.event()))
     ranks.on_phase.append(
         lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
@@ -183,10 +193,6 @@ def _open_job(
     ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
         "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
     )
-    log.info(
-        "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
-    )
-    return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
@@ -206,7 +212,8 @@ async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
         lines = acquired.lines_left
         return tokenize(model, lines, tokenizing=lambda: ranks.boot.begin("tokenise"))
 
-    async with loaded_session(joined, prepare, job.log) as (session, prepared):
+    loading = loaded_session(joined, prepare, job.log, acquired.folder)
+    async with loading as (session, prepared):
         marks.booted_s, marks.loaded_s = ranks.phase_ended_s["tokenizer"], ranks.clock.now_s()
 
         def stop() -> None:
@@ -228,19 +235,20 @@ def _merge_only(job: _Job) -> None:
     """Leave what a run leaves that has completed everything, without a prompt of its own (head)."""
     if not job.ranks.is_head:
         return
-    clock, kept = job.ranks.clock, job.acquired.earlier.records
-    began_s = clock.now_s()
+    began_s = job.ranks.clock.now_s()
     _merge(job, {})
-    now_s = clock.now_s()
-    totals = dataclasses.replace(
-        RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
-    )
+    now_s, nothing = job.ranks.clock.now_s(), _all_requests(job, RequestTally(), 0)
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
     summary = _summary(
-        job, marks.phases(now_s), totals, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
+        job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
-    write_json(job.acquired.folder / "metrics.json", summary.to_dict())
+    _write_metrics(job.acquired.folder, summary)
     job.log.info("summary", metrics=summary.to_dict())
+
+
+def _write_metrics(folder: Path, summary: RunSummary) -> None:
+    """With what Slurm has counted of earlier attempts; of this one it is known after its end."""
+    write_json(folder / "metrics.json", {**summary.to_dict(), "slurm": read_accounts(folder)})
 
 
 def _merge(job: _Job, written: Mapping[str, int]) -> None:
@@ -293,6 +301,9 @@ def _tell_what_is_left(job: _Job) -> None:
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
+    problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
+    if problem:
+        log.warning("profile", message=problem)
     if not session.is_head:
         async with _recording(job, session):
             await session.serve_until_ended()
@@ -307,7 +318,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     ]
     for warning in warnings:
         log.warning("configuration", message=warning)
-    view.planned(session.plan, warnings)
+    view.planned(session.plan, [*warnings, problem] if problem else warnings)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     async with _recording(job, session) as recorded:
@@ -316,18 +327,10 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     statistics = session.statistics()
-    totals = tally.totals()
-    num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
-    requests = dataclasses.replace(
-        totals,
-        num_unfinished=num_unfinished,
-        num_kept=len(job.acquired.earlier.kept_ids),
-        num_damaged=job.acquired.earlier.records.num_damaged,
-    )
     summary = _summary(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
-        requests,
+        _all_requests(job, tally, prompts.num_prompts),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
         itl_p50_s=recorded.gaps.percentile(50),
@@ -337,10 +340,13 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
 
 
-def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
-    wanted, folder = job.loaded.config.log, job.acquired.folder
-    return recording(
-        folder, job.identity, wanted, session, job.files, on_failure=lambda told: _warn(job, told)
+def _all_requests(job: _Job, tally: RequestTally, num_prompts: int) -> RequestTotals:
+    totals, earlier = tally.totals(), job.acquired.earlier
+    return dataclasses.replace(
+        totals,
+        num_unfinished=num_prompts - totals.num_completed - totals.num_failed,
+        num_kept=len(earlier.kept_ids),
+        num_damaged=earlier.records.num_damaged,
     )
 
 
@@ -357,11 +363,17 @@ def _summary(job: _Job, phases: PhaseTimes, requests: RequestTotals, **figures: 
     )
 
 
+def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
+    wanted, folder = job.loaded.config.log, job.acquired.folder
+    return recording(
+        folder, job.identity, wanted, session, job.files, on_failure=lambda told: _warn(job, told)
+    )
+
+
 async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    metrics = job.acquired.folder / "metrics.json"
-    await job.files.run(lambda: write_json(metrics, summary.to_dict()))
+    await job.files.run(lambda: _write_metrics(job.acquired.folder, summary))
     job.log.info("summary", metrics=summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed

@@ -151,12 +151,6 @@ class RunSummary:
     io_write_s: float = 0.0  # of the head: completions, status, its log, merging
 
     @property
-    def energy_j(self) -> float | None:
-        """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
-        told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
-        return sum(told) if told and len(told) == len(self.ranks) else None
-
-    @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
         """Those before, and this one."""
         own = AttemptTotals(
@@ -175,6 +169,12 @@ class RunSummary:
         """The rank whose own work from its process's start to `ready` was longest."""
         booted = [rank for rank in self.ranks if rank.boot]
         return max(booted, key=lambda rank: rank.boot_own_s, default=None)
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
+        told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
+        return sum(told) if told and len(told) == len(self.ranks) else None
 
     @property
     def bytes_moved(self) -> int:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["summary_lines"]
 
 _TIME_HEADER = (
-    "stage", "rank", "host", "compute", "wait", "transfer", "send", "idle", "overhead", "bubble",
-    "steady",
+    "stage", "rank", "host", "compute", "wait", "transfer", "send", "idle", "overhead",
+    "bubble", "steady",
 )  # fmt: skip
 _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
 _LEFT_ALIGNED = ("host",)
