@@ -2,6 +2,11 @@
 
 Greedy, in batches with left padding, as a transformers user would write it. Its completions have
 the same form as ours, so that two runs can be compared line by line.
+
+The model is opened as its users would: on one device, or its layers spread over all GPUs
+(`device_map = "auto"` is accelerate's: every GPU holds some layers and they compute one after the
+other). Random weights are drawn on the device and never touch a disk. torch and transformers are
+imported when a model is opened.
 """
 
 from __future__ import annotations
@@ -10,10 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mpipipe.bench.baseline_model import BaselinePlace, open_baseline
-from mpipipe.errors import ConfigError
+from mpipipe.errors import ConfigError, EnvironmentSetupError
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.types import Completion, FinishReason
 
@@ -23,7 +25,43 @@ if TYPE_CHECKING:
 
     from mpipipe.types import Request
 
-__all__ = ["BaselineResult", "generate_with_transformers", "time_with_transformers"]
+__all__ = [
+    "BaselinePlace",
+    "BaselineResult",
+    "generate_with_transformers",
+    "open_baseline",
+    "time_with_transformers",
+]
+
+_DEVICES = ("cpu", "cuda")
+_DEVICE_MAPS = ("none", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class BaselinePlace:
+    """Where the model runs."""
+
+    device: str = "cpu"
+    device_map: str = "none"  # "auto": layers over all visible GPUs
+    num_threads: int = 1
+
+    def check(self) -> None:
+        """Raises ConfigError unless the words are known and fit together."""
+        for option, value, allowed in (
+            ("--device", self.device, _DEVICES),
+            ("--device-map", self.device_map, _DEVICE_MAPS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{option} {value} is not known: use {' or '.join(allowed)}")
+        if self.device_map == "auto" and self.device != "cuda":
+            raise ConfigError("--device-map auto spreads layers over GPUs: add --device cuda")
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        if self.device_map == "auto":
+            return "device_map over all GPUs"
+        return "one GPU" if self.device == "cuda" else f"CPU, {self.num_threads} threads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +89,8 @@ def generate_with_transformers(
     *,
     dtype: str,
     batch_size: int,
-    num_threads: int = 1,
     decode: Callable[[Sequence[int]], str],
-    place: BaselinePlace | None = None,
+    place: BaselinePlace,
     random: bool = False,
 ) -> BaselineResult:
     """Complete `requests` greedily in batches of `batch_size`.
@@ -65,9 +102,8 @@ def generate_with_transformers(
         requests: prompts as token ids.
         dtype: "float32", "bfloat16" or "float16".
         batch_size: prompts per call of `generate`; 1 avoids padding altogether.
-        num_threads: compute threads of torch, where `place` is not given.
         decode: token ids to text.
-        place: device and threads; None: the CPU.
+        place: device and threads.
         random: draw the weights instead of reading them.
     """
     if any(request.sampling.needs & SamplingNeeds.COUNTS for request in requests):
@@ -76,8 +112,7 @@ def generate_with_transformers(
             "neither: remove them"
         )
     started_s = time.perf_counter()
-    where = place or BaselinePlace(num_threads=num_threads)
-    model = open_baseline(folder, dtype, where, random=random)
+    model = open_baseline(folder, dtype, place, random=random)
     loaded_s = time.perf_counter()
     completions: list[Completion] = []
     for first in range(0, len(requests), batch_size):
@@ -97,6 +132,8 @@ def time_with_transformers(
         prompts with one token each, measured by itself; `ms_per_token`, the rest over the tokens
         after the first; or `error` where the GPU's memory did not do.
     """
+    import torch
+
     shorter = [
         (request.prompt_ids, request.sampling.replace(max_new_tokens=1)) for request in requests
     ]
@@ -162,6 +199,8 @@ def _generate_rows(
     penalty: float = 1.0,
 ) -> list[list[int]]:
     """New token ids per prompt, padded with 0 after an end-of-sequence token."""
+    import torch
+
     width = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -211,3 +250,75 @@ def _completion(
         ttft_s=elapsed_s,
         latency_s=elapsed_s,
     )
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def open_baseline(folder: Path, dtype: str, place: BaselinePlace, *, random: bool) -> Any:
+    """The model in `folder`, ready to generate.
+
+    Args:
+        folder: the model folder; with `random` a `config.json` is enough.
+        dtype: "float32", "bfloat16" or "float16".
+        place: where it runs.
+        random: draw the weights instead of reading them.
+
+    Raises:
+        ConfigError: `place` makes no sense.
+        EnvironmentSetupError: no GPU, or accelerate is needed and not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place.check()
+    torch.set_num_threads(place.num_threads)
+    if place.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentSetupError(
+            "--device cuda: torch sees no GPU here; start on a machine with one, or leave it out"
+        )
+    kind = getattr(torch, dtype)
+    if random:
+        return _random_model(folder, kind, place)
+    if place.device_map == "auto":
+        _require_accelerate()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, local_files_only=True, device_map="auto"
+        )
+        return model.eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+    return model.to(place.device).eval()
+
+
+def _random_model(folder: Path, dtype: Any, place: BaselinePlace) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    torch.manual_seed(0)
+    with torch.device(place.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if place.device_map == "none":
+        return model
+    # As from_pretrained(device_map="auto") decides, for a model that is there already.
+    _require_accelerate()
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = model._no_split_modules  # what transformers itself passes on
+    names = sorted(whole) if whole else None
+    memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=names)
+    spread = infer_auto_device_map(
+        model, max_memory=memory, dtype=dtype, no_split_module_classes=names
+    )
+    return dispatch_model(model, device_map=spread)
+
+
+def _require_accelerate() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise EnvironmentSetupError(
+            "--device-map auto needs the package accelerate, which is not installed: "
+            "`pip install accelerate`"
+        )

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["SPEED_PACKAGES", "environment"]
 
 SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
+# Fields of the plan, by their names.
+_PLANNED = (
+    "dtype", "num_slots", "max_sequences_per_slot", "max_tokens_per_step", "num_kv_pages",
+    "page_size_tokens", "transport", "attention", "lookahead", "prefill", "weights",
+)  # fmt: skip
 
 
 def environment(session: Session) -> dict[str, Any]:
@@ -26,18 +31,8 @@ def environment(session: Session) -> dict[str, Any]:
         "devices": [rank_resources.gpu.name or plan.device for rank_resources in session.resources],
         "plan": {
             "split": [stage.num_layers for stage in plan.stages],
-            "dtype": plan.dtype,
-            "num_slots": plan.num_slots,
-            "max_sequences_per_slot": plan.max_sequences_per_slot,
-            "max_tokens_per_step": plan.max_tokens_per_step,
-            "num_kv_pages": plan.num_kv_pages,
-            "page_size_tokens": plan.page_size_tokens,
-            "transport": plan.transport,
-            "attention": plan.attention,
-            "lookahead": plan.lookahead,
-            "prefill": plan.prefill,
+            **{name: getattr(plan, name) for name in _PLANNED},
             "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
-            "weights": plan.weights,
             "hash": plan.content_hash(),
         },
         "num_preemptions": statistics.num_preemptions if statistics is not None else 0,

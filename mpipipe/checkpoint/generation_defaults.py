@@ -49,40 +49,33 @@ _APPLICABLE = {
 }
 
 _ABSENT: tuple[Any, ...] = (None, [], {}, False, 0)
-# What we cannot do (or do otherwise): the values that change nothing, and why it is not applied.
-_NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": ((*_ABSENT, 1), "there is no beam search here"),
-    "num_beam_groups": ((*_ABSENT, 1), "there is no beam search here"),
-    "diversity_penalty": (_ABSENT, "there is no beam search here"),
-    "constraints": (_ABSENT, "there is no beam search here"),
-    "force_words_ids": (_ABSENT, "there is no beam search here"),
-    "num_return_sequences": ((*_ABSENT, 1), "a prompt has one completion here"),
-    "penalty_alpha": (_ABSENT, "there is no contrastive search here"),
-    "dola_layers": (_ABSENT, "layers are not contrasted here"),
-    "guidance_scale": ((*_ABSENT, 1), "there is no guidance here"),
-    "no_repeat_ngram_size": (_ABSENT, "repeated n-grams are not banned here"),
-    "encoder_no_repeat_ngram_size": (_ABSENT, "repeated n-grams are not banned here"),
-    "encoder_repetition_penalty": ((*_ABSENT, 1), "prompts have no penalty of their own here"),
-    "bad_words_ids": (_ABSENT, "tokens are not banned here"),
-    "suppress_tokens": (_ABSENT, "tokens are not banned here"),
-    "begin_suppress_tokens": (_ABSENT, "tokens are not banned here"),
-    "sequence_bias": (_ABSENT, "tokens have no bias here"),
-    "forced_bos_token_id": ((None, [], {}, False), "no token is forced here"),
-    "forced_eos_token_id": ((None, [], {}, False), "no token is forced here"),
-    "exponential_decay_length_penalty": (_ABSENT, "the end is not made likelier here"),
-    "min_length": (_ABSENT, "completions have no least length here"),
-    "min_new_tokens": (_ABSENT, "completions have no least length here"),
-    "max_length": ((*_ABSENT, 20), "generation.max_new_tokens decides"),
-    "max_new_tokens": (_ABSENT, "generation.max_new_tokens decides"),
-    "max_time": (_ABSENT, "time ends no completion here"),
-    "stop_strings": (_ABSENT, "generation.stop decides"),
-    "typical_p": ((*_ABSENT, 1), "this filter is not there"),
-    "epsilon_cutoff": (_ABSENT, "this filter is not there"),
-    "eta_cutoff": (_ABSENT, "this filter is not there"),
-    "top_h": (_ABSENT, "this filter is not there"),
-    "watermarking_config": (_ABSENT, "there are no watermarks here"),
-    "token_healing": (_ABSENT, "prompts are not changed here"),
+# Why it is not applied → what we cannot do, or do otherwise.
+_NOT_HERE = {
+    "there is no beam search here": """
+        num_beams num_beam_groups diversity_penalty constraints force_words_ids""",
+    "a prompt has one completion here": "num_return_sequences",
+    "there is no contrastive search here": "penalty_alpha",
+    "layers are not contrasted here": "dola_layers",
+    "there is no guidance here": "guidance_scale",
+    "repeated n-grams are not banned here": "no_repeat_ngram_size encoder_no_repeat_ngram_size",
+    "prompts have no penalty of their own here": "encoder_repetition_penalty",
+    "tokens are not banned here": "bad_words_ids suppress_tokens begin_suppress_tokens",
+    "tokens have no bias here": "sequence_bias",
+    "no token is forced here": "forced_bos_token_id forced_eos_token_id",
+    "the end is not made likelier here": "exponential_decay_length_penalty",
+    "completions have no least length here": "min_length min_new_tokens",
+    "generation.max_new_tokens decides": "max_length max_new_tokens",
+    "time ends no completion here": "max_time",
+    "generation.stop decides": "stop_strings",
+    "this filter is not there": "typical_p epsilon_cutoff eta_cutoff top_h",
+    "there are no watermarks here": "watermarking_config",
+    "prompts are not changed here": "token_healing",
 }
+_REASON_OF = {name: reason for reason, names in _NOT_HERE.items() for name in names.split()}
+# Values that change nothing either, beside those that mean "absent".
+_NEUTRAL = dict.fromkeys(
+    ("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale", "typical_p"), 1
+) | {"encoder_repetition_penalty": 1, "max_length": 20}
 
 # What changes no completion of a decoder: ids that the tokenizer knows, caches, outputs, drafts.
 _WITHOUT_EFFECT = frozenset(
@@ -129,12 +122,12 @@ def read_generation_defaults(
             when = "" if name == "repetition_penalty" else ", for prompts that sample"
             number = int(number) if name == "top_k" else number
             applied.append(ModelSetting(name, number, f"{where} of the model{when}"))
-    for name, (neutral_values, why) in _NOT_HERE.items():
+    for name, why in _REASON_OF.items():
         value = source.get(name)
-        if value not in neutral_values:
+        if value not in (*_ABSENT, _NEUTRAL.get(name)):
             ignored.append(ModelSetting(name, _text(value), f"not applied: {why}"))
     if generation is not None:
-        known = _WITHOUT_EFFECT | set(_APPLICABLE) | set(_NOT_HERE)
+        known = _WITHOUT_EFFECT | set(_APPLICABLE) | set(_REASON_OF)
         ignored += [
             ModelSetting(name, _text(value), "not applied: transformers has no such setting")
             for name, value in generation.items()

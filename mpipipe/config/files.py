@@ -10,12 +10,13 @@ import json
 import math
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import ConfigError
 
-__all__ = ["SURROGATE", "expand_path", "parse_json", "read_bytes", "read_text"]
+__all__ = ["SURROGATE", "expand_path", "parse_json", "parse_table", "read_bytes", "read_text"]
 
 SURROGATE = "half of a surrogate pair (\\ud800 to \\udfff) is no text"
 
@@ -88,6 +89,25 @@ def parse_json(text: str) -> Any:
             raise ValueError("a number has more digits than can be read") from None
         raise
     return value
+
+
+def parse_table(text: str, path: Path) -> dict[str, Any]:
+    """The object that a configuration file holds: TOML where its name says so, else JSON.
+
+    Raises:
+        ConfigError: not valid, or no object; names the file, `path`.
+    """
+    is_toml = path.suffix == ".toml"
+    try:
+        table = tomllib.loads(text) if is_toml else parse_json(text)
+    except (ValueError, RecursionError) as error:
+        language = "TOML" if is_toml else "JSON"
+        raise ConfigError(f"{path} is not valid {language}: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(
+            f"{path}: expected an object with sections, found a {type(table).__name__}"
+        )
+    return table
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

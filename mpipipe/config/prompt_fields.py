@@ -1,17 +1,17 @@
 """One prompt object → text, messages or token ids, and its sampling settings.
 
 Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
-arguments of the library are judged as the settings of a line are. `prompts.py` reads files,
-`prompt_ids.py` finds ids, `chat_fields.py` reads messages and tools. Invariant: every key is
-understood, ignored on purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an
-error: a misspelt setting is never silently the default.
+arguments of the library are judged as the settings of a line are. `prompts.py` reads files and
+finds ids, `chat_fields.py` reads messages and tools. Invariant: every key is understood, ignored on
+purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an error: a misspelt setting
+is never silently the default.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpipipe.config.binding import fit, nearest, short
@@ -25,13 +25,13 @@ from mpipipe.config.chat_fields import (
     without_chat,
 )
 from mpipipe.config.checks import sampling_problem
-from mpipipe.config.prompt_ids import ID_KEYS
 from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["PromptFields", "keyword_sampling", "parse_fields"]
+__all__ = ["ID_KEYS", "PromptLine", "keyword_sampling", "read_fields"]
 
+ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
 _ALIASES = {
     "max_tokens": "max_new_tokens",
@@ -62,64 +62,55 @@ _BY_NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
 )
 _NEUTRAL = {name: values for values, names in _BY_NEUTRAL_VALUES for name in names}
 # What does not decide the tokens: names, notes, how an answer travels, hints for speed.
-_IGNORED = (
-    "metadata",
-    "model",
-    "user",
-    "store",
-    "service_tier",
-    "stream",
-    "stream_options",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prediction",
-    "priority",
-    "request_id",
-    "cache_salt",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
-)
-_BATCH_KEYS = (*ID_KEYS, "method", "url", "body", "metadata")
-_LINE_KEYS = (
-    *ID_KEYS,
-    *_TEXT_KEYS,
-    *_SETTING_KEYS,
-    *CHAT_KEYS,
-    "add_special_tokens",
-    *_NEUTRAL,
-    *_IGNORED,
-)
-_KNOWN_BATCH, _KNOWN_LINE = frozenset(_BATCH_KEYS), frozenset(_LINE_KEYS)
+_IGNORED = """
+    metadata model user store service_tier stream stream_options safety_identifier prompt_cache_key
+    prompt_cache_retention prediction priority request_id cache_salt return_token_ids
+    return_tokens_as_token_ids
+    """.split()  # noqa: SIM905 - a list of them would take a screen
+# Dictionaries as sets that keep their order.
+_BATCH_KEYS = dict.fromkeys((*ID_KEYS, "method", "url", "body", "metadata"))
+_PROMPT_KEYS = (*ID_KEYS, *_TEXT_KEYS, *_SETTING_KEYS, *CHAT_KEYS, "add_special_tokens")
+_LINE_KEYS = dict.fromkeys((*_PROMPT_KEYS, *_NEUTRAL, *_IGNORED))
 _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 
 @dataclass(frozen=True, slots=True)
-class PromptFields:
-    """What a prompt object says. Exactly one of `text`, `messages` and `token_ids` is set."""
+class PromptLine:
+    """One prompt as asked for: with `error`, or with `sampling` and its content.
 
-    text: str | None
-    messages: tuple[ChatMessage, ...] | None
-    sampling: SamplingParams
-    chat_options: ChatOptions = PLAIN_CHAT
-    token_ids: tuple[int, ...] | None = None
+    The content is one of `text`, `messages` and `token_ids`.
+    """
+
+    index: int  # position among the prompts, from 0: the order of completions.jsonl
+    line_number: int  # in the file, from 1; blank lines count
+    prompt_id: str  # unique in the run
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
+    sampling: SamplingParams | None = None
+    error: PromptError | None = None
+    token_ids: tuple[int, ...] | None = None  # taken as they are
 
 
-def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -> PromptFields:
-    """What `line` holds, and `defaults` with its overrides; `seed`: unless it has one.
+def read_fields(
+    line: PromptLine, given: Mapping[str, Any], defaults: SamplingParams, seed: int
+) -> PromptLine:
+    """`line` with the content of `given`, and `defaults` with its overrides.
+
+    `seed`: unless it has one.
 
     Raises:
         PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
             invalid_sampling, unknown_field.
     """
-    asked = line
-    if "body" in line:
-        _reject_unknown(line, _KNOWN_BATCH, _BATCH_KEYS)
-        _check_endpoint(line)
-        asked = line["body"]
+    asked = given
+    if "body" in given:
+        _reject_unknown(given, _BATCH_KEYS)
+        _check_endpoint(given)
+        asked = given["body"]
         if not isinstance(asked, Mapping):
             raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
-    _reject_unknown(asked, _KNOWN_LINE, _LINE_KEYS)
+    _reject_unknown(asked, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
     text, messages, token_ids = _content(asked)
     options = PLAIN_CHAT
@@ -132,7 +123,15 @@ def parse_fields(line: Mapping[str, Any], defaults: SamplingParams, seed: int) -
         messages is None and "add_special_tokens" in asked
     ):
         raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
-    return PromptFields(text, messages, _sampling(asked, defaults, seed), options, token_ids)
+    sampling = _sampling(asked, defaults, seed)
+    return replace(
+        line,
+        text=text,
+        messages=messages,
+        token_ids=token_ids,
+        chat_options=options,
+        sampling=sampling,
+    )
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
@@ -153,14 +152,12 @@ def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -
         raise SettingError(str(error)) from None
 
 
-def _reject_unknown(
-    line: Mapping[str, Any], known: frozenset[str], in_order: Sequence[str]
-) -> None:
-    if line.keys() <= known:
+def _reject_unknown(line: Mapping[str, Any], known: Mapping[str, None]) -> None:
+    if line.keys() <= known.keys():
         return
     for key, value in line.items():
         if key not in known and value is not None:
-            guess = nearest(key, in_order)
+            guess = nearest(key, known)
             hint = f'did you mean "{guess}"? ' if guess else ""
             raise PromptError(
                 "unknown_field",

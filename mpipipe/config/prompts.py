@@ -4,6 +4,11 @@ Each has its text or its own error. Accepted lines are documented in prompts/REA
 `runtime.requests` tokenises them and applies chat templates. Invariants: one `PromptLine` per
 non-blank line, also for a bad one; `index` counts them from 0; `prompt_id` is unique among them; a
 bad line never stops the others.
+
+Which prompt gets an id, in this order: the first line that is valid JSON and says it; a broken line
+whose id can still be read; and, when all of these have theirs, the others, which get their line
+number, and `#line<number>` behind what is taken. So ids depend on the content of the whole file
+only, and a resumed run finds them again.
 """
 
 from __future__ import annotations
@@ -15,66 +20,45 @@ import gc
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpipipe.config.chat_fields import PLAIN_CHAT, ChatMessage, ChatOptions
+from mpipipe.config.binding import is_text, short
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json
-from mpipipe.config.foreign_file import (
+from mpipipe.config.legacy import InlinePrompt
+from mpipipe.config.load import LoadedConfig
+from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, read_fields
+from mpipipe.config.prompt_file import (
+    file_label,
     problem_of_first_bytes,
     problem_of_json_document,
     problem_of_text,
+    read_prompt_file,
 )
-from mpipipe.config.legacy import InlinePrompt
-from mpipipe.config.prompt_fields import parse_fields
-from mpipipe.config.prompt_file import file_label, read_prompt_file
-from mpipipe.config.prompt_ids import ID_KEYS, ClaimedId, OwnId, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
+__all__ = ["PromptLine", "configured_prompts", "library_prompts", "prompt_seed", "read_prompts"]
 
-__all__ = [
-    "ChatMessage",
-    "ChatOptions",
-    "PromptLine",
-    "configured_prompts",
-    "library_prompts",
-    "prompt_seed",
-    "read_prompts",
-]
+# The first field of an object that may be cut off anywhere after it.
+_FIRST_FIELD = re.compile(
+    r'\s*\{\s*"(?:id|custom_id)"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?\d{1,19})\s*,'
+)
 
 
 @dataclass(frozen=True, slots=True)
-class PromptLine:
-    """One prompt as asked for: with `error`, or with `sampling` and its content.
-
-    The content is one of `text`, `messages` and `token_ids`.
-    """
-
-    index: int  # position among the prompts, from 0: the order of completions.jsonl
-    line_number: int  # in the file, from 1; blank lines count
-    prompt_id: str  # unique in the run
-    text: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
-    sampling: SamplingParams | None = None
-    error: PromptError | None = None
-    token_ids: tuple[int, ...] | None = None  # taken as they are
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _FoundPrompt:
     """What is in the place of one prompt: an object, or the error that hides it."""
 
-    claim: ClaimedId
-    fields: Mapping[str, Any] | None
-    error: PromptError | None
+    number: int  # of the line, or of the prompt of a library call
+    prompt_id: str | None  # that it says; None: nothing that can be read
+    fields: Mapping[str, Any] | None = None
+    error: PromptError | None = None
 
 
 def configured_prompts(loaded: LoadedConfig) -> list[PromptLine]:
@@ -148,7 +132,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _file_prompts(path: Path) -> list[_Found]:
+def _file_prompts(path: Path) -> list[_FoundPrompt]:
     """Every non-blank line of the file.
 
     Raises:
@@ -175,18 +159,17 @@ def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def _line_prompt(line: bytes, number: int) -> _Found:
+def _line_prompt(line: bytes, number: int) -> _FoundPrompt:
     try:
         return _object_prompt(parse_json(line.decode("utf-8")), number, "line")
     except UnicodeDecodeError:
         error = PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
     except ValueError as invalid:
         error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
-    claim = ClaimedId(number, id_of_broken_line(line), is_whole=False)
-    return _Found(claim, None, error)
+    return _FoundPrompt(number, _id_of_broken_line(line), error=error)
 
 
-def _library_prompt(prompt: object, number: int) -> _Found:
+def _library_prompt(prompt: object, number: int) -> _FoundPrompt:
     """As a line that says the same: through JSON, so that what no line can say is refused alike."""
     if isinstance(prompt, list | tuple):
         prompt = {"messages": prompt}
@@ -194,12 +177,12 @@ def _library_prompt(prompt: object, number: int) -> _Found:
         prompt = dict(prompt)
     try:
         return _object_prompt(parse_json(json.dumps(prompt)), number, "prompt")
-    except (TypeError, RecursionError) as error:
-        kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {error}"
-    except ValueError as error:
-        kind, reason = "invalid_json", f"is not valid JSON: {error}"
-    claim = ClaimedId(number, _id_beside_other_faults(prompt), is_whole=False)
-    return _Found(claim, None, PromptError(kind, f"prompt {number} {reason}"))
+    except (TypeError, RecursionError) as fault:
+        kind, reason = "invalid_prompt", f"is nothing that JSON can hold: {fault}"
+    except ValueError as fault:
+        kind, reason = "invalid_json", f"is not valid JSON: {fault}"
+    error = PromptError(kind, f"prompt {number} {reason}")
+    return _FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
 
 
 def _id_beside_other_faults(prompt: object) -> str | None:
@@ -208,60 +191,136 @@ def _id_beside_other_faults(prompt: object) -> str | None:
         return None
     given = {key: prompt[key] for key in ID_KEYS if key in prompt}
     try:
-        return id_of_broken_line(json.dumps(given).encode())
+        return _id_of_broken_line(json.dumps(given).encode())
     except (TypeError, ValueError, RecursionError):
         return None
 
 
-def _object_prompt(value: Any, number: int, unit: str) -> _Found:
+def _object_prompt(value: Any, number: int, unit: str) -> _FoundPrompt:
     if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         error = PromptError(
             "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
         )
-        return _Found(ClaimedId(number, None), None, error)
-    prompt_id, problem = read_id(value)
+        return _FoundPrompt(number, None, error=error)
+    prompt_id, problem = _read_id(value)
     if problem is not None:
         problem = PromptError(problem.kind, f"{unit} {number}: {problem}")
-    return _Found(ClaimedId(number, prompt_id), value, problem)
+    return _FoundPrompt(number, prompt_id, value, problem)
 
 
 def _prompt_lines(
-    found: Sequence[_Found], defaults: SamplingParams, unit: str, limit: int = 0
+    found: Sequence[_FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
 ) -> list[PromptLine]:
-    ids = own_ids([prompt.claim for prompt in found], unit)
-    return [
-        _prompt_line(index, found[index], ids[index], defaults, unit)
-        for index in range(min(limit or len(found), len(found)))
-    ]
+    own = _own_ids(found, unit)
+    number_of = {prompt_id: prompt.number for prompt_id, prompt in zip(own, found, strict=True)}
+    lines = []
+    for index in range(min(limit or len(found), len(found))):
+        prompt, line = found[index], PromptLine(index, found[index].number, own[index])
+        try:
+            line = _prompt_line(line, prompt, defaults, unit, number_of)
+        except PromptError as error:
+            line = dataclasses.replace(line, error=error)
+        lines.append(line)
+    return lines
 
 
 def _prompt_line(
-    index: int, found: _Found, own: OwnId, defaults: SamplingParams, unit: str
+    line: PromptLine,
+    found: _FoundPrompt,
+    defaults: SamplingParams,
+    unit: str,
+    number_of: Mapping[str, int],
 ) -> PromptLine:
-    line = PromptLine(index, found.claim.number, own.prompt_id)
+    """`line` with what it asks for; raises PromptError where it cannot be completed."""
     if found.error is not None or found.fields is None:
         return dataclasses.replace(line, error=found.error)
-    where = f"{unit} {found.claim.number}"
+    where = f"{unit} {found.number}"
     try:
-        fields = parse_fields(found.fields, defaults, prompt_seed(defaults.seed, own.prompt_id))
+        line = read_fields(line, found.fields, defaults, prompt_seed(defaults.seed, line.prompt_id))
     except PromptError as error:
-        return dataclasses.replace(line, error=PromptError(error.kind, f"{where}: {error}"))
-    if own.first_number is not None:
-        duplicate = PromptError(
+        raise PromptError(error.kind, f"{where}: {error}") from None
+    if found.prompt_id not in {None, line.prompt_id}:
+        raise PromptError(
             "duplicate_id",
-            f"{where}: the id {found.claim.prompt_id!r} belongs to {unit} {own.first_number} "
-            "already: give each its own",
+            f"{where}: the id {found.prompt_id!r} belongs to {unit} "
+            f"{number_of[found.prompt_id]} already: give each its own",
         )
-        return dataclasses.replace(line, error=duplicate)
-    return PromptLine(
-        index,
-        found.claim.number,
-        own.prompt_id,
-        text=fields.text,
-        messages=fields.messages,
-        chat_options=fields.chat_options,
-        sampling=fields.sampling,
-        token_ids=fields.token_ids,
-    )
+    return line
+
+
+# ---- ids -----------------------------------------------------------------------------------------
+
+
+def _read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
+    """The object's id as text, None without a readable one; and what is wrong with it."""
+    given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
+    readable = [found for value in given.values() if (found := _as_text(value)) is not None]
+    prompt_id = readable[0] if readable else None
+    if len(readable) < len(given):
+        key = next(key for key, value in given.items() if _as_text(value) is None)
+        return prompt_id, PromptError(
+            "invalid_id", f"{key} = {short(given[key])} must be a text or a whole number"
+        )
+    if len(set(readable)) > 1:
+        return prompt_id, PromptError(
+            "invalid_id", "both id and custom_id are given, and differ: keep one of them"
+        )
+    return prompt_id, None
+
+
+def _as_text(value: object) -> str | None:
+    if type(value) is int:
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _id_of_broken_line(line: bytes) -> str | None:
+    """The id of a line that is no valid JSON; None where it cannot be read beyond doubt.
+
+    Read from an object that is complete but for what `parse_json` refuses, or from the beginning of
+    one that is cut off, if the id is its first field.
+    """
+    text = line.decode("utf-8", "surrogateescape").strip()
+    value: Any = None
+    if text.startswith("{"):
+        try:
+            value = json.loads(text, object_pairs_hook=tuple)  # repeated keys stay visible
+        except (ValueError, RecursionError):
+            if (found := _FIRST_FIELD.match(text)) is not None:
+                value = (("id", _parsed(found[1])),)
+    pairs = value if isinstance(value, tuple) else ()
+    ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
+    prompt_id = ids.pop() if len(ids) == 1 else None
+    return prompt_id if prompt_id is not None and is_text(prompt_id) else None
+
+
+def _parsed(scalar: str) -> object:
+    try:
+        return json.loads(scalar)
+    except ValueError:  # an escape that is none
+        return None
+
+
+def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
+    """An id for each of `found`, that no other has; `unit` names what their numbers count."""
+    owners: dict[str, int] = {}  # id -> position in `found`
+    for is_whole in (True, False):
+        for position, prompt in enumerate(found):
+            if prompt.prompt_id is not None and (prompt.fields is not None) is is_whole:
+                owners.setdefault(prompt.prompt_id, position)
+    own: list[str] = []
+    for position, prompt in enumerate(found):
+        wanted = str(prompt.number) if prompt.prompt_id is None else prompt.prompt_id
+        if prompt.prompt_id is None or owners[wanted] != position:
+            wanted = _unused(wanted, f"#{unit}{prompt.number}", owners)
+            owners[wanted] = position
+        own.append(wanted)
+    return own
+
+
+def _unused(wanted: str, suffix: str, taken: Iterable[str]) -> str:
+    while wanted in taken:
+        wanted += suffix
+    return wanted

@@ -17,6 +17,7 @@ from mpipipe.types import (
     DeviceName,
     DtypeName,
     PrefillMode,
+    ProfilerName,
     WeightsSource,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PipelineConfig",
+    "ProfileConfig",
     "PromptsConfig",
 ]
 
@@ -163,6 +165,26 @@ class LogConfig:
     """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`."""
     progress: Literal["auto", "bar", "plain", "none"] = AUTO
     """`bar`, `plain`, `none`, or `auto`: a bar on a terminal, plain lines otherwise."""
+    steps: Literal["recent", "all", "none"] = "recent"
+    """Steps in `steps_rank_<r>.jsonl`, about 450 bytes each: the last 4,096 at least, `all`, or
+    `none`."""
+    sample_interval_s: float = 5.0
+    """How often each rank writes CPU, memory, I/O, network, GPU and counts to
+    `samples_rank_<r>.jsonl`; 0: never, and `energy_j` stays null."""
+    token_times: bool = False
+    """Write the time of every token to `requests.jsonl`, and not their percentiles alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """A profiler of every rank; its files are in the run folder."""
+
+    tool: ProfilerName = "none"
+    """`torch`: torch's own profiler for `profile.steps`, into `torch_rank_<r>.json` for Perfetto;
+    `nsys` or `perf`: all of the rank under that program, which launch/run.sh starts, or
+    launch/profile_rank.sh by hand, into `nsys_rank_<r>.nsys-rep` or `perf_rank_<r>.txt`; `none`."""
+    steps: tuple[int, ...] = (16, 31)
+    """First and last step that `torch` records, as numbered in `steps_rank_<r>.jsonl`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +200,4 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

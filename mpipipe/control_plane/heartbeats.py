@@ -32,6 +32,7 @@ _HEAD = 0
 _TURN_S = 1.0
 _LONGEST_TURN_S = 3.0
 _OFF_INTERVAL_S = 1.0
+_PAUSE_S = 1.0  # a rank that stood still for so long says so in its log
 
 
 @dataclass(slots=True)
@@ -42,6 +43,8 @@ class Vitals:
     phase: str = ""  # the latest boot phase
     stage: int = -1  # -1: no plan yet
     last_step: Callable[[], int] | None = None  # -1 before any; None: this rank is booting
+    # Told, past the boot, for how many seconds this rank stood still, and what CPU time it used.
+    on_pause: Callable[[float, float], object] = lambda _seconds, _cpu_s: None
 
     @property
     def step(self) -> int:
@@ -106,9 +109,11 @@ class Heartbeats:
         """Sleep, and note the time in which this rank could not answer."""
         started_s, used_s = self._clock.now_s(), self._cpu_s()
         await asyncio.sleep(seconds)
-        late_s = self._clock.now_s() - started_s - seconds
+        late_s, cpu_s = self._clock.now_s() - started_s - seconds, self._cpu_s() - used_s
         # A process that was stopped meanwhile was late without being busy.
-        self._deaf_s = max(self._deaf_s, min(late_s, self._cpu_s() - used_s))
+        self._deaf_s = max(self._deaf_s, min(late_s, cpu_s))
+        if late_s >= _PAUSE_S and self._vitals.last_step is not None:
+            self._vitals.on_pause(late_s, cpu_s)
 
     def _send(self) -> None:
         vitals = self._vitals

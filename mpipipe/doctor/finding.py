@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ Value = float | int | str
 
 
 class Severity(str, enum.Enum):
-    """How bad it is."""
+    """How bad it is, better ones first."""
 
     OK = "ok"
     WARNING = "warning"
@@ -49,10 +49,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dataclasses.asdict(self) | {
-            "severity": self.severity.value,
-            "values": dict(self.values),
-        }
+        return dataclasses.asdict(self) | {"severity": self.severity.value}
 
     def at(self, host: str, rank: int | None = None) -> Finding:
         """The same, of one host or of one rank."""
@@ -115,15 +112,14 @@ class DoctorReport:
     @property
     def worst(self) -> Severity:
         """The severity of the worst finding."""
-        found = {finding.severity for finding in self.findings}
-        order = (Severity.FATAL, Severity.WARNING)
-        return next((severity for severity in order if severity in found), Severity.OK)
+        order = list(Severity)
+        return max((f.severity for f in self.findings), key=order.index, default=Severity.OK)
 
     @property
     def exit_code(self) -> int:
         """0 unless something is fatal; then what the first fatal finding would end the job with."""
-        fatals: Sequence[Finding] = [f for f in self.findings if f.severity is Severity.FATAL]
-        return fatals[0].exit_code if fatals else EXIT_OK
+        fatals = (f.exit_code for f in self.findings if f.severity is Severity.FATAL)
+        return next(fatals, EXIT_OK)
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; `launch/README.md` documents it."""

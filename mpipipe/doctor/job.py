@@ -11,9 +11,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
-from mpipipe.config.prompts import configured_prompts
+from mpipipe.config.load import LoadedConfig
+from mpipipe.config.prompts import PromptLine, configured_prompts
 from mpipipe.config.schema import AUTO
 from mpipipe.doctor.checks.job import (
     HostDemand,
@@ -22,6 +22,7 @@ from mpipipe.doctor.checks.job import (
     check_plan,
     check_prompts,
 )
+from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.doctor.probes.folders import (
     FolderFacts,
@@ -32,24 +33,18 @@ from mpipipe.doctor.probes.folders import (
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.model_facts import ModelFacts
+from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.resume import wants_resume
 from mpipipe.runtime.handshake import handshake
-from mpipipe.runtime.ranks import AgreedError
+from mpipipe.runtime.ranks import AgreedError, Ranks
 from mpipipe.runtime.requests import tokenize
 from mpipipe.topology.host import host_name
 from mpipipe.topology.slurm import read_job
-
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
-    from mpipipe.config.prompts import PromptLine
-    from mpipipe.doctor.facts import RankFacts
-    from mpipipe.planning.model_facts import ModelFacts
-    from mpipipe.planning.plan import PipelinePlan
-    from mpipipe.planning.resources import RankResources
-    from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["examine_job"]
 
@@ -234,21 +229,17 @@ def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) 
     for host in dict.fromkeys(stage.host for stage in plan.stages):
         stages = [stage for stage in plan.stages if stage.host == host]
         node = next(rank.node for rank in facts if rank.host == host)
-        kv_bytes = sum(
-            plan.num_kv_pages
-            * kv_page_bytes(
-                model.spec,
-                plan.dtype,
-                num_layers=stage.num_layers,
-                page_size_tokens=plan.page_size_tokens,
-            )
-            for stage in stages
+        page_bytes = kv_page_bytes(
+            model.spec,
+            plan.dtype,
+            num_layers=sum(stage.num_layers for stage in stages),
+            page_size_tokens=plan.page_size_tokens,
         )
         demands.append(
             HostDemand(
                 host,
                 weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
-                kv_bytes=kv_bytes if on_cpu else 0,
+                kv_bytes=plan.num_kv_pages * page_bytes if on_cpu else 0,
                 library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
                 available_bytes=node.memory_available,
                 limit_bytes=node.memory_limit,

@@ -71,15 +71,14 @@ def choose_operations(device: torch.device) -> tuple[Operations, str]:
 
 def triton_operations() -> Operations:
     """The kernels of `models/kernels`; importing them needs Triton."""
-    from mpipipe.models.kernels import activation, decode_rows, rotary
-    from mpipipe.models.kernels import norms as rms_norms
+    from mpipipe.models.kernels import decode_rows, rotary, rowwise
 
     return Operations(
         name="triton",
-        rms_norm=rms_norms.rms_norm,
-        add_rms_norm=rms_norms.add_rms_norm,
+        rms_norm=rowwise.rms_norm,
+        add_rms_norm=rowwise.add_rms_norm,
         rotate_and_store=rotary.rotate_and_store,
-        gated_silu=activation.gated_silu,
+        gated_silu=rowwise.gated_silu,
         linear=_rows_linear,
         advance_rows=decode_rows.advance_rows,
         greedy_ids=decode_rows.greedy_ids,

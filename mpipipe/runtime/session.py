@@ -16,16 +16,18 @@ from mpipipe.scheduler.runner import Runner
 from mpipipe.topology.host import host_name, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.accounting import StageAccount, StepRecord
+    from mpipipe.metrics.lines import RequestRecord
     from mpipipe.metrics.log import Logger
     from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
-    from mpipipe.runtime.clock_offsets import Clocks
+    from mpipipe.runtime.clock_offsets import ClockOffset, Clocks
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
@@ -47,6 +49,7 @@ class Boot:
     model: ModelFacts | None  # on the head
     prepared: Prepared  # on the head
     log: Logger
+    folder: Path  # for what a profiler records
 
     @property
     def hosts(self) -> list[str]:
@@ -91,6 +94,8 @@ class Session:
         self._log = boot.log
         self._worker = worker
         self._account = account
+        self._on_request: Callable[[RequestRecord], None] | None = None
+        self.energy_j: float | None = None  # of this rank's device, once it is known
         self._core: SchedulerCore | None = None
         self._runner: Runner | None = None
         self._stopped = False
@@ -144,6 +149,7 @@ class Session:
                 clock=self.ranks.clock,
                 log=self._log,
                 special=self._special,
+                on_request=self._on_request,
             )
             if self._stopped:
                 runner.stop()
@@ -154,6 +160,7 @@ class Session:
             served.add_done_callback(lambda _: runner.stage_ended())
             try:
                 for completion in rejected:
+                    runner.record(completion)
                     yield completion
                 async with aclosing(runner.generate(requests)) as completions:
                     async for completion in completions:
@@ -180,13 +187,47 @@ class Session:
         while await self._worker.serve():
             pass
 
+    def observe(
+        self,
+        *,
+        on_step: Callable[[StepRecord, float | None], None] | None,
+        on_request: Callable[[RequestRecord], None] | None,
+        on_clocks: Callable[[Sequence[ClockOffset]], None] | None,
+    ) -> None:
+        """From the next `generate` on, tell of each step of this rank with its transfer, of each
+        request and of each comparison of the clocks (head); of the latest one at once.
+        """
+        self._account.on_step = on_step
+        self._on_request = on_request
+        self.clocks.on_compared = on_clocks
+        if on_clocks is not None:
+            on_clocks(self.clocks.offsets)
+
+    async def settle(self) -> None:
+        """After `generate`: wait a moment until all that is to be known of its steps is told."""
+        await self._worker.settle()
+
+    def give_up_times(self) -> None:
+        """Tell of the steps of which not all is known yet; no more will be."""
+        self._account.give_up(float("inf"))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have left this rank's stage."""
+        return self._account.num_steps
+
+    @property
+    def gpu_uuid(self) -> str:
+        """Of this rank's GPU; empty on a CPU."""
+        return self.resources[self.ranks.mesh.rank].gpu.uuid if self.plan.device == "cuda" else ""
+
     def recent_steps(self) -> tuple[StepRecord, ...]:
         """The records of this rank's last steps, oldest first."""
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
         """Every rank's totals, in stage order, on the head; None elsewhere."""
-        await self._worker.settle()
+        await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
@@ -214,6 +255,7 @@ class Session:
             gpu_peak_bytes=used.gpu_peak_bytes,
             cpu_us_per_step=used.cpu_us_per_step,
             head_us_per_step=self._head_us_per_step(),
+            energy_j=self.energy_j,
         )
 
     def _make_core(self) -> SchedulerCore:

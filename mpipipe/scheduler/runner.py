@@ -22,6 +22,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.errors import PromptError
+from mpipipe.metrics.lines import RequestRecord
 from mpipipe.scheduler.detokenize import NO_SPECIAL_TOKENS, SpecialTokens, StopWatch
 from mpipipe.scheduler.instructions import Closed, Finished, TokensEmitted
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
@@ -47,8 +48,10 @@ class _Active:
     request: Request
     submitted_s: float
     watch: StopWatch | None  # None: no stop strings, the text is made when all tokens are known
+    slot: int | None = None  # of its first step
     first_step_s: float | None = None
-    first_token_s: float | None = None
+    num_preemptions: int = 0
+    token_s: list[float] = field(default_factory=list)  # when the step of each token came back
     error: PromptError | None = None  # the tokenizer failed on its tokens
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -67,6 +70,7 @@ class Runner:
         clock: monotonic seconds.
         log: told of preemptions.
         special: the tokenizer's special tokens, which stop strings may name.
+        on_request: told of every request that has ended.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Runner:
         clock: Clock,
         log: Logger,
         special: SpecialTokens = NO_SPECIAL_TOKENS,
+        on_request: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         self._core = core
         self._mesh = mesh
@@ -85,6 +90,7 @@ class Runner:
         self._special = special
         self._clock = clock
         self._log = log
+        self._on_request = on_request
         self._active: dict[int, _Active] = {}
         self._watches: dict[int, StopWatch] = {}  # of the active ones with stop strings
         # By step: the sequences whose log-probabilities come too, in a message of their own.
@@ -105,13 +111,16 @@ class Runner:
         for request in requests:
             error = self._submit(request)
             if error is not None:
+                self.record(error)
                 yield error
         self._dispatch()
         while self._in_flight:
             ended = await self._take()
             self._dispatch()
             for active, finished in ended:
-                yield self._complete(active, finished)
+                completion = self._complete(active, finished)
+                self.record(completion, active)
+                yield completion
         if self._stopped:
             await self.drain()
         assert not self._active, f"{len(self._active)} requests were neither finished nor refused"
@@ -169,26 +178,27 @@ class Runner:
             chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
             for chunk in chunks:
                 if not chunk.num_computed:
-                    self._open(chunk.sequence_id)
+                    self._open(chunk.sequence_id, step.slot)
             self._in_flight[step.step] = self._core.logprob_rows(step.step)
             self._mesh.broadcast_message(step)
         self._turns_s.append(self._busy_s + self._clock.now_s() - started_s)
         self._busy_s = 0.0
         for preempted in self._core.take_preemptions():
+            self._active[preempted.sequence_id].num_preemptions += 1
             self._log.info(
                 "preempted",
                 sequence=preempted.sequence_id,
                 num_lost_tokens=preempted.num_lost_tokens,
             )
 
-    def _open(self, sequence_id: int) -> None:
+    def _open(self, sequence_id: int, slot: int) -> None:
         """Tell the stages of a sequence that starts, or starts over.
 
         With its first step, not on submission: a long prompt file stays on the head.
         """
         active = self._active[sequence_id]
         if active.first_step_s is None:
-            active.first_step_s = self._clock.now_s()
+            active.first_step_s, active.slot = self._clock.now_s(), slot
         token_ids = self._core.known_tokens(sequence_id)
         rotary_len = self._core.rotary_len(sequence_id)
         request = active.request
@@ -239,8 +249,9 @@ class Runner:
 
     def _take_tokens(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
         self._num_output_tokens += len(emitted.token_ids)
-        for sequence_id in emitted.first:
-            self._active[sequence_id].first_token_s = self._clock.now_s()
+        active, now_s = self._active, self._clock.now_s()
+        for sequence_id in emitted.sequence_ids:
+            active[sequence_id].token_s.append(now_s)
         if not self._watches:
             return
         for row, sequence_id in enumerate(emitted.sequence_ids):
@@ -282,7 +293,6 @@ class Runner:
     def _complete(self, active: _Active, finished: Finished) -> Completion:
         assert finished.token_ids, "a sequence finishes with at least one token"
         assert active.first_step_s is not None
-        assert active.first_token_s is not None
         request, token_ids = active.request, finished.token_ids
         num_prompt_tokens = len(request.prompt_ids)
         try:
@@ -297,7 +307,27 @@ class Runner:
             finish_reason=reason,
             num_prompt_tokens=num_prompt_tokens,
             queue_s=active.first_step_s - active.submitted_s,
-            ttft_s=active.first_token_s - active.submitted_s,
+            ttft_s=active.token_s[0] - active.submitted_s,
             latency_s=self._clock.now_s() - active.submitted_s,
             logprobs=tuple(active.logprobs) if request.sampling.num_logprobs >= 0 else None,
         )
+
+    def record(self, completion: Completion, active: _Active | None = None) -> None:
+        """Tell of a request that has ended; `active` None: it was refused."""
+        if self._on_request is None:
+            return
+        if active is None:
+            refused = (None, None, None, self._clock.now_s(), 0, ())
+            self._on_request(RequestRecord(completion, *refused))
+            return
+        failed = completion.error_kind is not None
+        record = RequestRecord(
+            completion,
+            slot=active.slot,
+            arrived_s=active.submitted_s,
+            admitted_s=active.first_step_s,
+            finished_s=self._clock.now_s() if failed else active.submitted_s + completion.latency_s,
+            num_preemptions=active.num_preemptions,
+            token_s=tuple(active.token_s),
+        )
+        self._on_request(record)

@@ -52,16 +52,27 @@ class MpiFamily(str, enum.Enum):
     OTHER = "an MPI library that is not known here"
 
 
+_NAMES = {
+    "open mpi": MpiFamily.OPEN_MPI,
+    "cray mpich": MpiFamily.CRAY,
+    "intel(r) mpi": MpiFamily.INTEL,
+    "mpich": MpiFamily.MPICH,
+    "mvapich": MpiFamily.MPICH,
+}
+# Types of srun's --mpi that work, best first.
+_WANTED = {
+    MpiFamily.OPEN_MPI: ("pmix",),
+    MpiFamily.CRAY: ("cray_shasta", "pmi2"),
+    MpiFamily.MPICH: ("pmi2", "cray_shasta"),
+    MpiFamily.INTEL: ("pmi2", "pmix"),
+    MpiFamily.OTHER: ("pmi2", "pmix"),
+}
+
+
 def family_of(library: str) -> MpiFamily:
     """The family of the library that calls itself `library` (MPI_Get_library_version)."""
     text = library.lower()
-    if "open mpi" in text:
-        return MpiFamily.OPEN_MPI
-    if "cray mpich" in text:
-        return MpiFamily.CRAY
-    if "intel(r) mpi" in text:
-        return MpiFamily.INTEL
-    return MpiFamily.MPICH if "mpich" in text or "mvapich" in text else MpiFamily.OTHER
+    return next((family for words, family in _NAMES.items() if words in text), MpiFamily.OTHER)
 
 
 def short_name(library: str) -> str:
@@ -91,7 +102,10 @@ def choose_mpi(library: str, offered: Sequence[str]) -> str:
         EnvironmentSetupError: the library needs one that srun does not offer.
     """
     family = family_of(library)
-    wanted = _wanted(family, library)
+    wanted = _WANTED[family]
+    # An MPICH that was built against PMIx says so among its configure options, and knows no PMI-2.
+    if family is MpiFamily.MPICH and re.search(r"--with-pmix|--with-pmi=pmix", library):
+        wanted = ("pmix",)
     if not offered:
         return wanted[0]
     for name in wanted:
@@ -104,18 +118,6 @@ def choose_mpi(library: str, offered: Sequence[str]) -> str:
         f"srun offers --mpi={', '.join(offered)}, and {short_name(library)} needs "
         f"{' or '.join(wanted)}, or its ranks would not meet: {_remedy(family, offered)}"
     )
-
-
-def _wanted(family: MpiFamily, library: str) -> tuple[str, ...]:
-    """Types that work, best first."""
-    if family is MpiFamily.OPEN_MPI:
-        return ("pmix",)
-    if family is MpiFamily.CRAY:
-        return ("cray_shasta", "pmi2")
-    # An MPICH that was built against PMIx says so among its configure options, and knows no PMI-2.
-    if family is MpiFamily.MPICH and re.search(r"--with-pmix|--with-pmi=pmix", library):
-        return ("pmix",)
-    return ("pmi2", "cray_shasta") if family is MpiFamily.MPICH else ("pmi2", "pmix")
 
 
 def _remedy(family: MpiFamily, offered: Sequence[str]) -> str:
@@ -173,12 +175,6 @@ class MpiAbi(str, enum.Enum):
 # The second part of the name of mpi4py's module.
 _OF_MODULE = {"mpich": MpiAbi.MPICH, "openmpi": MpiAbi.OPEN_MPI, "mpiabi": MpiAbi.STANDARD}
 _OF_NUMBER = {"12": MpiAbi.MPICH, "20": MpiAbi.OPEN_MPI, "40": MpiAbi.OPEN_MPI}
-_OF_FAMILY = {
-    MpiFamily.MPICH: MpiAbi.MPICH,
-    MpiFamily.CRAY: MpiAbi.MPICH,
-    MpiFamily.INTEL: MpiAbi.MPICH,
-    MpiFamily.OPEN_MPI: MpiAbi.OPEN_MPI,
-}
 
 
 def abi_of_module(path: str) -> MpiAbi | None:
@@ -197,7 +193,10 @@ def abi_of_file(path: str) -> MpiAbi | None:
 
 def abi_of_library(library: str) -> MpiAbi | None:
     """That of the library that calls itself `library` (MPI_Get_library_version)."""
-    return _OF_FAMILY.get(family_of(library))
+    family = family_of(library)
+    if family is MpiFamily.OTHER:
+        return None
+    return MpiAbi.OPEN_MPI if family is MpiFamily.OPEN_MPI else MpiAbi.MPICH
 
 
 def missing_abi(problem: str) -> MpiAbi | None:

@@ -19,9 +19,9 @@ import torch
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.names import Part, resolve_names
-from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
+from mpipipe.weights.sources import StoredTensor, open_source
 
-__all__ = ["LoadReport", "load_stage"]
+__all__ = ["LoadReport", "load_stage", "place"]
 
 _FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _NAMES_SHOWN = 3
@@ -69,25 +69,26 @@ def load_stage(
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
-    source = open_source(index)
+    source, bytes_read = open_source(index), 0
     try:
-        slots, stored = _account(
-            module,
-            wanted,
-            index=index,
-            source=source,
-            all_names=all_names,
-            tied=tied,
-            to_canonical=to_canonical,
-        )
-        filler = _Filler(source, stored, device)
+        resolution = resolve_names(all_names, source.names(), tied, to_canonical)
+        missing = _listed(resolution.missing, "missing")
+        unexpected = _listed(resolution.unexpected, "not part of the model")
+        _raise_if_any(index, [missing, unexpected])
+        slots = _slots(module, wanted, resolution.parts, tied)
+        stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
+        _raise_if_any(index, _misfits(slots, stored))
         for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            _assign(module, slot, filler.fill(slot))
+            tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=device)
+            for part in slot.parts:
+                bytes_read += source.read_into(part.source, _region(tensor, part))
+            _check_range(slot, stored, tensor)
+            place(module, slot.names, tensor, slot.meta)
     finally:
         source.close()
     _share_equal(module, wanted, tied)
     return LoadReport(
-        bytes_read=filler.bytes_read,
+        bytes_read=bytes_read,
         parameter_bytes=_prove_materialised(module),
         convert_s=source.convert_s,
     )
@@ -100,29 +101,6 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
-
-
-def _account(
-    module: torch.nn.Module,
-    wanted: Mapping[str, str],
-    *,
-    index: CheckpointIndex,
-    source: TensorSource,
-    all_names: Collection[str],
-    tied: Mapping[str, str],
-    to_canonical: Callable[[str], str] | None,
-) -> tuple[list[_Slot], dict[str, StoredTensor]]:
-    """What to read and where it is; raises CheckpointError for anything that does not fit."""
-    resolution = resolve_names(all_names, source.names(), tied, to_canonical)
-    problems = [
-        _listed(resolution.missing, "missing"),
-        _listed(resolution.unexpected, "not part of the model"),
-    ]
-    _raise_if_any(index, problems)
-    slots = _slots(module, wanted, resolution.parts, tied)
-    stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
-    _raise_if_any(index, _misfits(slots, stored))
-    return slots, stored
 
 
 def _slots(
@@ -187,44 +165,25 @@ def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     return rows[part.half * half : (part.half + 1) * half]
 
 
-class _Filler:
-    """Makes real tensors and counts what was read."""
-
-    def __init__(
-        self,
-        source: TensorSource,
-        stored: Mapping[str, StoredTensor],
-        device: torch.device,
-    ) -> None:
-        self._source = source
-        self._stored = stored
-        self._device = device
-        self.bytes_read = 0
-
-    def fill(self, slot: _Slot) -> torch.Tensor:
-        """A tensor like `slot.meta`, read and converted."""
-        tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=self._device)
-        for part in slot.parts:
-            self.bytes_read += self._source.read_into(part.source, _region(tensor, part))
-        self._require_in_range(slot, tensor)
-        return tensor
-
-    def _require_in_range(self, slot: _Slot, tensor: torch.Tensor) -> None:
-        """float16 ends at 65,504: a larger weight became infinite on the way."""
-        narrowed = {self._stored[part.source].dtype for part in slot.parts} - {"float16"}
-        if tensor.dtype == torch.float16 and narrowed and bool(torch.isinf(tensor).any()):
-            raise CheckpointError(
-                f"{slot.parts[0].source} holds values beyond float16 (65,504): choose "
-                'model.dtype = "bfloat16" or "float32"'
-            )
+def _check_range(slot: _Slot, stored: Mapping[str, StoredTensor], tensor: torch.Tensor) -> None:
+    """float16 ends at 65,504: a larger weight became infinite on the way."""
+    narrowed = {stored[part.source].dtype for part in slot.parts} - {"float16"}
+    if tensor.dtype == torch.float16 and narrowed and bool(torch.isinf(tensor).any()):
+        raise CheckpointError(
+            f"{slot.parts[0].source} holds values beyond float16 (65,504): choose "
+            'model.dtype = "bfloat16" or "float32"'
+        )
 
 
-def _assign(module: torch.nn.Module, slot: _Slot, tensor: torch.Tensor) -> None:
-    is_parameter = isinstance(slot.meta, torch.nn.Parameter)
-    value = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-    for name in slot.names:
+def place(
+    module: torch.nn.Module, names: Iterable[str], tensor: torch.Tensor, like: torch.Tensor
+) -> None:
+    """Make `tensor` the parameter or buffer of all these names; `like`: what is there now."""
+    if isinstance(like, torch.nn.Parameter):
+        tensor = torch.nn.Parameter(tensor, requires_grad=False)
+    for name in names:
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, value)
+        setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def _share_equal(

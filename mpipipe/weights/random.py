@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mpipipe.weights.loader import LoadReport
+from mpipipe.weights.loader import LoadReport, place
 
 __all__ = ["fill_random"]
 
@@ -42,14 +42,15 @@ def fill_random(
     tied = tied or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
-    made: dict[str, torch.Tensor] = {}
+    names: dict[str, list[str]] = {}
     for name, canonical in wanted.items():
-        source = tied.get(canonical, canonical)
-        if source not in made:
-            made[source] = _drawn(source, state[name], device, seed)
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, made[source])
-    num_bytes = sum(tensor.nbytes for tensor in made.values())
+        names.setdefault(tied.get(canonical, canonical), []).append(name)
+    num_bytes = 0
+    for canonical, sharing in names.items():
+        shell = state[sharing[0]]
+        tensor = _drawn(canonical, shell, device, seed)
+        place(module, sharing, tensor, shell)
+        num_bytes += tensor.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
 
 
@@ -64,6 +65,4 @@ def _drawn(name: str, shell: torch.Tensor, device: torch.device, seed: int) -> t
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
             tensor.normal_(0.0, _DEVIATION, generator=generator)
-    if isinstance(shell, torch.nn.Parameter):
-        return torch.nn.Parameter(tensor, requires_grad=False)
     return tensor

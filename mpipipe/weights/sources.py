@@ -21,8 +21,7 @@ from typing import Protocol
 
 import torch
 
-from mpipipe.checkpoint.header import TensorEntry
-from mpipipe.checkpoint.index import CheckpointIndex
+from mpipipe.checkpoint.index import CheckpointIndex, TensorEntry
 from mpipipe.errors import CheckpointError
 
 __all__ = ["SafetensorsSource", "StoredTensor", "TensorSource", "TorchSource", "open_source"]

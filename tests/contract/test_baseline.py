@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.bench.baseline import generate_with_transformers
+from mpipipe.bench.baseline import BaselinePlace, generate_with_transformers
 from mpipipe.errors import ConfigError
 from mpipipe.types import Request, SamplingParams
 
@@ -21,4 +21,5 @@ def test_penalties_that_transformers_does_not_have_are_refused(name: str, tmp_pa
             dtype="float32",
             batch_size=1,
             decode=str,
+            place=BaselinePlace(),
         )

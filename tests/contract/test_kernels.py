@@ -16,7 +16,6 @@ from mpipipe.models.layer_options import AttentionOptions
 
 pytest.importorskip("triton", reason="triton is part of the dev extra on Linux x86_64 only")
 
-from mpipipe.models.kernels.activation import gated_silu
 from mpipipe.models.kernels.decode_attention import (
     DecodeTuning,
     num_pieces,
@@ -30,13 +29,13 @@ from mpipipe.models.kernels.linear import (
     prefers_small_linear,
     small_linear,
 )
-from mpipipe.models.kernels.norms import add_rms_norm, rms_norm
 from mpipipe.models.kernels.prefill_attention import (
     Chunks,
     PrefillTuning,
     paged_prefill_attention,
 )
 from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.kernels.rowwise import add_rms_norm, gated_silu, rms_norm
 from mpipipe.models.layer_options import HeadNorms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

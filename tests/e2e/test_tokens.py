@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from mpipipe.bench.baseline import generate_with_transformers
+from mpipipe.bench.baseline import BaselinePlace, generate_with_transformers
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.models.tokenizer import open_tokenizer
@@ -46,8 +46,8 @@ def expected(demo_model: Path, prompt_file: Path) -> dict[str, tuple[int, ...]]:
         prompts.requests,
         dtype="float32",
         batch_size=1,
-        num_threads=1,
         decode=tokenizer.decode,
+        place=BaselinePlace(),
     )
     return {c.request_id: c.token_ids for c in result.completions}
 

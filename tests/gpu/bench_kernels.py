@@ -27,16 +27,15 @@ from torch.nn.functional import (
 )
 
 from mpipipe.models.kernels import probe
-from mpipipe.models.kernels.activation import gated_silu
 from mpipipe.models.kernels.decode_attention import DecodeTuning, paged_decode_attention
 from mpipipe.models.kernels.linear import LinearTuning, default_tuning, small_linear
-from mpipipe.models.kernels.norms import add_rms_norm, rms_norm
 from mpipipe.models.kernels.prefill_attention import (
     Chunks,
     PrefillTuning,
     paged_prefill_attention,
 )
 from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.kernels.rowwise import add_rms_norm, gated_silu, rms_norm
 from mpipipe.models.layer_options import AttentionOptions
 from tests.gpu.bench_layer import bench_layer
 from tests.gpu.bench_timing import (

@@ -14,18 +14,16 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from mpipipe.models.kernels.activation import gated_silu
 from mpipipe.models.kernels.decode_attention import paged_decode_attention
-from mpipipe.models.kernels.launch import early_launch
 from mpipipe.models.kernels.linear import (
     MAX_ROWS,
     default_tuning,
     prefers_small_linear,
     small_linear,
 )
-from mpipipe.models.kernels.norms import add_rms_norm, rms_norm
 from mpipipe.models.kernels.prefill_attention import Chunks, paged_prefill_attention
 from mpipipe.models.kernels.rotary import rotate_and_store
+from mpipipe.models.kernels.rowwise import add_rms_norm, gated_silu, rms_norm
 from mpipipe.models.layer_options import AttentionOptions
 from tests.gpu.bench_timing import (
     DTYPE,
@@ -35,6 +33,7 @@ from tests.gpu.bench_timing import (
     elapsed_us,
     relative_error,
 )
+from tests.gpu.early_launch import early_launch
 
 __all__ = ["bench_layer"]
 

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA wheels")
 
-from mpipipe.models.kernels.launch import early_launch, launch_options
+from mpipipe.models.kernels.launch import launch_options
 from mpipipe.models.kernels.linear import LinearTuning, small_linear
-from mpipipe.models.kernels.norms import rms_norm
+from mpipipe.models.kernels.rowwise import rms_norm
+from tests.gpu.early_launch import early_launch
 
 DEVICE = torch.device("cuda")
 

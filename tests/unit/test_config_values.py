@@ -102,6 +102,14 @@ def test_unknown_setting_names_the_nearest(word: str, guess: str) -> None:
     assert word.partition("=")[0] in message
 
 
+def test_a_dotted_name_in_quotes_is_no_setting_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('"model.path" = "m"\n')
+    assert 'unknown setting "model.path"' in failure(path)
+    path.write_text('[model]\n"path.path" = "m"\n')
+    assert 'unknown setting "model.path.path"' in failure(path)
+
+
 def test_unknown_section_in_a_file_lists_the_sections(tmp_path: Path) -> None:
     message = failure(write(tmp_path, "a.toml", "[modle]\npath = 'x'\n"))
     assert "a.toml" in message

@@ -186,6 +186,25 @@ def test_a_rank_that_was_busy_tells_for_how_long_and_gets_as_much_more(drive: Dr
     assert drive(2, script).ended.keys() == {0}
 
 
+def test_a_rank_that_stood_still_tells_its_log_but_not_while_it_boots(drive: Drive) -> None:
+    told: list[tuple[int, float, float]] = []
+
+    async def script(world: World) -> None:
+        for rank, vitals in enumerate(world.vitals):
+            vitals.on_pause = lambda seconds, cpu_s, rank=rank: told.append((rank, seconds, cpu_s))
+        world.vitals[0].last_step = None
+        await world.advance(3)
+        world.frozen |= {0, 1}
+        await world.advance(4)
+        world.cpu_s[1] += 0.5
+        world.frozen.clear()
+        await world.advance(3)
+
+    drive(2, script)
+    # It sleeps for two seconds a time, of which some are over when it is stopped.
+    assert told == [(1, pytest.approx(3.0, abs=1.0), 0.5)]
+
+
 def test_a_rank_that_was_stopped_gets_no_more(drive: Drive) -> None:
     async def script(world: World) -> None:
         await world.advance(3)

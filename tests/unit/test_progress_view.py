@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from mpipipe.cli.progress_view import ProgressView
+from mpipipe.cli.run_view import ProgressView
 from mpipipe.clock import ScriptedClock
 
 

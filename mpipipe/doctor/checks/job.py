@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from mpipipe.config.prompts import PromptLine
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
+from mpipipe.doctor.probes.folders import FolderFacts
 from mpipipe.errors import EXIT_CONFIG
 from mpipipe.planning.memory import gib
-
-if TYPE_CHECKING:
-    from mpipipe.config.prompts import PromptLine
-    from mpipipe.doctor.probes.folders import FolderFacts
-    from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import PipelinePlan
 
 __all__ = [
     "HostDemand",

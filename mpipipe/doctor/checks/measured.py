@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from mpipipe.control_plane.probe import ControlProbe
 from mpipipe.doctor.facts import LinkFigure
 from mpipipe.doctor.finding import Finding, ok, warning
-
-if TYPE_CHECKING:
-    from mpipipe.control_plane.probe import ControlProbe
-    from mpipipe.runtime.clock_offsets import ClockOffsets
+from mpipipe.runtime.clock_offsets import ClockOffsets
 
 __all__ = ["check_clocks", "check_control", "check_links"]
 

@@ -7,23 +7,19 @@ nothing behind. `checks.job` says what the figures mean.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.index import read_index
+from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, MpipipeError
-from mpipipe.planning.model_facts import read_model
-
-if TYPE_CHECKING:
-    from mpipipe.config.load import LoadedConfig
-    from mpipipe.planning.model_facts import ModelFacts
+from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.topology.host import read_text
 
 __all__ = [
     "FolderFacts",
@@ -95,30 +91,29 @@ def probe_folders(
         host: this one.
         quick: measure no speed.
     """
-    facts = _output_facts(FolderFacts(host), output_folder(loaded), marker, quick=quick)
+    output = _output_facts(host, output_folder(loaded), marker, quick=quick)
     try:
         model = read_model(loaded)
     except MpipipeError as error:
-        return (
-            dataclasses.replace(
-                facts, model_problem=str(error), model_exit_code=int(error.exit_code)
-            ),
-            None,
-        )
-    facts = dataclasses.replace(facts, model_system=file_system(model.folder))
-    if loaded.config.model.weights == "random":
-        return facts, model
-    with contextlib.suppress(OSError, CheckpointError):  # it was whole a moment ago
-        index = read_index(model.folder)
-        largest = max(index.files, key=lambda path: path.stat().st_size)
-        speed = 0.0 if quick else read_bytes_per_s(largest)
-        facts = dataclasses.replace(
-            facts, model_bytes=index.file_bytes, read_bytes_per_s=round(speed)
-        )
+        exit_code = int(error.exit_code)
+        return replace(output, model_problem=str(error), model_exit_code=exit_code), None
+    num_bytes, speed = 0, 0.0
+    if loaded.config.model.weights != "random":
+        with contextlib.suppress(OSError, CheckpointError):  # it was whole a moment ago
+            index = read_index(model.folder)
+            largest = max(index.files, key=lambda path: path.stat().st_size)
+            speed = 0.0 if quick else read_bytes_per_s(largest)
+            num_bytes = index.file_bytes
+    facts = replace(
+        output,
+        model_system=file_system(model.folder),
+        model_bytes=num_bytes,
+        read_bytes_per_s=round(speed),
+    )
     return facts, model
 
 
-def _output_facts(facts: FolderFacts, output: Path, marker: str, *, quick: bool) -> FolderFacts:
+def _output_facts(host: str, output: Path, marker: str, *, quick: bool) -> FolderFacts:
     there = _existing(output)
     problem, speed, free_bytes = "", 0.0, None
     try:
@@ -128,8 +123,8 @@ def _output_facts(facts: FolderFacts, output: Path, marker: str, *, quick: bool)
         speed = write_bytes_per_s(path, 4096 if quick else _WRITE_LIMIT_BYTES)
     except OSError as error:
         problem = error.strerror or str(error)
-    return dataclasses.replace(
-        facts,
+    return FolderFacts(
+        host,
         output=str(output),
         output_problem=problem,
         output_system=file_system(there),
@@ -153,20 +148,14 @@ def _existing(folder: Path) -> Path:
 
 def file_system(folder: Path, root: Path = Path("/")) -> str:
     """The type of the file system that holds `folder`, e.g. "lustre"; empty when not known."""
-    try:
-        lines = (root / "proc/self/mounts").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    best, found = -1, ""
-    for line in lines:
-        words = line.split()
-        if len(words) < 3:
-            continue
-        mount = Path(words[1].replace("\\040", " "))
+    found = (Path("/"), "")
+    for line in read_text(root / "proc/self/mounts").splitlines():
+        _, point, system, *_ = [*line.split(), "", "", ""]
+        mount = Path(point.replace("\\040", " "))
         # The last of equally deep mounts hides the others.
-        if folder.is_relative_to(mount) and len(mount.parts) >= best:
-            best, found = len(mount.parts), words[2]
-    return found
+        if folder.is_relative_to(mount) and len(mount.parts) >= len(found[0].parts):
+            found = mount, system
+    return found[1]
 
 
 def read_bytes_per_s(path: Path) -> float:

@@ -16,27 +16,24 @@ import statistics
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from mpipipe.config.schema import AUTO, PipelineConfig
-from mpipipe.data_plane.channel import EdgeKind
+from mpipipe.data_plane.channel import EdgeKind, TensorChannel
 from mpipipe.doctor.facts import LinkFigure
-from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.doctor.probes.process import nccl_routes, recorded_nccl
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport
 from mpipipe.planning.layout import stage_order as order_of_stages
+from mpipipe.planning.resources import RankResources
 from mpipipe.runtime.handshake import exchange_resources
+from mpipipe.runtime.ranks import Ranks
 from mpipipe.runtime.tensor_channel import Transport, open_transport
 from mpipipe.topology.host import host_name
 from mpipipe.types import DeviceName
-
-if TYPE_CHECKING:
-    from mpipipe.data_plane.channel import TensorChannel
-    from mpipipe.planning.resources import RankResources
-    from mpipipe.runtime.ranks import Ranks
 
 __all__ = ["measure_links", "neighbours"]
 

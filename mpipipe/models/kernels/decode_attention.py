@@ -17,18 +17,16 @@ import triton
 import triton.language as tl
 
 from mpipipe.models.kernels.launch import (
+    LOG2_E,
     MAX_COUNTERS,
     await_inputs,
-    launch_options,
-    zeroed_counters,
-)
-from mpipipe.models.kernels.scores import (
-    LOG2_E,
     block_dim,
     has_async_copy,
+    launch_options,
     loaded_dim,
     num_processors,
     soft_capped,
+    zeroed_counters,
 )
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
-"""Early launch: a kernel may start before the one ahead of it in the stream has finished.
+"""What the kernels share: early launch, score capping, block shapes, facts about the device.
 
-On Hopper and later (programmatic dependent launch) a kernel that is launched this way takes the
-places that the kernel ahead of it leaves free, does what needs no input of its own, and waits for
-its inputs on the device. CUDA graphs keep such edges since CUDA 12.3. Tried and left out: fetching
-weights into the L2 meanwhile, which made a layer slower (H200).
+Early launch: a kernel may start before the one ahead of it in the stream has finished. On Hopper
+and later (programmatic dependent launch) a kernel that is launched this way takes the places that
+the kernel ahead of it leaves free, does what needs no input of its own, and waits for its inputs on
+the device. CUDA graphs keep such edges since CUDA 12.3. Tried and left out: fetching weights into
+the L2 meanwhile, which made a layer slower (H200).
 
 Invariants, without which results would be stale: every program of every kernel here calls
 `await_inputs` before it reads what a kernel may have written and before it writes at all. So a
@@ -13,8 +14,6 @@ way fit in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -22,32 +21,28 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "LOG2_E",
     "MAX_COUNTERS",
     "await_inputs",
-    "early_launch",
+    "block_dim",
+    "has_async_copy",
     "launch_options",
+    "loaded_dim",
+    "num_processors",
+    "soft_capped",
     "zeroed_counters",
 ]
 
 MAX_COUNTERS = 1 << 16
 # Measured, H200, whole decode layers: 0 to 7 % faster from 1 to 32 rows, the same from 128 on.
-_allowed = [True]
+# tests/gpu turn it off, to measure the difference.
+EARLY_LAUNCH = True
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
     """The options with which every kernel on `device` is launched: early, where that is allowed."""
-    early = _allowed[0] and _supports_early_launch(device)
+    early = EARLY_LAUNCH and _supports_early_launch(device)
     return {"EARLY": early, "launch_pdl": early}
-
-
-@contextmanager
-def early_launch(allowed: bool) -> Iterator[None]:
-    """Allow early launches, or not, for what is launched within: for measuring the difference."""
-    before, _allowed[0] = _allowed[0], allowed
-    try:
-        yield
-    finally:
-        _allowed[0] = before
 
 
 @cache
@@ -75,3 +70,47 @@ def await_inputs(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+
+
+def block_dim(head_dim: int) -> int:
+    """The tile width for a head dimension: tiles are powers of two, and tl.dot wants 16."""
+    assert head_dim <= 256, f"head_dim {head_dim} exceeds the 256 that the kernels hold"
+    return max(int(triton.next_power_of_2(head_dim)), 16)
+
+
+def loaded_dim(cache: torch.Tensor) -> int:
+    """How much of each head's row the kernels read from a cache [pages, page_size, K, D].
+
+    Rows that are padded in memory to a multiple of 8 elements are read padding included, because
+    16-byte loads need multiples of 8; such padding must hold finite numbers.
+    """
+    head_dim = cache.shape[3]
+    padded = -(-head_dim // 8) * 8
+    row = min(stride for stride, size in zip(cache.stride()[:3], cache.shape, strict=False) if size)
+    return padded if row >= padded else head_dim
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def has_async_copy(device: torch.device) -> bool:
+    """Whether loads can be pipelined through shared memory (Ampere and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@triton.jit
+def soft_capped(score, cap):
+    """Scores within ±cap: cap * tanh(score / cap), by way of exp: Triton itself has no tanh."""
+    exponent = tl.minimum(2.0 * score / cap, 80.0)  # tanh(40) is 1 in float32; exp(89) overflows
+    return cap * (1.0 - 2.0 / (tl.exp(exponent) + 1.0))

@@ -18,10 +18,11 @@ import triton.language as tl
 from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
+    has_async_copy,
     launch_options,
+    num_processors,
     zeroed_counters,
 )
-from mpipipe.models.kernels.scores import has_async_copy, num_processors
 
 __all__ = [
     "MAX_ROWS",

@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launch_options
-from mpipipe.models.kernels.scores import (
+from mpipipe.models.kernels.launch import (
     LOG2_E,
+    await_inputs,
     block_dim,
     has_async_copy,
+    launch_options,
     loaded_dim,
     soft_capped,
 )

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from functools import cache
 
-from mpipipe.topology.compilers import has_c_compiler
+from mpipipe.topology.packages import has_c_compiler
 
 __all__ = ["available"]
 
@@ -45,7 +45,7 @@ def _trial_failure() -> str:
     import torch
 
     try:
-        from mpipipe.models.kernels.norms import rms_norm
+        from mpipipe.models.kernels.rowwise import rms_norm
 
         hidden_TH = torch.full((2, 96), 3.0, dtype=torch.float16, device="cuda")
         out_TH = rms_norm(hidden_TH, torch.ones_like(hidden_TH[0]), 0.0)

@@ -1,0 +1,72 @@
+"""The warnings and errors of all ranks, in the order in which they happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpipipe.logs.clocks import read_clocks
+from mpipipe.logs.reading import Line, RunFiles, number, text, whole
+
+__all__ = ["Problem", "find_problems"]
+
+_LEVELS = {"warning", "error", "critical"}
+_KNOWN = {
+    "time", "t_s", "level", "event", "host", "run", "attempt", "job", "replica", "rank", "stage",
+    "exception", "error", "message", "kind",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One warning or error, or one prompt that failed."""
+
+    t_s: float  # on rank 0's clock
+    time: str  # as the rank wrote it, UTC
+    attempt: int
+    rank: int
+    level: str
+    event: str
+    message: str
+    trace: str  # of the error, if it was logged with it
+
+
+def find_problems(files: RunFiles, *, with_warnings: bool) -> list[Problem]:
+    """All errors of the run, and the warnings too if wanted; those of all attempts."""
+    found: list[Problem] = []
+    for rank in files.ranks():
+        for line in files.log_lines(rank):
+            level, failed = text(line, "level"), line.get("error") is not None
+            if level in _LEVELS and (with_warnings or level != "warning"):
+                found.append(_problem(line, rank, level))
+            elif failed and text(line, "event") == "completed":
+                found.append(_problem(line, rank, "prompt"))
+    clocks = {
+        attempt: read_clocks(files.lines("clock.jsonl", attempt))
+        for attempt in {problem.attempt for problem in found}
+    }
+    return sorted(
+        found,
+        key=lambda problem: (
+            problem.attempt,
+            clocks[problem.attempt].on_head(problem.rank, problem.t_s),
+        ),
+    )
+
+
+def _problem(line: Line, rank: int, level: str) -> Problem:
+    message = text(line, "error") or text(line, "message")
+    fields = {name: value for name, value in line.items() if name not in _KNOWN}
+    if fields:
+        told = ", ".join(f"{name}={value}" for name, value in fields.items())
+        message = f"{message} ({told})" if message else told
+    kind = text(line, "kind")
+    return Problem(
+        t_s=number(line, "t_s") or 0.0,
+        time=text(line, "time"),
+        attempt=whole(line, "attempt", 1),
+        rank=rank,
+        level=level,
+        event=text(line, "event"),
+        message=f"{kind}: {message}" if kind else message,
+        trace=text(line, "exception"),
+    )

@@ -1,0 +1,170 @@
+"""JSONL files that a thread of their own writes: what is told there never waits for a disk.
+
+Twice a second the thread takes what was told, makes lines of it and appends them, so that what a
+killed rank has told is on its way to the disk after a second. Lines are written whole, a few at a
+time: the thread that computes wants the interpreter, too. These files are about a run and not its
+results: where they cannot be written the run goes on, and says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from io import FileIO
+
+    from mpipipe.clock import Clock
+
+__all__ = ["LineFile", "LineThread"]
+
+T = TypeVar("T")
+
+_INTERVAL_S = 0.5
+_LINES_PER_WRITE = 32  # 0.2 ms of the interpreter's time
+_MOST_WAITING = 200_000
+_TAIL_BYTES = 1 << 16
+
+
+class LineFile(Generic[T]):
+    """One file; `tell` may be called from any thread, the rest is the writing thread's.
+
+    Args:
+        path: appended to; a torn last line of a rank that was killed is cut off.
+        line_of: the line, with its end, of what is told.
+        num_kept: the latest lines to keep at least, in this file and one beside it that has `.1`
+            before its suffix; None: all.
+    """
+
+    def __init__(
+        self, path: Path, line_of: Callable[[T], str], *, num_kept: int | None = None
+    ) -> None:
+        self.path = path
+        self.num_lost = 0  # told too fast, or the disk did not take them
+        self.told: deque[T] = deque()
+        self._line_of = line_of
+        self._num_kept = num_kept
+        self._num_lines = 0
+        self._file: FileIO | None = None
+
+    def tell(self, item: T) -> None:
+        """Have a line of it written soon; lost when very many wait already."""
+        if len(self.told) < _MOST_WAITING:
+            self.told.append(item)
+        else:
+            self.num_lost += 1
+
+    def write_told(self) -> None:
+        """Append what was told so far.
+
+        Raises:
+            OSError: the file takes no more; the lines at hand are lost, later ones are tried.
+        """
+        for _ in range(-(-len(self.told) // _LINES_PER_WRITE)):
+            items = [self.told.popleft() for _ in range(min(_LINES_PER_WRITE, len(self.told)))]
+            try:
+                self._append("".join(map(self._line_of, items)).encode(), len(items))
+            except OSError:
+                self.num_lost += len(items)
+                raise
+
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _append(self, lines: bytes, num_lines: int) -> None:
+        file = self._file or self._open()
+        if self._num_kept is not None and self._num_lines >= self._num_kept:
+            self.close()
+            self.path.replace(self.path.with_suffix(f".1{self.path.suffix}"))
+            file = self._open()
+        if file.write(lines) < len(lines):
+            self.close()  # opening it again cuts the torn line off
+            raise OSError(28, "the last line was not written as a whole")
+        self._num_lines += num_lines
+
+    def _open(self) -> FileIO:
+        file = self.path.open("a+b", buffering=0)
+        size = file.seek(0, os.SEEK_END)
+        tail_begin = max(0, size - _TAIL_BYTES)
+        file.seek(tail_begin)
+        tail = file.read(_TAIL_BYTES)
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(tail_begin + tail.rfind(b"\n") + 1)
+        file.seek(0)
+        self._num_lines = 0 if self._num_kept is None else file.read().count(b"\n")
+        self._file = file
+        return file
+
+
+class LineThread:
+    """Writes files, and does what is due, until it is closed.
+
+    Args:
+        files: to write.
+        clock: monotonic seconds.
+        work: called at the start, whenever `work_interval_s` has passed, and at the end; it may
+            tell the files.
+        work_interval_s: 0: `work` is not called.
+        on_failure: told once, in a sentence, that lines are lost; from this thread.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[LineFile[Any]],
+        *,
+        clock: Clock,
+        work: Callable[[], None] = lambda: None,
+        work_interval_s: float = 0.0,
+        on_failure: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._files = files
+        self._clock = clock
+        self._work = work
+        self._work_interval_s = work_interval_s
+        self._on_failure: Callable[[str], object] | None = on_failure
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self, limit_s: float) -> bool:
+        """Write what was told and end; returns whether that was done within `limit_s`."""
+        self._ending.set()
+        self._thread.join(limit_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        due_s = self._clock.now_s()
+        while not self._ending.is_set():
+            if self._work_interval_s > 0 and self._clock.now_s() >= due_s:
+                self._work()
+                due_s += self._work_interval_s
+                due_s = max(due_s, self._clock.now_s())  # after a time in which it stood still
+            self._write()
+            self._ending.wait(_INTERVAL_S)
+        if self._work_interval_s > 0:
+            self._work()
+        self._write()
+        for file in self._files:
+            file.close()
+
+    def _write(self) -> None:
+        for file in self._files:
+            try:
+                file.write_told()
+            except OSError as error:
+                tell, self._on_failure = self._on_failure, None
+                if tell is not None:
+                    tell(
+                        f"{file.path} cannot be written ({error.strerror}): lines about the run "
+                        "are lost until it can; completions are not touched by that"
+                    )
