@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from mpipipe.config.binding import layer_overrides, merge, settings
+=======
+from mpipipe.config.binding import layer_overrides, merge
+from mpipipe.config.load import read_words
+>>>>>>> main
 from mpipipe.experiments.record import Matrix
 from mpipipe.experiments.verdict import ExperimentVerdict
 
