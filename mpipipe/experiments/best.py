@@ -8,12 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from mpipipe.config.binding import layer_overrides, merge, settings
-=======
 from mpipipe.config.binding import layer_overrides, merge
 from mpipipe.config.load import read_words
->>>>>>> main
 from mpipipe.experiments.record import Matrix
 from mpipipe.experiments.verdict import ExperimentVerdict
 
@@ -37,11 +33,10 @@ def best_config(
     best = verdict.best
     if best is None or best.speed is None:
         return None
-    given = [word for word in matrix.words if word.partition("=")[0] in settings()]
-    prompts = [word for word in matrix.words if word not in given]  # one file at most
-    values = layer_overrides(given)
-    if prompts:
-        values = merge({"prompts": {"path": prompts[0]}}, values)
+    named = read_words(None, matrix.words)
+    values = layer_overrides(named.settings)
+    if named.prompts is not None:
+        values = merge({"prompts": {"path": named.prompts}}, values)
     measured = layer_overrides(best.case.words)["pipeline"]
     values = merge(values, {"pipeline": {name: measured[name] for name in _FOUND}})
     speed = f"{best.speed.median:.1f} tokens/s ({best.speed.low:.1f} to {best.speed.high:.1f})"
