@@ -159,13 +159,17 @@ class StageWorker:
         """Whether this stage samples."""
         return self._stage.has_head
 
-    async def serve(self) -> bool:
-        """Run steps until the head ends this generate call; False: the head ended the session."""
+    async def serve(self, began: Callable[[], object] = lambda: None) -> bool:
+        """Run steps until the head ends this generate call; False: the head ended the session.
+
+        `began` is told when the call begins.
+        """
         _, first = await self._mailbox.get()
         if isinstance(first, SessionEnded):
             return False
         assert isinstance(first, GenerationBegan), first
         self._timeline.begin(self._clock.now_s())
+        began()
         self._launches_s.clear()
         unregister = self._progress.register(self._poll)
         try:
