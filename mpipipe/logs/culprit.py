@@ -49,7 +49,7 @@ class Culprit:
 def find_culprit(run: RunFacts) -> Culprit:
     """The one thing that cost the run the most time, if there is one."""
     stalls = [stall for stall in find_stalls(run) if stall.seconds >= _LEAST_STALL_S]
-    shared = _shared_core(run)
+    shared = _shared_core(run, stalls)
     found = [
         *_stalled(stalls),
         *([shared] if shared is not None else []),
@@ -80,48 +80,61 @@ def _stalled(stalls: Sequence[Stall]) -> Iterator[Culprit]:
     )
 
 
-def _shared_core(run: RunFacts) -> Culprit | None:
+def _computed(run: RunFacts, stalls: Sequence[Stall]) -> dict[int, float]:
+    """Seconds of compute by rank, without stalls."""
+    computed = {rank.rank: rank.parts_s.get("compute", 0.0) for rank in run.ranks}
+    for stall in stalls:
+        if stall.part == "compute":
+            computed[stall.rank] -= stall.seconds - stall.usual_s
+    return computed
+
+
+def _shared_core(run: RunFacts, stalls: Sequence[Stall]) -> Culprit | None:
     """A rank whose thread computed for longer than it had a core (CPUs only)."""
     if run.device == "cuda":
         return None
-    worst: Culprit | None = None
-    for rank in run.ranks:
-        cpu = rank.cpu
-        if cpu is None or cpu.cpu_s <= 0 or rank.generate_s <= 0:
-            continue
-        compute_s = rank.parts_s.get("compute", 0.0) * min(1.0, cpu.wall_s / rank.generate_s)
-        lost_s = compute_s - cpu.cpu_s
-        if cpu.cpu_s > _CPU_SHARE * compute_s or not _was_put_aside(rank, lost_s):
-            continue
-        node = f", node CPU {cpu.node_percent:.0f} %" if cpu.node_percent is not None else ""
-        sentence = (
-            f"rank {rank.rank} shares its core: its compute took {compute_s / cpu.cpu_s:.1f} × its "
-            f"CPU time ({compute_s:.1f} s against {cpu.cpu_s:.1f} s{node})"
-        )
-        if worst is None or lost_s > worst.seconds:
-            worst = Culprit("shared_core", sentence, rank.rank, rank.stage, lost_s)
-    return worst
+    computed = _computed(run, stalls)
+    lost_s = {rank.rank: _put_aside_s(rank, computed[rank.rank]) for rank in run.ranks}
+    worst = max(run.ranks, key=lambda rank: lost_s[rank.rank], default=None)
+    if worst is None or lost_s[worst.rank] <= 0:
+        return None
+    cpu = worst.cpu
+    assert cpu is not None, "it has lost time"
+    compute_s = cpu.cpu_s + lost_s[worst.rank]
+    others = [str(rank) for rank, seconds in lost_s.items() if seconds > 0 and rank != worst.rank]
+    node = f", node CPU {cpu.node_percent:.0f} %" if cpu.node_percent is not None else ""
+    sentence = (
+        f"rank {worst.rank} shares its core: its compute took {compute_s / cpu.cpu_s:.1f} × its "
+        f"CPU time ({compute_s:.1f} s against {cpu.cpu_s:.1f} s{node})"
+    )
+    if others:
+        sentence += f"; so {'do ranks' if len(others) > 1 else 'does rank'} {', '.join(others)}"
+    return Culprit("shared_core", sentence, worst.rank, worst.stage, lost_s[worst.rank])
 
 
-def _was_put_aside(rank: RankFacts, lost_s: float) -> bool:
-    """Whether others had the core meanwhile, instead of nobody."""
+def _put_aside_s(rank: RankFacts, computed_s: float) -> float:
+    """For how long the rank computed without a core, if others had it meanwhile; else 0."""
     cpu = rank.cpu
-    assert cpu is not None
+    if cpu is None or cpu.cpu_s <= 0 or rank.generate_s <= 0:
+        return 0.0
+    compute_s = computed_s * min(1.0, cpu.wall_s / rank.generate_s)
+    lost_s = compute_s - cpu.cpu_s
+    if cpu.cpu_s > _CPU_SHARE * compute_s:
+        return 0.0
     if cpu.num_involuntary_switches is not None:
-        return cpu.num_involuntary_switches * _MOST_SLICE_S >= 0.5 * lost_s
-    return (cpu.node_percent or 0.0) >= _NODE_BUSY_PERCENT
+        was_busy = cpu.num_involuntary_switches * _MOST_SLICE_S >= 0.5 * lost_s
+    else:
+        was_busy = (cpu.node_percent or 0.0) >= _NODE_BUSY_PERCENT
+    return lost_s if was_busy else 0.0
 
 
 def _slow_stage(
     run: RunFacts, stalls: Sequence[Stall], shared: Culprit | None
 ) -> Iterator[Culprit]:
     """A stage that computes longer than the others, other than by a stall or for want of a core."""
-    computed = {rank.rank: rank.parts_s.get("compute", 0.0) for rank in run.ranks}
+    computed = _computed(run, stalls)
     if len(computed) < 2 or not any(computed.values()):
         return
-    for stall in stalls:
-        if stall.part == "compute":
-            computed[stall.rank] -= stall.seconds - stall.usual_s
     slowest = max(run.ranks, key=lambda rank: computed[rank.rank])
     others = [rank for rank in run.ranks if rank is not slowest]
     others_s = fmean(computed[rank.rank] for rank in others)

@@ -94,7 +94,7 @@ _STEPS = (
     _field("start_s", "float", "the stage was free: the step before had left it"),
     _field("idle_s", "float", "nothing was scheduled"),
     _field("wait_s", "float", "scheduled; the stage before still computes its input"),
-    _field("transfer_s", "float", "the stage before is done; its tensor is not here"),
+    _field("transfer_s", "float|null", "the stage before is done; its tensor is not here"),
     _field("compute_s", "float", "the step itself"),
     _field("overhead_s", "float", "event loop and thread hand-over around the compute"),
     _field("send_s", "float", "held up by sending"),

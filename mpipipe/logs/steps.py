@@ -83,6 +83,8 @@ class RankSteps:
             KeyError, TypeError, ValueError: the line is damaged; nothing was counted.
         """
         start_s, idle_s, wait_s, transfer_s, compute_s, overhead_s, send_s = _FIELDS(line)
+        if transfer_s is None:  # how the wait divides is not known
+            transfer_s = 0.0
         seconds = idle_s + wait_s + transfer_s + compute_s + overhead_s + send_s
         step, slot, phase_name = line["step"], line["slot"], line["phase"]
         num_tokens, num_rows = line["num_tokens"], line["num_rows"]
@@ -97,7 +99,9 @@ class RankSteps:
             raise ValueError("a step takes no such time")
         phase = self.phases.get(phase_name)
         if phase is None:
-            phase = self.phases[str(phase_name)] = PhaseSteps()
+            if not isinstance(phase_name, str):
+                raise TypeError("a phase is a word")
+            phase = self.phases[phase_name] = PhaseSteps()
         phase.num_tokens += num_tokens
         phase.num_rows += num_rows
         phase.bytes_in += bytes_in
@@ -120,7 +124,7 @@ class RankSteps:
             self._keep(seconds, line)
 
     def _keep(self, seconds: float, line: Line) -> None:
-        parts_s = {part: line[f"{part}_s"] for part in PARTS}
+        parts_s = {part: line[f"{part}_s"] or 0.0 for part in PARTS}
         long = LongStep(
             seconds, line["step"], line["slot"], line["phase"], line["start_s"], parts_s
         )

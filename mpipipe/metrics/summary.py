@@ -177,6 +177,11 @@ class RunSummary:
         return sum(told) if told and len(told) == len(self.ranks) else None
 
     @property
+    def bytes_moved(self) -> int:
+        """Of tensors, from rank to rank."""
+        return sum(rank.stage.bytes_out for rank in self.ranks)
+
+    @property
     def output_tokens_per_s(self) -> float:
         """Generated tokens over the generate phase."""
         return self._per_s(self.requests.num_output_tokens)
@@ -211,7 +216,8 @@ class RunSummary:
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
-        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request; `energy_j`
+        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
+        * `energy_j`, `bytes_moved`: of all ranks
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
           each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
@@ -233,6 +239,7 @@ class RunSummary:
             "itl_p50_s": self.itl_p50_s,
             "itl_p95_s": self.itl_p95_s,
             "energy_j": self.energy_j,
+            "bytes_moved": self.bytes_moved,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
             "time": self._times(),
             "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],

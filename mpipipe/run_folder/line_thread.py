@@ -79,10 +79,11 @@ class LineFile(Generic[T]):
             file.close()
 
     def _append(self, lines: bytes, num_lines: int) -> None:
+        file = self._file or self._open()
         if self._num_kept is not None and self._num_lines >= self._num_kept:
             self.close()
             self.path.replace(self.path.with_suffix(f".1{self.path.suffix}"))
-        file = self._file or self._open()
+            file = self._open()
         if file.write(lines) < len(lines):
             self.close()  # opening it again cuts the torn line off
             raise OSError(28, "the last line was not written as a whole")

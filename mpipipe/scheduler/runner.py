@@ -320,12 +320,13 @@ class Runner:
             refused = (None, None, None, self._clock.now_s(), 0, ())
             self._on_request(RequestRecord(completion, *refused))
             return
+        failed = completion.error_kind is not None
         record = RequestRecord(
             completion,
             slot=active.slot,
             arrived_s=active.submitted_s,
             admitted_s=active.first_step_s,
-            finished_s=self._clock.now_s(),
+            finished_s=self._clock.now_s() if failed else active.submitted_s + completion.latency_s,
             num_preemptions=active.num_preemptions,
             token_s=tuple(active.token_s),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, TensorChannel,
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.errors import NumericsError, PromptError
 from mpipipe.kv_cache.contiguous import ContiguousKVCache
-from mpipipe.metrics.accounting import StageAccount
+from mpipipe.metrics.accounting import StageAccount, StepRecord
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.progress import ProgressEngine, new_event_loop
@@ -34,6 +34,7 @@ from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.launched import LaunchedStep
+from mpipipe.stage.step_times import StepTimesLink
 from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams
@@ -75,6 +76,7 @@ class Rank:
     mesh: Mesh
     worker: StageWorker
     account: StageAccount
+    told: list[tuple[StepRecord, float | None]] = field(default_factory=list)  # by the account
 
 
 class SlowReceiver:
@@ -159,6 +161,20 @@ class VirtualRanks:
             end: TensorChannel = tensors[number]
             if self._is_slow and number == 1:
                 end = self.slow = SlowReceiver(tensors[1], tensors[0])
+            told: list[tuple[StepRecord, float | None]] = []
+            account.on_step = lambda record, transfer_s, told=told: told.append(
+                (record, transfer_s)
+            )
+            link = None
+            if self.plan.num_stages > 1:
+                link = StepTimesLink(
+                    self.plan,
+                    number,
+                    mesh=mesh,
+                    account=account,
+                    clock=clock,
+                    ahead_s=lambda _: 0.0,
+                )
             worker = StageWorker(
                 plan=self.plan,
                 stage=self.plan.stages[number],
@@ -166,11 +182,11 @@ class VirtualRanks:
                 channel=end,
                 engine=engine,
                 stream=self.pipeline.stream,
-                timeline=StreamTimeline(self.pipeline.stream, account),
+                timeline=StreamTimeline(self.pipeline.stream, account, link),
                 progress=progress,
                 clock=clock,
             )
-            self.ranks.append(Rank(mesh, worker, account))
+            self.ranks.append(Rank(mesh, worker, account, told))
         completed: list[list[Completion]] = []
         async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
             polling = tasks.create_task(progress.run())
@@ -180,6 +196,7 @@ class VirtualRanks:
             started_s = clock.now_s()
             for requests in calls:
                 completed.append(await self._call(tasks, requests))  # noqa: PERF401
+            await asyncio.gather(*(rank.worker.settle() for rank in self.ranks))
             ending = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
             self.ranks[0].mesh.broadcast_message(SessionEnded())
             assert await asyncio.gather(*ending) == [False] * len(ending)
@@ -377,6 +394,49 @@ def test_every_second_of_every_rank_is_booked(tiny: Callable[[str], TinyModel]) 
         assert 0 <= ranks.elapsed_s - totals.overall.wall_s < 0.05
         assert totals.overall.overhead_s > 0, "handing work to the thread takes a moment"
         assert rank.worker.device_use() == DeviceUse(), "on a CPU computing is the host's time"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_each_stage_knows_of_every_step_how_its_wait_divides(
+    num_stages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=12, ignore_eos=True))
+    plan = engine_plan(num_stages)
+    ranks = VirtualRanks(EnginePipeline(tiny("llama"), plan, "varlen", MonotonicClock()).prepare())
+    ranks.generate(requests, requests)
+    computed_s = [[record.compute_end_s for record, _ in rank.told] for rank in ranks.ranks]
+    for number, rank in enumerate(ranks.ranks):
+        totals = rank.account.snapshot()
+        assert len(rank.told) == totals.num_steps > 64, "more than one batch of times"
+        assert totals.num_undivided == 0
+        transfers_s = [transfer_s for _, transfer_s in rank.told if transfer_s is not None]
+        assert len(transfers_s) == len(rank.told)
+        assert totals.overall.transfer_s == pytest.approx(sum(transfers_s), abs=1e-6)
+        if number:  # all virtual ranks have one clock
+            for (record, transfer_s), done_s in zip(rank.told, computed_s[number - 1], strict=True):
+                waited_from_s = min(max(record.scheduled_s, done_s), record.input_ready_s)
+                assert transfer_s == pytest.approx(record.input_ready_s - waited_from_s, abs=2e-9)
+    if num_stages == 1:
+        assert totals.overall.transfer_s == totals.bytes_in == totals.bytes_out == 0
+        return
+    ends = [rank.account.snapshot() for rank in ranks.ranks]
+    sent = [stage.bytes_out for stage in ends]
+    assert [stage.bytes_in for stage in ends] == [sent[-1], *sent[:-1]], "what one sends"
+    num_rows = sum(record.num_tokens for record, _ in ranks.ranks[0].told)
+    assert sent[0] == num_rows * plan.hidden_size * 4
+    assert sum(transfer_s or 0.0 for _, transfer_s in ranks.ranks[1].told) > 0
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_with_graphs_the_ids_are_bytes_too(
+    num_stages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    requests = make_requests(LENGTHS, lambda n: SamplingParams(max_new_tokens=6, ignore_eos=True))
+    ranks = virtual(tiny("llama"), num_stages, "replayed")
+    ranks.generate(requests)
+    ends = [rank.account.snapshot() for rank in ranks.ranks]
+    assert ends[-1].bytes_out == ends[0].bytes_in > 8 * 6 * len(LENGTHS), "with rows of padding"
+    assert all(stage.num_undivided == 0 for stage in ends)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])

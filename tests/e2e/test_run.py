@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import LIMIT_S, ROOT, execute, mpiexec, read_jsonl, run
+from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
 RECORD_KEYS = {
@@ -57,6 +57,12 @@ def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: 
         "rank_1.log",
         "metrics.json",
         "status.json",
+        "steps_rank_0.jsonl",
+        "steps_rank_1.jsonl",
+        "samples_rank_0.jsonl",
+        "samples_rank_1.jsonl",
+        "requests.jsonl",
+        "clock.jsonl",
     }
     records = outcome.completions()
     assert [record["id"] for record in records] == ["first", "second", "third"]
@@ -125,8 +131,14 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
     assert 0 < rank["load_s"] < own_s
 
 
-def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
-    outcome = run(2, tiny_config, tmp_path / "run")
+PARTS = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
+
+
+def test_the_metrics_and_the_lines_about_the_run_add_up(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90")
+    outcome = run(2, tiny_config, folder, *words)
+    assert outcome.exit_code == 0, outcome.stderr
     metrics = outcome.json("metrics.json")
     assert metrics["requests"]["num_completed"] == 3
     assert (metrics["schema"], metrics["state"], metrics["attempt"]) == (1, "done", 1)
@@ -139,13 +151,89 @@ def test_the_metrics_add_up(tiny_config: Path, tmp_path: Path) -> None:
     )
     assert "slowest boot  rank " in outcome.stdout
     for rank in metrics["ranks"]:
-        _check_boot(tmp_path / "run", rank)
-    for rank in metrics["ranks"]:
-        overall = rank["stage"]["overall"]
-        names = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
-        assert sum(overall[name] for name in names) == pytest.approx(overall["wall_s"], abs=1e-6)
+        _check_boot(folder, rank)
+        stage = rank["stage"]
+        overall = stage["overall"]
+        assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
         assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
+        _check_steps(folder, rank["rank"], stage)
+        _check_samples(folder, rank["rank"], stage, outcome)
+    first, last = (rank["stage"] for rank in metrics["ranks"])
+    assert (first["bytes_out"], last["bytes_out"]) == (last["bytes_in"], first["bytes_in"])
+    _check_requests(folder, outcome)
+    clocks = read_jsonl(folder / "clock.jsonl")
+    assert {(line["of_rank"], line["offset_s"], line["error_s"]) for line in clocks} == {
+        (0, 0.0, 0.0), (1, 0.0, 0.0),
+    }, "ranks of one host read one clock"  # fmt: skip
+    assert len(clocks) == 4, "at the start and at the end"
+
+
+def _identities(folder: Path, lines: list[dict[str, Any]], rank: int) -> None:
+    run_id = json.loads((folder / "manifest.json").read_text())["run"]
+    names = ("run", "attempt", "job", "replica", "rank", "stage")
+    assert {tuple(line[name] for name in names) for line in lines} == {
+        (run_id, 1, None, 0, rank, rank)
+    }
+
+
+def _check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
+    """The lines of a rank's steps, against the sums of its stage."""
+    steps = read_jsonl(folder / f"steps_rank_{rank}.jsonl")
+    _identities(folder, steps, rank)
+    assert [line["step"] for line in steps] == list(range(stage["num_steps"]))
+    assert {line["phase"] for line in steps} <= {"prefill", "decode", "mixed"}
+    for line in steps:
+        parts_s = sum(line[name] for name in PARTS)
+        assert parts_s == pytest.approx(line["t_s"] - line["start_s"], abs=1e-8)
+        assert line["num_rows"] <= line["num_tokens"]
+    for name in ("bytes_out", "num_tokens"):
+        assert sum(line[name] for line in steps) == stage[name]
+    for name in ("compute_s", "transfer_s", "send_s"):
+        total_s = sum(line[name] for line in steps)
+        assert total_s == pytest.approx(stage["overall"][name], abs=1e-6)
+    assert all(later["start_s"] == earlier["t_s"] for earlier, later in itertools.pairwise(steps))
+
+
+def _check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outcome) -> None:
+    """The time series of a rank: growing counters, up to what the run did."""
+    samples = read_jsonl(folder / f"samples_rank_{rank}.jsonl")
+    _identities(folder, samples, rank)
+    assert len(samples) >= 2
+    for name in ("t_s", "num_steps", "io_write_bytes", "net_rx_bytes"):
+        values = [line[name] for line in samples]
+        assert values == sorted(values), name
+    last = samples[-1]
+    assert last["num_steps"] == stage["num_steps"]
+    assert last["rss_bytes"] > 1 << 20
+    assert last["cpu_percent"] > 0
+    assert last["gpu"] is None
+    counts = ("num_output_tokens", "num_running", "num_waiting", "kv_pages_used", "num_kv_pages")
+    num_tokens = sum(record["num_output_tokens"] for record in outcome.completions())
+    told = (num_tokens, 0, 0, 0, 64) if rank == 0 else (None,) * 5
+    assert tuple(last[name] for name in counts) == told
+
+
+def _check_requests(folder: Path, outcome: Outcome) -> None:
+    """The line of each request, against its completion."""
+    requests = read_jsonl(folder / "requests.jsonl")
+    _identities(folder, requests, 0)
+    completions = {record["id"]: record for record in outcome.completions()}
+    assert {line["id"] for line in requests} == set(completions)
+    gaps_s: list[float] = []
+    for line in requests:
+        completion = completions[line["id"]]
+        for name in ("num_prompt_tokens", "num_output_tokens", "finish_reason"):
+            assert line[name] == completion[name]
+        for name in ("queue_s", "ttft_s", "latency_s"):
+            assert line[name] == pytest.approx(completion[name], abs=1e-5)
+        times_s = line["token_s"]
+        assert len(times_s) == line["num_output_tokens"]
+        assert line["arrived_s"] <= line["admitted_s"] <= line["first_token_s"] == times_s[0]
+        assert times_s[-1] <= line["finished_s"] == line["t_s"]
+        gaps_s += [later - earlier for earlier, later in itertools.pairwise(times_s)]
+    p50_s = sorted(gaps_s)[len(gaps_s) // 2 - 1 + len(gaps_s) % 2]
+    assert outcome.json("metrics.json")["itl_p50_s"] == pytest.approx(p50_s, rel=0.0051)
 
 
 def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:

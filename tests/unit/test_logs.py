@@ -92,6 +92,15 @@ def test_the_older_of_two_step_files_comes_first(run: WrittenRun) -> None:
     assert (steps.num_steps, steps.first_step) == (400, 0)
 
 
+def test_a_transfer_that_is_not_known_is_in_the_wait(run: WrittenRun) -> None:
+    path = run.folder / "steps_rank_1.jsonl"
+    path.write_text(path.read_text().replace('"transfer_s": 0.0001', '"transfer_s": null', 1))
+    files = RunFiles(run.folder)
+    steps = read_steps(files, 1, 1)
+    assert (steps.num_steps, files.torn) == (400, {})
+    assert steps.parts_s["transfer"] == pytest.approx(399 * 0.0001)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "nul", "[" * 50_000])
 def test_odd_documents_are_as_good_as_none(run: WrittenRun, content: str) -> None:
     for name in ("metrics.json", "manifest.json"):

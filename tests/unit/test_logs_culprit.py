@@ -80,6 +80,14 @@ def test_a_rank_that_computes_without_a_core_shares_it(
     assert found.seconds == pytest.approx(0.5 * 400 * 0.0042, rel=0.01)
 
 
+def test_a_stopped_rank_does_not_share_its_core(tmp_path: Path) -> None:
+    run = WrittenRun(
+        tmp_path, odd={(1, 50): {"compute_s": 4.0}}, cpu_share={1: 0.2}, node_cpu_percent=100.0,
+        switches_per_s={1: 280.0},
+    )  # fmt: skip
+    assert culprit(run).kind == "stall"
+
+
 def test_on_a_gpu_no_core_computes(tmp_path: Path) -> None:
     run = WrittenRun(
         tmp_path, cpu_share={0: 0.1, 1: 0.1}, node_cpu_percent=100.0, device="cuda",

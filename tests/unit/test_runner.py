@@ -25,6 +25,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.errors import PromptError
+from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.log import NullLog
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
@@ -62,6 +63,7 @@ class Pipeline:
     opened: list[RequestOpened] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     most_in_flight: int = 0
+    records: list[RequestRecord] = field(default_factory=list)
 
     def mailbox(self, kind: type[Message]) -> Mailbox[tuple[int, Message]]:
         return self.mailboxes.setdefault(kind, Mailbox(kind.__name__))
@@ -126,6 +128,7 @@ class Pipeline:
             decode=decode,
             clock=self.clock,
             log=NullLog(),
+            on_request=self.records.append,
         )
 
 
@@ -152,6 +155,18 @@ def complete(
     assert core.is_idle
     assert sorted(pipeline.closed) == list(range(len(wanted)))
     return sorted(completions, key=lambda completion: completion.index)
+
+
+def complete_some(
+    core: SchedulerCore, wanted: Sequence[Request], pipeline: Pipeline
+) -> list[Completion]:
+    """In the order they ended; some may be refused."""
+
+    async def run() -> list[Completion]:
+        async with pipeline.running(core) as runner:
+            return [completion async for completion in runner.generate(wanted)]
+
+    return asyncio.run(run())
 
 
 def alone(request: Request) -> tuple[list[int], str, FinishReason]:
@@ -267,6 +282,30 @@ def test_times_are_those_of_first_step_first_token_and_last_token(kind: str) -> 
     assert completion.queue_s == 0.0
     assert completion.ttft_s == 1.0
     assert completion.latency_s == 5.0  # a second a step
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_the_life_of_each_request_is_told_once(kind: str) -> None:
+    core, pipeline = make_core(kind, num_pages=14), Pipeline()
+    pipeline.clock.advance(100.0)
+    wanted = requests(stop=("e",))
+    wanted[7] = replace(wanted[7], prompt_ids=(1,) * 500)
+    completions = complete_some(core, wanted, pipeline)
+    assert [record.completion for record in pipeline.records] == completions
+    refused = pipeline.records[0]
+    assert refused.completion.error_kind == "too_long"
+    assert (refused.slot, refused.arrived_s, refused.token_s) == (None, None, ())
+    for record in pipeline.records[1:]:
+        done = record.completion
+        assert record.slot in (0, 1)
+        assert record.arrived_s == 100.0
+        assert record.admitted_s == 100.0 + done.queue_s
+        assert len(record.token_s) == done.num_output_tokens
+        assert record.token_s[0] == 100.0 + done.ttft_s
+        assert record.finished_s == 100.0 + done.latency_s >= record.token_s[-1]
+        assert min(record.gaps_s(), default=1.0) >= 1.0, "a second a step"
+    num_preemptions = sum(record.num_preemptions for record in pipeline.records)
+    assert num_preemptions == core.statistics().num_preemptions > 0
 
 
 @pytest.mark.parametrize("kind", CORES)

@@ -61,7 +61,9 @@ def rank_report(stage: int, *, compute_s: float, wait_s: float) -> RankReport:
     return RankReport(
         rank=stage,
         host=f"node{stage}",
-        stage=StageTotals(stage=stage, num_steps=3, num_tokens=30, overall=overall, steady=steady),
+        stage=StageTotals(
+            stage=stage, num_steps=3, num_tokens=30, overall=overall, steady=steady, bytes_out=4096
+        ),
         load_s=0.5,
         boot=(
             BootPart("process", 0.0, 0.25),
@@ -94,6 +96,7 @@ def summary() -> RunSummary:
             rank_report(0, compute_s=6.0, wait_s=1.0),
             rank_report(1, compute_s=5.0, wait_s=2.0),
         ),
+        itl_p50_s=0.25,
     )
 
 
@@ -129,6 +132,8 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     assert metrics["requests"]["num_failed"] == 1
     assert metrics["num_preemptions"] == 2
     assert metrics["output_tokens_per_s"] == pytest.approx(10.0)
+    assert (metrics["itl_p50_s"], metrics["energy_j"]) == (0.25, None)
+    assert metrics["bytes_moved"] == 2 * 4096
     rank = metrics["ranks"][1]
     assert rank["host"] == "node1"
     assert rank["loaded_bytes"] == 250 * MIB
@@ -137,7 +142,14 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     parts = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
     assert sum(overall[part] for part in parts) == pytest.approx(overall["wall_s"])
     assert overall["bubble_ratio"] == pytest.approx(0.5)
+    assert overall["communication_s"] == pytest.approx(1.0)
     assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)
+
+
+def test_energy_is_the_sum_of_all_ranks_if_all_tell(summary: RunSummary) -> None:
+    first, second = (replace(rank, energy_j=20.0) for rank in summary.ranks)
+    assert replace(summary, ranks=(first, second)).energy_j == 40.0
+    assert replace(summary, ranks=(first, replace(second, energy_j=None))).energy_j is None
 
 
 def test_reading_and_preprocessing_are_told_apart(summary: RunSummary) -> None:

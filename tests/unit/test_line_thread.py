@@ -1,0 +1,179 @@
+"""Lines that a thread writes: whole, in order, the latest ones kept; and a disk that takes none."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from mpipipe.clock import MonotonicClock
+from mpipipe.run_folder import line_thread
+from mpipipe.run_folder.line_thread import LineFile, LineThread
+
+LIMIT_S = 20.0
+
+
+def line_of(number: int) -> str:
+    return f'{{"n": {number}}}\n'
+
+
+def numbers(path: Path) -> list[int]:
+    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+
+
+def write(file: LineFile[int]) -> None:
+    file.write_told()
+    file.close()
+
+
+def told(path: Path, *items: int, num_kept: int | None = None) -> LineFile[int]:
+    file = LineFile(path, line_of, num_kept=num_kept)
+    for item in items:
+        file.tell(item)
+    return file
+
+
+def test_what_was_told_is_appended_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    file = told(path, *range(100))
+    file.write_told()
+    file.tell(100)
+    file.write_told()
+    file.close()
+    again = told(path, 101)  # of a later attempt
+    write(again)
+    assert numbers(path) == list(range(102))
+
+
+def test_nothing_told_makes_no_file(tmp_path: Path) -> None:
+    write(told(tmp_path / "lines.jsonl"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_torn_line_of_a_killed_rank_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n')
+    write(told(path, 3))
+    assert numbers(path) == [1, 2, 3]
+    path.write_text('{"n')
+    write(told(path, 4))
+    assert numbers(path) == [4]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+def test_the_latest_lines_are_kept_in_two_files_that_take_turns(tmp_path: Path, batch: int) -> None:
+    path, num_kept = tmp_path / "steps_rank_0.jsonl", 100
+    file = told(path, num_kept=num_kept)
+    for first in range(0, 1000, batch):
+        for number in range(first, min(first + batch, 1000)):
+            file.tell(number)
+        file.write_told()
+        kept = numbers(path)
+        older = path.with_name("steps_rank_0.1.jsonl")
+        kept = (numbers(older) if older.exists() else []) + kept
+        last = min(first + batch, 1000)
+        assert kept == list(range(kept[0], last))
+        assert len(kept) >= min(num_kept, last)
+        assert len(kept) <= 2 * (num_kept + 32)
+    file.close()
+
+
+def test_a_later_attempt_goes_on_with_the_file_that_has_room(tmp_path: Path) -> None:
+    path = tmp_path / "steps_rank_0.jsonl"
+    for first in range(0, 12, 3):  # of attempts
+        write(told(path, *range(first, first + 3), num_kept=5))
+    assert numbers(path.with_name("steps_rank_0.1.jsonl")) == list(range(6))
+    assert numbers(path) == list(range(6, 12))
+
+
+class FullDisk:
+    """Takes so many bytes more."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.written = b""
+
+    def write(self, lines: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = lines[: self.room]
+        self.room -= len(taken)
+        self.written += taken
+        return len(taken)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_full_disk_loses_lines_and_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    full = told(tmp_path / "folder", 1, 2)  # a folder cannot be opened as a file
+    fine = told(tmp_path / "lines.jsonl", 3)
+    failures: list[str] = []
+    thread = LineThread((full, fine), clock=MonotonicClock(), on_failure=failures.append)
+    thread._write()
+    full.tell(4)
+    thread._write()
+    fine.close()
+    assert full.num_lost == 3
+    assert numbers(fine.path) == [3]
+    (sentence,) = failures
+    assert f"{full.path} cannot be written (Is a directory)" in sentence
+
+
+def test_a_line_that_did_not_fit_is_cut_off_when_there_is_room_again(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    file = told(path, 1)
+    write(file)
+    file._file = FullDisk(4)  # type: ignore[assignment]
+    path.write_bytes(path.read_bytes() + line_of(2)[:4].encode())  # what it took
+    file.tell(2)
+    with pytest.raises(OSError, match="as a whole"):
+        file.write_told()
+    file.tell(3)
+    write(file)
+    assert numbers(path) == [1, 3]
+
+
+def test_too_many_lines_at_once_are_lost_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_thread, "_MOST_WAITING", 3)
+    file = told(tmp_path / "lines.jsonl", *range(5))
+    assert file.num_lost == 2
+    write(file)
+    assert numbers(file.path) == [0, 1, 2]
+
+
+def test_the_thread_works_at_the_start_and_at_the_end_and_writes_what_that_tells(
+    tmp_path: Path,
+) -> None:
+    file = told(tmp_path / "lines.jsonl")
+    worked: list[int] = []
+    first = threading.Event()
+
+    def work() -> None:
+        worked.append(len(worked))
+        file.tell(worked[-1])
+        first.set()
+
+    clock = MonotonicClock()
+    thread = LineThread((file,), clock=clock, work=work, work_interval_s=3600.0)
+    thread.start()
+    assert first.wait(LIMIT_S)
+    assert thread.close(LIMIT_S)
+    assert numbers(file.path) == worked == [0, 1]
+
+
+def test_without_an_interval_there_is_no_work(tmp_path: Path) -> None:
+    def work() -> None:
+        raise AssertionError("it was not asked for")
+
+    file = told(tmp_path / "lines.jsonl", 1)
+    thread = LineThread((file,), clock=MonotonicClock(), work=work)
+    thread.start()
+    assert thread.close(LIMIT_S)
+    assert numbers(file.path) == [1]
