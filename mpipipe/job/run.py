@@ -241,7 +241,7 @@ def _merge_only(job: _Job) -> None:
         job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
     write_json(job.acquired.folder / "metrics.json", summary.to_dict())
-    job.log.info("summary", **summary.to_dict())
+    job.log.info("summary", metrics=summary.to_dict())
 
 
 def _merge(job: _Job, written: Mapping[str, int]) -> None:
@@ -369,7 +369,7 @@ async def _report(job: _Job, summary: RunSummary) -> int:
     reason, requests = job.ranks.stop.reason, summary.requests
     metrics = job.acquired.folder / "metrics.json"
     await job.files.run(lambda: write_json(metrics, summary.to_dict()))
-    job.log.info("summary", **summary.to_dict())
+    job.log.info("summary", metrics=summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK

@@ -45,6 +45,8 @@ from mpipipe.stage.stage_transfers import StageTransfers
 from mpipipe.stage.timeline import StepEvents
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.data_plane.channel import TensorChannel, Transfer
