@@ -301,7 +301,7 @@ def _tell_what_is_left(job: _Job) -> None:
 
 
 def _tell_plan(job: _Job, session: Session, prompts: PreparedPrompts, problem: str | None) -> None:
-    """The plan, and what the user should know of; `problem`: of the profiler, logged by each rank."""
+    """The plan, and what the user should know of; `problem`: of the profiler, in each log."""
     warnings = [
         *job.loaded.warnings,
         *deepspeed_warnings(job.loaded, session.plan),
