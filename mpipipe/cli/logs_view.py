@@ -293,11 +293,11 @@ def _show(shown: Table | Text) -> None:
 
 
 def _print(line: str) -> None:
-    print(line)
+    print(line.encode("utf-8", "backslashreplace").decode())  # half of a surrogate pair
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    _print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
 def _show_notes(notes: Sequence[str]) -> None:

@@ -198,11 +198,11 @@ def bench_throughput(
     """Tokens per second of random prompts: `mpirun -n 2 mpipipe bench throughput CONFIG`."""
     from mpipipe.bench.throughput import ThroughputOptions
     from mpipipe.bench.workloads import BenchWork
-    from mpipipe.cli.throughput import chosen_works, throughput_command
+    from mpipipe.cli.bench import throughput_command
 
     default = BenchWork(prompts, 0 if mixed else tokens_in, 0 if mixed else tokens_out, mixed)
     options = ThroughputOptions(
-        works=chosen_works(work or [], default),
+        works=tuple(map(BenchWork.parse, work or [])) or (default,),
         latency=latency,
         repeat=repeat,
         seed=seed,

@@ -15,11 +15,11 @@ from mpipipe.topology.gpu import (
     GpuFacts,
     driver_in_sight,
     gpu_of_rank,
-    installed_attention_backends,
     no_driver_problem,
 )
 from mpipipe.topology.launcher import Launcher
 from mpipipe.topology.nvml import query_host
+from mpipipe.topology.packages import installed_attention_backends
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

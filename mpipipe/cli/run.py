@@ -6,24 +6,27 @@ that takes seconds for an import.
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
+from mpipipe import IMPORTED_S
 from mpipipe.cli.terminal import guard_terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_REQUEUE, MpipipeError
 from mpipipe.job.supervision import open_rank_page
 from mpipipe.job.supervisor import end_with, supervise, watch_supervisor
+from mpipipe.metrics.boot import BootTimeline
 from mpipipe.runtime.stop_switch import StopSwitch, keep_wall_time, stop_signals
+from mpipipe.topology.host import host_name
 from mpipipe.topology.launcher import detect
+from mpipipe.topology.process import process_age_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+    from typing import Any
 
 __all__ = ["run_command"]
 
@@ -34,8 +37,7 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
     Raises:
         MpipipeError: on the head, to be shown once; other ranks return its exit code silently.
     """
-    clock = MonotonicClock()
-    started_s = clock.now_s() - time.process_time()  # imports so far are part of the boot
+    boot = _boot_so_far(MonotonicClock())  # the supervisor's part of it, too
     terminal = guard_terminal()
     info, page, stop = detect(os.environ), open_rank_page(), StopSwitch()
     supervisor, watch = None, None
@@ -50,14 +52,14 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             # A stop so far is told when all ranks have met: they end together, in order.
             from mpipipe.cli.run_view import TerminalView
             from mpipipe.job.run import run_job
-            from mpipipe.progress import new_event_loop
+            from mpipipe.progress import run_async
 
             view = TerminalView(terminal, show=show)
             job = run_job(
-                config, overrides, view, clock, started_s, stop=stop, page=page, debug=debug
-            )
-            with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                exit_code = runner.run(job)
+                config, overrides, view, boot,
+                stop=stop, page=page, examine=_examine_node, debug=debug,
+            )  # fmt: skip
+            exit_code = run_async(job)
     except MpipipeError as error:
         exit_code = error.exit_code
         if debug:
@@ -71,3 +73,21 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
         if supervisor is not None:
             end_with(supervisor)
     return exit_code
+
+
+def _boot_so_far(clock: MonotonicClock) -> BootTimeline:
+    """From the start of this process, which a fork does not begin anew."""
+    age_s = process_age_s()
+    started_s = IMPORTED_S if age_s is None else min(IMPORTED_S, clock.now_s() - age_s)
+    boot = BootTimeline(clock, started_s)
+    boot.begin("imports", at_s=IMPORTED_S)
+    return boot
+
+
+def _examine_node(num_ranks: int) -> list[dict[str, Any]]:
+    """The doctor's findings about this node that cost nothing: memory, shared memory, limits."""
+    from mpipipe.doctor.checks.ranks import check_node
+    from mpipipe.doctor.probes.process import probe_node
+
+    findings = check_node(probe_node(os.environ), num_ranks=num_ranks)
+    return [finding.at(host_name()).to_dict() for finding in findings]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from mpipipe.config.binding import choices_by_setting, nearest
@@ -81,14 +82,14 @@ def check(config: Config) -> None:
         ConfigError: names the setting, its value and what is allowed.
     """
     for name, choices in choices_by_setting().items():
-        value = _value(config, name)
+        value = attrgetter(name)(config)
         if value not in choices:
             guess = nearest(value, choices)
             hint = f'; did you mean "{guess}"?' if guess else ""
             allowed = ", ".join(f'"{choice}"' for choice in choices)
             raise ConfigError(f'{name} = "{value}" is not known: it must be one of {allowed}{hint}')
     for name, holds, allowed in _RULES:
-        value = _value(config, name)
+        value = attrgetter(name)(config)
         if not holds(value):
             shown = list(value) if isinstance(value, tuple) else value
             raise ConfigError(f"{name} = {shown!r} is out of range: it must be {allowed}")
@@ -98,13 +99,6 @@ def check(config: Config) -> None:
             "the earlier run, or to replace it? Set one of them"
         )
     default_sampling(config.generation)
-
-
-def _value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def default_sampling(generation: GenerationConfig) -> SamplingParams:

@@ -2,7 +2,8 @@
 
 A JSON file is in that style when it has at least one flat key of the table `TARGETS` and no
 sections (no value is an object), or objects of the older style. `load.py` merges and checks.
-Invariant: nothing is dropped silently: a key is mapped, named in a warning, or an error.
+Invariant: nothing is dropped silently: a key is mapped, named in a warning, or an error. Of a
+`ds_config.json` stage count, dtype and batch size are compared with the plan; it sets nothing.
 
 | old key | becomes |
 |---|---|
@@ -51,8 +52,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config.binding import merge, nearest, sections, settings, short
-from mpipipe.config.deepspeed import DeepSpeedExpectations, dtype_name, read_expectations
-from mpipipe.config.files import expand_path
+from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.errors import ConfigError
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "ConfigLayer",
     "DeepSpeedExpectations",
     "InlinePrompt",
+    "check_against_plan",
     "convert",
     "is_legacy",
 ]
@@ -123,6 +124,25 @@ _DECIDED_BY_PLAN = ("device_map", "low_cpu_mem_usage", "use_cache")
 _MOST_RANKS = 1 << 20
 _DEFAULT_TOP_K = 50  # what transformers samples with when nothing else is said
 _FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".log")
+_OLD_DTYPES = {
+    "float32": ("float32", "fp32", "float"),
+    "float16": ("float16", "fp16", "half"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "auto": ("auto",),
+}
+_DTYPES = {old: dtype for dtype, names in _OLD_DTYPES.items() for old in names}
+_BATCH_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size")
+_DS_AUTO = "auto"  # in these files: left to the launcher, so nothing is expected
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSpeedExpectations:
+    """What the file says; None: it says nothing."""
+
+    path: Path
+    num_stages: int | None = None
+    dtype: str | None = None
+    batch_size: int | None = None  # sequences per micro-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +271,7 @@ def _converted(target: str, name: str, value: Any, path: Path, warnings: list[st
         )
     match target:
         case "model.dtype":
-            return dtype_name(value, f"{path}: {name}")
+            return _dtype_name(value, f"{path}: {name}")
         case "output.dir" if isinstance(value, str) and value.endswith(_FILE_SUFFIXES):
             folder = str(Path(value).with_suffix(""))
             warnings.append(
@@ -334,12 +354,112 @@ def _check_special(values: Mapping[str, Any], path: Path, warnings: list[str]) -
 def _deepspeed(values: Mapping[str, Any], path: Path) -> DeepSpeedExpectations | None:
     beside = path.parent / "ds_config.json"
     if "deepspeed_config" not in values:
-        return read_expectations(beside) if os.path.exists(beside) else None
+        return _read_expectations(beside) if os.path.exists(beside) else None
     named = values["deepspeed_config"]
     if not isinstance(named, str):
         raise ConfigError(f"{path}: deepspeed_config = {short(named)} must be the path of a file")
     given = Path(expand_path(named, "deepspeed_config"))
     beside = path.parent / given
-    return read_expectations(
+    return _read_expectations(
         beside if not os.path.exists(given) and os.path.exists(beside) else given
     )
+
+
+# ---- ds_config.json ------------------------------------------------------------------------------
+
+
+def _dtype_name(value: object, source: str) -> str:
+    """Today's name of a dtype in any of its old spellings.
+
+    Raises:
+        ConfigError: no such dtype; `source` names where it was found.
+    """
+    word = value.removeprefix("torch.").lower() if isinstance(value, str) else ""
+    if word not in _DTYPES:
+        raise ConfigError(f"{source} = {value!r} is no dtype: use float32, bfloat16 or float16")
+    return _DTYPES[word]
+
+
+def _read_expectations(path: Path) -> DeepSpeedExpectations:
+    """The expectations in the file at `path`.
+
+    Raises:
+        ConfigError: not readable, not JSON, or a value of the wrong kind.
+    """
+    raw = parse_table(read_text(path, "DeepSpeed configuration"), path)
+    return DeepSpeedExpectations(
+        path=path,
+        num_stages=_num_stages(raw, path),
+        dtype=_dtype(raw, path),
+        batch_size=next((n for k in _BATCH_KEYS if (n := _count(raw, k, path)) is not None), None),
+    )
+
+
+def _num_stages(raw: dict[str, Any], path: Path) -> int | None:
+    inner = _count(_table(raw, "pipeline", path), "stages", path)
+    outer = _count(raw, "pipeline_parallel_size", path)
+    if inner is not None and outer is not None and inner != outer:
+        raise ConfigError(
+            f"{path}: pipeline.stages = {inner} and pipeline_parallel_size = {outer} disagree: "
+            "remove one of them"
+        )
+    return inner if inner is not None else outer
+
+
+def _dtype(raw: dict[str, Any], path: Path) -> str | None:
+    enabled = [
+        dtype
+        for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16"))
+        if _table(raw, key, path).get("enabled") is True
+    ]
+    if len(enabled) > 1:
+        raise ConfigError(f"{path}: fp16 and bf16 are both enabled: switch one of them off")
+    if enabled:
+        return enabled[0]
+    if raw.get("dtype", _DS_AUTO) == _DS_AUTO:
+        return None
+    return _dtype_name(raw["dtype"], f"{path}: dtype")
+
+
+def _table(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key} = {value!r} must be an object")
+    return value
+
+
+def _count(raw: dict[str, Any], key: str, path: Path) -> int | None:
+    value = raw.get(key, _DS_AUTO)
+    if value == _DS_AUTO:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{path}: {key} = {value!r} must be a whole number from 1 on")
+    return value
+
+
+def check_against_plan(
+    expected: DeepSpeedExpectations, *, num_stages: int, dtype: str, max_sequences_per_slot: int
+) -> list[str]:
+    """Sentences for what the plan does differently without harm: dtype and batch size.
+
+    Raises:
+        ConfigError: the stage count differs, so the file was written for another launch.
+    """
+    if expected.num_stages is not None and expected.num_stages != num_stages:
+        raise ConfigError(
+            f"{expected.path} expects {expected.num_stages} pipeline stages, the plan has "
+            f"{num_stages}: start {expected.num_stages} ranks, or correct the file"
+        )
+    warnings = []
+    if expected.dtype is not None and expected.dtype != dtype:
+        warnings.append(
+            f"{expected.path} expects {expected.dtype}, the plan computes in {dtype}: set "
+            f"model.dtype={expected.dtype} to follow the file"
+        )
+    if expected.batch_size is not None and expected.batch_size != max_sequences_per_slot:
+        warnings.append(
+            f"{expected.path} expects micro-batches of {expected.batch_size}, the plan allows "
+            f"{max_sequences_per_slot}: set pipeline.max_sequences_per_slot={expected.batch_size} "
+            "to follow the file"
+        )
+    return warnings

@@ -9,6 +9,10 @@ Paths: `~` and `$VAR` are expanded everywhere. A relative `model.path`, `model.t
 `prompts.path` is looked up from the current directory, as on a command line; if it is not there but
 is there from the folder of the file that sets it, that one is taken. `output.dir` is always
 relative to the current directory. `extends` is relative to the file that says it.
+
+The words of a command are told apart by their names where that is possible, as not every rank may
+see the files: `mpipipe run exp.toml`, `mpipipe run MODEL_FOLDER prompts.jsonl generation.seed=7`. A
+word has one meaning, or is an error that shows the right order.
 """
 
 from __future__ import annotations
@@ -17,17 +21,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from mpipipe.config import legacy
-from mpipipe.config.binding import bind, layer_overrides, merge, short, to_dict
-from mpipipe.config.checks import check, default_sampling
-from mpipipe.config.command_words import DEMO_SCHEME, CommandWords, read_words
+from mpipipe.config.binding import bind, layer_overrides, merge, settings, short, to_dict
+from mpipipe.config.checks import check
 from mpipipe.config.files import expand_path, parse_table, read_text
-from mpipipe.config.renamed import rename_keys, rename_words
+from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.config.schema import Config
 from mpipipe.errors import ConfigError
 
@@ -35,7 +39,6 @@ __all__ = [
     "DEMO_SCHEME",
     "LoadedConfig",
     "config_hash",
-    "default_sampling",
     "load_config",
     "require_set",
     "to_dict",
@@ -43,6 +46,14 @@ __all__ = [
 
 _INPUT_PATHS = (("model", "path"), ("model", "tokenizer_path"), ("prompts", "path"))
 _ALL_PATHS = (*_INPUT_PATHS, ("output", "dir"))
+DEMO_SCHEME = "demo:"  # a model that comes from a package, not a folder
+_CONFIG_SUFFIXES = (".toml", ".json")
+_PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".gz", ".zst", ".csv", ".tsv", ".txt", ".parquet")
+_USAGE = (
+    "write `mpipipe run CONFIG.toml [section.key=value …]` or "
+    "`mpipipe run MODEL_FOLDER prompts.jsonl [section.key=value …]`"
+)
+_NEW_NAMES = {"pipeline.laps_ahead": "pipeline.lookahead"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +78,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     Raises:
         ConfigError: unreadable file, unknown setting, wrong type or value out of range.
     """
-    named = read_words(source, words)
+    named = _read_words(source, words)
     layers = _file_layers(named.config) if named.config is not None else []
     values: dict[str, Any] = {}
     inline: tuple[legacy.InlinePrompt, ...] = ()
@@ -80,7 +91,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
             inline = layer.inline_prompts
         warnings += layer.warnings
         deepspeed = layer.deepspeed or deepspeed
-    settings, renamed = rename_words(named.settings)
+    settings, renamed = _rename_words(named.settings)
     warnings += renamed
     asked = layer_overrides(settings)
     bind(asked, "command line")
@@ -97,7 +108,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
-def _default_name(named: CommandWords) -> str:
+def _default_name(named: _CommandWords) -> str:
     """The file's stem, or the model's name."""
     if named.config is not None:
         return named.config.stem
@@ -134,7 +145,7 @@ def _read_layer(path: Path) -> legacy.ConfigLayer:
     if path.suffix == ".json" and legacy.is_legacy(raw):
         old = legacy.convert(raw, path)
         return dataclasses.replace(old, values=_from_folder(old.values, path.parent))
-    raw, renamed = rename_keys(raw, str(path))
+    raw, renamed = _rename_keys(raw, str(path))
     extends = raw.pop("extends", None)
     if extends is not None and (not isinstance(extends, str) or not extends):
         raise ConfigError(f"{path}: extends = {short(extends)} must be the path of one file")
@@ -188,9 +199,129 @@ def require_set(config: Config, *names: str) -> None:
         ConfigError: names the empty setting and how to give it.
     """
     for name in names:
-        section, _, key = name.partition(".")
-        if not dataclasses.asdict(config)[section][key]:
+        if not attrgetter(name)(config):
             raise ConfigError(
                 f"{name} is not set: give it in the configuration file or as {name}=… "
                 "on the command line"
             )
+
+
+# ---- the words of a command ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _CommandWords:
+    """What was named, by kind. `settings` win over the rest."""
+
+    config: Path | None = None
+    model: str | None = None  # a folder, or demo:…
+    prompts: str | None = None
+    settings: tuple[str, ...] = ()  # section.key=value
+
+
+def _read_words(source: Path | None, words: Sequence[str]) -> _CommandWords:
+    """The meaning of the first word, `source` (None: there is none), and of those after it.
+
+    Raises:
+        ConfigError: a word that has no meaning in its place.
+    """
+    first = None if source is None else str(source)
+    for word in (first or "", *words):
+        if "\0" in word:
+            raise ConfigError(f"{short(word)} holds a NUL character: no path does; remove it")
+    if first is not None:
+        _check_first(first, words)
+    prompts = _prompt_file(words)
+    others = tuple(word for word in words if word != prompts)
+    if source is None or first is None:
+        return _CommandWords(prompts=prompts, settings=others)
+    is_folder = os.path.isdir(first)
+    is_config = source.suffix in _CONFIG_SUFFIXES or os.path.isfile(first)
+    if is_config and not is_folder and not first.startswith(DEMO_SCHEME):
+        return _CommandWords(source, None, prompts, others)
+    if is_folder and not os.path.exists(os.path.join(first, "config.json")):
+        raise ConfigError(
+            f"{short(first)} is a folder without a config.json, so it holds no model: give a model "
+            "folder, or a configuration file"
+        )
+    return _CommandWords(None, first, prompts, others)
+
+
+def _check_first(first: str, words: Sequence[str]) -> None:
+    if first.partition("=")[0] in settings():
+        raise ConfigError(f"{short(first)} is a setting in the first place: {_USAGE}")
+    if first == STANDARD_INPUT or first.endswith(_PROMPT_SUFFIXES):
+        model = next((word for word in words if "=" not in word), None)
+        right = f"write `mpipipe run {model} {first}`" if model is not None else _USAGE
+        raise ConfigError(f"{short(first)} is a prompt file in the place of the model: {right}")
+
+
+def _prompt_file(words: Sequence[str]) -> str | None:
+    files = [word for word in words if _is_file_word(word)]
+    if len(files) > 1:
+        raise ConfigError(
+            f"{short(files[0])} and {short(files[1])} are two prompt files, and a run takes one: "
+            "concatenate them"
+        )
+    if files and (files[0].endswith(".toml") or files[0].startswith(DEMO_SCHEME)):
+        raise ConfigError(
+            f"{short(files[0])} is in the place of the prompt file: {_USAGE}; in a configuration "
+            "the model is model.path"
+        )
+    return files[0] if files else None
+
+
+def _is_file_word(word: str) -> bool:
+    """Whether it names a file, and is no setting; one that is wrong in any case is a setting."""
+    name, equals, _ = word.partition("=")
+    if equals or name in settings():
+        return False
+    return (
+        word == STANDARD_INPUT
+        or word.startswith(DEMO_SCHEME)
+        or word.endswith((*_PROMPT_SUFFIXES, *_CONFIG_SUFFIXES))
+        or "/" in word
+        or os.path.exists(word)
+    )
+
+
+# ---- older names of settings ---------------------------------------------------------------------
+
+
+def _renamed(old: str, new: str, source: str) -> str:
+    return f"{source}: {old} is now called {new}; the old name still works, write the new one"
+
+
+def _rename_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`section.key=value` words under today's names, and warnings about those that were older."""
+    renamed = list(words)
+    warnings = []
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        new = _NEW_NAMES.get(name.strip())
+        if new is not None and equals:
+            warnings.append(_renamed(name.strip(), new, "command line"))
+            renamed[place] = f"{new}={value}"
+    return renamed, warnings
+
+
+def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """A file's nested values under today's names, and warnings about those that were older.
+
+    Raises:
+        ConfigError: a setting is given under both of its names.
+    """
+    renamed, warnings = dict(values), []
+    for old, new in _NEW_NAMES.items():
+        section, _, old_key = old.rpartition(".")
+        new_key = new.rpartition(".")[2]
+        table = renamed.get(section)
+        if not isinstance(table, Mapping) or old_key not in table:
+            continue
+        if new_key in table:
+            raise ConfigError(f"{source} sets {new} and its older name {old}: keep {new} only")
+        renamed[section] = {
+            new_key if key == old_key else key: value for key, value in table.items()
+        }
+        warnings.append(_renamed(old, new, source))
+    return renamed, warnings

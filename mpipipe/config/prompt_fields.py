@@ -1,10 +1,10 @@
 """One prompt object → text or messages, and its sampling settings.
 
 Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
-arguments of the library are judged as the settings of a line are. `prompts.py` reads files,
-`prompt_ids.py` finds ids, `chat_fields.py` reads messages and tools. Invariant: every key is
-understood, ignored on purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an
-error: a misspelt setting is never silently the default.
+arguments of the library are judged as the settings of a line are. `prompts.py` reads files and
+finds ids, `chat_fields.py` reads messages and tools. Invariant: every key is understood, ignored on
+purpose (`_IGNORED`), of a value that changes nothing (`_NEUTRAL`), or an error: a misspelt setting
+is never silently the default.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mpipipe.config.chat_fields import (
     without_chat,
 )
 from mpipipe.config.checks import sampling_problem
-from mpipipe.config.prompt_ids import ID_KEYS
 from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["PromptLine", "keyword_sampling", "read_fields"]
+__all__ = ["ID_KEYS", "PromptLine", "keyword_sampling", "read_fields"]
 
+ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
 _ALIASES = {
     "max_tokens": "max_new_tokens",

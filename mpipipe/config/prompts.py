@@ -4,6 +4,11 @@ Each has its text or its own error. Accepted lines are documented in prompts/REA
 `runtime.requests` tokenises them and applies chat templates. Invariants: one `PromptLine` per
 non-blank line, also for a bad one; `index` counts them from 0; `prompt_id` is unique among them; a
 bad line never stops the others.
+
+Which prompt gets an id, in this order: the first line that is valid JSON and says it; a broken line
+whose id can still be read; and, when all of these have theirs, the others, which get their line
+number, and `#line<number>` behind what is taken. So ids depend on the content of the whole file
+only, and a resumed run finds them again.
 """
 
 from __future__ import annotations
@@ -15,33 +20,45 @@ import gc
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpipipe.config.binding import is_text, short
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json
-from mpipipe.config.foreign_file import (
+from mpipipe.config.legacy import InlinePrompt
+from mpipipe.config.load import LoadedConfig
+from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, read_fields
+from mpipipe.config.prompt_file import (
+    file_label,
     problem_of_first_bytes,
     problem_of_json_document,
     problem_of_text,
+    read_prompt_file,
 )
-from mpipipe.config.legacy import InlinePrompt
-from mpipipe.config.load import LoadedConfig
-from mpipipe.config.prompt_fields import PromptLine, read_fields
-from mpipipe.config.prompt_file import file_label, read_prompt_file
-from mpipipe.config.prompt_ids import ID_KEYS, FoundPrompt, id_of_broken_line, own_ids, read_id
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
 
-__all__ = [
-    "PromptLine",
-    "configured_prompts",
-    "library_prompts",
-    "prompt_seed",
-    "read_prompts",
-]
+__all__ = ["PromptLine", "configured_prompts", "library_prompts", "prompt_seed", "read_prompts"]
+
+# The first field of an object that may be cut off anywhere after it.
+_FIRST_FIELD = re.compile(
+    r'\s*\{\s*"(?:id|custom_id)"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?\d{1,19})\s*,'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundPrompt:
+    """What is in the place of one prompt: an object, or the error that hides it."""
+
+    number: int  # of the line, or of the prompt of a library call
+    prompt_id: str | None  # that it says; None: nothing that can be read
+    fields: Mapping[str, Any] | None = None
+    error: PromptError | None = None
 
 
 def configured_prompts(loaded: LoadedConfig) -> list[PromptLine]:
@@ -115,7 +132,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _file_prompts(path: Path) -> list[FoundPrompt]:
+def _file_prompts(path: Path) -> list[_FoundPrompt]:
     """Every non-blank line of the file.
 
     Raises:
@@ -142,17 +159,17 @@ def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def _line_prompt(line: bytes, number: int) -> FoundPrompt:
+def _line_prompt(line: bytes, number: int) -> _FoundPrompt:
     try:
         return _object_prompt(parse_json(line.decode("utf-8")), number, "line")
     except UnicodeDecodeError:
         error = PromptError("invalid_utf8", f"line {number} is not UTF-8 text: save it as UTF-8")
     except ValueError as invalid:
         error = PromptError("invalid_json", f"line {number} is not valid JSON: {invalid}")
-    return FoundPrompt(number, id_of_broken_line(line), error=error)
+    return _FoundPrompt(number, _id_of_broken_line(line), error=error)
 
 
-def _library_prompt(prompt: object, number: int) -> FoundPrompt:
+def _library_prompt(prompt: object, number: int) -> _FoundPrompt:
     """As a line that says the same: through JSON, so that what no line can say is refused alike."""
     if isinstance(prompt, list | tuple):
         prompt = {"messages": prompt}
@@ -165,7 +182,7 @@ def _library_prompt(prompt: object, number: int) -> FoundPrompt:
     except ValueError as fault:
         kind, reason = "invalid_json", f"is not valid JSON: {fault}"
     error = PromptError(kind, f"prompt {number} {reason}")
-    return FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
+    return _FoundPrompt(number, _id_beside_other_faults(prompt), error=error)
 
 
 def _id_beside_other_faults(prompt: object) -> str | None:
@@ -174,29 +191,29 @@ def _id_beside_other_faults(prompt: object) -> str | None:
         return None
     given = {key: prompt[key] for key in ID_KEYS if key in prompt}
     try:
-        return id_of_broken_line(json.dumps(given).encode())
+        return _id_of_broken_line(json.dumps(given).encode())
     except (TypeError, ValueError, RecursionError):
         return None
 
 
-def _object_prompt(value: Any, number: int, unit: str) -> FoundPrompt:
+def _object_prompt(value: Any, number: int, unit: str) -> _FoundPrompt:
     if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         error = PromptError(
             "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
         )
-        return FoundPrompt(number, None, error=error)
-    prompt_id, problem = read_id(value)
+        return _FoundPrompt(number, None, error=error)
+    prompt_id, problem = _read_id(value)
     if problem is not None:
         problem = PromptError(problem.kind, f"{unit} {number}: {problem}")
-    return FoundPrompt(number, prompt_id, value, problem)
+    return _FoundPrompt(number, prompt_id, value, problem)
 
 
 def _prompt_lines(
-    found: Sequence[FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
+    found: Sequence[_FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
 ) -> list[PromptLine]:
-    own = own_ids(found, unit)
+    own = _own_ids(found, unit)
     number_of = {prompt_id: prompt.number for prompt_id, prompt in zip(own, found, strict=True)}
     lines = []
     for index in range(min(limit or len(found), len(found))):
@@ -211,7 +228,7 @@ def _prompt_lines(
 
 def _prompt_line(
     line: PromptLine,
-    found: FoundPrompt,
+    found: _FoundPrompt,
     defaults: SamplingParams,
     unit: str,
     number_of: Mapping[str, int],
@@ -231,3 +248,79 @@ def _prompt_line(
             f"{number_of[found.prompt_id]} already: give each its own",
         )
     return line
+
+
+# ---- ids -----------------------------------------------------------------------------------------
+
+
+def _read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
+    """The object's id as text, None without a readable one; and what is wrong with it."""
+    given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
+    readable = [found for value in given.values() if (found := _as_text(value)) is not None]
+    prompt_id = readable[0] if readable else None
+    if len(readable) < len(given):
+        key = next(key for key, value in given.items() if _as_text(value) is None)
+        return prompt_id, PromptError(
+            "invalid_id", f"{key} = {short(given[key])} must be a text or a whole number"
+        )
+    if len(set(readable)) > 1:
+        return prompt_id, PromptError(
+            "invalid_id", "both id and custom_id are given, and differ: keep one of them"
+        )
+    return prompt_id, None
+
+
+def _as_text(value: object) -> str | None:
+    if type(value) is int:
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _id_of_broken_line(line: bytes) -> str | None:
+    """The id of a line that is no valid JSON; None where it cannot be read beyond doubt.
+
+    Read from an object that is complete but for what `parse_json` refuses, or from the beginning of
+    one that is cut off, if the id is its first field.
+    """
+    text = line.decode("utf-8", "surrogateescape").strip()
+    value: Any = None
+    if text.startswith("{"):
+        try:
+            value = json.loads(text, object_pairs_hook=tuple)  # repeated keys stay visible
+        except (ValueError, RecursionError):
+            if (found := _FIRST_FIELD.match(text)) is not None:
+                value = (("id", _parsed(found[1])),)
+    pairs = value if isinstance(value, tuple) else ()
+    ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
+    prompt_id = ids.pop() if len(ids) == 1 else None
+    return prompt_id if prompt_id is not None and is_text(prompt_id) else None
+
+
+def _parsed(scalar: str) -> object:
+    try:
+        return json.loads(scalar)
+    except ValueError:  # an escape that is none
+        return None
+
+
+def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
+    """An id for each of `found`, that no other has; `unit` names what their numbers count."""
+    owners: dict[str, int] = {}  # id -> position in `found`
+    for is_whole in (True, False):
+        for position, prompt in enumerate(found):
+            if prompt.prompt_id is not None and (prompt.fields is not None) is is_whole:
+                owners.setdefault(prompt.prompt_id, position)
+    own: list[str] = []
+    for position, prompt in enumerate(found):
+        wanted = str(prompt.number) if prompt.prompt_id is None else prompt.prompt_id
+        if prompt.prompt_id is None or owners[wanted] != position:
+            wanted = _unused(wanted, f"#{unit}{prompt.number}", owners)
+            owners[wanted] = position
+        own.append(wanted)
+    return own
+
+
+def _unused(wanted: str, suffix: str, taken: Iterable[str]) -> str:
+    while wanted in taken:
+        wanted += suffix
+    return wanted

@@ -56,11 +56,9 @@ _IDLE_S = 0.4
 class _Course:
     """What all ranks do next, decided by the head."""
 
-    hosts: list[str]  # by rank
     measure: bool
     device: DeviceName  # of the tensors whose links are measured
     links: bool
-    infiniband: bool  # on every host
     job: bool
 
 
@@ -196,7 +194,7 @@ async def _examine(
         share = loaded is not None and loaded.config.pipeline.share_gpus
         findings += check_ranks(facts, share_gpus=share)
     if course.measure:
-        findings += await _measure(ranks, course)
+        findings += await _measure(ranks, course, facts or ())
     if course.job and loaded is not None:
         findings += await examine_job(ranks, loaded, facts, local_rank=local_rank, quick=quick)
     return findings
@@ -209,11 +207,9 @@ def _decide(facts: Sequence[RankFacts], loaded: LoadedConfig | None, *, quick: b
     on_gpus = all(rank.gpu.rank_gpu.index >= 0 for rank in facts)
     measure = alike and not quick and len(facts) > 1
     return _Course(
-        hosts=[rank.host for rank in facts],
         measure=measure,
         device="cuda" if on_gpus else "cpu",
         links=measure and torch_works,
-        infiniband=all(rank.node.infiniband for rank in facts),
         job=alike
         and torch_works
         and loaded is not None
@@ -221,8 +217,8 @@ def _decide(facts: Sequence[RankFacts], loaded: LoadedConfig | None, *, quick: b
     )
 
 
-async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
-    """Messages, clocks and links between the ranks; findings on the head."""
+async def _measure(ranks: Ranks, course: _Course, facts: Sequence[RankFacts]) -> list[Finding]:
+    """Messages, clocks and links between the ranks; findings on the head, which has the facts."""
     findings: list[Finding] = []
     await exchange_resources(ranks, "cpu", deadline_s=_DEADLINE_S)
     probe = await probe_control_plane(
@@ -231,18 +227,19 @@ async def _measure(ranks: Ranks, course: _Course) -> list[Finding]:
     if probe is not None:
         findings += check_control(probe)
     offsets = await measure_clock_offsets(ranks, time.time)
-    findings += check_clocks(offsets, dict(enumerate(course.hosts)))
+    findings += check_clocks(offsets, {rank.rank: rank.host for rank in facts})
     if course.links:
-        findings += await _links(ranks, course)
+        infiniband = all(rank.node.infiniband for rank in facts)
+        findings += await _links(ranks, course.device, infiniband=infiniband)
     return findings
 
 
-async def _links(ranks: Ranks, course: _Course) -> list[Finding]:
+async def _links(ranks: Ranks, device: DeviceName, *, infiniband: bool) -> list[Finding]:
     """Tensors between neighbouring stages; imports torch."""
     from mpipipe.doctor.probes.links import measure_links
 
     try:
-        figures = await measure_links(ranks, device=course.device)
+        figures = await measure_links(ranks, device=device)
     except MpipipeError as error:  # on every rank
         return [Finding.of_error("links.edge", error)] if ranks.is_head else []
-    return check_links(figures or [], infiniband=course.infiniband)
+    return check_links(figures or [], infiniband=infiniband)

@@ -229,21 +229,17 @@ def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) 
     for host in dict.fromkeys(stage.host for stage in plan.stages):
         stages = [stage for stage in plan.stages if stage.host == host]
         node = next(rank.node for rank in facts if rank.host == host)
-        kv_bytes = sum(
-            plan.num_kv_pages
-            * kv_page_bytes(
-                model.spec,
-                plan.dtype,
-                num_layers=stage.num_layers,
-                page_size_tokens=plan.page_size_tokens,
-            )
-            for stage in stages
+        page_bytes = kv_page_bytes(
+            model.spec,
+            plan.dtype,
+            num_layers=sum(stage.num_layers for stage in stages),
+            page_size_tokens=plan.page_size_tokens,
         )
         demands.append(
             HostDemand(
                 host,
                 weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
-                kv_bytes=kv_bytes if on_cpu else 0,
+                kv_bytes=plan.num_kv_pages * page_bytes if on_cpu else 0,
                 library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
                 available_bytes=node.memory_available,
                 limit_bytes=node.memory_limit,

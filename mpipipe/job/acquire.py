@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mpipipe.metrics.identity import RunIdentity, new_run_id
 from mpipipe.planning.devices import choose_device, choose_dtype
 from mpipipe.run_folder.files import holds_run, prepare_run_folder
 from mpipipe.run_folder.fingerprint import DTYPE, completions_fingerprint
+from mpipipe.run_folder.history import told_attempts
 from mpipipe.run_folder.lock import lock_folder
 from mpipipe.run_folder.resume import Earlier, earlier_fingerprint, read_earlier, wants_resume
 from mpipipe.runtime.ranks import in_phase
@@ -117,6 +118,7 @@ def acquire_folder(
         resume = wants_resume(output.resume, folder, job)
         prepare_run_folder(folder, overwrite=output.overwrite, resume=resume)
         earlier = read_earlier(folder, fingerprint, index_of) if resume else Earlier()
+        told = told_attempts(folder, earlier.attempts, earlier.records)
     except BaseException:
         lock.close()
         raise
@@ -128,7 +130,7 @@ def acquire_folder(
         done_code,
         earlier.run or new_run_id(),
         len(earlier.attempts) + 1,
-        earlier,
+        replace(earlier, attempts=told),
         left,
         index_of,
         fingerprint,

@@ -1,88 +1,211 @@
-"""`manifest.json`: what is needed to know, and to repeat, a run."""
+"""`manifest.json`: what is needed to know, and to repeat, a run.
+
+Written by the head once it has the run folder, before anything is loaded; completed when the plan
+is known, before the first prompt. `mpipipe/logs/FILES.md` documents its fields.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.metrics.identity import SCHEMA
+from mpipipe.plain_values import from_json, to_json
+from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.fingerprint import PROMPTS
+from mpipipe.run_folder.history import kept_counts
+from mpipipe.runtime.ranks import in_phase
+from mpipipe.topology.environment import recorded_environment
+from mpipipe.topology.node import NodeRecord, read_node
 from mpipipe.topology.packages import package_versions
 from mpipipe.topology.slurm import read_job
+from mpipipe.topology.source import source_commit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.config.prompts import PromptLine
     from mpipipe.job.acquire import Acquired
+    from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.session import Session
+    from mpipipe.runtime.startup import Joined
+    from mpipipe.topology.launcher import LaunchInfo
 
-__all__ = ["SCHEMA", "build_manifest"]
-
-SCHEMA = 1  # of the files of a run: fields are added within it, never renamed
+__all__ = ["Surroundings", "complete_manifest", "first_manifest", "record_start"]
 
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
+_GATHER_DEADLINE_S = 120.0
 
 
-def build_manifest(
-    session: Session,
-    loaded: LoadedConfig,
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where an attempt runs, as the head has learnt it."""
+
+    resources: tuple[RankResources, ...]  # by rank
+    nodes: tuple[NodeRecord, ...]  # in the order of their first ranks
+    launch: LaunchInfo
+    mpi_library: str
+    git: dict[str, Any] | None
+    environment: dict[str, str]
+    findings: list[dict[str, Any]] | None  # the doctor's, about the head's node
+    argv: Sequence[str]
+    started_s: float  # of the head's process, on its monotonic clock
+    started_unix_s: float  # the same moment
+
+
+async def record_start(
+    joined: Joined[list[PromptLine]],
     acquired: Acquired,
+    examine: Callable[[int], list[dict[str, Any]]] | None,
 ) -> dict[str, Any]:
-    """The manifest of a run in the acquired folder that is about to generate (head).
+    """Gather where this attempt runs, and write the first manifest; returns it on the head.
+
+    Args:
+        joined: the ranks.
+        acquired: the run folder.
+        examine: the doctor's cheap checks of this node, given how many ranks it has.
+
+    Raises:
+        AgreedError: it cannot be written.
+    """
+    ranks, hosts = joined.ranks, [rank.host for rank in joined.resources]
+    host = hosts[ranks.mesh.rank]
+    speaks = hosts.index(host) == ranks.mesh.rank  # one rank for its host
+
+    def look() -> tuple[bytes, dict[str, Any] | None, list[dict[str, Any]] | None]:
+        node = to_json(read_node()).encode() if speaks else b""
+        if not ranks.is_head:
+            return node, None, None
+        return node, source_commit(), None if examine is None else examine(hosts.count(host))
+
+    node, git, findings = await in_phase(ranks, "node", look)
+    parts = await ranks.mesh.gather("node", node, _GATHER_DEADLINE_S)
+
+    def write() -> dict[str, Any]:
+        if parts is None:
+            return {}
+        now_s, now_unix_s = ranks.clock.now_s(), time.time()
+        surroundings = Surroundings(
+            resources=joined.resources,
+            nodes=tuple(from_json(NodeRecord, part) for part in parts if part),
+            launch=ranks.info,
+            mpi_library=ranks.mpi_library,
+            git=git,
+            environment=recorded_environment(os.environ),
+            findings=findings,
+            argv=tuple(sys.argv),
+            started_s=ranks.boot.started_s,
+            started_unix_s=now_unix_s - (now_s - ranks.boot.started_s),
+        )
+        manifest = first_manifest(joined.loaded, acquired, surroundings)
+        write_json(acquired.folder / "manifest.json", manifest)
+        return manifest
+
+    return await in_phase(ranks, "manifest", write)
+
+
+def first_manifest(loaded: LoadedConfig, acquired: Acquired, where: Surroundings) -> dict[str, Any]:
+    """What is known before the plan (head).
+
+    `config` is as asked for, `plan` that of the attempt before. `basis` is there only when an
+    earlier attempt had begun to generate: what ended while it booted may go on with other settings.
+    A run that has nothing left to do adds itself to what its last attempt has told.
+    """
+    attempt, earlier = _attempt(acquired, where), acquired.earlier
+    attempts = [*earlier.attempts, attempt]
+    if acquired.done_code is not None and acquired.is_resumed:
+        return {**earlier.manifest, "schema": SCHEMA, "run": acquired.run, "attempts": attempts}
+    return {
+        "mpipipe": __version__,
+        "schema": SCHEMA,
+        "run": acquired.run,
+        "started": attempt["started"],
+        "argv": list(where.argv),
+        "git": where.git,
+        "attempts": attempts,
+        "basis": dict(acquired.fingerprint) if acquired.is_resumed else None,
+        "config": to_dict(loaded.config),
+        "plan": earlier.manifest.get("plan"),
+        "hashes": {
+            "config": config_hash(loaded.config),
+            "plan": None,
+            "prompts": acquired.fingerprint[PROMPTS],
+        },
+        "hosts": [_host(rank) for rank in where.resources],
+        "nodes": [asdict(node) for node in where.nodes],
+        "launch": _launch(where),
+        "environment": where.environment,
+        "doctor": where.findings,
+        "inline_prompts": list(loaded.inline_prompts),  # of an exp_config.json
+        "versions": {
+            "python": platform.python_version(),
+            "mpi": where.mpi_library or None,
+            **package_versions(_PACKAGES),
+        },
+    }
+
+
+def _host(rank: RankResources) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "host": rank.host,
+        "pid": rank.pid,
+        "num_cores": rank.num_cores,
+        "memory_available_bytes": rank.memory_available_bytes,
+        "launcher": rank.launcher,
+    }
+
+
+def _launch(where: Surroundings) -> dict[str, Any]:
+    return {
+        "num_nodes": len({rank.host for rank in where.resources}),
+        "num_ranks": len(where.resources),
+        "launcher": where.launch.launcher.value,
+        "mpi": where.launch.detail or None,  # srun's --mpi
+    }
+
+
+def complete_manifest(
+    first: dict[str, Any], session: Session, loaded: LoadedConfig, acquired: Acquired
+) -> dict[str, Any]:
+    """The manifest of a run that is about to generate (head).
 
     `basis` is as the run acquired its folder: the files may have been edited since. `config` is
     the resolved configuration, as a file that can be run again: `model.path` absolute, every `auto`
     replaced by what the plan holds; `plan.resolved` gives the reasons.
     """
     plan = session.plan
-    attempt = _attempt(session, len(acquired.earlier.kept_ids))
     return {
-        "mpipipe": __version__,
-        "schema": SCHEMA,
-        "run": acquired.run,
-        "started": attempt["started"],
-        "attempts": [*acquired.earlier.attempts, attempt],
+        **first,
         "basis": dict(acquired.fingerprint),
         "config": _resolved_config(session, loaded, acquired.folder),
         "plan": json.loads(plan.to_json()),
-        "hashes": {
-            "config": config_hash(loaded.config),
-            "plan": plan.content_hash(),
-            "prompts": acquired.fingerprint[PROMPTS],
-        },
-        "hosts": [
-            {
-                "rank": rank_resources.rank,
-                "host": rank_resources.host,
-                "pid": rank_resources.pid,
-                "num_cores": rank_resources.num_cores,
-                "memory_available_bytes": rank_resources.memory_available_bytes,
-                "launcher": rank_resources.launcher,
-            }
-            for rank_resources in session.resources
-        ],
-        "inline_prompts": list(loaded.inline_prompts),  # of an exp_config.json
-        "versions": {
-            "python": platform.python_version(),
-            "mpi": session.ranks.mpi_library or None,
-            **package_versions(_PACKAGES),
-        },
+        "hashes": {**first["hashes"], "plan": plan.content_hash()},
     }
 
 
-def _attempt(session: Session, num_kept: int) -> dict[str, Any]:
+def _attempt(acquired: Acquired, where: Surroundings) -> dict[str, Any]:
     job = read_job(os.environ)
+    started = datetime.fromtimestamp(where.started_unix_s, UTC)
     return {
+        "attempt": acquired.attempt,
         "mpipipe": __version__,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": started.isoformat(timespec="seconds"),
+        "unix_s": where.started_unix_s,
+        "t_s": where.started_s,
         "job": job.label if job is not None else None,
-        "hosts": [rank_resources.host for rank_resources in session.resources],
-        "num_kept": num_kept,
+        "hosts": [rank.host for rank in where.resources],
+        **kept_counts(acquired.earlier.records),
     }
 
 

@@ -17,11 +17,12 @@ from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError
 from mpipipe.job.acquire import Acquired, acquire
-from mpipipe.job.manifest import build_manifest
+from mpipipe.job.manifest import complete_manifest, record_start
 from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
+from mpipipe.metrics.attempts import DONE, STOPPED, AttemptTotals
 from mpipipe.metrics.log import open_log
-from mpipipe.metrics.summary import PhaseTimes, RequestTally, RunSummary
+from mpipipe.metrics.summary import PhaseTimes, RequestTally, RequestTotals, RunSummary
 from mpipipe.planning.layout import stage_order
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.accounts import read_accounts
@@ -44,14 +45,14 @@ from mpipipe.topology.profilers import profiler_problem
 from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.view import JobView
+    from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import RunLog
     from mpipipe.planning.model_facts import ModelFacts
@@ -97,6 +98,7 @@ class _Job:
     marks: _Marks
     progress: ProgressFile
     page: RankPage
+    first_manifest: dict[str, Any] = field(default_factory=dict)  # of the head
     files: FileThread = field(default_factory=FileThread)  # while the run generates
 
 
@@ -104,16 +106,17 @@ async def run_job(
     config_path: Path,
     overrides: Sequence[str],
     view: JobView,
-    clock: Clock,
-    started_s: float,
+    boot: BootTimeline,
     *,
     stop: StopSwitch | None = None,
     page: RankPage,
+    examine: Callable[[int], list[dict[str, Any]]] | None = None,
     debug: bool,
 ) -> int:
     """Complete the configured prompts; returns the exit code, the same on every rank.
 
-    `page` is kept up to date, for this rank's supervisor if it has one.
+    `boot` has what this process did so far. `page` is kept up to date, for this rank's supervisor
+    if it has one. `examine` gives the doctor's cheap findings about a node of so many ranks.
 
     Raises:
         MpipipeError: on every rank, after an orderly end; the job is aborted otherwise.
@@ -127,11 +130,15 @@ async def run_job(
     def read(model: ModelFacts) -> list[PromptLine]:
         return configured_prompts(model.loaded)
 
-    joining = joined_ranks(clock, load, read, heartbeats=True, stop=stop, debug=debug)
+    joining = joined_ranks(
+        boot.clock, load, read, heartbeats=True, stop=stop, boot=boot, debug=debug
+    )
     async with joining as joined:
+        boot.begin("run folder")
         acquired = await acquire(joined)
         await check_output_folder(joined.ranks, acquired.folder)
-        job = _open_job(joined, acquired, view, _Marks(started_s), page)
+        job = _open_job(joined, acquired, view, _Marks(boot.started_s), page)
+        job.first_manifest.update(await record_start(joined, acquired, examine))
         exit_code = await _do(job, joined)
         job.log.close()
         acquired.close()
@@ -171,13 +178,21 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
-    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
-        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
-    )
+    _log_what_comes(ranks, log)
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
     return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
+
+
+def _log_what_comes(ranks: Ranks, log: RunLog) -> None:
+    ranks.boot.listen(lambda part: log.info("boot", **part.event()))
+    ranks.on_phase.append(
+        lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
+    )
+    ranks.vitals.on_pause = lambda seconds, cpu_s: log.warning(
+        "held up", seconds=round(seconds, 3), cpu_s=round(cpu_s, 3)
+    )
 
 
 async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
@@ -193,9 +208,9 @@ async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
         return acquired.done_code
 
     def prepare(model: ModelFacts) -> Prepared:
-        prepared = tokenize(model, acquired.lines_left)
         job.progress.write(RunState.LOADING)
-        return prepared
+        lines = acquired.lines_left
+        return tokenize(model, lines, tokenizing=lambda: ranks.boot.begin("tokenise"))
 
     loading = loaded_session(joined, prepare, job.log, acquired.folder)
     async with loading as (session, prepared):
@@ -220,13 +235,13 @@ def _merge_only(job: _Job) -> None:
     """Leave what a run leaves that has completed everything, without a prompt of its own (head)."""
     if not job.ranks.is_head:
         return
+    began_s = job.ranks.clock.now_s()
     _merge(job, {})
-    kept, now_s = job.acquired.earlier.records, job.ranks.clock.now_s()
-    totals = dataclasses.replace(
-        RequestTally().totals(), num_kept=len(kept.checksums), num_damaged=kept.num_damaged
-    )
+    now_s, nothing = job.ranks.clock.now_s(), _all_requests(job, RequestTally(), 0)
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
-    summary = RunSummary(marks.phases(now_s), totals, num_preemptions=0, ranks=())
+    summary = _summary(
+        job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
+    )
     _write_metrics(job.acquired.folder, summary)
     job.log.info("summary", **summary.to_dict())
 
@@ -304,7 +319,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     for warning in warnings:
         log.warning("configuration", message=warning)
     view.planned(session.plan, [*warnings, problem] if problem else warnings)
-    manifest = build_manifest(session, loaded, job.acquired)
+    manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     async with _recording(job, session) as recorded:
         tally = await _complete(job, session, prompts, manifest)
@@ -312,22 +327,40 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     statistics = session.statistics()
-    totals = tally.totals()
-    num_unfinished = prompts.num_prompts - totals.num_completed - totals.num_failed
-    summary = RunSummary(
-        phases=job.marks.phases(session.ranks.clock.now_s()),
-        requests=dataclasses.replace(
-            totals,
-            num_unfinished=num_unfinished,
-            num_kept=len(job.acquired.earlier.kept_ids),
-            num_damaged=job.acquired.earlier.records.num_damaged,
-        ),
+    summary = _summary(
+        job,
+        job.marks.phases(session.ranks.clock.now_s()),
+        _all_requests(job, tally, prompts.num_prompts),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),
+        io_write_s=job.files.busy_s,
     )
     return await share_exit_code(job.ranks, await _report(job, summary), _EXIT_DEADLINE_S)
+
+
+def _all_requests(job: _Job, tally: RequestTally, num_prompts: int) -> RequestTotals:
+    totals, earlier = tally.totals(), job.acquired.earlier
+    return dataclasses.replace(
+        totals,
+        num_unfinished=num_prompts - totals.num_completed - totals.num_failed,
+        num_kept=len(earlier.kept_ids),
+        num_damaged=earlier.records.num_damaged,
+    )
+
+
+def _summary(job: _Job, phases: PhaseTimes, requests: RequestTotals, **figures: Any) -> RunSummary:
+    """What this attempt did, beside what the earlier ones have."""
+    told = map(AttemptTotals.from_plain, job.acquired.earlier.attempts)
+    return RunSummary(
+        phases=phases,
+        requests=requests,
+        identity=job.identity,
+        state=STOPPED if requests.num_unfinished else DONE,
+        earlier=tuple(attempt for attempt in told if attempt is not None),
+        **figures,
+    )
 
 
 def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recording]:
@@ -379,6 +412,7 @@ async def _complete(
         # Opening the journal, bringing it to the disk and merging are no part of generating: all
         # ranks account for their time from here to the end of the loop.
         job.marks.loaded_s = session.ranks.clock.now_s()
+        job.log.info("generating", num_prompts=len(prompts.requests))
         showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:

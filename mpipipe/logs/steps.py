@@ -99,7 +99,9 @@ class RankSteps:
             raise ValueError("a step takes no such time")
         phase = self.phases.get(phase_name)
         if phase is None:
-            phase = self.phases[str(phase_name)] = PhaseSteps()
+            if not isinstance(phase_name, str):
+                raise TypeError("a phase is a word")
+            phase = self.phases[phase_name] = PhaseSteps()
         phase.num_tokens += num_tokens
         phase.num_rows += num_rows
         phase.bytes_in += bytes_in

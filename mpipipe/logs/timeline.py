@@ -63,7 +63,7 @@ def _write(file: TextIO, events: Iterator[Event]) -> int:
     file.write('{"displayTimeUnit": "ms", "traceEvents": [')
     for count, event in enumerate(events, start=1):
         file.write("\n" if count == 1 else ",\n")
-        file.write(json.dumps(event, ensure_ascii=False))
+        file.write(json.dumps(event))
     file.write("\n]}\n")
     return count
 

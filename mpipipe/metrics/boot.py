@@ -39,7 +39,7 @@ PartName = Literal[
     "wait",  # for other ranks
     "ready",  # what is left until the session takes requests
 ]
-_SHORT_S = 0.0001  # less is no part of its own
+_SHORT_S = 0.001  # less is no part of its own: it counts for the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,22 @@ class BootPart:
 
     def fields(self) -> dict[str, Any]:
         """As it stands in `metrics.json`: what does not apply is left out."""
-        told: dict[str, Any] = {
-            "name": self.name, "start_s": self.start_s, "seconds": self.seconds,
-        }  # fmt: skip
-        told |= {"bytes": self.num_bytes} if self.num_bytes else {}
-        return told | ({"phase": self.phase} if self.phase else {})
+        return {
+            "name": self.name,
+            "start_s": round(self.start_s, 6),
+            "seconds": round(self.seconds, 6),
+            **self._more(),
+        }
+
+    def event(self) -> dict[str, Any]:
+        """As it stands in the rank's log."""
+        ends = {"start_s": self.start_s, "end_s": self.start_s + self.seconds}
+        rounded = {name: round(value, 6) for name, value in ends.items()}
+        return {"name": self.name, **rounded, **self._more()}
+
+    def _more(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"bytes": self.num_bytes} if self.num_bytes else {}
+        return more | ({"phase": self.phase} if self.phase else {})
 
 
 class BootTimeline:
@@ -71,7 +82,7 @@ class BootTimeline:
 
     def __init__(self, clock: Clock, started_s: float | None = None) -> None:
         self.started_s = clock.now_s() if started_s is None else started_s
-        self._clock = clock
+        self.clock = clock
         self._parts: list[BootPart] = []
         self._open: PartName | None = "process"
         self._since_s = self.started_s
@@ -103,7 +114,7 @@ class BootTimeline:
         """The open part ends and `name` begins: now, or `at_s`. Nothing after `end`."""
         if self._open is None:
             return
-        at_s = self._clock.now_s() if at_s is None else at_s
+        at_s = self.clock.now_s() if at_s is None else at_s
         if at_s - self._since_s >= _SHORT_S:
             self._close(at_s)
         self._open, self._phase = name, ""
@@ -116,7 +127,7 @@ class BootTimeline:
         """
         if self._open is None:
             return
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         self._close(max(self._since_s, now_s - seconds), num_bytes)
         self._open = name
 
@@ -138,7 +149,7 @@ class BootTimeline:
         """The rank is ready: the last part ends, and nothing is cut any more."""
         if self._open is None:
             return
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         if now_s - self._since_s >= _SHORT_S:
             self._close(now_s)
         self._open = None

@@ -11,8 +11,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-__all__ = ["RunIdentity", "is_run_id", "new_run_id"]
+__all__ = ["SCHEMA", "RunIdentity", "is_run_id", "new_run_id"]
 
+SCHEMA = 1  # of the files of a run: within it fields are added, never renamed
 _RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
-from mpipipe.metrics.boot import BootPart
+from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
+from mpipipe.metrics.boot import BootPart, PartName
+from mpipipe.metrics.identity import SCHEMA
 
 if TYPE_CHECKING:
+    from mpipipe.metrics.identity import RunIdentity
     from mpipipe.types import Completion
 
 __all__ = ["PhaseTimes", "RankReport", "RequestTally", "RequestTotals", "RunSummary", "percentile"]
@@ -57,6 +60,15 @@ class RankReport:
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
     energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
+
+    @property
+    def boot_own_s(self) -> float:
+        """Its boot without waiting for other ranks."""
+        return sum(part.seconds for part in self.boot if part.name != "wait")
+
+    def part_s(self, *names: PartName) -> float:
+        """Seconds of the parts of its boot with these names."""
+        return sum(part.seconds for part in self.boot if part.name in names)
 
     @property
     def peak_over_need(self) -> float | None:
@@ -133,12 +145,41 @@ class RunSummary:
     ranks: tuple[RankReport, ...]  # in the order of their stages
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
+    identity: RunIdentity | None = None  # of the head
+    state: AttemptState = DONE
+    earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
+    io_write_s: float = 0.0  # of the head: completions, status, its log, merging
+
+    @property
+    def attempts(self) -> tuple[AttemptTotals, ...]:
+        """Those before, and this one."""
+        own = AttemptTotals(
+            attempt=len(self.earlier) + 1,
+            state=self.state,
+            wall_s=self.phases.wall_s,
+            generate_s=self.phases.generate_s,
+            num_completed=self.requests.num_completed,
+            num_failed=self.requests.num_failed,
+            num_output_tokens=self.requests.num_output_tokens,
+        )
+        return (*self.earlier, own)
+
+    @property
+    def slowest_boot(self) -> RankReport | None:
+        """The rank whose own work from its process's start to `ready` was longest."""
+        booted = [rank for rank in self.ranks if rank.boot]
+        return max(booted, key=lambda rank: rank.boot_own_s, default=None)
 
     @property
     def energy_j(self) -> float | None:
         """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
         told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
         return sum(told) if told and len(told) == len(self.ranks) else None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of tensors, from rank to rank."""
+        return sum(rank.stage.bytes_out for rank in self.ranks)
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -169,17 +210,25 @@ class RunSummary:
     def to_dict(self) -> dict[str, Any]:
         """The contents of `metrics.json`.
 
+        * `schema`, and the identity of the head's lines: `run`, `attempt`, `job`, `replica` …
+        * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
-        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request; `energy_j`
+        * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
+        * `energy_j`, `bytes_moved`: of all ranks
         * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
           `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
           each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
           sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
+        * `time`: seconds by what they were for, see `_times`
+        * `attempts`: of each start of the run the fields of `AttemptTotals`; `total`: their sums
         """
         return {
+            "schema": SCHEMA,
+            **(self.identity.fields() if self.identity is not None else {}),
+            "state": self.state,
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
@@ -190,7 +239,28 @@ class RunSummary:
             "itl_p50_s": self.itl_p50_s,
             "itl_p95_s": self.itl_p95_s,
             "energy_j": self.energy_j,
+            "bytes_moved": self.bytes_moved,
             "ranks": [_rank_dict(rank) for rank in self.ranks],
+            "time": self._times(),
+            "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
+            "total": total_of(self.attempts),
+        }
+
+    def _times(self) -> dict[str, float]:
+        """Ranks read, and communicate, side by side: the slowest counts.
+
+        Prompts are read and tokenised, completions written, by the head alone.
+        """
+        return {
+            "preprocessing_s": max(
+                (r.part_s("tokenizer", "tokenise") for r in self.ranks), default=0.0
+            ),
+            "io_read_s": max((r.part_s("read prompts") for r in self.ranks), default=0.0)
+            + max((r.part_s("read weights") for r in self.ranks), default=0.0),
+            "io_write_s": self.io_write_s,
+            "communication_s": max(
+                (rank.stage.overall.communication_s for rank in self.ranks), default=0.0
+            ),
         }
 
     def _per_s(self, num_tokens: int) -> float:

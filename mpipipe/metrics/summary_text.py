@@ -49,6 +49,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"generate {_seconds(phases.generate_s)}",
             f"shutdown {_seconds(phases.shutdown_s)}",
         ),
+        **({"slowest boot": (slowest,)} if (slowest := _slowest_boot(summary)) else {}),
         "throughput": (
             f"{summary.output_tokens_per_s:,.1f} output tokens/s",
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
@@ -67,7 +68,23 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{_share(summary.steady_bubble_ratio)} in steady state",
         ),
     }
-    return [f"{label:<13}{' · '.join(values)}" for label, values in facts.items()]
+    return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _slowest_boot(summary: RunSummary) -> str:
+    """Which rank had most to do until it was ready, waiting left out, and what took it longest."""
+    rank = summary.slowest_boot
+    if rank is None:
+        return ""
+    seconds_of: dict[str, float] = {}
+    for part in rank.boot:
+        if part.name != "wait":
+            seconds_of[part.name] = seconds_of.get(part.name, 0.0) + part.seconds
+    name = max(seconds_of, key=lambda name: seconds_of[name])
+    read = sum(part.num_bytes for part in rank.boot if part.name == name)
+    what = f"{name}, {_size(read)}" if read else name
+    took = f"rank {rank.rank} on {rank.host} took {_seconds(rank.boot_own_s)}"
+    return f"{took}, {_seconds(seconds_of[name])} of it: {what}"
 
 
 def _time_row(rank: RankReport) -> tuple[str, ...]:

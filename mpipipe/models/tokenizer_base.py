@@ -23,14 +23,11 @@ class Tokenizer(ABC):
     `tokenizer` in `encode` and `token_text`, of kind `detokenize` in `decode`.
     """
 
-    vocab_size: int
-    """One more than the largest id that `encode` can return."""
-    bos_token_id: int | None
-    """Beginning of sequence."""
+    vocab_size: int  # one more than the largest id that `encode` can return
+    bos_token_id: int | None  # beginning of sequence
+    # End of sequence, as the tokenizer's files say; the model's own list has precedence.
     eos_token_ids: tuple[int, ...]
-    """End of sequence, as the tokenizer's files say; the model's own list has precedence."""
-    special_tokens: Mapping[str, int]
-    """The tokens that `decode` skips: their texts and ids."""
+    special_tokens: Mapping[str, int]  # that `decode` skips: their texts and ids
 
     def __init__(self, renderer: ChatRenderer) -> None:
         self._renderer = renderer

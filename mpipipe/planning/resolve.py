@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.checks import default_sampling
-from mpipipe.config.deepspeed import check_against_plan
+from mpipipe.config.legacy import check_against_plan
 from mpipipe.config.schema import Config
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.attention_choice import choose_attention

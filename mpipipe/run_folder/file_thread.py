@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from mpipipe.clock import Clock, MonotonicClock
+
 __all__ = ["FileThread"]
 
 T = TypeVar("T")
@@ -20,9 +22,16 @@ T = TypeVar("T")
 class FileThread:
     """Does one piece of work after another; the thread starts with the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or MonotonicClock()
+        self._busy_s = 0.0
         self._executor = ThreadPoolExecutor(1, "files")
         self._error: Exception | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the work done so far has taken."""
+        return self._busy_s
 
     def post(self, work: Callable[[], object]) -> None:
         """Do `work` after what was posted so far; returns at once.
@@ -39,7 +48,7 @@ class FileThread:
         Raises:
             Exception: what `work`, or before it work that was posted, raised.
         """
-        result = await asyncio.wrap_future(self._executor.submit(work))
+        result = await asyncio.wrap_future(self._executor.submit(lambda: self._timed(work)))
         self._raise()
         return result
 
@@ -47,9 +56,16 @@ class FileThread:
         """Take no more work; does not wait for what is under way."""
         self._executor.shutdown(wait=False)
 
+    def _timed(self, work: Callable[[], T]) -> T:
+        began_s = self._clock.now_s()
+        try:
+            return work()
+        finally:
+            self._busy_s += self._clock.now_s() - began_s
+
     def _do(self, work: Callable[[], object]) -> None:
         try:
-            work()
+            self._timed(work)
         except Exception as error:  # noqa: BLE001 - handed on to the thread that posts
             self._error = self._error or error
 

@@ -76,6 +76,7 @@ class RecordLine(NamedTuple):
     has_failed: bool  # an error record
     has_checksum: bool
     checksum: int  # CRC-32 of the whole line: equal lines have equal ones
+    num_output_tokens: int = 0
 
 
 def completion_record(completion: Completion) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def decode_line(line: bytes) -> RecordLine | None:
     if not mark and not (record.keys() <= _FIELD_TYPES.keys() and _holds_tokens(record)):
         return None
     checksum = zlib.crc32(tail, zlib.crc32(mark, body_checksum)) if mark else zlib.crc32(line)
-    return RecordLine(record["id"], "error" in record, bool(mark), checksum)
+    num_tokens = record.get("num_output_tokens", 0)
+    return RecordLine(record["id"], "error" in record, bool(mark), checksum, num_tokens)
 
 
 def is_intact(line: bytes) -> bool:
@@ -353,6 +355,7 @@ class KeptRecords:
     checksums: Mapping[str, int] = field(default_factory=dict)  # by prompt id
     num_failed: int = 0  # error records among them
     num_damaged: int = 0  # lines that were set aside
+    num_output_tokens: int = 0  # of those that are no error records
 
 
 def read_journals(folder: Path, prompt_ids: Collection[str]) -> KeptRecords:
@@ -370,6 +373,7 @@ def read_journals(folder: Path, prompt_ids: Collection[str]) -> KeptRecords:
         {prompt_id: record.checksum for prompt_id, record in kept.items()},
         sum(record.has_failed for record in kept.values()),
         num_damaged,
+        sum(record.num_output_tokens for record in kept.values() if not record.has_failed),
     )
 
 

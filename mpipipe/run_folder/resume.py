@@ -47,6 +47,7 @@ class Earlier:
     fingerprint: Mapping[str, Any] | None = None
     attempts: tuple[Mapping[str, Any], ...] = ()
     run: str = ""  # the run's id; empty: none has been made
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # empty: as `fingerprint`
 
     @property
     def kept_ids(self) -> Set[str]:
@@ -66,7 +67,7 @@ def wants_resume(setting: bool | str, folder: Path, job: SlurmJob | None) -> boo
         return False
     manifest = _read_manifest(folder)
     last = manifest.attempts[-1] if manifest.attempts else {}
-    # An attempt that ended while it booted has left its status, and no manifest.
+    # An attempt that ended while it booted has left its status, and perhaps no manifest.
     return job.label in (last.get("job"), last_status(folder).get("job_id"))
 
 
@@ -97,7 +98,7 @@ def read_earlier(
 
 
 def _read_manifest(folder: Path) -> Earlier:
-    """What the manifest of the run in `folder` tells; empty: nothing was completed there.
+    """What the manifest of the run in `folder` tells; no fingerprint: nothing was completed there.
 
     Raises:
         OutputError: there are completions, and it cannot be told what they belong to.
@@ -120,18 +121,21 @@ def _read_manifest(folder: Path) -> Earlier:
     try:
         document = read_json_object(path)
         fingerprint = document.get("basis")
-        if not isinstance(fingerprint, dict) or not fingerprint:
+        has_begun = isinstance(fingerprint, dict) and bool(fingerprint)
+        if files and not has_begun:
             raise CheckpointError(f"{path} does not say what decided the completions (basis)")
     except CheckpointError as error:
         if not files:
             return Earlier()
         text = f"the run in {folder} cannot be resumed: {error}; {_BEGIN_ANEW}"
         raise OutputError(text) from None
-    found = document.get("attempts")
+    found, run = document.get("attempts"), document.get("run")
     attempts = found if isinstance(found, list) else []
-    told = tuple(attempt for attempt in attempts if _is_plain(attempt))
-    run = document.get("run")
-    return Earlier(fingerprint=fingerprint, attempts=told, run=run if is_run_id(run) else "")
+    earlier = Earlier(
+        attempts=tuple(attempt for attempt in attempts if _is_plain(attempt)),
+        run=run if is_run_id(run) else "",
+    )
+    return replace(earlier, fingerprint=fingerprint, manifest=document) if has_begun else earlier
 
 
 def _is_plain(attempt: object) -> bool:

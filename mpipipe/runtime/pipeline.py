@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mpipipe.clock import MonotonicClock
-from mpipipe.config.load import LoadedConfig, default_sampling, load_config
+from mpipipe.config.checks import default_sampling
+from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.config.prompt_fields import keyword_sampling
 from mpipipe.config.prompts import library_prompts
 from mpipipe.errors import MpipipeError, RemoteError, SettingError

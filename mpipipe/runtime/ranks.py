@@ -168,19 +168,28 @@ async def in_phase(
                 raise
         if not judging.done():
             ranks.mesh.report(phase, error)
-        done_s = ranks.clock.now_s()
-        with ranks.boot.waiting(phase):
-            agreed = await judging
+        agreed = await _outcome(ranks, phase, judging, began_s)
         if agreed is not None:
             raise _agreed(error, agreed) from error
-        ended_s = ranks.phase_ended_s[phase] = ranks.clock.now_s()
-        for tell in ranks.on_phase:
-            tell(phase, done_s - began_s, ended_s - done_s)
         return working.result()
     finally:
         for future in begun:
             future.cancel()
         await asyncio.wait(begun)
+
+
+async def _outcome(
+    ranks: Ranks, phase: str, judging: asyncio.Future[MpipipeError | None], began_s: float
+) -> MpipipeError | None:
+    """What the ranks agree on; this one's own work, which `began_s`, is done."""
+    done_s = ranks.clock.now_s()
+    with ranks.boot.waiting(phase):
+        agreed = await judging
+    if agreed is None:
+        ended_s = ranks.phase_ended_s[phase] = ranks.clock.now_s()
+        for tell in ranks.on_phase:
+            tell(phase, done_s - began_s, ended_s - done_s)
+    return agreed
 
 
 async def told_by_head(ranks: Ranks, phase: str, work: Callable[[], bytes]) -> bytes:

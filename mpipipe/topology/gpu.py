@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
 from mpipipe.topology.launcher import detect
-from mpipipe.topology.packages import package_versions
 
 __all__ = [
     "GpuFacts",
@@ -25,7 +21,6 @@ __all__ = [
     "cuda_init_problem",
     "driver_in_sight",
     "gpu_of_rank",
-    "installed_attention_backends",
     "mig_slice",
     "no_driver_problem",
     "pci_address",
@@ -109,28 +104,6 @@ def driver_in_sight(root: Path = _ROOT) -> bool:
     except OSError:
         return False
     return True
-
-
-def installed_attention_backends() -> tuple[str, ...]:
-    """Optional attention backends whose packages, and whatever they compile with, are installed.
-
-    Nothing is imported: triton takes 0.3 s, flashinfer seconds. Triton builds a small C launcher
-    for every kernel, flashinfer compiles kernels unless its cache is installed.
-    """
-    found = []
-    if importlib.util.find_spec("triton") is not None and has_c_compiler(os.environ):
-        found.append("triton")
-    if flashinfer_is_usable(os.environ):
-        found.append("flashinfer")
-    if _torch_release() >= (2, 13):  # the first whose varlen_attn reads paged keys and values
-        found.append("varlen")
-    return tuple(found)
-
-
-def _torch_release() -> tuple[int, int]:
-    version = package_versions(["torch"])["torch"]
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 # ---- what is amiss -------------------------------------------------------------------------------

@@ -120,7 +120,11 @@ class Nvml:
         return self.ask("nvmlSystemGetDriverVersion") or ""
 
     def device(self, uuid: str) -> GpuDevice | None:
-        """The GPU or slice with this UUID ("GPU-…", "MIG-…", or without a prefix, as in torch)."""
+        """The GPU or slice with this UUID; None: it is not here.
+
+        Args:
+            uuid: that of `GpuFacts`: "MIG-…" of a slice, of a GPU without a prefix or "GPU-…".
+        """
         name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
         handle = self.ask("nvmlDeviceGetHandleByUUID", name)
         if handle is None:
@@ -143,7 +147,7 @@ class Nvml:
             facts = GpuFacts(
                 index=index,
                 name=self.ask("nvmlDeviceGetName", handle) or "",
-                uuid=self.ask("nvmlDeviceGetUUID", handle) or "",
+                uuid=self._uuid(handle),
                 capability=10 * capability[0] + capability[1],
                 memory_bytes=memory.total,
                 free_bytes=memory.free,
@@ -159,11 +163,15 @@ class Nvml:
             GpuProcess(
                 pid=process.pid,
                 name=self.ask("nvmlSystemGetProcessName", process.pid) or "a process",
-                gpu_uuid=self.ask("nvmlDeviceGetUUID", handle) or "",
+                gpu_uuid=self._uuid(handle),
             )
             for _, handle in self._handles()
             for process in self.ask("nvmlDeviceGetComputeRunningProcesses_v3", handle) or ()
         )
+
+    def _uuid(self, handle: Any) -> str:
+        """As torch writes it, without "GPU-"; empty: not told."""
+        return (self.ask("nvmlDeviceGetUUID", handle) or "").removeprefix("GPU-")
 
     def _handles(self) -> Iterator[tuple[int, Any]]:
         """The GPUs that answer, by their number; one that fell off the bus does not."""

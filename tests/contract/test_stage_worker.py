@@ -24,7 +24,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, TensorChannel, Transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.errors import NumericsError, PromptError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.metrics.accounting import StageAccount, StepRecord
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan
@@ -162,7 +162,7 @@ class VirtualRanks:
             if self._is_slow and number == 1:
                 end = self.slow = SlowReceiver(tensors[1], tensors[0])
             told: list[tuple[StepRecord, float | None]] = []
-            account.on_step = lambda record, transfer_s, told=told: told.append(  # type: ignore[misc]
+            account.on_step = lambda record, transfer_s, told=told: told.append(
                 (record, transfer_s)
             )
             link = None

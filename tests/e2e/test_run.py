@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Outcome, execute, mpiexec, read_jsonl, run
+from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
 RECORD_KEYS = {
@@ -80,11 +82,54 @@ def test_the_manifest_is_enough_to_repeat_the_run(
     assert Path(manifest["config"]["model"]["path"]).is_absolute()
     assert manifest["config"]["output"]["dir"] == str(tmp_path / "first")
     assert len(manifest["plan"]["stages"]) == len(manifest["hosts"]) == max(1, num_ranks)
+    _check_surroundings(manifest, max(1, num_ranks))
     again = tmp_path / "again.json"
     again.write_text(json.dumps(manifest["config"]))
     second = run(num_ranks, again, tmp_path / "second")
     assert second.exit_code == 0, second.stderr
     assert tokens(second.completions()) == tokens(first.completions())
+
+
+def _check_surroundings(manifest: dict[str, Any], num_ranks: int) -> None:
+    """What a run of this machine, started by a test, tells of it."""
+    assert manifest["schema"] == 1
+    assert "run" in manifest["argv"]
+    (node,) = manifest["nodes"]
+    assert node["host"] == manifest["hosts"][0]["host"]
+    assert node["cpu_model"]
+    assert node["kernel"] == os.uname().release
+    assert node["memory_bytes"] >= manifest["hosts"][0]["memory_available_bytes"]
+    launch = manifest["launch"]
+    assert (launch["num_nodes"], launch["num_ranks"]) == (1, num_ranks)
+    assert launch["launcher"] == manifest["hosts"][0]["launcher"]
+    assert manifest["environment"]["OMP_NUM_THREADS"] == "1"
+    assert not {"PATH", "HOME"} & manifest["environment"].keys()
+    assert "node.memory" in {finding["check"] for finding in manifest["doctor"]}
+    (attempt,) = manifest["attempts"]
+    assert attempt["attempt"] == 1
+    age_s = datetime.now(UTC).timestamp() - attempt["unix_s"]
+    assert 0 < age_s < LIMIT_S
+
+
+def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
+    """The parts of a rank's boot, in its log and in the metrics, are its boot's wall clock."""
+    events = read_jsonl(folder / f"rank_{rank['rank']}.log")
+    logged = [event for event in events if event["event"] == "boot"]
+    boot = rank["boot"]
+    assert [event["name"] for event in logged] == [part["name"] for part in boot]
+    for before, after in itertools.pairwise(logged):
+        assert after["start_s"] == pytest.approx(before["end_s"], abs=2e-6)
+    names = {part["name"] for part in boot}
+    assert {"process", "imports", "mpi", "build", "read weights", "wait"} <= names
+    assert ("tokenizer" in names) == (rank["rank"] == 0)
+    # From the process's start, as the kernel tells it, to the first sign of being ready.
+    (ready,) = (event for event in events if event["event"] == "ready")
+    wall_s = ready["t_s"] - boot[0]["start_s"]
+    assert sum(part["seconds"] for part in boot) == pytest.approx(wall_s, rel=0.01)
+    (read,) = (part for part in boot if part["name"] == "read weights")
+    assert read["bytes"] == rank["loaded_bytes"] > 0
+    own_s = sum(part["seconds"] for part in boot if part["name"] != "wait")
+    assert 0 < rank["load_s"] < own_s
 
 
 PARTS = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
@@ -97,17 +142,27 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(tiny_config: Path, tmp_p
     assert outcome.exit_code == 0, outcome.stderr
     metrics = outcome.json("metrics.json")
     assert metrics["requests"]["num_completed"] == 3
+    assert (metrics["schema"], metrics["state"], metrics["attempt"]) == (1, "done", 1)
+    assert metrics["run"] == outcome.json("manifest.json")["run"]
+    (attempt,) = metrics["attempts"]
+    assert attempt["wall_s"] == metrics["total"]["wall_s"] == metrics["phases"]["wall_s"]
+    assert attempt["num_output_tokens"] == metrics["requests"]["num_output_tokens"]
+    assert (
+        min(metrics["time"][f"{name}_s"] for name in ("preprocessing", "io_read", "io_write")) > 0
+    )
+    assert "slowest boot  rank " in outcome.stdout
     for rank in metrics["ranks"]:
+        _check_boot(folder, rank)
         stage = rank["stage"]
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
         assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
-        check_steps(folder, rank["rank"], stage)
-        check_samples(folder, rank["rank"], stage, outcome)
+        _check_steps(folder, rank["rank"], stage)
+        _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
     assert (first["bytes_out"], last["bytes_out"]) == (last["bytes_in"], first["bytes_in"])
-    check_requests(folder, outcome)
+    _check_requests(folder, outcome)
     clocks = read_jsonl(folder / "clock.jsonl")
     assert {(line["of_rank"], line["offset_s"], line["error_s"]) for line in clocks} == {
         (0, 0.0, 0.0), (1, 0.0, 0.0),
@@ -115,7 +170,7 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(tiny_config: Path, tmp_p
     assert len(clocks) == 4, "at the start and at the end"
 
 
-def identities(folder: Path, lines: list[dict[str, Any]], rank: int) -> None:
+def _identities(folder: Path, lines: list[dict[str, Any]], rank: int) -> None:
     run_id = json.loads((folder / "manifest.json").read_text())["run"]
     names = ("run", "attempt", "job", "replica", "rank", "stage")
     assert {tuple(line[name] for name in names) for line in lines} == {
@@ -123,10 +178,10 @@ def identities(folder: Path, lines: list[dict[str, Any]], rank: int) -> None:
     }
 
 
-def check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
+def _check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
     """The lines of a rank's steps, against the sums of its stage."""
     steps = read_jsonl(folder / f"steps_rank_{rank}.jsonl")
-    identities(folder, steps, rank)
+    _identities(folder, steps, rank)
     assert [line["step"] for line in steps] == list(range(stage["num_steps"]))
     assert {line["phase"] for line in steps} <= {"prefill", "decode", "mixed"}
     for line in steps:
@@ -141,10 +196,10 @@ def check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
     assert all(later["start_s"] == earlier["t_s"] for earlier, later in itertools.pairwise(steps))
 
 
-def check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outcome) -> None:
+def _check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outcome) -> None:
     """The time series of a rank: growing counters, up to what the run did."""
     samples = read_jsonl(folder / f"samples_rank_{rank}.jsonl")
-    identities(folder, samples, rank)
+    _identities(folder, samples, rank)
     assert len(samples) >= 2
     for name in ("t_s", "num_steps", "io_write_bytes", "net_rx_bytes"):
         values = [line[name] for line in samples]
@@ -160,10 +215,10 @@ def check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outco
     assert tuple(last[name] for name in counts) == told
 
 
-def check_requests(folder: Path, outcome: Outcome) -> None:
+def _check_requests(folder: Path, outcome: Outcome) -> None:
     """The line of each request, against its completion."""
     requests = read_jsonl(folder / "requests.jsonl")
-    identities(folder, requests, 0)
+    _identities(folder, requests, 0)
     completions = {record["id"]: record for record in outcome.completions()}
     assert {line["id"] for line in requests} == set(completions)
     gaps_s: list[float] = []
@@ -184,6 +239,7 @@ def check_requests(folder: Path, outcome: Outcome) -> None:
 
 def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
     outcome = run(2, tiny_config, tmp_path / "run", "profile.tool=torch", "profile.steps=[2,4]")
+    manifest = outcome.json("manifest.json")
     for rank in (0, 1):
         profile = outcome.json(f"torch_rank_{rank}.json")["traceEvents"]
         names = {event["name"] for event in profile if event.get("ph") == "X"}
@@ -193,7 +249,10 @@ def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: P
         assert kind in names
         assert any(name.startswith("aten::") for name in names), "what the steps compute"
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
-        assert {event["rank"] for event in events} == {rank}
+        assert {event["rank"] for event in events} == {event["stage"] for event in events} == {rank}
+        assert {(event["run"], event["attempt"], event["job"]) for event in events} == {
+            (manifest["run"], 1, None)
+        }
         assert {"handshake", "ready"} <= {event["event"] for event in events}
         (ready,) = (event for event in events if event["event"] == "ready")
         assert (ready["form"], ready["num_graphs"], ready["graph_unsupported_reason"]) == (

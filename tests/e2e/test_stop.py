@@ -96,10 +96,16 @@ def test_a_run_that_is_stopped_twice_and_resumed_is_the_run_that_was_never_stopp
     assert resumed.exit_code == 0, resumed.stderr
     assert f"{len(early)} prompts are done" in resumed.stdout
     assert resumed.json("metrics.json")["requests"]["num_kept"] == len(early)
-    assert [attempt["num_kept"] for attempt in resumed.json("manifest.json")["attempts"]] == [
-        0,
-        len(early),
-    ]
+    manifest, metrics = resumed.json("manifest.json"), resumed.json("metrics.json")
+    # The attempt that was stopped while it booted may have ended before it said that it is one.
+    attempts = manifest["attempts"]
+    assert [attempt["num_kept"] for attempt in attempts[-2:]] == [0, len(early)]
+    told = [(attempt["state"], attempt["num_completed"]) for attempt in metrics["attempts"]]
+    assert told[-2:] == [("stopped", len(early)), ("done", NUM_PROMPTS - len(early))]
+    assert len(told) == len(attempts) == metrics["attempt"] == manifest["attempts"][-1]["attempt"]
+    assert metrics["run"] == manifest["run"] == stopped.json("metrics.json")["run"]
+    assert metrics["total"]["num_completed"] == NUM_PROMPTS
+    assert metrics["total"]["num_output_tokens"] == 60 * NUM_PROMPTS
     assert len(read_jsonl(folder / "completions_rank_0.jsonl")) == NUM_PROMPTS
 
     plain = run(0, tiny_config, tmp_path / "plain", *job)
@@ -109,6 +115,10 @@ def test_a_run_that_is_stopped_twice_and_resumed_is_the_run_that_was_never_stopp
     again = run(0, tiny_config, folder, *job, resume)
     assert again.exit_code == 0, again.stderr
     assert again.completions() == resumed.completions()
+    metrics = again.json("metrics.json")
+    assert (metrics["state"], metrics["requests"]["num_completed"]) == ("done", 0)
+    assert metrics["total"]["num_output_tokens"] == 60 * NUM_PROMPTS
+    assert again.json("manifest.json")["plan"] == manifest["plan"]
 
 
 def rank_of(folder: Path, rank: int) -> int:
@@ -146,6 +156,18 @@ def test_a_rank_that_is_killed_is_named_and_its_launcher_reports_it(
     status = ended.json("status.json")
     assert status["state"] == "failed"
     assert "rank 1 on " in status["error"]
+
+    # What it did is not lost, and each prompt counts once.
+    resumed = run(0, tiny_config, folder, *job, "output.resume=true")
+    assert resumed.exit_code == 0, resumed.stderr
+    metrics = resumed.json("metrics.json")
+    killed, last = metrics["attempts"]
+    assert (killed["state"], last["state"]) == ("interrupted", "done")
+    assert killed["num_completed"] == metrics["requests"]["num_kept"] > 0
+    assert killed["num_output_tokens"] == 60 * killed["num_completed"]
+    assert killed["wall_s"] > killed["generate_s"] > 0
+    assert metrics["total"]["num_completed"] == NUM_PROMPTS
+    assert metrics["total"]["num_output_tokens"] == 60 * NUM_PROMPTS
 
 
 def test_ranks_whose_launcher_is_gone_end_within_seconds(

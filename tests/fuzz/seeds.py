@@ -497,6 +497,56 @@ SLURM_ANSWERS = (
     b"7|COMPLETED|0:0|00:10:00|2026-11-22T12:00:00|/home/a\n7_2|FAILED|6:0|00:01:00|Unknown|/home/a\n",
 )
 
+_BY = {"run": "0123456789ab", "attempt": 1, "job": None, "replica": 0, "rank": 0, "stage": 0}
+_PARTS = {f"{part}_s": 0.1 for part in ("idle", "wait", "transfer", "compute", "overhead", "send")}
+# All kinds of lines in one file: each reader meets its own, and those of the others.
+RUN_LINES = (
+    _lines(
+        {**_BY, "t_s": 1.0, "event": "boot", "name": "imports", "start_s": 0.0, "end_s": 1.0,
+         "level": "info", "time": "2026-11-27T10:00:00Z", "host": "a", "bytes": 12},
+        {**_BY, "t_s": 2.0, "event": "generating", "level": "info", "time": "", "host": "a"},
+        {**_BY, "t_s": 3.0, "event": "held up", "level": "warning", "seconds": 1.0, "cpu_s": 0.0},
+        {**_BY, "t_s": 4.0, "event": "ended early", "level": "error", "error": "e", "kind": "k"},
+    ),
+    _lines(
+        *(
+            {**_BY, "t_s": 2.6, "step": step, "slot": 0, "phase": "decode", "num_rows": 1,
+             "num_tokens": 1, "start_s": 2.0 + step, **_PARTS, "bytes_in": 8, "bytes_out": 8}
+            for step in range(2)
+        ),
+        {**_BY, "t_s": 9.0, "step": 3, "slot": 1, "phase": "mixed", "num_rows": 1,
+         "num_tokens": 1, "start_s": 5.0, **_PARTS, "compute_s": 7.0, "bytes_in": 8,
+         "bytes_out": 8},
+    ),
+    _lines(
+        *(
+            {**_BY, "t_s": t_s, "num_output_tokens": 5, "num_steps": 2, "cpu_percent": 50.0,
+             "node_cpu_percent": 100.0, "rss_bytes": 5, "num_involuntary_switches": 500,
+             "gpu": {"utilisation": 0.5, "power_w": 70.0}}
+            for t_s in (2.0, 9.0)
+        ),
+    ),
+    _lines(
+        {**_BY, "t_s": 5.0, "id": "p", "index": 0, "slot": 0, "arrived_s": 1.0, "admitted_s": 2.0,
+         "first_token_s": 3.0, "finished_s": 4.0, "latency_s": 3.0, "num_prompt_tokens": 1,
+         "num_output_tokens": 9, "itl_p50_s": 0.1, "error_kind": None},
+        {**_BY, "t_s": 5.0, "id": "q", "slot": 1, "arrived_s": 1.0, "admitted_s": 2.0,
+         "finished_s": 9.0, "error_kind": None},
+        {**_BY, "t_s": 1.0, "of_rank": 0, "offset_s": 0.5, "error_s": 0.1},
+        {**_BY, "t_s": 5.0, "of_rank": 0, "offset_s": 0.6, "error_s": 0.1},
+    ),
+)  # fmt: skip
+RUN_DOCUMENTS = (
+    _json(
+        {
+            "schema": 1, "run": "0123456789ab", "attempt": 1, "attempts": [{"attempt": 1}],
+            "plan": {"num_slots": 2, "device": "cpu"}, "config": {"name": "a", "list": [{"b": 1}]},
+            "ranks": [{"rank": 0, "stage": {"num_steps": 3, "overall": {"compute_s": 7.2}}}],
+            "state": "done", "time": {"io_read_s": 1.0}, "phases": {"generate_s": 7.0},
+        }
+    ),
+)  # fmt: skip
+
 # ---- generated tokens ----------------------------------------------------------------------------
 
 WORDS = (b"", b" the", "é".encode(), "😀".encode()[:2], "😀".encode()[2:], b"\xe2", b"END", b"")

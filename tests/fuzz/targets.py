@@ -7,6 +7,7 @@ and checks what the reader promises of its result.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -23,6 +24,16 @@ from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
 from mpipipe.job.acquire import acquire_folder
+from mpipipe.logs.difference import find_differences
+from mpipipe.logs.facts import read_facts
+from mpipipe.logs.problems import find_problems
+from mpipipe.logs.prompts import read_requests
+from mpipipe.logs.rates import intervals
+from mpipipe.logs.reading import RunFiles
+from mpipipe.logs.step_report import report_steps
+from mpipipe.logs.summary import summarise
+from mpipipe.logs.tail import LogFollower, told_line
+from mpipipe.logs.timeline import write_timeline
 from mpipipe.run_folder.journal import merge
 from mpipipe.scheduler.detokenize import StopWatch
 from mpipipe.topology.slurm import SlurmJob
@@ -215,6 +226,51 @@ def _slurm(folder: Path) -> Check:
     return check
 
 
+_LINE_FILES = ("steps_rank_0.jsonl", "samples_rank_0.jsonl", "requests.jsonl", "clock.jsonl")
+
+
+def _run_lines(folder: Path) -> Check:
+    files = RunFiles(folder)
+    for name in _LINE_FILES:
+        (folder / name).symlink_to("rank_0.log")
+
+    def check(content: bytes) -> None:
+        (folder / "rank_0.log").write_bytes(content)
+        _ask_all(files)
+
+    return check
+
+
+def _run_documents(folder: Path) -> Check:
+    files = RunFiles(folder)
+    (folder / "rank_0.log").write_bytes(seeds.RUN_LINES[0])
+
+    def check(content: bytes) -> None:
+        for name in ("manifest.json", "metrics.json"):
+            (folder / name).write_bytes(content)
+        _ask_all(files)
+        document = files.document("manifest.json")
+        find_differences((document, {}), ({}, document))
+
+    return check
+
+
+def _ask_all(files: RunFiles) -> None:
+    """What `mpipipe logs` asks."""
+    facts = read_facts(files)
+    found = summarise(facts, files.document("metrics.json"))
+    assert all(seconds >= 0 for rank in found.ranks for seconds in rank.seconds.values())
+    assert found.culprit.sentence
+    report_steps(facts, 0.5)
+    json.dumps(found.to_dict())
+    json.dumps(read_requests(files.lines("requests.jsonl"), num_slowest=3).to_dict())
+    find_problems(files, with_warnings=True)
+    intervals(0, files.sample_lines(0), facts.clocks)
+    write_timeline(files, Path(os.devnull), 1, 0)
+    for line in LogFollower(files, 10).poll():
+        told_line(line)
+
+
 # ---- what models write ---------------------------------------------------------------------------
 
 
@@ -298,5 +354,7 @@ TARGETS: tuple[Target, ...] = (
         mutate_json,
     ),
     Target("status-slurm", _slurm, seeds.SLURM_ANSWERS, mutate_bytes),
+    Target("logs-lines", _run_lines, seeds.RUN_LINES, mutate_json_lines),
+    Target("logs-documents", _run_documents, seeds.RUN_DOCUMENTS, mutate_json),
     Target("detokenize", _detokenize, seeds.GENERATED, mutate_bytes),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.topology.compilers import flashinfer_is_usable, has_c_compiler
+from mpipipe.topology.packages import flashinfer_is_usable, has_c_compiler
 
 
 def program(folder: Path, name: str) -> Path:

@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from mpipipe.config.binding import bind, settings
-from mpipipe.config.load import (
-    config_hash,
-    default_sampling,
-    load_config,
-    require_set,
-    to_dict,
-)
+from mpipipe.config.checks import default_sampling
+from mpipipe.config.load import config_hash, load_config, require_set, to_dict
 from mpipipe.config.schema import Config, GenerationConfig
 from mpipipe.errors import ConfigError
 from mpipipe.types import SamplingParams

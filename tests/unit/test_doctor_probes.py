@@ -29,14 +29,15 @@ from mpipipe.doctor.probes.folders import (
     write_bytes_per_s,
 )
 from mpipipe.doctor.probes.gpu import kernel_driver, probe_before_torch
-from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
 from mpipipe.doctor.probes.process import (
     cuda_libraries_in,
     loaded_libraries,
+    nccl_routes,
     nvidia_wheels,
     probe_launch,
     probe_node,
     probe_software,
+    recorded_nccl,
 )
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.topology.gpu import GpuFacts

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from mpipipe.clock import ScriptedClock
 from mpipipe.errors import OutputError
 from mpipipe.run_folder.file_thread import FileThread
 
@@ -29,6 +30,27 @@ def test_work_is_done_in_order_while_the_loop_goes_on() -> None:
         await asyncio.sleep(0)
         answered.set()
         assert await files.run(lambda: list(done)) == [0, 1, 2, 3]
+        files.close()
+
+    asyncio.run(write())
+
+
+def test_the_time_of_all_work_is_counted_also_of_work_that_fails() -> None:
+    clock = ScriptedClock()
+
+    def fail() -> None:
+        clock.advance(0.5)
+        raise OutputError("disk full")
+
+    async def write() -> None:
+        files = FileThread(clock)
+        files.post(partial(clock.advance, 2.0))
+        await files.run(partial(clock.advance, 1.0))
+        assert files.busy_s == 3.0
+        clock.advance(9.0)  # the thread waits
+        with pytest.raises(OutputError):
+            await files.run(fail)
+        assert files.busy_s == 3.5
         files.close()
 
     asyncio.run(write())

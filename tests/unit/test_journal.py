@@ -19,6 +19,7 @@ from mpipipe.errors import OutputError
 from mpipipe.run_folder import journal as journal_module
 from mpipipe.run_folder.journal import (
     CompletionWriter,
+    KeptRecords,
     completion_record,
     decode_line,
     encode_line,
@@ -113,7 +114,10 @@ def test_what_no_parser_should_see_is_no_record(deep: bytes) -> None:
 def test_a_line_without_a_checksum_is_taken_when_it_is_otherwise_in_order(
     differs: dict[str, object],
 ) -> None:
-    assert decode_line(old_line("a")) == ("a", False, False, zlib.crc32(old_line("a")))
+    found = decode_line(old_line("a"))
+    assert found is not None
+    assert found[:4] == ("a", False, False, zlib.crc32(old_line("a")))
+    assert found.num_output_tokens == len(completion("a").token_ids) > 0
     assert decode_line(old_line("a", **differs)) is None
 
 
@@ -137,11 +141,14 @@ def test_what_is_damaged_is_set_aside_byte_for_byte_and_the_rest_stays(tmp_path:
     path.write_bytes(sound[0] + b"".join(damaged) + sound[1] + sound[0] + sound[2] + b'{"id": "p4"')
     kept = read_journals(tmp_path, NAMES)
     assert list(kept.checksums) == ["p0", "p2", "p3"]
-    assert (kept.num_damaged, kept.num_failed) == (9, 0)
+    num_tokens = 3 * len(completion("p0").token_ids)
+    assert (kept.num_damaged, kept.num_failed, kept.num_output_tokens) == (9, 0, num_tokens)
     assert path.read_bytes() == sound[0] + sound[1] + sound[0] + sound[2]
     aside = tmp_path / "damaged_rank_0.jsonl"
     assert aside.read_bytes() == b"".join(damaged) + b'{"id": "p4"\n'
-    assert read_journals(tmp_path, NAMES) == type(kept)(kept.checksums)
+    assert read_journals(tmp_path, NAMES) == KeptRecords(
+        kept.checksums, num_output_tokens=num_tokens
+    )
     path.write_bytes(b"x\n")
     read_journals(tmp_path, NAMES)
     assert aside.read_bytes().endswith(b'{"id": "p4"\nx\n'), "it is appended to"

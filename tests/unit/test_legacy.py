@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from mpipipe.config.binding import settings
-from mpipipe.config.deepspeed import DeepSpeedExpectations, check_against_plan
-from mpipipe.config.legacy import TARGETS, is_legacy
+from mpipipe.config.legacy import TARGETS, DeepSpeedExpectations, check_against_plan, is_legacy
 from mpipipe.config.load import LoadedConfig, load_config
 from mpipipe.errors import ConfigError
 

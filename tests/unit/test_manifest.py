@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from mpipipe.config.load import load_config
+from mpipipe.errors import OutputError
 from mpipipe.job.acquire import acquire_folder
-from mpipipe.job.manifest import build_manifest
+from mpipipe.job.manifest import Surroundings, complete_manifest, first_manifest
 from mpipipe.metrics.identity import is_run_id
 from mpipipe.planning.model_facts import ModelFacts
-from mpipipe.run_folder.fingerprint import completions_fingerprint
+from mpipipe.run_folder.files import write_json
+from mpipipe.run_folder.fingerprint import PROMPTS, completions_fingerprint
+from mpipipe.topology.launcher import Launcher, LaunchInfo
+from mpipipe.topology.node import NodeGpu, NodeRecord
+from tests.unit.planned_rank import make_rank
 from tests.unit.test_plan import make_plan
+
+SURROUNDINGS = Surroundings(
+    resources=tuple(make_rank(rank, host) for rank, host in enumerate(("n1", "n1", "n2"))),
+    nodes=(NodeRecord("n1", "Xeon", 8, 2**34, "6.1", (NodeGpu("T4", 2**34, "550", "G"),), ""),),
+    launch=LaunchInfo(Launcher.SRUN, detail="pmix"),
+    mpi_library="",
+    git={"commit": "abc", "dirty": False},
+    environment={"OMP_NUM_THREADS": "1"},
+    findings=[{"check": "node.shm"}],
+    argv=("mpipipe", "run", "x.toml"),
+    started_s=500.0,
+    started_unix_s=1_800_000_000.0,
+)
 
 
 def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
@@ -33,15 +54,84 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     acquired = acquire_folder(loaded, [], read, None)
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')
 
-    session: Any = SimpleNamespace(
-        plan=make_plan(), resources=(), ranks=SimpleNamespace(mpi_library="")
-    )
+    session: Any = SimpleNamespace(plan=make_plan())
     with closing(acquired):
-        manifest = build_manifest(session, loaded, acquired)
+        first = first_manifest(loaded, acquired, SURROUNDINGS)
+        manifest = complete_manifest(first, session, loaded, acquired)
 
     assert manifest["basis"] == read
     assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
     assert completions_fingerprint(loaded, facts, "float32") != read
+    assert first["plan"] is None
+    assert manifest["plan"]["num_slots"] == make_plan().num_slots
+    # Nothing is lost on the way from the first to the complete one.
+    changed = {name for name in first if manifest[name] != first[name]}
+    assert changed == {"basis", "config", "plan", "hashes"}
+
+
+def attempt(folder: Path, words: list[str], fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The first manifest of an attempt that ends while it boots."""
+    loaded = load_config(None, [f"output.dir={folder}", "output.resume=true", *words])
+    with closing(acquire_folder(loaded, [], fingerprint, None)) as acquired:
+        with_work = replace(acquired, done_code=None)
+        manifest = first_manifest(loaded, with_work, SURROUNDINGS)
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def test_the_first_manifest_says_where_the_run_is(tmp_path: Path) -> None:
+    told = attempt(tmp_path, [], {PROMPTS: "0"})
+    assert told["schema"] == 1
+    assert told["argv"] == ["mpipipe", "run", "x.toml"]
+    assert told["git"] == {"commit": "abc", "dirty": False}
+    assert told["nodes"][0]["gpus"][0]["driver"] == "550"
+    assert told["launch"] == {
+        "num_nodes": 2, "num_ranks": 3, "launcher": "srun", "mpi": "pmix",
+    }  # fmt: skip
+    assert told["environment"] == {"OMP_NUM_THREADS": "1"}
+    assert told["doctor"] == [{"check": "node.shm"}]
+    assert [host["host"] for host in told["hosts"]] == ["n1", "n1", "n2"]
+    (own,) = told["attempts"]
+    assert own["attempt"] == 1
+    assert (own["t_s"], own["unix_s"]) == (500.0, 1_800_000_000.0)
+    assert own["started"] == "2027-01-15T08:00:00+00:00"
+    assert own["hosts"] == ["n1", "n1", "n2"]
+    assert (own["num_kept"], own["num_kept_failed"], own["num_kept_output_tokens"]) == (0, 0, 0)
+
+
+def test_an_attempt_that_ended_while_it_booted_is_remembered_and_binds_nobody(
+    tmp_path: Path,
+) -> None:
+    first = attempt(tmp_path, [], {PROMPTS: "0"})
+    assert first["basis"] is None
+    second = attempt(tmp_path, ["model.dtype=float16"], {PROMPTS: "others"})
+    assert second["run"] == first["run"]
+    assert [entry["attempt"] for entry in second["attempts"]] == [1, 2]
+    assert second["attempts"][0]["state"] == "interrupted"
+    assert second["basis"] is None
+    # Once it has begun to generate, its settings bind.
+    write_json(
+        tmp_path / "manifest.json", {**second, "basis": {PROMPTS: "others"}, "plan": {"x": 1}}
+    )
+    third = attempt(tmp_path, [], {PROMPTS: "others"})
+    assert third["basis"] == {PROMPTS: "others"}
+    assert third["plan"] == {"x": 1}  # of the attempt before, until its own is known
+    with pytest.raises(OutputError, match="cannot be resumed"):
+        attempt(tmp_path, [], {PROMPTS: "0"})
+
+
+def test_a_run_with_nothing_left_adds_itself_to_what_was_told(tmp_path: Path) -> None:
+    loaded = load_config(None, [f"output.dir={tmp_path}", "output.resume=true"])
+    before = {
+        "basis": {PROMPTS: "0"}, "run": "0123456789ab", "plan": {"x": 1}, "config": {"y": 2},
+        "attempts": [{"num_kept": 0}],
+    }  # fmt: skip
+    write_json(tmp_path / "manifest.json", before)
+    with closing(acquire_folder(loaded, [], {PROMPTS: "0"}, None)) as acquired:
+        assert acquired.done_code == 0
+        told = first_manifest(loaded, acquired, SURROUNDINGS)
+    assert {**told, "attempts": []} == {**before, "schema": 1, "attempts": []}
+    assert len(told["attempts"]) == 2
 
 
 def test_a_run_keeps_its_id_over_its_attempts_and_counts_them(tmp_path: Path) -> None:

@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpipipe.config.prompt_ids import FoundPrompt, id_of_broken_line, own_ids, read_id
-from mpipipe.config.prompts import read_prompts
+from mpipipe.config.prompts import (
+    _FoundPrompt,
+    _id_of_broken_line,
+    _own_ids,
+    _read_id,
+    read_prompts,
+)
 from mpipipe.config.schema import GenerationConfig
 
 
@@ -69,13 +74,13 @@ def test_an_id_that_can_be_read_is_kept_whatever_else_is_wrong(tmp_path: Path, l
     ],
 )
 def test_an_id_in_doubt_is_none(line: str) -> None:
-    assert id_of_broken_line(line.encode()) is None
-    assert id_of_broken_line(b'{"id": "caf\xe9", "prompt": ') is None
+    assert _id_of_broken_line(line.encode()) is None
+    assert _id_of_broken_line(b'{"id": "caf\xe9", "prompt": ') is None
 
 
 def test_equal_id_and_custom_id_are_one() -> None:
-    assert read_id({"id": 7, "custom_id": "7"}) == ("7", None)
-    prompt_id, problem = read_id({"id": "a", "custom_id": "b"})
+    assert _read_id({"id": 7, "custom_id": "7"}) == ("7", None)
+    prompt_id, problem = _read_id({"id": "a", "custom_id": "b"})
     assert prompt_id == "a"
     assert problem is not None
 
@@ -101,10 +106,10 @@ def test_ids_are_unique_and_the_first_whole_line_has_its_own(
     said: list[tuple[str | None, bool]],
 ) -> None:
     lines = [
-        FoundPrompt(number, prompt_id, {} if is_whole else None)
+        _FoundPrompt(number, prompt_id, {} if is_whole else None)
         for number, (prompt_id, is_whole) in enumerate(said, start=1)
     ]
-    own = own_ids(lines)
+    own = _own_ids(lines)
     assert len(set(own)) == len(own) == len(lines)
     for prompt_id in {line.prompt_id for line in lines} - {None}:
         first = [line for line in lines if line.prompt_id == prompt_id and line.fields == {}]

@@ -21,6 +21,7 @@ from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.job import run as job_module
 from mpipipe.job.acquire import Acquired, acquire_folder
+from mpipipe.metrics.log import NullLog
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import write_whole
 from mpipipe.run_folder.journal import CompletionWriter
@@ -324,7 +325,7 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         view = SimpleNamespace(generating=lambda *_: None, ended=lambda: None)
         session: Any = SimpleNamespace(ranks=nothing, generate=generate)
         job: Any = SimpleNamespace(
-            acquired=Acquired(tmp_path, None, "0" * 12, 1), log=None, view=view,
+            acquired=Acquired(tmp_path, None, "0" * 12, 1), log=NullLog(), view=view,
             loaded=load_config(None, []), files=FileThread(), marks=SimpleNamespace(),
         )  # fmt: skip
         prompts: Any = SimpleNamespace(num_prompts=0, rejected=(), requests=())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpipipe.checkpoint.spec import read_spec
-from mpipipe.config.deepspeed import check_against_plan
+from mpipipe.config.legacy import check_against_plan
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mpipipe.metrics.accounting import StageTotals, TimeParts
+from mpipipe.metrics.attempts import AttemptTotals
+from mpipipe.metrics.boot import BootPart
+from mpipipe.metrics.identity import RunIdentity
 from mpipipe.metrics.summary import (
     PhaseTimes,
     RankReport,
@@ -57,8 +61,19 @@ def rank_report(stage: int, *, compute_s: float, wait_s: float) -> RankReport:
     return RankReport(
         rank=stage,
         host=f"node{stage}",
-        stage=StageTotals(stage=stage, num_steps=3, num_tokens=30, overall=overall, steady=steady),
+        stage=StageTotals(
+            stage=stage, num_steps=3, num_tokens=30, overall=overall, steady=steady, bytes_out=4096
+        ),
         load_s=0.5,
+        boot=(
+            BootPart("process", 0.0, 0.25),
+            BootPart("read prompts", 0.25, 0.25 if stage == 0 else 0.0),
+            BootPart("tokenizer", 0.5, 1.0 if stage == 0 else 0.0),
+            BootPart("tokenise", 1.5, 0.5 if stage == 0 else 0.0),
+            BootPart("wait", 2.0, 50.0, phase="tokenizer"),
+            BootPart("read weights", 52.0, 2.0 + 4.0 * stage, num_bytes=250 * MIB),
+            BootPart("convert weights", 58.0, 1.0),
+        ),
         loaded_bytes=250 * MIB,
         weight_bytes=200 * MIB,
         kv_bytes=100 * MIB,
@@ -81,6 +96,7 @@ def summary() -> RunSummary:
             rank_report(0, compute_s=6.0, wait_s=1.0),
             rank_report(1, compute_s=5.0, wait_s=2.0),
         ),
+        itl_p50_s=0.25,
     )
 
 
@@ -116,6 +132,8 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     assert metrics["requests"]["num_failed"] == 1
     assert metrics["num_preemptions"] == 2
     assert metrics["output_tokens_per_s"] == pytest.approx(10.0)
+    assert (metrics["itl_p50_s"], metrics["energy_j"]) == (0.25, None)
+    assert metrics["bytes_moved"] == 2 * 4096
     rank = metrics["ranks"][1]
     assert rank["host"] == "node1"
     assert rank["loaded_bytes"] == 250 * MIB
@@ -124,7 +142,45 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     parts = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
     assert sum(overall[part] for part in parts) == pytest.approx(overall["wall_s"])
     assert overall["bubble_ratio"] == pytest.approx(0.5)
+    assert overall["communication_s"] == pytest.approx(1.0)
     assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)
+
+
+def test_energy_is_the_sum_of_all_ranks_if_all_tell(summary: RunSummary) -> None:
+    first, second = (replace(rank, energy_j=20.0) for rank in summary.ranks)
+    assert replace(summary, ranks=(first, second)).energy_j == 40.0
+    assert replace(summary, ranks=(first, replace(second, energy_j=None))).energy_j is None
+
+
+def test_reading_and_preprocessing_are_told_apart(summary: RunSummary) -> None:
+    """The head's prompts, and of weights, which are read side by side, the slowest rank's."""
+    times = replace(summary, io_write_s=0.75).to_dict()["time"]
+    assert times == {
+        "preprocessing_s": 1.5, "io_read_s": 6.25, "io_write_s": 0.75, "communication_s": 1.0,
+    }  # fmt: skip
+
+
+def test_the_slowest_boot_is_named_with_its_reason(summary: RunSummary) -> None:
+    (line,) = (line for line in summary_lines(summary) if line.startswith("slowest boot"))
+    assert line.endswith("rank 1 on node1 took 7.2 s, 6.0 s of it: read weights, 250 MiB")
+    boot = summary.to_dict()["ranks"][0]["boot"]
+    assert boot[4] == {"name": "wait", "start_s": 2.0, "seconds": 50.0, "phase": "tokenizer"}
+    assert boot[5]["bytes"] == 250 * MIB
+
+
+def test_the_figures_are_the_runs_over_all_its_attempts(summary: RunSummary) -> None:
+    identity = RunIdentity("0123456789ab", 2, None, replica=0, rank=0, stage=0)
+    before = AttemptTotals(1, "interrupted", 20.0, 8.0, 3, 1, 44)
+    metrics = replace(summary, identity=identity, state="stopped", earlier=(before,)).to_dict()
+    assert (metrics["schema"], metrics["run"], metrics["attempt"]) == (1, "0123456789ab", 2)
+    assert metrics["state"] == "stopped"
+    assert [entry["state"] for entry in metrics["attempts"]] == ["interrupted", "stopped"]
+    assert metrics["attempts"][1] == {
+        "attempt": 2, "state": "stopped", "wall_s": 13.5, "generate_s": 10.0, "num_completed": 20,
+        "num_failed": 1, "num_output_tokens": 100,
+    }  # fmt: skip
+    assert metrics["total"]["num_completed"] == 23
+    assert metrics["total"]["output_tokens_per_s"] == pytest.approx(144 / 18)
 
 
 def test_rank_reports_survive_json(summary: RunSummary) -> None:

@@ -162,7 +162,7 @@ def _memory(rank: RankFacts) -> list[Finding]:
     free = gpu.free_bytes if free is None else free
     what = f"{gib(free)} of {gib(gpu.memory_bytes)} free"
     values = {"free_bytes": free, "memory_bytes": gpu.memory_bytes}
-    others = [process for process in facts.processes if _same(process.gpu_uuid, gpu.uuid)]
+    others = [process for process in facts.processes if process.gpu_uuid == gpu.uuid != ""]
     if gpu.memory_bytes - free <= max(_OWN_USE, gpu.memory_bytes // 20) and not others:
         return [ok("gpu.memory", what, **values)]
     named = _named(others)
@@ -173,10 +173,6 @@ def _memory(rank: RankFacts) -> list[Finding]:
 
 def _named(processes: Sequence[GpuProcess]) -> str:
     return ", ".join(f"{process.name} (pid {process.pid})" for process in processes[:3])
-
-
-def _same(uuid: str, other: str) -> bool:
-    return uuid.removeprefix("GPU-") == other.removeprefix("GPU-") != ""
 
 
 def check_gpus_of_host(ranks: Sequence[RankFacts], *, share: bool = False) -> list[Finding]:

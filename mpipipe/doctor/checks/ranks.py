@@ -21,7 +21,7 @@ from mpipipe.topology.mpi_library import (
     short_name,
 )
 
-__all__ = ["check_ranks", "not_joined"]
+__all__ = ["check_node", "check_ranks", "not_joined"]
 
 # The MPI that a launcher belongs to, by the value of `topology.launcher.Launcher`.
 _OF_LAUNCHER = {
@@ -50,7 +50,7 @@ def check_ranks(ranks: Sequence[RankFacts], *, share_gpus: bool = False) -> Iter
     for rank in ranks:
         yield from (finding.at(rank.host, rank.rank) for finding in check_software(rank))
     for host, inside in hosts.items():
-        yield from (f.at(host) for f in _check_node(inside[0].node, num_ranks=len(inside)))
+        yield from (f.at(host) for f in check_node(inside[0].node, num_ranks=len(inside)))
     for rank in ranks:
         yield from (finding.at(rank.host, rank.rank) for finding in check_gpu(rank))
     for host, inside in hosts.items():
@@ -311,7 +311,7 @@ def _told(found: dict[str, list[RankFacts]]) -> str:
 # ---- host ----------------------------------------------------------------------------------------
 
 
-def _check_node(node: NodeFacts, *, num_ranks: int) -> Iterator[Finding]:
+def check_node(node: NodeFacts, *, num_ranks: int) -> Iterator[Finding]:
     """Findings of a host on which `num_ranks` ranks run."""
     yield _memory(node, num_ranks)
     if node.oom_kills:

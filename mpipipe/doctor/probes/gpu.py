@@ -21,19 +21,14 @@ from mpipipe.topology.host import read_text
 from mpipipe.topology.launcher import Launcher, detect
 from mpipipe.topology.nvml import GpuProcess, query_host
 
-__all__ = [
-    "GpusBefore",
-    "kernel_driver",
-    "probe_before_torch",
-    "probe_with_torch",
-]
+__all__ = ["kernel_driver", "probe_before_torch", "probe_with_torch"]
 
 _ROOT = Path("/")
 _SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # indices; that of the step first
 _SLURM_COUNT = "SLURM_GPUS_ON_NODE"
 _NO_DEVICES = "NoDevFiles"  # what some versions make of CUDA_VISIBLE_DEVICES then
 
-GpusBefore = tuple[GpuFacts, ...]
+_GpusBefore = tuple[GpuFacts, ...]
 """The GPUs of the host as the driver lists them before this rank has touched one."""
 
 
@@ -42,8 +37,8 @@ def probe_before_torch(
     *,
     wanted: str,
     root: Path = _ROOT,
-    query: Callable[[], tuple[GpusBefore, tuple[GpuProcess, ...]]] = query_host,
-) -> tuple[RankGpu, GpusBefore]:
+    query: Callable[[], tuple[_GpusBefore, tuple[GpuProcess, ...]]] = query_host,
+) -> tuple[RankGpu, _GpusBefore]:
     """What shows without a CUDA context; nothing but `wanted` when CPUs were asked for."""
     if wanted == "cpu":
         return RankGpu(wanted=wanted), ()
@@ -89,7 +84,7 @@ def _declined_by(environ: Mapping[str, str], given: str, *, container: str) -> s
     return "Slurm" if environ.get("SLURM_JOB_ID") and asked_for_none else ""
 
 
-def probe_with_torch(facts: RankGpu, gpus: GpusBefore, local_rank: int) -> RankGpu:
+def probe_with_torch(facts: RankGpu, gpus: _GpusBefore, local_rank: int) -> RankGpu:
     """`facts` with the GPU that torch would give this rank. Torch is imported already.
 
     Makes a CUDA context on that GPU; does nothing where no driver library loads.
@@ -99,18 +94,12 @@ def probe_with_torch(facts: RankGpu, gpus: GpusBefore, local_rank: int) -> RankG
     from mpipipe.data_plane.device import read_gpu
 
     found = read_gpu(local_rank)
-    uuid = _bare(found.uuid)
-    free = [gpu.free_bytes for gpu in gpus if uuid and _bare(gpu.uuid) == uuid]
+    free = [gpu.free_bytes for gpu in gpus if gpu.uuid == found.uuid != ""]
     return dataclasses.replace(
         facts,
         rank_gpu=found,
         free_before_bytes=free[0] if free else None,  # a MIG slice is not in the list
     )
-
-
-def _bare(uuid: str) -> str:
-    """Without the prefix that NVML writes and torch does not."""
-    return uuid.removeprefix("GPU-")
 
 
 def kernel_driver(root: Path = _ROOT) -> str:

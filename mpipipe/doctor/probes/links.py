@@ -23,7 +23,7 @@ import torch
 from mpipipe.config.schema import AUTO, PipelineConfig
 from mpipipe.data_plane.channel import EdgeKind, TensorChannel
 from mpipipe.doctor.facts import LinkFigure
-from mpipipe.doctor.probes.nccl_log import nccl_routes, recorded_nccl
+from mpipipe.doctor.probes.process import nccl_routes, recorded_nccl
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.devices import choose_device, choose_transport

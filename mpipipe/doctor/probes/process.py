@@ -4,10 +4,15 @@ The traps of containers: a torch or CUDA wheel in the user's site folder that wi
 and folders on LD_LIBRARY_PATH that put other CUDA libraries before torch's own. Importing torch
 happens here (`import_torch`), late, and its failure is a fact, not an error. Readers take the root
 folder, the environment and PATH lookups, so that tests fake them.
+
+Which way NCCL goes between two ranks is read from its own log: nothing else tells. It reads its
+settings once per process, at its first communicator. A user's own NCCL_DEBUG is left alone, and
+then nothing is known.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -16,8 +21,9 @@ import resource
 import shutil
 import site
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mpipipe._version import __version__
@@ -40,10 +46,12 @@ __all__ = [
     "cuda_libraries_in",
     "import_torch",
     "loaded_libraries",
+    "nccl_routes",
     "nvidia_wheels",
     "probe_launch",
     "probe_node",
     "probe_software",
+    "recorded_nccl",
 ]
 
 _ROOT = Path("/")
@@ -54,6 +62,11 @@ _CUDA_LIBRARY = re.compile(_CUDA + r"\.so(\.\d+)*")
 _LOADED_CUDA = re.compile(_CUDA + r"[-.]")  # torch's own have a hash after the name
 _LOADED_MPI = re.compile(r"lib(mpi)(?:ch|_\w+)?\.so")  # libmpich of Debian, libmpi_cray, libmpi_abi
 _PIN = re.compile(r"(nvidia-[\w-]+)\s*\(?==\s*([\w.]+)")
+_NCCL_SETTINGS = ("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE")
+# `Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0`; the numbers before brackets are ranks.
+_NCCL_CHANNEL = re.compile(
+    r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\](?: \[\w+\])? via (\S+)"
+)
 
 
 # ---- launch --------------------------------------------------------------------------------------
@@ -265,3 +278,29 @@ def cuda_libraries_in(folders: Sequence[str]) -> tuple[Library, ...]:
                 name = f"lib{match[1]}"
                 found.setdefault((name, folder), Library(name, str(path)))
     return tuple(found.values())
+
+
+# ---- NCCL ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded_nccl() -> Iterator[Path]:
+    """The file that NCCL logs to meanwhile; it may stay empty. Removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="mpipipe-doctor-") as folder:
+        path = Path(folder) / "nccl.log"
+        if any(name in os.environ for name in _NCCL_SETTINGS):
+            yield path
+            return
+        values = ("INFO", "INIT,P2P,SHM,NET", str(path))
+        os.environ.update(zip(_NCCL_SETTINGS, values, strict=True))
+        try:
+            yield path
+        finally:
+            for name in _NCCL_SETTINGS:
+                os.environ.pop(name, None)
+
+
+def nccl_routes(path: Path) -> dict[tuple[int, int], str]:
+    """(source, target) → e.g. "P2P/CUMEM", "SHM/direct/direct", "NET/Socket/0", "NET/IB/0"."""
+    found = _NCCL_CHANNEL.finditer(read_text(path))
+    return {(int(match[1]), int(match[2])): match[3] for match in found}

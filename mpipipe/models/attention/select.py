@@ -16,7 +16,7 @@ from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.models.attention.varlen import VarlenAttention, has_paged_varlen
-from mpipipe.topology.compilers import flashinfer_is_usable
+from mpipipe.topology.packages import flashinfer_is_usable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from functools import cache
 
-from mpipipe.topology.compilers import has_c_compiler
+from mpipipe.topology.packages import has_c_compiler
 
 __all__ = ["available"]
 

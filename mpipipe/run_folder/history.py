@@ -1,0 +1,133 @@
+"""What earlier attempts of a run did; of one that was killed, from the files that it left.
+
+The manifest's list of attempts is the memory: each attempt completes, when it starts, the entries
+before it, from `metrics.json` where that attempt ended in order. Else it is recovered: the prompts
+and tokens are those that came into the journal between its start and the next, so that each counts
+once; its times end with the last line that the head wrote for it. Whatever cannot be read counts as
+nothing: no run is refused for its history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.errors import CheckpointError
+from mpipipe.metrics.attempts import INTERRUPTED, STOPPED, AttemptState, AttemptTotals
+from mpipipe.run_folder.lock import last_status
+from mpipipe.run_folder.status_file import RunState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpipipe.run_folder.journal import KeptRecords
+
+__all__ = ["kept_counts", "told_attempts"]
+
+# Of rank 0, whose clock the attempt's start is told by; all of them are appended to.
+_HEAD_FILES = ("rank_0.log", "requests.jsonl", "samples_rank_0.jsonl")
+_BEGAN = "generating"  # the event that begins the generate phase
+
+
+def kept_counts(records: KeptRecords) -> dict[str, int]:
+    """What an attempt finds in the journal when it starts: fields of its entry in the manifest."""
+    return {
+        "num_kept": len(records.checksums),
+        "num_kept_failed": records.num_failed,
+        "num_kept_output_tokens": records.num_output_tokens,
+    }
+
+
+def told_attempts(
+    folder: Path, attempts: Sequence[Mapping[str, Any]], records: KeptRecords
+) -> tuple[Mapping[str, Any], ...]:
+    """The manifest's `attempts`, each with the fields of its `AttemptTotals`.
+
+    Args:
+        folder: of the run.
+        attempts: as the manifest of the last attempt tells them.
+        records: the journal as it is now.
+    """
+    ended = _ended_attempts(folder)
+    told = []
+    for number, entry in enumerate(attempts, 1):
+        totals = AttemptTotals.from_plain(entry) or ended.get(number)
+        if totals is None:
+            is_last = number == len(attempts)
+            after = kept_counts(records) if is_last else attempts[number]
+            totals = _recovered(folder, number, entry, after, _state(folder, is_last=is_last))
+        told.append({**entry, **dataclasses.asdict(totals)})
+    return tuple(told)
+
+
+def _ended_attempts(folder: Path) -> dict[int, AttemptTotals]:
+    """By number, what the attempts up to the last that ended in order have told."""
+    with suppress(CheckpointError):
+        entries = read_json_object(folder / "metrics.json").get("attempts")
+        told = map(AttemptTotals.from_plain, entries if isinstance(entries, list) else ())
+        return {totals.attempt: totals for totals in told if totals is not None}
+    return {}
+
+
+def _state(folder: Path, *, is_last: bool) -> AttemptState:
+    """One that was told to stop while it booted has no metrics, but a status."""
+    was_stopped = is_last and last_status(folder).get("state") == RunState.STOPPED.value
+    return STOPPED if was_stopped else INTERRUPTED
+
+
+def _recovered(
+    folder: Path,
+    number: int,
+    entry: Mapping[str, Any],
+    after: Mapping[str, Any],
+    state: AttemptState,
+) -> AttemptTotals:
+    num_kept, num_failed, num_tokens = (
+        max(0, _number(after.get(name)) - _number(entry.get(name)))
+        for name in ("num_kept", "num_kept_failed", "num_kept_output_tokens")
+    )
+    started_s = _number(entry.get("t_s"))
+    last_s, began_s = started_s, None
+    for line in _lines_of(folder, number):
+        last_s = max(last_s, _number(line.get("t_s")))
+        if line.get("event") == _BEGAN:
+            began_s = _number(line.get("t_s"))
+    return AttemptTotals(
+        attempt=number,
+        state=state,
+        wall_s=last_s - started_s if started_s else 0.0,
+        generate_s=0.0 if began_s is None else last_s - began_s,
+        num_completed=max(0, int(num_kept - num_failed)),
+        num_failed=int(num_failed),
+        num_output_tokens=int(num_tokens),
+    )
+
+
+def _lines_of(folder: Path, number: int) -> Iterator[Mapping[str, Any]]:
+    """Of each file of the head the line that begins generating, and the last, of one attempt."""
+    mark, began = b'"attempt": %d,' % number, b'"event": "%b"' % _BEGAN.encode()
+    for name in _HEAD_FILES:
+        last = b""
+        with suppress(OSError), (folder / name).open("rb") as file:
+            for raw in file:
+                if mark not in raw or not raw.endswith(b"\n"):
+                    continue
+                last = raw
+                if began in raw:
+                    yield from _parsed(raw)
+        yield from _parsed(last)
+
+
+def _parsed(raw: bytes) -> Iterator[Mapping[str, Any]]:
+    with suppress(ValueError, RecursionError):
+        line = json.loads(raw)
+        if isinstance(line, dict):
+            yield line
+
+
+def _number(value: object) -> float:
+    return value if type(value) in (int, float) and 0 <= value < float("inf") else 0  # type: ignore
