@@ -1,4 +1,4 @@
-"""A small model, and runs of it that something holds up, asked for their culprit as a user would."""
+"""A small model, and runs of it that something holds up, asked for their culprit as by a user."""
 
 from __future__ import annotations
 

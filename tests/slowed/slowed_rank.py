@@ -1,4 +1,4 @@
-"""`mpipipe` as a rank that something holds up: `SLOWED` in its environment says what, on which rank.
+"""`mpipipe` as a rank that something holds up: `SLOWED` in its environment says what and which.
 
 `stage:<rank>:<seconds>`: each step of that rank sleeps so long. `read:<rank>:<bytes per second>`:
 its weights come at no more than that. `*` for the rank: all of them. Several, with commas between.

@@ -1,7 +1,7 @@
 """Runs that are slowed on purpose, each explained by `mpipipe logs summary` naming the culprit.
 
-Each test makes one thing slow and nothing else, on two ranks with a small model, and asks the command
-that a user asks. What is slowed is the real thing where a machine can do it: a link between two
+Each test makes one thing slow and nothing else, on two ranks with a small model, and asks what a
+user asks. What is slowed is the real thing where a machine can do it: a link between two
 network namespaces that lets few bytes through, a busy process on a rank's core, a rank that is
 stopped by a signal, prompts of other lengths. A stage that sleeps and a disk that is slow are put
 into one rank by `slowed_rank`. Where the time of a test depends on the machine's speed, both stages
@@ -32,6 +32,7 @@ from tests.slurm.network import Network
 PACE = "stage:*:0.005"
 STEP_S = 0.005
 LIMIT_S = 60.0
+NUM_RIVALS = 2  # more than a machine that runs other tests, too, puts on the other core
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -85,14 +86,15 @@ def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: 
 
 @contextmanager
 def busy(core: int) -> Iterator[None]:
-    """A process that keeps a core busy."""
+    """A core kept busy by others: a rank there gets a third of it."""
     words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", "while True: pass"]
-    process = subprocess.Popen(words)
+    processes = [subprocess.Popen(words) for _ in range(NUM_RIVALS)]
     try:
         yield
     finally:
-        process.kill()
-        process.wait()
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_rank_that_shares_its_core_with_a_busy_process_is_named(
