@@ -45,7 +45,7 @@ def _speedup(section: Section, machine: str) -> LineChart | None:
     for arm, rows in section.arms.items():
         found = [(row.size, row.speedup) for row in rows]
         curves += [*_curve(arm, found, _ARM_COLORS[arm]), *_ceiling(arm, rows, per_size=False)]
-    if not curves:
+    if not any(curve.kind == "measured" for curve in curves):
         return None
     sizes = sorted({x for curve in curves for x in curve.x})
     ideal = tuple(size / sizes[0] for size in sizes)
@@ -69,7 +69,7 @@ def _efficiency(section: Section, machine: str) -> LineChart | None:
     for arm, rows in section.arms.items():
         found = [(row.size, row.efficiency) for row in rows]
         curves += [*_curve(arm, found, _ARM_COLORS[arm]), *_ceiling(arm, rows, per_size=True)]
-    if not curves:
+    if not any(curve.kind == "measured" for curve in curves):
         return None
     sizes = sorted({x for curve in curves for x in curve.x})
     curves.append(Curve("ideal", tuple(sizes), (1.0,) * len(sizes), 0, kind="ideal"))

@@ -102,7 +102,9 @@ def _cautions(supposed: Sequence[Hypothesis], arm: Sequence[Row]) -> list[str]:
     rows = [row for row in arm if row.size in sizes]
     cautions = []
     if supposed[0].experiment != "batch":
-        on_one = [row for row in rows if row.case.num_stages > 1 and row.case.num_nodes == 1]
+        on_one = [
+            row for row in rows if row.done and row.case.num_stages > 1 and row.case.num_nodes == 1
+        ]
         if on_one:
             cautions.append(
                 "Nodes were supposed, and here the stages shared one node, so that no network "

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from mpipipe.cli.main import app
 from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
 from mpipipe.report import make, page
+from mpipipe.report.experiment_files import find_experiments
+from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.make import make_report
 from tests.unit import made_experiments
 from tests.unit.made_experiments import Planted
@@ -66,6 +68,22 @@ def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -
     made_experiments.write(tmp_path / "none", "weak", planted)
     text = verdicts(tmp_path / "none")["weak"]
     assert "the case weak_n2 came to no result: a rank was lost." in text
+
+
+def test_an_experiment_without_any_result_is_reported_with_its_reasons(tmp_path: Path) -> None:
+    planted = [
+        dataclasses.replace(
+            case, outcome="infeasible", reason="too large", failed_repeats=(1, 2, 3, 4, 5)
+        )
+        for case in made_experiments.strong()
+    ]
+    report = make_report(made_experiments.write(tmp_path, "strong", planted), hypotheses=True)
+    text = report.files["report.md"].decode()
+    assert text.count("**cannot be planned (5 of 5 runs): too large") == 6
+    assert "Too few cases came to a result for a comparison." in text
+    assert "shared one node" not in text
+    (section,) = [one.section for one in find_experiments(tmp_path)]
+    assert section_charts(section) == []
 
 
 def test_a_flagged_run_behind_a_verdict_is_told(tmp_path: Path) -> None:
