@@ -1,4 +1,4 @@
-"""Everything that is claimed of the GPU engine, as parts to run on one machine, and their table.
+"""All benchmarks and tests of the GPU engine, as parts to run on one machine, and their table.
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `transformers_1`

@@ -7,8 +7,8 @@ write into the KV cache are one kernel. cos and sin of all positions are compute
 model's own rotary module, and looked up once per step; where they depend on more than positions
 (`rotary`), they are computed in each step.
 
-Other mathematics is left out. `unsupported_reason` names what a stage has that this does not
-compute; such a stage keeps transformers' modules, the oracle of `tests/contract/test_fused_gpu.py`.
+`unsupported_reason` names what a stage has that the fused form does not compute; such a stage keeps
+transformers' modules, the oracle of `tests/contract/test_fused_gpu.py`.
 
 Invariants: one tensor [T, hidden] crosses a stage border, the residual sum; a decode step waits for
 nothing and has no shape that depends on values, so a CUDA graph may hold it.
