@@ -20,8 +20,8 @@ from mpipipe.planning.layout import (
 )
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
-from mpipipe.topology.affinity import Core
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.host import Core
 from tests.unit.planned_rank import make_rank
 from tests.unit.test_resolve import GIB, LAYER_BYTES, MATRIX_BYTES, plan, ranks
 
