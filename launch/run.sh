@@ -133,10 +133,18 @@ else
     }
     folder=${folder%/job.env}
 fi
-words=() models=()
+words=() models=() profiler=none
 # shellcheck source=/dev/null
-source "$folder/job.env" # sets config, words and models
+source "$folder/job.env" # sets config, words, models and profiler
 words+=(${resume[@]+"${resume[@]}"})
+for word in ${words[@]+"${words[@]}"}; do # also one that is given only now
+    [[ $word != profile.tool=* ]] || profiler=$(tr -d "\"'" <<<"${word#*=}")
+done
+watched=() # what a rank is put behind so that the profiler watches it
+if [ "$profiler" = nsys ] || [ "$profiler" = perf ]; then
+    watched=("$home/launch/profile_rank.sh" "$profiler" "$folder/outputs")
+    [ -z "$MPIPIPE_IMAGE" ] || bind_folder "$home/launch" :ro
+fi
 # For `mpipipe status`, and for the command that goes on with this job: Slurm forgets it.
 scontrol --oneliner show job "$job" >"$folder/scontrol.txt" 2>/dev/null || true
 for path in ${models[@]+"${models[@]}"}; do
@@ -211,17 +219,36 @@ choose_doctor() { # full, quick or off: the last minutes of a job are for its pr
     fi
 }
 
-account() { # what Slurm counted; slurmdbd lags a few seconds, and without it there is scontrol
-    local file=$folder/sacct.txt _
+account() { # what Slurm has counted of a job so far; fails without slurmdbd, when there is scontrol
+    local file=$folder/outputs/sacct_$1.txt
+    mkdir -p "$folder/outputs"
+    if timeout 10 sacct --duplicates --parsable2 --jobs="$1" --format="$MPIPIPE_SACCT_FORMAT" >"$file.part" \
+        2>/dev/null && [ "$(wc -l <"$file.part")" -gt 1 ]; then
+        mv "$file.part" "$file"
+    else # forgotten meanwhile: what is here stays
+        rm -f "$file.part"
+        [ -s "$file" ] || scontrol show job "$1" >"$file" 2>/dev/null || true
+        return 1
+    fi
+}
+
+account_earlier() { # of attempts that have ended since they wrote theirs; and a first file for this one
+    local file earlier
+    for file in "$folder"/outputs/sacct_*.txt; do
+        earlier=${file##*/sacct_} earlier=${earlier%.txt}
+        [ "$earlier" = "*" ] || [ "$earlier" = "$job" ] || ! grep -q '|RUNNING|' "$file" ||
+            account "$earlier" || true
+    done
+    account "$job" || true
+}
+
+account_at_end() { # its steps have ended, but slurmdbd lags a few seconds
+    local file=$folder/outputs/sacct_$job.txt _
     for _ in 1 2 3 4 5 6; do
-        sacct --duplicates --parsable2 --jobs="$job" --format="$MPIPIPE_SACCT_FORMAT" \
-            >"$file" 2>/dev/null || break
-        ! grep -q '^[0-9_]*\.[0-9].*|RUNNING|' "$file" || { sleep 1; continue; }
-        [ "$(wc -l <"$file")" -lt 3 ] || return 0
+        account "$job" || return 0
+        grep -q '^[0-9_]*\.[0-9].*|RUNNING|' "$file" || [ "$(wc -l <"$file")" -lt 3 ] || return 0
         sleep 1
     done
-    [ -s "$file" ] && [ "$(wc -l <"$file")" -gt 1 ] ||
-        scontrol show job "$job" >"$file" 2>/dev/null || true
 }
 
 echo "run.sh: job $job on ${SLURM_JOB_NODELIST:-?}, ${SLURM_NTASKS:-?} tasks," \
@@ -230,6 +257,7 @@ printf "run.sh: results in %q; progress: mpipipe status %q\n" "$folder/outputs" 
 [ "${SLURM_NTASKS:-0}" -ge "${SLURM_JOB_NUM_NODES:-1}" ] || [ -z "${SLURM_NTASKS:-}" ] ||
     echo "run.sh: warning: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes: a node without a task" \
         "does nothing; ask for fewer nodes (--nodes=), or for tasks on each (--ntasks-per-node=1)." >&2
+account_earlier
 code=0
 before=$(completed)
 doctor=$(choose_doctor)
@@ -241,10 +269,10 @@ if [ "$doctor" != off ]; then
     [ "$code" -ne 0 ] || examined >"$folder/examined"
 fi
 if [ "$code" -eq 0 ]; then
-    step mpipipe run "$config" ${words[@]+"${words[@]}"}
+    step ${watched[@]+"${watched[@]}"} mpipipe run "$config" ${words[@]+"${words[@]}"}
 elif [ "$code" -ne 75 ]; then
     echo "run.sh: the job ends here, before the model is loaded (doctor: $code); see above." >&2
 fi
 [ "$code" -ne 75 ] || judge_progress
-account
+account_at_end
 exit "$code"

@@ -22,12 +22,14 @@ import contextlib
 import os
 import selectors
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
-__all__ = ["ProgressEngine", "new_event_loop"]
+__all__ = ["ProgressEngine", "new_event_loop", "run_async"]
+
+T = TypeVar("T")
 
 _SPIN_TURNS = 300
 # With fewer cores than ranks a spinning rank may take a neighbour's core: back off soon.
@@ -267,3 +269,9 @@ def new_event_loop() -> asyncio.SelectorEventLoop:
     took 68 µs one way on `select`, 550 µs on asyncio's default loop.
     """
     return _PollingLoop(_PollingSelector())
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on the loop of `new_event_loop`, as `asyncio.run` does on its own."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)

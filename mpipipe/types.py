@@ -22,6 +22,7 @@ __all__ = [
     "DtypeName",
     "FinishReason",
     "PrefillMode",
+    "ProfilerName",
     "Request",
     "SamplingParams",
     "TokenLogprobs",
@@ -37,6 +38,7 @@ DeviceName = Literal["cpu", "cuda"]
 AttentionName = Literal["triton", "flashinfer", "varlen", "sdpa", "reference"]
 PrefillMode = Literal["phases", "mixed"]
 CacheKind = Literal["paged", "contiguous"]
+ProfilerName = Literal["none", "nsys", "torch", "perf"]
 
 
 class FinishReason(str, enum.Enum):

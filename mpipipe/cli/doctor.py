@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from rich.text import Text
 from mpipipe.clock import MonotonicClock
 from mpipipe.doctor.examine import run_doctor
 from mpipipe.doctor.finding import DoctorReport, Finding, Severity
-from mpipipe.progress import new_event_loop
+from mpipipe.progress import run_async
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,10 +37,9 @@ def doctor_command(
     Raises:
         MpipipeError: a rank was lost on the way.
     """
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        report, exit_code = runner.run(
-            run_doctor(config, overrides, MonotonicClock(), quick=quick, debug=debug)
-        )
+    report, exit_code = run_async(
+        run_doctor(config, overrides, MonotonicClock(), quick=quick, debug=debug)
+    )
     if report is not None and as_json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False), flush=True)
     elif report is not None:

@@ -6,7 +6,6 @@ that takes seconds for an import.
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import os
 import sys
@@ -53,15 +52,14 @@ def run_command(config: Path, overrides: Sequence[str], *, show: bool, debug: bo
             # A stop so far is told when all ranks have met: they end together, in order.
             from mpipipe.cli.run_view import TerminalView
             from mpipipe.job.run import run_job
-            from mpipipe.progress import new_event_loop
+            from mpipipe.progress import run_async
 
             view = TerminalView(terminal, show=show)
             job = run_job(
                 config, overrides, view, boot,
                 stop=stop, page=page, examine=_examine_node, debug=debug,
             )  # fmt: skip
-            with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                exit_code = runner.run(job)
+            exit_code = run_async(job)
     except MpipipeError as error:
         exit_code = error.exit_code
         if debug:

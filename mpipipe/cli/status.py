@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import EXIT_OK, OutputError
+from mpipipe.run_folder.accounts import follow_up_accounts
 from mpipipe.run_folder.status import (
     RunStatus,
     check_status,
@@ -53,6 +54,8 @@ def status_command(run_or_job: str, *, as_json: bool, run: Runner = run_child) -
         raise OutputError(
             f"{run_or_job} cannot be looked at ({error}): give a run folder, or the id of a job"
         ) from error
+    for status in seen.runs:
+        follow_up_accounts(status.folder, run)
     if as_json:
         print(json.dumps(_document(seen), indent=2, ensure_ascii=False))
     else:

@@ -41,6 +41,10 @@ def _is_split(value: Any) -> bool:
     )
 
 
+def _is_span(value: Any) -> bool:
+    return len(value) == 2 and 0 <= value[0] <= value[1]
+
+
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *(
         (name, lambda v: v == AUTO or _is_count(v), 'a whole number from 1 on, or "auto"')
@@ -64,6 +68,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("output.dir", lambda v: v != "", 'a folder, or "auto"'),
     ("output.resume", lambda v: v in (True, False, AUTO), 'true, false or "auto"'),
+    ("profile.steps", _is_span, "the first and the last step, from 0 on, e.g. [16, 31]"),
 )
 
 

@@ -37,9 +37,11 @@ from mpipipe.errors import ConfigError
 
 __all__ = [
     "DEMO_SCHEME",
+    "CommandWords",
     "LoadedConfig",
     "config_hash",
     "load_config",
+    "read_words",
     "require_set",
     "to_dict",
 ]
@@ -78,7 +80,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     Raises:
         ConfigError: unreadable file, unknown setting, wrong type or value out of range.
     """
-    named = _read_words(source, words)
+    named = read_words(source, words)
     layers = _file_layers(named.config) if named.config is not None else []
     values: dict[str, Any] = {}
     inline: tuple[legacy.InlinePrompt, ...] = ()
@@ -108,7 +110,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
-def _default_name(named: _CommandWords) -> str:
+def _default_name(named: CommandWords) -> str:
     """The file's stem, or the model's name."""
     if named.config is not None:
         return named.config.stem
@@ -210,7 +212,7 @@ def require_set(config: Config, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _CommandWords:
+class CommandWords:
     """What was named, by kind. `settings` win over the rest."""
 
     config: Path | None = None
@@ -219,7 +221,7 @@ class _CommandWords:
     settings: tuple[str, ...] = ()  # section.key=value
 
 
-def _read_words(source: Path | None, words: Sequence[str]) -> _CommandWords:
+def read_words(source: Path | None, words: Sequence[str]) -> CommandWords:
     """The meaning of the first word, `source` (None: there is none), and of those after it.
 
     Raises:
@@ -234,17 +236,17 @@ def _read_words(source: Path | None, words: Sequence[str]) -> _CommandWords:
     prompts = _prompt_file(words)
     others = tuple(word for word in words if word != prompts)
     if source is None or first is None:
-        return _CommandWords(prompts=prompts, settings=others)
+        return CommandWords(prompts=prompts, settings=others)
     is_folder = os.path.isdir(first)
     is_config = source.suffix in _CONFIG_SUFFIXES or os.path.isfile(first)
     if is_config and not is_folder and not first.startswith(DEMO_SCHEME):
-        return _CommandWords(source, None, prompts, others)
+        return CommandWords(source, None, prompts, others)
     if is_folder and not os.path.exists(os.path.join(first, "config.json")):
         raise ConfigError(
             f"{short(first)} is a folder without a config.json, so it holds no model: give a model "
             "folder, or a configuration file"
         )
-    return _CommandWords(None, first, prompts, others)
+    return CommandWords(None, first, prompts, others)
 
 
 def _check_first(first: str, words: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from mpipipe.types import (
     DeviceName,
     DtypeName,
     PrefillMode,
+    ProfilerName,
     WeightsSource,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PipelineConfig",
+    "ProfileConfig",
     "PromptsConfig",
 ]
 
@@ -174,6 +176,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """A profiler of every rank; its files are in the run folder."""
+
+    tool: ProfilerName = "none"
+    """`torch`: torch's own profiler for `profile.steps`, into `torch_rank_<r>.json` for Perfetto;
+    `nsys` or `perf`: all of the rank under that program, which launch/run.sh starts, or
+    launch/profile_rank.sh by hand, into `nsys_rank_<r>.nsys-rep` or `perf_rank_<r>.txt`; `none`."""
+    steps: tuple[int, ...] = (16, 31)
+    """First and last step that `torch` records, as numbered in `steps_rank_<r>.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole request, one section per concern."""
 
@@ -186,3 +200,4 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

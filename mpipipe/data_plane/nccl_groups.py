@@ -4,29 +4,46 @@ Everything here blocks until all ranks do the same, so it runs in a thread and t
 goes on meanwhile; in a daemon thread, because NCCL may never return where a rank or its network is
 missing. Nothing of torch.distributed is left behind after `leave`.
 
-`nccl` moves the tensors of a run; `rendezvous` finds the head.
+The ranks find each other at the head's TCP store: the head takes a free port and broadcasts where
+it listens over the control plane. A node may have several addresses, and other hosts may not reach
+all of them (Debian maps a host's own name to 127.0.1.1), so the head names all it knows and every
+rank takes the first that answers. `nccl` moves the tensors of a run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, Store
+from torch.distributed import DistStoreError, ProcessGroup, Store, TCPStore
 
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.daemon_call import call_in_daemon
-from mpipipe.data_plane.rendezvous import Broadcast, open_store
 from mpipipe.errors import DeadlineError, EnvironmentSetupError
+from mpipipe.plain_values import from_json, to_json
 
-__all__ = ["LEAVE_LIMIT_S", "NcclGroups", "connect_groups", "first_line"]
+__all__ = [
+    "LEAVE_LIMIT_S",
+    "Broadcast",
+    "NcclGroups",
+    "Rendezvous",
+    "addresses_of_this_host",
+    "connect_groups",
+    "first_line",
+    "open_store",
+]
+
+# The head's bytes on every rank; the others pass None.
+Broadcast = Callable[[bytes | None], Awaitable[bytes]]
 
 # After this NCCL's watchdog ends the process. A receive may be on the stream while the sender
 # compiles its kernels, so it is far above any step; a rank that died is noticed by the launcher.
@@ -34,6 +51,10 @@ _TRANSFER_LIMIT_S = 1800.0
 LEAVE_LIMIT_S = 30.0  # for all ranks to leave, from the first
 _CLOSED_KEY = "mpipipe/closed"
 _CLOSE_POLL_S = 1e-3
+_LOOPBACK = "127.0.0.1"
+_ANSWER_LIMIT_S = 5.0  # for one address; a firewall that drops packets never answers
+# Any address off this host: connecting a UDP socket sends nothing but chooses the interface.
+_OUTSIDE = ("10.255.255.255", 9)
 _HINT = (
     "set NCCL_SOCKET_IFNAME to the interface that joins the hosts, see what NCCL_DEBUG=INFO "
     'prints, or set pipeline.transport = "mpi"'
@@ -178,3 +199,86 @@ def _exercise(
     if rank == head != last:
         groups[EdgeKind.IDS].recv([tensor], last, 0).wait()
     torch.cuda.synchronize(device)
+
+
+# ---- the head's store ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the head listens."""
+
+    addresses: tuple[str, ...]  # the likeliest first
+    port: int
+
+
+async def open_store(
+    broadcast: Broadcast, *, rank: int, hosts: Sequence[str], timeout_s: float
+) -> Store:
+    """The store that all ranks share; rank 0 serves it. Every rank calls this at the same point.
+
+    Args:
+        broadcast: over the control plane.
+        rank: the own number.
+        hosts: the host of every rank.
+        timeout_s: of connecting, and later of waiting for a key.
+
+    Raises:
+        EnvironmentSetupError: the head cannot listen, or this rank cannot reach it.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    on_one_host = len(set(hosts)) == 1
+    if rank == 0:
+        try:
+            store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        except (DistStoreError, RuntimeError) as error:
+            raise EnvironmentSetupError(
+                f"rank 0 on {hosts[0]} could not listen for the other ranks of NCCL ({error}): set "
+                'pipeline.transport = "mpi" if no TCP port may be opened there'
+            ) from error
+        addresses = (_LOOPBACK,) if on_one_host else addresses_of_this_host(hosts[0])
+        await broadcast(to_json(Rendezvous(addresses, store.port)).encode())
+        return store
+    found = from_json(Rendezvous, await broadcast(None))
+    address = await _first_that_answers(found)
+    if address is None:
+        raise EnvironmentSetupError(
+            f"rank {rank} on {hosts[rank]} cannot reach rank 0 on {hosts[0]} over TCP (tried "
+            f"{', '.join(found.addresses)}, port {found.port}): let the hosts talk to each other, "
+            'or set pipeline.transport = "mpi"'
+        )
+    try:
+        return await asyncio.to_thread(
+            TCPStore, address, found.port, None, False, timeout, wait_for_workers=False
+        )
+    except (DistStoreError, RuntimeError) as error:
+        raise EnvironmentSetupError(
+            f"rank {rank} on {hosts[rank]} lost rank 0 on {hosts[0]} ({address}, port "
+            f"{found.port}) while NCCL started ({error}): see the log of rank 0"
+        ) from error
+
+
+def addresses_of_this_host(name: str) -> tuple[str, ...]:
+    """Addresses at which other hosts may reach this one: never a loopback; last, its name."""
+    found: list[str] = []
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(_OUTSIDE)
+        found.append(probe.getsockname()[0])
+    for known_as in (socket.gethostname(), name):
+        with contextlib.suppress(OSError):
+            infos = socket.getaddrinfo(known_as, None, socket.AF_INET, socket.SOCK_STREAM)
+            found.extend(str(info[4][0]) for info in infos)
+    reachable = [address for address in found if not address.startswith(("127.", "0."))]
+    return tuple(dict.fromkeys([*reachable, name]))
+
+
+async def _first_that_answers(rendezvous: Rendezvous) -> str | None:
+    for address in rendezvous.addresses:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                _, writer = await asyncio.open_connection(address, rendezvous.port)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            return address
+    return None

@@ -25,6 +25,7 @@ from mpipipe.metrics.log import open_log
 from mpipipe.metrics.summary import PhaseTimes, RequestTally, RequestTotals, RunSummary
 from mpipipe.planning.layout import stage_order
 from mpipipe.planning.resolve import deepspeed_warnings
+from mpipipe.run_folder.accounts import read_accounts
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
 from mpipipe.run_folder.journal import CompletionWriter, merge
@@ -40,6 +41,7 @@ from mpipipe.runtime.shared_folders import check_output_folder
 from mpipipe.runtime.shared_stop import watch_for_stop
 from mpipipe.runtime.startup import Joined, joined_ranks, loaded_session
 from mpipipe.topology.host import host_name
+from mpipipe.topology.profilers import profiler_problem
 from mpipipe.topology.slurm import launch_warnings
 
 if TYPE_CHECKING:
@@ -211,7 +213,8 @@ async def _do(job: _Job, joined: Joined[list[PromptLine]]) -> int:
         lines = acquired.lines_left
         return tokenize(model, lines, tokenizing=lambda: ranks.boot.begin("tokenise"))
 
-    async with loaded_session(joined, prepare, job.log) as (session, prepared):
+    loading = loaded_session(joined, prepare, job.log, acquired.folder)
+    async with loading as (session, prepared):
         marks.booted_s, marks.loaded_s = ranks.phase_ended_s["tokenizer"], ranks.clock.now_s()
 
         def stop() -> None:
@@ -240,8 +243,13 @@ def _merge_only(job: _Job) -> None:
     summary = _summary(
         job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
-    write_json(job.acquired.folder / "metrics.json", summary.to_dict())
+    _write_metrics(job.acquired.folder, summary)
     job.log.info("summary", metrics=summary.to_dict())
+
+
+def _write_metrics(folder: Path, summary: RunSummary) -> None:
+    """With what Slurm has counted of earlier attempts; of this one it is known after its end."""
+    write_json(folder / "metrics.json", {**summary.to_dict(), "slurm": read_accounts(folder)})
 
 
 def _merge(job: _Job, written: Mapping[str, int]) -> None:
@@ -292,7 +300,9 @@ def _tell_what_is_left(job: _Job) -> None:
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
-def _tell_plan(job: _Job, session: Session, prompts: PreparedPrompts) -> None:
+def _tell_plan(
+    job: _Job, session: Session, prompts: PreparedPrompts, problems: Sequence[str]
+) -> None:
     warnings = [
         *job.loaded.warnings,
         *deepspeed_warnings(job.loaded, session.plan),
@@ -301,18 +311,21 @@ def _tell_plan(job: _Job, session: Session, prompts: PreparedPrompts) -> None:
     ]
     for warning in warnings:
         job.log.warning("configuration", message=warning)
-    job.view.planned(session.plan, warnings)
+    job.view.planned(session.plan, [*warnings, *problems])
 
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, folder = job.loaded, job.acquired.folder
+    problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
+    if problem:
+        job.log.warning("profile", message=problem)
     if not session.is_head:
         async with _recording(job, session):
             await session.serve_until_ended()
         await session.gather_reports()
         job.log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
-    _tell_plan(job, session, prompts)
+    _tell_plan(job, session, prompts, [problem] if problem else [])
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     async with _recording(job, session) as recorded:
@@ -367,8 +380,7 @@ def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recor
 async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    metrics = job.acquired.folder / "metrics.json"
-    await job.files.run(lambda: write_json(metrics, summary.to_dict()))
+    await job.files.run(lambda: _write_metrics(job.acquired.folder, summary))
     job.log.info("summary", metrics=summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed

@@ -222,12 +222,7 @@ class ChatRenderer:
         )
 
     def _exchange(self, line: str) -> str:
-        process = self._running()
-        try:
-            answer = _ask(process, line)
-        except BaseException:  # interrupted half-way: the next answer would be the wrong one
-            self._end()
-            raise
+        answer = self._ask(self._running(), line)
         if answer is None:
             raise PromptError(_KIND, f"the model's chat template {self._cause_of_death()}")
         if "error" in answer:
@@ -259,15 +254,26 @@ class ChatRenderer:
             raise _cannot_start(f"{error.strerror or error}") from error
         self._process = process
         weakref.finalize(self, _end_process, process)
-        try:
-            ready = _ask(process, json.dumps(dataclasses.asdict(self._limits)))
-        except BaseException:
-            self._end()
-            raise
-        if ready is None:
+        if self._ask(process, json.dumps(dataclasses.asdict(self._limits))) is None:
             code = self._end()
             raise _cannot_start(f"it ended with {code}")
         return process
+
+    def _ask(self, process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
+        """The answer to `line`; None when the process has ended."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            found: dict[str, Any] | None = json.loads(answer) if answer.endswith("\n") else None
+        except BrokenPipeError:
+            return None
+        except BaseException:  # interrupted half-way: the next answer would be the wrong one
+            self._end()
+            raise
+        return found
 
     def _end(self) -> int:
         """The exit status of the process, ended if it was not."""
@@ -283,22 +289,6 @@ class ChatRenderer:
             )
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"crashed the process that renders it ({cause}): {_REMEDY}"
-
-
-def _ask(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
-    """The answer to `line`; None when the process has ended."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
-    answer = process.stdout.readline()
-    if not answer.endswith("\n"):
-        return None
-    found: dict[str, Any] = json.loads(answer)
-    return found
 
 
 def _end_process(process: subprocess.Popen[str]) -> int:

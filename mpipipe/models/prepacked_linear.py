@@ -44,61 +44,51 @@ __all__ = [
 _BATCH_HINT = 8
 
 
-class PrepackedLinear(nn.Module):
-    """Computes what the `nn.Linear` of its weight does, up to rounding. Abstract."""
-
-    def __init__(self, packed: object, shape: torch.Size) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.packed = packed  # opaque; not a parameter: it cannot be saved or moved
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] → [..., out_features]."""
-        raise NotImplementedError
-
-    def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The same, with `residual` added."""
-        raise NotImplementedError
+# Both compute what the `nn.Linear` of their weight does, up to rounding. What they pack is opaque,
+# and no parameter: it cannot be saved or moved.
 
 
-class BlockedLinear(PrepackedLinear):
+class BlockedLinear(nn.Module):
     """A weight in oneDNN's blocked layout, in its own dtype."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _BATCH_HINT)
-        super().__init__(packed, weight_OI.shape)
-        self.bias = bias_O
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _BATCH_HINT)
+        self._bias = bias_O
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features]."""
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.packed, self.bias, "none", [], ""
+            rows, self._packed, self._bias, "none", [], ""
         )
         return output
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same, with `residual` added in the product's own pass."""
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            rows, residual, self.packed, self.bias, "add"
+            rows, residual, self._packed, self._bias, "add"
         )
         return output
 
 
-class HalfStoredLinear(PrepackedLinear):
+class HalfStoredLinear(nn.Module):
     """A float32 weight that float16 holds exactly: stored in float16, computed in float32."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight_OI, bias_O)
-        super().__init__(packed, weight_OI.shape)
+        super().__init__()
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight_OI, bias_O)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features]."""
-        output: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self.packed)
+        output: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
         return output
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same, with `residual` added."""
         return self.forward(rows).add_(residual)
+
+
+PrepackedLinear = BlockedLinear | HalfStoredLinear
 
 
 def prepack(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PrepackedLinear:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.errors import NumericsError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.models.families import refuse
 

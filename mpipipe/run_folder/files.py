@@ -3,9 +3,10 @@
 Layout of `output.dir`: `manifest.json`, `completions_rank_<r>.jsonl` (`journal`: in the order they
 ended, one line written whole and flushed), `completions.jsonl` (in input order), `rank_<r>.log`,
 `metrics.json`, `status.json` (`status_file`), `damaged_rank_<r>.jsonl` where lines were damaged,
-while it runs `.lock` (`lock`). Only the head writes completions. What is said to be written
-survives the loss of the node: at once for whole files but `status.json`, after a second or so for
-completions.
+`sacct_<job>.txt` of a Slurm job (`accounts`), a profiler's `torch_rank_<r>.json`, `nsys_rank_<r>.*`
+or `perf_rank_<r>.*`, while it runs `.lock` (`lock`). Only the head writes completions. What is said
+to be written survives the loss of the node: at once for whole files but `status.json`, after a
+second or so for completions.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> P
     """Fill `folder` for a run of `config` under `overrides`; returns its `job.env`.
 
     `job.env` sets, for bash: `config` (the copy), `models` (folders to bind read-only: the model,
-    and the tokenizer where it is apart) and `words` (the overrides, and the paths to the copies).
+    and the tokenizer where it is apart), `words` (the overrides, and the paths to the copies) and
+    `profiler` (`profile.tool`).
 
     Raises:
         ConfigError: the configuration is wrong, or it names no model.
@@ -154,7 +155,8 @@ def prepare_workspace(config: Path, overrides: Sequence[str], folder: Path) -> P
             f"the job's folder {folder} could not be filled ({error}): check that the file exists "
             "and that MPIPIPE_SCRATCH is a folder you can write to"
         ) from error
-    write_whole(folder / JOB_FILE, _job_lines(copy, models, words).encode())
+    lines = _job_lines(copy, models, words, loaded.config.profile.tool)
+    write_whole(folder / JOB_FILE, lines.encode())
     return folder / JOB_FILE
 
 
@@ -183,11 +185,12 @@ def _copy(path: Path, target: Path) -> Path:
     return Path(shutil.copyfile(path, target / path.name))
 
 
-def _job_lines(config: Path, models: Sequence[Path], words: Sequence[str]) -> str:
+def _job_lines(config: Path, models: Sequence[Path], words: Sequence[str], profiler: str) -> str:
     return (
         "# shellcheck shell=bash\n"
         "# Written by `mpipipe slurm workspace`, sourced by launch/run.sh.\n"
         f"config={shlex.quote(str(config))}\n"
         f"models=({shlex.join(map(str, models))})\n"
         f"words=({shlex.join(words)})\n"
+        f"profiler={profiler}\n"
     )

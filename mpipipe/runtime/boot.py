@@ -12,6 +12,7 @@ import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
+from mpipipe.stage.profiling import Profiler, open_profiler
 from mpipipe.topology.affinity import format_cpus
 from mpipipe.topology.host import peak_rss_bytes
 
@@ -54,9 +56,10 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
+    opening = partial(open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot))
     async with (
         compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
-        open_worker(plan, ranks, parts, account=account, clocks=clocks, device=device) as opened,
+        opening(account=account, clocks=clocks) as opened,
     ):
         await opened.worker.exercise_edges()
         ranks.boot.begin("ready")
@@ -86,6 +89,12 @@ def _load_facts(
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )
+
+
+def _profiler(boot: Boot) -> Profiler:
+    """What watches this rank's stage."""
+    config, rank = boot.loaded.config, boot.ranks.mesh.rank
+    return open_profiler(config.profile, os.environ, folder=boot.folder, rank=rank, log=boot.log)
 
 
 def _log_ready(

@@ -11,7 +11,7 @@ import torch
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend

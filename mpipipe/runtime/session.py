@@ -17,6 +17,7 @@ from mpipipe.topology.host import host_name, peak_rss_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.accounting import StageAccount, StepRecord
@@ -48,6 +49,7 @@ class Boot:
     model: ModelFacts | None  # on the head
     prepared: Prepared  # on the head
     log: Logger
+    folder: Path  # for what a profiler records
 
     @property
     def hosts(self) -> list[str]:

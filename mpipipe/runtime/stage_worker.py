@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.stage.profiling import Profiler
     from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
@@ -47,20 +48,23 @@ async def open_worker(
     account: StageAccount,
     clocks: Clocks,
     device: torch.device,
+    profiler: Profiler,
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
+
+    `profiler` is told what it does, and closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
     ranks.boot.begin("warm-up")
-    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device))
+    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler))
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
     ranks.boot.begin("edges")
     try:
-        channel = await open_channel(plan, ranks, device)
+        channel = profiler.channel(await open_channel(plan, ranks, device))
         worker = StageWorker(
             plan=plan,
             stage=plan.stage_of_rank(ranks.mesh.rank),
@@ -71,9 +75,11 @@ async def open_worker(
             timeline=StreamTimeline(stream, account, _link(plan, ranks, account, clocks)),
             progress=ranks.engine,
             clock=ranks.clock,
+            ranges=profiler,
         )
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
+        await profiler.aclose()
         await channel.aclose()
     finally:
         stream.close()
@@ -99,7 +105,9 @@ class _Ready:
     seconds: float
 
 
-def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device) -> _Ready:
+def _prepare(
+    plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.device, profiler: Profiler
+) -> _Ready:
     """Open the device's stream, run and capture the stage's graphs.
 
     Raises:
@@ -107,7 +115,12 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
     """
     stream = open_stream(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
     engine = open_engine(
-        plan, parts.model, parts.cache, stream, attention_needs_seq_lens=parts.needs_seq_lens
+        plan,
+        parts.model,
+        parts.cache,
+        stream,
+        attention_needs_seq_lens=parts.needs_seq_lens,
+        ranges=profiler,
     )
     started_s = ranks.clock.now_s()
     try:
@@ -119,4 +132,6 @@ def _prepare(plan: PipelinePlan, ranks: Ranks, parts: StageParts, device: torch.
             f"({str(error).splitlines()[0]}): lower memory.gpu_memory_fraction, "
             "memory.kv_cache_bytes or pipeline.max_tokens_per_step"
         ) from error
-    return _Ready(stream, engine, ranks.clock.now_s() - started_s)
+    seconds = ranks.clock.now_s() - started_s
+    profiler.prepare()
+    return _Ready(stream, engine, seconds)

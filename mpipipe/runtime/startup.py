@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpipipe.config.schema import PipelineConfig
@@ -100,9 +101,14 @@ async def joined_ranks(
 
 @asynccontextmanager
 async def loaded_session(
-    joined: Joined[T], prepare: Callable[[ModelFacts], Prepared], log: RunLog | Logger
+    joined: Joined[T],
+    prepare: Callable[[ModelFacts], Prepared],
+    log: RunLog | Logger,
+    folder: Path = Path(),
 ) -> AsyncIterator[tuple[Session, Prepared]]:
     """Import, `prepare` on the head what the session is for, plan, load, connect.
+
+    What a profiler records goes to `folder`.
 
     Raises:
         AgreedError: that failed on some rank.
@@ -117,6 +123,6 @@ async def loaded_session(
     prepared = await in_phase(
         ranks, "tokenizer", lambda: Prepared() if model is None else prepare(model)
     )
-    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log)
+    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log, folder)
     async with open_session(boot) as session:
         yield session, prepared

@@ -11,6 +11,7 @@ from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
 from mpipipe.stage.decode_batch import DecodeBatch
 from mpipipe.stage.engine import StageEngine
+from mpipipe.stage.ranges import NO_RANGES
 from mpipipe.stage.request_table import RequestTable
 from mpipipe.stage.stream import CudaStream
 from mpipipe.stage.token_history import TokenHistory
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.progress import ProgressEngine
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Stream
 
 __all__ = ["open_engine", "open_stream"]
@@ -54,13 +56,13 @@ def open_engine(
     stream: Stream,
     *,
     attention_needs_seq_lens: bool,
+    ranges: Ranges = NO_RANGES,
 ) -> StageEngine:
     """Tables and device tensors for `plan`; nothing is captured yet."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     rows = plan.max_sequences_per_slot
-    request_table = RequestTable(
-        num_request_rows(plan.num_slots, rows), max_pages, model.vocab_size
-    )
+    num_rows = num_request_rows(plan.num_slots, rows)
+    request_table = RequestTable(num_rows, max_pages, model.vocab_size)
     unused = (request_table.num_request_rows, plan.num_kv_pages)
     batches = tuple(
         DecodeBatch(request_table, stream, max_rows=rows, unused=unused)
@@ -76,6 +78,7 @@ def open_engine(
         page_size=plan.page_size_tokens,
         max_kv_len=plan.max_sequence_tokens,
         use_graphs=use_graphs,
+        ranges=ranges,
     )
     return StageEngine(
         plan,

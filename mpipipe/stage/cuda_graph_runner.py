@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mpipipe.kv_cache.layout import decode_layout
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import sample_on_device
+from mpipipe.stage.ranges import NO_RANGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.decode_batch import DecodeBatch
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Stream
     from mpipipe.stage.token_history import TokenHistory
 
@@ -106,6 +108,7 @@ class CudaGraphRunner:
         page_size: tokens per page.
         max_kv_len: what no sequence exceeds.
         use_graphs: capture; else run the work itself each time.
+        ranges: names the replays for a profiler.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class CudaGraphRunner:
         page_size: int,
         max_kv_len: int,
         use_graphs: bool,
+        ranges: Ranges = NO_RANGES,
     ) -> None:
         self._model = model
         self._batches = batches
@@ -126,6 +130,7 @@ class CudaGraphRunner:
         self._page_size = page_size
         self._max_kv_len = max_kv_len
         self.use_graphs = use_graphs
+        self._ranges = ranges
         # Graphs by what they do, and by what else they have served for.
         self._replays: dict[GraphKey, tuple[Callable[[], None], DecodeOutput]] = {}
         self._num_graphs = 0
@@ -190,6 +195,7 @@ class CudaGraphRunner:
         outputs: list[DecodeOutput] = []
         replay = self._stream.capture(lambda: outputs.append(self._work(key)))
         assert replay is not None, "graphs are used on GPUs only"
+        replay = self._ranges.replay(f"graph slot {key.slot} rows {key.num_rows}", replay)
         self._replays[key] = (replay, outputs[0])
         self._num_graphs += 1
         return self._replays[key]

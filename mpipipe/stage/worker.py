@@ -41,6 +41,7 @@ from mpipipe.errors import NumericsError
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.edges import exercise_edges
+from mpipipe.stage.ranges import NO_RANGES
 from mpipipe.stage.stage_transfers import StageTransfers
 from mpipipe.stage.timeline import StepEvents
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from mpipipe.progress import ProgressEngine
     from mpipipe.stage.engine import StageEngine
     from mpipipe.stage.launched import LaunchedStep, LogprobTensors
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Event, Stream
     from mpipipe.stage.timeline import StreamTimeline
 
@@ -110,6 +112,7 @@ class StageWorker:
         timeline: told where the device's time goes.
         progress: polls for what the device has done.
         clock: monotonic seconds.
+        ranges: names the steps for a profiler.
     """
 
     def __init__(
@@ -124,22 +127,22 @@ class StageWorker:
         timeline: StreamTimeline,
         progress: ProgressEngine,
         clock: Clock,
+        ranges: Ranges = NO_RANGES,
     ) -> None:
         self._plan = plan
         self._stage = stage
         self._mesh = mesh
         self._channel = channel
+        fixed, most_unsent = engine.graph_runner.use_graphs, plan.num_slots
         self._transfers = StageTransfers(
-            channel,
-            clock,
-            fixed=engine.graph_runner.use_graphs,
-            most_unsent=plan.num_slots if engine.free_inputs else None,
+            channel, clock, fixed=fixed, most_unsent=most_unsent if engine.free_inputs else None
         )
         self._engine = engine
         self._stream = stream
         self._timeline = timeline
         self._progress = progress
         self._clock = clock
+        self._ranges = ranges
         self._launches_s: deque[float] = deque(maxlen=_NUM_RECENT)  # of this call's decode steps
         self._us_per_launch: float | None = None  # of the latest call that had any
         self._returning: deque[_Returning] = deque()  # ids not received yet, in order
@@ -285,9 +288,10 @@ class StageWorker:
             needs = -1
         input_there = stream.record_event()
         if isinstance(step, DecodeScheduled):
-            launched = await stream.compute(partial(engine.decode, step, hidden_TH))
+            work = partial(engine.decode, step, hidden_TH)
         else:
-            launched = await stream.compute(partial(engine.prefill, step, hidden_TH))
+            work = partial(engine.prefill, step, hidden_TH)
+        launched = await stream.compute(self._ranges.step(step, work))
         computed, compute_s = stream.record_event(), stream.compute_s
         if engine.free_inputs:
             await self._transfers.make_room()

@@ -23,8 +23,7 @@ from mpipipe.control_plane.messages import (
     RequestOpened,
     StepScheduled,
 )
-from mpipipe.kv_cache.base import KVCache
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend

@@ -5,8 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from mpipipe.kv_cache.base import KVCache
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.layout import to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention import triton_paged

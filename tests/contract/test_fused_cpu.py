@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.fused_cpu import FusedLayer

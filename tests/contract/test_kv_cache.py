@@ -6,8 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mpipipe.kv_cache.base import KVCache
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.kv_cache.paged import PagedKVCache
 from tests.contract.attention_cases import NUM_PAGES, PAGE_SIZE, PageTable, Shape, random_steps

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import Store  # noqa: TID251 - of the tested type
 
-from mpipipe.data_plane.rendezvous import Rendezvous, addresses_of_this_host, open_store
+from mpipipe.data_plane.nccl_groups import Rendezvous, addresses_of_this_host, open_store
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.plain_values import from_json, to_json
 

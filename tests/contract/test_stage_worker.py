@@ -24,7 +24,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.data_plane.channel import EdgeKind, PendingTransfer, TensorChannel, Transfer
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.errors import NumericsError, PromptError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.metrics.accounting import StageAccount, StepRecord
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan

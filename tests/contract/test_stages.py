@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import NumericsError, UnsupportedModelError
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models import families, prepacked_linear, verification
 from mpipipe.models.adapter import StageModel, build_stage_model

@@ -12,8 +12,7 @@ import torch
 import transformers
 
 from mpipipe.checkpoint.index import read_index
-from mpipipe.kv_cache.base import KVCache
-from mpipipe.kv_cache.contiguous import ContiguousKVCache
+from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel, build_stage_model

@@ -46,8 +46,9 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(2, tiny_config, folder)
+    outcome = run(2, tiny_config, folder, "profile.tool=perf")
     assert outcome.exit_code == 0, outcome.stderr
+    assert "mpirun -n 2 launch/profile_rank.sh perf" in outcome.stderr, "not started under it"
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "manifest.json",
@@ -236,9 +237,17 @@ def _check_requests(folder: Path, outcome: Outcome) -> None:
     assert outcome.json("metrics.json")["itl_p50_s"] == pytest.approx(p50_s, rel=0.0051)
 
 
-def test_logs_are_json_lines_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
-    manifest = run(2, tiny_config, tmp_path / "run").json("manifest.json")
+def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
+    outcome = run(2, tiny_config, tmp_path / "run", "profile.tool=torch", "profile.steps=[2,4]")
+    manifest = outcome.json("manifest.json")
     for rank in (0, 1):
+        profile = outcome.json(f"torch_rank_{rank}.json")["traceEvents"]
+        names = {event["name"] for event in profile if event.get("ph") == "X"}
+        steps = {int(name.split()[2]) for name in names if " step " in name}
+        assert steps == {2, 3, 4}
+        kind = "send hidden to rank 1" if rank == 0 else "wait: receive hidden from rank 0"
+        assert kind in names
+        assert any(name.startswith("aten::") for name in names), "what the steps compute"
         events = read_jsonl(tmp_path / "run" / f"rank_{rank}.log")
         assert {event["rank"] for event in events} == {event["stage"] for event in events} == {rank}
         assert {(event["run"], event["attempt"], event["job"]) for event in events} == {

@@ -55,7 +55,7 @@ def test_sbatch_of_the_demo_makes_the_tokens_of_one_process_over_the_network(
     assert '"n2"' in manifest
     assert end.observed["bytes"] > HIDDEN_BYTES
     assert {path.name for path in end.folder.iterdir()} >= {"config", "prompts", "outputs"}
-    accounts = (end.folder / "sacct.txt").read_text()
+    accounts = (end.folder / "outputs" / f"sacct_{end.job_id}.txt").read_text()
     assert accounts.startswith("JobID|State|")
     assert f"\n{end.job_id}.0|COMPLETED|0:0|" in accounts
 

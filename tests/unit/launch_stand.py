@@ -72,9 +72,7 @@ class Stand:
         self.bin.mkdir(parents=True)
         self.model.mkdir()
         for name, text in PROGRAMS.items():
-            path = self.bin / name
-            path.write_text(f"#!/usr/bin/env bash\n{WAITS}\n{text}\n")
-            path.chmod(0o755)
+            self.program(name, text)
         self.environ = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -88,6 +86,12 @@ class Stand:
             "MPIPIPE_VENV": str(self.folder / "venv"),
         }
         return self
+
+    def program(self, name: str, text: str) -> None:
+        """A stand-in of that name, which does what `text` says to bash."""
+        path = self.bin / name
+        path.write_text(f"#!/usr/bin/env bash\n{WAITS}\n{text}\n")
+        path.chmod(0o755)
 
     def start(
         self, script: str, *words: str, environ: Mapping[str, str] | None = None

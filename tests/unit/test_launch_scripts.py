@@ -32,7 +32,7 @@ def test_the_doctor_comes_before_the_run_and_both_take_the_copies(stand: Stand) 
         f"{flags} mpipipe doctor /copy.toml a.b=c output.dir=/o",
         f"{flags} mpipipe run /copy.toml a.b=c output.dir=/o",
     ]
-    assert (stand.job / "sacct.txt").read_text().startswith("JobID|State")
+    assert (stand.job / "outputs/sacct_7.txt").read_text().startswith("JobID|State")
 
 
 def test_a_fatal_finding_ends_the_job_with_its_code_before_the_run(stand: Stand) -> None:
@@ -40,6 +40,60 @@ def test_a_fatal_finding_ends_the_job_with_its_code_before_the_run(stand: Stand)
     assert code == 5
     assert "before the model is loaded" in text
     assert not [line for line in stand.asked("srun") if "mpipipe run" in line]
+
+
+def test_what_slurm_counted_of_earlier_jobs_in_the_folder_is_asked_for_again(stand: Stand) -> None:
+    outputs = stand.job / "outputs"
+    outputs.mkdir(parents=True)
+    for job, state in (("5", "COMPLETED"), ("6", "RUNNING"), ("6_2", "RUNNING")):
+        (outputs / f"sacct_{job}.txt").write_text(f"JobID|State\n{job}|{state}|\n")
+    code, text = stand.run("run.sh", "configs/demo.toml", MPIPIPE_DOCTOR="off")
+    assert code == 0, text
+    asked = [re.search(r"--jobs=(\S+)", line) for line in stand.asked("sacct")]
+    # Of its own job when it begins, should it not come to its end, and when its steps have ended.
+    assert [found[1] for found in asked if found] == ["6", "6_2", "7", "7"]
+    assert "7.0|COMPLETED" in (outputs / "sacct_6.txt").read_text()
+    assert "5|COMPLETED" in (outputs / "sacct_5.txt").read_text()
+
+
+def test_where_the_accounting_has_forgotten_an_earlier_job_its_file_stays(stand: Stand) -> None:
+    outputs = stand.job / "outputs"
+    outputs.mkdir(parents=True)
+    (outputs / "sacct_6.txt").write_text("JobID|State\n6|RUNNING|\n")
+    stand.program("sacct", 'echo "sacct $*" >>"$CALLS"; exit 1')
+    environ = {"MPIPIPE_DOCTOR": "off", "RECORD": "JobId=7 JobState=RUNNING"}
+    started_s = time.monotonic()
+    assert stand.run("run.sh", "configs/demo.toml", **environ)[0] == 0
+    assert time.monotonic() - started_s < 5, "nothing is waited for where there is no accounting"
+    assert (outputs / "sacct_6.txt").read_text().startswith("JobID|State")
+    assert (outputs / "sacct_7.txt").read_text() == "JobId=7 JobState=RUNNING\n"
+    assert not list(outputs.glob("*.part"))
+
+
+@pytest.mark.parametrize("word", ["profile.tool=perf", 'profile.tool="nsys"'])
+def test_the_ranks_of_the_run_are_put_behind_the_profiler_and_the_doctors_are_not(
+    stand: Stand, word: str
+) -> None:
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text("config=/c models=() words=() profiler=perf\n")
+    code, text = stand.run("run.sh", str(stand.job), word)
+    assert code == 0, text
+    _, doctor, run = stand.asked("srun")
+    tool = "nsys" if "nsys" in word else "perf"
+    wrapped = f"{LAUNCH}/profile_rank.sh {tool} {stand.job}/outputs mpipipe run /c"
+    assert wrapped in run
+    assert "profile_rank" not in doctor
+
+
+def test_a_profiler_in_an_image_sees_the_script_that_starts_it(stand: Stand) -> None:
+    stand.job.mkdir(parents=True)
+    (stand.job / "job.env").write_text("config=/c models=() words=() profiler=perf\n")
+    (stand.folder / "image.sif").touch()
+    image = {"MPIPIPE_IMAGE": str(stand.folder / "image.sif"), "MPIPIPE_SRUN_MPI": "pmi2"}
+    stand.run("run.sh", str(stand.job), **image)
+    call = stand.asked("apptainer")[-1]
+    assert f"--bind {LAUNCH}:{LAUNCH}:ro" in call
+    assert f"image.sif {LAUNCH}/profile_rank.sh perf" in call
 
 
 def doctors(stand: Stand) -> list[str]:

@@ -39,7 +39,7 @@ def sourced(job_file: Path) -> dict[str, list[str]]:
     """The variables that bash gets from the file."""
     script = f"source {shlex.quote(str(job_file))}\n" + "".join(
         f'printf "%s\\0" {name} "${{{name}[@]}}"; printf "\\n\\0"\n'
-        for name in ("config", "models", "words")
+        for name in ("config", "models", "words", "profiler")
     )
     out = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
     groups = out.stdout.removesuffix("\n\0").split("\n\0")
@@ -50,7 +50,7 @@ def test_a_run_from_the_copies_has_the_settings_of_the_originals(
     project: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "the job"
-    words = ["generation.stop=it's $HOME", "generation.max_new_tokens=3"]
+    words = ["generation.stop=it's $HOME", "generation.max_new_tokens=3", "profile.tool=perf"]
     job = sourced(prepare_workspace(project / "exp.toml", words, folder))
     (project / "exp.toml").unlink()
     (tmp_path / "site/base.toml").unlink()
@@ -58,6 +58,7 @@ def test_a_run_from_the_copies_has_the_settings_of_the_originals(
 
     config = load_config(Path(job["config"][0]), job["words"]).config
 
+    assert job["profiler"] == ["perf"]
     assert config.generation.seed == 7, "from the copy of the base"
     assert config.generation.stop == ("it's $HOME",)
     assert config.generation.max_new_tokens == 3

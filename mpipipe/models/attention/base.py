@@ -31,11 +31,10 @@ class AttentionBackend(ABC):
     """One instance serves all layers of a stage."""
 
     name: str
+    # It reads `layout.seq_lens`, so the host must know every length: no CUDA graph, and no lengths
+    # that advance on the device. A backend without this takes decode steps from tensors alone.
     needs_seq_lens: bool
-    """It reads `layout.seq_lens`, so the host must know every length: no CUDA graph, and no lengths
-    that advance on the device. A backend without this takes decode steps from tensors alone."""
-    head_major: bool
-    """On a GPU it reads a page's tokens head by head (`PagedKVCache.allocate`)."""
+    head_major: bool  # on a GPU it reads a page's tokens head by head (`PagedKVCache.allocate`)
 
     def attend(
         self,
