@@ -300,9 +300,8 @@ def _tell_what_is_left(job: _Job) -> None:
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
-def _tell_plan(
-    job: _Job, session: Session, prompts: PreparedPrompts, problems: Sequence[str]
-) -> None:
+def _tell_plan(job: _Job, session: Session, prompts: PreparedPrompts, problem: str | None) -> None:
+    """The plan, and what the user should know of; `problem`: of the profiler, in each log."""
     warnings = [
         *job.loaded.warnings,
         *deepspeed_warnings(job.loaded, session.plan),
@@ -311,7 +310,7 @@ def _tell_plan(
     ]
     for warning in warnings:
         job.log.warning("configuration", message=warning)
-    job.view.planned(session.plan, [*warnings, *problems])
+    job.view.planned(session.plan, [*warnings, problem] if problem else warnings)
 
 
 async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
@@ -325,7 +324,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         await session.gather_reports()
         job.log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
-    _tell_plan(job, session, prompts, [problem] if problem else [])
+    _tell_plan(job, session, prompts, problem)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     async with _recording(job, session) as recorded:
