@@ -170,6 +170,13 @@ def test_the_summary_is_the_same_for_people_and_programs(run: WrittenRun) -> Non
     assert "rank 1 ± 8 µs" in shown
 
 
+def test_many_ranks_are_told_by_the_least_and_the_most(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_ranks=9, num_steps=100, parts={7: {"compute_s": 0.02}}).write()
+    rows = {row.split()[0]: row.split() for row in ask("summary", tmp_path).splitlines() if row}
+    assert rows["seconds"] == ["seconds", "least", "median", "most", "on", "rank", "share"]
+    assert rows["compute"][1:8] == ["0.200", "s", "0.200", "s", "2.0", "s", "7"]
+
+
 def test_a_killed_run_is_told_by_what_it_wrote(run: WrittenRun) -> None:
     (run.folder / "metrics.json").unlink()
     for rank in (0, 1):
