@@ -235,6 +235,8 @@ def _print_verdict(matrix: Matrix, verdict: ExperimentVerdict, folder: Experimen
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if is_terminal else _WIDTH)
     table = Table(*_COLUMNS, box=box.SIMPLE_HEAD)
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(len(case.case.name) for case in verdict.cases)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for case in verdict.cases:

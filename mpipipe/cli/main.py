@@ -27,8 +27,8 @@ _EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 _EPILOG = (
     "Exit codes: 0 done · 1 a bug of mpipipe · 2 configuration, plan or output folder · "
     "3 model folder · 4 done, but some prompts became error records · "
-    "5 MPI, ranks, memory or devices · 6 a rank was lost · 75 told to stop, start again to go on · "
-    "130 interrupted."
+    "5 MPI, ranks, memory or devices · 6 a rank was lost · 7 report: a regression · "
+    "75 told to stop, start again to go on · 130 interrupted."
 )
 
 app = typer.Typer(
@@ -134,6 +134,22 @@ def status(
     from mpipipe.cli.status import status_command
 
     raise typer.Exit(status_command(run_or_job, as_json=as_json))
+
+
+@app.command(epilog="Exit code 7: --against found a regression beyond the noise.")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Records, or a run folder.")],
+    against: Annotated[Path | None, typer.Option(help="Older records to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write here, not into DIR.")] = None,
+    hypotheses: Annotated[
+        bool, typer.Option("--hypotheses", help="Show what was supposed beside what was measured.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Make tables and one HTML page of experiments' records, or of a run; needs no GPU."""
+    from mpipipe.cli.report import report_command
+
+    raise typer.Exit(report_command(folder, out=out, against=against, hypotheses=hypotheses))
 
 
 @slurm.command("mpi-flag")

@@ -39,6 +39,8 @@ _FIXED = {
     "generation.temperature": "0.0",
     "generation.ignore_eos": "true",
     "generation.use_model_defaults": "false",
+    "log.progress": "none",
+    "log.sample_interval_s": "1.0",  # runs of some seconds have samples, too
 }
 _UNCOMPARED = ("output.", "log.", "name", "prompts.path", "prompts.limit")
 
@@ -139,7 +141,7 @@ def _asked(
         added = (*added, f"pipeline.threads_per_rank={threads}")
     loaded = load_config(config, (*words, *added))
     _check_split(loaded, options)
-    return _Asked(loaded, (*added, "log.progress=none"), num_prompts, digest, made)
+    return _Asked(loaded, added, num_prompts, digest, made)
 
 
 def _check_no_prompts(words: Sequence[str]) -> None:

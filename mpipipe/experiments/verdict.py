@@ -218,7 +218,8 @@ def _case_notes(verdict: CaseVerdict) -> Iterator[str]:
     elif verdict.outcome == "ok" and speedup is not None:
         told = f"{speedup.median:.2f}× its smallest case ({speedup.low:.2f} to {speedup.high:.2f})"
         if not speedup.is_sound:
-            judged = f"no verdict: {speedup.num} repeats are too few for an interval of 90 %"
+            repeats = "1 repeat is" if speedup.num == 1 else f"{speedup.num} repeats are"
+            judged = f"no verdict: {repeats} too few for an interval of 90 %"
         elif speedup.low > 1:
             judged = "faster"
         elif speedup.high < 1:
