@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, OutputError
 from mpipipe.logs.clocks import ClockReading, RankClocks
 from mpipipe.logs.facts import read_facts
 from mpipipe.logs.reading import RunFiles, find_run
+from mpipipe.logs.schema import schema_of
 from mpipipe.logs.sql import query
 from mpipipe.logs.steps import read_steps
 from mpipipe.logs.summary import summarise
@@ -440,6 +443,28 @@ def test_the_pages_come_with_the_package() -> None:
     assert ask("files").startswith("# The files of a run")
     assert ask("questions").startswith("# Ten questions to a run")
     assert list(json.loads(ask("lnav"))) == ["$schema", "mpipipe_log"]
+
+
+def test_every_command_of_the_page_of_questions_works(
+    run: WrittenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `mpipipe logs`, without what is piped on; the runs are this one."""
+    monkeypatch.chdir(run.folder)
+    rows = [row for row in ask("questions").splitlines() if row.startswith("$ mpipipe logs ")]
+    assert len(rows) == 15
+    for row in rows:
+        words = shlex.split(row)[3:]
+        words = words[: next((at for at, word in enumerate(words) if word in "|>"), len(words))]
+        assert ask(*("." if word.startswith("runs/") else word for word in words))
+    titles = [row for row in ask("questions").splitlines() if re.match(r"## \d+\. ", row)]
+    assert len(titles) == 10
+
+
+def test_the_viewer_knows_fields_that_logs_have() -> None:
+    kind = schema_of("rank_0.log")
+    assert kind is not None
+    known = {field.name for field in kind.fields} | {"request"}  # of a completed prompt
+    assert set(json.loads(ask("lnav"))["mpipipe_log"]["value"]) <= known
 
 
 def test_asking_imports_nothing_heavy(run: WrittenRun) -> None:
