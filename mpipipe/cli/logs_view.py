@@ -56,9 +56,8 @@ def show_summary(files: RunFiles, run: RunFacts, found: RunTime, *, as_json: boo
         return
     hosts = dict.fromkeys(rank.host for rank in found.ranks if rank.host)
     attempt = f"attempt {found.attempt} of {found.num_attempts}"
-    _print(
-        f"run       {files.folder} ({found.run or 'no id'}), {attempt}, {found.state or 'ended?'}"
-    )
+    state = found.state or "no word of its end"
+    _print(f"run       {files.folder} ({found.run or 'no id'}), {attempt}, {state}")
     _print(f"ranks     {len(found.ranks)} on {', '.join(hosts) or 'an unknown host'}")
     unexplained = found.shares["unexplained"]
     _print(
@@ -126,8 +125,8 @@ def _show_clocks(run: RunFacts) -> None:
 
 def _coverage(found: RunTime) -> list[str]:
     return [
-        f"rank {rank.rank}: {rank.num_steps_kept:,} of {rank.num_steps:,} steps were kept "
-        "(log.steps = all keeps every one)"
+        f"rank {rank.rank}: {rank.num_steps_kept:,} of {rank.num_steps:,} steps are on record "
+        "(log.steps = all keeps every one; a kill loses those of the last moment)"
         for rank in found.ranks
         if 0 < rank.num_steps_kept < rank.num_steps
     ]
@@ -307,7 +306,7 @@ def _show(shown: Table | Text) -> None:
     width = shutil.get_terminal_size().columns if terminal else _LEAST_WIDTH
     console = Console(width=width, force_terminal=terminal, highlight=False)
     with console.capture() as captured:
-        console.print(shown)
+        console.print(shown, soft_wrap=isinstance(shown, Text))
     _print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 

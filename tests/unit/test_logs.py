@@ -200,12 +200,13 @@ def test_attempts_are_told_apart(tmp_path: Path) -> None:
     assert (last["attempt"], last["num_attempts"], last["ranks"][0]["num_steps"]) == (2, 2, 200)
     assert (earlier["attempt"], earlier["ranks"][0]["num_steps"]) == (1, 100)
     assert (last["culprit"]["kind"], earlier["culprit"]["kind"]) == ("none", "slow_stage")
+    assert (last["state"], earlier["state"]) == ("done", "interrupted")
 
 
 def test_steps_that_were_not_kept_are_told(run: WrittenRun) -> None:
     path = run.folder / "steps_rank_0.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[100:]))
-    assert "note: rank 0: 300 of 400 steps were kept" in ask("summary", run.folder)
+    assert "note: rank 0: 300 of 400 steps are on record" in ask("summary", run.folder)
 
 
 # ---- clocks --------------------------------------------------------------------------------------
@@ -296,6 +297,20 @@ def test_errors_of_all_ranks_in_their_order(tmp_path: Path) -> None:
     assert "      line 1" in shown
     assert "rank 0 warning configuration: odd" in shown
     assert "bad prompt (request=p1)" in shown
+
+
+def test_what_ended_a_run_is_told_where_no_rank_lived_to_log_it(run: WrittenRun) -> None:
+    (run.folder / "metrics.json").unlink()
+    status = {"state": "failed", "error": "rank 1 was killed", "updated_at": "2026-11-27T10:00:01"}
+    (run.folder / "status.json").write_text(json.dumps(status))
+    (found,) = ask_json("errors", run.folder)["errors"]
+    assert (found["event"], found["message"]) == ("run failed", "rank 1 was killed")
+    assert ask_json("summary", run.folder)["state"] == "failed"
+    line = {**identity(1, 120.0), "time": "", "level": "error", "event": "ended early"}
+    with (run.folder / "rank_1.log").open("a") as file:
+        file.write(json.dumps({**line, "error": "rank 1 was killed"}) + "\n")
+    (found,) = ask_json("errors", run.folder)["errors"]
+    assert found["event"] == "ended early"
 
 
 def test_a_run_without_errors_says_so(run: WrittenRun) -> None:
