@@ -63,9 +63,9 @@ def _told_of_the_run(files: RunFiles, found: Sequence[Problem]) -> list[Problem]
     if text(status, "state") != "failed" or any(message in problem.message for problem in found):
         return []
     attempt = last_attempt(files)
-    last_s = [number(line, "t_s") or 0.0 for line in files.log_lines(0, attempt)][-1:]
-    time = text(status, "updated_at")
-    return [Problem(*last_s or [0.0], time, attempt, 0, "error", "run failed", message, "")]
+    times_s = [number(line, "t_s") or 0.0 for line in files.log_lines(0, attempt)]
+    last_s, time = max(times_s, default=0.0), text(status, "updated_at")
+    return [Problem(last_s, time, attempt, 0, "error", "run failed", message, "")]
 
 
 def _problem(line: Line, rank: int, level: str) -> Problem:
