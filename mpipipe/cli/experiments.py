@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExperimentRequest", "experiment_command"]
 
-_WIDTH = 150  # of the table where no terminal says otherwise
+_WIDTH = 170  # of the table where no terminal says otherwise
 _DEFAULT_STAGES = {"strong": "1,2", "weak": "1,2", "batch": "1"}
 
 
@@ -248,7 +248,7 @@ def _print_verdict(matrix: Matrix, verdict: ExperimentVerdict, folder: Experimen
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if is_terminal else _WIDTH)
     table = Table(*_COLUMNS, box=box.SIMPLE_HEAD)
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
     table.columns[0].min_width = max(len(case.case.name) for case in verdict.cases)
     for column in table.columns[1:-1]:
         column.justify = "right"
