@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config import legacy
-from mpipipe.config.binding import bind, layer_overrides, merge, settings, short, to_dict
+from mpipipe.config.binding import NEW_NAMES, bind, layer_overrides, merge, settings, short, to_dict
 from mpipipe.config.checks import check
 from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.config.prompt_file import STANDARD_INPUT
@@ -55,7 +55,6 @@ _USAGE = (
     "write `mpipipe run CONFIG.toml [section.key=value …]` or "
     "`mpipipe run MODEL_FOLDER prompts.jsonl [section.key=value …]`"
 )
-_NEW_NAMES = {"pipeline.laps_ahead": "pipeline.lookahead"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +92,8 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
             inline = layer.inline_prompts
         warnings += layer.warnings
         deepspeed = layer.deepspeed or deepspeed
-    settings, renamed = _rename_words(named.settings)
+    asked, renamed = _rename_keys(layer_overrides(named.settings), "command line")
     warnings += renamed
-    asked = layer_overrides(settings)
     bind(asked, "command line")
     paths = {"model": named.model, "prompts": named.prompts}
     asked = merge({name: {"path": path} for name, path in paths.items() if path}, asked)
@@ -290,31 +288,14 @@ def _is_file_word(word: str) -> bool:
 # ---- older names of settings ---------------------------------------------------------------------
 
 
-def _renamed(old: str, new: str, source: str) -> str:
-    return f"{source}: {old} is now called {new}; the old name still works, write the new one"
-
-
-def _rename_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`section.key=value` words under today's names, and warnings about those that were older."""
-    renamed = list(words)
-    warnings = []
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        new = _NEW_NAMES.get(name.strip())
-        if new is not None and equals:
-            warnings.append(_renamed(name.strip(), new, "command line"))
-            renamed[place] = f"{new}={value}"
-    return renamed, warnings
-
-
 def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """A file's nested values under today's names, and warnings about those that were older.
+    """Nested values under today's names, and warnings about those that were older.
 
     Raises:
         ConfigError: a setting is given under both of its names.
     """
     renamed, warnings = dict(values), []
-    for old, new in _NEW_NAMES.items():
+    for old, new in NEW_NAMES.items():
         section, _, old_key = old.rpartition(".")
         new_key = new.rpartition(".")[2]
         table = renamed.get(section)
@@ -325,5 +306,7 @@ def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any]
         renamed[section] = {
             new_key if key == old_key else key: value for key, value in table.items()
         }
-        warnings.append(_renamed(old, new, source))
+        warnings.append(
+            f"{source}: {old} is now called {new}; the old name still works, write the new one"
+        )
     return renamed, warnings

@@ -24,7 +24,7 @@ from mpipipe.config.chat_fields import (
     chat_options,
     without_chat,
 )
-from mpipipe.config.checks import sampling_problem
+from mpipipe.config.checks import check_sampling
 from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
@@ -222,11 +222,9 @@ def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> 
     changes.setdefault("seed", seed)
     try:
         sampling = defaults.replace(**changes)
+        check_sampling(sampling)
     except ValueError as error:
         raise PromptError("invalid_sampling", str(error)) from None
-    problem = sampling_problem(sampling)
-    if problem:
-        raise PromptError("invalid_sampling", problem)
     return sampling
 
 

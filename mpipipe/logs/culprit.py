@@ -49,11 +49,10 @@ class Culprit:
 def find_culprit(run: RunFacts) -> Culprit:
     """The one thing that cost the run the most time, if there is one."""
     stalls = [stall for stall in find_stalls(run) if stall.seconds >= _LEAST_STALL_S]
-    shared = _shared_core(run, stalls)
     found = [
         *_stalled(stalls),
-        *([shared] if shared is not None else []),
-        *_slow_stage(run, stalls, shared),
+        *_shared_core(run, stalls),
+        *_slow_stage(run, stalls),
         *_slow_link(run, stalls),
         *_unequal_prompts(run),
     ]
@@ -89,15 +88,20 @@ def _computed(run: RunFacts, stalls: Sequence[Stall]) -> dict[int, float]:
     return computed
 
 
-def _shared_core(run: RunFacts, stalls: Sequence[Stall]) -> Culprit | None:
-    """A rank whose thread computed for longer than it had a core (CPUs only)."""
+def _put_aside(run: RunFacts, stalls: Sequence[Stall]) -> dict[int, float]:
+    """Seconds by rank in which it computed without a core; on CPUs only."""
     if run.device == "cuda":
-        return None
+        return {rank.rank: 0.0 for rank in run.ranks}
     computed = _computed(run, stalls)
-    lost_s = {rank.rank: _put_aside_s(rank, computed[rank.rank]) for rank in run.ranks}
+    return {rank.rank: _put_aside_s(rank, computed[rank.rank]) for rank in run.ranks}
+
+
+def _shared_core(run: RunFacts, stalls: Sequence[Stall]) -> Iterator[Culprit]:
+    """A rank whose thread computed for longer than it had a core."""
+    lost_s = _put_aside(run, stalls)
     worst = max(run.ranks, key=lambda rank: lost_s[rank.rank], default=None)
     if worst is None or lost_s[worst.rank] <= 0:
-        return None
+        return
     cpu = worst.cpu
     assert cpu is not None, "it has lost time"
     compute_s = cpu.cpu_s + lost_s[worst.rank]
@@ -109,7 +113,7 @@ def _shared_core(run: RunFacts, stalls: Sequence[Stall]) -> Culprit | None:
     )
     if others:
         sentence += f"; so {'do ranks' if len(others) > 1 else 'does rank'} {', '.join(others)}"
-    return Culprit("shared_core", sentence, worst.rank, worst.stage, lost_s[worst.rank])
+    yield Culprit("shared_core", sentence, worst.rank, worst.stage, lost_s[worst.rank])
 
 
 def _put_aside_s(rank: RankFacts, computed_s: float) -> float:
@@ -121,6 +125,8 @@ def _put_aside_s(rank: RankFacts, computed_s: float) -> float:
     lost_s = compute_s - cpu.cpu_s
     if cpu.cpu_s > _CPU_SHARE * compute_s:
         return 0.0
+    if cpu.run_delay_s is not None:
+        return min(lost_s, cpu.run_delay_s)
     if cpu.num_involuntary_switches is not None:
         was_busy = cpu.num_involuntary_switches * _MOST_SLICE_S >= 0.5 * lost_s
     else:
@@ -128,11 +134,10 @@ def _put_aside_s(rank: RankFacts, computed_s: float) -> float:
     return lost_s if was_busy else 0.0
 
 
-def _slow_stage(
-    run: RunFacts, stalls: Sequence[Stall], shared: Culprit | None
-) -> Iterator[Culprit]:
+def _slow_stage(run: RunFacts, stalls: Sequence[Stall]) -> Iterator[Culprit]:
     """A stage that computes longer than the others, other than by a stall or for want of a core."""
-    computed = _computed(run, stalls)
+    put_aside = _put_aside(run, stalls)
+    computed = {rank: s - put_aside[rank] for rank, s in _computed(run, stalls).items()}
     if len(computed) < 2 or not any(computed.values()):
         return
     slowest = max(run.ranks, key=lambda rank: computed[rank.rank])
@@ -140,8 +145,6 @@ def _slow_stage(
     others_s = fmean(computed[rank.rank] for rank in others)
     lost_s = computed[slowest.rank] - others_s
     if computed[slowest.rank] < _SLOWER * others_s:
-        return
-    if shared is not None and shared.rank == slowest.rank and shared.seconds >= 0.5 * lost_s:
         return
     waiting = fmean(
         (rank.parts_s.get("wait", 0.0) + rank.parts_s.get("idle", 0.0)) / rank.generate_s

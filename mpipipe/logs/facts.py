@@ -49,6 +49,7 @@ class CpuUse:
     cpu_s: float  # used by the process, all threads
     node_percent: float | None  # of all cores of the node
     num_involuntary_switches: int | None  # how often the process was put aside for another
+    run_delay_s: float | None = None  # its compute thread waited for a core; None: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +212,14 @@ def _rank_facts(files: RunFiles, rank: int, attempt: int, reported: Line) -> Ran
         log.add(line)
     steps = read_steps(files, rank, attempt)
     samples = list(files.sample_lines(rank, attempt))
-    parts_s = _reported_parts(reported) or dict(steps.parts_s if steps.num_steps else {})
+    reported_s = _reported_parts(reported)
+    parts_s = reported_s or dict(steps.parts_s if steps.num_steps else {})
     booted_s = max((event.end_s for event in log.boot), default=log.at_s.get("ready"))
     generating_s = log.at_s.get("generating", booted_s)
     generated_s = log.at_s.get("generated")
     if generated_s is None and generating_s is not None and parts_s:
-        generated_s = generating_s + sum(parts_s.values())
+        # Of a run that was killed: up to the last step, of which earlier ones may not be kept.
+        generated_s = generating_s + sum(parts_s.values()) if reported_s else steps.last_s
     times_s = [t_s for line in samples if (t_s := number(line, "t_s")) is not None]
     last_s = max([*times_s, steps.last_s, log.last_s or float("-inf")])
     totals = reported.get("stage")
@@ -253,7 +256,8 @@ def _cpu_use(
 ) -> CpuUse | None:
     """What the samples that lie in the generate phase tell."""
     wall_s = cpu_s = node_s = 0.0
-    switches: list[int] = []
+    switches: list[float] = []
+    delays_s: list[float] = []
     begin_s = float("-inf") if generating_s is None else generating_s
     end_s = float("inf") if generated_s is None else generated_s
     for before, after in pairwise(samples):
@@ -267,12 +271,19 @@ def _cpu_use(
         wall_s += covered_s
         cpu_s += covered_s * percent / 100
         node_s += covered_s * (number(after, "node_cpu_percent") or 0.0) / 100
-        names = [number(line, "num_involuntary_switches") for line in (before, after)]
-        if names[0] is not None and names[1] is not None:
-            switches.append(int(names[1] - names[0]))
+        switches += _growth(before, after, "num_involuntary_switches")
+        delays_s += _growth(before, after, "run_delay_s")
     if wall_s <= 0:
         return None
-    return CpuUse(wall_s, cpu_s, 100 * node_s / wall_s or None, sum(switches) if switches else None)
+    num_switches = int(sum(switches)) if switches else None
+    delay_s = sum(delays_s) if delays_s else None
+    return CpuUse(wall_s, cpu_s, 100 * node_s / wall_s or None, num_switches, delay_s)
+
+
+def _growth(before: Line, after: Line, name: str) -> list[float]:
+    """By how much a count has grown; nothing where either sample lacks it."""
+    since, until = number(before, name), number(after, name)
+    return [] if since is None or until is None else [max(0.0, until - since)]
 
 
 def _spans(lines: Iterable[Line]) -> Iterable[RequestSpan]:

@@ -29,11 +29,11 @@ ARM_WORDS = {
     "batch": "the same prompts and stages, more in flight",
 }
 _FLAG_WORDS = {
-    "other tokens": "made other tokens than most runs of the same prompts, so its speed is not "
+    "other tokens": "these made other tokens than most runs of the case, so their speed is not "
     "that of the same work",
-    "throttled": "ran while a GPU had lowered its clocks",
-    "foreign load": "shared its machine with other work",
-    "too short": "generated for too short a time for a steady speed",
+    "throttled": "a GPU had lowered its clocks",
+    "foreign load": "the machine also did other work",
+    "too short": "they generated for too short a time to show a steady speed",
 }
 
 
@@ -81,9 +81,8 @@ def _warnings(section: Section) -> list[str]:
     for flag, words in _FLAG_WORDS.items():
         hit = [row for row in rows if row.flags.get(flag)]
         if hit:
-            runs = sum(row.flags[flag] for row in hit)
-            names = ", ".join(f"{row.case.name} ({row.flags[flag]})" for row in hit)
-            warnings.append(f"{flag}: {count(runs, 'run')} {words}: {names}.")
+            names = ", ".join(f"{row.case.name} ({count(row.flags[flag], 'run')})" for row in hit)
+            warnings.append(f"{flag}: {words}: {names}.")
     failed = [row.case.name for row in rows if row.failures]
     if failed:
         warnings.append(f"runs without a result, with the reason in the row: {', '.join(failed)}.")

@@ -54,7 +54,8 @@ th, td { padding: 5px 7px; text-align: right; vertical-align: top; font-size: 15
 th { font-size: 14px; line-height: 1.25; vertical-align: bottom; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; }
 td:first-child { white-space: nowrap; }
-td:first-child.fault { white-space: normal; color: var(--warn); font-size: 14px; padding-top: 0; }
+td:first-child.fault { white-space: normal; overflow-wrap: anywhere; color: var(--warn);
+  font-size: 14px; padding-top: 0; }
 tr.faulty td { border-bottom: 0; }
 td.words { overflow-wrap: break-word; }
 td.warns { color: var(--warn); font-weight: 600; }

@@ -7,7 +7,8 @@ one's lines are shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunLines", "read_run", "resource_use"]
 
+_MOST_STEPS = 20_000  # of a rank; log.steps = "all" may have kept millions
 _TIMES = ("start_s", "compute_s", "idle_s", "wait_s", "transfer_s", "overhead_s")
 
 
@@ -30,18 +32,17 @@ class RunLines:
 
     manifest: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    steps: Mapping[int, Sequence[Line]]  # ranks with steps only
+    steps: Mapping[int, Sequence[Line]]  # ranks with steps only; the last ones of each
     samples: Mapping[int, Sequence[Line]]
-    requests: Sequence[Line]
+    admitted_s: float | None  # the first prompt's first step, on rank 0's clock
     clocks: RankClocks
     time: RunTime  # where each second went, as `mpipipe logs summary` tells
 
     @property
     def began_s(self) -> float | None:
-        """When generating began, on rank 0's clock: the first prompt's first step."""
-        admitted = [t for line in self.requests if (t := number(line, "admitted_s")) is not None]
-        if admitted:
-            return min(admitted)
+        """When generating began, on rank 0's clock."""
+        if self.admitted_s is not None:
+            return self.admitted_s
         starts = [
             self.clocks.on_head(rank, lines[0]["start_s"]) for rank, lines in self.steps.items()
         ]
@@ -63,20 +64,27 @@ def read_run(folder: Path) -> RunLines:
         metrics=metrics,
         steps={rank: lines for rank, lines in steps.items() if lines},
         samples={rank: list(files.sample_lines(rank, attempt)) for rank in files.ranks()},
-        requests=list(files.lines("requests.jsonl", attempt)),
+        admitted_s=min(_admissions(files, attempt), default=None),
         clocks=read_clocks(files.lines("clock.jsonl", attempt)),
         time=summarise(read_facts(files, attempt), metrics),
     )
 
 
 def _steps(files: RunFiles, rank: int, attempt: int) -> list[Line]:
-    """The whole steps of a rank, in their order; one with a damaged time is left out."""
-    lines = [
+    """The last whole steps of a rank, in their order; one with a damaged time is left out."""
+    lines = (
         line
         for _, line in files.step_lines(rank, attempt)
         if all(number(line, name) is not None for name in _TIMES)
-    ]
-    return sorted(lines, key=lambda line: float(line["start_s"]))
+    )
+    return sorted(deque(lines, maxlen=_MOST_STEPS), key=lambda line: float(line["start_s"]))
+
+
+def _admissions(files: RunFiles, attempt: int) -> Iterator[float]:
+    for line in files.lines("requests.jsonl", attempt):
+        admitted_s = number(line, "admitted_s")
+        if admitted_s is not None:
+            yield admitted_s
 
 
 def resource_use(run: RunLines) -> tuple[float | None, float | None]:

@@ -5,6 +5,7 @@ Pure; times are seconds since generating began, on rank 0's clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["busy_shares", "occupancy_charts", "rate_curve"]
 
 _MOST_BINS = 80
+_MOST_POINTS = 200
 _STEPS_PER_BIN = 4  # or a bin would show single steps
 _NUM_SHOWN_STEPS = 24
 _NUM_COLORS = 7
@@ -31,9 +33,10 @@ def rate_curve(label: str, points: Sequence[tuple[float, float]], color: int) ->
         points: (seconds since generating began, output tokens so far), in the order of time.
         color: of the palette.
     """
+    stride = math.ceil(len(points) / _MOST_POINTS)
     rates = [
         ((before[0] + after[0]) / 2, (after[1] - before[1]) / (after[0] - before[0]))
-        for before, after in pairwise(points)
+        for before, after in pairwise([*points[:-1:stride], *points[-1:]])
         if after[0] > before[0]
     ]
     if not rates:
@@ -105,7 +108,7 @@ def _occupancy(run: RunLines, name: str, spans: dict[int, list[tuple[float, floa
     return LineChart(
         "Pipeline occupancy over time",
         f"Share of the time in which a stage computed, in {num_bins} equal intervals; {name}. "
-        "From the steps that were kept: the last ones, unless log.steps is all.",
+        "From the last steps that were kept (log.steps).",
         "time since generating began (s)",
         "stage computes (%)",
         tuple(curves),

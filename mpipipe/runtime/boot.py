@@ -25,8 +25,7 @@ from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
 from mpipipe.stage.profiling import Profiler, open_profiler
-from mpipipe.topology.affinity import format_cpus
-from mpipipe.topology.host import peak_rss_bytes
+from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
 __all__ = ["open_session"]
 
@@ -142,6 +141,7 @@ async def _agree_on_plan(boot: Boot) -> PipelinePlan:
     """The head plans, all ranks get the same plan."""
     told = await told_by_head(boot.ranks, "plan", lambda: _decide(boot).to_json().encode())
     plan = PipelinePlan.from_json(told.decode())
+    boot.log.debug("planned", **dataclasses.asdict(plan))
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     return plan

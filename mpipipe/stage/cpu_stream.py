@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from mpipipe.topology.usage import COMPUTE_THREAD, name_thread
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,6 +39,11 @@ class _HostEvent:
         return later.now_s - self.now_s
 
 
+def _begin_thread(num_threads: int) -> None:
+    name_thread(COMPUTE_THREAD)
+    torch.set_num_threads(num_threads)  # which torch keeps per thread
+
+
 class CpuStream:
     """One thread that computes, while the event loop keeps MPI moving.
 
@@ -54,10 +61,8 @@ class CpuStream:
         self.compute_s: float | None = None
         self._clock = clock
         self._progress = progress
-        # It starts with the first work. torch keeps the number of its threads per thread.
-        self._thread = ThreadPoolExecutor(
-            1, "compute", initializer=torch.set_num_threads, initargs=(num_threads,)
-        )
+        # It starts with the first work.
+        self._thread = ThreadPoolExecutor(1, "compute", _begin_thread, (num_threads,))
 
     async def compute(self, work: Callable[[], T]) -> T:
         """See `Stream.compute`: returns when it is computed."""

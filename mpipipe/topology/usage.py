@@ -7,14 +7,17 @@ Counters only grow: who wants a rate takes the difference of two readings. Linux
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpipipe.topology.host import read_text
 
-__all__ = ["Usage", "read_usage"]
+__all__ = ["COMPUTE_THREAD", "Usage", "name_thread", "read_usage"]
 
+COMPUTE_THREAD = "compute"  # the name of the thread that runs a CPU's steps
 _ROOT = Path("/")
 
 
@@ -32,6 +35,8 @@ class Usage:
     net_tx_bytes: int | None = None
     # How often a thread of the process was put aside for another process: its core is shared.
     num_involuntary_switches: int | None = None
+    # The thread that computes could have run, and others had its core; None on a GPU.
+    run_delay_s: float | None = None
 
     def fields(self, before: Usage, elapsed_s: float) -> dict[str, Any]:
         """The fields of a sample that come from here.
@@ -52,6 +57,7 @@ class Usage:
             "net_rx_bytes": self.net_rx_bytes,
             "net_tx_bytes": self.net_tx_bytes,
             "num_involuntary_switches": self.num_involuntary_switches,
+            "run_delay_s": self.run_delay_s,
         }
 
 
@@ -82,6 +88,7 @@ def read_usage(root: Path = _ROOT) -> Usage:
         net_rx_bytes=received,
         net_tx_bytes=sent,
         num_involuntary_switches=_involuntary_switches(root),
+        run_delay_s=_run_delay_s(root),
     )
 
 
@@ -96,6 +103,21 @@ def _involuntary_switches(root: Path) -> int | None:
     threads = [_keyed(read_text(path)) for path in root.glob("proc/self/task/*/status")]
     counts = [thread.get("nonvoluntary_ctxt_switches", 0) for thread in threads]
     return sum(counts) if counts else None
+
+
+def name_thread(name: str, root: Path = _ROOT) -> None:
+    """Give the calling thread a name of at most 15 letters, as `top` and `perf` show it."""
+    with suppress(OSError):  # no Linux
+        (root / f"proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
+def _run_delay_s(root: Path) -> float | None:
+    """The second number of `schedstat`, in nanoseconds."""
+    for path in root.glob("proc/self/task/*/comm"):
+        numbers = read_text(path.with_name("schedstat")).split()
+        if read_text(path).strip() == COMPUTE_THREAD and len(numbers) > 1:
+            return round(int(numbers[1]) / 1e9, 6)
+    return None
 
 
 def _node_ticks(root: Path) -> tuple[int, int] | None:

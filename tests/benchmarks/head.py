@@ -81,7 +81,7 @@ class StubStage:
             SessionEnded,
         )
 
-    async def serve(self) -> bool:
+    async def serve(self, began: Callable[[], object]) -> bool:
         """As a stage does."""
         while True:
             _, message = await self._mailbox.get()

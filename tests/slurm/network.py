@@ -68,6 +68,11 @@ class Network:
         links = json.loads(self._in(host, "-json", "-stats", "link", "show", "eth0"))
         return int(links[0]["stats64"]["tx"]["bytes"])
 
+    def throttle(self, host: str, rate: str) -> None:
+        """Let no more than `rate` (as tc writes it: 4mbit) leave `host`; nothing is dropped."""
+        _run("tc", "-n", self._namespace(host), "qdisc", "add", "dev", "eth0", "root", "tbf",
+             "rate", rate, "burst", "16kb", "latency", "60s")  # fmt: skip
+
     def processes(self, host: str) -> list[int]:
         """The ids of all processes on `host`."""
         return _processes(self._path(host))
@@ -127,7 +132,11 @@ def _kill_all(namespace: Path) -> None:
 
 
 def _ip(*words: str) -> str:
-    result = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
+    return _run("ip", *words)
+
+
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     if result.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {result.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
     return result.stdout

@@ -80,6 +80,19 @@ def test_a_rank_that_computes_without_a_core_shares_it(
     assert found.seconds == pytest.approx(0.5 * 400 * 0.0042, rel=0.01)
 
 
+@pytest.mark.parametrize(("delay", "kind"), [(0.8, "shared_core"), (0.04, "slow_stage")])
+def test_the_time_that_others_had_the_core_tells_a_shared_core_from_a_sleep(
+    tmp_path: Path, delay: float, kind: str
+) -> None:
+    """On a busy node also a rank that sleeps is put aside often."""
+    run = WrittenRun(
+        tmp_path, parts={0: {"wait_s": 0.0024}, 1: {"compute_s": 0.0042}}, cpu_share={1: 0.5},
+        node_cpu_percent=100.0, switches_per_s={1: 280.0}, run_delay_share={0: 0.04, 1: delay},
+    )  # fmt: skip
+    found = culprit(run)
+    assert (found.kind, found.rank) == (kind, 1)
+
+
 def test_a_stopped_rank_does_not_share_its_core(tmp_path: Path) -> None:
     run = WrittenRun(
         tmp_path, odd={(1, 50): {"compute_s": 4.0}}, cpu_share={1: 0.2}, node_cpu_percent=100.0,

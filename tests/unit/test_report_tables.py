@@ -145,7 +145,7 @@ def test_flags_stand_in_the_row_and_above_the_tables(folder: Path) -> None:
     assert rows["weak_4"]["flags"] == {"other tokens": 1}
     text = make_report(folder).files["report.md"].decode()
     weak = text[text.index("## Weak scaling") : text.index("## Batch size")]
-    warning = "> **Note.** other tokens: 1 run made other tokens than most runs of the same prompts"
+    warning = "> **Note.** other tokens: these made other tokens than most runs of the case"
     assert weak.index(warning) < weak.index("| Case |")
     assert "**other tokens (1 of 5 runs)**" in weak
 

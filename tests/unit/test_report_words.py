@@ -83,6 +83,12 @@ def test_supposed_values_stand_in_the_table_on_request_only(tmp_path: Path) -> N
     assert "| 0.473 (0.459 – 0.478, supposed 0.43) |" in with_them
 
 
+def test_without_a_case_of_size_one_nothing_supposed_is_compared(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path, "batch", made_experiments.batch()[1:])
+    assert "no result of size 1 to compare with" in verdicts(tmp_path)["batch"]
+    assert "supposed 0" not in make_report(tmp_path, hypotheses=True).files["report.md"].decode()
+
+
 def test_what_the_sweep_found_is_said_in_words(tmp_path: Path) -> None:
     made_experiments.write(tmp_path, "batch", made_experiments.batch())
     text = make_report(tmp_path).files["report.md"].decode()
@@ -112,6 +118,29 @@ def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: 
     assert ended.exit_code == 0
     assert "better: batch batch_4: Throughput" in ended.output
     assert "no regression beyond the noise" in ended.output
+
+
+def test_what_else_differs_is_told_beside_a_change(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.9))
+    same = make_report(new, against=old).files["report.md"].decode()
+    assert "differ:" not in same
+    for path in (new / "records").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "commit": "7654321", "config_hash": "beef"}))
+    text = make_report(new, against=old).files["report.md"].decode()
+    assert "> **Note.** the commits differ: 1234567 → 7654321." in text
+    assert "> **Note.** the configurations (by their hashes) differ: c0ffee → beef." in text
+    assert "the hosts differ" not in text
+
+
+def test_two_folders_of_one_experiment_are_told_apart(tmp_path: Path) -> None:
+    for name, scale in (("first", 1.0), ("second", 2.0)):
+        made_experiments.write(tmp_path / "new" / name, "batch", made_experiments.batch(scale))
+        made_experiments.write(tmp_path / "old" / name, "batch", made_experiments.batch(scale))
+    report = make_report(tmp_path / "new", against=tmp_path / "old")
+    assert {change.kind for change in report.changes} == {"same"}
+    assert "## Batch size (second)" in report.files["report.md"].decode()
 
 
 def test_changes_inside_of_the_noise_are_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,7 @@ from mpipipe.metrics.lines import (
     step_line,
 )
 from mpipipe.metrics.summary import percentile
-from mpipipe.topology.usage import Usage, read_usage
+from mpipipe.topology.usage import COMPUTE_THREAD, Usage, name_thread, read_usage
 from mpipipe.types import Completion, FinishReason
 
 IDENTITY = RunIdentity("0123456789ab", 2, "4711", 0, 3, 1)
@@ -152,10 +153,16 @@ def test_energy_is_the_counters_difference() -> None:
     assert told == [None, 0.0, 700.0]
 
 
+@pytest.mark.parametrize("power_w", [None, 100.0])
+def test_there_is_no_energy_of_one_reading_without_a_counter(power_w: float | None) -> None:
+    meter = EnergyMeter()
+    meter.read(0.0, None, power_w)
+    assert meter.energy_j is None
+
+
 def test_energy_without_a_counter_is_the_power_over_time() -> None:
     meter = EnergyMeter()
     meter.read(0.0, None, 100.0)
-    assert meter.energy_j is None
     meter.read(5.0, None, 200.0)
     meter.read(6.0, None, None)  # the card did not answer
     meter.read(10.0, None, 300.0)
@@ -171,8 +178,10 @@ def proc(root: Path, *, utime: int, busy: int, idle: int, received: int) -> None
     (own / "stat").write_text(f"42 (a (strange) name) {' '.join(fields)}\n")
     (own / "statm").write_text("9000 700 300 1 0 600 0\n")
     (own / "io").write_text("rchar: 1\nwchar: 2\nread_bytes: 4096\nwrite_bytes: 512\n")
-    for thread in ("42", "43"):
+    for thread, name in (("42", "python"), ("43", "compute")):
         (own / "task" / thread).mkdir(parents=True, exist_ok=True)
+        (own / "task" / thread / "comm").write_text(f"{name}\n")
+        (own / "task" / thread / "schedstat").write_text(f"9 {thread}500000 3\n")
         (own / "task" / thread / "status").write_text("x:\t1\nnonvoluntary_ctxt_switches:\t7\n")
     (root / "proc/stat").write_text(f"cpu  {busy} 0 0 {idle} 10 0 0 0 7 0\ncpu0 1 2 3 4\n")
     (root / "proc/net/dev").write_text(
@@ -196,6 +205,15 @@ def test_a_sample_has_the_rates_since_the_reading_before(tmp_path: Path) -> None
     assert (fields["io_read_bytes"], fields["io_write_bytes"]) == (4096, 512)
     assert (fields["net_rx_bytes"], fields["net_tx_bytes"]) == (1006, 100)
     assert fields["num_involuntary_switches"] == 14
+    assert fields["run_delay_s"] == 0.0435, "of the thread that computes"
+
+
+def test_a_thread_that_takes_the_name_is_the_one_that_computes() -> None:
+    assert read_usage().run_delay_s is None
+    with ThreadPoolExecutor(1, initializer=name_thread, initargs=(COMPUTE_THREAD,)) as thread:
+        delay_s = thread.submit(lambda: read_usage().run_delay_s).result()
+    assert delay_s is not None
+    assert delay_s >= 0
 
 
 def test_what_proc_does_not_tell_is_null(tmp_path: Path) -> None:

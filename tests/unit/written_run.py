@@ -65,6 +65,7 @@ class WrittenRun:
     odd: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)
     cpu_share: dict[int, float] = field(default_factory=dict)  # CPU time over compute; 1.05
     switches_per_s: dict[int, float] = field(default_factory=dict)
+    run_delay_share: dict[int, float] = field(default_factory=dict)  # of the generate phase
     node_cpu_percent: float = 60.0
     requests: Sequence[tuple[int, float, float, int]] | None = None  # slot, from, to, tokens
     events: Sequence[tuple[int, float, dict[str, Any]]] = ()  # rank, seconds of generating, fields
@@ -164,7 +165,7 @@ class WrittenRun:
         share = self.cpu_share.get(rank, 1.05)
         computed_s = sum(step["compute_s"] for step in steps)
         percent = 100 * share * computed_s / (end_s - begin_s)
-        rate = self.switches_per_s.get(rank, 5.0)
+        rate, delay = self.switches_per_s.get(rank, 5.0), self.run_delay_share.get(rank)
         head = rank == 0
         return [
             {
@@ -183,6 +184,7 @@ class WrittenRun:
                 "net_rx_bytes": 0,
                 "net_tx_bytes": 0,
                 "num_involuntary_switches": round(rate * (t_s - begin_s)),
+                **({} if delay is None else {"run_delay_s": delay * (t_s - begin_s)}),
                 "gpu": None,
             }
             for done in (0.0, 0.5, 1.0)

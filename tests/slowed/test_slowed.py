@@ -1,0 +1,148 @@
+"""Runs that are slowed on purpose, each explained by `mpipipe logs summary` naming the culprit.
+
+Each test makes one thing slow and nothing else, on two ranks with a small model, and asks what a
+user asks. What is slowed is the real thing where a machine can do it: a link between two
+network namespaces that lets few bytes through, a busy process on a rank's core, a rank that is
+stopped by a signal, prompts of other lengths. A stage that sleeps and a disk that is slow are put
+into one rank by `slowed_rank`. Where the time of a test depends on the machine's speed, both stages
+sleep as long in each step (`PACE`), so that what is slowed is large beside it everywhere.
+
+Alone on the machine, as chaos: two tests at once share cores, which is one of the culprits.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.processes import MARK, end_all, marked, ranks
+from tests.e2e.conftest import ROOT, mpiexec
+from tests.slowed.conftest import Job, core_of, make_job
+from tests.slurm.network import Network
+
+PACE = "stage:*:0.005"
+STEP_S = 0.005
+LIMIT_S = 60.0
+NUM_RIVALS = 2  # more than a machine that runs other tests, too, puts on the other core
+pytestmark = pytest.mark.timeout(120)
+
+
+def check(culprit: Mapping[str, Any], kind: str, **fields: object) -> None:
+    """The culprit is of that kind, and has those fields."""
+    assert culprit["kind"] == kind, culprit
+    for name, value in fields.items():
+        assert culprit[name] == value, culprit
+
+
+def test_a_stage_that_sleeps_in_each_step_is_the_slow_stage(job: Job) -> None:
+    job.run(slowed=f"stage:1:{STEP_S}")
+    culprit = job.culprit()
+    check(culprit, "slow_stage", rank=1, stage=1)
+    # Two slots of 48 decode steps, and their prompts; the bare steps are of one length.
+    assert culprit["seconds"] == pytest.approx(2 * 48 * STEP_S, rel=0.5)
+    assert "stage 1 is the slowest" in culprit["sentence"]
+
+
+def test_a_disk_that_one_rank_reads_slowly_is_the_slow_read(job: Job) -> None:
+    job.run(slowed="read:1:2e6")
+    culprit = job.culprit()
+    check(culprit, "slow_read", rank=1, stage=1)
+    assert culprit["seconds"] > 2
+    assert "rank 1 read its weights at 2" in culprit["sentence"]
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    network = Network(f"slowed-{os.getpid()}", ["n1", "n2"], tmp_path / "hosts")
+    network.open()
+    try:
+        yield network
+    finally:
+        network.close()
+
+
+def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: Network) -> None:
+    network.throttle("n1", "4mbit")
+    mpmd = [":", "-n", "1"]
+    ours = [*network.enter("n1"), *job.words(), *mpmd, *network.enter("n2"), *job.words()]
+    # Not by shared memory, which namespaces of one machine still have.
+    apart = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
+    job.execute([*mpiexec(1), *ours], slowed=PACE, **apart)
+    culprit = job.culprit()
+    check(culprit, "slow_link", rank=1, stage=1)
+    assert "the link 0→1 took" in culprit["sentence"]
+
+
+@contextmanager
+def busy(core: int) -> Iterator[None]:
+    """A core kept busy by others: a rank there gets a third of it."""
+    words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(words) for _ in range(NUM_RIVALS)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_rank_that_shares_its_core_with_a_busy_process_is_named(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("both ranks and the busy process would share the only core")
+    job = make_job(tmp_path, demo_model, [24] * 8)
+    own = 'exec taskset --cpu-list "$(("$PMI_RANK" ? $1 : $0))" "${@:2}"'
+    before = ["bash", "-c", own, str(core_of(0)), str(core_of(1))]
+    with busy(core_of(1)):
+        job.run("pipeline.bind=none", before=before)
+    culprit = job.culprit()
+    check(culprit, "shared_core", rank=1, stage=1)
+    assert "rank 1 shares its core" in culprit["sentence"]
+
+
+def test_prompts_of_very_unequal_length_are_named(model: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model, [200, 4, 4, 4])
+    job.run(slowed=PACE)
+    culprit = job.culprit()
+    check(culprit, "unequal_prompts", rank=None)
+    assert culprit["seconds"] > 100 * STEP_S
+
+
+def test_a_rank_that_is_stopped_for_four_seconds_is_a_stall(model: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, model, [200] * 8)
+    mark = str(job.folder)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": PACE, MARK: mark}
+    running = subprocess.Popen([*mpiexec(2), *job.words("log.steps=all")], cwd=ROOT, env=environ)
+    try:
+        steps = job.folder / "steps_rank_1.jsonl"
+        until_s = time.monotonic() + LIMIT_S
+        while not (steps.exists() and steps.stat().st_size) and time.monotonic() < until_s:
+            time.sleep(0.02)
+        second = ranks(marked(mark))[1].worker
+        os.kill(second.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(second.pid, signal.SIGCONT)
+        assert running.wait(LIMIT_S) == 0
+    finally:
+        end_all(mark)
+        running.wait()
+    culprit = job.culprit()
+    check(culprit, "stall", rank=1, stage=1)
+    assert culprit["seconds"] == pytest.approx(4, abs=0.7)
+
+
+def test_a_run_that_nothing_holds_up_has_no_culprit(job: Job) -> None:
+    job.run(slowed=PACE)
+    check(job.culprit(), "none")
