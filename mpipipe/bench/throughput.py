@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mpipipe.bench.environment import environment
 from mpipipe.bench.workloads import (
     BenchWork,
-    Vocabulary,
     bench_requests,
     bench_workload,
     warm_up_requests,
 )
+from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError

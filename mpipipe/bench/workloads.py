@@ -11,18 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import ConfigError
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from mpipipe.checkpoint.spec import ModelSpec
+    from mpipipe.checkpoint.vocabulary import Vocabulary
 
-__all__ = ["BenchWork", "Vocabulary", "bench_requests", "bench_workload", "warm_up_requests"]
+__all__ = ["BenchWork", "bench_requests", "bench_workload", "warm_up_requests"]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
@@ -84,43 +82,6 @@ class BenchWork:
             (draw.randint(*_MIXED_INPUT), draw.randint(*_MIXED_OUTPUT))
             for _ in range(self.num_prompts)
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """Token ids that are ordinary text."""
-
-    first: int
-    last: int  # inclusive
-    special: frozenset[int]
-
-    @staticmethod
-    def of(folder: Path, spec: ModelSpec) -> Vocabulary:
-        """Without the special ids, as far as can be told without a tokenizer.
-
-        `config.json` names some; families keep the rest at either end of the vocabulary, so the
-        first hundredth and the last fiftieth are left out (Llama 3: the last 256 of 128,256).
-        """
-        config = read_json_object(folder / "config.json")
-        named = {
-            token_id
-            for key, value in config.items()
-            if key.endswith("_token_id")
-            for token_id in (value if isinstance(value, list) else [value])
-            if isinstance(token_id, int)
-        }
-        size = spec.vocab_size
-        return Vocabulary(
-            size // 100, size - 1 - size // 50, frozenset(named | set(spec.eos_token_ids))
-        )
-
-    def draw(self, generator: random.Random, count: int) -> tuple[int, ...]:
-        """`count` ids, each as likely as any other."""
-        ids: list[int] = []
-        while len(ids) < count:
-            drawn = generator.choices(range(self.first, self.last + 1), k=count - len(ids))
-            ids += [token_id for token_id in drawn if token_id not in self.special]
-        return tuple(ids)
 
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:

@@ -151,7 +151,7 @@ def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
         shown = reprlib.repr(strange[0])
         raise CheckpointError(f"{listing} names {shown} as a shard: expected a file name")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not _is_there(folder / shard)]
+    missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of the {len(shards)} weight files that {listing.name} lists are not "
@@ -159,13 +159,6 @@ def _read_listing(folder: Path, listing: Path) -> dict[str, Path]:
             "was copied in part: copy the missing files"
         )
     return {name: folder / shard for name, shard in weight_map.items()}
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _is_file_name(shard: object) -> bool:

@@ -27,7 +27,8 @@ from mpipipe.bench.control import measure_control_plane
 from mpipipe.bench.environment import SPEED_PACKAGES
 from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.bench.throughput import ThroughputOptions, run_throughput
-from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests
+from mpipipe.bench.workloads import BenchWork, bench_requests
+from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from mpipipe.cli.logs import logs
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
+if TYPE_CHECKING:
+    from mpipipe.experiments.record import ExperimentName
+
 __all__ = ["app", "main"]
 
 _EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
@@ -24,8 +27,8 @@ _EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 _EPILOG = (
     "Exit codes: 0 done · 1 a bug of mpipipe · 2 configuration, plan or output folder · "
     "3 model folder · 4 done, but some prompts became error records · "
-    "5 MPI, ranks, memory or devices · 6 a rank was lost · 75 told to stop, start again to go on · "
-    "130 interrupted."
+    "5 MPI, ranks, memory or devices · 6 a rank was lost · 7 report: a regression · "
+    "75 told to stop, start again to go on · 130 interrupted."
 )
 
 app = typer.Typer(
@@ -133,6 +136,22 @@ def status(
     raise typer.Exit(status_command(run_or_job, as_json=as_json))
 
 
+@app.command(epilog="Exit code 7: --against found a regression beyond the noise.")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Records, or a run folder.")],
+    against: Annotated[Path | None, typer.Option(help="Older records to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write here, not into DIR.")] = None,
+    hypotheses: Annotated[
+        bool, typer.Option("--hypotheses", help="Show what was supposed beside what was measured.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Make tables and one HTML page of experiments' records, or of a run; needs no GPU."""
+    from mpipipe.cli.report import report_command
+
+    raise typer.Exit(report_command(folder, out=out, against=against, hypotheses=hypotheses))
+
+
 @slurm.command("mpi-flag")
 def slurm_mpi_flag(
     available: Annotated[str, typer.Option(help="What `srun --mpi=list` printed.")] = "",
@@ -237,6 +256,77 @@ def bench_transformers(
         transformers_works_command(config, overrides or [], work, place, batch_size=batch_size)
     else:
         transformers_command(config, overrides or [], place, batch_size=batch_size)
+
+
+_EXPERIMENTS: dict[ExperimentName, str] = {
+    "strong": "Strong scaling: the same prompts on more and more stages, two arms.",
+    "weak": "Weak scaling: prompts and batch grow with the stages.",
+    "batch": "Batch sweep: more and more prompts in flight; finds the knee, writes best.toml.",
+}
+_LIST = "Numbers with commas."
+_BATCH = "Prompts in flight: a list for batch, one for strong (in total, and per stage) and weak."
+_PROMPTS = "Take so many prompts (weak: per stage); 0: all."
+_LENGTH = "Make prompts of so many random tokens instead."
+_OUT = "Folder of the experiment; the same command goes on in it. Default: experiments/<name>."
+_SBATCH = "Submit it as Slurm jobs: an array with a task per case, and a report."
+_TABLE = "Start nothing; say what is known."
+_KEEP = "Keep the run folders of all repeats, not only of the first."
+
+
+def _bench_experiment(
+    context: typer.Context,
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stages: Annotated[str, typer.Option(help=f"Pipeline stages. {_LIST}")] = "",
+    nodes: Annotated[str, typer.Option(help=f"Nodes, for each of --stages. {_LIST}")] = "",
+    batch: Annotated[str, typer.Option(help=_BATCH)] = "",
+    replicas: Annotated[int, typer.Option(min=1, help="Only 1 so far.")] = 1,
+    prompts: Annotated[int, typer.Option(min=0, help=_PROMPTS)] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help=_LENGTH)] = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="Measured launches of each case.")] = 5,
+    out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order and of made prompts.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a launch may take.")] = 600.0,
+    keep_runs: Annotated[bool, typer.Option("--keep-runs", help=_KEEP)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+    sbatch: Annotated[bool, typer.Option("--sbatch", help=_SBATCH)] = False,
+    sbatch_option: Annotated[list[str] | None, typer.Option(help="A word for sbatch.")] = None,
+    case: Annotated[str, typer.Option(help="Run this case only.")] = "",
+    table: Annotated[
+        bool, typer.Option("--table", help="Start nothing; say what is known.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    from mpipipe.cli.experiments import ExperimentRequest, experiment_command
+
+    experiment = next(name for name in _EXPERIMENTS if name == context.info_name)
+    request = ExperimentRequest(
+        experiment=experiment,
+        config=config,
+        words=tuple(overrides or ()),
+        out=out or Path("experiments") / experiment,
+        stages=stages,
+        nodes=nodes,
+        batch=batch,
+        replicas=replicas,
+        num_prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        repeat=repeat,
+        seed=seed,
+        timeout_s=timeout,
+        keep_runs=keep_runs,
+        as_json=as_json,
+        sbatch=sbatch,
+        sbatch_options=tuple(sbatch_option or ()),
+        only_case=case,
+        only_table=table,
+    )
+    raise typer.Exit(experiment_command(request))
+
+
+for _name, _help in _EXPERIMENTS.items():
+    bench.command(_name, help=_help)(_bench_experiment)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from mpipipe.config.schema import AUTO, Config
 from mpipipe.errors import ConfigError
 
 __all__ = [
+    "NEW_NAMES",
     "bind",
     "choices_by_setting",
     "fit",
@@ -36,6 +37,7 @@ __all__ = [
 
 Nested = dict[str, Any]  # section -> setting -> plain TOML/JSON value
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+NEW_NAMES = {"pipeline.laps_ahead": "pipeline.lookahead"}  # by the older one, which still works
 _MAX_INT = 2**63 - 1  # what MessagePack, numpy and torch all carry
 
 
@@ -218,7 +220,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Nested:
 
 
 def layer_overrides(overrides: Sequence[str]) -> Nested:
-    """`section.key=value` words as nested plain values.
+    """`section.key=value` words as nested plain values; an older name stays as it is.
 
     A value is read as TOML when that fits the setting, else it is the text itself; so
     `model.path=2024` and `generation.stop=END` need no quotes. A list setting takes a TOML list,
@@ -240,9 +242,10 @@ def layer_overrides(overrides: Sequence[str]) -> Nested:
             )
         if name in sections():
             raise _not_a_setting(name, text, "command line")
-        if name not in settings():
+        kind = settings().get(NEW_NAMES.get(name, name))
+        if kind is None:
             raise _unknown(name, "command line")
-        value = _read_override(text, settings()[name])
+        value = _read_override(text, kind)
         section, _, key = name.rpartition(".")
         place = result.setdefault(section, {}) if section else result
         if isinstance(value, list) and name in lists_seen and isinstance(place[key], list):

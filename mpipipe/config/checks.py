@@ -17,7 +17,7 @@ from mpipipe.errors import ConfigError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["check", "default_sampling", "sampling_problem"]
+__all__ = ["check", "check_sampling", "default_sampling"]
 
 _POSITIVE_OR_AUTO = (
     "pipeline.num_stages",
@@ -109,23 +109,27 @@ def default_sampling(generation: GenerationConfig) -> SamplingParams:
     """
     try:
         sampling = SamplingParams(**{name: getattr(generation, name) for name in OPTION_NAMES})
+        check_sampling(sampling)
     except ValueError as error:
         raise ConfigError(f"generation.{error}") from None
-    problem = sampling_problem(sampling)
-    if problem:
-        raise ConfigError(f"generation.{problem}")
     return sampling
 
 
-def sampling_problem(sampling: SamplingParams) -> str:
-    """What `SamplingParams` does not check itself: a sentence starting with the field, or empty."""
+def check_sampling(sampling: SamplingParams) -> None:
+    """Check what `SamplingParams` does not check itself.
+
+    Raises:
+        ValueError: a sentence that starts with the field.
+    """
     for name in _FLOATS:
         if not math.isfinite(value := getattr(sampling, name)):
-            return f"{name} = {value} is out of range: it must be finite"
+            raise ValueError(f"{name} = {value} is out of range: it must be finite")
     if sampling.seed < 0:
-        return f"seed = {sampling.seed} is out of range: it must be 0 or more"
+        raise ValueError(f"seed = {sampling.seed} is out of range: it must be 0 or more")
     if "" in sampling.stop:
-        return "stop holds an empty text, which would end every completion at once: remove it"
+        raise ValueError(
+            "stop holds an empty text, which would end every completion at once: remove it"
+        )
     if any(token < 0 for token in sampling.stop_token_ids):
-        return f"stop_token_ids = {list(sampling.stop_token_ids)} holds a negative id: remove it"
-    return ""
+        ids = list(sampling.stop_token_ids)
+        raise ValueError(f"stop_token_ids = {ids} holds a negative id: remove it")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.config import legacy
-from mpipipe.config.binding import bind, layer_overrides, merge, settings, short, to_dict
+from mpipipe.config.binding import NEW_NAMES, bind, layer_overrides, merge, settings, short, to_dict
 from mpipipe.config.checks import check
 from mpipipe.config.files import expand_path, parse_table, read_text
 from mpipipe.config.prompt_file import STANDARD_INPUT
@@ -37,9 +37,11 @@ from mpipipe.errors import ConfigError
 
 __all__ = [
     "DEMO_SCHEME",
+    "CommandWords",
     "LoadedConfig",
     "config_hash",
     "load_config",
+    "read_words",
     "require_set",
     "to_dict",
 ]
@@ -53,7 +55,6 @@ _USAGE = (
     "write `mpipipe run CONFIG.toml [section.key=value …]` or "
     "`mpipipe run MODEL_FOLDER prompts.jsonl [section.key=value …]`"
 )
-_NEW_NAMES = {"pipeline.laps_ahead": "pipeline.lookahead"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     Raises:
         ConfigError: unreadable file, unknown setting, wrong type or value out of range.
     """
-    named = _read_words(source, words)
+    named = read_words(source, words)
     layers = _file_layers(named.config) if named.config is not None else []
     values: dict[str, Any] = {}
     inline: tuple[legacy.InlinePrompt, ...] = ()
@@ -91,9 +92,8 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
             inline = layer.inline_prompts
         warnings += layer.warnings
         deepspeed = layer.deepspeed or deepspeed
-    settings, renamed = _rename_words(named.settings)
+    asked, renamed = _rename_keys(layer_overrides(named.settings), "command line")
     warnings += renamed
-    asked = layer_overrides(settings)
     bind(asked, "command line")
     paths = {"model": named.model, "prompts": named.prompts}
     asked = merge({name: {"path": path} for name, path in paths.items() if path}, asked)
@@ -108,7 +108,7 @@ def load_config(source: Path | None, words: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, inline, tuple(warnings), deepspeed, sources, given)
 
 
-def _default_name(named: _CommandWords) -> str:
+def _default_name(named: CommandWords) -> str:
     """The file's stem, or the model's name."""
     if named.config is not None:
         return named.config.stem
@@ -210,7 +210,7 @@ def require_set(config: Config, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _CommandWords:
+class CommandWords:
     """What was named, by kind. `settings` win over the rest."""
 
     config: Path | None = None
@@ -219,7 +219,7 @@ class _CommandWords:
     settings: tuple[str, ...] = ()  # section.key=value
 
 
-def _read_words(source: Path | None, words: Sequence[str]) -> _CommandWords:
+def read_words(source: Path | None, words: Sequence[str]) -> CommandWords:
     """The meaning of the first word, `source` (None: there is none), and of those after it.
 
     Raises:
@@ -234,17 +234,17 @@ def _read_words(source: Path | None, words: Sequence[str]) -> _CommandWords:
     prompts = _prompt_file(words)
     others = tuple(word for word in words if word != prompts)
     if source is None or first is None:
-        return _CommandWords(prompts=prompts, settings=others)
+        return CommandWords(prompts=prompts, settings=others)
     is_folder = os.path.isdir(first)
     is_config = source.suffix in _CONFIG_SUFFIXES or os.path.isfile(first)
     if is_config and not is_folder and not first.startswith(DEMO_SCHEME):
-        return _CommandWords(source, None, prompts, others)
+        return CommandWords(source, None, prompts, others)
     if is_folder and not os.path.exists(os.path.join(first, "config.json")):
         raise ConfigError(
             f"{short(first)} is a folder without a config.json, so it holds no model: give a model "
             "folder, or a configuration file"
         )
-    return _CommandWords(None, first, prompts, others)
+    return CommandWords(None, first, prompts, others)
 
 
 def _check_first(first: str, words: Sequence[str]) -> None:
@@ -288,31 +288,14 @@ def _is_file_word(word: str) -> bool:
 # ---- older names of settings ---------------------------------------------------------------------
 
 
-def _renamed(old: str, new: str, source: str) -> str:
-    return f"{source}: {old} is now called {new}; the old name still works, write the new one"
-
-
-def _rename_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`section.key=value` words under today's names, and warnings about those that were older."""
-    renamed = list(words)
-    warnings = []
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        new = _NEW_NAMES.get(name.strip())
-        if new is not None and equals:
-            warnings.append(_renamed(name.strip(), new, "command line"))
-            renamed[place] = f"{new}={value}"
-    return renamed, warnings
-
-
 def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """A file's nested values under today's names, and warnings about those that were older.
+    """Nested values under today's names, and warnings about those that were older.
 
     Raises:
         ConfigError: a setting is given under both of its names.
     """
     renamed, warnings = dict(values), []
-    for old, new in _NEW_NAMES.items():
+    for old, new in NEW_NAMES.items():
         section, _, old_key = old.rpartition(".")
         new_key = new.rpartition(".")[2]
         table = renamed.get(section)
@@ -323,5 +306,7 @@ def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any]
         renamed[section] = {
             new_key if key == old_key else key: value for key, value in table.items()
         }
-        warnings.append(_renamed(old, new, source))
+        warnings.append(
+            f"{source}: {old} is now called {new}; the old name still works, write the new one"
+        )
     return renamed, warnings

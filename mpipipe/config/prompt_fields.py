@@ -1,4 +1,4 @@
-"""One prompt object → text or messages, and its sampling settings.
+"""One prompt object → text, messages or token ids, and its sampling settings.
 
 Three forms: `{"prompt"}`, `{"messages"}`, and an OpenAI batch line `{"custom_id", "body"}`; keyword
 arguments of the library are judged as the settings of a line are. `prompts.py` reads files and
@@ -24,7 +24,7 @@ from mpipipe.config.chat_fields import (
     chat_options,
     without_chat,
 )
-from mpipipe.config.checks import sampling_problem
+from mpipipe.config.checks import check_sampling
 from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
@@ -76,7 +76,10 @@ _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One prompt as asked for: with `error`, or with `sampling` and one of `text`, `messages`."""
+    """One prompt as asked for: with `error`, or with `sampling` and its content.
+
+    The content is one of `text`, `messages` and `token_ids`.
+    """
 
     index: int  # position among the prompts, from 0: the order of completions.jsonl
     line_number: int  # in the file, from 1; blank lines count
@@ -86,12 +89,13 @@ class PromptLine:
     chat_options: ChatOptions = PLAIN_CHAT  # used with `messages`
     sampling: SamplingParams | None = None
     error: PromptError | None = None
+    token_ids: tuple[int, ...] | None = None  # taken as they are
 
 
 def read_fields(
     line: PromptLine, given: Mapping[str, Any], defaults: SamplingParams, seed: int
 ) -> PromptLine:
-    """`line` with the text or messages of `given`, and `defaults` with its overrides.
+    """`line` with the content of `given`, and `defaults` with its overrides.
 
     `seed`: unless it has one.
 
@@ -108,7 +112,7 @@ def read_fields(
             raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
     _reject_unknown(asked, _LINE_KEYS)
     asked = {key: value for key, value in asked.items() if value is not None}
-    text, messages = _content(asked)
+    text, messages, token_ids = _content(asked)
     options = PLAIN_CHAT
     if messages is None:
         without_chat(asked)
@@ -120,7 +124,14 @@ def read_fields(
     ):
         raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
     sampling = _sampling(asked, defaults, seed)
-    return replace(line, text=text, messages=messages, chat_options=options, sampling=sampling)
+    return replace(
+        line,
+        text=text,
+        messages=messages,
+        token_ids=token_ids,
+        chat_options=options,
+        sampling=sampling,
+    )
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
@@ -165,22 +176,29 @@ def _check_endpoint(line: Mapping[str, Any]) -> None:
         raise PromptError("invalid_prompt", f"method = {short(method)} must be POST")
 
 
-def _content(asked: Mapping[str, Any]) -> tuple[str | None, tuple[ChatMessage, ...] | None]:
+_Content = tuple[str | None, tuple[ChatMessage, ...] | None, tuple[int, ...] | None]
+
+
+def _content(asked: Mapping[str, Any]) -> _Content:
     given = [key for key in _TEXT_KEYS if key in asked]
     if not given:
         raise PromptError("missing_prompt", 'neither "prompt" nor "messages" is given: add one')
     if len(given) > 1:
         raise PromptError("invalid_prompt", 'both "prompt" and "messages" are given: keep one')
     if given == ["messages"]:
-        return None, chat_messages(asked["messages"])
+        return None, chat_messages(asked["messages"]), None
     text = asked["prompt"]
     if isinstance(text, list) and len(text) == 1:  # the batch form allows a list
         text = text[0]
+    if isinstance(text, list) and text and all(type(number) is int for number in text):
+        return None, None, tuple(text)
     if not isinstance(text, str):
-        raise PromptError("invalid_prompt", f"prompt = {short(text)} must be one text")
+        raise PromptError(
+            "invalid_prompt", f"prompt = {short(text)} must be one text, or a list of token ids"
+        )
     if not text.strip():
         raise PromptError("empty_prompt", "the prompt is empty: write some text")
-    return text, None
+    return text, None, None
 
 
 def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> SamplingParams:
@@ -204,11 +222,9 @@ def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> 
     changes.setdefault("seed", seed)
     try:
         sampling = defaults.replace(**changes)
+        check_sampling(sampling)
     except ValueError as error:
         raise PromptError("invalid_sampling", str(error)) from None
-    problem = sampling_problem(sampling)
-    if problem:
-        raise PromptError("invalid_sampling", problem)
     return sampling
 
 

@@ -27,9 +27,7 @@ from mpipipe.errors import ConfigError
 __all__ = [
     "STANDARD_INPUT",
     "file_label",
-    "problem_of_first_bytes",
-    "problem_of_json_document",
-    "problem_of_text",
+    "problem_of_lines",
     "prompts_hash",
     "read_prompt_file",
 ]
@@ -57,14 +55,17 @@ def read_prompt_file(path: Path) -> bytes:
     """The unpacked content of the prompt file `path`; `-` is standard input.
 
     Raises:
-        ConfigError: missing, a folder, unreadable, truncated, or packed in another way than its
-            name says.
+        ConfigError: missing, a folder, unreadable, truncated, packed in another way than its name
+            says, or of another kind by its first bytes.
     """
     is_stream = str(path) == STANDARD_INPUT
     raw = _standard_input() if is_stream else read_bytes(path, "prompt file")
     if is_stream or not path.is_file():
         _hashes_of_streams[path] = hashlib.sha256(raw).hexdigest()
-    return _unpacked(raw, path)
+    content = _unpacked(raw, path)
+    if problem := _problem_of_first_bytes(content):
+        raise ConfigError(f"{file_label(path)} {problem}")
+    return content
 
 
 def prompts_hash(path: Path) -> str:
@@ -203,7 +204,7 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\ufffd]")  # not tab, newlines, form f
 _SEPARATORS = b",;\t|"
 
 
-def problem_of_first_bytes(raw: bytes) -> str:
+def _problem_of_first_bytes(raw: bytes) -> str:
     """The format that the first bytes tell, with the remedy; empty: none that is known."""
     for magic, what, remedy in _FIRST_BYTES:
         if raw.startswith(magic):
@@ -211,7 +212,16 @@ def problem_of_first_bytes(raw: bytes) -> str:
     return ""
 
 
-def problem_of_json_document(raw: bytes) -> str:
+def problem_of_lines(raw: bytes, *, none_readable: bool) -> str:
+    """Why a file whose first line is no prompt is no file of prompts; empty: of each line its own.
+
+    `none_readable`: no line of it is a readable prompt.
+    """
+    problem = _problem_of_json_document(raw)
+    return problem or (_problem_of_text(raw) if none_readable else "")
+
+
+def _problem_of_json_document(raw: bytes) -> str:
     """The problem of a file that is one JSON array, or one object over several lines.
 
     Parses all of it: for files whose first line is no object.
@@ -231,7 +241,7 @@ def problem_of_json_document(raw: bytes) -> str:
     return f"is one JSON object over several lines: {_JSON_LINES} (jq -c . does it)"
 
 
-def problem_of_text(raw: bytes) -> str:
+def _problem_of_text(raw: bytes) -> str:
     """The problem of a file of which no line is a readable prompt; empty: of each line its own."""
     content = raw.strip()
     if wide := _wide_encoding(raw):

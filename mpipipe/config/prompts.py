@@ -32,13 +32,7 @@ from mpipipe.config.files import parse_json
 from mpipipe.config.legacy import InlinePrompt
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, read_fields
-from mpipipe.config.prompt_file import (
-    file_label,
-    problem_of_first_bytes,
-    problem_of_json_document,
-    problem_of_text,
-    read_prompt_file,
-)
+from mpipipe.config.prompt_file import file_label, problem_of_lines, read_prompt_file
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
 from mpipipe.types import SamplingParams
@@ -139,15 +133,11 @@ def _file_prompts(path: Path) -> list[_FoundPrompt]:
         ConfigError: the file as a whole is no file of JSON lines.
     """
     raw = read_prompt_file(path)
-    if problem := problem_of_first_bytes(raw):
-        raise ConfigError(f"{file_label(path)} {problem}")
     raw = raw.removeprefix(codecs.BOM_UTF8)
     found = [_line_prompt(line, number) for number, line in _lines(raw)]
     if found and found[0].fields is None:
-        problem = problem_of_json_document(raw)
-        if not problem and all(prompt.fields is None for prompt in found):
-            problem = problem_of_text(raw)
-        if problem:
+        none_readable = all(prompt.fields is None for prompt in found)
+        if problem := problem_of_lines(raw, none_readable=none_readable):
             raise ConfigError(f"{file_label(path)} {problem}")
     return found
 
@@ -288,19 +278,13 @@ def _id_of_broken_line(line: bytes) -> str | None:
         try:
             value = json.loads(text, object_pairs_hook=tuple)  # repeated keys stay visible
         except (ValueError, RecursionError):
-            if (found := _FIRST_FIELD.match(text)) is not None:
-                value = (("id", _parsed(found[1])),)
+            found = _FIRST_FIELD.match(text)
+            with contextlib.suppress(ValueError):  # an escape that is none
+                value = (("id", json.loads(found[1])),) if found else None
     pairs = value if isinstance(value, tuple) else ()
     ids = {_as_text(field) for key, field in pairs if key in ID_KEYS and field is not None}
     prompt_id = ids.pop() if len(ids) == 1 else None
     return prompt_id if prompt_id is not None and is_text(prompt_id) else None
-
-
-def _parsed(scalar: str) -> object:
-    try:
-        return json.loads(scalar)
-    except ValueError:  # an escape that is none
-        return None
 
 
 def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
@@ -314,13 +298,8 @@ def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
     for position, prompt in enumerate(found):
         wanted = str(prompt.number) if prompt.prompt_id is None else prompt.prompt_id
         if prompt.prompt_id is None or owners[wanted] != position:
-            wanted = _unused(wanted, f"#{unit}{prompt.number}", owners)
+            while wanted in owners:
+                wanted += f"#{unit}{prompt.number}"
             owners[wanted] = position
         own.append(wanted)
     return own
-
-
-def _unused(wanted: str, suffix: str, taken: Iterable[str]) -> str:
-    while wanted in taken:
-        wanted += suffix
-    return wanted

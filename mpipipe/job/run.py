@@ -243,7 +243,7 @@ def _merge_only(job: _Job) -> None:
         job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
     _write_metrics(job.acquired.folder, summary)
-    job.log.info("summary", **summary.to_dict())
+    job.log.info("summary", metrics=summary.to_dict())
 
 
 def _write_metrics(folder: Path, summary: RunSummary) -> None:
@@ -374,7 +374,7 @@ async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
     await job.files.run(lambda: _write_metrics(job.acquired.folder, summary))
-    job.log.info("summary", **summary.to_dict())
+    job.log.info("summary", metrics=summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed
     exit_code = EXIT_PROMPTS if num_failed else EXIT_OK

@@ -140,22 +140,12 @@ def _rotary_lens(seq_lens: Sequence[SequenceLens], positions_T: np.ndarray) -> t
     return torch.from_numpy(np.maximum(positions_T + 1, begun_T))
 
 
-def to_device(
-    layout: BatchLayout,
-    device: torch.device,
-    sent: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> BatchLayout:
+def to_device(layout: BatchLayout, sent: Callable[[torch.Tensor], torch.Tensor]) -> BatchLayout:
     """`layout`, built on the host, for kernels on a GPU: int32 tables, query starts, bounds.
 
-    `sent` copies a host tensor to `device`, in the order of the current stream and without waiting.
-    Without it the copy is an ordinary one, which waits.
+    `sent` copies a host tensor to the GPU, in the order of the current stream.
     """
     starts = [seq.query_start for seq in layout.seq_lens] + [layout.num_tokens]
-    if sent is None:
-
-        def sent(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device)
-
     return BatchLayout(
         seq_lens=layout.seq_lens,
         num_decodes=layout.num_decodes,

@@ -212,12 +212,14 @@ def _rank_facts(files: RunFiles, rank: int, attempt: int, reported: Line) -> Ran
         log.add(line)
     steps = read_steps(files, rank, attempt)
     samples = list(files.sample_lines(rank, attempt))
-    parts_s = _reported_parts(reported) or dict(steps.parts_s if steps.num_steps else {})
+    reported_s = _reported_parts(reported)
+    parts_s = reported_s or dict(steps.parts_s if steps.num_steps else {})
     booted_s = max((event.end_s for event in log.boot), default=log.at_s.get("ready"))
     generating_s = log.at_s.get("generating", booted_s)
     generated_s = log.at_s.get("generated")
     if generated_s is None and generating_s is not None and parts_s:
-        generated_s = generating_s + sum(parts_s.values())
+        # Of a run that was killed: up to the last step, of which earlier ones may not be kept.
+        generated_s = generating_s + sum(parts_s.values()) if reported_s else steps.last_s
     times_s = [t_s for line in samples if (t_s := number(line, "t_s")) is not None]
     last_s = max([*times_s, steps.last_s, log.last_s or float("-inf")])
     totals = reported.get("stage")

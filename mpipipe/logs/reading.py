@@ -25,7 +25,8 @@ _EXPECTED = {
     "samples_rank_0.jsonl": "no samples (an older version): no figures over time, no CPU use",
     "requests.jsonl": "no requests.jsonl (an older version): nothing per prompt",
     "clock.jsonl": "no clock.jsonl (an older version): ranks on their own clocks",
-    "metrics.json": "no metrics.json (the run did not end in order): sums are of what was written",
+    "metrics.json": "no metrics.json (the run did not end in order): sums are of the lines that it "
+    "wrote, and what came after the last step counts as shutdown",
     "manifest.json": "no manifest.json (the run ended before it had its folder): no configuration",
 }
 

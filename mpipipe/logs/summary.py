@@ -19,7 +19,7 @@ from mpipipe.logs.steps import PARTS
 __all__ = ["COLUMNS", "RankTime", "RunTime", "summarise"]
 
 PREPROCESSING = ("read prompts", "tokenizer", "tokenise")
-LOADING = ("read weights", "convert weights", "cache", "warm-up", "capture", "edges")
+LOADING = ("build", "read weights", "convert weights", "cache", "warm-up", "capture", "edges")
 _WAITING = "wait"  # the boot event, not the part of a step
 COLUMNS = ("boot", "preprocessing", "load", "barriers", *PARTS, "shutdown", "unexplained")
 

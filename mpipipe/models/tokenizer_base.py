@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
@@ -13,7 +14,7 @@ from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code
 if TYPE_CHECKING:
     from mpipipe.models.chat import ChatRenderer, Message
 
-__all__ = ["Tokenizer"]
+__all__ = ["NoTokenizer", "Tokenizer"]
 
 
 class Tokenizer(ABC):
@@ -78,3 +79,24 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _decode(self, ids: Sequence[int]) -> str: ...
+
+
+class NoTokenizer(Tokenizer):
+    """For a model folder without a tokenizer: prompts are ids, completions have no text."""
+
+    vocab_size = 0
+    bos_token_id = None
+    eos_token_ids = ()
+    special_tokens: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        """Has no chat template either."""
+
+    def _token_text(self, token_id: int) -> str:
+        return str(token_id)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Iterable[int]:
+        raise AssertionError(f"{text!r} needs a tokenizer, special tokens: {add_special_tokens}")
+
+    def _decode(self, ids: Sequence[int]) -> str:  # noqa: ARG002 - no id has a text
+        return ""

@@ -154,4 +154,6 @@ def _layout(stage: PlainStage, sequences: list[tuple[int, int, int]]) -> BatchLa
         entries.append((SequenceLens(sequence_id, row, query_len, kv_len), [0]))
         row += query_len
     layout = build_layout(entries, page_size=_LONG)
-    return layout if stage.device.type == "cpu" else to_device(layout, stage.device)
+    if stage.device.type == "cpu":
+        return layout
+    return to_device(layout, lambda tensor: tensor.to(stage.device))

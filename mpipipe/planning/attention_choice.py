@@ -13,7 +13,7 @@ from mpipipe.config.schema import AUTO, Auto
 from mpipipe.errors import ConfigError
 from mpipipe.types import AttentionName
 
-__all__ = ["choose_attention"]
+__all__ = ["AttentionFacts", "choose_attention"]
 
 _HALF_TYPES = frozenset({"float16", "bfloat16"})
 _FLASHINFER_DIMS = (64, 128, 256)
@@ -21,56 +21,42 @@ _MAX_HEAD_DIM = 256
 _ON_EVERY_DEVICE = frozenset({"sdpa", "reference"})
 
 
-def choose_attention(
-    asked: Auto | AttentionName,
-    *,
-    device: str,
-    capability: int,
-    head_dim: int,
-    dtype: str,
-    available: Collection[str],
-) -> tuple[AttentionName, str]:
-    """The backend's name and the reason for it.
+@dataclass(frozen=True, slots=True)
+class AttentionFacts:
+    """What a run has and needs."""
 
-    Args:
-        asked: `pipeline.attention`; `auto` leaves the choice to this function.
-        device: `cpu` or `cuda`.
-        capability: the lowest compute capability of the run's GPUs times 10 (75: a T4); 0 on a CPU.
-        head_dim: elements of one head.
-        dtype: of the activations, e.g. `bfloat16`.
-        available: the backends that every rank imports and can run.
+    device: str  # cpu or cuda
+    capability: int  # the lowest of the run's GPUs, times 10 (75: a T4); 0 on a CPU
+    head_dim: int  # elements of one head
+    dtype: str  # of the activations, e.g. "bfloat16"
+    available: Collection[str]  # the backends that every rank imports and can run
+
+
+def choose_attention(
+    asked: Auto | AttentionName, facts: AttentionFacts
+) -> tuple[AttentionName, str]:
+    """The backend's name and the reason; `asked`: `pipeline.attention`.
 
     Raises:
         ConfigError: the backend asked for cannot run this model here.
     """
-    facts = _Facts(device, capability, head_dim, dtype, frozenset(available))
     if asked != AUTO:
         problem = _problem(asked, facts)
         if problem:
             raise ConfigError(f'pipeline.attention = "{asked}" cannot run here: {problem}')
         return asked, "asked for"
-    if device != "cuda":
+    if facts.device != "cuda":
         return "sdpa", "torch's fused attention is the fast one on a CPU"
     problem = _problem("triton", facts)
     if not problem:
+        head_dim = facts.head_dim
         return "triton", f"our paged kernels fit any head dimension up to 256 (here {head_dim})"
     if not _problem("varlen", facts):
         return "varlen", f"torch's flash attention over pages, as triton is out: {problem}"
     return "sdpa", f"slow, without CUDA graphs, but it runs everywhere; triton is out: {problem}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the run is, as `choose_attention` was told."""
-
-    device: str
-    capability: int
-    head_dim: int
-    dtype: str
-    available: frozenset[str]
-
-
-def _problem(name: str, facts: _Facts) -> str:
+def _problem(name: str, facts: AttentionFacts) -> str:
     """Why backend `name` cannot run, with a remedy; empty if it can."""
     if name in _ON_EVERY_DEVICE:
         return ""
@@ -87,7 +73,7 @@ def _problem(name: str, facts: _Facts) -> str:
     return _problem_of_model(name, facts)
 
 
-def _problem_of_model(name: str, facts: _Facts) -> str:
+def _problem_of_model(name: str, facts: AttentionFacts) -> str:
     dtype, head_dim = facts.dtype, facts.head_dim
     if dtype not in _HALF_TYPES and name != "triton":
         return f'it computes in float16 and bfloat16, not {dtype}; set model.dtype or use "triton"'

@@ -2,7 +2,7 @@
 
 Invariants: rank 0 is the head and takes stage 0; stages on one host follow each other, so that as
 few edges as possible cross the network; a rank that its launcher has bound keeps its cores.
-`partition` decides which layers a stage has; `topology.affinity` reads and sets affinity.
+`partition` decides which layers a stage has; `topology.host` reads and sets affinity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
-from mpipipe.topology.affinity import Core, format_cpus
+from mpipipe.topology.host import Core, format_cpus
 
 __all__ = ["cores_of_ranks", "note_cores", "note_layout", "stage_order", "threads_per_rank"]
 

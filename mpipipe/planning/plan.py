@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mpipipe.config.schema import AUTO
+from mpipipe.config.schema import AUTO, Config
 from mpipipe.errors import PlanError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.workload import SamplingUse
@@ -22,7 +22,7 @@ from mpipipe.types import (
 
 __all__ = ["Decisions", "PipelinePlan", "Resolved", "StagePlan"]
 
-Word = TypeVar("Word", bound=str)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +36,19 @@ class Resolved:
 
 @dataclass(slots=True)
 class Decisions:
-    """Takes what was asked for, or notes what an `auto` became and why."""
+    """Takes what the configuration asks for, or notes what an `auto` became and why."""
 
+    config: Config
     notes: list[Resolved] = field(default_factory=list)
 
-    def count(self, setting: str, asked: int | str, value: int, reason: str) -> int:
-        """`asked` when it is a number, else `value`, noted."""
-        if isinstance(asked, int):
-            return asked
+    def settle(self, setting: str, value: T, reason: str) -> T:
+        """What is asked for in `setting` ("section.name"); where that is `auto` `value`, noted."""
+        section, _, name = setting.partition(".")
+        asked: Any = getattr(getattr(self.config, section), name)
+        if asked != AUTO:
+            settled: T = asked
+            return settled
         self.note(setting, str(value), reason)
-        return value
-
-    def text(self, setting: str, asked: str, value: Word, reason: str) -> Word:
-        """`value`, noted where `asked` is `auto`; else it is what was asked for."""
-        if asked == AUTO:
-            self.note(setting, value, reason)
         return value
 
     def note(self, setting: str, value: str, reason: str) -> None:

@@ -7,7 +7,7 @@ the plan to all ranks. `config.checks` has checked the ranges of single settings
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.spec import ModelSpec
@@ -15,7 +15,7 @@ from mpipipe.config.checks import default_sampling
 from mpipipe.config.legacy import check_against_plan
 from mpipipe.config.schema import Config
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.planning.attention_choice import choose_attention
+from mpipipe.planning.attention_choice import AttentionFacts, choose_attention
 from mpipipe.planning.cost import (
     WorkMix,
     gpu_head_cost_in_layers,
@@ -73,14 +73,14 @@ def make_plan(
     assert [rank_resources.rank for rank_resources in ranks] == list(range(len(ranks))), (
         "the resources of every rank"
     )
-    decisions = Decisions(list(notes))
-    num_stages = _num_stages(config, num_ranks=len(ranks), decisions=decisions)
+    decisions = Decisions(config, list(notes))
+    num_stages = _num_stages(decisions, num_ranks=len(ranks))
     device, reason = choose_device(config.pipeline, ranks)
-    decisions.text("pipeline.device", config.pipeline.device, device, reason)
+    decisions.settle("pipeline.device", device, reason)
     dtype, reason = choose_dtype(config.model.dtype, spec.dtype, device, ranks)
-    decisions.text("model.dtype", config.model.dtype, dtype, reason)
+    decisions.settle("model.dtype", dtype, reason)
     limits = choose_step_limits(
-        config, spec, ranks, decisions, device=device, num_requests=workload.num_requests
+        spec, ranks, decisions, device=device, num_requests=workload.num_requests
     )
     demand = KvDemand(
         page_size_tokens=config.memory.page_size_tokens,
@@ -94,15 +94,14 @@ def make_plan(
     sampling = workload.sampling or replace(configured, plain=True)
     staged = [ranks[rank] for rank in stage_order(ranks)]
     note_layout(ranks, decisions)
-    resolver = _Resolver(config, spec, staged, device, dtype, limits, sampling, decisions)
+    resolver = _Resolver(spec, staged, device, dtype, limits, sampling, decisions)
     stages = resolver.stages(num_stages, _work_mix(limits, workload))
     return resolver.plan(model_path, stages, demand)
 
 
-def _num_stages(config: Config, *, num_ranks: int, decisions: Decisions) -> int:
+def _num_stages(decisions: Decisions, *, num_ranks: int) -> int:
     """One per rank, or an error that says how to launch."""
-    asked = config.pipeline.num_stages
-    num_stages = decisions.count("pipeline.num_stages", asked, num_ranks, "one per rank")
+    num_stages = decisions.settle("pipeline.num_stages", num_ranks, "one per rank")
     if num_stages != num_ranks:
         raise EnvironmentSetupError(
             f"pipeline.num_stages = {num_stages}, but {num_ranks} "
@@ -127,14 +126,13 @@ def _work_mix(limits: StepLimits, workload: Workload) -> WorkMix:
 class _Resolver:
     """Answers the questions that need device, dtype and limits."""
 
-    config: Config
     spec: ModelSpec
     ranks: Sequence[RankResources]  # in the order of their stages
     device: DeviceName
     dtype: DtypeName
     limits: StepLimits
     sampling: SamplingUse
-    decisions: Decisions = field(default_factory=Decisions)
+    decisions: Decisions
 
     def stages(self, num_stages: int, mix: WorkMix) -> tuple[StagePlan, ...]:
         """Which rank holds which layers."""
@@ -171,7 +169,7 @@ class _Resolver:
         return tuple(stages)
 
     def _split(self, num_stages: int, head: float) -> tuple[int, ...]:
-        asked, num_layers = self.config.pipeline.split, self.spec.num_layers
+        asked, num_layers = self.decisions.config.pipeline.split, self.spec.num_layers
         if isinstance(asked, tuple):
             return check_split(asked, num_layers=num_layers, num_stages=num_stages)
         split = split_layers(num_layers, num_stages, last_extra=head)
@@ -183,7 +181,7 @@ class _Resolver:
         self, model_path: str, stages: tuple[StagePlan, ...], demand: KvDemand
     ) -> PipelinePlan:
         """The plan: the answers so far, and the remaining ones."""
-        memory, spec, limits = self.config.memory, self.spec, self.limits
+        memory, spec, limits = self.decisions.config.memory, self.spec, self.limits
         transport, attention = self._transport(len(stages)), self._attention()
         num_kv_pages = self._num_kv_pages(stages, demand, attention)
         threads = self._threads()
@@ -212,7 +210,7 @@ class _Resolver:
             lookahead=lookahead,
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(attention),
-            weights=self.config.model.weights,
+            weights=self.decisions.config.model.weights,
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,
@@ -223,7 +221,7 @@ class _Resolver:
         self, stages: Sequence[StagePlan], demand: KvDemand, attention: AttentionName
     ) -> int:
         """Pages of KV cache, the same on every rank; checks that all fits."""
-        memory = self.config.memory
+        memory = self.decisions.config.memory
         needs = []
         for stage, rank_resources in zip(stages, self.ranks, strict=True):
             page_bytes = kv_page_bytes(
@@ -251,40 +249,39 @@ class _Resolver:
                 )
             needs.append(rank_memory(rank_resources, stage, page_bytes, work_bytes, fraction))
         num_pages, reason = choose_num_pages(memory, needs, demand)
-        return self.decisions.count("memory.num_kv_pages", memory.num_kv_pages, num_pages, reason)
+        return self.decisions.settle("memory.num_kv_pages", num_pages, reason)
 
     def _transport(self, num_stages: int) -> TransportName:
         if num_stages == 1:
             reason = "a single stage sends to no other rank"
             self.decisions.note("pipeline.transport", "loopback", reason)
             return "loopback"
-        asked = self.config.pipeline.transport
+        asked = self.decisions.config.pipeline.transport
         transport, reason = choose_transport(asked, self.device, self.ranks)
-        return self.decisions.text("pipeline.transport", asked, transport, reason)
+        return self.decisions.settle("pipeline.transport", transport, reason)
 
     def _attention(self) -> AttentionName:
-        asked = self.config.pipeline.attention
         offered = [set(rank_resources.attention_backends) for rank_resources in self.ranks]
-        attention, reason = choose_attention(
-            asked,
+        facts = AttentionFacts(
             device=self.device,
             capability=least_capable(self.ranks).gpu.capability,
             head_dim=self.spec.head_dim,
             dtype=self.dtype,
-            available=tuple(sorted(set.intersection(*offered))),
+            available=set.intersection(*offered),
         )
-        return self.decisions.text("pipeline.attention", asked, attention, reason)
+        attention, reason = choose_attention(self.decisions.config.pipeline.attention, facts)
+        return self.decisions.settle("pipeline.attention", attention, reason)
 
     def _scheduling_mode(self) -> tuple[int, PrefillMode]:
-        pipeline = self.config.pipeline
-        value, reason = choose_lookahead(pipeline, self.device, self.config.memory.kv_cache)
-        lookahead = self.decisions.count("pipeline.lookahead", pipeline.lookahead, value, reason)
-        prefill, reason = choose_prefill(pipeline.prefill, lookahead)
-        return lookahead, self.decisions.text("pipeline.prefill", pipeline.prefill, prefill, reason)
+        config = self.decisions.config
+        lookahead, reason = choose_lookahead(config.pipeline, self.device, config.memory.kv_cache)
+        self.decisions.settle("pipeline.lookahead", lookahead, reason)
+        prefill, reason = choose_prefill(config.pipeline.prefill, lookahead)
+        return lookahead, self.decisions.settle("pipeline.prefill", prefill, reason)
 
     def _cuda_graphs(self, attention: AttentionName) -> bool:
         """Whether decode steps are captured; notes the reason if they cannot, but should be."""
-        if not self.config.memory.cuda_graphs or self.device != "cuda":
+        if not self.decisions.config.memory.cuda_graphs or self.device != "cuda":
             return False
         unsupported_reason = ""
         if attention in _NO_GRAPHS:
@@ -309,11 +306,10 @@ class _Resolver:
         return restart_tokens
 
     def _threads(self) -> int:
-        pipeline = self.config.pipeline
-        note_cores(pipeline.bind, self.ranks, self.decisions)
-        value, reason = threads_per_rank(pipeline.bind, self.ranks)
-        asked = pipeline.threads_per_rank
-        return self.decisions.count("pipeline.threads_per_rank", asked, value, reason)
+        bind = self.decisions.config.pipeline.bind
+        note_cores(bind, self.ranks, self.decisions)
+        num_threads, reason = threads_per_rank(bind, self.ranks)
+        return self.decisions.settle("pipeline.threads_per_rank", num_threads, reason)
 
 
 def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from mpipipe.topology.affinity import Core, allowed_cpus, cpus_near, usable_physical_cores
 from mpipipe.topology.gpu import GpuFacts
-from mpipipe.topology.host import read_host
+from mpipipe.topology.host import Core, allowed_cpus, cpus_near, read_host, usable_physical_cores
 
 __all__ = ["RankResources", "read_rank_resources"]
 
@@ -23,7 +22,7 @@ class RankResources:
     num_cores: int  # usable by this process (affinity, quota), not of the machine
     memory_available_bytes: int  # for this process: cgroup and MemAvailable considered
     gpu: GpuFacts = field(default_factory=GpuFacts)  # that this rank would use
-    gpu_cpus: tuple[int, ...] = ()  # near the GPU (topology.affinity); empty: unknown
+    gpu_cpus: tuple[int, ...] = ()  # near the GPU (topology.host); empty: unknown
     cores: tuple[Core, ...] = ()  # physical cores of the affinity mask; empty: unknown
     num_allowed_cpus: int = 0  # that the job may use on this host; more than the mask's: bound
     attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank

@@ -39,7 +39,10 @@ __all__ = ["JobShape", "ceilings_of", "job_floor"]
 
 # GPUs whose ceilings we measured, by a part of the name that the driver gives: copy bandwidth and
 # bfloat16 matrix products of torch 2.11.
-_MEASURED = {"H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TFLOP/s bf16")}
+_MEASURED = {
+    "H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TFLOP/s bf16"),
+    "H100": Ceilings(3.0e12, 790e12, "measured: about 3.0 TB/s copy, 790 TFLOP/s bf16"),
+}
 
 
 def ceilings_of(device: str, gpu_name: str = "", num_threads: int = 1) -> Ceilings | None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.config.schema import Config
 from mpipipe.errors import PlanError
 from mpipipe.planning.cost import dtype_bytes, kv_page_bytes
 from mpipipe.planning.devices import BF16_CAPABILITY, describe_gpu, least_capable
@@ -75,7 +74,6 @@ class StepLimits:
 
 
 def choose_step_limits(
-    config: Config,
     spec: ModelSpec,
     ranks: Sequence[RankResources],
     decisions: Decisions,
@@ -88,26 +86,18 @@ def choose_step_limits(
     Raises:
         PlanError: the settings contradict each other or the model.
     """
-    pipeline = config.pipeline
-    num_slots = decisions.count("pipeline.num_slots", pipeline.num_slots, len(ranks), "one a stage")
+    num_slots = decisions.settle("pipeline.num_slots", len(ranks), "one a stage")
     sequences = (_SEQUENCES_PER_SLOT, "enough rows a step to use the weights well on a CPU")
     tokens = (_TOKENS_PER_STEP, "keeps prompts from holding up the other slots for long")
     if device == "cuda":
         sequences = gpu_sequences_per_slot(num_requests, num_slots)
         tokens = gpu_tokens_per_step(least_capable(ranks).gpu.capability, spec)
-        budget = pipeline.max_tokens_per_step
+        budget = decisions.config.pipeline.max_tokens_per_step
         if isinstance(budget, int) and budget < sequences[0]:
             sequences = (budget, "one token each in max_tokens_per_step")
-    max_sequences = decisions.count(
-        "pipeline.max_sequences_per_slot",
-        pipeline.max_sequences_per_slot,
-        *sequences,
-    )
-    max_tokens = decisions.count(
-        "pipeline.max_tokens_per_step",
-        pipeline.max_tokens_per_step,
-        max(tokens[0], max_sequences),
-        tokens[1],
+    max_sequences = decisions.settle("pipeline.max_sequences_per_slot", *sequences)
+    max_tokens = decisions.settle(
+        "pipeline.max_tokens_per_step", max(tokens[0], max_sequences), tokens[1]
     )
     if max_tokens < max_sequences:
         raise PlanError(
@@ -115,20 +105,15 @@ def choose_step_limits(
             f"pipeline.max_sequences_per_slot = {max_sequences}, and every sequence of a slot "
             "needs a token per step: raise the first or lower the second"
         )
-    return StepLimits(num_slots, max_sequences, max_tokens, _max_context(config, spec, decisions))
-
-
-def _max_context(config: Config, spec: ModelSpec, decisions: Decisions) -> int:
     limit = spec.max_context_tokens
-    asked = config.memory.max_context_tokens
     reason = "what the model was made for"
-    max_context = decisions.count("memory.max_context_tokens", asked, limit, reason)
+    max_context = decisions.settle("memory.max_context_tokens", limit, reason)
     if max_context > limit:
         raise PlanError(
             f"memory.max_context_tokens = {max_context} is more than the {limit} positions "
             'the model was made for: lower it, or leave it at "auto"'
         )
-    return max_context
+    return StepLimits(num_slots, max_sequences, max_tokens, max_context)
 
 
 def rank_memory(

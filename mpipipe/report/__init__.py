@@ -1,1 +1,1 @@
-"""Turns records of experiments, and runs, into tables, plots and one HTML page."""
+"""`mpipipe report`: records of experiments, or one run, as tables, plots and sentences."""

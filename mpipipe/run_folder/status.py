@@ -19,8 +19,7 @@ from mpipipe.errors import OutputError
 from mpipipe.run_folder.status_file import STATUS_FILE, RunState, read_status_file
 from mpipipe.run_folder.workspace import OUTPUT_FOLDER, how_to_go_on, recorded_job
 from mpipipe.topology.command import Runner
-from mpipipe.topology.job_end import meaning_of_end
-from mpipipe.topology.slurm import AccountedJob, QueuedJob, ask_job_record
+from mpipipe.topology.slurm import AccountedJob, QueuedJob, ask_job_record, meaning_of_end
 
 __all__ = [
     "RunStatus",

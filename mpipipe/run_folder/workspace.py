@@ -25,8 +25,7 @@ from mpipipe.config.prompt_file import STANDARD_INPUT
 from mpipipe.errors import ConfigError, OutputError
 from mpipipe.planning.model_facts import model_folder
 from mpipipe.run_folder.files import write_json, write_whole
-from mpipipe.topology.job_end import sbatch_options
-from mpipipe.topology.slurm import job_record
+from mpipipe.topology.slurm import job_record, sbatch_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,8 +25,7 @@ from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
 from mpipipe.stage.profiling import Profiler, open_profiler
-from mpipipe.topology.affinity import format_cpus
-from mpipipe.topology.host import peak_rss_bytes
+from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
 __all__ = ["open_session"]
 

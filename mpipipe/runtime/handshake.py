@@ -14,7 +14,6 @@ from mpipipe.errors import DeadlineError, ProtocolMismatchError
 from mpipipe.planning.layout import cores_of_ranks
 from mpipipe.planning.resources import RankResources, read_rank_resources
 from mpipipe.runtime.ranks import AgreedError, in_phase
-from mpipipe.topology.affinity import move_process
 from mpipipe.topology.gpu import (
     GpuFacts,
     container_kind,
@@ -22,7 +21,7 @@ from mpipipe.topology.gpu import (
     no_driver_problem,
     told_local_rank,
 )
-from mpipipe.topology.host import host_name
+from mpipipe.topology.host import host_name, move_process
 from mpipipe.topology.launcher import local_ranks
 
 if TYPE_CHECKING:

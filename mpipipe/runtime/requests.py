@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import PromptError
+from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Completion, Request, SamplingParams
 
@@ -116,14 +116,28 @@ def tokenize(
 ) -> Prepared:
     """The tokenizer and the requests of a run; `tokenizing` is told between the two.
 
+    A folder with random weights may have no tokenizer, where all prompts are token ids: then the
+    completions have ids only.
+
     Raises:
         CheckpointError: the tokenizer is missing or of a kind that is not known.
     """
-    tokenizer = tokenizer_of(model)
+    try:
+        tokenizer = tokenizer_of(model)
+    except CheckpointError:
+        if model.loaded.config.model.weights != "random" or not all(map(_needs_no_text, lines)):
+            raise
+        from mpipipe.models.tokenizer_base import NoTokenizer
+
+        tokenizer = NoTokenizer()
     tokenizing()
     special, size = model.loaded.config.prompts.add_special_tokens, model.spec.vocab_size
     prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
     return Prepared(workload_of(model, prompts), tokenizer, prompts)
+
+
+def _needs_no_text(line: PromptLine) -> bool:
+    return line.token_ids is not None and line.sampling is not None and not line.sampling.stop
 
 
 def workload_of(model: ModelFacts, prompts: PreparedPrompts) -> Workload:
@@ -161,7 +175,7 @@ class _Preparation:
 
     def take(self, lines: Sequence[PromptLine]) -> None:
         """Tokenise `lines`, in one call where that can be."""
-        texts = [self._text_or_error(line) for line in lines]
+        texts = [self._content(line) for line in lines]
         ids: dict[int, tuple[int, ...] | PromptError] = {}
         for is_chat in (False, True):
             places = [
@@ -183,11 +197,14 @@ class _Preparation:
         """What came of all lines."""
         return PreparedPrompts(tuple(self.requests), tuple(self.rejected), tuple(self._warnings()))
 
-    def _text_or_error(self, line: PromptLine) -> str | PromptError:
+    def _content(self, line: PromptLine) -> str | PromptError | tuple[int, ...]:
+        """The line's text, its error, or the ids that need no tokenizer."""
         if line.error is not None:
             return line.error
+        if line.token_ids is not None:
+            return line.token_ids
         if line.messages is None:
-            assert line.text is not None, "a line without an error has a text or messages"
+            assert line.text is not None, "a line without an error has a content"
             return line.text
         self.num_chats += 1
         try:
@@ -211,7 +228,7 @@ class _Preparation:
             )
         self._require_embeddings(line, outcome)
         bos = self.tokenizer.bos_token_id
-        if line.messages is None and self.add_special_tokens and outcome[:2] == (bos, bos):
+        if line.text is not None and self.add_special_tokens and outcome[:2] == (bos, bos):
             self.num_double_bos += 1
         return Request(line.prompt_id, line.index, outcome, self._resolve_stops(line.sampling))
 
@@ -221,6 +238,13 @@ class _Preparation:
         if size is None or (max(ids) < size and min(ids) >= 0):
             return
         number = next(number for number in ids if not 0 <= number < size)
+        if line.token_ids is not None:
+            raise PromptError(
+                "unknown_token",
+                f"the prompt {line.prompt_id!r} (line {line.line_number}) gives the token id "
+                f"{number}, but the model has embeddings for the ids 0 to {size - 1} only: the "
+                "ids are of another model's tokenizer",
+            )
         raise PromptError(
             "unknown_token",
             f"the prompt {line.prompt_id!r} (line {line.line_number}) has the token "

@@ -178,7 +178,7 @@ class StageEngine:
         if self.free_inputs:
             return layout
         stream = self._stream
-        return to_device(layout, stream.device, lambda tensor: stream.upload(tensor.numpy()))
+        return to_device(layout, lambda tensor: stream.upload(tensor.numpy()))
 
     # ---- steps -----------------------------------------------------------------------------------
 

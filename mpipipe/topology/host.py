@@ -3,31 +3,41 @@
 Containers and Slurm limit a job through cgroups, and no library call tells: both versions are read
 here, for the process's own group and every group above it. `planning` shares them between ranks.
 Every reader takes the root folder, so tests give it a fake one. Linux only; a file that is missing
-means "no limit".
+means "no limit", and of CPUs "unknown". `planning.layout` decides which rank gets which cores.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
+    "Core",
     "HostFacts",
+    "allowed_cpus",
     "cgroup_folders",
+    "cpus_near",
+    "format_cpus",
     "host_name",
     "memory_available_bytes",
     "memory_limit_bytes",
+    "move_process",
     "num_oom_kills",
+    "parse_cpus",
     "peak_rss_bytes",
     "read_host",
     "read_text",
     "usable_cores",
+    "usable_physical_cores",
 ]
 
 _ROOT = Path("/")
+
+Core = tuple[int, ...]  # the CPUs (hardware threads) that it offers, lowest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,7 @@ def memory_available_bytes(root: Path = _ROOT) -> int:
 
     Page cache that a group can drop (`inactive_file`) counts as free, as Kubernetes counts it.
     """
-    available = _kib(root / "proc/meminfo", "MemAvailable") or 0
+    available = _stat(root / "proc/meminfo", "MemAvailable") * 1024
     for group in cgroup_folders(root, "memory"):
         limit, usage, cache = _memory_use(group)
         if limit is not None:
@@ -78,7 +88,7 @@ def memory_available_bytes(root: Path = _ROOT) -> int:
 def memory_limit_bytes(root: Path = _ROOT) -> int | None:
     """The tightest memory limit of the cgroups; None without one below the host's memory."""
     limits = [_memory_use(group)[0] for group in cgroup_folders(root, "memory")]
-    total = _kib(root / "proc/meminfo", "MemTotal") or 0
+    total = _stat(root / "proc/meminfo", "MemTotal") * 1024
     return min((limit for limit in limits if limit is not None and limit < total), default=None)
 
 
@@ -95,10 +105,8 @@ def peak_rss_bytes(root: Path = _ROOT) -> int:
 
     VmHWM first: `ru_maxrss` starts at the size of the process that forked this one.
     """
-    peak = _kib(root / "proc/self/status", "VmHWM")
-    if peak is not None:
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_kib = _stat(root / "proc/self/status", "VmHWM")
+    return 1024 * (peak_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
@@ -162,17 +170,93 @@ def _integer(path: Path) -> int | None:
 
 
 def _stat(path: Path, key: str) -> int:
-    for line in read_text(path).splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.strip().isdigit():
-            return int(value)
-    return 0
+    """The number of a `key 123` or `Key:   123 kB` line; 0 when there is none."""
+    found = re.search(rf"^{key}:?\s+(\d+)", read_text(path), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
-def _kib(path: Path, key: str) -> int | None:
-    """Bytes of a `Key:   123 kB` line; None when there is none."""
-    for line in read_text(path).splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return None
+# ---- CPUs, one by one ----------------------------------------------------------------------------
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """The numbers of a kernel list such as `0-3,8`; none when it is no such list."""
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()):
+            return ()
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(found)
+
+
+def format_cpus(cpus: Iterable[int]) -> str:
+    """The inverse of `parse_cpus`, in order and without repeats."""
+    spans: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if spans and spans[-1][-1] == cpu - 1:
+            spans[-1] = [spans[-1][0], cpu]
+        else:
+            spans.append([cpu])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+def usable_physical_cores(
+    root: Path = _ROOT, affinity: Iterable[int] | None = None
+) -> tuple[Core, ...]:
+    """The cores of the affinity mask in order, each with those of its CPUs that are in the mask.
+
+    `affinity` replaces the mask in tests.
+    """
+    mask = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
+    cores: dict[Core, None] = {}
+    for cpu in mask:
+        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        siblings = set(parse_cpus(read_text(file))) | {cpu}
+        cores[tuple(sibling for sibling in mask if sibling in siblings)] = None
+    return tuple(cores)
+
+
+def allowed_cpus(root: Path = _ROOT) -> tuple[int, ...]:
+    """The CPUs that the job may use here: its cpuset, or else all that are online.
+
+    More than the affinity mask where a launcher has bound this process to a part of them.
+    """
+    for group in cgroup_folders(root, "cpuset"):
+        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
+            if cpus := parse_cpus(read_text(group / name)):
+                return cpus
+    return parse_cpus(read_text(root / "sys/devices/system/cpu/online"))
+
+
+def cpus_near(pci_address: str, root: Path = _ROOT) -> tuple[int, ...]:
+    """The CPUs of the NUMA node that a PCI device hangs on, e.g. of `0000:3b:00.0`.
+
+    Where the kernel knows no node these are all CPUs of the host.
+    """
+    if not pci_address:
+        return ()
+    folder = root / "sys/bus/pci/devices" / pci_address.lower()
+    return parse_cpus(read_text(folder / "local_cpulist"))
+
+
+def move_process(cpus: Iterable[int], root: Path = _ROOT) -> bool:
+    """Bind every thread of this process, and all that it will start, to `cpus`.
+
+    Every thread, as MPI and CUDA have started theirs before the GPU is known. False: the kernel
+    refused, as when the CPUs are outside of the job's own.
+    """
+    wanted = set(cpus)
+    try:
+        threads = [int(entry.name) for entry in (root / "proc/self/task").iterdir()]
+    except OSError:
+        threads = [0]
+    try:
+        os.sched_setaffinity(0, wanted)
+    except OSError:
+        return False
+    for thread in threads:
+        try:
+            os.sched_setaffinity(thread, wanted)
+        except OSError:  # it has ended meanwhile
+            continue
+    return True

@@ -111,27 +111,19 @@ def local_ranks(seats: Sequence[tuple[str, int | None]]) -> list[int]:
     return counted
 
 
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
-    """True for a task of srun; False for a batch script or an salloc shell, which are one process.
+def _srun(environ: Mapping[str, str]) -> LaunchInfo | None:
+    """Of a task of srun; None for a batch script or an salloc shell, which are one process.
 
     A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS, but no SLURM_STEP_ID.
     """
-    step = _number(environ, "SLURM_STEP_ID")
-    has_rank = _number(environ, "SLURM_PROCID") is not None
-    return step is not None and step < _FIRST_SPECIAL_STEP and has_rank
-
-
-def _srun(environ: Mapping[str, str]) -> LaunchInfo | None:
-    if not _in_slurm_step(environ):
+    step, rank = _number(environ, "SLURM_STEP_ID"), _number(environ, "SLURM_PROCID")
+    if step is None or step >= _FIRST_SPECIAL_STEP or rank is None:
         return None
-    # SLURM_NTASKS is inherited from the job by some versions; the step's own count is exact.
-    world_size = _number(environ, "SLURM_STEP_NUM_TASKS")
-    if world_size is None:
-        world_size = _number(environ, "SLURM_NTASKS")
     return LaunchInfo(
         launcher=Launcher.SRUN,
-        rank=_number(environ, "SLURM_PROCID"),
-        world_size=world_size,
+        rank=rank,
+        # SLURM_NTASKS is inherited from the job by some versions; the step's own count is exact.
+        world_size=_number(environ, "SLURM_STEP_NUM_TASKS") or _number(environ, "SLURM_NTASKS"),
         local_rank=_number(environ, "SLURM_LOCALID"),
         mpi_expected=True,
         detail=environ.get("SLURM_MPI_TYPE", ""),

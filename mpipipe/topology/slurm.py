@@ -2,7 +2,8 @@
 
 The environment tells most; `squeue`, `sacct` and `scontrol` are asked for the rest, through a
 `Runner`, and may not exist (a container, another cluster). `launcher` tells of ranks, `mpi_library`
-of MPI, `job_end` what the end of a job means to a user.
+of MPI. What the end of a job means to a user, and the options of sbatch that it had, follow purely
+from these fields.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mpipipe.errors import (
+    EXIT_BUG,
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_PEER_LOST,
+    EXIT_PROMPTS,
+    EXIT_REQUEUE,
+)
 from mpipipe.topology.command import Runner, output_of, run_child
 
 __all__ = [
@@ -23,9 +34,11 @@ __all__ = [
     "is_job_id",
     "job_record",
     "launch_warnings",
+    "meaning_of_end",
     "parse_duration_s",
     "queued_jobs",
     "read_job",
+    "sbatch_options",
     "wall_time_left_s",
 ]
 
@@ -164,3 +177,94 @@ def launch_warnings(environ: Mapping[str, str], num_ranks: int) -> list[str]:
     verb = "get" if num_idle > 1 else "gets"
     remedy = "ask for fewer nodes (--nodes=), or for tasks on each (--ntasks-per-node=1)"
     return [f"{num_idle} of the job's nodes {verb} no rank: {remedy}"]
+
+
+# ---- what the end of a job means; its options of sbatch ------------------------------------------
+
+_STATES = {
+    "OUT_OF_MEMORY": "the job's memory limit was reached: ask for more with --mem=",
+    "TIMEOUT": "the wall time was over: ask for more with --time=",
+    "DEADLINE": "the job's deadline was reached",
+    "NODE_FAIL": "a node of the job failed",
+    "BOOT_FAIL": "a node of the job did not start",
+    "PREEMPTED": "another job took its place",
+    "CANCELLED": "it was ended from outside (scancel, or an administrator)",
+    "REVOKED": "another cluster started it",
+}
+_CODES = {
+    EXIT_BUG: "unexpected: a bug of mpipipe, or a command that failed before it",
+    EXIT_CONFIG: "configuration, plan or output folder",
+    EXIT_CHECKPOINT: "model folder",
+    EXIT_PROMPTS: "some prompts became error records",
+    EXIT_ENVIRONMENT: "MPI, ranks, memory or devices",
+    EXIT_PEER_LOST: "a rank was lost",
+    EXIT_REQUEUE: "told to stop, can go on",
+    EXIT_INTERRUPTED: "interrupted",
+    126: "a command could not be started",
+    127: "a command was not found",
+}
+_SIGNALS = {9: "SIGKILL, often for lack of memory", 15: "SIGTERM", 10: "SIGUSR1", 11: "SIGSEGV"}
+# What launch/submit.sbatch asks for: options that say the same need not be repeated.
+_DEFAULTS = {
+    "--nodes": "2",
+    "--ntasks-per-node": "1",
+    "--gres": "gpu:1",
+    "--cpus-per-task": "2",
+    "--time": "01:00:00",
+}
+_FIELDS = {
+    "--account": "Account",
+    "--partition": "Partition",
+    "--nodes": "NumNodes",
+    "--cpus-per-task": "CPUs/Task",
+    "--time": "TimeLimit",
+}
+_MEMORY = {"--mem": "MinMemoryNode", "--mem-per-cpu": "MinMemoryCPU"}
+_PLAIN = re.compile(r"[\w.,:/=+@%-]+")
+
+
+def meaning_of_end(state: str, exit_code: str) -> str:
+    """Why a job ended, from the accounting's State and ExitCode; "" where they say nothing more."""
+    word = state.partition(" ")[0]  # CANCELLED by 1000
+    if word in _STATES:
+        return _STATES[word]
+    code, _, number = exit_code.partition(":")
+    if not (code.isdecimal() and number.isdecimal() and len(code) < 4 and len(number) < 4):
+        return ""
+    # A shell tells the signal that ended its command as 128 and its number.
+    told = int(number) or (int(code) - 128 if 128 < int(code) < 128 + 65 else 0)
+    if told and int(code) not in _CODES:
+        return f"ended by {_SIGNALS.get(told, f'signal {told}')}"
+    return _CODES.get(int(code), "") if int(code) else ""
+
+
+def sbatch_options(record: Mapping[str, str]) -> list[str]:
+    """The options with which sbatch asks for what the job of this record was given.
+
+    Those that launch/submit.sbatch asks for by itself are left out, and so is what the record does
+    not tell for certain: constraints, reservations, dependencies.
+    """
+    if not {"NumNodes", "TimeLimit"} <= record.keys():
+        return []
+    told = {option: record[key] for option, key in _FIELDS.items() if key in record}
+    if (per_node := record.get("NtasksPerN:B:S:C", "0").partition(":")[0]) not in {"0", "*"}:
+        told["--ntasks-per-node"] = per_node
+    told["--gres"] = _without_kind(record.get("TresPerNode", "")) or "none"
+    for option, key in (("--gpus", "TresPerJob"), ("--gpus-per-task", "TresPerTask")):
+        if (asked := _without_kind(record.get(key, ""))).startswith("gpu"):
+            told[option] = asked.removeprefix("gpu:")
+    told |= {option: record[key] for option, key in _MEMORY.items() if record.get(key, "0") != "0"}
+    if record.get("QOS", "normal") != "normal":
+        told["--qos"] = record["QOS"]
+    return [
+        f"{option}={value}"
+        for option, value in told.items()
+        if value != _DEFAULTS.get(option) and _PLAIN.fullmatch(value)
+    ]
+
+
+def _without_kind(resources: str) -> str:
+    """`gpu:1` of `gres:gpu:1`, or of `gres/gpu:1`, as newer versions write it."""
+    return ",".join(
+        part.removeprefix("gres:").removeprefix("gres/") for part in resources.split(",")
+    )

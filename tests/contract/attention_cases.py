@@ -96,7 +96,7 @@ def random_steps(shape: Shape, dtype: torch.dtype) -> Iterator[Step]:
 def on_device(step: Step, device: torch.device) -> Step:
     """The step as kernels get it: int32 tables and query starts, on `device`."""
     return Step(
-        to_device(step.layout, device),
+        to_device(step.layout, lambda tensor: tensor.to(device)),
         step.query_THD.to(device),
         step.key_TKD.to(device),
         step.value_TKD.to(device),

@@ -53,7 +53,7 @@ def varlen_layout(step: Sequence[tuple[int, int, int]], device: str = "cpu") -> 
     for sequence_id, query_len, kv_len in step:
         entries.append((SequenceLens(sequence_id, row, query_len, kv_len), _PAGES[sequence_id]))
         row += query_len
-    return to_device(build_layout(entries, STEP_PAGE_SIZE), torch.device(device))
+    return to_device(build_layout(entries, STEP_PAGE_SIZE), lambda tensor: tensor.to(device))
 
 
 def tensor_layout(lens: Sequence[int], device: str = "cpu") -> BatchLayout:

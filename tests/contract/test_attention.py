@@ -266,7 +266,7 @@ def test_torch_attends_fresh_prompts_only_where_it_has_a_kernel(
     heads = SHAPES[shape]
     query = torch.zeros(8, heads.num_heads, heads.head_dim, dtype=torch.float16)
     key = torch.zeros(8, heads.num_kv_heads, heads.head_dim, dtype=torch.float16)
-    layout = to_device(PageTable().layout([(0, 4), (1, 4)]), CPU)
+    layout = to_device(PageTable().layout([(0, 4), (1, 4)]), lambda tensor: tensor)
     assert can_attend_fresh(query, key, layout, OPTIONS["plain"]) == with_torch
 
 

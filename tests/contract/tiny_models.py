@@ -456,7 +456,7 @@ class InProcessPipeline:
         by_length = any(stage.rotary_by_length for stage in self.stages)
         layout = build_layout(entries, PAGE_SIZE, rotary_by_length=by_length)
         if self.device.type != "cpu":
-            layout = to_device(layout, self.device)
+            layout = to_device(layout, lambda tensor: tensor.to(self.device))
         last_rows = [span.query_start + span.query_len - 1 for span, _ in entries]
         rows = torch.tensor(last_rows, device=self.device)
         tensor = torch.tensor(ids, device=self.device)

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from mpipipe.errors import EXIT_CHECKPOINT, EXIT_PEER_LOST
+from mpipipe.logs.facts import read_facts
+from mpipipe.logs.problems import find_problems
+from mpipipe.logs.reading import RunFiles
+from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl
 
 TIMEOUT_S = 3.0
@@ -84,6 +88,14 @@ def test_a_frozen_rank_ends_the_job_and_one_sentence_names_it(
     )
     assert ended["error"] == status["error"]
     assert 0 < len(read_jsonl(outcome.folder / "completions_rank_0.jsonl")) < NUM_PROMPTS
+    # What it leaves can be asked: by what was written, whatever the last line looks like.
+    files = RunFiles(outcome.folder)
+    found = summarise(read_facts(files), {})
+    assert [rank.num_steps_kept > 0 for rank in found.ranks] == [True, True]
+    assert [rank.seconds["compute"] > 0 for rank in found.ranks] == [True, True]
+    assert any("no metrics.json" in note for note in files.notes())
+    (problem,) = find_problems(files, with_warnings=False)
+    assert (problem.rank, problem.event) == (1 - frozen, "ended early")
 
 
 def test_a_model_folder_that_a_node_does_not_share_is_named(

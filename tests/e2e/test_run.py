@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from mpipipe.logs.facts import read_facts
+from mpipipe.logs.reading import RunFiles
+from mpipipe.logs.schema import check_line, schema_of
+from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
@@ -71,6 +75,30 @@ def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: 
     assert all(record["num_output_tokens"] == len(record["token_ids"]) for record in records)
     unordered = read_jsonl(folder / "completions_rank_0.jsonl")
     assert tokens(unordered) == tokens(records)
+    check_schema(folder)
+    check_explained(folder)
+
+
+def check_schema(folder: Path) -> None:
+    """Every line and document is as mpipipe/logs/FILES.md says."""
+    names = [path.name for path in folder.iterdir() if schema_of(path.name) is not None]
+    assert len(names) == 10
+    for name in names:
+        path = folder / name
+        lines = [json.loads(path.read_text())] if path.suffix == ".json" else read_jsonl(path)
+        assert [fault for line in lines for fault in check_line(name, line)] == []
+
+
+def check_explained(folder: Path) -> None:
+    """`mpipipe logs summary` knows where each second of the run went."""
+    files = RunFiles(folder)
+    found = summarise(read_facts(files), files.document("metrics.json"))
+    assert files.notes() == []
+    assert [rank.num_steps_kept for rank in found.ranks] == [rank.num_steps for rank in found.ranks]
+    for rank in found.ranks:
+        assert rank.seconds["unexplained"] <= 0.01 * rank.wall_s, rank.seconds
+        assert rank.seconds["compute"] > 0
+        assert rank.seconds["load"] > 0
 
 
 @pytest.mark.parametrize("num_ranks", [0, 2])

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["ClusterUnavailableError", "install_missing"]
+__all__ = ["ClusterUnavailableError", "install_missing", "install_programs"]
 
 SLURM = {
     "slurmctld": "slurmctld",
@@ -31,6 +31,9 @@ PLUGINS = {
 }
 LIBRARIES = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"
 APT_LIMIT_S = 300
+INSTEAD = (
+    "install Slurm 22.05 or newer yourself, or leave the suite out with MPIPIPE_SLURM_TESTS=off"
+)
 
 
 class ClusterUnavailableError(Exception):
@@ -52,20 +55,34 @@ def install_missing(programs: Mapping[str, str] = SLURM, *, plugins: bool = True
     if plugins:
         missing += [package for file, package in PLUGINS.items() if not (LIBRARIES / file).exists()]
     if missing:
-        _install(missing)
+        _install(missing, INSTEAD)
     if plugins:
         _complete_pmix()
+
+
+def install_programs(programs: Mapping[str, str], instead: str) -> None:
+    """Install the programs that are not there; `programs` maps a command to its package.
+
+    Raises:
+        ClusterUnavailableError: not root, no apt, or apt failed; `instead` says what else to do.
+    """
+    missing = [package for program, package in programs.items() if not _found(program)]
+    if missing and os.geteuid() != 0:
+        raise ClusterUnavailableError(
+            f"{', '.join(missing)} not found, and only root can install that: do so, or {instead}"
+        )
+    if missing:
+        _install(missing, instead)
 
 
 def _found(program: str) -> bool:
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
 
 
-def _install(packages: Sequence[str]) -> None:
+def _install(packages: Sequence[str], instead: str) -> None:
     if not _found("apt-get"):
         raise ClusterUnavailableError(
-            f"{', '.join(packages)} not found, and there is no apt-get to install them: install "
-            "Slurm 22.05 or newer yourself, or leave the suite out with MPIPIPE_SLURM_TESTS=off"
+            f"{', '.join(packages)} not found, and there is no apt-get to install them: {instead}"
         )
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for words in (

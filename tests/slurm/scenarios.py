@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.slurm.apptainer import install_apptainer
 from tests.slurm.image import borrowed_packages, build_image
 from tests.slurm.network import HEAD
-from tests.slurm.site import ROOT, JobEnd, Site, read_jsonl
+from tests.slurm.site import ENDED, ROOT, JobEnd, Site, read_jsonl
 
 __all__ = [
     "ARRAY_PROMPTS",
@@ -36,6 +36,7 @@ __all__ = [
     "demo_on_two_nodes",
     "dense_memory",
     "doctor_on_two_nodes",
+    "experiment",
     "held_in_the_queue",
     "near_its_wall_time",
     "node_loses_power",
@@ -52,6 +53,7 @@ DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
 TINY_PROMPTS = 40  # of 48 tokens: some 5 s on two ranks
 ARRAY_PROMPTS = 20
 SEEN = 3  # completions before something happens to a job
+EXPERIMENT_LIMIT_S = 230.0  # four or two tasks of two launches each
 # MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
 FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
 
@@ -315,6 +317,29 @@ def doctor_on_two_nodes(site: Site, mpi: str, flag: str) -> subprocess.Completed
     """The doctor by itself, under srun."""
     command = (f"{site.environments[mpi]}/bin/mpipipe", "doctor", DEMO, "--json")
     return site.srun(mpi, f"--mpi={flag}", *command, "output.dir=" + str(site.folder / "doctor"))
+
+
+def experiment(site: Site, name: str, mpi: str) -> JobEnd:
+    """`mpipipe bench strong | batch --sbatch` of the tiny model, from submission to the last job.
+
+    Strong: an array of two cases on one node and one on two nodes; batch: one array on two nodes.
+    """
+    out = site.folder / f"experiment-{name}"
+    sizes = {"strong": ("--stages=1,2", "--nodes=1,2", "--batch=4"),
+             "batch": ("--stages=2", "--nodes=2", "--batch=2,8")}  # fmt: skip
+    said = site.cluster.on(
+        HEAD, f"{site.environments[mpi]}/bin/mpipipe", "bench", name, str(site.tiny_config),
+        *sizes[name], "--prompts=8", "--repeat=1", f"--out={out}", "--sbatch",
+        "--sbatch-option=--partition=short", env=site.environ(mpi, FORCED_NETWORK), cwd=ROOT,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    last = said.stdout.partition("job ")[2].split()[0]
+    fields = site.cluster.wait_for_state(last, *ENDED, limit_s=EXPERIMENT_LIMIT_S)
+    logs = {path.name: path.read_text() for path in sorted(out.glob("slurm-*.log"))}
+    shown = "\n".join(f"--- {path}\n{text}" for path, text in logs.items())
+    return JobEnd(
+        last, fields, shown, out, {"said": said.stdout, "last": logs[f"slurm-{last}.log"]}
+    )
 
 
 def login_node(site: Site, *words: str) -> subprocess.CompletedProcess[str]:

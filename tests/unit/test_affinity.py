@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.topology.affinity import (
+from mpipipe.topology.host import (
     allowed_cpus,
     cpus_near,
     format_cpus,

@@ -4,7 +4,7 @@ import pytest
 
 from mpipipe.config.schema import Auto
 from mpipipe.errors import ConfigError
-from mpipipe.planning.attention_choice import choose_attention
+from mpipipe.planning.attention_choice import AttentionFacts, choose_attention
 from mpipipe.types import AttentionName
 
 EVERYTHING = ("triton", "varlen", "flashinfer", "sdpa", "reference")
@@ -19,14 +19,8 @@ def choose(
     dtype: str = "bfloat16",
     available: tuple[str, ...] = EVERYTHING,
 ) -> str:
-    name, reason = choose_attention(
-        asked,
-        device=device,
-        capability=capability,
-        head_dim=head_dim,
-        dtype=dtype,
-        available=available,
-    )
+    facts = AttentionFacts(device, capability, head_dim, dtype, available)
+    name, reason = choose_attention(asked, facts)
     assert reason
     return name
 
@@ -50,14 +44,8 @@ def test_without_triton_a_new_enough_torch_takes_over() -> None:
 
 
 def test_the_reason_says_what_was_missing() -> None:
-    _, reason = choose_attention(
-        "auto",
-        device="cuda",
-        capability=90,
-        head_dim=128,
-        dtype="bfloat16",
-        available=("varlen", "sdpa", "reference"),
-    )
+    facts = AttentionFacts("cuda", 90, 128, "bfloat16", ("varlen", "sdpa", "reference"))
+    _, reason = choose_attention("auto", facts)
     assert "C compiler" in reason
 
 

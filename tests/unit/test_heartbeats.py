@@ -189,9 +189,12 @@ def test_a_rank_that_was_busy_tells_for_how_long_and_gets_as_much_more(drive: Dr
 def test_a_rank_that_stood_still_tells_its_log_but_not_while_it_boots(drive: Drive) -> None:
     told: list[tuple[int, float, float]] = []
 
+    def tell(rank: int, seconds: float, cpu_s: float) -> None:
+        told.append((rank, seconds, cpu_s))
+
     async def script(world: World) -> None:
         for rank, vitals in enumerate(world.vitals):
-            vitals.on_pause = lambda seconds, cpu_s, rank=rank: told.append((rank, seconds, cpu_s))
+            vitals.on_pause = partial(tell, rank)
         world.vitals[0].last_step = None
         await world.advance(3)
         world.frozen |= {0, 1}
@@ -202,7 +205,8 @@ def test_a_rank_that_stood_still_tells_its_log_but_not_while_it_boots(drive: Dri
 
     drive(2, script)
     # It sleeps for two seconds a time, of which some are over when it is stopped.
-    assert told == [(1, pytest.approx(3.0, abs=1.0), 0.5)]
+    ((rank, seconds, cpu_s),) = told
+    assert (rank, seconds, cpu_s) == (1, pytest.approx(3.0, abs=1.0), 0.5)
 
 
 def test_a_rank_that_was_stopped_gets_no_more(drive: Drive) -> None:

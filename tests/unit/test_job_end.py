@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpipipe.topology.job_end import meaning_of_end, sbatch_options
-from mpipipe.topology.slurm import job_record
+from mpipipe.topology.slurm import job_record, meaning_of_end, sbatch_options
 
 # Slurm 22.05; the newer versions' way of writing resources is in the tests.
 RECORD = """\

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from mpipipe.config.schema import Config
 from mpipipe.errors import MpipipeError
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.layout import (
@@ -19,8 +20,8 @@ from mpipipe.planning.layout import (
 )
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
-from mpipipe.topology.affinity import Core
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.topology.host import Core
 from tests.unit.planned_rank import make_rank
 from tests.unit.test_resolve import GIB, LAYER_BYTES, MATRIX_BYTES, plan, ranks
 
@@ -125,7 +126,7 @@ def test_the_layout_is_printed_where_there_are_several_hosts() -> None:
 
 
 def test_one_rank_a_host_has_no_better_order_to_boast_of() -> None:
-    decisions = Decisions()
+    decisions = Decisions(Config())
     note_layout(ranks("a", "b"), decisions)
     assert decisions.notes[0].value == "a: rank 0 | b: rank 1"
     assert decisions.notes[0].reason == "1 of 1 edges between hosts"
@@ -181,7 +182,7 @@ def test_more_ranks_than_cores_of_a_socket_share_all_of_them() -> None:
 )
 def test_a_rank_stays_where_it_was_launched(places: list[RankResources]) -> None:
     assert cores_of_ranks("auto", places) == {rank.rank: rank.cores for rank in places}
-    decisions = Decisions()
+    decisions = Decisions(Config())
     note_cores("auto", places, decisions)
     assert decisions.notes == []
 
@@ -196,7 +197,7 @@ def test_binding_stays_within_the_cores_of_the_job() -> None:
 
 
 def test_the_plan_says_who_was_bound() -> None:
-    decisions = Decisions()
+    decisions = Decisions(Config())
     note_cores("auto", world(0, 1), decisions)
     assert decisions.notes[0].value == "rank 0: 0-3,8-11 | rank 1: 4-7,12-15"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ from mpipipe.logs.pages import FILES_PAGE, page
 from mpipipe.logs.schema import DOCUMENTS, LINE_FILES, SCHEMA, FileSchema, check_line, schema_of
 from mpipipe.logs.steps import PARTS
 from mpipipe.logs.summary import LOADING, PREPROCESSING
+from mpipipe.metrics.boot import PartName
 from tests.unit.written_run import WrittenRun
 
 WORDS = set(re.findall(r"`([^`\n]+)`", page(FILES_PAGE)))
@@ -25,7 +27,8 @@ def test_the_page_names_every_field_of_every_file(kind: FileSchema) -> None:
 def test_the_page_names_the_schema_the_parts_and_the_boot_events() -> None:
     assert f"\nSchema {SCHEMA}." in page(FILES_PAGE)
     assert {f"{part}_s" for part in PARTS} <= WORDS
-    assert {*PREPROCESSING, *LOADING, "wait", "process", "ready"} <= WORDS
+    assert set(get_args(PartName)) <= WORDS
+    assert {*PREPROCESSING, *LOADING} <= set(get_args(PartName))
 
 
 def test_the_lines_of_the_tests_own_runs_keep_to_it(tmp_path: Path) -> None:

@@ -127,6 +127,14 @@ def test_each_setting_may_be_overridden_by_a_line(
     assert getattr(line.sampling, name) == expected
 
 
+@pytest.mark.parametrize("prompt", [[5, 6], [[5, 6]]])
+def test_a_prompt_may_be_token_ids(tmp_path: Path, prompt: object) -> None:
+    (line,) = read(tmp_path, {"prompt": prompt, "max_tokens": 3})
+    assert (line.error, line.text, line.token_ids) == (None, None, (5, 6))
+    assert line.sampling is not None
+    assert line.sampling.max_new_tokens == 3
+
+
 def test_overrides_do_not_leak_to_the_next_line(tmp_path: Path) -> None:
     lines = read(tmp_path, {"prompt": "x", "max_tokens": 1}, {"prompt": "y"})
     assert [x.sampling.max_new_tokens for x in lines if x.sampling] == [1, 20]

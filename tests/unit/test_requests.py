@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpipipe.config.chat_fields import PLAIN_CHAT, ChatOptions
+from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
-from mpipipe.errors import PromptError
+from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates
 from mpipipe.models.foreign import foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
-from mpipipe.runtime.requests import PreparedPrompts, prepare
+from mpipipe.planning.model_facts import read_model
+from mpipipe.runtime.requests import PreparedPrompts, prepare, tokenize
 from mpipipe.types import SamplingParams
 
 VOCAB_SIZE = 200
@@ -94,6 +97,36 @@ def test_a_token_without_an_embedding_is_the_error_of_its_prompt_only(
     for rejected in found.rejected:
         assert token in (rejected.error_message or "")
         assert str(number) in (rejected.error_message or "")
+
+
+def ids(index: int, *numbers: int, **sampling: object) -> PromptLine:
+    return PromptLine(
+        index=index,
+        line_number=index + 1,
+        prompt_id=f"p{index}",
+        sampling=SamplingParams().replace(**sampling),
+        token_ids=numbers,
+    )
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    found = prepared([line(0, "a"), ids(1, 1, 1, 7), ids(2, 5, VOCAB_SIZE)])
+    assert [request.prompt_ids for request in found.requests] == [(1, 97), (1, 1, 7)]
+    assert [rejected.error_kind for rejected in found.rejected] == ["unknown_token"]
+    assert "gives the token id 200" in (found.rejected[0].error_message or "")
+    assert found.warnings == ()  # nothing was added to them
+
+
+def test_random_weights_and_token_ids_need_no_tokenizer() -> None:
+    shape = Path(__file__).parents[2] / "configs/shapes/openllama_3b"
+    model = read_model(load_config(shape, ["model.weights=random"]))
+    found = tokenize(model, [ids(0, 7, 8)])
+    assert [request.prompt_ids for request in found.prompts.requests] == [(7, 8)]
+    assert found.tokenizer is not None
+    assert found.tokenizer.decode([7, 8]) == ""
+    for needs_text in (line(1, "a"), ids(1, 7, stop=("a",))):
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            tokenize(model, [ids(0, 7), needs_text])
 
 
 def test_without_a_vocabulary_every_id_is_taken() -> None:

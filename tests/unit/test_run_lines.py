@@ -146,11 +146,11 @@ def test_times_outside_the_histogram_are_counted_at_its_bounds() -> None:
 
 def test_energy_is_the_counters_difference() -> None:
     meter = EnergyMeter()
-    assert meter.energy_j is None
-    meter.read(0.0, 5000.0, 100.0)
-    assert meter.energy_j == 0.0
-    meter.read(5.0, 5700.0, 500.0)
-    assert meter.energy_j == 700.0
+    told = [meter.energy_j]
+    for t_s, energy_j, power_w in ((0.0, 5000.0, 100.0), (5.0, 5700.0, 500.0)):
+        meter.read(t_s, energy_j, power_w)
+        told.append(meter.energy_j)
+    assert told == [None, 0.0, 700.0]
 
 
 def test_energy_without_a_counter_is_the_power_over_time() -> None:

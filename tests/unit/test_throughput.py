@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.bench.workloads import BenchWork, Vocabulary, bench_requests, warm_up_requests
+from mpipipe.bench.workloads import BenchWork, bench_requests, warm_up_requests
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.errors import ConfigError
 from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.summary import RankReport

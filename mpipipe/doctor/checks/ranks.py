@@ -24,10 +24,7 @@ from mpipipe.topology.mpi_library import (
 __all__ = ["check_node", "check_ranks", "not_joined"]
 
 # The MPI that a launcher belongs to, by the value of `topology.launcher.Launcher`.
-_OF_LAUNCHER = {
-    Launcher.OPENMPI.value: MpiAbi.OPEN_MPI,
-    Launcher.HYDRA.value: MpiAbi.MPICH,
-}
+_OF_LAUNCHER = {Launcher.OPENMPI.value: MpiAbi.OPEN_MPI, Launcher.HYDRA.value: MpiAbi.MPICH}
 _SHORT_S = 600.0  # less is hardly enough to load a model and complete anything
 # Docker's default of 64 MiB in all is too little for NCCL or MPI between several ranks.
 _SHM_PER_RANK = 64 * 2**20
@@ -256,10 +253,9 @@ def _versions(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def _wall_time(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
-    told = [rank.launch.wall_left_s for rank in ranks if rank.launch.wall_left_s is not None]
-    if not told:
+    left_s = ranks[0].launch.wall_left_s  # only the head asks
+    if left_s is None:
         return
-    left_s = min(told)
     if left_s >= _SHORT_S:
         yield ok("launch.time", f"{left_s / 60:.0f} minutes are left", wall_left_s=left_s)
         return

@@ -138,7 +138,7 @@ def probe_node(
         memlock=_soft_limit(resource.RLIMIT_MEMLOCK),
         max_open_files=_soft_limit(resource.RLIMIT_NOFILE),
         container=container_kind(environ, root),
-        infiniband=_has_entries(root / "sys/class/infiniband"),
+        infiniband=any((root / "sys/class/infiniband").glob("*")),
         default_route=_has_default_route(root),
         profilers=tuple(name for name in _PROFILERS if which(name)),
         sacct=which("sacct") is not None,
@@ -160,13 +160,6 @@ def _free_bytes(folder: Path) -> int | None:
 def _soft_limit(which: int) -> int:
     limit = resource.getrlimit(which)[0]
     return -1 if limit == resource.RLIM_INFINITY else limit
-
-
-def _has_entries(folder: Path) -> bool:
-    try:
-        return next(folder.iterdir(), None) is not None
-    except OSError:
-        return False
 
 
 def _has_default_route(root: Path) -> bool:
@@ -237,22 +230,18 @@ def _copies(package: str, search: Sequence[str]) -> tuple[str, ...]:
 
 def nvidia_wheels(found: Iterable[importlib.metadata.Distribution]) -> tuple[Wheel, ...]:
     """The `nvidia-…` packages, as often as they are installed, with the version torch pins."""
-    wheels: dict[tuple[str, str], tuple[str, str]] = {}
+    wheels: dict[tuple[str, str], str] = {}  # name and folder → version
     pins: dict[str, str] = {}
     for distribution in found:
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name == "torch" and not pins:  # the first on the path is the one that counts
-            pins = {
-                match[1]: match[2]
-                for line in distribution.requires or ()
-                if (match := _PIN.match(line))
-            }
+            pinned = map(_PIN.match, distribution.requires or ())
+            pins = {match[1]: match[2] for match in pinned if match}
         if name.startswith("nvidia-"):
-            folder = str(distribution.locate_file(""))
-            wheels.setdefault((name, folder), (distribution.version, folder))
+            wheels.setdefault((name, str(distribution.locate_file(""))), distribution.version)
     return tuple(
         Wheel(name, version, folder, pins.get(name, ""))
-        for (name, _), (version, folder) in sorted(wheels.items())
+        for (name, folder), version in sorted(wheels.items())
     )
 
 

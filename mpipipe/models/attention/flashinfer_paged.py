@@ -22,7 +22,7 @@ from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
+    from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.layer_options import AttentionOptions
 
     # "flashinfer", the kind of step, the order in memory, what the layer asks
@@ -90,7 +90,6 @@ class FlashInferAttention(AttentionBackend):
     ) -> Any:
         """A wrapper that has planned these `sequences`; the next of the plan's ring."""
         _, kind, _, options = plan
-        work = _Work(layout, sequences, like.shape[1], shape)
         planner = self._next_planner(plan, like.device)
         settings: dict[str, Any] = {
             "window_left": -1 if options.window is None else options.window - 1,
@@ -99,12 +98,21 @@ class FlashInferAttention(AttentionBackend):
             "q_data_type": like.dtype,
             "kv_data_type": like.dtype,
         }
-        pages = (work.page_starts(), work.pages(), work.last_page_lens())
-        sizes = (work.num_heads, work.num_kv_heads, work.head_dim, work.page_size)
+        _, page_size, num_kv_heads, head_dim = shape
+        seq_lens = layout.seq_lens[sequences]
+        num_pages = [-(-seq.kv_len // page_size) for seq in seq_lens]
+        last_page_lens = [(seq.kv_len - 1) % page_size + 1 for seq in seq_lens]
+        pages = (
+            _starts(num_pages),
+            _pages(layout, sequences.start, num_pages),
+            torch.tensor(last_page_lens, dtype=torch.int32),
+        )
+        sizes = (like.shape[1], num_kv_heads, head_dim, page_size)
         if kind == "decode":
             planner.wrapper.plan(*pages, *sizes, **settings)
         else:
-            planner.wrapper.plan(work.query_starts(), *pages, *sizes, causal=True, **settings)
+            query_starts = _starts([seq.query_len for seq in seq_lens])
+            planner.wrapper.plan(query_starts, *pages, *sizes, causal=True, **settings)
         planner.copied.record()
         return planner.wrapper
 
@@ -132,45 +140,17 @@ class FlashInferAttention(AttentionBackend):
         return ring[-1]
 
 
-class _Work:
-    """Some sequences of a step in FlashInfer's terms."""
-
-    def __init__(
-        self, layout: BatchLayout, sequences: slice, num_heads: int, shape: torch.Size
-    ) -> None:
-        self._layout = layout
-        self._first: int = sequences.start
-        self._seq_lens: tuple[SequenceLens, ...] = layout.seq_lens[sequences]
-        _, self.page_size, self.num_kv_heads, self.head_dim = shape
-        self.num_heads = num_heads
-        self._num_pages = [-(-seq.kv_len // self.page_size) for seq in self._seq_lens]
-
-    def query_starts(self) -> torch.Tensor:
-        """int32 [B + 1] on the host."""
-        return _starts([seq.query_len for seq in self._seq_lens])
-
-    def page_starts(self) -> torch.Tensor:
-        """int32 [B + 1] on the host: where each sequence's pages begin in `pages`."""
-        return _starts(self._num_pages)
-
-    def last_page_lens(self) -> torch.Tensor:
-        """int32 [B] on the host: tokens in each last page."""
-        lens = [(seq.kv_len - 1) % self.page_size + 1 for seq in self._seq_lens]
-        return torch.tensor(lens, dtype=torch.int32)
-
-    def pages(self) -> torch.Tensor:
-        """int32 on the device: the pages of all sequences, one after the other."""
-        table_BP = self._layout.page_table_BP
-        width = table_BP.shape[1]
-        places = np.concatenate(
-            [
-                np.arange(number) + (self._first + row) * width
-                for row, number in enumerate(self._num_pages)
-            ]
-        )
-        places_N = torch.from_numpy(places).pin_memory().to(table_BP.device, non_blocking=True)
-        return table_BP.reshape(-1).index_select(0, places_N).int()
+def _pages(layout: BatchLayout, first: int, num_pages: list[int]) -> torch.Tensor:
+    """int32 on the device: the pages of sequences from `first` on, one after the other."""
+    table_BP = layout.page_table_BP
+    width = table_BP.shape[1]
+    places = np.concatenate(
+        [np.arange(number) + (first + row) * width for row, number in enumerate(num_pages)]
+    )
+    places_N = torch.from_numpy(places).pin_memory().to(table_BP.device, non_blocking=True)
+    return table_BP.reshape(-1).index_select(0, places_N).int()
 
 
 def _starts(lengths: list[int]) -> torch.Tensor:
+    """int32 [B + 1] on the host: where each of these lengths begins, and the end."""
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))

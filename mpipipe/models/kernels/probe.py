@@ -10,6 +10,7 @@ import importlib.util
 import os
 from functools import cache
 
+from mpipipe.models.foreign import in_short
 from mpipipe.topology.packages import has_c_compiler
 
 __all__ = ["available"]
@@ -51,9 +52,5 @@ def _trial_failure() -> str:
         out_TH = rms_norm(hidden_TH, torch.ones_like(hidden_TH[0]), 0.0)
         wrong = bool((out_TH - 1.0).abs().max() > 1e-2)
     except Exception as error:  # noqa: BLE001 - Triton's compile errors derive from Exception alone
-        return f"a trial kernel failed: {type(error).__name__}: {_first_line(error)}"
+        return f"a trial kernel failed: {in_short(error)}"
     return "a trial kernel computed wrong numbers" if wrong else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

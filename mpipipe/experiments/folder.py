@@ -1,0 +1,135 @@
+"""The folder of an experiment: its matrix, a record of each launch that has ended, the run folders.
+
+Layout: `experiment.json`, `records/<case>_r<repeat>.json`, `runs/<case>_r<repeat>/` with what the
+launch printed beside it as `.log`, `prompts.jsonl` where prompts were made, `best.toml` after a
+batch experiment. Invariant: matrix and records are written whole, once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mpipipe.errors import ConfigError, OutputError
+from mpipipe.experiments.matrix import differences
+from mpipipe.experiments.record import Matrix, Record, RunSlot, record_name
+from mpipipe.experiments.recording import RUNS_FOLDER
+from mpipipe.plain_values import from_json, to_json
+from mpipipe.run_folder.files import told_as_output, write_whole
+
+__all__ = ["ExperimentFolder"]
+
+_MATRIX = "experiment.json"
+_RECORDS = "records"
+
+
+class ExperimentFolder:
+    """One experiment on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def prompts_path(self) -> Path:
+        """Where generated prompts go."""
+        return self.path / "prompts.jsonl"
+
+    @property
+    def best_path(self) -> Path:
+        """Where the configuration of the best batch goes."""
+        return self.path / "best.toml"
+
+    def run_folder(self, slot: RunSlot) -> Path:
+        """The run folder of a launch."""
+        return self.path / RUNS_FOLDER / record_name(slot.case, slot.repeat)
+
+    def launch_log(self, slot: RunSlot) -> Path:
+        """What a launch printed."""
+        folder = self.run_folder(slot)
+        return folder.with_name(f"{folder.name}.log")
+
+    def read_matrix(self) -> Matrix | None:
+        """The matrix; None: there is none yet.
+
+        Raises:
+            OutputError: the file cannot be read, or is of another version.
+        """
+        path = self.path / _MATRIX
+        try:
+            return from_json(Matrix, path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{path} is not the matrix of an experiment of this version ({error}): choose "
+                "another folder with --out"
+            ) from error
+
+    def keep_matrix(self, matrix: Matrix) -> None:
+        """Write the matrix, or check that the one that is there is the same.
+
+        Raises:
+            ConfigError: another experiment is there; says what differs.
+            OutputError: it cannot be read or written.
+        """
+        earlier = self.read_matrix()
+        if earlier is None:
+            self._make_folders()
+            write_whole(self.path / _MATRIX, (to_json(matrix, indent=2) + "\n").encode())
+        elif changed := differences(earlier, matrix):
+            raise ConfigError(
+                f"{self.path} holds another experiment ({'; '.join(changed[:5])}), and its records "
+                "cannot be mixed with others: choose another folder with --out, or give the same "
+                "command again"
+            )
+
+    def _make_folders(self) -> None:
+        for folder in (_RECORDS, RUNS_FOLDER):
+            with told_as_output(self.path / folder):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+
+    def records(self) -> list[Record]:
+        """All records, in the order of their launches.
+
+        Raises:
+            OutputError: one cannot be read.
+        """
+        found = []
+        for path in sorted((self.path / _RECORDS).glob("*.json")):
+            try:
+                found.append(Record.from_json(path.read_bytes()))
+            except (OSError, ValueError) as error:
+                raise OutputError(
+                    f"{path} is not a record of this version ({error}): remove it, and give the "
+                    "same command again to repeat its run"
+                ) from error
+        return sorted(found, key=lambda record: record.order)
+
+    def has_record(self, slot: RunSlot) -> bool:
+        """Whether the launch has ended with a result."""
+        return (self.path / _RECORDS / f"{record_name(slot.case, slot.repeat)}.json").exists()
+
+    def keep_record(self, record: Record) -> None:
+        """Write a record.
+
+        Raises:
+            OutputError: it cannot be written, or is there already.
+        """
+        path = self.path / _RECORDS / f"{record.name}.json"
+        if path.exists():
+            raise OutputError(
+                f"{path} exists: another process runs the same experiment; let it finish first"
+            )
+        write_whole(path, record.to_json().encode())
+
+    def remove_run(self, slot: RunSlot) -> None:
+        """Remove the run folder of a launch and what it printed, if they are there.
+
+        Raises:
+            OutputError: something in it cannot be removed.
+        """
+        folder = self.run_folder(slot)
+        with told_as_output(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+            self.launch_log(slot).unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""What a report says of an experiment: warnings, verdicts, tables, plots, environment, commands."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from mpipipe.report.document import Block, Cell, Commands, Heading, Notice, Table, Text
+from mpipipe.report.experiment_charts import experiment_charts, memory_limit_of
+from mpipipe.report.hypotheses import verdict
+from mpipipe.report.numbers import count, interval, measured, number
+from mpipipe.report.tables import further_table, main_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mpipipe.experiments.record import Record
+    from mpipipe.experiments.statistics import Spread
+    from mpipipe.report.charts import Chart
+    from mpipipe.report.rows import Row, Section
+
+__all__ = ["ARM_WORDS", "TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
+
+TITLES = {"strong": "Strong scaling", "weak": "Weak scaling", "batch": "Batch size"}
+ARM_WORDS = {
+    "memory-filling": "the same prompts, as many in flight as memory holds",
+    "fixed-total": "the same prompts, the same number in flight",
+    "weak": "constant work per stage",
+    "batch": "the same prompts and stages, more in flight",
+}
+_FLAG_WORDS = {
+    "other tokens": "made other tokens than most runs of the same prompts, so its speed is not "
+    "that of the same work",
+    "throttled": "ran while a GPU had lowered its clocks",
+    "foreign load": "shared its machine with other work",
+    "too short": "generated for too short a time for a steady speed",
+}
+
+
+def blocks_before_plots(section: Section, *, hypotheses: bool) -> list[Block]:
+    """Heading, what is wrong, the verdicts, the tables."""
+    name = section.matrix.experiment
+    label = f" ({section.label})" if section.label not in {"", name} else ""
+    return [
+        Heading(f"{TITLES[name]}{label}"),
+        *(Notice(text) for text in _warnings(section)),
+        *_verdicts(section),
+        main_table(name, section.rows, hypotheses=hypotheses),
+        further_table(section.rows),
+    ]
+
+
+def section_charts(section: Section) -> list[Chart]:
+    """The plots of the section that need nothing but the records."""
+    return experiment_charts(section, _machine(section.records))
+
+
+def blocks_after_plots(section: Section) -> list[Block]:
+    """Where it ran, how it was measured, and how to repeat it."""
+    return [
+        Heading("Environment", 3),
+        _environment(section),
+        Heading("Repeat it", 3),
+        Text("The whole experiment, then the first launch of each case."),
+        Commands(tuple(_commands(section))),
+    ]
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _warnings(section: Section) -> list[str]:
+    """What a reader must know before the figures."""
+    rows = section.rows
+    warnings = []
+    if section.verdict.num_missing:
+        warnings.append(
+            f"the experiment is not complete: {count(section.verdict.num_missing, 'launch')} of "
+            f"{len(section.matrix.order)} have no record yet; the same command goes on with them."
+        )
+    for flag, words in _FLAG_WORDS.items():
+        hit = [row for row in rows if row.flags.get(flag)]
+        if hit:
+            runs = sum(row.flags[flag] for row in hit)
+            names = ", ".join(f"{row.case.name} ({row.flags[flag]})" for row in hit)
+            warnings.append(f"{flag}: {count(runs, 'run')} {words}: {names}.")
+    failed = [row.case.name for row in rows if row.failures]
+    if failed:
+        warnings.append(f"runs without a result, with the reason in the row: {', '.join(failed)}.")
+    unsound = [row.case.name for row in rows if row.throughput and not row.throughput.is_sound]
+    if unsound:
+        warnings.append(
+            "too few runs for an interval of 90 %, so no verdict is drawn from them; five are "
+            f"needed: {', '.join(unsound)}."
+        )
+    return warnings
+
+
+def _verdicts(section: Section) -> list[Text]:
+    texts = []
+    name = section.matrix.experiment
+    for arm, rows in section.arms.items():
+        seen = _what_the_sweep_found(section) if name == "batch" else _what_scaling_found(rows)
+        label = f"{arm}, {ARM_WORDS[arm]}:" if len(section.arms) > 1 else f"{ARM_WORDS[arm]}:"
+        texts += [Text(seen, label.capitalize()), Text(verdict(name, rows), "Supposed:")]
+    return texts
+
+
+def _what_scaling_found(arm: Sequence[Row]) -> str:
+    """The largest case with a result, beside the smallest, and beside what was possible."""
+    done = [row for row in arm if row.speedup is not None]
+    if len(done) < 2:
+        return "Too few cases came to a result for a comparison."
+    first, last = done[0], done[-1]
+    assert last.speedup is not None
+    assert last.efficiency is not None
+    more = last.size / first.size
+    words = _beside_one(last, last.speedup)
+    sentence = (
+        f"{count(last.size, 'stage')} made {measured(last.speedup)} times the tokens per second "
+        f"of {first.size}, {words}: {measured(last.efficiency)} of the ideal {more:g} times."
+    )
+    if first.ceiling is not None and last.ceiling is not None:
+        possible = last.ceiling.model_tokens_per_s / first.ceiling.model_tokens_per_s
+        sentence += (
+            f" The cost model allows {number(possible)} times at best "
+            f"({last.ceiling.reason.rstrip('.')})."
+        )
+    return sentence
+
+
+def _beside_one(row: Row, speedup: Spread) -> str:
+    if not row.same_tokens:
+        return "without a verdict, as its runs made different tokens"
+    if speedup.is_above(1):
+        return "faster beyond the noise"
+    if speedup.is_below(1):
+        return "slower beyond the noise"
+    if not speedup.is_sound:
+        return "from too few runs for a verdict"
+    return "which cannot be told apart from no gain"
+
+
+def _what_the_sweep_found(section: Section) -> str:
+    done = [(row, row.throughput) for row in section.rows if row.throughput is not None]
+    if not done:
+        return "No batch came to a result."
+    row, best = max(done, key=lambda pair: pair[1].median)
+    around = interval(best)
+    safe, limit = section.verdict.largest_safe_batch, memory_limit_of(section.rows)
+    sentences = [
+        (
+            f"The highest throughput was {number(best.median)} tokens/s"
+            f"{f' ({around})' if around else ''}, at a batch of {row.size}."
+        ),
+        section.verdict.notes[-1],  # on the knee
+        *([f"The largest batch that is safe is {safe}."] if safe else []),
+        *([f"A batch of {limit.size} did not fit into memory."] if limit else []),
+    ]
+    return " ".join(sentences)
+
+
+def _machine(records: Sequence[Record]) -> str:
+    """Hosts and GPUs, in a few words."""
+    hosts = sorted({host for record in records for host in record.hosts})
+    gpus = sorted({gpu for record in records for gpu in record.gpus})
+    place = count(len(hosts), "host") if len(hosts) != 1 else hosts[0]
+    return f"On {place}, {', '.join(gpus) if gpus else 'CPU'}." if hosts else ""
+
+
+# ---- environment and commands --------------------------------------------------------------------
+
+
+def _environment(section: Section) -> Table:
+    records, matrix = section.records, section.matrix
+    versions: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in record.versions.items():
+            versions.setdefault(name, set()).add(str(version))
+    facts = {
+        "hosts": _several(host for record in records for host in record.hosts),
+        "GPUs": _several(gpu for record in records for gpu in record.gpus) or "none",
+        "commit": _several(record.commit or "no checkout" for record in records),
+        "versions": ", ".join(
+            f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())
+        ),
+        "configuration": shlex.join([matrix.config, *matrix.words]),
+        "configuration hash": _several(record.config_hash for record in records),
+        "order": f"{count(len(records), 'launch')}, cases and arms interleaved at random, seed "
+        f"{_several(str(record.seed) for record in records)}",
+        "first and last launch": " – ".join(_first_and_last([r.started for r in records])),
+        "GPU clock (MHz)": _several(
+            number(record.sm_clock_mhz) for record in records if record.sm_clock_mhz
+        ),
+    }
+    return Table(
+        "Where and how it was measured",
+        ("What", "Value"),
+        tuple(
+            (Cell(name, is_number=False), Cell(value, is_number=False))
+            for name, value in facts.items()
+            if value
+        ),
+    )
+
+
+def _several(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
+
+
+def _first_and_last(times: Sequence[str]) -> list[str]:
+    return [min(times), max(times)] if len(times) > 1 else list(times)
+
+
+def _commands(section: Section) -> list[str]:
+    lines = [shlex.join(section.matrix.command), ""]
+    for row in section.rows:
+        lines += [f"# {row.case.name}", *(shlex.join(run.command) for run in row.runs[:1])]
+    return lines

@@ -1,0 +1,247 @@
+"""Verdicts in words, changes against older records, and what ends a report with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mpipipe.cli.main import app
+from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
+from mpipipe.report import make, page
+from mpipipe.report.make import make_report
+from tests.unit import made_experiments
+from tests.unit.made_experiments import Planted
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib is not there where these tests run alone."""
+    monkeypatch.setattr(make, "can_draw", lambda: False)
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    document = json.loads(make_report(folder).files["report.json"])
+    return {verdict["arm"]: verdict["text"] for verdict in document["verdicts"]}
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+
+def test_no_verdict_inside_of_the_noise(tmp_path: Path) -> None:
+    found = verdicts(made_experiments.write(tmp_path, "strong", made_experiments.strong()))
+    assert "speedup 1.50 (1.46 – 1.57), above the 1.3 supposed" in found["memory-filling"]
+    assert (
+        "speedup 1.29 (1.25 – 1.34), which cannot be told apart from the 1.3 supposed; parallel "
+        "efficiency 0.644 (0.625 – 0.670), which cannot be told apart from the 0.65 supposed"
+    ) in found["fixed-total"]
+    assert "the stages shared one node" in found["memory-filling"]
+    assert "some are flagged" not in found["memory-filling"]  # 4 stages, of which nothing was said
+
+
+def test_the_batch_sweep_has_a_verdict_for_each_supposed_size(tmp_path: Path) -> None:
+    text = verdicts(made_experiments.write(tmp_path, "batch", made_experiments.batch()))["batch"]
+    assert "For a batch of 2: batch efficiency 0.891 (0.865 – 0.928), which cannot be told" in text
+    assert "For a batch of 4: batch efficiency 0.730 (0.723 – 0.753), below the 0.8 sup" in text
+    assert "For a batch of 8: batch efficiency 0.473 (0.459 – 0.478), above the 0.43 sup" in text
+
+
+def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -> None:
+    planted = made_experiments.weak()
+    planted[1] = dataclasses.replace(planted[1], tokens={2: "other"})
+    made_experiments.write(tmp_path / "tokens", "weak", planted)
+    assert "made different tokens, so there is no verdict" in verdicts(tmp_path / "tokens")["weak"]
+
+    planted[1] = dataclasses.replace(
+        planted[1], tokens={}, outcome="failed", reason="a rank was lost.", failed_repeats=(1, 2)
+    )
+    made_experiments.write(tmp_path / "few", "weak", planted)
+    assert "from too few runs for a verdict on the 0.9" in verdicts(tmp_path / "few")["weak"]
+
+    planted[1] = dataclasses.replace(planted[1], failed_repeats=(1, 2, 3, 4, 5))
+    made_experiments.write(tmp_path / "none", "weak", planted)
+    text = verdicts(tmp_path / "none")["weak"]
+    assert "the case weak_2 came to no result: a rank was lost." in text
+
+
+def test_a_flagged_run_behind_a_verdict_is_told(tmp_path: Path) -> None:
+    planted = made_experiments.weak()
+    planted[0] = dataclasses.replace(planted[0], flags={2: ("throttled",), 4: ("throttled",)})
+    text = verdicts(made_experiments.write(tmp_path, "weak", planted))["weak"]
+    assert "Of the 10 runs behind it some are flagged: throttled (2)." in text
+
+
+def test_supposed_values_stand_in_the_table_on_request_only(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path, "batch", made_experiments.batch())
+    without = make_report(tmp_path).files["report.md"].decode()
+    with_them = make_report(tmp_path, hypotheses=True).files["report.md"].decode()
+    assert "| 0.473 (0.459 – 0.478) |" in without
+    assert "| 0.473 (0.459 – 0.478, supposed 0.43) |" in with_them
+
+
+def test_what_the_sweep_found_is_said_in_words(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path, "batch", made_experiments.batch())
+    text = make_report(tmp_path).files["report.md"].decode()
+    assert "The highest throughput was 152 tokens/s (149 – 155), at a batch of 16." in text
+    assert "The knee is at batch 8" in text
+    assert "The largest batch that is safe is 16. A batch of 32 did not fit into memory." in text
+
+
+# ---- against older records -----------------------------------------------------------------------
+
+
+def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.95))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == EXIT_REGRESSION == 7
+    assert (
+        "worse: batch batch_4: Throughput (tokens/s): 118 (116 – 120) → 112 (110 – 114), -5.0 %"
+    ) in ended.output
+    assert "worse: batch batch_4: TTFT p50 (s)" in ended.output
+    assert "Memory" not in ended.output
+    text = (new / "report.md").read_text()
+    assert "**worse**" in text
+    assert "What has changed" in text
+
+    ended = CliRunner().invoke(app, ["report", str(old), "--against", str(new)])
+    assert ended.exit_code == 0
+    assert "better: batch batch_4: Throughput" in ended.output
+    assert "no regression beyond the noise" in ended.output
+
+
+def test_changes_inside_of_the_noise_are_none(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.985))
+    assert make_report(new, against=old).regressions == []
+
+
+def test_a_case_that_came_to_no_result_any_more_is_a_regression(tmp_path: Path) -> None:
+    planted = made_experiments.weak()
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    planted[2] = dataclasses.replace(
+        planted[2], outcome="failed", reason="a rank was lost", failed_repeats=(1, 2, 3, 4, 5)
+    )
+    new = made_experiments.write(tmp_path / "new", "weak", planted)
+    assert [change.sentence for change in make_report(new, against=old).regressions] == [
+        "weak weak_4: came to no result any more: a rank was lost"
+    ]
+
+
+def test_too_few_runs_are_no_regression(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.5))
+    for repeat in (4, 5):
+        for path in (new / "records").glob(f"*_r{repeat}.json"):
+            path.unlink()
+    report = make_report(new, against=old)
+    assert report.regressions == []
+    assert {change.kind for change in report.changes} == {"too few runs"}
+
+
+def test_records_of_other_cases_cannot_be_compared(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "weak", made_experiments.weak())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch())
+    with pytest.raises(ConfigError, match="none of the cases of this folder"):
+        make_report(new, against=old)
+
+
+# ---- a single run, and what is no report ---------------------------------------------------------
+
+
+def test_a_run_has_a_page_with_its_figures(tmp_path: Path) -> None:
+    folder = made_experiments.make_run_folder(tmp_path / "run")
+    files = make_report(folder).files
+    figures = json.loads(files["report.json"])["figures"]
+    assert figures["throughput_tokens_per_s"] == 100.0
+    assert figures["cpu_percent"] == 90.0
+    assert figures["gpu_percent"] == 60.0
+    assert figures["wall_clock_s"] == pytest.approx(80.0)
+    text = files["report.md"].decode()
+    assert "| Batch size | 8 | prompts in flight at most |" in text
+    assert "| read weights | 1.25 | 2.25 |" in text
+    assert "| stage 1 | node0 | 42.0 | 6.00 | 3.00 | 1.80 | 4.20 | 3.00 | 2.50 | 30.0 |" in text
+    assert "1234567 (changed)" in text
+    assert "EPYC, 2 cores, 16.0 GiB, Linux 6.1" in text
+
+
+def test_a_killed_run_has_a_page_of_what_is_left(tmp_path: Path) -> None:
+    folder = made_experiments.make_run_folder(tmp_path / "run", killed=True)
+    report = make_report(folder)
+    text = report.files["report.md"].decode()
+    assert "there is no metrics.json: the run still goes on, or it was killed" in text
+    figures = json.loads(report.files["report.json"])["figures"]
+    assert figures["cpu_percent"] == 90.0
+    assert figures["wall_clock_s"] is None
+    # 60 whole steps of 40 ms, 30 of them compute, and a torn line
+    first = json.loads(report.files["report.json"])["stage_parts_s"][0]
+    assert first["compute"] == pytest.approx(60 * 0.03)
+    assert first["idle"] == pytest.approx(60 * 0.005)
+
+
+def test_a_single_run_has_no_interval_to_compare_by(tmp_path: Path) -> None:
+    folder = made_experiments.make_run_folder(tmp_path / "run")
+    with pytest.raises(ConfigError, match="single run, which has no interval"):
+        make_report(folder, against=folder)
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no records of an experiment and no run"):
+        make_report(tmp_path)
+    with pytest.raises(OutputError, match="cannot be read"):
+        make_report(tmp_path / "gone")
+    made_experiments.write(tmp_path, "weak", made_experiments.weak())
+    (tmp_path / "records" / "weak_1_r1.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"weak_1_r1\.json is not a record of this version"):
+        make_report(tmp_path)
+
+
+def test_without_matplotlib_there_are_tables_and_a_sentence(tmp_path: Path) -> None:
+    folder = made_experiments.write(tmp_path, "weak", [Planted("weak", 1, 10.0, batch=1)])
+    ended = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "out")])
+    assert ended.exit_code == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "pip install &#x27;mpipipe[report]&#x27;" in text
+    assert "<svg" not in text
+    assert "<table>" in text
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    folder = made_experiments.write(tmp_path, "weak", made_experiments.weak())
+    (tmp_path / "file").touch()
+    ended = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "file")])
+    assert isinstance(ended.exception, OutputError)
+    assert "cannot be written" in str(ended.exception)
+
+
+# ---- colours -------------------------------------------------------------------------------------
+
+
+def test_each_colour_of_a_plot_stands_out_from_its_card_in_light_and_dark() -> None:
+    light, dark = page.STYLE.split("@media (prefers-color-scheme: dark)")
+    for sheet in (light, dark.split("} }")[0]):
+        colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", sheet))
+        for name in [f"c{number}" for number in range(7)]:
+            assert contrast(colors[name], colors["card"]) >= 3, name
+        for name in ("text", "quiet"):
+            assert contrast(colors[name], colors["card"]) >= 4.5, name
+            assert contrast(colors[name], colors["page"]) >= 4.5, name
+        assert contrast(colors["warn"], colors["warn-card"]) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
