@@ -117,7 +117,7 @@ _SAMPLES = (
     _field("net_rx_bytes", "int|null", "received by the node, cumulative"),
     _field("net_tx_bytes", "int|null", "sent by the node, cumulative"),
     _field("num_involuntary_switches", "int|null?", "the process was put aside, cumulative"),
-    _field("run_delay_s", "number|null?", "the compute thread waited for its core, cumulative"),
+    _field("run_delay_s", "float|null?", "the compute thread waited for its core, cumulative"),
     _field("gpu", "object|null", "null without a GPU or without nvidia-ml-py"),
 )
 
