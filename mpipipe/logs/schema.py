@@ -206,6 +206,8 @@ DOCUMENTS = (
             _field("energy_j", "float|null", "of all GPUs while generating"),
             _field("attempts", "list", "what each start of the run did"),
             _field("total", "object", "sums over the attempts"),
+            _field("bytes_moved", "int?", "of tensors, from rank to rank"),
+            _field("slurm", "list|null?", "what Slurm counted of earlier attempts"),
         ),
         open=True,
     ),

@@ -86,6 +86,12 @@ def _warnings(section: Section) -> list[str]:
     failed = [row.case.name for row in rows if row.failures]
     if failed:
         warnings.append(f"runs without a result, with the reason in the row: {', '.join(failed)}.")
+    warnings += [
+        f"{row.case.name}: memory holds {row.places} prompts at once, and there are "
+        f"{row.case.num_prompts}: more prompts would fill it."
+        for row in rows
+        if row.case.batch is None and row.places > row.case.num_prompts
+    ]
     unsound = [row.case.name for row in rows if row.throughput and not row.throughput.is_sound]
     if unsound:
         warnings.append(
@@ -121,10 +127,7 @@ def _what_scaling_found(arm: Sequence[Row]) -> str:
     )
     if first.ceiling is not None and last.ceiling is not None:
         possible = last.ceiling.model_tokens_per_s / first.ceiling.model_tokens_per_s
-        sentence += (
-            f" The cost model allows {number(possible)} times at best "
-            f"({last.ceiling.reason.rstrip('.')})."
-        )
+        sentence += f" The cost model allows {number(possible)} times at best."
     return sentence
 
 
@@ -188,6 +191,11 @@ def _environment(section: Section) -> Table:
         "order": f"{count(len(records), 'launch')}, cases and arms interleaved at random, seed "
         f"{_several(str(record.seed) for record in records)}",
         "first and last launch": " – ".join(_first_and_last([r.started for r in records])),
+        **{
+            f"ceiling of {rows[-1].case.name}": rows[-1].ceiling.reason
+            for rows in section.arms.values()
+            if rows[-1].ceiling is not None
+        },
         "GPU clock (MHz)": _several(
             number(record.sm_clock_mhz) for record in records if record.sm_clock_mhz
         ),

@@ -60,6 +60,11 @@ class Row:
         return tuple(run for run in self.runs if run.outcome == "ok")
 
     @property
+    def places(self) -> int:
+        """Sequences that the plan lets run at once; 0: no run has told."""
+        return max((run.num_places or 0 for run in self.runs), default=0)
+
+    @property
     def same_tokens(self) -> bool:
         """Whether all runs made the same tokens; else their speed means nothing."""
         return "other tokens" not in self.flags

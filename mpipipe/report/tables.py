@@ -181,8 +181,7 @@ def _batch(row: Row) -> Cell:
     """Prompts in flight at most; what fits where memory decides."""
     if row.case.batch is not None:
         return Cell(f"{row.case.batch:,}")
-    places = sorted({run.num_places for run in row.runs if run.num_places})
-    return Cell(f"{places[0]:,}" if places else NOTHING, "what fits")
+    return Cell(f"{row.places:,}" if row.places else NOTHING, "what fits")
 
 
 # ---- for programs --------------------------------------------------------------------------------
