@@ -1,4 +1,4 @@
-"""Everything that is claimed of the GPU engine, as parts to run on one machine, and their table.
+"""All benchmarks and tests of the GPU engine, as parts to run on one machine, and their table.
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `transformers_1`
@@ -158,11 +158,6 @@ def _transformers_part(name: str, device_map: str, options: SuiteOptions) -> Par
     return Part(name, command, 75.0, None, {"shape": _SHAPES[0], "ranks": name[-1]})
 
 
-def _tests_part(options: SuiteOptions) -> Part:
-    """The GPU tests; those that need ranks start them themselves."""
-    return Part("tests", ["bash", str(options.root / "launch" / "test_gpu.sh")], 420.0)
-
-
 def all_parts(options: SuiteOptions) -> list[Part]:
     """In the order to run them: the figures of the table first, they matter most."""
     throughput = (
@@ -179,7 +174,9 @@ def all_parts(options: SuiteOptions) -> list[Part]:
     parts.append(_transformers_part("transformers_1", "none", options))
     if options.device == "cuda":
         parts.append(_transformers_part("transformers_2", "auto", options))
-    return [*parts, _tests_part(options)]
+    # The GPU tests; those that need ranks start them themselves.
+    tests = ["bash", str(options.root / "launch" / "test_gpu.sh")]
+    return [*parts, Part("tests", tests, 420.0)]
 
 
 def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:

@@ -1,4 +1,4 @@
-"""Work for benchmarks: so many prompts of so many random tokens, so many tokens out.
+"""Work for benchmarks: a number of prompts of random tokens, and the tokens to make of each.
 
 Seeded: the same work, seed and model give the same requests on every machine. `throughput` runs
 them.

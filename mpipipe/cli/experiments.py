@@ -6,9 +6,10 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from rich import box
 from rich.console import Console
@@ -29,13 +30,13 @@ from mpipipe.run_folder.files import write_whole
 from mpipipe.topology.host import usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mpipipe.experiments.record import ExperimentName, Matrix, Record, RunSlot
 
 __all__ = ["ExperimentRequest", "experiment_command"]
 
-_WIDTH = 150  # of the table where no terminal says otherwise
+_WIDTH = 170  # of the table where no terminal says otherwise
 _DEFAULT_STAGES = {"strong": "1,2", "weak": "1,2", "batch": "1"}
 
 
@@ -73,7 +74,6 @@ def experiment_command(request: ExperimentRequest) -> int:
     Raises:
         MpipipeError: the request is wrong, another experiment is in the folder, or no rank starts.
     """
-    signal.signal(signal.SIGTERM, _stop)
     if request.replicas != 1:
         raise ConfigError(
             f"--replicas {request.replicas}: there is one pipeline in a run so far; leave it at 1"
@@ -100,8 +100,21 @@ def experiment_command(request: ExperimentRequest) -> int:
     if not request.only_table:
         launcher = choose_launcher(os.environ)
         launching = Launching(launcher, run_launch, request.only_case, request.keep_runs)
-        run_experiment(folder, matrix, launching, _View(sys.stderr if request.as_json else None))
+        with _ended_by_sigterm():
+            run_experiment(
+                folder, matrix, launching, _View(sys.stderr if request.as_json else None)
+            )
     return _conclude(request, folder, matrix)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM ends the launch that runs, and then the command, with exit code 75."""
+    earlier = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _stop(_signal: int, _frame: object) -> NoReturn:
@@ -190,8 +203,8 @@ def _conclude(request: ExperimentRequest, folder: ExperimentFolder, matrix: Matr
 class _View:
     """A line for each launch."""
 
-    def __init__(self, stream: object = None) -> None:
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._num_cells = 0
 
     def planned(self, matrix: Matrix, num_missing: int) -> None:
@@ -235,7 +248,7 @@ def _print_verdict(matrix: Matrix, verdict: ExperimentVerdict, folder: Experimen
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if is_terminal else _WIDTH)
     table = Table(*_COLUMNS, box=box.SIMPLE_HEAD)
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
     table.columns[0].min_width = max(len(case.case.name) for case in verdict.cases)
     for column in table.columns[1:-1]:
         column.justify = "right"

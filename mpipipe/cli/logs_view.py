@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _POLL_S = 0.5
+_MOST_COLUMNS = 8  # of ranks, side by side
 _LEAST_WIDTH = 200  # of what no person reads, or a pipe: no cell is cut
 _STYLES = {"error": "red", "critical": "red", "warning": "yellow", "prompt": "yellow"}
 
@@ -54,9 +56,8 @@ def show_summary(files: RunFiles, run: RunFacts, found: RunTime, *, as_json: boo
         return
     hosts = dict.fromkeys(rank.host for rank in found.ranks if rank.host)
     attempt = f"attempt {found.attempt} of {found.num_attempts}"
-    _print(
-        f"run       {files.folder} ({found.run or 'no id'}), {attempt}, {found.state or 'ended?'}"
-    )
+    state = found.state or "no word of its end"
+    _print(f"run       {files.folder} ({found.run or 'no id'}), {attempt}, {state}")
     _print(f"ranks     {len(found.ranks)} on {', '.join(hosts) or 'an unknown host'}")
     unexplained = found.shares["unexplained"]
     _print(
@@ -74,26 +75,43 @@ def show_summary(files: RunFiles, run: RunFacts, found: RunTime, *, as_json: boo
 
 
 def _show_times(found: RunTime) -> None:
-    columns = [name for name in found.shares if any(rank.seconds[name] for rank in found.ranks)]
-    table = _table("rank", "stage", "wall", *columns)
-    for rank in found.ranks:
-        cells = [_seconds(rank.seconds[name]) for name in columns]
-        table.add_row(str(rank.rank), str(rank.stage), _seconds(rank.wall_s), *cells)
-    table.add_row("all", "", "", *(f"{found.shares[name]:.1%}" for name in columns))
-    _show(table)
+    """The seconds of each rank, by what they were used for."""
+    spent = {
+        name: {rank.rank: rank.seconds[name] for rank in found.ranks}
+        for name in found.shares
+        if any(rank.seconds[name] for rank in found.ranks)
+    }
+    shares = {name: f"{found.shares[name]:.1%}" for name in spent}
+    walls = {rank.rank: rank.wall_s for rank in found.ranks}
+    _show_by_rank("seconds", {**spent, "wall clock": walls}, {**shares, "wall clock": "100.0%"})
 
 
 def _show_boot(ranks: Sequence[RankTime]) -> None:
-    """Per boot event the fastest and the slowest rank."""
     names = dict.fromkeys(name for rank in ranks for name in rank.boot)
-    if not names:
-        return
-    _print("")
-    table = _table("boot event", "least", "most", "on rank", left=("boot event",))
-    for name in names:
-        spent = {rank.rank: rank.boot.get(name, 0.0) for rank in ranks}
-        slowest = max(spent, key=lambda rank: spent[rank])
-        table.add_row(name, _seconds(min(spent.values())), _seconds(spent[slowest]), str(slowest))
+    spent = {name: {rank.rank: rank.boot.get(name, 0.0) for rank in ranks} for name in names}
+    if spent:
+        _print("")
+        _show_by_rank("boot event", spent, {})
+
+
+def _show_by_rank(
+    title: str, spent: Mapping[str, Mapping[int, float]], shares: Mapping[str, str]
+) -> None:
+    """A column per rank; of many ranks those that spent the least and the most."""
+    ranks = list(next(iter(spent.values()), {}))
+    if few := len(ranks) <= _MOST_COLUMNS:
+        columns = [f"rank {rank}" for rank in ranks]
+    else:
+        columns = ["least", "median", "most", "on rank"]
+    table = _table(title, *columns, *(["share"] if shares else []), left=(title,))
+    for name, seconds in spent.items():
+        if few:
+            cells = [_seconds(seconds[rank]) for rank in ranks]
+        else:
+            slowest = max(ranks, key=lambda rank: seconds[rank])
+            figures = (min(seconds.values()), median(seconds.values()), seconds[slowest])
+            cells = [*map(_seconds, figures), str(slowest)]
+        table.add_row(name, *cells, *([shares.get(name, "")] if shares else []))
     _show(table)
 
 
@@ -107,8 +125,8 @@ def _show_clocks(run: RunFacts) -> None:
 
 def _coverage(found: RunTime) -> list[str]:
     return [
-        f"rank {rank.rank}: {rank.num_steps_kept:,} of {rank.num_steps:,} steps were kept "
-        "(log.steps = all keeps every one)"
+        f"rank {rank.rank}: {rank.num_steps_kept:,} of {rank.num_steps:,} steps are on record "
+        "(log.steps = all keeps every one; a kill loses those of the last moment)"
         for rank in found.ranks
         if 0 < rank.num_steps_kept < rank.num_steps
     ]
@@ -288,7 +306,7 @@ def _show(shown: Table | Text) -> None:
     width = shutil.get_terminal_size().columns if terminal else _LEAST_WIDTH
     console = Console(width=width, force_terminal=terminal, highlight=False)
     with console.capture() as captured:
-        console.print(shown)
+        console.print(shown, soft_wrap=isinstance(shown, Text))
     _print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
@@ -329,7 +347,7 @@ def _told(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.10g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -160,7 +160,7 @@ def slurm_mpi_flag(
     """Print the `--mpi=` value of srun that fits this environment's MPI library."""
     from mpipipe.cli.slurm import mpi_flag_command
 
-    raise typer.Exit(mpi_flag_command(available))
+    mpi_flag_command(available)
 
 
 @slurm.command("workspace")
@@ -173,7 +173,7 @@ def slurm_workspace(
     """Make the folder of this Slurm job, with copies of what it reads, for `launch/run.sh`."""
     from mpipipe.cli.slurm import workspace_command
 
-    raise typer.Exit(workspace_command(config, overrides or [], scratch))
+    workspace_command(config, overrides or [], scratch)
 
 
 @app.command("demo-model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from mpipipe.errors import EXIT_OK, ConfigError
+from mpipipe.errors import ConfigError
 from mpipipe.run_folder.workspace import job_workspace
 from mpipipe.topology.mpi_library import ask_library, choose_mpi, offered_types
 from mpipipe.topology.slurm import read_job
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["mpi_flag_command", "workspace_command"]
 
 
-def mpi_flag_command(available: str) -> int:
-    """Print the `--mpi=` value of srun for the installed MPI library; returns the exit code.
+def mpi_flag_command(available: str) -> None:
+    """Print the `--mpi=` value of srun for the installed MPI library.
 
     Args:
         available: what `srun --mpi=list` printed; empty: choose as if srun offered everything.
@@ -30,11 +30,10 @@ def mpi_flag_command(available: str) -> int:
         EnvironmentSetupError: no MPI library, or srun offers nothing that fits it.
     """
     print(choose_mpi(ask_library(), offered_types(available)))
-    return EXIT_OK
 
 
-def workspace_command(config: Path, overrides: Sequence[str], scratch: Path) -> int:
-    """Make the folder of this job below `scratch`, print its file to source; returns the exit code.
+def workspace_command(config: Path, overrides: Sequence[str], scratch: Path) -> None:
+    """Make the folder of this job below `scratch`, and print its file to source.
 
     Raises:
         MpipipeError: this is no Slurm job, the configuration or its model is wrong, or the folder
@@ -44,4 +43,3 @@ def workspace_command(config: Path, overrides: Sequence[str], scratch: Path) -> 
     if job is None:
         raise ConfigError("this is no Slurm job (SLURM_JOB_ID is not set), so it has no folder")
     print(job_workspace(config, overrides, scratch, job))
-    return EXIT_OK

@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -161,28 +161,29 @@ def _read_table(path: Path) -> dict[str, Any]:
     return parse_table(text, path)
 
 
-def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`values` with its input paths taken from `folder` where only that exists."""
-    found = values
-    for section, key in _INPUT_PATHS:
+def _paths(
+    values: dict[str, Any], names: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, str, str]]:
+    """Section, key and expanded path of each of the settings `names` that `values` give."""
+    for section, key in names:
         table = values.get(section)
         value = table.get(key) if isinstance(table, dict) else None
-        if not isinstance(value, str) or not value or value.startswith(DEMO_SCHEME):
-            continue
-        expanded = expand_path(value, f"{section}.{key}")
-        beside = folder / expanded
+        if isinstance(value, str) and not value.startswith(DEMO_SCHEME):
+            yield section, key, expand_path(value, f"{section}.{key}")
+
+
+def _from_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`values` with its input paths taken from `folder` where only that exists."""
+    for section, key, path in _paths(values, _INPUT_PATHS):
         # Not Path.exists, which raises for a name that is too long.
-        if not os.path.exists(expanded) and os.path.exists(beside):
-            found = merge(found, {section: {key: str(beside)}})
-    return found
+        if path and not os.path.exists(path) and os.path.exists(folder / path):
+            values = merge(values, {section: {key: str(folder / path)}})
+    return values
 
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:
-    for section, key in _ALL_PATHS:
-        value = values.get(section, {}).get(key)
-        if isinstance(value, str) and not value.startswith(DEMO_SCHEME):
-            expanded = expand_path(value, f"{section}.{key}")
-            values = merge(values, {section: {key: expanded}})
+    for section, key, path in _paths(values, _ALL_PATHS):
+        values = merge(values, {section: {key: path}})
     return values
 
 
@@ -289,7 +290,7 @@ def _is_file_word(word: str) -> bool:
 
 
 def _rename_keys(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """Nested values under today's names, and warnings about those that were older.
+    """dict[str, Any] values under today's names, and warnings about those that were older.
 
     Raises:
         ConfigError: a setting is given under both of its names.

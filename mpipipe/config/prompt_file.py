@@ -206,10 +206,8 @@ _SEPARATORS = b",;\t|"
 
 def _problem_of_first_bytes(raw: bytes) -> str:
     """The format that the first bytes tell, with the remedy; empty: none that is known."""
-    for magic, what, remedy in _FIRST_BYTES:
-        if raw.startswith(magic):
-            return f"{what}: {remedy}"
-    return ""
+    told = (f"{what}: {how}" for magic, what, how in _FIRST_BYTES if raw.startswith(magic))
+    return next(told, "")
 
 
 def problem_of_lines(raw: bytes, *, none_readable: bool) -> str:

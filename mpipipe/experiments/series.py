@@ -18,9 +18,10 @@ __all__ = ["cpu_percent", "energy_j", "flags_of", "gpu_percent", "progress", "sm
 
 MIN_GENERATE_S = 2.0  # a shorter run is mostly filling and draining the pipe
 FOREIGN_PERCENT = 50.0  # of one core, used by others on a node
+_ORIGIN_TOLERANCE_S = 0.5  # the first sample is taken a moment before "generating" is logged
 
-# Reasons that do not slow a GPU down: it has nothing to do, or an administrator chose its clocks.
-_HARMLESS = ("idle", "applications_clocks", "display_clock", "none")
+# Reasons of `topology.nvml` that disturb no comparison: the clocks that were chosen for the GPU.
+_HARMLESS = frozenset({"applications_clocks_setting", "display_clock_setting"})
 
 
 def progress(files: RunFiles) -> tuple[ProgressSample, ...]:
@@ -36,9 +37,9 @@ def progress(files: RunFiles) -> tuple[ProgressSample, ...]:
         return ()
     origin_s = files.generating_s if files.generating_s is not None else timed[0][0]
     return tuple(
-        ProgressSample(round(time_s - origin_s, 3), int(count))
+        ProgressSample(round(max(0.0, time_s - origin_s), 3), int(count))
         for time_s, count in timed
-        if time_s >= origin_s
+        if time_s >= origin_s - _ORIGIN_TOLERANCE_S
     )
 
 
@@ -56,13 +57,9 @@ def flags_of(files: RunFiles) -> tuple[Flag, ...]:
     return tuple(found)
 
 
-def _throttle_reasons(sample: Mapping[str, Any]) -> list[str]:
+def _throttle_reasons(sample: Mapping[str, Any]) -> set[str]:
     reasons = (sample.get("gpu") or {}).get("throttle") or []
-    return [
-        str(reason)
-        for reason in reasons
-        if not any(word in str(reason).lower().replace(" ", "_") for word in _HARMLESS)
-    ]
+    return set(map(str, reasons)) - _HARMLESS
 
 
 def _foreign_percents(ranks: Sequence[RankSamples]) -> list[float]:
@@ -86,9 +83,8 @@ def cpu_percent(files: RunFiles) -> float | None:
 
 
 def gpu_percent(files: RunFiles) -> float | None:
-    """Time in which a kernel ran, mean over the GPUs."""
-    share = _mean_of(_mean_of(_gpu_values(rank, "utilisation")) for rank in files.ranks)
-    return None if share is None else 100 * share
+    """Share of the time in which a kernel ran, mean over the GPUs."""
+    return _mean_of(_mean_of(_gpu_values(rank, "utilisation")) for rank in files.ranks)
 
 
 def sm_clock_mhz(files: RunFiles) -> float | None:

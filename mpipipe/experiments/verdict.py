@@ -193,6 +193,10 @@ class _Judge:
                     f"{case.case.name}: memory holds {max(filter(None, places))} prompts at once, "
                     f"and there are {case.case.num_prompts}: more prompts would fill it."
                 )
+        commits = {run.commit for runs in self.runs.values() for run in runs}
+        if len(commits) > 1:
+            known = ", ".join(sorted(commit[:10] for commit in commits if commit))
+            yield f"The code was changed between the runs (commits {known}): compare with care."
         if self.matrix.experiment != "weak":
             hashes = {run.tokens_hash for runs in self.runs.values() for run in runs} - {None}
             if len(hashes) > 1 and all(case.same_tokens for case in cases):

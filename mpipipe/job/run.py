@@ -178,14 +178,15 @@ def _open_job(
         acquired.close()
 
     ranks.on_failure.append(end_early)
-    _log_what_comes(ranks, log)
+    _log_events(ranks, log)
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
     return _Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
 
 
-def _log_what_comes(ranks: Ranks, log: RunLog) -> None:
+def _log_events(ranks: Ranks, log: RunLog) -> None:
+    """Parts of the boot, agreements, and times at which this rank stood still go to the log."""
     ranks.boot.listen(lambda part: log.info("boot", **part.event()))
     ranks.on_phase.append(
         lambda phase, own_s, wait_s: log.debug("agreed", phase=phase, own_s=own_s, wait_s=wait_s)
@@ -299,26 +300,31 @@ def _tell_what_is_left(job: _Job) -> None:
     job.progress.write(RunState.BOOTING, num_prompts=num_prompts, num_kept=num_kept)
 
 
-async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
-    loaded, log, view, folder = job.loaded, job.log, job.view, job.acquired.folder
-    problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
-    if problem:
-        log.warning("profile", message=problem)
-    if not session.is_head:
-        async with _recording(job, session):
-            await session.serve_until_ended()
-        await session.gather_reports()
-        log.info("ended")
-        return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
+def _tell_plan(job: _Job, session: Session, prompts: PreparedPrompts, problem: str | None) -> None:
+    """The plan, and what the user should know of; `problem`: of the profiler, in each log."""
     warnings = [
-        *loaded.warnings,
-        *deepspeed_warnings(loaded, session.plan),
+        *job.loaded.warnings,
+        *deepspeed_warnings(job.loaded, session.plan),
         *prompts.warnings,
         *launch_warnings(os.environ, session.ranks.mesh.world_size),
     ]
     for warning in warnings:
-        log.warning("configuration", message=warning)
-    view.planned(session.plan, [*warnings, problem] if problem else warnings)
+        job.log.warning("configuration", message=warning)
+    job.view.planned(session.plan, [*warnings, problem] if problem else warnings)
+
+
+async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
+    loaded, folder = job.loaded, job.acquired.folder
+    problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
+    if problem:
+        job.log.warning("profile", message=problem)
+    if not session.is_head:
+        async with _recording(job, session):
+            await session.serve_until_ended()
+        await session.gather_reports()
+        job.log.info("ended")
+        return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
+    _tell_plan(job, session, prompts, problem)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     write_json(folder / "manifest.json", manifest)
     async with _recording(job, session) as recorded:
@@ -412,7 +418,6 @@ async def _complete(
         # Opening the journal, bringing it to the disk and merging are no part of generating: all
         # ranks account for their time from here to the end of the loop.
         job.marks.loaded_s = session.ranks.clock.now_s()
-        job.log.info("generating", num_prompts=len(prompts.requests))
         showing = session.ranks.tasks.create_task(_show(job, session, tally), name="progress view")
         try:
             async with aclosing(session.generate(prompts.requests)) as completions:

@@ -1,7 +1,7 @@
 """The paged KV cache: fixed pages of all layers, addressed by the head's page lists.
 
-Which page belongs to whom is not known here: the scheduler owns the accounting, and each step's
-`BatchLayout` says where to write and what to read. Memory is zero and, on a CPU, committed by the
+The scheduler decides which sequence owns which page; each step's `BatchLayout` says where to write
+and what to read. Memory is zero and, on a CPU, committed by the
 system only when a page is first written, so a generous `num_pages` costs nothing until it is used.
 
 The tensors always have the shape [num_pages, page_size, K, D]. On a GPU the memory behind it may be

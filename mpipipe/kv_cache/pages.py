@@ -1,4 +1,4 @@
-"""Who owns which KV page: the accounting half of the paged cache, without tensors.
+"""Ownership of KV pages: the accounting half of the paged cache, without tensors.
 
 `paged.py` holds what lies in a page, `scheduler.policy` decides which sequence gets one.
 Invariants: a page is free or owned, never both; the lowest free ids are handed out first, so equal

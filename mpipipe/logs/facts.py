@@ -186,18 +186,26 @@ def read_facts(files: RunFiles, attempt: int | None = None) -> RunFacts:
     ranks = [_rank_facts(files, rank, attempt, reported.get(rank, {})) for rank in files.ranks()]
     plan = manifest.get("plan")
     plan = plan if isinstance(plan, dict) else {}
-    state = text(metrics, "state") or ("done" if metrics else "")
     return RunFacts(
         run=text(manifest, "run"),
         attempt=attempt,
         num_attempts=num_attempts,
-        state=state,
+        state=_state(files, attempt, num_attempts),
         ranks=tuple(sorted(ranks, key=lambda rank: (rank.stage or 0, rank.rank))),
         requests=tuple(_spans(files.lines("requests.jsonl", attempt))),
         num_slots=whole(plan, "num_slots"),
         device=text(plan, "device"),
         clocks=read_clocks(files.lines("clock.jsonl", attempt)),
     )
+
+
+def _state(files: RunFiles, attempt: int, num_attempts: int) -> str:
+    """How the attempt ended: as the run summed it up, else as it said last; empty: not known."""
+    told = rows(files.document("metrics.json"), "attempts")
+    known = {whole(line, "attempt", -1): text(line, "state") for line in told}
+    if attempt in known or attempt != num_attempts:
+        return known.get(attempt, "")
+    return text(files.document("status.json"), "state")
 
 
 def rows(document: Line, name: str) -> list[Line]:

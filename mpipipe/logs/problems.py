@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpipipe.logs.clocks import read_clocks
+from mpipipe.logs.facts import last_attempt
 from mpipipe.logs.reading import Line, RunFiles, number, text, whole
 
 __all__ = ["Problem", "find_problems"]
@@ -40,6 +42,7 @@ def find_problems(files: RunFiles, *, with_warnings: bool) -> list[Problem]:
                 found.append(_problem(line, rank, level))
             elif failed and text(line, "event") == "completed":
                 found.append(_problem(line, rank, "prompt"))
+    found += _told_of_the_run(files, found)
     clocks = {
         attempt: read_clocks(files.lines("clock.jsonl", attempt))
         for attempt in {problem.attempt for problem in found}
@@ -51,6 +54,18 @@ def find_problems(files: RunFiles, *, with_warnings: bool) -> list[Problem]:
             clocks[problem.attempt].on_head(problem.rank, problem.t_s),
         ),
     )
+
+
+def _told_of_the_run(files: RunFiles, found: Sequence[Problem]) -> list[Problem]:
+    """What ended the run, where no rank lived to log it: its supervisor wrote it down."""
+    status = files.document("status.json")
+    message = text(status, "error")
+    if text(status, "state") != "failed" or any(message in problem.message for problem in found):
+        return []
+    attempt = last_attempt(files)
+    times_s = [number(line, "t_s") or 0.0 for line in files.log_lines(0, attempt)]
+    last_s, time = max(times_s, default=0.0), text(status, "updated_at")
+    return [Problem(last_s, time, attempt, 0, "error", "run failed", message, "")]
 
 
 def _problem(line: Line, rank: int, level: str) -> Problem:

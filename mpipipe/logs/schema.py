@@ -117,7 +117,7 @@ _SAMPLES = (
     _field("net_rx_bytes", "int|null", "received by the node, cumulative"),
     _field("net_tx_bytes", "int|null", "sent by the node, cumulative"),
     _field("num_involuntary_switches", "int|null?", "the process was put aside, cumulative"),
-    _field("run_delay_s", "number|null?", "the compute thread waited for its core, cumulative"),
+    _field("run_delay_s", "float|null?", "the compute thread waited for its core, cumulative"),
     _field("gpu", "object|null", "null without a GPU or without nvidia-ml-py"),
 )
 
@@ -206,6 +206,8 @@ DOCUMENTS = (
             _field("energy_j", "float|null", "of all GPUs while generating"),
             _field("attempts", "list", "what each start of the run did"),
             _field("total", "object", "sums over the attempts"),
+            _field("bytes_moved", "int?", "of tensors, from rank to rank"),
+            _field("slurm", "list|null?", "what Slurm counted of earlier attempts"),
         ),
         open=True,
     ),

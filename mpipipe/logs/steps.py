@@ -83,8 +83,7 @@ class RankSteps:
             KeyError, TypeError, ValueError: the line is damaged; nothing was counted.
         """
         start_s, idle_s, wait_s, transfer_s, compute_s, overhead_s, send_s = _FIELDS(line)
-        if transfer_s is None:  # how the wait divides is not known
-            transfer_s = 0.0
+        transfer_s = 0.0 if transfer_s is None else transfer_s  # how the wait divides is not known
         seconds = idle_s + wait_s + transfer_s + compute_s + overhead_s + send_s
         step, slot, phase_name = line["step"], line["slot"], line["phase"]
         num_tokens, num_rows = line["num_tokens"], line["num_rows"]

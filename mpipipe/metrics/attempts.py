@@ -7,7 +7,6 @@ by `run_folder.history`. A prompt counts for the attempt that has completed it, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -41,21 +40,25 @@ class AttemptTotals:
         seconds = [_seconds(entry.get(name)) for name in _SECONDS]
         if None in counts or None in seconds:
             return None
-        named = dict(zip((*_COUNTS, *_SECONDS), (*counts, *seconds), strict=True))
-        return AttemptTotals(state=entry["state"], **named)  # type: ignore[arg-type]
+        named: dict[str, Any] = dict(zip((*_COUNTS, *_SECONDS), (*counts, *seconds), strict=True))
+        return AttemptTotals(state=entry["state"], **named)
 
 
 _COUNTS = ("attempt", "num_completed", "num_failed", "num_output_tokens")
 _SECONDS = ("wall_s", "generate_s")
 
 
+_MOST = 10**15  # of anything that a run counts; what a file says may be of any size
+
+
 def _count(value: object) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= _MOST else None
 
 
 def _seconds(value: object) -> float | None:
-    is_time = type(value) in (int, float) and math.isfinite(value) and value >= 0  # type: ignore
-    return float(value) if is_time else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= _MOST else None
 
 
 def total_of(attempts: Iterable[AttemptTotals]) -> dict[str, Any]:

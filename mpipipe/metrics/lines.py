@@ -78,7 +78,7 @@ class RequestRecord:
 
 def request_fields(record: RequestRecord, *, token_times: bool) -> dict[str, Any]:
     """The fields of a request's line; `token_times`: with the time of each token."""
-    completion, gaps_s = record.completion, record.gaps_s()
+    completion, gaps_s = record.completion, sorted(record.gaps_s())
     ran = record.admitted_s is not None and completion.error_kind is None
     fields = {
         "id": completion.request_id,

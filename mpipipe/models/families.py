@@ -29,6 +29,7 @@ __all__ = [
     "has_silu",
     "is_of_transformers",
     "locate_parts",
+    "merge_linears",
     "refuse",
 ]
 
@@ -77,6 +78,16 @@ def is_of_transformers(module: nn.Module, names: frozenset[str]) -> bool:
 def has_silu(layer: Any) -> bool:
     """Whether the gated MLP of a Llama-like layer has SiLU as its activation."""
     return type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+
+
+def merge_linears(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one linear whose outputs are those of `linears`, one after the other."""
+    if len(linears) == 1:
+        return linears[0].weight.detach(), linears[0].bias
+    bias_O = None
+    if linears[0].bias is not None:
+        bias_O = torch.cat([linear.bias.detach() for linear in linears])
+    return torch.cat([linear.weight.detach() for linear in linears]), bias_O
 
 
 def check_config(config: PretrainedConfig) -> None:

@@ -1,4 +1,4 @@
-"""Where code that is not ours runs: whatever it raises becomes the error of the prompt at hand.
+"""Runs code that is not ours: whatever it raises becomes the error of the prompt at hand.
 
 Tokenizers and chat templates come with the model, and a single text can make them fail in any way:
 Python exceptions of every kind, and panics of the tokenizers library, which are no `Exception`.

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from mpipipe.models.families import has_silu, is_of_transformers
+from mpipipe.models.families import has_silu, is_of_transformers, merge_linears
 from mpipipe.models.prepacked_linear import (
-    PrepackedLinear,
     can_prepack,
     prepack,
     return_freed_memory,
@@ -54,10 +53,10 @@ class FusedLayer(nn.Module):
         self._options = options
         self.input_norm = layer.input_layernorm
         self.post_norm = layer.post_attention_layernorm
-        self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = _merged(attention.o_proj)
-        self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
-        self.down = _merged(mlp.down_proj)
+        self.qkv = prepack(*merge_linears(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.output = prepack(*merge_linears(attention.o_proj))
+        self.gate_up = prepack(*merge_linears(mlp.gate_proj, mlp.up_proj))
+        self.down = prepack(*merge_linears(mlp.down_proj))
 
     def forward(
         self,
@@ -133,14 +132,6 @@ def _is_fusable(layer: Any) -> bool:
         return False
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return all(type(linear) is nn.Linear and can_prepack(linear) for linear in linears)
-
-
-def _merged(*linears: nn.Linear) -> PrepackedLinear:
-    """One packed linear whose outputs are those of `linears`, one after the other."""
-    bias = None
-    if linears[0].bias is not None:
-        bias = torch.cat([linear.bias for linear in linears])
-    return prepack(torch.cat([linear.weight for linear in linears]), bias)
 
 
 def _norm(norm: Any, hidden_TH: torch.Tensor) -> torch.Tensor:

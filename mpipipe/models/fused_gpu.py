@@ -7,8 +7,8 @@ write into the KV cache are one kernel. cos and sin of all positions are compute
 model's own rotary module, and looked up once per step; where they depend on more than positions
 (`rotary`), they are computed in each step.
 
-Other mathematics is left out. `unsupported_reason` names what a stage has that this does not
-compute; such a stage keeps transformers' modules, the oracle of `tests/contract/test_fused_gpu.py`.
+`unsupported_reason` names what a stage has that the fused form does not compute; such a stage keeps
+transformers' modules, the oracle of `tests/contract/test_fused_gpu.py`.
 
 Invariants: one tensor [T, hidden] crosses a stage border, the residual sum; a decode step waits for
 nothing and has no shape that depends on values, so a CUDA graph may hold it.
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.families import has_silu, is_of_transformers
+from mpipipe.models.families import has_silu, is_of_transformers, merge_linears
 from mpipipe.models.layer_options import HeadNorms
 from mpipipe.models.rotary import LengthRotary
 
@@ -131,13 +131,7 @@ def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -
 
 
 def _merged(operations: Operations, *parts: nn.Linear) -> _MergedLinear:
-    """One linear whose outputs are those of `parts`, one after the other."""
-    if len(parts) == 1:
-        return _MergedLinear(parts[0].weight.detach(), parts[0].bias, operations)
-    bias_O = None
-    if parts[0].bias is not None:
-        bias_O = torch.cat([part.bias.detach() for part in parts])
-    return _MergedLinear(torch.cat([part.weight.detach() for part in parts]), bias_O, operations)
+    return _MergedLinear(*merge_linears(*parts), operations)
 
 
 def _norm_of(norm: Any) -> _NormWeight:
@@ -183,27 +177,17 @@ def build_fused_stack(
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class FusedStack:
     """The computation of one stage. `context.layout` is set by each call."""
 
-    def __init__(
-        self,
-        *,
-        layers: Sequence[MergedLayer],
-        embedding_VH: torch.Tensor | None,
-        final_norm: _NormWeight | None,
-        head: _MergedLinear | None,
-        rotary: _RotaryLookup,
-        context: ForwardContext,
-        operations: Operations,
-    ) -> None:
-        self._layers = tuple(layers)
-        self._embedding_VH = embedding_VH
-        self._final_norm = final_norm
-        self._head = head
-        self._rotary = rotary
-        self._context = context
-        self._operations = operations
+    layers: Sequence[MergedLayer]
+    embedding_VH: torch.Tensor | None
+    final_norm: _NormWeight | None  # this and the head: on the last stage
+    head: _MergedLinear | None
+    rotary: _RotaryLookup
+    context: ForwardContext
+    operations: Operations
 
     def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """What the stage behind receives: [T, hidden]. `inputs` as in `StageModel.forward`."""
@@ -214,30 +198,28 @@ class FusedStack:
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
     ) -> torch.Tensor:
         """On the last stage: logits [S, vocabulary] of the rows `rows_S`, of all without it."""
-        assert self._head is not None, "only the last stage has logits"
-        assert self._final_norm is not None
+        assert self.head is not None, "only the last stage has logits"
+        assert self.final_norm is not None
         hidden_TH, residual_TH = self._run_layers(inputs, layout)
         if rows_S is not None:
             hidden_TH = hidden_TH.index_select(0, rows_S)
             residual_TH = residual_TH.index_select(0, rows_S)
-        norm = self._final_norm
-        normed_SH, _ = self._operations.add_rms_norm(
-            hidden_TH, residual_TH, norm.weight_H, norm.eps
-        )
-        return self._head(normed_SH)
+        norm = self.final_norm
+        normed_SH, _ = self.operations.add_rms_norm(hidden_TH, residual_TH, norm.weight_H, norm.eps)
+        return self.head(normed_SH)
 
     def _run_layers(
         self, inputs: torch.Tensor, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream behind the last layer, as two tensors to be added."""
-        self._context.layout = layout
+        self.context.layout = layout
         residual_TH = inputs
-        if self._embedding_VH is not None:
-            residual_TH = nn.functional.embedding(inputs, self._embedding_VH)
-        rotary_TD = self._rotary(layout.positions_T)
-        operations = self._operations
+        if self.embedding_VH is not None:
+            residual_TH = nn.functional.embedding(inputs, self.embedding_VH)
+        rotary_TD = self.rotary(layout.positions_T)
+        operations = self.operations
         hidden_TH: torch.Tensor | None = None
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             norm = layer.input_norm
             if hidden_TH is None:
                 normed_TH = operations.rms_norm(residual_TH, norm.weight_H, norm.eps)
@@ -262,10 +244,10 @@ class FusedStack:
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Rotary embedding, the write into the cache, attention: [T, H * D]."""
-        cache, layout = self._context.cache, self._context.layout
+        cache, layout = self.context.cache, self.context.layout
         assert isinstance(cache, PagedKVCache), "the fused form writes into pages"
         assert layout is not None
-        query_THD, key_TKD, value_TKD = self._operations.rotate_and_store(
+        query_THD, key_TKD, value_TKD = self.operations.rotate_and_store(
             qkv_TX,
             *rotary,
             cache.keys[number],
@@ -273,7 +255,7 @@ class FusedStack:
             slot_mapping_T=layout.slot_mapping_T,
             norms=layer.head_norms,
         )
-        attended_THD = self._context.backend.attend(
+        attended_THD = self.context.backend.attend(
             layer=number,
             query_THD=query_THD,
             key_TKD=key_TKD,

@@ -3,7 +3,7 @@
 In transformers they follow the longest position of a forward pass. `generate` with one prompt
 computes the prompt in one pass, so all its tokens see its length; then one token per pass, which
 sees the length up to itself. So a token at position p sees max(R, p + 1) tokens, where R is the
-length of the pass that began the sequence (`RequestOpened.rotary_len`). A stage computes otherwise:
+length of the pass that began the sequence (`RequestOpened.rotary_len`). A stage computes
 chunks of prompts, and many sequences in one step. `LengthRotary` gives every token the frequencies
 of the length that it would see alone.
 

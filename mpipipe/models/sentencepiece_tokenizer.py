@@ -1,6 +1,6 @@
 """A `tokenizer.model` read by sentencepiece itself: what OpenLLaMA and the first Llamas ship.
 
-Purpose: the ids that the model was trained on. Special tokens are split off first, then each
+It gives the ids that the model was trained on. Special tokens are split off first, then each
 stretch of text goes to sentencepiece, as transformers' original (slow) LlamaTokenizer did.
 
 Invariants: without special tokens in the text, `encode` is BOS plus sentencepiece's own `encode`.

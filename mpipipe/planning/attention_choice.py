@@ -1,7 +1,7 @@
 """Which attention backend a run uses, and why. Pure: what the ranks can run is given.
 
-The list of what can run comes from `models.attention.probe` on every rank; the head decides with
-what all of them have. Non-purpose: making the backend (`models.attention.select`).
+`models.attention.select` finds on every rank what can run there, and makes the backend; the head
+decides with what all ranks have.
 """
 
 from __future__ import annotations

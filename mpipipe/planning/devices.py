@@ -1,7 +1,7 @@
-"""What the stages compute on and how: device, dtype, transport, launch-ahead. Pure.
+"""What the stages compute on and how: device, dtype, transport, lookahead. Pure.
 
-All ranks do alike, so the least capable GPU decides. `step_limits` decides how much is in flight,
-`attention_choice` which attention kernel runs.
+All ranks run in the same way, so the least capable GPU decides. `step_limits` decides how much is
+in flight, `attention_choice` which attention kernel runs.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _first_clause(error: Exception) -> str:
     return str(error).partition(":")[0]
 
 
-# ---- launch-ahead --------------------------------------------------------------------------------
+# ---- lookahead -----------------------------------------------------------------------------------
 
 
 def choose_lookahead(

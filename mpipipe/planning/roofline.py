@@ -12,7 +12,7 @@ Assumptions, each of which makes the floor lower or leaves it as it is:
   all of them; with fewer, a micro-batch must pass all stages one after the other.
 * Prompts are computed in chunks of `max_tokens_per_step`, the pipe filled and drained once; then
   all sequences decode in equal slots that stay full.
-* Hops between stages cost nothing.
+* Transfers between stages cost nothing.
 
 Sizes are those of `cost` (no norms, biases). In a mixture of experts every expert counts as read
 and computed, so its floor is only right for batches that reach all experts.

@@ -29,11 +29,11 @@ ARM_WORDS = {
     "batch": "the same prompts and stages, more in flight",
 }
 _FLAG_WORDS = {
-    "other tokens": "made other tokens than most runs of the same prompts, so its speed is not "
+    "other tokens": "these made other tokens than most runs of the case, so their speed is not "
     "that of the same work",
-    "throttled": "ran while a GPU had lowered its clocks",
-    "foreign load": "shared its machine with other work",
-    "too short": "generated for too short a time for a steady speed",
+    "throttled": "a GPU had lowered its clocks",
+    "foreign load": "the machine also did other work",
+    "too short": "they generated for too short a time to show a steady speed",
 }
 
 
@@ -81,12 +81,17 @@ def _warnings(section: Section) -> list[str]:
     for flag, words in _FLAG_WORDS.items():
         hit = [row for row in rows if row.flags.get(flag)]
         if hit:
-            runs = sum(row.flags[flag] for row in hit)
-            names = ", ".join(f"{row.case.name} ({row.flags[flag]})" for row in hit)
-            warnings.append(f"{flag}: {count(runs, 'run')} {words}: {names}.")
+            names = ", ".join(f"{row.case.name} ({count(row.flags[flag], 'run')})" for row in hit)
+            warnings.append(f"{flag}: {words}: {names}.")
     failed = [row.case.name for row in rows if row.failures]
     if failed:
         warnings.append(f"runs without a result, with the reason in the row: {', '.join(failed)}.")
+    warnings += [
+        f"{row.case.name}: memory holds {row.places} prompts at once, and there are "
+        f"{row.case.num_prompts}: more prompts would fill it."
+        for row in rows
+        if row.case.batch is None and row.places > row.case.num_prompts
+    ]
     unsound = [row.case.name for row in rows if row.throughput and not row.throughput.is_sound]
     if unsound:
         warnings.append(
@@ -122,10 +127,7 @@ def _what_scaling_found(arm: Sequence[Row]) -> str:
     )
     if first.ceiling is not None and last.ceiling is not None:
         possible = last.ceiling.model_tokens_per_s / first.ceiling.model_tokens_per_s
-        sentence += (
-            f" The cost model allows {number(possible)} times at best "
-            f"({last.ceiling.reason.rstrip('.')})."
-        )
+        sentence += f" The cost model allows {number(possible)} times at best."
     return sentence
 
 
@@ -189,6 +191,11 @@ def _environment(section: Section) -> Table:
         "order": f"{count(len(records), 'launch')}, cases and arms interleaved at random, seed "
         f"{_several(str(record.seed) for record in records)}",
         "first and last launch": " – ".join(_first_and_last([r.started for r in records])),
+        **{
+            f"ceiling of {rows[-1].case.name}": rows[-1].ceiling.reason
+            for rows in section.arms.values()
+            if rows[-1].ceiling is not None
+        },
         "GPU clock (MHz)": _several(
             number(record.sm_clock_mhz) for record in records if record.sm_clock_mhz
         ),

@@ -85,7 +85,7 @@ def _sentence(hypothesis: Hypothesis, arm: Sequence[Row]) -> str:
     if row.throughput is None:
         reason = row.failures[0].reason if row.failures else "no run"
         return f"For {place}, the case {row.case.name} came to no result: {reason.rstrip('.')}."
-    if arm[0].size != 1 or row.speedup is None or row.base != arm[0].case.name:
+    if row.base_size != 1 or row.speedup is None:
         return f"For {place} there is no result of size 1 to compare with, so there is no verdict."
     if not row.same_tokens:
         return f"For {place} the runs made different tokens, so there is no verdict."

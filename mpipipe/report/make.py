@@ -31,6 +31,7 @@ from mpipipe.report.regression import (
     Change,
     changes_between,
     changes_table,
+    other_conditions,
     regressions,
 )
 from mpipipe.report.rows import Row
@@ -86,8 +87,8 @@ def make_report(folder: Path, *, against: Path | None = None, hypotheses: bool =
     """
     found = find_experiments(folder)
     if found:
-        changes = _changes(found, against) if against is not None else []
-        return _experiments_report(found, changes, hypotheses=hypotheses)
+        comparison = _compare(found, against) if against is not None else _Comparison()
+        return _experiments_report(found, comparison, hypotheses=hypotheses)
     if not any((folder / name).is_file() for name in ("manifest.json", "metrics.json")):
         raise OutputError(
             f"{folder} holds no records of an experiment and no run: give a folder that "
@@ -101,33 +102,41 @@ def make_report(folder: Path, *, against: Path | None = None, hypotheses: bool =
     return _run_report(read_run(folder))
 
 
-def _changes(found: Sequence[FoundExperiment], against: Path) -> list[Change]:
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """With older records; empty without."""
+
+    changes: tuple[Change, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def blocks(self) -> list[Block]:
+        """What the page says of it."""
+        if not self.changes:
+            return []
+        notices = [Notice(remark) for remark in self.remarks]
+        return [Heading("What has changed"), *notices, changes_table(self.changes)]
+
+
+def _compare(found: Sequence[FoundExperiment], against: Path) -> _Comparison:
     before, now = _named_rows(find_experiments(against)), _named_rows(found)
     if not before.keys() & now.keys():
         raise ConfigError(
             f"--against {against}: it has none of the cases of this folder ({', '.join(now)}), so "
             "there is nothing to compare: give records of the same experiments"
         )
-    return changes_between(before, now)
+    return _Comparison(tuple(changes_between(before, now)), tuple(other_conditions(before, now)))
 
 
 def _named_rows(found: Sequence[FoundExperiment]) -> dict[str, Row]:
     """The rows by names that another folder of the same experiments has, too."""
-    sections = [one.section for one in found]
-    return {
-        f"{section.matrix.experiment} {row.case.name}": row
-        for section in sections
-        for row in section.rows
-    }
+    return {f"{one.section.name} {row.case.name}": row for one in found for row in one.section.rows}
 
 
 def _experiments_report(
-    found: Sequence[FoundExperiment], changes: Sequence[Change], *, hypotheses: bool
+    found: Sequence[FoundExperiment], comparison: _Comparison, *, hypotheses: bool
 ) -> Report:
     sections = [one.section for one in found]
-    blocks: list[Block] = [Text(_READING), *_plots_notice()]
-    if changes:
-        blocks += [Heading("What has changed"), changes_table(changes)]
+    blocks: list[Block] = [Text(_READING), *_plots_notice(), *comparison.blocks()]
     number = 0
     for one in found:
         charts = [*section_charts(one.section), *_occupancy(one)]
@@ -147,14 +156,14 @@ def _experiments_report(
         for name in [section.matrix.experiment]
         for arm, found_rows in section.arms.items()
     ]
-    sentences = [change.sentence for change in regressions(changes)]
+    sentences = [change.sentence for change in regressions(comparison.changes)]
     values = {"schema": _SCHEMA, "rows": rows, "verdicts": verdicts, "regressions": sentences}
-    return _report(document, values, csv_text(rows), changes)
+    return _report(document, values, csv_text(rows), comparison.changes)
 
 
 def _occupancy(found: FoundExperiment) -> list[Chart]:
-    """Of the run with the most stages whose folder is still there."""
-    rows = sorted(found.section.rows, key=lambda row: -row.case.num_stages)
+    """Of a run with the most stages, and of these the largest, whose folder is still there."""
+    rows = sorted(found.section.rows, key=lambda row: (-row.case.num_stages, -row.size))
     for run in (run for row in rows for run in row.done):
         files = found.run_of(run)
         if files is not None and files.steps:

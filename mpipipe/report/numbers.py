@@ -32,11 +32,11 @@ def interval(found: Spread | None) -> str:
     """The interval; empty where one value has none."""
     if found is None or found.low == found.high:
         return ""
-    return f"{number(found.low)} – {number(found.high)}"
+    return f"{number(found.low)}–{number(found.high)}"
 
 
 def measured(found: Spread) -> str:
-    """A ratio with its interval, in a sentence: 1.52 (1.48 – 1.57)."""
+    """A ratio with its interval, in a sentence: 1.52 (1.48–1.57)."""
     around = interval(found)
     return f"{number(found.median)} ({around})" if around else number(found.median)
 

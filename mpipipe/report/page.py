@@ -31,7 +31,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1400px; margin: 0 auto; padding: 24px; }
+main { max-width: 1400px; margin: 0 auto; padding: 20px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 8px 0 16px; }
 h2 { font-size: 23px; margin: 40px 0 8px; border-bottom: 1px solid var(--rule); }
 h3 { font-size: 18px; margin: 24px 0 8px; }
@@ -49,7 +49,7 @@ svg { display: block; width: 100%; height: auto; color: var(--text); margin: 8px
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
-th, td { padding: 5px 7px; text-align: right; vertical-align: top; font-size: 15px;
+th, td { padding: 5px 6px; text-align: right; vertical-align: top; font-size: 15px;
   border-bottom: 1px solid var(--rule); }
 th { font-size: 14px; line-height: 1.25; vertical-align: bottom; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; }
@@ -59,7 +59,7 @@ td:first-child.fault { white-space: normal; overflow-wrap: anywhere; color: var(
 tr.faulty td { border-bottom: 0; }
 td.words { overflow-wrap: break-word; }
 td.warns { color: var(--warn); font-weight: 600; }
-small { display: block; color: var(--quiet); font-size: 12.5px; font-weight: 400;
+small { display: block; color: var(--quiet); font-size: 12px; font-weight: 400;
   line-height: 1.3; }
 td.number small { white-space: nowrap; }
 td.warns small { color: var(--warn); }

@@ -50,6 +50,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # of curves over time
 _BAR = 0.82
+# Of an entry of the legend, about: its sample with the gaps, and each letter.
+_HANDLE_PT, _LETTER_PT = 48, 6.6
 _GROUP_GAP = 0.7
 
 
@@ -217,7 +219,8 @@ def _legend(figure: Any, axes: Any, chart: Chart) -> None:
         pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: order.index(pair[1]))
         handles, labels = [handle for handle, _ in pairs], [label for _, label in pairs]
     if len(labels) > 1:
-        columns = 4 if max(map(len, labels)) < 18 else 2
+        width = _HANDLE_PT + _LETTER_PT * max(map(len, labels))
+        columns = max(1, min(4, int(72 * _WIDTH_IN / width)))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=10.5)
 
 

@@ -14,17 +14,27 @@ from mpipipe.report.figures import FIGURES
 from mpipipe.report.numbers import NOTHING, interval, number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from mpipipe.experiments.record import Record
     from mpipipe.experiments.statistics import Spread
     from mpipipe.report.figures import Figure
     from mpipipe.report.rows import Row
 
-__all__ = ["Change", "changes_between", "changes_table", "regressions"]
+__all__ = ["Change", "changes_between", "changes_table", "other_conditions", "regressions"]
 
 _LEAST_CHANGE = 0.01
 
 Kind = Literal["worse", "better", "same", "too few runs"]
+
+
+_CONDITIONS: Mapping[str, Callable[[Record], Iterable[object]]] = {
+    "the commits": lambda run: [run.commit or "no checkout"],
+    "the configurations (by their hashes)": lambda run: [run.config_hash],
+    "the hosts": lambda run: run.hosts,
+    "the GPUs": lambda run: run.gpus,
+    "the versions of torch": lambda run: [run.versions.get("torch", "unknown")],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,23 @@ def changes_between(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[Chan
     """Every judged figure of the cases that both have, in the order of `new`; by rows' names."""
     both = [name for name in new if name in old]
     return [change for name in both for change in _of_case(name, old[name], new[name])]
+
+
+def other_conditions(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[str]:
+    """What else differs between the two, a sentence each: it may be the cause of a change."""
+    both = [name for name in new if name in old]
+    sentences = []
+    for what, values_of in _CONDITIONS.items():
+        before, now = (
+            sorted(
+                {str(value) for name in both for run in rows[name].runs for value in values_of(run)}
+            )
+            for rows in (old, new)
+        )
+        if before != now:
+            told = " → ".join(", ".join(values) or "none" for values in (before, now))
+            sentences.append(f"{what} differ: {told}.")
+    return sentences
 
 
 def _of_case(name: str, before: Row, now: Row) -> Iterator[Change]:

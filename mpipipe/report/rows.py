@@ -50,6 +50,7 @@ class Row:
     flags: Mapping[str, int]  # runs with it
     ceiling: Ceiling | None
     base: str  # the smallest case of the arm, with which it is compared
+    base_size: int
     speedup: Spread | None  # of throughput over `base`, repeat by repeat
     efficiency: Spread | None  # speedup over how many times as large the case is
 
@@ -57,6 +58,11 @@ class Row:
     def done(self) -> tuple[Record, ...]:
         """The runs that came to a result."""
         return tuple(run for run in self.runs if run.outcome == "ok")
+
+    @property
+    def places(self) -> int:
+        """Sequences that the plan lets run at once; 0: no run has told."""
+        return max((run.num_places or 0 for run in self.runs), default=0)
 
     @property
     def same_tokens(self) -> bool:
@@ -83,6 +89,12 @@ class Section:
     matrix: Matrix
     verdict: ExperimentVerdict
     rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """The experiment's, and the folder's where it has another."""
+        experiment = self.matrix.experiment
+        return experiment if self.label in {"", experiment} else f"{experiment} ({self.label})"
 
     @property
     def arms(self) -> dict[str, list[Row]]:
@@ -152,6 +164,7 @@ def _row(
         flags={flag: num for flag in _FLAGS if (num := sum(flag in run.flags for run in runs))},
         ceiling=next((run.ceiling for run in runs if run.ceiling is not None), None),
         base=base,
+        base_size=sizes[base],
         speedup=speedup,
         efficiency=_divided(speedup, size / sizes[base]) if sizes[base] else None,
     )

@@ -65,10 +65,13 @@ def run_charts(run: RunLines) -> list[Chart]:
 def run_blocks_after_plots(run: RunLines) -> list[Block]:
     """Where it ran and the command that starts it again."""
     argv = [str(word) for word in run.manifest.get("argv") or ()]
+    launch = run.manifest.get("launch") or {}
+    ranks = count(int(launch.get("num_ranks") or 1), "rank")
+    command = (f"# on {ranks}, started by {launch.get('launcher') or NOTHING}", shlex.join(argv))
     return [
         Heading("Environment"),
         _environment(run.manifest),
-        *((Heading("Repeat it"), Commands((shlex.join(argv),))) if argv else ()),
+        *((Heading("Repeat it"), Commands(command)) if argv else ()),
     ]
 
 

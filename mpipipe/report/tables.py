@@ -131,7 +131,8 @@ def _fault_of(row: Row) -> str:
 
 
 def _main_row(experiment: ExperimentName, row: Row, *, hypotheses: bool) -> tuple[Cell, ...]:
-    supposed = hypothesis_for(experiment, row.size) if hypotheses else None
+    # Supposed was what a case reaches over the one of size 1, over no other.
+    supposed = hypothesis_for(experiment, row.size) if hypotheses and row.base_size == 1 else None
     return (
         _words(row.case.name),
         Cell(str(row.case.num_nodes), _stages(row)),
@@ -180,8 +181,7 @@ def _batch(row: Row) -> Cell:
     """Prompts in flight at most; what fits where memory decides."""
     if row.case.batch is not None:
         return Cell(f"{row.case.batch:,}")
-    places = sorted({run.num_places for run in row.runs if run.num_places})
-    return Cell(f"{places[0]:,}" if places else NOTHING, "what fits")
+    return Cell(f"{row.places:,}" if row.places else NOTHING, "what fits")
 
 
 # ---- for programs --------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ __all__ = ["kept_counts", "told_attempts"]
 
 # Of rank 0, whose clock the attempt's start is told by; all of them are appended to.
 _HEAD_FILES = ("rank_0.log", "requests.jsonl", "samples_rank_0.jsonl")
+_MOST = 1e15
 _BEGAN = "generating"  # the event that begins the generate phase
 
 
@@ -130,4 +131,7 @@ def _parsed(raw: bytes) -> Iterator[Mapping[str, Any]]:
 
 
 def _number(value: object) -> float:
-    return value if type(value) in (int, float) and 0 <= value < float("inf") else 0  # type: ignore
+    """0 for whatever no run has written; a number in a file may be of any size."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0.0
+    return float(value) if 0 <= value < _MOST else 0.0

@@ -141,6 +141,7 @@ async def _agree_on_plan(boot: Boot) -> PipelinePlan:
     """The head plans, all ranks get the same plan."""
     told = await told_by_head(boot.ranks, "plan", lambda: _decide(boot).to_json().encode())
     plan = PipelinePlan.from_json(told.decode())
+    boot.log.debug("planned", **dataclasses.asdict(plan))
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     return plan

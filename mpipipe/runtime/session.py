@@ -138,7 +138,7 @@ class Session:
         head is done.
         """
         if not self.is_head:
-            await self._worker.serve()
+            await self._serve()
             return
         async with self._one_at_a_time:
             self._core = self._make_core()
@@ -154,7 +154,7 @@ class Session:
             if self._stopped:
                 runner.stop()
             self.ranks.mesh.broadcast_message(GenerationBegan())
-            served = self.ranks.tasks.create_task(self._worker.serve(), name="stage")
+            served = self.ranks.tasks.create_task(self._serve(), name="stage")
             # A stage that fails takes its error to the task group, which cancels us; no task may
             # then wait for steps that will not come back.
             served.add_done_callback(lambda _: runner.stage_ended())
@@ -184,8 +184,15 @@ class Session:
 
     async def serve_until_ended(self) -> None:
         """Serve `generate` calls until the head ends the session (other ranks)."""
-        while await self._worker.serve():
+        while await self._serve():
             pass
+
+    async def _serve(self) -> bool:
+        """This stage's part of one `generate`, whose begin and end its log tells."""
+        was_called = await self._worker.serve(lambda: self._log.info("generating"))
+        if was_called:
+            self._log.info("generated")
+        return was_called
 
     def observe(
         self,

@@ -187,8 +187,10 @@ class Runner:
             self._active[preempted.sequence_id].num_preemptions += 1
             self._log.info(
                 "preempted",
+                request=self._active[preempted.sequence_id].request.request_id,
                 sequence=preempted.sequence_id,
                 num_lost_tokens=preempted.num_lost_tokens,
+                num_free_pages=self._core.statistics().num_free_pages,
             )
 
     def _open(self, sequence_id: int, slot: int) -> None:
@@ -203,6 +205,14 @@ class Runner:
         rotary_len = self._core.rotary_len(sequence_id)
         request = active.request
         num_output_tokens = len(token_ids) - len(request.prompt_ids)
+        self._log.debug(
+            "admitted",
+            request=request.request_id,
+            sequence=sequence_id,
+            slot=slot,
+            num_tokens=len(token_ids),
+            num_output_tokens=num_output_tokens,  # more than 0: it was preempted
+        )
         self._mesh.broadcast_message(
             RequestOpened(sequence_id, token_ids, request.sampling, rotary_len, num_output_tokens)
         )

@@ -99,8 +99,8 @@ class StepMaker:
                 slot = next((slot for slot in able if self._due(slot) <= self.num_steps), None)
             if slot is None:
                 return None
-            # Who need not be awaited longer than the batch itself joins it; without a batch, those
-            # who sampled first.
+            # A sequence joins the batch if it is awaited no longer than the batch itself; without a
+            # batch, those that sampled first make one.
             latest = max(self.num_steps, self._due(slot)) - self._limits.num_slots
             joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
             dispatched = self._decode(slot, joined)

@@ -46,6 +46,8 @@ from mpipipe.stage.stage_transfers import StageTransfers
 from mpipipe.stage.timeline import StepEvents
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.data_plane.channel import TensorChannel, Transfer
@@ -162,13 +164,17 @@ class StageWorker:
         """Whether this stage samples."""
         return self._stage.has_head
 
-    async def serve(self) -> bool:
-        """Run steps until the head ends this generate call; False: the head ended the session."""
+    async def serve(self, began: Callable[[], object] = lambda: None) -> bool:
+        """Run steps until the head ends this generate call; False: the head ended the session.
+
+        `began` is told when the call begins.
+        """
         _, first = await self._mailbox.get()
         if isinstance(first, SessionEnded):
             return False
         assert isinstance(first, GenerationBegan), first
         self._timeline.begin(self._clock.now_s())
+        began()
         self._launches_s.clear()
         unregister = self._progress.register(self._poll)
         try:

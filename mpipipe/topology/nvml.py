@@ -2,7 +2,7 @@
 
 The only file that imports `pynvml` (the package `nvidia-ml-py`). Makes no CUDA context. Without the
 package, the library or a driver there is nothing to ask, as on a host without a GPU; what one card,
-driver or slice (MIG) does not tell is None. Asking takes below 1 ms; from any thread.
+driver or slice (MIG) does not tell is None. May be asked from any thread; a sample takes 4 ms.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GpuSample:
     """
 
     utilisation: int | None  # % of the driver's last period (up to 1 s) in which a kernel ran
-    memory_bytes: int | None  # in use, by all processes
+    memory_bytes: int | None  # in use, by all processes and the driver
     power_w: float | None
     energy_j: float | None  # since the driver was loaded; from Volta on
     sm_clock_mhz: int | None

@@ -120,7 +120,7 @@ def _slots(
         if name not in wanted:
             source = tied.get(name)
             twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
-            assert twin is not None, f"no one asked for {name}, which the stage holds"
+            assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
     return [_Slot(tuple(found), key, state[found[0]]) for key, found in names.items()]
 

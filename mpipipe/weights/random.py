@@ -2,7 +2,7 @@
 
 Every parameter is drawn by a generator of its own, seeded with its name in the full model: a model
 has the same weights however it is split over stages (on one kind of device; a GPU draws other
-numbers than a CPU). Not for use: what such a model says means nothing.
+numbers than a CPU). The text of such a model means nothing.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.job import run as job_module
 from mpipipe.job.acquire import Acquired, acquire_folder
 from mpipipe.job.supervision import open_rank_page
-from mpipipe.metrics.log import open_log
+from mpipipe.metrics.log import NullLog, open_log
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.progress import new_event_loop
 from mpipipe.run_folder.fingerprint import completions_fingerprint
@@ -81,7 +81,7 @@ class StubStage:
             SessionEnded,
         )
 
-    async def serve(self) -> bool:
+    async def serve(self, began: Callable[[], object]) -> bool:
         """As a stage does."""
         while True:
             _, message = await self._mailbox.get()
@@ -166,7 +166,7 @@ def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     spec = SimpleNamespace(eos_token_ids=(1,))
     boot: Any = SimpleNamespace(
         ranks=ranks, resources=(), model=SimpleNamespace(spec=spec),
-        prepared=SimpleNamespace(tokenizer=None, decode=decode), log=None,
+        prepared=SimpleNamespace(tokenizer=None, decode=decode), log=NullLog(),
     )  # fmt: skip
     nothing: Any = None
     worker: Any = stage

@@ -219,10 +219,10 @@ def test_the_rotary_table_is_as_long_as_the_sequences_of_the_run(
             operations=torch_operations(),
         )
         assert stage._fused is not None
-        cos_TD, sin_TD = stage._fused._rotary(torch.tensor([0, longest - 1]))
+        cos_TD, sin_TD = stage._fused.rotary(torch.tensor([0, longest - 1]))
         assert cos_TD.shape == sin_TD.shape == (2, 12)
         with pytest.raises(IndexError):
-            stage._fused._rotary(torch.tensor([longest]))
+            stage._fused.rotary(torch.tensor([longest]))
 
 
 def test_a_stage_is_built_for_the_sequences_of_its_plan(tiny: Callable[[str], TinyModel]) -> None:

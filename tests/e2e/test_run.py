@@ -149,7 +149,7 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
         assert after["start_s"] == pytest.approx(before["end_s"], abs=2e-6)
     names = {part["name"] for part in boot}
     assert {"process", "imports", "mpi", "build", "read weights", "wait"} <= names
-    assert ("tokenizer" in names) == (rank["rank"] == 0)
+    assert rank["rank"] != 0 or "tokenizer" in names  # elsewhere it is nothing, or a moment
     # From the process's start, as the kernel tells it, to the first sign of being ready.
     (ready,) = (event for event in events if event["event"] == "ready")
     wall_s = ready["t_s"] - boot[0]["start_s"]

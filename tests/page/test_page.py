@@ -54,7 +54,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made_experiments.write(experiments / "strong", "strong", made_experiments.strong())
     made_experiments.write(experiments / "weak", "weak", made_experiments.weak())
     made_experiments.write(experiments / "batch", "batch", made_experiments.batch())
-    made_experiments.make_run_folder(experiments / "strong/runs/memory-filling_4_r1")
+    made_experiments.make_run_folder(experiments / "strong/runs/memory-filling_n4_r1")
     return {"experiments": experiments, "run": made_experiments.make_run_folder(folder / "run")}
 
 

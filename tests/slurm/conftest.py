@@ -20,7 +20,7 @@ from tests.slurm.site import Site, installations
 __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
-STORY_LIMIT_S = 240
+STORY_LIMIT_S = 300
 RESTARTS = pytest.StashKey[list[str]]()
 
 Story = Callable[..., Any]

@@ -55,7 +55,8 @@ class Planted:
     @property
     def name(self) -> str:
         """Of the case."""
-        return f"{self.arm}_{self.batch if self.arm == 'batch' else self.num_stages}"
+        size = self.batch if self.arm == "batch" else f"n{self.num_stages}"
+        return f"{self.arm}_{size}"
 
     @property
     def case(self) -> Case:
@@ -181,7 +182,7 @@ def record(
         ),
         num_places=planted.batch or 12 * planted.num_stages,
         sm_clock_mhz=1590.0 if planted.gpu else None,
-        cpu_percent=95.0,
+        cpu_percent=95.0 * NOISE[repeat - 1],
         gpu_percent=80.0 if planted.gpu else None,
         run_folder=f"runs/{planted.name}_r{repeat}",
     )  # fmt: skip

@@ -50,6 +50,9 @@ def test_nothing_is_known_of_a_run_that_left_nothing(tmp_path: Path) -> None:
 def test_progress_counts_from_when_generating_began(tmp_path: Path) -> None:
     points = series.progress(read_run_files(a_run(tmp_path)))
     assert [(point.t_s, point.num_output_tokens) for point in points] == [(4.0, 50), (9.0, 100)]
+    write_lines(tmp_path / "rank_0.log", [{"event": "generating", "t_s": 99.1}])
+    points = series.progress(read_run_files(tmp_path))
+    assert [point.t_s for point in points] == [0.0, 4.9, 9.9]
 
 
 def test_use_of_the_cores_leaves_out_the_sample_of_the_boot(tmp_path: Path) -> None:
@@ -66,8 +69,12 @@ def test_foreign_load_is_what_the_ranks_did_not_use(tmp_path: Path) -> None:
     assert series.flags_of(files) == ("foreign load",)
 
 
-def test_a_throttled_gpu_is_told_and_an_idle_one_is_not(tmp_path: Path) -> None:
-    gpu: dict[str, Any] = {"utilisation": 0.5, "sm_clock_mhz": 1400, "throttle": ["gpu_idle"]}
+def test_a_throttled_gpu_is_told_and_chosen_clocks_are_not(tmp_path: Path) -> None:
+    gpu: dict[str, Any] = {
+        "utilisation": 50,
+        "sm_clock_mhz": 1400,
+        "throttle": ["applications_clocks_setting"],
+    }
     files = read_run_files(a_run(tmp_path, **gpu))
     assert series.flags_of(files) == ()
     assert series.gpu_percent(files) == 50.0

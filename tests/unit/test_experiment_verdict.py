@@ -71,6 +71,14 @@ def test_cases_that_differ_in_their_tokens_are_told() -> None:
     assert any("other tokens than others" in note for note in verdict.notes)
 
 
+def test_code_that_changed_between_the_runs_is_told() -> None:
+    records = strong(SAME, SAME)
+    assert not any("commits" in note for note in judge(STRONG, records).notes)
+    records = [dataclasses.replace(record, commit=record.name[-1] * 40) for record in records]
+    (told,) = (note for note in judge(STRONG, records).notes if "commits" in note)
+    assert "(commits 1111111111, 2222222222, 3333333333" in told
+
+
 def test_a_cell_without_a_result_is_not_sound() -> None:
     records = strong(SAME, SAME)
     verdict = judge(STRONG, records[:-1])

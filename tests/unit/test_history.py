@@ -95,7 +95,7 @@ def test_files_that_cannot_be_read_count_as_nothing(content: bytes, tmp_path: Pa
         (tmp_path / name).write_bytes(content)
     (tmp_path / "samples_rank_0.jsonl").mkdir()
     odd = {
-        "t_s": "x",
+        "t_s": 10**400,
         "num_kept": -1,
         "num_kept_failed": None,
         "num_kept_output_tokens": float("nan"),
@@ -108,7 +108,8 @@ def test_files_that_cannot_be_read_count_as_nothing(content: bytes, tmp_path: Pa
 @pytest.mark.parametrize(
     "differs",
     [{"state": "lost"}, {"num_completed": -1}, {"num_failed": True}, {"wall_s": float("inf")},
-     {"generate_s": "1"}, {"attempt": None}],
+     {"generate_s": "1"}, {"attempt": None}, {"wall_s": 10**400}, {"num_completed": 10**400},
+     {"wall_s": float("nan")}, {"state": ["done"]}],
 )  # fmt: skip
 def test_totals_out_of_a_file_are_whole_or_none(differs: dict[str, Any]) -> None:
     entry = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, OutputError
 from mpipipe.logs.clocks import ClockReading, RankClocks
 from mpipipe.logs.facts import read_facts
 from mpipipe.logs.reading import RunFiles, find_run
+from mpipipe.logs.schema import schema_of
 from mpipipe.logs.sql import query
 from mpipipe.logs.steps import read_steps
 from mpipipe.logs.summary import summarise
@@ -170,6 +173,13 @@ def test_the_summary_is_the_same_for_people_and_programs(run: WrittenRun) -> Non
     assert "rank 1 ± 8 µs" in shown
 
 
+def test_many_ranks_are_told_by_the_least_and_the_most(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_ranks=9, num_steps=100, parts={7: {"compute_s": 0.02}}).write()
+    rows = {row.split()[0]: row.split() for row in ask("summary", tmp_path).splitlines() if row}
+    assert rows["seconds"] == ["seconds", "least", "median", "most", "on", "rank", "share"]
+    assert rows["compute"][1:8] == ["0.200", "s", "0.200", "s", "2.0", "s", "7"]
+
+
 def test_a_killed_run_is_told_by_what_it_wrote(run: WrittenRun) -> None:
     (run.folder / "metrics.json").unlink()
     for rank in (0, 1):
@@ -190,12 +200,13 @@ def test_attempts_are_told_apart(tmp_path: Path) -> None:
     assert (last["attempt"], last["num_attempts"], last["ranks"][0]["num_steps"]) == (2, 2, 200)
     assert (earlier["attempt"], earlier["ranks"][0]["num_steps"]) == (1, 100)
     assert (last["culprit"]["kind"], earlier["culprit"]["kind"]) == ("none", "slow_stage")
+    assert (last["state"], earlier["state"]) == ("done", "interrupted")
 
 
 def test_steps_that_were_not_kept_are_told(run: WrittenRun) -> None:
     path = run.folder / "steps_rank_0.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[100:]))
-    assert "note: rank 0: 300 of 400 steps were kept" in ask("summary", run.folder)
+    assert "note: rank 0: 300 of 400 steps are on record" in ask("summary", run.folder)
 
 
 # ---- clocks --------------------------------------------------------------------------------------
@@ -286,6 +297,20 @@ def test_errors_of_all_ranks_in_their_order(tmp_path: Path) -> None:
     assert "      line 1" in shown
     assert "rank 0 warning configuration: odd" in shown
     assert "bad prompt (request=p1)" in shown
+
+
+def test_what_ended_a_run_is_told_where_no_rank_lived_to_log_it(run: WrittenRun) -> None:
+    (run.folder / "metrics.json").unlink()
+    status = {"state": "failed", "error": "rank 1 was killed", "updated_at": "2026-11-27T10:00:01"}
+    (run.folder / "status.json").write_text(json.dumps(status))
+    (found,) = ask_json("errors", run.folder)["errors"]
+    assert (found["event"], found["message"]) == ("run failed", "rank 1 was killed")
+    assert ask_json("summary", run.folder)["state"] == "failed"
+    line = {**identity(1, 120.0), "time": "", "level": "error", "event": "ended early"}
+    with (run.folder / "rank_1.log").open("a") as file:
+        file.write(json.dumps({**line, "error": "rank 1 was killed"}) + "\n")
+    (found,) = ask_json("errors", run.folder)["errors"]
+    assert found["event"] == "ended early"
 
 
 def test_a_run_without_errors_says_so(run: WrittenRun) -> None:
@@ -433,6 +458,28 @@ def test_the_pages_come_with_the_package() -> None:
     assert ask("files").startswith("# The files of a run")
     assert ask("questions").startswith("# Ten questions to a run")
     assert list(json.loads(ask("lnav"))) == ["$schema", "mpipipe_log"]
+
+
+def test_every_command_of_the_page_of_questions_works(
+    run: WrittenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `mpipipe logs`, without what is piped on; the runs are this one."""
+    monkeypatch.chdir(run.folder)
+    rows = [row for row in ask("questions").splitlines() if row.startswith("$ mpipipe logs ")]
+    assert len(rows) == 15
+    for row in rows:
+        words = shlex.split(row)[3:]
+        words = words[: next((at for at, word in enumerate(words) if word in "|>"), len(words))]
+        assert ask(*("." if word.startswith("runs/") else word for word in words))
+    titles = [row for row in ask("questions").splitlines() if re.match(r"## \d+\. ", row)]
+    assert len(titles) == 10
+
+
+def test_the_viewer_knows_fields_that_logs_have() -> None:
+    kind = schema_of("rank_0.log")
+    assert kind is not None
+    known = {field.name for field in kind.fields} | {"request"}  # of a completed prompt
+    assert set(json.loads(ask("lnav"))["mpipipe_log"]["value"]) <= known
 
 
 def test_asking_imports_nothing_heavy(run: WrittenRun) -> None:

@@ -22,6 +22,7 @@ WORDS = set(re.findall(r"`([^`\n]+)`", page(FILES_PAGE)))
 def test_the_page_names_every_field_of_every_file(kind: FileSchema) -> None:
     assert kind.title in WORDS
     assert [field.name for field in kind.fields if field.name not in WORDS] == []
+    assert {field.kind for field in kind.fields} <= {"int", "float", "str", "list", "object"}
 
 
 def test_the_page_names_the_schema_the_parts_and_the_boot_events() -> None:

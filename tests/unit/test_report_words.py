@@ -34,10 +34,10 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 def test_no_verdict_inside_of_the_noise(tmp_path: Path) -> None:
     found = verdicts(made_experiments.write(tmp_path, "strong", made_experiments.strong()))
-    assert "speedup 1.50 (1.46 – 1.57), above the 1.3 supposed" in found["memory-filling"]
+    assert "speedup 1.50 (1.46–1.57), above the 1.3 supposed" in found["memory-filling"]
     assert (
-        "speedup 1.29 (1.25 – 1.34), which cannot be told apart from the 1.3 supposed; parallel "
-        "efficiency 0.644 (0.625 – 0.670), which cannot be told apart from the 0.65 supposed"
+        "speedup 1.29 (1.25–1.34), which cannot be told apart from the 1.3 supposed; parallel "
+        "efficiency 0.644 (0.625–0.670), which cannot be told apart from the 0.65 supposed"
     ) in found["fixed-total"]
     assert "the stages shared one node" in found["memory-filling"]
     assert "some are flagged" not in found["memory-filling"]  # 4 stages, of which nothing was said
@@ -45,9 +45,9 @@ def test_no_verdict_inside_of_the_noise(tmp_path: Path) -> None:
 
 def test_the_batch_sweep_has_a_verdict_for_each_supposed_size(tmp_path: Path) -> None:
     text = verdicts(made_experiments.write(tmp_path, "batch", made_experiments.batch()))["batch"]
-    assert "For a batch of 2: batch efficiency 0.891 (0.865 – 0.928), which cannot be told" in text
-    assert "For a batch of 4: batch efficiency 0.730 (0.723 – 0.753), below the 0.8 sup" in text
-    assert "For a batch of 8: batch efficiency 0.473 (0.459 – 0.478), above the 0.43 sup" in text
+    assert "For a batch of 2: batch efficiency 0.891 (0.865–0.928), which cannot be told" in text
+    assert "For a batch of 4: batch efficiency 0.730 (0.723–0.753), below the 0.8 sup" in text
+    assert "For a batch of 8: batch efficiency 0.473 (0.459–0.478), above the 0.43 sup" in text
 
 
 def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -
     planted[1] = dataclasses.replace(planted[1], failed_repeats=(1, 2, 3, 4, 5))
     made_experiments.write(tmp_path / "none", "weak", planted)
     text = verdicts(tmp_path / "none")["weak"]
-    assert "the case weak_2 came to no result: a rank was lost." in text
+    assert "the case weak_n2 came to no result: a rank was lost." in text
 
 
 def test_a_flagged_run_behind_a_verdict_is_told(tmp_path: Path) -> None:
@@ -79,14 +79,20 @@ def test_supposed_values_stand_in_the_table_on_request_only(tmp_path: Path) -> N
     made_experiments.write(tmp_path, "batch", made_experiments.batch())
     without = make_report(tmp_path).files["report.md"].decode()
     with_them = make_report(tmp_path, hypotheses=True).files["report.md"].decode()
-    assert "| 0.473 (0.459 – 0.478) |" in without
-    assert "| 0.473 (0.459 – 0.478, supposed 0.43) |" in with_them
+    assert "| 0.473 (0.459–0.478) |" in without
+    assert "| 0.473 (0.459–0.478, supposed 0.43) |" in with_them
+
+
+def test_without_a_case_of_size_one_nothing_supposed_is_compared(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path, "batch", made_experiments.batch()[1:])
+    assert "no result of size 1 to compare with" in verdicts(tmp_path)["batch"]
+    assert "supposed 0" not in make_report(tmp_path, hypotheses=True).files["report.md"].decode()
 
 
 def test_what_the_sweep_found_is_said_in_words(tmp_path: Path) -> None:
     made_experiments.write(tmp_path, "batch", made_experiments.batch())
     text = make_report(tmp_path).files["report.md"].decode()
-    assert "The highest throughput was 152 tokens/s (149 – 155), at a batch of 16." in text
+    assert "The highest throughput was 152 tokens/s (149–155), at a batch of 16." in text
     assert "The knee is at batch 8" in text
     assert "The largest batch that is safe is 16. A batch of 32 did not fit into memory." in text
 
@@ -100,7 +106,7 @@ def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: 
     ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
     assert ended.exit_code == EXIT_REGRESSION == 7
     assert (
-        "worse: batch batch_4: Throughput (tokens/s): 118 (116 – 120) → 112 (110 – 114), -5.0 %"
+        "worse: batch batch_4: Throughput (tokens/s): 118 (116–120) → 112 (110–114), -5.0 %"
     ) in ended.output
     assert "worse: batch batch_4: TTFT p50 (s)" in ended.output
     assert "Memory" not in ended.output
@@ -112,6 +118,29 @@ def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: 
     assert ended.exit_code == 0
     assert "better: batch batch_4: Throughput" in ended.output
     assert "no regression beyond the noise" in ended.output
+
+
+def test_what_else_differs_is_told_beside_a_change(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.9))
+    same = make_report(new, against=old).files["report.md"].decode()
+    assert "differ:" not in same
+    for path in (new / "records").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "commit": "7654321", "config_hash": "beef"}))
+    text = make_report(new, against=old).files["report.md"].decode()
+    assert "> **Note.** the commits differ: 1234567 → 7654321." in text
+    assert "> **Note.** the configurations (by their hashes) differ: c0ffee → beef." in text
+    assert "the hosts differ" not in text
+
+
+def test_two_folders_of_one_experiment_are_told_apart(tmp_path: Path) -> None:
+    for name, scale in (("first", 1.0), ("second", 2.0)):
+        made_experiments.write(tmp_path / "new" / name, "batch", made_experiments.batch(scale))
+        made_experiments.write(tmp_path / "old" / name, "batch", made_experiments.batch(scale))
+    report = make_report(tmp_path / "new", against=tmp_path / "old")
+    assert {change.kind for change in report.changes} == {"same"}
+    assert "## Batch size (second)" in report.files["report.md"].decode()
 
 
 def test_changes_inside_of_the_noise_are_none(tmp_path: Path) -> None:
@@ -128,7 +157,7 @@ def test_a_case_that_came_to_no_result_any_more_is_a_regression(tmp_path: Path) 
     )
     new = made_experiments.write(tmp_path / "new", "weak", planted)
     assert [change.sentence for change in make_report(new, against=old).regressions] == [
-        "weak weak_4: came to no result any more: a rank was lost"
+        "weak weak_n4: came to no result any more: a rank was lost"
     ]
 
 
@@ -195,8 +224,8 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be read"):
         make_report(tmp_path / "gone")
     made_experiments.write(tmp_path, "weak", made_experiments.weak())
-    (tmp_path / "records" / "weak_1_r1.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"weak_1_r1\.json is not a record of this version"):
+    (tmp_path / "records" / "weak_n1_r1.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"weak_n1_r1\.json is not a record of this version"):
         make_report(tmp_path)
 
 

@@ -153,10 +153,16 @@ def test_energy_is_the_counters_difference() -> None:
     assert told == [None, 0.0, 700.0]
 
 
+@pytest.mark.parametrize("power_w", [None, 100.0])
+def test_there_is_no_energy_of_one_reading_without_a_counter(power_w: float | None) -> None:
+    meter = EnergyMeter()
+    meter.read(0.0, None, power_w)
+    assert meter.energy_j is None
+
+
 def test_energy_without_a_counter_is_the_power_over_time() -> None:
     meter = EnergyMeter()
     meter.read(0.0, None, 100.0)
-    assert meter.energy_j is None
     meter.read(5.0, None, 200.0)
     meter.read(6.0, None, None)  # the card did not answer
     meter.read(10.0, None, 300.0)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pytest
 
@@ -26,7 +26,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.errors import PromptError
 from mpipipe.metrics.lines import RequestRecord
-from mpipipe.metrics.log import NullLog
+from mpipipe.metrics.log import Logger, NullLog
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
 from mpipipe.scheduler.runner import Runner
@@ -64,6 +64,7 @@ class Pipeline:
     closed: list[int] = field(default_factory=list)
     most_in_flight: int = 0
     records: list[RequestRecord] = field(default_factory=list)
+    log: Logger = field(default_factory=NullLog)
 
     def mailbox(self, kind: type[Message]) -> Mailbox[tuple[int, Message]]:
         return self.mailboxes.setdefault(kind, Mailbox(kind.__name__))
@@ -127,9 +128,22 @@ class Pipeline:
             mesh=cast("Mesh", self),
             decode=decode,
             clock=self.clock,
-            log=NullLog(),
+            log=self.log,
             on_request=self.records.append,
         )
+
+
+class Events(NullLog):
+    """A log that keeps its events."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self.told.append((event, fields))
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.told.append((event, fields))
 
 
 def requests(count: int = 10, **sampling: object) -> list[Request]:
@@ -188,6 +202,19 @@ def alone(request: Request) -> tuple[list[int], str, FinishReason]:
 
 def outcome(completion: Completion) -> tuple[list[int], str, FinishReason]:
     return list(completion.token_ids), completion.text, completion.finish_reason
+
+
+def test_the_log_tells_each_admission_and_what_page_pressure_undid() -> None:
+    events = Events()
+    core = make_core("mixed", num_pages=14)
+    complete(core, wanted := requests(), Pipeline(log=events))
+    admitted = [fields for event, fields in events.told if event == "admitted"]
+    preempted = [fields for event, fields in events.told if event == "preempted"]
+    again = [fields for fields in admitted if fields["num_output_tokens"]]
+    assert len(preempted) == core.statistics().num_preemptions > 0
+    assert len(admitted) == len(wanted) + len(preempted)
+    assert {fields["request"] for fields in again} <= {fields["request"] for fields in preempted}
+    assert all(0 <= fields["num_free_pages"] < 14 for fields in preempted)
 
 
 @pytest.mark.parametrize("kind", CORES)

@@ -267,6 +267,8 @@ class WrittenRun:
             "output_tokens_per_s": 400.0, "total_tokens_per_s": 500.0, "bubble_ratio": 0.3,
             "ranks": ranks, "time": {"preprocessing_s": 0.4, "io_read_s": 0.5, "io_write_s": 0.01,
             "communication_s": 0.1}, "itl_p50_s": 0.004, "itl_p95_s": 0.006, "energy_j": None,
-            "attempts": [], "total": {},
+            "total": {},
+            "attempts": [{"attempt": number, "state": "done" if number == self.attempt
+            else "interrupted"} for number in range(1, self.attempt + 1)],
         }  # fmt: skip
         (self.folder / "metrics.json").write_text(json.dumps(metrics))

@@ -178,12 +178,13 @@ def _foreign_libraries(software: SoftwareFacts, *, harmed: bool) -> Iterator[Fin
     if not taken:
         return
     names = ", ".join(dict.fromkeys(library.path for library in taken[:3]))
+    folders = " and ".join(dict.fromkeys(str(Path(library.path).parent) for library in taken))
     level = fatal if harmed else warning
     yield level(
         "software.libraries",
         f"LD_LIBRARY_PATH puts {names} before torch's own",
         "a CUDA or NCCL module is loaded, or the host's LD_LIBRARY_PATH leaks into the container",
-        f"unset LD_LIBRARY_PATH, or take {_folders(taken)} out of it (module unload cuda; "
+        f"unset LD_LIBRARY_PATH, or take {folders} out of it (module unload cuda; "
         "apptainer --cleanenv)",
     )
 
@@ -191,10 +192,6 @@ def _foreign_libraries(software: SoftwareFacts, *, harmed: bool) -> Iterator[Fin
 def _is_stray_driver(library: Library) -> bool:
     """A libcuda that `--nv` has not put there."""
     return library.name == "libcuda" and not library.path.startswith(_NV_FOLDER)
-
-
-def _folders(libraries: Sequence[Library]) -> str:
-    return " and ".join(dict.fromkeys(str(Path(library.path).parent) for library in libraries))
 
 
 def _in_any(path: str, folders: Sequence[str]) -> bool:

@@ -115,8 +115,7 @@ def kernel_driver(root: Path = _ROOT) -> str:
 
 
 def _device_files(root: Path) -> tuple[str, ...]:
-    names = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
-    return tuple(f"/dev/{name}" for name in names)
+    return tuple(sorted(f"/dev/{path.name}" for path in (root / "dev").glob("nvidia[0-9]*")))
 
 
 def _libcuda(root: Path) -> str:
