@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.errors import EXIT_OK, EXIT_REGRESSION, OutputError
 from mpipipe.report.make import make_report
+from mpipipe.run_folder.accounts import follow_up_accounts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ def report_command(
     Raises:
         MpipipeError: there is nothing to report, or it cannot be read or written.
     """
+    follow_up_accounts(folder)
     report = make_report(folder, against=against, hypotheses=hypotheses)
     place = out or folder
     try:

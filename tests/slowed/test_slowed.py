@@ -88,7 +88,8 @@ def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: 
 def busy(core: int) -> Iterator[None]:
     """A core kept busy by others: a rank there gets a sixth of it."""
     words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(words) for _ in range(NUM_RIVALS)]
+    # The kernel shares a core out between sessions first (autogroups).
+    processes = [subprocess.Popen(words, start_new_session=True) for _ in range(NUM_RIVALS)]
     try:
         yield
     finally:

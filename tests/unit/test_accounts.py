@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mpipipe.cli import report
+from mpipipe.errors import OutputError
 from mpipipe.run_folder.accounts import follow_up_accounts, read_accounts
 from mpipipe.topology.slurm_account import ACCOUNT_FORMAT, account_of, all_ended
 
@@ -111,6 +113,21 @@ def test_a_file_that_scontrol_wrote_is_asked_for_with_our_columns(folder: Path) 
     follow_up_accounts(folder, slurm)
     assert f"--format={ACCOUNT_FORMAT}" in slurm.commands[0]
     assert slurm_of(folder) == read_accounts(folder)
+
+
+def test_a_report_asks_again_before_it_reads_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def make(made_of: Path, **_: object) -> None:
+        assert asked == [made_of]
+        raise OutputError("nothing to report")
+
+    monkeypatch.setattr(report, "follow_up_accounts", asked.append)
+    monkeypatch.setattr(report, "make_report", make)
+    with pytest.raises(OutputError, match="nothing to report"):
+        report.report_command(folder, out=None, against=None, hypotheses=False)
 
 
 def test_a_run_without_metrics_or_job_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
