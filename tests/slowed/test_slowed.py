@@ -87,7 +87,9 @@ def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: 
 @contextmanager
 def busy(core: int) -> Iterator[None]:
     """A core kept busy by others: a rank there gets a sixth of it."""
-    words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", "while True: pass"]
+    # It ends with this process, also where a time limit kills it.
+    work = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    words = ["taskset", "--cpu-list", str(core), sys.executable, "-c", work]
     # The kernel shares a core out between sessions first (autogroups).
     processes = [subprocess.Popen(words, start_new_session=True) for _ in range(NUM_RIVALS)]
     try:
