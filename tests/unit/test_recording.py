@@ -84,7 +84,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
 
 def record(folder: Path, session: FakeSession, wanted: LogConfig, inside: Any) -> None:
     async def run() -> None:
-        files, told = FileThread(), session
+        files = FileThread()
+        told: Any = session
         try:
             async with recording(
                 folder,
@@ -92,7 +93,7 @@ def record(folder: Path, session: FakeSession, wanted: LogConfig, inside: Any) -
                 wanted,
                 told,
                 files,
-                on_failure=pytest.fail,  # type: ignore[arg-type]
+                on_failure=pytest.fail,
             ) as recorder:
                 inside(recorder)
         finally:
