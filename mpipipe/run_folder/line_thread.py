@@ -67,7 +67,7 @@ class LineFile(Generic[T]):
         for _ in range(-(-len(self.told) // _LINES_PER_WRITE)):
             items = [self.told.popleft() for _ in range(min(_LINES_PER_WRITE, len(self.told)))]
             try:
-                self._append("".join(map(self._line_of, items)).encode(), len(items))
+                self._append("".join(map(self._line_of, items)), len(items))
             except OSError:
                 self.num_lost += len(items)
                 raise
@@ -78,7 +78,8 @@ class LineFile(Generic[T]):
         if file is not None:
             file.close()
 
-    def _append(self, lines: bytes, num_lines: int) -> None:
+    def _append(self, text: str, num_lines: int) -> None:
+        lines = text.encode(errors="backslashreplace")  # half of a surrogate pair, in an id
         file = self._file or self._open()
         if self._num_kept is not None and self._num_lines >= self._num_kept:
             self.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.run_folder import line_thread
 from mpipipe.run_folder.line_thread import LineFile, LineThread
 
-LIMIT_S = 20.0
+LIMIT_S = 30.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def line_of(number: int) -> str:
@@ -87,6 +91,42 @@ def test_a_later_attempt_goes_on_with_the_file_that_has_room(tmp_path: Path) -> 
         write(told(path, *range(first, first + 3), num_kept=5))
     assert numbers(path.with_name("steps_rank_0.1.jsonl")) == list(range(6))
     assert numbers(path) == list(range(6, 12))
+
+
+def test_half_of_a_surrogate_pair_is_escaped(tmp_path: Path) -> None:
+    file = LineFile[str](tmp_path / "lines.jsonl", lambda text: f'{{"id": "{text}"}}\n')
+    file.tell("\ud83d")
+    file.tell("é")
+    file.write_told()
+    file.close()
+    lines = file.path.read_bytes().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["\ud83d", "é"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from mpipipe.clock import MonotonicClock
+from mpipipe.run_folder.line_thread import LineFile, LineThread
+file = LineFile(Path(sys.argv[1]), lambda number: f'{{"n": {number}}}\\n')
+LineThread((file,), clock=MonotonicClock()).start()
+for number in range(100):
+    file.tell(number)
+time.sleep(60)
+"""
+
+
+def test_lines_of_a_rank_that_is_killed_are_there_a_moment_after_they_were_told(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lines.jsonl"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT) as rank:
+        end_s = time.monotonic() + LIMIT_S
+        while not (path.exists() and b'"n": 99}' in path.read_bytes()):
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        rank.kill()  # it never closes the file
+    assert numbers(path) == list(range(100))
 
 
 class FullDisk:

@@ -38,7 +38,7 @@ class Linked:
 
     def __init__(self) -> None:
         self.wire, self.clock, self.account = Wire(), ScriptedClock(100.0), StageAccount(1)
-        self.told: list[tuple[int, float | None]] = []
+        self.told: list[tuple[int, Any]] = []
         self.account.on_step = lambda record, transfer_s: self.told.append(
             (record.step, transfer_s)
         )
@@ -113,7 +113,7 @@ def test_a_step_whose_time_does_not_come_is_told_without_after_two_seconds() -> 
 def test_settling_takes_what_comes_and_gives_the_rest_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "_SETTLE_S", 0.05)
 
-    async def settle() -> list[tuple[int, float | None]]:
+    async def settle() -> list[tuple[int, Any]]:
         linked = Linked()
         linked.step(0)
         linked.account.begin(200.0)
@@ -127,7 +127,7 @@ def test_settling_takes_what_comes_and_gives_the_rest_up(monkeypatch: pytest.Mon
 
     assert asyncio.run(settle()) == [(0, 0.5)]
 
-    async def in_vain() -> list[tuple[int, float | None]]:
+    async def in_vain() -> list[tuple[int, Any]]:
         linked = Linked()
         linked.step(0)
         await linked.link.settle()

@@ -1,0 +1,156 @@
+"""What a rank records: only what was asked for, samples with its GPU, the energy of the run."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpipipe.clock import ScriptedClock
+from mpipipe.config.schema import LogConfig
+from mpipipe.job import recording as module
+from mpipipe.job.recording import Recording, recording
+from mpipipe.metrics.accounting import StageAccount
+from mpipipe.metrics.identity import RunIdentity
+from mpipipe.run_folder.file_thread import FileThread
+from mpipipe.runtime.clock_offsets import ClockOffset
+from mpipipe.topology.nvml import opened_nvml
+from tests.unit.fake_nvml import FakeCard, FakeNvml, memory
+
+IDENTITY = RunIdentity("0123456789ab", 1, None, 0, 0, 0)
+
+
+class FakeSession:
+    """Of a head whose stage has run one step."""
+
+    gpu_uuid = "GPU-1"
+    num_steps = 1
+    num_output_tokens = 7
+
+    def __init__(self) -> None:
+        self.ranks = SimpleNamespace(clock=ScriptedClock(50.0))
+        self.clocks = self
+        self.energy_j: float | None = None
+        self.account = StageAccount(0)
+        self.on_clocks: Any = None
+
+    def statistics(self) -> Any:
+        return SimpleNamespace(num_running=3, num_waiting=2, num_pages=10, num_free_pages=4)
+
+    def observe(self, *, on_step: Any, on_request: Any, on_clocks: Any) -> None:
+        assert on_request is not None
+        self.account.on_step, self.on_clocks = on_step, on_clocks
+
+    async def compare(self) -> None:
+        self.on_clocks([ClockOffset(0, 0.0, 0.0), ClockOffset(1, 2.5, 0.001)])
+
+    async def settle(self) -> None:
+        self.give_up_times()
+
+    def give_up_times(self) -> None:
+        self.account.give_up(float("inf"))
+
+    def run_step(self) -> None:
+        """One whose wait is not divided yet."""
+        step: Any = SimpleNamespace(
+            step=0, slot=0, num_tokens=1, num_sampled=1, num_sequences=1, phase="decode",
+            steady=False,
+        )  # fmt: skip
+        self.account.begin(1.0)
+        self.account.step_scheduled(0, 1.0)
+        self.account.input_ready(0, 2.0)
+        self.account.computed(0, 3.0)
+        self.account.sent(step, 3.0, needs=0)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
+    """The only GPU of the host."""
+    card = FakeCard("GPU-1")
+    card.answers = {
+        "nvmlDeviceGetTotalEnergyConsumption": 9_000_000,
+        "nvmlDeviceGetPowerUsage": 250_000,
+        "nvmlDeviceGetMemoryInfo": memory(1000, 400),
+    }
+    library = FakeNvml(card)
+    monkeypatch.setattr(module, "opened_nvml", functools.partial(opened_nvml, library))
+    return card
+
+
+def record(folder: Path, session: FakeSession, wanted: LogConfig, inside: Any) -> None:
+    async def run() -> None:
+        files = FileThread()
+        told: Any = session
+        try:
+            async with recording(
+                folder,
+                IDENTITY,
+                wanted,
+                told,
+                files,
+                on_failure=pytest.fail,
+            ) as recorder:
+                inside(recorder)
+        finally:
+            files.close()
+
+    asyncio.run(run())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_that_was_told_is_in_the_files_at_the_end(tmp_path: Path, card: FakeCard) -> None:
+    session = FakeSession()
+
+    def generate(recorder: Recording) -> None:
+        recorder._sample()  # the thread's first one may come before or after it
+        session.run_step()
+        card.answers["nvmlDeviceGetTotalEnergyConsumption"] = 9_700_000
+
+    record(tmp_path, session, LogConfig(sample_interval_s=3600.0), generate)
+    (step,) = lines(tmp_path / "steps_rank_0.jsonl")
+    assert (step["step"], step["wait_s"], step["transfer_s"]) == (0, 1.0, None)
+    samples = lines(tmp_path / "samples_rank_0.jsonl")
+    assert len(samples) == 3, "at the start, at the end, and the test's own"
+    last = samples[-1]
+    assert (last["t_s"], last["num_output_tokens"], last["num_steps"]) == (50.0, 7, 1)
+    assert (last["num_running"], last["num_waiting"]) == (3, 2)
+    assert (last["kv_pages_used"], last["num_kv_pages"]) == (6, 10)
+    assert last["gpu"]["power_w"] == 250.0
+    assert last["gpu"]["energy_j"] == 9700.0
+    assert last["gpu"]["throttle"] is None
+    assert session.energy_j == 700.0
+    clocks = lines(tmp_path / "clock.jsonl")
+    assert [(c["of_rank"], c["offset_s"], c["error_s"]) for c in clocks] == [
+        (0, 0.0, 0.0), (1, -2.5, 0.001),
+    ]  # fmt: skip
+
+
+def test_what_was_not_asked_for_is_not_there(tmp_path: Path, card: FakeCard) -> None:
+    session = FakeSession()
+    wanted = LogConfig(steps="none", sample_interval_s=0.0)
+    record(tmp_path, session, wanted, lambda _: session.run_step())
+    assert {path.name for path in tmp_path.iterdir()} == {"clock.jsonl"}
+    assert session.energy_j is None
+    assert card.answers
+
+
+def test_a_run_that_fails_leaves_the_lines_that_were_told(tmp_path: Path, card: FakeCard) -> None:
+    session = FakeSession()
+
+    def fail(_: Recording) -> None:
+        session.run_step()
+        raise RuntimeError("a rank was lost")
+
+    with pytest.raises(RuntimeError, match="a rank was lost"):
+        record(tmp_path, session, LogConfig(), fail)
+    (step,) = lines(tmp_path / "steps_rank_0.jsonl")
+    assert step["transfer_s"] is None
+    assert card.answers
