@@ -22,6 +22,9 @@ _ORIGIN_TOLERANCE_S = 0.5  # the first sample is taken a moment before "generati
 
 # Reasons of `topology.nvml` that disturb no comparison: the clocks that were chosen for the GPU.
 _HARMLESS = frozenset({"applications_clocks_setting", "display_clock_setting"})
+# Prefill takes an H100 to its power limit in any run (1,635 of 1,980 MHz, seen in one sample of eight).
+_POWER_CAP = "sw_power_cap"
+_CAPPED_SHARE = 0.95  # of the highest clock that the run has seen
 
 
 def progress(files: RunFiles) -> tuple[ProgressSample, ...]:
@@ -46,7 +49,7 @@ def progress(files: RunFiles) -> tuple[ProgressSample, ...]:
 def flags_of(files: RunFiles) -> tuple[Flag, ...]:
     """What makes a measurement one to distrust."""
     found: list[Flag] = []
-    if any(_throttle_reasons(sample) for rank in files.ranks for sample in _steady(rank)):
+    if any(map(_is_throttled, files.ranks)):
         found.append("throttled")
     if any(percent > FOREIGN_PERCENT for percent in _foreign_percents(files.ranks)):
         found.append("foreign load")
@@ -57,9 +60,17 @@ def flags_of(files: RunFiles) -> tuple[Flag, ...]:
     return tuple(found)
 
 
-def _throttle_reasons(sample: Mapping[str, Any]) -> set[str]:
-    reasons = (sample.get("gpu") or {}).get("throttle") or []
-    return set(map(str, reasons)) - _HARMLESS
+def _is_throttled(rank: RankSamples) -> bool:
+    """Heat or a brake at any moment; the power cap where it holds the clock down most of the time."""
+    reasons = {
+        str(reason)
+        for sample in _steady(rank)
+        for reason in (sample.get("gpu") or {}).get("throttle") or []
+    } - _HARMLESS
+    clocks = _gpu_values(rank, "sm_clock_mhz")
+    if reasons == {_POWER_CAP} and clocks:
+        return statistics.median(clocks) < _CAPPED_SHARE * max(clocks)
+    return bool(reasons)
 
 
 def _foreign_percents(ranks: Sequence[RankSamples]) -> list[float]:

@@ -235,7 +235,7 @@ def _check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outc
     last = samples[-1]
     assert last["num_steps"] == stage["num_steps"]
     assert last["rss_bytes"] > 1 << 20
-    assert last["cpu_percent"] > 0
+    assert any(line["cpu_percent"] for line in samples)  # the last may cover a moment only
     assert last["gpu"] is None
     counts = ("num_output_tokens", "num_running", "num_waiting", "kv_pages_used", "num_kv_pages")
     num_tokens = sum(record["num_output_tokens"] for record in outcome.completions())

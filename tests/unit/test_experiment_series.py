@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mpipipe.experiments import series
 from mpipipe.experiments.run_files import read_run_files
 
@@ -111,3 +113,17 @@ def test_the_error_is_the_one_that_the_run_told(tmp_path: Path) -> None:
     files = read_run_files(tmp_path)
     assert (files.error, files.error_kind) == ("too large", "PlanError")
     assert files.gpu_names == ("NVIDIA H200",)
+
+
+@pytest.mark.parametrize(
+    ("clocks", "flags"), [((1980, 1980, 1635), ()), ((1980, 1600, 1635), ("throttled",))]
+)
+def test_the_power_cap_counts_where_it_holds_the_clock_down(
+    tmp_path: Path, clocks: tuple[int, ...], flags: tuple[str, ...]
+) -> None:
+    lines = [
+        {"t_s": float(place), "gpu": {"sm_clock_mhz": clock, "throttle": ["sw_power_cap"]}}
+        for place, clock in enumerate((1200, *clocks))  # the first sample is left out
+    ]
+    write_lines(tmp_path / "samples_rank_0.jsonl", lines)
+    assert series.flags_of(read_run_files(tmp_path)) == flags
