@@ -22,7 +22,7 @@ _ORIGIN_TOLERANCE_S = 0.5  # the first sample is taken a moment before "generati
 
 # Reasons of `topology.nvml` that disturb no comparison: the clocks that were chosen for the GPU.
 _HARMLESS = frozenset({"applications_clocks_setting", "display_clock_setting"})
-# Prefill takes an H100 to its power limit in any run (1,635 of 1,980 MHz, seen in one sample of eight).
+# Prefill takes an H100 to its power limit in any run: 1,635 of 1,980 MHz in one sample of eight.
 _POWER_CAP = "sw_power_cap"
 _CAPPED_SHARE = 0.95  # of the highest clock that the run has seen
 
@@ -61,7 +61,7 @@ def flags_of(files: RunFiles) -> tuple[Flag, ...]:
 
 
 def _is_throttled(rank: RankSamples) -> bool:
-    """Heat or a brake at any moment; the power cap where it holds the clock down most of the time."""
+    """Heat or a brake at any moment; the power cap where it holds the clock down for long."""
     reasons = {
         str(reason)
         for sample in _steady(rank)

@@ -125,5 +125,5 @@ def test_the_power_cap_counts_where_it_holds_the_clock_down(
         {"t_s": float(place), "gpu": {"sm_clock_mhz": clock, "throttle": ["sw_power_cap"]}}
         for place, clock in enumerate((1200, *clocks))  # the first sample is left out
     ]
-    write_lines(tmp_path / "samples_rank_0.jsonl", lines)
+    write_lines(a_run(tmp_path) / "samples_rank_0.jsonl", lines)
     assert series.flags_of(read_run_files(tmp_path)) == flags
