@@ -325,7 +325,7 @@ def _lost_peer(doing: str, error: MPI.Exception) -> PeerLostError:
 
 def library_version() -> str:
     """The MPI library's description of itself, in lines; MPI need not be started."""
-    return MPI.Get_library_version()
+    return MPI.Get_library_version().replace("\0", "")  # Open MPI 4.1 counts the end as text
 
 
 def module_file() -> str:
