@@ -146,11 +146,14 @@ def _slow_stage(run: RunFacts, stalls: Sequence[Stall]) -> Iterator[Culprit]:
     lost_s = computed[slowest.rank] - others_s
     if computed[slowest.rank] < _SLOWER * others_s:
         return
-    waiting = fmean(
+    waited = [
         (rank.parts_s.get("wait", 0.0) + rank.parts_s.get("idle", 0.0)) / rank.generate_s
         for rank in others
         if rank.generate_s > 0
-    )
+    ]
+    if not waited:  # of a killed run only this rank has left steps
+        return
+    waiting = fmean(waited)
     mine, theirs = _per_step(slowest), fmean(_per_step(rank) for rank in others)
     verb = "the others wait" if len(others) > 1 else f"stage {others[0].stage} waits"
     yield Culprit(

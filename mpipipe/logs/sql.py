@@ -23,7 +23,7 @@ TABLES: Mapping[str, str] = {
 SqlResult = tuple[Sequence[str], list[tuple[Any, ...]]]
 _BOOT = (
     "CREATE VIEW boot AS SELECT rank, attempt, name, start_s, end_s, end_s - start_s AS seconds, "
-    "bytes FROM run_log WHERE event = 'boot' ORDER BY rank, start_s"
+    "{bytes} FROM run_log WHERE event = 'boot' ORDER BY rank, start_s"
 )
 
 
@@ -47,7 +47,7 @@ def query(files: RunFiles, statement: str) -> SqlResult:
             if sorted(files.folder.glob(pattern)):
                 _create(connection, table, str(files.folder / pattern))
         if any(files.folder.glob(TABLES["run_log"])):
-            connection.execute(_BOOT)
+            _create_boot(connection)
         result = connection.execute(statement)
         return [column[0] for column in result.description or ()], result.fetchall()
     except duckdb.Error as error:
@@ -58,6 +58,13 @@ def query(files: RunFiles, statement: str) -> SqlResult:
         ) from error
     finally:
         connection.close()
+
+
+def _create_boot(connection: Any) -> None:
+    """The view of boot events; a run that logged none, or read no bytes, lacks their columns."""
+    columns = {row[0] for row in connection.execute("DESCRIBE run_log").fetchall()}
+    if {"rank", "attempt", "event", "name", "start_s", "end_s"} <= columns:
+        connection.execute(_BOOT.format(bytes="bytes" if "bytes" in columns else "NULL AS bytes"))
 
 
 def _create(connection: Any, table: str, pattern: str) -> None:

@@ -66,6 +66,10 @@ def total_of(attempts: Iterable[AttemptTotals]) -> dict[str, Any]:
     told = list(attempts)
     names = [field.name for field in dataclasses.fields(AttemptTotals)[2:]]
     total = {name: sum(getattr(attempt, name) for attempt in told) for name in names}
+    # Of an attempt that was killed, the log may not say when it began to generate (log.level).
+    is_known = all(attempt.generate_s > 0 for attempt in told if attempt.num_output_tokens)
     generate_s = total["generate_s"]
-    tokens_per_s = total["num_output_tokens"] / generate_s if generate_s > 0 else 0.0
+    tokens_per_s: float | None = 0.0
+    if generate_s > 0:
+        tokens_per_s = total["num_output_tokens"] / generate_s if is_known else None
     return {"num_attempts": len(told), **total, "output_tokens_per_s": tokens_per_s}

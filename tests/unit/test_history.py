@@ -65,6 +65,13 @@ def test_each_prompt_counts_for_one_attempt(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_tokens_of_an_attempt_of_unknown_length_make_no_rate(tmp_path: Path) -> None:
+    unknown = AttemptTotals(1, "interrupted", 3600.0, 0.0, 3, 0, 1_000_000)
+    known = AttemptTotals(2, "done", 12.0, 10.0, 1, 0, 2_000)
+    assert total_of([unknown, known])["output_tokens_per_s"] is None
+    assert total_of([known])["output_tokens_per_s"] == 200.0
+
+
 def test_what_an_attempt_has_told_itself_is_believed(tmp_path: Path) -> None:
     told = {
         "attempt": 1, "state": "stopped", "wall_s": 9.5, "generate_s": 4, "num_completed": 2,

@@ -438,6 +438,18 @@ def test_sql_has_a_table_per_kind_of_file(run: WrittenRun) -> None:
     assert [row.split()[:2] for row in shown.splitlines()[:2]] == [["rank", "s"], ["0", "0.8"]]
 
 
+@pytest.mark.parametrize("left_out", ["bytes", "start_s"])
+def test_sql_asks_runs_whose_log_lacks_what_others_have(run: WrittenRun, left_out: str) -> None:
+    for path in run.folder.glob("rank_*.log"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            event.pop(left_out, None)
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert query(RunFiles(run.folder), "SELECT count(*) FROM requests")[1] == [(8,)]
+    if left_out == "bytes":
+        assert query(RunFiles(run.folder), "SELECT count(bytes) FROM boot")[1] == [(0,)]
+
+
 def test_a_wrong_statement_is_told_with_the_tables(run: WrittenRun) -> None:
     with pytest.raises(ConfigError, match="the tables are run_log, steps"):
         query(RunFiles(run.folder), "SELECT * FROM nothing")

@@ -55,6 +55,14 @@ def test_one_rank_is_never_slower_than_others(tmp_path: Path) -> None:
     assert found.kind == "none"
 
 
+def test_a_killed_run_of_which_one_rank_left_steps_has_no_slowest_stage(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path, parts={0: {"compute_s": 0.0071}}, cpu_share={0: 0.3})
+    folder = run.write()
+    (folder / "metrics.json").unlink()
+    (folder / "steps_rank_1.jsonl").unlink()
+    assert find_culprit(read_facts(RunFiles(folder))).kind != "slow_stage"
+
+
 # ---- a shared core -------------------------------------------------------------------------------
 
 

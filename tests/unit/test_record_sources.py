@@ -52,6 +52,8 @@ def test_the_environment_is_what_decides_without_secrets() -> None:
     left_out = {
         "HOME": "/root", "PATH": "/bin", "HF_TOKEN": "x", "SLURM_JWT": "x", "MPIPIPE_API_KEY": "x",
         "OMPI_MCA_orte_precondition_transports": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "SLURM_EXPORT_ENV": "ALL,HF_TOKEN=x", "OMPI_MCA_mca_base_env_list": "HF_TOKEN=x",
+        "SLURM_SPANK_OPTION": "a=1,HF_TOKEN=x", "MPIPIPE_INDEX": "https://user:x@host/simple",
     }  # fmt: skip
     assert recorded_environment({**left_out, **kept}) == kept
 
