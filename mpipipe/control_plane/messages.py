@@ -338,7 +338,7 @@ class ClockTold:
 
 @dataclass(frozen=True, slots=True)
 class ClocksCompared:
-    """head → all: by rank, the seconds that its clock is ahead of the head's."""
+    """head → all: by rank, the seconds that its clock is ahead of the head's; NaN: not known."""
 
     ahead_s: tuple[float, ...]
 

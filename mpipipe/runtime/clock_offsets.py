@@ -9,6 +9,7 @@ then, which the shortest of many leaves out.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ class Clocks:
         self._mesh = mesh
         self._hosts = tuple(hosts)
         self._now_s = now_s
-        self._ahead_s: tuple[float, ...] = (0.0,) * len(hosts)
+        own_host = hosts[mesh.rank]
+        self._ahead_s = tuple(0.0 if host == own_host else math.nan for host in hosts)
         self._number = 0
         self._by_host = {hosts[_HEAD]: (0.0, 0.0)}
         self._one_at_a_time = asyncio.Lock()
@@ -69,7 +71,10 @@ class Clocks:
         self._mailbox = mesh.mailbox(*types)
 
     def ahead_s(self, rank: int) -> float:
-        """How far the clock of `rank` is ahead of the head's; 0 as long as that is not known."""
+        """How far the clock of `rank` is ahead of the head's; NaN as long as that is not known.
+
+        Before the first comparison: of the ranks of one host to each other.
+        """
         return self._ahead_s[rank]
 
     async def run(self) -> None:
@@ -101,7 +106,8 @@ class Clocks:
                 for rank, host in enumerate(self._hosts)
                 if host in self._by_host
             )
-            self._ahead_s = tuple(self._by_host.get(host, (0.0, 0.0))[0] for host in self._hosts)
+            unknown = (math.nan, math.nan)  # clocks of two hosts may be days apart
+            self._ahead_s = tuple(self._by_host.get(host, unknown)[0] for host in self._hosts)
             for rank in range(1, len(self._hosts)):
                 self._mesh.send(rank, ClocksCompared(self._ahead_s))
         if self.on_compared is not None:

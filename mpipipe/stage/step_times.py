@@ -8,6 +8,7 @@ is older than a quarter of a second: a line about a step must not stay in memory
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,8 @@ class StepTimesLink:
             source, told = received
             assert isinstance(told, StepTimes)
             shift_s = self._ahead_s(self._mesh.rank) - self._ahead_s(source)
+            if math.isnan(shift_s):  # so these steps are told without the division
+                continue
             self._account.upstream_computed(
                 told.first_step, [at_s + shift_s for at_s in told.computed_s]
             )

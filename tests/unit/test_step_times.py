@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,7 +37,7 @@ class Wire:
 class Linked:
     """The link of stage 1; its clock is 5 s ahead of the head's, that of rank 0 by nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead_s: float = 5.0) -> None:
         self.wire, self.clock, self.account = Wire(), ScriptedClock(100.0), StageAccount(1)
         self.told: list[tuple[int, Any]] = []
         self.account.on_step = lambda record, transfer_s: self.told.append(
@@ -51,7 +52,7 @@ class Linked:
             mesh=cast("Any", self.wire),
             account=self.account,
             clock=self.clock,
-            ahead_s=lambda rank: 5.0 * (rank == 1),
+            ahead_s=lambda rank: ahead_s if rank == 1 else 0.0,
         )
 
     def step(self, number: int) -> None:
@@ -134,3 +135,14 @@ def test_settling_takes_what_comes_and_gives_the_rest_up(monkeypatch: pytest.Mon
         return linked.told
 
     assert asyncio.run(in_vain()) == [(0, None)]
+
+
+def test_times_of_a_clock_that_is_not_known_divide_nothing() -> None:
+    linked = Linked(ahead_s=math.nan)
+    linked.step(0)
+    linked.wire.inbox.put((0, StepTimes(0, (94.75,))))
+    linked.link.poll()
+    assert linked.told == []
+    linked.clock.advance(3.0)
+    linked.link.poll()
+    assert linked.told == [(0, None)]
