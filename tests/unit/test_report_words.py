@@ -126,7 +126,8 @@ def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: 
     assert (
         "worse: batch batch_4: Throughput (tokens/s): 118 (116–120) → 112 (110–114), -5.0 %"
     ) in ended.output
-    assert "worse: batch batch_4: TTFT p50 (s)" in ended.output
+    assert "worse, not counted: batch batch_4: TTFT p50 (s)" in ended.output
+    assert "worse: batch batch_4: TTFT" not in ended.output
     assert "Memory" not in ended.output
     text = (new / "report.md").read_text()
     assert "**worse**" in text
@@ -179,15 +180,119 @@ def test_a_case_that_came_to_no_result_any_more_is_a_regression(tmp_path: Path) 
     ]
 
 
-def test_too_few_runs_are_no_regression(tmp_path: Path) -> None:
+def without_repeats(folder: Path, *repeats: int, case: str = "*") -> None:
+    for repeat in repeats:
+        for path in (folder / "records").glob(f"{case}_r{repeat}.json"):
+            path.unlink()
+
+
+def test_where_nothing_could_be_judged_it_is_said_and_has_an_exit_code(tmp_path: Path) -> None:
     old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
     new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.5))
-    for repeat in (4, 5):
-        for path in (new / "records").glob(f"*_r{repeat}.json"):
-            path.unlink()
+    without_repeats(new, 4, 5)
     report = make_report(new, against=old)
     assert report.regressions == []
     assert {change.kind for change in report.changes} == {"too few runs"}
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 4
+    # of 5 batches: wall clock, throughput, TTFT, 2 × ITL, memory, energy
+    assert "35 figures could not be judged (fewer than 5 runs)" in ended.output
+    assert "no regression" not in ended.output
+
+
+def test_where_some_figures_could_be_judged_the_others_are_told(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch())
+    without_repeats(new, 4, 5, case="batch_4")
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 0
+    assert "7 figures could not be judged (fewer than 5 runs)" in ended.output
+    assert "no regression beyond the noise in the other 28 figures" in ended.output
+
+
+def test_fewer_ok_runs_are_a_regression(tmp_path: Path) -> None:
+    planted = made_experiments.weak()[:2]
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    planted[1] = dataclasses.replace(
+        planted[1], outcome="failed", reason="a rank was lost", failed_repeats=(1, 2, 3, 4)
+    )
+    new = made_experiments.write(tmp_path / "new", "weak", planted)
+    assert [change.sentence for change in make_report(new, against=old).regressions] == [
+        "weak weak_n2: 1 of 5 runs are ok, and before 5 of 5: a rank was lost"
+    ]
+    ended = CliRunner().invoke(app, ["report", str(old), "--against", str(new)])
+    assert ended.exit_code == 0
+    assert "better: weak weak_n2: 5 of 5 runs are ok, and before 1 of 5\n" in ended.output
+
+
+def test_a_case_that_is_gone_is_a_regression_and_a_figure_that_is_gone_is_listed(
+    tmp_path: Path,
+) -> None:
+    planted = made_experiments.weak()
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    new = made_experiments.write(tmp_path / "new", "weak", planted[:2])
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        del record["metrics"]["itl_p95_s"]
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == EXIT_REGRESSION
+    assert "worse: weak weak_n4: the case is not among the new records" in ended.output
+    assert (
+        "not recorded: weak weak_n2: Inter-token p95 (ms) was 33.1, and is not recorded any more"
+    ) in ended.output
+    assert "no regression" not in ended.output
+
+
+def test_runs_that_do_not_make_the_same_tokens_any_more_are_a_regression(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    agreeing = made_experiments.write(tmp_path / "agreeing", "weak", planted)
+    planted[1] = dataclasses.replace(planted[1], speed=20.0, tokens={3: "f00d"})
+    differing = made_experiments.write(tmp_path / "differing", "weak", planted)
+    report = make_report(differing, against=agreeing)
+    assert [change.sentence for change in report.regressions] == [
+        "weak weak_n2: its runs made different tokens, and before they made the same"
+    ]
+    kinds = {
+        change.figure: change.kind for change in report.changes if change.case == "weak weak_n2"
+    }
+    assert kinds["Throughput (tokens/s)"] == "other tokens"
+    assert kinds["Memory (GiB)"] == "same"
+    ended = CliRunner().invoke(app, ["report", str(agreeing), "--against", str(differing)])
+    assert ended.exit_code == 0
+    assert "5 figures could not be judged (different tokens)" in ended.output
+    assert "better" not in ended.output
+
+
+def test_other_tokens_than_before_are_told(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    planted[1] = dataclasses.replace(planted[1], tokens=dict.fromkeys(range(1, 6), "f00d"))
+    new = made_experiments.write(tmp_path / "new", "weak", planted)
+    text = make_report(new, against=old).files["report.md"].decode()
+    assert "> **Note.** the tokens differ from those before: weak weak_n2." in text
+    assert "the tokens differ" not in make_report(old, against=old).files["report.md"].decode()
+
+
+def test_only_throughput_and_memory_of_the_figures_decide_the_exit_code(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "weak", made_experiments.weak())
+    new = made_experiments.write(tmp_path / "new", "weak", made_experiments.weak())
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        record["metrics"]["itl_p95_s"] *= 2
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 0
+    assert "worse, not counted: weak weak_n2: Inter-token p95 (ms)" in ended.output
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        record["metrics"]["ranks"][1]["peak_rss_bytes"] *= 2
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == EXIT_REGRESSION
+    assert (
+        "worse: weak weak_n2: Memory (GiB): 3.00 (no interval) → 6.00 (no interval)" in ended.output
+    )
 
 
 def test_records_of_other_cases_cannot_be_compared(tmp_path: Path) -> None:
