@@ -33,7 +33,7 @@ class CaseVerdict:
     reason: str
     num_ok: int
     speed: Spread | None  # output tokens per second while generating
-    speedup: Spread | None  # over `base`, repeat by repeat; None: not comparable
+    speedup: Spread | None  # over `base`, repeat by repeat; means nothing unless comparable
     efficiency: float | None  # speedup over the ratio of stages; in a batch experiment of batches
     ceiling_tokens_per_s: float | None
     ceiling_speedup: float | None
@@ -118,7 +118,7 @@ class _Judge:
         outcome, same_tokens = self.outcome(case), self.has_same_tokens(case)
         is_comparable = self.is_valid(case) and self.is_valid(base)
         speeds, speedup = self.speeds(case), None
-        if case != base and is_comparable:
+        if case != base:
             speedup = paired_ratio(speeds, self.speeds(base))
         ceiling, base_ceiling = self.ceiling(case), self.ceiling(base)
         ceiling_speedup = None
