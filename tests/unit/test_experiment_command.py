@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -53,6 +54,20 @@ def test_the_exit_code_is_0_only_when_all_cells_have_results(tmp_path: Path) -> 
     assert "30.0 to 30.0" in said
     assert "still grows at batch 4" in said
     assert "max_sequences_per_slot = 4" in (tmp_path / "best.toml").read_text()
+
+
+def test_the_table_has_no_speedup_beside_a_base_with_other_tokens(tmp_path: Path) -> None:
+    run(tmp_path, "--batch=1,4")
+    keep_all(tmp_path, {"batch_4": 27.5})
+    of_base = an_experiment(matrix_of(tmp_path), {"batch_1": [10.0] * 5})
+    odd = dataclasses.replace(of_base.pop(), tokens_hash="different")
+    for record in of_base:
+        ExperimentFolder(tmp_path).keep_record(record)
+    ExperimentFolder(tmp_path).keep_record(odd)
+    assert "2.75" not in run(tmp_path, "--batch=1,4")[1]
+    (tmp_path / "records" / f"{odd.name}.json").unlink()
+    ExperimentFolder(tmp_path).keep_record(dataclasses.replace(odd, tokens_hash="same"))
+    assert "2.75" in run(tmp_path, "--batch=1,4")[1]
 
 
 def test_the_verdict_as_json(tmp_path: Path) -> None:

@@ -161,6 +161,29 @@ def test_a_cell_that_fails_is_a_result_and_the_others_go_on(tmp_path: Path) -> N
     assert again.names == []
 
 
+def test_a_launch_that_leaves_no_evidence_has_failed(tmp_path: Path) -> None:
+    class Unproved(ScriptedLaunches):
+        def __call__(self, command: Sequence[str], log: Path, limit_s: float) -> Launched:
+            launched = super().__call__(command, log, limit_s)
+            folder = log.with_suffix("")
+            if folder.name == names()[0]:
+                (folder / "completions.jsonl").unlink()
+            if folder.name == names()[1]:
+                write_run(folder, tokens_per_s=0.0)
+            if folder.name == names()[2]:
+                (folder / "completions.jsonl").write_text('{"id": "a", "token_ids": null}\n')
+            return launched
+
+    records = run(ExperimentFolder(tmp_path), Unproved())
+    assert [record.outcome for record in records[:4]] == ["failed"] * 3 + ["ok"]
+    assert [record.reason.split(" ")[3] for record in records[:3]] == [
+        "completions",
+        "throughput",
+        "completions",
+    ]
+    assert not judge(MATRIX, records).is_sound
+
+
 def test_another_experiment_in_the_folder_is_refused_by_what_differs(tmp_path: Path) -> None:
     folder = ExperimentFolder(tmp_path)
     run(folder, ScriptedLaunches())
