@@ -112,15 +112,15 @@ def _verdicts(section: Section) -> list[Text]:
 
 
 def _what_scaling_found(arm: Sequence[Row]) -> str:
-    """The largest case with a result, beside the smallest, and beside what was possible."""
-    done = [row for row in arm if row.speedup is not None]
-    if len(done) < 2:
+    """The largest case with a verdict, beside its base, and beside what was possible."""
+    last = next((row for row in reversed(arm) if row.is_comparable), None)
+    if last is None or last.case.name == last.base:
         return "Too few cases came to a result for a comparison."
-    first, last = done[0], done[-1]
-    assert last.speedup is not None
+    first = next(row for row in arm if row.case.name == last.base)
+    assert last.speedup is not None  # as all runs of both came to a result
     assert last.efficiency is not None
     more = last.size / first.size
-    words = _beside_one(last, last.speedup)
+    words = _beside_one(last.speedup)
     sentence = (
         f"{count(last.size, 'stage')} made {measured(last.speedup)} times the tokens per second "
         f"of {first.size}, {words}: {measured(last.efficiency)} of the ideal {more:g} times."
@@ -131,9 +131,7 @@ def _what_scaling_found(arm: Sequence[Row]) -> str:
     return sentence
 
 
-def _beside_one(row: Row, speedup: Spread) -> str:
-    if not row.same_tokens:
-        return "without a verdict, as its runs made different tokens"
+def _beside_one(speedup: Spread) -> str:
     if speedup.is_above(1):
         return "faster beyond the noise"
     if speedup.is_below(1):

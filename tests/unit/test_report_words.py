@@ -62,12 +62,56 @@ def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -
         planted[1], tokens={}, outcome="failed", reason="a rank was lost.", failed_repeats=(1, 2)
     )
     made_experiments.write(tmp_path / "few", "weak", planted)
-    assert "from too few runs for a verdict on the 0.9" in verdicts(tmp_path / "few")["weak"]
+    assert (
+        "For 2 nodes not all runs of weak_n2 and weak_n1 came to a result with the same tokens, so "
+        "there is no verdict."
+    ) in verdicts(tmp_path / "few")["weak"]
 
     planted[1] = dataclasses.replace(planted[1], failed_repeats=(1, 2, 3, 4, 5))
     made_experiments.write(tmp_path / "none", "weak", planted)
     text = verdicts(tmp_path / "none")["weak"]
     assert "the case weak_n2 came to no result: a rank was lost." in text
+
+
+def test_beside_a_base_that_means_nothing_there_is_no_verdict(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    planted[0] = dataclasses.replace(planted[0], tokens={3: "f00d"})
+    report = make_report(made_experiments.write(tmp_path, "weak", planted), hypotheses=True)
+    text = report.files["report.md"].decode()
+    assert "Too few cases came to a result for a comparison." in text
+    assert "For 2 nodes not all runs of weak_n2 and weak_n1 came to a result with the same" in text
+    assert "supposed 0.9" not in text
+    assert text.count("**no verdict on the speedup over weak_n1**") == 2
+
+
+def test_rows_have_the_bases_of_the_verdict(tmp_path: Path) -> None:
+    planted = [
+        Planted("weak", 2, 90.0, batch=8, num_nodes=2, label="two_nodes"),
+        Planted("weak", 2, 100.0, batch=8, label="one_node"),
+        Planted("weak", 4, 190.0, batch=16),
+    ]
+    (one,) = find_experiments(made_experiments.write(tmp_path, "weak", planted))
+    assert {row.case.name: row.base for row in one.section.rows} == {
+        "two_nodes": "one_node",
+        "one_node": "one_node",
+        "weak_n4": "one_node",
+    }
+    speedups = {row.case.name: row.speedup for row in one.section.rows}
+    assert {name: round(found.median, 1) for name, found in speedups.items() if found} == {
+        "two_nodes": 0.9,
+        "one_node": 1.0,
+        "weak_n4": 1.9,
+    }
+
+
+def test_a_node_for_each_stage_is_what_was_supposed(tmp_path: Path) -> None:
+    planted = [
+        Planted("weak", 1, 100.0, batch=8),
+        Planted("weak", 2, 110.0, batch=16, label="one_node"),
+        Planted("weak", 2, 199.0, batch=16, num_nodes=2, label="two_nodes"),
+    ]
+    text = verdicts(made_experiments.write(tmp_path, "weak", planted))["weak"]
+    assert "For 2 nodes: weak-scaling efficiency 0.985 (0.975–1.02), above the 0.9" in text
 
 
 def test_an_experiment_without_any_result_is_reported_with_its_reasons(tmp_path: Path) -> None:
