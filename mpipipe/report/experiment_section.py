@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from mpipipe.report.charts import Chart
     from mpipipe.report.rows import Row, Section
 
-__all__ = ["ARM_WORDS", "TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
+__all__ = ["TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
 
 TITLES = {"strong": "Strong scaling", "weak": "Weak scaling", "batch": "Batch size"}
-ARM_WORDS = {
+_ARM_WORDS = {
     "memory-filling": "the same prompts, as many in flight as memory holds",
     "fixed-total": "the same prompts, the same number in flight",
     "weak": "constant work per stage",
@@ -106,9 +106,18 @@ def _verdicts(section: Section) -> list[Text]:
     name = section.matrix.experiment
     for arm, rows in section.arms.items():
         seen = _what_the_sweep_found(section) if name == "batch" else _what_scaling_found(rows)
-        label = f"{arm}, {ARM_WORDS[arm]}:" if len(section.arms) > 1 else f"{ARM_WORDS[arm]}:"
+        words = _arm_words(rows)
+        label = f"{arm}, {words}:" if len(section.arms) > 1 else f"{words}:"
         texts += [Text(seen, label.capitalize()), Text(verdict(name, rows), "Supposed:")]
     return texts
+
+
+def _arm_words(arm: Sequence[Row]) -> str:
+    """What its cases have in common; with --batch memory does not decide how many are in flight."""
+    case = arm[0].case
+    if case.arm == "memory-filling" and case.batch is not None:
+        return f"the same prompts, {case.batch // case.num_stages} in flight on each stage"
+    return _ARM_WORDS[case.arm]
 
 
 def _what_scaling_found(arm: Sequence[Row]) -> str:
@@ -186,7 +195,7 @@ def _environment(section: Section) -> Table:
         ),
         "configuration": shlex.join([matrix.config, *matrix.words]),
         "configuration hash": _several(record.config_hash for record in records),
-        "order": f"{count(len(records), 'launch')}, cases and arms interleaved at random, seed "
+        "order": f"{count(len(records), 'launch')}, {_order_words(records)} "
         f"{_several(str(record.seed) for record in records)}",
         "first and last launch": " – ".join(_first_and_last([r.started for r in records])),
         **{
@@ -207,6 +216,14 @@ def _environment(section: Section) -> Table:
             if value
         ),
     )
+
+
+def _order_words(records: Sequence[Record]) -> str:
+    """Whether they were launched as planned; the cases of a job array go on beside each other."""
+    started = [record.order for record in sorted(records, key=lambda r: (r.started, r.order))]
+    if started == sorted(started):
+        return "cases and arms interleaved at random, seed"
+    return "each case in the order given by seed"
 
 
 def _several(values: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mpipipe.cli.main import app
 from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
 from mpipipe.report import make, page
+from mpipipe.report.charts import LineChart
 from mpipipe.report.experiment_files import find_experiments
 from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.make import make_report
@@ -102,6 +103,49 @@ def test_rows_have_the_bases_of_the_verdict(tmp_path: Path) -> None:
         "one_node": 1.0,
         "weak_n4": 1.9,
     }
+
+
+def test_how_many_are_in_flight_is_said_as_it_was_asked_for(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path / "memory", "strong", made_experiments.strong())
+    filling = "Memory-filling, the same prompts, "
+    text = make_report(tmp_path / "memory").files["report.md"].decode()
+    assert f"{filling}as many in flight as memory holds:" in text
+    planted = [
+        dataclasses.replace(case, batch=6 * case.num_stages)
+        if case.arm == "memory-filling"
+        else case
+        for case in made_experiments.strong()
+    ]
+    made_experiments.write(tmp_path / "asked", "strong", planted)
+    text = make_report(tmp_path / "asked").files["report.md"].decode()
+    assert f"{filling}6 in flight on each stage:" in text
+    assert "as memory holds" not in text
+
+
+def test_curves_that_are_left_out_are_told(tmp_path: Path) -> None:
+    planted = [Planted("batch", 1, 10.0 * size, batch=size) for size in range(1, 10)]
+    for num in (7, 9):
+        made_experiments.write(tmp_path / str(num), "batch", planted[:num])
+        (one,) = find_experiments(tmp_path / str(num))
+        (chart,) = [c for c in section_charts(one.section) if c.title.startswith("Tokens per sec")]
+        assert isinstance(chart, LineChart)
+        assert len(chart.curves) == 7
+        assert ("the first 7 of 9 cases" in chart.caption) == (num == 9)
+        assert "of 7 cases" not in chart.caption
+
+
+def test_launches_are_called_interleaved_only_where_they_were(tmp_path: Path) -> None:
+    folder = made_experiments.write(tmp_path, "weak", made_experiments.weak())
+    text = make_report(folder).files["report.md"].decode()
+    assert "15 launches, cases and arms interleaved at random, seed 7" in text
+    for hour, case in enumerate(("weak_n4", "weak_n1", "weak_n2")):  # as a job array does it
+        for path in (folder / "records").glob(f"{case}_*"):
+            record = json.loads(path.read_text())
+            started = record["started"].replace("T09", f"T1{hour}")
+            path.write_text(json.dumps({**record, "started": started}))
+    text = make_report(folder).files["report.md"].decode()
+    assert "15 launches, each case in the order given by seed 7" in text
+    assert "interleaved" not in text
 
 
 def test_a_node_for_each_stage_is_what_was_supposed(tmp_path: Path) -> None:
