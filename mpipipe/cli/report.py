@@ -68,7 +68,9 @@ def _print_changes(changes: Sequence[Change]) -> None:
     for cause, num in not_judged.items():
         print(f"{count(num, 'figure')} could not be judged ({cause})")
     num_judged = _num_judged(changes)
-    if num_judged and "worse" not in kinds:
+    if not num_judged:
+        print("no figure could be judged, so nothing is said of regressions in speed and memory")
+    elif "worse" not in kinds:
         of = f" in the other {count(num_judged, 'figure')}" if not_judged else ""
         print(f"no regression beyond the noise{of}")
 

@@ -285,7 +285,16 @@ def test_where_nothing_could_be_judged_it_is_said_and_has_an_exit_code(tmp_path:
     assert ended.exit_code == 4
     # of 5 batches: wall clock, throughput, TTFT, 2 × ITL, memory, energy
     assert "35 figures could not be judged (fewer than 5 runs)" in ended.output
+    assert "no figure could be judged" in ended.output
     assert "no regression" not in ended.output
+
+
+def test_where_no_case_had_a_result_before_and_now_nothing_is_judged(tmp_path: Path) -> None:
+    planted = made_experiments.batch()[-1:]  # does not fit into memory
+    folder = made_experiments.write(tmp_path, "batch", planted)
+    ended = CliRunner().invoke(app, ["report", str(folder), "--against", str(folder)])
+    assert ended.exit_code == 4
+    assert "no figure could be judged" in ended.output
 
 
 def test_where_some_figures_could_be_judged_the_others_are_told(tmp_path: Path) -> None:
