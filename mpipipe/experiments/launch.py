@@ -8,6 +8,7 @@ only place of experiments that starts processes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -37,6 +38,7 @@ _END_LIMIT_S = 15.0  # a run that is told to stop finishes its steps and writes 
 _LEFTOVERS_LIMIT_S = 2.0  # a container may have no one who collects the dead
 _POLL_S = 0.02
 _LAST_BYTES = 4096
+_PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,20 @@ def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
 def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
     """Run `command` to its end, its output into `log`; ranks included, it ends with this call.
 
+    Killed, this process takes the launcher with it: the kernel sends it SIGTERM, as `_end` would.
+
     Raises:
         EnvironmentSetupError: it could not be started.
     """
     environ = {**os.environ, "SLURM_EXPORT_ENV": "ALL"}
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin_s = time.monotonic()
+    begin_s, parent, prctl = time.monotonic(), os.getpid(), ctypes.CDLL(None).prctl
+
+    def end_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
@@ -129,6 +139,7 @@ def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
                 stderr=subprocess.STDOUT,
                 env=environ,
                 start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - no thread holds a lock here
             )
         except OSError as error:
             raise EnvironmentSetupError(f"{command[0]} could not be started: {error}") from error
@@ -144,14 +155,16 @@ def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """See to it that the launch has ended, with all of its process group."""
-    if process.poll() is None:
-        _signal(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_LIMIT_S)
-    limit_s = time.monotonic() + _LEFTOVERS_LIMIT_S
-    while _signal(process, signal.SIGKILL) and time.monotonic() < limit_s:
-        process.poll()
-        time.sleep(_POLL_S)
+    try:
+        if process.poll() is None:
+            _signal(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_LIMIT_S)
+    finally:  # a second Ctrl-C has ended the wait
+        limit_s = time.monotonic() + _LEFTOVERS_LIMIT_S
+        while _signal(process, signal.SIGKILL) and time.monotonic() < limit_s:
+            process.poll()
+            time.sleep(_POLL_S)
 
 
 def _signal(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -91,16 +92,85 @@ def test_a_launch_leaves_its_exit_code_and_its_last_error(tmp_path: Path) -> Non
         run_launch([str(tmp_path / "none")], log, limit_s=60)
 
 
-def test_a_launch_is_ended_at_its_limit_with_its_children(tmp_path: Path) -> None:
+def sleeper(told: Path) -> str:
+    """The code of a process that ignores SIGTERM, tells its number, and stays."""
+    return (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"open({str(told)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+    )
+
+
+def until(holds: Callable[[], bool]) -> None:
+    limit_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < limit_s
+        time.sleep(0.01)
+
+
+def pid_in(told: Path) -> int:
+    until(lambda: told.exists() and told.read_text().endswith(" "))
+    return int(told.read_text())
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_launch_is_ended_at_its_limit_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = tmp_path / "pid"
-    child = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    launched = run_launch([sys.executable, "-c", script], tmp_path / "x.log", limit_s=3)
+
+    class Patient(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            pid_in(told)  # the limit begins when the child is there
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Patient)
+    script = (
+        "import subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-c', {sleeper(told)!r}]).wait()"
+    )
+    launched = run_launch([sys.executable, "-c", script], tmp_path / "x.log", limit_s=0.1)
     assert launched.exit_code is None
-    assert 3 <= launched.wall_s < 60
-    if told.exists() and (pid := told.read_text()):
-        status = Path(f"/proc/{pid}/stat")
-        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert 0.1 <= launched.wall_s < 60
+    pid = pid_in(told)
+    until(lambda: has_ended(pid))
+
+
+def test_a_second_interrupt_leaves_no_launch_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "pid"
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            pid_in(told)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_launch([sys.executable, "-c", sleeper(told)], tmp_path / "x.log", limit_s=60)
+    pid = pid_in(told)
+    until(lambda: has_ended(pid))
+
+
+def test_a_launcher_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    launcher = sleeper(told).replace("SIG_IGN", "SIG_DFL")
+    script = (
+        "import sys; from pathlib import Path; from mpipipe.experiments.launch import run_launch; "
+        f"run_launch([sys.executable, '-c', {launcher!r}], Path({str(tmp_path / 'x.log')!r}), 60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as bench:
+        pid = pid_in(told)
+        assert not has_ended(pid)
+        bench.kill()
+    until(lambda: has_ended(pid))
 
 
 def test_cases_on_other_numbers_of_nodes_are_arrays_of_their_own(tmp_path: Path) -> None:
