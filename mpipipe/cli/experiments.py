@@ -98,7 +98,8 @@ def experiment_command(request: ExperimentRequest) -> int:
     if request.sbatch:
         return _submit(request, folder, matrix)
     if not request.only_table:
-        launcher = choose_launcher(os.environ)
+        ranks_per_node = {-(-case.num_stages // case.num_nodes) for case in matrix.cases}
+        launcher = choose_launcher(os.environ, equal_cores=len(ranks_per_node) > 1)
         launching = Launching(launcher, run_launch, request.only_case, request.keep_runs)
         with _ended_by_signals():
             run_experiment(

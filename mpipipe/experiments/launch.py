@@ -69,14 +69,19 @@ class RankLauncher:
         return (self.program, "-n", str(num_stages), *self.words, *command)
 
 
-def choose_launcher(environ: Mapping[str, str], run: Runner = run_child) -> RankLauncher:
+def choose_launcher(
+    environ: Mapping[str, str], run: Runner = run_child, *, equal_cores: bool = False
+) -> RankLauncher:
     """The launcher of this place.
+
+    equal_cores: give each rank of a Slurm job the cores of one task, also where it is alone on its
+    node and Slurm would leave it those of others. mpirun binds nothing: see threads_per_rank.
 
     Raises:
         EnvironmentSetupError: there is none, or no `--mpi=` of srun fits the MPI library.
     """
     if environ.get("SLURM_JOB_ID"):
-        return _srun(environ, run)
+        return _srun(environ, run, "1" if equal_cores else "")
     beside = str(Path(sys.executable).parent)
     path = f"{beside}{os.pathsep}{environ.get('PATH', '')}"
     found = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
@@ -96,7 +101,7 @@ def _open_mpi_words() -> tuple[str, ...]:
     return (*words, "--allow-run-as-root") if os.geteuid() == 0 else words
 
 
-def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
+def _srun(environ: Mapping[str, str], run: Runner, default_cpus: str) -> RankLauncher:
     flag = environ.get("MPIPIPE_SRUN_MPI", "auto")
     if flag == "auto":
         try:
@@ -107,7 +112,7 @@ def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
             ) from error
         flag = choose_mpi(ask_library(run), offered_types(listed.stdout + listed.stderr))
     words = [f"--mpi={flag}", "--kill-on-bad-exit=1"]
-    if cpus := environ.get("SLURM_CPUS_PER_TASK"):
+    if cpus := environ.get("SLURM_CPUS_PER_TASK") or default_cpus:
         words.append(f"--cpus-per-task={cpus}")  # srun does not take it over from sbatch
     words += environ.get("MPIPIPE_SRUN_FLAGS", "").split()
     return RankLauncher("srun", tuple(words), is_slurm=True)

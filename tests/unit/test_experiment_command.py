@@ -94,6 +94,21 @@ def test_the_words_that_are_kept_make_the_same_experiment(
     assert matrix_of(tmp_path) == kept
 
 
+@pytest.mark.parametrize(("experiment", "expected"), [("weak", True), ("batch", False)])
+def test_cases_of_unlike_stages_on_a_node_get_equal_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, expected: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "mpipipe.cli.experiments.choose_launcher",
+        lambda *_, equal_cores: asked.append(equal_cores),
+    )
+    monkeypatch.setattr("mpipipe.cli.experiments.run_experiment", lambda *_: None)
+    command = ["bench", experiment, SHAPE, *WORDS, f"--out={tmp_path}", "--nodes=1"]
+    assert CliRunner().invoke(app, command).exit_code == EXIT_PROMPTS
+    assert asked == [expected]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_experiment_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

@@ -82,6 +82,19 @@ def test_a_flag_that_is_given_is_taken_without_asking() -> None:
         choose_launcher({"SLURM_JOB_ID": "7"}, Answers())
 
 
+def test_a_rank_alone_on_its_node_gets_the_cores_of_one_task() -> None:
+    answers = Answers(listed="pmi2", library=MPICH)
+    environ = {"SLURM_JOB_ID": "7"}
+    for num_stages in (1, 2):
+        launcher = choose_launcher(environ, answers, equal_cores=True)
+        assert "--cpus-per-task=1" in launcher.command(num_stages, 1, ["x"])
+    environ["SLURM_CPUS_PER_TASK"] = "4"
+    launcher = choose_launcher(environ, answers, equal_cores=True)
+    assert "--cpus-per-task=4" in launcher.command(1, 1, ["x"])
+    alone = choose_launcher({"SLURM_JOB_ID": "7"}, answers).command(2, 1, ["x"])
+    assert not any(word.startswith("--cpus-per-task") for word in alone)
+
+
 def test_a_launch_leaves_its_exit_code_and_its_last_error(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     code = "import sys; print('mpipipe: error: no'); print('bye', file=sys.stderr); sys.exit(5)"
@@ -182,7 +195,7 @@ def test_cases_on_other_numbers_of_nodes_are_arrays_of_their_own(tmp_path: Path)
     assert "#SBATCH --array=0-0\n" in one
     assert "cases=(fixed-total_n1)\n" in one
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --array=0-1\n" in two
-    assert "#SBATCH --time=9\n" in two  # six launches of 90 s
+    assert "#SBATCH --time=15\n" in two  # six launches of 90 s, a minute for each to begin and end
     assert """--out=/x y' --case "${cases[$SLURM_ARRAY_TASK_ID]}"\n""" in two
     assert f"python -m mpipipe report {tmp_path}" in last.text
     for script in (*arrays, last):
@@ -205,6 +218,15 @@ def test_the_last_job_fails_as_the_experiment_did(
     assert result.returncode == code
     said = (tmp_path / "said").read_text().splitlines()
     assert said == ["-m mpipipe bench batch c.toml --table", f"-m mpipipe report {tmp_path}"]
+
+
+def test_the_logs_of_jobs_go_to_a_folder_of_any_name() -> None:
+    folder = Path("/x y/50% of #1")
+    arrays, last = job_scripts(a_matrix("batch"), folder, COMMAND, ["batch_1"])
+    assert "#SBATCH --output='/x y/50%% of #1/slurm-%A_%a.log'\n" in arrays[0].text
+    assert "#SBATCH --output='/x y/50%% of #1/slurm-%j.log'\n" in last.text
+    (plain, _) = job_scripts(a_matrix("batch"), Path("/x"), COMMAND, ["batch_1"])
+    assert "#SBATCH --output=/x/slurm-%A_%a.log\n" in plain[0].text
 
 
 def test_the_last_job_waits_for_all_arrays_and_asks_for_no_gpu(tmp_path: Path) -> None:
