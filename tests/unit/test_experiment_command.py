@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mpipipe.cli.main import app
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError, StoppedError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.record import Matrix
 from tests.unit.experiment_records import an_experiment
@@ -90,6 +92,40 @@ def test_the_words_that_are_kept_make_the_same_experiment(
     result = CliRunner().invoke(app, [*kept.command[3:], "--table"])
     assert result.exit_code == EXIT_PROMPTS, result.output
     assert matrix_of(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("experiment", "expected"), [("weak", True), ("batch", False)])
+def test_cases_of_unlike_stages_on_a_node_get_equal_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, expected: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "mpipipe.cli.experiments.choose_launcher",
+        lambda *_, equal_cores: asked.append(equal_cores),
+    )
+    monkeypatch.setattr("mpipipe.cli.experiments.run_experiment", lambda *_: None)
+    command = ["bench", experiment, SHAPE, *WORDS, f"--out={tmp_path}", "--nodes=1"]
+    assert CliRunner().invoke(app, command).exit_code == EXIT_PROMPTS
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_experiment_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def told_to_stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it goes on")
+
+    before = signal.signal(number, lambda *_: None)  # so that a fault does not end the tests
+    monkeypatch.setattr("mpipipe.cli.experiments.choose_launcher", lambda *_, **__: None)
+    monkeypatch.setattr("mpipipe.cli.experiments.run_experiment", told_to_stop)
+    try:
+        command = ["bench", "batch", SHAPE, *WORDS, f"--out={tmp_path}", "--batch=1"]
+        result = CliRunner().invoke(app, command)
+    finally:
+        signal.signal(number, before)
+    assert isinstance(result.exception, StoppedError), result.exception
 
 
 @pytest.mark.parametrize(
