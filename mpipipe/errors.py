@@ -48,7 +48,7 @@ EXIT_CHECKPOINT = 3  # model folder missing, incomplete or of an unsupported fam
 EXIT_PROMPTS = 4  # the run finished, but at least one prompt became an error record
 EXIT_ENVIRONMENT = 5  # MPI, ranks, memory, devices
 EXIT_PEER_LOST = 6  # a rank died, hung or raised during the run
-EXIT_REGRESSION = 7  # `report --against`: something became worse beyond the noise
+EXIT_REGRESSION = 7  # `report --against`: something became worse beyond the noise (4: not judged)
 EXIT_REQUEUE = 75  # told to stop (SIGTERM, SIGUSR1): stopped cleanly, start it again to go on
 EXIT_INTERRUPTED = 130  # Ctrl-C: stopped cleanly too, but nothing starts it again by itself
 

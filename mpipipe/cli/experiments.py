@@ -98,9 +98,10 @@ def experiment_command(request: ExperimentRequest) -> int:
     if request.sbatch:
         return _submit(request, folder, matrix)
     if not request.only_table:
-        launcher = choose_launcher(os.environ)
+        ranks_per_node = {-(-case.num_stages // case.num_nodes) for case in matrix.cases}
+        launcher = choose_launcher(os.environ, equal_cores=len(ranks_per_node) > 1)
         launching = Launching(launcher, run_launch, request.only_case, request.keep_runs)
-        with _ended_by_sigterm():
+        with _ended_by_signals():
             run_experiment(
                 folder, matrix, launching, _View(sys.stderr if request.as_json else None)
             )
@@ -108,13 +109,21 @@ def experiment_command(request: ExperimentRequest) -> int:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM ends the launch that runs, and then the command, with exit code 75."""
-    earlier = signal.signal(signal.SIGTERM, _stop)
+def _ended_by_signals() -> Iterator[None]:
+    """While inside, SIGTERM and SIGHUP end the launch that runs, then the command, with code 75.
+
+    A SIGHUP that is ignored, as nohup sees to it, stays so.
+    """
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if earlier[signal.SIGHUP] == signal.SIG_IGN:
+        del earlier[signal.SIGHUP]
+    for number in earlier:
+        signal.signal(number, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _stop(_signal: int, _frame: object) -> NoReturn:
@@ -282,8 +291,8 @@ def _cells(verdict: CaseVerdict) -> list[str]:
         "–" if speed is None else f"{speed.median:,.1f}",
         "–" if speed is None else f"{speed.low:,.1f} to {speed.high:,.1f}",
         "–" if speed is None or speed.cv is None else f"{100 * speed.cv:.1f}",
-        _number(None if verdict.speedup is None else verdict.speedup.median),
-        _number(verdict.efficiency),
+        _number(verdict.speedup.median if verdict.speedup and verdict.is_comparable else None),
+        _number(verdict.efficiency if verdict.is_comparable else None),
         _number(verdict.ceiling_speedup),
         _number(verdict.joules_per_token),
         ", ".join(flags),

@@ -136,7 +136,9 @@ def status(
     raise typer.Exit(status_command(run_or_job, as_json=as_json))
 
 
-@app.command(epilog="Exit code 7: --against found a regression beyond the noise.")
+@app.command(
+    epilog="Exit code 7: --against found a regression beyond the noise; 4: it could judge nothing."
+)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Records, or a run folder.")],
     against: Annotated[Path | None, typer.Option(help="Older records to compare with.")] = None,

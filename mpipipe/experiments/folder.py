@@ -1,12 +1,15 @@
 """The folder of an experiment: its matrix, a record of each launch that has ended, the run folders.
 
 Layout: `experiment.json`, `records/<case>_r<repeat>.json`, `runs/<case>_r<repeat>/` with what the
-launch printed beside it as `.log`, `prompts.jsonl` where prompts were made, `best.toml` after a
-batch experiment. Invariant: matrix and records are written whole, once.
+launch printed beside it as `.log`, `runs/<case>.lock` while a process runs that case,
+`prompts.jsonl` where prompts were made, `best.toml` after a batch experiment. Invariants: matrix
+and records are written whole, once; one process runs a case.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -15,12 +18,15 @@ from mpipipe.experiments.matrix import differences
 from mpipipe.experiments.record import Matrix, Record, RunSlot, record_name
 from mpipipe.experiments.recording import RUNS_FOLDER
 from mpipipe.plain_values import from_json, to_json
-from mpipipe.run_folder.files import told_as_output, write_whole
+from mpipipe.run_folder.files import sync_folder, told_as_output, write_whole
+from mpipipe.run_folder.lock import FolderLock, lock_file
+from mpipipe.topology.host import host_name
 
 __all__ = ["ExperimentFolder"]
 
 _MATRIX = "experiment.json"
 _RECORDS = "records"
+_AGAIN = "free space and give the same command again: what has a record is not run again"
 
 
 class ExperimentFolder:
@@ -82,10 +88,12 @@ class ExperimentFolder:
                 "cannot be mixed with others: choose another folder with --out, or give the same "
                 "command again"
             )
+        else:
+            self._make_folders()  # again: they may have been removed to repeat everything
 
     def _make_folders(self) -> None:
         for folder in (_RECORDS, RUNS_FOLDER):
-            with told_as_output(self.path / folder):
+            with told_as_output(self.path / folder, "made", _AGAIN):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
 
     def records(self) -> list[Record]:
@@ -109,6 +117,28 @@ class ExperimentFolder:
         """Whether the launch has ended with a result."""
         return (self.path / _RECORDS / f"{record_name(slot.case, slot.repeat)}.json").exists()
 
+    def lock_case(self, case: str) -> FolderLock:
+        """Keep other processes from launching `case` until the lock is closed.
+
+        Raises:
+            OutputError: another one runs it.
+        """
+        path = self.path / RUNS_FOLDER / f"{case}.lock"
+        lock, held = lock_file(path)
+        if held is False:
+            holder = ""
+            with contextlib.suppress(OSError):
+                holder = path.read_text(encoding="utf-8", errors="replace")
+            raise OutputError(
+                f"{holder or 'another process'} runs the case {case} of {self.path}, and two would "
+                "remove each other's run folders: wait until it has ended, or end it, and give "
+                "the same command again"
+            )
+        job = os.environ.get("SLURM_JOB_ID")
+        of_job = f" in the Slurm job {job}" if job else ""
+        lock.tell(f"the process {os.getpid()} on {host_name()}{of_job}")
+        return lock
+
     def keep_record(self, record: Record) -> None:
         """Write a record.
 
@@ -116,11 +146,22 @@ class ExperimentFolder:
             OutputError: it cannot be written, or is there already.
         """
         path = self.path / _RECORDS / f"{record.name}.json"
-        if path.exists():
-            raise OutputError(
-                f"{path} exists: another process runs the same experiment; let it finish first"
-            )
-        write_whole(path, record.to_json().encode())
+        partial = path.with_name(f"{record.name}_{host_name()}_{os.getpid()}.partial")
+        with told_as_output(path, remedy=_AGAIN):
+            try:
+                with partial.open("wb") as file:
+                    file.write(record.to_json().encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(partial, path)
+            except FileExistsError as error:
+                raise OutputError(
+                    f"{path} exists: another process runs the same experiment; let it finish first"
+                ) from error
+            finally:
+                with contextlib.suppress(OSError):  # it may be what fills the disk
+                    partial.unlink(missing_ok=True)
+            sync_folder(path.parent)
 
     def remove_run(self, slot: RunSlot) -> None:
         """Remove the run folder of a launch and what it printed, if they are there.
@@ -129,7 +170,7 @@ class ExperimentFolder:
             OutputError: something in it cannot be removed.
         """
         folder = self.run_folder(slot)
-        with told_as_output(folder):
+        with told_as_output(folder, "removed", _AGAIN):
             if folder.exists():
                 shutil.rmtree(folder)
             self.launch_log(slot).unlink(missing_ok=True)

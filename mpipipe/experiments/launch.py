@@ -8,6 +8,7 @@ only place of experiments that starts processes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -37,6 +38,7 @@ _END_LIMIT_S = 15.0  # a run that is told to stop finishes its steps and writes 
 _LEFTOVERS_LIMIT_S = 2.0  # a container may have no one who collects the dead
 _POLL_S = 0.02
 _LAST_BYTES = 4096
+_PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,19 @@ class RankLauncher:
         return (self.program, "-n", str(num_stages), *self.words, *command)
 
 
-def choose_launcher(environ: Mapping[str, str], run: Runner = run_child) -> RankLauncher:
+def choose_launcher(
+    environ: Mapping[str, str], run: Runner = run_child, *, equal_cores: bool = False
+) -> RankLauncher:
     """The launcher of this place.
+
+    equal_cores: give each rank of a Slurm job the cores of one task, also where it is alone on its
+    node and Slurm would leave it those of others. mpirun binds nothing: see threads_per_rank.
 
     Raises:
         EnvironmentSetupError: there is none, or no `--mpi=` of srun fits the MPI library.
     """
     if environ.get("SLURM_JOB_ID"):
-        return _srun(environ, run)
+        return _srun(environ, run, "1" if equal_cores else "")
     beside = str(Path(sys.executable).parent)
     path = f"{beside}{os.pathsep}{environ.get('PATH', '')}"
     found = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
@@ -94,7 +101,7 @@ def _open_mpi_words() -> tuple[str, ...]:
     return (*words, "--allow-run-as-root") if os.geteuid() == 0 else words
 
 
-def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
+def _srun(environ: Mapping[str, str], run: Runner, default_cpus: str) -> RankLauncher:
     flag = environ.get("MPIPIPE_SRUN_MPI", "auto")
     if flag == "auto":
         try:
@@ -105,7 +112,7 @@ def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
             ) from error
         flag = choose_mpi(ask_library(run), offered_types(listed.stdout + listed.stderr))
     words = [f"--mpi={flag}", "--kill-on-bad-exit=1"]
-    if cpus := environ.get("SLURM_CPUS_PER_TASK"):
+    if cpus := environ.get("SLURM_CPUS_PER_TASK") or default_cpus:
         words.append(f"--cpus-per-task={cpus}")  # srun does not take it over from sbatch
     words += environ.get("MPIPIPE_SRUN_FLAGS", "").split()
     return RankLauncher("srun", tuple(words), is_slurm=True)
@@ -114,12 +121,20 @@ def _srun(environ: Mapping[str, str], run: Runner) -> RankLauncher:
 def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
     """Run `command` to its end, its output into `log`; ranks included, it ends with this call.
 
+    Killed, this process takes the launcher with it: the kernel sends it SIGTERM, as `_end` would.
+
     Raises:
         EnvironmentSetupError: it could not be started.
     """
     environ = {**os.environ, "SLURM_EXPORT_ENV": "ALL"}
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin_s = time.monotonic()
+    begin_s, parent, prctl = time.monotonic(), os.getpid(), ctypes.CDLL(None).prctl
+
+    def end_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
@@ -129,6 +144,7 @@ def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
                 stderr=subprocess.STDOUT,
                 env=environ,
                 start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - no thread holds a lock here
             )
         except OSError as error:
             raise EnvironmentSetupError(f"{command[0]} could not be started: {error}") from error
@@ -144,14 +160,16 @@ def run_launch(command: Sequence[str], log: Path, limit_s: float) -> Launched:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """See to it that the launch has ended, with all of its process group."""
-    if process.poll() is None:
-        _signal(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_LIMIT_S)
-    limit_s = time.monotonic() + _LEFTOVERS_LIMIT_S
-    while _signal(process, signal.SIGKILL) and time.monotonic() < limit_s:
-        process.poll()
-        time.sleep(_POLL_S)
+    try:
+        if process.poll() is None:
+            _signal(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_LIMIT_S)
+    finally:  # a second Ctrl-C has ended the wait
+        limit_s = time.monotonic() + _LEFTOVERS_LIMIT_S
+        while _signal(process, signal.SIGKILL) and time.monotonic() < limit_s:
+            process.poll()
+            time.sleep(_POLL_S)
 
 
 def _signal(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:

@@ -39,6 +39,8 @@ class Ending:
     kind: str = ""  # the class of that error; empty: not known
     last_line: str = ""  # that the launch printed
     has_metrics: bool = False
+    has_tokens: bool = False  # every line of its completions has them
+    has_speed: bool = False  # output tokens per second are known, and not 0
     num_failed: int = 0  # prompts that became error records
 
 
@@ -51,14 +53,24 @@ def judge_ending(ending: Ending) -> tuple[Outcome, str]:
     """The outcome, and why in one sentence; no reason where all is well."""
     if ending.exit_code is None:
         return "timeout", f"it did not end within {ending.limit_s:g} s (--timeout)"
-    if ending.exit_code == EXIT_OK and ending.has_metrics:
-        return "ok", ""
+    if ending.exit_code == EXIT_OK:
+        missing = _missing(ending)
+        return ("failed", f"it ended without {missing}") if missing else ("ok", "")
     said = ending.error or ending.last_line
     if _is_short_of_memory(said, ending.kind):
         return "out_of_memory", _short(said)
     if ending.exit_code == EXIT_CONFIG and ending.kind in {"", "PlanError"} and ending.error:
         return "infeasible", _short(said)
     return "failed", _short(_failure(ending, said))
+
+
+def _missing(ending: Ending) -> str:
+    """Which evidence of its success a launch has not left; empty: none."""
+    if not ending.has_metrics:
+        return "metrics.json"
+    if not ending.has_tokens:
+        return "completions of all prompts (completions.jsonl)"
+    return "" if ending.has_speed else "throughput (output_tokens_per_s in metrics.json)"
 
 
 def _is_short_of_memory(said: str, kind: str) -> bool:
@@ -71,7 +83,6 @@ def _is_short_of_memory(said: str, kind: str) -> bool:
 
 
 _MEANINGS: Mapping[int, str] = {
-    EXIT_OK: "it ended without metrics.json",
     EXIT_CONFIG: "configuration, plan or output folder",
     EXIT_CHECKPOINT: "model folder",
     EXIT_ENVIRONMENT: "MPI, ranks, memory or devices",

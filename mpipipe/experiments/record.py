@@ -7,6 +7,7 @@ ignores none, so a file of a newer version is refused with the name of what is u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "RunSlot",
     "record_name",
+    "tokens_per_s_of",
 ]
 
 SCHEMA = 1
@@ -138,8 +140,7 @@ class Record:
     @property
     def tokens_per_s(self) -> float | None:
         """Output tokens per second while generating; None: the run came to no result."""
-        value = (self.metrics or {}).get("output_tokens_per_s")
-        return float(value) if self.outcome == "ok" and isinstance(value, int | float) else None
+        return tokens_per_s_of(self.metrics) if self.outcome == "ok" else None
 
     @property
     def name(self) -> str:
@@ -158,6 +159,14 @@ class Record:
             ValueError: not such a record; says why.
         """
         return from_json(Record, text)
+
+
+def tokens_per_s_of(metrics: Mapping[str, Any] | None) -> float | None:
+    """Output tokens per second while generating; None: no number above 0 is told."""
+    value = (metrics or {}).get("output_tokens_per_s")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < math.inf else None
 
 
 def record_name(case: str, repeat: int) -> str:

@@ -9,7 +9,14 @@ from typing import Any
 from mpipipe.experiments import series
 from mpipipe.experiments.ceiling import ceiling_of_run, plan_of
 from mpipipe.experiments.outcome import Ending, judge_ending
-from mpipipe.experiments.record import SCHEMA, Matrix, Record, RunSlot, record_name
+from mpipipe.experiments.record import (
+    SCHEMA,
+    Matrix,
+    Record,
+    RunSlot,
+    record_name,
+    tokens_per_s_of,
+)
 from mpipipe.experiments.run_files import RunFiles
 
 __all__ = ["RUNS_FOLDER", "Launched", "build_record"]
@@ -72,6 +79,8 @@ def _ending(launched: Launched, files: RunFiles, limit_s: float) -> Ending:
         kind=files.error_kind,
         last_line=launched.last_line,
         has_metrics=files.metrics is not None,
+        has_tokens=files.tokens_hash is not None,
+        has_speed=tokens_per_s_of(files.metrics) is not None,
         num_failed=files.num_failed,
     )
 

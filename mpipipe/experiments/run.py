@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,8 +79,19 @@ def run_experiment(
 
     Raises:
         MpipipeError: ranks cannot be started, or a file cannot be written.
+        OutputError: another process runs one of the cases.
         StoppedError: a launch was told to stop; it has no record, and runs again next time.
     """
+    with ExitStack() as locks:
+        wanted = missing_slots(folder, matrix, launching.only_case)
+        for case in dict.fromkeys(slot.case for slot in wanted):
+            locks.callback(folder.lock_case(case).close)
+        _run_missing(folder, matrix, launching, view)
+
+
+def _run_missing(
+    folder: ExperimentFolder, matrix: Matrix, launching: Launching, view: ExperimentView
+) -> None:
     missing = missing_slots(folder, matrix, launching.only_case)
     view.planned(matrix, len(missing))
     cells = _Cells(folder, matrix, launching, view)

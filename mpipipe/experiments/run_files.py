@@ -37,7 +37,7 @@ class RunFiles:
     generating_s: float | None  # when generating began, on the head's own clock
     ranks: tuple[RankSamples, ...]
     lengths: tuple[tuple[int, int], ...]  # (prompt tokens, output tokens) of each completion
-    tokens_hash: str | None  # of ids and token ids of all completions
+    tokens_hash: str | None  # of ids and token ids; None: none, or some are no completions
     num_failed: int  # completions that are error records
     gpu_names: tuple[str, ...]  # of the ranks that have one
 
@@ -72,7 +72,7 @@ def read_run_files(folder: Path) -> RunFiles:
             for line in completions
             if line not in failed and "num_prompt_tokens" in line and "num_output_tokens" in line
         ),
-        tokens_hash=_tokens_hash(completions) if completions and not failed else None,
+        tokens_hash=_tokens_hash(completions),
         num_failed=len(failed),
         gpu_names=_gpu_names(events),
     )
@@ -82,9 +82,17 @@ def _first(events: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     return next((event for event in events if event.get("event") == name), {})
 
 
-def _tokens_hash(completions: Sequence[Mapping[str, Any]]) -> str:
-    """Of the ids of all tokens by the prompts' ids: the order of the file does not count."""
-    tokens = sorted((str(line.get("id")), line.get("token_ids")) for line in completions)
+def _tokens_hash(completions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Of the ids of all tokens by the prompts' ids: the order of the file does not count.
+
+    None: there is no completion, or a line has no tokens, as an error record has none.
+    """
+    if not completions or not all(
+        isinstance(line.get("token_ids"), list) and line.get("error") is None
+        for line in completions
+    ):
+        return None
+    tokens = sorted((str(line.get("id")), line["token_ids"]) for line in completions)
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 

@@ -22,6 +22,7 @@ __all__ = ["JobScript", "job_scripts", "submit"]
 
 _SUBMIT_LIMIT_S = 60.0
 _REPORT_MINUTES = 15
+_SLACK_S = 60.0  # of each launch, beside its time limit: srun begins, a run that is late ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,13 @@ def job_scripts(
     for nodes in sorted({case.num_nodes for case in cases}):
         chosen = [case for case in cases if case.num_nodes == nodes]
         per_node = max(-(-case.num_stages // nodes) for case in chosen)
-        minutes = math.ceil((matrix.repeat + 1) * matrix.timeout_s / 60)
+        minutes = math.ceil((matrix.repeat + 1) * (matrix.timeout_s + _SLACK_S) / 60)
         head = [
             f"#SBATCH --nodes={nodes}",
             f"#SBATCH --ntasks-per-node={per_node}",
             f"#SBATCH --array=0-{len(chosen) - 1}",
             f"#SBATCH --time={minutes}",
-            f"#SBATCH --output={folder}/slurm-%A_%a.log",
+            _output(folder, "slurm-%A_%a.log"),
         ]
         body = [
             f"cases=({shlex.join(case.name for case in chosen)})",
@@ -62,7 +63,7 @@ def job_scripts(
         "#SBATCH --nodes=1",
         "#SBATCH --ntasks=1",
         f"#SBATCH --time={_REPORT_MINUTES}",
-        f"#SBATCH --output={folder}/slurm-%j.log",
+        _output(folder, "slurm-%j.log"),
     ]
     body = [
         "code=0",
@@ -71,6 +72,12 @@ def job_scripts(
         'exit "$code"',
     ]
     return arrays, JobScript(f"{matrix.experiment}_report.sbatch", _script(matrix, head, body))
+
+
+def _output(folder: Path, name: str) -> str:
+    """Quoted as for a shell, which sbatch reads alike; a % of the folder is no symbol."""
+    path = f"{folder}".replace("%", "%%")
+    return f"#SBATCH --output={shlex.quote(f'{path}/{name}')}"
 
 
 def _script(matrix: Matrix, head: Sequence[str], body: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """What the records of an experiment say: a figure for each case, and words where the noise allows.
 
 Pure: from the matrix and the records alone. Validity comes first: a case whose runs made different
-tokens, or that has not all of its runs, gets no verdict on its speed.
+tokens, or that has not all of its runs, gets no verdict on its speed, nor does a case that would be
+compared with such a one.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ class CaseVerdict:
     """One case over all of its repeats."""
 
     case: Case
+    base: str | None  # name of the arm's smallest case; None: this is the one
     outcome: Outcome | None  # the worst of its runs; None: some have not run
     reason: str
     num_ok: int
     speed: Spread | None  # output tokens per second while generating
-    speedup: Spread | None  # over the arm's smallest case, repeat by repeat
+    speedup: Spread | None  # over `base`, repeat by repeat; means nothing unless comparable
     efficiency: float | None  # speedup over the ratio of stages; in a batch experiment of batches
     ceiling_tokens_per_s: float | None
     ceiling_speedup: float | None
     joules_per_token: float | None
     flags: tuple[Flag, ...]  # of any of its runs
     same_tokens: bool  # all of its runs made the same
+    is_comparable: bool  # all runs of it and of `base` are there, each with its case's tokens
 
     @property
     def is_valid(self) -> bool:
@@ -51,7 +54,7 @@ class ExperimentVerdict:
 
     cases: tuple[CaseVerdict, ...]
     num_missing: int
-    knee: int | None  # batch from which a doubling gains too little; None: none was shown
+    knee: int | None  # batch after which no doubling gains enough; None: none was shown
     largest_safe_batch: int | None  # all smaller ones have succeeded, too
     best: CaseVerdict | None  # of a batch experiment: at the knee, else the fastest safe one
     notes: tuple[str, ...]
@@ -86,9 +89,10 @@ def judge(matrix: Matrix, records: Sequence[Record]) -> ExperimentVerdict:
     if matrix.experiment != "batch":
         return ExperimentVerdict(cases, num_missing, None, None, None, notes)
     knee, note = judged.knee(cases)
-    safe = _largest_safe(cases)
-    best = next((case for case in cases if case.case.batch == knee), None) or _fastest(cases)
-    return ExperimentVerdict(cases, num_missing, knee, safe, best, (*notes, note))
+    safe = _safe(cases)
+    best = next((case for case in safe if case.case.batch == knee), None) or _fastest(safe)
+    largest = safe[-1].case.batch if safe else None
+    return ExperimentVerdict(cases, num_missing, knee, largest, best, (*notes, note))
 
 
 def _by_case(matrix: Matrix, records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -111,8 +115,8 @@ class _Judge:
     def case(self, case: Case) -> CaseVerdict:
         """Everything that is said of one case."""
         runs, base = self.runs[case.name], self.base(case)
-        worst = min((run.outcome for run in runs), key=_WORST.index, default=None)
-        is_whole = len(runs) == self.matrix.repeat or worst != "ok"
+        outcome, same_tokens = self.outcome(case), self.has_same_tokens(case)
+        is_comparable = self.is_valid(case) and self.is_valid(base)
         speeds, speedup = self.speeds(case), None
         if case != base:
             speedup = paired_ratio(speeds, self.speeds(base))
@@ -125,8 +129,9 @@ class _Judge:
         joules = [joules for run in runs if (joules := _joules_per_token(run)) is not None]
         return CaseVerdict(
             case=case,
-            outcome=worst if is_whole else None,
-            reason=next((run.reason for run in runs if run.outcome == worst), ""),
+            base=None if case == base else base.name,
+            outcome=outcome,
+            reason=next((run.reason for run in runs if run.outcome == outcome), ""),
             num_ok=sum(run.outcome == "ok" for run in runs),
             speed=spread_of(list(speeds.values())),
             speedup=speedup,
@@ -135,8 +140,23 @@ class _Judge:
             ceiling_speedup=ceiling_speedup,
             joules_per_token=statistics.median(joules) if joules else None,
             flags=flags,
-            same_tokens="other tokens" not in flags,
+            same_tokens=same_tokens,
+            is_comparable=is_comparable,
         )
+
+    def outcome(self, case: Case) -> Outcome | None:
+        """The worst of its runs; None: some have not run, and none has failed."""
+        runs = self.runs[case.name]
+        worst = min((run.outcome for run in runs), key=_WORST.index, default=None)
+        return worst if worst != "ok" or len(runs) == self.matrix.repeat else None
+
+    def has_same_tokens(self, case: Case) -> bool:
+        """Whether all of its runs made the same, as far as they have run."""
+        return not any("other tokens" in self.flags[run.name] for run in self.runs[case.name])
+
+    def is_valid(self, case: Case) -> bool:
+        """Whether its speed means something, by itself."""
+        return self.outcome(case) == "ok" and self.has_same_tokens(case)
 
     def base(self, case: Case) -> Case:
         """The smallest case of its arm."""
@@ -153,25 +173,35 @@ class _Judge:
         return next((run.ceiling for run in self.runs[case.name] if run.ceiling), None)
 
     def knee(self, cases: Sequence[CaseVerdict]) -> tuple[int | None, str]:
-        """The batch from which a doubling gains less than 10 %, beyond the noise; and the words."""
-        valid = [case for case in cases if case.is_valid]
-        for small, large in pairwise(valid):
-            gain = self._gain_per_doubling(small.case, large.case)
-            if gain is not None and gain.is_below(KNEE_GAIN):
-                return small.case.batch, (
-                    f"The knee is at batch {small.case.batch}: another doubling gives "
-                    f"{gain.median:.2f}× the throughput ({gain.low:.2f} to {gain.high:.2f}), less "
-                    f"than {KNEE_GAIN:.2f}×."
-                )
-        if len(valid) < 2:
-            return None, "No knee: fewer than two batches have valid runs."
-        last = self._gain_per_doubling(valid[-2].case, valid[-1].case)
-        if last is not None and last.is_above(KNEE_GAIN):
+        """The batch after which every doubling gains less than 10 %, beyond the noise; and words.
+
+        Up to the largest safe batch, from each batch of the sweep to the next: a batch without
+        valid runs hides both of its gains.
+        """
+        if any(case.outcome is None for case in cases):
+            return None, "No knee yet: some batches have not all of their runs."
+        safe = _safe(cases)
+        if sum(case.is_valid for case in safe) < 2:
+            return None, "No knee: fewer than two safe batches have valid runs."
+        gains = [self._gain(small, large) for small, large in pairwise(safe)]
+        flat = [*takewhile(lambda gain: gain and gain.is_below(KNEE_GAIN), reversed(gains))]
+        if flat and (gain := flat[-1]) is not None:
+            knee = safe[len(gains) - len(flat)].case.batch
+            return knee, (
+                f"The knee is at batch {knee}: another doubling gives {gain.median:.2f}× the "
+                f"throughput ({gain.low:.2f} to {gain.high:.2f}), less than {KNEE_GAIN:.2f}×."
+            )
+        if gains[-1] is not None and gains[-1].is_above(KNEE_GAIN):
+            is_limit = len(safe) < len(cases)
+            advice = "the largest that is safe" if is_limit else "try larger ones"
             return None, (
-                f"No knee: the throughput still grows at batch {valid[-1].case.batch}, try larger "
-                "ones."
+                f"No knee: the throughput still grows at batch {safe[-1].case.batch}, {advice}."
             )
         return None, "No knee is shown beyond the noise: more repeats, or longer runs, would tell."
+
+    def _gain(self, small: CaseVerdict, large: CaseVerdict) -> Spread | None:
+        is_known = small.is_valid and large.is_valid
+        return self._gain_per_doubling(small.case, large.case) if is_known else None
 
     def _gain_per_doubling(self, small: Case, large: Case) -> Spread | None:
         doublings = math.log2((large.batch or 1) / (small.batch or 1))
@@ -219,6 +249,11 @@ def _case_notes(verdict: CaseVerdict) -> Iterator[str]:
         yield f"{name}: {verdict.outcome}: {verdict.reason}"
     elif not verdict.same_tokens:
         yield f"{name}: its runs made different tokens, so its speed means nothing."
+    elif verdict.outcome == "ok" and not verdict.is_comparable:
+        yield (
+            f"{name}: no verdict: {verdict.base}, which it is compared with, has not all of its "
+            "runs, or they made different tokens."
+        )
     elif verdict.outcome == "ok" and speedup is not None:
         told = f"{speedup.median:.2f}× its smallest case ({speedup.low:.2f} to {speedup.high:.2f})"
         if not speedup.is_sound:
@@ -242,10 +277,9 @@ def _joules_per_token(run: Record) -> float | None:
     return run.energy_j / num_tokens if run.energy_j is not None and num_tokens else None
 
 
-def _largest_safe(cases: Sequence[CaseVerdict]) -> int | None:
-    """The largest batch below the first one that did not succeed."""
-    safe = [case.case.batch for case in takewhile(lambda case: case.outcome == "ok", cases)]
-    return safe[-1] if safe else None
+def _safe(cases: Sequence[CaseVerdict]) -> list[CaseVerdict]:
+    """The batches below the first one that did not succeed."""
+    return list(takewhile(lambda case: case.outcome == "ok", cases))
 
 
 def _fastest(cases: Sequence[CaseVerdict]) -> CaseVerdict | None:

@@ -236,18 +236,21 @@ def _rates(rows: Sequence[Row], machine: str) -> LineChart | None:
     curves: list[Curve] = []
     for row in rows:
         run = row.typical
-        if run is None or len(curves) == _MAX_CURVES:
-            continue
-        points = [(sample.t_s, float(sample.num_output_tokens)) for sample in run.samples]
-        curve = rate_curve(row.case.name, points, len(curves))
+        samples = run.samples if run is not None else ()
+        points = [(sample.t_s, float(sample.num_output_tokens)) for sample in samples]
+        curve = rate_curve(row.case.name, points, len(curves) % _MAX_CURVES)
         curves += [curve] if curve is not None else []
     if not curves:
         return None
+    left_out = ""
+    if len(curves) > _MAX_CURVES:
+        left_out = f"Here are the first {_MAX_CURVES} of {len(curves)} cases. "
     return LineChart(
         "Tokens per second over time",
-        f"Between two samples of the run with the median throughput of each case. {machine}",
+        "Between two samples of the run with the median throughput of each case. "
+        f"{left_out}{machine}",
         "time since generating began (s)",
         "output tokens/s",
-        tuple(curves),
+        tuple(curves[:_MAX_CURVES]),
         x_from_zero=True,
     )

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from mpipipe.report.charts import Chart
     from mpipipe.report.rows import Row, Section
 
-__all__ = ["ARM_WORDS", "TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
+__all__ = ["TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
 
 TITLES = {"strong": "Strong scaling", "weak": "Weak scaling", "batch": "Batch size"}
-ARM_WORDS = {
+_ARM_WORDS = {
     "memory-filling": "the same prompts, as many in flight as memory holds",
     "fixed-total": "the same prompts, the same number in flight",
     "weak": "constant work per stage",
@@ -106,21 +106,30 @@ def _verdicts(section: Section) -> list[Text]:
     name = section.matrix.experiment
     for arm, rows in section.arms.items():
         seen = _what_the_sweep_found(section) if name == "batch" else _what_scaling_found(rows)
-        label = f"{arm}, {ARM_WORDS[arm]}:" if len(section.arms) > 1 else f"{ARM_WORDS[arm]}:"
+        words = _arm_words(rows)
+        label = f"{arm}, {words}:" if len(section.arms) > 1 else f"{words}:"
         texts += [Text(seen, label.capitalize()), Text(verdict(name, rows), "Supposed:")]
     return texts
 
 
+def _arm_words(arm: Sequence[Row]) -> str:
+    """What its cases have in common; with --batch memory does not decide how many are in flight."""
+    case = arm[0].case
+    if case.arm == "memory-filling" and case.batch is not None:
+        return f"the same prompts, {case.batch // case.num_stages} in flight on each stage"
+    return _ARM_WORDS[case.arm]
+
+
 def _what_scaling_found(arm: Sequence[Row]) -> str:
-    """The largest case with a result, beside the smallest, and beside what was possible."""
-    done = [row for row in arm if row.speedup is not None]
-    if len(done) < 2:
+    """The largest case with a verdict, beside its base, and beside what was possible."""
+    last = next((row for row in reversed(arm) if row.is_comparable), None)
+    if last is None or last.case.name == last.base:
         return "Too few cases came to a result for a comparison."
-    first, last = done[0], done[-1]
-    assert last.speedup is not None
+    first = next(row for row in arm if row.case.name == last.base)
+    assert last.speedup is not None  # as all runs of both came to a result
     assert last.efficiency is not None
     more = last.size / first.size
-    words = _beside_one(last, last.speedup)
+    words = _beside_one(last.speedup)
     sentence = (
         f"{count(last.size, 'stage')} made {measured(last.speedup)} times the tokens per second "
         f"of {first.size}, {words}: {measured(last.efficiency)} of the ideal {more:g} times."
@@ -131,9 +140,7 @@ def _what_scaling_found(arm: Sequence[Row]) -> str:
     return sentence
 
 
-def _beside_one(row: Row, speedup: Spread) -> str:
-    if not row.same_tokens:
-        return "without a verdict, as its runs made different tokens"
+def _beside_one(speedup: Spread) -> str:
     if speedup.is_above(1):
         return "faster beyond the noise"
     if speedup.is_below(1):
@@ -188,7 +195,7 @@ def _environment(section: Section) -> Table:
         ),
         "configuration": shlex.join([matrix.config, *matrix.words]),
         "configuration hash": _several(record.config_hash for record in records),
-        "order": f"{count(len(records), 'launch')}, cases and arms interleaved at random, seed "
+        "order": f"{count(len(records), 'launch')}, {_order_words(records)} "
         f"{_several(str(record.seed) for record in records)}",
         "first and last launch": " – ".join(_first_and_last([r.started for r in records])),
         **{
@@ -209,6 +216,14 @@ def _environment(section: Section) -> Table:
             if value
         ),
     )
+
+
+def _order_words(records: Sequence[Record]) -> str:
+    """Whether they were launched as planned; the cases of a job array go on beside each other."""
+    started = [record.order for record in sorted(records, key=lambda r: (r.started, r.order))]
+    if started == sorted(started):
+        return "cases and arms interleaved at random, seed"
+    return "each case in the order given by seed"
 
 
 def _several(values: Iterable[str]) -> str:

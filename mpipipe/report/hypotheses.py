@@ -1,8 +1,8 @@
 """What was supposed before anything was measured, and whether the measurements agree.
 
-The values are those of the student report that this project grew out of (DESIGN.md, section 1): its
-system never ran, and its tables were supposed. They are kept here, and only here, so that measured
-values can stand beside them.
+The values are those of the student report that this project began with: its system never ran, and
+its tables were supposed. They are kept here, and only here, so that measured values can stand
+beside them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HYPOTHESES", "SOURCE", "Hypothesis", "compare", "hypothesis_for", "verdict"]
 
-SOURCE = "the student report, whose tables were supposed (DESIGN.md, section 1)"
+SOURCE = "the student report that this project began with, whose tables were supposed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,9 @@ def verdict(experiment: ExperimentName, arm: Sequence[Row]) -> str:
 def _sentence(hypothesis: Hypothesis, arm: Sequence[Row]) -> str:
     place = _SIZE_WORDS[hypothesis.experiment].format(hypothesis.size)
     meaning = _MEANING[hypothesis.experiment]
-    row = next((row for row in arm if row.size == hypothesis.size), None)
+    rows = [row for row in arm if row.size == hypothesis.size]
+    # One node for each stage was supposed; a sweep may also have such a case on fewer.
+    row = max(rows, key=lambda row: row.case.num_nodes == hypothesis.size, default=None)
     if row is None:
         return f"For {place}, {hypothesis.efficiency:g} of {meaning} was supposed; not measured."
     if row.throughput is None:
@@ -89,6 +91,11 @@ def _sentence(hypothesis: Hypothesis, arm: Sequence[Row]) -> str:
         return f"For {place} there is no result of size 1 to compare with, so there is no verdict."
     if not row.same_tokens:
         return f"For {place} the runs made different tokens, so there is no verdict."
+    if not row.is_comparable:
+        return (
+            f"For {place} not all runs of {row.case.name} and {row.base} came to a result with the "
+            "same tokens, so there is no verdict."
+        )
     parts = []
     if hypothesis.speedup is not None:
         parts.append(f"speedup {compare(row.speedup, hypothesis.speedup)}")

@@ -2,15 +2,17 @@
 
 A figure has changed when the intervals of both medians are sound, do not touch, and lie 1 % apart
 or more. Where nothing has changed, two times five runs look so on one side for one figure in 250.
+So only throughput and memory count as regressions; with them count a smaller share of ok runs,
+runs that do not make the same tokens any more, and a case that has no result or is gone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mpipipe.report.document import Cell, Table
-from mpipipe.report.figures import FIGURES
+from mpipipe.report.figures import FIGURES, MEMORY, THROUGHPUT
 from mpipipe.report.numbers import NOTHING, interval, number
 
 if TYPE_CHECKING:
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Change", "changes_between", "changes_table", "other_conditions", "regressions"]
 
 _LEAST_CHANGE = 0.01
+_COUNTED = (THROUGHPUT, MEMORY)
 
-Kind = Literal["worse", "better", "same", "too few runs"]
+Judged = Literal["worse", "worse, not counted", "better", "same"]
+Kind = Judged | Literal["too few runs", "other tokens", "not recorded"]
 
 
 _CONDITIONS: Mapping[str, Callable[[Record], Iterable[object]]] = {
@@ -46,7 +50,13 @@ class Change:
     before: Spread | None
     now: Spread | None
     kind: Kind
-    reason: str = ""  # of a case that came to no result
+    reason: str = ""  # of what is not a change of two medians: the sentence about it
+
+    @property
+    def is_judged_figure(self) -> bool:
+        """Whether it is a figure with runs enough before and now."""
+        judged: tuple[Kind, ...] = get_args(Judged)
+        return self.before is not None and self.now is not None and self.kind in judged
 
     @property
     def sentence(self) -> str:
@@ -70,9 +80,13 @@ class Change:
 
 
 def changes_between(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[Change]:
-    """Every judged figure of the cases that both have, in the order of `new`; by rows' names."""
+    """Every judged figure of the cases that both have, in the order of `new`, and what is gone."""
     both = [name for name in new if name in old]
-    return [change for name in both for change in _of_case(name, old[name], new[name])]
+    changes = [change for name in both for change in _of_case(name, old[name], new[name])]
+    gone = "the case is not among the new records"
+    return changes + [
+        Change(name, "case", None, None, "worse", gone) for name in old if name not in new
+    ]
 
 
 def other_conditions(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[str]:
@@ -89,7 +103,16 @@ def other_conditions(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[str
         if before != now:
             told = " → ".join(", ".join(values) or "none" for values in (before, now))
             sentences.append(f"{what} differ: {told}.")
+    others = [name for name in both if _makes_other_tokens(old[name], new[name])]
+    if others:
+        sentences.append(f"the tokens differ from those before: {', '.join(others)}.")
     return sentences
+
+
+def _makes_other_tokens(before: Row, now: Row) -> bool:
+    """Whether all runs of each made the same tokens, and the two rows did not."""
+    hashes = [{run.tokens_hash for run in row.done} - {None} for row in (before, now)]
+    return all(len(found) == 1 for found in hashes) and hashes[0] != hashes[1]
 
 
 def _of_case(name: str, before: Row, now: Row) -> Iterator[Change]:
@@ -97,25 +120,54 @@ def _of_case(name: str, before: Row, now: Row) -> Iterator[Change]:
         reason = now.failures[0].reason if now.failures else "no run was made"
         yield Change(name, "result", None, None, "worse", f"came to no result any more: {reason}")
         return
+    yield from _of_runs(name, before, now)
+    same_tokens = before.same_tokens and now.same_tokens
     for figure in FIGURES:
         old, new = before.figures[figure.key], now.figures[figure.key]
-        if figure.better is not None and old is not None and new is not None:
+        if figure.better is None or old is None:
+            continue
+        if new is None:
+            reason = f"{figure.title} was {number(old.median)}, and is not recorded any more"
+            yield Change(name, figure.title, old, None, "not recorded", reason)
+        elif same_tokens or figure is MEMORY:
             yield Change(name, figure.title, old, new, _kind(figure, old, new))
+        else:
+            yield Change(name, figure.title, old, new, "other tokens")
+
+
+def _of_runs(name: str, before: Row, now: Row) -> Iterator[Change]:
+    """What has changed in how many runs came to a result, and whether their tokens agree."""
+    ok_before, ok_now = (
+        len(row.done) / len(row.runs) if row.runs else None for row in (before, now)
+    )
+    if ok_before is not None and ok_now is not None and ok_now != ok_before:
+        reason = (
+            f"{len(now.done)} of {len(now.runs)} runs are ok, and before "
+            f"{len(before.done)} of {len(before.runs)}"
+        )
+        is_worse = ok_now < ok_before
+        reason += f": {now.failures[0].reason}" if is_worse else ""
+        yield Change(name, "ok runs", None, None, "worse" if is_worse else "better", reason)
+    if before.same_tokens and not now.same_tokens:
+        reason = "its runs made different tokens, and before they made the same"
+        yield Change(name, "tokens", None, None, "worse", reason)
 
 
 def _kind(figure: Figure, before: Spread, now: Spread) -> Kind:
     if not (before.is_sound and now.is_sound):
         return "too few runs"
     least = _LEAST_CHANGE * abs(before.median)
-    if now.low - before.high > 0 and now.median - before.median >= least:
-        return "better" if figure.better == "higher" else "worse"
-    if before.low - now.high > 0 and before.median - now.median >= least:
-        return "worse" if figure.better == "higher" else "better"
-    return "same"
+    is_higher = now.low > before.high and now.median - before.median >= least
+    is_lower = now.high < before.low and before.median - now.median >= least
+    if not (is_higher or is_lower):
+        return "same"
+    if is_higher == (figure.better == "higher"):
+        return "better"
+    return "worse" if figure in _COUNTED else "worse, not counted"
 
 
 def regressions(changes: Sequence[Change]) -> list[Change]:
-    """Those that became worse beyond the noise."""
+    """Those that became worse beyond the noise, and count."""
     return [change for change in changes if change.kind == "worse"]
 
 
@@ -125,7 +177,16 @@ def changes_table(changes: Sequence[Change]) -> Table:
         "Against the older records",
         ("Case and figure", "Before", "Now", "Change", "Verdict"),
         tuple(_row(change) for change in changes),
-        ("Worse, better: the intervals do not touch, and the medians are 1 % apart or more.",),
+        (
+            (
+                "Worse, better: the intervals do not touch, and the medians are 1 % apart or more. "
+                "Of the figures, throughput and memory count as regressions."
+            ),
+            (
+                "Too few runs: fewer than five, before or now. Other tokens: the runs of a case do "
+                "not make the same tokens, before or now, so its speed means nothing."
+            ),
+        ),
     )
 
 

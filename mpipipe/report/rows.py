@@ -49,8 +49,9 @@ class Row:
     failures: tuple[Failure, ...]
     flags: Mapping[str, int]  # runs with it
     ceiling: Ceiling | None
-    base: str  # the smallest case of the arm, with which it is compared
+    base: str  # the case of the arm with which it is compared; may be itself
     base_size: int
+    is_comparable: bool  # all runs of it and of `base` came to a result, each with the same tokens
     speedup: Spread | None  # of throughput over `base`, repeat by repeat
     efficiency: Spread | None  # speedup over how many times as large the case is
 
@@ -121,18 +122,8 @@ def make_section(label: str, matrix: Matrix, records: Sequence[Record]) -> Secti
     ordered = sorted(
         verdict.cases, key=lambda found: (_ARMS.index(found.case.arm), sizes[found.case.name])
     )
-    bases: dict[str, str] = {}
-    for found in ordered:
-        bases.setdefault(found.case.arm, found.case.name)
-    return Section(
-        label,
-        matrix,
-        verdict,
-        tuple(
-            _row(found, runs[found.case.name], matrix.repeat, sizes, bases[found.case.arm])
-            for found in ordered
-        ),
-    )
+    rows = (_row(found, runs[found.case.name], matrix.repeat, sizes) for found in ordered)
+    return Section(label, matrix, verdict, tuple(rows))
 
 
 def _size(case: Case, runs: Sequence[Record]) -> int:
@@ -142,17 +133,15 @@ def _size(case: Case, runs: Sequence[Record]) -> int:
     return case.batch or (places[0] if places else 0)
 
 
-def _row(
-    found: CaseVerdict, runs: Sequence[Record], repeat: int, sizes: Mapping[str, int], base: str
-) -> Row:
+def _row(found: CaseVerdict, runs: Sequence[Record], repeat: int, sizes: Mapping[str, int]) -> Row:
     facts = [
         RunFacts(run.metrics or {}, run.wall_s, run.energy_j, run.cpu_percent, run.gpu_percent)
         for run in runs
         if run.outcome == "ok"
     ]
     size = sizes[found.case.name]
-    is_base = found.case.name == base
-    speedup = (_CERTAIN if found.speed else None) if is_base else found.speedup
+    base = found.base or found.case.name
+    speedup = found.speedup if found.base else _CERTAIN if found.speed else None
     return Row(
         case=found.case,
         runs=tuple(sorted(runs, key=lambda run: run.repeat)),
@@ -165,6 +154,7 @@ def _row(
         ceiling=next((run.ceiling for run in runs if run.ceiling is not None), None),
         base=base,
         base_size=sizes[base],
+        is_comparable=found.is_comparable,
         speedup=speedup,
         efficiency=_divided(speedup, size / sizes[base]) if sizes[base] else None,
     )

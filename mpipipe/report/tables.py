@@ -127,12 +127,15 @@ def _fault_of(row: Row) -> str:
     faults += [f"{flag} ({num} of {runs} runs)" for flag, num in row.flags.items()]
     if runs < row.num_planned:
         faults.append(f"{runs} of {row.num_planned} runs were made")
+    if row.done and not faults and not row.is_comparable:  # so its base is at fault
+        faults.append(f"no verdict on the speedup over {row.base}")
     return "; ".join(faults)
 
 
 def _main_row(experiment: ExperimentName, row: Row, *, hypotheses: bool) -> tuple[Cell, ...]:
     # Supposed was what a case reaches over the one of size 1, over no other.
-    supposed = hypothesis_for(experiment, row.size) if hypotheses and row.base_size == 1 else None
+    is_compared = hypotheses and row.base_size == 1 and row.is_comparable
+    supposed = hypothesis_for(experiment, row.size) if is_compared else None
     return (
         _words(row.case.name),
         Cell(str(row.case.num_nodes), _stages(row)),

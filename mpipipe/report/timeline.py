@@ -28,12 +28,14 @@ _NUM_COLORS = 7
 def rate_curve(label: str, points: Sequence[tuple[float, float]], color: int) -> Curve | None:
     """Tokens per second between successive samples, drawn at the middle of each interval.
 
+    None: fewer than two samples, as of a run that ended before the second one.
+
     Args:
         label: of the curve.
         points: (seconds since generating began, output tokens so far), in the order of time.
         color: of the palette.
     """
-    stride = math.ceil(len(points) / _MOST_POINTS)
+    stride = max(1, math.ceil(len(points) / _MOST_POINTS))
     rates = [
         ((before[0] + after[0]) / 2, (after[1] - before[1]) / (after[0] - before[0]))
         for before, after in pairwise([*points[:-1:stride], *points[-1:]])

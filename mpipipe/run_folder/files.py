@@ -85,9 +85,15 @@ def prepare_run_folder(folder: Path, *, overwrite: bool, resume: bool = False) -
         ) from error
 
 
+_RESUME = (
+    "mend that, free space there, or choose another output.dir; what is complete so far is in "
+    "completions_rank_*.jsonl, and output.resume=true goes on from it"
+)
+
+
 @contextmanager
-def told_as_output(path: Path, verb: str = "written") -> Iterator[None]:
-    """A full disk or lost file system becomes a sentence: `path` could not be `verb`.
+def told_as_output(path: Path, verb: str = "written", remedy: str = _RESUME) -> Iterator[None]:
+    """A full disk or lost file system becomes a sentence: `path` could not be `verb`; `remedy`.
 
     Raises:
         OutputError: in the place of an OSError.
@@ -96,9 +102,7 @@ def told_as_output(path: Path, verb: str = "written") -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path} could not be {verb} ({error.strerror or error}): mend that, free space there, "
-            "or choose another output.dir; what is complete so far is in completions_rank_*.jsonl, "
-            "and output.resume=true goes on from it"
+            f"{path} could not be {verb} ({error.strerror or error}): {remedy}"
         ) from error
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mpipipe.topology.slurm import SlurmJob
 
-__all__ = ["FolderLock", "last_status", "lock_folder"]
+__all__ = ["FolderLock", "last_status", "lock_file", "lock_folder"]
 
 _LOCK_FILE = ".lock"
 _BUSY = {RunState.GENERATING.value, RunState.STOPPING.value}
@@ -37,6 +37,13 @@ class FolderLock:
     def __init__(self, path: Path, descriptor: int | None) -> None:
         self._path = path
         self._descriptor = descriptor  # None: nothing is locked
+
+    def tell(self, holder: str) -> None:
+        """Write into the file who holds it, for those who find it locked."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, holder.encode(), 0)
 
     def close(self) -> None:
         """Let others in; the file may stay behind where the file system is lost."""
@@ -62,23 +69,35 @@ def lock_folder(
     Raises:
         OutputError: another run is writing there.
     """
-    path = folder / _LOCK_FILE
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            return FolderLock(path, None)
-        held = _take(descriptor, take)
-        if held and _is_at(path, descriptor):
-            return FolderLock(path, descriptor)
-        os.close(descriptor)
-        if held:
-            continue  # its holder has removed it meanwhile: another may lock the next
+    lock, held = lock_file(folder / _LOCK_FILE, take=take)
+    if not held:
         values = last_status(folder)
         if not _is_ended_attempt(values, job) and (held is False or _is_fresh(values, now())):
             raise _occupied(folder, values)
-        return FolderLock(path, None)
+    return lock
+
+
+def lock_file(
+    path: Path, *, take: Callable[[int, int], object] = fcntl.flock
+) -> tuple[FolderLock, bool | None]:
+    """A lock on `path`, which is made where it is missing, and whether it was to be had.
+
+    False: another process holds it. None: this file system has no locks. Where no file can be
+    made, nothing is locked, and it counts as had.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return FolderLock(path, None), True
+        held = _take(descriptor, take)
+        if held and _is_at(path, descriptor):
+            return FolderLock(path, descriptor), True
+        os.close(descriptor)
+        if not held:
+            return FolderLock(path, None), held
+        # Its holder has removed it meanwhile: another may lock the next.
 
 
 def last_status(folder: Path) -> Mapping[str, Any]:

@@ -51,10 +51,13 @@ class Planted:
     tokens: Mapping[int, str] = dataclasses.field(default_factory=dict)  # hash, where another
     energy_j: float | None = None
     gpu: str = ""
+    label: str = ""  # the name, where another case has the same size
 
     @property
     def name(self) -> str:
         """Of the case."""
+        if self.label:
+            return self.label
         size = self.batch if self.arm == "batch" else f"n{self.num_stages}"
         return f"{self.arm}_{size}"
 

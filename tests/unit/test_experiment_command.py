@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mpipipe.cli.main import app
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, ConfigError, StoppedError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.record import Matrix
 from tests.unit.experiment_records import an_experiment
@@ -55,6 +58,20 @@ def test_the_exit_code_is_0_only_when_all_cells_have_results(tmp_path: Path) -> 
     assert "max_sequences_per_slot = 4" in (tmp_path / "best.toml").read_text()
 
 
+def test_the_table_has_no_speedup_beside_a_base_with_other_tokens(tmp_path: Path) -> None:
+    run(tmp_path, "--batch=1,4")
+    keep_all(tmp_path, {"batch_4": 27.5})
+    of_base = an_experiment(matrix_of(tmp_path), {"batch_1": [10.0] * 5})
+    odd = dataclasses.replace(of_base.pop(), tokens_hash="different")
+    for record in of_base:
+        ExperimentFolder(tmp_path).keep_record(record)
+    ExperimentFolder(tmp_path).keep_record(odd)
+    assert "2.75" not in run(tmp_path, "--batch=1,4")[1]
+    (tmp_path / "records" / f"{odd.name}.json").unlink()
+    ExperimentFolder(tmp_path).keep_record(dataclasses.replace(odd, tokens_hash="same"))
+    assert "2.75" in run(tmp_path, "--batch=1,4")[1]
+
+
 def test_the_verdict_as_json(tmp_path: Path) -> None:
     run(tmp_path, "--batch=4")
     keep_all(tmp_path, {"batch_4": 30.0})
@@ -75,6 +92,40 @@ def test_the_words_that_are_kept_make_the_same_experiment(
     result = CliRunner().invoke(app, [*kept.command[3:], "--table"])
     assert result.exit_code == EXIT_PROMPTS, result.output
     assert matrix_of(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("experiment", "expected"), [("weak", True), ("batch", False)])
+def test_cases_of_unlike_stages_on_a_node_get_equal_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, expected: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "mpipipe.cli.experiments.choose_launcher",
+        lambda *_, equal_cores: asked.append(equal_cores),
+    )
+    monkeypatch.setattr("mpipipe.cli.experiments.run_experiment", lambda *_: None)
+    command = ["bench", experiment, SHAPE, *WORDS, f"--out={tmp_path}", "--nodes=1"]
+    assert CliRunner().invoke(app, command).exit_code == EXIT_PROMPTS
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_experiment_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def told_to_stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it goes on")
+
+    before = signal.signal(number, lambda *_: None)  # so that a fault does not end the tests
+    monkeypatch.setattr("mpipipe.cli.experiments.choose_launcher", lambda *_, **__: None)
+    monkeypatch.setattr("mpipipe.cli.experiments.run_experiment", told_to_stop)
+    try:
+        command = ["bench", "batch", SHAPE, *WORDS, f"--out={tmp_path}", "--batch=1"]
+        result = CliRunner().invoke(app, command)
+    finally:
+        signal.signal(number, before)
+    assert isinstance(result.exception, StoppedError), result.exception
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_a_flag_that_is_given_is_taken_without_asking() -> None:
         choose_launcher({"SLURM_JOB_ID": "7"}, Answers())
 
 
+def test_a_rank_alone_on_its_node_gets_the_cores_of_one_task() -> None:
+    answers = Answers(listed="pmi2", library=MPICH)
+    environ = {"SLURM_JOB_ID": "7"}
+    for num_stages in (1, 2):
+        launcher = choose_launcher(environ, answers, equal_cores=True)
+        assert "--cpus-per-task=1" in launcher.command(num_stages, 1, ["x"])
+    environ["SLURM_CPUS_PER_TASK"] = "4"
+    launcher = choose_launcher(environ, answers, equal_cores=True)
+    assert "--cpus-per-task=4" in launcher.command(1, 1, ["x"])
+    alone = choose_launcher({"SLURM_JOB_ID": "7"}, answers).command(2, 1, ["x"])
+    assert not any(word.startswith("--cpus-per-task") for word in alone)
+
+
 def test_a_launch_leaves_its_exit_code_and_its_last_error(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     code = "import sys; print('mpipipe: error: no'); print('bye', file=sys.stderr); sys.exit(5)"
@@ -91,16 +105,85 @@ def test_a_launch_leaves_its_exit_code_and_its_last_error(tmp_path: Path) -> Non
         run_launch([str(tmp_path / "none")], log, limit_s=60)
 
 
-def test_a_launch_is_ended_at_its_limit_with_its_children(tmp_path: Path) -> None:
+def sleeper(told: Path) -> str:
+    """The code of a process that ignores SIGTERM, tells its number, and stays."""
+    return (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"open({str(told)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+    )
+
+
+def until(holds: Callable[[], bool]) -> None:
+    limit_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < limit_s
+        time.sleep(0.01)
+
+
+def pid_in(told: Path) -> int:
+    until(lambda: told.exists() and told.read_text().endswith(" "))
+    return int(told.read_text())
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_launch_is_ended_at_its_limit_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = tmp_path / "pid"
-    child = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    launched = run_launch([sys.executable, "-c", script], tmp_path / "x.log", limit_s=3)
+
+    class Patient(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            pid_in(told)  # the limit begins when the child is there
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Patient)
+    script = (
+        "import subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-c', {sleeper(told)!r}]).wait()"
+    )
+    launched = run_launch([sys.executable, "-c", script], tmp_path / "x.log", limit_s=0.1)
     assert launched.exit_code is None
-    assert 3 <= launched.wall_s < 60
-    if told.exists() and (pid := told.read_text()):
-        status = Path(f"/proc/{pid}/stat")
-        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert 0.1 <= launched.wall_s < 60
+    pid = pid_in(told)
+    until(lambda: has_ended(pid))
+
+
+def test_a_second_interrupt_leaves_no_launch_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "pid"
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            pid_in(told)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_launch([sys.executable, "-c", sleeper(told)], tmp_path / "x.log", limit_s=60)
+    pid = pid_in(told)
+    until(lambda: has_ended(pid))
+
+
+def test_a_launcher_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    launcher = sleeper(told).replace("SIG_IGN", "SIG_DFL")
+    script = (
+        "import sys; from pathlib import Path; from mpipipe.experiments.launch import run_launch; "
+        f"run_launch([sys.executable, '-c', {launcher!r}], Path({str(tmp_path / 'x.log')!r}), 60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as bench:
+        pid = pid_in(told)
+        assert not has_ended(pid)
+        bench.kill()
+    until(lambda: has_ended(pid))
 
 
 def test_cases_on_other_numbers_of_nodes_are_arrays_of_their_own(tmp_path: Path) -> None:
@@ -112,7 +195,7 @@ def test_cases_on_other_numbers_of_nodes_are_arrays_of_their_own(tmp_path: Path)
     assert "#SBATCH --array=0-0\n" in one
     assert "cases=(fixed-total_n1)\n" in one
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --array=0-1\n" in two
-    assert "#SBATCH --time=9\n" in two  # six launches of 90 s
+    assert "#SBATCH --time=15\n" in two  # six launches of 90 s, a minute for each to begin and end
     assert """--out=/x y' --case "${cases[$SLURM_ARRAY_TASK_ID]}"\n""" in two
     assert f"python -m mpipipe report {tmp_path}" in last.text
     for script in (*arrays, last):
@@ -135,6 +218,15 @@ def test_the_last_job_fails_as_the_experiment_did(
     assert result.returncode == code
     said = (tmp_path / "said").read_text().splitlines()
     assert said == ["-m mpipipe bench batch c.toml --table", f"-m mpipipe report {tmp_path}"]
+
+
+def test_the_logs_of_jobs_go_to_a_folder_of_any_name() -> None:
+    folder = Path("/x y/50% of #1")
+    arrays, last = job_scripts(a_matrix("batch"), folder, COMMAND, ["batch_1"])
+    assert "#SBATCH --output='/x y/50%% of #1/slurm-%A_%a.log'\n" in arrays[0].text
+    assert "#SBATCH --output='/x y/50%% of #1/slurm-%j.log'\n" in last.text
+    (plain, _) = job_scripts(a_matrix("batch"), Path("/x"), COMMAND, ["batch_1"])
+    assert "#SBATCH --output=/x/slurm-%A_%a.log\n" in plain[0].text
 
 
 def test_the_last_job_waits_for_all_arrays_and_asks_for_no_gpu(tmp_path: Path) -> None:

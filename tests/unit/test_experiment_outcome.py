@@ -8,6 +8,7 @@ import pytest
 
 from mpipipe.experiments.outcome import Ending, judge_ending, was_stopped
 
+EVIDENCE = {"has_metrics": True, "has_tokens": True, "has_speed": True}
 NEEDS = "the plan needs 20 GiB on rank 0, and 14 are there: use more stages"
 SHORT = "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): lower gpu_memory_fraction"
 
@@ -15,7 +16,10 @@ SHORT = "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): lower gpu
 @pytest.mark.parametrize(
     ("ending", "outcome", "reason"),
     [
-        ({"exit_code": 0, "has_metrics": True}, "ok", ""),
+        ({"exit_code": 0, **EVIDENCE}, "ok", ""),
+        ({"exit_code": 0, **EVIDENCE, "has_tokens": False}, "failed", "without completions"),
+        ({"exit_code": 0, **EVIDENCE, "has_speed": False}, "failed", "without throughput"),
+        ({"exit_code": 4, **EVIDENCE, "num_failed": 3}, "failed", "3 prompts became error"),
         ({"exit_code": 0}, "failed", "without metrics.json"),
         ({"exit_code": None}, "timeout", "within 60 s"),
         ({"exit_code": 2, "error": NEEDS, "kind": "PlanError"}, "infeasible", "20 GiB"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from mpipipe.experiments.record import Matrix, Record, RunSlot
 from mpipipe.experiments.recording import Launched
 from mpipipe.experiments.run import Launching, run_experiment
 from mpipipe.experiments.verdict import judge
+from mpipipe.topology.host import host_name
 from tests.unit.experiment_records import a_matrix
 
 MATRIX = a_matrix("strong", batches=(4,), repeat=2)
@@ -161,6 +165,29 @@ def test_a_cell_that_fails_is_a_result_and_the_others_go_on(tmp_path: Path) -> N
     assert again.names == []
 
 
+def test_a_launch_that_leaves_no_evidence_has_failed(tmp_path: Path) -> None:
+    class Unproved(ScriptedLaunches):
+        def __call__(self, command: Sequence[str], log: Path, limit_s: float) -> Launched:
+            launched = super().__call__(command, log, limit_s)
+            folder = log.with_suffix("")
+            if folder.name == names()[0]:
+                (folder / "completions.jsonl").unlink()
+            if folder.name == names()[1]:
+                write_run(folder, tokens_per_s=0.0)
+            if folder.name == names()[2]:
+                (folder / "completions.jsonl").write_text('{"id": "a", "token_ids": null}\n')
+            return launched
+
+    records = run(ExperimentFolder(tmp_path), Unproved())
+    assert [record.outcome for record in records[:4]] == ["failed"] * 3 + ["ok"]
+    assert [record.reason.split(" ")[3] for record in records[:3]] == [
+        "completions",
+        "throughput",
+        "completions",
+    ]
+    assert not judge(MATRIX, records).is_sound
+
+
 def test_another_experiment_in_the_folder_is_refused_by_what_differs(tmp_path: Path) -> None:
     folder = ExperimentFolder(tmp_path)
     run(folder, ScriptedLaunches())
@@ -187,6 +214,70 @@ def test_a_record_is_never_written_twice(tmp_path: Path) -> None:
     (record, *_) = run(folder, ScriptedLaunches())
     with pytest.raises(OutputError, match="another process"):
         folder.keep_record(record)
+
+
+def test_a_case_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
+    folder = ExperimentFolder(tmp_path)
+    folder.keep_matrix(MATRIX)
+    held = folder.lock_case("fixed-total_n2")
+    theirs = tmp_path / "runs" / "fixed-total_n2_r1"
+    theirs.mkdir()
+    launches = ScriptedLaunches()
+    process = f"the process {os.getpid()} on {host_name()}"
+    with pytest.raises(OutputError, match=f"{process} runs the case fixed-total_n2 of"):
+        run(folder, launches)
+    assert launches.names == []
+    assert theirs.is_dir()
+    assert len(run(folder, launches, only_case="fixed-total_n1")) == 2  # as the tasks of an array
+    held.close()
+    assert len(run(folder, launches)) == 8
+    assert not list((tmp_path / "runs").glob("*.lock"))
+
+
+def test_the_cases_of_an_experiment_are_locked_while_it_runs(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    class Intruding(ScriptedLaunches):
+        def __call__(self, command: Sequence[str], log: Path, limit_s: float) -> Launched:
+            with pytest.raises(OutputError, match="runs the case") as error:
+                run(ExperimentFolder(tmp_path), ScriptedLaunches())
+            refused.append(str(error.value))
+            return super().__call__(command, log, limit_s)
+
+    assert len(run(ExperimentFolder(tmp_path), Intruding())) == 8
+    assert len(refused) == 10
+
+
+def test_folders_that_were_removed_are_made_again(tmp_path: Path) -> None:
+    folder = ExperimentFolder(tmp_path)
+    before = run(folder, ScriptedLaunches())
+    for name in ("records", "runs"):
+        shutil.rmtree(tmp_path / name)
+    launches = ScriptedLaunches()
+    assert run(folder, launches) == before
+    assert len(launches.names) == 10
+
+
+def test_what_cannot_be_kept_or_removed_has_a_remedy_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ExperimentFolder(tmp_path)
+    (record, *_) = run(folder, ScriptedLaunches())
+    (tmp_path / "records" / f"{record.name}.json").unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    remedy = "No space left on device.*: free space and give the same command again"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=f"written .{remedy}") as error:
+            folder.keep_record(record)
+    assert "output.dir" not in str(error.value)
+    assert len(list((tmp_path / "records").iterdir())) == 7  # nothing half written
+    monkeypatch.setattr(shutil, "rmtree", full)
+    with pytest.raises(OutputError, match=f"removed .{remedy}"):
+        folder.remove_run(RunSlot(record.case.name, 1))
 
 
 def test_only_the_first_repeat_and_failures_keep_their_run_folders(tmp_path: Path) -> None:

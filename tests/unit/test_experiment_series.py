@@ -103,6 +103,9 @@ def test_the_hash_of_the_tokens_does_not_depend_on_the_order(tmp_path: Path) -> 
     write_lines(path, [lines[0], {"id": "b", "error": {"kind": "too_long"}}])
     files = read_run_files(tmp_path)
     assert (files.tokens_hash, files.num_failed) == (None, 1)
+    for lacking in ({"id": "b"}, {"id": "b", "token_ids": None}, {"id": "b", "token_ids": "2"}):
+        write_lines(path, [lines[0], lacking])
+        assert read_run_files(tmp_path).tokens_hash is None
 
 
 def test_the_error_is_the_one_that_the_run_told(tmp_path: Path) -> None:

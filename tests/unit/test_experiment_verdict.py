@@ -94,6 +94,21 @@ def test_a_cell_without_a_result_is_not_sound() -> None:
     assert verdict.cases[-1].speed.num == 4
 
 
+def test_a_base_without_valid_runs_gives_no_verdict_on_the_others() -> None:
+    records = strong(scaled(2), scaled(2))
+    base = [record.name for record in records].index("fixed-total_n1_r3")
+    others = dataclasses.replace(records[base], tokens_hash="different")
+    for changed in ([*records[:base], others, *records[base + 1 :]], records[:base]):
+        kept = [*changed, *(record for record in records if record.case.name == "fixed-total_n2")]
+        verdict = judge(STRONG, list({record.name: record for record in kept}.values()))
+        small, total = verdict.cases[2:]
+        assert (small.base, total.base) == (None, "fixed-total_n1")
+        assert (small.is_comparable, total.is_valid, total.is_comparable) == (False, True, False)
+        (note,) = (note for note in verdict.notes if note.startswith("fixed-total_n2"))
+        assert "no verdict: fixed-total_n1" in note
+    assert all(case.is_comparable for case in judge(STRONG, records).cases)
+
+
 def sweep(*factors: float) -> list[Record]:
     speeds = {case.name: scaled(factor) for case, factor in zip(BATCH.cases, factors, strict=False)}
     return an_experiment(BATCH, speeds)
@@ -114,6 +129,45 @@ def test_a_sweep_that_still_grows_has_no_knee() -> None:
     assert verdict.best is not None
     assert verdict.best.case.batch == 8
     assert "still grows at batch 8" in verdict.notes[-1]
+
+
+def test_a_gain_after_a_flat_doubling_moves_the_knee_behind_it() -> None:
+    assert judge(BATCH, sweep(1, 1.05, 4, 8)).knee is None
+    verdict = judge(BATCH, sweep(1, 1.05, 4, 4.1))
+    assert (verdict.knee, verdict.best and verdict.best.case.batch) == (4, 4)
+    assert judge(BATCH, sweep(1, 1.05, 1.06, 1.07)).knee == 1
+
+
+def without(records: list[Record], batch: int, **changes: str | None) -> list[Record]:
+    return [
+        dataclasses.replace(record, **changes) if record.case.batch == batch else record  # type: ignore[arg-type]
+        for record in records
+    ]
+
+
+def test_a_batch_above_one_that_failed_is_neither_knee_nor_best() -> None:
+    failure = {"outcome": "out_of_memory", "reason": "CUDA", "tokens_hash": None}
+    verdict = judge(BATCH, without(sweep(1, 1.9, 3, 9), 4, **failure))
+    assert (verdict.knee, verdict.largest_safe_batch) == (None, 2)
+    assert verdict.best is not None
+    assert verdict.best.case.batch == 2
+    assert "still grows at batch 2, the largest that is safe" in verdict.notes[-1]
+    assert judge(BATCH, without(sweep(1, 1.9, 2, 9), 1, **failure)).best is None
+
+
+def test_a_batch_without_valid_runs_hides_its_gains() -> None:
+    records = sweep(1, 1.02, 1.03, 1.04)
+    (odd,) = (record for record in records if record.name == "batch_4_r2")
+    records[records.index(odd)] = dataclasses.replace(odd, tokens_hash="different")
+    verdict = judge(BATCH, records)
+    assert verdict.knee is None
+    assert "No knee is shown" in verdict.notes[-1]
+
+
+def test_a_sweep_that_has_not_ended_has_no_knee_yet() -> None:
+    verdict = judge(BATCH, sweep(1, 1.02, 1.03))
+    assert verdict.knee is None
+    assert verdict.notes[-1].startswith("No knee yet")
 
 
 def test_noise_shows_no_knee() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mpipipe.report.charts import LaneChart, LineChart
+from mpipipe.report.experiment_files import find_experiments
+from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.run_files import read_run
 from mpipipe.report.timeline import busy_shares, occupancy_charts, rate_curve
 from tests.unit import made_experiments
+from tests.unit.made_experiments import Planted
 
 
 def test_rates_stand_in_the_middle_of_their_intervals() -> None:
@@ -18,6 +22,17 @@ def test_rates_stand_in_the_middle_of_their_intervals() -> None:
     assert curve.x == (2.5, 7.5)
     assert curve.y == (20.0, 60.0)
     assert rate_curve("run", [(0.0, 0)], 0) is None
+
+
+def test_a_run_without_samples_has_no_curve_and_its_report_is_made(tmp_path: Path) -> None:
+    assert rate_curve("run", [], 0) is None
+    folder = made_experiments.write(tmp_path, "weak", [Planted("weak", 1, 10.0, batch=1)])
+    for path in (folder / "records").iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "samples": []}))
+    (found,) = find_experiments(folder)
+    titles = [chart.title for chart in section_charts(found.section)]
+    assert "Tokens per second over time" not in titles
+    assert titles
 
 
 def test_a_long_run_has_no_more_points_than_can_be_seen_and_loses_no_token() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mpipipe.cli.main import app
 from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
 from mpipipe.report import make, page
+from mpipipe.report.charts import LineChart
 from mpipipe.report.experiment_files import find_experiments
 from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.make import make_report
@@ -62,12 +63,99 @@ def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -
         planted[1], tokens={}, outcome="failed", reason="a rank was lost.", failed_repeats=(1, 2)
     )
     made_experiments.write(tmp_path / "few", "weak", planted)
-    assert "from too few runs for a verdict on the 0.9" in verdicts(tmp_path / "few")["weak"]
+    assert (
+        "For 2 nodes not all runs of weak_n2 and weak_n1 came to a result with the same tokens, so "
+        "there is no verdict."
+    ) in verdicts(tmp_path / "few")["weak"]
 
     planted[1] = dataclasses.replace(planted[1], failed_repeats=(1, 2, 3, 4, 5))
     made_experiments.write(tmp_path / "none", "weak", planted)
     text = verdicts(tmp_path / "none")["weak"]
     assert "the case weak_n2 came to no result: a rank was lost." in text
+
+
+def test_beside_a_base_that_means_nothing_there_is_no_verdict(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    planted[0] = dataclasses.replace(planted[0], tokens={3: "f00d"})
+    report = make_report(made_experiments.write(tmp_path, "weak", planted), hypotheses=True)
+    text = report.files["report.md"].decode()
+    assert "Too few cases came to a result for a comparison." in text
+    assert "For 2 nodes not all runs of weak_n2 and weak_n1 came to a result with the same" in text
+    assert "supposed 0.9" not in text
+    assert text.count("**no verdict on the speedup over weak_n1**") == 2
+
+
+def test_rows_have_the_bases_of_the_verdict(tmp_path: Path) -> None:
+    planted = [
+        Planted("weak", 2, 90.0, batch=8, num_nodes=2, label="two_nodes"),
+        Planted("weak", 2, 100.0, batch=8, label="one_node"),
+        Planted("weak", 4, 190.0, batch=16),
+    ]
+    (one,) = find_experiments(made_experiments.write(tmp_path, "weak", planted))
+    assert {row.case.name: row.base for row in one.section.rows} == {
+        "two_nodes": "one_node",
+        "one_node": "one_node",
+        "weak_n4": "one_node",
+    }
+    speedups = {row.case.name: row.speedup for row in one.section.rows}
+    assert {name: round(found.median, 1) for name, found in speedups.items() if found} == {
+        "two_nodes": 0.9,
+        "one_node": 1.0,
+        "weak_n4": 1.9,
+    }
+
+
+def test_how_many_are_in_flight_is_said_as_it_was_asked_for(tmp_path: Path) -> None:
+    made_experiments.write(tmp_path / "memory", "strong", made_experiments.strong())
+    filling = "Memory-filling, the same prompts, "
+    text = make_report(tmp_path / "memory").files["report.md"].decode()
+    assert f"{filling}as many in flight as memory holds:" in text
+    planted = [
+        dataclasses.replace(case, batch=6 * case.num_stages)
+        if case.arm == "memory-filling"
+        else case
+        for case in made_experiments.strong()
+    ]
+    made_experiments.write(tmp_path / "asked", "strong", planted)
+    text = make_report(tmp_path / "asked").files["report.md"].decode()
+    assert f"{filling}6 in flight on each stage:" in text
+    assert "as memory holds" not in text
+
+
+def test_curves_that_are_left_out_are_told(tmp_path: Path) -> None:
+    planted = [Planted("batch", 1, 10.0 * size, batch=size) for size in range(1, 10)]
+    for num in (7, 9):
+        made_experiments.write(tmp_path / str(num), "batch", planted[:num])
+        (one,) = find_experiments(tmp_path / str(num))
+        (chart,) = [c for c in section_charts(one.section) if c.title.startswith("Tokens per sec")]
+        assert isinstance(chart, LineChart)
+        assert len(chart.curves) == 7
+        assert ("the first 7 of 9 cases" in chart.caption) == (num == 9)
+        assert "of 7 cases" not in chart.caption
+
+
+def test_launches_are_called_interleaved_only_where_they_were(tmp_path: Path) -> None:
+    folder = made_experiments.write(tmp_path, "weak", made_experiments.weak())
+    text = make_report(folder).files["report.md"].decode()
+    assert "15 launches, cases and arms interleaved at random, seed 7" in text
+    for hour, case in enumerate(("weak_n4", "weak_n1", "weak_n2")):  # as a job array does it
+        for path in (folder / "records").glob(f"{case}_*"):
+            record = json.loads(path.read_text())
+            started = record["started"].replace("T09", f"T1{hour}")
+            path.write_text(json.dumps({**record, "started": started}))
+    text = make_report(folder).files["report.md"].decode()
+    assert "15 launches, each case in the order given by seed 7" in text
+    assert "interleaved" not in text
+
+
+def test_a_node_for_each_stage_is_what_was_supposed(tmp_path: Path) -> None:
+    planted = [
+        Planted("weak", 1, 100.0, batch=8),
+        Planted("weak", 2, 110.0, batch=16, label="one_node"),
+        Planted("weak", 2, 199.0, batch=16, num_nodes=2, label="two_nodes"),
+    ]
+    text = verdicts(made_experiments.write(tmp_path, "weak", planted))["weak"]
+    assert "For 2 nodes: weak-scaling efficiency 0.985 (0.975–1.02), above the 0.9" in text
 
 
 def test_an_experiment_without_any_result_is_reported_with_its_reasons(tmp_path: Path) -> None:
@@ -126,7 +214,8 @@ def test_a_regression_beyond_the_noise_is_named_and_has_its_exit_code(tmp_path: 
     assert (
         "worse: batch batch_4: Throughput (tokens/s): 118 (116–120) → 112 (110–114), -5.0 %"
     ) in ended.output
-    assert "worse: batch batch_4: TTFT p50 (s)" in ended.output
+    assert "worse, not counted: batch batch_4: TTFT p50 (s)" in ended.output
+    assert "worse: batch batch_4: TTFT" not in ended.output
     assert "Memory" not in ended.output
     text = (new / "report.md").read_text()
     assert "**worse**" in text
@@ -179,15 +268,128 @@ def test_a_case_that_came_to_no_result_any_more_is_a_regression(tmp_path: Path) 
     ]
 
 
-def test_too_few_runs_are_no_regression(tmp_path: Path) -> None:
+def without_repeats(folder: Path, *repeats: int, case: str = "*") -> None:
+    for repeat in repeats:
+        for path in (folder / "records").glob(f"{case}_r{repeat}.json"):
+            path.unlink()
+
+
+def test_where_nothing_could_be_judged_it_is_said_and_has_an_exit_code(tmp_path: Path) -> None:
     old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
     new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch(0.5))
-    for repeat in (4, 5):
-        for path in (new / "records").glob(f"*_r{repeat}.json"):
-            path.unlink()
+    without_repeats(new, 4, 5)
     report = make_report(new, against=old)
     assert report.regressions == []
     assert {change.kind for change in report.changes} == {"too few runs"}
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 4
+    # of 5 batches: wall clock, throughput, TTFT, 2 × ITL, memory, energy
+    assert "35 figures could not be judged (fewer than 5 runs)" in ended.output
+    assert "no figure could be judged" in ended.output
+    assert "no regression" not in ended.output
+
+
+def test_where_no_case_had_a_result_before_and_now_nothing_is_judged(tmp_path: Path) -> None:
+    planted = made_experiments.batch()[-1:]  # does not fit into memory
+    folder = made_experiments.write(tmp_path, "batch", planted)
+    ended = CliRunner().invoke(app, ["report", str(folder), "--against", str(folder)])
+    assert ended.exit_code == 4
+    assert "no figure could be judged" in ended.output
+
+
+def test_where_some_figures_could_be_judged_the_others_are_told(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "batch", made_experiments.batch())
+    new = made_experiments.write(tmp_path / "new", "batch", made_experiments.batch())
+    without_repeats(new, 4, 5, case="batch_4")
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 0
+    assert "7 figures could not be judged (fewer than 5 runs)" in ended.output
+    assert "no regression beyond the noise in the other 28 figures" in ended.output
+
+
+def test_fewer_ok_runs_are_a_regression(tmp_path: Path) -> None:
+    planted = made_experiments.weak()[:2]
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    planted[1] = dataclasses.replace(
+        planted[1], outcome="failed", reason="a rank was lost", failed_repeats=(1, 2, 3, 4)
+    )
+    new = made_experiments.write(tmp_path / "new", "weak", planted)
+    assert [change.sentence for change in make_report(new, against=old).regressions] == [
+        "weak weak_n2: 1 of 5 runs are ok, and before 5 of 5: a rank was lost"
+    ]
+    ended = CliRunner().invoke(app, ["report", str(old), "--against", str(new)])
+    assert ended.exit_code == 0
+    assert "better: weak weak_n2: 5 of 5 runs are ok, and before 1 of 5\n" in ended.output
+
+
+def test_a_case_that_is_gone_is_a_regression_and_a_figure_that_is_gone_is_listed(
+    tmp_path: Path,
+) -> None:
+    planted = made_experiments.weak()
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    new = made_experiments.write(tmp_path / "new", "weak", planted[:2])
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        del record["metrics"]["itl_p95_s"]
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == EXIT_REGRESSION
+    assert "worse: weak weak_n4: the case is not among the new records" in ended.output
+    assert (
+        "not recorded: weak weak_n2: Inter-token p95 (ms) was 33.1, and is not recorded any more"
+    ) in ended.output
+    assert "no regression" not in ended.output
+
+
+def test_runs_that_do_not_make_the_same_tokens_any_more_are_a_regression(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    agreeing = made_experiments.write(tmp_path / "agreeing", "weak", planted)
+    planted[1] = dataclasses.replace(planted[1], speed=20.0, tokens={3: "f00d"})
+    differing = made_experiments.write(tmp_path / "differing", "weak", planted)
+    report = make_report(differing, against=agreeing)
+    assert [change.sentence for change in report.regressions] == [
+        "weak weak_n2: its runs made different tokens, and before they made the same"
+    ]
+    kinds = {
+        change.figure: change.kind for change in report.changes if change.case == "weak weak_n2"
+    }
+    assert kinds["Throughput (tokens/s)"] == "other tokens"
+    assert kinds["Memory (GiB)"] == "same"
+    ended = CliRunner().invoke(app, ["report", str(agreeing), "--against", str(differing)])
+    assert ended.exit_code == 0
+    assert "5 figures could not be judged (different tokens)" in ended.output
+    assert "better" not in ended.output
+
+
+def test_other_tokens_than_before_are_told(tmp_path: Path) -> None:
+    planted = [dataclasses.replace(case, tokens={}) for case in made_experiments.weak()]
+    old = made_experiments.write(tmp_path / "old", "weak", planted)
+    planted[1] = dataclasses.replace(planted[1], tokens=dict.fromkeys(range(1, 6), "f00d"))
+    new = made_experiments.write(tmp_path / "new", "weak", planted)
+    text = make_report(new, against=old).files["report.md"].decode()
+    assert "> **Note.** the tokens differ from those before: weak weak_n2." in text
+    assert "the tokens differ" not in make_report(old, against=old).files["report.md"].decode()
+
+
+def test_only_throughput_and_memory_of_the_figures_decide_the_exit_code(tmp_path: Path) -> None:
+    old = made_experiments.write(tmp_path / "old", "weak", made_experiments.weak())
+    new = made_experiments.write(tmp_path / "new", "weak", made_experiments.weak())
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        record["metrics"]["itl_p95_s"] *= 2
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == 0
+    assert "worse, not counted: weak weak_n2: Inter-token p95 (ms)" in ended.output
+    for path in (new / "records").glob("weak_n2_*"):
+        record = json.loads(path.read_text())
+        record["metrics"]["ranks"][1]["peak_rss_bytes"] *= 2
+        path.write_text(json.dumps(record))
+    ended = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+    assert ended.exit_code == EXIT_REGRESSION
+    assert (
+        "worse: weak weak_n2: Memory (GiB): 3.00 (no interval) → 6.00 (no interval)" in ended.output
+    )
 
 
 def test_records_of_other_cases_cannot_be_compared(tmp_path: Path) -> None:
