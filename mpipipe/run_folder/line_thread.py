@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -163,9 +164,14 @@ class LineThread:
             try:
                 file.write_told()
             except OSError as error:
-                tell, self._on_failure = self._on_failure, None
-                if tell is not None:
-                    tell(
-                        f"{file.path} cannot be written ({error.strerror}): lines about the run "
-                        "are lost until it can; completions are not touched by that"
-                    )
+                self._warn(
+                    f"{file.path} cannot be written ({error.strerror}): lines about the run "
+                    "are lost until it can; completions are not touched by that"
+                )
+
+    def _warn(self, message: str) -> None:
+        """Tell the first time; the run goes on without the rest."""
+        tell, self._on_failure = self._on_failure, None
+        if tell is not None:
+            with suppress(OSError, ValueError):  # the terminal's disk may be full too, or closed
+                tell(message)

@@ -164,6 +164,20 @@ def test_a_full_disk_loses_lines_and_is_told_once(tmp_path: Path) -> None:
     assert f"{full.path} cannot be written (Is a directory)" in sentence
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("closed file")])
+def test_a_warning_that_cannot_be_printed_ends_nothing(error: Exception, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+
+    def tell(_: str) -> None:
+        raise error
+
+    full, fine = told(tmp_path / "folder", 1), told(tmp_path / "lines.jsonl", 2)
+    thread = LineThread((full, fine), clock=MonotonicClock(), on_failure=tell)
+    thread._write()
+    fine.close()
+    assert numbers(fine.path) == [2]
+
+
 def test_a_line_that_did_not_fit_is_cut_off_when_there_is_room_again(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     file = told(path, 1)
