@@ -3,7 +3,8 @@
 Twice a second the thread takes what was told, makes lines of it and appends them, so that what a
 killed rank has told is on its way to the disk after a second. Lines are written whole, a few at a
 time: the thread that computes wants the interpreter, too. These files are about a run and not its
-results: where they cannot be written the run goes on, and says so once.
+results: where they cannot be written, or something goes wrong here, the run goes on, says so once,
+and at the end how many lines are lost.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ class LineFile(Generic[T]):
         """Append what was told so far.
 
         Raises:
-            OSError: the file takes no more; the lines at hand are lost, later ones are tried.
+            Exception: the file takes no more (OSError), or what was told makes no line; the lines
+                at hand are lost, later ones are tried by the next call.
         """
         for _ in range(-(-len(self.told) // _LINES_PER_WRITE)):
             items = [self.told.popleft() for _ in range(min(_LINES_PER_WRITE, len(self.told)))]
             try:
                 self._append("".join(map(self._line_of, items)), len(items))
-            except OSError:
+            except Exception:
                 self.num_lost += len(items)
                 raise
 
@@ -114,7 +116,8 @@ class LineThread:
         work: called at the start, whenever `work_interval_s` has passed, and at the end; it may
             tell the files.
         work_interval_s: 0: `work` is not called.
-        on_failure: told once, in a sentence, that lines are lost; from this thread.
+        on_failure: told in a sentence, once each, that lines are lost and that `work` fails, from
+            this thread; at the end how many lines are lost, by `close`.
     """
 
     def __init__(
@@ -130,7 +133,8 @@ class LineThread:
         self._clock = clock
         self._work = work
         self._work_interval_s = work_interval_s
-        self._on_failure: Callable[[str], object] | None = on_failure
+        self._on_failure = on_failure
+        self._told: set[str] = set()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
 
@@ -142,36 +146,57 @@ class LineThread:
         """Write what was told and end; returns whether that was done within `limit_s`."""
         self._ending.set()
         self._thread.join(limit_s)
+        lost = {file.path.name: file.num_lost + len(file.told) for file in self._files}
+        counts = ", ".join(f"{name}: {num_lost:,}" for name, num_lost in lost.items() if num_lost)
+        if counts:
+            self._warn("lost", f"lines about the run are lost ({counts}); completions are not")
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         due_s = self._clock.now_s()
         while not self._ending.is_set():
+            self._write()  # first: what is told waits for no driver that does not answer
             if self._work_interval_s > 0 and self._clock.now_s() >= due_s:
-                self._work()
+                self._do_work()
                 due_s += self._work_interval_s
                 due_s = max(due_s, self._clock.now_s())  # after a time in which it stood still
-            self._write()
             self._ending.wait(_INTERVAL_S)
-        if self._work_interval_s > 0:
-            self._work()
         self._write()
+        if self._work_interval_s > 0:
+            self._do_work()
         for file in self._files:
+            while file.told:  # a line that fails keeps no later one from the disk
+                self._write_file(file)
             file.close()
+
+    def _do_work(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 - drivers and the kernel may answer anything
+            self._warn(
+                "work",
+                f"a sample cannot be taken ({type(error).__name__}: {error}): samples are missing "
+                "until it can; completions are not touched by that",
+            )
 
     def _write(self) -> None:
         for file in self._files:
-            try:
-                file.write_told()
-            except OSError as error:
-                self._warn(
-                    f"{file.path} cannot be written ({error.strerror}): lines about the run "
-                    "are lost until it can; completions are not touched by that"
-                )
+            self._write_file(file)
 
-    def _warn(self, message: str) -> None:
-        """Tell the first time; the run goes on without the rest."""
-        tell, self._on_failure = self._on_failure, None
-        if tell is not None:
+    def _write_file(self, file: LineFile[Any]) -> None:
+        try:
+            file.write_told()
+        except Exception as error:  # noqa: BLE001 - what was told may be what JSON cannot hold
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self._warn(
+                "write",
+                f"{file.path} cannot be written ({reason}): lines about the run are lost until it "
+                "can; completions are not touched by that",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Tell the first of each kind; the run goes on without the rest."""
+        if kind not in self._told:
+            self._told.add(kind)
             with suppress(OSError, ValueError):  # the terminal's disk may be full too, or closed
-                tell(message)
+                self._on_failure(message)

@@ -231,3 +231,81 @@ def test_without_an_interval_there_is_no_work(tmp_path: Path) -> None:
     thread.start()
     assert thread.close(LIMIT_S)
     assert numbers(file.path) == [1]
+
+
+def no_json(number: int) -> str:
+    return f"{json.dumps({'n': number if number != 40 else float('nan')}, allow_nan=False)}\n"
+
+
+def test_what_makes_no_line_and_work_that_fails_cost_their_lines_and_no_others(
+    tmp_path: Path,
+) -> None:
+    file = LineFile(tmp_path / "odd.jsonl", no_json)
+    for number in range(100):  # told before the end: the line that fails is in the second write
+        file.tell(number)
+    fine, failures = told(tmp_path / "lines.jsonl", 1), list[str]()
+    worked: list[int] = []
+    first = threading.Event()
+
+    def work() -> None:
+        worked.append(1)
+        first.set()
+        raise KeyError("an odd answer")
+
+    thread = LineThread(
+        (file, fine),
+        clock=MonotonicClock(),
+        work=work,
+        work_interval_s=3600.0,
+        on_failure=failures.append,
+    )
+    thread.start()
+    assert first.wait(LIMIT_S)
+    assert thread.close(LIMIT_S)
+    assert len(worked) == 2
+    assert numbers(file.path) == [*range(32), *range(64, 100)]
+    assert numbers(fine.path) == [1]
+    write_failed, work_failed, lost = failures
+    assert "odd.jsonl cannot be written (ValueError: " in write_failed
+    assert "a sample cannot be taken (KeyError: 'an odd answer')" in work_failed
+    assert "lost (odd.jsonl: 32)" in lost
+
+
+def test_what_was_told_is_written_before_work_that_may_not_come_back(tmp_path: Path) -> None:
+    file = told(tmp_path / "lines.jsonl", 1)
+    seen: list[list[int]] = []
+
+    def work() -> None:
+        seen.append(numbers(file.path))
+        file.tell(2)
+
+    thread = LineThread((file,), clock=MonotonicClock(), work=work, work_interval_s=3600.0)
+    thread._ending.set()  # the last turn
+    thread.start()
+    assert thread.close(LIMIT_S)
+    assert seen == [[1]]
+    assert numbers(file.path) == [1, 2]
+
+
+def test_lines_that_a_stuck_thread_leaves_are_counted_as_lost(tmp_path: Path) -> None:
+    begun, ends, failures = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        begun.set()
+        assert ends.wait(LIMIT_S)
+
+    file = told(tmp_path / "lines.jsonl")
+    thread = LineThread(
+        (file,),
+        clock=MonotonicClock(),
+        work=work,
+        work_interval_s=3600.0,
+        on_failure=failures.append,
+    )
+    thread.start()
+    assert begun.wait(LIMIT_S)
+    file.tell(1)
+    assert not thread.close(0.0)
+    ends.set()
+    thread._thread.join(LIMIT_S)
+    assert failures == ["lines about the run are lost (lines.jsonl: 1); completions are not"]
