@@ -9,6 +9,7 @@ and at the end how many lines are lost.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import deque
@@ -29,7 +30,7 @@ T = TypeVar("T")
 _INTERVAL_S = 0.5
 _LINES_PER_WRITE = 32  # 0.2 ms of the interpreter's time
 _MOST_WAITING = 200_000
-_TAIL_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 20
 
 
 class LineFile(Generic[T]):
@@ -39,7 +40,8 @@ class LineFile(Generic[T]):
         path: appended to; a torn last line of a rank that was killed is cut off.
         line_of: the line, with its end, of what is told.
         num_kept: the latest lines to keep at least, in this file and one beside it that has `.1`
-            before its suffix; None: all.
+            before its suffix; None: all. A file of more than twice as many, as one that kept all
+            lines, stays whole: it gets `.all` (or `.all2` …) before its suffix.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class LineFile(Generic[T]):
         file = self._file or self._open()
         if self._num_kept is not None and self._num_lines >= self._num_kept:
             self.close()
-            self.path.replace(self.path.with_suffix(f".1{self.path.suffix}"))
+            kept_all = self._num_lines > 2 * self._num_kept
+            self.path.replace(self._free_name() if kept_all else self._beside(".1"))
             file = self._open()
         if file.write(lines) < len(lines):
             self.close()  # opening it again cuts the torn line off
@@ -95,16 +98,44 @@ class LineFile(Generic[T]):
 
     def _open(self) -> FileIO:
         file = self.path.open("a+b", buffering=0)
-        size = file.seek(0, os.SEEK_END)
-        tail_begin = max(0, size - _TAIL_BYTES)
-        file.seek(tail_begin)
-        tail = file.read(_TAIL_BYTES)
-        if tail and not tail.endswith(b"\n"):
-            file.truncate(tail_begin + tail.rfind(b"\n") + 1)
-        file.seek(0)
-        self._num_lines = 0 if self._num_kept is None else file.read().count(b"\n")
         self._file = file
+        size = file.seek(0, os.SEEK_END)
+        whole_size = _size_of_whole_lines(file, size)
+        if whole_size < size:
+            file.truncate(whole_size)
+        # More than twice as many are not told from still more.
+        most = 0 if self._num_kept is None else 2 * self._num_kept + 1
+        self._num_lines = _num_lines(file, most)
         return file
+
+    def _beside(self, mark: str) -> Path:
+        return self.path.with_suffix(f"{mark}{self.path.suffix}")
+
+    def _free_name(self) -> Path:
+        names = (self._beside(f".all{n}" if n > 1 else ".all") for n in itertools.count(1))
+        return next(name for name in names if not name.exists())
+
+
+def _size_of_whole_lines(file: FileIO, size: int) -> int:
+    """Bytes up to the end of the last line that has one; a torn line may be of any length."""
+    end = size
+    while end:
+        begin = max(0, end - _BLOCK_BYTES)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
+
+
+def _num_lines(file: FileIO, most: int) -> int:
+    """The lines of `file`, or some number of at least `most`; a file may be larger than memory."""
+    num_lines = 0
+    file.seek(0)
+    while num_lines < most and (block := file.read(_BLOCK_BYTES)):
+        num_lines += block.count(b"\n")
+    return num_lines
 
 
 class LineThread:
@@ -167,7 +198,8 @@ class LineThread:
         for file in self._files:
             while file.told:  # a line that fails keeps no later one from the disk
                 self._write_file(file)
-            file.close()
+            with suppress(OSError):  # what a network file system found out late
+                file.close()
 
     def _do_work(self) -> None:
         try:

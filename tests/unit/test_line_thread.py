@@ -67,6 +67,31 @@ def test_a_torn_line_of_a_killed_rank_is_cut_off(tmp_path: Path) -> None:
     assert numbers(path) == [4]
 
 
+@pytest.mark.parametrize("before", ["", '{"n": 1}\n'])
+def test_a_torn_line_of_any_length_is_cut_off(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_thread, "_BLOCK_BYTES", 1 << 12)
+    path = tmp_path / "lines.jsonl"
+    path.write_text(before + '{"n": ' + "9" * (1 << 17))
+    write(told(path, 2))
+    assert numbers(path) == ([1, 2] if before else [2])
+
+
+def test_a_file_that_kept_all_lines_is_not_lost_when_the_latest_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_thread, "_BLOCK_BYTES", 1 << 6)
+    path = tmp_path / "steps_rank_0.jsonl"
+    for second in (0, 200):
+        write(told(path, *range(second, second + 100)))  # all
+        write(told(path, *range(second + 100, second + 120), num_kept=5))
+    whole = path.with_name("steps_rank_0.all.jsonl"), path.with_name("steps_rank_0.all2.jsonl")
+    assert numbers(whole[0]) == list(range(100))
+    assert numbers(whole[1])[-100:] == list(range(200, 300))
+    assert numbers(path)[-1] == 319
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
 def test_the_latest_lines_are_kept_in_two_files_that_take_turns(tmp_path: Path, batch: int) -> None:
     path, num_kept = tmp_path / "steps_rank_0.jsonl", 100
