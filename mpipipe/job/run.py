@@ -326,7 +326,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
-    write_json(folder / "manifest.json", manifest)
+    await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
         tally = await _complete(job, session, prompts, manifest)
     session.end()
