@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from mpipipe.clock import Clock, MonotonicClock
@@ -51,8 +52,9 @@ class TerminalView:
         self._terminal.listen(lambda text: log.warning("terminal", message=text))
 
     def warned(self, text: str) -> None:
-        """Print a warning."""
-        print(f"mpipipe: warning: {text}", file=sys.stderr, flush=True)
+        """Print a warning; standard error that takes none, full or closed, is no reason to end."""
+        with suppress(OSError, ValueError):
+            print(f"mpipipe: warning: {text}", file=sys.stderr, flush=True)
 
     def resumed(self, num_kept: int, num_left: int, folder: Path) -> None:
         """Say how much is left."""

@@ -28,6 +28,7 @@ from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.accounts import read_accounts
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import told_as_output, write_json
+from mpipipe.run_folder.history import finished_metrics
 from mpipipe.run_folder.journal import CompletionWriter, merge
 from mpipipe.run_folder.status_file import (
     UPDATE_INTERVAL_S,
@@ -237,26 +238,28 @@ def _merge_only(job: _Job) -> None:
     if not job.ranks.is_head:
         return
     began_s = job.ranks.clock.now_s()
-    _merge(job, {})
+    finished = finished_metrics(job.acquired.folder)
+    _merge(job, {}, metrics_stay=finished is not None)
     now_s, nothing = job.ranks.clock.now_s(), _all_requests(job, RequestTally(), 0)
     marks = dataclasses.replace(job.marks, booted_s=now_s, loaded_s=now_s, generated_s=now_s)
     summary = _summary(
         job, marks.phases(now_s), nothing, num_preemptions=0, ranks=(), io_write_s=now_s - began_s
     )
-    _write_metrics(job.acquired.folder, summary)
-    job.log.info("summary", metrics=summary.to_dict())
+    _write_metrics(job.acquired.folder, metrics := summary.added_to(finished))
+    job.log.info("summary", metrics=metrics)
 
 
-def _write_metrics(folder: Path, summary: RunSummary) -> None:
+def _write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     """With what Slurm has counted of earlier attempts; of this one it is known after its end."""
-    write_json(folder / "metrics.json", {**summary.to_dict(), "slurm": read_accounts(folder)})
+    write_json(folder / "metrics.json", {**metrics, "slurm": read_accounts(folder)})
 
 
-def _merge(job: _Job, written: Mapping[str, int]) -> None:
+def _merge(job: _Job, written: Mapping[str, int], *, metrics_stay: bool = False) -> None:
     """Merge what earlier attempts have kept and this one has `written`; checksums by prompt id."""
     # Of an earlier attempt: it must not stand beside other completions.
     with told_as_output(metrics := job.acquired.folder / "metrics.json"):
-        metrics.unlink(missing_ok=True)
+        if not metrics_stay:
+            metrics.unlink(missing_ok=True)
     checksums = {**job.acquired.earlier.records.checksums, **written}
     merge(job.acquired.folder, job.acquired.index_of, checksums)
 
@@ -326,7 +329,7 @@ async def _run(job: _Job, session: Session, prompts: PreparedPrompts) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
-    write_json(folder / "manifest.json", manifest)
+    await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
         tally = await _complete(job, session, prompts, manifest)
     session.end()
@@ -379,7 +382,7 @@ def _recording(job: _Job, session: Session) -> AbstractAsyncContextManager[Recor
 async def _report(job: _Job, summary: RunSummary) -> int:
     """Write and show how the run ended; returns the exit code."""
     reason, requests = job.ranks.stop.reason, summary.requests
-    await job.files.run(lambda: _write_metrics(job.acquired.folder, summary))
+    await job.files.run(lambda: _write_metrics(job.acquired.folder, summary.to_dict()))
     job.log.info("summary", metrics=summary.to_dict())
     job.view.finished(summary, job.acquired.folder)
     num_failed = requests.num_failed + job.acquired.earlier.records.num_failed

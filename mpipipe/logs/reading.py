@@ -104,8 +104,9 @@ class RunFiles:
         return self.lines(f"rank_{rank}.log", attempt)
 
     def step_lines(self, rank: int, attempt: int | None = None) -> Iterator[tuple[str, Line]]:
-        """The steps of a rank with the file they are in, the older of two files first."""
-        for name in (f"steps_rank_{rank}.1.jsonl", f"steps_rank_{rank}.jsonl"):
+        """The steps of a rank with the file they are in, the oldest file first."""
+        kept_all = sorted(path.name for path in self.folder.glob(f"steps_rank_{rank}.all*.jsonl"))
+        for name in (*kept_all, f"steps_rank_{rank}.1.jsonl", f"steps_rank_{rank}.jsonl"):
             for line in self.lines(name, attempt):
                 yield name, line
 

@@ -151,7 +151,9 @@ _CLOCK = (
 LINE_FILES = (
     FileSchema("rank_<r>.log", re.compile(r"rank_\d+\.log"), IDENTITY + _RANK_LOG, open=True),
     FileSchema(
-        "steps_rank_<r>.jsonl", re.compile(r"steps_rank_\d+(\.1)?\.jsonl"), IDENTITY + _STEPS
+        "steps_rank_<r>.jsonl",
+        re.compile(r"steps_rank_\d+(\.1|\.all\d*)?\.jsonl"),
+        IDENTITY + _STEPS,
     ),
     FileSchema(
         "samples_rank_<r>.jsonl", re.compile(r"samples_rank_\d+\.jsonl"), IDENTITY + _SAMPLES

@@ -183,7 +183,10 @@ class _LineSink:
 
     def _tell(self, error: OSError) -> None:
         tell, self._on_failure = self._on_failure, None
-        if tell is not None:
+        if tell is None:
+            return
+        # Standard error may be on the same full disk, or closed.
+        with contextlib.suppress(OSError, ValueError):
             tell(
                 f"the log {self._path} cannot be written ({error.strerror}): its lines are lost "
                 "until it can; completions are not touched by that"

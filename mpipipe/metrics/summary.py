@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +245,14 @@ class RunSummary:
             "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
             "total": total_of(self.attempts),
         }
+
+    def added_to(self, finished: Mapping[str, Any] | None) -> dict[str, Any]:
+        """`metrics.json` after an attempt that had nothing to do: `finished` with its attempts.
+
+        `finished` is what the attempt that finished the run has told; None: all is of this one.
+        """
+        own = self.to_dict()
+        return {**(finished or own), "attempts": own["attempts"], "total": own["total"]}
 
     def _times(self) -> dict[str, float]:
         """Ranks read, and communicate, side by side: the slowest counts.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import CheckpointError
-from mpipipe.metrics.attempts import INTERRUPTED, STOPPED, AttemptState, AttemptTotals
+from mpipipe.metrics.attempts import DONE, INTERRUPTED, STOPPED, AttemptState, AttemptTotals
 from mpipipe.run_folder.lock import last_status
 from mpipipe.run_folder.status_file import RunState
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mpipipe.run_folder.journal import KeptRecords
 
-__all__ = ["kept_counts", "told_attempts"]
+__all__ = ["finished_metrics", "kept_counts", "told_attempts"]
 
 # Of rank 0, whose clock the attempt's start is told by; all of them are appended to.
 _HEAD_FILES = ("rank_0.log", "requests.jsonl", "samples_rank_0.jsonl")
@@ -63,6 +63,16 @@ def told_attempts(
             totals = _recovered(folder, number, entry, after, _state(folder, is_last=is_last))
         told.append({**entry, **dataclasses.asdict(totals)})
     return tuple(told)
+
+
+def finished_metrics(folder: Path) -> dict[str, Any] | None:
+    """`metrics.json` of the attempt that did the last of the run; None: it does not tell that."""
+    with suppress(CheckpointError):
+        metrics = read_json_object(folder / "metrics.json")
+        ranks = metrics.get("ranks")
+        if metrics.get("state") == DONE and isinstance(ranks, list) and ranks:
+            return metrics
+    return None
 
 
 def _ended_attempts(folder: Path) -> dict[int, AttemptTotals]:

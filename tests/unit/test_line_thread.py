@@ -67,6 +67,31 @@ def test_a_torn_line_of_a_killed_rank_is_cut_off(tmp_path: Path) -> None:
     assert numbers(path) == [4]
 
 
+@pytest.mark.parametrize("before", ["", '{"n": 1}\n'])
+def test_a_torn_line_of_any_length_is_cut_off(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_thread, "_BLOCK_BYTES", 1 << 12)
+    path = tmp_path / "lines.jsonl"
+    path.write_text(before + '{"n": ' + "9" * (1 << 17))
+    write(told(path, 2))
+    assert numbers(path) == ([1, 2] if before else [2])
+
+
+def test_a_file_that_kept_all_lines_is_not_lost_when_the_latest_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_thread, "_BLOCK_BYTES", 1 << 6)
+    path = tmp_path / "steps_rank_0.jsonl"
+    for second in (0, 200):
+        write(told(path, *range(second, second + 100)))  # all
+        write(told(path, *range(second + 100, second + 120), num_kept=5))
+    whole = path.with_name("steps_rank_0.all.jsonl"), path.with_name("steps_rank_0.all2.jsonl")
+    assert numbers(whole[0]) == list(range(100))
+    assert numbers(whole[1])[-100:] == list(range(200, 300))
+    assert numbers(path)[-1] == 319
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
 def test_the_latest_lines_are_kept_in_two_files_that_take_turns(tmp_path: Path, batch: int) -> None:
     path, num_kept = tmp_path / "steps_rank_0.jsonl", 100
@@ -164,6 +189,20 @@ def test_a_full_disk_loses_lines_and_is_told_once(tmp_path: Path) -> None:
     assert f"{full.path} cannot be written (Is a directory)" in sentence
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("closed file")])
+def test_a_warning_that_cannot_be_printed_ends_nothing(error: Exception, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+
+    def tell(_: str) -> None:
+        raise error
+
+    full, fine = told(tmp_path / "folder", 1), told(tmp_path / "lines.jsonl", 2)
+    thread = LineThread((full, fine), clock=MonotonicClock(), on_failure=tell)
+    thread._write()
+    fine.close()
+    assert numbers(fine.path) == [2]
+
+
 def test_a_line_that_did_not_fit_is_cut_off_when_there_is_room_again(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     file = told(path, 1)
@@ -217,3 +256,81 @@ def test_without_an_interval_there_is_no_work(tmp_path: Path) -> None:
     thread.start()
     assert thread.close(LIMIT_S)
     assert numbers(file.path) == [1]
+
+
+def no_json(number: int) -> str:
+    return f"{json.dumps({'n': number if number != 40 else float('nan')}, allow_nan=False)}\n"
+
+
+def test_what_makes_no_line_and_work_that_fails_cost_their_lines_and_no_others(
+    tmp_path: Path,
+) -> None:
+    file = LineFile(tmp_path / "odd.jsonl", no_json)
+    for number in range(100):  # told before the end: the line that fails is in the second write
+        file.tell(number)
+    fine, failures = told(tmp_path / "lines.jsonl", 1), list[str]()
+    worked: list[int] = []
+    first = threading.Event()
+
+    def work() -> None:
+        worked.append(1)
+        first.set()
+        raise KeyError("an odd answer")
+
+    thread = LineThread(
+        (file, fine),
+        clock=MonotonicClock(),
+        work=work,
+        work_interval_s=3600.0,
+        on_failure=failures.append,
+    )
+    thread.start()
+    assert first.wait(LIMIT_S)
+    assert thread.close(LIMIT_S)
+    assert len(worked) == 2
+    assert numbers(file.path) == [*range(32), *range(64, 100)]
+    assert numbers(fine.path) == [1]
+    write_failed, work_failed, lost = failures
+    assert "odd.jsonl cannot be written (ValueError: " in write_failed
+    assert "a sample cannot be taken (KeyError: 'an odd answer')" in work_failed
+    assert "lost (odd.jsonl: 32)" in lost
+
+
+def test_what_was_told_is_written_before_work_that_may_not_come_back(tmp_path: Path) -> None:
+    file = told(tmp_path / "lines.jsonl", 1)
+    seen: list[list[int]] = []
+
+    def work() -> None:
+        seen.append(numbers(file.path))
+        file.tell(2)
+
+    thread = LineThread((file,), clock=MonotonicClock(), work=work, work_interval_s=3600.0)
+    thread._ending.set()  # the last turn
+    thread.start()
+    assert thread.close(LIMIT_S)
+    assert seen == [[1]]
+    assert numbers(file.path) == [1, 2]
+
+
+def test_lines_that_a_stuck_thread_leaves_are_counted_as_lost(tmp_path: Path) -> None:
+    begun, ends, failures = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        begun.set()
+        assert ends.wait(LIMIT_S)
+
+    file = told(tmp_path / "lines.jsonl")
+    thread = LineThread(
+        (file,),
+        clock=MonotonicClock(),
+        work=work,
+        work_interval_s=3600.0,
+        on_failure=failures.append,
+    )
+    thread.start()
+    assert begun.wait(LIMIT_S)
+    file.tell(1)
+    assert not thread.close(0.0)
+    ends.set()
+    thread._thread.join(LIMIT_S)
+    assert failures == ["lines about the run are lost (lines.jsonl: 1); completions are not"]

@@ -160,6 +160,21 @@ def test_a_full_disk_does_not_stop_the_run_and_is_told_once() -> None:
     assert "/dev/full cannot be written (No space left on device)" in told[0]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("closed file")])
+def test_a_full_disk_under_the_warning_too_does_not_stop_the_run(error: Exception) -> None:
+    asked: list[str] = []
+
+    def tell(message: str) -> None:
+        asked.append(message)
+        raise error
+
+    log = open_log(Path("/dev/full"), identity=IDENTITY, host="h", on_failure=tell)
+    log.info("x")
+    log.close()
+    assert len(asked) == 1
+
+
 def test_a_line_that_did_not_fit_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "log"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

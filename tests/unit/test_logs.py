@@ -87,9 +87,10 @@ def test_torn_and_damaged_lines_are_counted_and_left_out(run: WrittenRun) -> Non
     )
 
 
-def test_the_older_of_two_step_files_comes_first(run: WrittenRun) -> None:
+def test_the_older_of_the_step_files_comes_first(run: WrittenRun) -> None:
     lines = (run.folder / "steps_rank_0.jsonl").read_text().splitlines(keepends=True)
-    (run.folder / "steps_rank_0.1.jsonl").write_text("".join(lines[:300]))
+    (run.folder / "steps_rank_0.all.jsonl").write_text("".join(lines[:100]))
+    (run.folder / "steps_rank_0.1.jsonl").write_text("".join(lines[100:300]))
     (run.folder / "steps_rank_0.jsonl").write_text("".join(lines[300:]))
     steps = read_steps(RunFiles(run.folder), 0, 1)
     assert (steps.num_steps, steps.first_step) == (400, 0)

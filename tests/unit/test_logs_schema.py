@@ -62,6 +62,8 @@ def test_what_is_wrong_with_a_line_is_told() -> None:
     [
         ("rank_12.log", "rank_<r>.log"),
         ("steps_rank_0.1.jsonl", "steps_rank_<r>.jsonl"),
+        ("steps_rank_0.all.jsonl", "steps_rank_<r>.jsonl"),
+        ("steps_rank_0.all2.jsonl", "steps_rank_<r>.jsonl"),
         ("samples_rank_3.jsonl", "samples_rank_<r>.jsonl"),
         ("completions.jsonl", None),
     ],

@@ -7,7 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from mpipipe.cli.run_view import ProgressView
+from mpipipe.cli.run_view import ProgressView, TerminalView
+from mpipipe.cli.terminal import Terminal as GuardedTerminal
 from mpipipe.clock import ScriptedClock
 
 
@@ -111,3 +112,19 @@ def test_auto_on_a_terminal_is_a_bar_that_ends_with_the_last_state() -> None:
     assert "2/2" in stream.getvalue()
     assert "99 tokens" in stream.getvalue()
     assert "\x1b[" in stream.getvalue()
+
+
+class FullDisk(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_warning_on_a_full_or_closed_standard_error_is_no_reason_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    view = TerminalView(GuardedTerminal(), show=False)
+    closed = io.StringIO()
+    closed.close()
+    for stream in (FullDisk(), closed):
+        monkeypatch.setattr("sys.stderr", stream)
+        view.warned("the log cannot be written")
