@@ -17,7 +17,7 @@ from mpipipe.metrics.identity import RunIdentity, new_run_id
 from mpipipe.planning.devices import choose_device, choose_dtype
 from mpipipe.run_folder.files import holds_run, prepare_run_folder
 from mpipipe.run_folder.fingerprint import DTYPE, completions_fingerprint
-from mpipipe.run_folder.history import told_attempts
+from mpipipe.run_folder.history import last_logged, told_attempts
 from mpipipe.run_folder.lock import lock_folder
 from mpipipe.run_folder.resume import Earlier, earlier_fingerprint, read_earlier, wants_resume
 from mpipipe.runtime.ranks import in_phase
@@ -119,6 +119,7 @@ def acquire_folder(
         prepare_run_folder(folder, overwrite=output.overwrite, resume=resume)
         earlier = read_earlier(folder, fingerprint, index_of) if resume else Earlier()
         told = told_attempts(folder, earlier.attempts, earlier.records)
+        logged_attempt, logged_run = last_logged(folder)
     except BaseException:
         lock.close()
         raise
@@ -128,8 +129,8 @@ def acquire_folder(
     return Acquired(
         folder,
         done_code,
-        earlier.run or new_run_id(),
-        len(earlier.attempts) + 1,
+        earlier.run or logged_run or new_run_id(),
+        max([logged_attempt, *(entry["attempt"] for entry in told)]) + 1,
         replace(earlier, attempts=told),
         left,
         index_of,

@@ -13,7 +13,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Surroundings", "complete_manifest", "first_manifest", "record_start"]
 
+T = TypeVar("T")
+_Seen = tuple[bytes, dict[str, Any] | None, list[dict[str, Any]] | None]  # node, git, findings
 _PACKAGES = ("torch", "transformers", "mpi4py", "msgpack", "structlog", "safetensors", "tokenizers")
 _GATHER_DEADLINE_S = 120.0
 
@@ -67,6 +70,7 @@ async def record_start(
     joined: Joined[list[PromptLine]],
     acquired: Acquired,
     examine: Callable[[int], list[dict[str, Any]]] | None,
+    warn: Callable[[str], object],
 ) -> dict[str, Any]:
     """Gather where this attempt runs, and write the first manifest; returns it on the head.
 
@@ -74,6 +78,7 @@ async def record_start(
         joined: the ranks.
         acquired: the run folder.
         examine: the doctor's cheap checks of this node, given how many ranks it has.
+        warn: told in a sentence what cannot be recorded.
 
     Raises:
         AgreedError: it cannot be written.
@@ -82,11 +87,9 @@ async def record_start(
     host = hosts[ranks.mesh.rank]
     speaks = hosts.index(host) == ranks.mesh.rank  # one rank for its host
 
-    def look() -> tuple[bytes, dict[str, Any] | None, list[dict[str, Any]] | None]:
-        node = to_json(read_node()).encode() if speaks else b""
-        if not ranks.is_head:
-            return node, None, None
-        return node, source_commit(), None if examine is None else examine(hosts.count(host))
+    def look() -> _Seen:
+        checks = partial(examine, hosts.count(host)) if examine is not None else lambda: None
+        return _look(speaks=speaks, is_head=ranks.is_head, examine=checks, warn=warn)
 
     node, git, findings = await in_phase(ranks, "node", look)
     parts = await ranks.mesh.gather("node", node, _GATHER_DEADLINE_S)
@@ -112,6 +115,33 @@ async def record_start(
         return manifest
 
     return await in_phase(ranks, "manifest", write)
+
+
+def _look(
+    *,
+    speaks: bool,
+    is_head: bool,
+    examine: Callable[[], list[dict[str, Any]] | None],
+    warn: Callable[[str], object],
+) -> _Seen:
+    """This node as JSON, the commit, the doctor's findings; a source that fails is left out."""
+    failed: list[str] = []
+
+    def asked(what: str, source: Callable[[], T]) -> T | None:
+        try:
+            return source()
+        except Exception as error:  # noqa: BLE001 - drivers, git and checks of a node may do anything
+            failed.append(f"{what} ({type(error).__name__}: {error})")
+            return None
+
+    node = asked("the node", lambda: to_json(read_node())) if speaks else None
+    git = asked("the commit", source_commit) if is_head else None
+    findings = asked("the doctor's findings", examine) if is_head else None
+    if failed:
+        warn(
+            f"manifest.json does not tell {', '.join(failed)}; completions are not touched by that"
+        )
+    return (node or "").encode(), git, findings
 
 
 def first_manifest(loaded: LoadedConfig, acquired: Acquired, where: Surroundings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
@@ -139,7 +140,8 @@ async def run_job(
         acquired = await acquire(joined)
         await check_output_folder(joined.ranks, acquired.folder)
         job = _open_job(joined, acquired, view, _Marks(boot.started_s), page)
-        job.first_manifest.update(await record_start(joined, acquired, examine))
+        warn = partial(_warn, job)
+        job.first_manifest.update(await record_start(joined, acquired, examine, warn))
         exit_code = await _do(job, joined)
         job.log.close()
         acquired.close()

@@ -154,7 +154,7 @@ class RunSummary:
     def attempts(self) -> tuple[AttemptTotals, ...]:
         """Those before, and this one."""
         own = AttemptTotals(
-            attempt=len(self.earlier) + 1,
+            attempt=len(self.earlier) + 1 if self.identity is None else self.identity.attempt,
             state=self.state,
             wall_s=self.phases.wall_s,
             generate_s=self.phases.generate_s,

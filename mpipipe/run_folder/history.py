@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import CheckpointError
 from mpipipe.metrics.attempts import DONE, INTERRUPTED, STOPPED, AttemptState, AttemptTotals
+from mpipipe.metrics.identity import is_run_id
 from mpipipe.run_folder.lock import last_status
 from mpipipe.run_folder.status_file import RunState
 
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 
     from mpipipe.run_folder.journal import KeptRecords
 
-__all__ = ["finished_metrics", "kept_counts", "told_attempts"]
+__all__ = ["finished_metrics", "kept_counts", "last_logged", "told_attempts"]
 
 # Of rank 0, whose clock the attempt's start is told by; all of them are appended to.
-_HEAD_FILES = ("rank_0.log", "requests.jsonl", "samples_rank_0.jsonl")
+_HEAD_LOG = "rank_0.log"
+_HEAD_FILES = (_HEAD_LOG, "requests.jsonl", "samples_rank_0.jsonl")
 _MOST = 1e15
+_TAIL_BYTES = 1 << 20  # a line with the summary of many ranks may be long
 _BEGAN = "generating"  # the event that begins the generate phase
 
 
@@ -55,14 +59,33 @@ def told_attempts(
     """
     ended = _ended_attempts(folder)
     told = []
-    for number, entry in enumerate(attempts, 1):
+    for position, entry in enumerate(attempts, 1):
+        # A start that ended before its manifest has a number, and no entry.
+        number = max(position, int(_number(entry.get("attempt"))))
         totals = AttemptTotals.from_plain(entry) or ended.get(number)
         if totals is None:
-            is_last = number == len(attempts)
-            after = kept_counts(records) if is_last else attempts[number]
+            is_last = position == len(attempts)
+            after = kept_counts(records) if is_last else attempts[position]
             totals = _recovered(folder, number, entry, after, _state(folder, is_last=is_last))
         told.append({**entry, **dataclasses.asdict(totals)})
     return tuple(told)
+
+
+def last_logged(folder: Path) -> tuple[int, str]:
+    """The attempt that wrote to the head's log last, and the run's id there; 0 and empty: none.
+
+    A start that ended between opening its log and writing the manifest is known from there only.
+    """
+    tail = b""
+    with suppress(OSError), (folder / _HEAD_LOG).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        tail = file.read(_TAIL_BYTES)
+    for raw in reversed(tail.splitlines()):
+        for line in _parsed(raw):
+            if attempt := int(_number(line.get("attempt"))):
+                run = line.get("run")
+                return attempt, run if is_run_id(run) else ""
+    return 0, ""
 
 
 def finished_metrics(folder: Path) -> dict[str, Any] | None:

@@ -128,10 +128,8 @@ class TorchProfiler(NamedRanges):
 
     async def aclose(self) -> None:
         """Write the trace, or log why there is none."""
-        if self._recording:
-            self._stop()
         profile, path = self._profile, self._path
-        if profile is None or not self._recorded:
+        if profile is None or not (self._recording or self._recorded):
             self._log.warning(
                 "profile",
                 message=f"profile.steps = [{self._first}, {self._last}], but this rank ran no such "
@@ -139,8 +137,10 @@ class TorchProfiler(NamedRanges):
             )
             return
         try:
+            if self._recording:
+                self._stop()
             await asyncio.to_thread(_export, profile, path)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - torch and the GPU's library; the run is done
             self._log.warning(
                 "profile",
                 message=f"the profile cannot be written to {path} ({error}): check that there is "

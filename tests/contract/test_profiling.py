@@ -209,6 +209,22 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert "cannot be written" in log.warnings[0]
 
 
+def test_a_profiler_that_fails_when_it_ends_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_trace = torch.profiler.profile.stop_trace
+
+    def fails(stopped: torch.profiler.profile) -> None:
+        stop_trace(stopped)
+        raise KeyError("an odd answer")
+
+    monkeypatch.setattr(torch.profiler.profile, "stop_trace", fails)
+    log = Log()
+    profile(tmp_path / "torch_rank_0.json", log, range(3), (0, 9))
+    assert "cannot be written" in log.warnings[0]
+    assert "an odd answer" in log.warnings[0]
+
+
 def test_the_tool_decides_and_a_torch_without_nvtx_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

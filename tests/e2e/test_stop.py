@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_twice_and_resumed_is_the_run_that_was_never_stopp
     assert [attempt["num_kept"] for attempt in attempts[-2:]] == [0, len(early)]
     told = [(attempt["state"], attempt["num_completed"]) for attempt in metrics["attempts"]]
     assert told[-2:] == [("stopped", len(early)), ("done", NUM_PROMPTS - len(early))]
-    assert len(told) == len(attempts) == metrics["attempt"] == manifest["attempts"][-1]["attempt"]
+    assert len(told) == len(attempts) <= metrics["attempt"] == attempts[-1]["attempt"]
     assert metrics["run"] == manifest["run"] == stopped.json("metrics.json")["run"]
     assert metrics["total"]["num_completed"] == NUM_PROMPTS
     assert metrics["total"]["num_output_tokens"] == 60 * NUM_PROMPTS

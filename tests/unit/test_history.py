@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpipipe.metrics.attempts import AttemptTotals, total_of
-from mpipipe.run_folder.history import kept_counts, told_attempts
+from mpipipe.run_folder.history import kept_counts, last_logged, told_attempts
 from mpipipe.run_folder.journal import KeptRecords
 
 NONE = KeptRecords()
@@ -70,6 +70,34 @@ def test_tokens_of_an_attempt_of_unknown_length_make_no_rate(tmp_path: Path) -> 
     known = AttemptTotals(2, "done", 12.0, 10.0, 1, 0, 2_000)
     assert total_of([unknown, known])["output_tokens_per_s"] is None
     assert total_of([known])["output_tokens_per_s"] == 200.0
+
+
+def test_the_lines_of_an_attempt_are_found_by_its_number_where_one_is_missing(
+    tmp_path: Path,
+) -> None:
+    write_lines(tmp_path / "rank_0.log", line(1, 105.0), line(2, 199.0), line(3, 309.0))
+    attempts = [start(attempt=1), start(attempt=3, t_s=300.0)]
+    first, third = map(totals, told_attempts(tmp_path, attempts, NONE))
+    assert (first.attempt, first.wall_s) == (1, 5.0)
+    assert (third.attempt, third.wall_s) == (3, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "last"),
+    [
+        ([], (0, "")),
+        ([line(1, 1.0), line(4, 2.0)], (4, "0" * 12)),
+        ([line(2, 1.0), b'{"attempt": 3, "to'], (2, "0" * 12)),
+        ([line(2, 1.0) | {"run": 7}, {"event": "older"}, b"[" * 9999], (2, "")),
+        ([line(2, 1.0) | {"attempt": 10**400}], (0, "")),
+    ],
+)
+def test_the_last_attempt_that_a_log_knows(
+    lines: list[Any], last: tuple[int, str], tmp_path: Path
+) -> None:
+    assert last_logged(tmp_path) == (0, "")
+    write_lines(tmp_path / "rank_0.log", *lines)
+    assert last_logged(tmp_path) == last
 
 
 def test_what_an_attempt_has_told_itself_is_believed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mpipipe.config.load import load_config
 from mpipipe.errors import OutputError
+from mpipipe.job import manifest
 from mpipipe.job.acquire import acquire_folder
 from mpipipe.job.manifest import Surroundings, complete_manifest, first_manifest
 from mpipipe.metrics.identity import is_run_id
@@ -152,3 +153,48 @@ def test_a_run_keeps_its_id_over_its_attempts_and_counts_them(tmp_path: Path) ->
     with closing(acquire_folder(loaded, [], {"a": 1}, None)) as other:
         assert is_run_id(other.run)
         assert other.run != first.run
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_a_start_that_ended_before_its_manifest_has_used_its_number(
+    has_manifest: bool, tmp_path: Path
+) -> None:
+    words = [f"output.dir={tmp_path}", "output.resume=true", "model.weights=random"]
+    loaded = load_config(None, words)
+    run = "0123456789ab"
+    if has_manifest:
+        entry = {"attempt": 1, "num_kept": 0}
+        write_json(tmp_path / "manifest.json", {"basis": None, "run": run, "attempts": [entry]})
+    lines = [{"event": "x", "run": run, "attempt": n} for n in (1, 2)]
+    log = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"event": "torn", "attempt": 3'
+    (tmp_path / "rank_0.log").write_text("x" * (1 << 20) + "\n" + log)
+    with closing(acquire_folder(loaded, [], {PROMPTS: "0"}, None)) as third:
+        assert (third.run, third.attempt) == (run, 3)
+        told = first_manifest(loaded, replace(third, done_code=None), SURROUNDINGS)
+    write_json(tmp_path / "manifest.json", told)
+    (tmp_path / "rank_0.log").unlink()  # the manifest alone tells it, too
+    with closing(acquire_folder(loaded, [], {PROMPTS: "0"}, None)) as fourth:
+        assert (fourth.run, fourth.attempt) == (run, 4)
+        assert [entry["attempt"] for entry in fourth.earlier.attempts][-1] == 3
+
+
+def test_a_source_that_fails_is_left_out_of_the_manifest_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> Any:
+        raise ZeroDivisionError("an odd answer")
+
+    told: list[str] = []
+    monkeypatch.setattr(manifest, "read_node", fails)
+    monkeypatch.setattr(manifest, "source_commit", lambda: {"commit": "abc"})
+    seen = manifest._look(speaks=True, is_head=True, examine=fails, warn=told.append)
+    assert seen == (b"", {"commit": "abc"}, None)
+    (warning,) = told
+    assert "the node (ZeroDivisionError: an odd answer), the doctor's findings (Zero" in warning
+
+    monkeypatch.setattr(manifest, "source_commit", fails)
+    assert manifest._look(speaks=False, is_head=False, examine=fails, warn=told.append)[0] == b""
+    assert len(told) == 1  # another rank than the head asks nothing
+    seen = manifest._look(speaks=False, is_head=True, examine=lambda: [{"a": 1}], warn=told.append)
+    assert seen == (b"", None, [{"a": 1}])
+    assert "does not tell the commit (" in told[1]

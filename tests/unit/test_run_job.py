@@ -71,7 +71,7 @@ def merged(folder: Path, metrics: str | None) -> dict[str, Any]:
         (folder / "metrics.json").write_text(metrics)
     ranks: Any = SimpleNamespace(is_head=True, clock=ScriptedClock(3.0))
     earlier = Earlier(attempts=(dataclasses.asdict(DONE),))
-    acquired = Acquired(folder, 0, "0123456789ab", 2, earlier)
+    acquired = Acquired(folder, 0, "0123456789ab", 3, earlier)  # 2 ended before its manifest
     identity = acquired.identity(0, 0)
     job: Any = SimpleNamespace(
         ranks=ranks, acquired=acquired, identity=identity, marks=run._Marks(1.0), log=NullLog()
@@ -83,7 +83,8 @@ def merged(folder: Path, metrics: str | None) -> dict[str, Any]:
 
 def test_a_finished_run_that_is_started_again_keeps_its_figures(tmp_path: Path) -> None:
     told = merged(tmp_path, json.dumps(FIGURES))
-    assert [attempt["state"] for attempt in told["attempts"]] == ["done", "done"]
+    attempts = [(attempt["attempt"], attempt["state"]) for attempt in told["attempts"]]
+    assert attempts == [(1, "done"), (3, "done")]
     assert told["total"]["num_output_tokens"] == 38
     assert told["total"]["num_attempts"] == 2
     assert {**told, "attempts": [], "total": {}} == FIGURES
@@ -97,5 +98,5 @@ def test_figures_that_do_not_tell_the_end_of_the_run_are_replaced(
     metrics: str | None, tmp_path: Path
 ) -> None:
     told = merged(tmp_path, metrics)
-    assert (told["state"], told["attempt"], told["ranks"]) == ("done", 2, [])
+    assert (told["state"], told["attempt"], told["ranks"]) == ("done", 3, [])
     assert len(told["attempts"]) == 2
