@@ -84,5 +84,6 @@ def test_a_run_of_the_experiment_has_its_own_page(measured: Path, tmp_path: Path
     found = {key for key, value in document["figures"].items() if value is not None}
     assert found >= MEASURED
     text = (tmp_path / "report.md").read_text()
-    for words in ("**What held it up:**", "| tokenise |", "| read weights |", "# on 2 ranks"):
+    # A part of less than a millisecond, as tokenising these prompts may be, has no row.
+    for words in ("**What held it up:**", "| imports |", "# on 2 ranks"):
         assert words in text

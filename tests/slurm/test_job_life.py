@@ -114,7 +114,7 @@ def test_a_killed_rank_ends_the_job_also_where_srun_does_not(
     code, said, took_s = end
     assert code in {EXIT_PEER_LOST, 128 + signal.SIGKILL}, said  # srun tells the largest code
     assert re.search(r"rank 1 on n4\b.* was killed by SIGKILL", said), said
-    assert took_s < 30  # a silence of 10 s, then Slurm's KillWait
+    assert took_s < 45  # a silence of 10 s, then Slurm's KillWait; 31 s were seen on a busy machine
 
 
 @story(near_its_wall_time)
