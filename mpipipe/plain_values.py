@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, TypeVar, Union
 
-__all__ = ["from_json", "from_plain", "row_reader", "row_writer", "to_json"]
+__all__ = ["from_json", "from_plain", "json_object", "row_reader", "row_writer", "to_json"]
 
 T = TypeVar("T")
 _Convert = Callable[[Any], Any]
@@ -59,6 +59,15 @@ def from_json(kind: type[T], text: str | bytes) -> T:
         ValueError: not JSON, or not of this kind; says where and why.
     """
     return from_plain(kind, json.loads(text))
+
+
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """The object that a line or a file holds; None: it is torn, or no object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def from_plain(kind: type[T], value: object) -> T:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpipipe.plain_values import json_object
+
 __all__ = ["RankSamples", "RunFiles", "read_run_files"]
 
 
@@ -120,27 +122,19 @@ def _gpu_names(events: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def _object(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_object(path.read_bytes())
+    except OSError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; a torn line is left out."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        # Not str.splitlines: a text may hold U+2028, which it takes for the end of a line.
+        with path.open("rb") as file:
+            return [value for line in file if (value := json_object(line)) is not None]
     except OSError:
         return []
-    found = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def _number(value: object) -> float | None:

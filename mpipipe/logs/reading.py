@@ -6,13 +6,13 @@ held in memory, so a file may be larger than that.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import OutputError
+from mpipipe.plain_values import json_object
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.status import find_runs
 
@@ -82,12 +82,7 @@ class RunFiles:
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
                 for row in file:
-                    try:
-                        line = json.loads(row)
-                    except (ValueError, RecursionError):
-                        self.add_torn(name)
-                        continue
-                    if not isinstance(line, dict):
+                    if (line := json_object(row)) is None:
                         self.add_torn(name)
                     elif attempt is None or line.get("attempt", 1) == attempt:
                         yield line
@@ -117,12 +112,10 @@ class RunFiles:
     def document(self, name: str) -> Line:
         """A JSON file; empty when it is missing or damaged (then it is counted as torn)."""
         try:
-            document = json.loads((self.folder / name).read_text("utf-8", errors="replace"))
+            document = json_object((self.folder / name).read_text("utf-8", errors="replace"))
         except OSError:
             return {}
-        except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict):
+        if document is None:
             self.add_torn(name)
             return {}
         return document

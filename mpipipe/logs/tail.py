@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpipipe.logs.reading import Line, RunFiles, number, text
+from mpipipe.plain_values import json_object
 
 __all__ = ["LogFollower", "told_line"]
 
@@ -59,14 +60,10 @@ class LogFollower:
         yield from (row for row in rows if row)
 
     def _parsed(self, path: Path, row: bytes) -> Line | None:
-        try:
-            line = json.loads(row)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            return line
-        self._files.add_torn(path.name)
-        return None
+        line = json_object(row)
+        if line is None:
+            self._files.add_torn(path.name)
+        return line
 
 
 def told_line(line: Line) -> str:

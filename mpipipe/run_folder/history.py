@@ -10,7 +10,6 @@ nothing: no run is refused for its history.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import CheckpointError
 from mpipipe.metrics.attempts import DONE, INTERRUPTED, STOPPED, AttemptState, AttemptTotals
 from mpipipe.metrics.identity import is_run_id
+from mpipipe.plain_values import json_object
 from mpipipe.run_folder.lock import last_status
 from mpipipe.run_folder.status_file import RunState
 
@@ -81,10 +81,10 @@ def last_logged(folder: Path) -> tuple[int, str]:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         tail = file.read(_TAIL_BYTES)
     for raw in reversed(tail.splitlines()):
-        for line in _parsed(raw):
-            if attempt := int(_number(line.get("attempt"))):
-                run = line.get("run")
-                return attempt, run if is_run_id(run) else ""
+        line = json_object(raw) or {}
+        if attempt := int(_number(line.get("attempt"))):
+            run = line.get("run")
+            return attempt, run if is_run_id(run) else ""
     return 0, ""
 
 
@@ -152,15 +152,8 @@ def _lines_of(folder: Path, number: int) -> Iterator[Mapping[str, Any]]:
                     continue
                 last = raw
                 if began in raw:
-                    yield from _parsed(raw)
-        yield from _parsed(last)
-
-
-def _parsed(raw: bytes) -> Iterator[Mapping[str, Any]]:
-    with suppress(ValueError, RecursionError):
-        line = json.loads(raw)
-        if isinstance(line, dict):
-            yield line
+                    yield json_object(raw) or {}
+        yield json_object(last) or {}
 
 
 def _number(value: object) -> float:

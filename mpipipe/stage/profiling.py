@@ -100,6 +100,7 @@ class TorchProfiler(NamedRanges):
         self._profile: torch.profiler.profile | None = None
         self._recording = False
         self._recorded = False
+        self._error: Exception | None = None  # of starting or stopping, in the middle of the run
 
     def prepare(self) -> None:
         """Load what records: a second, which no step should wait for."""
@@ -114,12 +115,22 @@ class TorchProfiler(NamedRanges):
     def step(self, step: Step, work: Callable[[], T]) -> Callable[[], T]:
         """See `Ranges.step`. Steps come in their order."""
         if self._recording and step.step > self._last:
-            self._stop()
+            self._try(self._stop)
         elif not self._recorded and not self._recording and step.step >= self._first:
-            assert self._profile is not None, "prepare comes first"
-            self._profile.start_trace()
-            self._recording = True
+            self._try(self._start)
         return super().step(step, work)
+
+    def _try(self, turn: Callable[[], None]) -> None:
+        """The profiler fails, not the run: what cannot be started or stopped is given up."""
+        try:
+            turn()
+        except Exception as error:  # noqa: BLE001 - torch and the GPU's library
+            self._recording, self._recorded, self._error = False, True, error
+
+    def _start(self) -> None:
+        assert self._profile is not None, "prepare comes first"
+        self._profile.start_trace()
+        self._recording = True
 
     def _stop(self) -> None:
         assert self._profile is not None, "prepare comes first"
@@ -139,6 +150,8 @@ class TorchProfiler(NamedRanges):
         try:
             if self._recording:
                 self._stop()
+            if self._error is not None:
+                raise self._error
             await asyncio.to_thread(_export, profile, path)
         except Exception as error:  # noqa: BLE001 - torch and the GPU's library; the run is done
             self._log.warning(

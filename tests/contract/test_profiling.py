@@ -209,8 +209,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert "cannot be written" in log.warnings[0]
 
 
+@pytest.mark.parametrize("last", [1, 9], ids=["in-the-middle", "at-the-end"])
 def test_a_profiler_that_fails_when_it_ends_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
     stop_trace = torch.profiler.profile.stop_trace
 
@@ -220,7 +221,7 @@ def test_a_profiler_that_fails_when_it_ends_is_a_warning(
 
     monkeypatch.setattr(torch.profiler.profile, "stop_trace", fails)
     log = Log()
-    profile(tmp_path / "torch_rank_0.json", log, range(3), (0, 9))
+    profile(tmp_path / "torch_rank_0.json", log, range(3), (0, last))
     assert "cannot be written" in log.warnings[0]
     assert "an odd answer" in log.warnings[0]
 

@@ -21,6 +21,7 @@ class FakeCard:
     name: str = "NVIDIA H200"
     part_of: FakeCard | None = None
     answers: dict[str, Any] = field(default_factory=dict)
+    num_asked: int = 0  # for any of them
 
 
 def memory(total_mib: int, free_mib: int) -> SimpleNamespace:
@@ -94,6 +95,7 @@ class FakeNvml:
 
         def answer(card: FakeCard, *arguments: int) -> Any:
             key = function if not arguments else f"{function}:{arguments[0]}"
+            card.num_asked += 1
             if key not in card.answers:
                 raise FakeNvmlError("Not Supported")
             return card.answers[key]

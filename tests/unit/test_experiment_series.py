@@ -130,3 +130,10 @@ def test_the_power_cap_counts_where_it_holds_the_clock_down(
     ]
     write_lines(a_run(tmp_path) / "samples_rank_0.jsonl", lines)
     assert series.flags_of(read_run_files(tmp_path)) == flags
+
+
+def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "completions.jsonl").write_text(
+        '{"id": "a", "text": "one\u2028two\u0085three", "token_ids": [1]}\n', encoding="utf-8"
+    )
+    assert read_run_files(tmp_path).tokens_hash is not None
