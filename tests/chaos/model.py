@@ -14,12 +14,11 @@ _WORDS = ("river", "stone", "über", "seven", "漢字", "lamp", "😀", "quiet",
 
 def write_model(folder: Path) -> Path:
     """A Llama with random weights, and a tokenizer with one token a byte."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tests.e2e.conftest import save_random_llama  # late: it takes torch seconds to import
 
-    torch.manual_seed(3)
-    config = LlamaConfig(
+    return save_random_llama(
+        folder,
+        seed=3,
         vocab_size=260,
         hidden_size=48,
         intermediate_size=80,
@@ -30,15 +29,7 @@ def write_model(folder: Path) -> Path:
         # Logits far apart: the greedy choice does not hang on the last bit of a sum.
         initializer_range=0.3,
         eos_token_id=259,
-        bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
-    return folder
 
 
 def write_prompts(path: Path, num_prompts: int, seed: int) -> list[str]:

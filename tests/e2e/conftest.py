@@ -85,12 +85,24 @@ def demo_model() -> Path:
     return prepare_demo_model()
 
 
+def save_random_llama(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
+    """A random Llama with a byte-level tokenizer, and with `sizes` in its configuration."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(bos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four layers with a byte-level tokenizer: loads in a second."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return save_random_llama(
+        tmp_path_factory.mktemp("tiny"),
         vocab_size=300,
         hidden_size=48,
         intermediate_size=64,
@@ -100,15 +112,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=128,
         initializer_range=0.2,
         eos_token_id=299,
-        bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
