@@ -15,10 +15,10 @@ from mpipipe.logs.culprit import Culprit, find_culprit
 from mpipipe.logs.facts import RankFacts, RunFacts
 from mpipipe.logs.reading import Line, number
 from mpipipe.logs.steps import PARTS
+from mpipipe.metrics.boot import PREPROCESSING, READING
 
 __all__ = ["COLUMNS", "RankTime", "RunTime", "summarise"]
 
-PREPROCESSING = ("read prompts", "tokenizer", "tokenise")
 LOADING = ("build", "read weights", "convert weights", "cache", "warm-up", "capture", "edges")
 _WAITING = "wait"  # the boot event, not the part of a step
 COLUMNS = ("boot", "preprocessing", "load", "barriers", *PARTS, "shutdown", "unexplained")
@@ -117,13 +117,19 @@ def _column(name: str) -> str:
     return "barriers" if name == _WAITING else "boot"
 
 
+def _read_s(ranks: tuple[RankTime, ...]) -> float | None:
+    if not ranks:
+        return None
+    return sum(max(rank.boot.get(part, 0.0) for rank in ranks) for part in READING)
+
+
 def _time(ranks: tuple[RankTime, ...], metrics: Line) -> dict[str, float | None]:
     """As the run measured it; of a run that did not end, what its lines tell."""
     told = metrics.get("time")
     told = told if isinstance(told, dict) else {}
     derived: dict[str, float | None] = {
         "preprocessing_s": max((rank.seconds["preprocessing"] for rank in ranks), default=None),
-        "io_read_s": max((rank.boot.get("read weights", 0.0) for rank in ranks), default=None),
+        "io_read_s": _read_s(ranks),
         "io_write_s": None,
         "communication_s": max(
             (rank.seconds["transfer"] + rank.seconds["send"] for rank in ranks), default=None

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mpipipe.clock import Clock
 
-__all__ = ["BootPart", "BootTimeline", "PartName"]
+__all__ = ["PREPROCESSING", "READING", "BootPart", "BootTimeline", "PartName"]
 
 PartName = Literal[
     "process",  # start of the process to the first line of mpipipe
@@ -39,6 +39,8 @@ PartName = Literal[
     "wait",  # for other ranks
     "ready",  # what is left until the session takes requests
 ]
+PREPROCESSING: tuple[PartName, ...] = ("tokenizer", "tokenise")
+READING: tuple[PartName, ...] = ("read prompts", "read weights")
 _SHORT_S = 0.001  # less is no part of its own: it counts for the next
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
-from mpipipe.metrics.boot import BootPart, PartName
+from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
 
 if TYPE_CHECKING:
@@ -260,11 +260,10 @@ class RunSummary:
         Prompts are read and tokenised, completions written, by the head alone.
         """
         return {
-            "preprocessing_s": max(
-                (r.part_s("tokenizer", "tokenise") for r in self.ranks), default=0.0
+            "preprocessing_s": max((r.part_s(*PREPROCESSING) for r in self.ranks), default=0.0),
+            "io_read_s": sum(
+                max((r.part_s(part) for r in self.ranks), default=0.0) for part in READING
             ),
-            "io_read_s": max((r.part_s("read prompts") for r in self.ranks), default=0.0)
-            + max((r.part_s("read weights") for r in self.ranks), default=0.0),
             "io_write_s": self.io_write_s,
             "communication_s": max(
                 (rank.stage.overall.communication_s for rank in self.ranks), default=0.0

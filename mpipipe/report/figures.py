@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mpipipe.metrics.boot import READING
+
 __all__ = [
     "BUBBLE",
     "COMMUNICATION",
@@ -167,7 +169,6 @@ FIGURES = (
 
 # The parts of a stage's time while generating, by their keys in metrics.json, then its files.
 PARTS = ("compute", "wait", "transfer", "send", "idle", "overhead", "I/O")
-_READING = ("read prompts", "read weights")
 
 
 def stage_parts(run: RunFacts) -> list[dict[str, float]]:
@@ -180,5 +181,5 @@ def _parts(rank: Mapping[str, Any]) -> dict[str, float]:
     overall = stage.get("overall", {}) if isinstance(stage, Mapping) else {}
     parts = {name: float(overall.get(f"{name}_s") or 0.0) for name in PARTS[:-1]}
     boot = rank.get("boot") or ()
-    reads = [event["seconds"] for event in boot if event.get("name") in _READING]
+    reads = [event["seconds"] for event in boot if event.get("name") in READING]
     return {**parts, PARTS[-1]: float(sum(reads))}

@@ -130,8 +130,8 @@ def test_a_run_of_an_older_version_says_what_is_missing(tmp_path: Path, command:
 def test_every_second_of_a_run_has_its_place(run: WrittenRun) -> None:
     found = summarise(read_facts(RunFiles(run.folder)), {})
     for rank in found.ranks:
-        assert rank.seconds["boot"] == pytest.approx(2.8)
-        assert rank.seconds["preprocessing"] == pytest.approx(0.4)
+        assert rank.seconds["boot"] == pytest.approx(2.9)
+        assert rank.seconds["preprocessing"] == pytest.approx(0.3)
         assert rank.seconds["load"] == pytest.approx(1.0)
         assert rank.seconds["barriers"] == pytest.approx(0.2)
         assert rank.seconds["compute"] == pytest.approx(0.8)

@@ -11,8 +11,8 @@ import pytest
 from mpipipe.logs.pages import FILES_PAGE, page
 from mpipipe.logs.schema import DOCUMENTS, LINE_FILES, SCHEMA, FileSchema, check_line, schema_of
 from mpipipe.logs.steps import PARTS
-from mpipipe.logs.summary import LOADING, PREPROCESSING
-from mpipipe.metrics.boot import PartName
+from mpipipe.logs.summary import LOADING
+from mpipipe.metrics.boot import PREPROCESSING, PartName
 from tests.unit.written_run import WrittenRun
 
 WORDS = set(re.findall(r"`([^`\n]+)`", page(FILES_PAGE)))
