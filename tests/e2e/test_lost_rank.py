@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mpipipe.control_plane.silence import interval_s
 from mpipipe.errors import EXIT_CHECKPOINT, EXIT_PEER_LOST
 from mpipipe.logs.facts import read_facts
 from mpipipe.logs.problems import find_problems
@@ -24,7 +25,10 @@ NUM_PROMPTS = 100
 
 
 def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -> Outcome:
-    """Run on two ranks and stop the process of `rank` for good once there is a completion."""
+    """Run on two ranks and stop the process of `rank` for good.
+
+    Not before there is a completion, and a heartbeat has had the time to tell of a step.
+    """
     command = [*mpiexec(2), sys.executable, "-m", "mpipipe", "run", str(config)]
     with subprocess.Popen(
         [*command, f"output.dir={folder}", f"pipeline.heartbeat_timeout_s={TIMEOUT_S}", *words],
@@ -35,7 +39,12 @@ def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -
         text=True,
     ) as process:
         journal, until = folder / "completions_rank_0.jsonl", time.monotonic() + LIMIT_S
-        while not (journal.exists() and journal.stat().st_size) and process.poll() is None:
+        steps = folder / f"steps_rank_{rank}.jsonl"
+        while process.poll() is None and not (
+            journal.exists()
+            and journal.stat().st_size
+            and _stepped_s(steps) > 1.2 * interval_s(TIMEOUT_S)
+        ):
             assert time.monotonic() < until
             time.sleep(0.01)
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -46,6 +55,16 @@ def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -
         assert time.monotonic() < until
         time.sleep(0.01)
     return Outcome(process.returncode, stdout, stderr, folder)
+
+
+def _stepped_s(steps: Path) -> float:
+    """Between the first and the last step that are on the disk."""
+    written = steps.read_bytes() if steps.exists() else b""
+    lines = written.rpartition(b"\n")[0].split(b"\n")  # the last may be half written
+    if len(lines) < 2:
+        return 0.0
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    return float(last["t_s"]) - float(first["t_s"])
 
 
 def has_ended(pid: int) -> bool:
