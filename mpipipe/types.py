@@ -23,8 +23,10 @@ __all__ = [
     "FinishReason",
     "PrefillMode",
     "ProfilerName",
+    "QuantizeName",
     "Request",
     "SamplingParams",
+    "Tier",
     "TokenLogprobs",
     "TransportName",
     "WeightsSource",
@@ -39,6 +41,8 @@ AttentionName = Literal["triton", "flashinfer", "varlen", "sdpa", "reference"]
 PrefillMode = Literal["phases", "mixed"]
 CacheKind = Literal["paged", "contiguous"]
 ProfilerName = Literal["none", "nsys", "torch", "perf"]
+QuantizeName = Literal["none", "int8", "fp8"]
+Tier = Literal["device", "host", "disk"]  # where weights stand between their uses
 
 
 class FinishReason(str, enum.Enum):

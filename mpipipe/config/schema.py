@@ -18,6 +18,7 @@ from mpipipe.types import (
     DtypeName,
     PrefillMode,
     ProfilerName,
+    QuantizeName,
     WeightsSource,
 )
 
@@ -51,6 +52,9 @@ class ModelConfig:
     """`float32`, `bfloat16`, `float16` or `auto` (the checkpoint's; float32 on a CPU)."""
     weights: WeightsSource = "checkpoint"
     """`checkpoint`, or `random`: weights of the shapes in `config.json`, for benchmarks."""
+    quantize: QuantizeName = "none"
+    """`int8`: weights of the layers in 8 bits with a scale per output channel; `fp8`: weights and
+    activations in 8-bit floats (Hopper and later); `none`: as in the checkpoint."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
 
@@ -125,8 +129,16 @@ class PipelineConfig:
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
-    """How much may be kept."""
+    """How much may be kept, and where."""
 
+    device_bytes: int | str = AUTO
+    """On a GPU all that a rank may take there, on a CPU rank the RAM that its weights may stand in,
+    e.g. `"6GiB"`; layers beyond it are offloaded. `auto`: what is free."""
+    host_bytes: int | str = AUTO
+    """Pinned host memory for the layers of a GPU rank that its GPU does not hold; `auto`: what is
+    free; 0: none."""
+    offload_dir: str = ""
+    """Folder on a local disk for layers that neither memory holds; empty: none may be there."""
     kv_cache_bytes: int | str = AUTO
     """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory (on a GPU: what
     is left of `gpu_memory_fraction`), and no more than the run can use."""

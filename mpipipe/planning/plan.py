@@ -16,11 +16,13 @@ from mpipipe.types import (
     DeviceName,
     DtypeName,
     PrefillMode,
+    QuantizeName,
+    Tier,
     TransportName,
     WeightsSource,
 )
 
-__all__ = ["Decisions", "PipelinePlan", "Resolved", "StagePlan"]
+__all__ = ["Decisions", "PipelinePlan", "Resolved", "StageOffload", "StagePlan"]
 
 T = TypeVar("T")
 
@@ -57,6 +59,20 @@ class Decisions:
 
 
 @dataclass(frozen=True, slots=True)
+class StageOffload:
+    """What of a stage does not stay on its device, and through how many buffers it comes there.
+
+    Layers are numbered as in the model. Each of them is copied to the device once per step.
+    """
+
+    host_layers: tuple[int, ...] = ()  # in pinned host memory
+    disk_layers: tuple[int, ...] = ()  # in a file below `PipelinePlan.offload_dir`
+    embedding: Tier = "device"
+    head: Tier = "device"
+    num_buffers: int = 2  # each as large as the largest layer
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """The slice of the model that one rank holds."""
 
@@ -69,6 +85,7 @@ class StagePlan:
     has_head: bool
     weight_bytes: int  # parameters in the run's dtype
     cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
+    offload: StageOffload | None = None  # None: all weights stay on the device
 
     @property
     def num_layers(self) -> int:
@@ -103,6 +120,8 @@ class PipelinePlan:
     prefill: PrefillMode = "mixed"
     cuda_graphs: bool = False
     weights: WeightsSource = "checkpoint"
+    quantize: QuantizeName = "none"
+    offload_dir: str = ""  # absolute; empty: no stage has layers on disk
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
