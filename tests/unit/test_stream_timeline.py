@@ -220,14 +220,14 @@ class Drifting:
             self.step(seconds)
 
     def step(self, seconds: float) -> None:
-        """Polled when it begins, 0.1 ms before it ends, and when it has ended."""
+        """Polled when it begins, in its middle, 0.1 ms before it ends, and when it has ended."""
         stream = self.stream
         began_s, ended_s = stream.host.now_s(), stream.host.now_s() + seconds
         begin, end = (stream.device_s(at_s) for at_s in (began_s, ended_s))
-        events = [stream.at(at_s) for at_s in (begin, begin, end, end)]
+        began, ended = stream.at(begin), stream.at(end)
         stream.busy_until_s = end
-        self.timeline.add(StepEvents(Step(len(self.ends_s)), *events))
-        for at_s in (began_s, ended_s - 1e-4, ended_s):
+        self.timeline.add(StepEvents(Step(len(self.ends_s)), began, began, ended, ended))
+        for at_s in (began_s, began_s + seconds / 2, ended_s - 1e-4, ended_s):
             stream.pass_to(at_s)
             self.timeline.collect()
         self.ends_s.append(ended_s)
