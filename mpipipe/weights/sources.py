@@ -14,6 +14,7 @@ Invariants: nothing of a file stays mapped or open after `close`.
 from __future__ import annotations
 
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Collection, Mapping
@@ -29,6 +30,8 @@ from mpipipe.weights.readers import Extent
 
 __all__ = ["SafetensorsSource", "StoredTensor", "TensorSource", "TorchSource", "open_source"]
 
+_HEADER_BYTES = 30  # of a record in a zip archive; at its end:
+_LENGTHS = struct.Struct("<HH")  # of the name and of what else follows the header
 REMAP_BYTES = 128 << 20  # renewing costs about 10 ms; 128 MiB is read in about 100 ms
 
 
@@ -178,17 +181,23 @@ def _extent(path: Path, tensor: torch.Tensor, offsets: Collection[int]) -> Exten
 
 
 def _storage_offsets(path: Path) -> frozenset[int]:
-    """Where the storages of an archive begin, by the headers in front of them.
+    """Where the records of an archive begin, by the headers in front of them.
 
     torch computes these places where it can, which fails for an archive that was packed anew. None
     of another byte order.
     """
-    archive = torch._C.PyTorchFileReader(str(path))
-    names = archive.get_all_records()
-    if "byteorder" in names and archive.get_record("byteorder").decode() != sys.byteorder:
-        return frozenset()
-    data = [name for name in names if name.startswith("data/")]
-    return frozenset(map(archive.get_record_offset, data))  # type: ignore[attr-defined]
+    offsets = set()
+    with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
+        for item in archive.infolist():
+            if (
+                item.filename.endswith("/byteorder")
+                and archive.read(item).decode() != sys.byteorder
+            ):
+                return frozenset()
+            file.seek(item.header_offset + _HEADER_BYTES - _LENGTHS.size)
+            lengths = _LENGTHS.unpack(file.read(_LENGTHS.size))
+            offsets.add(item.header_offset + _HEADER_BYTES + sum(lengths))
+    return frozenset(offsets)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -45,10 +45,11 @@ class StagingBuffer:
             try:
                 return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
+                self._pinned = False
                 self.warnings.append(
                     f"{self._shape[0] * self._shape[1] >> 20} MiB of host memory cannot be pinned "
-                    f"({str(error).partition(chr(10))[0]}): weights go to the GPU through pageable "
-                    "memory, at about half the speed; raise `ulimit -l`"
+                    f"({str(error).splitlines()[0]}): weights go to the GPU through pageable "
+                    "memory, at about half the speed; raise `ulimit -l`, or leave more memory free"
                 )
         return torch.empty(self._shape, dtype=torch.uint8)
 
