@@ -52,6 +52,8 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
 
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
+    for warning in parts.load_warnings:
+        boot.log.warning("loading", message=warning)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
