@@ -62,7 +62,7 @@ class GgufModel:
     config: Mapping[str, Any]  # the content of `config.json`
     generation_config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]  # transformers' name → shape, in the order of the file
-    sizes: Mapping[str, int]  # transformers' name → bytes in the file
+    _reader: GGUFReader
     _stored: Mapping[str, ReaderTensor]
     _processor: Any
 
@@ -70,6 +70,10 @@ class GgufModel:
     def dtype(self) -> str:
         """The type of the weights: of plain ones their own, of blocks bfloat16."""
         return str(self.config["dtype"])
+
+    def field(self, key: str) -> Any:
+        """A value of the file's metadata; None: it has none of this key."""
+        return _field(self._reader, key)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor by transformers' name, decoded, float32, as torch's modules hold it."""
@@ -108,16 +112,16 @@ def open_gguf(path: Path) -> GgufModel:
     return _placed(path, reader, architecture, config)
 
 
-def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """The files of the tokenizer that `path` describes, by their names.
+def tokenizer_files(model: GgufModel) -> dict[str, bytes]:
+    """The files of the tokenizer that the model's file describes, by their names.
 
     Raises:
         UnsupportedModelError: it splits text in a way that transformers does not know.
     """
     from transformers import AutoTokenizer
 
-    reader = _open_reader(path)
-    _require_known_splits(path, reader)
+    path = model.path
+    _require_known_splits(model)
     tokenizer = AutoTokenizer.from_pretrained(
         str(path.parent), gguf_file=path.name, local_files_only=True
     )
@@ -247,9 +251,8 @@ def _placed(path: Path, reader: GGUFReader, architecture: str, config: dict[str,
         path, shapes, {n: s for n, s in expected.items() if n not in tied - set(shapes)}
     )
     _require_whole(path, reader)
-    sizes = {name: int(tensor.n_bytes) for name, tensor in stored.items()}
     ends = _generation_config(reader, config)
-    return GgufModel(path, {**config, **ends}, ends, shapes, sizes, stored, processor)
+    return GgufModel(path, {**config, **ends}, ends, shapes, reader, stored, processor)
 
 
 def _require_shapes(
@@ -305,14 +308,14 @@ def _llama3_rotary(path: Path, factors: ReaderTensor, config: Mapping[str, Any])
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 
-def _require_known_splits(path: Path, reader: GGUFReader) -> None:
+def _require_known_splits(model: GgufModel) -> None:
     """A byte-level tokenizer splits text by rules that the file only names."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    rule = _field(reader, "tokenizer.ggml.pre")
-    is_byte_level = _field(reader, "tokenizer.ggml.model") == "gpt2"
+    rule = model.field("tokenizer.ggml.pre")
+    is_byte_level = model.field("tokenizer.ggml.model") == "gpt2"
     if is_byte_level and rule not in {None, "default", "gpt-2", *GGUF_PRE_TOKENIZER_SPLITS}:
         raise UnsupportedModelError(
-            f"{path.name} splits text as {rule!r} does, which transformers does not know: give the "
-            "folder of the original model's tokenizer files (--tokenizer FOLDER)"
+            f"{model.path.name} splits text as {rule!r} does, which transformers does not know: "
+            "give the folder of the original model's tokenizer files (--tokenizer FOLDER)"
         )

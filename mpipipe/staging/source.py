@@ -238,7 +238,7 @@ def open_gguf_file(
     _require_runnable(config)
     made = {CONFIG_NAME: _json(config), GENERATION_NAME: _json(model.generation_config)}
     if conversion.tokenizer is None:
-        made |= tokenizer_files(path)
+        made |= tokenizer_files(model)
     expected = told or expected_hashes(path.parent).get(path.name)
     return Source(
         described or str(path.absolute()),
