@@ -191,9 +191,7 @@ def _require_whole_archive(path: Path) -> None:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            end = max(
-                (item.header_offset + item.compress_size for item in archive.infolist()), default=0
-            )
+            items = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(
             f"{path} is cut off: it has {size:,} bytes and the directory that stands at the end of "
@@ -203,6 +201,12 @@ def _require_whole_archive(path: Path) -> None:
         raise CheckpointError(
             f"{path} is broken: its directory cannot be read ({error}); copy it again"
         ) from error
+    if any(item.compress_type != zipfile.ZIP_STORED for item in items):
+        raise CheckpointError(
+            f"{path} is compressed, as torch does not save it: the file was packed anew; unpack it "
+            "with the program that packed it, or copy the original"
+        )
+    end = max((item.header_offset + item.compress_size for item in items), default=0)
     if end == 0 or end > size:
         raise CheckpointError(f"{path} is broken: its directory does not fit it; copy it again")
 
