@@ -18,6 +18,7 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.names import Part, resolve_names
 from mpipipe.weights.sources import StoredTensor, open_source
 
@@ -46,7 +47,7 @@ def load_stage(
     tied: Mapping[str, str] | None = None,
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Destination,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -59,13 +60,14 @@ def load_stage(
         tied: canonical name -> the canonical name it shares a tensor with, for tied embeddings.
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
-        device: where the tensors go.
+        device: where the tensors go; or what says it of each.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
     tied = tied or {}
+    destination = OnDevice(device) if isinstance(device, torch.device) else device
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
@@ -79,11 +81,11 @@ def load_stage(
         stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
         _raise_if_any(index, _misfits(slots, stored))
         for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=device)
+            tensor = destination.empty(slot.names, slot.meta)
             for part in slot.parts:
                 bytes_read += source.read_into(part.source, _region(tensor, part))
             _check_range(slot, stored, tensor)
-            place(module, slot.names, tensor, slot.meta)
+            place(module, slot.names, destination.keep(slot.names, tensor), slot.meta)
     finally:
         source.close()
     _share_equal(module, wanted, tied)
