@@ -284,6 +284,7 @@ class OffloadedWeights:
         return replace(
             use,
             bytes_per_step=0 if self._prefetcher is None else self._prefetcher.bytes_per_step,
+            disk_bytes=file.read_bytes if file else 0,
             disk_bytes_per_s=file.read_bytes / file.read_s if file and file.read_s else None,
         )
 
