@@ -46,6 +46,7 @@ class StageParts:
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held on the device: parameters, and buffers for those that are not
     needs_seq_lens: bool  # of the attention backend: it plans each step on the host
+    load_warnings: tuple[str, ...] = ()  # what made loading slower than it could be
     offloaded: OffloadedWeights | None = None  # None: all weights stay on the device
 
     def offload_use(self) -> OffloadUse | None:
@@ -128,6 +129,7 @@ def _load_parts(
         report.bytes_read,
         report.parameter_bytes - (0 if offloaded is None else offloaded.spared_bytes),
         backend.needs_seq_lens,
+        report.warnings,
         offloaded,
     )
 

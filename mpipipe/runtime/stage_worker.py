@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,14 +61,14 @@ async def open_worker(
     """
     with closing(parts):
         ranks.boot.begin("warm-up")
-        ready = await in_phase(
-            ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler)
-        )
+        preparing = partial(_prepare, plan, ranks, parts, device, profiler)
+        ready = await in_phase(ranks, "capture", preparing)
         stream, engine = ready.stream, ready.engine
         stream.enter()  # captured in the phase's thread, launched from this one
         ranks.boot.begin("edges")
         try:
             channel = profiler.channel(await open_channel(plan, ranks, device))
+            link = _link(plan, ranks, account, clocks)
             worker = StageWorker(
                 plan=plan,
                 stage=plan.stage_of_rank(ranks.mesh.rank),
@@ -75,7 +76,7 @@ async def open_worker(
                 channel=channel,
                 engine=engine,
                 stream=stream,
-                timeline=StreamTimeline(stream, account, _link(plan, ranks, account, clocks)),
+                timeline=StreamTimeline(stream, account, ranks.clock, link),
                 progress=ranks.engine,
                 clock=ranks.clock,
                 ranges=profiler,

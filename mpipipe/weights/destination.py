@@ -13,6 +13,11 @@ __all__ = ["Destination", "OnDevice"]
 class Destination(Protocol):
     """Gives memory for the tensors of a module, one by one, and takes them when they are filled."""
 
+    @property
+    def device(self) -> torch.device:
+        """Of what does not go elsewhere."""
+        ...
+
     def empty(self, names: Sequence[str], like: torch.Tensor) -> torch.Tensor:
         """Memory to fill, of the shape and type of `like`, for the tensor with these names.
 
@@ -35,11 +40,11 @@ class OnDevice:
     """All tensors stay on one device, where they are filled."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
 
     def empty(self, names: Sequence[str], like: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """See `Destination.empty`."""
-        return torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
     def keep(self, names: Sequence[str], tensor: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """See `Destination.keep`."""

@@ -141,7 +141,7 @@ class OffloadedWeights:
         self._head = head
         self._buffers = buffers
         self._file = file
-        self._device = device
+        self.device = device
         self._num_layers = num_layers
         self._use_graphs = use_graphs
         self._pinned = PinnedMemory(device)
@@ -159,7 +159,7 @@ class OffloadedWeights:
         """See `Destination.empty`: in its place in host memory; else a tensor to write away."""
         found = self._find(names)
         if found is None:
-            return torch.empty(like.shape, dtype=like.dtype, device=self._device)
+            return torch.empty(like.shape, dtype=like.dtype, device=self.device)
         place, span = found
         region = self._region_of(place)
         if isinstance(region, HostRegion):
@@ -178,8 +178,8 @@ class OffloadedWeights:
         if place.buffer is not None:
             return span.view(place.buffer)
         if place is self._embedding and self._reaches(region):
-            return span.view(device_view(region.memory, self._device))
-        return tensor.new_zeros((), device=self._device).expand(tensor.shape)
+            return span.view(device_view(region.memory, self.device))
+        return tensor.new_zeros((), device=self.device).expand(tensor.shape)
 
     def _find(self, names: Sequence[str]) -> tuple[_Stored, Span] | None:
         """Where the tensor of these names stands; None: on the device.
@@ -205,7 +205,7 @@ class OffloadedWeights:
 
     def _reaches(self, region: Region) -> TypeGuard[HostRegion]:
         """Whether the GPU can read `region` over its link."""
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         return on_gpu and isinstance(region, HostRegion) and region.memory.is_pinned()
 
     # ---- streaming -------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class OffloadedWeights:
         )
 
     def _open_carrier(self, parts: Sequence[StreamedPart]) -> Carrier:
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return HostCarrier(self._buffers)
         return CudaCarrier(
             self._buffers,
