@@ -110,6 +110,8 @@ def _profiler(boot: Boot) -> Profiler:
 def _log_ready(
     boot: Boot, plan: PipelinePlan, parts: StageParts, load: LoadFacts, opened: OpenedWorker
 ) -> None:
+    if parts.offloaded is not None and parts.offloaded.warning:
+        boot.log.warning("offload", message=parts.offloaded.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
