@@ -35,6 +35,7 @@ __all__ = [
     "RunShape",
     "StageChoice",
     "best_candidate",
+    "candidate_of",
     "with_disk",
 ]
 
@@ -161,6 +162,11 @@ class Candidate:
         return tuple(stage.placed.shape.num_layers for stage in self.stages)
 
     @property
+    def is_resident(self) -> bool:
+        """Nothing is offloaded."""
+        return all(stage.placed.is_resident for stage in self.stages)
+
+    @property
     def streamed_bytes(self) -> int:
         """Brought for one step of each stage."""
         return sum(
@@ -181,7 +187,7 @@ def best_candidate(problem: OffloadProblem) -> Candidate | None:
         candidate
         for tokens in problem.tokens
         for rows in problem.rows
-        if rows <= tokens and (candidate := _candidate(problem, rows, tokens)) is not None
+        if rows <= tokens and (candidate := candidate_of(problem, rows, tokens)) is not None
     ]
     return max(
         found,
@@ -195,7 +201,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _candidate(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+    """With `rows` a slot and `tokens` a step; None: they do not fit."""
     num_pages = problem.pages_for(rows)
     choices = _Choices(problem, rows, tokens, num_pages)
     split = problem.fixed_split or _deal(choices, problem.model.spec.num_layers, len(problem.rooms))
