@@ -116,7 +116,6 @@ def _load(
             tied=model.tied,
             dtype=model.dtype,
             device=device,
-            scales=model.scale_names(),
         )
     boot.begin("read weights")
     report = load_stage(
@@ -128,7 +127,6 @@ def _load(
         to_canonical=model.names.canonical,
         dtype=model.dtype,
         device=device,
-        scales=model.scale_names(),
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report

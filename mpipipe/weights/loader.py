@@ -20,8 +20,8 @@ import torch
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.names import Part, resolve_names
-from mpipipe.weights.quantize import quantize_weight
-from mpipipe.weights.sources import StoredTensor, open_source
+from mpipipe.weights.quantize import quantize_weight, scale_name
+from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
 
 __all__ = ["LoadReport", "load_stage", "place"]
 
@@ -49,7 +49,6 @@ def load_stage(
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
-    scales: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -63,13 +62,12 @@ def load_stage(
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
         device: where the tensors go.
-        scales: name in `module` of a weight in 8 bits -> that of its scale; made while loading.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
-    tied, scales = tied or {}, scales or {}
+    tied = tied or {}
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
@@ -79,20 +77,11 @@ def load_stage(
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        slots = _slots(module, wanted, resolution.parts, tied, scales)
+        slots = _slots(module, wanted, resolution.parts, tied)
         stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
         _raise_if_any(index, _misfits(slots, stored))
         for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            tensor = torch.empty(slot.meta.shape, dtype=_read_type(slot, stored), device=device)
-            for part in slot.parts:
-                bytes_read += source.read_into(part.source, _region(tensor, part))
-            if slot.scale is not None:
-                exact, tensor = tensor, torch.empty_like(tensor, dtype=slot.meta.dtype)
-                scale = torch.empty_like(slot.scale, device=device)
-                quantize_weight(exact, tensor, scale)
-                place(module, (scales[slot.names[0]],), scale, slot.scale)
-            _check_range(slot, stored, tensor)
-            place(module, slot.names, tensor, slot.meta)
+            bytes_read += _fill(module, slot, source, stored, device)
     finally:
         source.close()
     _share_equal(module, wanted, tied)
@@ -110,7 +99,8 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
-    scale: torch.Tensor | None  # meta too, of a weight in 8 bits
+    scale_names: tuple[str, ...] = ()  # of a weight in 8 bits
+    scale: torch.Tensor | None = None  # meta too
 
 
 def _slots(
@@ -118,11 +108,11 @@ def _slots(
     wanted: Mapping[str, str],
     parts: Mapping[str, tuple[Part, ...]],
     tied: Mapping[str, str],
-    scales: Mapping[str, str],
 ) -> list[_Slot]:
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
     assert not stray, f"the stage's module has no {stray[:_NAMES_SHOWN]}"
+    scales = {name: scale for name in state if (scale := scale_name(name, state))}
     made = set(scales.values())  # from the weights, not read
     names: dict[tuple[Part, ...], list[str]] = {}
     for name, canonical in wanted.items():
@@ -135,9 +125,35 @@ def _slots(
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
     return [
-        _Slot(tuple(found), key, state[found[0]], state.get(scales.get(found[0], "")))
+        _Slot(
+            tuple(found),
+            key,
+            state[found[0]],
+            tuple(scales[name] for name in found if name in scales),
+            state.get(scales.get(found[0], "")),
+        )
         for key, found in names.items()
     ]
+
+
+def _fill(
+    module: torch.nn.Module,
+    slot: _Slot,
+    source: TensorSource,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+) -> int:
+    """Read one tensor and place it, with its scale if it has one; returns the bytes read."""
+    tensor = torch.empty(slot.meta.shape, dtype=_read_type(slot, stored), device=device)
+    num_bytes = sum(source.read_into(part.source, _region(tensor, part)) for part in slot.parts)
+    if slot.scale is not None:
+        exact, tensor = tensor, torch.empty_like(tensor, dtype=slot.meta.dtype)
+        scale = torch.empty_like(slot.scale, device=device)
+        quantize_weight(exact, tensor, scale)
+        place(module, slot.scale_names, scale, slot.scale)
+    _check_range(slot, stored, tensor)
+    place(module, slot.names, tensor, slot.meta)
+    return num_bytes
 
 
 def _read_type(slot: _Slot, stored: Mapping[str, StoredTensor]) -> torch.dtype:
