@@ -221,9 +221,8 @@ class StageModel(PlainStage):
                 ),
             )
         self._context.cache = cache
-        self.mode, self.mode_reason = _choose_mode(
-            mode, self.module, self._base.layers, cache, self.device
-        )
+        chosen = _choose_mode(mode, self.module, self._base.layers, cache, self.device)
+        self.mode, self.mode_reason = chosen
         if self.mode == "packed":
             self._pack()
         elif self.mode == "fast":

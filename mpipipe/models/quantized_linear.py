@@ -130,8 +130,8 @@ def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]
 
 def use_products(module: nn.Module, product_of: Callable[[torch.dtype], QuantizedProduct]) -> None:
     """Let the quantised linears in `module` compute with `product_of` the type of their weight."""
-    for _, linear in quantized_linears(module):
-        linear.multiply = product_of(linear.weight.dtype)
+    for _, quantized in quantized_linears(module):
+        quantized.multiply = product_of(quantized.weight.dtype)
 
 
 def linear_int8(
