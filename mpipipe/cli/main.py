@@ -57,6 +57,7 @@ Overrides = Annotated[
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
+_FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -258,6 +259,25 @@ def bench_transformers(
         transformers_works_command(config, overrides or [], work, place, batch_size=batch_size)
     else:
         transformers_command(config, overrides or [], place, batch_size=batch_size)
+
+
+@bench.command("quantize")
+def bench_quantize(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    form: Annotated[list[str] | None, typer.Option(help=_FORM)] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in total.")] = 4096,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; few take decode's way.")] = 512,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Error of the logits and perplexity in 8 bits: `mpipipe bench quantize MODEL PROMPTS`."""
+    from mpipipe.bench.quantization import TextOptions
+    from mpipipe.cli.bench_quantize import quantize_command
+
+    options = TextOptions(tokens, text_tokens, rows)
+    quantize_command(config, overrides or [], form or ["none", "int8", "fp8"], options)
 
 
 _EXPERIMENTS: dict[ExperimentName, str] = {
