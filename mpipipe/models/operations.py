@@ -12,7 +12,7 @@ X = (H + 2 K) * D, I intermediate size, O and I the sides of a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,12 @@ from torch.nn.functional import linear, silu
 
 from mpipipe.kv_cache.layout import place_rows
 from mpipipe.kv_cache.paged import store_rows
-from mpipipe.models.quantized_linear import linear_fp8, linear_int8
+from mpipipe.models.quantized_linear import (
+    QuantizedProduct,
+    linear_fp8,
+    linear_int8,
+    linear_int8_blocked,
+)
 
 if TYPE_CHECKING:
     from mpipipe.models.layer_options import HeadNorms
@@ -30,9 +35,6 @@ __all__ = ["Operations", "choose_operations", "torch_operations", "triton_operat
 
 _Two = tuple[torch.Tensor, torch.Tensor]
 _Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_QuantizedProduct = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +64,21 @@ class Operations:
     rotate_and_store: Callable[..., _Three]
     gated_silu: Callable[[torch.Tensor], torch.Tensor]
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    linear_int8: _QuantizedProduct
-    linear_fp8: _QuantizedProduct
+    linear_int8: QuantizedProduct
+    linear_fp8: QuantizedProduct
     advance_rows: Callable[..., _Three]
     greedy_ids: Callable[[torch.Tensor], torch.Tensor]
+
+    def quantized_product(self, dtype: torch.dtype) -> QuantizedProduct:
+        """The product for weights in `dtype`, which has 8 bits."""
+        return self.linear_int8 if dtype == torch.int8 else self.linear_fp8
 
 
 def choose_operations(device: torch.device) -> tuple[Operations, str]:
     """The faster form that works on `device`, and the reason for the choice."""
     if device.type != "cuda":
-        return torch_operations(), "Triton kernels need a GPU"
+        operations = replace(torch_operations(), linear_int8=linear_int8_blocked)
+        return operations, "Triton kernels need a GPU"
     from mpipipe.models.kernels.probe import available
 
     works, problem = available()

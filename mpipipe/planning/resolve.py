@@ -211,6 +211,7 @@ class _Resolver:
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(attention),
             weights=self.decisions.config.model.weights,
+            quantize=self.decisions.config.model.quantize,
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,

@@ -92,6 +92,7 @@ def _load_parts(
         backend=backend,
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
+        quantize=plan.quantize,
     )
     report = _load(model, plan, device, boot)
     boot.begin("cache")
@@ -115,6 +116,7 @@ def _load(
             tied=model.tied,
             dtype=model.dtype,
             device=device,
+            scales=model.scale_names(),
         )
     boot.begin("read weights")
     report = load_stage(
@@ -126,6 +128,7 @@ def _load(
         to_canonical=model.names.canonical,
         dtype=model.dtype,
         device=device,
+        scales=model.scale_names(),
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report

@@ -1,7 +1,8 @@
 """A stage's weights: from the checkpoint into a module that was built on the meta device.
 
 Purpose: account for every name, then read this stage's tensors one by one in file order, convert
-them to the run's type and make them the module's parameters. The models package builds the module,
+them to the run's type, or to 8 bits and a scale, and make them the module's parameters. The models
+package builds the module,
 chooses the layers and computes non-persistent buffers (rotary tables).
 
 Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
@@ -19,6 +20,7 @@ import torch
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.quantize import quantize_weight
 from mpipipe.weights.sources import StoredTensor, open_source
 
 __all__ = ["LoadReport", "load_stage", "place"]
@@ -47,6 +49,7 @@ def load_stage(
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    scales: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -60,12 +63,13 @@ def load_stage(
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
         device: where the tensors go.
+        scales: name in `module` of a weight in 8 bits -> that of its scale; made while loading.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
-    tied = tied or {}
+    tied, scales = tied or {}, scales or {}
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
@@ -75,13 +79,18 @@ def load_stage(
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        slots = _slots(module, wanted, resolution.parts, tied)
+        slots = _slots(module, wanted, resolution.parts, tied, scales)
         stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
         _raise_if_any(index, _misfits(slots, stored))
         for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=device)
+            tensor = torch.empty(slot.meta.shape, dtype=_read_type(slot, stored), device=device)
             for part in slot.parts:
                 bytes_read += source.read_into(part.source, _region(tensor, part))
+            if slot.scale is not None:
+                exact, tensor = tensor, torch.empty_like(tensor, dtype=slot.meta.dtype)
+                scale = torch.empty_like(slot.scale, device=device)
+                quantize_weight(exact, tensor, scale)
+                place(module, (scales[slot.names[0]],), scale, slot.scale)
             _check_range(slot, stored, tensor)
             place(module, slot.names, tensor, slot.meta)
     finally:
@@ -101,6 +110,7 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
+    scale: torch.Tensor | None  # meta too, of a weight in 8 bits
 
 
 def _slots(
@@ -108,21 +118,34 @@ def _slots(
     wanted: Mapping[str, str],
     parts: Mapping[str, tuple[Part, ...]],
     tied: Mapping[str, str],
+    scales: Mapping[str, str],
 ) -> list[_Slot]:
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
     assert not stray, f"the stage's module has no {stray[:_NAMES_SHOWN]}"
+    made = set(scales.values())  # from the weights, not read
     names: dict[tuple[Part, ...], list[str]] = {}
     for name, canonical in wanted.items():
         names.setdefault(parts[canonical], []).append(name)
     # A name that was not asked for is tied to one that was, by the module or by the configuration.
     for name, tensor in state.items():
-        if name not in wanted:
+        if name not in wanted and name not in made:
             source = tied.get(name)
             twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
-    return [_Slot(tuple(found), key, state[found[0]]) for key, found in names.items()]
+    return [
+        _Slot(tuple(found), key, state[found[0]], state.get(scales.get(found[0], "")))
+        for key, found in names.items()
+    ]
+
+
+def _read_type(slot: _Slot, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The tensor's own, or, before it is quantised, that of the file."""
+    if slot.scale is None:
+        return slot.meta.dtype
+    found: torch.dtype = getattr(torch, stored[slot.parts[0].source].dtype)
+    return found
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -132,7 +155,8 @@ def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list
         for part in slot.parts:
             found = stored[part.source].dtype
             ours = str(slot.meta.dtype).removeprefix("torch.")
-            if not (found in _FLOATS and ours in _FLOATS) and found != ours:
+            convertible = found in _FLOATS and (ours in _FLOATS or slot.scale is not None)
+            if not convertible and (found != ours or slot.scale is not None):
                 types.append(f"{part.source} is {found}")
     return [
         _listed(shapes, "of another shape"),

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from mpipipe.weights.loader import LoadReport, place
+from mpipipe.weights.quantize import quantize_weight
 
 __all__ = ["fill_random"]
 
@@ -26,6 +27,7 @@ def fill_random(
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    scales: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
@@ -37,9 +39,11 @@ def fill_random(
         tied: canonical name → the canonical name it shares a tensor with.
         dtype: the run's.
         device: where the tensors are drawn and stay.
+        scales: name in `module` of a weight in 8 bits → that of its scale: made of what is drawn in
+            `dtype`.
         seed: other seeds give other weights.
     """
-    tied = tied or {}
+    tied, scales = tied or {}, scales or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
     names: dict[str, list[str]] = {}
@@ -48,15 +52,24 @@ def fill_random(
     num_bytes = 0
     for canonical, sharing in names.items():
         shell = state[sharing[0]]
-        tensor = _drawn(canonical, shell, device, seed)
+        scale_name = scales.get(sharing[0])
+        tensor = _drawn(canonical, shell.shape, dtype if scale_name else shell.dtype, device, seed)
+        if scale_name:
+            exact, tensor = tensor, torch.empty_like(tensor, dtype=shell.dtype)
+            scale = torch.empty_like(state[scale_name], device=device)
+            quantize_weight(exact, tensor, scale)
+            place(module, (scale_name,), scale, state[scale_name])
+            num_bytes += scale.nbytes
         place(module, sharing, tensor, shell)
         num_bytes += tensor.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
 
 
-def _drawn(name: str, shell: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
-    """The tensor called `name` in the full model, like `shell`."""
-    tensor = torch.zeros(shell.shape, dtype=shell.dtype, device=device)
+def _drawn(
+    name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, seed: int
+) -> torch.Tensor:
+    """The tensor called `name` in the full model."""
+    tensor = torch.zeros(shape, dtype=dtype, device=device)
     leaf = name.rpartition(".")[2]
     if tensor.is_floating_point() and "bias" not in leaf:
         if tensor.dim() <= 1:

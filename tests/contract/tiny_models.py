@@ -20,6 +20,7 @@ from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.operations import Operations
 from mpipipe.planning.plan import StagePlan
+from mpipipe.types import QuantizeName
 from mpipipe.weights.loader import load_stage as load_weights
 
 NUM_LAYERS = 4
@@ -397,6 +398,7 @@ def load_stage(
     operations: Operations | None = None,
     device: str = "cpu",
     max_sequence_tokens: int = 64,
+    quantize: QuantizeName = "none",
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file."""
     stage = build_stage_model(
@@ -405,6 +407,7 @@ def load_stage(
         dtype=dtype,
         backend=backend or SdpaAttention(),
         max_sequence_tokens=max_sequence_tokens,
+        quantize=quantize,
     )
     fill(stage, folder, device)
     stage.finish(cache or ContiguousKVCache(), mode=mode, operations=operations)
@@ -422,6 +425,7 @@ def fill(stage: StageModel, folder: Path, device: str = "cpu") -> None:
         to_canonical=stage.names.canonical,
         dtype=stage.dtype,
         device=torch.device(device),
+        scales=stage.scale_names(),
     )
 
 
