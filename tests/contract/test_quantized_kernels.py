@@ -192,6 +192,21 @@ def taken(
     return name
 
 
+def test_products_are_cut_to_fill_an_h100(capability: list[int]) -> None:
+    gpu = torch.device("cuda")
+    shapes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    for num_rows, least_programs in ((1, 448), (32, 448), (64, 256), (128, 192), (512, 132)):
+        for num_out, num_in in shapes:
+            tuning = kernels.quantized_tuning(num_rows, num_out, num_in, gpu)
+            tiles = -(-num_out // tuning.block_out) * -(-num_rows // tuning.block_rows)
+            assert tiles * tuning.pieces >= least_programs, (num_rows, num_out, num_in)
+            assert num_in // tuning.pieces >= 512
+    capability[:] = [7, 5]  # no copies in the background, and a quarter of the shared memory
+    kernels.quantized_tuning.cache_clear()
+    tuning = kernels.quantized_tuning(32, 4096, 4096, gpu)
+    assert (tuning.num_stages, tuning.block_rows, tuning.pieces) == (1, 16, 1)
+
+
 def test_few_rows_stream_the_weight_and_many_multiply_it(
     monkeypatch: pytest.MonkeyPatch, capability: list[int]
 ) -> None:
@@ -250,12 +265,14 @@ for capability, limit, processors in ((75, 64 << 10, 40), (80, 163 << 10, 108),
           mock.patch.object(kernels, "has_async_copy", lambda _: capability >= 80),
           mock.patch.object(torch.cuda, "get_device_capability", lambda _=None: known)):
         gpu = torch.device("cuda")
-        cases = []
-        for weight in (torch.int8, torch.float8_e4m3fn):
-            most = kernels.max_streamed_rows(dtype, weight, gpu)
-            cases += [(weight, rows) for rows in {4, min(64, most), most} if 0 < rows <= most]
-        for weight, rows in cases:
-            tuning = kernels.quantized_tuning(rows, 6144, 4096, gpu)
+        cases = {}  # by what makes a kernel of its own
+        for weight, rows, outs in ((torch.int8, 4, 6144), (torch.int8, 32, 6144),
+                                   (torch.int8, 64, 6144), (torch.int8, 128, 6144),
+                                   (torch.int8, 512, 28672), (torch.float8_e4m3fn, 32, 6144)):
+            if rows <= kernels.max_streamed_rows(dtype, weight, gpu):
+                tuning = kernels.quantized_tuning(rows, outs, 4096, gpu)
+                cases[tuning, rows > tuning.block_rows] = weight, rows, tuning
+        for weight, rows, tuning in cases.values():
             block = min(max(triton.next_power_of_2(rows), tuning.least_rows), tuning.block_rows)
             pointer = "*" + TYPES[dtype]
             pointers = {"hidden_ptr": pointer, "weight_ptr": "*" + TYPES[weight],

@@ -48,21 +48,24 @@ SHAPES = [
     (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
     (12288, 4096), (22016, 4096), (4096, 11008),
 ]  # fmt: skip
-ROWS = (1, 4, 16, 32, 64, 256, 2048)
+ROWS = (1, 4, 16, 32, 64, 256, 1024, 2048)
 FP8 = torch.float8_e4m3fn
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # block_out, block_in, warps, stages, the most rows. Fewer than 4 warps, or than 64 outputs: mma
 # instead of wgmma, whose operand layout makes the conversion cost twice the instructions.
 FEW_ROWS_CUTS = [
-    (64, 128, 4, 4, 64), (64, 128, 2, 4, 64), (64, 128, 2, 6, 64), (64, 256, 2, 3, 64),
-    (32, 128, 2, 5, 64), (32, 256, 2, 4, 64), (32, 128, 1, 5, 64), (128, 128, 8, 4, 64),
+    (64, 128, 2, 4, 64), (64, 128, 2, 6, 64), (64, 256, 2, 3, 64), (64, 64, 2, 5, 64),
+    (32, 128, 2, 5, 64), (64, 64, 4, 4, 64), (64, 128, 4, 4, 64), (128, 64, 4, 4, 64),
 ]  # fmt: skip
 MANY_ROWS_CUTS = [
-    (128, 64, 8, 4, 128), (128, 64, 4, 4, 128), (128, 64, 8, 4, 256), (128, 128, 8, 3, 128),
-    (64, 64, 4, 5, 256), (64, 128, 4, 4, 128),
+    (64, 64, 4, 4, 128), (128, 64, 8, 4, 256), (128, 64, 8, 4, 128), (128, 64, 4, 4, 128),
+    (128, 128, 8, 3, 128), (64, 64, 4, 3, 256),
 ]  # fmt: skip
-SWEEPS = [(4, FEW_ROWS_CUTS), (32, FEW_ROWS_CUTS), (64, FEW_ROWS_CUTS), (256, MANY_ROWS_CUTS)]
+SWEEPS = [
+    (4, FEW_ROWS_CUTS), (32, FEW_ROWS_CUTS), (64, FEW_ROWS_CUTS), (128, MANY_ROWS_CUTS),
+    (512, MANY_ROWS_CUTS),
+]  # fmt: skip
 ALLOWED_PIECES = (1, 2, 3, 4, 6, 8)  # every count is a kernel of its own to compile
 
 
@@ -100,7 +103,7 @@ def cuts_of(
         tiles = -(-num_out // out) * -(-num_rows // rows)
         wanted = {max(1.0, rounds * processors / tiles) for rounds in (1, 2, 4, 6)}
         near = {min(ALLOWED_PIECES, key=lambda count: abs(count - p)) for p in wanted} | {1}
-        for pieces in sorted(near) if num_rows <= 64 else (1, 2):
+        for pieces in sorted(near) if num_rows <= 128 else (1, 2):
             if num_in // pieces >= 2 * inner:
                 tuning = LinearTuning(out, inner, pieces, warps, stages, 8, rows)
                 found.append(Candidate(num_rows, num_out, num_in, tuning))
@@ -248,7 +251,7 @@ def table_line(report: Report, weights: Weights, num_rows: int) -> None:
     if num_rows <= 32:
         ways.append(("ours", "plain", small_linear))
     ways.append(("chosen", "int8", with_scale("int8", linear_int8)))
-    if num_rows <= 512:
+    if num_rows <= 1024:
         streamed = partial(launch_linear, tuning=tuning)
         ways.append(("stream", "int8", with_scale("int8", streamed)))
         ways.append(("stream", "fp8", with_scale("fp8", streamed)))

@@ -83,15 +83,27 @@ def linear_fp8(
     return dequantized_linear(rows_TI, weight_OI, scale_O, bias_O)
 
 
+# ---- which way, and how it is cut ----------------------------------------------------------------
+#
+# Reasoned, not measured: from the instructions, registers and shared memory of what Triton 3.6 and
+# 3.9 compile for sm_75, sm_80 and sm_90. `tests/gpu/bench_quantized.py` times the alternatives.
+
+
 @cache
 def max_streamed_rows(dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many rows converting the weight in registers is the faster way."""
+    """Up to how many rows converting the weight in registers should be the faster way.
+
+    Writing an int8 weight out in 16 bits and reading it again moves five times its bytes, as much
+    time on an H100 as multiplying it with 500 rows. On Turing, where Triton has no matrix units,
+    the sums of 40 rows take as long. For float8, `torch._scaled_mm` takes over where converting
+    would fall behind the memory.
+    """
     if device.type != "cuda" or dtype == torch.float32:  # its tiles exceed the shared memory
         return 0
     capability = torch.cuda.get_device_capability(device)
     if weight_dtype == _FP8:
         return 32 if capability >= (9, 0) else 0
-    return 256 if capability >= (8, 0) else 32  # Turing: Triton has no matrix units there
+    return 512 if capability >= (8, 0) else 32
 
 
 @cache
@@ -100,16 +112,34 @@ def quantized_tuning(
 ) -> LinearTuning:
     """How the streaming product is cut for a shape.
 
-    Two warps to a program: with four, Triton takes Hopper's wgmma, for whose operands converting a
-    byte takes twice the instructions.
+    Up to 32 rows with two warps to a program: with four, Triton takes Hopper's wgmma, for whose
+    operands converting a byte takes twice the instructions; 38 instead of 17 bytes per cycle and
+    multiprocessor, where the memory of an H100 brings 13. For 64 rows, whose sums fill the
+    registers of two warps, small tiles leave room for five programs at once.
     """
     if not has_async_copy(device):
         return LinearTuning(32, 64, num_stages=1, least_rows=1, block_rows=16)
-    if num_rows > 64:
-        return LinearTuning(128, 64, num_warps=8, block_rows=128)
-    tiles = -(-num_out // 64)
-    pieces = min(max(1, round(4 * num_processors(device) / tiles)), max(1, num_in // 512))
-    return LinearTuning(pieces=pieces, num_warps=2, least_rows=8, block_rows=64)
+    processors, tiles = num_processors(device), -(-num_out // 64)
+    if num_rows <= 32:
+        pieces = _pieces(tiles, 4 * processors, num_in, least=512)
+        return LinearTuning(64, 128, pieces, num_warps=2, least_rows=8, block_rows=32)
+    if num_rows <= 64:
+        pieces = _pieces(tiles, 4 * processors, num_in, least=1024)
+        return LinearTuning(64, 64, pieces, block_rows=64)
+    wide_tiles = -(-num_out // 128) * -(-num_rows // 256)
+    if num_rows > 128 and wide_tiles >= processors and _is_hopper(device):
+        return LinearTuning(128, 64, num_warps=8, block_rows=256)
+    pieces = _pieces(tiles * -(-num_rows // 128), 2 * processors, num_in, least=1024)
+    return LinearTuning(64, 64, pieces, block_rows=128)
+
+
+def _pieces(tiles: int, programs: int, num_in: int, *, least: int) -> int:
+    """Pieces of the inputs, each of `least` or more, that make about so many programs of tiles."""
+    return max(1, min(round(programs / tiles), num_in // least))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
