@@ -152,16 +152,13 @@ class StageModel(PlainStage):
     def wanted_names(self) -> dict[str, str]:
         """What to load: name in `module.state_dict()` → name in the full model's.
 
-        Both ends of a tied pair are named where a stage holds both; they are one parameter.
+        Both ends of a tied pair are named where a stage holds both; they are one parameter. The
+        scale of a quantised weight is made while loading.
         """
-        scales = set(self.scale_names().values())
+        scales = {f"{path}.scale" for path, _ in quantized_linears(self.module)}
         return {
             name: self._canonical(name) for name in self.module.state_dict() if name not in scales
         }
-
-    def scale_names(self) -> dict[str, str]:
-        """Weight → its scale, both as in `module.state_dict()`; of quantised linears."""
-        return {f"{path}.weight": f"{path}.scale" for path, _ in quantized_linears(self.module)}
 
     def finish(
         self, cache: KVCache, *, mode: str = "auto", operations: Operations | None = None

@@ -13,14 +13,16 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
+from mpipipe.runtime.offload_folder import prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
@@ -46,12 +48,15 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     trust_remote_code = boot.loaded.config.model.trust_remote_code
 
     def load_stage() -> StageParts:
+        _prepare_offload_folder(plan, stage)
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
         return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
 
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
+    for warning in parts.load_warnings:
+        boot.log.warning("loading", message=warning)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
@@ -75,6 +80,12 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             yield Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load)
         finally:
             gc.unfreeze()
+
+
+def _prepare_offload_folder(plan: PipelinePlan, stage: StagePlan) -> None:
+    needed_bytes = 0 if stage.offload is None else stage.offload.disk_bytes
+    who = f"rank {stage.rank} on {stage.host}"
+    prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
 
 
 def _load_facts(

@@ -38,6 +38,7 @@ class StageParts:
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held as parameters
     needs_seq_lens: bool  # of the attention backend: it plans each step on the host
+    load_warnings: tuple[str, ...] = ()  # what made loading slower than it could be
 
 
 def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
@@ -100,7 +101,12 @@ def _load_parts(
     boot.begin("convert weights")  # into the layout to compute with, after trial steps
     model.finish(cache)
     return StageParts(
-        model, cache, report.bytes_read, report.parameter_bytes, backend.needs_seq_lens
+        model,
+        cache,
+        report.bytes_read,
+        report.parameter_bytes,
+        backend.needs_seq_lens,
+        report.warnings,
     )
 
 
@@ -116,7 +122,6 @@ def _load(
             tied=model.tied,
             dtype=model.dtype,
             device=device,
-            scales=model.scale_names(),
         )
     boot.begin("read weights")
     report = load_stage(
@@ -128,7 +133,6 @@ def _load(
         to_canonical=model.names.canonical,
         dtype=model.dtype,
         device=device,
-        scales=model.scale_names(),
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report

@@ -263,6 +263,7 @@ class Session:
             cpu_us_per_step=used.cpu_us_per_step,
             head_us_per_step=self._head_us_per_step(),
             energy_j=self.energy_j,
+            offload=used.offload,
         )
 
     def _make_core(self) -> SchedulerCore:

@@ -72,7 +72,9 @@ async def open_worker(
             channel=channel,
             engine=engine,
             stream=stream,
-            timeline=StreamTimeline(stream, account, _link(plan, ranks, account, clocks)),
+            timeline=StreamTimeline(
+                stream, account, ranks.clock, _link(plan, ranks, account, clocks)
+            ),
             progress=ranks.engine,
             clock=ranks.clock,
             ranges=profiler,

@@ -387,8 +387,7 @@ class StageWorker:
             )
             self._mesh.send(self._plan.head_rank, LogprobsSampled(step, entries))
             active = True
-        self._timeline.collect()
-        return active
+        return self._timeline.collect() or active
 
     def _hand_on(self, arrived: _OnTheWay) -> None:
         number = arrived.step.step

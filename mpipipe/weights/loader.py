@@ -1,9 +1,9 @@
 """A stage's weights: from the checkpoint into a module that was built on the meta device.
 
-Purpose: account for every name, then read this stage's tensors one by one in file order, convert
-them to the run's type, or to 8 bits and a scale, and make them the module's parameters. The models
-package builds the module,
-chooses the layers and computes non-persistent buffers (rotary tables).
+Purpose: account for every name, then read this stage's tensors in file order, convert them to the
+run's type, or to 8 bits and a scale, and make them, one by one and in that order, the module's
+parameters. The models package builds the module, chooses the layers and computes non-persistent
+buffers (rotary tables).
 
 Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
 foreign tensors are never read; afterwards nothing in the module's `state_dict` is on the meta
@@ -19,8 +19,10 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
-from mpipipe.weights.quantize import quantize_weight
+from mpipipe.weights.quantize import quantize_weight, scale_name
+from mpipipe.weights.readers import num_readers
 from mpipipe.weights.sources import StoredTensor, open_source
 
 __all__ = ["LoadReport", "load_stage", "place"]
@@ -35,8 +37,10 @@ class LoadReport:
 
     bytes_read: int  # from disk, in the stored type
     parameter_bytes: int  # in memory, in the run's type; shared tensors once
-    # Seconds of converting and moving what was read; 0 of mapped files, which are read by that.
+    # Seconds of the load in which pieces were converted, or a GPU waited for, instead of a read.
+    # Readers go on meanwhile. 0 of what only torch can read, which is read by converting it.
     convert_s: float = 0.0
+    warnings: tuple[str, ...] = ()  # what made it slower than it could be
 
 
 def load_stage(
@@ -49,7 +53,6 @@ def load_stage(
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
-    scales: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -63,43 +66,35 @@ def load_stage(
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
         device: where the tensors go.
-        scales: name in `module` of a weight in 8 bits -> that of its scale; made while loading.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
-    tied, scales = tied or {}, scales or {}
+    tied = tied or {}
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
-    source, bytes_read = open_source(index), 0
+    source = open_source(index)
+    # torch computes with as many threads as the rank has cores.
+    filler = TensorFiller(
+        source, num_threads=num_readers(torch.get_num_threads()), pinned=device.type == "cuda"
+    )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        slots = _slots(module, wanted, resolution.parts, tied, scales)
-        stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
-        _raise_if_any(index, _misfits(slots, stored))
-        for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            tensor = torch.empty(slot.meta.shape, dtype=_read_type(slot, stored), device=device)
-            for part in slot.parts:
-                bytes_read += source.read_into(part.source, _region(tensor, part))
-            if slot.scale is not None:
-                exact, tensor = tensor, torch.empty_like(tensor, dtype=slot.meta.dtype)
-                scale = torch.empty_like(slot.scale, device=device)
-                quantize_weight(exact, tensor, scale)
-                place(module, (scales[slot.names[0]],), scale, slot.scale)
-            _check_range(slot, stored, tensor)
-            place(module, slot.names, tensor, slot.meta)
+        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, device)
     finally:
+        filler.close()
         source.close()
     _share_equal(module, wanted, tied)
     return LoadReport(
-        bytes_read=bytes_read,
+        bytes_read=filler.bytes_read,
         parameter_bytes=_prove_materialised(module),
-        convert_s=source.convert_s,
+        convert_s=filler.convert_s,
+        warnings=tuple(filler.staging.warnings),
     )
 
 
@@ -110,7 +105,8 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
-    scale: torch.Tensor | None  # meta too, of a weight in 8 bits
+    scale_names: tuple[str, ...] = ()  # of a weight in 8 bits
+    scale: torch.Tensor | None = None  # meta too
 
 
 def _slots(
@@ -118,11 +114,11 @@ def _slots(
     wanted: Mapping[str, str],
     parts: Mapping[str, tuple[Part, ...]],
     tied: Mapping[str, str],
-    scales: Mapping[str, str],
 ) -> list[_Slot]:
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
     assert not stray, f"the stage's module has no {stray[:_NAMES_SHOWN]}"
+    scales = {name: scale for name in state if (scale := scale_name(name, state))}
     made = set(scales.values())  # from the weights, not read
     names: dict[tuple[Part, ...], list[str]] = {}
     for name, canonical in wanted.items():
@@ -135,7 +131,13 @@ def _slots(
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
     return [
-        _Slot(tuple(found), key, state[found[0]], state.get(scales.get(found[0], "")))
+        _Slot(
+            tuple(found),
+            key,
+            state[found[0]],
+            tuple(scales[name] for name in found if name in scales),
+            state.get(scales.get(found[0], "")),
+        )
         for key, found in names.items()
     ]
 
@@ -178,6 +180,42 @@ def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
     return wrong
 
 
+def _fill(
+    module: torch.nn.Module,
+    slots: list[_Slot],
+    index: CheckpointIndex,
+    filler: TensorFiller,
+    device: torch.device,
+) -> None:
+    """Read every slot, in the order of the files."""
+    source = filler.source
+    stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
+    _raise_if_any(index, _misfits(slots, stored))
+    ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
+    fillings = (_filling(slot, _read_type(slot, stored), device) for slot in ordered)
+    for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
+        tensor = filled.tensor
+        if slot.scale is not None:
+            tensor = _quantized(module, slot, tensor)
+        _check_range(slot, stored, tensor)
+        place(module, slot.names, tensor, slot.meta)
+
+
+def _quantized(module: torch.nn.Module, slot: _Slot, exact: torch.Tensor) -> torch.Tensor:
+    """The weight of `slot` in 8 bits; places its scale."""
+    assert slot.scale is not None
+    narrow = torch.empty_like(exact, dtype=slot.meta.dtype)
+    scale = torch.empty_like(slot.scale, device=exact.device)
+    quantize_weight(exact, narrow, scale)
+    place(module, slot.scale_names, scale, slot.scale)
+    return narrow
+
+
+def _filling(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Filling:
+    tensor = torch.empty(slot.meta.shape, dtype=dtype, device=device)
+    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
+
+
 def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     """The view of `tensor` that `part` fills."""
     if part.expert is None:
@@ -192,11 +230,18 @@ def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 def _check_range(slot: _Slot, stored: Mapping[str, StoredTensor], tensor: torch.Tensor) -> None:
     """float16 ends at 65,504: a larger weight became infinite on the way."""
     narrowed = {stored[part.source].dtype for part in slot.parts} - {"float16"}
-    if tensor.dtype == torch.float16 and narrowed and bool(torch.isinf(tensor).any()):
+    if tensor.dtype == torch.float16 and narrowed and _holds_infinity(tensor):
         raise CheckpointError(
             f"{slot.parts[0].source} holds values beyond float16 (65,504): choose "
             'model.dtype = "bfloat16" or "float32"'
         )
+
+
+def _holds_infinity(tensor: torch.Tensor) -> bool:
+    """Piece by piece: the answer for each element takes a byte."""
+    flat, step = tensor.view(-1), PIECE_BYTES
+    found = [torch.isinf(flat[i : i + step]).any() for i in range(0, flat.numel(), step)]
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def place(

@@ -9,12 +9,22 @@ step of `models/verification.py` reports.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-__all__ = ["quantize_weight"]
+__all__ = ["quantize_weight", "scale_name"]
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}
 _BLOCK_ELEMENTS = 1 << 24  # 64 MiB in float32
+
+
+def scale_name(name: str, state: Mapping[str, torch.Tensor]) -> str | None:
+    """Where in a module's `state` the scale of the weight called `name` is: beside it.
+
+    None: that weight has more than 8 bits.
+    """
+    return name.removesuffix("weight") + "scale" if state[name].dtype in _LARGEST else None
 
 
 def quantize_weight(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from mpipipe.weights.loader import LoadReport, place
-from mpipipe.weights.quantize import quantize_weight
+from mpipipe.weights.quantize import quantize_weight, scale_name
 
 __all__ = ["fill_random"]
 
@@ -27,23 +27,21 @@ def fill_random(
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
-    scales: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
 
     Args:
         module: built in `dtype` on the meta device; its parameters and persistent buffers are
-            replaced. One that it keeps in another type stays in that type.
+            replaced. One that it keeps in another type stays in that type; a weight in 8 bits and
+            its scale are made of what is drawn in `dtype`.
         wanted: name in `module.state_dict()` → canonical name (that of the full model).
         tied: canonical name → the canonical name it shares a tensor with.
         dtype: the run's.
         device: where the tensors are drawn and stay.
-        scales: name in `module` of a weight in 8 bits → that of its scale: made of what is drawn in
-            `dtype`.
         seed: other seeds give other weights.
     """
-    tied, scales = tied or {}, scales or {}
+    tied = tied or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
     names: dict[str, list[str]] = {}
@@ -52,14 +50,14 @@ def fill_random(
     num_bytes = 0
     for canonical, sharing in names.items():
         shell = state[sharing[0]]
-        scale_name = scales.get(sharing[0])
-        tensor = _drawn(canonical, shell.shape, dtype if scale_name else shell.dtype, device, seed)
-        if scale_name:
+        scale = scale_name(sharing[0], state)
+        tensor = _drawn(canonical, shell.shape, dtype if scale else shell.dtype, device, seed)
+        if scale is not None:
             exact, tensor = tensor, torch.empty_like(tensor, dtype=shell.dtype)
-            scale = torch.empty_like(state[scale_name], device=device)
-            quantize_weight(exact, tensor, scale)
-            place(module, (scale_name,), scale, state[scale_name])
-            num_bytes += scale.nbytes
+            scale_O = torch.empty_like(state[scale], device=device)
+            quantize_weight(exact, tensor, scale_O)
+            place(module, (scale,), scale_O, state[scale])
+            num_bytes += scale_O.nbytes
         place(module, sharing, tensor, shell)
         num_bytes += tensor.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)

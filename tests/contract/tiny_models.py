@@ -425,7 +425,6 @@ def fill(stage: StageModel, folder: Path, device: str = "cpu") -> None:
         to_canonical=stage.names.canonical,
         dtype=stage.dtype,
         device=torch.device(device),
-        scales=stage.scale_names(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What `job.run` does between its phases, without ranks."""
+"""What a run does between its phases, without ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from mpipipe.clock import ScriptedClock
 from mpipipe.job import run
 from mpipipe.job.acquire import Acquired
+from mpipipe.job.ending import merge_only
+from mpipipe.job.job import Marks
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.log import NullLog
 from mpipipe.run_folder.file_thread import FileThread
@@ -74,9 +76,9 @@ def merged(folder: Path, metrics: str | None) -> dict[str, Any]:
     acquired = Acquired(folder, 0, "0123456789ab", 3, earlier)  # 2 ended before its manifest
     identity = acquired.identity(0, 0)
     job: Any = SimpleNamespace(
-        ranks=ranks, acquired=acquired, identity=identity, marks=run._Marks(1.0), log=NullLog()
+        ranks=ranks, acquired=acquired, identity=identity, marks=Marks(1.0), log=NullLog()
     )
-    run._merge_only(job)
+    merge_only(job)
     document: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return document
 
