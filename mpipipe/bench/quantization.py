@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,14 +87,18 @@ def measure_forms(
     texts: list[tuple[int, ...]] | None = None
     reference: torch.Tensor | None = None
     for form in forms:
-        words = (*overrides, f"model.quantize={form}", *_single_stage(options))
-        model = read_model(load_config(config_path, words))
+        words = (*overrides, *_single_stage(options))
+        model = read_model(load_config(config_path, (*words, f"model.quantize={form}")))
         if texts is None:
             requests = tokenize(model, configured_prompts(model.loaded)).prompts.requests
             texts = _cut([request.prompt_ids for request in requests], options)
         rank = _this_rank(model.loaded.config.pipeline.device)
+        if form == "fp8" and not rank.has_gpu:
+            # No run computes it on a CPU, where it is slow; here it tells what a GPU would compute.
+            model = read_model(load_config(config_path, (*words, "model.quantize=none")))
         workload = Workload(num_requests=1, longest_request_tokens=options.tokens_per_text)
         plan = make_plan(model.loaded.config, model.spec, [rank], str(model.folder), workload)
+        plan = replace(plan, quantize="fp8") if form == "fp8" else plan
         planned(plan)
         record, compared_SV = _read(plan, rank, model.loaded.config.model.trust_remote_code, texts)
         yield record.of(form, compared_SV, reference)

@@ -62,8 +62,8 @@ def test_early_launches_read_nothing_stale() -> None:
 def test_quantised_products_are_the_plain_ones_from_a_graph_too(kind: str, num_rows: int) -> None:
     """Every way of the selection on this GPU, with shapes that fill no tile."""
     capability = torch.cuda.get_device_capability()
-    if kind == "fp8" and capability < (9, 0):
-        pytest.skip("fp8 needs compute capability 9.0")
+    if kind == "fp8" and capability < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
     dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
     weight_OI = drawn(1552, 2064).float()
     largest = 127.0 if kind == "int8" else 448.0

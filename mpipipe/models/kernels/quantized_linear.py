@@ -6,7 +6,7 @@ many rows arithmetic is what counts:
 * int8: the weight is written out in the dtype of the rows, at most `MAX_DEQUANTIZED_BYTES` at once,
   for cuBLAS to multiply. The memory comes from torch's allocator, so CUDA graphs may hold it;
 * float8: the rows are brought to that type, each with a scale of its own, for the matrix units of
-  Hopper and later (`torch._scaled_mm`).
+  Ada, Hopper and later (`torch._scaled_mm`).
 
 Which is taken follows from shapes and device only, so equal shapes give equal sums.
 """
@@ -43,6 +43,7 @@ __all__ = [
 MAX_DEQUANTIZED_BYTES = 128 << 20
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
+_FP8_CAPABILITY = (8, 9)  # Ada; planning refuses float8 on GPUs before it
 _BLOCK = 2048  # elements per program of `dequantize`: 16 a thread
 
 
@@ -102,7 +103,7 @@ def max_streamed_rows(dtype: torch.dtype, weight_dtype: torch.dtype, device: tor
         return 0
     capability = torch.cuda.get_device_capability(device)
     if weight_dtype == _FP8:
-        return 32 if capability >= (9, 0) else 0
+        return 32 if capability >= _FP8_CAPABILITY else 0
     return 512 if capability >= (8, 0) else 32
 
 
@@ -145,7 +146,7 @@ def _is_hopper(device: torch.device) -> bool:
 @cache
 def _multiplies_fp8(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `torch._scaled_mm` takes such a product with scales for rows and columns."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
         return False
     return dtype == torch.bfloat16 and num_out % 16 == 0 and num_in % 16 == 0
 
