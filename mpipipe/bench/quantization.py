@@ -49,7 +49,7 @@ _MAX_COMPARED = 512  # places whose logits are kept: 300 MB of a vocabulary of 1
 class TextOptions:
     """Which part of a file of prompts is read, and how."""
 
-    num_tokens: int = 4096  # in total, at most
+    num_tokens: int = 2048  # in total, at most
     tokens_per_text: int = 512  # of each prompt, from its beginning
     rows_per_step: int = 512
 

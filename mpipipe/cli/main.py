@@ -304,7 +304,7 @@ def bench_quantize(
     config: ConfigPath,
     overrides: Overrides = None,
     form: Annotated[list[str] | None, typer.Option(help=_FORM)] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens in total.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in total.")] = 2048,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 512,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a step; few take decode's way.")] = 512,
     debug: Debug = False,  # noqa: ARG001 - read by `main`

@@ -3,8 +3,8 @@
 For few rows the weight is streamed once and converted in registers (`linear.launch_linear`). For
 many rows arithmetic is what counts:
 
-* int8: the weight is written out in the dtype of the rows, at most `MAX_DEQUANTIZED_BYTES` at once,
-  for cuBLAS to multiply. The memory comes from torch's allocator, so CUDA graphs may hold it;
+* int8: the weight is written out in the dtype of the rows, at most `DEQUANTIZED_BYTES` at once, for
+  cuBLAS to multiply. The memory comes from torch's allocator, so CUDA graphs may hold it;
 * float8: the rows are brought to that type, each with a scale of its own, for the matrix units of
   Ada, Hopper and later (`torch._scaled_mm`).
 
@@ -27,9 +27,9 @@ from mpipipe.models.kernels.launch import (
     num_processors,
 )
 from mpipipe.models.kernels.linear import LinearTuning, launch_linear
+from mpipipe.planning.step_limits import DEQUANTIZED_BYTES
 
 __all__ = [
-    "MAX_DEQUANTIZED_BYTES",
     "dequantize",
     "dequantized_linear",
     "linear_fp8",
@@ -40,7 +40,6 @@ __all__ = [
     "scaled_mm_linear",
 ]
 
-MAX_DEQUANTIZED_BYTES = 128 << 20
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 _FP8_CAPABILITY = (8, 9)  # Ada; planning refuses float8 on GPUs before it
@@ -160,7 +159,7 @@ def dequantized_linear(
     scale_O: torch.Tensor,
     bias_O: torch.Tensor | None,
     *,
-    max_bytes: int = MAX_DEQUANTIZED_BYTES,
+    max_bytes: int = DEQUANTIZED_BYTES,
 ) -> torch.Tensor:
     """The product by way of the dequantised weight, of which at most `max_bytes` exist at once."""
     num_out, num_in = weight_OI.shape
