@@ -24,6 +24,7 @@ from mpipipe.errors import CheckpointError, EnvironmentSetupError, UnsupportedMo
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader, ReaderTensor
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["GgufModel", "open_gguf", "tokenizer_files"]
 
@@ -49,6 +50,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 _ROPE_TOLERANCE = 1e-4
+_SPACE_PREFIX, _SPACE = "tokenizer.ggml.add_space_prefix", "\u2581"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DECODED = "bfloat16"  # blocks: computing in it overflows with no model, and 8 bits hold the error
@@ -125,6 +127,8 @@ def tokenizer_files(model: GgufModel) -> dict[str, bytes]:
     tokenizer = AutoTokenizer.from_pretrained(
         str(path.parent), gguf_file=path.name, local_files_only=True
     )
+    if model.field("tokenizer.ggml.model") == "llama":
+        _set_space_prefix(tokenizer, prefixed=model.field(_SPACE_PREFIX) is not False)
     with tempfile.TemporaryDirectory(prefix="mpipipe-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
@@ -306,6 +310,19 @@ def _llama3_rotary(path: Path, factors: ReaderTensor, config: Mapping[str, Any])
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
+
+
+def _set_space_prefix(tokenizer: PreTrainedTokenizerFast, *, prefixed: bool) -> None:
+    """Put a space before every text, as sentencepiece and llama.cpp do.
+
+    transformers' own leaves it out before a text that begins with one.
+    """
+    from tokenizers import normalizers
+
+    spelled = normalizers.Replace(pattern=" ", content=_SPACE)
+    first = [normalizers.Prepend(prepend=_SPACE)] if prefixed else []
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*first, spelled])
+    tokenizer.backend_tokenizer.pre_tokenizer = None
 
 
 def _require_known_splits(model: GgufModel) -> None:

@@ -56,6 +56,7 @@ Overrides = Annotated[
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
@@ -273,6 +274,23 @@ def bench_throughput(
     raise typer.Exit(
         throughput_command(config, overrides or [], options, json_path=json_path, debug=debug)
     )
+
+
+@bench.command("load")
+def bench_load(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    stage: Annotated[int, typer.Option(min=0, help="The one to load.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help=_COLD)] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Reading one stage's weights against a plain sequential read of the same bytes."""
+    from mpipipe.cli.bench_load import load_command
+
+    load_command(config, overrides or [], stages=stages, stage=stage, cold=cold, repeat=repeat)
 
 
 @bench.command("transformers")

@@ -31,6 +31,7 @@ __all__ = [
     "detach_outputs",
     "has_silu",
     "is_of_transformers",
+    "join_rows",
     "locate_parts",
     "merge_linears",
     "merged_linears",
@@ -111,18 +112,32 @@ def can_merge(*linears: nn.Module) -> bool:
 
 
 def merge_linears(*linears: nn.Linear | QuantizedLinear) -> LinearTensors:
-    """Those of one linear whose outputs are those of `linears`, one after the other."""
+    """Those of one linear whose outputs are those of `linears`, one after the other.
+
+    Views, where the linears' own lie side by side in one storage; else copies.
+    """
     biases = [linear.bias for linear in linears if linear.bias is not None]
     scales = [linear.scale for linear in linears if isinstance(linear, QuantizedLinear)]
     return LinearTensors(
-        _joined([linear.weight for linear in linears]),
-        _joined(biases) if biases else None,
-        _joined(scales) if scales else None,
+        join_rows([linear.weight for linear in linears]),
+        join_rows(biases) if biases else None,
+        join_rows(scales) if scales else None,
     )
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+def join_rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`tensors` one after the other: a view, where they lie so in one storage; else a copy."""
+    first, ends = tensors[0].detach(), [t.data_ptr() + t.nbytes for t in tensors]
+    side_by_side = all(
+        tensor.is_contiguous()
+        and tensor.dtype == first.dtype
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor in tensors
+    ) and ends[:-1] == [tensor.data_ptr() for tensor in tensors[1:]]
+    if not side_by_side:
+        return torch.cat([tensor.detach() for tensor in tensors])
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+    return first.as_strided(shape, first.stride())
 
 
 def check_config(config: PretrainedConfig) -> None:

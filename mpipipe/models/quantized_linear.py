@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module):
         """[..., in_features] → [..., out_features], in the type of `rows`."""
         rows_TI = rows.reshape(-1, self.in_features)
         out_TO = self.multiply(rows_TI, self.weight, self.scale, self.bias)
-        return out_TO.view(*rows.shape[:-1], self.out_features)
+        return out_TO.view(*rows.shape[:-1], out_TO.shape[-1])
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same, with `residual` added."""

@@ -114,7 +114,7 @@ class StageFitting:
 
     def _stages(self, best: Candidate, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
         parts, layer_bytes = [], part_bytes(self.spec, self.dtype).layer
-        total_s = sum(choice.decode.step_s for choice in best.stages)
+        total_s = sum(choice.forecast.step_s for choice in best.stages)
         first_layer = 0
         for stage, choice in zip(stages, best.stages, strict=True):
             num_layers = choice.placed.shape.num_layers
@@ -124,8 +124,8 @@ class StageFitting:
                     first_layer=first_layer,
                     last_layer=first_layer + num_layers,
                     weight_bytes=stage.weight_bytes + (num_layers - stage.num_layers) * layer_bytes,
-                    cost_share=round(choice.decode.step_s / total_s, 6),
-                    offload=offload_of(choice.placed, first_layer, choice.decode),
+                    cost_share=round(choice.forecast.step_s / total_s, 6),
+                    offload=offload_of(choice, first_layer),
                 )
             )
             first_layer += num_layers
@@ -304,5 +304,5 @@ class StageFitting:
 
 
 def _split_reason(best: Candidate) -> str:
-    steps_s = ", ".join(f"{choice.decode.step_s:.3g}" for choice in best.stages)
+    steps_s = ", ".join(f"{choice.forecast.step_s:.3g}" for choice in best.stages)
     return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"

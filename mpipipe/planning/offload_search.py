@@ -15,19 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mpipipe.planning.cost import Ceilings
-from mpipipe.planning.links import LinkRates
 from mpipipe.planning.placement import (
     ModelParts,
     Placed,
+    StageChoice,
     StageRoom,
     StageShape,
+    StageSpeed,
     StepWork,
     forecast_step,
     least_device_bytes,
     place_stage,
 )
-from mpipipe.planning.plan import StepForecast
 
 __all__ = [
     "Candidate",
@@ -52,8 +51,7 @@ class RankRoom:
     cache_factor: int  # how much must be free for a byte of cache
     host_bytes: int  # for offloaded weights
     has_disk: bool
-    rates: LinkRates
-    ceilings: Ceilings
+    speed: StageSpeed
 
     def for_weights(self, kv_bytes: int, work_bytes: int) -> int:
         """Beside so much cache and work space; may be negative."""
@@ -148,14 +146,6 @@ class OffloadProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class StageChoice:
-    """A stage of a candidate."""
-
-    placed: Placed
-    decode: StepForecast
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to run."""
 
@@ -245,11 +235,8 @@ class _Choices:
         stage_room = StageRoom(
             room.for_weights(kv_bytes, work_bytes), room.host_bytes, room.has_disk
         )
-        placed = place_stage(shape, problem.model.parts, stage_room, room.rates, self._rows)
-        if placed is None:
-            return None
         work = StepWork(self._rows, problem.run.context_tokens)
-        return StageChoice(placed, self._forecast(stage, placed, work))
+        return place_stage(problem.model, shape, stage_room, work, room.speed)
 
     def chunk_s(self, stage: int, placed: Placed) -> float:
         """A step of prompt chunks."""
@@ -257,11 +244,8 @@ class _Choices:
         ends = max(1, min(self.tokens, round(self.tokens / mean_prompt)))
         # A chunk reads keys and values once for all of its rows, so the traffic is that of `ends`.
         work = StepWork(self.tokens, 0.0, rows_to_head=ends)
-        return self._forecast(stage, placed, work).step_s
-
-    def _forecast(self, stage: int, placed: Placed, work: StepWork) -> StepForecast:
-        problem, room = self._problem, self._problem.rooms[stage]
-        return forecast_step(problem.model, placed, work, room.ceilings, room.rates)
+        speed = self._problem.rooms[stage].speed
+        return forecast_step(self._problem.model, placed, work, speed).step_s
 
 
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
@@ -273,8 +257,10 @@ def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...
 
     def step_s(stage: int, count: int) -> float:
         choice = choices.stage(stage, count)
-        return float("inf") if choice is None else choice.decode.step_s
+        return float("inf") if choice is None else choice.forecast.step_s
 
+    if num_stages == 1:
+        return (num_layers,)
     split = [1] * num_stages
     order = [*range(1, num_stages - 1), num_stages - 1, 0] if num_stages > 1 else [0]
     for _ in range(num_layers - num_stages):
@@ -287,12 +273,12 @@ def _tokens_per_s(
 ) -> float:
     """Output tokens per second over prefill and decode of the requests, wave by wave."""
     run, num_slots = problem.run, problem.num_slots
-    at_once = stages[0].decode.rows * num_slots
+    at_once = stages[0].forecast.rows * num_slots
     sequences = float(at_once)
     if run.num_requests is not None:
         num_waves = -(-run.num_requests // at_once)
         sequences = run.num_requests / num_waves
-    steps_s = [stage.decode.step_s for stage in stages]
+    steps_s = [stage.forecast.step_s for stage in stages]
     round_s = max(sum(steps_s), num_slots * max(steps_s))
     chunks_s = [choices.chunk_s(number, stage.placed) for number, stage in enumerate(stages)]
     num_chunks = max(1.0, sequences * run.num_prompt_tokens / choices.tokens)

@@ -13,6 +13,7 @@ from mpipipe.errors import PlanError
 from mpipipe.planning.links import compute_ceilings, link_rates
 from mpipipe.planning.memory import gib
 from mpipipe.planning.offload_search import RankRoom
+from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.resources import RankResources
 
 __all__ = ["check_settings", "gpu_bytes", "rank_rooms"]
@@ -75,8 +76,10 @@ def _on_gpu(
         cache_factor=1,
         host_bytes=_less_margin(host_bytes),
         has_disk=memory.offload_dir != "",
-        rates=link_rates(rank.gpu).shared_by(on_gpu, on_host),
-        ceilings=compute_ceilings(rank.gpu, num_threads),
+        speed=StageSpeed(
+            compute_ceilings(rank.gpu, num_threads),
+            link_rates(rank.gpu).shared_by(on_gpu, on_host),
+        ),
     )
 
 
@@ -92,8 +95,9 @@ def _on_cpu(
         cache_factor=1 if asked else _AUTO_CACHE_FACTOR,
         host_bytes=0,
         has_disk=memory.offload_dir != "",
-        rates=link_rates(None).shared_by(1, on_host),
-        ceilings=compute_ceilings(None, num_threads),
+        speed=StageSpeed(
+            compute_ceilings(None, num_threads), link_rates(None).shared_by(1, on_host)
+        ),
     )
 
 

@@ -19,9 +19,10 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
-from mpipipe.weights.quantize import quantize_weight, scale_name
+from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
 from mpipipe.weights.sources import StoredTensor, open_source
 
@@ -52,7 +53,7 @@ def load_stage(
     tied: Mapping[str, str] | None = None,
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Destination,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -65,27 +66,30 @@ def load_stage(
         tied: canonical name -> the canonical name it shares a tensor with, for tied embeddings.
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
-        device: where the tensors go.
+        device: where the tensors go; or what says it of each.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
     tied = tied or {}
+    destination = OnDevice(device) if isinstance(device, torch.device) else device
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
     source = open_source(index)
     # torch computes with as many threads as the rank has cores.
     filler = TensorFiller(
-        source, num_threads=num_readers(torch.get_num_threads()), pinned=device.type == "cuda"
+        source,
+        num_threads=num_readers(torch.get_num_threads()),
+        pinned=destination.device.type == "cuda",
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, device)
+        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, destination)
     finally:
         filler.close()
         source.close()
@@ -105,8 +109,7 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
-    scale_names: tuple[str, ...] = ()  # of a weight in 8 bits
-    scale: torch.Tensor | None = None  # meta too
+    scale: Place | None = None  # of a weight that is quantised when it is read
 
 
 def _slots(
@@ -135,19 +138,10 @@ def _slots(
             tuple(found),
             key,
             state[found[0]],
-            tuple(scales[name] for name in found if name in scales),
-            state.get(scales.get(found[0], "")),
+            Place((scales[found[0]],), state[scales[found[0]]]) if found[0] in scales else None,
         )
         for key, found in names.items()
     ]
-
-
-def _read_type(slot: _Slot, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The tensor's own, or, before it is quantised, that of the file."""
-    if slot.scale is None:
-        return slot.meta.dtype
-    found: torch.dtype = getattr(torch, stored[slot.parts[0].source].dtype)
-    return found
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -185,34 +179,32 @@ def _fill(
     slots: list[_Slot],
     index: CheckpointIndex,
     filler: TensorFiller,
-    device: torch.device,
+    destination: Destination,
 ) -> None:
     """Read every slot, in the order of the files."""
     source = filler.source
     stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
     _raise_if_any(index, _misfits(slots, stored))
     ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
-    fillings = (_filling(slot, _read_type(slot, stored), device) for slot in ordered)
+    fillings = (_filling(slot, stored, destination) for slot in ordered)
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
-        tensor = filled.tensor
-        if slot.scale is not None:
-            tensor = _quantized(module, slot, tensor)
-        _check_range(slot, stored, tensor)
+        _check_range(slot, stored, filled.tensor)
+        if slot.scale is None:
+            tensor = destination.keep(slot.names, filled.tensor)
+        else:
+            weight = Place(slot.names, slot.meta)
+            tensor, scale = quantize_to(destination, filled.tensor, weight, slot.scale)
+            place(module, slot.scale.names, scale, slot.scale.like)
         place(module, slot.names, tensor, slot.meta)
 
 
-def _quantized(module: torch.nn.Module, slot: _Slot, exact: torch.Tensor) -> torch.Tensor:
-    """The weight of `slot` in 8 bits; places its scale."""
-    assert slot.scale is not None
-    narrow = torch.empty_like(exact, dtype=slot.meta.dtype)
-    scale = torch.empty_like(slot.scale, device=exact.device)
-    quantize_weight(exact, narrow, scale)
-    place(module, slot.scale_names, scale, slot.scale)
-    return narrow
-
-
-def _filling(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Filling:
-    tensor = torch.empty(slot.meta.shape, dtype=dtype, device=device)
+def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
+    """What is quantised is read in the type of the file first, to the device."""
+    if slot.scale is None:
+        tensor = destination.empty(slot.names, slot.meta)
+    else:
+        dtype = getattr(torch, stored[slot.parts[0].source].dtype)
+        tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
 
 

@@ -10,10 +10,13 @@ step of `models/verification.py` reports.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["quantize_weight", "scale_name"]
+from mpipipe.weights.destination import Destination
+
+__all__ = ["Place", "quantize_to", "quantize_weight", "scale_name"]
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}
 _BLOCK_ELEMENTS = 1 << 24  # 64 MiB in float32
@@ -27,12 +30,30 @@ def scale_name(name: str, state: Mapping[str, torch.Tensor]) -> str | None:
     return name.removesuffix("weight") + "scale" if state[name].dtype in _LARGEST else None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of a module goes: its names there, and what is there so far, on `meta`."""
+
+    names: tuple[str, ...]
+    like: torch.Tensor
+
+
+def quantize_to(
+    destination: Destination, exact_OI: torch.Tensor, weight: Place, scale: Place
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The module's own tensors for `weight` and `scale`, made from `exact_OI`."""
+    narrow_OI = destination.empty(weight.names, weight.like)
+    scale_O = destination.empty(scale.names, scale.like)
+    quantize_weight(exact_OI, narrow_OI, scale_O)
+    return destination.keep(weight.names, narrow_OI), destination.keep(scale.names, scale_O)
+
+
 def quantize_weight(
     weight_OI: torch.Tensor, narrow_OI: torch.Tensor, scale_O: torch.Tensor
 ) -> None:
     """Fill `narrow_OI` (int8 or float8_e4m3fn) and `scale_O` (float32) from `weight_OI`.
 
-    A row of zeros stays one. All are on one device.
+    A row of zeros stays one.
     """
     largest = _LARGEST[narrow_OI.dtype]
     block_rows = max(1, _BLOCK_ELEMENTS // weight_OI.shape[1])

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
+from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.loader import LoadReport, place
-from mpipipe.weights.quantize import quantize_weight, scale_name
+from mpipipe.weights.quantize import Place, quantize_to, scale_name
 
 __all__ = ["fill_random"]
 
@@ -27,6 +28,7 @@ def fill_random(
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    destination: Destination | None = None,
     seed: int = 0,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
@@ -39,6 +41,7 @@ def fill_random(
         tied: canonical name → the canonical name it shares a tensor with.
         dtype: the run's.
         device: where the tensors are drawn and stay.
+        destination: where they stay instead, tensor by tensor.
         seed: other seeds give other weights.
     """
     tied = tied or {}
@@ -53,13 +56,16 @@ def fill_random(
         scale = scale_name(sharing[0], state)
         tensor = _drawn(canonical, shell.shape, dtype if scale else shell.dtype, device, seed)
         if scale is not None:
-            exact, tensor = tensor, torch.empty_like(tensor, dtype=shell.dtype)
-            scale_O = torch.empty_like(state[scale], device=device)
-            quantize_weight(exact, tensor, scale_O)
+            scale_place = Place((scale,), state[scale])
+            weight_place = Place(tuple(sharing), shell)
+            to = destination or OnDevice(device)
+            tensor, scale_O = quantize_to(to, tensor, weight_place, scale_place)
             place(module, (scale,), scale_O, state[scale])
-            num_bytes += scale_O.nbytes
+            num_bytes += state[scale].nbytes
+        elif destination is not None:
+            tensor = destination.keep(sharing, destination.empty(sharing, shell).copy_(tensor))
         place(module, sharing, tensor, shell)
-        num_bytes += tensor.nbytes
+        num_bytes += shell.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from torch import nn
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.operations import torch_operations
 from mpipipe.models.quantized_linear import QuantizedLinear, quantized_linears
+from mpipipe.planning.plan import StageOffload
 from mpipipe.types import QuantizeName
 from tests.contract.tiny_models import (
     NUM_LAYERS,
     InProcessPipeline,
+    Offloading,
     TinyModel,
     load_stage,
     paged_cache,
@@ -144,6 +148,32 @@ def test_fp8_stages_compute_alike_in_every_mode(
     assert (found - plain).norm() <= 3e-2 * plain.norm()
     # Weights this wide amplify every rounding: 28 products, each about 4 % off.
     assert 1e-2 <= (found - exact).norm() / exact.norm() <= 0.5
+
+
+@pytest.mark.parametrize("mode", ["packed", "fast"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantised_weights_may_stand_anywhere(
+    quantize: QuantizeName, mode: str, tiny: Callable[[str], TinyModel], tmp_path: Path
+) -> None:
+    def run(offload: StageOffload | None) -> list[list[int]]:
+        model = tiny("qwen2")
+        with closing(Offloading(tmp_path)) as offloading:
+            stage = load_stage(
+                model.folder,
+                replace(split(1)[0], offload=offload),
+                cache=paged_cache(model.reference.config, NUM_LAYERS),
+                mode=mode,
+                quantize=quantize,
+                operations=torch_operations(),
+                offloading=None if offload is None else offloading,
+            )
+            assert stage.mode == mode
+            return InProcessPipeline([stage]).generate(PROMPTS, NUM_TOKENS, chunk=4)
+
+    anywhere = StageOffload(
+        host_layers=(1,), disk_layers=(0, 3), embedding="disk", head="host", num_buffers=2
+    )
+    assert run(anywhere) == run(None)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])

@@ -52,7 +52,8 @@ def expected(demo_model: Path, prompt_file: Path) -> dict[str, tuple[int, ...]]:
     return {c.request_id: c.token_ids for c in result.completions}
 
 
-@pytest.mark.parametrize("num_ranks", [0, 1, 2, 3, 4])
+@pytest.mark.xdist_group("demo tokens")  # what is expected takes transformers 20 s
+@pytest.mark.parametrize("num_ranks", [0, 2, 4])
 def test_greedy_tokens_are_those_of_transformers(
     num_ranks: int, expected: dict[str, tuple[int, ...]], prompt_file: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +109,7 @@ def phi3(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("num_ranks", "lookahead"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(("num_ranks", "lookahead"), [(2, 0), (2, 1)])
 def test_lengths_and_the_models_own_settings_count_as_in_transformers(
     phi3: Path, num_ranks: int, lookahead: int, tmp_path: Path
 ) -> None:
