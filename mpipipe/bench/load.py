@@ -219,7 +219,7 @@ def _read_and_drop(extents: Sequence[Extent]) -> None:
 def _read_and_keep(extents: Sequence[Extent]) -> None:
     """Into memory that holds it all afterwards."""
     kept = torch.empty(sum(extent.num_bytes for extent in extents), dtype=torch.uint8)
-    view = memoryview(kept.numpy())
+    view = kept.numpy().data
     for extent in extents:
         with extent.path.open("rb", buffering=0) as file:
             file.seek(extent.offset)
