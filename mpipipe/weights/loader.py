@@ -18,6 +18,7 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
 from mpipipe.weights.readers import num_readers
@@ -50,7 +51,7 @@ def load_stage(
     tied: Mapping[str, str] | None = None,
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Destination,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -63,27 +64,30 @@ def load_stage(
         tied: canonical name -> the canonical name it shares a tensor with, for tied embeddings.
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
-        device: where the tensors go.
+        device: where the tensors go; or what says it of each.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
     tied = tied or {}
+    destination = OnDevice(device) if isinstance(device, torch.device) else device
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
     source = open_source(index)
     # torch computes with as many threads as the rank has cores.
     filler = TensorFiller(
-        source, num_threads=num_readers(torch.get_num_threads()), pinned=device.type == "cuda"
+        source,
+        num_threads=num_readers(torch.get_num_threads()),
+        pinned=destination.device.type == "cuda",
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, device)
+        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, destination)
     finally:
         filler.close()
         source.close()
@@ -161,21 +165,22 @@ def _fill(
     slots: list[_Slot],
     index: CheckpointIndex,
     filler: TensorFiller,
-    device: torch.device,
+    destination: Destination,
 ) -> None:
     """Read every slot, in the order of the files."""
     source = filler.source
     stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
     _raise_if_any(index, _misfits(slots, stored))
     ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
-    fillings = (_filling(slot, device) for slot in ordered)
+    fillings = (_filling(slot, destination) for slot in ordered)
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
         _check_range(slot, stored, filled.tensor)
-        place(module, slot.names, filled.tensor, slot.meta)
+        tensor = destination.keep(slot.names, filled.tensor)
+        place(module, slot.names, tensor, slot.meta)
 
 
-def _filling(slot: _Slot, device: torch.device) -> Filling:
-    tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=device)
+def _filling(slot: _Slot, destination: Destination) -> Filling:
+    tensor = destination.empty(slot.names, slot.meta)
     return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
 
 
