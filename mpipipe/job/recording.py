@@ -6,6 +6,7 @@ All of it is written, that rank's log too, and samples are taken, in one thread 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import LogFile
-    from mpipipe.run_folder.file_thread import FileThread
     from mpipipe.runtime.clock_offsets import ClockOffset
     from mpipipe.runtime.session import Session
 
@@ -171,7 +171,6 @@ async def recording(
     identity: RunIdentity,
     wanted: LogConfig,
     session: Session,
-    files: FileThread,
     *,
     log: LogFile,
     on_failure: Callable[[str], object],
@@ -206,6 +205,6 @@ async def recording(
         session.give_up_times()
         recorder.thread.close(_CLOSE_FAILED_S)
         raise
-    if await files.run(lambda: recorder.thread.close(_CLOSE_S)):
+    if await asyncio.to_thread(recorder.thread.close, _CLOSE_S):
         recorder.release()
-    session.energy_j = recorder.energy.energy_j
+    session.energy_j, session.io_write_s = recorder.energy.energy_j, recorder.thread.busy_s

@@ -21,7 +21,6 @@ from mpipipe.job.recording import Recording, recording
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.identity import RunIdentity
 from mpipipe.metrics.log import RunLog, open_log
-from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.runtime.clock_offsets import ClockOffset
 from mpipipe.topology.nvml import opened_nvml
 from tests.unit.fake_nvml import FakeCard, FakeNvml, memory
@@ -40,6 +39,7 @@ class FakeSession:
         self.ranks = SimpleNamespace(clock=ScriptedClock(50.0))
         self.clocks = self
         self.energy_j: float | None = None
+        self.io_write_s = 0.0
         self.account = StageAccount(0)
         self.on_clocks: Any = None
 
@@ -90,7 +90,6 @@ def record(
     folder: Path, session: FakeSession, wanted: LogConfig, inside: Any, log: RunLog | None = None
 ) -> None:
     async def run() -> None:
-        files = FileThread()
         told: Any = session
         ignored = open_log(Path(os.devnull), identity=IDENTITY, host="n1")
         try:
@@ -99,13 +98,11 @@ def record(
                 IDENTITY,
                 wanted,
                 told,
-                files,
                 log=(log or ignored).file,
                 on_failure=pytest.fail,
             ) as recorder:
                 inside(recorder)
         finally:
-            files.close()
             ignored.close()
 
     asyncio.run(run())
