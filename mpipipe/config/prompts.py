@@ -16,7 +16,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import io
 import json
@@ -35,6 +34,7 @@ from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, read_fields
 from mpipipe.config.prompt_file import file_label, problem_of_lines, read_prompt_file
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
+from mpipipe.garbage import no_garbage_collection
 from mpipipe.types import SamplingParams
 
 __all__ = ["PromptLine", "configured_prompts", "library_prompts", "prompt_seed", "read_prompts"]
@@ -89,7 +89,7 @@ def read_prompts(
                 "or set prompts.path to one"
             )
         return _prompt_lines(found, defaults, "line", limit)
-    with _without_collections():
+    with no_garbage_collection():
         found = _file_prompts(path)
         if not found:
             raise ConfigError(
@@ -112,18 +112,6 @@ def prompt_seed(run_seed: int, prompt_id: str) -> int:
     """The seed of one prompt, in [0, 2^63): BLAKE2b of run seed and id, the same everywhere."""
     digest = hashlib.blake2b(f"{run_seed}:{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No search for garbage: of a large file all is kept, and looking at it again takes a third."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _file_prompts(path: Path) -> list[_FoundPrompt]:

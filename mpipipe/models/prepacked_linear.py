@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -114,11 +115,13 @@ def can_prepack(linear: nn.Linear) -> bool:
     return weight.dtype == torch.float32
 
 
-def prepack_linears(model: nn.Module) -> None:
-    """Replace every plain `nn.Linear` in `model` that can be packed."""
+def prepack_linears(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
+    """Replace every plain `nn.Linear` in `model` that can be packed, but for those in `kept`."""
+    left = {module for part in kept for module in part.modules()}
     places = [
         (parent, name, child)
         for parent in model.modules()
+        if parent not in left
         for name, child in parent.named_children()
         if type(child) is nn.Linear and can_prepack(child)
     ]

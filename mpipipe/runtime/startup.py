@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpipipe.config.schema import PipelineConfig
+from mpipipe.garbage import no_garbage_collection
 from mpipipe.planning.model_facts import ModelFacts, read_model
 from mpipipe.runtime.handshake import handshake
 from mpipipe.runtime.ranks import Ranks, in_phase, open_ranks
@@ -116,7 +117,7 @@ async def loaded_session(
     ranks, model = joined.ranks, joined.model
     # torch and transformers take seconds to import: only now, when the input is in order.
     ranks.boot.begin("imports")
-    await in_phase(ranks, "import", lambda: importlib.import_module("mpipipe.runtime.boot"))
+    await in_phase(ranks, "import", _import_boot)
     from mpipipe.runtime.boot import open_session
 
     ranks.boot.begin("tokenizer")
@@ -126,3 +127,8 @@ async def loaded_session(
     boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log, folder)
     async with open_session(boot) as session:
         yield session, prepared
+
+
+def _import_boot() -> None:
+    with no_garbage_collection():
+        importlib.import_module("mpipipe.runtime.boot")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -105,6 +107,27 @@ def test_the_phases_come_in_their_order_and_each_end_is_noted(
     (boot,) = opened
     assert boot.prepared is prepared
     assert boot.loaded.config.generation.top_k == 7
+
+
+def test_nothing_looks_for_garbage_while_torch_is_imported(
+    loaded: LoadedConfig, opened: list[Boot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    real = importlib.import_module
+
+    def import_module(name: str) -> Any:
+        looked.append(gc.isenabled())
+        return real(name)
+
+    async def job() -> None:
+        async with joined_ranks(MonotonicClock(), lambda: loaded, lambda _: None) as joined:
+            monkeypatch.setattr(importlib, "import_module", import_module)
+            async with loaded_session(joined, lambda _: Prepared(), NullLog()):
+                looked.append(gc.isenabled())
+
+    run(job())
+    assert looked == [False, True]
+    assert len(opened) == 1
 
 
 def test_each_part_of_a_boot_is_booked_to_its_name(
