@@ -195,7 +195,8 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
-        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
+        # 0.1 s: a message at either end, on cores that another test's ranks use, too.
+        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.1
         _check_steps(folder, rank["rank"], stage)
         _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
