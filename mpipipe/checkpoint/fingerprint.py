@@ -18,17 +18,23 @@ from pathlib import Path
 from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError
 
-__all__ = ["digest_files", "model_fingerprint"]
+__all__ = [
+    "CODE_FILES",
+    "TEMPLATE_FILES",
+    "TOKENIZER_FILES",
+    "digest_files",
+    "model_fingerprint",
+]
 
 _WHOLE_BYTES = 4 * 1024**2  # smaller weight files are read whole
 _BLOCK_BYTES = 4096
 _NUM_BLOCKS = 32
 _START_BYTES = _END_BYTES = 256 * 1024  # the header; the directory of a `.bin` file
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
                     "added_tokens.json", "*.model", "*.tiktoken")  # fmt: skip
-_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
-_CODE_FILES = ("*.py",)
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
+CODE_FILES = ("*.py",)
 
 
 def model_fingerprint(
@@ -49,9 +55,9 @@ def model_fingerprint(
         "the model's generation_config.json": digest_files(
             _found(folder, ("generation_config.json",))
         ),
-        "the model's code": digest_files(_found(folder, _CODE_FILES if has_code else ())),
-        "the tokenizer": digest_files(_found(tokenizer_folder, _TOKENIZER_FILES)),
-        "the chat templates": digest_files(_found(tokenizer_folder, _TEMPLATE_FILES)),
+        "the model's code": digest_files(_found(folder, CODE_FILES if has_code else ())),
+        "the tokenizer": digest_files(_found(tokenizer_folder, TOKENIZER_FILES)),
+        "the chat templates": digest_files(_found(tokenizer_folder, TEMPLATE_FILES)),
     }
 
 

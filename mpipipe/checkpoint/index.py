@@ -29,7 +29,14 @@ from typing import Any
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError
 
-__all__ = ["CheckpointIndex", "TensorEntry", "read_index"]
+__all__ = [
+    "SAFETENSORS",
+    "SAFETENSORS_DTYPES",
+    "TORCH",
+    "CheckpointIndex",
+    "TensorEntry",
+    "read_index",
+]
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _STEMS = ((SAFETENSORS, "model.safetensors"), (TORCH, "pytorch_model.bin"))
@@ -41,7 +48,7 @@ _LENGTH_BYTES = 8
 _MAX_NUMBER = 2**63 - 1  # of an offset or a size
 
 # safetensors' name -> (torch's name, bytes per element)
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -184,9 +191,7 @@ def _require_whole_archive(path: Path) -> None:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            end = max(
-                (item.header_offset + item.compress_size for item in archive.infolist()), default=0
-            )
+            items = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(
             f"{path} is cut off: it has {size:,} bytes and the directory that stands at the end of "
@@ -196,6 +201,12 @@ def _require_whole_archive(path: Path) -> None:
         raise CheckpointError(
             f"{path} is broken: its directory cannot be read ({error}); copy it again"
         ) from error
+    if any(item.compress_type != zipfile.ZIP_STORED for item in items):
+        raise CheckpointError(
+            f"{path} is compressed, as torch does not save it: the file was packed anew; unpack it "
+            "with the program that packed it, or copy the original"
+        )
+    end = max((item.header_offset + item.compress_size for item in items), default=0)
     if end == 0 or end > size:
         raise CheckpointError(f"{path} is broken: its directory does not fit it; copy it again")
 
@@ -247,7 +258,7 @@ def _entry(path: Path, base: int, described: dict[str, Any]) -> TensorEntry:
         raise ValueError("a shape or offset is not a whole number")
     if end < begin:
         raise ValueError(f"a tensor ends at {end}, before it begins at {begin}")
-    dtype, item_bytes = _DTYPES.get(described["dtype"], (str(described["dtype"]), None))
+    dtype, item_bytes = SAFETENSORS_DTYPES.get(described["dtype"], (str(described["dtype"]), None))
     if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {dtype}")
     return TensorEntry(path, dtype, shape, base + begin, end - begin)

@@ -29,6 +29,7 @@ from mpipipe.checkpoint.generation_defaults import (
 )
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.checkpoint.staged import require_finished
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ModelSpec", "read_spec", "require_model_folder"]
@@ -84,7 +85,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def require_model_folder(folder: Path) -> None:
-    """Raises CheckpointError with the likely cause unless `folder` holds a `config.json`."""
+    """Raises CheckpointError with the likely cause unless `folder` holds a `config.json`.
+
+    Also where `mpipipe stage-model` has not finished the folder.
+    """
     if not folder.exists():
         typed = str(folder.relative_to(Path.cwd()) if _is_below_here(folder) else folder)
         if _HUB_ID.fullmatch(typed):
@@ -98,6 +102,7 @@ def require_model_folder(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is a file: give the folder that holds config.json, weights and tokenizer"
         )
+    require_finished(folder)
     if not (folder / "config.json").is_file():
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(

@@ -56,7 +56,12 @@ Overrides = Annotated[
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
+_MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
+_SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
+_TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
+_VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -189,6 +194,39 @@ def demo_model(debug: Debug = False) -> None:  # noqa: ARG001 - read by `main`
     typer.echo(f"Demo model: SmolLM2-135M-Instruct, a dequantised 4-bit copy, in {folder}")
 
 
+@app.command("stage-model")
+def stage_model(
+    *,
+    source: Annotated[str, typer.Argument(metavar="SRC", help=_MODEL)],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A new or empty folder.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help=_SHARDS)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help=_TOKENIZER)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Put a model on shared storage: checked, converted where need be; goes on if broken off."""
+    from mpipipe.cli.stage_model import stage_model_command, verify_command
+
+    if verify:
+        raise typer.Exit(verify_command(destination or Path(source)))
+    if destination is None:
+        raise typer.BadParameter("give the folder for the model as DST")
+    words = shlex.join(["mpipipe", *sys.argv[1:]])
+    raise typer.Exit(
+        stage_model_command(
+            source,
+            destination,
+            dtype=dtype,
+            shard_size=shard_size,
+            tokenizer=tokenizer,
+            command=words,
+        )
+    )
+
+
 @bench.command("control")
 def bench_control(debug: Debug = False) -> None:
     """Latency, message rate and idle CPU of the control plane against raw mpi4py (2+ ranks)."""
@@ -235,6 +273,23 @@ def bench_throughput(
     raise typer.Exit(
         throughput_command(config, overrides or [], options, json_path=json_path, debug=debug)
     )
+
+
+@bench.command("load")
+def bench_load(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    stage: Annotated[int, typer.Option(min=0, help="The one to load.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help=_COLD)] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Reading one stage's weights against a plain sequential read of the same bytes."""
+    from mpipipe.cli.bench_load import load_command
+
+    load_command(config, overrides or [], stages=stages, stage=stage, cold=cold, repeat=repeat)
 
 
 @bench.command("transformers")

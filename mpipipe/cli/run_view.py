@@ -7,12 +7,11 @@ counts and calls `update` as often as it likes.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from mpipipe.clock import Clock, MonotonicClock
+from mpipipe.cli.progress_display import ProgressDisplay
 from mpipipe.metrics.summary_text import summary_lines
 from mpipipe.planning.explain import plan_lines
 from mpipipe.run_folder.status import duration
@@ -22,18 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from rich.progress import Progress, TaskID
-
     from mpipipe.cli.terminal import Terminal
+    from mpipipe.clock import Clock
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.summary import RunSummary
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.types import Completion
 
 __all__ = ["ProgressView", "TerminalView"]
-
-_REDRAW_INTERVAL_S = 0.25  # a redraw costs the head about a millisecond
-_MODES = ("auto", "bar", "plain", "none")
 
 
 class TerminalView:
@@ -120,16 +115,8 @@ class ProgressView:
         clock: Clock | None = None,
         interval_s: float = 5.0,
     ) -> None:
-        self._mode = mode
         self._total = total
-        self._stream = stream
-        self._clock = clock or MonotonicClock()
-        self._interval_s = interval_s
-        self._started_s: float | None = None
-        self._written_s = 0.0
-        self._unwritten_line = ""
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._display = ProgressDisplay(mode, stream, clock=clock, interval_s=interval_s)
 
     def start(self) -> None:
         """Time starts to count, the bar appears. `update` starts what was not started.
@@ -137,21 +124,13 @@ class ProgressView:
         Raises:
             ValueError: there is no such mode.
         """
-        if self._mode not in _MODES:
-            raise ValueError(f"progress mode {self._mode!r} is not one of {', '.join(_MODES)}")
-        if self._mode == "auto":
-            has_bar = self._stream.isatty() and importlib.util.find_spec("rich") is not None
-            self._mode = "bar" if has_bar else "plain"
-        self._started_s = self._written_s = self._clock.now_s()
-        if self._mode == "bar":
-            self._open_bar()
+        self._display.start(self._total)
 
     def update(self, done: int, failed: int, output_tokens: int, running: int) -> None:
         """The state now: prompts completed, prompts failed, tokens generated, sequences running."""
-        if self._started_s is None:
+        if not self._display.is_started:
             self.start()
-        assert self._started_s is not None
-        elapsed_s = self._clock.now_s() - self._started_s
+        elapsed_s = self._display.elapsed_s
         finished = done + failed
         tokens_per_s = output_tokens / elapsed_s if elapsed_s > 0 else 0.0
         facts = [f"{output_tokens:,} tokens", f"{tokens_per_s:,.1f} tokens/s", f"{running} running"]
@@ -160,47 +139,8 @@ class ProgressView:
             facts.append(f"{failed} failed")
         if 0 < finished < self._total:
             facts.append(f"ETA {duration(elapsed_s / finished * (self._total - finished))}")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=finished, facts=" · ".join(facts))
-            self._redraw_bar(self._bar)
-        elif self._mode == "plain":
-            self._show_line(f"{finished}/{self._total} prompts · {' · '.join(facts)}")
+        self._display.show(finished, f"{finished}/{self._total} prompts · {' · '.join(facts)}")
 
     def close(self) -> None:
         """Show the last state and end the display. Idempotent."""
-        if self._unwritten_line:
-            self._write_line(self._unwritten_line)
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        self._mode = "none"
-
-    def _show_line(self, line: str) -> None:
-        self._unwritten_line = line
-        if self._clock.now_s() - self._written_s >= self._interval_s:
-            self._write_line(line)
-
-    def _write_line(self, line: str) -> None:
-        self._stream.write(f"{line}\n")
-        self._stream.flush()
-        self._written_s = self._clock.now_s()
-        self._unwritten_line = ""
-
-    def _redraw_bar(self, bar: Progress) -> None:
-        if self._clock.now_s() - self._written_s >= _REDRAW_INTERVAL_S:
-            bar.refresh()
-            self._written_s = self._clock.now_s()
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("prompts · {task.fields[facts]}"),
-            console=Console(file=self._stream, force_terminal=True),
-            auto_refresh=False,  # no thread beside the event loop: `update` redraws
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._total, facts="starting")
+        self._display.close()

@@ -3,7 +3,8 @@
 Generic over the tree in `schema.py`: sections are fields whose type is a dataclass, everything else
 is a setting of type bool, int, float, str, `tuple[T, ...]` or a union of these. `checks.py` checks
 ranges and choices, `load.py` reads files. Invariant: a value that comes through has exactly its
-declared type (an int for a float field becomes a float).
+declared type (an int for a float field becomes a float), and a size in bytes is a number, whatever
+unit it was given with (`byte_sizes.py`); such settings have names that end in `_bytes`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.schema import AUTO, Config
 from mpipipe.errors import ConfigError
 
@@ -159,10 +161,14 @@ def fit(name: str, value: Any) -> Any:
         ValueError: it does not fit; the text goes after "name = value".
     """
     kind = settings()[name]
+    is_size = name.endswith("_bytes")
+    if is_size and isinstance(value, str) and value != AUTO:
+        value = parse_bytes(value)
     try:
         return _convert(value, kind)
     except TypeError:
-        raise ValueError(f"does not fit: expected {_describe(kind)}") from None
+        expected = f'a size such as "6GiB", {_describe(kind)}' if is_size else _describe(kind)
+        raise ValueError(f"does not fit: expected {expected}") from None
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _INPUT_PATHS = (("model", "path"), ("model", "tokenizer_path"), ("prompts", "path"))
-_ALL_PATHS = (*_INPUT_PATHS, ("output", "dir"))
+_ALL_PATHS = (*_INPUT_PATHS, ("output", "dir"), ("memory", "offload_dir"))
 DEMO_SCHEME = "demo:"  # a model that comes from a package, not a folder
 _CONFIG_SUFFIXES = (".toml", ".json")
 _PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".gz", ".zst", ".csv", ".tsv", ".txt", ".parquet")

@@ -46,7 +46,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 # ---- coming together -----------------------------------------------------------------------------

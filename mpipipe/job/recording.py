@@ -1,7 +1,7 @@
 """What `mpipipe run` records while it generates: steps, samples, requests, clocks, each in a file.
 
-All of it is written, and samples are taken, in one thread per rank (`run_folder.line_thread`). The
-event loop only tells what has happened.
+All of it is written, that rank's log too, and samples are taken, in one thread per rank
+(`run_folder.line_thread`). The event loop only tells what has happened.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mpipipe.config.schema import LogConfig
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
+    from mpipipe.metrics.log import LogFile
     from mpipipe.run_folder.file_thread import FileThread
     from mpipipe.runtime.clock_offsets import ClockOffset
     from mpipipe.runtime.session import Session
@@ -50,6 +51,7 @@ class Recording:
         identity: of this rank, in every line.
         wanted: what to record.
         session: whose steps and counts.
+        log: of this rank, whose lines the thread writes, too.
         clock: monotonic seconds, those of the lines.
         gpu_uuid: of this rank's GPU; empty: it has none.
         on_failure: told once, in a sentence, that lines are lost.
@@ -62,6 +64,7 @@ class Recording:
         wanted: LogConfig,
         session: Session,
         *,
+        log: LogFile,
         clock: Clock,
         gpu_uuid: str = "",
         on_failure: Callable[[str], object] = lambda _: None,
@@ -83,7 +86,7 @@ class Recording:
         self._samples = LineFile(folder / f"samples_rank_{rank}.jsonl", self._line)
         self._requests = LineFile(folder / "requests.jsonl", self._request_line)
         self._clocks = LineFile(folder / "clock.jsonl", self._line)
-        files = (self._steps, self._samples, self._requests, self._clocks)
+        files = (log, self._steps, self._samples, self._requests, self._clocks)
         self.thread = LineThread(
             files,
             clock=clock,
@@ -170,19 +173,25 @@ async def recording(
     session: Session,
     files: FileThread,
     *,
+    log: LogFile,
     on_failure: Callable[[str], object],
 ) -> AsyncIterator[Recording]:
-    """Record what `session` does inside. At the end all of it is in the files, and counted."""
+    """Record what `session` does inside. At the end all of it is in the files, and counted.
+
+    Lines of `log` that are told inside wait for no disk.
+    """
     ranks = session.ranks
     recorder = Recording(
         folder,
         identity,
         wanted,
         session,
+        log=log,
         clock=ranks.clock,
         gpu_uuid=session.gpu_uuid,
         on_failure=on_failure,
     )
+    log.defer()
     recorder.thread.start()
     session.observe(
         on_step=None if wanted.steps == "none" else recorder.take_step,

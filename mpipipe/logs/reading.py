@@ -16,7 +16,7 @@ from mpipipe.plain_values import json_object
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.status import find_runs
 
-__all__ = ["Line", "RunFiles", "find_run", "number", "text", "whole"]
+__all__ = ["Line", "RunFiles", "find_run", "number", "rows", "text", "whole"]
 
 Line = dict[str, Any]
 _RANK = re.compile(r"(?:steps_|samples_)?rank_(\d+)\.")
@@ -61,11 +61,13 @@ class RunFiles:
     Attributes:
         folder: where they are.
         torn: by file name, how many lines could not be used so far.
+        remarks: what a reader has to say of the answers, a sentence each.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.torn: dict[str, int] = {}
+        self.remarks: list[str] = []
 
     def ranks(self) -> list[int]:
         """The ranks that have left a log, steps or samples."""
@@ -124,9 +126,15 @@ class RunFiles:
         """Count a line of a file that is of no use."""
         self.torn[name] = self.torn.get(name, 0) + 1
 
+    def remark(self, sentence: str) -> None:
+        """Have `sentence` told beside the answers, once."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
     def notes(self) -> list[str]:
-        """What is missing and what was left out, a sentence each."""
-        notes = [
+        """The remarks, what is missing and what was left out, a sentence each."""
+        notes = [*self.remarks]
+        notes += [
             sentence for name, sentence in _EXPECTED.items() if not (self.folder / name).exists()
         ]
         notes += [
@@ -154,3 +162,9 @@ def text(line: Line, name: str) -> str:
     """A field that is a text; empty for anything else."""
     value = line.get(name)
     return value if isinstance(value, str) else ""
+
+
+def rows(document: Line, name: str) -> list[Line]:
+    """The objects of a list in `document`; empty for anything else."""
+    value = document.get(name)
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []

@@ -2,8 +2,8 @@
 
 Every line has `time` (UTC), `t_s` (monotonic seconds), `level`, `event`, the identity (`identity`),
 `host`, and what was bound. Invariants: nothing global is configured, so a program that uses mpipipe
-as a library keeps its own structlog; a line is written whole and at once; a value that JSON cannot
-hold, or a full disk, never stops the run.
+as a library keeps its own structlog; a line is written whole, and at once unless a thread was asked
+to write (`LogFile.defer`); a value that JSON cannot hold, or a full disk, never stops the run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
     from mpipipe.metrics.identity import RunIdentity
 
-__all__ = ["Logger", "NullLog", "RunLog", "open_log", "utc_now"]
+__all__ = ["LogFile", "Logger", "NullLog", "RunLog", "open_log", "utc_now"]
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # numbers of the logging module
+_LINES_PER_WRITE = 32
+_MOST_WAITING = 200_000
 
 
 class Logger(Protocol):
@@ -85,7 +88,7 @@ def open_log(
         raise OutputError(
             f"the log {str(path)!r} cannot be written ({error.strerror}): choose another output.dir"
         ) from error
-    sink = _LineSink(file, path, on_failure)
+    sink = LogFile(file, path, on_failure)
     logger: FilteringBoundLogger = structlog.wrap_logger(
         sink,
         processors=[
@@ -106,9 +109,9 @@ def open_log(
 class RunLog:
     """A `Logger` on an open file. `bind` shares the file; closing one closes all."""
 
-    def __init__(self, logger: FilteringBoundLogger, sink: _LineSink) -> None:
+    def __init__(self, logger: FilteringBoundLogger, file: LogFile) -> None:
         self._logger = logger
-        self._sink = sink
+        self.file = file
 
     def debug(self, event: str, **fields: object) -> None:
         """See `Logger`."""
@@ -128,11 +131,11 @@ class RunLog:
 
     def bind(self, **fields: object) -> RunLog:
         """See `Logger`."""
-        return RunLog(self._logger.bind(**fields), self._sink)
+        return RunLog(self._logger.bind(**fields), self.file)
 
     def close(self) -> None:
-        """Close the file; later events are counted as lost. May be called twice."""
-        self._sink.close()
+        """Write what waits and close the file; later events are lost. May be called twice."""
+        self.file.close_file()
 
 
 class NullLog:
@@ -155,31 +158,74 @@ class NullLog:
         return self
 
 
-class _LineSink:
-    """The file under structlog: one locked, unbuffered write per line, from any thread."""
+class LogFile:
+    """The file under structlog: locked, unbuffered writes of whole lines, from any thread.
+
+    Every line passes one queue, so they stand in the order in which they were told. Between `defer`
+    and `close` that is all that telling does, and a thread calls `write_told`: it is one of the
+    files of a `run_folder.line_thread.LineThread`.
+    """
 
     def __init__(self, file: FileIO, path: Path, on_failure: Callable[[str], object]) -> None:
+        self.path = path
+        self.num_lost = 0  # told too fast, or the disk did not take them
+        self.told: deque[str] = deque()
         self._file = file
-        self._path = path
         self._on_failure: Callable[[str], object] | None = on_failure
         self._lock = threading.Lock()
         self._is_torn = False  # the last line did not fit as a whole
+        self._is_deferred = False
 
     def msg(self, line: str) -> None:
-        try:
-            self._write(line)
-        except OSError as error:  # reported without the lock: the report may log a failure itself
-            self._tell(error)
+        """Write `line`, after those that wait; lost when very many do."""
+        if len(self.told) < _MOST_WAITING:
+            self.told.append(line)
+        else:
+            self.num_lost += 1
+        if not self._is_deferred:
+            self.write_told()
 
     debug = info = warning = error = msg
 
-    def _write(self, line: str) -> None:
+    def defer(self) -> None:
+        """From now on lines wait for `write_told`; telling one waits for no disk."""
+        self._is_deferred = True
+
+    def write_told(self) -> None:
+        """Append what was told so far. A file that takes no more is told of once, then ignored."""
+        try:
+            self._write()
+        except OSError as error:  # reported without the lock: the report may log a failure itself
+            self._tell(error)
+
+    def close(self) -> None:
+        """No thread calls `write_told` any more: write what waits, and later lines at once."""
+        self._is_deferred = False
+        self.write_told()
+        while self.told:  # a line that fails keeps no later one from the disk
+            self.write_told()
+
+    def close_file(self) -> None:
+        """Write what waits and close the file."""
+        self.close()
+        with self._lock, contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self) -> None:
         with self._lock:
-            if self._file.closed:
-                return
-            encoded = f"{line}\n".encode(errors="backslashreplace")
-            encoded = b"\n" + encoded if self._is_torn else encoded
-            self._is_torn = self._file.write(encoded) < len(encoded)
+            while self.told:
+                lines = [self.told.popleft() for _ in range(min(_LINES_PER_WRITE, len(self.told)))]
+                if not self._file.closed:
+                    self._append(lines)
+
+    def _append(self, lines: list[str]) -> None:
+        text = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        start, num_written = b"\n" if self._is_torn else b"", 0
+        try:
+            num_written = self._file.write(start + text)
+            self._is_torn = num_written < len(start) + len(text)
+        finally:
+            self.num_lost += len(lines) - text.count(b"\n", 0, max(0, num_written - len(start)))
 
     def _tell(self, error: OSError) -> None:
         tell, self._on_failure = self._on_failure, None
@@ -188,13 +234,9 @@ class _LineSink:
         # Standard error may be on the same full disk, or closed.
         with contextlib.suppress(OSError, ValueError):
             tell(
-                f"the log {self._path} cannot be written ({error.strerror}): its lines are lost "
+                f"the log {self.path} cannot be written ({error.strerror}): its lines are lost "
                 "until it can; completions are not touched by that"
             )
-
-    def close(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._file.close()
 
 
 class _Stamp:

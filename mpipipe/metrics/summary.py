@@ -18,6 +18,7 @@ from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
+from mpipipe.metrics.offload import OffloadUse
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
@@ -60,6 +61,7 @@ class RankReport:
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
     energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
+    offload: OffloadUse | None = None  # None: all of its weights stand on the device
 
     @property
     def boot_own_s(self) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
+    from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.summary import RankReport, RunSummary
 
 __all__ = ["summary_lines"]
@@ -16,6 +17,9 @@ _TIME_HEADER = (
     "bubble", "steady",
 )  # fmt: skip
 _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
+_OFFLOAD_HEADER = (
+    "stage", "streamed a step", "host link", "of planned", "disk", "of planned", "gate wait",
+)  # fmt: skip
 _LEFT_ALIGNED = ("host",)
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -28,6 +32,7 @@ def summary_lines(summary: RunSummary) -> list[str]:
         *_table(_TIME_HEADER, [_time_row(rank) for rank in summary.ranks]),
         "",
         *_table(_MEMORY_HEADER, [_memory_row(rank) for rank in summary.ranks]),
+        *_offload_table(summary.ranks),
     ]
 
 
@@ -111,6 +116,30 @@ def _memory_row(rank: RankReport) -> tuple[str, ...]:
         rank.peak_rss_bytes,
     )  # fmt: skip
     return (str(rank.stage.stage), _seconds(rank.load_s), *(_size(size) for size in sizes))
+
+
+def _offload_table(ranks: Sequence[RankReport]) -> list[str]:
+    """How the offloaded weights came; nothing where all stood on the devices."""
+    rows = [_offload_row(rank, rank.offload) for rank in ranks if rank.offload is not None]
+    return ["", *_table(_OFFLOAD_HEADER, rows)] if rows else []
+
+
+def _offload_row(rank: RankReport, use: OffloadUse) -> tuple[str, ...]:
+    wall_s = rank.stage.overall.wall_s
+    return (
+        str(rank.stage.stage),
+        _size(use.bytes_per_step),
+        *_rate(use.host_bytes_per_s, use.planned_host_bytes_per_s),
+        *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),
+        f"{_seconds(use.wait_s)} {_share(use.wait_s / wall_s if wall_s > 0 else None):>4}",
+    )
+
+
+def _rate(measured: float | None, planned: float | None) -> tuple[str, str]:
+    """Bytes per second, and their share of what the plan reckoned with."""
+    if measured is None:
+        return "-", "-"
+    return f"{measured / 1e9:.2f} GB/s", _share(measured / planned if planned else None)
 
 
 def _part(parts: TimeParts, seconds: float) -> str:

@@ -37,10 +37,13 @@ from mpipipe.models.stage_cut import (
     loaded_device,
     materialise_buffers,
 )
+from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
@@ -131,8 +134,35 @@ class StageModel(PlainStage):
         """
         return {name: self._canonical(name) for name in self.module.state_dict()}
 
+    def layer_names(self) -> list[list[str]]:
+        """By layer of the stage, the names of its tensors in `module.state_dict()`."""
+        names: list[list[str]] = [[] for _ in range(self.plan.num_layers)]
+        for name in self.module.state_dict():
+            if name.startswith(self._layers_prefix):
+                names[int(name.removeprefix(self._layers_prefix).partition(".")[0])].append(name)
+        return names
+
+    def embedding_names(self) -> list[str]:
+        """The names of the embedding's tensors; none where it is on another stage."""
+        return self._names_in(self.module.get_input_embeddings())
+
+    def head_names(self) -> list[str]:
+        """The same of the LM head."""
+        return self._names_in(self.module.get_output_embeddings())
+
+    def _names_in(self, part: nn.Module | None) -> list[str]:
+        if part is None:
+            return []
+        (prefix,) = [name for name, module in self.module.named_modules() if module is part]
+        return [f"{prefix}.{leaf}" for leaf in part.state_dict()]
+
     def finish(
-        self, cache: KVCache, *, mode: str = "auto", operations: Operations | None = None
+        self,
+        cache: KVCache,
+        *,
+        mode: str = "auto",
+        operations: Operations | None = None,
+        streamed: StreamedWeights | None = None,
     ) -> None:
         """Make the loaded stage ready to compute: buffers, checks, its execution mode, the cache.
 
@@ -141,11 +171,14 @@ class StageModel(PlainStage):
             mode: `auto`; `plain`, transformers' modules; `packed`, for a CPU; `fast`, the fused
                 stack (asserts that the stage has one).
             operations: of the fused stack and around it; None takes the best for the device.
+            streamed: the weights that do not stay on the device; None: all do.
 
         Raises:
             UnsupportedModelError: the family fails the trial steps (`verification`).
         """
         self.device = loaded_device(self.module)
+        self._streamed = streamed or self._streamed
+        attach_streaming(self.module, self._base, self._streamed)
         self.operations = operations or choose_operations(self.device)[0]
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
@@ -162,8 +195,7 @@ class StageModel(PlainStage):
         self.mode, self.mode_reason = _choose_mode(mode, self.module, layers, cache, self.device)
         del layers  # what is merged shall be freed
         if self.mode == "packed":
-            fuse_layers(self._base.layers, self._context, self._options)
-            prepack_linears(self.module)
+            self._pack()
         elif self.mode == "fast":
             self._fused = build_fused_stack(
                 self.module,
@@ -172,12 +204,35 @@ class StageModel(PlainStage):
                 options=self._options,
                 operations=self.operations,
                 max_positions=self._max_positions,
+                gates=self._streamed.gates,
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
 
+    def _pack(self) -> None:
+        """Into the layout for a CPU, but for what would then take more than the plan allows."""
+        layers, streamed = self._base.layers, self._streamed.layers
+        kept = [layers[number] for number in sorted(streamed)]
+        if self._streamed.gates is not NO_GATES:
+            kept += self._tied_head()
+        fuse_layers(layers, self._context, self._options, streamed)
+        prepack_linears(self.module, kept)
+
+    def _tied_head(self) -> list[nn.Module]:
+        """The head that is one tensor with the embedding: packed, it is a second one."""
+        ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        weights = [getattr(end, "weight", None) for end in ends]
+        return [ends[1]] if weights[0] is not None and weights[0] is weights[1] else []
+
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether a step may wait for the disk, or a copy, in the thread that launches it."""
+        return self._streamed.waits_on_host
+
     def graphs_unsupported_reason(self) -> str:
         """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
+        if self.waits_on_host:
+            return "some of its weights come from the disk or from memory that is not pinned"
         backend, config = self._context.backend, self.module.config
         if backend.needs_seq_lens:
             return f'attention "{backend.name}" plans every step on the host'

@@ -9,7 +9,7 @@ check it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "detach_outputs",
     "has_silu",
     "is_of_transformers",
+    "join_rows",
     "locate_parts",
     "merge_linears",
     "refuse",
@@ -81,13 +82,31 @@ def has_silu(layer: Any) -> bool:
 
 
 def merge_linears(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of one linear whose outputs are those of `linears`, one after the other."""
+    """Weight and bias of one linear whose outputs are those of `linears`, one after the other.
+
+    Views, where the linears' own lie side by side in one storage; else copies.
+    """
     if len(linears) == 1:
         return linears[0].weight.detach(), linears[0].bias
     bias_O = None
     if linears[0].bias is not None:
-        bias_O = torch.cat([linear.bias.detach() for linear in linears])
-    return torch.cat([linear.weight.detach() for linear in linears]), bias_O
+        bias_O = join_rows([linear.bias for linear in linears])
+    return join_rows([linear.weight for linear in linears]), bias_O
+
+
+def join_rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`tensors` one after the other: a view, where they lie so in one storage; else a copy."""
+    first, ends = tensors[0].detach(), [t.data_ptr() + t.nbytes for t in tensors]
+    side_by_side = all(
+        tensor.is_contiguous()
+        and tensor.dtype == first.dtype
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor in tensors
+    ) and ends[:-1] == [tensor.data_ptr() for tensor in tensors[1:]]
+    if not side_by_side:
+        return torch.cat([tensor.detach() for tensor in tensors])
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+    return first.as_strided(shape, first.stride())
 
 
 def check_config(config: PretrainedConfig) -> None:

@@ -26,7 +26,7 @@ from mpipipe.models.prepacked_linear import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
@@ -113,15 +113,22 @@ class FusedLayer(nn.Module):
 
 
 def fuse_layers(
-    layers: nn.ModuleList, context: ForwardContext, options: Mapping[int, AttentionOptions]
+    layers: nn.ModuleList,
+    context: ForwardContext,
+    options: Mapping[int, AttentionOptions],
+    streamed: Collection[int] = (),
 ) -> None:
     """Replace the layers that have a faster form here.
 
-    `options`: what each layer, by its number in the stage, asks of attention.
+    Args:
+        layers: of the stage.
+        context: the stage's.
+        options: what each layer, by its number in the stage, asks of attention.
+        streamed: the numbers of those whose weights come and go: packing would keep them.
     """
     for number in range(len(layers)):
         layer = layers[number]
-        if _is_fusable(layer):
+        if number not in streamed and _is_fusable(layer):
             layers[number] = FusedLayer(layer, number, context, options[number])
             del layer
             return_freed_memory()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mpipipe.config.schema import MemoryConfig
 from mpipipe.errors import PlanError
 
-__all__ = ["KvDemand", "RankMemory", "asked_kv_bytes", "choose_num_pages", "gib"]
+__all__ = ["KvDemand", "RankMemory", "asked_kv_bytes", "choose_num_pages", "fits", "gib"]
 
 # Share of the memory left after the weights that the KV cache may take by itself: the rest is for
 # activations, logits, libraries and other programs of the host.
@@ -32,6 +32,7 @@ class RankMemory:
     work_bytes: int = 0  # activations and libraries; on a CPU the rest of `_AUTO_SHARE`
     gpu: str = ""  # uuid; empty: the host's memory
     gpu_name: str = ""  # e.g. "GPU 0 (Tesla T4)"
+    weight_limit_bytes: int | None = None  # memory.device_bytes of a CPU rank; None: no limit
 
     @property
     def pool(self) -> tuple[str, str]:
@@ -96,15 +97,20 @@ def gib(num_bytes: float) -> str:
 
 
 def choose_num_pages(
-    memory: MemoryConfig, ranks: Sequence[RankMemory], demand: KvDemand
+    memory: MemoryConfig,
+    ranks: Sequence[RankMemory],
+    demand: KvDemand,
+    remedies: Sequence[str] = (),
 ) -> tuple[int, str]:
     """The number of KV pages, and the reason for it.
+
+    `remedies`: what to do, beside other things, where they do not fit.
 
     Raises:
         PlanError: the weights do not fit, the pages do not fit beside them, or there are too few
             pages for the longest request.
     """
-    _check_fit(ranks, num_pages=0)
+    _check_fit(ranks, 0, remedies)
     if isinstance(memory.num_kv_pages, int):
         num_pages, reason = memory.num_kv_pages, "memory.num_kv_pages"
     elif isinstance(memory.kv_cache_bytes, int):
@@ -112,7 +118,7 @@ def choose_num_pages(
     else:
         num_pages, reason = _auto_pages(ranks, demand)
     _check_demand(num_pages, reason, ranks, demand)
-    _check_fit(ranks, num_pages=num_pages)
+    _check_fit(ranks, num_pages, remedies)
     largest = max(rank.page_bytes for rank in ranks)
     return num_pages, f"{reason}; {gib(num_pages * largest)} on the fullest rank"
 
@@ -175,36 +181,67 @@ def _check_demand(
     )
 
 
-def _check_fit(ranks: Sequence[RankMemory], *, num_pages: int) -> None:
+def fits(ranks: Sequence[RankMemory], num_pages: int) -> bool:
+    """Whether weights, work space and so many pages fit everywhere."""
+    return _first_misfit(ranks, num_pages) is None
+
+
+def _check_fit(ranks: Sequence[RankMemory], num_pages: int, remedies: Sequence[str]) -> None:
+    misfit = _first_misfit(ranks, num_pages)
+    if misfit is not None:
+        raise PlanError(_misfit(misfit, num_pages, remedies))
+
+
+def _first_misfit(ranks: Sequence[RankMemory], num_pages: int) -> list[RankMemory] | None:
+    """The ranks of the first pool that does not hold them; None: all do."""
+    for rank in ranks:
+        if rank.weight_limit_bytes is not None and rank.weight_bytes > rank.weight_limit_bytes:
+            return [rank]
     for pool in dict.fromkeys(rank.pool for rank in ranks):
         inside = [rank for rank in ranks if rank.pool == pool]
         pages = sum(rank.page_bytes for rank in inside) * num_pages
         fixed = sum(rank.fixed_bytes for rank in inside)
         if fixed + pages > min(rank.available_bytes for rank in inside):
-            raise PlanError(_misfit(inside, num_pages=num_pages))
+            return inside
+    return None
 
 
-def _misfit(inside: Sequence[RankMemory], *, num_pages: int) -> str:
+def _misfit(inside: Sequence[RankMemory], num_pages: int, more_remedies: Sequence[str]) -> str:
     """The sentence for ranks of one pool that need more than it has."""
     numbers = ", ".join(str(rank.rank) for rank in inside)
     who = f"rank {numbers}" if len(inside) == 1 else f"ranks {numbers} together"
-    holds = [f"{gib(sum(rank.weight_bytes for rank in inside))} of weights"]
-    if work := sum(rank.work_bytes for rank in inside):
-        holds.append(f"{gib(work)} of work space")
-    if num_pages:
-        holds.append(f"{gib(sum(rank.page_bytes for rank in inside) * num_pages)} of KV cache")
-    held = holds[0] if len(holds) == 1 else f"{', '.join(holds[:-1])} and {holds[-1]}"
-    available = gib(min(rank.available_bytes for rank in inside))
+    weight_bytes, limit = sum(rank.weight_bytes for rank in inside), inside[0].weight_limit_bytes
+    held, allowed = _held(inside, num_pages), _allowed(inside)
     remedies = ["lower memory.kv_cache_bytes or memory.num_kv_pages"] if num_pages else []
+    remedies += more_remedies
     if inside[0].gpu:
-        free = "of its memory may be used (memory.gpu_memory_fraction of what is free)"
         remedies += [
             "lower pipeline.max_tokens_per_step",
             "end other processes on that GPU",
             "use more ranks, each with a GPU of its own",
         ]
+    elif len(inside) == 1 and limit is not None and weight_bytes > limit:
+        held = f"{gib(weight_bytes)} of weights"
+        allowed = f"only {gib(limit)} is allowed (memory.device_bytes)"
+        remedies += ["use more ranks"]
     else:
-        free = "of memory is available there"
         remedies += ["use more hosts", 'a smaller model.dtype such as "bfloat16"']
-    remedy = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
-    return f"{who} on {inside[0].where} would hold {held}, but only {available} {free}: {remedy}"
+    remedy = ", or ".join(filter(None, (", ".join(remedies[:-1]), remedies[-1])))
+    return f"{who} on {inside[0].where} would hold {held}, but {allowed}: {remedy}"
+
+
+def _held(inside: Sequence[RankMemory], num_pages: int) -> str:
+    holds = [f"{gib(sum(rank.weight_bytes for rank in inside))} of weights"]
+    if work := sum(rank.work_bytes for rank in inside):
+        holds.append(f"{gib(work)} of work space")
+    if num_pages:
+        holds.append(f"{gib(sum(rank.page_bytes for rank in inside) * num_pages)} of KV cache")
+    return holds[0] if len(holds) == 1 else f"{', '.join(holds[:-1])} and {holds[-1]}"
+
+
+def _allowed(inside: Sequence[RankMemory]) -> str:
+    available = gib(min(rank.available_bytes for rank in inside))
+    if not inside[0].gpu:
+        return f"only {available} of memory is available there"
+    limits = "memory.gpu_memory_fraction of what is free, at most memory.device_bytes"
+    return f"only {available} of its memory may be used ({limits})"

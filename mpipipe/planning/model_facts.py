@@ -67,7 +67,18 @@ def read_model(loaded: LoadedConfig) -> ModelFacts:
         read_index(folder)  # a half-copied model must be told before anything heavy starts
     tokenizer_path = loaded.config.model.tokenizer_path
     tokenizer_folder = Path(tokenizer_path).absolute() if tokenizer_path else folder
+    loaded = _with_absolute_offload_dir(loaded)
     return ModelFacts(folder, spec, tokenizer_folder, *_with_model_defaults(loaded, spec))
+
+
+def _with_absolute_offload_dir(loaded: LoadedConfig) -> LoadedConfig:
+    """Every rank is to use the same path, wherever it was started."""
+    memory = loaded.config.memory
+    if not memory.offload_dir:
+        return loaded
+    path = Path(memory.offload_dir).expanduser().absolute()
+    memory = replace(memory, offload_dir=str(path))
+    return replace(loaded, config=replace(loaded.config, memory=memory))
 
 
 def _with_model_defaults(

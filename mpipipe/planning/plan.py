@@ -22,7 +22,7 @@ from mpipipe.types import (
     WeightsSource,
 )
 
-__all__ = ["Decisions", "PipelinePlan", "Resolved", "StageOffload", "StagePlan"]
+__all__ = ["Decisions", "PipelinePlan", "Resolved", "StageOffload", "StagePlan", "StepForecast"]
 
 T = TypeVar("T")
 
@@ -57,6 +57,47 @@ class Decisions:
         """A decision that does not follow from the setting alone."""
         self.notes.append(Resolved(setting, value, reason))
 
+    def revise(self, setting: str, value: T, reason: str) -> T:
+        """As `settle`, in the place of what was noted before."""
+        held = next((n for n, note in enumerate(self.notes) if note.setting == setting), None)
+        settled = self.settle(setting, value, reason)
+        if held is not None and self.notes[-1].setting == setting and held < len(self.notes) - 1:
+            self.notes[held] = self.notes.pop()
+        return settled
+
+
+@dataclass(frozen=True, slots=True)
+class StepForecast:
+    """What planning expects of a full decode step of a stage that is offloaded. Bytes and seconds.
+
+    Compute, link and disk work side by side, each of them all of the time that it needs.
+    """
+
+    rows: int = 0
+    host_bytes: int = 0  # brought from host memory
+    disk_bytes: int = 0  # brought from the disk, and on a GPU over the link as well
+    compute_s: float = 0.0  # with all weights on the device: what the step would take without
+    link_s: float = 0.0
+    disk_s: float = 0.0
+    lookup_s: float = 0.0  # rows of an embedding that is not on the device
+    overlaps: bool = True  # False: a single buffer, so that nothing is brought beside the compute
+    host_bytes_per_s: float = 0.0  # the rates that this reckons with
+    disk_bytes_per_s: float = 0.0
+
+    @property
+    def step_s(self) -> float:
+        """The step with offload."""
+        brought_s = max(self.link_s, self.disk_s)
+        both_s = max(self.compute_s, brought_s) if self.overlaps else self.compute_s + brought_s
+        return both_s + self.lookup_s
+
+    @property
+    def bound_by(self) -> str:
+        """`compute`, `link` or `disk`: what takes longest."""
+        if max(self.link_s, self.disk_s) <= self.compute_s:
+            return "compute"
+        return "disk" if self.disk_s >= self.link_s else "link"
+
 
 @dataclass(frozen=True, slots=True)
 class StageOffload:
@@ -69,7 +110,13 @@ class StageOffload:
     disk_layers: tuple[int, ...] = ()  # in a file below `PipelinePlan.offload_dir`
     embedding: Tier = "device"
     head: Tier = "device"
-    num_buffers: int = 2  # each as large as the largest layer
+    num_buffers: int = (
+        2  # each as large as the largest layer; streamed layer i uses i % num_buffers
+    )
+    device_bytes: int = 0  # of the weights that stay, and of the buffers
+    host_bytes: int = 0  # of offloaded weights
+    disk_bytes: int = 0
+    forecast: StepForecast = field(default_factory=StepForecast)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +138,11 @@ class StagePlan:
     def num_layers(self) -> int:
         """Transformer layers of this stage."""
         return self.last_layer - self.first_layer
+
+    @property
+    def device_weight_bytes(self) -> int:
+        """What its weights take on the device, staging buffers included."""
+        return self.weight_bytes if self.offload is None else self.offload.device_bytes
 
 
 @dataclass(frozen=True, slots=True)

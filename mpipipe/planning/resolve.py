@@ -20,7 +20,6 @@ from mpipipe.planning.cost import (
     WorkMix,
     gpu_head_cost_in_layers,
     head_cost_in_layers,
-    kv_page_bytes,
     stage_weight_bytes,
 )
 from mpipipe.planning.devices import (
@@ -31,12 +30,13 @@ from mpipipe.planning.devices import (
     choose_transport,
     least_capable,
 )
+from mpipipe.planning.fit import Fitted, StageFitting
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
-from mpipipe.planning.memory import KvDemand, asked_kv_bytes, choose_num_pages
+from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.step_limits import StepLimits, choose_step_limits, gather_bytes, rank_memory
+from mpipipe.planning.step_limits import StepLimits, choose_step_limits
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
@@ -47,7 +47,6 @@ __all__ = ["RankResources", "deepspeed_warnings", "make_plan"]
 
 # These know every length on the host only, or plan each step anew there: nothing a graph can hold.
 _NO_GRAPHS = frozenset({"sdpa", "reference", "flashinfer"})
-_GATHERING = frozenset({"sdpa", "reference"})  # these copy what they read from the cache
 _UNKNOWN = Workload()
 
 
@@ -96,7 +95,10 @@ def make_plan(
     note_layout(ranks, decisions)
     resolver = _Resolver(spec, staged, device, dtype, limits, sampling, decisions)
     stages = resolver.stages(num_stages, _work_mix(limits, workload))
-    return resolver.plan(model_path, stages, demand)
+    attention = resolver.attention()
+    fitting = StageFitting(spec, staged, device, dtype, limits, sampling, attention[0], decisions)
+    fitted = fitting.fit(stages, demand, workload)
+    return replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
 
 
 def _num_stages(decisions: Decisions, *, num_ranks: int) -> int:
@@ -177,19 +179,20 @@ class _Resolver:
         self.decisions.note("pipeline.split", str(list(split)), reason)
         return split
 
-    def plan(
-        self, model_path: str, stages: tuple[StagePlan, ...], demand: KvDemand
-    ) -> PipelinePlan:
+    def plan(self, path: str, fitted: Fitted, attention: tuple[AttentionName, str]) -> PipelinePlan:
         """The plan: the answers so far, and the remaining ones."""
         memory, spec, limits = self.decisions.config.memory, self.spec, self.limits
-        transport, attention = self._transport(len(stages)), self._attention()
-        num_kv_pages = self._num_kv_pages(stages, demand, attention)
+        stages, demand = fitted.stages, fitted.demand
+        transport = self._transport(len(stages))
+        backend = self.decisions.settle("pipeline.attention", *attention)
+        pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
+        num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
         threads = self._threads()
         lookahead, prefill = self._scheduling_mode()
         # Only steps that are sent ahead need tables that are no wider than the run's requests.
         longest_tokens = demand.longest_tokens if lookahead else limits.max_context_tokens
         return PipelinePlan(
-            model_path=model_path,
+            model_path=path,
             model_type=spec.model_type,
             architecture=spec.architecture,
             dtype=self.dtype,
@@ -200,56 +203,23 @@ class _Resolver:
             max_sequences_per_slot=limits.max_sequences_per_slot,
             max_tokens_per_step=limits.max_tokens_per_step,
             page_size_tokens=memory.page_size_tokens,
-            num_kv_pages=num_kv_pages,
+            num_kv_pages=num_pages,
             max_context_tokens=limits.max_context_tokens,
             kv_cache=memory.kv_cache,
             transport=transport,
             device=self.device,
-            attention=attention,
+            attention=backend,
             threads_per_rank=threads,
             lookahead=lookahead,
             prefill=prefill,
-            cuda_graphs=self._cuda_graphs(attention),
+            cuda_graphs=self._cuda_graphs(backend),
             weights=self.decisions.config.model.weights,
+            offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
-
-    def _num_kv_pages(
-        self, stages: Sequence[StagePlan], demand: KvDemand, attention: AttentionName
-    ) -> int:
-        """Pages of KV cache, the same on every rank; checks that all fits."""
-        memory = self.decisions.config.memory
-        needs = []
-        for stage, rank_resources in zip(stages, self.ranks, strict=True):
-            page_bytes = kv_page_bytes(
-                self.spec,
-                self.dtype,
-                num_layers=stage.num_layers,
-                page_size_tokens=memory.page_size_tokens,
-                row_multiple=8 if self.device == "cuda" else 1,
-            )
-            fraction = memory.gpu_memory_fraction if self.device == "cuda" else None
-            work_bytes = self.limits.gpu_work_bytes(
-                self.spec, self.dtype, self.sampling, has_head=stage.has_head
-            )
-            if attention in _GATHERING and fraction is not None:
-                free_bytes = (
-                    int(rank_resources.gpu.free_bytes * fraction) - stage.weight_bytes - work_bytes
-                )
-                work_bytes += gather_bytes(
-                    self.spec,
-                    self.dtype,
-                    num_tokens=self.limits.max_sequences_per_slot * demand.longest_tokens,
-                    num_layers=stage.num_layers,
-                    kv_bytes=asked_kv_bytes(memory, page_bytes),
-                    free_bytes=max(0, free_bytes),
-                )
-            needs.append(rank_memory(rank_resources, stage, page_bytes, work_bytes, fraction))
-        num_pages, reason = choose_num_pages(memory, needs, demand)
-        return self.decisions.settle("memory.num_kv_pages", num_pages, reason)
 
     def _transport(self, num_stages: int) -> TransportName:
         if num_stages == 1:
@@ -260,7 +230,8 @@ class _Resolver:
         transport, reason = choose_transport(asked, self.device, self.ranks)
         return self.decisions.settle("pipeline.transport", transport, reason)
 
-    def _attention(self) -> AttentionName:
+    def attention(self) -> tuple[AttentionName, str]:
+        """The backend, and why."""
         offered = [set(rank_resources.attention_backends) for rank_resources in self.ranks]
         facts = AttentionFacts(
             device=self.device,
@@ -269,8 +240,7 @@ class _Resolver:
             dtype=self.dtype,
             available=set.intersection(*offered),
         )
-        attention, reason = choose_attention(self.decisions.config.pipeline.attention, facts)
-        return self.decisions.settle("pipeline.attention", attention, reason)
+        return choose_attention(self.decisions.config.pipeline.attention, facts)
 
     def _scheduling_mode(self) -> tuple[int, PrefillMode]:
         config = self.decisions.config
@@ -310,6 +280,10 @@ class _Resolver:
         note_cores(bind, self.ranks, self.decisions)
         num_threads, reason = threads_per_rank(bind, self.ranks)
         return self.decisions.settle("pipeline.threads_per_rank", num_threads, reason)
+
+
+def _uses_disk(stage: StagePlan) -> bool:
+    return stage.offload is not None and stage.offload.disk_bytes > 0
 
 
 def deepspeed_warnings(loaded: LoadedConfig, plan: PipelinePlan) -> list[str]:

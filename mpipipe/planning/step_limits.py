@@ -121,17 +121,34 @@ def rank_memory(
     stage: StagePlan,
     page_bytes: int,
     work_bytes: int,
-    gpu_fraction: float | None,
+    *,
+    gpu_bytes: int | None,
+    weight_limit_bytes: int | None = None,
 ) -> RankMemory:
-    """What a stage needs and what is there. `gpu_fraction`: of the GPU's free bytes; None: CPU."""
-    if gpu_fraction is None:
-        available = rank_resources.memory_available_bytes
-        return RankMemory(stage.rank, stage.host, available, stage.weight_bytes, page_bytes)
+    """What a stage needs and what is there.
+
+    Args:
+        rank_resources: of its rank.
+        stage: as planned so far.
+        page_bytes: of one KV page.
+        work_bytes: on a GPU.
+        gpu_bytes: of the GPU that its ranks may use together; None: it runs on a CPU.
+        weight_limit_bytes: on a CPU.
+    """
+    if gpu_bytes is None:
+        return RankMemory(
+            rank=stage.rank,
+            host=stage.host,
+            available_bytes=rank_resources.memory_available_bytes,
+            weight_bytes=stage.device_weight_bytes,
+            page_bytes=page_bytes,
+            weight_limit_bytes=weight_limit_bytes,
+        )
     return RankMemory(
         rank=stage.rank,
         host=stage.host,
-        available_bytes=int(rank_resources.gpu.free_bytes * gpu_fraction),
-        weight_bytes=stage.weight_bytes,
+        available_bytes=gpu_bytes,
+        weight_bytes=stage.device_weight_bytes,
         page_bytes=page_bytes,
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",

@@ -130,14 +130,16 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def replaced_file(path: Path, *, durable: bool = True, remedy: str = _RESUME) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end, as `write_whole` does.
+
+    `remedy`: what to do where it cannot be written.
 
     Raises:
         OutputError: it could not be written, and `path` is as before.
     """
     partial = path.with_suffix(".partial")
-    with told_as_output(path):
+    with told_as_output(path, remedy=remedy):
         try:
             with partial.open("wb") as file:
                 yield file

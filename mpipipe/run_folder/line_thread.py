@@ -13,17 +13,17 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from io import FileIO
 
     from mpipipe.clock import Clock
 
-__all__ = ["LineFile", "LineThread"]
+__all__ = ["LineFile", "LineThread", "Lines"]
 
 T = TypeVar("T")
 
@@ -31,6 +31,26 @@ _INTERVAL_S = 0.5
 _LINES_PER_WRITE = 32  # 0.2 ms of the interpreter's time
 _MOST_WAITING = 200_000
 _BLOCK_BYTES = 1 << 20
+
+
+class Lines(Protocol):
+    """A file that a line thread writes."""
+
+    path: Path
+    num_lost: int  # lines that are not in it
+
+    @property
+    def told(self) -> Sized:
+        """What waits to be written."""
+        ...
+
+    def write_told(self) -> None:
+        """Append what was told so far."""
+        ...
+
+    def close(self) -> None:
+        """The thread writes no more."""
+        ...
 
 
 class LineFile(Generic[T]):
@@ -153,7 +173,7 @@ class LineThread:
 
     def __init__(
         self,
-        files: Sequence[LineFile[Any]],
+        files: Sequence[Lines],
         *,
         clock: Clock,
         work: Callable[[], None] = lambda: None,
@@ -215,7 +235,7 @@ class LineThread:
         for file in self._files:
             self._write_file(file)
 
-    def _write_file(self, file: LineFile[Any]) -> None:
+    def _write_file(self, file: Lines) -> None:
         try:
             file.write_told()
         except Exception as error:  # noqa: BLE001 - what was told may be what JSON cannot hold

@@ -13,14 +13,16 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from mpipipe.metrics.accounting import StageAccount
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
+from mpipipe.runtime.offload_folder import prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
@@ -43,15 +45,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
-    trust_remote_code = boot.loaded.config.model.trust_remote_code
-
-    def load_stage() -> StageParts:
-        ranks.memory_needs.update(stage_bytes(plan, stage))
-        _use_device(plan, device)
-        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
-
-    ranks.boot.begin("build")
-    parts = await in_phase(ranks, "load", load_stage)
+    parts = await _load(boot, plan, stage, device)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
@@ -77,6 +71,26 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             gc.unfreeze()
 
 
+async def _load(
+    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device
+) -> StageParts:
+    ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
+
+    def load_stage() -> StageParts:
+        needed_bytes = 0 if stage.offload is None else stage.offload.disk_bytes
+        who = f"rank {stage.rank} on {stage.host}"
+        prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
+        ranks.memory_needs.update(stage_bytes(plan, stage))
+        _use_device(plan, device)
+        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+
+    ranks.boot.begin("build")
+    parts = await in_phase(ranks, "load", load_stage)
+    for warning in parts.load_warnings:
+        boot.log.warning("loading", message=warning)
+    return parts
+
+
 def _load_facts(
     parts: StageParts, opened: OpenedWorker, load_s: float, baseline_rss_bytes: int
 ) -> LoadFacts:
@@ -99,6 +113,8 @@ def _profiler(boot: Boot) -> Profiler:
 def _log_ready(
     boot: Boot, plan: PipelinePlan, parts: StageParts, load: LoadFacts, opened: OpenedWorker
 ) -> None:
+    if parts.offloaded is not None and parts.offloaded.warning:
+        boot.log.warning("offload", message=parts.offloaded.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),

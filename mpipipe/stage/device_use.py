@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpipipe.metrics.offload import OffloadUse
+
 __all__ = ["DeviceUse"]
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Nothing where nothing is measured (CPUs)."""
+    """Nothing where nothing is measured."""
 
     gpu_peak_bytes: int = 0  # reserved at once, since the stage was opened
     cpu_us_per_step: float | None = None  # median, to put a decode step on the device's queue
+    offload: OffloadUse | None = None  # None: all weights stand on the device

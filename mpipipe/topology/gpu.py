@@ -48,6 +48,8 @@ class GpuFacts:
     nccl_version: str = ""  # "" without NCCL
     problem: str = ""
     pci: str = ""  # address, e.g. "0000:3b:00.0"; the same for two slices (MIG) of one GPU
+    link_generation: int = 0  # of PCI Express, that card and slot can do together; 0: not told
+    link_width: int = 0  # its lanes
 
 
 # ---- which one -----------------------------------------------------------------------------------

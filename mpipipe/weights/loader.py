@@ -1,8 +1,8 @@
 """A stage's weights: from the checkpoint into a module that was built on the meta device.
 
-Purpose: account for every name, then read this stage's tensors one by one in file order, convert
-them to the run's type and make them the module's parameters. The models package builds the module,
-chooses the layers and computes non-persistent buffers (rotary tables).
+Purpose: account for every name, then read this stage's tensors in file order, convert them to the
+run's type and make them, one by one and in that order, the module's parameters. The models package
+builds the module, chooses the layers and computes non-persistent buffers (rotary tables).
 
 Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
 foreign tensors are never read; afterwards nothing in the module's `state_dict` is on the meta
@@ -18,7 +18,10 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.destination import Destination, OnDevice
+from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.readers import num_readers
 from mpipipe.weights.sources import StoredTensor, open_source
 
 __all__ = ["LoadReport", "load_stage", "place"]
@@ -33,8 +36,10 @@ class LoadReport:
 
     bytes_read: int  # from disk, in the stored type
     parameter_bytes: int  # in memory, in the run's type; shared tensors once
-    # Seconds of converting and moving what was read; 0 of mapped files, which are read by that.
+    # Seconds of the load in which pieces were converted, or a GPU waited for, instead of a read.
+    # Readers go on meanwhile. 0 of what only torch can read, which is read by converting it.
     convert_s: float = 0.0
+    warnings: tuple[str, ...] = ()  # what made it slower than it could be
 
 
 def load_stage(
@@ -46,7 +51,7 @@ def load_stage(
     tied: Mapping[str, str] | None = None,
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Destination,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -59,38 +64,39 @@ def load_stage(
         tied: canonical name -> the canonical name it shares a tensor with, for tied embeddings.
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
-        device: where the tensors go.
+        device: where the tensors go; or what says it of each.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
             listed), or a file cannot be read.
     """
     tied = tied or {}
+    destination = OnDevice(device) if isinstance(device, torch.device) else device
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
-    source, bytes_read = open_source(index), 0
+    source = open_source(index)
+    # torch computes with as many threads as the rank has cores.
+    filler = TensorFiller(
+        source,
+        num_threads=num_readers(torch.get_num_threads()),
+        pinned=destination.device.type == "cuda",
+    )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        slots = _slots(module, wanted, resolution.parts, tied)
-        stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
-        _raise_if_any(index, _misfits(slots, stored))
-        for slot in sorted(slots, key=lambda slot: stored[slot.parts[0].source].order):
-            tensor = torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=device)
-            for part in slot.parts:
-                bytes_read += source.read_into(part.source, _region(tensor, part))
-            _check_range(slot, stored, tensor)
-            place(module, slot.names, tensor, slot.meta)
+        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, destination)
     finally:
+        filler.close()
         source.close()
     _share_equal(module, wanted, tied)
     return LoadReport(
-        bytes_read=bytes_read,
+        bytes_read=filler.bytes_read,
         parameter_bytes=_prove_materialised(module),
-        convert_s=source.convert_s,
+        convert_s=filler.convert_s,
+        warnings=tuple(filler.staging.warnings),
     )
 
 
@@ -154,6 +160,30 @@ def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
     return wrong
 
 
+def _fill(
+    module: torch.nn.Module,
+    slots: list[_Slot],
+    index: CheckpointIndex,
+    filler: TensorFiller,
+    destination: Destination,
+) -> None:
+    """Read every slot, in the order of the files."""
+    source = filler.source
+    stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
+    _raise_if_any(index, _misfits(slots, stored))
+    ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
+    fillings = (_filling(slot, destination) for slot in ordered)
+    for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
+        _check_range(slot, stored, filled.tensor)
+        tensor = destination.keep(slot.names, filled.tensor)
+        place(module, slot.names, tensor, slot.meta)
+
+
+def _filling(slot: _Slot, destination: Destination) -> Filling:
+    tensor = destination.empty(slot.names, slot.meta)
+    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
+
+
 def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     """The view of `tensor` that `part` fills."""
     if part.expert is None:
@@ -168,11 +198,18 @@ def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 def _check_range(slot: _Slot, stored: Mapping[str, StoredTensor], tensor: torch.Tensor) -> None:
     """float16 ends at 65,504: a larger weight became infinite on the way."""
     narrowed = {stored[part.source].dtype for part in slot.parts} - {"float16"}
-    if tensor.dtype == torch.float16 and narrowed and bool(torch.isinf(tensor).any()):
+    if tensor.dtype == torch.float16 and narrowed and _holds_infinity(tensor):
         raise CheckpointError(
             f"{slot.parts[0].source} holds values beyond float16 (65,504): choose "
             'model.dtype = "bfloat16" or "float32"'
         )
+
+
+def _holds_infinity(tensor: torch.Tensor) -> bool:
+    """Piece by piece: the answer for each element takes a byte."""
+    flat, step = tensor.view(-1), PIECE_BYTES
+    found = [torch.isinf(flat[i : i + step]).any() for i in range(0, flat.numel(), step)]
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def place(

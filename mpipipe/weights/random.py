@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mpipipe.weights.destination import Destination
 from mpipipe.weights.loader import LoadReport, place
 
 __all__ = ["fill_random"]
@@ -26,6 +27,7 @@ def fill_random(
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    destination: Destination | None = None,
     seed: int = 0,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
@@ -37,6 +39,7 @@ def fill_random(
         tied: canonical name → the canonical name it shares a tensor with.
         dtype: the run's.
         device: where the tensors are drawn and stay.
+        destination: where they stay instead, tensor by tensor.
         seed: other seeds give other weights.
     """
     tied = tied or {}
@@ -49,8 +52,10 @@ def fill_random(
     for canonical, sharing in names.items():
         shell = state[sharing[0]]
         tensor = _drawn(canonical, shell, device, seed)
-        place(module, sharing, tensor, shell)
         num_bytes += tensor.nbytes
+        if destination is not None:
+            tensor = destination.keep(sharing, destination.empty(sharing, shell).copy_(tensor))
+        place(module, sharing, tensor, shell)
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
 
 

@@ -1,21 +1,24 @@
-"""Reading single tensors out of weight files into memory that the caller owns.
+"""Where the tensors of weight files lie: file, offset, length, type and shape of each.
 
-One interface over safetensors and `.bin`; `loader` decides what to read.
+One interface over safetensors and `.bin`; `loader` decides what to read, `filling` reads it.
 
-Invariants: the peak is the destination plus one tensor in its stored type; nothing of a file stays
-mapped or open after `close`. safetensors are read with plain reads at known offsets, not mapped:
-a mapped page counts as the process's memory for as long as the file is mapped, which would double
-a stage's peak. `.bin` files can only be mapped, so the map is renewed every `REMAP_BYTES`.
+A zip-stored `.bin` is a plain file too: torch's restricted unpickler tells types, shapes and the
+offsets of the storages without reading one (`map_location="meta"`). What has no plain extent is
+read by torch: files of torch < 1.6, tensors that are not contiguous, another byte order. Such a zip
+file is mapped, and a mapped page counts as the process's memory for as long as the file is mapped:
+the map is renewed every `REMAP_BYTES`.
+
+Invariants: nothing of a file stays mapped or open after `close`.
 """
 
 from __future__ import annotations
 
 import pickle
-import time
+import struct
+import sys
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -23,9 +26,12 @@ import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex, TensorEntry
 from mpipipe.errors import CheckpointError
+from mpipipe.weights.readers import Extent
 
 __all__ = ["SafetensorsSource", "StoredTensor", "TensorSource", "TorchSource", "open_source"]
 
+_HEADER_BYTES = 30  # of a record in a zip archive; at its end:
+_LENGTHS = struct.Struct("<HH")  # of the name and of what else follows the header
 REMAP_BYTES = 128 << 20  # renewing costs about 10 ms; 128 MiB is read in about 100 ms
 
 
@@ -36,12 +42,11 @@ class StoredTensor:
     dtype: str  # torch's name; any other string is a type that torch does not have
     shape: tuple[int, ...]
     order: tuple[int, int]  # file, then place in it: reading in this order is sequential
+    extent: Extent | None  # its bytes, as they are in memory; None: `unpickled` reads it
 
 
 class TensorSource(Protocol):
     """The tensors of one checkpoint."""
-
-    convert_s: float  # seconds that conversions, apart from reading, have taken so far
 
     def names(self) -> Collection[str]:
         """All tensor names."""
@@ -49,8 +54,8 @@ class TensorSource(Protocol):
     def stored(self, name: str) -> StoredTensor:
         """Type, shape and place of `name`; reads no tensor bytes."""
 
-    def read_into(self, name: str, out: torch.Tensor) -> int:
-        """Fill `out` (same shape; any floating type, any device); returns the bytes read."""
+    def unpickled(self, name: str) -> torch.Tensor:
+        """The tensor, where it has no extent; valid until the next call."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -62,14 +67,11 @@ def open_source(index: CheckpointIndex) -> TensorSource:
 
 
 class SafetensorsSource:
-    """Plain reads at the offsets of the headers."""
+    """The offsets of the headers."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._tensors: Mapping[str, TensorEntry] = index.tensors
         self._file_order = {path: number for number, path in enumerate(index.files)}
-        self._path: Path | None = None
-        self._file: FileIO | None = None
-        self.convert_s = 0.0
 
     def names(self) -> Collection[str]:
         """All tensor names."""
@@ -78,122 +80,138 @@ class SafetensorsSource:
     def stored(self, name: str) -> StoredTensor:
         """From the header."""
         entry = self._tensors[name]
-        return StoredTensor(entry.dtype, entry.shape, (self._file_order[entry.file], entry.offset))
+        extent = Extent(entry.file, entry.offset, entry.num_bytes)
+        order = (self._file_order[entry.file], entry.offset)
+        return StoredTensor(entry.dtype, entry.shape, order, extent)
 
-    def read_into(self, name: str, out: torch.Tensor) -> int:
-        """Straight into `out` where type and device allow, else through one temporary."""
-        entry = self._tensors[name]
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
-        target = out if direct else torch.empty(entry.shape, dtype=dtype)
-        if entry.num_bytes:
-            self._read(name, entry, target)
-        if not direct:
-            began_s = time.perf_counter()
-            out.copy_(target)
-            self.convert_s += time.perf_counter() - began_s
-        return entry.num_bytes
-
-    def _read(self, name: str, entry: TensorEntry, target: torch.Tensor) -> None:
-        view = target.view(-1).view(torch.uint8).numpy().data
-        try:
-            file = self._open(entry.file)
-            file.seek(entry.offset)
-            read = 0
-            while read < len(view) and (count := file.readinto(view[read:])):
-                read += count
-        except OSError as error:
-            raise CheckpointError(
-                f"{entry.file} cannot be read ({error}): is the disk well?"
-            ) from (error)
-        if read < len(view):
-            raise CheckpointError(
-                f"{entry.file} ended inside {name}: the file was shortened while it was read"
-            )
-
-    def _open(self, path: Path) -> FileIO:
-        if self._file is None or path != self._path:
-            self.close()
-            self._file = FileIO(path)
-            self._path = path
-        return self._file
+    def unpickled(self, name: str) -> torch.Tensor:
+        """Never asked for."""
+        raise AssertionError(f"{name} has an extent")
 
     def close(self) -> None:
-        """Close the open file."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self._path = None
+        """Nothing is open."""
 
 
 class TorchSource:
-    """`torch.load` with `weights_only=True`, memory-mapped, one file at a time."""
+    """`torch.load` with `weights_only=True`: of what lies in a file, and of what only it reads."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._files = index.files
         self._shard_of = index.shard_of
-        self._path: Path | None = None
+        self._listed: dict[Path, dict[str, StoredTensor]] = {}
+        self._path: Path | None = None  # of the one that is loaded
         self._tensors: Mapping[str, torch.Tensor] = {}
-        self._listed: dict[Path, dict[str, StoredTensor]] = {}  # kept when a file is let go of
         self._bytes_mapped_in = 0
-        self.convert_s = 0.0
 
     def names(self) -> Collection[str]:
         """All tensor names; of a single file, from its directory of tensors."""
-        return self._shard_of.keys() if self._shard_of else self._open(self._files[0]).keys()
+        return self._shard_of.keys() if self._shard_of else self._list(self._files[0]).keys()
 
     def stored(self, name: str) -> StoredTensor:
         """From the file's pickle, which lists types and shapes."""
         path = self._file_of(name)
-        if path not in self._listed:
-            self._listed[path] = _list_tensors(self._open(path), self._files.index(path))
-        if name not in self._listed[path]:
+        listed = self._list(path)
+        if name not in listed:
             raise CheckpointError(
                 f"the index places {name} in {path.name}, which does not hold it: index and shards "
                 "are of different models or versions; copy them again"
             )
-        return self._listed[path][name]
+        return listed[name]
 
-    def read_into(self, name: str, out: torch.Tensor) -> int:
-        """Copy out of the mapped file."""
-        tensor = self._open(self._file_of(name))[name]
-        out.copy_(tensor)
-        num_bytes = tensor.numel() * tensor.element_size()
-        self._bytes_mapped_in += num_bytes
+    def _list(self, path: Path) -> Mapping[str, StoredTensor]:
+        if path not in self._listed:
+            number = self._files.index(path)
+            if zipfile.is_zipfile(path):
+                self._listed[path] = _list_archive(path, number)
+            else:
+                self._listed[path] = _list_tensors(self._load(path), number)
+        return self._listed[path]
+
+    def unpickled(self, name: str) -> torch.Tensor:
+        """Out of the mapped file, or the whole one in memory."""
         if self._bytes_mapped_in >= REMAP_BYTES:
-            del tensor
             self.close()
-        return num_bytes
+        tensor = self._load(self._file_of(name))[name]
+        self._bytes_mapped_in += tensor.numel() * tensor.element_size()
+        return tensor
 
     def close(self) -> None:
-        """Drop the map."""
+        """Drop what is loaded."""
         self._tensors, self._path, self._bytes_mapped_in = {}, None, 0
 
     def _file_of(self, name: str) -> Path:
         return self._shard_of[name] if self._shard_of else self._files[0]
 
-    def _open(self, path: Path) -> Mapping[str, torch.Tensor]:
+    def _load(self, path: Path) -> Mapping[str, torch.Tensor]:
         if path != self._path:
             self.close()
-            self._tensors = _load_torch_file(path)
+            self._tensors = _load_torch_file(path, "cpu")
             self._path = path
         return self._tensors
 
 
 def _list_tensors(tensors: Mapping[str, torch.Tensor], file: int) -> dict[str, StoredTensor]:
+    """Without extents, in the order of the pickle."""
     return {
-        name: StoredTensor(
-            str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), (file, place)
-        )
+        name: StoredTensor(_dtype_name(tensor), tuple(tensor.shape), (file, place), None)
         for place, (name, tensor) in enumerate(tensors.items())
     }
 
 
-def _load_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` file, mapped; files of torch < 1.6 are read as a whole."""
+def _list_archive(path: Path, file: int) -> dict[str, StoredTensor]:
+    """With extents, in the order in which the tensors lie in the file."""
+    tensors = _load_torch_file(path, "meta")
+    offsets = _storage_offsets(path)
+    listed = {}
+    for place, (name, tensor) in enumerate(tensors.items()):
+        extent = _extent(path, tensor, offsets)
+        order = (file, place if extent is None else extent.offset)
+        listed[name] = StoredTensor(_dtype_name(tensor), tuple(tensor.shape), order, extent)
+    return listed
+
+
+def _extent(path: Path, tensor: torch.Tensor, offsets: Collection[int]) -> Extent | None:
+    """The bytes of a tensor whose storage was not read; None where they are not plain."""
+    begin: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or begin not in offsets or not tensor.is_contiguous():
+        return None
+    item_bytes = tensor.element_size()
+    first = begin + int(tensor.storage_offset()) * item_bytes
+    return Extent(path, first, tensor.numel() * item_bytes)
+
+
+def _storage_offsets(path: Path) -> frozenset[int]:
+    """Where the records of an archive begin, by the headers in front of them.
+
+    torch computes these places where it can, which fails for an archive that was packed anew. None
+    of another byte order.
+    """
+    offsets = set()
+    with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
+        for item in archive.infolist():
+            if (
+                item.filename.endswith("/byteorder")
+                and archive.read(item).decode() != sys.byteorder
+            ):
+                return frozenset()
+            file.seek(item.header_offset + _HEADER_BYTES - _LENGTHS.size)
+            lengths = _LENGTHS.unpack(file.read(_LENGTHS.size))
+            offsets.add(item.header_offset + _HEADER_BYTES + sum(lengths))
+    return frozenset(offsets)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _load_torch_file(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file: on "meta" without their bytes, on "cpu" mapped.
+
+    Files of torch < 1.6 cannot be mapped: they are read as a whole.
+    """
+    mapped = device == "cpu" and zipfile.is_zipfile(path)
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not read: it is damaged, or holds Python objects beside tensors, which "

@@ -37,8 +37,9 @@ from mpipipe.control_plane.messages import (
     StepSampled,
     StepScheduled,
 )
-from mpipipe.job import run as job_module
+from mpipipe.job import generating
 from mpipipe.job.acquire import Acquired, acquire_folder
+from mpipipe.job.job import Job, Marks
 from mpipipe.job.supervision import open_rank_page
 from mpipipe.metrics.log import NullLog, open_log
 from mpipipe.planning.model_facts import ModelFacts
@@ -133,15 +134,13 @@ async def complete(
         log = open_log(acquired.folder / "rank_0.log", identity=identity, host="here")
         progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)
-        marks = job_module._Marks(clock.now_s())
+        marks = Marks(clock.now_s())
         with closing(log):
             page = open_rank_page()
             view = TerminalView(Terminal(), show=False)
-            job = job_module._Job(
-                ranks, loaded, acquired, identity, log, view, marks, progress, page
-            )
+            job = Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
             prepared = PreparedPrompts(tuple(requests), ())
-            tally = await job_module._complete(job, session, prepared, {})
+            tally = await generating.complete(job, session, prepared, {})
         assert tally.num_completed == len(requests)
         assert tally.totals().num_output_tokens == asked.tokens * len(requests)
     return stage

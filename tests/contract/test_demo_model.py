@@ -20,6 +20,7 @@ from mpipipe.demo.model import cache_folder, demo_model_folder, prepare_demo_mod
 from mpipipe.errors import CheckpointError, EnvironmentSetupError
 from mpipipe.models.tokenizer import open_tokenizer
 from tests.contract.chat_ids import chat_ids
+from tests.contract.gguf_files import gguf_name, in_pairs
 
 HEADS, KV_HEADS, HIDDEN, LAYERS = 4, 2, 64, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -27,19 +28,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def byte_tokens() -> list[str]:
@@ -65,19 +53,6 @@ def reference_model() -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
-
-
-def gguf_name(name: str) -> str:
-    for ours, theirs in GGUF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name.replace("model.layers.", "blk.")
-
-
-def in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order for q and k: (i, i + half) become neighbours."""
-    out, inner = weight.shape
-    halves = weight.reshape(heads, 2, out // heads // 2, inner)
-    return halves.swapaxes(1, 2).reshape(out, inner)
 
 
 def write_gguf(path: Path, *, architecture: str = "llama") -> dict[str, np.ndarray]:
@@ -237,7 +212,7 @@ def test_a_damaged_wheel_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_of_another_kind_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_wheel(cache, monkeypatch, architecture="bloom")
-    with pytest.raises(CheckpointError, match="'bloom', expected 'llama'"):
+    with pytest.raises(CheckpointError, match="architecture 'bloom'"):
         prepare_demo_model(cache)
     assert not demo_model_folder(cache).exists()
 

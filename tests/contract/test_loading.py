@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from mpipipe.errors import CheckpointError
 from mpipipe.weights import sources
 from mpipipe.weights.loader import LoadReport, load_stage
 from mpipipe.weights.random import fill_random
+from mpipipe.weights.readers import Extent, FileReaders
 from tests.contract.checkpoint_cases import (
     CONFIGS,
     FORMS,
@@ -115,8 +118,7 @@ def test_every_type_is_converted_while_loading(
     report = load(tmp_path, stage, run)
     assert_equal(stage, {name: tensor.to(run) for name, tensor in model.state_dict().items()})
     assert report.bytes_read == sum(tensor.nbytes for tensor in model.state_dict().values())
-    # A mapped file is read by being converted: there it cannot be told apart.
-    assert (report.convert_s > 0) == (form == "safetensors" and stored != run)
+    assert (report.convert_s > 0) == (stored != run)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -274,11 +276,10 @@ def test_a_head_that_was_not_asked_for_follows_the_embedding(tmp_path: Path) -> 
 
 @pytest.fixture
 def _reading_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_into(self: object, name: str, out: torch.Tensor) -> int:
-        raise AssertionError(f"{name} was read before all names were accounted for")
+    def read(self: object, extent: Extent, into: memoryview) -> NoReturn:
+        raise AssertionError(f"{extent} was read before all names were accounted for")
 
-    monkeypatch.setattr(sources.SafetensorsSource, "read_into", read_into)
-    monkeypatch.setattr(sources.TorchSource, "read_into", read_into)
+    monkeypatch.setattr(FileReaders, "read", read)
 
 
 def change_checkpoint(model: PreTrainedModel, folder: Path, form: str, kind: str) -> None:
@@ -356,24 +357,74 @@ def test_no_file_stays_open_or_mapped(tmp_path: Path, form: str) -> None:
     assert not any(str(tmp_path) in os.readlink(link) for link in links if os.path.islink(link))
 
 
-def test_a_bin_file_is_mapped_anew_while_it_is_read(
+def transposed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same matrices, each stored column by column: their bytes are not those of the tensor."""
+    return {
+        name: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+        for name, tensor in state.items()
+    }
+
+
+def test_a_bin_file_of_tensors_that_are_not_contiguous_is_mapped_anew_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama")
     save_bin(model, tmp_path)
-    opened: list[Path] = []
+    rewrite_bin(tmp_path, transposed)
+    mapped: list[Path] = []
     original = sources._load_torch_file
 
-    def spy(path: Path) -> dict[str, torch.Tensor]:
-        opened.append(path)
-        return original(path)
+    def spy(path: Path, device: str) -> dict[str, torch.Tensor]:
+        mapped.extend([path] if device == "cpu" else [])
+        return original(path, device)
 
     monkeypatch.setattr(sources, "_load_torch_file", spy)
     monkeypatch.setattr(sources, "REMAP_BYTES", 4000)
     stage = whole(model.config)
     report = load(tmp_path, stage)
     assert_equal(stage, model.state_dict())
-    assert 3 <= len(opened) <= report.bytes_read // 4000 + 1
+    assert report.bytes_read == report.parameter_bytes
+    assert 3 <= len(mapped) <= report.bytes_read // 4000 + 1
+
+
+@pytest.mark.parametrize("part_of_a_storage", [True, False])
+def test_a_bin_file_is_read_by_plain_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_of_a_storage: bool
+) -> None:
+    model = make_model("llama")
+    save_bin(model, tmp_path)
+
+    def views(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        flat = torch.cat([tensor.reshape(-1) for tensor in state.values()])
+        parts = torch.split(flat, [tensor.numel() for tensor in state.values()])
+        return {n: part.view(t.shape) for (n, t), part in zip(state.items(), parts, strict=True)}
+
+    if part_of_a_storage:
+        rewrite_bin(tmp_path, views)
+
+    def unpickled(self: object, name: str) -> NoReturn:
+        raise AssertionError(f"{name} was mapped")
+
+    monkeypatch.setattr(sources.TorchSource, "unpickled", unpickled)
+    stage = whole(model.config)
+    load(tmp_path, stage)
+    assert_equal(stage, model.state_dict())
+
+
+def test_a_bin_file_that_was_packed_anew_is_not_read_where_torch_would_have_packed_it(
+    tmp_path: Path,
+) -> None:
+    model = make_model("llama")
+    save_bin(model, tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {item.filename: archive.read(item) for item in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(records, reverse=True):
+            archive.writestr(name, records[name])
+    stage = whole(model.config)
+    load(tmp_path, stage)
+    assert_equal(stage, model.state_dict())
 
 
 def test_a_bin_file_in_the_format_of_torch_before_1_6(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class VirtualRanks:
                 channel=end,
                 engine=engine,
                 stream=self.pipeline.stream,
-                timeline=StreamTimeline(self.pipeline.stream, account, link),
+                timeline=StreamTimeline(self.pipeline.stream, account, clock, link),
                 progress=progress,
                 clock=clock,
             )

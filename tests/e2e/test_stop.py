@@ -82,6 +82,9 @@ def test_a_run_that_is_stopped_twice_killed_and_resumed_is_the_run_that_was_left
     assert "told to stop (SIGUSR1" in booting.stderr
     assert "Traceback" not in booting.stderr
     assert booting.json("status.json")["state"] == "stopped"
+    metrics = booting.json("metrics.json")
+    assert (metrics["state"], metrics["requests"]["num_unfinished"]) == ("stopped", NUM_PROMPTS)
+    assert [part["name"] for part in metrics["ranks"][0]["boot"]][:2] == ["process", "imports"]
 
     stopped = stop_when(lambda: num_lines() > 0, second_rank, tiny_config, folder, *job, resume)
     assert stopped.exit_code == EXIT_REQUEUE, stopped.stderr

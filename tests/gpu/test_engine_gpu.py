@@ -147,8 +147,8 @@ class Steady:
     def __init__(self, pipeline: EnginePipeline) -> None:
         self.engines, self.stream = pipeline.engines, pipeline.stream
         self.account = StageAccount(0)
-        self.timeline = StreamTimeline(self.stream, self.account)
-        self.timeline.begin(0.0)
+        self.timeline = StreamTimeline(self.stream, self.account, MonotonicClock())
+        self.timeline.begin(MonotonicClock().now_s())
         self.rows: list[int] = []
         self.lengths: dict[int, int] = {}
         self.step = 0

@@ -62,23 +62,23 @@ def sleepy(seconds: float) -> Callable[[ModuleType], None]:
 
 
 def throttled(bytes_per_s: float) -> Callable[[ModuleType], None]:
-    """Each tensor is read no faster than a disk of that speed would deliver it."""
+    """Each piece is read no faster than a disk of that speed would deliver it."""
 
     def change(module: ModuleType) -> None:
-        read = module.SafetensorsSource._read
+        read = module.FileReaders.read
 
-        def slowed(self: Any, name: str, entry: Any, target: Any) -> None:
-            time.sleep(entry.num_bytes / bytes_per_s)
-            read(self, name, entry, target)
+        def slowed(self: Any, extent: Any, into: Any) -> Any:
+            time.sleep(extent.num_bytes / bytes_per_s)
+            return read(self, extent, into)
 
-        module.SafetensorsSource._read = slowed
+        module.FileReaders.read = slowed
 
     return change
 
 
 KINDS = {
     "stage": ("mpipipe.stage.engine", sleepy),
-    "read": ("mpipipe.weights.sources", throttled),
+    "read": ("mpipipe.weights.readers", throttled),
 }
 
 if __name__ == "__main__":

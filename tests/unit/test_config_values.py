@@ -60,6 +60,15 @@ def failure(path: Path | None, *overrides: str) -> str:
         (["pipeline.split=30"], "pipeline.split", (30,)),
         (["pipeline.split=auto"], "pipeline.split", "auto"),
         (["pipeline.num_stages=auto"], "pipeline.num_stages", "auto"),
+        (["memory.device_bytes=200MiB"], "memory.device_bytes", 200 * 2**20),
+        (["memory.device_bytes=1.5 GiB"], "memory.device_bytes", 3 * 2**29),
+        (['memory.device_bytes="6gib"'], "memory.device_bytes", 6 * 2**30),
+        (["memory.device_bytes=4096"], "memory.device_bytes", 4096),
+        (["memory.device_bytes=auto"], "memory.device_bytes", "auto"),
+        (["memory.host_bytes=16GB"], "memory.host_bytes", 16 * 10**9),
+        (["memory.host_bytes=0"], "memory.host_bytes", 0),
+        (["memory.kv_cache_bytes=0.5 TB"], "memory.kv_cache_bytes", 5 * 10**11),
+        (["memory.kv_cache_bytes=12 B"], "memory.kv_cache_bytes", 12),
         (["pipeline.num_stages=2", "pipeline.num_stages=3"], "pipeline.num_stages", 3),
     ],
 )  # fmt: skip
@@ -200,6 +209,15 @@ def test_null_in_json_is_a_wrong_type(tmp_path: Path) -> None:
         "pipeline.handshake_timeout_s=nan",
         "pipeline.handshake_timeout_s=inf",
         "memory.kv_cache_bytes=0",
+        "memory.kv_cache_bytes=0.4 B",
+        "memory.device_bytes=0",
+        "memory.device_bytes=-1GiB",
+        "memory.device_bytes=1.5",
+        "memory.device_bytes=GiB",
+        "memory.device_bytes=6 GiBs",
+        "memory.device_bytes=99999999999 TiB",
+        "memory.host_bytes=-1",
+        "memory.host_bytes=true",
         "memory.num_kv_pages=0",
         "memory.page_size_tokens=0",
         "memory.max_context_tokens=0",
@@ -228,6 +246,18 @@ def test_null_in_json_is_a_wrong_type(tmp_path: Path) -> None:
 )
 def test_value_out_of_range_names_the_setting(word: str) -> None:
     assert word.partition("=")[0] in failure(None, word)
+
+
+def test_a_size_that_is_none_shows_how_to_write_it(tmp_path: Path) -> None:
+    """In files and on the command line; an unknown unit gets the likeliest one."""
+    message = failure(None, "memory.device_bytes=6G")
+    assert """memory.device_bytes = '6G' has the unit "G", which is not known""" in message
+    assert 'e.g. "6GiB"' in message
+    assert 'e.g. "3GiB"' in failure(None, "memory.host_bytes=3 pages")
+    assert 'a size such as "6GiB"' in failure(None, "memory.kv_cache_bytes=much")
+    assert "[1]" in failure(write(tmp_path, "a.toml", "[memory]\ndevice_bytes = [1]\n"))
+    path = write(tmp_path, "b.toml", '[memory]\ndevice_bytes = "2 KiB"\n')
+    assert load_config(path, []).config.memory.device_bytes == 2048
 
 
 def test_wrong_choice_lists_the_choices_and_the_nearest() -> None:

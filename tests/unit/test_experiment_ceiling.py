@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.config.load import load_config
 from mpipipe.experiments.ceiling import ceiling_of, ceiling_of_run, plan_of
+from mpipipe.experiments.record import Ceiling
 from mpipipe.plain_values import to_json
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
@@ -61,17 +63,34 @@ def test_a_known_gpu_has_a_ceiling_of_its_own() -> None:
     assert ceiling_of(SPEC, plan(2, 32), LENGTHS).tokens_per_s is None
 
 
-def test_the_reason_is_the_formula_with_its_values() -> None:
-    ceiling = ceiling_of(SPEC, plan(2, 8), LENGTHS)
-    assert "a round is 8 tokens in 2 slots" in ceiling.reason
-    numbers = ceiling.reason.partition(": ")[2].partition(";")[0]
-    tokens, rest = numbers.split(" / ")
-    prefill, rounds, round_s = (
-        float(part.strip(" ()s").split(" s")[0]) for part in rest.replace(" + ", " × ").split(" × ")
-    )
-    assert float(tokens) / (prefill + rounds * round_s) == pytest.approx(
-        ceiling.model_tokens_per_s, rel=1e-3
-    )
+def by_the_reason(ceiling: Ceiling) -> float:
+    """What the formula of the reason comes to."""
+    words = ceiling.reason.partition(": ")[2].partition(";")[0]
+    tokens, prefill, *waves = re.findall(r"[\d.e+-]*\d", re.sub(r"with \d+ sequences", "", words))
+    rounds, round_s = waves[::2], waves[1::2]
+    decode_s = sum(float(a) * float(b) for a, b in zip(rounds, round_s, strict=True))
+    return float(tokens) / (float(prefill) + decode_s)
+
+
+@pytest.mark.parametrize("num_prompts", [8, 32, 36, 40])
+def test_the_reason_is_the_formula_with_its_values(num_prompts: int) -> None:
+    ceiling = ceiling_of(SPEC, plan(2, 32), [(64, 64)] * num_prompts)
+    assert by_the_reason(ceiling) == pytest.approx(ceiling.model_tokens_per_s, rel=1e-3)
+    assert ceiling.reason.count("sequences") == (2 if num_prompts > 32 else 1)
+
+
+def test_a_last_wave_of_few_takes_as_many_rounds_as_a_full_one() -> None:
+    """40 prompts at 32 rows: two waves, so that 64 would take hardly longer."""
+    on_gpu = dataclasses.replace(plan(2, 32), device="cuda")
+    rates = {
+        number: ceiling_of(SPEC, on_gpu, [(1, 64)] * number).model_tokens_per_s
+        for number in (32, 40, 64)
+    }
+    assert rates[64] == pytest.approx(rates[32], rel=0.02)
+    assert rates[40] < 0.75 * rates[64]
+    # Unequal outputs: what ends early leaves its row to the next, so there are no waves.
+    mixed = ceiling_of(SPEC, on_gpu, [(1, 64)] * 39 + [(1, 63)])
+    assert mixed.model_tokens_per_s > 1.2 * rates[40]
 
 
 def test_the_plan_comes_from_the_manifest() -> None:

@@ -477,19 +477,20 @@ def test_pages_are_no_more_than_the_run_can_use() -> None:
 
 
 def test_weights_that_do_not_fit_a_gpu_are_refused_with_sizes_and_remedies() -> None:
+    """Where no host memory may take them either."""
     world = [with_gpu(rank, free_bytes=4 * GIB) for rank in h200(2)]
     with pytest.raises(
         PlanError,
         match=r"rank 0 on GPU 0 \(NVIDIA H200\) of node1 would hold 3\.\d+ GiB of weights and "
         r"1\.\d+ GiB of work space, but only 3\.60 GiB of its memory may be used.*more ranks",
     ):
-        plan(world)
+        plan(world, MemoryConfig(host_bytes=0))
 
 
 def test_ranks_that_share_a_gpu_must_fit_together() -> None:
     world = [with_gpu(rank, free_bytes=8 * GIB) for rank in sharing(2, 1)]
     with pytest.raises(PlanError, match=r"ranks 0, 1 together on GPU 0"):
-        plan(world, PipelineConfig(share_gpus=True))
+        plan(world, PipelineConfig(share_gpus=True), MemoryConfig(host_bytes=0))
 
 
 # ---- split ---------------------------------------------------------------------------------------

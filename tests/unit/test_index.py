@@ -171,6 +171,13 @@ def test_a_cut_off_bin_file_is_found_without_torch(tmp_path: Path, kept: int) ->
         read_index(tmp_path)
 
 
+def test_a_bin_file_that_was_compressed_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", b"y" * 5000)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is compressed.*packed anew"):
+        read_index(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",  # offset in the directory's first entry → byte
     [

@@ -15,7 +15,7 @@ import structlog
 from mpipipe.clock import ScriptedClock
 from mpipipe.errors import OutputError
 from mpipipe.metrics.identity import RunIdentity
-from mpipipe.metrics.log import RunLog, open_log
+from mpipipe.metrics.log import LogFile, RunLog, open_log
 
 NOON = datetime(2026, 11, 21, 13, 0, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
 
@@ -255,3 +255,91 @@ def test_a_failure_that_is_told_may_be_logged(tmp_path: Path) -> None:
     assert not writing.is_alive(), "the log waits for itself"
     assert len(told) == 1
     log.close()
+
+
+class StuckDisk:
+    """Takes a write once it is let."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.let, self.entered = threading.Event(), threading.Event()
+        self.written = b""
+
+    def write(self, text: bytes) -> int:
+        self.entered.set()
+        assert self.let.wait(20), "the test waits for itself"
+        self.written += text
+        return len(text)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_telling_a_line_waits_for_no_disk_while_a_thread_writes() -> None:
+    disk: Any = StuckDisk()
+    file = LogFile(disk, Path("rank_0.log"), pytest.fail)
+    file.defer()
+    file.msg("one")
+    writing = threading.Thread(target=file.write_told)
+    writing.start()
+    assert disk.entered.wait(20)
+    file.msg("two")  # returns, though the disk does not answer
+    disk.let.set()
+    writing.join(20)
+    file.close_file()
+    file.close_file()
+    assert disk.written == b"one\ntwo\n"
+    assert disk.closed
+
+
+def test_a_log_that_is_closed_early_has_all_lines_in_their_order(tmp_path: Path) -> None:
+    """A fatal error: the thread that was to write the lines has not had its turn."""
+    log = opened(tmp_path / "l")
+    log.info("begin")
+    log.file.defer()
+    for _ in range(100):
+        log.info("preempted")
+    assert [line["event"] for line in lines(tmp_path / "l")] == ["begin"]
+    log.error("ended early")
+    log.close()
+    events = [line["event"] for line in lines(tmp_path / "l")]
+    assert events == ["begin", *["preempted"] * 100, "ended early"]
+
+
+def test_too_many_waiting_lines_and_those_of_a_full_disk_are_counted_as_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mpipipe.metrics.log._MOST_WAITING", 40)
+    told: list[str] = []
+    full: Any = FullDisk(room=10)
+    file = LogFile(full, Path("rank_0.log"), told.append)
+    file.defer()
+    for number in range(50):
+        file.msg(f"line {number}")
+    assert file.num_lost == 10
+    file.close()
+    assert full.written == b"line 0\nlin"
+    assert file.num_lost == 49
+    assert len(told) == 1
+    full.room = 100
+    file.msg("again")
+    assert full.written == b"line 0\nlin\nagain\n"
+
+
+class FullDisk:
+    """Takes so many bytes more."""
+
+    closed = False
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.written = b""
+
+    def write(self, text: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = text[: self.room]
+        self.room -= len(taken)
+        self.written += taken
+        return len(taken)

@@ -193,6 +193,39 @@ def test_a_killed_run_is_told_by_what_it_wrote(run: WrittenRun) -> None:
     assert any("no metrics.json" in note for note in document["notes"])
 
 
+def start_again(folder: Path, *, state: str) -> None:
+    """Attempt 2 of a written run: it boots, and ends before it generates anything."""
+    with (folder / "rank_0.log").open("a") as file:
+        for t_s, event in ((70.0, "handshake"), (71.0, "resumed"), (72.0, "summary")):
+            line = {**identity(0, t_s, attempt=2), "time": "", "level": "info", "event": event}
+            file.write(json.dumps(line) + "\n")
+    for name in ("manifest.json", "metrics.json"):
+        document = json.loads((folder / name).read_text())
+        document["attempts"].append({"attempt": 2, "state": state, "generate_s": 0.0})
+        (folder / name).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("state", ["done", "stopped"])
+def test_an_attempt_that_generated_nothing_hides_none_that_did(tmp_path: Path, state: str) -> None:
+    WrittenRun(tmp_path, num_steps=100).write()
+    before = ask_json("summary", tmp_path)
+    start_again(tmp_path, state=state)
+    found = ask_json("summary", tmp_path)
+    assert (found["attempt"], found["num_attempts"], found["state"]) == (1, 2, "done")
+    assert (found["ranks"], found["time"]) == (before["ranks"], before["time"])
+    remark = (
+        f"attempt 1 is shown: attempt 2, after it, generated nothing ({state}); "
+        "--attempt 2 shows it"
+    )
+    assert remark in found["notes"]
+    assert remark in " ".join(ask("summary", tmp_path).split())
+    assert ask_json("steps", tmp_path)["num_steps"] == 100
+    assert remark in ask_json("steps", tmp_path)["notes"]
+    asked_for = ask_json("summary", tmp_path, "--attempt", "2")
+    assert (asked_for["attempt"], asked_for["state"]) == (2, state)
+    assert remark not in asked_for["notes"]
+
+
 def test_attempts_are_told_apart(tmp_path: Path) -> None:
     first = WrittenRun(tmp_path, num_steps=100, parts={1: {"compute_s": 0.03}})
     first.write()

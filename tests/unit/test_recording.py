@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ from mpipipe.job import recording as module
 from mpipipe.job.recording import Recording, recording
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.identity import RunIdentity
+from mpipipe.metrics.log import RunLog, open_log
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.runtime.clock_offsets import ClockOffset
 from mpipipe.topology.nvml import opened_nvml
@@ -82,10 +86,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     return card
 
 
-def record(folder: Path, session: FakeSession, wanted: LogConfig, inside: Any) -> None:
+def record(
+    folder: Path, session: FakeSession, wanted: LogConfig, inside: Any, log: RunLog | None = None
+) -> None:
     async def run() -> None:
         files = FileThread()
         told: Any = session
+        ignored = open_log(Path(os.devnull), identity=IDENTITY, host="n1")
         try:
             async with recording(
                 folder,
@@ -93,11 +100,13 @@ def record(folder: Path, session: FakeSession, wanted: LogConfig, inside: Any) -
                 wanted,
                 told,
                 files,
+                log=(log or ignored).file,
                 on_failure=pytest.fail,
             ) as recorder:
                 inside(recorder)
         finally:
             files.close()
+            ignored.close()
 
     asyncio.run(run())
 
@@ -153,3 +162,35 @@ def test_a_run_that_fails_leaves_the_lines_that_were_told(tmp_path: Path, card: 
         record(tmp_path, session, LogConfig(), fail)
     (step,) = lines(tmp_path / "steps_rank_0.jsonl")
     assert step["transfer_s"] is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lines_of_the_log_are_written_beside_the_event_loop_and_in_order(
+    fails: bool, tmp_path: Path, card: FakeCard
+) -> None:
+    """A disk that does not answer must not keep a step waiting."""
+    log = open_log(tmp_path / "rank_0.log", identity=IDENTITY, host="n1")
+    writers: list[str] = []
+    write = log.file.write_told
+
+    def write_told() -> None:
+        writers.append(threading.current_thread().name)
+        write()
+
+    log.file.write_told = write_told  # type: ignore[method-assign]
+
+    def generate(_: Recording) -> None:
+        for number in range(100):
+            log.info("preempted", number=number)
+        assert "MainThread" not in writers
+        if fails:
+            raise RuntimeError("a rank was lost")
+
+    log.info("generating", number=-1)
+    writers.clear()
+    with suppress(RuntimeError):
+        record(tmp_path, FakeSession(), LogConfig(), generate, log)
+    log.info("ended", number=100)
+    log.close()
+    assert "lines" in writers
+    assert [line["number"] for line in lines(tmp_path / "rank_0.log")] == list(range(-1, 101))

@@ -19,8 +19,9 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine
 from mpipipe.errors import ConfigError, OutputError
-from mpipipe.job import run as job_module
+from mpipipe.job import generating
 from mpipipe.job.acquire import Acquired, acquire_folder
+from mpipipe.job.ending import report
 from mpipipe.metrics.log import NullLog
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.files import write_whole
@@ -286,7 +287,7 @@ def test_a_stop_may_still_come_when_all_is_written(tmp_path: Path) -> None:
     summary: Any = SimpleNamespace(requests=requests, to_dict=dict)
 
     async def end() -> None:
-        assert await job_module._report(job, summary) == 0
+        assert await report(job, summary) == 0
         job.files.post(lambda: told.append("stop"))
         await job.files.run(lambda: told.append("done"))
 
@@ -331,12 +332,12 @@ def test_the_head_answers_while_it_merges(tmp_path: Path, monkeypatch: pytest.Mo
         prompts: Any = SimpleNamespace(num_prompts=0, rejected=(), requests=())
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answer())
-            await job_module._complete(job, session, prompts, {})
+            await generating.complete(job, session, prompts, {})
 
     async def idle(*_: object) -> None:
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(job_module, "merge", merge)
-    monkeypatch.setattr(job_module, "_tell", lambda *_: None)
-    monkeypatch.setattr(job_module, "_show", idle)
+    monkeypatch.setattr(generating, "merge_completions", merge)
+    monkeypatch.setattr(generating, "_tell", lambda *_: None)
+    monkeypatch.setattr(generating, "_show", idle)
     asyncio.run(complete())

@@ -11,6 +11,7 @@ from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootPart
 from mpipipe.metrics.identity import RunIdentity
+from mpipipe.metrics.offload import OffloadUse
 from mpipipe.metrics.summary import (
     PhaseTimes,
     RankReport,
@@ -226,3 +227,22 @@ def test_table_columns_are_aligned(summary: RunSummary) -> None:
     compute_end = table[0].index("compute") + len("compute")
     assert [line[compute_end - 1] for line in table[1:]] == ["%", "%"]
     assert table[1].split()[:5] == ["0", "0", "node0", "6.0", "s"]
+
+
+def test_offloaded_weights_are_told_beside_what_was_planned(summary: RunSummary) -> None:
+    """Without them nothing is said; each stage that streams has its row."""
+    assert "gate wait" not in "\n".join(summary_lines(summary))
+    use = OffloadUse(
+        bytes_per_step=1536 * MIB,
+        wait_s=2.0,
+        host_bytes_per_s=10.5e9,
+        planned_host_bytes_per_s=12e9,
+        disk_bytes_per_s=0.5e9,
+    )
+    first, second = summary.ranks
+    streaming = replace(summary, ranks=(first, replace(second, offload=use)))
+    header, row = summary_lines(streaming)[-2:]
+    assert header.endswith("gate wait")
+    assert " ".join(row.split()) == "1 1.5 GiB 10.50 GB/s 88% 0.50 GB/s - 2.0 s 20%"
+    assert streaming.to_dict()["ranks"][1]["offload"]["wait_s"] == 2.0
+    assert from_json(RankReport, to_json(streaming.ranks[1])) == streaming.ranks[1]

@@ -1,0 +1,335 @@
+"""Fits the stages into the memory of their ranks: everything on the devices, or in part offloaded.
+
+Nothing is offloaded that need not be: a run whose weights fit its devices is planned as if there
+was no offload. `offload_search` finds what to offload, `rank_rooms` what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.layout import threads_per_rank
+from mpipipe.planning.memory import KvDemand, RankMemory, asked_kv_bytes, fits, gib
+from mpipipe.planning.offload_advice import figure, offload_advice
+from mpipipe.planning.offload_search import (
+    Candidate,
+    OffloadProblem,
+    RunShape,
+    best_candidate,
+    with_disk,
+)
+from mpipipe.planning.placement import ModelParts, offload_of, part_bytes
+from mpipipe.planning.plan import Decisions, StagePlan
+from mpipipe.planning.rank_rooms import check_settings, gpu_bytes, rank_rooms
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.step_limits import StepLimits, gather_bytes, rank_memory
+from mpipipe.planning.workload import SamplingUse, Workload
+from mpipipe.types import AttentionName, DeviceName, DtypeName
+
+__all__ = ["Fitted", "StageFitting"]
+
+_GATHERING = frozenset({"sdpa", "reference"})  # these copy what they read from the cache
+# Rows per slot and tokens per step to try; more rows than that hide no link that these do not.
+_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_GPU_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+_CPU_TOKENS = (512, 1024, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Stages that fit, or `needs` that `memory.choose_num_pages` will refuse."""
+
+    stages: tuple[StagePlan, ...]
+    limits: StepLimits
+    demand: KvDemand
+    needs: tuple[RankMemory, ...]
+    remedies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageFitting:
+    """What the fitting goes by."""
+
+    spec: ModelSpec
+    ranks: Sequence[RankResources]  # in the order of their stages
+    device: DeviceName
+    dtype: DtypeName
+    limits: StepLimits
+    sampling: SamplingUse
+    attention: AttentionName
+    decisions: Decisions
+
+    def fit(self, stages: tuple[StagePlan, ...], demand: KvDemand, workload: Workload) -> Fitted:
+        """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
+
+        Raises:
+            PlanError: a setting that means nothing on this kind of device.
+        """
+        check_settings(self.decisions.config.memory, on_gpus=self.device == "cuda")
+        resident = Fitted(stages, self.limits, demand, self._needs(stages, self.limits, demand))
+        is_limited = isinstance(self.decisions.config.memory.device_bytes, int)
+        must_offload = not fits(resident.needs, self._least_pages(resident.needs, demand))
+        if not must_offload and (not is_limited or fits(resident.needs, demand.useful_pages)):
+            return resident
+        problem = self._problem(demand, workload)
+        best = best_candidate(problem)
+        if best is None:
+            return replace(resident, remedies=self._remedies(problem, stages))
+        split = tuple(stage.num_layers for stage in stages)
+        if not must_offload and best.is_resident and best.split == split:
+            return resident
+        return self._taken(problem, best, stages, demand)
+
+    def _least_pages(self, needs: Sequence[RankMemory], demand: KvDemand) -> int:
+        """With fewer the run cannot begin, or with what the settings ask for."""
+        memory = self.decisions.config.memory
+        asked = asked_kv_bytes(memory, largest := max(need.page_bytes for need in needs))
+        if asked is not None:
+            return asked // largest
+        return 1 if demand.longest_request_tokens is None else demand.pages_per_sequence
+
+    def _taken(
+        self,
+        problem: OffloadProblem,
+        best: Candidate,
+        stages: Sequence[StagePlan],
+        demand: KvDemand,
+    ) -> Fitted:
+        """The candidate as stages, its limits noted."""
+        decisions, limits = self.decisions, self.limits
+        if best.rows > limits.max_sequences_per_slot:
+            reason = "rows to make the most of what is brought to the devices for each step"
+            rows = decisions.revise("pipeline.max_sequences_per_slot", best.rows, reason)
+            limits = replace(limits, max_sequences_per_slot=rows)
+        if best.tokens != limits.max_tokens_per_step:
+            reason = "makes the most of what is brought for each step, as far as memory allows"
+            tokens = decisions.revise("pipeline.max_tokens_per_step", best.tokens, reason)
+            limits = replace(limits, max_tokens_per_step=tokens)
+        demand = replace(demand, max_sequences=limits.num_slots * limits.max_sequences_per_slot)
+        placed = self._stages(best, stages)
+        if not isinstance(decisions.config.pipeline.split, tuple):
+            split = str([stage.num_layers for stage in placed])
+            decisions.revise("pipeline.split", split, _split_reason(best))
+        if not best.is_resident:
+            decisions.note("memory.offload", _cost(best), _avoidable(problem, best))
+        return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
+
+    def _stages(self, best: Candidate, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
+        parts, layer_bytes = [], part_bytes(self.spec, self.dtype).layer
+        total_s = sum(choice.forecast.step_s for choice in best.stages)
+        first_layer = 0
+        for stage, choice in zip(stages, best.stages, strict=True):
+            num_layers = choice.placed.shape.num_layers
+            parts.append(
+                replace(
+                    stage,
+                    first_layer=first_layer,
+                    last_layer=first_layer + num_layers,
+                    weight_bytes=stage.weight_bytes + (num_layers - stage.num_layers) * layer_bytes,
+                    cost_share=round(choice.forecast.step_s / total_s, 6),
+                    offload=offload_of(choice, first_layer),
+                )
+            )
+            first_layer += num_layers
+        return tuple(parts)
+
+    def _remedies(self, problem: OffloadProblem, stages: Sequence[StagePlan]) -> tuple[str, ...]:
+        """What would let the run begin: a tier to offload to, or the least that a device needs."""
+        best = best_candidate(with_disk(problem))
+        if best is not None:
+            needed = gib(max(choice.placed.disk_bytes for choice in best.stages))
+            folder = f"set memory.offload_dir to a folder on a local disk with {needed} free a rank"
+            if self.device == "cuda":
+                return (folder, f"let memory.host_bytes be {needed} more, if the host has it")
+            return (folder,)
+        least = max(problem.least_device_bytes(stage.stage, stage.num_layers) for stage in stages)
+        what = "a staging buffer"
+        if self.device == "cuda":
+            what = "work space, the cache of one row a slot, and a staging buffer"
+        raised = f"raise memory.device_bytes to at least {gib(least)}, for {what}"
+        return (f"{raised}, which are needed however much is offloaded",)
+
+    # ---- what a stage needs ----------------------------------------------------------------------
+
+    def _needs(
+        self, stages: Sequence[StagePlan], limits: StepLimits, demand: KvDemand
+    ) -> tuple[RankMemory, ...]:
+        memory = self.decisions.config.memory
+        needs = []
+        for stage, rank_resources in zip(stages, self.ranks, strict=True):
+            page_bytes = self._page_bytes(stage.num_layers)
+            usable, limit, work_bytes = None, None, 0
+            if self.device == "cuda":
+                usable = gpu_bytes(memory, rank_resources, self.ranks)
+                work_bytes = self._gpu_work_bytes(stage, limits, demand, usable, page_bytes)
+            elif isinstance(memory.device_bytes, int):
+                limit = memory.device_bytes
+            needs.append(
+                rank_memory(
+                    rank_resources,
+                    stage,
+                    page_bytes,
+                    work_bytes,
+                    gpu_bytes=usable,
+                    weight_limit_bytes=limit,
+                )
+            )
+        return tuple(needs)
+
+    def _page_bytes(self, num_layers: int) -> int:
+        return kv_page_bytes(
+            self.spec,
+            self.dtype,
+            num_layers=num_layers,
+            page_size_tokens=self.decisions.config.memory.page_size_tokens,
+            row_multiple=8 if self.device == "cuda" else 1,
+        )
+
+    def _gpu_work_bytes(
+        self,
+        stage: StagePlan,
+        limits: StepLimits,
+        demand: KvDemand,
+        usable_bytes: int,
+        page_bytes: int,
+    ) -> int:
+        work_bytes = limits.gpu_work_bytes(
+            self.spec, self.dtype, self.sampling, has_head=stage.has_head
+        )
+        if self.attention not in _GATHERING:
+            return work_bytes
+        return work_bytes + gather_bytes(
+            self.spec,
+            self.dtype,
+            num_tokens=limits.max_sequences_per_slot * demand.longest_tokens,
+            num_layers=stage.num_layers,
+            kv_bytes=asked_kv_bytes(self.decisions.config.memory, page_bytes),
+            free_bytes=max(0, usable_bytes - stage.device_weight_bytes - work_bytes),
+        )
+
+    # ---- the search ------------------------------------------------------------------------------
+
+    def _problem(self, demand: KvDemand, workload: Workload) -> OffloadProblem:
+        config, limits = self.decisions.config, self.limits
+        num_threads, _ = threads_per_rank(config.pipeline.bind, self.ranks)
+        on_gpus = self.device == "cuda"
+        run = RunShape.of(
+            workload.num_requests,
+            workload.num_prompt_tokens,
+            workload.num_output_tokens,
+            demand.longest_tokens,
+            is_longest_known=demand.longest_request_tokens is not None,
+        )
+        split = config.pipeline.split
+        num_pages = self._fixed_pages()
+
+        return OffloadProblem(
+            model=ModelParts(self.spec, self.dtype, part_bytes(self.spec, self.dtype)),
+            rooms=rank_rooms(config.memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads),
+            run=run,
+            num_slots=limits.num_slots,
+            page_size=config.memory.page_size_tokens,
+            kv_bytes=self._kv_bytes,
+            work_bytes=partial(self._work_bytes, demand.longest_tokens),
+            rows=self._rows(run, num_pages),
+            tokens=self._tokens(),
+            fixed_pages=num_pages,
+            fixed_split=split if isinstance(split, tuple) else None,
+        )
+
+    def _kv_bytes(self, num_pages: int, num_layers: int) -> int:
+        """Of a stage's cache, or what the settings ask for."""
+        page_bytes = self._page_bytes(num_layers)
+        asked = asked_kv_bytes(self.decisions.config.memory, page_bytes)
+        unowned = page_bytes * (self.device == "cuda")  # rows of no sequence write there
+        return unowned + (num_pages * page_bytes if asked is None else asked)
+
+    def _work_bytes(  # noqa: PLR0917 - as `OffloadProblem.work_bytes`
+        self,
+        longest_tokens: int,
+        rows: int,
+        tokens: int,
+        num_pages: int,
+        num_layers: int,
+        has_head: bool,
+    ) -> int:
+        """Of a stage beside its weights and cache; on a CPU it is a part of what stays free."""
+        if self.device == "cpu":
+            return 0
+        limits = self._limits(rows, tokens)
+        needed = limits.gpu_work_bytes(self.spec, self.dtype, self.sampling, has_head=has_head)
+        if self.attention not in _GATHERING:
+            return needed
+        return needed + gather_bytes(
+            self.spec,
+            self.dtype,
+            num_tokens=limits.max_sequences_per_slot * longest_tokens,
+            num_layers=num_layers,
+            kv_bytes=num_pages * self._page_bytes(num_layers),
+            free_bytes=0,
+        )
+
+    def _limits(self, rows: int, tokens: int) -> StepLimits:
+        """Those of a candidate: `rows` are what it reckons with, more may be allowed."""
+        asked = self.decisions.config.pipeline.max_sequences_per_slot
+        most = asked if isinstance(asked, int) else max(rows, self.limits.max_sequences_per_slot)
+        return replace(self.limits, max_sequences_per_slot=most, max_tokens_per_step=tokens)
+
+    def _fixed_pages(self) -> int | None:
+        """As asked for: with `kv_cache_bytes` about so many, if the layers are split evenly."""
+        even = self._page_bytes(-(-self.spec.num_layers // len(self.ranks)))
+        asked = asked_kv_bytes(self.decisions.config.memory, even)
+        return None if asked is None else asked // even
+
+    def _rows(self, run: RunShape, num_pages: int | None) -> tuple[int, ...]:
+        """No more than the settings allow, the run can use, and the asked for pages hold."""
+        config, num_slots = self.decisions.config, self.limits.num_slots
+        asked = config.pipeline.max_sequences_per_slot
+        most = asked if isinstance(asked, int) else _ROWS[-1]
+        if run.num_requests is not None:
+            most = min(most, max(1, -(-run.num_requests // num_slots)))
+        rows = sorted({row for row in (*_ROWS, most) if row <= most})
+        if num_pages is None:
+            return tuple(rows)
+        page_size = config.memory.page_size_tokens
+        held = [row for row in rows if run.num_pages(row * num_slots, page_size) <= num_pages]
+        return tuple(held) or (1,)
+
+    def _tokens(self) -> tuple[int, ...]:
+        asked = self.decisions.config.pipeline.max_tokens_per_step
+        if isinstance(asked, int):
+            return (asked,)
+        tried = _GPU_TOKENS if self.device == "cuda" else _CPU_TOKENS
+        least = self.limits.max_sequences_per_slot
+        return tuple(sorted({max(tokens, least) for tokens in tried}))
+
+
+def _split_reason(best: Candidate) -> str:
+    steps_s = ", ".join(f"{choice.forecast.step_s:.3g}" for choice in best.stages)
+    return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"
+
+
+def _cost(best: Candidate) -> str:
+    """Of the slowest stage, against devices that held all weights."""
+    slowest = max(choice.forecast.step_s for choice in best.stages)
+    resident = max(choice.forecast.compute_s for choice in best.stages)
+    return f"steps {figure(slowest / resident)} times as long"
+
+
+def _avoidable(problem: OffloadProblem, best: Candidate) -> str:
+    """What is expected, by which rates, and what would spare it."""
+    used: dict[str, None] = {}
+    for room, choice in zip(problem.rooms, best.stages, strict=True):
+        if choice.placed.host_bytes or choice.placed.disk_bytes:
+            used[room.speed.rates.link_source] = None
+        if choice.placed.disk_bytes:
+            used[room.speed.rates.disk_source] = None
+    rates = ", ".join(filter(None, used))
+    parts = [f"{figure(best.tokens_per_s)} tokens/s predicted with {rates}"]
+    if clauses := offload_advice(problem, best):
+        parts.append(f"to avoid it: {'; '.join(clauses)}")
+    return "; ".join(parts)

@@ -1,0 +1,118 @@
+"""What each rank may take on its device and its host for weights, cache and work space. Pure.
+
+Ranks that share a host share its memory, those that share a GPU the GPU's. `memory` checks that
+what is planned fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpipipe.config.schema import MemoryConfig
+from mpipipe.errors import PlanError
+from mpipipe.planning.links import compute_ceilings, link_rates
+from mpipipe.planning.memory import gib
+from mpipipe.planning.offload_search import RankRoom
+from mpipipe.planning.placement import StageSpeed
+from mpipipe.planning.resources import RankResources
+
+__all__ = ["CPU_LIBRARY_BYTES", "check_settings", "gpu_bytes", "rank_rooms"]
+
+# Share of a host's available memory that may be pinned by itself: pinned pages cannot be swapped
+# out, and reading the checkpoint, Python and its libraries need some.
+_HOST_SHARE = 0.7
+# Keeps estimates honest: norms, biases and alignment are not in the sizes of `cost`.
+_MARGIN = 1 / 256
+# What Python's libraries take of each rank on a CPU, most of it after it was asked what is free.
+CPU_LIBRARY_BYTES = 2**29
+_AUTO_CACHE_FACTOR = 4  # of what is free beside the weights, a quarter is cache (`memory`)
+
+
+def check_settings(memory: MemoryConfig, *, on_gpus: bool) -> None:
+    """Refuse what means nothing on this kind of device.
+
+    A limit that is silently ignored would be taken for one that holds.
+
+    Raises:
+        PlanError: `memory.host_bytes` for ranks on CPUs.
+    """
+    if not on_gpus and isinstance(memory.host_bytes, int) and memory.host_bytes > 0:
+        raise PlanError(
+            f"memory.host_bytes = {memory.host_bytes} ({gib(memory.host_bytes)}) is for ranks on "
+            "GPUs, but these compute on CPUs, whose weights stand in host memory anyway: set "
+            "memory.device_bytes, which limits them, and leave memory.host_bytes at 0 or "
+            '"auto"'
+        )
+
+
+def gpu_bytes(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> int:
+    """What all ranks on the GPU of `rank` may take of it together."""
+    free = int(rank.gpu.free_bytes * memory.gpu_memory_fraction)
+    if not isinstance(memory.device_bytes, int):
+        return free
+    return min(free, memory.device_bytes * _num_on_gpu(rank, ranks))
+
+
+def rank_rooms(
+    memory: MemoryConfig, ranks: Sequence[RankResources], *, on_gpus: bool, num_threads: int
+) -> tuple[RankRoom, ...]:
+    """By rank, in the order given."""
+    if on_gpus:
+        return tuple(_on_gpu(memory, rank, ranks, num_threads) for rank in ranks)
+    return tuple(_on_cpu(memory, rank, ranks, num_threads) for rank in ranks)
+
+
+def _on_gpu(
+    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
+) -> RankRoom:
+    on_host, on_gpu = _num_on_host(rank, ranks), _num_on_gpu(rank, ranks)
+    available = _available_bytes(rank, ranks)
+    host_bytes = int(available * _HOST_SHARE) // on_host
+    if isinstance(memory.host_bytes, int):
+        host_bytes = min(memory.host_bytes, available // on_host)
+    return RankRoom(
+        device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
+        weight_limit_bytes=None,
+        cache_factor=1,
+        host_bytes=_less_margin(host_bytes),
+        has_disk=memory.offload_dir != "",
+        speed=StageSpeed(
+            compute_ceilings(rank.gpu, num_threads),
+            link_rates(rank.gpu).shared_by(on_gpu, on_host),
+        ),
+    )
+
+
+def _on_cpu(
+    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
+) -> RankRoom:
+    on_host = _num_on_host(rank, ranks)
+    asked = isinstance(memory.num_kv_pages, int) or isinstance(memory.kv_cache_bytes, int)
+    limit = memory.device_bytes if isinstance(memory.device_bytes, int) else None
+    return RankRoom(
+        device_bytes=_less_margin(_available_bytes(rank, ranks) // on_host) - CPU_LIBRARY_BYTES,
+        weight_limit_bytes=None if limit is None else _less_margin(limit),
+        cache_factor=1 if asked else _AUTO_CACHE_FACTOR,
+        host_bytes=0,
+        has_disk=memory.offload_dir != "",
+        speed=StageSpeed(
+            compute_ceilings(None, num_threads), link_rates(None).shared_by(1, on_host)
+        ),
+    )
+
+
+def _less_margin(num_bytes: int) -> int:
+    return num_bytes - int(num_bytes * _MARGIN)
+
+
+def _available_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
+    return min(other.memory_available_bytes for other in ranks if other.host == rank.host)
+
+
+def _num_on_host(rank: RankResources, ranks: Sequence[RankResources]) -> int:
+    return sum(other.host == rank.host for other in ranks)
+
+
+def _num_on_gpu(rank: RankResources, ranks: Sequence[RankResources]) -> int:
+    gpu = (rank.host, rank.gpu.uuid or rank.gpu.index)
+    return sum((other.host, other.gpu.uuid or other.gpu.index) == gpu for other in ranks)

@@ -1,0 +1,173 @@
+"""Stored tensors into tensors that the caller made: read ahead, piece by piece, in order.
+
+`FileReaders` read pieces of `PIECE_BYTES` each. Bytes that only have to be read go straight into
+their tensor; all others come through a `StagingBuffer`, from which the calling thread converts and
+copies them. So host memory beside the tensors is fixed: it grows neither with a tensor nor with the
+model.
+
+Invariants: tensors are full in the order in which they were asked for, and hold the same bits
+whatever the number of threads, as every piece is written once, by the same operation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from mpipipe.weights.readers import Extent, FileReaders
+from mpipipe.weights.sources import TensorSource
+from mpipipe.weights.staging import StagingBuffer
+
+__all__ = ["PIECE_BYTES", "Filling", "TensorFiller"]
+
+PIECE_BYTES = 16 << 20
+_PIECES_PER_READER = 2  # one is read, one waits or is converted
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A tensor to fill."""
+
+    tensor: torch.Tensor
+    # A stored tensor's name → what it fills: contiguous, of its shape, any device and type.
+    parts: Sequence[tuple[str, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A part of a stored tensor on its way."""
+
+    extent: Extent
+    stored: torch.dtype
+    out: torch.Tensor  # flat
+    chunk: torch.Tensor | None = None  # it is read there; None: straight into `out`
+    read: Future[None] | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the bytes of the file are those of `out`."""
+        return self.out.device.type == "cpu" and self.out.dtype == self.stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpickled:
+    """A stored tensor that only torch can read."""
+
+    name: str
+    out: torch.Tensor
+
+
+class TensorFiller:
+    """Fills tensors from one checkpoint; `close` ends its threads.
+
+    Args:
+        source: says where the tensors lie.
+        num_threads: that read.
+        pinned: whether tensors on a GPU are to be filled.
+        piece_bytes: of a stored tensor, at a time; a multiple of 8.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        *,
+        num_threads: int,
+        pinned: bool,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        self.bytes_read = 0
+        # Seconds in which this thread converted pieces, or waited until a GPU had taken them. The
+        # rest of the time it waited for reads, so that both together are the wall clock's.
+        self.convert_s = 0.0
+        self._max_pieces = num_threads * _PIECES_PER_READER
+        self.staging = StagingBuffer(self._max_pieces, piece_bytes, pinned=pinned)
+        self._readers = FileReaders(num_threads)
+        self.source = source
+        self._piece_bytes = piece_bytes
+        self._num_begun = 0  # pieces that are read, or wait to be taken
+
+    def fill(self, fillings: Iterable[Filling]) -> Iterator[Filling]:
+        """Each of `fillings` when it is full, in their order.
+
+        Later ones are asked for ahead of that, by as much as keeps the readers busy.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is shorter than its header says.
+        """
+        steps: deque[_Piece | _Unpickled | Filling] = deque()
+        for filling in fillings:
+            for name, out in filling.parts:
+                for step in self._cut(name, out):
+                    while isinstance(step, _Piece) and not self._begin(step):
+                        yield from self._go_on(steps)
+                    steps.append(step)
+            steps.append(filling)
+        while steps:
+            yield from self._go_on(steps)
+
+    def _cut(self, name: str, out: torch.Tensor) -> Iterator[_Piece | _Unpickled]:
+        """A stored tensor in pieces."""
+        entry = self.source.stored(name)
+        if entry.extent is None:
+            yield _Unpickled(name, out)
+            return
+        stored: torch.dtype = getattr(torch, entry.dtype)
+        flat = out.view(-1)
+        step = self._piece_bytes // stored.itemsize
+        for begin in range(0, flat.numel(), step):
+            part = flat[begin : begin + step]
+            first = entry.extent.offset + begin * stored.itemsize
+            extent = Extent(entry.extent.path, first, part.numel() * stored.itemsize)
+            yield _Piece(extent, stored, part)
+
+    def _begin(self, piece: _Piece) -> bool:
+        """Read it, if there is room for one more."""
+        if self._num_begun == self._max_pieces:
+            return False
+        target = piece.out
+        if not piece.is_direct:
+            piece.chunk = self.staging.take()
+            if piece.chunk is None:
+                return False
+            target = piece.chunk[: piece.extent.num_bytes]
+        piece.read = self._readers.read(piece.extent, target.view(torch.uint8).numpy().data)
+        self._num_begun += 1
+        return True
+
+    def _go_on(self, steps: deque[_Piece | _Unpickled | Filling]) -> Iterator[Filling]:
+        """The next step to its end; without one, wait until a GPU has taken a chunk."""
+        step = steps.popleft() if steps else None
+        if isinstance(step, Filling):
+            self.staging.settle()
+            yield step
+        elif isinstance(step, _Unpickled):
+            content = self.source.unpickled(step.name)
+            step.out.copy_(content)
+            self.bytes_read += content.numel() * content.element_size()
+        else:
+            self._take(step)
+
+    def _take(self, piece: _Piece | None) -> None:
+        if piece is not None:
+            assert piece.read is not None, "begun before it became a step"
+            piece.read.result()
+            self._num_begun -= 1
+            self.bytes_read += piece.extent.num_bytes
+        began_s = time.perf_counter()
+        if piece is None:
+            self.staging.wait()
+        elif piece.chunk is not None:
+            self.staging.deliver(piece.chunk, piece.stored, piece.out)
+        else:
+            return
+        self.convert_s += time.perf_counter() - began_s
+
+    def close(self) -> None:
+        """Stop reading; wait for copies; free the staging buffer."""
+        self._readers.close()
+        self.staging.close()

@@ -1,0 +1,126 @@
+"""Threads that read stretches of weight files into memory that the caller owns.
+
+Reads and nothing else: what the bytes mean, and which are wanted, is said elsewhere. Plain
+`preadv` at known offsets, so that no byte is read that was not asked for and no page is mapped.
+One thread waits for one answer of a disk or a server at a time; several keep it busy, and copy out
+of the page cache at once. The threads inherit the CPUs that the rank is bound to.
+
+Invariants: a read fills its memory or raises `CheckpointError`; after `close` no file is open and
+no thread writes, but where a file server has not answered for `GRACE_S`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpipipe.errors import CheckpointError
+
+__all__ = ["GRACE_S", "Extent", "FileReaders", "num_readers"]
+
+GRACE_S = 5.0  # what a read that has begun may take to end, once another has failed
+_FEW, _MANY = 2, 8
+_CAUSES = {
+    errno.ESTALE: "the file was replaced on its server while it was read: start the run again",
+    errno.EIO: "the disk or the file server reports a fault: copy the model to another disk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of a file."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+
+
+def num_readers(num_cores: int) -> int:
+    """Threads that read for a rank with `num_cores` cores.
+
+    Two at least, as a disk answers while the other copies. Eight copy out of the page cache as fast
+    as a PCIe 5 link takes it.
+    """
+    return min(_MANY, max(_FEW, num_cores))
+
+
+class FileReaders:
+    """Reads extents, a few at a time.
+
+    Args:
+        num_threads: that read.
+        preadv: `os.preadv`, or what a test puts in its place.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        *,
+        preadv: Callable[[int, Sequence[memoryview], int], int] = os.preadv,
+    ) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-weights")
+        self._preadv = preadv
+        self._files: dict[Path, tuple[int, int]] = {}  # descriptor, bytes
+        self._reads: set[Future[None]] = set()
+        self._closing = False
+
+    def read(self, extent: Extent, into: memoryview) -> Future[None]:
+        """Begin to fill `into` (bytes, as long as `extent`); reads begin in the order of calls.
+
+        Raises:
+            CheckpointError: the file cannot be opened, or ends before the extent does. The same of
+                the answer, where reading shows it.
+        """
+        file, size = self._open(extent.path)
+        if size < extent.offset + extent.num_bytes:
+            raise _shortened(extent.path, size)
+        read = self._pool.submit(self._fill, file, extent, into)
+        self._reads.add(read)
+        read.add_done_callback(self._reads.discard)
+        return read
+
+    def _open(self, path: Path) -> tuple[int, int]:
+        if path not in self._files:
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[path] = file, os.fstat(file).st_size
+            except OSError as error:
+                raise _unreadable(path, error) from error
+        return self._files[path]
+
+    def _fill(self, file: int, extent: Extent, into: memoryview) -> None:
+        done = 0
+        while done < extent.num_bytes and not self._closing:
+            try:
+                count = self._preadv(file, [into[done:]], extent.offset + done)
+            except OSError as error:
+                raise _unreadable(extent.path, error) from error
+            if not count:
+                raise _shortened(extent.path, extent.offset + done)
+            done += count
+
+    def close(self) -> None:
+        """Begin no more reads, let those that have begun end, close the files."""
+        self._closing = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if wait(list(self._reads), GRACE_S).not_done:
+            return  # a closed descriptor may become another file's, which that thread would read
+        for file, _ in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    cause = _CAUSES.get(error.errno or 0, "is the disk well, and may this user read the file?")
+    return CheckpointError(f"{path} cannot be read ({error.strerror or error}): {cause}")
+
+
+def _shortened(path: Path, size: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ends at byte {size:,}, which its header does not say: the file was shortened "
+        "while it was read; copy it again"
+    )

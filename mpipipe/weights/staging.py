@@ -1,0 +1,94 @@
+"""A fixed number of chunks of host memory, through which bytes pass on their way to a tensor.
+
+Needed where bytes cannot be read straight into the tensor: it is on a GPU, or of another type than
+the file. For a GPU the chunks are pinned, copies run on a stream of their own, and the type is
+changed there; a chunk is free again when the event behind its copy is done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+__all__ = ["StagingBuffer"]
+
+
+class StagingBuffer:
+    """Chunks in turn. Its memory is asked for when the first chunk is.
+
+    Args:
+        num_chunks: in use at a time.
+        chunk_bytes: of each; a multiple of 8.
+        pinned: for copies to a GPU. Where that is refused the memory is pageable, and `warnings`
+            says so.
+    """
+
+    def __init__(self, num_chunks: int, chunk_bytes: int, *, pinned: bool) -> None:
+        self.warnings: list[str] = []
+        self._shape = (num_chunks, chunk_bytes)
+        self._pinned = pinned
+        self._free: list[torch.Tensor] | None = None
+        self._copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._stream: torch.cuda.Stream | None = None
+
+    def take(self) -> torch.Tensor | None:
+        """A free chunk, uint8 [chunk_bytes]; None: all are in use."""
+        if self._free is None:
+            self._free = list(self._allocate())
+        while self._copies and self._copies[0][0].query():
+            self._free.append(self._copies.popleft()[1])
+        return self._free.pop() if self._free else None
+
+    def _allocate(self) -> torch.Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._pinned = False
+                self.warnings.append(
+                    f"{self._shape[0] * self._shape[1] >> 20} MiB of host memory cannot be pinned "
+                    f"({str(error).splitlines()[0]}): weights go to the GPU through pageable "
+                    "memory, at about half the speed; raise `ulimit -l`, or leave more memory free"
+                )
+        return torch.empty(self._shape, dtype=torch.uint8)
+
+    def deliver(self, chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:
+        """Put what `chunk` begins with into `out` (flat), and give the chunk back.
+
+        To a GPU this only begins; `settle` comes before `out` is used.
+        """
+        assert self._free is not None, "chunks are taken first"
+        content = chunk[: out.numel() * stored.itemsize].view(stored)
+        if out.device.type != "cuda":
+            out.copy_(content)
+            self._free.append(chunk)
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(out.device)
+        # `out` may stand where the caller's stream still works on what was freed.
+        self._stream.wait_stream(torch.cuda.current_stream(out.device))
+        with torch.cuda.stream(self._stream):
+            # torch converts before a copy between devices: copied first, it is done by the GPU.
+            out.copy_(content.to(out.device, non_blocking=True), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._copies.append((event, chunk))
+
+    def settle(self) -> None:
+        """The caller's stream goes on after all that was delivered."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def wait(self) -> None:
+        """Until the chunk that was delivered first is free."""
+        self._copies[0][0].synchronize()
+
+    def close(self) -> None:
+        """Wait for copies, then give the memory back to the system."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._copies.clear()
+        self._free = None
+        if self._pinned:
+            torch._C._host_emptyCache()  # what is freed stays pinned until then

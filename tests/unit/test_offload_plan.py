@@ -1,0 +1,284 @@
+"""What is offloaded where, for ranks on CPUs: RAM, and a disk below it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.load import load_config
+from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
+from mpipipe.errors import EnvironmentSetupError, PlanError
+from mpipipe.planning.cost import Ceilings
+from mpipipe.planning.links import LinkRates
+from mpipipe.planning.placement import (
+    ModelParts,
+    StageRoom,
+    StageShape,
+    StageSpeed,
+    StepWork,
+    part_bytes,
+    place_stage,
+)
+from mpipipe.planning.plan import PipelinePlan, StageOffload
+from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.workload import Workload
+from mpipipe.runtime.offload_folder import prepare_offload_folder
+from tests.unit.planned_rank import GIB, make_rank
+
+MIB = 2**20
+DISK = "/scratch/offload"
+
+SMOL = ModelSpec(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    num_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_context_tokens=8192,
+    tied_embeddings=True,
+    gated_mlp=True,
+    dtype="bfloat16",
+    eos_token_ids=(2,),
+)
+UNTIED = replace(SMOL, tied_embeddings=False)
+LARGE = replace(
+    UNTIED, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, vocab_size=32000
+)
+LAYER_BYTES = 3_538_944 * 4
+MATRIX_BYTES = 49152 * 576 * 4
+
+
+def ranks(*hosts: str, memory: int = 16 * GIB) -> list[RankResources]:
+    return [
+        make_rank(number, host, memory_available_bytes=memory, num_cores=2)
+        for number, host in enumerate(hosts)
+    ]
+
+
+def plan(
+    world: list[RankResources],
+    memory: MemoryConfig,
+    pipeline: PipelineConfig | None = None,
+    *,
+    spec: ModelSpec = SMOL,
+    work: tuple[int, int, int] = (64, 40, 20),
+) -> PipelinePlan:
+    """`work`: prompts × input × output."""
+    prompts, tokens_in, tokens_out = work
+    workload = Workload(
+        num_requests=prompts,
+        longest_request_tokens=tokens_in + tokens_out,
+        num_prompt_tokens=prompts * tokens_in,
+        num_output_tokens=prompts * tokens_out,
+    )
+    config = Config(memory=memory, pipeline=pipeline or PipelineConfig())
+    return make_plan(config, spec, world, "/models/smol", workload)
+
+
+def offload(made: PipelinePlan, stage: int = 0) -> StageOffload:
+    found = made.stages[stage].offload
+    assert found is not None
+    return found
+
+
+def reason(made: PipelinePlan, setting: str) -> str:
+    (found,) = [entry.reason for entry in made.resolved if entry.setting == setting]
+    return found
+
+
+# ---- when ----------------------------------------------------------------------------------------
+
+
+def test_weights_that_fit_stay_whatever_might_be_offloaded() -> None:
+    """The plan is the same as without the settings."""
+    plain = plan(ranks("a", "b"), MemoryConfig())
+    roomy = MemoryConfig(device_bytes=4 * GIB, offload_dir=DISK)
+    assert plan(ranks("a", "b"), roomy) == plain
+    assert plan(ranks("a", "b"), MemoryConfig(offload_dir=DISK)).to_json() == plain.to_json()
+    assert plain.offload_dir == ""
+    assert all(stage.offload is None for stage in plain.stages)
+
+
+def test_what_the_ram_does_not_hold_goes_to_disk_and_comes_once_a_step() -> None:
+    made = plan(ranks("a"), MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK))
+    found = offload(made)
+    assert made.offload_dir == DISK
+    assert (found.host_layers, found.host_bytes, found.embedding) == ((), 0, "device")
+    # The one matrix of embedding and head, resident layers and two buffers fill the budget.
+    resident = 30 - len(found.disk_layers)
+    assert found.device_bytes == MATRIX_BYTES + (resident + 2) * LAYER_BYTES
+    assert 200 * MIB - LAYER_BYTES - MIB < found.device_bytes <= 200 * MIB
+    assert found.disk_bytes == len(found.disk_layers) * LAYER_BYTES
+    assert found.forecast.disk_bytes == found.disk_bytes
+    assert found.forecast.bound_by == "disk"
+    assert made.stages[0].device_weight_bytes == found.device_bytes < made.stages[0].weight_bytes
+    assert PipelinePlan.from_json(made.to_json()) == made
+
+
+def test_streamed_layers_are_spread_evenly_between_the_resident_ones() -> None:
+    found = offload(plan(ranks("a"), MemoryConfig(device_bytes=350 * MIB, offload_dir=DISK)))
+    streamed = found.disk_layers
+    assert len(streamed) > found.num_buffers == 2
+    gaps = [after - before for before, after in itertools.pairwise(streamed)]
+    assert max(gaps) - min(gaps) <= 1
+    assert streamed[-1] == 29
+
+
+def test_without_a_limit_the_memory_of_the_host_decides() -> None:
+    """Two ranks share what the host has left; a quarter of what weights leave is for the cache."""
+    made = plan(ranks("a", "a", memory=6 * GIB), MemoryConfig(offload_dir=DISK), spec=LARGE)
+    page_bytes = 16 * 2 * 8 * 64 * 4
+    for number, stage in enumerate(made.stages):
+        cache = made.num_kv_pages * page_bytes * stage.num_layers
+        assert offload(made, number).device_bytes + 4 * cache < 3 * GIB
+        assert offload(made, number).device_bytes > GIB
+    with pytest.raises(
+        PlanError,
+        match=r"ranks 0, 1 together on a would hold 7\.\d+ GiB of weights, but only 6\.00 GiB of "
+        r"memory is available there: set memory\.offload_dir to .* with \d\.\d+ GiB free",
+    ):
+        plan(ranks("a", "a", memory=6 * GIB), MemoryConfig(), spec=LARGE)
+
+
+# ---- which ---------------------------------------------------------------------------------------
+
+
+def test_an_embedding_goes_before_layers_where_that_brings_less() -> None:
+    """Its rows are looked up one by one on a disk: cheap for few rows, dear for many."""
+    memory = MemoryConfig(device_bytes=300 * MIB, offload_dir=DISK)
+    found = offload(plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20)))
+    assert found.embedding == "disk"
+    assert found.device_bytes <= 300 * MIB
+    assert found.disk_bytes == found.forecast.disk_bytes + MATRIX_BYTES
+    model = ModelParts(UNTIED, "float32", part_bytes(UNTIED, "float32"))
+    slow = StageSpeed(Ceilings(1e12, 1e15), LinkRates(8e9, 1e9, disk_reads_per_s=1e4))
+    for rows, tier in ((100, "disk"), (2000, "device")):
+        choice = place_stage(
+            model, StageShape(30, True, True), StageRoom(300 * MIB, 0, True), StepWork(rows), slow
+        )
+        assert choice is not None
+        assert choice.placed.embedding == tier
+
+
+def test_the_head_goes_last() -> None:
+    """With room for two buffers only, it passes through them as well."""
+    room = 2 * LAYER_BYTES + MIB
+    found = offload(
+        plan(ranks("a"), MemoryConfig(device_bytes=room, offload_dir=DISK), spec=UNTIED)
+    )
+    assert (found.embedding, found.head, len(found.disk_layers)) == ("disk", "disk", 30)
+    assert found.device_bytes == 2 * LAYER_BYTES
+    room += MATRIX_BYTES
+    found = offload(
+        plan(ranks("a"), MemoryConfig(device_bytes=room, offload_dir=DISK), spec=UNTIED)
+    )
+    assert (found.head, len(found.disk_layers)) == ("device", 30)
+
+
+def test_one_buffer_does_where_two_do_not_fit() -> None:
+    room = LAYER_BYTES + MATRIX_BYTES + MIB
+    found = offload(plan(ranks("a"), MemoryConfig(device_bytes=room, offload_dir=DISK)))
+    assert (found.num_buffers, len(found.disk_layers)) == (1, 30)
+    forecast = found.forecast
+    assert forecast.step_s == pytest.approx(forecast.compute_s + forecast.disk_s)
+
+
+def test_below_one_layer_nothing_runs() -> None:
+    memory = MemoryConfig(device_bytes=LAYER_BYTES // 2, offload_dir=DISK)
+    with pytest.raises(PlanError, match=r"raise memory\.device_bytes to at least 13\.5 MiB"):
+        plan(ranks("a"), memory, spec=UNTIED)
+
+
+# ---- how much at once ----------------------------------------------------------------------------
+
+
+def test_rows_are_raised_until_compute_hides_the_disk_or_the_run_has_no_more() -> None:
+    memory = MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK)
+    few = plan(ranks("a"), memory, work=(24, 40, 20))
+    many = plan(ranks("a"), memory, work=(2000, 40, 20))
+    assert few.max_sequences_per_slot == 32
+    assert offload(few).forecast.rows == 24
+    assert many.max_sequences_per_slot > 100
+    assert "rows to make the most of" in reason(many, "pipeline.max_sequences_per_slot")
+    asked = plan(ranks("a"), memory, PipelineConfig(max_sequences_per_slot=4), work=(2000, 40, 20))
+    assert asked.max_sequences_per_slot == 4
+    assert offload(asked).forecast.rows == 4
+
+
+def test_pages_hold_the_rows_beside_the_weights() -> None:
+    made = plan(ranks("a"), MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK))
+    assert made.num_kv_pages >= offload(made).forecast.rows * 4
+    asked = MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK, num_kv_pages=40)
+    made = plan(ranks("a"), asked)
+    assert made.num_kv_pages == 40
+    assert offload(made).forecast.rows <= 10
+
+
+def test_a_stage_with_room_takes_layers_from_one_that_streams() -> None:
+    """Where nothing needs to stream then, nothing does, and no disk is needed."""
+    memory = MemoryConfig(num_kv_pages=200)
+    even = plan(ranks("a", "b"), memory, spec=LARGE)
+    small = [*ranks("a", memory=8 * GIB), make_rank(1, "b", memory_available_bytes=3 * GIB)]
+    made = plan(small, memory, spec=LARGE)
+    assert [stage.offload for stage in made.stages] == [None, None]
+    assert made.stages[1].num_layers < even.stages[1].num_layers
+    assert sum(stage.num_layers for stage in made.stages) == 30
+    assert made.stages[1].first_layer == made.stages[0].last_layer
+    assert sum(stage.weight_bytes for stage in made.stages) == sum(
+        stage.weight_bytes for stage in even.stages
+    )
+
+
+def test_the_split_that_was_asked_for_is_kept() -> None:
+    memory = MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK)
+    made = plan(ranks("a", "b"), memory, PipelineConfig(split=(20, 10)))
+    assert [stage.num_layers for stage in made.stages] == [20, 10]
+    assert offload(made, 0).disk_layers
+    assert "pipeline.split" not in {entry.setting for entry in made.resolved}
+    assert all(layer < 20 for layer in offload(made, 0).disk_layers)
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_host_bytes_mean_nothing_on_a_cpu_and_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"memory\.host_bytes = .* is for ranks on GPUs"):
+        plan(ranks("a"), MemoryConfig(host_bytes=GIB))
+    plan(ranks("a"), MemoryConfig(host_bytes=0))
+
+
+def test_the_folder_may_be_given_by_home_and_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    for given, found in (("~/o", "/home/me/o"), ("$SCRATCH/o", "/fast/o")):
+        assert load_config(None, [f"memory.offload_dir={given}"]).config.memory.offload_dir == found
+
+
+def test_the_folder_is_made_and_must_have_room(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    prepare_offload_folder(folder, 0, who="rank 0 on a")
+    assert not folder.exists()
+    prepare_offload_folder(folder, 4096, who="rank 0 on a")
+    assert list(folder.iterdir()) == []
+    with pytest.raises(EnvironmentSetupError, match=r"free, but rank 3 on n is to keep .* TiB|GiB"):
+        prepare_offload_folder(folder, 2**60, who="rank 3 on n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentSetupError, match=r"cannot be used by rank 3 on n"):
+        prepare_offload_folder(tmp_path / "file", 4096, who="rank 3 on n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(EnvironmentSetupError, match="Permission denied"):
+        prepare_offload_folder(tmp_path, 4096, who="rank 0 on a")
