@@ -194,6 +194,21 @@ def test_one_buffer_does_where_two_do_not_fit() -> None:
     assert forecast.step_s == pytest.approx(forecast.compute_s + forecast.disk_s)
 
 
+def test_a_stage_that_streams_its_head_begins_with_the_layers_that_it_needs() -> None:
+    """A large head makes the last stage slow from its first layer on, so it is dealt no other."""
+    spec = replace(SMOL, num_kv_heads=9, vocab_size=400_000)
+    made = plan(
+        ranks("a", "b"),
+        MemoryConfig(device_bytes=8 * LAYER_BYTES, offload_dir=DISK),
+        spec=spec,
+        work=(4, 4, 16),
+    )
+    assert sum(stage.num_layers for stage in made.stages) == 30
+    found = offload(made, stage=1)
+    assert found.head == "disk"
+    assert 2 <= made.stages[1].num_layers <= 3
+
+
 def test_below_one_layer_nothing_runs() -> None:
     memory = MemoryConfig(device_bytes=LAYER_BYTES // 2, offload_dir=DISK)
     with pytest.raises(PlanError, match=r"raise memory\.device_bytes to at least 13\.5 MiB"):
