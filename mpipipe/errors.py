@@ -39,6 +39,7 @@ __all__ = [
     "StoppedError",
     "UnsupportedModelError",
     "is_out_of_memory",
+    "is_stop",
 ]
 
 EXIT_OK = 0
@@ -189,3 +190,8 @@ def is_out_of_memory(error: BaseException) -> bool:
                 return True
         cause = cause.__cause__
     return False
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether the run was told to stop, on this rank or another: a later start goes on with it."""
+    return isinstance(error, MpipipeError) and error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}

@@ -18,7 +18,8 @@ logs = typer.Typer(help="Ask the files of a run: where did the time go?", no_arg
 _RUN = "A run folder, or a folder with runs: then the latest."
 Run = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN, show_default=False)]
 Attempt = Annotated[
-    int | None, typer.Option(min=1, help="Which start of the run; default: the last.")
+    int | None,
+    typer.Option(min=1, help="Which start of the run; default: the last that generated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -40,8 +41,8 @@ def summary(
     files = find_run(run)
     facts = read_facts(files, attempt)
     metrics = files.document("metrics.json")
-    is_last = facts.attempt == facts.num_attempts
-    show_summary(files, facts, summarise(facts, metrics if is_last else {}), as_json=as_json)
+    is_told = metrics.get("attempt", facts.num_attempts) == facts.attempt
+    show_summary(files, facts, summarise(facts, metrics if is_told else {}), as_json=as_json)
 
 
 @logs.command()
@@ -94,13 +95,13 @@ def samples(
 ) -> None:
     """Tokens per second, memory and load over time."""
     from mpipipe.cli.logs_view import show_samples
+    from mpipipe.logs.attempts import choose_attempt
     from mpipipe.logs.clocks import read_clocks
-    from mpipipe.logs.facts import last_attempt
     from mpipipe.logs.rates import intervals
     from mpipipe.logs.reading import find_run
 
     files = find_run(run)
-    chosen = attempt or last_attempt(files)
+    chosen = attempt or choose_attempt(files)
     clocks = read_clocks(files.lines("clock.jsonl", chosen))
     found = []
     for rank in files.ranks() if all_ranks else files.ranks()[:1]:
@@ -134,12 +135,12 @@ def timeline(
 ) -> None:
     """All ranks on one clock, as JSON for ui.perfetto.dev or chrome://tracing."""
     from mpipipe.cli.logs_view import show_written
-    from mpipipe.logs.facts import last_attempt
+    from mpipipe.logs.attempts import choose_attempt
     from mpipipe.logs.reading import find_run
     from mpipipe.logs.timeline import write_timeline
 
     files = find_run(run)
-    num_events = write_timeline(files, output, attempt or last_attempt(files), steps)
+    num_events = write_timeline(files, output, attempt or choose_attempt(files), steps)
     show_written(files, output, num_events)
 
 
@@ -189,7 +190,7 @@ def sql(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
-    """Any other question, in SQL: tables run_log, boot, steps, samples, requests, clock."""
+    """Any other question, in SQL: run_log, boot, steps, samples, requests, messages, clock."""
     from mpipipe.cli.logs_view import show_rows
     from mpipipe.logs.reading import find_run
     from mpipipe.logs.sql import query

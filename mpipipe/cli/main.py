@@ -56,7 +56,9 @@ Overrides = Annotated[
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
+_FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
@@ -274,6 +276,23 @@ def bench_throughput(
     )
 
 
+@bench.command("load")
+def bench_load(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    stage: Annotated[int, typer.Option(min=0, help="The one to load.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help=_COLD)] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Reading one stage's weights against a plain sequential read of the same bytes."""
+    from mpipipe.cli.bench_load import load_command
+
+    load_command(config, overrides or [], stages=stages, stage=stage, cold=cold, repeat=repeat)
+
+
 @bench.command("transformers")
 def bench_transformers(
     *,
@@ -295,6 +314,25 @@ def bench_transformers(
         transformers_works_command(config, overrides or [], work, place, batch_size=batch_size)
     else:
         transformers_command(config, overrides or [], place, batch_size=batch_size)
+
+
+@bench.command("quantize")
+def bench_quantize(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    form: Annotated[list[str] | None, typer.Option(help=_FORM)] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in total.")] = 2048,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; few take decode's way.")] = 512,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Error of the logits and perplexity in 8 bits: `mpipipe bench quantize MODEL PROMPTS`."""
+    from mpipipe.bench.quantization import TextOptions
+    from mpipipe.cli.bench_quantize import quantize_command
+
+    options = TextOptions(tokens, text_tokens, rows)
+    quantize_command(config, overrides or [], form or ["none", "int8", "fp8"], options)
 
 
 _EXPERIMENTS: dict[ExperimentName, str] = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["plan_command"]
+__all__ = ["plan_command", "ranks_of_this_host"]
 
 
 def plan_command(
@@ -45,14 +45,14 @@ def plan_command(
         configured = loaded.config.pipeline.num_stages
         num_stages = configured if isinstance(configured, int) else 1
     model = read_model(loaded)
-    ranks = _ranks(loaded, num_stages)
+    ranks = ranks_of_this_host(loaded, num_stages)
     plan = make_plan(model.loaded.config, model.spec, ranks, str(model.folder), notes=model.notes)
     for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
         print(f"mpipipe: warning: {warning}", file=sys.stderr)
     print(plan.to_json() if as_json else "\n".join(plan_lines(plan)))
 
 
-def _ranks(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:
+def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:
     """What `num_ranks` ranks of this host would have."""
     backends = installed_attention_backends()
     return [

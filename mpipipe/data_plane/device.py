@@ -19,6 +19,7 @@ from mpipipe.topology.gpu import (
     mig_slice,
     pci_address,
 )
+from mpipipe.topology.nvml import opened_nvml
 
 __all__ = ["nccl_version", "read_gpu"]
 
@@ -50,16 +51,27 @@ def read_gpu(local_rank: int) -> GpuFacts:
             f"compute capability {capability // 10}.{capability % 10}, only from {oldest // 10}."
             f"{oldest % 10} on: install a torch built for an older CUDA than {built_for}"
         )
+    uuid = mig_slice(os.environ, index) or str(properties.uuid)
+    link_generation, link_width = _link(uuid)
     return GpuFacts(
         index=index,
         name=properties.name,
-        uuid=mig_slice(os.environ, index) or str(properties.uuid),
+        uuid=uuid,
         capability=capability,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         nccl_version=nccl_version(),
         pci=_pci_address(properties),
+        link_generation=link_generation,
+        link_width=link_width,
     )
+
+
+def _link(uuid: str) -> tuple[int, int]:
+    """As `GpuDevice.link`; torch does not know it."""
+    with opened_nvml() as nvml:
+        device = None if nvml is None else nvml.device(uuid)
+        return (0, 0) if device is None else device.link()
 
 
 def _pci_address(properties: object) -> str:

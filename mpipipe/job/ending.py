@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from mpipipe.errors import EXIT_OK, EXIT_PROMPTS
+from mpipipe.errors import EXIT_OK, EXIT_PROMPTS, OutputError, is_stop
+from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, STOPPED, AttemptTotals
-from mpipipe.metrics.summary import PhaseTimes, RequestTally, RequestTotals, RunSummary
+from mpipipe.metrics.summary import PhaseTimes, RankReport, RequestTally, RequestTotals, RunSummary
 from mpipipe.run_folder.accounts import read_accounts
 from mpipipe.run_folder.files import told_as_output, write_json
-from mpipipe.run_folder.history import finished_metrics
+from mpipipe.run_folder.history import finished_metrics, generated_metrics
 from mpipipe.run_folder.journal import merge
-from mpipipe.run_folder.status_file import RunState
+from mpipipe.run_folder.status_file import RunState, fail_for_lost_head
+from mpipipe.topology.host import host_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from mpipipe.job.job import Job
 
-__all__ = ["all_requests", "merge_completions", "merge_only", "report", "summarize"]
+__all__ = ["all_requests", "end_early", "merge_completions", "merge_only", "report", "summarize"]
 
 
 def merge_only(job: Job) -> None:
@@ -76,6 +79,37 @@ def summarize(job: Job, phases: PhaseTimes, requests: RequestTotals, **figures: 
         earlier=tuple(attempt for attempt in told if attempt is not None),
         **figures,
     )
+
+
+def end_early(job: Job, error: BaseException) -> None:
+    """Leave what is known when `error` has ended the ranks before the end of the run."""
+    job.ranks.boot.end()  # the log tells what was under way
+    if job.ranks.is_head and is_stop(error) and not job.marks.loaded_s:
+        with suppress(OutputError):  # the run ends in any case, and tells why
+            _write_stopped(job)
+    job.log.error("ended early", error=str(error), kind=type(error).__name__)
+    job.log.close()
+    # The one that has the lock tells the state of the folder.
+    job.progress.failed(error)
+    fail_for_lost_head(job.acquired.folder, error)
+    job.acquired.close()
+
+
+def _write_stopped(job: Job) -> None:
+    """The figures of a run that was told to stop before it generated: its boot, as the head had it.
+
+    Those of an earlier attempt that has generated stay.
+    """
+    ranks, now_s = job.ranks, job.ranks.clock.now_s()
+    booted_s = ranks.phase_ended_s.get("tokenizer", now_s)
+    marks = dataclasses.replace(job.marks, booted_s=booted_s, loaded_s=now_s, generated_s=now_s)
+    unfinished = all_requests(job, RequestTally(), len(job.acquired.lines_left))
+    stage = StageTotals(job.identity.stage or 0)
+    own = RankReport(ranks.mesh.rank, host_name(), stage, boot=ranks.boot.parts)
+    summary = summarize(job, marks.phases(now_s), unfinished, num_preemptions=0, ranks=(own,))
+    metrics = summary.added_to(generated_metrics(job.acquired.folder))
+    _write_metrics(job.acquired.folder, metrics)
+    job.log.info("summary", metrics=metrics)
 
 
 async def report(job: Job, summary: RunSummary) -> int:

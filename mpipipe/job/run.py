@@ -10,13 +10,14 @@ import asyncio
 import dataclasses
 import os
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
 from mpipipe.errors import EXIT_OK
 from mpipipe.job.acquire import Acquired, acquire
-from mpipipe.job.ending import all_requests, merge_only, report, summarize
+from mpipipe.job.ending import all_requests, end_early, merge_only, report, summarize
 from mpipipe.job.generating import PROGRESS_INTERVAL_S, complete
 from mpipipe.job.job import Job, Marks
 from mpipipe.job.manifest import complete_manifest, record_start
@@ -29,7 +30,6 @@ from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.status_file import (
     ProgressFile,
     RunState,
-    fail_for_lost_head,
 )
 from mpipipe.runtime.ranks import Ranks, in_phase, share_exit_code
 from mpipipe.runtime.requests import Prepared, PreparedPrompts, tokenize
@@ -126,20 +126,13 @@ def _open_job(
     folder = acquired.folder if ranks.is_head else None
     progress = ProgressFile(folder, [rank_resources.host for rank_resources in resources])
 
-    def end_early(error: BaseException) -> None:
-        log.error("ended early", error=str(error), kind=type(error).__name__)
-        log.close()
-        # The one that has the lock tells the state of the folder.
-        progress.failed(error)
-        fail_for_lost_head(acquired.folder, error)
-        acquired.close()
-
-    ranks.on_failure.append(end_early)
+    job = Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
+    ranks.on_failure.append(partial(end_early, job))
     _log_events(ranks, log)
     log.info(
         "handshake", resources=[dataclasses.asdict(rank_resources) for rank_resources in resources]
     )
-    return Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
+    return job
 
 
 def _log_events(ranks: Ranks, log: RunLog) -> None:
@@ -270,6 +263,4 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
 
 def _recording(job: Job, session: Session) -> AbstractAsyncContextManager[Recording]:
     wanted, folder = job.loaded.config.log, job.acquired.folder
-    return recording(
-        folder, job.identity, wanted, session, job.files, log=job.log.file, on_failure=job.warn
-    )
+    return recording(folder, job.identity, wanted, session, log=job.log.file, on_failure=job.warn)

@@ -1,6 +1,7 @@
 """What the files of a run say, gathered into figures: what `culprit` and `summary` judge.
 
-One attempt of the run, by default the last. Whatever is missing is None or empty, never invented.
+One attempt of the run, by default the last that generated. Whatever is missing is None or empty,
+never invented.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from mpipipe.logs.attempts import choose_attempt, last_attempt, told_state
 from mpipipe.logs.clocks import RankClocks, read_clocks
-from mpipipe.logs.reading import Line, RunFiles, number, text, whole
+from mpipipe.logs.reading import Line, RunFiles, number, rows, text, whole
 from mpipipe.logs.steps import PARTS, RankSteps, read_steps
 
 __all__ = [
@@ -20,9 +22,7 @@ __all__ = [
     "RankFacts",
     "RequestSpan",
     "RunFacts",
-    "last_attempt",
     "read_facts",
-    "rows",
 ]
 
 
@@ -164,21 +164,10 @@ class _Log:
             )
 
 
-def last_attempt(files: RunFiles) -> int:
-    """The number of the run's last attempt, from 1."""
-    manifest = files.document("manifest.json")
-    listed = manifest.get("attempts")
-    seen = len(listed) if isinstance(listed, list) else 1
-    # A start that ended before the manifest has left lines in the logs only.
-    for rank in files.ranks()[:1]:
-        seen = max([seen, *(whole(line, "attempt", 1) for line in files.log_lines(rank))])
-    return max(1, seen)
-
-
 def read_facts(files: RunFiles, attempt: int | None = None) -> RunFacts:
-    """Read all files of the run; `attempt` None: the last one."""
+    """Read all files of the run; `attempt` None: as `choose_attempt` does."""
     num_attempts = last_attempt(files)
-    attempt = attempt or num_attempts
+    attempt = attempt or choose_attempt(files)
     manifest, metrics = files.document("manifest.json"), files.document("metrics.json")
     if whole(metrics, "attempt", num_attempts) != attempt:
         metrics = {}
@@ -190,28 +179,13 @@ def read_facts(files: RunFiles, attempt: int | None = None) -> RunFacts:
         run=text(manifest, "run"),
         attempt=attempt,
         num_attempts=num_attempts,
-        state=_state(files, attempt, num_attempts),
+        state=told_state(files, attempt, num_attempts),
         ranks=tuple(sorted(ranks, key=lambda rank: (rank.stage or 0, rank.rank))),
         requests=tuple(_spans(files.lines("requests.jsonl", attempt))),
         num_slots=whole(plan, "num_slots"),
         device=text(plan, "device"),
         clocks=read_clocks(files.lines("clock.jsonl", attempt)),
     )
-
-
-def _state(files: RunFiles, attempt: int, num_attempts: int) -> str:
-    """How the attempt ended: as the run summed it up, else as it said last; empty: not known."""
-    told = rows(files.document("metrics.json"), "attempts")
-    known = {whole(line, "attempt", -1): text(line, "state") for line in told}
-    if attempt in known or attempt != num_attempts:
-        return known.get(attempt, "")
-    return text(files.document("status.json"), "state")
-
-
-def rows(document: Line, name: str) -> list[Line]:
-    """The objects of a list in `document`; empty for anything else."""
-    value = document.get(name)
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _rank_facts(files: RunFiles, rank: int, attempt: int, reported: Line) -> RankFacts:

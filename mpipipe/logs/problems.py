@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpipipe.logs.attempts import last_attempt
 from mpipipe.logs.clocks import read_clocks
-from mpipipe.logs.facts import last_attempt
 from mpipipe.logs.reading import Line, RunFiles, number, text, whole
 
 __all__ = ["Problem", "find_problems"]

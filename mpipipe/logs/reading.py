@@ -16,10 +16,10 @@ from mpipipe.plain_values import json_object
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.status import find_runs
 
-__all__ = ["Line", "RunFiles", "find_run", "number", "text", "whole"]
+__all__ = ["Line", "RunFiles", "find_run", "number", "rows", "text", "whole"]
 
 Line = dict[str, Any]
-_RANK = re.compile(r"(?:steps_|samples_)?rank_(\d+)\.")
+_RANK = re.compile(r"(?:steps_|samples_|messages_)?rank_(\d+)\.")
 _EXPECTED = {
     "steps_rank_0.jsonl": "no steps (log.steps = none, or an older version): nothing per step",
     "samples_rank_0.jsonl": "no samples (an older version): no figures over time, no CPU use",
@@ -61,11 +61,13 @@ class RunFiles:
     Attributes:
         folder: where they are.
         torn: by file name, how many lines could not be used so far.
+        remarks: what a reader has to say of the answers, a sentence each.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.torn: dict[str, int] = {}
+        self.remarks: list[str] = []
 
     def ranks(self) -> list[int]:
         """The ranks that have left a log, steps or samples."""
@@ -109,6 +111,11 @@ class RunFiles:
         """The samples of a rank."""
         return self.lines(f"samples_rank_{rank}.jsonl", attempt)
 
+    def message_lines(self, rank: int, attempt: int | None = None) -> Iterator[Line]:
+        """The control messages of a rank, the oldest first."""
+        for mark in (".1", ""):
+            yield from self.lines(f"messages_rank_{rank}{mark}.jsonl", attempt)
+
     def document(self, name: str) -> Line:
         """A JSON file; empty when it is missing or damaged (then it is counted as torn)."""
         try:
@@ -124,9 +131,15 @@ class RunFiles:
         """Count a line of a file that is of no use."""
         self.torn[name] = self.torn.get(name, 0) + 1
 
+    def remark(self, sentence: str) -> None:
+        """Have `sentence` told beside the answers, once."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
     def notes(self) -> list[str]:
-        """What is missing and what was left out, a sentence each."""
-        notes = [
+        """The remarks, what is missing and what was left out, a sentence each."""
+        notes = [*self.remarks]
+        notes += [
             sentence for name, sentence in _EXPECTED.items() if not (self.folder / name).exists()
         ]
         notes += [
@@ -154,3 +167,9 @@ def text(line: Line, name: str) -> str:
     """A field that is a text; empty for anything else."""
     value = line.get(name)
     return value if isinstance(value, str) else ""
+
+
+def rows(document: Line, name: str) -> list[Line]:
+    """The objects of a list in `document`; empty for anything else."""
+    value = document.get(name)
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []

@@ -15,5 +15,6 @@ class OffloadUse:
     wait_s: float = 0.0  # compute stood still before a layer until its weights were there
     host_bytes_per_s: float | None = None  # pinned host memory to the GPU; None: nothing came so
     disk_bytes_per_s: float | None = None  # from the disk, page cache included; None: nothing
+    disk_bytes: int = 0  # read so far, those of the embedding's rows included
     planned_host_bytes_per_s: float | None = None  # what the plan reckoned with
     planned_disk_bytes_per_s: float | None = None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
@@ -29,6 +30,7 @@ from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
+from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
 from mpipipe.models.rotary import settle_rotary
 from mpipipe.models.stage_cut import (
     CheckpointNames,
@@ -37,19 +39,24 @@ from mpipipe.models.stage_cut import (
     loaded_device,
     materialise_buffers,
 )
+from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
     from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
+    from mpipipe.types import QuantizeName
 
 __all__ = ["StageModel", "build_stage_model"]
 
+_HEAD = "lm_head.weight"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -61,6 +68,7 @@ def build_stage_model(
     backend: AttentionBackend,
     max_sequence_tokens: int,
     trust_remote_code: bool = False,
+    quantize: QuantizeName = "none",
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
 
@@ -71,6 +79,8 @@ def build_stage_model(
         backend: computes attention.
         max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
+        quantize: what the linears of the layers become, and an LM head that is not tied to the
+            embedding (`quantized_linear`).
 
     Raises:
         UnsupportedModelError: the family cannot be split into stages.
@@ -79,7 +89,10 @@ def build_stage_model(
     parts = locate_parts(model)
     names = CheckpointNames.of(model)
     context = ForwardContext(backend, stage.first_layer)
-    attach_context(cut_stage(parts, stage), context)
+    layers = cut_stage(parts, stage)
+    attach_context(layers, context)
+    if quantize != "none":
+        _quantize(parts, layers, names, quantize)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -87,6 +100,21 @@ def build_stage_model(
         names=names,
         dtype=dtype,
         max_positions=max_sequence_tokens,
+    )
+
+
+def _quantize(
+    parts: ModelParts, layers: nn.ModuleList, names: CheckpointNames, scheme: QuantizeName
+) -> None:
+    """A tied head is the embedding, which gives its rows as they are."""
+    config = parts.model.config
+    experts = (getattr(config, name, None) for name in _EXPERT_COUNTS)
+    head = parts.model if hasattr(parts.model, "lm_head") else None
+    quantize_linears(
+        layers,
+        None if _HEAD in names.tied else head,
+        scheme,
+        num_experts=max((count for count in experts if isinstance(count, int)), default=0),
     )
 
 
@@ -127,12 +155,43 @@ class StageModel(PlainStage):
     def wanted_names(self) -> dict[str, str]:
         """What to load: name in `module.state_dict()` → name in the full model's.
 
-        Both ends of a tied pair are named where a stage holds both; they are one parameter.
+        Both ends of a tied pair are named where a stage holds both; they are one parameter. The
+        scale of a quantised weight is made while loading.
         """
-        return {name: self._canonical(name) for name in self.module.state_dict()}
+        scales = {f"{path}.scale" for path, _ in quantized_linears(self.module)}
+        return {
+            name: self._canonical(name) for name in self.module.state_dict() if name not in scales
+        }
+
+    def layer_names(self) -> list[list[str]]:
+        """By layer of the stage, the names of its tensors in `module.state_dict()`."""
+        names: list[list[str]] = [[] for _ in range(self.plan.num_layers)]
+        for name in self.module.state_dict():
+            if name.startswith(self._layers_prefix):
+                names[int(name.removeprefix(self._layers_prefix).partition(".")[0])].append(name)
+        return names
+
+    def embedding_names(self) -> list[str]:
+        """The names of the embedding's tensors; none where it is on another stage."""
+        return self._names_in(self.module.get_input_embeddings())
+
+    def head_names(self) -> list[str]:
+        """The same of the LM head."""
+        return self._names_in(self.module.get_output_embeddings())
+
+    def _names_in(self, part: nn.Module | None) -> list[str]:
+        if part is None:
+            return []
+        (prefix,) = [name for name, module in self.module.named_modules() if module is part]
+        return [f"{prefix}.{leaf}" for leaf in part.state_dict()]
 
     def finish(
-        self, cache: KVCache, *, mode: str = "auto", operations: Operations | None = None
+        self,
+        cache: KVCache,
+        *,
+        mode: str = "auto",
+        operations: Operations | None = None,
+        streamed: StreamedWeights | None = None,
     ) -> None:
         """Make the loaded stage ready to compute: buffers, checks, its execution mode, the cache.
 
@@ -141,12 +200,16 @@ class StageModel(PlainStage):
             mode: `auto`; `plain`, transformers' modules; `packed`, for a CPU; `fast`, the fused
                 stack (asserts that the stage has one).
             operations: of the fused stack and around it; None takes the best for the device.
+            streamed: the weights that do not stay on the device; None: all do.
 
         Raises:
             UnsupportedModelError: the family fails the trial steps (`verification`).
         """
         self.device = loaded_device(self.module)
         self.operations = operations or choose_operations(self.device)[0]
+        use_products(self.module, self.operations.quantized_product)
+        self._streamed = streamed or self._streamed
+        attach_streaming(self.module, self._base, self._streamed)
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
         kv_shape = verify_stage(self)
@@ -158,12 +221,10 @@ class StageModel(PlainStage):
                 ),
             )
         self._context.cache = cache
-        layers = list(self._base.layers)
-        self.mode, self.mode_reason = _choose_mode(mode, self.module, layers, cache, self.device)
-        del layers  # what is merged shall be freed
+        chosen = _choose_mode(mode, self.module, self._base.layers, cache, self.device)
+        self.mode, self.mode_reason = chosen
         if self.mode == "packed":
-            fuse_layers(self._base.layers, self._context, self._options)
-            prepack_linears(self.module)
+            self._pack()
         elif self.mode == "fast":
             self._fused = build_fused_stack(
                 self.module,
@@ -172,12 +233,35 @@ class StageModel(PlainStage):
                 options=self._options,
                 operations=self.operations,
                 max_positions=self._max_positions,
+                gates=self._streamed.gates,
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
 
+    def _pack(self) -> None:
+        """Into the layout for a CPU, but for what would then take more than the plan allows."""
+        layers, streamed = self._base.layers, self._streamed.layers
+        kept = [layers[number] for number in sorted(streamed)]
+        if self._streamed.gates is not NO_GATES:
+            kept += self._tied_head()
+        fuse_layers(layers, self._context, self._options, streamed)
+        prepack_linears(self.module, kept)
+
+    def _tied_head(self) -> list[nn.Module]:
+        """The head that is one tensor with the embedding: packed, it is a second one."""
+        ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        weights = [getattr(end, "weight", None) for end in ends]
+        return [ends[1]] if weights[0] is not None and weights[0] is weights[1] else []
+
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether a step may wait for the disk, or a copy, in the thread that launches it."""
+        return self._streamed.waits_on_host
+
     def graphs_unsupported_reason(self) -> str:
         """Why no CUDA graph can hold `forward_decode`, as a phrase; empty: one can."""
+        if self.waits_on_host:
+            return "some of its weights come from the disk or from memory that is not pinned"
         backend, config = self._context.backend, self.module.config
         if backend.needs_seq_lens:
             return f'attention "{backend.name}" plans every step on the host'

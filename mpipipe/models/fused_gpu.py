@@ -23,20 +23,31 @@ import torch
 from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.families import has_silu, is_of_transformers, merge_linears
+from mpipipe.models.families import (
+    LinearTensors,
+    can_merge,
+    has_silu,
+    is_of_transformers,
+    merge_linears,
+    merged_linears,
+)
 from mpipipe.models.layer_options import HeadNorms
+from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.models.rotary import LengthRotary
+from mpipipe.models.streaming import NO_GATES, StreamedHead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
     from mpipipe.models.operations import Operations
+    from mpipipe.models.streaming import WeightGates
 
     # positions int64 [T] → cosine and sine, each [T, D]
     _RotaryLookup = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    _Product = Callable[[torch.Tensor], torch.Tensor]
 
 __all__ = ["FusedStack", "MergedLayer", "build_fused_stack", "merge_layer", "unsupported_reason"]
 
@@ -65,8 +76,8 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
             return f"{type(layer).__name__} is not one of the fused layers"
         if not has_silu(layer):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
-        if any(type(linear) is not nn.Linear for linear in _linears(layer)):
-            return "its linear layers are not plain ones"
+        if any(not can_merge(*linears) for linears in merged_linears(layer)):
+            return "its linear layers are not plain ones, or not all quantised in one way"
         if layer.self_attn.head_dim != head_dim:
             return f"its heads have {layer.self_attn.head_dim} elements, its cache {head_dim}"
     rotary = _rotary_of(model)
@@ -78,15 +89,18 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MergedLinear:
-    """A weight [O, I] and perhaps a bias [O]; one or several of the model's, merged."""
+    """A linear layer of the stage, or several of the model's, merged."""
 
-    weight_OI: torch.Tensor
-    bias_O: torch.Tensor | None
+    tensors: LinearTensors
     operations: Operations
 
     def __call__(self, rows_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] → [T, O]."""
-        return self.operations.linear(rows_TI, self.weight_OI, self.bias_O)
+        weight_OI, bias_O, scale_O = self.tensors
+        if scale_O is None:
+            return self.operations.linear(rows_TI, weight_OI, bias_O)
+        multiply = self.operations.quantized_product(weight_OI.dtype)
+        return multiply(rows_TI, weight_OI, scale_O, bias_O)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,8 +144,8 @@ def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -
     )
 
 
-def _merged(operations: Operations, *parts: nn.Linear) -> _MergedLinear:
-    return _MergedLinear(*merge_linears(*parts), operations)
+def _merged(operations: Operations, *parts: nn.Linear | QuantizedLinear) -> _MergedLinear:
+    return _MergedLinear(merge_linears(*parts), operations)
 
 
 def _norm_of(norm: Any) -> _NormWeight:
@@ -147,6 +161,7 @@ def build_fused_stack(
     options: Mapping[int, AttentionOptions],
     operations: Operations,
     max_positions: int,
+    gates: WeightGates = NO_GATES,
 ) -> FusedStack:
     """The fused form of a stage that has no `unsupported_reason`; empties `base.layers`.
 
@@ -160,21 +175,32 @@ def build_fused_stack(
         options: what each layer, by its number in the stage, asks of attention.
         operations: the kernels to use.
         max_positions: no token of the run has a position beyond; sizes the rotary table.
+        gates: told before a layer computes and after.
     """
     layers: list[MergedLayer] = []
     while len(base.layers):
         layers.append(merge_layer(base.layers[0], operations, options[len(layers)]))
         del base.layers[0]
-    has_head = isinstance(model.lm_head, nn.Linear)
     return FusedStack(
         layers=layers,
-        embedding_VH=None if base.embed_tokens is None else base.embed_tokens.weight,
-        final_norm=_norm_of(base.norm) if has_head else None,
-        head=_merged(operations, model.lm_head) if has_head else None,
-        rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].down.weight_OI),
+        embedding=base.embed_tokens,
+        final_norm=None if model.lm_head is None else _norm_of(base.norm),
+        head=_merged_head(operations, model.lm_head),
+        rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].input_norm.weight_H),
         context=context,
         operations=operations,
+        gates=gates,
     )
+
+
+def _merged_head(
+    operations: Operations, head: Any
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """[S, hidden] → [S, vocabulary]; None: the head is on another stage."""
+    if isinstance(head, StreamedHead):
+        blocks = [_merged(operations, block) for block in head.blocks]
+        return StreamedHead(blocks, head.gates, head.first_part)
+    return None if head is None else _merged(operations, head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,16 +208,18 @@ class FusedStack:
     """The computation of one stage. `context.layout` is set by each call."""
 
     layers: Sequence[MergedLayer]
-    embedding_VH: torch.Tensor | None
+    embedding: _Product | None  # ids [T] → [T, hidden]
     final_norm: _NormWeight | None  # this and the head: on the last stage
-    head: _MergedLinear | None
+    head: _Product | None  # [S, hidden] → [S, vocabulary]
     rotary: _RotaryLookup
     context: ForwardContext
     operations: Operations
+    gates: WeightGates = NO_GATES
 
     def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """What the stage behind receives: [T, hidden]. `inputs` as in `StageModel.forward`."""
         hidden_TH, residual_TH = self._run_layers(inputs, layout)
+        self.gates.end()
         return hidden_TH.add_(residual_TH)
 
     def logits(
@@ -206,7 +234,9 @@ class FusedStack:
             residual_TH = residual_TH.index_select(0, rows_S)
         norm = self.final_norm
         normed_SH, _ = self.operations.add_rms_norm(hidden_TH, residual_TH, norm.weight_H, norm.eps)
-        return self.head(normed_SH)
+        logits_SV = self.head(normed_SH)
+        self.gates.end()
+        return logits_SV
 
     def _run_layers(
         self, inputs: torch.Tensor, layout: BatchLayout
@@ -214,12 +244,13 @@ class FusedStack:
         """The residual stream behind the last layer, as two tensors to be added."""
         self.context.layout = layout
         residual_TH = inputs
-        if self.embedding_VH is not None:
-            residual_TH = nn.functional.embedding(inputs, self.embedding_VH)
+        if self.embedding is not None:
+            residual_TH = self.embedding(inputs)
         rotary_TD = self.rotary(layout.positions_T)
         operations = self.operations
         hidden_TH: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
+            self.gates.before(number)
             norm = layer.input_norm
             if hidden_TH is None:
                 normed_TH = operations.rms_norm(residual_TH, norm.weight_H, norm.eps)
@@ -233,6 +264,7 @@ class FusedStack:
                 layer.output(attended_TX), residual_TH, norm.weight_H, norm.eps
             )
             hidden_TH = layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
+            self.gates.after(number)
         assert hidden_TH is not None, "a stage has layers"
         return hidden_TH, residual_TH
 
@@ -286,7 +318,3 @@ def _rotary_lookup(rotary: Any, max_positions: int, like: torch.Tensor) -> _Rota
 
 def _rotary_of(model: Any) -> Any:
     return model.model.rotary_emb
-
-
-def _linears(layer: Any) -> Iterator[nn.Module]:
-    yield from (module for module in layer.modules() if hasattr(module, "in_features"))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention_bridge import AttentionCall, ForwardContext
+from mpipipe.models.streaming import StreamedWeights
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
@@ -44,11 +45,13 @@ class PlainStage:
         self._output_names = parts.output_names
         self._context = context
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen by `recording`
+        self._streamed = StreamedWeights()
 
     def run_base(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """The stage without LM head (but with the final norm, if it is here): [T, hidden]."""
         self._context.layout = layout
         output = self._base(**self._arguments(inputs, layout), use_cache=False)
+        self._streamed.gates.end()
         hidden_TH: torch.Tensor = output.last_hidden_state[0]
         return hidden_TH
 
@@ -62,6 +65,7 @@ class PlainStage:
             logits_to_keep=0 if rows_S is None else rows_S,
             use_cache=False,
         )
+        self._streamed.gates.end()
         logits_SV: torch.Tensor = output.logits[0]
         return logits_SV
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -114,13 +115,14 @@ def can_prepack(linear: nn.Linear) -> bool:
     return weight.dtype == torch.float32
 
 
-def prepack_linears(model: nn.Module) -> None:
-    """Replace every plain `nn.Linear` in `model` that can be packed."""
+def prepack_linears(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
+    """Replace every plain `nn.Linear` in `model` that can be packed, but for those in `kept`."""
+    left = {module for part in kept for module in part.modules()}
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and can_prepack(child)
+        if child not in left and type(child) is nn.Linear and can_prepack(child)
     ]
     while places:  # one at a time: the plain weight is freed before the next
         parent, name, child = places.pop()

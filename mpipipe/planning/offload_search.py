@@ -15,19 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mpipipe.planning.cost import Ceilings
-from mpipipe.planning.links import LinkRates
 from mpipipe.planning.placement import (
     ModelParts,
     Placed,
+    StageChoice,
     StageRoom,
     StageShape,
+    StageSpeed,
     StepWork,
     forecast_step,
     least_device_bytes,
     place_stage,
 )
-from mpipipe.planning.plan import StepForecast
 
 __all__ = [
     "Candidate",
@@ -36,6 +35,7 @@ __all__ = [
     "RunShape",
     "StageChoice",
     "best_candidate",
+    "candidate_of",
     "with_disk",
 ]
 
@@ -52,8 +52,7 @@ class RankRoom:
     cache_factor: int  # how much must be free for a byte of cache
     host_bytes: int  # for offloaded weights
     has_disk: bool
-    rates: LinkRates
-    ceilings: Ceilings
+    speed: StageSpeed
 
     def for_weights(self, kv_bytes: int, work_bytes: int) -> int:
         """Beside so much cache and work space; may be negative."""
@@ -148,14 +147,6 @@ class OffloadProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class StageChoice:
-    """A stage of a candidate."""
-
-    placed: Placed
-    decode: StepForecast
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to run."""
 
@@ -169,6 +160,11 @@ class Candidate:
     def split(self) -> tuple[int, ...]:
         """Layers per stage."""
         return tuple(stage.placed.shape.num_layers for stage in self.stages)
+
+    @property
+    def is_resident(self) -> bool:
+        """Nothing is offloaded."""
+        return all(stage.placed.is_resident for stage in self.stages)
 
     @property
     def streamed_bytes(self) -> int:
@@ -191,7 +187,7 @@ def best_candidate(problem: OffloadProblem) -> Candidate | None:
         candidate
         for tokens in problem.tokens
         for rows in problem.rows
-        if rows <= tokens and (candidate := _candidate(problem, rows, tokens)) is not None
+        if rows <= tokens and (candidate := candidate_of(problem, rows, tokens)) is not None
     ]
     return max(
         found,
@@ -205,7 +201,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _candidate(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+    """With `rows` a slot and `tokens` a step; None: they do not fit."""
     num_pages = problem.pages_for(rows)
     choices = _Choices(problem, rows, tokens, num_pages)
     split = problem.fixed_split or _deal(choices, problem.model.spec.num_layers, len(problem.rooms))
@@ -245,11 +242,8 @@ class _Choices:
         stage_room = StageRoom(
             room.for_weights(kv_bytes, work_bytes), room.host_bytes, room.has_disk
         )
-        placed = place_stage(shape, problem.model.parts, stage_room, room.rates, self._rows)
-        if placed is None:
-            return None
         work = StepWork(self._rows, problem.run.context_tokens)
-        return StageChoice(placed, self._forecast(stage, placed, work))
+        return place_stage(problem.model, shape, stage_room, work, room.speed)
 
     def chunk_s(self, stage: int, placed: Placed) -> float:
         """A step of prompt chunks."""
@@ -257,11 +251,8 @@ class _Choices:
         ends = max(1, min(self.tokens, round(self.tokens / mean_prompt)))
         # A chunk reads keys and values once for all of its rows, so the traffic is that of `ends`.
         work = StepWork(self.tokens, 0.0, rows_to_head=ends)
-        return self._forecast(stage, placed, work).step_s
-
-    def _forecast(self, stage: int, placed: Placed, work: StepWork) -> StepForecast:
-        problem, room = self._problem, self._problem.rooms[stage]
-        return forecast_step(problem.model, placed, work, room.ceilings, room.rates)
+        speed = self._problem.rooms[stage].speed
+        return forecast_step(self._problem.model, placed, work, speed).step_s
 
 
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
@@ -273,8 +264,10 @@ def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...
 
     def step_s(stage: int, count: int) -> float:
         choice = choices.stage(stage, count)
-        return float("inf") if choice is None else choice.decode.step_s
+        return float("inf") if choice is None else choice.forecast.step_s
 
+    if num_stages == 1:
+        return (num_layers,)
     split = [1] * num_stages
     order = [*range(1, num_stages - 1), num_stages - 1, 0] if num_stages > 1 else [0]
     for _ in range(num_layers - num_stages):
@@ -287,12 +280,12 @@ def _tokens_per_s(
 ) -> float:
     """Output tokens per second over prefill and decode of the requests, wave by wave."""
     run, num_slots = problem.run, problem.num_slots
-    at_once = stages[0].decode.rows * num_slots
+    at_once = stages[0].forecast.rows * num_slots
     sequences = float(at_once)
     if run.num_requests is not None:
         num_waves = -(-run.num_requests // at_once)
         sequences = run.num_requests / num_waves
-    steps_s = [stage.decode.step_s for stage in stages]
+    steps_s = [stage.forecast.step_s for stage in stages]
     round_s = max(sum(steps_s), num_slots * max(steps_s))
     chunks_s = [choices.chunk_s(number, stage.placed) for number, stage in enumerate(stages)]
     num_chunks = max(1.0, sequences * run.num_prompt_tokens / choices.tokens)

@@ -14,7 +14,8 @@ Streamed layer number i uses buffer i modulo `num_buffers`, in every step. So th
 streamed layers than buffers: a layer with a buffer of its own would be a resident one. A number
 that is no multiple of `num_buffers` costs little: the first layer of a step then waits until the
 last one of the step before it has left their common buffer, one layer's compute per step, less than
-bringing one layer more. One buffer does where two do not fit; then nothing overlaps.
+bringing one layer more. One buffer does where two do not fit, or would drive layers to a slower
+place; then nothing overlaps.
 
 `offload_search` decides for all stages together how much of a device the weights may take.
 """
@@ -40,8 +41,10 @@ __all__ = [
     "ModelParts",
     "PartBytes",
     "Placed",
+    "StageChoice",
     "StageRoom",
     "StageShape",
+    "StageSpeed",
     "StepWork",
     "forecast_step",
     "least_device_bytes",
@@ -51,6 +54,7 @@ __all__ = [
 ]
 
 _BUFFER_COUNTS = (2, 1)
+_ONE_BUFFER_PENALTY = 1.1  # link and compute take turns, and each waits for the other to be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,23 @@ class StageRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step computes."""
+
+    rows: int  # one token each
+    context_tokens: float = 0.0  # in the cache, of each row's sequence
+    rows_to_head: int | None = None  # None: all
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpeed:
+    """How fast a rank computes, and how fast weights come to its device."""
+
+    ceilings: Ceilings
+    rates: LinkRates
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """Where the parts of a stage stand, in numbers; `offload_of` says which layers these are."""
 
@@ -116,6 +137,14 @@ class Placed:
     def is_resident(self) -> bool:
         """All weights stay on the device."""
         return not (self.host_bytes or self.disk_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """A placement, and what a full decode step then takes."""
+
+    placed: Placed
+    forecast: StepForecast
 
 
 def part_bytes(spec: ModelSpec, dtype: str) -> PartBytes:
@@ -143,31 +172,36 @@ def part_bytes(spec: ModelSpec, dtype: str) -> PartBytes:
 
 
 def place_stage(
-    shape: StageShape, parts: PartBytes, room: StageRoom, rates: LinkRates, rows: int
-) -> Placed | None:
-    """The placement that brings the least to the device for a step of `rows`; None: none fits.
+    model: ModelParts, shape: StageShape, room: StageRoom, work: StepWork, speed: StageSpeed
+) -> StageChoice | None:
+    """The placement with the shortest step; None: none fits. All stays where all fits.
 
-    All stays on the device where it fits.
+    Of equals the one with two buffers, then the one whose head, then whose embedding stays.
     """
-    for num_buffers in _BUFFER_COUNTS:
-        for streams_head in (False, True):
-            found = [
-                placed
-                for stays in (True, False)
-                if (
-                    placed := _placed(
-                        shape,
-                        parts,
-                        room,
-                        num_buffers=num_buffers,
-                        embedding_stays=stays,
-                        streams_head=streams_head,
-                    )
-                )
-            ]
-            if found:  # the first of equals: the embedding stays
-                return min(found, key=lambda placed: _bring_s(placed, parts, rates, rows))
-    return None
+    tried = [
+        placed
+        for num_buffers in _BUFFER_COUNTS
+        for streams_head in (False, True)
+        for embedding_stays in (True, False)
+        if (
+            placed := _placed(
+                shape,
+                model.parts,
+                room,
+                num_buffers=num_buffers,
+                embedding_stays=embedding_stays,
+                streams_head=streams_head,
+            )
+        )
+    ]
+    choices = [StageChoice(placed, forecast_step(model, placed, work, speed)) for placed in tried]
+    resident = next((choice for choice in choices if choice.placed.is_resident), None)
+    return resident or min(choices, key=_expected_s, default=None)
+
+
+def _expected_s(choice: StageChoice) -> float:
+    """A step's time; with a single buffer a step is likely to take longer than it is reckoned."""
+    return choice.forecast.step_s * (_ONE_BUFFER_PENALTY if choice.placed.num_buffers == 1 else 1)
 
 
 def _placed(
@@ -246,13 +280,6 @@ def _above_disk(
     )
 
 
-def _bring_s(placed: Placed, parts: PartBytes, rates: LinkRates, rows: int) -> float:
-    """Seconds of link or disk for a step of `rows`."""
-    link_s = (placed.streamed_host_bytes + placed.streamed_disk_bytes) / rates.host_bytes_per_s
-    disk_s = placed.streamed_disk_bytes / rates.disk_bytes_per_s
-    return max(link_s, disk_s) + _lookup_s(placed, parts, rates, rows)
-
-
 def _lookup_s(placed: Placed, parts: PartBytes, rates: LinkRates, rows: int) -> float:
     """Seconds to look `rows` up in an embedding that is not on the device."""
     match placed.embedding:
@@ -271,8 +298,9 @@ def least_device_bytes(shape: StageShape, parts: PartBytes) -> int:
     return min(all_resident, parts.layer) + parts.head * is_one_matrix
 
 
-def offload_of(placed: Placed, first_layer: int, forecast: StepForecast) -> StageOffload | None:
+def offload_of(choice: StageChoice, first_layer: int) -> StageOffload | None:
     """Which layers of a stage that begins at `first_layer` stand where; None: all on the device."""
+    placed = choice.placed
     if placed.is_resident:
         return None
     streamed = _spread(placed.num_streamed, range(placed.shape.num_layers))
@@ -286,7 +314,7 @@ def offload_of(placed: Placed, first_layer: int, forecast: StepForecast) -> Stag
         device_bytes=placed.device_bytes,
         host_bytes=placed.host_bytes,
         disk_bytes=placed.disk_bytes,
-        forecast=forecast,
+        forecast=choice.forecast,
     )
 
 
@@ -300,23 +328,14 @@ def _spread(count: int, places: range | list[int]) -> list[int]:
     ]
 
 
-# ---- how long a step takes -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StepWork:
-    """What a step computes."""
-
-    rows: int  # one token each
-    context_tokens: float = 0.0  # in the cache, of each row's sequence
-    rows_to_head: int | None = None  # None: all
+# ---- how long a step takes ----------------------------------------------------------------------
 
 
 def forecast_step(
-    model: ModelParts, placed: Placed, work: StepWork, ceilings: Ceilings, rates: LinkRates
+    model: ModelParts, placed: Placed, work: StepWork, speed: StageSpeed
 ) -> StepForecast:
     """What a step of the stage brings to its device, and how long that and its compute take."""
-    shape, spec, dtype, parts = placed.shape, model.spec, model.dtype, model.parts
+    shape, spec, dtype, rates = placed.shape, model.spec, model.dtype, speed.rates
     layer = layer_decode_cost(
         spec, dtype, num_sequences=work.rows, context_tokens=work.context_tokens
     )
@@ -331,10 +350,10 @@ def forecast_step(
         rows=work.rows,
         host_bytes=placed.streamed_host_bytes,
         disk_bytes=placed.streamed_disk_bytes,
-        compute_s=compute.seconds(ceilings),
+        compute_s=compute.seconds(speed.ceilings),
         link_s=streamed / rates.host_bytes_per_s,
         disk_s=placed.streamed_disk_bytes / rates.disk_bytes_per_s,
-        lookup_s=_lookup_s(placed, parts, rates, work.rows),
+        lookup_s=_lookup_s(placed, model.parts, rates, work.rows),
         overlaps=placed.num_buffers != 1,
         host_bytes_per_s=rates.host_bytes_per_s,
         disk_bytes_per_s=rates.disk_bytes_per_s,

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpipipe.logs.attempts import choose_attempt
 from mpipipe.logs.clocks import RankClocks, read_clocks
-from mpipipe.logs.facts import last_attempt, read_facts
+from mpipipe.logs.facts import read_facts
 from mpipipe.logs.reading import Line, RunFiles, number
 from mpipipe.logs.summary import RunTime, summarise
 
@@ -57,7 +58,7 @@ def read_run(folder: Path) -> RunLines:
         OutputError: a file is there, but cannot be read.
     """
     files = RunFiles(folder)
-    attempt, metrics = last_attempt(files), files.document("metrics.json")
+    attempt, metrics = choose_attempt(files), files.document("metrics.json")
     steps = {rank: _steps(files, rank, attempt) for rank in files.ranks()}
     return RunLines(
         manifest=files.document("manifest.json"),

@@ -117,7 +117,8 @@ def _warnings(run: RunLines) -> list[str]:
     attempts = run.manifest.get("attempts") or ()
     if len(attempts) > 1:
         warnings.append(
-            f"the run took {count(len(attempts), 'attempt')}; figures and plots are of the last."
+            f"the run took {count(len(attempts), 'attempt')}; figures and plots are of attempt "
+            f"{run.time.attempt}."
         )
     return warnings
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mpipipe.run_folder.journal import KeptRecords
 
-__all__ = ["finished_metrics", "kept_counts", "last_logged", "told_attempts"]
+__all__ = ["finished_metrics", "generated_metrics", "kept_counts", "last_logged", "told_attempts"]
 
 # Of rank 0, whose clock the attempt's start is told by; all of them are appended to.
 _HEAD_LOG = "rank_0.log"
@@ -90,11 +90,17 @@ def last_logged(folder: Path) -> tuple[int, str]:
 
 def finished_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json` of the attempt that did the last of the run; None: it does not tell that."""
+    metrics = generated_metrics(folder)
+    return metrics if metrics is not None and metrics.get("state") == DONE else None
+
+
+def generated_metrics(folder: Path) -> dict[str, Any] | None:
+    """`metrics.json` if it has the figures of an attempt that has generated; else None."""
     with suppress(CheckpointError):
         metrics = read_json_object(folder / "metrics.json")
-        ranks = metrics.get("ranks")
-        if metrics.get("state") == DONE and isinstance(ranks, list) and ranks:
-            return metrics
+        ranks, phases = metrics.get("ranks"), metrics.get("phases")
+        if isinstance(ranks, list) and ranks and isinstance(phases, dict):
+            return metrics if _number(phases.get("generate_s")) > 0 else None
     return None
 
 

@@ -26,11 +26,10 @@ from typing import Any
 
 from mpipipe._version import __version__
 from mpipipe.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
     MpipipeError,
     OutputError,
     PeerLostError,
+    is_stop,
 )
 from mpipipe.run_folder.files import json_bytes, write_whole
 from mpipipe.topology.slurm import read_job
@@ -118,12 +117,12 @@ class ProgressFile:
     def failed(self, error: BaseException) -> None:
         """Tell that `error` has ended the run early; one that has told its end keeps that."""
         if isinstance(error, MpipipeError):
-            stopped, text = error.exit_code in {EXIT_REQUEUE, EXIT_INTERRUPTED}, str(error)
+            text = str(error)
         elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
-            stopped, text = False, "interrupted"
+            text = "interrupted"
         else:
-            stopped, text = False, f"{type(error).__name__}: {error}"
-        self.write(RunState.STOPPED if stopped else RunState.FAILED, error=text)
+            text = f"{type(error).__name__}: {error}"
+        self.write(RunState.STOPPED if is_stop(error) else RunState.FAILED, error=text)
 
 
 def fail_for_lost_head(folder: Path, error: BaseException) -> None:

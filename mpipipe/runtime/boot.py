@@ -45,18 +45,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
-    trust_remote_code = boot.loaded.config.model.trust_remote_code
-
-    def load_stage() -> StageParts:
-        _prepare_offload_folder(plan, stage)
-        ranks.memory_needs.update(stage_bytes(plan, stage))
-        _use_device(plan, device)
-        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
-
-    ranks.boot.begin("build")
-    parts = await in_phase(ranks, "load", load_stage)
-    for warning in parts.load_warnings:
-        boot.log.warning("loading", message=warning)
+    parts = await _load(boot, plan, stage, device)
     _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
     account = StageAccount(stage.stage)
     ranks.vitals.stage = stage.stage
@@ -82,10 +71,24 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             gc.unfreeze()
 
 
-def _prepare_offload_folder(plan: PipelinePlan, stage: StagePlan) -> None:
-    needed_bytes = 0 if stage.offload is None else stage.offload.disk_bytes
-    who = f"rank {stage.rank} on {stage.host}"
-    prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
+async def _load(
+    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device
+) -> StageParts:
+    ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
+
+    def load_stage() -> StageParts:
+        needed_bytes = 0 if stage.offload is None else stage.offload.disk_bytes
+        who = f"rank {stage.rank} on {stage.host}"
+        prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
+        ranks.memory_needs.update(stage_bytes(plan, stage))
+        _use_device(plan, device)
+        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+
+    ranks.boot.begin("build")
+    parts = await in_phase(ranks, "load", load_stage)
+    for warning in parts.load_warnings:
+        boot.log.warning("loading", message=warning)
+    return parts
 
 
 def _load_facts(
@@ -110,6 +113,8 @@ def _profiler(boot: Boot) -> Profiler:
 def _log_ready(
     boot: Boot, plan: PipelinePlan, parts: StageParts, load: LoadFacts, opened: OpenedWorker
 ) -> None:
+    if parts.offloaded is not None and parts.offloaded.warning:
+        boot.log.warning("offload", message=parts.offloaded.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),

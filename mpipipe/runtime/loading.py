@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,18 +17,24 @@ from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend
+from mpipipe.models.streaming import NO_GATES, StreamedWeights
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.topology.slurm import read_job
 from mpipipe.weights.loader import load_stage
+from mpipipe.weights.offload import StageTensors, open_offload
 from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.metrics.boot import BootTimeline
+    from mpipipe.metrics.offload import OffloadUse
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan, StagePlan
+    from mpipipe.weights.destination import Destination
     from mpipipe.weights.loader import LoadReport
+    from mpipipe.weights.offload import OffloadedWeights
 
-__all__ = ["StageParts", "load_parts", "stage_bytes"]
+__all__ = ["StageParts", "load_parts", "stage_bytes", "stage_tensors", "streamed_weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +44,19 @@ class StageParts:
     model: StageModel
     cache: KVCache
     loaded_bytes: int  # read from weight files
-    weight_bytes: int  # held as parameters
+    weight_bytes: int  # held on the device: parameters, and buffers for those that are not
     needs_seq_lens: bool  # of the attention backend: it plans each step on the host
     load_warnings: tuple[str, ...] = ()  # what made loading slower than it could be
+    offloaded: OffloadedWeights | None = None  # None: all weights stay on the device
+
+    def offload_use(self) -> OffloadUse | None:
+        """How the offloaded weights came so far; None: there are none."""
+        return None if self.offloaded is None else self.offloaded.use()
+
+    def close(self) -> None:
+        """Let go of what offloaded weights need; no step may run any more. Idempotent."""
+        if self.offloaded is not None:
+            self.offloaded.close()
 
 
 def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
@@ -47,7 +65,7 @@ def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
     page_bytes = kv_page_bytes(
         spec, plan.dtype, num_layers=stage.num_layers, page_size_tokens=plan.page_size_tokens
     )
-    return {"weights": stage.weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
+    return {"weights": stage.device_weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
 
 
 def load_parts(
@@ -93,24 +111,85 @@ def _load_parts(
         backend=backend,
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
+        quantize=plan.quantize,
     )
-    report = _load(model, plan, device, boot)
-    boot.begin("cache")
-    cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
-    boot.begin("convert weights")  # into the layout to compute with, after trial steps
-    model.finish(cache)
+    tensors = stage_tensors(model)
+    with ExitStack() as opened:
+        offloaded = _open_offload(plan, stage, tensors, device)
+        if offloaded is not None:
+            opened.callback(offloaded.close)
+        report = _load(model, plan, device, boot, offloaded)
+        boot.begin("cache")
+        cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
+        boot.begin("convert weights")  # into the layout to compute with, after trial steps
+        model.finish(cache, streamed=streamed_weights(offloaded, tensors))
+        opened.pop_all()
     return StageParts(
         model,
         cache,
         report.bytes_read,
-        report.parameter_bytes,
+        report.parameter_bytes - (0 if offloaded is None else offloaded.spared_bytes),
         backend.needs_seq_lens,
         report.warnings,
+        offloaded,
+    )
+
+
+def stage_tensors(model: StageModel) -> StageTensors:
+    """Of a stage that is not loaded yet."""
+    state = model.module.state_dict(keep_vars=True)
+
+    def named(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: state[name] for name in names}
+
+    return StageTensors(
+        layers=tuple(named(names) for names in model.layer_names()),
+        embedding=named(model.embedding_names()),
+        head=named(model.head_names()),
+        first_layer=model.plan.first_layer,
+    )
+
+
+def _open_offload(
+    plan: PipelinePlan, stage: StagePlan, tensors: StageTensors, device: torch.device
+) -> OffloadedWeights | None:
+    """Where the plan wants weights to stand outside of `device`; None: nowhere."""
+    if stage.offload is None:
+        return None
+    job = read_job(os.environ)
+    owner = f"process-{os.getpid()}" if job is None else f"job-{job.label}"
+    return open_offload(
+        stage.offload,
+        tensors,
+        device,
+        folder=plan.offload_dir,
+        name=f"mpipipe-{owner}-rank-{stage.rank}",
+        use_graphs=plan.cuda_graphs,
+    )
+
+
+def streamed_weights(
+    offloaded: OffloadedWeights | None, tensors: StageTensors
+) -> StreamedWeights | None:
+    """The loaded weights on their way to the device."""
+    if offloaded is None:
+        return None
+    streams = offloaded.start(tensors.head)
+    return StreamedWeights(
+        gates=streams.gates or NO_GATES,
+        layers=streams.layers,
+        head_blocks=streams.head_blocks,
+        embedding_rows=streams.embedding_rows,
+        waits_on_host=streams.waits_on_host,
     )
 
 
 def _load(
-    model: StageModel, plan: PipelinePlan, device: torch.device, boot: BootTimeline
+    model: StageModel,
+    plan: PipelinePlan,
+    device: torch.device,
+    boot: BootTimeline,
+    destination: Destination | None,
 ) -> LoadReport:
     """The stage's weights from its files, or random ones, for which `config.json` is enough."""
     if plan.weights == "random":
@@ -121,6 +200,7 @@ def _load(
             tied=model.tied,
             dtype=model.dtype,
             device=device,
+            destination=destination,
         )
     boot.begin("read weights")
     report = load_stage(
@@ -131,7 +211,7 @@ def _load(
         tied=model.tied,
         to_canonical=model.names.canonical,
         dtype=model.dtype,
-        device=device,
+        device=destination or device,
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,39 +53,41 @@ async def open_worker(
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
 
-    `profiler` is told what it does, and closed with it.
+    `profiler` is told what it does; it and `parts` are closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    ranks.boot.begin("warm-up")
-    ready = await in_phase(ranks, "capture", lambda: _prepare(plan, ranks, parts, device, profiler))
-    stream, engine = ready.stream, ready.engine
-    stream.enter()  # captured in the phase's thread, launched from this one
-    ranks.boot.begin("edges")
-    try:
-        channel = profiler.channel(await open_channel(plan, ranks, device))
-        worker = StageWorker(
-            plan=plan,
-            stage=plan.stage_of_rank(ranks.mesh.rank),
-            mesh=ranks.mesh,
-            channel=channel,
-            engine=engine,
-            stream=stream,
-            timeline=StreamTimeline(
-                stream, account, ranks.clock, _link(plan, ranks, account, clocks)
-            ),
-            progress=ranks.engine,
-            clock=ranks.clock,
-            ranges=profiler,
-        )
-        capture_s = ready.seconds if engine.graph_runner.use_graphs else None
-        yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
-        await profiler.aclose()
-        await channel.aclose()
-    finally:
-        stream.close()
+    with closing(parts):
+        ranks.boot.begin("warm-up")
+        preparing = partial(_prepare, plan, ranks, parts, device, profiler)
+        ready = await in_phase(ranks, "capture", preparing)
+        stream, engine = ready.stream, ready.engine
+        stream.enter()  # captured in the phase's thread, launched from this one
+        ranks.boot.begin("edges")
+        try:
+            channel = profiler.channel(await open_channel(plan, ranks, device))
+            link = _link(plan, ranks, account, clocks)
+            worker = StageWorker(
+                plan=plan,
+                stage=plan.stage_of_rank(ranks.mesh.rank),
+                mesh=ranks.mesh,
+                channel=channel,
+                engine=engine,
+                stream=stream,
+                timeline=StreamTimeline(stream, account, ranks.clock, link),
+                progress=ranks.engine,
+                clock=ranks.clock,
+                ranges=profiler,
+                offload_use=parts.offload_use,
+            )
+            capture_s = ready.seconds if engine.graph_runner.use_graphs else None
+            yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
+            await profiler.aclose()
+            await channel.aclose()
+        finally:
+            stream.close()
 
 
 def _link(
@@ -115,7 +118,13 @@ def _prepare(
     Raises:
         EnvironmentSetupError: the GPU's memory does not hold the work space.
     """
-    stream = open_stream(device, ranks.clock, ranks.engine, num_threads=plan.threads_per_rank)
+    stream = open_stream(
+        device,
+        ranks.clock,
+        ranks.engine,
+        num_threads=plan.threads_per_rank,
+        waits_on_host=parts.model.waits_on_host,
+    )
     engine = open_engine(
         plan,
         parts.model,

@@ -9,11 +9,11 @@ import torch
 from mpipipe.planning.step_limits import num_request_rows
 from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
+from mpipipe.stage.cuda_stream import CudaStream
 from mpipipe.stage.decode_batch import DecodeBatch
 from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.ranges import NO_RANGES
 from mpipipe.stage.request_table import RequestTable
-from mpipipe.stage.stream import CudaStream
 from mpipipe.stage.token_history import TokenHistory
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ __all__ = ["open_engine", "open_stream"]
 
 
 def open_stream(
-    device: torch.device, clock: Clock, progress: ProgressEngine, *, num_threads: int = 1
+    device: torch.device,
+    clock: Clock,
+    progress: ProgressEngine,
+    *,
+    num_threads: int = 1,
+    waits_on_host: bool = False,
 ) -> Stream:
     """The stream of `device`, entered by this thread.
 
@@ -38,13 +43,14 @@ def open_stream(
         clock: monotonic seconds.
         progress: told while a CPU computes, so that polling does not take the core.
         num_threads: that torch computes with on a CPU.
+        waits_on_host: steps may wait for the disk while they are added to a GPU's stream.
     """
     if device.type != "cuda":
         return CpuStream(device, clock, progress, num_threads=num_threads)
     torch.cuda.set_device(device)
     cuda_stream = torch.cuda.Stream(device)
     cuda_stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
-    stream = CudaStream(device, cuda_stream)
+    stream = CudaStream(device, cuda_stream, progress if waits_on_host else None)
     stream.enter()
     return stream
 

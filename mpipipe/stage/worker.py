@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from mpipipe.clock import Clock
     from mpipipe.control_plane.mesh import Mesh
     from mpipipe.data_plane.channel import TensorChannel, Transfer
+    from mpipipe.metrics.offload import OffloadUse
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.progress import ProgressEngine
     from mpipipe.stage.engine import StageEngine
@@ -113,6 +114,7 @@ class StageWorker:
         progress: polls for what the device has done.
         clock: monotonic seconds.
         ranges: names the steps for a profiler.
+        offload_use: tells how offloaded weights came so far; None: there are none.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class StageWorker:
         progress: ProgressEngine,
         clock: Clock,
         ranges: Ranges = NO_RANGES,
+        offload_use: Callable[[], OffloadUse | None] = lambda: None,
     ) -> None:
         self._plan = plan
         self._stage = stage
@@ -143,6 +146,7 @@ class StageWorker:
         self._progress = progress
         self._clock = clock
         self._ranges = ranges
+        self._offload_use = offload_use
         self._launches_s: deque[float] = deque(maxlen=_NUM_RECENT)  # of this call's decode steps
         self._us_per_launch: float | None = None  # of the latest call that had any
         self._returning: deque[_Returning] = deque()  # ids not received yet, in order
@@ -196,11 +200,11 @@ class StageWorker:
         await self._timeline.settle()
 
     def device_use(self) -> DeviceUse:
-        """Memory of the device; median host time of the latest call's decode steps.
+        """Memory of the device; median host time of the latest call's decode steps; offloading.
 
-        Nothing on a CPU, where computing is the host's time.
+        Of memory and time nothing on a CPU, where computing is the host's time.
         """
-        return DeviceUse(self._stream.peak_bytes(), self._us_per_launch)
+        return DeviceUse(self._stream.peak_bytes(), self._us_per_launch, self._offload_use())
 
     async def exercise_edges(self) -> None:
         """Use every edge once, and prepare what repeats on it, so that no step pays for set-up."""

@@ -94,6 +94,15 @@ class GpuDevice:
             throttle=None if reasons is None else _names(reasons),
         )
 
+    def link(self) -> tuple[int, int]:
+        """Generation and lanes of PCI Express that card and slot can do together; 0: not told.
+
+        Not what they do now: an idle card turns its link down.
+        """
+        generation = self.nvml.ask("nvmlDeviceGetMaxPcieLinkGeneration", self.card)
+        width = self.nvml.ask("nvmlDeviceGetMaxPcieLinkWidth", self.card)
+        return generation or 0, width or 0
+
 
 def _names(reasons: int) -> tuple[str, ...]:
     return tuple(name for bit, name in _THROTTLE_REASONS if reasons & bit)
@@ -144,6 +153,7 @@ class Nvml:
             pci = self.ask("nvmlDeviceGetPciInfo", handle)
             if capability is None or memory is None:
                 continue
+            generation, width = GpuDevice(self, handle, handle).link()
             facts = GpuFacts(
                 index=index,
                 name=self.ask("nvmlDeviceGetName", handle) or "",
@@ -153,6 +163,8 @@ class Nvml:
                 free_bytes=memory.free,
                 nccl_version="unknown",
                 pci=f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0" if pci else "",
+                link_generation=generation,
+                link_width=width,
             )
             found.append(facts)
         return tuple(found)

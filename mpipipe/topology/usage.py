@@ -29,6 +29,8 @@ class Usage:
     rss_bytes: int | None = None  # now
     io_read_bytes: int | None = None  # that came from storage, not from the page cache
     io_write_bytes: int | None = None
+    read_call_bytes: int | None = None  # that calls have read, from page cache and storage
+    num_read_calls: int | None = None
     node_busy_s: float | None = None  # of all cores together
     node_idle_s: float | None = None  # waiting for storage included
     net_rx_bytes: int | None = None  # of the node's interfaces but loopback
@@ -83,6 +85,8 @@ def read_usage(root: Path = _ROOT) -> Usage:
         rss_bytes=int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None,
         io_read_bytes=files.get("read_bytes"),
         io_write_bytes=files.get("write_bytes"),
+        read_call_bytes=files.get("rchar"),
+        num_read_calls=files.get("syscr"),
         node_busy_s=None if node is None else node[0] / ticks_per_s,
         node_idle_s=None if node is None else node[1] / ticks_per_s,
         net_rx_bytes=received,

@@ -48,7 +48,14 @@ from mpipipe.types import (
     TokenLogprobs,
 )
 from tests.contract.replaying_stream import ReplayingStream
-from tests.contract.tiny_models import NUM_LAYERS, PAGE_SIZE, TinyModel, load_stage, split
+from tests.contract.tiny_models import (
+    NUM_LAYERS,
+    PAGE_SIZE,
+    Offloading,
+    TinyModel,
+    load_stage,
+    split,
+)
 from tests.oracles.awaiting_core import AwaitingCore
 from tests.oracles.plain_stage import PreparedStep, SequenceTable, StageExecutor
 
@@ -113,6 +120,7 @@ def build_stage(
     number: int,
     backend: AttentionBackend,
     device: str = "cpu",
+    offloading: Offloading | None = None,
 ) -> StageModel:
     """Stage `number`, with pages of its own and the one that belongs to no sequence."""
     config = model.reference.config
@@ -138,6 +146,7 @@ def build_stage(
         mode="plain" if device == "cpu" else "auto",
         device=device,
         max_sequence_tokens=64,
+        offloading=offloading,
     )
 
 
@@ -176,6 +185,7 @@ class EnginePipeline:
         mode: "varlen", "tensors" or "replayed"; on a GPU the latter two run our kernels.
         clock: of the stream.
         device: of all stages.
+        offloading: where the plan offloads weights.
     """
 
     def __init__(
@@ -185,6 +195,7 @@ class EnginePipeline:
         mode: str,
         clock: Clock | None = None,
         device: str = "cpu",
+        offloading: Offloading | None = None,
     ) -> None:
         self.plan = plan
         self._restart_tokens = read_spec(model.folder).rotary.restart_tokens
@@ -192,7 +203,7 @@ class EnginePipeline:
         if mode != "varlen":
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
         stages = range(plan.num_stages)
-        self.models = [build_stage(model, plan, n, backend, device) for n in stages]
+        self.models = [build_stage(model, plan, n, backend, device, offloading) for n in stages]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
             self.stream: Stream = ReplayingStream(torch.device(device), clock, ProgressEngine())

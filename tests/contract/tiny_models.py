@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.operations import Operations
-from mpipipe.planning.plan import StagePlan
+from mpipipe.planning.plan import StageOffload, StagePlan
+from mpipipe.runtime.loading import stage_tensors, streamed_weights
+from mpipipe.types import QuantizeName
+from mpipipe.weights.destination import Destination
 from mpipipe.weights.loader import load_stage as load_weights
+from mpipipe.weights.offload import OffloadedWeights, StageTensors, open_offload
 
 NUM_LAYERS = 4
 VOCAB = 97
@@ -397,21 +401,70 @@ def load_stage(
     operations: Operations | None = None,
     device: str = "cpu",
     max_sequence_tokens: int = 64,
+    quantize: QuantizeName = "none",
+    offloading: Offloading | None = None,
 ) -> StageModel:
-    """Build, load and finish one stage from a single safetensors file."""
+    """Build, load and finish one stage from a single safetensors file.
+
+    `offloading` is needed where `plan` offloads weights.
+    """
     stage = build_stage_model(
         folder,
         plan,
         dtype=dtype,
         backend=backend or SdpaAttention(),
         max_sequence_tokens=max_sequence_tokens,
+        quantize=quantize,
     )
-    fill(stage, folder, device)
-    stage.finish(cache or ContiguousKVCache(), mode=mode, operations=operations)
+    if offloading is None:
+        assert plan.offload is None
+        fill(stage, folder, device)
+        stage.finish(cache or ContiguousKVCache(), mode=mode, operations=operations)
+        return stage
+    tensors = stage_tensors(stage)
+    offloaded = offloading.open(plan, tensors, torch.device(device))
+    fill(stage, folder, device, offloaded)
+    stage.finish(
+        cache or ContiguousKVCache(),
+        mode=mode,
+        operations=operations,
+        streamed=streamed_weights(offloaded, tensors),
+    )
     return stage
 
 
-def fill(stage: StageModel, folder: Path, device: str = "cpu") -> None:
+@dataclass
+class Offloading:
+    """Opens what stages need whose weights do not stay on the device, and closes it."""
+
+    folder: Path  # for their files
+    use_graphs: bool = False
+    opened: list[OffloadedWeights] = field(default_factory=list)
+
+    def open(
+        self, plan: StagePlan, tensors: StageTensors, device: torch.device
+    ) -> OffloadedWeights:
+        """As `runtime.loading` does."""
+        offloaded = open_offload(
+            plan.offload or StageOffload(),
+            tensors,
+            device,
+            folder=str(self.folder),
+            name=f"test-rank-{plan.rank}",
+            use_graphs=self.use_graphs,
+        )
+        self.opened.append(offloaded)
+        return offloaded
+
+    def close(self) -> None:
+        """All that was opened."""
+        while self.opened:
+            self.opened.pop().close()
+
+
+def fill(
+    stage: StageModel, folder: Path, device: str = "cpu", destination: Destination | None = None
+) -> None:
     """Load the stage's weights."""
     load_weights(
         stage.module,
@@ -421,7 +474,7 @@ def fill(stage: StageModel, folder: Path, device: str = "cpu") -> None:
         tied=stage.tied,
         to_canonical=stage.names.canonical,
         dtype=stage.dtype,
-        device=torch.device(device),
+        device=destination or torch.device(device),
     )
 
 

@@ -115,15 +115,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture
-def tiny_config(tiny_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of the tiny model with three prompts."""
-    prompts = tmp_path / "prompts.jsonl"
+    folder = tmp_path_factory.mktemp("tiny_config")
+    prompts = folder / "prompts.jsonl"
     lines = [{"id": name, "prompt": f"{name} prompt"} for name in ("first", "second", "third")]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = tmp_path / "tiny.toml"
+    config = folder / "tiny.toml"
     config.write_text(
         f'model.path = "{tiny_model}"\nprompts.path = "{prompts}"\n'
         "generation.max_new_tokens = 8\nmemory.num_kv_pages = 64\n"
     )
     return config
+
+
+@pytest.fixture(scope="session")
+def tiny_alone(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run of `tiny_config` on one process without a launcher. Read its folder, or copy it."""
+    outcome = run(0, tiny_config, tmp_path_factory.mktemp("alone") / "run")
+    assert outcome.exit_code == 0, outcome.stderr
+    return outcome

@@ -14,19 +14,18 @@ from tests.e2e.conftest import Outcome, execute
 CASES = ("batch_2", "batch_4")
 
 
-def bench(folder: Path, *words: str) -> Outcome:
+def bench(config: Path, folder: Path, *words: str) -> Outcome:
     """The batch experiment on two stages: three launches."""
-    command = [sys.executable, "-m", "mpipipe", "bench", "batch", "configs/demo.toml"]
+    command = [sys.executable, "-m", "mpipipe", "bench", "batch", str(config)]
     options = ["--stages=2", "--batch=2,4", "--repeat=1", "--prompts=4", "--prompt-tokens=16"]
     return execute([*command, *options, f"--out={folder}", *words], folder)
 
 
 def test_a_batch_experiment_from_launches_to_the_best_configuration(
-    demo_model: Path, tmp_path: Path
+    tiny_config: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    assert demo_model.exists()
     folder = tmp_path / "batch"
-    first = bench(folder, "generation.max_new_tokens=8")
+    first = bench(tiny_config, folder, "generation.max_new_tokens=8")
     assert first.exit_code == EXIT_OK, first.stdout + first.stderr
     assert "2 of 2 launches are missing" in first.stdout
     assert "warm-up, not measured" in first.stdout
@@ -50,10 +49,10 @@ def test_a_batch_experiment_from_launches_to_the_best_configuration(
     best = load_config(folder / "best.toml").config
     assert best.pipeline.num_stages == best.pipeline.num_slots == 2
     assert best.pipeline.max_sequences_per_slot in {1, 2}
-    assert (best.model.path, best.generation.max_new_tokens) == ("demo:smollm2", 8)
+    assert (best.model.path, best.generation.max_new_tokens) == (str(tiny_model), 8)
 
     before = {path.name: path.read_bytes() for path in (folder / "records").iterdir()}
-    again = bench(folder, "generation.max_new_tokens=8", "--json")
+    again = bench(tiny_config, folder, "generation.max_new_tokens=8", "--json")
     assert again.exit_code == EXIT_OK, again.stderr
     assert "0 of 2 launches are missing" in again.stderr
     verdict = json.loads(again.stdout)
@@ -61,17 +60,17 @@ def test_a_batch_experiment_from_launches_to_the_best_configuration(
     assert verdict["largest_safe_batch"] == 4
     assert {path.name: path.read_bytes() for path in (folder / "records").iterdir()} == before
 
-    changed = bench(folder, "generation.max_new_tokens=9")
+    changed = bench(tiny_config, folder, "generation.max_new_tokens=9")
     assert changed.exit_code == EXIT_CONFIG
     assert "generation.max_new_tokens: 8 → 9" in changed.stderr
 
     (folder / "records" / "batch_2_r1.json").unlink()
-    missing = bench(folder, "generation.max_new_tokens=8", "--table")
+    missing = bench(tiny_config, folder, "generation.max_new_tokens=8", "--table")
     assert missing.exit_code == EXIT_PROMPTS
     assert "1 of 2 launches are missing" in missing.stdout
 
 
-def test_replicas_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    refused = bench(tmp_path, "--replicas=2")
+def test_replicas_are_refused_in_a_sentence(tiny_config: Path, tmp_path: Path) -> None:
+    refused = bench(tiny_config, tmp_path, "--replicas=2")
     assert refused.exit_code == EXIT_CONFIG
     assert "one pipeline in a run so far" in refused.stderr

@@ -34,7 +34,7 @@ def attempt(name, prompts, **settings):
         done.sort(key=lambda c: c.index)
         said.append([name, [[c.request_id, c.error_kind, len(c.token_ids)] for c in done]])
 
-with Pipeline(sys.argv[1]) as pipeline:
+with Pipeline(sys.argv[1], *sys.argv[3:]) as pipeline:
     for name, settings in (
         ("seed", {"seed": -1}), ("nan", {"temperature": float("nan")}), ("typo", {"sed": 1}),
         ("bool", {"top_k": True}), ("huge", {"seed": 10**30}), ("ids", {"stop_token_ids": [-1]}),
@@ -53,26 +53,38 @@ with Pipeline(sys.argv[1]) as pipeline:
     cut = [c.text for c in pipeline.generate_sync(
         ["a"], max_new_tokens=8, ignore_eos=True, stop=letters)]
     said.append(["cut", cut])
+    # Planned before it sees a prompt: it must hold the whole context, whatever comes first.
+    for prompt, options in (
+        ("a", {"max_new_tokens": 2}),
+        ("long words " * 8, {"max_new_tokens": 100, "num_logprobs": 1}),
+        ("many words " * 40, {"max_new_tokens": 2}),
+        ("a", {"max_new_tokens": 3, "temperature": 1.0, "repetition_penalty": 2.0}),
+    ):
+        for c in pipeline.generate_sync([prompt], ignore_eos=True, **options):
+            number = len(c.token_ids)
+            said.append(["length", number, c.num_prompt_tokens + number, c.error_kind])
 with open(f"{sys.argv[2]}/said_{rank}.json", "w") as file:
     json.dump(said, file)
 """
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("num_ranks", "words"), [(1, []), (2, ["pipeline.lookahead=1", "pipeline.device=cpu"])]
+)
 def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on(
-    num_ranks: int, tiny_model: Path, tmp_path: Path
+    num_ranks: int, words: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "wrong.py"
     script.write_text(SCRIPT)
-    command = [*mpiexec(num_ranks), sys.executable, str(script), str(tiny_model), str(tmp_path)]
-    outcome = execute(command, tmp_path)
+    ours = [sys.executable, str(script), str(tiny_model), str(tmp_path), *words]
+    outcome = execute([*mpiexec(num_ranks), *ours], tmp_path)
     assert outcome.exit_code == 0, outcome.stderr
     said = [json.loads((tmp_path / f"said_{rank}.json").read_text()) for rank in range(num_ranks)]
-    words = ["seed", "nan", "typo", "bool", "huge", "ids", "empty stop", "half", "n"]
+    wrong_names = ["seed", "nan", "typo", "bool", "huge", "ids", "empty stop", "half", "n"]
     for heard in said:
-        wrong = {entry[0]: entry[1] for entry in heard[: len(words)]}
-        assert wrong == dict.fromkeys(words, "ValueError")
-    assert all(heard[: len(words)] == said[0][: len(words)] for heard in said)
+        wrong = {entry[0]: entry[1] for entry in heard[: len(wrong_names)]}
+        assert wrong == dict.fromkeys(wrong_names, "ValueError")
+    assert all(heard[: len(wrong_names)] == said[0][: len(wrong_names)] for heard in said)
     head = {entry[0]: entry[1:] for entry in said[0]}
     assert head["text"][0] == "ValueError"
     assert head["broken"] == ["KeyError", "'lost'"]
@@ -95,3 +107,10 @@ def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on(
     assert head["cut"] == [[text[: text.index(letters)]]], (
         "stops at the text, not at a letter of it"
     )
+    lengths = [entry[1:] for entry in said[0] if entry[0] == "length"]
+    assert [lengths[0], lengths[2][::2], lengths[3]] == [
+        [2, 3, None],
+        [0, "too_long"],
+        [3, 4, None],
+    ]
+    assert lengths[1][1:] == [128, None], "it ends at the context"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Outcome, execute, mpiexec, run
+from tests.e2e.conftest import Outcome, execute, run
 
 AHEAD = ["pipeline.lookahead=1", "pipeline.device=cpu"]
 LINES: list[dict[str, Any]] = [
@@ -95,11 +95,17 @@ def check_metrics(outcome: Outcome, num_ranks: int) -> None:
     ("num_ranks", "words"),
     [
         (0, []),
-        (2, ["pipeline.prefill=mixed"]),
-        (2, ["memory.num_kv_pages=16", "pipeline.max_sequences_per_slot=6"]),
-        (4, ["pipeline.max_sequences_per_slot=2", "pipeline.max_tokens_per_step=16"]),
+        (
+            2,
+            [
+                "pipeline.prefill=mixed",
+                "memory.num_kv_pages=16",
+                "pipeline.max_sequences_per_slot=6",
+            ],
+        ),
+        (3, ["pipeline.max_sequences_per_slot=2", "pipeline.max_tokens_per_step=16"]),
     ],
-    ids=["one-rank", "mixed", "preemption", "four-ranks"],
+    ids=["one-rank", "mixed-preemption", "three-ranks"],
 )
 def test_completions_are_those_of_a_plain_run(
     num_ranks: int, words: list[str], config: Path, plain: Outcome, tmp_path: Path
@@ -130,43 +136,24 @@ def test_the_prompts_reach_what_they_are_there_for(plain: Outcome) -> None:
 def test_stop_strings_end_a_completion_although_more_tokens_are_in_flight(
     config: Path, plain: Outcome, tmp_path: Path
 ) -> None:
-    records = {r["id"]: r for r in plain.completions() if r["finish_reason"] == "length"}
-    text = records["greedy"]["text"]
+    text = {r["id"]: r for r in plain.completions()}["greedy"]["text"]
     stop = text[len(text) // 2 : len(text) // 2 + 2]
     words = [*JOB, f"generation.stop={json.dumps([stop])}"]
     outcome = run(2, config, tmp_path / "run", *words, *AHEAD)
+    assert outcome.exit_code == plain.exit_code, outcome.stderr
     found = {r["id"]: r for r in outcome.completions()}
     assert found["greedy"]["finish_reason"] == "stop"
-    assert found["greedy"]["text"] == text[: text.index(stop)]
-    check_same(outcome, run(0, config, tmp_path / "plain", *words))
-
-
-def test_a_session_takes_calls_of_any_length_and_options_one_after_the_other(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    """A library session is planned before it sees a prompt: it must hold the whole context."""
-    script = tmp_path / "calls.py"
-    script.write_text(
-        "import sys\n"
-        "from mpipipe import Pipeline\n"
-        "with Pipeline(*sys.argv[1:]) as pipeline:\n"
-        "    for prompt, options in (\n"
-        "        ('a', {'max_new_tokens': 2}),\n"
-        "        ('long words ' * 8, {'max_new_tokens': 100, 'num_logprobs': 1}),\n"
-        "        ('many words ' * 40, {'max_new_tokens': 2}),\n"
-        "        ('a', {'max_new_tokens': 3, 'temperature': 1.0, 'repetition_penalty': 2.0}),\n"
-        "    ):\n"
-        "        for c in pipeline.generate_sync([prompt], ignore_eos=True, **options):\n"
-        "            total = c.num_prompt_tokens + len(c.token_ids)\n"
-        "            print('done', len(c.token_ids), total, c.error_kind, flush=True)\n"
-    )
-    words = [sys.executable, str(script), str(tiny_model), *AHEAD]
-    outcome = execute([*mpiexec(2), *words], tmp_path)
-    assert outcome.exit_code == 0, outcome.stderr
-    done = [line.split()[1:] for line in outcome.stdout.splitlines() if line.startswith("done")]
-    assert [entry[0] for entry in (done[0], done[2], done[3])] == ["2", "0", "3"]
-    assert done[1][1] == "128", "it ends at the context"
-    assert [entry[2] for entry in done] == ["None", "None", "too_long", "None"]
+    for record in plain.completions():
+        stopped = found[record["id"]]
+        own = record["id"] == "stopped"  # it has a stop string of its own
+        if own or stop not in record["text"]:
+            assert stopped["text"] == record["text"]
+            assert stopped["finish_reason"] == record["finish_reason"]
+        else:
+            assert stopped["text"] == record["text"][: record["text"].index(stop)]
+            assert stopped["finish_reason"] == "stop"
+            ids = stopped["token_ids"]
+            assert ids == record["token_ids"][: len(ids)]
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_ends_the_run_before_it_loads(

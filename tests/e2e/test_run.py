@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,20 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_run_folder_holds_what_the_readme_says(tiny_config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    outcome = run(2, tiny_config, folder, "profile.tool=perf")
+@pytest.fixture(scope="module")
+def on_two_ranks(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run that three tests look at."""
+    words = (
+        "log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90",
+        "profile.tool=perf",
+    )  # fmt: skip
+    outcome = run(2, tiny_config, tmp_path_factory.mktemp("two") / "run", *words)
     assert outcome.exit_code == 0, outcome.stderr
+    return outcome
+
+
+def test_the_run_folder_holds_what_the_readme_says(on_two_ranks: Outcome) -> None:
+    outcome, folder = on_two_ranks, on_two_ranks.folder
     assert "mpirun -n 2 launch/profile_rank.sh perf" in outcome.stderr, "not started under it"
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -101,16 +110,16 @@ def check_explained(folder: Path) -> None:
         assert rank.seconds["load"] > 0
 
 
-@pytest.mark.parametrize("num_ranks", [0, 2])
+@pytest.mark.parametrize(("num_ranks", "which"), [(0, "tiny_alone"), (2, "on_two_ranks")])
 def test_the_manifest_is_enough_to_repeat_the_run(
-    num_ranks: int, tiny_config: Path, tmp_path: Path
+    num_ranks: int, which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    first = run(num_ranks, tiny_config, tmp_path / "first")
+    first: Outcome = request.getfixturevalue(which)
     manifest = first.json("manifest.json")
     assert Path(manifest["config"]["model"]["path"]).is_absolute()
-    assert manifest["config"]["output"]["dir"] == str(tmp_path / "first")
+    assert manifest["config"]["output"]["dir"] == str(first.folder)
     assert len(manifest["plan"]["stages"]) == len(manifest["hosts"]) == max(1, num_ranks)
-    _check_surroundings(manifest, max(1, num_ranks))
+    _check_surroundings(first, max(1, num_ranks))
     again = tmp_path / "again.json"
     again.write_text(json.dumps(manifest["config"]))
     second = run(num_ranks, again, tmp_path / "second")
@@ -118,8 +127,9 @@ def test_the_manifest_is_enough_to_repeat_the_run(
     assert tokens(second.completions()) == tokens(first.completions())
 
 
-def _check_surroundings(manifest: dict[str, Any], num_ranks: int) -> None:
+def _check_surroundings(outcome: Outcome, num_ranks: int) -> None:
     """What a run of this machine, started by a test, tells of it."""
+    manifest = outcome.json("manifest.json")
     assert manifest["schema"] == 1
     assert "run" in manifest["argv"]
     (node,) = manifest["nodes"]
@@ -135,8 +145,8 @@ def _check_surroundings(manifest: dict[str, Any], num_ranks: int) -> None:
     assert "node.memory" in {finding["check"] for finding in manifest["doctor"]}
     (attempt,) = manifest["attempts"]
     assert attempt["attempt"] == 1
-    age_s = datetime.now(UTC).timestamp() - attempt["unix_s"]
-    assert 0 < age_s < LIMIT_S
+    written_s = (outcome.folder / "manifest.json").stat().st_mtime
+    assert 0 <= written_s - attempt["unix_s"] < LIMIT_S
 
 
 def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
@@ -163,11 +173,8 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
 PARTS = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
 
 
-def test_the_metrics_and_the_lines_about_the_run_add_up(tiny_config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    words = ("log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90")
-    outcome = run(2, tiny_config, folder, *words)
-    assert outcome.exit_code == 0, outcome.stderr
+def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -> None:
+    outcome, folder = on_two_ranks, on_two_ranks.folder
     metrics = outcome.json("metrics.json")
     assert metrics["requests"]["num_completed"] == 3
     assert (metrics["schema"], metrics["state"], metrics["attempt"]) == (1, "done", 1)
@@ -185,7 +192,8 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(tiny_config: Path, tmp_p
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
-        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
+        # 0.1 s: a message at either end, on cores that another test's ranks use, too.
+        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.1
         _check_steps(folder, rank["rank"], stage)
         _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
@@ -265,8 +273,18 @@ def _check_requests(folder: Path, outcome: Outcome) -> None:
     assert outcome.json("metrics.json")["itl_p50_s"] == pytest.approx(p50_s, rel=0.0051)
 
 
-def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: Path) -> None:
-    outcome = run(2, tiny_config, tmp_path / "run", "profile.tool=torch", "profile.steps=[2,4]")
+def test_logs_and_profiles_are_json_of_their_rank_and_log_probabilities_reach_the_records(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    words = ("profile.tool=torch", "profile.steps=[2,4]", "generation.num_logprobs=3")
+    outcome = run(2, tiny_config, tmp_path / "run", *words)
+    assert outcome.exit_code == 0, outcome.stderr
+    record = outcome.completions()[0]
+    assert len(record["logprobs"]) == record["num_output_tokens"]
+    first = record["logprobs"][0]
+    assert first["token_id"] == record["token_ids"][0]
+    assert len(first["top"]) == 3
+    assert first["logprob"] == first["top"][0]["logprob"] <= 0
     manifest = outcome.json("manifest.json")
     for rank in (0, 1):
         profile = outcome.json(f"torch_rank_{rank}.json")["traceEvents"]
@@ -291,46 +309,50 @@ def test_logs_and_profiles_are_json_of_their_rank(tiny_config: Path, tmp_path: P
         assert ready["form_reason"]
 
 
+@pytest.fixture(scope="module")
+def sampled_job(many_prompts: Path) -> list[str]:
+    return [f"prompts.path={many_prompts}", "generation.max_new_tokens=24", *SAMPLED]
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(
+    sampled_job: list[str], tiny_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    outcome = run(0, tiny_config, tmp_path_factory.mktemp("plain") / "run", *sampled_job)
+    assert outcome.exit_code == 0, outcome.stderr
+    return outcome
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "words"),
     [
-        (3, []),
-        (2, ["pipeline.num_slots=1"]),
+        (3, ["memory.num_kv_pages=14", "memory.page_size_tokens=8"]),
         (2, ["pipeline.num_slots=4", "pipeline.max_sequences_per_slot=2"]),
         (2, ["pipeline.max_tokens_per_step=8", "pipeline.max_sequences_per_slot=8"]),
-        (2, ["memory.num_kv_pages=14", "memory.page_size_tokens=8"]),
-        (1, ["memory.kv_cache=contiguous", "pipeline.attention=reference"]),
+        (
+            2,
+            [
+                "pipeline.num_slots=1",
+                "memory.kv_cache=contiguous",
+                "pipeline.attention=reference",
+            ],
+        ),
     ],
-    ids=["three-stages", "one-slot", "four-slots", "small-chunks", "preemption", "oracles"],
+    ids=["preemption", "four-slots", "small-chunks", "one-slot-oracles"],
 )
 def test_sampled_tokens_do_not_depend_on_how_they_are_computed(
-    num_ranks: int, words: list[str], tiny_config: Path, many_prompts: Path, tmp_path: Path
+    num_ranks: int,
+    words: list[str],
+    tiny_config: Path,
+    sampled_job: list[str],
+    sampled_alone: Outcome,
+    tmp_path: Path,
 ) -> None:
-    job = [f"prompts.path={many_prompts}", "generation.max_new_tokens=24", *SAMPLED]
-    plain = run(0, tiny_config, tmp_path / "plain", *job)
-    assert plain.exit_code == 0, plain.stderr
-    other = run(num_ranks, tiny_config, tmp_path / "other", *job, *words)
+    other = run(num_ranks, tiny_config, tmp_path / "other", *sampled_job, *words)
     assert other.exit_code == 0, other.stderr
-    assert tokens(other.completions()) == tokens(plain.completions())
+    assert tokens(other.completions()) == tokens(sampled_alone.completions())
     preempted = other.json("metrics.json")["num_preemptions"]
     assert (preempted > 0) == any("num_kv_pages" in word for word in words)
-
-
-def test_log_probabilities_and_stop_strings_reach_the_records(
-    tiny_config: Path, tmp_path: Path
-) -> None:
-    plain = run(2, tiny_config, tmp_path / "plain", "generation.num_logprobs=3")
-    record = plain.completions()[0]
-    assert len(record["logprobs"]) == record["num_output_tokens"]
-    first = record["logprobs"][0]
-    assert first["token_id"] == record["token_ids"][0]
-    assert len(first["top"]) == 3
-    assert first["logprob"] == first["top"][0]["logprob"] <= 0
-    stop = record["text"][3:5]
-    stopped = run(0, tiny_config, tmp_path / "stop", f"generation.stop={json.dumps([stop])}")
-    cut = stopped.completions()[0]
-    assert cut["finish_reason"] == "stop"
-    assert cut["text"] == record["text"][: record["text"].index(stop)]
 
 
 def test_the_library_example_runs_on_two_ranks(tiny_model: Path) -> None:
@@ -341,20 +363,6 @@ def test_the_library_example_runs_on_two_ranks(tiny_model: Path) -> None:
     lines = outcome.stdout.splitlines()
     assert sum(line.startswith("sync") for line in lines) == 3
     assert sum(line.startswith("async") for line in lines) == 2
-
-
-def test_an_exception_in_a_library_script_ends_all_ranks(tiny_model: Path, tmp_path: Path) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "import sys\n"
-        "from mpipipe import Pipeline\n"
-        "with Pipeline(sys.argv[1]) as pipeline:\n"
-        "    for completion in pipeline.generate_sync(['x', 'y'], max_new_tokens=4):\n"
-        "        raise RuntimeError('the script is wrong')\n"
-    )
-    outcome = execute([*mpiexec(2), sys.executable, str(script), str(tiny_model)], tmp_path)
-    assert outcome.exit_code != 0
-    assert "the script is wrong" in outcome.stderr
 
 
 def test_the_older_configuration_with_its_deepspeed_file_runs(
@@ -403,7 +411,9 @@ def test_a_step_that_fails_on_one_rank_ends_all_ranks_with_its_error(
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_loop_that_breaks_leaves_the_pipeline_usable(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_loop_that_breaks_leaves_the_pipeline_usable_and_an_exception_ends_all_ranks(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "breaking.py"
     script.write_text(
         "import sys\n"
@@ -414,7 +424,10 @@ def test_a_loop_that_breaks_leaves_the_pipeline_usable(tiny_model: Path, tmp_pat
         "    done = list(pipeline.generate_sync(['a', 'b', ''], max_new_tokens=9))\n"
         "    if pipeline.is_head:\n"
         "        print('completed', sorted(c.index for c in done), flush=True)\n"
+        "    for completion in pipeline.generate_sync(['x', 'y'], max_new_tokens=4):\n"
+        "        raise RuntimeError('the script is wrong')\n"
     )
     outcome = execute([*mpiexec(2), sys.executable, str(script), str(tiny_model)], tmp_path)
-    assert outcome.exit_code == 0, outcome.stderr
-    assert "completed [0, 1, 2]" in outcome.stdout
+    assert outcome.exit_code != 0
+    assert "completed [0, 1, 2]" in outcome.stdout, outcome.stderr
+    assert "the script is wrong" in outcome.stderr

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
+from transformers import AutoModelForCausalLM
 
+from mpipipe.models.tokenizer import open_tokenizer
 from tests.e2e.conftest import Outcome, run
 
 # The tiny model has embeddings for 300 ids; its tokenizer's own are the 256 bytes.
@@ -49,12 +52,19 @@ def complete(
 
 
 @pytest.fixture(scope="module")
-def long_ids(odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
-    """What the model makes of "seek" where nothing stops it."""
-    folder = tmp_path_factory.mktemp("long")
-    outcome = complete(folder, odd_model, 0, [{"id": "a", "prompt": "seek", **GREEDY}])
-    assert outcome.exit_code == 0, outcome.stderr
-    ids: list[int] = outcome.completions()[0]["token_ids"]
+def long_ids(odd_model: Path) -> list[int]:
+    """What transformers makes of "seek" where nothing stops it."""
+    model = AutoModelForCausalLM.from_pretrained(odd_model, dtype=torch.float32)
+    prompt = torch.tensor([open_tokenizer(odd_model, False).encode("seek", True)])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=GREEDY["max_new_tokens"],
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    ids: list[int] = output[0, prompt.shape[1] :].tolist()
+    assert len(ids) == GREEDY["max_new_tokens"]
     return ids
 
 

@@ -36,7 +36,8 @@ def test_the_gpus_of_a_host_become_facts_and_one_without_numbers_is_left_out() -
     h200 = FakeCard(
         "GPU-aa", answers=answers((9, 0), 143771, 143000) | {"nvmlDeviceGetPciInfo": pci}
     )
-    t4 = FakeCard("GPU-bb", "Tesla T4", answers=answers((7, 5), 15360, 15000))
+    link = {"nvmlDeviceGetMaxPcieLinkGeneration": 3, "nvmlDeviceGetMaxPcieLinkWidth": 16}
+    t4 = FakeCard("GPU-bb", "Tesla T4", answers=answers((7, 5), 15360, 15000) | link)
     k10 = FakeCard("GPU-cc", "Tesla K10", answers={"nvmlDeviceGetMemoryInfo": memory(1, 1)})
     mig = FakeCard("MIG-dd", part_of=h200, answers=answers((9, 0), 1, 1))
     library = FakeNvml(h200, t4, k10, mig)
@@ -49,6 +50,8 @@ def test_the_gpus_of_a_host_become_facts_and_one_without_numbers_is_left_out() -
     )
     assert (first.memory_bytes, first.nccl_version) == (143771 * MIB, "unknown")
     assert (second.capability, second.free_bytes) == (75, 15000 * MIB)
+    assert (second.link_generation, second.link_width) == (3, 16)
+    assert (first.link_generation, first.link_width) == (0, 0), "not told"
     assert (first.pci, second.pci) == ("0000:3b:00.0", "")  # as in /sys/bus/pci/devices
     assert library.num_open == 0
 
@@ -67,6 +70,14 @@ def test_processes_are_told_with_their_gpu_and_what_the_driver_says_of_them() ->
         GpuProcess(12, "/opt/a, b/python", "1"),
         GpuProcess(5, "a process", "1"),
     )
+
+
+def test_a_slice_has_the_link_of_its_card() -> None:
+    told = {"nvmlDeviceGetMaxPcieLinkGeneration": 5, "nvmlDeviceGetMaxPcieLinkWidth": 8}
+    card = FakeCard("GPU-1", answers=told)
+    device = Nvml(FakeNvml(card, FakeCard("MIG-2", part_of=card))).device("MIG-2")
+    assert device is not None
+    assert device.link() == (5, 8)
 
 
 def test_a_sample_holds_all_that_a_card_tells_in_the_units_of_its_names() -> None:

@@ -13,6 +13,17 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
+from mpipipe.planning.cost import Ceilings
+from mpipipe.planning.links import LinkRates
+from mpipipe.planning.placement import (
+    ModelParts,
+    StageRoom,
+    StageShape,
+    StageSpeed,
+    StepWork,
+    part_bytes,
+    place_stage,
+)
 from mpipipe.planning.plan import PipelinePlan, StageOffload
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
@@ -110,6 +121,7 @@ def test_what_the_ram_does_not_hold_goes_to_disk_and_comes_once_a_step() -> None
     assert found.disk_bytes == len(found.disk_layers) * LAYER_BYTES
     assert found.forecast.disk_bytes == found.disk_bytes
     assert found.forecast.bound_by == "disk"
+    assert made.stages[0].device_weight_bytes == found.device_bytes < made.stages[0].weight_bytes
     assert PipelinePlan.from_json(made.to_json()) == made
 
 
@@ -144,21 +156,18 @@ def test_without_a_limit_the_memory_of_the_host_decides() -> None:
 def test_an_embedding_goes_before_layers_where_that_brings_less() -> None:
     """Its rows are looked up one by one on a disk: cheap for few rows, dear for many."""
     memory = MemoryConfig(device_bytes=300 * MIB, offload_dir=DISK)
-    few = offload(plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20)))
-    assert few.embedding == "disk"
-    assert few.device_bytes <= 300 * MIB
-    many = offload(
-        plan(
-            ranks("a"),
-            memory,
-            PipelineConfig(max_sequences_per_slot=2048),
-            spec=UNTIED,
-            work=(4096, 10, 10),
+    found = offload(plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20)))
+    assert found.embedding == "disk"
+    assert found.device_bytes <= 300 * MIB
+    assert found.disk_bytes == found.forecast.disk_bytes + MATRIX_BYTES
+    model = ModelParts(UNTIED, "float32", part_bytes(UNTIED, "float32"))
+    slow = StageSpeed(Ceilings(1e12, 1e15), LinkRates(8e9, 1e9, disk_reads_per_s=1e4))
+    for rows, tier in ((100, "disk"), (2000, "device")):
+        choice = place_stage(
+            model, StageShape(30, True, True), StageRoom(300 * MIB, 0, True), StepWork(rows), slow
         )
-    )
-    assert many.forecast.rows >= 1024
-    assert many.embedding == "device"
-    assert few.disk_bytes == few.forecast.disk_bytes + MATRIX_BYTES
+        assert choice is not None
+        assert choice.placed.embedding == tier
 
 
 def test_the_head_goes_last() -> None:

@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 
 from mpipipe.clock import ScriptedClock
+from mpipipe.config.prompts import PromptLine
+from mpipipe.errors import EnvironmentSetupError, StoppedError
 from mpipipe.job import run
 from mpipipe.job.acquire import Acquired
-from mpipipe.job.ending import merge_only
+from mpipipe.job.ending import end_early, merge_only
 from mpipipe.job.job import Marks
 from mpipipe.metrics.attempts import AttemptTotals
-from mpipipe.metrics.log import NullLog
+from mpipipe.metrics.boot import BootTimeline, PartName
+from mpipipe.metrics.log import NullLog, open_log
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.resume import Earlier
+from mpipipe.run_folder.status_file import ProgressFile
 
 LIMIT_S = 30.0
 
@@ -63,6 +67,7 @@ def test_the_manifest_is_brought_to_the_disk_beside_the_event_loop(
 FIGURES = {
     "schema": 1, "run": "0123456789ab", "attempt": 1, "state": "done", "output_tokens_per_s": 9.5,
     "ranks": [{"rank": 0}], "attempts": [], "total": {}, "slurm": None,
+    "phases": {"generate_s": 4.0},
 }  # fmt: skip
 DONE = AttemptTotals(1, "done", 9.0, 4.0, num_completed=1, num_output_tokens=38)
 
@@ -102,3 +107,71 @@ def test_figures_that_do_not_tell_the_end_of_the_run_are_replaced(
     told = merged(tmp_path, metrics)
     assert (told["state"], told["attempt"], told["ranks"]) == ("done", 3, [])
     assert len(told["attempts"]) == 2
+
+
+# ---- a stop before anything was generated --------------------------------------------------------
+
+STOP = StoppedError("told to stop (SIGTERM on rank 0)")
+
+
+def ended_early(folder: Path, error: Exception, *, loaded_s: float = 0.0) -> dict[str, Any] | None:
+    """`metrics.json` after `error` has ended a head at 8 s, which began to read weights at 5 s."""
+    clock = ScriptedClock(1.0)
+    boot = BootTimeline(clock)
+    begins: dict[PartName, float] = {"imports": 2.0, "tokenizer": 4.0, "read weights": 5.0}
+    for name, at_s in begins.items():
+        clock.advance(at_s - clock.now_s())
+        boot.begin(name)
+    clock.advance(3.0)
+    ranks: Any = SimpleNamespace(
+        is_head=True, clock=clock, boot=boot, mesh=SimpleNamespace(rank=0),
+        phase_ended_s={"tokenizer": 5.0},
+    )  # fmt: skip
+    earlier = Earlier(attempts=(dataclasses.asdict(DONE),))
+    acquired = Acquired(folder, None, "0123456789ab", 2, earlier, [PromptLine(0, 1, "a")] * 3)
+    identity = acquired.identity(0, 0)
+    log = open_log(folder / "rank_0.log", identity=identity, host="n1", clock=clock)
+    boot.listen(lambda part: log.info("boot", **part.event()))
+    job: Any = SimpleNamespace(
+        ranks=ranks, acquired=acquired, identity=identity, marks=Marks(1.0, loaded_s=loaded_s),
+        log=log, progress=ProgressFile(folder, ["n1"]),
+    )  # fmt: skip
+    end_early(job, error)
+    path = folder / "metrics.json"
+    document: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return document
+
+
+def test_a_run_that_is_stopped_while_it_loads_leaves_its_figures(tmp_path: Path) -> None:
+    told = ended_early(tmp_path, STOP)
+    assert told is not None
+    assert (told["state"], told["attempt"]) == ("stopped", 2)
+    assert told["requests"]["num_unfinished"] == 3
+    assert told["phases"]["boot_s"] == 4.0
+    assert told["phases"]["load_s"] == 3.0
+    assert told["phases"]["wall_s"] == 7.0
+    (rank,) = told["ranks"]
+    boot = [(part["name"], part["seconds"]) for part in rank["boot"]]
+    assert boot == [("process", 1.0), ("imports", 2.0), ("tokenizer", 1.0), ("read weights", 3.0)]
+    states = [(attempt["attempt"], attempt["state"]) for attempt in told["attempts"]]
+    assert states == [(1, "done"), (2, "stopped")]
+    lines = [json.loads(line) for line in (tmp_path / "rank_0.log").read_text().splitlines()]
+    assert [line["event"] for line in lines] == [*["boot"] * 4, "summary", "ended early"]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
+
+
+def test_the_figures_of_an_attempt_that_generated_stay_when_a_later_one_is_stopped(
+    tmp_path: Path,
+) -> None:
+    figures = FIGURES | {"state": "stopped"}
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
+    told = ended_early(tmp_path, STOP)
+    assert told is not None
+    assert [attempt["attempt"] for attempt in told["attempts"]] == [1, 2]
+    assert {**told, "attempts": [], "total": {}} == figures
+
+
+def test_a_run_that_fails_or_has_loaded_leaves_no_figures_of_a_stop(tmp_path: Path) -> None:
+    assert ended_early(tmp_path, EnvironmentSetupError("no memory")) is None
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert ended_early(tmp_path, STOP, loaded_s=6.0) is None

@@ -1,0 +1,174 @@
+"""`CudaCarrier`: weights from host memory and disk into buffers on a GPU, beside what it computes.
+
+Copies have a CUDA stream of their own; events order them with the stream that computes, so the host
+waits for none. What stands in a file is read by a thread into pinned memory, which adds the copy
+itself; a gate waits in the calling thread until that has been added.
+
+With CUDA graphs every step ends when the copies that it began have ended: a graph can wait for
+nothing that began outside of it. The copies of the last layers' followers, at most one per buffer,
+are then not hidden behind the next step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpipipe.metrics.offload import OffloadUse
+from mpipipe.weights.layer_store import HostRegion, Region
+from mpipipe.weights.prefetch import open_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpipipe.weights.pinned_memory import PinnedMemory
+    from mpipipe.weights.prefetch import StreamedPart
+
+__all__ = ["CudaCarrier"]
+
+_NUM_BOUNCES = 2  # one is read into while the GPU copies from the other
+_NUM_TIMED = 64  # copies whose times are not known yet
+
+
+class _Bounce:
+    """Pinned memory between the disk and the GPU."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.copied = torch.cuda.Event()
+
+
+class CudaCarrier:
+    """Fills buffers on a GPU.
+
+    Args:
+        buffers: uint8 [n] each, on the GPU, of equal size.
+        pinned: gives host memory.
+        from_disk: whether any part stands in a file.
+        end_with_steps: steps are captured as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        buffers: Sequence[torch.Tensor],
+        pinned: PinnedMemory,
+        *,
+        from_disk: bool,
+        end_with_steps: bool,
+    ) -> None:
+        self._buffers = buffers
+        self._device = buffers[0].device
+        self._copies = torch.cuda.Stream(self._device)
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # the buffers' memory
+        self._used = [torch.cuda.Event() for _ in buffers]
+        self._here: dict[int, torch.cuda.Event] = {}  # by part: it is in its buffer
+        self._expected: set[int] = set()  # parts that were loaded and have not arrived
+        self._end_with_steps = end_with_steps
+        num_bounces = _NUM_BOUNCES if from_disk else 0
+        size = buffers[0].numel()
+        self._bounces = deque(_Bounce(pinned.take(size)) for _ in range(num_bounces))
+        self._reader = open_reader()
+        self._reading: dict[int, Future[None]] = {}
+        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._copying = threading.Lock()  # held by the thread that adds copies, or counts them
+        self._wait_s = 0.0
+        self._copied_bytes, self._copied_s = 0, 0.0
+
+    def load(self, part: StreamedPart) -> None:
+        """See `Carrier.load`."""
+        self._expected.add(part.number)
+        if part.from_disk:
+            self._reading[part.number] = self._reader.submit(self._read, part)
+        else:
+            self._copy(part, [_memory_of(piece.region)[piece.start :] for piece in part.pieces])
+
+    def _read(self, part: StreamedPart) -> None:
+        """In the thread that reads."""
+        torch.cuda.set_device(self._device)
+        bounce = self._bounces[0]
+        self._bounces.rotate(-1)
+        bounce.copied.synchronize()
+        sources = []
+        for piece in part.pieces:
+            source = bounce.memory[piece.offset : piece.offset + piece.num_bytes]
+            piece.region.read_into(piece.start, source)
+            sources.append(source)
+        self._copy(part, sources)
+        bounce.copied.record(self._copies)
+
+    def _copy(self, part: StreamedPart, sources: Sequence[torch.Tensor]) -> None:
+        """Add the copies of the beginnings of `sources` into the part's buffer."""
+        copies, buffer = self._copies, self._buffers[part.buffer]
+        here = self._here.setdefault(part.number, torch.cuda.Event())
+        with self._copying, torch.cuda.stream(copies):
+            copies.wait_event(self._used[part.buffer])
+            began = self._begin_timing()
+            for piece, source in zip(part.pieces, sources, strict=True):
+                target = buffer[piece.offset : piece.offset + piece.num_bytes]
+                target.copy_(source[: piece.num_bytes], non_blocking=True)
+            here.record(copies)
+            if began is not None:
+                ended = torch.cuda.Event(enable_timing=True)
+                ended.record(copies)
+                self._timed.append((began, ended, part.num_bytes))
+
+    def _begin_timing(self) -> torch.cuda.Event | None:
+        """Nothing is timed in a graph, and of copies in flight only so many."""
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        self._collect()
+        if len(self._timed) >= _NUM_TIMED:
+            return None
+        began = torch.cuda.Event(enable_timing=True)
+        began.record(self._copies)
+        return began
+
+    def _collect(self) -> None:
+        """Take up the times of copies that have ended."""
+        while self._timed and self._timed[0][1].query():
+            began, ended, num_bytes = self._timed.popleft()
+            self._copied_bytes += num_bytes
+            self._copied_s += began.elapsed_time(ended) / 1e3
+
+    def arrive(self, part: StreamedPart) -> None:
+        """See `Carrier.arrive`."""
+        reading = self._reading.pop(part.number, None)
+        if reading is not None:
+            began_s = time.perf_counter()
+            reading.result()
+            self._wait_s += time.perf_counter() - began_s
+        if part.number in self._expected:
+            self._expected.discard(part.number)
+            torch.cuda.current_stream(self._device).wait_event(self._here[part.number])
+
+    def used(self, part: StreamedPart) -> None:
+        """See `Carrier.used`."""
+        self._used[part.buffer].record(torch.cuda.current_stream(self._device))
+
+    def end_step(self) -> None:
+        """See `Carrier.end_step`."""
+        if self._end_with_steps and self._expected:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+            self._expected.clear()
+
+    def use(self) -> OffloadUse:
+        """See `Carrier.use`."""
+        with self._copying:
+            self._collect()
+        rate = self._copied_bytes / self._copied_s if self._copied_s else None
+        return OffloadUse(wait_s=self._wait_s, host_bytes_per_s=rate)
+
+    def close(self) -> None:
+        """See `Carrier.close`."""
+        self._reader.shutdown(cancel_futures=True)
+        torch.cuda.synchronize(self._device)
+
+
+def _memory_of(region: Region) -> torch.Tensor:
+    assert isinstance(region, HostRegion)
+    return region.memory

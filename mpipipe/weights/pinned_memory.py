@@ -1,0 +1,73 @@
+"""Host memory that a GPU copies from by itself: page-locked ("pinned").
+
+torch's own pinned allocator rounds up to powers of two, up to twice the memory for a layer, so
+plain memory is registered with CUDA instead. Where the system refuses to lock so much, the memory
+stays pageable: copies then take longer, and the calling thread waits for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from mpipipe.weights.layer_layout import aligned_bytes
+
+__all__ = ["PinnedMemory", "device_view"]
+
+_HOST = torch.device("cpu")
+
+
+class PinnedMemory:
+    """Host memory for the weights of one stage; pinned if its device is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._registered: list[torch.Tensor] = []
+        self.refused_bytes = 0  # could not be pinned
+        self.reason = ""  # of the latest refusal
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes]."""
+        memory = aligned_bytes(num_bytes, _HOST)
+        if self._device.type == "cuda" and num_bytes:
+            self._pin(memory)
+        return memory
+
+    def _pin(self, memory: torch.Tensor) -> None:
+        cudart: Any = torch.cuda.cudart()
+        code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if not code:
+            self._registered.append(memory)
+            return
+        self.refused_bytes += memory.numel()
+        self.reason = str(cudart.cudaGetErrorString(cudart.cudaError(code)))
+        # CUDA tells the refusal once more, to the next kernel, which has nothing to do with it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
+
+    def close(self) -> None:
+        """Unpin; the memory is freed with its last tensor. Nothing may copy from it any more."""
+        while self._registered:
+            cudart: Any = torch.cuda.cudart()
+            cudart.cudaHostUnregister(self._registered.pop().data_ptr())
+
+
+class _OnHost:
+    """Tells torch of pinned memory as CUDA sees it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory  # lives as long as what torch makes of this
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),),
+            "typestr": "|u1",
+            "data": (memory.data_ptr(), False),
+            "version": 3,
+            "strides": None,
+        }
+
+
+def device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`memory`, pinned uint8 [n], as a tensor of the GPU: kernels read it over the link."""
+    return torch.as_tensor(_OnHost(memory), device=device)
