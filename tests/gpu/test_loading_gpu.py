@@ -103,7 +103,7 @@ def test_what_is_read_is_used_by_the_callers_stream_without_a_wait(tmp_path: Pat
     source = open_source(read_index(tmp_path))
     filler = TensorFiller(source, num_threads=2, pinned=True)
     out = torch.empty(MANY, device="cuda")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for filled in filler.fill([Filling(out, [("large", out)])]):
             doubled = filled.tensor * 2
