@@ -19,7 +19,7 @@ from mpipipe.run_folder.status import find_runs
 __all__ = ["Line", "RunFiles", "find_run", "number", "rows", "text", "whole"]
 
 Line = dict[str, Any]
-_RANK = re.compile(r"(?:steps_|samples_)?rank_(\d+)\.")
+_RANK = re.compile(r"(?:steps_|samples_|messages_)?rank_(\d+)\.")
 _EXPECTED = {
     "steps_rank_0.jsonl": "no steps (log.steps = none, or an older version): nothing per step",
     "samples_rank_0.jsonl": "no samples (an older version): no figures over time, no CPU use",
@@ -110,6 +110,11 @@ class RunFiles:
     def sample_lines(self, rank: int, attempt: int | None = None) -> Iterator[Line]:
         """The samples of a rank."""
         return self.lines(f"samples_rank_{rank}.jsonl", attempt)
+
+    def message_lines(self, rank: int, attempt: int | None = None) -> Iterator[Line]:
+        """The control messages of a rank, the oldest first."""
+        for mark in (".1", ""):
+            yield from self.lines(f"messages_rank_{rank}{mark}.jsonl", attempt)
 
     def document(self, name: str) -> Line:
         """A JSON file; empty when it is missing or damaged (then it is counted as torn)."""

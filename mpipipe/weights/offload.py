@@ -107,8 +107,9 @@ def open_offload(
     uses_disk = "disk" in {*tiers.values(), offload.embedding, offload.head}
     file = None
     if uses_disk:
-        # torch computes with as many threads as the rank has cores.
-        num_threads = num_readers(torch.get_num_threads())
+        # torch computes with as many threads as the rank has cores; on a CPU they are in use.
+        num_cores = torch.get_num_threads()
+        num_threads = max(1, num_cores // 4) if device.type == "cpu" else num_readers(num_cores)
         file = OffloadFile.open(Path(folder), name, num_threads=num_threads)
     return OffloadedWeights(
         layers,

@@ -15,6 +15,7 @@ from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
 from mpipipe.planning.cost import Ceilings
 from mpipipe.planning.links import LinkRates
+from mpipipe.planning.model_facts import read_model
 from mpipipe.planning.placement import (
     ModelParts,
     StageRoom,
@@ -282,3 +283,17 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(EnvironmentSetupError, match="Permission denied"):
         prepare_offload_folder(tmp_path, 4096, who="rank 0 on a")
+
+
+def test_a_relative_folder_is_that_of_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks may be started elsewhere, and read it in the plan."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, '
+        '"num_hidden_layers": 2, "intermediate_size": 8, "max_position_embeddings": 16}'
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["model.path=.", "model.weights=random", "memory.offload_dir=o"]
+    model = read_model(load_config(None, words))
+    assert model.loaded.config.memory.offload_dir == str(tmp_path / "o")
