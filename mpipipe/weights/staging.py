@@ -74,8 +74,9 @@ class StagingBuffer:
         # `out` may stand where the caller's stream still works on what was freed.
         self._stream.wait_stream(torch.cuda.current_stream(out.device))
         with torch.cuda.stream(self._stream):
-            # torch converts before a copy between devices: copied first, it is done by the GPU.
-            out.copy_(content.to(out.device, non_blocking=True), non_blocking=True)
+            if out.dtype != stored:  # torch would convert on the host, before the copy
+                content = content.to(out.device, non_blocking=True)
+            out.copy_(content, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._copies.append((event, chunk))
