@@ -205,11 +205,11 @@ def show_samples(files: RunFiles, found: Sequence[Interval], *, as_json: bool) -
     if as_json:
         _print_json({"samples": [dataclasses.asdict(one) for one in found], "notes": files.notes()})
         return
-    names = [
-        name
-        for name in (found[0].values if found else ())
-        if any(one.values[name] is not None for one in found)
-    ]
+    if not found:
+        _print("no samples")
+        _show_notes(files.notes())
+        return
+    names = [name for name in found[0].values if any(one.values[name] is not None for one in found)]
     gpu = any(one.gpu for one in found)
     titles = [_title(name) for name in names]
     table = _table("rank", "from", "to", *titles, *(("GPU %", "power W") if gpu else ()))

@@ -121,7 +121,7 @@ def test_a_run_of_an_older_version_says_what_is_missing(tmp_path: Path, command:
     event = {"time": "2025-01-01T00:00:00Z", "t_s": 5.0, "level": "info", "event": "ready"}
     (tmp_path / "rank_0.log").write_text(json.dumps({**event, "rank": 0, "host": "a"}) + "\n")
     shown = ask(command, tmp_path)
-    assert "note: no steps (log.steps = none, or an older version): nothing per step" in shown
+    assert "no steps (nothing was generated, log.steps = none, or an older version)" in shown
     assert "note: no requests.jsonl" in shown
     assert "note: no metrics.json" in shown
 
