@@ -100,19 +100,16 @@ class StageFitting:
         demand: KvDemand,
     ) -> Fitted:
         """The candidate as stages, its limits noted."""
-        decisions, num_slots = self.decisions, self.limits.num_slots
-        rows = decisions.revise(
-            "pipeline.max_sequences_per_slot",
-            max(best.rows, self.limits.max_sequences_per_slot),
-            "rows to make the most of what is brought to the devices for each step",
-        )
-        tokens = decisions.revise(
-            "pipeline.max_tokens_per_step",
-            best.tokens,
-            "as long as it takes for compute to hide what is brought, as far as memory allows",
-        )
-        limits = replace(self.limits, max_sequences_per_slot=rows, max_tokens_per_step=tokens)
-        demand = replace(demand, max_sequences=num_slots * rows)
+        decisions, limits = self.decisions, self.limits
+        if best.rows > limits.max_sequences_per_slot:
+            reason = "rows to make the most of what is brought to the devices for each step"
+            rows = decisions.revise("pipeline.max_sequences_per_slot", best.rows, reason)
+            limits = replace(limits, max_sequences_per_slot=rows)
+        if best.tokens != limits.max_tokens_per_step:
+            reason = "makes the most of what is brought for each step, as far as memory allows"
+            tokens = decisions.revise("pipeline.max_tokens_per_step", best.tokens, reason)
+            limits = replace(limits, max_tokens_per_step=tokens)
+        demand = replace(demand, max_sequences=limits.num_slots * limits.max_sequences_per_slot)
         placed = self._stages(best, stages)
         if not isinstance(decisions.config.pipeline.split, tuple):
             split = str([stage.num_layers for stage in placed])
@@ -205,14 +202,13 @@ class StageFitting:
         )
         if self.attention not in _GATHERING:
             return work_bytes
-        held = stage.weight_bytes if stage.offload is None else stage.offload.device_bytes
         return work_bytes + gather_bytes(
             self.spec,
             self.dtype,
             num_tokens=limits.max_sequences_per_slot * demand.longest_tokens,
             num_layers=stage.num_layers,
             kv_bytes=asked_kv_bytes(self.decisions.config.memory, page_bytes),
-            free_bytes=max(0, usable_bytes - held - work_bytes),
+            free_bytes=max(0, usable_bytes - stage.device_weight_bytes - work_bytes),
         )
 
     # ---- the search ------------------------------------------------------------------------------

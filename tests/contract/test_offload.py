@@ -222,8 +222,8 @@ def test_the_merged_projections_of_a_streamed_layer_are_views_of_its_buffer(
         assert stage._fused is not None
         for number, layer in enumerate(stage._fused.layers):
             merged = [layer.qkv, layer.gate_up, layer.output, layer.down]
-            tensors = [m.weight_OI for m in merged] + [
-                m.bias_O for m in merged if m.bias_O is not None
+            tensors = [m.tensors.weight_OI for m in merged] + [
+                m.tensors.bias_O for m in merged if m.tensors.bias_O is not None
             ]
             inside = {t.untyped_storage().data_ptr() in buffers for t in tensors}
             assert inside == {number in {1, 2}}

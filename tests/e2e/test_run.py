@@ -50,7 +50,7 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The run that the tests of group "two ranks" look at."""
+    """The run that three tests look at."""
     words = (
         "log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90",
         "profile.tool=perf", "log.level=debug",
@@ -60,7 +60,6 @@ def on_two_ranks(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return outcome
 
 
-@pytest.mark.xdist_group("two ranks")
 def test_the_run_folder_holds_what_the_readme_says(on_two_ranks: Outcome) -> None:
     outcome, folder = on_two_ranks, on_two_ranks.folder
     assert "mpirun -n 2 launch/profile_rank.sh perf" in outcome.stderr, "not started under it"
@@ -114,7 +113,6 @@ def check_explained(folder: Path) -> None:
         assert rank.seconds["load"] > 0
 
 
-@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize(("num_ranks", "which"), [(0, "tiny_alone"), (2, "on_two_ranks")])
 def test_the_manifest_is_enough_to_repeat_the_run(
     num_ranks: int, which: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -196,7 +194,6 @@ def test_the_timeline_keeps_the_rules_of_its_format(on_two_ranks: Outcome, tmp_p
 PARTS = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
 
 
-@pytest.mark.xdist_group("two ranks")
 def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -> None:
     outcome, folder = on_two_ranks, on_two_ranks.folder
     metrics = outcome.json("metrics.json")
@@ -216,7 +213,8 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
-        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
+        # 0.1 s: a message at either end, on cores that another test's ranks use, too.
+        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.1
         _check_steps(folder, rank["rank"], stage)
         _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
@@ -346,7 +344,6 @@ def sampled_alone(
     return outcome
 
 
-@pytest.mark.xdist_group("sampled")
 @pytest.mark.parametrize(
     ("num_ranks", "words"),
     [

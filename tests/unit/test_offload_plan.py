@@ -121,6 +121,7 @@ def test_what_the_ram_does_not_hold_goes_to_disk_and_comes_once_a_step() -> None
     assert found.disk_bytes == len(found.disk_layers) * LAYER_BYTES
     assert found.forecast.disk_bytes == found.disk_bytes
     assert found.forecast.bound_by == "disk"
+    assert made.stages[0].device_weight_bytes == found.device_bytes < made.stages[0].weight_bytes
     assert PipelinePlan.from_json(made.to_json()) == made
 
 
