@@ -21,10 +21,14 @@ __all__ = ["Line", "RunFiles", "find_run", "number", "rows", "text", "whole"]
 Line = dict[str, Any]
 _RANK = re.compile(r"(?:steps_|samples_|messages_)?rank_(\d+)\.")
 _EXPECTED = {
-    "steps_rank_0.jsonl": "no steps (log.steps = none, or an older version): nothing per step",
-    "samples_rank_0.jsonl": "no samples (an older version): no figures over time, no CPU use",
-    "requests.jsonl": "no requests.jsonl (an older version): nothing per prompt",
-    "clock.jsonl": "no clock.jsonl (an older version): ranks on their own clocks",
+    "steps_rank_0.jsonl": "no steps (nothing was generated, log.steps = none, or an older version)"
+    ": nothing per step",
+    "samples_rank_0.jsonl": "no samples (nothing was generated, or an older version): no figures "
+    "over time, no CPU use",
+    "requests.jsonl": "no requests.jsonl (no prompt has ended, or an older version): nothing per "
+    "prompt",
+    "clock.jsonl": "no clock.jsonl (nothing was generated, or an older version): ranks on their "
+    "own clocks",
     "metrics.json": "no metrics.json (the run did not end in order): sums are of the lines that it "
     "wrote, and what came after the last step counts as shutdown",
     "manifest.json": "no manifest.json (the run ended before it had its folder): no configuration",

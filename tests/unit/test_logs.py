@@ -121,7 +121,7 @@ def test_a_run_of_an_older_version_says_what_is_missing(tmp_path: Path, command:
     event = {"time": "2025-01-01T00:00:00Z", "t_s": 5.0, "level": "info", "event": "ready"}
     (tmp_path / "rank_0.log").write_text(json.dumps({**event, "rank": 0, "host": "a"}) + "\n")
     shown = ask(command, tmp_path)
-    assert "note: no steps (log.steps = none, or an older version): nothing per step" in shown
+    assert "no steps (nothing was generated, log.steps = none, or an older version)" in shown
     assert "note: no requests.jsonl" in shown
     assert "note: no metrics.json" in shown
 
@@ -535,8 +535,35 @@ def test_two_runs_differ_in_settings_and_figures(run: WrittenRun, tmp_path: Path
     assert "ranks[0].stage.overall.compute_s" not in by_name
     shown = ask("diff", run.folder, other.folder)
     assert "configuration" in shown
+    assert re.search(r"compute_s +0\.8 +1\.6 +2\.00", shown)  # no more digits than are worth it
     assert "2.00" in shown
     assert "no differences" in ask("diff", run.folder, run.folder)
+
+
+def test_what_differs_is_named_and_not_by_its_place_in_a_list(
+    run: WrittenRun, tmp_path: Path
+) -> None:
+    """One setting more shifts all that follow, and clocks begin anywhere."""
+    other = WrittenRun(tmp_path / "other").write()
+    why = [{"setting": "a", "value": 1, "reason": "as configured"},
+           {"setting": "b", "value": 2, "reason": "one a stage"}]  # fmt: skip
+    boot = [{"name": "wait", "start_s": 5.0, "seconds": 0.25, "phase": "node"},
+            {"name": "imports", "start_s": 6.0, "seconds": 2.0},
+            {"name": "wait", "start_s": 8.0, "seconds": 0.5}]  # fmt: skip
+    later = [{**event, "start_s": 900.0} for event in boot[1:]]
+    for folder, settings, events in ((run.folder, why, boot), (other, why[1:], later)):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["plan"]["resolved"] = settings
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["ranks"][0]["boot"] = events
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    found = ask_json("diff", run.folder, other)["differences"]
+    assert [(one["name"], one["first"], one["second"]) for one in found] == [
+        ("plan.resolved[a]", "as configured", None),
+        ("ranks[0].boot[wait]", 0.75, 0.5),
+    ]
+    assert "ranks[0].boot[wait]" in ask("diff", run.folder, other)  # no style of the terminal's
 
 
 # ---- sql -----------------------------------------------------------------------------------------
