@@ -101,6 +101,9 @@ def test_a_model_larger_than_its_memory_streams_from_disk_once_a_step(
     )
     use, num_steps = rank["offload"], rank["stage"]["num_steps"]
     assert use["bytes_per_step"] > weight_bytes - allowed
+    assert use["planned_disk_bytes_per_s"] == 1e9
+    assert "bound by" in outcome.stdout, "the plan tells what a step takes"
+    assert "gate wait" in outcome.stdout, "and the end of the run what it took"
     # Beside the run's steps three trial steps, and what is brought for a step that never comes.
     laps = use["disk_bytes"] / use["bytes_per_step"]
     assert num_steps + 3 <= laps < num_steps + 4
