@@ -20,6 +20,7 @@ from mpipipe.sampling_options import SamplingNeeds
 
 __all__ = [
     "CHUNK_ELEMENTS",
+    "DEQUANTIZED_BYTES",
     "HISTORY_BYTES",
     "StepLimits",
     "choose_step_limits",
@@ -52,6 +53,9 @@ _FIXED_BYTES = 2**30
 # alive at once (a sort alone has five), and 256 rows of 128k in one piece would make 3 GB of them.
 CHUNK_ELEMENTS = 1 << 23
 _SAMPLER_TEMPORARIES = 10
+# Of a weight in 8 bits that is written out in 16 for a product with many rows: the most at once.
+# 16,384 outputs of Llama-3-8B, so that a product of a part still fills the GPU.
+DEQUANTIZED_BYTES = 128 * 2**20
 # Of a token of a sequence in the tables that penalties read: a boolean, and 32 bits.
 HISTORY_BYTES = {SamplingNeeds.SEEN: 1, SamplingNeeds.COUNTS: 4}
 
@@ -70,6 +74,7 @@ class StepLimits:
     ) -> int:
         """Memory that steps within these limits need on a GPU."""
         work_bytes = _activation_bytes(spec, dtype, self.max_tokens_per_step)
+        work_bytes += (spec.quantized != "none") * DEQUANTIZED_BYTES
         return work_bytes + has_head * _sampling_bytes(spec, dtype, sampling, self)
 
 
@@ -135,13 +140,12 @@ def rank_memory(
         gpu_bytes: of the GPU that its ranks may use together; None: it runs on a CPU.
         weight_limit_bytes: on a CPU.
     """
-    weight_bytes = stage.weight_bytes if stage.offload is None else stage.offload.device_bytes
     if gpu_bytes is None:
         return RankMemory(
             rank=stage.rank,
             host=stage.host,
             available_bytes=rank_resources.memory_available_bytes,
-            weight_bytes=weight_bytes,
+            weight_bytes=stage.device_weight_bytes,
             page_bytes=page_bytes,
             weight_limit_bytes=weight_limit_bytes,
         )
@@ -149,7 +153,7 @@ def rank_memory(
         rank=stage.rank,
         host=stage.host,
         available_bytes=gpu_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=stage.device_weight_bytes,
         page_bytes=page_bytes,
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",
