@@ -194,11 +194,10 @@ def _gptq(stated: Mapping[str, object]) -> StoredQuantization:
 
 
 def _flat(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _flat(item)
+    """The names in a list, or in lists in it."""
+    for item in value if isinstance(value, list) else ():
+        yield from (name for name in (item if isinstance(item, list) else [item])
+                    if isinstance(name, str))  # fmt: skip
 
 
 def _texts(value: object) -> list[str]:
