@@ -30,7 +30,7 @@ from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
-from mpipipe.models.quantized_linear import quantize_linears, quantized_linears
+from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
 from mpipipe.models.rotary import settle_rotary
 from mpipipe.models.stage_cut import (
     CheckpointNames,
@@ -207,8 +207,7 @@ class StageModel(PlainStage):
         """
         self.device = loaded_device(self.module)
         self.operations = operations or choose_operations(self.device)[0]
-        for _, linear in quantized_linears(self.module):
-            linear.multiply = self.operations.quantized_product(linear.weight.dtype)
+        use_products(self.module, self.operations.quantized_product)
         self._streamed = streamed or self._streamed
         attach_streaming(self.module, self._base, self._streamed)
         materialise_buffers(self.module, self._base, self.device)
@@ -222,9 +221,8 @@ class StageModel(PlainStage):
                 ),
             )
         self._context.cache = cache
-        layers = list(self._base.layers)
-        self.mode, self.mode_reason = _choose_mode(mode, self.module, layers, cache, self.device)
-        del layers  # what is merged shall be freed
+        chosen = _choose_mode(mode, self.module, self._base.layers, cache, self.device)
+        self.mode, self.mode_reason = chosen
         if self.mode == "packed":
             self._pack()
         elif self.mode == "fast":

@@ -49,6 +49,7 @@ __all__ = [
     "quantize_linears",
     "quantize_rows_fp8",
     "quantized_linears",
+    "use_products",
 ]
 
 # (rows_TI, weight_OI, scale_O, bias_O) → [T, O] in the type of the rows
@@ -125,6 +126,12 @@ def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]
     for path, child in module.named_modules():
         if isinstance(child, QuantizedLinear):
             yield path, child
+
+
+def use_products(module: nn.Module, product_of: Callable[[torch.dtype], QuantizedProduct]) -> None:
+    """Let the quantised linears in `module` compute with `product_of` the type of their weight."""
+    for _, quantized in quantized_linears(module):
+        quantized.multiply = product_of(quantized.weight.dtype)
 
 
 def linear_int8(
