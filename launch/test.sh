@@ -14,7 +14,36 @@ make_venv
 export PATH="$venv/bin:$PATH"
 # A test that is skipped has not been passed: only GPU tests may be left out.
 export MPIPIPE_NO_SKIPS=1
-all=lint,type,unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
-[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || all+=,page
-[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || all+=,slurm
-exec tox run -e "${1:-$all}"
+[ $# -eq 0 ] || exec tox run -e "$1"
+
+# Two environments keep one core busy and know no time limits: they run beside others.
+declare -A beside
+said=$(mktemp -d)
+trap 'kill "${beside[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
+
+begin_beside() {
+    tox run -e "$1" >"$said/$1" 2>&1 &
+    beside[$1]=$!
+}
+
+end_beside() {
+    local code=0
+    wait "${beside[$1]}" || code=$?
+    unset "beside[$1]"
+    cat "$said/$1"
+    return "$code"
+}
+
+begin_beside lint
+tox run --notest -e full
+export MPIPIPE_TEST_SETUP= # it is up to date for all that follow
+begin_beside type
+rest=unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
+[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || rest+=,slurm
+code=0
+tox run -e "$rest" || code=$?
+for environment in lint type; do
+    end_beside "$environment" || code=$?
+done
+exit "$code"

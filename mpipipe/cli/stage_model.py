@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.checkpoint.staged import MANIFEST_NAME
 from mpipipe.cli.progress_display import ProgressDisplay
+from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.errors import EXIT_OK, ConfigError, StoppedByUserError, StoppedError
 from mpipipe.run_folder.status import duration
 from mpipipe.staging.record import Conversion
@@ -21,12 +21,8 @@ from mpipipe.staging.stage import StagingOutcome, StagingRequest, stage_model, v
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["parse_size", "stage_model_command", "verify_command"]
+__all__ = ["stage_model_command", "verify_command"]
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?i?B)?")
-_UNITS = {"B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power}
 _DTYPES = ("float32", "float16", "bfloat16")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -49,7 +45,7 @@ def stage_model_command(
         raise ConfigError(f"--dtype {dtype} is not one of {', '.join(_DTYPES)}")
     conversion = Conversion(
         dtype=dtype,
-        shard_bytes=None if shard_size is None else parse_size(shard_size),
+        shard_bytes=None if shard_size is None else _shard_bytes(shard_size),
         tokenizer=None if tokenizer is None else str(tokenizer.absolute()),
     )
     request = StagingRequest(source, destination, conversion, command)
@@ -75,16 +71,13 @@ def verify_command(folder: Path) -> int:
     return EXIT_OK
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MiB` or a number.
-
-    Raises:
-        ConfigError: it is no size, or none to speak of.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = int(float(match["number"]) * _UNITS[match["unit"] or "B"]) if match else 0
+def _shard_bytes(text: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f'--shard-size "{text}" {error}') from error
     if size < 1:
-        raise ConfigError(f"{text!r} is not a size: write it as 5GB, 500MiB or a number of bytes")
+        raise ConfigError(f'--shard-size "{text}" holds nothing: 5GB is usual')
     return size
 
 
@@ -128,7 +121,9 @@ class _Stop:
 @contextmanager
 def _stopping() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {number: signal.signal(number, stop.take) for number in _SIGNALS}
+    # What is ignored stays so: that is what nohup asks for.
+    taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.take) for number in taken}
     try:
         yield stop
     finally:

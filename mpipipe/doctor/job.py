@@ -34,7 +34,8 @@ from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.model_facts import ModelFacts
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.rank_rooms import CPU_LIBRARY_BYTES
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -54,7 +55,7 @@ _MANY_PROMPTS = 1_000  # of 200 words: 0.8 s on two cores
 # after torch 2.13 for CPUs and transformers were imported: 0.08 and 0.16 GiB; the rest is for
 # activations. With CUDA guesses: contexts, cuBLAS and pinned buffers come on top.
 _SHARED_BYTES = {"cpu": 2**30 // 8, "cuda": 2**30}
-_OWN_BYTES = {"cpu": 2**29, "cuda": 3 * 2**29}
+_OWN_BYTES = {"cpu": CPU_LIBRARY_BYTES, "cuda": 3 * 2**29}
 
 
 async def examine_job(
@@ -222,8 +223,15 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
     return [fatal("job.output", f"{folder} already holds a run", cause, remedy, EXIT_CONFIG)]
 
 
+def _host_weight_bytes(stage: StagePlan, *, on_cpu: bool) -> int:
+    """Of a stage's weights in the memory of its host."""
+    if on_cpu:
+        return stage.device_weight_bytes
+    return 0 if stage.offload is None else stage.offload.host_bytes
+
+
 def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
-    """Memory by host. On GPUs weights and KV cache are elsewhere, and were checked by the plan."""
+    """Memory by host. On GPUs the KV cache is elsewhere, as are weights that are not offloaded."""
     on_cpu, device = plan.device == "cpu", "cpu" if plan.device == "cpu" else "cuda"
     demands = []
     for host in dict.fromkeys(stage.host for stage in plan.stages):
@@ -238,7 +246,7 @@ def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) 
         demands.append(
             HostDemand(
                 host,
-                weight_bytes=sum(stage.weight_bytes for stage in stages) if on_cpu else 0,
+                weight_bytes=sum(_host_weight_bytes(stage, on_cpu=on_cpu) for stage in stages),
                 kv_bytes=plan.num_kv_pages * page_bytes if on_cpu else 0,
                 library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
                 available_bytes=node.memory_available,

@@ -39,7 +39,7 @@ from mpipipe.models.stage_cut import (
     loaded_device,
     materialise_buffers,
 )
-from mpipipe.models.streaming import StreamedWeights, attach_streaming
+from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
@@ -239,9 +239,19 @@ class StageModel(PlainStage):
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
 
     def _pack(self) -> None:
+        """Into the layout for a CPU, but for what would then take more than the plan allows."""
         layers, streamed = self._base.layers, self._streamed.layers
+        kept = [layers[number] for number in sorted(streamed)]
+        if self._streamed.gates is not NO_GATES:
+            kept += self._tied_head()
         fuse_layers(layers, self._context, self._options, streamed)
-        prepack_linears(self.module, [layers[number] for number in streamed])
+        prepack_linears(self.module, kept)
+
+    def _tied_head(self) -> list[nn.Module]:
+        """The head that is one tensor with the embedding: packed, it is a second one."""
+        ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        weights = [getattr(end, "weight", None) for end in ends]
+        return [ends[1]] if weights[0] is not None and weights[0] is weights[1] else []
 
     @property
     def waits_on_host(self) -> bool:

@@ -121,9 +121,8 @@ def prepack_linears(model: nn.Module, kept: Iterable[nn.Module] = ()) -> None:
     places = [
         (parent, name, child)
         for parent in model.modules()
-        if parent not in left
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and can_prepack(child)
+        if child not in left and type(child) is nn.Linear and can_prepack(child)
     ]
     while places:  # one at a time: the plain weight is freed before the next
         parent, name, child = places.pop()

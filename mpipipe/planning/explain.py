@@ -6,12 +6,19 @@ A row is a tuple of cells; the command line adds colours and boxes.
 from __future__ import annotations
 
 from mpipipe.planning.memory import gib
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan, StepForecast
 
 __all__ = ["plan_lines", "plan_rows"]
 
 # Said only where there is something to say.
-_SAID = ("pipeline.layout", "pipeline.bind", "model.rotary", "generation.", "generation_config.")
+_SAID = (
+    "memory.offload",
+    "pipeline.layout",
+    "pipeline.bind",
+    "model.rotary",
+    "generation.",
+    "generation_config.",
+)
 
 
 def plan_rows(plan: PipelinePlan) -> tuple[tuple[str, str, str], ...]:
@@ -19,7 +26,7 @@ def plan_rows(plan: PipelinePlan) -> tuple[tuple[str, str, str], ...]:
 
     Each is a name, a value, and a reason or "as configured".
     """
-    stages = tuple(_stage_row(stage) for stage in plan.stages)
+    stages = tuple(row for stage in plan.stages for row in _stage_rows(stage))
     reasons = {entry.setting: entry.reason for entry in plan.resolved}
     said = tuple(
         (entry.setting, entry.value, entry.reason)
@@ -46,6 +53,66 @@ def plan_lines(plan: PipelinePlan) -> list[str]:
         for name, value, reason in rows
     ]
     return [heading, *lines]
+
+
+def _stage_rows(stage: StagePlan) -> list[tuple[str, str, str]]:
+    """The stage, and below it where its weights stand if they do not all stay on its device."""
+    row, offload = _stage_row(stage), stage.offload
+    if offload is None:
+        return [row]
+    name = row[0]
+    weights = (f"{name} weights", _places(stage, offload), _held(offload))
+    return [row, weights, (f"{name} step", _brought(offload), _takes(offload.forecast))]
+
+
+def _places(stage: StagePlan, offload: StageOffload) -> str:
+    by_tier: dict[str, list[str]] = {"host": [], "disk": []}
+    for tier, layers in (("host", offload.host_layers), ("disk", offload.disk_layers)):
+        if layers:
+            by_tier[tier].append(f"{len(layers)} of {stage.num_layers} layers")
+    for part, tier in (("embedding", offload.embedding), ("LM head", offload.head)):
+        if tier != "device":
+            by_tier[tier].append(part)
+    names = {"host": "host memory", "disk": "disk"}
+    return ", ".join(
+        f"{' + '.join(parts)} {'in' if tier == 'host' else 'on'} {names[tier]}"
+        for tier, parts in by_tier.items()
+        if parts
+    )
+
+
+def _held(offload: StageOffload) -> str:
+    held = [f"{gib(offload.device_bytes)} on the device"]
+    if offload.num_buffers:
+        plural = "s" * (offload.num_buffers > 1)
+        held[0] += f" with {offload.num_buffers} staging buffer{plural}"
+    held += [f"{gib(offload.host_bytes)} in host memory"] * (offload.host_bytes > 0)
+    held += [f"{gib(offload.disk_bytes)} on disk"] * (offload.disk_bytes > 0)
+    return ", ".join(held)
+
+
+def _brought(offload: StageOffload) -> str:
+    forecast = offload.forecast
+    brought = forecast.host_bytes + forecast.disk_bytes
+    what = gib(brought) if brought else "only the embedding's rows"
+    return f"brings {what} for each step of {forecast.rows} rows"
+
+
+def _takes(forecast: StepForecast) -> str:
+    """The step's time, what bounds it, and what it would be without offload."""
+    parts = [f"compute {_ms(forecast.compute_s)}"]
+    if forecast.link_s and forecast.host_bytes:
+        parts.append(f"link {_ms(forecast.link_s)} at {forecast.host_bytes_per_s / 1e9:.1f} GB/s")
+    if forecast.disk_s:
+        parts.append(f"disk {_ms(forecast.disk_s)} at {forecast.disk_bytes_per_s / 1e9:.2g} GB/s")
+    if forecast.lookup_s > forecast.step_s / 100:
+        parts.append(f"embedding rows {_ms(forecast.lookup_s)}")
+    step = f"a step takes {_ms(forecast.step_s)}, bound by {forecast.bound_by}"
+    return f"{step} ({', '.join(parts)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 
 def _stage_row(stage: StagePlan) -> tuple[str, str, str]:

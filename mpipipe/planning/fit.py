@@ -14,6 +14,7 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.layout import threads_per_rank
 from mpipipe.planning.memory import KvDemand, RankMemory, asked_kv_bytes, fits, gib
+from mpipipe.planning.offload_advice import figure, offload_advice
 from mpipipe.planning.offload_search import (
     Candidate,
     OffloadProblem,
@@ -79,9 +80,9 @@ class StageFitting:
         if best is None:
             return replace(resident, remedies=self._remedies(problem, stages))
         split = tuple(stage.num_layers for stage in stages)
-        if not must_offload and not best.streamed_bytes and best.split == split:
+        if not must_offload and best.is_resident and best.split == split:
             return resident
-        return self._taken(best, stages, demand)
+        return self._taken(problem, best, stages, demand)
 
     def _least_pages(self, needs: Sequence[RankMemory], demand: KvDemand) -> int:
         """With fewer the run cannot begin, or with what the settings ask for."""
@@ -91,25 +92,30 @@ class StageFitting:
             return asked // largest
         return 1 if demand.longest_request_tokens is None else demand.pages_per_sequence
 
-    def _taken(self, best: Candidate, stages: Sequence[StagePlan], demand: KvDemand) -> Fitted:
+    def _taken(
+        self,
+        problem: OffloadProblem,
+        best: Candidate,
+        stages: Sequence[StagePlan],
+        demand: KvDemand,
+    ) -> Fitted:
         """The candidate as stages, its limits noted."""
-        decisions, num_slots = self.decisions, self.limits.num_slots
-        rows = decisions.revise(
-            "pipeline.max_sequences_per_slot",
-            max(best.rows, self.limits.max_sequences_per_slot),
-            "rows to make the most of what is brought to the devices for each step",
-        )
-        tokens = decisions.revise(
-            "pipeline.max_tokens_per_step",
-            best.tokens,
-            "as long as it takes for compute to hide what is brought, as far as memory allows",
-        )
-        limits = replace(self.limits, max_sequences_per_slot=rows, max_tokens_per_step=tokens)
-        demand = replace(demand, max_sequences=num_slots * rows)
+        decisions, limits = self.decisions, self.limits
+        if best.rows > limits.max_sequences_per_slot:
+            reason = "rows to make the most of what is brought to the devices for each step"
+            rows = decisions.revise("pipeline.max_sequences_per_slot", best.rows, reason)
+            limits = replace(limits, max_sequences_per_slot=rows)
+        if best.tokens != limits.max_tokens_per_step:
+            reason = "makes the most of what is brought for each step, as far as memory allows"
+            tokens = decisions.revise("pipeline.max_tokens_per_step", best.tokens, reason)
+            limits = replace(limits, max_tokens_per_step=tokens)
+        demand = replace(demand, max_sequences=limits.num_slots * limits.max_sequences_per_slot)
         placed = self._stages(best, stages)
         if not isinstance(decisions.config.pipeline.split, tuple):
             split = str([stage.num_layers for stage in placed])
             decisions.revise("pipeline.split", split, _split_reason(best))
+        if not best.is_resident:
+            decisions.note("memory.offload", _cost(best), _avoidable(problem, best))
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
 
     def _stages(self, best: Candidate, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
@@ -196,14 +202,13 @@ class StageFitting:
         )
         if self.attention not in _GATHERING:
             return work_bytes
-        held = stage.weight_bytes if stage.offload is None else stage.offload.device_bytes
         return work_bytes + gather_bytes(
             self.spec,
             self.dtype,
             num_tokens=limits.max_sequences_per_slot * demand.longest_tokens,
             num_layers=stage.num_layers,
             kv_bytes=asked_kv_bytes(self.decisions.config.memory, page_bytes),
-            free_bytes=max(0, usable_bytes - held - work_bytes),
+            free_bytes=max(0, usable_bytes - stage.device_weight_bytes - work_bytes),
         )
 
     # ---- the search ------------------------------------------------------------------------------
@@ -306,3 +311,25 @@ class StageFitting:
 def _split_reason(best: Candidate) -> str:
     steps_s = ", ".join(f"{choice.forecast.step_s:.3g}" for choice in best.stages)
     return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"
+
+
+def _cost(best: Candidate) -> str:
+    """Of the slowest stage, against devices that held all weights."""
+    slowest = max(choice.forecast.step_s for choice in best.stages)
+    resident = max(choice.forecast.compute_s for choice in best.stages)
+    return f"steps {figure(slowest / resident)} times as long"
+
+
+def _avoidable(problem: OffloadProblem, best: Candidate) -> str:
+    """What is expected, by which rates, and what would spare it."""
+    used: dict[str, None] = {}
+    for room, choice in zip(problem.rooms, best.stages, strict=True):
+        if choice.placed.host_bytes or choice.placed.disk_bytes:
+            used[room.speed.rates.link_source] = None
+        if choice.placed.disk_bytes:
+            used[room.speed.rates.disk_source] = None
+    rates = ", ".join(filter(None, used))
+    parts = [f"{figure(best.tokens_per_s)} tokens/s predicted with {rates}"]
+    if clauses := offload_advice(problem, best):
+        parts.append(f"to avoid it: {'; '.join(clauses)}")
+    return "; ".join(parts)

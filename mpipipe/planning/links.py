@@ -44,7 +44,8 @@ class LinkRates:
     host_bytes_per_s: float  # from pinned host memory; on a CPU, whose RAM is the device: a copy
     disk_bytes_per_s: float
     disk_reads_per_s: float = _DISK_READS_PER_S
-    source: str = ""
+    link_source: str = ""  # where the first comes from; empty: there is no link
+    disk_source: str = f"disk {DISK_BYTES_PER_S / 1e9:.0f} GB/s (assumed)"
 
     def shared_by(self, num_links: int, num_disks: int) -> LinkRates:
         """Of one of `num_links` ranks on the same GPU, `num_disks` on the same disk."""
@@ -52,15 +53,15 @@ class LinkRates:
             self.host_bytes_per_s / num_links,
             self.disk_bytes_per_s / num_disks,
             self.disk_reads_per_s / num_disks,
-            self.source,
+            self.link_source,
+            self.disk_source,
         )
 
 
 def link_rates(gpu: GpuFacts | None) -> LinkRates:
     """The rates of a rank with this GPU; None: on a CPU."""
-    disk = f"disk {DISK_BYTES_PER_S / 1e9:.0f} GB/s (assumed)"
     if gpu is None:
-        return LinkRates(_COPY_BYTES_PER_S, DISK_BYTES_PER_S, source=disk)
+        return LinkRates(_COPY_BYTES_PER_S, DISK_BYTES_PER_S)
     lane = _LANE_BYTES_PER_S.get(gpu.link_generation)
     if lane is None or not gpu.link_width:
         rate = _UNKNOWN_LINK_BYTES_PER_S
@@ -72,7 +73,7 @@ def link_rates(gpu: GpuFacts | None) -> LinkRates:
             f"link {rate / 1e9:.1f} GB/s (PCIe generation {gpu.link_generation}, "
             f"{gpu.link_width} lanes)"
         )
-    return LinkRates(rate, DISK_BYTES_PER_S, source=f"{link}, {disk}")
+    return LinkRates(rate, DISK_BYTES_PER_S, link_source=link)
 
 
 def compute_ceilings(gpu: GpuFacts | None, num_threads: int) -> Ceilings:

@@ -35,6 +35,7 @@ __all__ = [
     "RunShape",
     "StageChoice",
     "best_candidate",
+    "candidate_of",
     "with_disk",
 ]
 
@@ -161,6 +162,11 @@ class Candidate:
         return tuple(stage.placed.shape.num_layers for stage in self.stages)
 
     @property
+    def is_resident(self) -> bool:
+        """Nothing is offloaded."""
+        return all(stage.placed.is_resident for stage in self.stages)
+
+    @property
     def streamed_bytes(self) -> int:
         """Brought for one step of each stage."""
         return sum(
@@ -181,7 +187,7 @@ def best_candidate(problem: OffloadProblem) -> Candidate | None:
         candidate
         for tokens in problem.tokens
         for rows in problem.rows
-        if rows <= tokens and (candidate := _candidate(problem, rows, tokens)) is not None
+        if rows <= tokens and (candidate := candidate_of(problem, rows, tokens)) is not None
     ]
     return max(
         found,
@@ -195,7 +201,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _candidate(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+    """With `rows` a slot and `tokens` a step; None: they do not fit."""
     num_pages = problem.pages_for(rows)
     choices = _Choices(problem, rows, tokens, num_pages)
     split = problem.fixed_split or _deal(choices, problem.model.spec.num_layers, len(problem.rooms))
@@ -251,19 +258,27 @@ class _Choices:
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
     """Layers per stage so that the slowest stage is fastest; None: they do not fit.
 
-    Dealt one by one to the stage that takes least with one more. A step only gets longer with more
-    layers, so no other way of dealing has a faster slowest stage. Ties as in `partition`.
+    Every stage begins with the fewest layers that it can be placed with: one whose head passes
+    through buffers needs more than one. The others are dealt one by one to the stage that takes
+    least with one more. A step only gets longer with more layers, so no other way of dealing has a
+    faster slowest stage. Ties as in `partition`.
     """
 
     def step_s(stage: int, count: int) -> float:
         choice = choices.stage(stage, count)
         return float("inf") if choice is None else choice.forecast.step_s
 
+    def least(stage: int) -> int:
+        counts = range(1, num_layers + 1)
+        return next((n for n in counts if choices.stage(stage, n) is not None), num_layers + 1)
+
     if num_stages == 1:
         return (num_layers,)
-    split = [1] * num_stages
-    order = [*range(1, num_stages - 1), num_stages - 1, 0] if num_stages > 1 else [0]
-    for _ in range(num_layers - num_stages):
+    split = [least(stage) for stage in range(num_stages)]
+    if sum(split) > num_layers:
+        return None
+    order = [*range(1, num_stages - 1), num_stages - 1, 0]
+    for _ in range(num_layers - sum(split)):
         split[min(order, key=lambda stage: step_s(stage, split[stage] + 1))] += 1
     return tuple(split) if all(choices.stage(s, n) for s, n in enumerate(split)) else None
 

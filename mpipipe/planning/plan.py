@@ -139,6 +139,11 @@ class StagePlan:
         """Transformer layers of this stage."""
         return self.last_layer - self.first_layer
 
+    @property
+    def device_weight_bytes(self) -> int:
+        """What its weights take on the device, staging buffers included."""
+        return self.weight_bytes if self.offload is None else self.offload.device_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:

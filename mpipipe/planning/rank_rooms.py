@@ -16,15 +16,15 @@ from mpipipe.planning.offload_search import RankRoom
 from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.resources import RankResources
 
-__all__ = ["check_settings", "gpu_bytes", "rank_rooms"]
+__all__ = ["CPU_LIBRARY_BYTES", "check_settings", "gpu_bytes", "rank_rooms"]
 
 # Share of a host's available memory that may be pinned by itself: pinned pages cannot be swapped
 # out, and reading the checkpoint, Python and its libraries need some.
 _HOST_SHARE = 0.7
 # Keeps estimates honest: norms, biases and alignment are not in the sizes of `cost`.
 _MARGIN = 1 / 256
-# Python's libraries, which a rank loads after it was asked what is free.
-_CPU_FIXED_BYTES = 2**28
+# What Python's libraries take of each rank on a CPU, most of it after it was asked what is free.
+CPU_LIBRARY_BYTES = 2**29
 _AUTO_CACHE_FACTOR = 4  # of what is free beside the weights, a quarter is cache (`memory`)
 
 
@@ -90,7 +90,7 @@ def _on_cpu(
     asked = isinstance(memory.num_kv_pages, int) or isinstance(memory.kv_cache_bytes, int)
     limit = memory.device_bytes if isinstance(memory.device_bytes, int) else None
     return RankRoom(
-        device_bytes=_less_margin(_available_bytes(rank, ranks) // on_host) - _CPU_FIXED_BYTES,
+        device_bytes=_less_margin(_available_bytes(rank, ranks) // on_host) - CPU_LIBRARY_BYTES,
         weight_limit_bytes=None if limit is None else _less_margin(limit),
         cache_factor=1 if asked else _AUTO_CACHE_FACTOR,
         host_bytes=0,

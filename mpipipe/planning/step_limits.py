@@ -140,13 +140,12 @@ def rank_memory(
         gpu_bytes: of the GPU that its ranks may use together; None: it runs on a CPU.
         weight_limit_bytes: on a CPU.
     """
-    weight_bytes = stage.weight_bytes if stage.offload is None else stage.offload.device_bytes
     if gpu_bytes is None:
         return RankMemory(
             rank=stage.rank,
             host=stage.host,
             available_bytes=rank_resources.memory_available_bytes,
-            weight_bytes=weight_bytes,
+            weight_bytes=stage.device_weight_bytes,
             page_bytes=page_bytes,
             weight_limit_bytes=weight_limit_bytes,
         )
@@ -154,7 +153,7 @@ def rank_memory(
         rank=stage.rank,
         host=stage.host,
         available_bytes=gpu_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=stage.device_weight_bytes,
         page_bytes=page_bytes,
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",

@@ -65,7 +65,7 @@ def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
     page_bytes = kv_page_bytes(
         spec, plan.dtype, num_layers=stage.num_layers, page_size_tokens=plan.page_size_tokens
     )
-    return {"weights": stage.weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
+    return {"weights": stage.device_weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
 
 
 def load_parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount, StepRecord
     from mpipipe.metrics.lines import RequestRecord
     from mpipipe.metrics.log import Logger
+    from mpipipe.metrics.offload import OffloadUse
     from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
@@ -96,6 +97,7 @@ class Session:
         self._account = account
         self._on_request: Callable[[RequestRecord], None] | None = None
         self.energy_j: float | None = None  # of this rank's device, once it is known
+        self.io_write_s = 0.0  # of the thread that writes this rank's lines
         self._core: SchedulerCore | None = None
         self._runner: Runner | None = None
         self._stopped = False
@@ -263,7 +265,19 @@ class Session:
             cpu_us_per_step=used.cpu_us_per_step,
             head_us_per_step=self._head_us_per_step(),
             energy_j=self.energy_j,
-            offload=used.offload,
+            io_write_s=self.io_write_s,
+            offload=self._offload_use(used.offload),
+        )
+
+    def _offload_use(self, use: OffloadUse | None) -> OffloadUse | None:
+        """What was measured, beside the rates that the plan reckoned with."""
+        offload = self.plan.stage_of_rank(self.ranks.mesh.rank).offload
+        if use is None or offload is None:
+            return use
+        return replace(
+            use,
+            planned_host_bytes_per_s=offload.forecast.host_bytes_per_s,
+            planned_disk_bytes_per_s=offload.forecast.disk_bytes_per_s,
         )
 
     def _make_core(self) -> SchedulerCore:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from mpipipe.checkpoint.index import CheckpointIndex
     from mpipipe.gguf_model import GgufModel
-    from mpipipe.weights.sources import TensorSource
+    from mpipipe.weights.filling import TensorFiller
 
 __all__ = ["GgufReader", "IndexReader", "TensorReader"]
 
+_NUM_READERS = 2  # one reads while the other copies
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 
@@ -49,7 +50,7 @@ class IndexReader:
     def __init__(self, index: CheckpointIndex, *, is_tied: bool) -> None:
         self._index = index
         self._is_tied = is_tied
-        self._source: TensorSource | None = None
+        self._filler: TensorFiller | None = None
 
     def plans(self, dtype: str | None) -> Sequence[TensorPlan]:
         """In the order of the files.
@@ -58,7 +59,7 @@ class IndexReader:
             CheckpointError: a file is damaged, or holds code.
             UnsupportedModelError: a type has no place in safetensors files.
         """
-        source = self._open()
+        source = self._open().source
         stored = {name: source.stored(name) for name in source.names()}
         plans = [
             TensorPlan(name, stored_dtype(name, stored[name].dtype, dtype), stored[name].shape)
@@ -74,28 +75,35 @@ class IndexReader:
             CheckpointError: a value does not fit the type.
         """
         read = self._tensor(tensor)
-        stored = replace(tensor, dtype=self._open().stored(tensor.name).dtype)
+        stored = replace(tensor, dtype=self._open().source.stored(tensor.name).dtype)
         if stored.dtype != tensor.dtype:
             _require_held(tensor, read, lambda: self._tensor(stored))
         return _bytes_of(read)
 
     def close(self) -> None:
         """Let go of the files."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._filler is not None:
+            self._filler.close()
+            self._filler.source.close()
+            self._filler = None
 
-    def _open(self) -> TensorSource:
+    def _open(self) -> TensorFiller:
+        from mpipipe.weights.filling import TensorFiller
         from mpipipe.weights.sources import open_source
 
-        self._source = self._source or open_source(self._index)
-        return self._source
+        if self._filler is None:
+            source = open_source(self._index)
+            self._filler = TensorFiller(source, num_threads=_NUM_READERS, pinned=False)
+        return self._filler
 
     def _tensor(self, plan: TensorPlan) -> torch.Tensor:
         import torch
 
+        from mpipipe.weights.filling import Filling
+
         out = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype))
-        self._open().read_into(plan.name, out)
+        for _ in self._open().fill([Filling(out, [(plan.name, out)])]):
+            pass
         return out
 
     def _twins(self, plans: Sequence[TensorPlan]) -> set[str]:

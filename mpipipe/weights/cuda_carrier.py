@@ -11,6 +11,7 @@ are then not hidden behind the next step.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -74,6 +75,7 @@ class CudaCarrier:
         self._reader = open_reader()
         self._reading: dict[int, Future[None]] = {}
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._copying = threading.Lock()  # held by the thread that adds copies, or counts them
         self._wait_s = 0.0
         self._copied_bytes, self._copied_s = 0, 0.0
 
@@ -103,8 +105,8 @@ class CudaCarrier:
         """Add the copies of the beginnings of `sources` into the part's buffer."""
         copies, buffer = self._copies, self._buffers[part.buffer]
         here = self._here.setdefault(part.number, torch.cuda.Event())
-        copies.wait_event(self._used[part.buffer])
-        with torch.cuda.stream(copies):
+        with self._copying, torch.cuda.stream(copies):
+            copies.wait_event(self._used[part.buffer])
             began = self._begin_timing()
             for piece, source in zip(part.pieces, sources, strict=True):
                 target = buffer[piece.offset : piece.offset + piece.num_bytes]
@@ -156,7 +158,8 @@ class CudaCarrier:
 
     def use(self) -> OffloadUse:
         """See `Carrier.use`."""
-        self._collect()
+        with self._copying:
+            self._collect()
         rate = self._copied_bytes / self._copied_s if self._copied_s else None
         return OffloadUse(wait_s=self._wait_s, host_bytes_per_s=rate)
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,7 @@ import torch
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.memory import gib
+from mpipipe.topology.usage import name_thread
 from mpipipe.weights.layer_layout import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FileRegion", "HostRegion", "OffloadFile", "Region"]
 
-# preallocating is not to be had everywhere; then the file grows as it is written
+_PIECE_BYTES = 8 << 20  # that one thread reads at a time
+# Preallocating is not to be had everywhere; then the file grows as it is written.
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
@@ -97,24 +100,32 @@ class FileRegion:
 
 
 class OffloadFile:
-    """One private file of weights, made by `open`. Several threads may read it at once."""
+    """One private file of weights, made by `open`. Several threads may read it at once.
 
-    def __init__(self, folder: Path, descriptor: int, path: Path | None) -> None:
+    A large read is done by several threads: one waits for one answer of the disk at a time, and
+    copies out of the page cache no faster than a core does.
+    """
+
+    def __init__(
+        self, folder: Path, descriptor: int, path: Path | None, *, num_threads: int
+    ) -> None:
         self._folder = folder
         self._descriptor = descriptor
         self._path = path  # None: it has no name any more
+        self._readers = ThreadPoolExecutor(num_threads, "offload", name_thread, ("offload",))
         self._num_bytes = 0
         self._counting = threading.Lock()
         self.read_bytes = 0  # so far
         self.read_s = 0.0
 
     @classmethod
-    def open(cls, folder: Path, name: str) -> OffloadFile:
+    def open(cls, folder: Path, name: str, *, num_threads: int = 1) -> OffloadFile:
         """A new, empty file in `folder`, which no other process sees.
 
         Args:
             folder: on a local disk.
             name: what its name begins with; names job and rank.
+            num_threads: that read; they start with the first large read.
 
         Raises:
             EnvironmentSetupError: no file can be made there.
@@ -130,8 +141,8 @@ class OffloadFile:
         try:
             os.unlink(path)
         except OSError:  # e.g. a network file system that keeps the names of open files
-            return cls(folder, descriptor, Path(path))
-        return cls(folder, descriptor, None)
+            return cls(folder, descriptor, Path(path), num_threads=num_threads)
+        return cls(folder, descriptor, None, num_threads=num_threads)
 
     def reserve(self, num_bytes: int) -> FileRegion:
         """Room for `num_bytes` more.
@@ -168,7 +179,19 @@ class OffloadFile:
         Raises:
             EnvironmentSetupError: the disk is ill, or the file has become shorter.
         """
-        view, began_s = out.numpy().data, time.perf_counter()
+        began_s = time.perf_counter()
+        pieces = out.split(_PIECE_BYTES)
+        if len(pieces) == 1:
+            self._read(offset, out)
+        else:
+            offsets = range(offset, offset + out.numel(), _PIECE_BYTES)
+            list(self._readers.map(self._read, offsets, pieces))
+        with self._counting:
+            self.read_bytes += out.numel()
+            self.read_s += time.perf_counter() - began_s
+
+    def _read(self, offset: int, out: torch.Tensor) -> None:
+        view = out.numpy().data
         try:
             while view:
                 count = os.preadv(self._descriptor, [view], offset)
@@ -184,9 +207,6 @@ class OffloadFile:
                 f"the offloaded weights in {self._folder} cannot be read ({error.strerror}): is "
                 "the disk well? choose another memory.offload_dir"
             ) from error
-        with self._counting:
-            self.read_bytes += out.numel()
-            self.read_s += time.perf_counter() - began_s
 
     def _unwritten(self, error: OSError, num_bytes: int) -> EnvironmentSetupError:
         free = ""
@@ -202,6 +222,7 @@ class OffloadFile:
 
     def close(self) -> None:
         """Let go of the file and its bytes. Idempotent."""
+        self._readers.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

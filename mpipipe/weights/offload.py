@@ -24,6 +24,7 @@ from mpipipe.weights.layer_layout import ALIGNMENT, Layout, Span, aligned_bytes
 from mpipipe.weights.layer_store import HostRegion, OffloadFile, Region
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 from mpipipe.weights.prefetch import Carrier, HostCarrier, Piece, Prefetcher, StreamedPart
+from mpipipe.weights.readers import num_readers
 
 if TYPE_CHECKING:
     from mpipipe.planning.plan import StageOffload
@@ -104,7 +105,12 @@ def open_offload(
     embedding = _stored(offload.embedding, tensors.embedding)
     head = _stored(offload.head, tensors.head)
     uses_disk = "disk" in {*tiers.values(), offload.embedding, offload.head}
-    file = OffloadFile.open(Path(folder), name) if uses_disk else None
+    file = None
+    if uses_disk:
+        # torch computes with as many threads as the rank has cores; on a CPU they are in use.
+        num_cores = torch.get_num_threads()
+        num_threads = max(1, num_cores // 4) if device.type == "cpu" else num_readers(num_cores)
+        file = OffloadFile.open(Path(folder), name, num_threads=num_threads)
     return OffloadedWeights(
         layers,
         embedding,
@@ -229,8 +235,12 @@ class OffloadedWeights:
             layers=frozenset(self._layers),
             head_blocks=tuple(blocks),
             embedding_rows=self._embedding_rows(),
-            waits_on_host=self._file is not None or self._pinned.refused_bytes > 0,
+            waits_on_host=self._waits_on_host,
         )
+
+    @property
+    def _waits_on_host(self) -> bool:
+        return self._file is not None or self._pinned.refused_bytes > 0
 
     def _open_carrier(self, parts: Sequence[StreamedPart]) -> Carrier:
         if self.device.type != "cuda":
@@ -239,7 +249,7 @@ class OffloadedWeights:
             self._buffers,
             self._pinned,
             from_disk=any(part.from_disk for part in parts),
-            end_with_steps=self._use_graphs,
+            end_with_steps=self._use_graphs and not self._waits_on_host,
         )
 
     def _add_head_blocks(

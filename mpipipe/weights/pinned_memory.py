@@ -58,6 +58,7 @@ class _OnHost:
     """Tells torch of pinned memory as CUDA sees it."""
 
     def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory  # lives as long as what torch makes of this
         self.__cuda_array_interface__ = {
             "shape": (memory.numel(),),
             "typestr": "|u1",

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -44,13 +44,17 @@ def prepare(folder: Path, *, num_prompts: int, seed: int, deadline_s: float) -> 
 
 
 def run_points(
-    job: Job, folder: Path, kinds: Iterable[str], num_ranks: Iterable[int], seed: int
+    job: Job,
+    folder: Path,
+    right: Mapping[str, Sequence[int]],
+    kinds: Iterable[str],
+    num_ranks: Iterable[int],
+    seed: int,
 ) -> Iterator[Point]:
-    """A point for each of `kinds`, in chains that are brought to their end.
+    """A point for each of `kinds`, in chains that are brought to their end, with tokens as `right`.
 
     The sizes in `num_ranks` take turns. A blow that came after the end is dealt again.
     """
-    right = reference(job, folder / "reference")
     rng, sizes = Random(f"chaos:{seed}"), cycle(num_ranks)
     left = list(kinds)
     trials_left = 3 * len(left)
@@ -88,7 +92,8 @@ def main() -> int:
             seed=arguments.seed,
             deadline_s=arguments.deadline_s,
         )
-        for point in run_points(job, folder, kinds, arguments.ranks, arguments.seed):
+        right = reference(job, folder / "reference")
+        for point in run_points(job, folder, right, kinds, arguments.ranks, arguments.seed):
             points.append(point)
             print(point.line(), flush=True)
             if arguments.report:

@@ -94,6 +94,24 @@ def test_regions_keep_what_was_written_after_the_folder_is_gone(tmp_path: Path) 
         assert file.read_bytes == first.nbytes + second.nbytes
 
 
+def test_a_large_read_is_divided_among_threads(tmp_path: Path) -> None:
+    """Each piece at its place, and an error of any of them told."""
+    content = torch.randint(0, 256, (20 << 20,), dtype=torch.uint8)
+    file = OffloadFile.open(tmp_path, "rank-0", num_threads=3)
+    try:
+        region = file.reserve(content.numel() + 5)
+        region.write(5, content)
+        out = torch.empty_like(content)
+        region.read_into(5, out)
+        assert torch.equal(out, content)
+        assert file.read_bytes == content.numel()
+        os.ftruncate(file._descriptor, 18 << 20)
+        with pytest.raises(EnvironmentSetupError, match="ended 2097157 bytes too early"):
+            region.read_into(5, out)
+    finally:
+        file.close()
+
+
 def test_a_name_that_stays_while_the_file_is_open_goes_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

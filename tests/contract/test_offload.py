@@ -19,6 +19,7 @@ from mpipipe.kv_cache.base import KVCache
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.operations import torch_operations
+from mpipipe.models.prepacked_linear import PrepackedLinear
 from mpipipe.planning.plan import StageOffload, StagePlan
 from mpipipe.runtime.loading import load_parts
 from mpipipe.types import SamplingParams, Tier, WeightsSource
@@ -299,3 +300,16 @@ def test_engines_that_run_ahead_stream_too(
     )
     pipeline = EnginePipeline(model, streaming, mode, offloading=offloading).prepare()
     assert pipeline.generate(requests) == resident
+
+
+def test_a_tied_head_is_not_packed_where_memory_is_short(
+    tiny: Callable[[str], TinyModel], offloading: Offloading
+) -> None:
+    """Its packed form would be a second copy, which no plan has reckoned with."""
+    model = tiny("llama-tied")
+    (whole,) = stages(model, None, offloading, "packed", 1)
+    assert isinstance(whole.module.lm_head, PrepackedLinear)
+    (short,) = stages(model, StageOffload(disk_layers=(0, 1, 2)), offloading, "packed", 1)
+    assert short.module.lm_head.weight is short.module.model.embed_tokens.weight
+    (_, last) = stages(model, StageOffload(disk_layers=(1, 2, 3)), offloading, "packed", 2)
+    assert isinstance(last.module.lm_head, PrepackedLinear), "it is alone on its stage"

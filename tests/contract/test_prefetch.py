@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import dataclass, field
 from random import Random
@@ -9,8 +10,11 @@ from random import Random
 import pytest
 import torch
 
+from mpipipe.clock import ScriptedClock
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.metrics.offload import OffloadUse
+from mpipipe.progress import ProgressEngine
+from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.types import Tier
 from mpipipe.weights.layer_store import HostRegion
 from mpipipe.weights.prefetch import HostCarrier, Piece, Prefetcher, StreamedPart
@@ -153,4 +157,31 @@ def test_what_the_disk_says_is_raised_at_the_gate() -> None:
         with pytest.raises(EnvironmentSetupError, match="the disk is ill"):
             prefetcher.before(0)
     finally:
+        carrier.close()
+
+
+def test_the_event_loop_lives_while_a_step_waits_for_the_disk() -> None:
+    """Heartbeats and messages go on: here it is the loop that lets the disk answer."""
+    allowed = threading.Event()
+    carrier = HostCarrier([torch.zeros(SIZE, dtype=torch.uint8)])
+    part = StreamedPart(0, 0, (Piece(SlowRegion(allowed), 0, SIZE, 0),))
+    prefetcher = Prefetcher([part], carrier)
+
+    async def session() -> None:
+        stream = CpuStream(torch.device("cpu"), ScriptedClock(), ProgressEngine())
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                computing = asyncio.ensure_future(stream.compute(lambda: prefetcher.before(0)))
+                await asyncio.sleep(0)
+                assert not computing.done()
+                allowed.set()
+                await computing
+        finally:
+            stream.close()
+
+    prefetcher.start()
+    try:
+        asyncio.run(session())
+    finally:
+        allowed.set()
         carrier.close()

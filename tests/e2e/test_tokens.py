@@ -52,7 +52,6 @@ def expected(demo_model: Path, prompt_file: Path) -> dict[str, tuple[int, ...]]:
     return {c.request_id: c.token_ids for c in result.completions}
 
 
-@pytest.mark.xdist_group("demo tokens")  # what is expected takes transformers 20 s
 @pytest.mark.parametrize("num_ranks", [0, 2, 4])
 def test_greedy_tokens_are_those_of_transformers(
     num_ranks: int, expected: dict[str, tuple[int, ...]], prompt_file: Path, tmp_path: Path
@@ -68,6 +67,44 @@ def test_greedy_tokens_are_those_of_transformers(
     assert outcome.exit_code == 0, outcome.stderr
     tokens = {record["id"]: tuple(record["token_ids"]) for record in outcome.completions()}
     assert tokens == expected
+
+
+MIB = 1 << 20
+
+
+def test_a_model_larger_than_its_memory_streams_from_disk_once_a_step(
+    expected: dict[str, tuple[int, ...]], prompt_file: Path, tmp_path: Path
+) -> None:
+    """60 % of the weights' bytes: the same tokens, whatever the number of sequences of a step."""
+    weight_bytes = 513 * MIB  # float32
+    allowed = weight_bytes * 6 // 10
+    offload_dir = tmp_path / "offload"
+    offload_dir.mkdir()
+    outcome = run(
+        1,
+        "configs/demo.toml",
+        tmp_path / "run",
+        f"prompts.path={prompt_file}",
+        f"generation.max_new_tokens={NEW_TOKENS}",
+        "pipeline.max_tokens_per_step=64",
+        f"memory.device_bytes={allowed}",
+        "memory.host_bytes=0",
+        f"memory.offload_dir={offload_dir}",
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    tokens = {record["id"]: tuple(record["token_ids"]) for record in outcome.completions()}
+    assert tokens == expected
+    (rank,) = outcome.json("metrics.json")["ranks"]
+    assert 0.9 * allowed < rank["weight_bytes"] <= allowed
+    assert rank["peak_rss_bytes"] - rank["baseline_rss_bytes"] - rank["kv_bytes"] < (
+        allowed + 100 * MIB  # what is read passes through 64 MiB of buffers
+    )
+    use, num_steps = rank["offload"], rank["stage"]["num_steps"]
+    assert use["bytes_per_step"] > weight_bytes - allowed
+    # Beside the run's steps three trial steps, and what is brought for a step that never comes.
+    laps = use["disk_bytes"] / use["bytes_per_step"]
+    assert num_steps + 3 <= laps < num_steps + 4
+    assert list(offload_dir.iterdir()) == []
 
 
 # ---- a model whose file and lengths decide -------------------------------------------------------

@@ -53,7 +53,7 @@ DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
 TINY_PROMPTS = 40  # of 48 tokens: some 5 s on two ranks
 ARRAY_PROMPTS = 20
 SEEN = 3  # completions before something happens to a job
-EXPERIMENT_LIMIT_S = 290.0  # four or two tasks of two launches each, beside other jobs
+EXPERIMENT_LIMIT_S = 290.0  # four tasks of two launches each, beside other jobs
 # MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
 FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
 
@@ -319,18 +319,17 @@ def doctor_on_two_nodes(site: Site, mpi: str, flag: str) -> subprocess.Completed
     return site.srun(mpi, f"--mpi={flag}", *command, "output.dir=" + str(site.folder / "doctor"))
 
 
-def experiment(site: Site, name: str, mpi: str) -> JobEnd:
-    """`mpipipe bench strong | batch --sbatch` of the tiny model, from submission to the last job.
+def experiment(site: Site) -> JobEnd:
+    """`mpipipe bench strong --sbatch` of the tiny model, from submission to the last job.
 
-    Strong: an array of two cases on one node and one on two nodes; batch: one array on two nodes.
+    An array of two cases on one node and one of two on two nodes.
     """
-    out = site.folder / f"experiment-{name}"
-    sizes = {"strong": ("--stages=1,2", "--nodes=1,2", "--batch=4"),
-             "batch": ("--stages=2", "--nodes=2", "--batch=2,8")}  # fmt: skip
+    out = site.folder / "experiment"
     said = site.cluster.on(
-        HEAD, f"{site.environments[mpi]}/bin/mpipipe", "bench", name, str(site.tiny_config),
-        *sizes[name], "--prompts=8", "--repeat=1", f"--out={out}", "--sbatch",
-        "--sbatch-option=--partition=short", env=site.environ(mpi, FORCED_NETWORK), cwd=ROOT,
+        HEAD, f"{site.environments['mpich']}/bin/mpipipe", "bench", "strong", str(site.tiny_config),
+        "--stages=1,2", "--nodes=1,2", "--batch=4", "--prompts=8", "--repeat=1", f"--out={out}",
+        "--sbatch", "--sbatch-option=--partition=short",
+        env=site.environ("mpich", FORCED_NETWORK), cwd=ROOT,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     last = said.stdout.partition("job ")[2].split()[0]

@@ -1,0 +1,90 @@
+"""What would spare a run its offload, each tried in the same search: int8, stages, fewer rows.
+
+Pure; nothing here changes a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mpipipe.planning.memory import gib
+from mpipipe.planning.offload_search import Candidate, OffloadProblem, best_candidate, candidate_of
+from mpipipe.planning.placement import ModelParts, part_bytes
+
+__all__ = ["figure", "offload_advice"]
+
+_MOST_STAGES = 4  # to add: a run that needs more needs other hardware
+
+
+def offload_advice(problem: OffloadProblem, chosen: Candidate) -> list[str]:
+    """Clauses, best first; empty: nothing that was tried would help."""
+    clauses = (_int8(problem, chosen), _more_stages(problem, chosen), _fewer_rows(problem))
+    return [clause for clause in clauses if clause]
+
+
+def _int8(problem: OffloadProblem, chosen: Candidate) -> str:
+    model = problem.model
+    if model.spec.quantized != "none":
+        return ""
+    spec = replace(model.spec, quantized="int8")
+    narrow = ModelParts(spec, model.dtype, part_bytes(spec, model.dtype))
+    narrowed = replace(problem, model=narrow)
+    resident = _best_resident(narrowed)
+    if resident is not None:
+        return f'model.quantize = "int8" fits without offload, {_rate(resident)}'
+    found = best_candidate(narrowed)
+    if found is None or found.streamed_bytes >= chosen.streamed_bytes:
+        return ""
+    brought = f"{gib(found.streamed_bytes)} instead of {gib(chosen.streamed_bytes)} a step"
+    return f'model.quantize = "int8" would bring {brought}, {_rate(found)}'
+
+
+def _more_stages(problem: OffloadProblem, chosen: Candidate) -> str:
+    """With ranks like the one that has most, on hosts of their own."""
+    if problem.fixed_split is not None:
+        return ""
+    roomiest = max(problem.rooms, key=lambda room: room.device_bytes)
+    num_stages = len(problem.rooms)
+    for more in range(1, _MOST_STAGES + 1):
+        if num_stages + more > problem.model.spec.num_layers:
+            break
+        total = num_stages + more
+        rows = -(-chosen.rows * num_stages // total)
+        wider = replace(
+            problem, rooms=(*problem.rooms, *[roomiest] * more), num_slots=problem.num_slots + more
+        )
+        found = candidate_of(wider, rows, max(rows, chosen.tokens))
+        if found is not None and found.is_resident:
+            stages = "one more stage" if more == 1 else f"{more} more stages"
+            return f"{stages} of this kind would hold all of it, {_rate(found)}"
+    return ""
+
+
+def _fewer_rows(problem: OffloadProblem) -> str:
+    best = _best_resident(problem)
+    if best is None:
+        return ""
+    setting = f"pipeline.max_sequences_per_slot = {best.rows}"
+    return f"{setting} leaves room for all weights, {_rate(best)}"
+
+
+def _best_resident(problem: OffloadProblem) -> Candidate | None:
+    """The fastest candidate that offloads nothing; None: there is none."""
+    resident = [
+        found
+        for tokens in problem.tokens
+        for rows in problem.rows
+        if rows <= tokens
+        and (found := candidate_of(problem, rows, tokens)) is not None
+        and found.is_resident
+    ]
+    return max(resident, key=lambda found: found.tokens_per_s, default=None)
+
+
+def _rate(candidate: Candidate) -> str:
+    return f"{figure(candidate.tokens_per_s)} tokens/s predicted"
+
+
+def figure(value: float) -> str:
+    """Three digits at least, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,277 @@
+"""What is offloaded for ranks on GPUs, and what the plan says of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
+from mpipipe.errors import PlanError
+from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.explain import plan_lines
+from mpipipe.planning.links import compute_ceilings, link_rates
+from mpipipe.planning.plan import PipelinePlan, StageOffload
+from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.step_limits import StepLimits
+from mpipipe.planning.workload import Workload
+from mpipipe.topology.gpu import GpuFacts
+from tests.unit.planned_rank import GIB, make_rank, with_gpu
+
+OPENLLAMA_7B = ModelSpec(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+    max_context_tokens=2048,
+    tied_embeddings=False,
+    gated_mlp=True,
+    dtype="float16",
+    eos_token_ids=(2,),
+)
+LAYER_BYTES = (4 * 4096 * 4096 + 3 * 4096 * 11008) * 2
+MATRIX_BYTES = 32000 * 4096 * 2
+
+
+def t4(num_ranks: int, *, memory: int = 30 * GIB) -> list[RankResources]:
+    """The ranks of one host, as notebooks lend them."""
+    return [
+        make_rank(
+            rank,
+            memory_available_bytes=memory,
+            gpu=GpuFacts(
+                index=rank,
+                name="Tesla T4",
+                uuid=f"GPU-{rank}",
+                capability=75,
+                free_bytes=15 * GIB,
+                nccl_version="2.28.9",
+                link_generation=3,
+                link_width=16,
+            ),
+            attention_backends=("triton", "sdpa", "reference"),
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def plan(
+    world: list[RankResources],
+    memory: MemoryConfig | None = None,
+    pipeline: PipelineConfig | None = None,
+    *,
+    work: tuple[int, int, int] = (128, 512, 32),
+    spec: ModelSpec = OPENLLAMA_7B,
+    model: ModelConfig | None = None,
+) -> PipelinePlan:
+    prompts, tokens_in, tokens_out = work
+    config = Config(
+        memory=memory or MemoryConfig(),
+        pipeline=pipeline or PipelineConfig(),
+        model=model or ModelConfig(),
+    )
+    workload = Workload(
+        num_requests=prompts,
+        longest_request_tokens=tokens_in + tokens_out,
+        num_prompt_tokens=prompts * tokens_in,
+        num_output_tokens=prompts * tokens_out,
+    )
+    return make_plan(config, spec, world, "/models/m", workload)
+
+
+def offload(made: PipelinePlan, stage: int = 0) -> StageOffload:
+    found = made.stages[stage].offload
+    assert found is not None
+    return found
+
+
+def held_bytes(made: PipelinePlan) -> int:
+    """All that the only stage takes of its GPU."""
+    page = kv_page_bytes(
+        OPENLLAMA_7B, made.dtype, num_layers=32, page_size_tokens=16, row_multiple=8
+    )
+    limits = StepLimits(1, made.max_sequences_per_slot, made.max_tokens_per_step, 2048)
+    work = limits.gpu_work_bytes(OPENLLAMA_7B, made.dtype, made.sampling, has_head=True)
+    return offload(made).device_bytes + (made.num_kv_pages + 1) * page + work
+
+
+# ---- tiers ---------------------------------------------------------------------------------------
+
+
+def test_a_model_too_large_for_its_gpu_streams_from_host_memory_by_itself() -> None:
+    made = plan(t4(1))
+    found = offload(made)
+    assert (found.embedding, found.disk_layers, made.offload_dir) == ("host", (), "")
+    assert found.forecast.bound_by == "link"
+    assert found.num_buffers == 2
+    assert found.host_bytes <= 30 * GIB * 0.7
+    assert found.forecast.host_bytes >= len(found.host_layers) * LAYER_BYTES
+    assert made.num_kv_pages >= found.forecast.rows * 34
+    assert held_bytes(made) <= 15 * GIB * 0.9
+
+
+def test_two_gpus_that_hold_it_together_offload_nothing() -> None:
+    made = plan(t4(2))
+    assert [stage.offload for stage in made.stages] == [None, None]
+    assert "memory.offload" not in {entry.setting for entry in made.resolved}
+
+
+def test_device_bytes_limit_all_that_a_rank_takes() -> None:
+    for device_bytes in (4 * 10**9, 8 * 10**9, 12 * 10**9):
+        made = plan(t4(1), MemoryConfig(device_bytes=device_bytes))
+        assert 0.9 * device_bytes < held_bytes(made) <= device_bytes
+
+
+def test_what_host_memory_does_not_hold_goes_to_disk() -> None:
+    memory = MemoryConfig(host_bytes=GIB, offload_dir="/scratch/o")
+    made = plan(t4(1), memory)
+    found = offload(made)
+    assert found.host_layers
+    assert found.disk_layers
+    assert found.host_bytes <= GIB
+    assert made.offload_dir == "/scratch/o"
+    assert found.forecast.bound_by == "disk"
+    # Those on disk are spread among the streamed ones.
+    order = sorted((*found.host_layers, *found.disk_layers))
+    on_disk = [place for place, layer in enumerate(order) if layer in found.disk_layers]
+    spacing = len(order) / len(on_disk)
+    assert all(abs(place - (n + 1) * spacing) <= 2 for n, place in enumerate(on_disk))
+    none = offload(plan(t4(1), replace(memory, host_bytes=0)))
+    assert (none.host_layers, none.host_bytes, none.embedding) == ((), 0, "disk")
+
+
+def test_ranks_of_a_host_share_its_memory() -> None:
+    """Four GPUs of 4 GiB each, 16 GiB on the host: three tenths of it stay unpinned."""
+    world = [with_gpu(rank, free_bytes=4 * GIB) for rank in t4(4, memory=16 * GIB)]
+    made = plan(world, work=(32, 64, 16))
+    assert sum(offload(made, stage).host_bytes for stage in range(4)) <= 16 * GIB * 0.7
+    assert all(offload(made, stage).host_bytes <= 4 * GIB * 0.7 for stage in range(4))
+
+
+def test_rows_are_raised_to_hide_the_link() -> None:
+    """Small sequences, so that memory is not what limits them."""
+    memory = MemoryConfig(device_bytes=6 * 10**9)
+    few = plan(t4(1), memory, work=(16, 8, 8))
+    many = plan(t4(1), memory, work=(4000, 8, 8))
+    assert offload(few).forecast.rows == 16
+    assert many.max_sequences_per_slot >= offload(many).forecast.rows >= 192
+    assert many.max_tokens_per_step >= many.max_sequences_per_slot
+
+
+def test_a_stage_that_streams_gets_fewer_layers_where_another_has_room() -> None:
+    small, large = t4(2)
+    world = [with_gpu(small, free_bytes=5 * GIB), large]
+    uneven = plan(world, work=(32, 64, 16))
+    layers = [stage.num_layers for stage in uneven.stages]
+    assert layers[0] < 10 < layers[1]
+    steps = [0.0 if s.offload is None else s.offload.forecast.step_s for s in uneven.stages]
+    assert uneven.stages[0].offload is None or steps[0] < 0.5
+
+
+# ---- what cannot be ------------------------------------------------------------------------------
+
+
+def test_without_a_place_to_offload_to_the_error_names_both() -> None:
+    with pytest.raises(
+        PlanError,
+        match=r"would hold 12\.55 GiB of weights and .* of work space.*set memory\.offload_dir to "
+        r"a folder on a local disk with \d+\.\d+ GiB free.*, let memory\.host_bytes be .* more",
+    ):
+        plan(t4(1), MemoryConfig(host_bytes=0))
+
+
+def test_a_device_below_one_layer_is_told_what_it_needs() -> None:
+    with pytest.raises(
+        PlanError, match=r"raise memory\.device_bytes to at least (1\.\d+) GiB"
+    ) as e:
+        plan(t4(1), MemoryConfig(device_bytes=GIB))
+    least = float(str(e.value).split("at least ")[1].split(" GiB")[0])
+    enough = int((least + 0.02) * GIB)
+    pipeline = PipelineConfig(max_sequences_per_slot=1, max_tokens_per_step=512)
+    assert offload(plan(t4(1), MemoryConfig(device_bytes=enough), pipeline)).num_buffers == 1
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_sits_where_and_what_it_costs() -> None:
+    made = plan(t4(1), MemoryConfig(host_bytes=GIB, offload_dir="/scratch/o"))
+    found, forecast = offload(made), offload(made).forecast
+    text = "\n".join(plan_lines(made))
+    assert f"{len(found.host_layers)} of 32 layers + embedding + LM head in host memory" in text
+    assert f"{len(found.disk_layers)} of 32 layers on disk" in text
+    brought = (forecast.host_bytes + forecast.disk_bytes) / GIB
+    assert f"brings {brought:.2f} GiB for each step of {forecast.rows} rows" in text
+    assert f"a step takes {forecast.step_s * 1e3:.0f} ms, bound by disk (compute" in text
+    assert "at 11.8 GB/s" in text
+    assert "link 11.8 GB/s (PCIe generation 3, 16 lanes), disk 1 GB/s (assumed)" in text
+    slower = forecast.step_s / forecast.compute_s
+    assert f"steps {slower:.3g} times as long" in text
+
+
+def test_what_would_avoid_it_holds_when_it_is_tried() -> None:
+    made = plan(t4(1))
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    assert "one more stage of this kind would hold all of it" in note.reason
+    assert all(stage.offload is None for stage in plan(t4(2)).stages)
+    assert 'model.quantize = "int8" fits without offload' in note.reason
+    int8 = ModelConfig(quantize="int8")
+    assert plan(t4(1), model=int8).stages[0].offload is None
+    assert "max_sequences_per_slot" not in note.reason, "no row leaves room for all weights"
+
+
+def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
+    memory = MemoryConfig(device_bytes=4 * 10**9)
+    (note,) = [e for e in plan(t4(1), memory).resolved if e.setting == "memory.offload"]
+    narrow = plan(t4(1), memory, model=ModelConfig(quantize="int8"))
+    brought = offload(narrow).forecast.host_bytes / GIB
+    assert f'model.quantize = "int8" would bring {brought:.2f} GiB instead of' in note.reason
+    (after,) = [entry for entry in narrow.resolved if entry.setting == "memory.offload"]
+    assert "int8" not in after.reason
+
+
+def test_fewer_rows_are_told_where_they_leave_room() -> None:
+    memory = MemoryConfig(device_bytes=16 * 10**9, gpu_memory_fraction=1.0)
+    made = plan(t4(1), memory, work=(512, 100, 30))
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    told = note.reason.split("pipeline.max_sequences_per_slot = ")[1]
+    rows = int(told.split()[0])
+    pipeline = PipelineConfig(max_sequences_per_slot=rows, max_tokens_per_step=512)
+    assert plan(t4(1), memory, pipeline, work=(rows, 100, 30)).stages[0].offload is None
+
+
+# ---- rates ---------------------------------------------------------------------------------------
+
+
+def test_links_are_estimated_by_generation_and_lanes() -> None:
+    """Measured: a T4's 11 to 12 GB/s, an H100's 55 GB/s."""
+
+    def rate(generation: int, width: int) -> float:
+        return link_rates(
+            GpuFacts(index=0, link_generation=generation, link_width=width)
+        ).host_bytes_per_s
+
+    assert 11e9 < rate(3, 16) < 12e9
+    assert rate(5, 16) == pytest.approx(55e9, rel=0.02)
+    assert rate(3, 8) == rate(3, 16) / 2
+    assert "assumed" in link_rates(GpuFacts(index=0)).link_source
+    assert link_rates(GpuFacts(index=0)).host_bytes_per_s == 11e9
+
+
+def test_a_gpu_that_was_not_measured_counts_as_its_kind() -> None:
+    known = compute_ceilings(GpuFacts(index=0, name="NVIDIA H100 80GB HBM3", capability=90), 1)
+    assert "measured" in known.source
+    t4_ceilings = compute_ceilings(GpuFacts(index=0, name="Tesla T4", capability=75), 1)
+    assert t4_ceilings.bytes_per_s < 320e9
+    newer = compute_ceilings(GpuFacts(index=0, name="B200", capability=100), 1)
+    assert newer == compute_ceilings(GpuFacts(index=0, name="GH200", capability=90), 1) or (
+        newer.flops_per_s >= 6e14
+    )
+    assert compute_ceilings(None, 4).flops_per_s == 4 * compute_ceilings(None, 1).flops_per_s

@@ -1,0 +1,87 @@
+"""launch/test.sh with a stand-in for tox: what it runs, and that one failure fails it all."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 60
+TOX = """#!/usr/bin/env bash
+echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
+echo "said $*"
+[ "${!#}" != "$FAILS" ] || exit 7
+"""
+REST = "unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed,page,slurm"
+
+
+def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int, str, list[str]]:
+    """The exit code, the output and each call of tox, with `fails`: the environments that do."""
+    programs = folder / "venv/bin"
+    programs.mkdir(parents=True)
+    for name, text in (("python", "#!/bin/sh\nexit 9\n"), ("tox", TOX)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    calls = folder / "calls"
+    ours = {"MPIPIPE_VENV": str(folder / "venv"), "CALLS": str(calls), "FAILS": fails, **environ}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("MPIPIPE_")}
+    result = subprocess.run(
+        [ROOT / "launch/test.sh", *words],
+        env={**kept, **ours},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return result.returncode, result.stdout, calls.read_text().splitlines()
+
+
+def test_all_environments_run_and_the_shared_one_is_made_once(tmp_path: Path) -> None:
+    code, said, calls = run(tmp_path)
+    assert code == 0, said
+    full = "brings full up to date: run --notest -e full"
+    # Lint begins beside the installation, types beside the suites: nothing orders these.
+    assert sorted(calls) == sorted(
+        [full, "brings full up to date: run -e lint", ": run -e type", f": run -e {REST}"]
+    )
+    for after in (": run -e type", f": run -e {REST}"):
+        assert calls.index(full) < calls.index(after)
+    for environment in ("lint", "type", REST):
+        assert f"said run -e {environment}\n" in said
+
+
+@pytest.mark.parametrize("fails", ["lint", "full", "type", REST])
+def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path) -> None:
+    code, said, calls = run(tmp_path, fails=fails)
+    assert code == 7, said
+    if fails == "full":
+        assert not [call for call in calls if call.startswith(": ")], "nothing runs without it"
+    else:
+        assert f"said run -e {fails}" in said
+        assert len(calls) == 4
+
+
+def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
+    tmp_path: Path,
+) -> None:
+    off = {"MPIPIPE_PAGE_TESTS": "off", "MPIPIPE_SLURM_TESTS": "off"}
+    _, _, calls = run(tmp_path / "off", **off)
+    assert f": run -e {REST.removesuffix(',page,slurm')}" in calls
+    _, _, calls = run(tmp_path / "named", "unit,mpi-2")
+    assert calls == ["brings full up to date: run -e unit,mpi-2"]
+    assert run(tmp_path / "failing", "unit", fails="unit")[0] == 7
+
+
+def test_every_folder_of_tests_has_an_environment_that_runs() -> None:
+    """But for those of a GPU. A folder that is gone is an error of pytest."""
+    written = (ROOT / "tox.ini").read_text(encoding="utf-8").partition("[pytest]")[0]
+    named = set(re.findall(r"tests/(\w+)\b(?!\.py)", written))
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders <= named | {"gpu"}
+    for folder in named - {"mpi"}:
+        assert any((ROOT / "tests" / folder).glob("test_*.py")), folder
