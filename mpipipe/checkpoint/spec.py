@@ -31,6 +31,7 @@ from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.checkpoint.staged import require_finished
 from mpipipe.errors import CheckpointError, UnsupportedModelError
+from mpipipe.types import QuantizeName
 
 __all__ = ["ModelSpec", "read_spec", "require_model_folder"]
 
@@ -57,6 +58,9 @@ class ModelSpec:
     rotary: RotaryFacts = field(default_factory=RotaryFacts)
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     num_experts: int = 1  # feed-forwards per layer, each of intermediate_size; 1: no mixture
+    # What the linears of the layers are in, and an LM head of its own: by the checkpoint, or, in
+    # planning, by the run.
+    quantized: QuantizeName = "none"
 
     @property
     def layer_parameters(self) -> int:
@@ -67,6 +71,21 @@ class ModelSpec:
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
         return attention + mlp * self.num_experts
+
+    @property
+    def quantizable_parameters(self) -> int:
+        """Those of `layer_parameters` that can be quantised: experts are not (one tensor each)."""
+        if self.num_experts == 1:
+            return self.layer_parameters
+        return self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def quantizable_outputs(self) -> int:
+        """Output channels of these matrices together: each has a scale."""
+        heads = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.hidden_size
+        if self.num_experts > 1:
+            return heads
+        return heads + self.intermediate_size * (1 + self.gated_mlp) + self.hidden_size
 
     @property
     def embedding_parameters(self) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
@@ -29,6 +30,7 @@ from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
+from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
 from mpipipe.models.rotary import settle_rotary
 from mpipipe.models.stage_cut import (
     CheckpointNames,
@@ -50,9 +52,11 @@ if TYPE_CHECKING:
     from mpipipe.models.attention.base import AttentionBackend
     from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
+    from mpipipe.types import QuantizeName
 
 __all__ = ["StageModel", "build_stage_model"]
 
+_HEAD = "lm_head.weight"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -64,6 +68,7 @@ def build_stage_model(
     backend: AttentionBackend,
     max_sequence_tokens: int,
     trust_remote_code: bool = False,
+    quantize: QuantizeName = "none",
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
 
@@ -74,6 +79,8 @@ def build_stage_model(
         backend: computes attention.
         max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
+        quantize: what the linears of the layers become, and an LM head that is not tied to the
+            embedding (`quantized_linear`).
 
     Raises:
         UnsupportedModelError: the family cannot be split into stages.
@@ -82,7 +89,10 @@ def build_stage_model(
     parts = locate_parts(model)
     names = CheckpointNames.of(model)
     context = ForwardContext(backend, stage.first_layer)
-    attach_context(cut_stage(parts, stage), context)
+    layers = cut_stage(parts, stage)
+    attach_context(layers, context)
+    if quantize != "none":
+        _quantize(parts, layers, names, quantize)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -90,6 +100,21 @@ def build_stage_model(
         names=names,
         dtype=dtype,
         max_positions=max_sequence_tokens,
+    )
+
+
+def _quantize(
+    parts: ModelParts, layers: nn.ModuleList, names: CheckpointNames, scheme: QuantizeName
+) -> None:
+    """A tied head is the embedding, which gives its rows as they are."""
+    config = parts.model.config
+    experts = (getattr(config, name, None) for name in _EXPERT_COUNTS)
+    head = parts.model if hasattr(parts.model, "lm_head") else None
+    quantize_linears(
+        layers,
+        None if _HEAD in names.tied else head,
+        scheme,
+        num_experts=max((count for count in experts if isinstance(count, int)), default=0),
     )
 
 
@@ -130,9 +155,13 @@ class StageModel(PlainStage):
     def wanted_names(self) -> dict[str, str]:
         """What to load: name in `module.state_dict()` → name in the full model's.
 
-        Both ends of a tied pair are named where a stage holds both; they are one parameter.
+        Both ends of a tied pair are named where a stage holds both; they are one parameter. The
+        scale of a quantised weight is made while loading.
         """
-        return {name: self._canonical(name) for name in self.module.state_dict()}
+        scales = {f"{path}.scale" for path, _ in quantized_linears(self.module)}
+        return {
+            name: self._canonical(name) for name in self.module.state_dict() if name not in scales
+        }
 
     def layer_names(self) -> list[list[str]]:
         """By layer of the stage, the names of its tensors in `module.state_dict()`."""
@@ -177,9 +206,10 @@ class StageModel(PlainStage):
             UnsupportedModelError: the family fails the trial steps (`verification`).
         """
         self.device = loaded_device(self.module)
+        self.operations = operations or choose_operations(self.device)[0]
+        use_products(self.module, self.operations.quantized_product)
         self._streamed = streamed or self._streamed
         attach_streaming(self.module, self._base, self._streamed)
-        self.operations = operations or choose_operations(self.device)[0]
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
         kv_shape = verify_stage(self)
@@ -191,9 +221,8 @@ class StageModel(PlainStage):
                 ),
             )
         self._context.cache = cache
-        layers = list(self._base.layers)
-        self.mode, self.mode_reason = _choose_mode(mode, self.module, layers, cache, self.device)
-        del layers  # what is merged shall be freed
+        chosen = _choose_mode(mode, self.module, self._base.layers, cache, self.device)
+        self.mode, self.mode_reason = chosen
         if self.mode == "packed":
             self._pack()
         elif self.mode == "fast":

@@ -9,9 +9,9 @@ check it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from mpipipe.checkpoint.families import refuse
+from mpipipe.models.quantized_linear import QuantizedLinear
 
 __all__ = [
+    "LinearTensors",
     "ModelParts",
+    "can_merge",
     "check_config",
     "detach_inputs",
     "detach_outputs",
@@ -31,6 +34,7 @@ __all__ = [
     "join_rows",
     "locate_parts",
     "merge_linears",
+    "merged_linears",
     "refuse",
 ]
 
@@ -81,17 +85,44 @@ def has_silu(layer: Any) -> bool:
     return type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
 
 
-def merge_linears(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of one linear whose outputs are those of `linears`, one after the other.
+class LinearTensors(NamedTuple):
+    """What one linear layer, or several merged ones, compute with."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+    scale_O: torch.Tensor | None  # float32; of a weight in 8 bits
+
+
+def merged_linears(layer: Any) -> Iterator[tuple[Any, ...]]:
+    """Of a Llama-like layer: the linears that fused layers make one product of."""
+    attention, mlp = layer.self_attn, layer.mlp
+    yield attention.q_proj, attention.k_proj, attention.v_proj
+    yield (attention.o_proj,)
+    yield mlp.gate_proj, mlp.up_proj
+    yield (mlp.down_proj,)
+
+
+def can_merge(*linears: nn.Module) -> bool:
+    """Whether they are plain linears, or quantised in one way, all of them."""
+    kinds = {type(linear) for linear in linears}
+    return (
+        kinds in ({nn.Linear}, {QuantizedLinear})
+        and len({linear.weight.dtype for linear in linears}) == 1
+    )
+
+
+def merge_linears(*linears: nn.Linear | QuantizedLinear) -> LinearTensors:
+    """Those of one linear whose outputs are those of `linears`, one after the other.
 
     Views, where the linears' own lie side by side in one storage; else copies.
     """
-    if len(linears) == 1:
-        return linears[0].weight.detach(), linears[0].bias
-    bias_O = None
-    if linears[0].bias is not None:
-        bias_O = join_rows([linear.bias for linear in linears])
-    return join_rows([linear.weight for linear in linears]), bias_O
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    scales = [linear.scale for linear in linears if isinstance(linear, QuantizedLinear)]
+    return LinearTensors(
+        join_rows([linear.weight for linear in linears]),
+        join_rows(biases) if biases else None,
+        join_rows(scales) if scales else None,
+    )
 
 
 def join_rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,12 +18,20 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from mpipipe.models.families import has_silu, is_of_transformers, merge_linears
+from mpipipe.models.families import (
+    can_merge,
+    has_silu,
+    is_of_transformers,
+    merge_linears,
+    merged_linears,
+)
 from mpipipe.models.prepacked_linear import (
+    PrepackedLinear,
     can_prepack,
     prepack,
     return_freed_memory,
 )
+from mpipipe.models.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -45,7 +53,7 @@ class FusedLayer(nn.Module):
         self, layer: Any, number: int, context: ForwardContext, options: AttentionOptions
     ) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self._context = context
         self._number = number  # within the stage
         self._head_dim: int = attention.head_dim
@@ -53,10 +61,9 @@ class FusedLayer(nn.Module):
         self._options = options
         self.input_norm = layer.input_layernorm
         self.post_norm = layer.post_attention_layernorm
-        self.qkv = prepack(*merge_linears(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.output = prepack(*merge_linears(attention.o_proj))
-        self.gate_up = prepack(*merge_linears(mlp.gate_proj, mlp.up_proj))
-        self.down = prepack(*merge_linears(mlp.down_proj))
+        self.qkv, self.output, self.gate_up, self.down = (
+            _product(*linears) for linears in merged_linears(layer)
+        )
 
     def forward(
         self,
@@ -137,8 +144,21 @@ def fuse_layers(
 def _is_fusable(layer: Any) -> bool:
     if not is_of_transformers(layer, FUSABLE) or not has_silu(layer):
         return False
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return all(type(linear) is nn.Linear and can_prepack(linear) for linear in linears)
+    return all(
+        can_merge(*linears) and (isinstance(linears[0], QuantizedLinear) or can_prepack(linears[0]))
+        for linears in merged_linears(layer)
+    )
+
+
+def _product(*linears: nn.Linear | QuantizedLinear) -> PrepackedLinear | QuantizedLinear:
+    """One layer whose outputs are those of `linears`, one after the other."""
+    weight_OI, bias_O, scale_O = merge_linears(*linears)
+    first = linears[0]
+    if scale_O is None or not isinstance(first, QuantizedLinear):
+        return prepack(weight_OI, bias_O)
+    merged = QuantizedLinear(weight_OI, scale_O, bias_O)
+    merged.multiply = first.multiply
+    return merged
 
 
 def _norm(norm: Any, hidden_TH: torch.Tensor) -> torch.Tensor:

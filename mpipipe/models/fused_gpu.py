@@ -23,13 +23,21 @@ import torch
 from torch import nn
 
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.families import has_silu, is_of_transformers, merge_linears
+from mpipipe.models.families import (
+    LinearTensors,
+    can_merge,
+    has_silu,
+    is_of_transformers,
+    merge_linears,
+    merged_linears,
+)
 from mpipipe.models.layer_options import HeadNorms
+from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.models.rotary import LengthRotary
 from mpipipe.models.streaming import NO_GATES, StreamedHead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention_bridge import ForwardContext
@@ -68,8 +76,8 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
             return f"{type(layer).__name__} is not one of the fused layers"
         if not has_silu(layer):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
-        if any(type(linear) is not nn.Linear for linear in _linears(layer)):
-            return "its linear layers are not plain ones"
+        if any(not can_merge(*linears) for linears in merged_linears(layer)):
+            return "its linear layers are not plain ones, or not all quantised in one way"
         if layer.self_attn.head_dim != head_dim:
             return f"its heads have {layer.self_attn.head_dim} elements, its cache {head_dim}"
     rotary = _rotary_of(model)
@@ -81,15 +89,18 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MergedLinear:
-    """A weight [O, I] and perhaps a bias [O]; one or several of the model's, merged."""
+    """A linear layer of the stage, or several of the model's, merged."""
 
-    weight_OI: torch.Tensor
-    bias_O: torch.Tensor | None
+    tensors: LinearTensors
     operations: Operations
 
     def __call__(self, rows_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] → [T, O]."""
-        return self.operations.linear(rows_TI, self.weight_OI, self.bias_O)
+        weight_OI, bias_O, scale_O = self.tensors
+        if scale_O is None:
+            return self.operations.linear(rows_TI, weight_OI, bias_O)
+        multiply = self.operations.quantized_product(weight_OI.dtype)
+        return multiply(rows_TI, weight_OI, scale_O, bias_O)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,8 +144,8 @@ def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -
     )
 
 
-def _merged(operations: Operations, *parts: nn.Linear) -> _MergedLinear:
-    return _MergedLinear(*merge_linears(*parts), operations)
+def _merged(operations: Operations, *parts: nn.Linear | QuantizedLinear) -> _MergedLinear:
+    return _MergedLinear(merge_linears(*parts), operations)
 
 
 def _norm_of(norm: Any) -> _NormWeight:
@@ -175,7 +186,7 @@ def build_fused_stack(
         embedding=base.embed_tokens,
         final_norm=None if model.lm_head is None else _norm_of(base.norm),
         head=_merged_head(operations, model.lm_head),
-        rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].down.weight_OI),
+        rotary=_rotary_lookup(_rotary_of(model), max_positions, layers[0].input_norm.weight_H),
         context=context,
         operations=operations,
         gates=gates,
@@ -307,7 +318,3 @@ def _rotary_lookup(rotary: Any, max_positions: int, like: torch.Tensor) -> _Rota
 
 def _rotary_of(model: Any) -> Any:
     return model.model.rotary_emb
-
-
-def _linears(layer: Any) -> Iterator[nn.Module]:
-    yield from (module for module in layer.modules() if hasattr(module, "in_features"))

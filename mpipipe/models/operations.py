@@ -12,7 +12,7 @@ X = (H + 2 K) * D, I intermediate size, O and I the sides of a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,12 @@ from torch.nn.functional import linear, silu
 
 from mpipipe.kv_cache.layout import place_rows
 from mpipipe.kv_cache.paged import store_rows
+from mpipipe.models.quantized_linear import (
+    QuantizedProduct,
+    linear_fp8,
+    linear_int8,
+    linear_int8_blocked,
+)
 
 if TYPE_CHECKING:
     from mpipipe.models.layer_options import HeadNorms
@@ -41,6 +47,10 @@ class Operations:
       norms=…)` → rotated q [T, H, D] and k, v [T, K, D]; k and v are in the cache then;
     * `gated_silu(gate_up_TX)` → silu(first half) * second half: [T, X / 2];
     * `linear(hidden_TH, weight_OH, bias_O)` → [T, O];
+    * `linear_int8(rows_TI, weight_OI, scale_O, bias_O)` → [T, O], of a weight in int8 with a
+      float32 scale for each output channel;
+    * `linear_fp8(rows_TI, weight_OI, scale_O, bias_O)` → [T, O], of a weight in float8_e4m3fn,
+      with rows that are brought to that type, each with its own scale;
     * `advance_rows(kv_len_B, active_B, pages_BP, request_rows_B, last_token_N, page_size=…)` adds a
       token to every active row: positions, cache slots and input tokens, int64 [B] each;
     * `greedy_ids(logits_SV)` → the lowest id of each row's largest logit, -1 where that is not
@@ -53,14 +63,21 @@ class Operations:
     rotate_and_store: Callable[..., _Three]
     gated_silu: Callable[[torch.Tensor], torch.Tensor]
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    linear_int8: QuantizedProduct
+    linear_fp8: QuantizedProduct
     advance_rows: Callable[..., _Three]
     greedy_ids: Callable[[torch.Tensor], torch.Tensor]
+
+    def quantized_product(self, dtype: torch.dtype) -> QuantizedProduct:
+        """The product for weights in `dtype`, which has 8 bits."""
+        return self.linear_int8 if dtype == torch.int8 else self.linear_fp8
 
 
 def choose_operations(device: torch.device) -> tuple[Operations, str]:
     """The faster form that works on `device`, and the reason for the choice."""
     if device.type != "cuda":
-        return torch_operations(), "Triton kernels need a GPU"
+        operations = replace(torch_operations(), linear_int8=linear_int8_blocked)
+        return operations, "Triton kernels need a GPU"
     from mpipipe.models.kernels.probe import available
 
     works, problem = available()
@@ -80,6 +97,8 @@ def triton_operations() -> Operations:
         rotate_and_store=rotary.rotate_and_store,
         gated_silu=rowwise.gated_silu,
         linear=_rows_linear,
+        linear_int8=linear_int8,
+        linear_fp8=linear_fp8,
         advance_rows=decode_rows.advance_rows,
         greedy_ids=decode_rows.greedy_ids,
     )
@@ -108,6 +127,8 @@ def torch_operations() -> Operations:
         rotate_and_store=_rotate_and_store,
         gated_silu=_gated_silu,
         linear=linear,
+        linear_int8=linear_int8,
+        linear_fp8=linear_fp8,
         advance_rows=_advance_rows,
         greedy_ids=_greedy_ids,
     )

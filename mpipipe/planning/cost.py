@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 
@@ -19,8 +19,10 @@ __all__ = [
     "gpu_head_cost_in_layers",
     "head_cost_in_layers",
     "head_decode_cost",
+    "head_weight_bytes",
     "kv_page_bytes",
     "layer_decode_cost",
+    "layer_weight_bytes",
     "stage_weight_bytes",
 ]
 
@@ -51,9 +53,28 @@ _CONTEXT_TOKENS = 384
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+_SCALE_BYTES = 4
+
+
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one element of `dtype`, a name as in `ModelSpec.dtype`."""
     return _DTYPE_BYTES[dtype]
+
+
+def layer_weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of one layer's matrices: a byte a weight with a scale per output where quantised."""
+    if spec.quantized == "none":
+        return spec.layer_parameters * dtype_bytes(dtype)
+    plain = spec.layer_parameters - spec.quantizable_parameters
+    narrow = spec.quantizable_parameters + _SCALE_BYTES * spec.quantizable_outputs
+    return narrow + plain * dtype_bytes(dtype)
+
+
+def head_weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of the LM head. A tied one is the embedding, which stays as it is."""
+    if spec.quantized == "none" or spec.tied_embeddings:
+        return spec.embedding_parameters * dtype_bytes(dtype)
+    return spec.embedding_parameters + _SCALE_BYTES * spec.vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +124,27 @@ def layer_decode_cost(
     sequence, a cached token two of them per query head element (scores and values).
     """
     cached_tokens = num_sequences * context_tokens
-    elements = spec.layer_parameters + cached_tokens * spec.kv_elements_per_token_layer
+    cached_bytes = cached_tokens * spec.kv_elements_per_token_layer * dtype_bytes(dtype)
     matrices = 2 * num_sequences * spec.layer_parameters
     attention = 4 * cached_tokens * spec.num_heads * spec.head_dim
-    return StepCost(float(elements * dtype_bytes(dtype)), float(matrices + attention))
+    return StepCost(layer_weight_bytes(spec, dtype) + cached_bytes, float(matrices + attention))
 
 
 def head_decode_cost(
     spec: ModelSpec, dtype: str, *, num_sequences: float = _NUM_SEQUENCES
 ) -> StepCost:
     """The LM head for one token of each of `num_sequences`."""
-    parameters = spec.embedding_parameters
-    return StepCost(float(parameters * dtype_bytes(dtype)), float(2 * num_sequences * parameters))
+    flops = 2 * num_sequences * spec.embedding_parameters
+    return StepCost(float(head_weight_bytes(spec, dtype)), float(flops))
 
 
 def head_cost_in_layers(spec: ModelSpec, dtype: str) -> float:
-    """How many layers take as long as the LM head. The embedding only gathers rows."""
+    """How many layers take as long as the LM head. The embedding only gathers rows.
+
+    On a CPU int8 saves memory, not time: a layer takes as long as in `dtype`
+    (`models/quantized_linear.py` has the figures).
+    """
+    spec = replace(spec, quantized="none")
     head, layer = head_decode_cost(spec, dtype), layer_decode_cost(spec, dtype)
     return head.seconds(CPU_CORE) / layer.seconds(CPU_CORE)
 
@@ -145,11 +171,12 @@ def stage_weight_bytes(
     spec: ModelSpec, dtype: str, *, num_layers: int, has_embedding: bool, has_head: bool
 ) -> int:
     """Bytes of the parameters of a stage. Tied embedding and head on one stage count once."""
-    num_matrices = has_embedding + has_head
-    if spec.tied_embeddings:
-        num_matrices = min(num_matrices, 1)
-    elements = num_layers * spec.layer_parameters + num_matrices * spec.embedding_parameters
-    return elements * dtype_bytes(dtype)
+    has_both = has_embedding and has_head and spec.tied_embeddings
+    return (
+        num_layers * layer_weight_bytes(spec, dtype)
+        + has_embedding * spec.embedding_parameters * dtype_bytes(dtype)
+        + (has_head and not has_both) * head_weight_bytes(spec, dtype)
+    )
 
 
 def kv_page_bytes(

@@ -133,6 +133,7 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
     return (
         ("model.dtype", plan.dtype),
         ("model.weights", plan.weights),
+        *((("model.quantize", plan.quantize),) if plan.quantize != "none" else ()),
         ("pipeline.num_stages", str(plan.num_stages)),
         ("pipeline.split", str(split)),
         ("pipeline.num_slots", str(plan.num_slots)),

@@ -24,7 +24,6 @@ from mpipipe.planning.cost import (
 )
 from mpipipe.planning.devices import (
     choose_device,
-    choose_dtype,
     choose_lookahead,
     choose_prefill,
     choose_transport,
@@ -35,6 +34,7 @@ from mpipipe.planning.layout import note_cores, note_layout, stage_order, thread
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -76,8 +76,7 @@ def make_plan(
     num_stages = _num_stages(decisions, num_ranks=len(ranks))
     device, reason = choose_device(config.pipeline, ranks)
     decisions.settle("pipeline.device", device, reason)
-    dtype, reason = choose_dtype(config.model.dtype, spec.dtype, device, ranks)
-    decisions.settle("model.dtype", dtype, reason)
+    spec, dtype = choose_numbers(spec, decisions, device, ranks)
     limits = choose_step_limits(
         spec, ranks, decisions, device=device, num_requests=workload.num_requests
     )
@@ -187,7 +186,6 @@ class _Resolver:
         backend = self.decisions.settle("pipeline.attention", *attention)
         pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
         num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
-        threads = self._threads()
         lookahead, prefill = self._scheduling_mode()
         # Only steps that are sent ahead need tables that are no wider than the run's requests.
         longest_tokens = demand.longest_tokens if lookahead else limits.max_context_tokens
@@ -209,11 +207,12 @@ class _Resolver:
             transport=transport,
             device=self.device,
             attention=backend,
-            threads_per_rank=threads,
+            threads_per_rank=self._threads(),
             lookahead=lookahead,
             prefill=prefill,
             cuda_graphs=self._cuda_graphs(backend),
             weights=self.decisions.config.model.weights,
+            quantize=spec.quantized,
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),

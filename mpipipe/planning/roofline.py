@@ -21,7 +21,7 @@ and computed, so its floor is only right for batches that reach all experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.metrics.throughput import FloorTimes
@@ -29,9 +29,10 @@ from mpipipe.planning.cost import (
     CPU_CORE,
     Ceilings,
     StepCost,
-    dtype_bytes,
     head_decode_cost,
+    head_weight_bytes,
     layer_decode_cost,
+    layer_weight_bytes,
 )
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 
@@ -96,6 +97,7 @@ def job_floor(
     spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ceilings
 ) -> FloorTimes:
     """The floors of `shape` under `plan` when every rank has the same `ceilings`."""
+    spec = replace(spec, quantized=plan.quantize)
     running = min(shape.num_sequences, plan.num_slots * plan.max_sequences_per_slot)
     num_active_slots = min(plan.num_slots, running)
     num_chunks = max(1, -(-shape.num_prompt_tokens // plan.max_tokens_per_step))
@@ -136,6 +138,8 @@ def _prefill_step(
     """The mean chunk; of every prompt only the last row passes the LM head."""
     layers = stage.num_layers * spec.layer_parameters
     head = spec.embedding_parameters if stage.has_head else 0
+    moved = stage.num_layers * layer_weight_bytes(spec, dtype)
+    moved += head_weight_bytes(spec, dtype) if stage.has_head else 0
     attention = 4 * shape.prompt_pairs * stage.num_layers * spec.num_heads * spec.head_dim
     flops = 2 * shape.num_prompt_tokens * layers + 2 * shape.num_sequences * head + attention
-    return StepCost((layers + head) * dtype_bytes(dtype), flops / num_chunks)
+    return StepCost(float(moved), flops / num_chunks)

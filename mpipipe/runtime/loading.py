@@ -111,6 +111,7 @@ def _load_parts(
         backend=backend,
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
+        quantize=plan.quantize,
     )
     tensors = stage_tensors(model)
     with ExitStack() as opened:

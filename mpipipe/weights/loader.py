@@ -1,8 +1,9 @@
 """A stage's weights: from the checkpoint into a module that was built on the meta device.
 
 Purpose: account for every name, then read this stage's tensors in file order, convert them to the
-run's type and make them, one by one and in that order, the module's parameters. The models package
-builds the module, chooses the layers and computes non-persistent buffers (rotary tables).
+run's type, or to 8 bits and a scale, and make them, one by one and in that order, the module's
+parameters. The models package builds the module, chooses the layers and computes non-persistent
+buffers (rotary tables).
 
 Invariants: not a byte of a tensor is read before all names, shapes and types were found right;
 foreign tensors are never read; afterwards nothing in the module's `state_dict` is on the meta
@@ -21,6 +22,7 @@ from mpipipe.errors import CheckpointError
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
 from mpipipe.weights.sources import StoredTensor, open_source
 
@@ -107,6 +109,7 @@ class _Slot:
     names: tuple[str, ...]
     parts: tuple[Part, ...]
     meta: torch.Tensor
+    scale: Place | None = None  # of a weight that is quantised when it is read
 
 
 def _slots(
@@ -118,17 +121,27 @@ def _slots(
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
     assert not stray, f"the stage's module has no {stray[:_NAMES_SHOWN]}"
+    scales = {name: scale for name in state if (scale := scale_name(name, state))}
+    made = set(scales.values())  # from the weights, not read
     names: dict[tuple[Part, ...], list[str]] = {}
     for name, canonical in wanted.items():
         names.setdefault(parts[canonical], []).append(name)
     # A name that was not asked for is tied to one that was, by the module or by the configuration.
     for name, tensor in state.items():
-        if name not in wanted:
+        if name not in wanted and name not in made:
             source = tied.get(name)
             twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
-    return [_Slot(tuple(found), key, state[found[0]]) for key, found in names.items()]
+    return [
+        _Slot(
+            tuple(found),
+            key,
+            state[found[0]],
+            Place((scales[found[0]],), state[scales[found[0]]]) if found[0] in scales else None,
+        )
+        for key, found in names.items()
+    ]
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -138,7 +151,8 @@ def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list
         for part in slot.parts:
             found = stored[part.source].dtype
             ours = str(slot.meta.dtype).removeprefix("torch.")
-            if not (found in _FLOATS and ours in _FLOATS) and found != ours:
+            convertible = found in _FLOATS and (ours in _FLOATS or slot.scale is not None)
+            if not convertible and (found != ours or slot.scale is not None):
                 types.append(f"{part.source} is {found}")
     return [
         _listed(shapes, "of another shape"),
@@ -172,15 +186,25 @@ def _fill(
     stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
     _raise_if_any(index, _misfits(slots, stored))
     ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
-    fillings = (_filling(slot, destination) for slot in ordered)
+    fillings = (_filling(slot, stored, destination) for slot in ordered)
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
         _check_range(slot, stored, filled.tensor)
-        tensor = destination.keep(slot.names, filled.tensor)
+        if slot.scale is None:
+            tensor = destination.keep(slot.names, filled.tensor)
+        else:
+            weight = Place(slot.names, slot.meta)
+            tensor, scale = quantize_to(destination, filled.tensor, weight, slot.scale)
+            place(module, slot.scale.names, scale, slot.scale.like)
         place(module, slot.names, tensor, slot.meta)
 
 
-def _filling(slot: _Slot, destination: Destination) -> Filling:
-    tensor = destination.empty(slot.names, slot.meta)
+def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
+    """What is quantised is read in the type of the file first, to the device."""
+    if slot.scale is None:
+        tensor = destination.empty(slot.names, slot.meta)
+    else:
+        dtype = getattr(torch, stored[slot.parts[0].source].dtype)
+        tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
 
 

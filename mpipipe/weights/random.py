@@ -12,8 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from mpipipe.weights.destination import Destination
+from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.loader import LoadReport, place
+from mpipipe.weights.quantize import Place, quantize_to, scale_name
 
 __all__ = ["fill_random"]
 
@@ -34,7 +35,8 @@ def fill_random(
 
     Args:
         module: built in `dtype` on the meta device; its parameters and persistent buffers are
-            replaced. One that it keeps in another type stays in that type.
+            replaced. One that it keeps in another type stays in that type; a weight in 8 bits and
+            its scale are made of what is drawn in `dtype`.
         wanted: name in `module.state_dict()` → canonical name (that of the full model).
         tied: canonical name → the canonical name it shares a tensor with.
         dtype: the run's.
@@ -51,17 +53,27 @@ def fill_random(
     num_bytes = 0
     for canonical, sharing in names.items():
         shell = state[sharing[0]]
-        tensor = _drawn(canonical, shell, device, seed)
-        num_bytes += tensor.nbytes
-        if destination is not None:
+        scale = scale_name(sharing[0], state)
+        tensor = _drawn(canonical, shell.shape, dtype if scale else shell.dtype, device, seed)
+        if scale is not None:
+            scale_place = Place((scale,), state[scale])
+            weight_place = Place(tuple(sharing), shell)
+            to = destination or OnDevice(device)
+            tensor, scale_O = quantize_to(to, tensor, weight_place, scale_place)
+            place(module, (scale,), scale_O, state[scale])
+            num_bytes += state[scale].nbytes
+        elif destination is not None:
             tensor = destination.keep(sharing, destination.empty(sharing, shell).copy_(tensor))
         place(module, sharing, tensor, shell)
+        num_bytes += shell.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
 
 
-def _drawn(name: str, shell: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
-    """The tensor called `name` in the full model, like `shell`."""
-    tensor = torch.zeros(shell.shape, dtype=shell.dtype, device=device)
+def _drawn(
+    name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, seed: int
+) -> torch.Tensor:
+    """The tensor called `name` in the full model."""
+    tensor = torch.zeros(shape, dtype=dtype, device=device)
     leaf = name.rpartition(".")[2]
     if tensor.is_floating_point() and "bias" not in leaf:
         if tensor.dim() <= 1:

@@ -21,6 +21,7 @@ from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.operations import Operations
 from mpipipe.planning.plan import StageOffload, StagePlan
 from mpipipe.runtime.loading import stage_tensors, streamed_weights
+from mpipipe.types import QuantizeName
 from mpipipe.weights.destination import Destination
 from mpipipe.weights.loader import load_stage as load_weights
 from mpipipe.weights.offload import OffloadedWeights, StageTensors, open_offload
@@ -400,6 +401,7 @@ def load_stage(
     operations: Operations | None = None,
     device: str = "cpu",
     max_sequence_tokens: int = 64,
+    quantize: QuantizeName = "none",
     offloading: Offloading | None = None,
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file.
@@ -412,6 +414,7 @@ def load_stage(
         dtype=dtype,
         backend=backend or SdpaAttention(),
         max_sequence_tokens=max_sequence_tokens,
+        quantize=quantize,
     )
     if offloading is None:
         assert plan.offload is None

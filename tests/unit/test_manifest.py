@@ -63,6 +63,7 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     assert manifest["basis"] == read
     assert manifest["hashes"]["prompts"] == read["the SHA-256 of the prompts"]
     assert completions_fingerprint(loaded, facts, "float32") != read
+    assert read["model.quantize"] == "none"  # an attempt in other weights is refused
     assert first["plan"] is None
     assert manifest["plan"]["num_slots"] == make_plan().num_slots
     # Nothing is lost on the way from the first to the complete one.
