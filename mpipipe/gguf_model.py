@@ -50,6 +50,16 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 _ROPE_TOLERANCE = 1e-4
+_NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
+_THETA = 10000.0  # llama.cpp's, where a file states none
 _SPACE_PREFIX, _SPACE = "tokenizer.ggml.add_space_prefix", "\u2581"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -169,6 +179,18 @@ def _config(path: Path, reader: GGUFReader, architecture: str) -> dict[str, Any]
     except (ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path.name} lacks what transformers reads ({error})") from error
     config.pop("_model_name_or_path", None)
+    if absent := sorted(name for name in _NEEDED if not config.get(name)):
+        raise CheckpointError(
+            f"{path.name} does not state {', '.join(absent)}: it is no whole model, or damaged"
+        )
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if "blk." in tensor.name}
+    if len(blocks) != config["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{path.name} says {config['num_hidden_layers']} layers and holds {len(blocks)}: it is "
+            "damaged, or one part of a model"
+        )
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("rope_theta", _THETA)
     # The file holds float32: 1e-5 comes out as 9.99999974e-06.
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
     _require_settings_taken(path, reader, architecture)
@@ -234,8 +256,14 @@ def _placed(path: Path, reader: GGUFReader, architecture: str, config: dict[str,
         get_gguf_hf_weights_map,
     )
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception as error:  # of odd settings: whatever the family's code raises
+        raise CheckpointError(
+            f"{path.name} has settings of which transformers makes no model ({error}): the file "
+            "is damaged, or of a variant that is not converted"
+        ) from error
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     names = get_gguf_hf_weights_map(model, processor, model_type=architecture)
     stored = {names[t.name]: t for t in reader.tensors if t.name in names}
@@ -327,7 +355,14 @@ def _set_space_prefix(tokenizer: PreTrainedTokenizerFast, *, prefixed: bool) -> 
 
 def _require_known_splits(model: GgufModel) -> None:
     """A byte-level tokenizer splits text by rules that the file only names."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError as error:
+        raise EnvironmentSetupError(
+            "this transformers is too old to make tokenizers of GGUF files as they are meant (5.23 "
+            "does): install a newer one, or give the folder of the original model's tokenizer "
+            "files (--tokenizer FOLDER)"
+        ) from error
 
     rule = model.field("tokenizer.ggml.pre")
     is_byte_level = model.field("tokenizer.ggml.model") == "gpt2"

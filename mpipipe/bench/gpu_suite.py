@@ -1,8 +1,9 @@
 """All benchmarks and tests of the GPU engine, as parts to run on one machine, and their table.
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
-(pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `transformers_1`
-and `transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
+(pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
+and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `transformers_1` and
+`transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
 `launch/bench_gpu.py` runs them.
 
 Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
@@ -48,6 +49,9 @@ _SINGLE = {
 # Prompt chunks between the decode steps, for requests that arrive over time: what that costs a job
 # whose prompts are all there, for which prompts come first (phases, the default of a run).
 _MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
+# Held against `single_` and `pipeline_`: decode of few rows, of many, and a job with much prefill.
+_QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
+_QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 _TRANSFORMERS = ("1x512x128", "32x512x128")
 
@@ -132,17 +136,17 @@ def _throughput_part(
     *,
     variant: str,
 ) -> Part:
-    """`bench throughput` of a shape. `variant`: a key of the section `pipeline` and its value."""
+    """`bench throughput` of a shape. `variant`: a setting and its value."""
     name = f"{kind}_{shape}"
     json_path = options.out / f"{name}.jsonl"
     command = [*_mpirun(num_ranks), *_bench("throughput", shape, options)]
-    command += [f"pipeline.{variant}"] if variant else []
+    command += [variant] if variant else []
     command += [word for work in _works(works, options) for word in ("--work", work)]
     if name == f"pipeline_{_SHAPES[0]}":
         command += ["--trace", str(options.out / "trace.json"), "--trace-steps", "50"]
     if options.profile and name == f"pipeline_{options.profile}":
         command += ["--profile", str(options.out / "profile.json")]
-    labels = {"shape": shape, "ranks": num_ranks, "variant": variant}
+    labels = {"shape": shape, "ranks": num_ranks, "variant": variant.rpartition(".")[2]}
     return Part(name, [*command, "--json", str(json_path)], 100.0, json_path, labels)
 
 
@@ -163,8 +167,11 @@ def all_parts(options: SuiteOptions) -> list[Part]:
     throughput = (
         ("pipeline", 2, "", _PIPELINE),
         ("latency", 2, "", _LATENCY),
-        ("chunks", 2, "prefill=mixed", _MIXED_PREFILL),
+        ("chunks", 2, "pipeline.prefill=mixed", _MIXED_PREFILL),
         ("single", 1, "", _SINGLE),
+        ("int8", 1, "model.quantize=int8", _QUANTIZED),
+        ("fp8", 1, "model.quantize=fp8", _QUANTIZED),
+        ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
     )
     parts = [
         _throughput_part(kind, shape, works, ranks, options, variant=variant)

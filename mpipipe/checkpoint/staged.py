@@ -6,6 +6,7 @@ act. So a copy that was broken off is told apart from a model, however much of i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from mpipipe.checkpoint.jsonfile import read_json_object
@@ -23,12 +24,11 @@ def require_finished(folder: Path) -> None:
     if not path.is_file() or (folder / MANIFEST_NAME).is_file():
         return
     command = f"mpipipe stage-model SRC {folder}"
-    try:
+    progress = ""
+    with suppress(CheckpointError, KeyError, TypeError):  # damaged, or of another version
         told = read_json_object(path)
-        done, total = len(told["files"]), int(told["num_files"])
-        progress, command = f" ({done} of {total} files are there)", str(told["command"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        progress = ""  # damaged, or of another version
+        progress = f" ({len(told['files'])} of {told['num_files']} files are there)"
+        command = str(told["command"])
     raise CheckpointError(
         f"the copy in {folder} is not finished{progress}: it is being made, or was broken off; "
         f"go on with it: {command}"

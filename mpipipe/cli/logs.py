@@ -190,7 +190,7 @@ def sql(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
-    """Any other question, in SQL: tables run_log, boot, steps, samples, requests, clock."""
+    """Any other question, in SQL: run_log, boot, steps, samples, requests, messages, clock."""
     from mpipipe.cli.logs_view import show_rows
     from mpipipe.logs.reading import find_run
     from mpipipe.logs.sql import query

@@ -176,7 +176,7 @@ def show_steps(files: RunFiles, report: StepReport, *, as_json: bool) -> None:
         return
     _print(f"{report.num_steps:,} steps, of which {report.num_steps_kept:,} were kept")
     table = _table("rank", "stage", "phase", "steps", "tokens", "p50", "p95", "max", "compute p50",
-                   "transfer p50", "bytes in", left=("phase",))  # fmt: skip
+                   "transfer p50", "bytes in/step", left=("phase",))  # fmt: skip
     for row in report.phases:
         times = (row.p50_s, row.p95_s, row.max_s, row.compute_p50_s, row.transfer_p50_s)
         table.add_row(
@@ -205,11 +205,11 @@ def show_samples(files: RunFiles, found: Sequence[Interval], *, as_json: bool) -
     if as_json:
         _print_json({"samples": [dataclasses.asdict(one) for one in found], "notes": files.notes()})
         return
-    names = [
-        name
-        for name in (found[0].values if found else ())
-        if any(one.values[name] is not None for one in found)
-    ]
+    if not found:
+        _print("no samples")
+        _show_notes(files.notes())
+        return
+    names = [name for name in found[0].values if any(one.values[name] is not None for one in found)]
     gpu = any(one.gpu for one in found)
     titles = [_title(name) for name in names]
     table = _table("rank", "from", "to", *titles, *(("GPU %", "power W") if gpu else ()))
@@ -272,7 +272,9 @@ def show_differences(
     table = _table("", "name", first, second, "ratio", left=("", "name", first, second))
     for one in found:
         ratio = "" if one.ratio is None or one.group != "figures" else f"{one.ratio:.2f}"
-        table.add_row(one.group, one.name, _told(one.first), _told(one.second), ratio)
+        digits = 4 if one.group == "figures" else 10
+        told = (_told(value, digits) for value in (one.first, one.second))
+        table.add_row(one.group, one.name, *told, ratio)
     _show(table) if found else _print("no differences")
     _show_notes(notes)
 
@@ -304,7 +306,7 @@ def _show(shown: Table | Text) -> None:
     """Print without the spaces that fill each line, in colour on a terminal only."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else _LEAST_WIDTH
-    console = Console(width=width, force_terminal=terminal, highlight=False)
+    console = Console(width=width, force_terminal=terminal, highlight=False, markup=False)
     with console.capture() as captured:
         console.print(shown, soft_wrap=isinstance(shown, Text))
     _print("\n".join(line.rstrip() for line in captured.get().splitlines()))
@@ -343,11 +345,11 @@ def _exact(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _told(value: Any) -> str:
+def _told(value: Any, digits: int = 10) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.10g}"
+        return f"{value:.{digits}g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -360,4 +362,5 @@ def _amount(name: str, value: float | None) -> str:
         return "-"
     if "bytes" in name:
         return f"{value / 1e6:,.1f} MB"
-    return f"{value:,.1f}"
+    is_count = name.startswith("num_") or name == "kv_pages_used"
+    return f"{value:,.0f}" if is_count else f"{value:,.1f}"

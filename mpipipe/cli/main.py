@@ -58,6 +58,7 @@ _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
 _WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
+_FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
@@ -313,6 +314,25 @@ def bench_transformers(
         transformers_works_command(config, overrides or [], work, place, batch_size=batch_size)
     else:
         transformers_command(config, overrides or [], place, batch_size=batch_size)
+
+
+@bench.command("quantize")
+def bench_quantize(
+    *,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    form: Annotated[list[str] | None, typer.Option(help=_FORM)] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in total.")] = 2048,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; few take decode's way.")] = 512,
+    debug: Debug = False,  # noqa: ARG001 - read by `main`
+) -> None:
+    """Error of the logits and perplexity in 8 bits: `mpipipe bench quantize MODEL PROMPTS`."""
+    from mpipipe.bench.quantization import TextOptions
+    from mpipipe.cli.bench_quantize import quantize_command
+
+    options = TextOptions(tokens, text_tokens, rows)
+    quantize_command(config, overrides or [], form or ["none", "int8", "fp8"], options)
 
 
 _EXPERIMENTS: dict[ExperimentName, str] = {

@@ -121,7 +121,9 @@ class _Stop:
 @contextmanager
 def _stopping() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {number: signal.signal(number, stop.take) for number in _SIGNALS}
+    # What is ignored stays so: that is what nohup asks for.
+    taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.take) for number in taken}
     try:
         yield stop
     finally:

@@ -174,7 +174,8 @@ class LogConfig:
     """What is written while running."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`."""
+    """`debug`, `info`, `warning` or `error`, for `rank_<r>.log`; `debug` also writes the control
+    messages to `messages_rank_<r>.jsonl`."""
     progress: Literal["auto", "bar", "plain", "none"] = AUTO
     """`bar`, `plain`, `none`, or `auto`: a bar on a terminal, plain lines otherwise."""
     steps: Literal["recent", "all", "none"] = "recent"

@@ -2,19 +2,21 @@
 
 `mesh` makes the collectives out of these messages.
 
-Invariants: messages of one source are delivered in the order they were sent; a message without a
-mailbox waits until its type gets one; messages to the own rank are never encoded.
+Invariants: messages of one source are delivered in the order they were sent, so the n-th that one
+rank sends to another is the n-th that the other gets; a message without a mailbox waits until its
+type gets one; messages to the own rank are never encoded.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, NoReturn
 
 from mpipipe.control_plane import codec
 from mpipipe.control_plane.mailbox import Mailbox
 from mpipipe.control_plane.messages import Heartbeat
 from mpipipe.control_plane.pending_collectives import Collective, PendingCollectives
+from mpipipe.metrics.lines import MessageRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,15 +39,22 @@ class Messenger:
         channel: carries the bytes.
         engine: polls; its `run` must be under way while anything here is awaited.
         clock: that deadlines are measured on.
+
+    Attributes:
+        on_message: told of each message to and from other ranks; None, the default: no one is.
     """
 
     def __init__(self, channel: Channel, engine: ProgressEngine, clock: Clock) -> None:
+        self.on_message: Callable[[MessageRecord], object] | None = None
         self._channel = channel
         self._engine = engine
+        self._clock = clock
         self._pending = PendingCollectives(clock)
         self._mailboxes: dict[type, Mailbox[tuple[int, Message]]] = {}
         self._backlog: deque[tuple[int, Message]] = deque()
         self._unregister: Callable[[], None] | None = None
+        self._num_sent = Counter[int]()  # by rank
+        self._num_received = Counter[int]()
 
     @property
     def rank(self) -> int:
@@ -87,13 +96,13 @@ class Messenger:
         if to == self.rank:
             self._deliver(to, message)
         else:
-            self._channel.send_nowait(to, codec.encode(message))
+            self._send_frame(to, message, codec.encode(message))
 
     def send_quietly(self, ranks: Iterable[int], heartbeat: Heartbeat) -> None:
         """Start sending to other ranks, without waking their polling or ours; encoded once."""
         frame = codec.encode(heartbeat)
         for to in ranks:
-            self._channel.send_nowait(to, frame, quiet=True)
+            self._send_frame(to, heartbeat, frame, quiet=True)
 
     def broadcast_message(self, message: Message) -> None:
         """Start sending `message` to every rank, this one included; encoded once."""
@@ -106,7 +115,15 @@ class Messenger:
         frame = codec.encode(message)
         for to in range(self.world_size):
             if to != self.rank:
-                self._channel.send_nowait(to, frame)
+                self._send_frame(to, message, frame)
+
+    def _send_frame(self, to: int, message: Message, frame: bytes, *, quiet: bool = False) -> None:
+        if self.on_message is not None:
+            kind, number = type(message).__name__, self._num_sent[to]
+            now_s = self._clock.now_s()
+            self.on_message(MessageRecord(now_s, "sent", kind, to, number, len(frame)))
+        self._num_sent[to] += 1
+        self._channel.send_nowait(to, frame, quiet=quiet)
 
     def mailbox(self, *types: type[Message]) -> Mailbox[tuple[int, Message]]:
         """A mailbox that gets every (source, message) of `types`, those that wait already first.
@@ -130,6 +147,11 @@ class Messenger:
                 return active
             source, frame = received
             message = codec.decode(frame)
+            if self.on_message is not None:
+                kind, number = type(message).__name__, self._num_received[source]
+                now_s = self._clock.now_s()
+                self.on_message(MessageRecord(now_s, "received", kind, source, number, len(frame)))
+            self._num_received[source] += 1
             self._deliver(source, message)
             active = active or not isinstance(message, Heartbeat)
         return True

@@ -1,4 +1,5 @@
-"""What `mpipipe run` records while it generates: steps, samples, requests, clocks, each in a file.
+"""What `mpipipe run` records while it generates, each in a file: steps, samples, requests, clocks,
+and with `log.level = "debug"` the control messages.
 
 All of it is written, that rank's log too, and samples are taken, in one thread per rank
 (`run_folder.line_thread`). The event loop only tells what has happened.
@@ -6,16 +7,19 @@ All of it is written, that rank's log too, and samples are taken, in one thread 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.energy import EnergyMeter
 from mpipipe.metrics.gap_histogram import GapHistogram
 from mpipipe.metrics.lines import (
+    MessageRecord,
     RequestRecord,
     json_line,
     line_start,
+    message_line,
     request_fields,
     step_line,
 )
@@ -24,21 +28,22 @@ from mpipipe.topology.nvml import GpuDevice, opened_nvml
 from mpipipe.topology.usage import Usage, read_usage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from mpipipe.clock import Clock
     from mpipipe.config.schema import LogConfig
+    from mpipipe.control_plane.mesh import Mesh
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.metrics.log import LogFile
-    from mpipipe.run_folder.file_thread import FileThread
     from mpipipe.runtime.clock_offsets import ClockOffset
     from mpipipe.runtime.session import Session
 
 __all__ = ["Recording", "recording"]
 
-_NUM_RECENT_STEPS = 4096
+_NUM_STEPS = 4096  # that are kept at least
+_NUM_MESSAGES = 16_384
 _CLOSE_S = 10.0  # a file system that does not answer must not keep the run from ending
 _CLOSE_FAILED_S = 1.0
 
@@ -79,16 +84,16 @@ class Recording:
         self._gpu: GpuDevice | None = None
         self._nvml = ExitStack()
         self._usage: tuple[float, Usage] | None = None
-        rank, num_kept = identity.rank, None if wanted.steps == "all" else _NUM_RECENT_STEPS
-        self._steps = LineFile(
-            folder / f"steps_rank_{rank}.jsonl", self._step_line, num_kept=num_kept
-        )
-        self._samples = LineFile(folder / f"samples_rank_{rank}.jsonl", self._line)
+        num_kept = None if wanted.steps == "all" else _NUM_STEPS
+        name = f"rank_{identity.rank}.jsonl"
+        self._steps = LineFile(folder / f"steps_{name}", self._step_line, num_kept=num_kept)
+        self._samples = LineFile(folder / f"samples_{name}", self._line)
         self._requests = LineFile(folder / "requests.jsonl", self._request_line)
         self._clocks = LineFile(folder / "clock.jsonl", self._line)
-        files = (log, self._steps, self._samples, self._requests, self._clocks)
+        messages = folder / f"messages_{name}"
+        self._messages = LineFile(messages, self._message_line, num_kept=_NUM_MESSAGES)
         self.thread = LineThread(
-            files,
+            (log, self._steps, self._messages, self._samples, self._requests, self._clocks),
             clock=clock,
             work=self._sample,
             work_interval_s=wanted.sample_interval_s,
@@ -112,10 +117,17 @@ class Recording:
             fields = {"of_rank": offset.rank, "offset_s": 0.0 - offset.ahead_s}
             self._clocks.tell((now_s, {**fields, "error_s": offset.error_s}))
 
+    def take_message(self, record: MessageRecord) -> None:
+        """A control message was sent or received."""
+        self._messages.tell(record)
+
     # ---- in the thread ---------------------------------------------------------------------------
 
     def _step_line(self, told: tuple[StepRecord, float | None]) -> str:
         return step_line(self._start, *told)
+
+    def _message_line(self, record: MessageRecord) -> str:
+        return message_line(self._start, record)
 
     def _request_line(self, record: RequestRecord) -> str:
         self.gaps.add(record.gaps_s())
@@ -171,7 +183,6 @@ async def recording(
     identity: RunIdentity,
     wanted: LogConfig,
     session: Session,
-    files: FileThread,
     *,
     log: LogFile,
     on_failure: Callable[[str], object],
@@ -199,13 +210,23 @@ async def recording(
         on_clocks=recorder.take_clocks,
     )
     try:
-        yield recorder
-        await session.clocks.compare()
-        await session.settle()
+        with _messages_told(ranks.mesh, recorder.take_message if wanted.level == "debug" else None):
+            yield recorder
+            await session.clocks.compare()
+            await session.settle()
     except BaseException:
         session.give_up_times()
         recorder.thread.close(_CLOSE_FAILED_S)
         raise
-    if await files.run(lambda: recorder.thread.close(_CLOSE_S)):
+    if await asyncio.to_thread(recorder.thread.close, _CLOSE_S):
         recorder.release()
-    session.energy_j = recorder.energy.energy_j
+    session.energy_j, session.io_write_s = recorder.energy.energy_j, recorder.thread.busy_s
+
+
+@contextmanager
+def _messages_told(mesh: Mesh, take: Callable[[MessageRecord], None] | None) -> Iterator[None]:
+    mesh.on_message = take
+    try:
+        yield
+    finally:
+        mesh.on_message = None

@@ -263,6 +263,4 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
 
 def _recording(job: Job, session: Session) -> AbstractAsyncContextManager[Recording]:
     wanted, folder = job.loaded.config.log, job.acquired.folder
-    return recording(
-        folder, job.identity, wanted, session, job.files, log=job.log.file, on_failure=job.warn
-    )
+    return recording(folder, job.identity, wanted, session, log=job.log.file, on_failure=job.warn)

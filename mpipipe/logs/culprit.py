@@ -33,6 +33,8 @@ _NODE_BUSY_PERCENT = 85.0
 # so many switches cannot explain was given away on purpose: a sleep, a disk.
 _MOST_SLICE_S = 0.010
 _READ = "read weights"
+_WAIT = "wait"  # the boot event
+_MOST_START = 0.5  # of the wall clock: it is worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ def find_culprit(run: RunFacts) -> Culprit:
     ]
     found = [one for one in found if one.seconds >= _LEAST_SHARE * run.generate_s]
     found += [one for one in _slow_read(run) if one.seconds >= _LEAST_SHARE * run.wall_s]
-    return max(found, key=lambda one: one.seconds, default=_nobody(run))
+    found = [one for one in found if one.seconds > 0]
+    return max(found, key=lambda one: one.seconds, default=_no_culprit(run))
 
 
 # ---- one rule each -------------------------------------------------------------------------------
@@ -266,7 +269,7 @@ def _reads(rank: RankFacts) -> Iterator[BootEvent]:
     return (event for event in rank.boot if event.name == _READ)
 
 
-def _nobody(run: RunFacts) -> Culprit:
+def _no_culprit(run: RunFacts) -> Culprit:
     """No culprit: what the time went to instead."""
     total_s = sum(rank.generate_s for rank in run.ranks)
     if total_s <= 0:
@@ -279,7 +282,25 @@ def _nobody(run: RunFacts) -> Culprit:
     few = ""
     if 0 < len(run.requests) < run.num_slots:
         few = f"; {len(run.requests)} prompt(s) cannot fill {run.num_slots} slots"
-    return Culprit("none", f"no single culprit: while generating, the ranks spent {told}{few}")
+    told += _long_start(run) + few
+    return Culprit("none", f"no single culprit: while generating, the ranks spent {told}")
+
+
+def _long_start(run: RunFacts) -> str:
+    """Where most of the run went before it generated: how much, and what took longest of it."""
+    started = [rank for rank in run.ranks if rank.started_s is not None and rank.boot]
+    if not started:
+        return ""
+    slowest = max(started, key=lambda rank: sum(e.seconds for e in rank.boot if e.name != _WAIT))
+    start_s = slowest.wall_s - slowest.generate_s
+    if start_s < _MOST_START * slowest.wall_s:
+        return ""
+    names = {event.name for event in slowest.boot} - {_WAIT}
+    longest = max(names, key=slowest.boot_s, default=_WAIT)
+    return (
+        f"; {start_s:.1f} s of {slowest.wall_s:.1f} s went by before and after that, the longest "
+        f"part of it: {longest}, {slowest.boot_s(longest):.1f} s on rank {slowest.rank}"
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -80,7 +80,10 @@ def _is_large(one: Difference, least_change: float) -> bool:
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """The leaves of a JSON value, each with its path."""
-    if isinstance(value, dict):
+    if (named := _named(value)) is not None:
+        for key, inner in named.items():
+            yield f"{name}[{key}]", inner
+    elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}")
     elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
@@ -88,3 +91,22 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{name}[{index}]")
     elif value is not None:
         yield name, value
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    """A list of settings with reasons, or of boot events, by name; None: it is something else.
+
+    The place in such a list, and when an event was, say nothing about what differs. The value of a
+    setting is in the configuration.
+    """
+    if not isinstance(value, list) or not all(isinstance(inner, dict) for inner in value):
+        return None
+    if value and all({"setting", "reason"} <= inner.keys() for inner in value):
+        return {str(inner["setting"]): inner["reason"] for inner in value}
+    if value and all({"name", "seconds"} <= inner.keys() for inner in value):
+        seconds: dict[str, float] = {}
+        for inner in value:
+            name = str(inner["name"])
+            seconds[name] = seconds.get(name, 0.0) + (number(inner, "seconds") or 0.0)
+        return seconds
+    return None

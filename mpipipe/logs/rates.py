@@ -44,7 +44,7 @@ def intervals(rank: int, samples: Iterable[Line], clocks: RankClocks) -> list[In
         if before is not None and since_s is not None and until_s is not None and until_s > since_s:
             values = {name: number(after, name) for name in _LEVELS}
             for name, rate in _SUMS.items():
-                first, last = number(before, name), number(after, name)
+                first, last = _count(before, name), _count(after, name)
                 known = first is not None and last is not None
                 values[rate] = (last - first) / (until_s - since_s) if known else None  # type: ignore[operator]
             gpu = after.get("gpu")
@@ -59,3 +59,10 @@ def intervals(rank: int, samples: Iterable[Line], clocks: RankClocks) -> list[In
             )
         before = after
     return found
+
+
+def _count(sample: Line, name: str) -> float | None:
+    """Before its first step the head tells of no tokens: there were none."""
+    if name == "num_output_tokens" and sample.get(name) is None and sample.get("num_steps") == 0:
+        return 0.0
+    return number(sample, name)

@@ -19,12 +19,16 @@ from mpipipe.run_folder.status import find_runs
 __all__ = ["Line", "RunFiles", "find_run", "number", "rows", "text", "whole"]
 
 Line = dict[str, Any]
-_RANK = re.compile(r"(?:steps_|samples_)?rank_(\d+)\.")
+_RANK = re.compile(r"(?:steps_|samples_|messages_)?rank_(\d+)\.")
 _EXPECTED = {
-    "steps_rank_0.jsonl": "no steps (log.steps = none, or an older version): nothing per step",
-    "samples_rank_0.jsonl": "no samples (an older version): no figures over time, no CPU use",
-    "requests.jsonl": "no requests.jsonl (an older version): nothing per prompt",
-    "clock.jsonl": "no clock.jsonl (an older version): ranks on their own clocks",
+    "steps_rank_0.jsonl": "no steps (nothing was generated, log.steps = none, or an older version)"
+    ": nothing per step",
+    "samples_rank_0.jsonl": "no samples (nothing was generated, or an older version): no figures "
+    "over time, no CPU use",
+    "requests.jsonl": "no requests.jsonl (no prompt has ended, or an older version): nothing per "
+    "prompt",
+    "clock.jsonl": "no clock.jsonl (nothing was generated, or an older version): ranks on their "
+    "own clocks",
     "metrics.json": "no metrics.json (the run did not end in order): sums are of the lines that it "
     "wrote, and what came after the last step counts as shutdown",
     "manifest.json": "no manifest.json (the run ended before it had its folder): no configuration",
@@ -110,6 +114,11 @@ class RunFiles:
     def sample_lines(self, rank: int, attempt: int | None = None) -> Iterator[Line]:
         """The samples of a rank."""
         return self.lines(f"samples_rank_{rank}.jsonl", attempt)
+
+    def message_lines(self, rank: int, attempt: int | None = None) -> Iterator[Line]:
+        """The control messages of a rank, the oldest first."""
+        for mark in (".1", ""):
+            yield from self.lines(f"messages_rank_{rank}{mark}.jsonl", attempt)
 
     def document(self, name: str) -> Line:
         """A JSON file; empty when it is missing or damaged (then it is counted as torn)."""

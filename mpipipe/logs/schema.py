@@ -142,6 +142,14 @@ _REQUESTS = (
     _field("token_s", "list?", "when each token was here; with log.token_times = true"),
 )
 
+_MESSAGES = (
+    _field("way", "str", "sent or received"),
+    _field("kind", "str", "the class of the message"),
+    _field("peer", "int", "the other rank"),
+    _field("number", "int", "of the messages on this way between the two, the same on both"),
+    _field("bytes", "int", "as it was encoded"),
+)
+
 _CLOCK = (
     _field("of_rank", "int", "the rank that was measured"),
     _field("offset_s", "float", "add to that rank's t_s for rank 0's clock"),
@@ -159,6 +167,11 @@ LINE_FILES = (
         "samples_rank_<r>.jsonl", re.compile(r"samples_rank_\d+\.jsonl"), IDENTITY + _SAMPLES
     ),
     FileSchema("requests.jsonl", re.compile(r"requests\.jsonl"), IDENTITY + _REQUESTS),
+    FileSchema(
+        "messages_rank_<r>.jsonl",
+        re.compile(r"messages_rank_\d+(\.1)?\.jsonl"),
+        IDENTITY + _MESSAGES,
+    ),
     FileSchema("clock.jsonl", re.compile(r"clock\.jsonl"), IDENTITY + _CLOCK),
 )
 

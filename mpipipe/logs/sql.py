@@ -18,6 +18,7 @@ TABLES: Mapping[str, str] = {
     "steps": "steps_rank_*.jsonl",
     "samples": "samples_rank_*.jsonl",
     "requests": "requests.jsonl",
+    "messages": "messages_rank_*.jsonl",
     "clock": "clock.jsonl",
 }
 SqlResult = tuple[Sequence[str], list[tuple[Any, ...]]]

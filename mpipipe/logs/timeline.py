@@ -1,9 +1,11 @@
 """A run as a timeline for Perfetto or chrome://tracing: all ranks on rank 0's clock.
 
-Format: the JSON object form of the Trace Event Format, complete events ("ph": "X"), instants and
-counters, in microseconds since the first event. One process per rank with a track each for boot,
-compute, transfer, waiting, sending and events of its log; one process for the requests, a track per
-slot's place. The file is written while it is made, so a run of any length fits in memory.
+Format: the JSON object form of the Trace Event Format, complete events ("ph": "X"), instants,
+counters and flows, in microseconds since the first event. One process per rank with a track each
+for boot, compute, transfer, waiting, sending, events of its log, and the control messages that it
+sent and received (`log.level = "debug"`), each a moment, with an arrow to where it came; one
+process for the requests, a track per slot's place. Events of a track do not overlap: viewers drop
+those that do. The file is written while it is made, so a run of any length fits in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import heapq
 import json
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,10 +28,14 @@ __all__ = ["write_timeline"]
 Event = dict[str, Any]
 _US = 1e6
 _REQUESTS_PID = 1_000_000  # above every rank
-_TRACKS = ("boot", "compute", "transfer", "wait", "idle", "overhead", "send", "log")
+_TRACKS = ("boot", "compute", "transfer", "wait", "idle", "overhead", "send", "log",
+           "messages sent", "messages received")  # fmt: skip
+_MESSAGE_US = 0.5  # drawn so long: an arrow needs an event with a length at each end
+_MOST_MESSAGES = 1 << 32  # on one way between two ranks, for the number of an arrow
 # The order within a step; overhead lies on both sides of the compute and is drawn before it.
 _IN_ORDER = ("idle", "wait", "transfer", "overhead", "compute", "send")
-_TOLD = ("step", "slot", "phase", "num_rows", "num_tokens", "bytes_in", "bytes_out", "bytes")
+_TOLD = ("step", "slot", "phase", "num_rows", "num_tokens", "bytes_in", "bytes_out", "bytes",
+         "peer", "number")  # fmt: skip
 _COUNTERS = {
     "cpu_percent": "CPU %",
     "node_cpu_percent": "node CPU %",
@@ -75,6 +83,10 @@ def _origin_s(files: RunFiles, clocks: RankClocks, attempt: int) -> float:
         for line in files.log_lines(rank, attempt):
             times = (number(line, "t_s"), number(line, "start_s"))
             found += [clocks.on_head(rank, t_s) for t_s in times if t_s is not None]
+        firsts = (files.sample_lines(rank, attempt), files.message_lines(rank, attempt))
+        for line in chain.from_iterable(islice(lines, 1) for lines in firsts):
+            if (t_s := number(line, "t_s")) is not None:
+                found.append(clocks.on_head(rank, t_s))
         for _, line in files.step_lines(rank, attempt):
             if (start_s := number(line, "start_s")) is not None:
                 found.append(clocks.on_head(rank, start_s))
@@ -85,22 +97,26 @@ def _origin_s(files: RunFiles, clocks: RankClocks, attempt: int) -> float:
 def _events(
     files: RunFiles, clocks: RankClocks, attempt: int, origin_s: float, num_steps: int
 ) -> Iterator[Event]:
+    arrows = _Arrows.read(files, attempt)
     for rank in files.ranks():
+        tracks = _Tracks(rank)
 
         def at(t_s: float, rank: int = rank) -> float:
-            return round((clocks.on_head(rank, t_s) - origin_s) * _US, 3)
+            return max(0.0, round((clocks.on_head(rank, t_s) - origin_s) * _US, 3))
 
         title = f"rank {rank}"
         for line in files.log_lines(rank, attempt):
             if title == f"rank {rank}" and (host := text(line, "host")):
                 title = f"stage {line.get('stage')}, rank {rank} on {host}"
-            yield from _log_events(rank, line, at)
+            yield from _log_events(tracks, line, at)
         yield from _names(rank, title)
         steps = (line for _, line in files.step_lines(rank, attempt))
         for line in deque(steps, num_steps) if num_steps else steps:
-            yield from _step_events(rank, line, at)
+            yield from _step_events(tracks, line, at)
         for line in files.sample_lines(rank, attempt):
             yield from _counter_events(rank, line, at)
+        for line in files.message_lines(rank, attempt):
+            yield from _message_events(tracks, line, at, arrows)
     yield from _request_events(files, attempt, origin_s)
 
 
@@ -111,30 +127,98 @@ def _names(rank: int, title: str) -> Iterator[Event]:
         yield {"ph": "M", "pid": rank, "tid": tid, "name": "thread_name", "args": {"name": track}}
 
 
-def _span(pid: int, track: str, name: str, span_us: tuple[float, float], line: Line) -> Event:
-    """An event from `span_us[0]` to `span_us[1]` with what `line` tells of it."""
-    return {
-        "ph": "X",
-        "pid": pid,
-        "tid": _TRACKS.index(track),
-        "name": name,
-        "cat": track,
-        "ts": span_us[0],
-        "dur": round(span_us[1] - span_us[0], 3),
-        "args": {field: line[field] for field in _TOLD if line.get(field) is not None},
-    }
+class _Tracks:
+    """The tracks of one rank, on which no event begins before the one before it has ended."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._ended_us: dict[str, float] = {}
+
+    def span(
+        self,
+        track: str,
+        name: str,
+        span_us: tuple[float, float],
+        line: Line,
+        *,
+        least_us: float = 0.0,
+    ) -> Event:
+        """An event from `span_us[0]` to `span_us[1]` with what `line` tells of it.
+
+        `least_us`: it is drawn so long at least.
+        """
+        # Times were rounded, so neighbours may overlap by a microsecond.
+        begin_us = max(span_us[0], self._ended_us.get(track, 0.0))
+        end_us = max(round(begin_us + least_us, 3), round(span_us[1], 3))
+        self._ended_us[track] = end_us
+        return {
+            "ph": "X",
+            "pid": self.rank,
+            "tid": _TRACKS.index(track),
+            "name": name,
+            "cat": track,
+            "ts": begin_us,
+            "dur": round(end_us - begin_us, 3),
+            "args": {field: line[field] for field in _TOLD if line.get(field) is not None},
+        }
 
 
-def _log_events(rank: int, line: Line, at: Any) -> Iterator[Event]:
+@dataclass(frozen=True, slots=True)
+class _Arrows:
+    """Which control messages are on record at both of their ends."""
+
+    num_ranks: int
+    both: set[int]
+
+    @staticmethod
+    def read(files: RunFiles, attempt: int) -> _Arrows:
+        ranks = files.ranks()
+        num_ranks = max(ranks, default=0) + 1
+        ends: dict[str, set[int]] = {"sent": set(), "received": set()}
+        for rank in ranks:
+            for line in files.message_lines(rank, attempt):
+                if (way := text(line, "way")) in ends:
+                    ends[way].add(_arrow(rank, line, num_ranks))
+        return _Arrows(num_ranks, ends["sent"] & ends["received"])
+
+    def end(self, line: Line, drawn: Event) -> Iterator[Event]:
+        """The beginning or the end of the message's arrow, at the event that was `drawn` for it."""
+        flow_id = _arrow(drawn["pid"], line, self.num_ranks)
+        if flow_id in self.both:
+            is_sent = text(line, "way") == "sent"
+            flow = {name: drawn[name] for name in ("pid", "tid", "name", "ts")}
+            flow |= {"ph": "s"} if is_sent else {"ph": "f", "bp": "e"}
+            yield {**flow, "cat": "message", "id": flow_id}
+
+
+def _arrow(rank: int, line: Line, num_ranks: int) -> int:
+    """A number that both ends of a message have, and no other one."""
+    peer = whole(line, "peer")
+    source, to = (rank, peer) if text(line, "way") == "sent" else (peer, rank)
+    return (source * num_ranks + to) * _MOST_MESSAGES + whole(line, "number")
+
+
+def _message_events(tracks: _Tracks, line: Line, at: Any, arrows: _Arrows) -> Iterator[Event]:
+    t_s, way = number(line, "t_s"), text(line, "way")
+    if t_s is None or way not in {"sent", "received"}:
+        return
+    moment_us = (at(t_s), at(t_s))
+    kind = text(line, "kind")
+    drawn = tracks.span(f"messages {way}", kind, moment_us, line, least_us=_MESSAGE_US)
+    yield drawn
+    yield from arrows.end(line, drawn)
+
+
+def _log_events(tracks: _Tracks, line: Line, at: Any) -> Iterator[Event]:
     t_s, event = number(line, "t_s"), text(line, "event")
     begin_s, end_s = number(line, "start_s"), number(line, "end_s")
     if event == "boot" and begin_s is not None and end_s is not None:
-        yield _span(rank, "boot", text(line, "name"), (at(begin_s), at(end_s)), line)
+        yield tracks.span("boot", text(line, "name"), (at(begin_s), at(end_s)), line)
     elif t_s is not None:
         yield {
             "ph": "i",
             "s": "t",
-            "pid": rank,
+            "pid": tracks.rank,
             "tid": _TRACKS.index("log"),
             "name": event,
             "cat": text(line, "level"),
@@ -142,7 +226,7 @@ def _log_events(rank: int, line: Line, at: Any) -> Iterator[Event]:
         }
 
 
-def _step_events(rank: int, line: Line, at: Any) -> Iterator[Event]:
+def _step_events(tracks: _Tracks, line: Line, at: Any) -> Iterator[Event]:
     begin_s, step = number(line, "start_s"), whole(line, "step", -1)
     if begin_s is None or step < 0:
         return
@@ -151,7 +235,7 @@ def _step_events(rank: int, line: Line, at: Any) -> Iterator[Event]:
         if seconds > 0:
             name = f"step {step} slot {line.get('slot')}" if part == "compute" else part
             begin_us = at(begin_s)
-            yield _span(rank, part, name, (begin_us, begin_us + seconds * _US), line)
+            yield tracks.span(part, name, (begin_us, begin_us + seconds * _US), line)
         begin_s += max(0.0, seconds)
 
 
@@ -200,13 +284,15 @@ def _request_spans(
     arguments = {name: value for name, value in line.items() if name != "token_s"}
     for name, since_s, until_s in (("prefill", begin_s, cut_s), ("decode", cut_s, end_s)):
         if until_s > since_s:
+            since_us = max(0.0, round((since_s - origin_s) * _US, 3))
+            until_us = round((until_s - origin_s) * _US, 3)
             yield {
                 "ph": "X",
                 "pid": _REQUESTS_PID,
                 "tid": track,
                 "name": f"{text(line, 'id')} {name}",
                 "cat": "request",
-                "ts": round((since_s - origin_s) * _US, 3),
-                "dur": round((until_s - since_s) * _US, 3),
+                "ts": since_us,
+                "dur": max(0.0, round(until_us - since_us, 3)),
                 "args": arguments,
             }

@@ -1,4 +1,4 @@
-"""The lines of a run's JSONL files, as text: of steps, requests and clocks.
+"""The lines of a run's JSONL files, as text: of steps, requests, messages and clocks.
 
 Each begins with whose it is (`identity`) and `t_s`, seconds of this rank's monotonic clock. Times
 have nine digits behind the point, so that the parts of a step still add up. What the fields mean is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpipipe.metrics.summary import percentile
 
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.types import Completion
 
-__all__ = ["RequestRecord", "json_line", "line_start", "request_fields", "step_line"]
+__all__ = [
+    "MessageRecord",
+    "RequestRecord",
+    "json_line",
+    "line_start",
+    "message_line",
+    "request_fields",
+    "step_line",
+]
 
 
 def line_start(identity: RunIdentity) -> str:
@@ -53,6 +61,26 @@ def step_line(start: str, record: StepRecord, transfer_s: float | None) -> str:
         f'"overhead_s": {max(0.0, busy_s - record.compute_s):.9f}, '
         f'"send_s": {record.send_end_s - record.compute_end_s:.9f}, '
         f'"bytes_in": {record.bytes_in}, "bytes_out": {record.bytes_out}}}\n'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRecord:
+    """A control message that left this rank for another, or came from one."""
+
+    at_s: float  # it was handed to MPI, or delivered
+    way: Literal["sent", "received"]
+    kind: str  # the class of the message
+    peer: int  # the other rank
+    number: int  # from 0, of all messages on this way between the two: the same on both ranks
+    num_bytes: int
+
+
+def message_line(start: str, record: MessageRecord) -> str:
+    """The line of a control message; by hand, as that of a step."""
+    return (
+        f'{start}, "t_s": {record.at_s:.9f}, "way": "{record.way}", "kind": "{record.kind}", '
+        f'"peer": {record.peer}, "number": {record.number}, "bytes": {record.num_bytes}}}\n'
     )
 
 

@@ -61,6 +61,7 @@ class RankReport:
     cpu_us_per_step: float | None = None  # median, to launch a decode step; None: not measured
     head_us_per_step: float | None = None  # median, the head's scheduling; None elsewhere
     energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
+    io_write_s: float = 0.0  # of the thread that wrote its lines about the run
     offload: OffloadUse | None = None  # None: all of its weights stand on the device
 
     @property
@@ -150,7 +151,7 @@ class RunSummary:
     identity: RunIdentity | None = None  # of the head
     state: AttemptState = DONE
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
-    io_write_s: float = 0.0  # of the head: completions, status, its log, merging
+    io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -257,16 +258,20 @@ class RunSummary:
         return {**(finished or own), "attempts": own["attempts"], "total": own["total"]}
 
     def _times(self) -> dict[str, float]:
-        """Ranks read, and communicate, side by side: the slowest counts.
+        """Ranks read, write and communicate side by side: the slowest counts.
 
         Prompts are read and tokenised, completions written, by the head alone.
         """
+        head_s, others_s = self.io_write_s, 0.0
+        if self.ranks:
+            head_s += self.ranks[0].io_write_s
+            others_s = max(rank.io_write_s for rank in self.ranks)
         return {
             "preprocessing_s": max((r.part_s(*PREPROCESSING) for r in self.ranks), default=0.0),
             "io_read_s": sum(
                 max((r.part_s(part) for r in self.ranks), default=0.0) for part in READING
             ),
-            "io_write_s": self.io_write_s,
+            "io_write_s": max(head_s, others_s),
             "communication_s": max(
                 (rank.stage.overall.communication_s for rank in self.ranks), default=0.0
             ),

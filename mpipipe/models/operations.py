@@ -50,7 +50,8 @@ class Operations:
     * `linear_int8(rows_TI, weight_OI, scale_O, bias_O)` → [T, O], of a weight in int8 with a
       float32 scale for each output channel;
     * `linear_fp8(rows_TI, weight_OI, scale_O, bias_O)` → [T, O], of a weight in float8_e4m3fn,
-      with rows that are brought to that type, each with its own scale;
+      with rows that are brought to that type, each with its own scale (the Triton form leaves them
+      as they are where that is faster);
     * `advance_rows(kv_len_B, active_B, pages_BP, request_rows_B, last_token_N, page_size=…)` adds a
       token to every active row: positions, cache slots and input tokens, int64 [B] each;
     * `greedy_ids(logits_SV)` → the lowest id of each row's largest logit, -1 where that is not
@@ -88,7 +89,7 @@ def choose_operations(device: torch.device) -> tuple[Operations, str]:
 
 def triton_operations() -> Operations:
     """The kernels of `models/kernels`; importing them needs Triton."""
-    from mpipipe.models.kernels import decode_rows, rotary, rowwise
+    from mpipipe.models.kernels import decode_rows, quantized_linear, rotary, rowwise
 
     return Operations(
         name="triton",
@@ -97,8 +98,8 @@ def triton_operations() -> Operations:
         rotate_and_store=rotary.rotate_and_store,
         gated_silu=rowwise.gated_silu,
         linear=_rows_linear,
-        linear_int8=linear_int8,
-        linear_fp8=linear_fp8,
+        linear_int8=quantized_linear.linear_int8,
+        linear_fp8=quantized_linear.linear_fp8,
         advance_rows=decode_rows.advance_rows,
         greedy_ids=decode_rows.greedy_ids,
     )

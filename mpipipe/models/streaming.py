@@ -114,6 +114,8 @@ class _LookedUpEmbedding(nn.Module):
         self, embedding: nn.Module, lookup: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         super().__init__()
+        if isinstance(embedding, nn.Embedding):
+            embedding.padding_idx = None  # gradients only; rows have other numbers here
         self._embedding = embedding
         self._lookup = lookup
 

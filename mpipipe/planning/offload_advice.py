@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mpipipe.planning.memory import gib
 from mpipipe.planning.offload_search import Candidate, OffloadProblem, best_candidate, candidate_of
+from mpipipe.planning.placement import ModelParts, part_bytes
 
 __all__ = ["figure", "offload_advice"]
 
@@ -17,22 +18,22 @@ _MOST_STAGES = 4  # to add: a run that needs more needs other hardware
 
 def offload_advice(problem: OffloadProblem, chosen: Candidate) -> list[str]:
     """Clauses, best first; empty: nothing that was tried would help."""
-    clauses = (_int8(problem, chosen), _more_stages(problem, chosen), _fewer_rows(problem, chosen))
+    clauses = (_int8(problem, chosen), _more_stages(problem, chosen), _fewer_rows(problem))
     return [clause for clause in clauses if clause]
 
 
 def _int8(problem: OffloadProblem, chosen: Candidate) -> str:
-    model, spec, parts = problem.model, problem.model.spec, problem.model.parts
-    layer, head = spec.layer_parameters, spec.embedding_parameters  # a byte each
-    if layer >= parts.layer:  # it is that narrow already
+    model = problem.model
+    if model.spec.quantized != "none":
         return ""
-    narrow = replace(parts, layer=layer, head=parts.head if parts.tied else head)
-    found = best_candidate(replace(problem, model=replace(model, parts=narrow)))
-    if found is None:
-        return ""
-    if found.is_resident:
-        return f'model.quantize = "int8" fits without offload, {_rate(found)}'
-    if found.streamed_bytes >= chosen.streamed_bytes:
+    spec = replace(model.spec, quantized="int8")
+    narrow = ModelParts(spec, model.dtype, part_bytes(spec, model.dtype))
+    narrowed = replace(problem, model=narrow)
+    resident = _best_resident(narrowed)
+    if resident is not None:
+        return f'model.quantize = "int8" fits without offload, {_rate(resident)}'
+    found = best_candidate(narrowed)
+    if found is None or found.streamed_bytes >= chosen.streamed_bytes:
         return ""
     brought = f"{gib(found.streamed_bytes)} instead of {gib(chosen.streamed_bytes)} a step"
     return f'model.quantize = "int8" would bring {brought}, {_rate(found)}'
@@ -59,21 +60,25 @@ def _more_stages(problem: OffloadProblem, chosen: Candidate) -> str:
     return ""
 
 
-def _fewer_rows(problem: OffloadProblem, chosen: Candidate) -> str:
-    resident = [
-        found
-        for rows in problem.rows
-        if rows < chosen.rows
-        for tokens in problem.tokens
-        if rows <= tokens
-        and (found := candidate_of(problem, rows, tokens)) is not None
-        and found.is_resident
-    ]
-    best = max(resident, key=lambda found: found.tokens_per_s, default=None)
+def _fewer_rows(problem: OffloadProblem) -> str:
+    best = _best_resident(problem)
     if best is None:
         return ""
     setting = f"pipeline.max_sequences_per_slot = {best.rows}"
     return f"{setting} leaves room for all weights, {_rate(best)}"
+
+
+def _best_resident(problem: OffloadProblem) -> Candidate | None:
+    """The fastest candidate that offloads nothing; None: there is none."""
+    resident = [
+        found
+        for tokens in problem.tokens
+        for rows in problem.rows
+        if rows <= tokens
+        and (found := candidate_of(problem, rows, tokens)) is not None
+        and found.is_resident
+    ]
+    return max(resident, key=lambda found: found.tokens_per_s, default=None)
 
 
 def _rate(candidate: Candidate) -> str:

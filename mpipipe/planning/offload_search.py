@@ -258,19 +258,27 @@ class _Choices:
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
     """Layers per stage so that the slowest stage is fastest; None: they do not fit.
 
-    Dealt one by one to the stage that takes least with one more. A step only gets longer with more
-    layers, so no other way of dealing has a faster slowest stage. Ties as in `partition`.
+    Every stage begins with the fewest layers that it can be placed with: one whose head passes
+    through buffers needs more than one. The others are dealt one by one to the stage that takes
+    least with one more. A step only gets longer with more layers, so no other way of dealing has a
+    faster slowest stage. Ties as in `partition`.
     """
 
     def step_s(stage: int, count: int) -> float:
         choice = choices.stage(stage, count)
         return float("inf") if choice is None else choice.forecast.step_s
 
+    def least(stage: int) -> int:
+        counts = range(1, num_layers + 1)
+        return next((n for n in counts if choices.stage(stage, n) is not None), num_layers + 1)
+
     if num_stages == 1:
         return (num_layers,)
-    split = [1] * num_stages
-    order = [*range(1, num_stages - 1), num_stages - 1, 0] if num_stages > 1 else [0]
-    for _ in range(num_layers - num_stages):
+    split = [least(stage) for stage in range(num_stages)]
+    if sum(split) > num_layers:
+        return None
+    order = [*range(1, num_stages - 1), num_stages - 1, 0]
+    for _ in range(num_layers - sum(split)):
         split[min(order, key=lambda stage: step_s(stage, split[stage] + 1))] += 1
     return tuple(split) if all(choices.stage(s, n) for s, n in enumerate(split)) else None
 

@@ -20,6 +20,7 @@ from mpipipe.sampling_options import SamplingNeeds
 
 __all__ = [
     "CHUNK_ELEMENTS",
+    "DEQUANTIZED_BYTES",
     "HISTORY_BYTES",
     "StepLimits",
     "choose_step_limits",
@@ -52,6 +53,9 @@ _FIXED_BYTES = 2**30
 # alive at once (a sort alone has five), and 256 rows of 128k in one piece would make 3 GB of them.
 CHUNK_ELEMENTS = 1 << 23
 _SAMPLER_TEMPORARIES = 10
+# Of a weight in 8 bits that is written out in 16 for a product with many rows: the most at once.
+# 16,384 outputs of Llama-3-8B, so that a product of a part still fills the GPU.
+DEQUANTIZED_BYTES = 128 * 2**20
 # Of a token of a sequence in the tables that penalties read: a boolean, and 32 bits.
 HISTORY_BYTES = {SamplingNeeds.SEEN: 1, SamplingNeeds.COUNTS: 4}
 
@@ -70,6 +74,7 @@ class StepLimits:
     ) -> int:
         """Memory that steps within these limits need on a GPU."""
         work_bytes = _activation_bytes(spec, dtype, self.max_tokens_per_step)
+        work_bytes += (spec.quantized != "none") * DEQUANTIZED_BYTES
         return work_bytes + has_head * _sampling_bytes(spec, dtype, sampling, self)
 
 

@@ -43,6 +43,7 @@ _RUN_FILES = (
     "requests.jsonl",
     "steps_rank_*.jsonl",
     "samples_rank_*.jsonl",
+    "messages_rank_*.jsonl",
     "clock.jsonl",
     "rank_*.log",
 )

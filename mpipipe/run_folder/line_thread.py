@@ -13,8 +13,8 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -186,8 +186,14 @@ class LineThread:
         self._work_interval_s = work_interval_s
         self._on_failure = on_failure
         self._told: set[str] = set()
+        self._busy_s = 0.0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which it made and wrote lines so far; `work` is not counted."""
+        return self._busy_s
 
     def start(self) -> None:
         """Begin."""
@@ -218,7 +224,7 @@ class LineThread:
         for file in self._files:
             while file.told:  # a line that fails keeps no later one from the disk
                 self._write_file(file)
-            with suppress(OSError):  # what a network file system found out late
+            with self._timed(), suppress(OSError):  # what a network file system found out late
                 file.close()
 
     def _do_work(self) -> None:
@@ -237,7 +243,8 @@ class LineThread:
 
     def _write_file(self, file: Lines) -> None:
         try:
-            file.write_told()
+            with self._timed():
+                file.write_told()
         except Exception as error:  # noqa: BLE001 - what was told may be what JSON cannot hold
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self._warn(
@@ -245,6 +252,14 @@ class LineThread:
                 f"{file.path} cannot be written ({reason}): lines about the run are lost until it "
                 "can; completions are not touched by that",
             )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began_s = self._clock.now_s()
+        try:
+            yield
+        finally:
+            self._busy_s += self._clock.now_s() - began_s
 
     def _warn(self, kind: str, message: str) -> None:
         """Tell the first of each kind; the run goes on without the rest."""

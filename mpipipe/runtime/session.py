@@ -97,6 +97,7 @@ class Session:
         self._account = account
         self._on_request: Callable[[RequestRecord], None] | None = None
         self.energy_j: float | None = None  # of this rank's device, once it is known
+        self.io_write_s = 0.0  # of the thread that writes this rank's lines
         self._core: SchedulerCore | None = None
         self._runner: Runner | None = None
         self._stopped = False
@@ -264,6 +265,7 @@ class Session:
             cpu_us_per_step=used.cpu_us_per_step,
             head_us_per_step=self._head_us_per_step(),
             energy_j=self.energy_j,
+            io_write_s=self.io_write_s,
             offload=self._offload_use(used.offload),
         )
 

@@ -93,6 +93,7 @@ def open_hub(
         tuple(piece(name) for name in names),
         {},
         tuple(sorted(set(listing.files) - set(names))),
+        is_fetched_late=True,
     )
 
 

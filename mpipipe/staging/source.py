@@ -61,6 +61,7 @@ class Source:
     hashed_first: Mapping[str, tuple[Path, ExpectedHash | None]]  # what conversions read
     left_out: tuple[str, ...] = ()
     reader: TensorReader | None = None  # of a conversion
+    is_fetched_late: bool = False  # each piece comes over the network when it is written
 
 
 def is_weights(name: str) -> bool:

@@ -183,7 +183,7 @@ def _has_sizes(folder: Path, record: StagingRecord) -> bool:
 
 def _largest_fetched(source: Source, pieces: Sequence[Piece]) -> int:
     """Of a hub's files one at a time stands beside its copy."""
-    if not source.revision or source.reader is not None:
+    if not source.is_fetched_late:
         return 0
     return max((piece.num_bytes for piece in pieces), default=0)
 
@@ -227,8 +227,11 @@ def _write(
             view.took(len(chunk))
         known = dataclasses.replace(record.read[name], sha256=digests.finish())
         record = dataclasses.replace(record, read={**record.read, name: known})
-    if pieces:
-        view.begin("writing", sum(piece.num_bytes for piece in pieces))
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    if source.is_fetched_late:
+        view.begin("fetching and writing", 2 * num_bytes)
+    elif pieces:
+        view.begin("writing", num_bytes)
     for piece in pieces:
         written = write_piece(folder, piece, view.took)
         record = record.with_file(piece.name, written, piece.read())

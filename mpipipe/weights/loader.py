@@ -38,8 +38,8 @@ class LoadReport:
 
     bytes_read: int  # from disk, in the stored type
     parameter_bytes: int  # in memory, in the run's type; shared tensors once
-    # Seconds of the load in which pieces were converted, or a GPU waited for, instead of a read.
-    # Readers go on meanwhile. 0 of what only torch can read, which is read by converting it.
+    # The load's seconds that went into converting and moving to a GPU, not into reading. Both go on
+    # at once: divided as the seconds of the threads are. 0 of what only torch can read.
     convert_s: float = 0.0
     warnings: tuple[str, ...] = ()  # what made it slower than it could be
 

@@ -1,7 +1,7 @@
 """Threads that read stretches of weight files into memory that the caller owns.
 
-Reads and nothing else: what the bytes mean, and which are wanted, is said elsewhere. Plain
-`preadv` at known offsets, so that no byte is read that was not asked for and no page is mapped.
+What the bytes mean, and which are wanted, is said elsewhere; a call may follow each read, in its
+thread. Plain `preadv` at known offsets: no byte is read that was not asked for, no page is mapped.
 One thread waits for one answer of a disk or a server at a time; several keep it busy, and copy out
 of the page cache at once. The threads inherit the CPUs that the rank is bound to.
 
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mpipipe.errors import CheckpointError
 
-__all__ = ["GRACE_S", "Extent", "FileReaders", "num_readers"]
+__all__ = ["GRACE_S", "Extent", "FileReaders", "ReadTimes", "num_readers"]
 
 GRACE_S = 5.0  # what a read that has begun may take to end, once another has failed
 _FEW, _MANY = 2, 8
@@ -39,6 +41,13 @@ class Extent:
     num_bytes: int
 
 
+class ReadTimes(NamedTuple):
+    """What a thread did for one extent."""
+
+    read_s: float
+    then_s: float  # in the call that followed
+
+
 def num_readers(num_cores: int) -> int:
     """Threads that read for a rank with `num_cores` cores.
 
@@ -53,6 +62,7 @@ class FileReaders:
 
     Args:
         num_threads: that read.
+        begin_thread: called first in each of them.
         preadv: `os.preadv`, or what a test puts in its place.
     """
 
@@ -60,16 +70,21 @@ class FileReaders:
         self,
         num_threads: int,
         *,
+        begin_thread: Callable[[], object] | None = None,
         preadv: Callable[[int, Sequence[memoryview], int], int] = os.preadv,
     ) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-weights")
+        self._pool = ThreadPoolExecutor(num_threads, "read-weights", begin_thread)
         self._preadv = preadv
         self._files: dict[Path, tuple[int, int]] = {}  # descriptor, bytes
-        self._reads: set[Future[None]] = set()
+        self._reads: set[Future[ReadTimes]] = set()
         self._closing = False
 
-    def read(self, extent: Extent, into: memoryview) -> Future[None]:
-        """Begin to fill `into` (bytes, as long as `extent`); reads begin in the order of calls.
+    def read(
+        self, extent: Extent, into: memoryview, then: Callable[[], object] | None = None
+    ) -> Future[ReadTimes]:
+        """Begin to fill `into` (bytes, as long as `extent`), then call `then` in the same thread.
+
+        Reads begin in the order of calls.
 
         Raises:
             CheckpointError: the file cannot be opened, or ends before the extent does. The same of
@@ -78,7 +93,7 @@ class FileReaders:
         file, size = self._open(extent.path)
         if size < extent.offset + extent.num_bytes:
             raise _shortened(extent.path, size)
-        read = self._pool.submit(self._fill, file, extent, into)
+        read = self._pool.submit(self._run, file, extent, into, then)
         self._reads.add(read)
         read.add_done_callback(self._reads.discard)
         return read
@@ -91,6 +106,16 @@ class FileReaders:
             except OSError as error:
                 raise _unreadable(path, error) from error
         return self._files[path]
+
+    def _run(
+        self, file: int, extent: Extent, into: memoryview, then: Callable[[], object] | None
+    ) -> ReadTimes:
+        began_s = time.perf_counter()
+        self._fill(file, extent, into)
+        read_s = time.perf_counter()
+        if then is not None and not self._closing:
+            then()
+        return ReadTimes(read_s - began_s, time.perf_counter() - read_s)
 
     def _fill(self, file: int, extent: Extent, into: memoryview) -> None:
         done = 0

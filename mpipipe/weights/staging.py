@@ -11,7 +11,12 @@ from collections import deque
 
 import torch
 
-__all__ = ["StagingBuffer"]
+__all__ = ["StagingBuffer", "content_of"]
+
+
+def content_of(chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """What a chunk holds for `out` (flat), in the type of the file."""
+    return chunk[: out.numel() * stored.itemsize].view(stored)
 
 
 class StagingBuffer:
@@ -53,35 +58,36 @@ class StagingBuffer:
                 )
         return torch.empty(self._shape, dtype=torch.uint8)
 
-    def deliver(self, chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:
-        """Put what `chunk` begins with into `out` (flat), and give the chunk back.
-
-        To a GPU this only begins; `settle` comes before `out` is used.
-        """
+    def give_back(self, chunk: torch.Tensor) -> None:
+        """Free a chunk."""
         assert self._free is not None, "chunks are taken first"
-        content = chunk[: out.numel() * stored.itemsize].view(stored)
-        if out.device.type != "cuda":
-            out.copy_(content)
-            self._free.append(chunk)
-            return
+        self._free.append(chunk)
+
+    def send(self, chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:
+        """Begin to put what `chunk` holds into `out` (flat, on a GPU); it is free after that.
+
+        `settle` comes before `out` is used.
+        """
+        content = content_of(chunk, stored, out)
         if self._stream is None:
             self._stream = torch.cuda.Stream(out.device)
         # `out` may stand where the caller's stream still works on what was freed.
         self._stream.wait_stream(torch.cuda.current_stream(out.device))
         with torch.cuda.stream(self._stream):
-            # torch converts before a copy between devices: copied first, it is done by the GPU.
-            out.copy_(content.to(out.device, non_blocking=True), non_blocking=True)
+            if out.dtype != stored:  # torch would convert on the host, before the copy
+                content = content.to(out.device, non_blocking=True)
+            out.copy_(content, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._copies.append((event, chunk))
 
     def settle(self) -> None:
-        """The caller's stream goes on after all that was delivered."""
+        """The caller's stream goes on after all that was sent."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def wait(self) -> None:
-        """Until the chunk that was delivered first is free."""
+        """Until the chunk that was sent first is free."""
         self._copies[0][0].synchronize()
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from mpipipe.weights.filling import Filling, TensorFiller
 from mpipipe.weights.loader import load_stage
 from mpipipe.weights.readers import FileReaders
 from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
-from mpipipe.weights.staging import StagingBuffer
+from mpipipe.weights.staging import StagingBuffer, content_of
 
 NUM_TENSORS = 12
 MANY = 1 << 20  # elements: 4 MiB in float32
@@ -159,7 +159,8 @@ def test_memory_that_cannot_be_pinned_is_pageable_with_one_warning(
         chunk = staging.take()
         assert chunk is not None
         chunk[:8].view(torch.bfloat16).fill_(number)
-        staging.deliver(chunk, torch.bfloat16, out)
+        out.copy_(content_of(chunk, torch.bfloat16, out))
+        staging.give_back(chunk)
     staging.close()
     assert out.tolist() == [2.0] * 4
     assert len(staging.warnings) == 1
@@ -173,7 +174,7 @@ def test_all_chunks_in_use_is_said() -> None:
     assert first is not None
     assert second is not None
     assert staging.take() is None
-    staging.deliver(first, torch.float32, torch.zeros(16))
+    staging.give_back(first)
     assert staging.take() is first
 
 

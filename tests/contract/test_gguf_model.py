@@ -205,6 +205,29 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         open_gguf(path)
 
 
+def test_a_file_that_counts_more_layers_than_it_holds_is_refused_at_once(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        del writer.kv_data[0]["llama.block_count"]
+        writer.add_block_count(2**31)
+
+    path = tmp_path / "tiny.gguf"
+    model = random_model("llama", len(VOCABULARY.tokens))
+    write_gguf(path, model, F16, VOCABULARY, change=change)
+    with pytest.raises(CheckpointError, match="says 2147483648 layers and holds 2"):
+        open_gguf(path)
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        del writer.kv_data[0]["llama.attention.head_count"]
+
+    path = tmp_path / "tiny.gguf"
+    model = random_model("llama", len(VOCABULARY.tokens))
+    write_gguf(path, model, F16, VOCABULARY, change=change)
+    with pytest.raises(CheckpointError, match="does not state num_attention_heads"):
+        open_gguf(path)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 0.999])
 def test_a_file_that_was_cut_off_is_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"

@@ -3,13 +3,12 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
@@ -17,13 +16,19 @@ from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.tokenizer import open_tokenizer
 from mpipipe.models.tokenizer_base import Tokenizer
 from tests.contract.chat_ids import chat_ids
+from tests.contract.published_tokenizers import (
+    CORPUS,
+    OPENLLAMA,
+    OPT_SETTINGS,
+    SP_KINDS,
+    flat,
+    save_opt_tokenizer,
+    save_sentencepiece,
+    train_bpe,
+    train_sentencepiece,
+    write,
+)
 
-SENTENCE = "the quick brown fox jumps over a lazy dog while seven wise owls judge vexing riddles"
-WORDS = tuple(SENTENCE.split())
-CORPUS = [
-    " ".join(WORDS[(i * k + i) % len(WORDS)] for i in range(3, 15)) + f" {k * 37}."
-    for k in range(1, 80)
-] + ["naïve café über straße", "def f(x):\n    return x + 1"]
 TEXTS = [
     "the quick brown fox",
     "  two  leading   and trailing  ",
@@ -55,78 +60,24 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 
-def flat(token: str) -> dict[str, object]:
-    """A token as the files of published models write it."""
-    flags = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
-    return {"content": token, **flags}
-
-
-def write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 # --- sentencepiece -----------------------------------------------------------------------------
-
-# As Llama's own models are trained (nothing normalised), and with sentencepiece's defaults.
-SP_KINDS: dict[str, dict[str, Any]] = {
-    "identity": {
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-    },
-    "nmt_nfkc": {},
-}
-# What OpenLLaMA puts beside tokenizer.model.
-OPENLLAMA = {
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "model_max_length": 2048,
-    "pad_token": None,
-    "sp_model_kwargs": {},
-    "tokenizer_class": "LlamaTokenizer",
-    "clean_up_tokenization_spaces": False,
-    **{
-        role: {"__type": "AddedToken", **flat(text)}
-        for role, text in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
-    },
-}
 
 
 @pytest.fixture(scope="module", params=SP_KINDS)
 def sp_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("sentencepiece"), request.param)
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), request.param)
 
 
-def train(folder: Path, kind: str) -> Path:
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=2,
-        **SP_KINDS[kind],
-    )
-    return folder / "tokenizer.model"
-
-
-def sp_folder(folder: Path, model: Path, *, config: object = None) -> Path:
-    content = model.read_bytes()
-    (folder / "tokenizer.model").write_bytes(content)
+def sp_folder(folder: Path, model: Path, *, config: Mapping[str, object] | None = None) -> Path:
+    save_sentencepiece(folder, model, config=config)
     write(folder / "config.json", LLAMA_CONFIG)
-    if config is not None:
-        write(folder / "tokenizer_config.json", config)
-        roles = {role: flat(text) for role, text in (("bos_token", "<s>"), ("eos_token", "</s>"))}
-        write(folder / "special_tokens_map.json", roles)
     return folder
 
 
 @pytest.mark.parametrize("config", [None, OPENLLAMA], ids=["alone", "as OpenLLaMA"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_ids_are_its_own(
-    tmp_path: Path, sp_model: Path, config: object, text: str
+    tmp_path: Path, sp_model: Path, config: Mapping[str, object] | None, text: str
 ) -> None:
     tokenizer = open_tokenizer(sp_folder(tmp_path, sp_model, config=config))
     own = SentencePieceProcessor(model_file=str(sp_model))
@@ -200,45 +151,21 @@ def test_sentencepiece_chat(tmp_path: Path, sp_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def raw_bpe() -> RawTokenizer:
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(CORPUS, trainer)
-    return raw
+    return train_bpe()
 
 
-# tokenizer_config.json of the published OPT models.
-OPT_SETTINGS = {
-    "errors": "replace",
-    **{
-        role: {"__type": "AddedToken", **flat("</s>")}
-        for role in ("unk_token", "bos_token", "eos_token")
-    },
-    "pad_token": "<pad>",
-    "add_prefix_space": False,
-    "add_bos_token": True,
-    "tokenizer_class": "GPT2Tokenizer",
-}
-
-
-def opt_folder(folder: Path, raw: RawTokenizer, *, config: object = None) -> Path:
-    raw.model.save(str(folder))
+def opt_folder(
+    folder: Path, raw: RawTokenizer, *, config: Mapping[str, object] | None = None
+) -> Path:
+    save_opt_tokenizer(folder, raw, config=config)
     write(folder / "config.json", {"model_type": "opt", "vocab_size": 420})
-    if config is not None:
-        write(folder / "tokenizer_config.json", config)
     return folder
 
 
 @pytest.mark.parametrize("config", [None, OPT_SETTINGS], ids=["bare", "as published"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_opt_ids_begin_with_the_closing_token(
-    tmp_path: Path, raw_bpe: RawTokenizer, config: object, text: str
+    tmp_path: Path, raw_bpe: RawTokenizer, config: Mapping[str, object] | None, text: str
 ) -> None:
     tokenizer = open_tokenizer(opt_folder(tmp_path, raw_bpe, config=config))
     ids = raw_bpe.encode(text).ids
@@ -325,7 +252,7 @@ def any_folder(
     request: pytest.FixtureRequest, tmp_path: Path, raw_bpe: RawTokenizer
 ) -> Iterator[Path]:
     if request.param == "sentencepiece":
-        yield sp_folder(tmp_path, train(tmp_path, "identity"))
+        yield sp_folder(tmp_path, train_sentencepiece(tmp_path))
     elif request.param == "vocab and merges":
         yield opt_folder(tmp_path, raw_bpe)
     else:

@@ -32,9 +32,6 @@ LINES: list[dict[str, Any]] = [
 JOB = ["generation.max_new_tokens=24", "generation.num_logprobs=2", "memory.page_size_tokens=8"]
 
 
-pytestmark = pytest.mark.xdist_group("lookahead")  # all but one are compared with one plain run
-
-
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ahead") / "prompts.jsonl"

@@ -16,6 +16,7 @@ from mpipipe.logs.reading import RunFiles
 from mpipipe.logs.schema import check_line, schema_of
 from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
+from tests.unit.trace_format import faults
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
 RECORD_KEYS = {
@@ -49,17 +50,16 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The run that the tests of group "two ranks" look at."""
+    """The run that three tests look at."""
     words = (
         "log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90",
-        "profile.tool=perf",
+        "profile.tool=perf", "log.level=debug",
     )  # fmt: skip
     outcome = run(2, tiny_config, tmp_path_factory.mktemp("two") / "run", *words)
     assert outcome.exit_code == 0, outcome.stderr
     return outcome
 
 
-@pytest.mark.xdist_group("two ranks")
 def test_the_run_folder_holds_what_the_readme_says(on_two_ranks: Outcome) -> None:
     outcome, folder = on_two_ranks, on_two_ranks.folder
     assert "mpirun -n 2 launch/profile_rank.sh perf" in outcome.stderr, "not started under it"
@@ -72,6 +72,8 @@ def test_the_run_folder_holds_what_the_readme_says(on_two_ranks: Outcome) -> Non
         "rank_1.log",
         "metrics.json",
         "status.json",
+        "messages_rank_0.jsonl",
+        "messages_rank_1.jsonl",
         "steps_rank_0.jsonl",
         "steps_rank_1.jsonl",
         "samples_rank_0.jsonl",
@@ -111,7 +113,6 @@ def check_explained(folder: Path) -> None:
         assert rank.seconds["load"] > 0
 
 
-@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize(("num_ranks", "which"), [(0, "tiny_alone"), (2, "on_two_ranks")])
 def test_the_manifest_is_enough_to_repeat_the_run(
     num_ranks: int, which: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -172,10 +173,27 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
     assert 0 < rank["load_s"] < own_s
 
 
+@pytest.mark.xdist_group("two ranks")
+def test_the_timeline_keeps_the_rules_of_its_format(on_two_ranks: Outcome, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    words = ["logs", "timeline", str(on_two_ranks.folder), "-o", str(path)]
+    outcome = execute([sys.executable, "-m", "mpipipe", *words], on_two_ranks.folder)
+    assert outcome.exit_code == 0, outcome.stderr
+    document = json.loads(path.read_text())
+    assert faults(document) == []
+    arrows = [event for event in document["traceEvents"] if event["ph"] in "sf"]
+    kinds = {(event["ph"], event["name"], event["pid"]) for event in arrows}
+    assert {("s", "DecodeScheduled", 0), ("f", "DecodeScheduled", 1)} <= kinds
+    assert {("s", "StepTimes", 1), ("f", "StepTimes", 0)} <= kinds
+    sent_us = {event["id"]: event["ts"] for event in arrows if event["ph"] == "s"}
+    came_us = {event["id"]: event["ts"] for event in arrows if event["ph"] == "f"}
+    # On one clock: a message does not come before it was sent, but for the clocks' error.
+    assert min(came_us[number] - sent_us[number] for number in sent_us) > -1000
+
+
 PARTS = ("compute_s", "wait_s", "transfer_s", "send_s", "idle_s", "overhead_s")
 
 
-@pytest.mark.xdist_group("two ranks")
 def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -> None:
     outcome, folder = on_two_ranks, on_two_ranks.folder
     metrics = outcome.json("metrics.json")
@@ -195,7 +213,8 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
-        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.02
+        # 0.1 s: a message at either end, on cores that another test's ranks use, too.
+        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.1
         _check_steps(folder, rank["rank"], stage)
         _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
@@ -325,7 +344,6 @@ def sampled_alone(
     return outcome
 
 
-@pytest.mark.xdist_group("sampled")
 @pytest.mark.parametrize(
     ("num_ranks", "words"),
     [

@@ -52,7 +52,6 @@ def expected(demo_model: Path, prompt_file: Path) -> dict[str, tuple[int, ...]]:
     return {c.request_id: c.token_ids for c in result.completions}
 
 
-@pytest.mark.xdist_group("demo tokens")  # what is expected takes transformers 20 s
 @pytest.mark.parametrize("num_ranks", [0, 2, 4])
 def test_greedy_tokens_are_those_of_transformers(
     num_ranks: int, expected: dict[str, tuple[int, ...]], prompt_file: Path, tmp_path: Path

@@ -296,6 +296,23 @@ _SHARDS = {
     ),
 }
 _SHARD_OF = dict(zip(("a", "b"), _SHARDS, strict=True))
+STAGED = (
+    _json(
+        {
+            "source": "/models/a",
+            "revision": "",
+            "conversion": {"dtype": None, "shard_bytes": 7, "tokenizer": None},
+            "read": {"config.json": {"num_bytes": 5, "mtime_ns": 7, "sha256": ""}},
+            "num_files": 2,
+            "command": "mpipipe stage-model /models/a /shared/a",
+            "mpipipe_version": "1",
+            "files": {"config.json": {"num_bytes": 5, "sha256": "0" * 64}},
+            "finished_at": "2026-01-01T00:00:00+00:00",
+            "format": 1,
+        }
+    ),
+)
+SUMS = (b"0" * 64 + b"  config.json\n", b"# made\r\n" + b"a" * 64 + b" *./model.safetensors\n")
 INDEXES = (
     _json({"metadata": {"total_size": 12}, "weight_map": _SHARD_OF}),
     _json({"weight_map": {"a": "model-00001-of-00002.safetensors"}}),

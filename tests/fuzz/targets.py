@@ -15,14 +15,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.checkpoint.staged import MANIFEST_NAME, UNFINISHED_NAME, require_finished
 from mpipipe.cli.status import status_command
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.control_plane.codec import decode
 from mpipipe.control_plane.messages import TAGS
+from mpipipe.errors import CheckpointError
 from mpipipe.job.acquire import acquire_folder
 from mpipipe.logs.difference import find_differences
 from mpipipe.logs.facts import read_facts
@@ -36,6 +40,8 @@ from mpipipe.logs.tail import LogFollower, told_line
 from mpipipe.logs.timeline import write_timeline
 from mpipipe.run_folder.journal import merge
 from mpipipe.scheduler.detokenize import StopWatch
+from mpipipe.staging.expected import expected_hashes
+from mpipipe.staging.record import read_record
 from mpipipe.topology.slurm import SlurmJob
 from tests.fuzz import seeds
 from tests.fuzz.engine import Check, Target
@@ -140,6 +146,24 @@ def _read_index(folder: Path) -> None:
     for entry in index.tensors.values():
         assert 0 <= entry.offset <= entry.offset + entry.num_bytes <= entry.file.stat().st_size
     assert index.file_bytes > 0
+
+
+def _read_staged(folder: Path) -> None:
+    record = read_record(folder)
+    assert record is not None
+    require_finished(folder)
+
+
+def _read_unfinished(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not finished"):
+        require_finished(folder)
+    read_record(folder)
+
+
+def _read_sums(folder: Path) -> None:
+    for name, expected in expected_hashes(folder).items():
+        assert (folder / name).is_file()
+        assert len(expected.hexdigest) in {40, 64}
 
 
 def _read_spec(folder: Path) -> None:
@@ -334,6 +358,14 @@ TARGETS: tuple[Target, ...] = (
         seeds.GENERATION_CONFIGS,
         mutate_json,
     ),
+    Target("staged-manifest", _model_file(MANIFEST_NAME, _read_staged), seeds.STAGED, mutate_json),
+    Target(
+        "staged-unfinished",
+        _model_file(UNFINISHED_NAME, _read_unfinished),
+        seeds.STAGED,
+        mutate_json,
+    ),
+    Target("staged-sums", _model_file("SHA256SUMS", _read_sums), seeds.SUMS, mutate_bytes),
     Target(
         "journal",
         _run_file("completions_rank_0.jsonl", None, "output.resume=true"),

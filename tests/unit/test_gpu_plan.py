@@ -19,7 +19,12 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, PlanError
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
-from mpipipe.planning.step_limits import StepLimits, gpu_sequences_per_slot, gpu_tokens_per_step
+from mpipipe.planning.step_limits import (
+    DEQUANTIZED_BYTES,
+    StepLimits,
+    gpu_sequences_per_slot,
+    gpu_tokens_per_step,
+)
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.topology.gpu import GpuFacts
@@ -438,6 +443,16 @@ def test_log_probabilities_and_penalties_take_memory_of_the_last_stage_only() ->
     assert needed(DRAWN) > needed(PLAIN)
     everything = SamplingUse(SamplingNeeds.DRAWING | SamplingNeeds.HISTORY, logprobs=True)
     assert needed(everything, has_head=False) == needed(PLAIN, has_head=False)
+
+
+def test_weights_in_8_bits_need_room_to_be_written_out() -> None:
+    limits = StepLimits(4, 256, 4096, 8192)
+    int8 = replace(LLAMA_3_8B, quantized="int8")
+    plain, quantized = (
+        limits.gpu_work_bytes(spec, "bfloat16", PLAIN, has_head=False)
+        for spec in (LLAMA_3_8B, int8)
+    )
+    assert quantized - plain == DEQUANTIZED_BYTES
 
 
 def test_what_sampling_takes_is_not_given_to_pages() -> None:

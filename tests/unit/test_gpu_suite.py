@@ -57,6 +57,16 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
     assert chunks.command[:3] == ["mpirun", "-n", "2"]
     assert {"pipeline.prefill=mixed", "model.dtype=float32"} <= set(chunks.command)
     assert f"model.path={options.root}/configs/shapes/openllama_3b" in chunks.command
+    assert chunks.labels["variant"] == "prefill=mixed"
+    for name, quantize, ranks in (
+        ("int8", "int8", "1"),
+        ("fp8", "fp8", "1"),
+        ("fp8_pipeline", "fp8", "2"),
+    ):
+        part = parts[f"{name}_llama3_8b"]
+        assert f"model.quantize={quantize}" in part.command
+        assert part.command[2] == ranks
+        assert part.labels["variant"] == f"quantize={quantize}"  # not held against bf16's targets
     assert "--trace" in parts["pipeline_openllama_3b"].command
     assert "--trace" not in parts["single_openllama_3b"].command
 

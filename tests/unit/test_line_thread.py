@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.clock import MonotonicClock
+from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.run_folder import line_thread
 from mpipipe.run_folder.line_thread import LineFile, LineThread
 
@@ -131,7 +131,7 @@ def test_half_of_a_surrogate_pair_is_escaped(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from mpipipe.clock import MonotonicClock
+from mpipipe.clock import MonotonicClock, ScriptedClock
 from mpipipe.run_folder.line_thread import LineFile, LineThread
 file = LineFile(Path(sys.argv[1]), lambda number: f'{{"n": {number}}}\\n')
 LineThread((file,), clock=MonotonicClock()).start()
@@ -245,6 +245,24 @@ def test_the_thread_works_at_the_start_and_at_the_end_and_writes_what_that_tells
     assert first.wait(LIMIT_S)
     assert thread.close(LIMIT_S)
     assert numbers(file.path) == worked == [0, 1]
+
+
+def test_the_time_that_writing_takes_is_counted_and_that_of_work_is_not(tmp_path: Path) -> None:
+    clock = ScriptedClock()
+
+    def line_of(number: int) -> str:
+        clock.advance(0.5)
+        return f'{{"n": {number}}}\n'
+
+    file = LineFile(tmp_path / "lines.jsonl", line_of)
+    for number in range(3):
+        file.tell(number)
+    thread = LineThread(
+        (file,), clock=clock, work=lambda: clock.advance(100.0), work_interval_s=1e9
+    )
+    thread.start()
+    assert thread.close(LIMIT_S)
+    assert thread.busy_s == 1.5
 
 
 def test_without_an_interval_there_is_no_work(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from mpipipe.logs.steps import read_steps
 from mpipipe.logs.summary import summarise
 from mpipipe.logs.tail import LogFollower, told_line
 from mpipipe.logs.timeline import write_timeline
-from tests.unit.written_run import BOOT, WrittenRun, identity
+from tests.unit.trace_format import faults
+from tests.unit.written_run import BOOT, USUAL, WrittenRun, identity
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_a_run_of_an_older_version_says_what_is_missing(tmp_path: Path, command:
     event = {"time": "2025-01-01T00:00:00Z", "t_s": 5.0, "level": "info", "event": "ready"}
     (tmp_path / "rank_0.log").write_text(json.dumps({**event, "rank": 0, "host": "a"}) + "\n")
     shown = ask(command, tmp_path)
-    assert "note: no steps (log.steps = none, or an older version): nothing per step" in shown
+    assert "no steps (nothing was generated, log.steps = none, or an older version)" in shown
     assert "note: no requests.jsonl" in shown
     assert "note: no metrics.json" in shown
 
@@ -377,11 +379,94 @@ def test_the_timeline_has_all_ranks_on_one_clock(run: WrittenRun, tmp_path: Path
     assert any(event["ph"] == "C" and event["name"] == "output tokens" for event in events)
 
 
+def timeline(folder: Path) -> Any:
+    """What Perfetto gets, after it was held against the format's rules."""
+    path = folder / "trace.json"
+    write_timeline(RunFiles(folder), path, 1, 0)
+    document = json.loads(path.read_text())
+    assert faults(document) == []
+    return document["traceEvents"]
+
+
+def test_control_messages_are_arrows_from_rank_to_rank(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_ranks=3, num_messages=50).write()
+    events = timeline(tmp_path)
+    drawn = [event for event in events if event.get("cat") == "messages sent"]
+    told = {(event["pid"], event["name"], event["args"]["peer"]) for event in drawn}
+    assert told == {
+        (0, "StepScheduled", 1), (0, "StepScheduled", 2), (1, "StepTimes", 0), (2, "StepTimes", 0),
+    }  # fmt: skip
+    assert {event["args"]["bytes"] for event in drawn} == {56}
+    begins = {event["id"]: event for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert len(begins) == len(ends) == 2 * 2 * 50
+    for flow_id, begin in begins.items():
+        end = ends[flow_id]
+        assert {begin["pid"], end["pid"]} in ({0, 1}, {0, 2})
+        late_us = 20 if begin["name"] == "StepScheduled" else 100
+        assert end["ts"] - begin["ts"] == pytest.approx(late_us, abs=1)
+
+
+def test_a_message_of_which_one_end_is_not_on_record_has_no_arrow(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_messages=50).write()
+    path = tmp_path / "messages_rank_1.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[20:]) + '{"torn')
+    events = timeline(tmp_path)
+    assert sum(event["ph"] == "s" for event in events) == 80
+    assert sum(event.get("cat") == "messages sent" for event in events) == 90
+
+
+def test_what_was_rounded_overlaps_nothing_on_a_track(tmp_path: Path) -> None:
+    """Steps that follow each other at once, with times that are no whole nanoseconds."""
+    third = dict.fromkeys(USUAL, 0.001 / 3)
+    run = WrittenRun(tmp_path, parts={0: dict.fromkeys(USUAL, 0.0) | {"compute_s": 0.001 / 3},
+                                      1: third})  # fmt: skip
+    run.write()
+    lines = run.lines("steps_rank_0.jsonl")
+    lines[7]["start_s"] -= 2e-6
+    run.folder.joinpath("steps_rank_0.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+    assert timeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda events: events[-1].pop("ts"), "ts is no time"),
+        (lambda events: events.append({"ph": "B", "pid": 0, "tid": 0, "name": "x", "ts": 1}),
+         "a beginning without an end"),
+        (lambda events: events.append(later(span_of(events))), "overlaps"),
+        (lambda events: events.remove(next(e for e in events if e["ph"] == "f")), "0 ends"),
+        (lambda events: events.append({"ph": "i", "pid": 0, "tid": 77, "name": "x", "ts": 1,
+                                       "s": "t"}), "thread 77 of process 0 has no name"),
+    ],
+)  # fmt: skip
+def test_the_rules_find_what_is_wrong(
+    change: Callable[[list[Any]], object], fault: str, tmp_path: Path
+) -> None:
+    WrittenRun(tmp_path, num_messages=5).write()
+    document = {"traceEvents": timeline(tmp_path), "displayTimeUnit": "ms"}
+    change(document["traceEvents"])
+    assert any(fault in told for told in faults(document))
+
+
+def later(span: Any) -> Any:
+    """The same, by a microsecond."""
+    return {**span, "ts": span["ts"] + 1}
+
+
+def span_of(events: list[Any]) -> Any:
+    """A step's compute in the middle."""
+    return [event for event in events if event.get("cat") == "compute"][50]
+
+
 def test_requests_that_overlap_have_tracks_of_their_own(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path, requests=[(0, 0.0, 0.5, 5), (0, 0.1, 0.9, 5), (0, 0.5, 1.0, 5)])
     run.write()
     write_timeline(RunFiles(tmp_path), tmp_path / "t.json", 1, 0)
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert faults({"traceEvents": events, "displayTimeUnit": "ms"}) == []
     tracks = {event["name"]: event["tid"] for event in events if event.get("cat") == "request"}
     assert tracks["p0 decode"] == tracks["p2 decode"] != tracks["p1 decode"]
 
@@ -450,8 +535,35 @@ def test_two_runs_differ_in_settings_and_figures(run: WrittenRun, tmp_path: Path
     assert "ranks[0].stage.overall.compute_s" not in by_name
     shown = ask("diff", run.folder, other.folder)
     assert "configuration" in shown
+    assert re.search(r"compute_s +0\.8 +1\.6 +2\.00", shown)  # no more digits than are worth it
     assert "2.00" in shown
     assert "no differences" in ask("diff", run.folder, run.folder)
+
+
+def test_what_differs_is_named_and_not_by_its_place_in_a_list(
+    run: WrittenRun, tmp_path: Path
+) -> None:
+    """One setting more shifts all that follow, and clocks begin anywhere."""
+    other = WrittenRun(tmp_path / "other").write()
+    why = [{"setting": "a", "value": 1, "reason": "as configured"},
+           {"setting": "b", "value": 2, "reason": "one a stage"}]  # fmt: skip
+    boot = [{"name": "wait", "start_s": 5.0, "seconds": 0.25, "phase": "node"},
+            {"name": "imports", "start_s": 6.0, "seconds": 2.0},
+            {"name": "wait", "start_s": 8.0, "seconds": 0.5}]  # fmt: skip
+    later = [{**event, "start_s": 900.0} for event in boot[1:]]
+    for folder, settings, events in ((run.folder, why, boot), (other, why[1:], later)):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["plan"]["resolved"] = settings
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["ranks"][0]["boot"] = events
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    found = ask_json("diff", run.folder, other)["differences"]
+    assert [(one["name"], one["first"], one["second"]) for one in found] == [
+        ("plan.resolved[a]", "as configured", None),
+        ("ranks[0].boot[wait]", 0.75, 0.5),
+    ]
+    assert "ranks[0].boot[wait]" in ask("diff", run.folder, other)  # no style of the terminal's
 
 
 # ---- sql -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,33 @@ def test_a_run_without_a_fault_has_no_culprit(tmp_path: Path) -> None:
     assert (found.kind, found.rank, found.seconds) == ("none", None, 0.0)
     assert found.sentence.startswith("no single culprit: while generating, the ranks spent ")
     assert "compute 67%" in found.sentence
+
+
+def test_a_run_that_has_generated_nothing_has_no_culprit(tmp_path: Path) -> None:
+    """A finished run that was started again: there is no link that takes 0.0 ms a step."""
+    folder = WrittenRun(tmp_path).write()
+    for rank in (0, 1):
+        for name in (f"steps_rank_{rank}.jsonl", f"samples_rank_{rank}.jsonl"):
+            (folder / name).unlink()
+        log = (folder / f"rank_{rank}.log").read_text().splitlines(keepends=True)
+        booted = [line for line in log if '"event": "boot"' in line]
+        (folder / f"rank_{rank}.log").write_text("".join(booted))
+    (folder / "metrics.json").unlink()
+    found = find_culprit(read_facts(RunFiles(folder)))
+    assert (found.kind, found.rank) == ("none", None)
+    assert found.sentence == "no single culprit: no time of generating is on record"
+
+
+def test_a_run_of_which_most_is_its_start_is_told_what_that_was(tmp_path: Path) -> None:
+    started = culprit(WrittenRun(tmp_path / "long", boot_s={1: {"imports": 9.0, "wait": 30.0}}))
+    assert started.kind == "none"
+    ending = (
+        r"; [\d.]+ s of [\d.]+ s went by before and after that, the longest part of it: imports, "
+        r"9\.0 s on rank 1$"
+    )
+    assert re.search(ending, started.sentence)
+    long = culprit(WrittenRun(tmp_path / "short", num_steps=40_000 // 10))
+    assert "went by" not in long.sentence
 
 
 # ---- a slow stage --------------------------------------------------------------------------------

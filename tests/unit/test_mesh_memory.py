@@ -13,6 +13,7 @@ from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import (
     Echo,
+    Heartbeat,
     Hello,
     RequestClosed,
     RequestOpened,
@@ -28,6 +29,7 @@ from mpipipe.errors import (
     ProtocolMismatchError,
     RemoteError,
 )
+from mpipipe.metrics.lines import MessageRecord
 from mpipipe.planning.resources import RankResources
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.types import SamplingParams
@@ -408,3 +410,37 @@ def test_a_rank_that_is_ahead_does_not_disturb_collectives_of_other_names() -> N
         assert await mesh.gather("late", b"", LONG_S) == [b"", b"late"]
 
     run_all_well(2, body)
+
+
+def test_a_message_has_the_same_number_at_both_of_its_ends() -> None:
+    """Also where the ranks begin to record at different times; those to oneself travel nowhere."""
+    told: dict[int, list[MessageRecord]] = {0: [], 1: []}
+
+    async def body(mesh: Mesh) -> None:
+        async def meet(name: str) -> None:
+            await mesh.barrier(name, LONG_S)
+
+        if mesh.rank == 0:
+            mesh.on_message = told[0].append
+        await meet("first")
+        mesh.on_message = told[mesh.rank].append
+        await meet("second")
+        mesh.send_quietly([1 - mesh.rank], Heartbeat())
+        mesh.send(mesh.rank, StepSampled(1, (2,)))
+        await meet("third")
+        mesh.on_message = None
+        await meet("fourth")
+
+    run_all_well(2, body, ScriptedClock(5.0))
+    for sender, receiver in ((0, 1), (1, 0)):
+        sent = {r.number: (r.kind, r.num_bytes) for r in told[sender] if r.way == "sent"}
+        got = {r.number: (r.kind, r.num_bytes) for r in told[receiver] if r.way == "received"}
+        assert len(sent) >= 3
+        both = sent.keys() & got.keys()
+        assert len(both) >= 3
+        assert {number: sent[number] for number in both} == {n: got[n] for n in both}
+        assert any(kind == "Heartbeat" for kind, _ in got.values())
+        assert all(num_bytes > 0 for _, num_bytes in sent.values())
+    records = [*told[0], *told[1]]
+    assert {record.at_s for record in records} == {5.0}
+    assert not [record for record in records if record.kind == "StepSampled"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.errors import PlanError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.explain import plan_lines
@@ -69,9 +69,14 @@ def plan(
     *,
     work: tuple[int, int, int] = (128, 512, 32),
     spec: ModelSpec = OPENLLAMA_7B,
+    model: ModelConfig | None = None,
 ) -> PipelinePlan:
     prompts, tokens_in, tokens_out = work
-    config = Config(memory=memory or MemoryConfig(), pipeline=pipeline or PipelineConfig())
+    config = Config(
+        memory=memory or MemoryConfig(),
+        pipeline=pipeline or PipelineConfig(),
+        model=model or ModelConfig(),
+    )
     workload = Workload(
         num_requests=prompts,
         longest_request_tokens=tokens_in + tokens_out,
@@ -216,8 +221,20 @@ def test_what_would_avoid_it_holds_when_it_is_tried() -> None:
     (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
     assert "one more stage of this kind would hold all of it" in note.reason
     assert all(stage.offload is None for stage in plan(t4(2)).stages)
-    assert 'model.quantize = "int8" would bring' in note.reason
+    assert 'model.quantize = "int8" fits without offload' in note.reason
+    int8 = ModelConfig(quantize="int8")
+    assert plan(t4(1), model=int8).stages[0].offload is None
     assert "max_sequences_per_slot" not in note.reason, "no row leaves room for all weights"
+
+
+def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
+    memory = MemoryConfig(device_bytes=4 * 10**9)
+    (note,) = [e for e in plan(t4(1), memory).resolved if e.setting == "memory.offload"]
+    narrow = plan(t4(1), memory, model=ModelConfig(quantize="int8"))
+    brought = offload(narrow).forecast.host_bytes / GIB
+    assert f'model.quantize = "int8" would bring {brought:.2f} GiB instead of' in note.reason
+    (after,) = [entry for entry in narrow.resolved if entry.setting == "memory.offload"]
+    assert "int8" not in after.reason
 
 
 def test_fewer_rows_are_told_where_they_leave_room() -> None:

@@ -15,6 +15,7 @@ from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
 from mpipipe.planning.cost import Ceilings
 from mpipipe.planning.links import LinkRates
+from mpipipe.planning.model_facts import read_model
 from mpipipe.planning.placement import (
     ModelParts,
     StageRoom,
@@ -193,6 +194,21 @@ def test_one_buffer_does_where_two_do_not_fit() -> None:
     assert forecast.step_s == pytest.approx(forecast.compute_s + forecast.disk_s)
 
 
+def test_a_stage_that_streams_its_head_begins_with_the_layers_that_it_needs() -> None:
+    """A large head makes the last stage slow from its first layer on, so it is dealt no other."""
+    spec = replace(SMOL, num_kv_heads=9, vocab_size=400_000)
+    made = plan(
+        ranks("a", "b"),
+        MemoryConfig(device_bytes=8 * LAYER_BYTES, offload_dir=DISK),
+        spec=spec,
+        work=(4, 4, 16),
+    )
+    assert sum(stage.num_layers for stage in made.stages) == 30
+    found = offload(made, stage=1)
+    assert found.head == "disk"
+    assert 2 <= made.stages[1].num_layers <= 3
+
+
 def test_below_one_layer_nothing_runs() -> None:
     memory = MemoryConfig(device_bytes=LAYER_BYTES // 2, offload_dir=DISK)
     with pytest.raises(PlanError, match=r"raise memory\.device_bytes to at least 13\.5 MiB"):
@@ -282,3 +298,17 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(EnvironmentSetupError, match="Permission denied"):
         prepare_offload_folder(tmp_path, 4096, who="rank 0 on a")
+
+
+def test_a_relative_folder_is_that_of_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks may be started elsewhere, and read it in the plan."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, '
+        '"num_hidden_layers": 2, "intermediate_size": 8, "max_position_embeddings": 16}'
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["model.path=.", "model.weights=random", "memory.offload_dir=o"]
+    model = read_model(load_config(None, words))
+    assert model.loaded.config.memory.offload_dir == str(tmp_path / "o")

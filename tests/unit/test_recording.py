@@ -18,10 +18,11 @@ from mpipipe.clock import ScriptedClock
 from mpipipe.config.schema import LogConfig
 from mpipipe.job import recording as module
 from mpipipe.job.recording import Recording, recording
+from mpipipe.logs.schema import check_line
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.metrics.identity import RunIdentity
+from mpipipe.metrics.lines import MessageRecord
 from mpipipe.metrics.log import RunLog, open_log
-from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.runtime.clock_offsets import ClockOffset
 from mpipipe.topology.nvml import opened_nvml
 from tests.unit.fake_nvml import FakeCard, FakeNvml, memory
@@ -37,9 +38,12 @@ class FakeSession:
     num_output_tokens = 7
 
     def __init__(self) -> None:
-        self.ranks = SimpleNamespace(clock=ScriptedClock(50.0))
+        self.ranks = SimpleNamespace(
+            clock=ScriptedClock(50.0), mesh=SimpleNamespace(on_message=None)
+        )
         self.clocks = self
         self.energy_j: float | None = None
+        self.io_write_s = 0.0
         self.account = StageAccount(0)
         self.on_clocks: Any = None
 
@@ -90,7 +94,6 @@ def record(
     folder: Path, session: FakeSession, wanted: LogConfig, inside: Any, log: RunLog | None = None
 ) -> None:
     async def run() -> None:
-        files = FileThread()
         told: Any = session
         ignored = open_log(Path(os.devnull), identity=IDENTITY, host="n1")
         try:
@@ -99,13 +102,11 @@ def record(
                 IDENTITY,
                 wanted,
                 told,
-                files,
                 log=(log or ignored).file,
                 on_failure=pytest.fail,
             ) as recorder:
                 inside(recorder)
         finally:
-            files.close()
             ignored.close()
 
     asyncio.run(run())
@@ -194,3 +195,26 @@ def test_lines_of_the_log_are_written_beside_the_event_loop_and_in_order(
     log.close()
     assert "lines" in writers
     assert [line["number"] for line in lines(tmp_path / "rank_0.log")] == list(range(-1, 101))
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_control_messages_are_on_record_at_debug_level_only(
+    level: Any, tmp_path: Path, card: FakeCard
+) -> None:
+    session = FakeSession()
+
+    def generate(_: Recording) -> None:
+        tell = session.ranks.mesh.on_message
+        assert (tell is not None) == (level == "debug")
+        if tell is not None:
+            tell(MessageRecord(2.5, "sent", "StepScheduled", 1, 7, 56))
+
+    record(tmp_path, session, LogConfig(level=level), generate)
+    assert session.ranks.mesh.on_message is None
+    path = tmp_path / "messages_rank_0.jsonl"
+    assert path.exists() == (level == "debug")
+    if level == "debug":
+        (line,) = lines(path)
+        assert check_line(path.name, line) == []
+        told = {name: line[name] for name in ("t_s", "way", "kind", "peer", "number", "bytes")}
+        assert list(told.values()) == [2.5, "sent", "StepScheduled", 1, 7, 56]

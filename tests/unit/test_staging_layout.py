@@ -54,7 +54,7 @@ def test_a_tensor_begins_at_a_multiple_of_its_item_size(plans: list[TensorPlan])
 
 def test_the_safetensors_library_and_the_index_read_what_is_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "a": rng.standard_normal((3, 5)).astype(np.float32),
         "é": rng.integers(0, 9, (7,)).astype(np.int8),
         "b": rng.standard_normal((4,)).astype(np.float64),

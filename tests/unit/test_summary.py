@@ -161,6 +161,22 @@ def test_reading_and_preprocessing_are_told_apart(summary: RunSummary) -> None:
     }  # fmt: skip
 
 
+def test_writing_is_that_of_the_rank_that_wrote_longest(summary: RunSummary) -> None:
+    """The head has two threads that write."""
+
+    def write_s(head_files_s: float, *lines_s: float) -> float:
+        ranks = tuple(
+            replace(rank, io_write_s=seconds)
+            for rank, seconds in zip(summary.ranks, lines_s, strict=True)
+        )
+        told = replace(summary, io_write_s=head_files_s, ranks=ranks).to_dict()
+        assert [rank["io_write_s"] for rank in told["ranks"]] == list(lines_s)
+        return float(told["time"]["io_write_s"])
+
+    assert write_s(0.5, 0.25, 0.625) == 0.75
+    assert write_s(0.5, 0.25, 0.875) == 0.875
+
+
 def test_the_slowest_boot_is_named_with_its_reason(summary: RunSummary) -> None:
     (line,) = (line for line in summary_lines(summary) if line.startswith("slowest boot"))
     assert line.endswith("rank 1 on node1 took 7.2 s, 6.0 s of it: read weights, 250 MiB")

@@ -69,6 +69,7 @@ class WrittenRun:
     node_cpu_percent: float = 60.0
     requests: Sequence[tuple[int, float, float, int]] | None = None  # slot, from, to, tokens
     events: Sequence[tuple[int, float, dict[str, Any]]] = ()  # rank, seconds of generating, fields
+    num_messages: int = 0  # of the head to each other rank, and back, at the times of its steps
     num_slots: int = 2
     device: str = "cpu"
 
@@ -110,6 +111,8 @@ class WrittenRun:
             self._event(rank, end_s + 0.2, event="ended"),
         ]
         self._append(f"rank_{rank}.log", log)
+        if self.num_messages:
+            self._append(f"messages_rank_{rank}.jsonl", self._messages(rank, begin_s))
         return begin_s, end_s
 
     def _event(self, rank: int, t_s: float, **fields: Any) -> dict[str, Any]:
@@ -222,6 +225,24 @@ class WrittenRun:
                 }
             )
         self._append("requests.jsonl", lines)
+
+    def _messages(self, rank: int, begin_s: float) -> list[dict[str, Any]]:
+        """Of the head with each other rank: a step's message, 20 µs on its way, and an answer."""
+        lines = []
+        for number in range(self.num_messages):
+            sent_s = begin_s + 0.003 * number
+            for peer in range(1, self.num_ranks) if rank == 0 else (0,):
+                ways = ("sent", "received") if rank == 0 else ("received", "sent")
+                kinds = ("StepScheduled", "StepTimes")
+                ends_s = (sent_s, sent_s + 0.001) if rank == 0 else (sent_s + 2e-5, sent_s + 9e-4)
+                for way, kind, at_s in zip(ways, kinds, ends_s, strict=True):
+                    lines.append(
+                        {
+                            **identity(rank, at_s + self._ahead(rank), self.attempt),
+                            "way": way, "kind": kind, "peer": peer, "number": number, "bytes": 56,
+                        }
+                    )  # fmt: skip
+        return lines
 
     def _clock_lines(self, begin_s: float, end_s: float) -> list[dict[str, Any]]:
         return [
