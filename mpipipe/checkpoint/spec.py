@@ -29,6 +29,7 @@ from mpipipe.checkpoint.generation_defaults import (
 )
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
+from mpipipe.checkpoint.quantization import quantization_of
 from mpipipe.checkpoint.staged import require_finished
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 from mpipipe.types import QuantizeName
@@ -147,6 +148,7 @@ def read_spec(folder: Path) -> ModelSpec:
     inner = outer.get("text_config")
     config = {**outer, **inner} if isinstance(inner, dict) else outer
     _require_decoder(outer, config)
+    quantization = quantization_of(outer)
     path = folder / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else None
     sizes = _Sizes(folder / "config.json", config)
@@ -173,6 +175,7 @@ def read_spec(folder: Path) -> ModelSpec:
         rotary=read_rotary(config),
         generation=read_generation_defaults(generation, config),
         num_experts=sizes.find("num_experts") or 1,
+        quantized=quantization.scheme if quantization else "none",
     )
 
 
@@ -233,12 +236,6 @@ def _require_decoder(outer: Mapping[str, object], config: Mapping[str, object]) 
     why = refusal(outer)
     if why:
         raise refuse(model_type, why)
-    method = outer.get("quantization_config", config.get("quantization_config"))
-    if isinstance(method, dict):
-        raise UnsupportedModelError(
-            f"the weights are quantised ({method.get('quant_method', 'unknown method')}): use the "
-            "model's float16 or bfloat16 weights"
-        )
     architecture = _architecture(outer)
     generates = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model")
     if architecture and not architecture.endswith(generates):

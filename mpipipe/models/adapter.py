@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mpipipe.checkpoint.quantization import read_quantization
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
 from mpipipe.models.families import ModelParts, locate_parts, refuse
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mpipipe.checkpoint.quantization import StoredQuantization
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
@@ -80,19 +82,21 @@ def build_stage_model(
         max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
         quantize: what the linears of the layers become, and an LM head that is not tied to the
-            embedding (`quantized_linear`).
+            embedding (`quantized_linear`); of a checkpoint in 8 bits what it has so, and so.
 
     Raises:
         UnsupportedModelError: the family cannot be split into stages.
     """
+    stored = read_quantization(folder)
+    if stored is not None:
+        assert quantize == stored.scheme, f"weights in {stored.scheme}, asked for as {quantize}"
     model = empty_model(folder, dtype, trust_remote_code)
     parts = locate_parts(model)
     names = CheckpointNames.of(model)
     context = ForwardContext(backend, stage.first_layer)
-    layers = cut_stage(parts, stage)
-    attach_context(layers, context)
+    attach_context(cut_stage(parts, stage), context)
     if quantize != "none":
-        _quantize(parts, layers, names, quantize)
+        _quantize(parts, stage, names, quantize, stored)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -104,18 +108,38 @@ def build_stage_model(
 
 
 def _quantize(
-    parts: ModelParts, layers: nn.ModuleList, names: CheckpointNames, scheme: QuantizeName
+    parts: ModelParts,
+    stage: StagePlan,
+    names: CheckpointNames,
+    scheme: QuantizeName,
+    stored: StoredQuantization | None,
 ) -> None:
-    """A tied head is the embedding, which gives its rows as they are."""
-    config = parts.model.config
-    experts = (getattr(config, name, None) for name in _EXPERT_COUNTS)
-    head = parts.model if hasattr(parts.model, "lm_head") else None
-    quantize_linears(
-        layers,
-        None if _HEAD in names.tied else head,
-        scheme,
-        num_experts=max((count for count in experts if isinstance(count, int)), default=0),
-    )
+    """The linears of the layers and of the head, or what the checkpoint has quantised of them.
+
+    A tied head is the embedding, which gives its rows as they are. The routing of experts stays:
+    linears with no more outputs than there are experts.
+    """
+    layers_prefix = f"{parts.base_name}.layers."
+    counts = (getattr(parts.model.config, name, None) for name in _EXPERT_COUNTS)
+    num_experts = max((count for count in counts if isinstance(count, int)), default=0)
+
+    def is_wanted(path: str, linear: nn.Linear) -> bool:
+        inside = path.startswith(layers_prefix)
+        if not inside and (f"{path}.weight" != _HEAD or _HEAD in names.tied):
+            return False
+        if stored is not None:
+            return stored.holds(_canonical(path, layers_prefix, stage.first_layer))
+        return linear.out_features > num_experts
+
+    quantize_linears(parts.model, scheme, is_wanted)
+
+
+def _canonical(name: str, layers_prefix: str, first_layer: int) -> str:
+    """The full model's name: the layer number counted from the first layer of all."""
+    if not name.startswith(layers_prefix):
+        return name
+    number, _, rest = name.removeprefix(layers_prefix).partition(".")
+    return f"{layers_prefix}{int(number) + first_layer}.{rest}"
 
 
 class StageModel(PlainStage):
@@ -160,7 +184,9 @@ class StageModel(PlainStage):
         """
         scales = {f"{path}.scale" for path, _ in quantized_linears(self.module)}
         return {
-            name: self._canonical(name) for name in self.module.state_dict() if name not in scales
+            name: _canonical(name, self._layers_prefix, self.plan.first_layer)
+            for name in self.module.state_dict()
+            if name not in scales
         }
 
     def layer_names(self) -> list[list[str]]:
@@ -318,13 +344,6 @@ class StageModel(PlainStage):
         """Logits [S, vocabulary] of the rows `rows_S`, of all rows for None."""
         run = self.run_model if self._fused is None else self._fused.logits
         return run(inputs, layout, rows_S)
-
-    def _canonical(self, name: str) -> str:
-        """The full model's name: the layer number counted from the first layer of all."""
-        if not name.startswith(self._layers_prefix):
-            return name
-        number, _, rest = name.removeprefix(self._layers_prefix).partition(".")
-        return f"{self._layers_prefix}{int(number) + self.plan.first_layer}.{rest}"
 
 
 def _choose_mode(

@@ -54,7 +54,6 @@ _REFUSED_SETTINGS = {
     "num_kv_shared_layers": "shares keys and values between layers",
     "use_bidirectional_attention": "lets tokens see later ones",
     "attention_chunk_size": "attends in chunks",
-    "quantization_config": "has quantised weights",
 }
 
 

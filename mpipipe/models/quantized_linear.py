@@ -93,32 +93,29 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_linears(
-    layers: nn.Module, head: nn.Module | None, scheme: QuantizeName, *, num_experts: int = 1
+    model: nn.Module, scheme: QuantizeName, is_wanted: Callable[[str, nn.Linear], bool]
 ) -> None:
-    """Put a `QuantizedLinear` without values in the place of every plain linear.
+    """Put a `QuantizedLinear` without values in the place of plain linears.
 
-    Left as they are: experts that a family holds as one tensor, the routing of experts (linears
-    with no more outputs than there are experts), and subclasses of `nn.Linear`.
+    Experts that a family holds as one tensor, and subclasses of `nn.Linear`, stay as they are.
 
     Args:
-        layers: of a stage, on the meta device.
-        head: the parent of a child `lm_head` that shall be quantised too.
+        model: on the meta device.
         scheme: "int8" or "fp8".
-        num_experts: of a layer.
+        is_wanted: of a linear, by its path in `model`.
     """
     places = [
-        (parent, name, child)
-        for parent in layers.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.out_features > num_experts
+        (path, child)
+        for path, child in model.named_modules()
+        if type(child) is nn.Linear and is_wanted(path, child)
     ]
-    if head is not None and type(head.lm_head) is nn.Linear:
-        places.append((head, "lm_head", head.lm_head))
     dtype = torch.int8 if scheme == "int8" else _FP8
-    for parent, name, child in places:
+    for path, child in places:
         weight_OI = torch.empty(child.weight.shape, dtype=dtype, device="meta")
         scale_O = torch.empty(child.out_features, dtype=torch.float32, device="meta")
-        setattr(parent, name, QuantizedLinear(weight_OI, scale_O, child.bias))
+        parent, _, name = path.rpartition(".")
+        quantized = QuantizedLinear(weight_OI, scale_O, child.bias)
+        setattr(model.get_submodule(parent), name, quantized)
 
 
 def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:

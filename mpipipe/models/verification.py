@@ -37,6 +37,9 @@ _SHORT = 3  # tokens of its neighbour
 # Relative error allowed between the two ways, by dtype: batch shapes change the order of sums.
 # A layer whose state is forgotten is off by tens of percent.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# With activations in float8, a last bit that differs moves one to its neighbour, 6 % away, and all
+# layers after it carry on from there: 4 % in 30 layers of SmolLM2 in float32.
+_FP8_TOLERANCE = 0.2
 
 
 def verify_stage(stage: PlainStage) -> tuple[int, int]:
@@ -96,12 +99,19 @@ def _check_close(stage: PlainStage, actual_TH: torch.Tensor, expected_TH: torch.
             f"{str(actual_TH.dtype).removeprefix('torch.')}: the weights are damaged or need "
             'another model.dtype ("bfloat16" or "float32")'
         )
-    if not error <= _TOLERANCE[actual_TH.dtype]:
+    if not error <= _tolerance(stage, actual_TH.dtype):
         raise refuse(
             stage.model_type,
             f"keeps something between steps beside keys and values (a prompt in two chunks "
             f"differs from one piece by {error:.1%})",
         )
+
+
+def _tolerance(stage: PlainStage, dtype: torch.dtype) -> float:
+    weights = stage.module.parameters()
+    if any(weight.dtype == torch.float8_e4m3fn for weight in weights):
+        return max(_FP8_TOLERANCE, _TOLERANCE[dtype])
+    return _TOLERANCE[dtype]
 
 
 def _check_calls(stage: PlainStage, calls: list[AttentionCall]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ So a copy needs its own size and that of one file more. What has to be converted
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,13 +79,23 @@ def open_hub(
         )
         return replace(source, read=_read(listing, source.read))
 
+    return _fetched_late(address, listing, (*small, *weights), fetch)
+
+
+def _fetched_late(
+    address: HubAddress,
+    listing: HubListing,
+    names: Sequence[str],
+    fetch: Callable[[str], Path],
+) -> Source:
+    """Files that are copied as they are: each is fetched when it is written, then forgotten."""
+
     def piece(name: str) -> CopiedPiece:
         file = listing.files[name]
         return CopiedPiece(
             name, file.num_bytes, lambda: fetch(name), file.expected, lambda path: path.unlink()
         )
 
-    names = (*small, *weights)
     return Source(
         address.described,
         listing.commit,

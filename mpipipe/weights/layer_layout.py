@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ALIGNMENT", "Layout", "Span", "aligned_bytes"]
+__all__ = ["ALIGNMENT", "GROUP_ALIGNMENT", "Layout", "Span", "aligned_bytes"]
 
 ALIGNMENT = 4096  # of buffers and of regions of a file, so that pages map to pages
-_GROUP_ALIGNMENT = 256  # what kernels may ask of a pointer
+GROUP_ALIGNMENT = 256  # what kernels may ask of a pointer
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -52,7 +52,7 @@ class Layout:
         group: tuple[str, ...] = ()
         for name in sorted(tensors, key=_place):
             if _place(name)[:-1] != group:
-                group, end = _place(name)[:-1], _rounded(end, _GROUP_ALIGNMENT)
+                group, end = _place(name)[:-1], _rounded(end, GROUP_ALIGNMENT)
             span = Span(end, tuple(tensors[name].shape), tensors[name].dtype)
             spans[name] = span
             end += span.num_bytes

@@ -12,19 +12,21 @@ device; two names that resolve to one stored tensor share one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
+from mpipipe.checkpoint.quantization import read_quantization
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.prequantized import QuantizedSource, Unpacking
 from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
-from mpipipe.weights.sources import StoredTensor, open_source
+from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
 
 __all__ = ["LoadReport", "load_stage", "place"]
 
@@ -77,7 +79,7 @@ def load_stage(
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
-    source = open_source(index)
+    source = _open(index)
     # torch computes with as many threads as the rank has cores.
     filler = TensorFiller(
         source,
@@ -102,6 +104,11 @@ def load_stage(
     )
 
 
+def _open(index: CheckpointIndex) -> TensorSource:
+    quantization, source = read_quantization(index.folder), open_source(index)
+    return source if quantization is None else QuantizedSource(source, quantization)
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     """One tensor to make, and all names of the module that shall be it."""
@@ -110,6 +117,7 @@ class _Slot:
     parts: tuple[Part, ...]
     meta: torch.Tensor
     scale: Place | None = None  # of a weight that is quantised when it is read
+    unpacking: Unpacking | None = None  # of a weight that the file has quantised, or of its scale
 
 
 def _slots(
@@ -144,13 +152,25 @@ def _slots(
     ]
 
 
+def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
+    """`slot`, or, where the file has its weight quantised, that weight and its scale."""
+    scale = source.scale_of(slot.parts[0].source)
+    if slot.scale is None or scale is None:
+        yield slot
+        return
+    packed = Unpacking(source.quantization.packing)
+    yield replace(slot, scale=None, unpacking=packed)
+    yield _Slot(slot.scale.names, (Part(scale),), slot.scale.like, unpacking=Unpacking(None))
+
+
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
     shapes, types = [], []
     for slot in slots:
         shapes += _wrong_shapes(slot, stored)
         for part in slot.parts:
             found = stored[part.source].dtype
-            ours = str(slot.meta.dtype).removeprefix("torch.")
+            wanted = slot.unpacking.dtype(slot.meta.dtype) if slot.unpacking else slot.meta.dtype
+            ours = str(wanted).removeprefix("torch.")
             convertible = found in _FLOATS and (ours in _FLOATS or slot.scale is not None)
             if not convertible and (found != ours or slot.scale is not None):
                 types.append(f"{part.source} is {found}")
@@ -169,6 +189,8 @@ def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
     for part in slot.parts:
         shape = stored[part.source].shape
         region = tuple(_region(slot.meta, part).shape)
+        if slot.unpacking is not None:
+            region = slot.unpacking.shape(region, shape)
         if shape != region:
             wrong.append(f"{part.source} is {list(shape)}, expected {list(region)}")
     return wrong
@@ -183,28 +205,38 @@ def _fill(
 ) -> None:
     """Read every slot, in the order of the files."""
     source = filler.source
+    if isinstance(source, QuantizedSource):
+        slots = [own for slot in slots for own in _as_stored(slot, source)]
     stored = {part.source: source.stored(part.source) for slot in slots for part in slot.parts}
     _raise_if_any(index, _misfits(slots, stored))
     ordered = sorted(slots, key=lambda slot: stored[slot.parts[0].source].order)
     fillings = (_filling(slot, stored, destination) for slot in ordered)
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
         _check_range(slot, stored, filled.tensor)
-        if slot.scale is None:
-            tensor = destination.keep(slot.names, filled.tensor)
-        else:
+        if slot.scale is not None:
             weight = Place(slot.names, slot.meta)
             tensor, scale = quantize_to(destination, filled.tensor, weight, slot.scale)
             place(module, slot.scale.names, scale, slot.scale.like)
+        elif slot.unpacking is not None:
+            tensor = destination.empty(slot.names, slot.meta)
+            tensor.copy_(slot.unpacking.unpack(filled.tensor, slot.meta.shape))
+            tensor = destination.keep(slot.names, tensor)
+        else:
+            tensor = destination.keep(slot.names, filled.tensor)
         place(module, slot.names, tensor, slot.meta)
 
 
 def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
-    """What is quantised is read in the type of the file first, to the device."""
-    if slot.scale is None:
-        tensor = destination.empty(slot.names, slot.meta)
-    else:
-        dtype = getattr(torch, stored[slot.parts[0].source].dtype)
+    """What becomes another tensor is read as it is in the file first, to the device."""
+    first = stored[slot.parts[0].source]
+    if slot.scale is not None:
+        dtype = getattr(torch, first.dtype)
         tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
+    elif slot.unpacking is not None:
+        dtype = slot.unpacking.dtype(slot.meta.dtype)
+        tensor = torch.empty(first.shape, dtype=dtype, device=destination.device)
+    else:
+        tensor = destination.empty(slot.names, slot.meta)
     return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
 
 

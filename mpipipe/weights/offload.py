@@ -20,7 +20,7 @@ import torch
 from mpipipe.metrics.offload import OffloadUse
 from mpipipe.planning.memory import gib
 from mpipipe.weights.cuda_carrier import CudaCarrier
-from mpipipe.weights.layer_layout import ALIGNMENT, Layout, Span, aligned_bytes
+from mpipipe.weights.layer_layout import GROUP_ALIGNMENT, Layout, Span, aligned_bytes
 from mpipipe.weights.layer_store import HostRegion, OffloadFile, Region
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 from mpipipe.weights.prefetch import Carrier, HostCarrier, Piece, Prefetcher, StreamedPart
@@ -105,22 +105,23 @@ def open_offload(
     embedding = _stored(offload.embedding, tensors.embedding)
     head = _stored(offload.head, tensors.head)
     uses_disk = "disk" in {*tiers.values(), offload.embedding, offload.head}
-    file = None
-    if uses_disk:
-        # torch computes with as many threads as the rank has cores; on a CPU they are in use.
-        num_cores = torch.get_num_threads()
-        num_threads = max(1, num_cores // 4) if device.type == "cpu" else num_readers(num_cores)
-        file = OffloadFile.open(Path(folder), name, num_threads=num_threads)
     return OffloadedWeights(
         layers,
         embedding,
         head,
         buffers=buffers,
-        file=file,
+        file=_open_file(folder, name, device) if uses_disk else None,
         device=device,
         num_layers=len(tensors.layers),
         use_graphs=use_graphs,
     )
+
+
+def _open_file(folder: str, name: str, device: torch.device) -> OffloadFile:
+    # torch computes with as many threads as the rank has cores; on a CPU they are in use.
+    num_cores = torch.get_num_threads()
+    num_threads = max(1, num_cores // 4) if device.type == "cpu" else num_readers(num_cores)
+    return OffloadFile.open(Path(folder), name, num_threads=num_threads)
 
 
 def _stored(tier: Tier, tensors: Mapping[str, torch.Tensor]) -> _Stored | None:
@@ -332,8 +333,8 @@ def _whole(stored: _Stored) -> Piece:
 
 
 def _rows_per_block(buffer_bytes: int, row_bytes: int, num_tensors: int) -> int:
-    """Rows of a head that a buffer holds, by the dozen that matrix kernels like."""
-    num_rows = (buffer_bytes - ALIGNMENT * (1 + num_tensors)) // row_bytes
+    """Rows of a head that a buffer of whole pages holds; a multiple of what kernels like."""
+    num_rows = (buffer_bytes - GROUP_ALIGNMENT * num_tensors) // row_bytes
     assert num_rows > 0, f"a buffer of {buffer_bytes} bytes holds no row of the head"
     return num_rows // _ROWS * _ROWS or num_rows
 

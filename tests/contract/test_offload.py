@@ -22,7 +22,7 @@ from mpipipe.models.operations import torch_operations
 from mpipipe.models.prepacked_linear import PrepackedLinear
 from mpipipe.planning.plan import StageOffload, StagePlan
 from mpipipe.runtime.loading import load_parts
-from mpipipe.types import SamplingParams, Tier, WeightsSource
+from mpipipe.types import QuantizeName, SamplingParams, Tier, WeightsSource
 from mpipipe.weights.layer_layout import ALIGNMENT
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
 from tests.contract.tiny_models import (
@@ -67,7 +67,12 @@ def offloaded_stage(plan: StagePlan, offload: StageOffload) -> StagePlan:
 
 
 def stages(
-    model: TinyModel, offload: StageOffload | None, offloading: Offloading, mode: str, number: int
+    model: TinyModel,
+    offload: StageOffload | None,
+    offloading: Offloading,
+    mode: str,
+    number: int,
+    quantize: QuantizeName = "none",
 ) -> list[StageModel]:
     """All of `number` stages; each takes of `offload` what it has."""
     loaded = []
@@ -86,9 +91,28 @@ def stages(
                 cache=cache,
                 operations=operations,
                 offloading=None if offload is None else offloading,
+                quantize=quantize,
             )
         )
     return loaded
+
+
+def large_head(folder: Path) -> TinyModel:
+    """A model whose head is larger than several layers."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=2000,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    return TinyModel(folder, model)
 
 
 PLACEMENTS = {
@@ -151,25 +175,23 @@ def test_other_families_stream_too(
     assert InProcessPipeline(loaded).generate(PROMPTS, 8, chunk=4) == wanted
 
 
+@pytest.mark.parametrize("mode", ["plain", "packed", "fast"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_weights_in_8_bits_stream_as_they_are(
+    quantize: QuantizeName, mode: str, tmp_path: Path, offloading: Offloading
+) -> None:
+    """Layers and head, weights and scales, in blocks: the tokens of the same weights resident."""
+    model = large_head(tmp_path / "model")
+    resident = stages(model, None, offloading, mode, 1, quantize)
+    wanted = InProcessPipeline(resident).generate(PROMPTS, 8, chunk=4)
+    offload = StageOffload(host_layers=(1,), disk_layers=(0, 2, 3), embedding="disk", head="disk")
+    loaded = stages(model, offload, offloading, mode, 1, quantize)
+    assert len(loaded[0]._streamed.head_blocks) > 2
+    assert all("scale" in block for block in loaded[0]._streamed.head_blocks)
+    assert InProcessPipeline(loaded).generate(PROMPTS, 8, chunk=4) == wanted
+
+
 # ---- what is read, and when ----------------------------------------------------------------------
-
-
-def large_head(folder: Path) -> TinyModel:
-    """A model whose head is larger than several layers."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=2000,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    model.save_pretrained(folder)
-    return TinyModel(folder, model)
 
 
 @pytest.mark.parametrize("mode", ["packed", "fast"])

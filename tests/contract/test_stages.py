@@ -29,6 +29,7 @@ from mpipipe.models.prepacked_linear import (
     PrepackedLinear,
     prepack,
 )
+from mpipipe.types import QuantizeName
 from tests.contract.tiny_models import (
     FAMILIES,
     NUM_LAYERS,
@@ -357,6 +358,38 @@ def test_a_layer_that_mixes_the_tokens_of_a_step_is_caught(
     stage.module.model.layers[0].mlp = MixesNeighbours()
     with pytest.raises(UnsupportedModelError, match="keeps something between steps"):
         stage.finish(ContiguousKVCache())
+
+
+class Jitter(nn.Module):
+    """As rounding to float8 does that falls to the other side: a few percent, by where a row is."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * (1 + 0.05 * torch.arange(hidden.shape[1])[:, None])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "mlp", "refused"),
+    [("none", Jitter(), True), ("fp8", Jitter(), False), ("fp8", MixesNeighbours(), True)],
+)
+def test_rounding_to_float8_is_no_state_between_steps(
+    quantize: QuantizeName, mlp: nn.Module, refused: bool, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    stage = build_stage_model(
+        model.folder,
+        split(2)[1],
+        dtype=torch.float32,
+        backend=SdpaAttention(),
+        max_sequence_tokens=32,
+        quantize=quantize,
+    )
+    fill(stage, model.folder)
+    stage.module.model.layers[0].mlp = mlp
+    if not refused:
+        stage.finish(ContiguousKVCache(), mode="plain")
+        return
+    with pytest.raises(UnsupportedModelError, match="keeps something between steps"):
+        stage.finish(ContiguousKVCache(), mode="plain")
 
 
 class TooLarge(nn.Module):

@@ -29,6 +29,6 @@ def test_an_embedding_with_a_padding_row_is_looked_up_as_well() -> None:
     model = Embedded(nn.Embedding(12, 3, padding_idx=9))
     rows = torch.arange(36.0).reshape(12, 3)
     streamed = StreamedWeights(embedding_rows=lambda ids: rows[ids])
-    attach_streaming(model, SimpleNamespace(layers=[]), streamed)  # type: ignore[arg-type]
+    attach_streaming(model, SimpleNamespace(layers=[]), streamed)
     ids = torch.tensor([1, 9, 1])
     assert torch.equal(model.embedding(ids), rows[ids])
