@@ -94,7 +94,7 @@ def test_the_run_folder_holds_what_the_readme_says(on_two_ranks: Outcome) -> Non
 def check_schema(folder: Path) -> None:
     """Every line and document is as mpipipe/logs/FILES.md says."""
     names = [path.name for path in folder.iterdir() if schema_of(path.name) is not None]
-    assert len(names) == 10
+    assert len(names) == 12
     for name in names:
         path = folder / name
         lines = [json.loads(path.read_text())] if path.suffix == ".json" else read_jsonl(path)
