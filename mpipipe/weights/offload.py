@@ -10,6 +10,7 @@ by block (`models.streaming`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -320,11 +321,12 @@ class OffloadedWeights:
 
     def close(self) -> None:
         """Let go of threads, file and pinned memory. Idempotent."""
-        if self._carrier is not None:
-            self._carrier.close()
-        if self._file is not None:
-            self._file.close()
-        self._pinned.close()
+        with ExitStack() as closing:  # all of it, whatever one of them raises
+            closing.callback(self._pinned.close)
+            if self._file is not None:
+                closing.callback(self._file.close)
+            if self._carrier is not None:
+                closing.callback(self._carrier.close)
 
 
 def _whole(stored: _Stored) -> Piece:
