@@ -24,7 +24,12 @@ from mpipipe.planning.offload_search import (
 )
 from mpipipe.planning.placement import ModelParts, offload_of, part_bytes
 from mpipipe.planning.plan import Decisions, StagePlan
-from mpipipe.planning.rank_rooms import check_settings, gpu_bytes, rank_rooms
+from mpipipe.planning.rank_rooms import (
+    CPU_LIBRARY_BYTES,
+    check_settings,
+    gpu_bytes,
+    rank_rooms,
+)
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, gather_bytes, rank_memory
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -71,18 +76,20 @@ class StageFitting:
         """
         check_settings(self.decisions.config.memory, on_gpus=self.device == "cuda")
         resident = Fitted(stages, self.limits, demand, self._needs(stages, self.limits, demand))
-        is_limited = isinstance(self.decisions.config.memory.device_bytes, int)
-        must_offload = not fits(resident.needs, self._least_pages(resident.needs, demand))
-        if not must_offload and (not is_limited or fits(resident.needs, demand.useful_pages)):
+        if self._is_roomy(resident):
             return resident
         problem = self._problem(demand, workload)
         best = best_candidate(problem)
         if best is None:
             return replace(resident, remedies=self._remedies(problem, stages))
-        split = tuple(stage.num_layers for stage in stages)
-        if not must_offload and best.is_resident and best.split == split:
-            return resident
         return self._taken(problem, best, stages, demand)
+
+    def _is_roomy(self, resident: Fitted) -> bool:
+        """Whether all weights fit, with work space, the least cache and what libraries take."""
+        needs = resident.needs
+        if self.device == "cpu":
+            needs = tuple(replace(need, work_bytes=CPU_LIBRARY_BYTES) for need in needs)
+        return fits(needs, self._least_pages(needs, resident.demand))
 
     def _least_pages(self, needs: Sequence[RankMemory], demand: KvDemand) -> int:
         """With fewer the run cannot begin, or with what the settings ask for."""

@@ -238,7 +238,7 @@ def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
 
 
 def test_fewer_rows_are_told_where_they_leave_room() -> None:
-    memory = MemoryConfig(device_bytes=16 * 10**9, gpu_memory_fraction=1.0)
+    memory = MemoryConfig(device_bytes=15 * 10**9, gpu_memory_fraction=1.0)
     made = plan(t4(1), memory, work=(512, 100, 30))
     (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
     told = note.reason.split("pipeline.max_sequences_per_slot = ")[1]

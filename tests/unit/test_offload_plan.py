@@ -55,6 +55,18 @@ UNTIED = replace(SMOL, tied_embeddings=False)
 LARGE = replace(
     UNTIED, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, vocab_size=32000
 )
+OPENLLAMA_3B = replace(
+    UNTIED,
+    num_layers=26,
+    hidden_size=3200,
+    intermediate_size=8640,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=100,
+    vocab_size=32000,
+    max_context_tokens=2048,
+    dtype="float32",
+)
 LAYER_BYTES = 3_538_944 * 4
 MATRIX_BYTES = 49152 * 576 * 4
 
@@ -108,6 +120,26 @@ def test_weights_that_fit_stay_whatever_might_be_offloaded() -> None:
     assert plan(ranks("a", "b"), MemoryConfig(offload_dir=DISK)).to_json() == plain.to_json()
     assert plain.offload_dir == ""
     assert all(stage.offload is None for stage in plain.stages)
+
+
+def test_a_limit_that_does_not_bind_changes_nothing() -> None:
+    """Also where the cache could use more than there is: rather fewer pages than an offload."""
+    long, roomy = (64, 8000, 100), MemoryConfig(device_bytes=GIB, offload_dir=DISK)
+    assert plan(ranks("a", "b"), roomy, work=long) == plan(
+        ranks("a", "b"), MemoryConfig(), work=long
+    )
+    world, memory = ranks("a", memory=14 * GIB), MemoryConfig(device_bytes=13 * GIB)
+    made = plan(world, memory, spec=OPENLLAMA_3B)
+    assert made == plan(world, MemoryConfig(), spec=OPENLLAMA_3B)
+    assert made == plan(world, replace(memory, offload_dir=DISK), spec=OPENLLAMA_3B)
+
+
+def test_weights_that_leave_no_room_for_the_libraries_of_a_rank_are_offloaded() -> None:
+    """12.76 GiB of them fit 13 GiB, but leave too little for Python and torch."""
+    made = plan(ranks("a", memory=13 * GIB), MemoryConfig(offload_dir=DISK), spec=OPENLLAMA_3B)
+    assert offload(made).device_bytes < 12.5 * GIB
+    without = plan(ranks("a", memory=13 * GIB), MemoryConfig(), spec=OPENLLAMA_3B)
+    assert without.stages[0].offload is None, "there is no other place"
 
 
 def test_what_the_ram_does_not_hold_goes_to_disk_and_comes_once_a_step() -> None:
