@@ -28,6 +28,7 @@ from mpipipe.planning.rank_rooms import (
     CPU_LIBRARY_BYTES,
     check_settings,
     gpu_bytes,
+    most_host_bytes,
     rank_rooms,
 )
 from mpipipe.planning.resources import RankResources
@@ -123,7 +124,21 @@ class StageFitting:
             decisions.revise("pipeline.split", split, _split_reason(best))
         if not best.is_resident:
             decisions.note("memory.offload", _cost(best), _avoidable(problem, best))
+            self._note_host_bytes()
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
+
+    def _note_host_bytes(self) -> None:
+        """Where fewer are taken than were asked for."""
+        asked = self.decisions.config.memory.host_bytes
+        if self.device == "cpu" or not isinstance(asked, int):
+            return
+        tightest = min(self.ranks, key=lambda rank: most_host_bytes(rank, self.ranks))
+        most = most_host_bytes(tightest, self.ranks)
+        if most < asked:
+            who = f"rank {tightest.rank} on {tightest.host}"
+            reason = f"less than the {gib(asked)} asked for: {who} has no more of its host's "
+            reason += "memory beside what its libraries take"
+            self.decisions.note("memory.host_bytes", gib(most), reason)
 
     def _stages(self, best: Candidate, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
         parts, layer_bytes = [], part_bytes(self.spec, self.dtype).layer

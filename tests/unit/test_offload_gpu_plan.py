@@ -92,6 +92,10 @@ def offload(made: PipelinePlan, stage: int = 0) -> StageOffload:
     return found
 
 
+def reasons(made: PipelinePlan) -> dict[str, str]:
+    return {entry.setting: entry.reason for entry in made.resolved}
+
+
 def held_bytes(made: PipelinePlan) -> int:
     """All that the only stage takes of its GPU."""
     page = kv_page_bytes(
@@ -153,6 +157,19 @@ def test_ranks_of_a_host_share_its_memory() -> None:
     made = plan(world, work=(32, 64, 16))
     assert sum(offload(made, stage).host_bytes for stage in range(4)) <= 16 * GIB * 0.7
     assert all(offload(made, stage).host_bytes <= 4 * GIB * 0.7 for stage in range(4))
+
+
+def test_host_bytes_that_the_host_does_not_have_are_fewer_and_the_plan_says_so() -> None:
+    """What the libraries of the ranks take stays free."""
+    world = [with_gpu(rank, free_bytes=4 * GIB) for rank in t4(2, memory=13 * GIB)]
+    disk = "/scratch/o"
+    made = plan(world, MemoryConfig(host_bytes=100 * GIB, offload_dir=disk), work=(32, 64, 16))
+    for stage in range(2):
+        assert 4 * GIB < offload(made, stage).host_bytes <= 5 * GIB
+    assert reasons(made)["memory.host_bytes"].startswith("less than the 100.00 GiB asked for")
+    assert any("5.00 GiB" in line and "100.00 GiB" in line for line in plan_lines(made))
+    made = plan(world, MemoryConfig(host_bytes=4 * GIB, offload_dir=disk), work=(32, 64, 16))
+    assert "memory.host_bytes" not in reasons(made)
 
 
 def test_rows_are_raised_to_hide_the_link() -> None:
