@@ -7,6 +7,7 @@ what is planned fits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mpipipe.config.schema import MemoryConfig
 from mpipipe.errors import PlanError
@@ -21,6 +22,7 @@ __all__ = [
     "GPU_LIBRARY_BYTES",
     "check_settings",
     "gpu_bytes",
+    "gpu_limit",
     "most_host_bytes",
     "rank_rooms",
 ]
@@ -60,6 +62,15 @@ def gpu_bytes(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankRes
     if not isinstance(memory.device_bytes, int):
         return free
     return min(free, memory.device_bytes * _num_on_gpu(rank, ranks))
+
+
+def gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
+    """The setting that `gpu_bytes` follows from."""
+    if gpu_bytes(memory, rank, ranks) < gpu_bytes(
+        replace(memory, device_bytes="auto"), rank, ranks
+    ):
+        return "memory.device_bytes"
+    return "memory.gpu_memory_fraction of what is free"
 
 
 def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:

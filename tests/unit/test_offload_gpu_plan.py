@@ -18,6 +18,7 @@ from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import QuantizeName
 from tests.unit.planned_rank import GIB, make_rank, with_gpu
 
 OPENLLAMA_7B = ModelSpec(
@@ -206,13 +207,41 @@ def test_without_a_place_to_offload_to_the_error_names_both() -> None:
 
 def test_a_device_below_one_layer_is_told_what_it_needs() -> None:
     with pytest.raises(
-        PlanError, match=r"raise memory\.device_bytes to at least (1\.\d+) GiB"
+        PlanError, match=r"needs \d+ MiB on its device, for a layer or staging bu"
     ) as e:
         plan(t4(1), MemoryConfig(device_bytes=GIB))
-    least = float(str(e.value).split("at least ")[1].split(" GiB")[0])
-    enough = int((least + 0.02) * GIB)
-    pipeline = PipelineConfig(max_sequences_per_slot=1, max_tokens_per_step=512)
-    assert offload(plan(t4(1), MemoryConfig(device_bytes=enough), pipeline)).num_buffers == 1
+    assert "offload_dir" not in str(e.value), "host memory has room"
+    least = int(str(e.value).split("at least ")[1].split(" MiB")[0]) * 2**20
+    assert offload(plan(t4(1), MemoryConfig(device_bytes=least))).num_buffers == 1
+    with pytest.raises(PlanError, match=f"at least {least // 2**20} MiB"):
+        plan(t4(1), MemoryConfig(device_bytes=least - 2**20))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_device_bytes_that_an_error_advises_are_enough(
+    num_ranks: int, tied: bool, quantize: QuantizeName
+) -> None:
+    model, world = ModelConfig(quantize=quantize), t4(num_ranks, memory=8 * GIB)
+    for vocab, layers in ((32000, 32), (256000, 4)):
+        spec = replace(OPENLLAMA_7B, tied_embeddings=tied, vocab_size=vocab, num_layers=layers)
+        low = MemoryConfig(device_bytes=GIB, host_bytes=0, offload_dir="/scratch/o")
+        with pytest.raises(PlanError, match=r"^stage \d .* at least (\d+) MiB") as e:
+            plan(world, low, spec=spec, model=model)
+        least = int(str(e.value).split("at least ")[1].split(" MiB")[0]) * 2**20
+        assert plan(world, replace(low, device_bytes=least), spec=spec, model=model).stages
+
+
+def test_a_limit_that_was_not_set_or_does_not_bind_is_not_spoken_of() -> None:
+    for memory in (MemoryConfig(host_bytes=0), MemoryConfig(host_bytes=0, device_bytes=64 * GIB)):
+        with pytest.raises(
+            PlanError, match=r"\(memory\.gpu_memory_fraction of what is free\)"
+        ) as e:
+            plan(t4(1), memory)
+        assert "device_bytes" not in str(e.value)
+        assert 'set model.quantize = "int8"' in str(e.value)
+        assert "model.dtype" not in str(e.value), "it is in 16 bits already"
 
 
 # ---- what is said --------------------------------------------------------------------------------
