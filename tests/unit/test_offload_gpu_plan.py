@@ -173,6 +173,20 @@ def test_host_bytes_that_the_host_does_not_have_are_fewer_and_the_plan_says_so()
     assert "memory.host_bytes" not in reasons(made)
 
 
+def test_stages_with_layers_on_disk_are_told_to_capture_no_graphs() -> None:
+    small, large = t4(2)
+    memory = MemoryConfig(host_bytes=0, offload_dir="/scratch/o")
+    split = PipelineConfig(split=(16, 16))
+    made = plan([with_gpu(small, free_bytes=5 * GIB), large], memory, split)
+    assert (offload(made).disk_layers != (), made.stages[1].offload) == (True, None)
+    assert made.cuda_graphs is True
+    assert reasons(made)["memory.cuda_graphs"].startswith("not on stage 0: ")
+    made = plan([with_gpu(rank, free_bytes=5 * GIB) for rank in t4(2)], memory, split)
+    assert made.cuda_graphs is False
+    assert reasons(made)["memory.cuda_graphs"].startswith("not on stages 0, 1: ")
+    assert "memory.cuda_graphs" not in reasons(plan(t4(1))), "host memory is within graphs"
+
+
 def test_rows_are_raised_to_hide_the_link() -> None:
     """Small sequences, so that memory is not what limits them."""
     memory = MemoryConfig(device_bytes=6 * 10**9)
