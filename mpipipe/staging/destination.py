@@ -16,14 +16,21 @@ from mpipipe.run_folder.files import told_as_output
 from mpipipe.run_folder.lock import lock_file
 from mpipipe.staging.hub_source import SOURCE_FOLDER
 from mpipipe.staging.pieces import file_hash
-from mpipipe.staging.record import REMEDY, Conversion, SourceFile, StagingRecord, read_record
+from mpipipe.staging.record import (
+    REMEDY,
+    Conversion,
+    SourceFile,
+    StagingRecord,
+    is_partial,
+    partial_path,
+    read_record,
+)
 from mpipipe.staging.source import Source
 
 __all__ = ["claimed", "free_bytes", "kept_files", "require_same", "require_space", "tidy"]
 
 _LOCK_NAME = ".mpipipe-staging.lock"
 _OWN = frozenset({MANIFEST_NAME, UNFINISHED_NAME, SOURCE_FOLDER, _LOCK_NAME})
-_PARTIAL = ".partial"
 # A directory entry, an inode and the last block of each file; file systems keep some for root.
 _SPARE_BYTES = 16 << 20
 
@@ -63,7 +70,7 @@ def _require_empty(folder: Path) -> None:
     """Without a record there may be no file but what a fetch has left."""
     with told_as_output(folder, "read", REMEDY):
         found = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in found if name not in _OWN]
+    foreign = [name for name in found if name not in _OWN and not is_partial(name)]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise OutputError(
@@ -150,7 +157,7 @@ def tidy(folder: Path, names: Sequence[str]) -> None:
         OutputError: it cannot be removed.
     """
     for name in (*names, MANIFEST_NAME, UNFINISHED_NAME):
-        partial = (folder / name).with_suffix(_PARTIAL)
+        partial = partial_path(folder / name)
         with told_as_output(partial, "removed", REMEDY):
             partial.unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ from mpipipe.staging.record import (
     FileRecord,
     SourceFile,
     StagingRecord,
+    partial_path,
     read_record,
     write_record,
 )
@@ -273,10 +274,22 @@ def test_another_revision_or_conversion_is_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_these_files_only_are_removed(tmp_path: Path) -> None:
-    for name in ("model.partial", "thesis.partial"):
-        (tmp_path / name).write_text("half")
+    weights, thesis = tmp_path / "model.safetensors", tmp_path / "thesis.tex"
+    users = ("model.partial", "config.partial")
+    for path in (partial_path(weights), partial_path(thesis), *(tmp_path / n for n in users)):
+        path.write_text("half")
     tidy(tmp_path, ["model.safetensors", "config.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.partial"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {partial_path(thesis).name, *users}
+
+
+def test_a_record_that_was_half_written_is_no_foreign_file(tmp_path: Path) -> None:
+    partial = partial_path(tmp_path / UNFINISHED_NAME)
+    partial.write_text("{")
+    with claimed(tmp_path) as found:
+        assert found is None
+        tidy(tmp_path, [])
+    assert not partial.exists()
 
 
 def test_space_is_asked_for_with_some_to_spare(tmp_path: Path) -> None:
