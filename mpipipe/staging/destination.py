@@ -51,7 +51,7 @@ _SPARE_BYTES = 16 << 20
 def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     """Keep others out of `folder`, which is made where it is missing; yields its record.
 
-    A folder that is empty at the end is removed.
+    Folders that were made here and are empty at the end are removed.
 
     Raises:
         OutputError: another process stages to it, it holds other files, or cannot be written.
@@ -60,6 +60,7 @@ def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     with told_as_output(folder, remedy=REMEDY):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file: give a folder for the model")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     lock, held = lock_file(folder / _LOCK_NAME)
     if held is False:
@@ -75,7 +76,8 @@ def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     finally:
         lock.close()
         with suppress(OSError):  # it holds something, as it should
-            folder.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def _require_empty(folder: Path) -> None:

@@ -206,10 +206,18 @@ def test_what_was_read_is_noted_with_the_file() -> None:
 
 
 def test_a_folder_is_made_and_removed_again_when_nothing_came_of_it(tmp_path: Path) -> None:
-    with claimed(tmp_path / "new") as found:
+    with claimed(tmp_path / "new/model") as found:
         assert found is None
-        assert (tmp_path / "new").is_dir()
+        assert (tmp_path / "new/model").is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_user_made_stays(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("own", "own/new"):
+        with pytest.raises(CheckpointError), claimed(tmp_path / name):
+            raise CheckpointError("no model")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "own"]
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
