@@ -11,12 +11,13 @@ import dataclasses
 import gc
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
@@ -45,35 +46,39 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
-    parts = await _load(boot, plan, stage, device)
-    _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
-    account = StageAccount(stage.stage)
-    ranks.vitals.stage = stage.stage
-    opening = partial(open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot))
-    async with (
-        compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
-        opening(account=account, clocks=clocks) as opened,
-    ):
-        await opened.worker.exercise_edges()
-        ranks.boot.begin("ready")
-        await clocks.compare()
-        _settle_garbage()
-        with ranks.boot.waiting("ready"):
-            await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
-        load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
-        _log_ready(boot, plan, parts, load, opened)
-        ranks.vitals.last_step = lambda: account.last_step
-        ranks.boot.end()
-        try:
-            worker = opened.worker
-            yield Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load)
-        finally:
-            gc.unfreeze()
+    with ExitStack() as opened_parts:
+        parts = await _load(boot, plan, stage, device, opened_parts)
+        _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
+        account = StageAccount(stage.stage)
+        ranks.vitals.stage = stage.stage
+        opening = partial(open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot))
+        async with (
+            compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
+            opening(account=account, clocks=clocks) as opened,
+        ):
+            await opened.worker.exercise_edges()
+            ranks.boot.begin("ready")
+            await clocks.compare()
+            _settle_garbage()
+            with ranks.boot.waiting("ready"):
+                await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
+            load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
+            _log_ready(boot, plan, parts, load, opened)
+            ranks.vitals.last_step = lambda: account.last_step
+            ranks.boot.end()
+            try:
+                worker = opened.worker
+                yield Session(
+                    boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load
+                )
+            finally:
+                gc.unfreeze()
 
 
 async def _load(
-    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device
+    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device, opened: ExitStack
 ) -> StageParts:
+    """The stage's parts, which are closed with `opened`, also where another rank's load fails."""
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
 
     def load_stage() -> StageParts:
@@ -82,13 +87,21 @@ async def _load(
         prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
-        return load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+        opened.callback(_close, parts)
+        return parts
 
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     for warning in parts.load_warnings:
         boot.log.warning("loading", message=warning)
     return parts
+
+
+def _close(parts: StageParts) -> None:
+    """Let go of `parts`; those that abandoned work may still use last as long as the process."""
+    if not is_abandoned_work_running():
+        parts.close()
 
 
 def _load_facts(

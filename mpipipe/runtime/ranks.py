@@ -12,11 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
+from mpipipe.abandoned import abandon, is_abandoned_work_running
 from mpipipe.clock import Clock, MonotonicClock
 from mpipipe.control_plane.channel import Channel
 from mpipipe.control_plane.heartbeats import Heartbeats, Vitals
@@ -42,7 +43,6 @@ __all__ = [
     "PhaseThread",
     "Ranks",
     "in_phase",
-    "is_abandoned_work_running",
     "leave",
     "open_ranks",
     "share_exit_code",
@@ -56,7 +56,6 @@ T = TypeVar("T")
 PHASE_DEADLINE_S = 3600.0
 _TELL_S = 0.25
 _TOLD_ELSEWHERE_S = 1.5
-_abandoned: list[Future[Any]] = []  # work that still runs, or ran
 
 
 class AgreedError(Exception):
@@ -88,7 +87,7 @@ class PhaseThread:
 
         def note(ended: asyncio.Future[T]) -> None:
             if ended.cancelled() and not running.done():
-                _abandoned.append(running)
+                abandon(lambda: not running.done())
 
         begun.add_done_callback(note)
         return begun
@@ -373,13 +372,8 @@ def _tell_and_abort(mesh: Mesh, error: BaseException, *, debug: bool) -> None:
     mesh.abort(exit_code)
 
 
-def is_abandoned_work_running() -> bool:
-    """Whether a thread of this process still does what is no longer wanted."""
-    return any(not work.done() for work in _abandoned)
-
-
 def leave(exit_code: int) -> NoReturn:
-    """End this process with `exit_code`; does not wait for work that a phase has given up."""
+    """End this process with `exit_code`; does not wait for work that was given up."""
     if not is_abandoned_work_running():
         sys.exit(exit_code)
     sys.stdout.flush()

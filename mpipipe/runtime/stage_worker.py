@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -53,41 +53,40 @@ async def open_worker(
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
 
-    `profiler` is told what it does; it and `parts` are closed with it.
+    `profiler` is told what it does, and is closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    with closing(parts):
-        ranks.boot.begin("warm-up")
-        preparing = partial(_prepare, plan, ranks, parts, device, profiler)
-        ready = await in_phase(ranks, "capture", preparing)
-        stream, engine = ready.stream, ready.engine
-        stream.enter()  # captured in the phase's thread, launched from this one
-        ranks.boot.begin("edges")
-        try:
-            channel = profiler.channel(await open_channel(plan, ranks, device))
-            link = _link(plan, ranks, account, clocks)
-            worker = StageWorker(
-                plan=plan,
-                stage=plan.stage_of_rank(ranks.mesh.rank),
-                mesh=ranks.mesh,
-                channel=channel,
-                engine=engine,
-                stream=stream,
-                timeline=StreamTimeline(stream, account, ranks.clock, link),
-                progress=ranks.engine,
-                clock=ranks.clock,
-                ranges=profiler,
-                offload_use=parts.offload_use,
-            )
-            capture_s = ready.seconds if engine.graph_runner.use_graphs else None
-            yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
-            await profiler.aclose()
-            await channel.aclose()
-        finally:
-            stream.close()
+    ranks.boot.begin("warm-up")
+    preparing = partial(_prepare, plan, ranks, parts, device, profiler)
+    ready = await in_phase(ranks, "capture", preparing)
+    stream, engine = ready.stream, ready.engine
+    stream.enter()  # captured in the phase's thread, launched from this one
+    ranks.boot.begin("edges")
+    try:
+        channel = profiler.channel(await open_channel(plan, ranks, device))
+        link = _link(plan, ranks, account, clocks)
+        worker = StageWorker(
+            plan=plan,
+            stage=plan.stage_of_rank(ranks.mesh.rank),
+            mesh=ranks.mesh,
+            channel=channel,
+            engine=engine,
+            stream=stream,
+            timeline=StreamTimeline(stream, account, ranks.clock, link),
+            progress=ranks.engine,
+            clock=ranks.clock,
+            ranges=profiler,
+            offload_use=parts.offload_use,
+        )
+        capture_s = ready.seconds if engine.graph_runner.use_graphs else None
+        yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
+        await profiler.aclose()
+        await channel.aclose()
+    finally:
+        stream.close()
 
 
 def _link(

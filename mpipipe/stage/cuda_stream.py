@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from mpipipe.abandoned import abandon
 from mpipipe.stage.pinned import PinnedRing
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class CudaStream:
         self.device = device
         self._progress = progress
         self._thread = ThreadPoolExecutor(1, "launch", self.enter)  # starts with its first work
+        self._launching: set[Future[Any]] = set()  # what the thread has not done yet
         self._stream = cuda_stream
         self._pinned = PinnedRing(cuda_stream)
         # Of its own: the host may read a result later than the GPU has gone by.
@@ -77,7 +79,10 @@ class CudaStream:
         if self._progress is None:
             return work()
         with self._progress.computing():
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            launching = self._thread.submit(work)
+            self._launching.add(launching)
+            launching.add_done_callback(self._launching.discard)
+            return await asyncio.wrap_future(launching)
 
     def enter(self) -> None:
         """See `Stream.enter`; torch keeps device and stream per thread."""
@@ -134,5 +139,8 @@ class CudaStream:
         return int(torch.cuda.max_memory_reserved(self.device))
 
     def close(self) -> None:
-        """See `Stream.close`."""
-        self._thread.shutdown()
+        """See `Stream.close`. Work that was given up may never end: what it waits for does not."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        launching = [*self._launching]
+        if launching:
+            abandon(lambda: not all(work.done() for work in launching))

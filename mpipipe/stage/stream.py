@@ -84,5 +84,8 @@ class Stream(Protocol):
         ...
 
     def close(self) -> None:
-        """Release its thread, when what that computes is done. Idempotent."""
+        """Release its thread, when what that computes is done. Idempotent.
+
+        On a GPU at once; work that its thread still does is noted as abandoned.
+        """
         ...

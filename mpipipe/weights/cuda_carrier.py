@@ -11,6 +11,7 @@ are then not hidden behind the next step.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.abandoned import abandon
 from mpipipe.metrics.offload import OffloadUse
 from mpipipe.weights.layer_store import HostRegion, Region
 from mpipipe.weights.prefetch import open_reader
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaCarrier"]
 
+# Reads and copies that are on their way take less, unless what is computed before them never ends.
+END_S = 2.0
 _NUM_BOUNCES = 2  # one is read into while the GPU copies from the other
 _NUM_TIMED = 64  # copies whose times are not known yet
 
@@ -163,10 +167,25 @@ class CudaCarrier:
         rate = self._copied_bytes / self._copied_s if self._copied_s else None
         return OffloadUse(wait_s=self._wait_s, host_bytes_per_s=rate)
 
-    def close(self) -> None:
-        """See `Carrier.close`."""
-        self._reader.shutdown(cancel_futures=True)
-        torch.cuda.synchronize(self._device)
+    def close(self) -> bool:
+        """See `Carrier.close`: waits `END_S` at most, as what is computed may wait for a lost rank.
+
+        What goes on then is noted as abandoned: the process ends without waiting for it.
+        """
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        ending = threading.Thread(target=self._wait_for_end, name="weights-end", daemon=True)
+        ending.start()
+        ending.join(END_S)
+        has_ended = not ending.is_alive()
+        if not has_ended:
+            abandon(ending.is_alive)
+        return has_ended
+
+    def _wait_for_end(self) -> None:
+        """Until the reader has ended, then the GPU: the reader adds copies."""
+        self._reader.shutdown()
+        with contextlib.suppress(RuntimeError):  # the GPU is lost: nothing is copied any more
+            torch.cuda.synchronize(self._device)
 
 
 def _memory_of(region: Region) -> torch.Tensor:

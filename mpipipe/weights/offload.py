@@ -10,6 +10,7 @@ by block (`models.streaming`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -319,12 +320,17 @@ class OffloadedWeights:
         )
 
     def close(self) -> None:
-        """Let go of threads, file and pinned memory. Idempotent."""
-        if self._carrier is not None:
-            self._carrier.close()
-        if self._file is not None:
-            self._file.close()
-        self._pinned.close()
+        """Let go of threads, file and pinned memory. Idempotent.
+
+        What a GPU may still read stays pinned: the process ends, with whatever never ended.
+        """
+        with ExitStack() as closing:  # all of it, whatever one of them raises
+            pinned = closing.enter_context(ExitStack())
+            pinned.callback(self._pinned.close)
+            if self._file is not None:
+                closing.callback(self._file.close)
+            if self._carrier is not None and not self._carrier.close():
+                pinned.pop_all()
 
 
 def _whole(stored: _Stored) -> Piece:

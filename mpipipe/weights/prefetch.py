@@ -84,8 +84,8 @@ class Carrier(Protocol):
         """How long gates waited so far, and how fast the link to a GPU was."""
         ...
 
-    def close(self) -> None:
-        """Bring nothing more. Idempotent."""
+    def close(self) -> bool:
+        """Bring nothing more; whether all that was begun has ended. Idempotent."""
         ...
 
 
@@ -202,6 +202,7 @@ class HostCarrier:
         """See `Carrier.use`."""
         return OffloadUse(wait_s=self._wait_s)
 
-    def close(self) -> None:
-        """See `Carrier.close`."""
+    def close(self) -> bool:
+        """See `Carrier.close`: waits for one read of the disk at most."""
         self._reader.shutdown(cancel_futures=True)
+        return True

@@ -262,6 +262,28 @@ def test_a_file_that_ends_early_ends_the_step_with_a_sentence(
         InProcessPipeline(loaded).generate(PROMPTS, 8, chunk=4)
 
 
+def test_file_and_pinned_memory_are_let_go_of_whatever_the_carrier_does(
+    tiny: Callable[[str], TinyModel], offloading: Offloading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages(tiny("llama"), StageOffload(disk_layers=ALL), offloading, "packed", 1)
+    offloaded, closed = offloading.opened[0], list[str]()
+    assert offloaded._file is not None
+    assert offloaded._carrier is not None
+    end = offloaded._carrier.close
+
+    def fail() -> bool:
+        raise RuntimeError("the GPU is lost")
+
+    monkeypatch.setattr(offloaded._carrier, "close", fail)
+    monkeypatch.setattr(offloaded._pinned, "close", lambda: closed.append("pinned"))
+    with pytest.raises(RuntimeError, match="the GPU is lost"):
+        offloaded.close()
+    assert offloaded._file._descriptor == -1
+    assert closed == ["pinned"]
+    monkeypatch.undo()
+    end()
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 

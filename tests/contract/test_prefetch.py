@@ -60,7 +60,8 @@ class CheckingCarrier:
     def use(self) -> OffloadUse:
         return OffloadUse()
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.clock import Clock, MonotonicClock, ScriptedClock
 from mpipipe.control_plane import mesh as mesh_module
 from mpipipe.control_plane.memory import open_memory_channels
@@ -19,7 +20,6 @@ from mpipipe.runtime.ranks import (
     AgreedError,
     Ranks,
     in_phase,
-    is_abandoned_work_running,
     leave,
 )
 from mpipipe.topology.launcher import Launcher, LaunchInfo
