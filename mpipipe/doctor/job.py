@@ -35,7 +35,7 @@ from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.rank_rooms import CPU_LIBRARY_BYTES
+from mpipipe.planning.rank_rooms import CPU_LIBRARY_BYTES, GPU_LIBRARY_BYTES
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -53,9 +53,9 @@ _DEADLINE_S = 120.0
 _MANY_PROMPTS = 1_000  # of 200 words: 0.8 s on two cores
 # Of the libraries' files, which the ranks of a host share; and of each rank by itself. Measured
 # after torch 2.13 for CPUs and transformers were imported: 0.08 and 0.16 GiB; the rest is for
-# activations. With CUDA guesses: contexts, cuBLAS and pinned buffers come on top.
+# activations. With CUDA guesses.
 _SHARED_BYTES = {"cpu": 2**30 // 8, "cuda": 2**30}
-_OWN_BYTES = {"cpu": CPU_LIBRARY_BYTES, "cuda": 3 * 2**29}
+_OWN_BYTES = {"cpu": CPU_LIBRARY_BYTES, "cuda": GPU_LIBRARY_BYTES}
 
 
 async def examine_job(

@@ -13,6 +13,7 @@ __all__ = ["plan_lines", "plan_rows"]
 # Said only where there is something to say.
 _SAID = (
     "memory.offload",
+    "memory.host_bytes",
     "pipeline.layout",
     "pipeline.bind",
     "model.rotary",

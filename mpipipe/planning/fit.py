@@ -6,11 +6,16 @@ was no offload. `offload_search` finds what to offload, `rank_rooms` what there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.schema import MemoryConfig
+from mpipipe.errors import PlanError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.layout import threads_per_rank
 from mpipipe.planning.memory import KvDemand, RankMemory, asked_kv_bytes, fits, gib
@@ -18,13 +23,22 @@ from mpipipe.planning.offload_advice import figure, offload_advice
 from mpipipe.planning.offload_search import (
     Candidate,
     OffloadProblem,
+    RankRoom,
     RunShape,
     best_candidate,
+    candidate_of,
     with_disk,
 )
-from mpipipe.planning.placement import ModelParts, offload_of, part_bytes
+from mpipipe.planning.placement import ModelParts, keeps_head, offload_of, part_bytes
 from mpipipe.planning.plan import Decisions, StagePlan
-from mpipipe.planning.rank_rooms import check_settings, gpu_bytes, rank_rooms
+from mpipipe.planning.rank_rooms import (
+    CPU_LIBRARY_BYTES,
+    check_settings,
+    gpu_bytes,
+    gpu_limit,
+    most_host_bytes,
+    rank_rooms,
+)
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, gather_bytes, rank_memory
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -37,6 +51,7 @@ _GATHERING = frozenset({"sdpa", "reference"})  # these copy what they read from 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _GPU_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 _CPU_TOKENS = (512, 1024, 2048)
+_MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +82,27 @@ class StageFitting:
         """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
 
         Raises:
-            PlanError: a setting that means nothing on this kind of device.
+            PlanError: a setting that means nothing on this kind of device, or that is too low
+                whatever is offloaded.
         """
         check_settings(self.decisions.config.memory, on_gpus=self.device == "cuda")
         resident = Fitted(stages, self.limits, demand, self._needs(stages, self.limits, demand))
-        is_limited = isinstance(self.decisions.config.memory.device_bytes, int)
-        must_offload = not fits(resident.needs, self._least_pages(resident.needs, demand))
-        if not must_offload and (not is_limited or fits(resident.needs, demand.useful_pages)):
+        if self._is_roomy(resident):
             return resident
         problem = self._problem(demand, workload)
         best = best_candidate(problem)
         if best is None:
-            return replace(resident, remedies=self._remedies(problem, stages))
-        split = tuple(stage.num_layers for stage in stages)
-        if not must_offload and best.is_resident and best.split == split:
-            return resident
+            if fits(resident.needs, self._least_pages(resident.needs, demand)):
+                return resident
+            return replace(resident, remedies=self._remedies(problem, demand, workload))
         return self._taken(problem, best, stages, demand)
+
+    def _is_roomy(self, resident: Fitted) -> bool:
+        """Whether all weights fit, with work space, the least cache and what libraries take."""
+        needs = resident.needs
+        if self.device == "cpu":
+            needs = tuple(replace(need, work_bytes=CPU_LIBRARY_BYTES) for need in needs)
+        return fits(needs, self._least_pages(needs, resident.demand))
 
     def _least_pages(self, needs: Sequence[RankMemory], demand: KvDemand) -> int:
         """With fewer the run cannot begin, or with what the settings ask for."""
@@ -116,7 +136,21 @@ class StageFitting:
             decisions.revise("pipeline.split", split, _split_reason(best))
         if not best.is_resident:
             decisions.note("memory.offload", _cost(best), _avoidable(problem, best))
+            self._note_host_bytes()
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
+
+    def _note_host_bytes(self) -> None:
+        """Where fewer are taken than were asked for."""
+        asked = self.decisions.config.memory.host_bytes
+        if self.device == "cpu" or not isinstance(asked, int):
+            return
+        tightest = min(self.ranks, key=lambda rank: most_host_bytes(rank, self.ranks))
+        most = most_host_bytes(tightest, self.ranks)
+        if most < asked:
+            who = f"rank {tightest.rank} on {tightest.host}"
+            reason = f"less than the {gib(asked)} asked for: {who} has no more of its host's "
+            reason += "memory beside what its libraries take"
+            self.decisions.note("memory.host_bytes", gib(most), reason)
 
     def _stages(self, best: Candidate, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
         parts, layer_bytes = [], part_bytes(self.spec, self.dtype).layer
@@ -137,21 +171,96 @@ class StageFitting:
             first_layer += num_layers
         return tuple(parts)
 
-    def _remedies(self, problem: OffloadProblem, stages: Sequence[StagePlan]) -> tuple[str, ...]:
-        """What would let the run begin: a tier to offload to, or the least that a device needs."""
-        best = best_candidate(with_disk(problem))
-        if best is not None:
-            needed = gib(max(choice.placed.disk_bytes for choice in best.stages))
-            folder = f"set memory.offload_dir to a folder on a local disk with {needed} free a rank"
-            if self.device == "cuda":
-                return (folder, f"let memory.host_bytes be {needed} more, if the host has it")
-            return (folder,)
-        least = max(problem.least_device_bytes(stage.stage, stage.num_layers) for stage in stages)
-        what = "a staging buffer"
+    # ---- where nothing fits ----------------------------------------------------------------------
+
+    def _remedies(
+        self, problem: OffloadProblem, demand: KvDemand, workload: Workload
+    ) -> tuple[str, ...]:
+        """What would let the run begin, each tried in the same search.
+
+        Raises:
+            PlanError: memory.device_bytes is too little, whatever is offloaded.
+        """
+        memory, remedies = self.decisions.config.memory, []
+        on_disk = best_candidate(with_disk(problem))
+        if on_disk is not None:
+            needed = gib(max(choice.placed.disk_bytes for choice in on_disk.stages))
+            remedies.append(_folder(on_disk))
+            if self.device == "cuda" and self._is_enough(problem, host_bytes=sys.maxsize):
+                remedies.append(f"let memory.host_bytes be {needed} more, if the host has it")
+        least_mib = self._least_device_mib(problem, offload_dir=memory.offload_dir)
+        if least_mib is not None:
+            remedies.append(f"raise memory.device_bytes to at least {least_mib} MiB")
+        remedies += self._narrower(demand, workload)
+        if on_disk is None and isinstance(memory.device_bytes, int):
+            self._check_device_bytes(problem, memory.device_bytes, remedies)
+        return tuple(remedies)
+
+    def _narrower(self, demand: KvDemand, workload: Workload) -> Iterator[str]:
+        """Smaller weights that would fit."""
+        if self.spec.quantized == "none":
+            spec = replace(self.spec, quantized="int8")
+            if best_candidate(replace(self, spec=spec)._problem(demand, workload)) is not None:
+                yield 'set model.quantize = "int8"'
+        if self.dtype == "float32":
+            dtype: DtypeName = "float16" if self.device == "cuda" else "bfloat16"
+            if best_candidate(replace(self, dtype=dtype)._problem(demand, workload)) is not None:
+                yield f'a smaller model.dtype such as "{dtype}"'
+
+    def _check_device_bytes(
+        self, problem: OffloadProblem, device_bytes: int, remedies: Sequence[str]
+    ) -> None:
+        """Raises PlanError where it is less than the largest stage needs with all on a disk."""
+        least_mib = self._least_device_mib(problem, offload_dir="/")
+        if least_mib is None:
+            return
+        smallest = self._smallest(problem, device_bytes=least_mib * _MIB, offload_dir="/")
+        assert smallest is not None, "as found"
+        number = max(
+            range(len(smallest.split)),
+            key=lambda stage: problem.least_device_bytes(stage, smallest.split[stage]),
+        )
+        held = ["a layer or staging buffer"]
+        if keeps_head(smallest.stages[number].placed.shape, problem.model.parts):
+            held.append("the LM head")
         if self.device == "cuda":
-            what = "work space, the cache of one row a slot, and a staging buffer"
-        raised = f"raise memory.device_bytes to at least {gib(least)}, for {what}"
-        return (f"{raised}, which are needed however much is offloaded",)
+            held += ["work space", "the least cache"]
+        what = held[0] if len(held) == 1 else f"{', '.join(held[:-1])} and {held[-1]}"
+        least = f"raise memory.device_bytes to at least {least_mib} MiB"
+        uses_disk = any(choice.placed.disk_bytes for choice in smallest.stages)
+        if uses_disk and not self.decisions.config.memory.offload_dir:
+            least += f" and {_folder(smallest)}"
+        rank, alone = self.ranks[number], f"raise memory.device_bytes to at least {least_mib} MiB"
+        raise PlanError(
+            f"stage {number} (rank {rank.rank} on {rank.host}) with {smallest.split[number]} of "
+            f"{self.spec.num_layers} layers needs {least_mib} MiB on its device, for {what}, "
+            f"however much is offloaded, but memory.device_bytes allows only {gib(device_bytes)}: "
+            + ", or ".join([least, *(remedy for remedy in remedies if remedy != alone)])
+        )
+
+    def _least_device_mib(self, problem: OffloadProblem, *, offload_dir: str) -> int | None:
+        """The least `memory.device_bytes` with which a run fits; None: no limit is too low."""
+        asked = self.decisions.config.memory.device_bytes
+        if not isinstance(asked, int):
+            return None
+        most = max(max(rank.memory_available_bytes, rank.gpu.free_bytes) for rank in self.ranks)
+
+        def is_enough(mib: int) -> bool:
+            return self._is_enough(problem, device_bytes=mib * _MIB, offload_dir=offload_dir)
+
+        tried = range(asked // _MIB + 1, most // _MIB + 2)
+        if not tried or not is_enough(tried[-1]):
+            return None
+        return tried[bisect_left(tried, True, key=is_enough)]
+
+    def _is_enough(self, problem: OffloadProblem, **settings: Any) -> bool:
+        return self._smallest(problem, **settings) is not None
+
+    def _smallest(self, problem: OffloadProblem, **settings: Any) -> Candidate | None:
+        """The candidate that needs least memory, with other settings of `memory`."""
+        memory = replace(self.decisions.config.memory, **settings)
+        problem = replace(problem, rooms=self._rooms(memory))
+        return candidate_of(problem, problem.rows[0], problem.tokens[0])
 
     # ---- what a stage needs ----------------------------------------------------------------------
 
@@ -162,8 +271,9 @@ class StageFitting:
         needs = []
         for stage, rank_resources in zip(stages, self.ranks, strict=True):
             page_bytes = self._page_bytes(stage.num_layers)
-            usable, limit, work_bytes = None, None, 0
+            usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
+                limited_by = gpu_limit(memory, rank_resources, self.ranks)
                 usable = gpu_bytes(memory, rank_resources, self.ranks)
                 work_bytes = self._gpu_work_bytes(stage, limits, demand, usable, page_bytes)
             elif isinstance(memory.device_bytes, int):
@@ -176,6 +286,7 @@ class StageFitting:
                     work_bytes,
                     gpu_bytes=usable,
                     weight_limit_bytes=limit,
+                    limited_by=limited_by,
                 )
             )
         return tuple(needs)
@@ -215,8 +326,6 @@ class StageFitting:
 
     def _problem(self, demand: KvDemand, workload: Workload) -> OffloadProblem:
         config, limits = self.decisions.config, self.limits
-        num_threads, _ = threads_per_rank(config.pipeline.bind, self.ranks)
-        on_gpus = self.device == "cuda"
         run = RunShape.of(
             workload.num_requests,
             workload.num_prompt_tokens,
@@ -229,7 +338,7 @@ class StageFitting:
 
         return OffloadProblem(
             model=ModelParts(self.spec, self.dtype, part_bytes(self.spec, self.dtype)),
-            rooms=rank_rooms(config.memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads),
+            rooms=self._rooms(config.memory),
             run=run,
             num_slots=limits.num_slots,
             page_size=config.memory.page_size_tokens,
@@ -240,6 +349,11 @@ class StageFitting:
             fixed_pages=num_pages,
             fixed_split=split if isinstance(split, tuple) else None,
         )
+
+    def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
+        num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.ranks)
+        on_gpus = self.device == "cuda"
+        return rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:
         """Of a stage's cache, or what the settings ask for."""
@@ -306,6 +420,12 @@ class StageFitting:
         tried = _GPU_TOKENS if self.device == "cuda" else _CPU_TOKENS
         least = self.limits.max_sequences_per_slot
         return tuple(sorted({max(tokens, least) for tokens in tried}))
+
+
+def _folder(found: Candidate) -> str:
+    """The advice to give one for what `found` has on disk."""
+    needed = gib(max(choice.placed.disk_bytes for choice in found.stages))
+    return f"set memory.offload_dir to a folder on a local disk with {needed} free a rank"
 
 
 def _split_reason(best: Candidate) -> str:

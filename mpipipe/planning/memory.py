@@ -33,6 +33,7 @@ class RankMemory:
     gpu: str = ""  # uuid; empty: the host's memory
     gpu_name: str = ""  # e.g. "GPU 0 (Tesla T4)"
     weight_limit_bytes: int | None = None  # memory.device_bytes of a CPU rank; None: no limit
+    limited_by: str = ""  # the settings that `available_bytes` of a GPU follow from
 
     @property
     def pool(self) -> tuple[str, str]:
@@ -225,7 +226,7 @@ def _misfit(inside: Sequence[RankMemory], num_pages: int, more_remedies: Sequenc
         allowed = f"only {gib(limit)} is allowed (memory.device_bytes)"
         remedies += ["use more ranks"]
     else:
-        remedies += ["use more hosts", 'a smaller model.dtype such as "bfloat16"']
+        remedies += ["use more hosts"]
     remedy = ", or ".join(filter(None, (", ".join(remedies[:-1]), remedies[-1])))
     return f"{who} on {inside[0].where} would hold {held}, but {allowed}: {remedy}"
 
@@ -243,5 +244,4 @@ def _allowed(inside: Sequence[RankMemory]) -> str:
     available = gib(min(rank.available_bytes for rank in inside))
     if not inside[0].gpu:
         return f"only {available} of memory is available there"
-    limits = "memory.gpu_memory_fraction of what is free, at most memory.device_bytes"
-    return f"only {available} of its memory may be used ({limits})"
+    return f"only {available} of its memory may be used ({inside[0].limited_by})"

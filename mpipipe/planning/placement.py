@@ -47,6 +47,7 @@ __all__ = [
     "StageSpeed",
     "StepWork",
     "forecast_step",
+    "keeps_head",
     "least_device_bytes",
     "offload_of",
     "part_bytes",
@@ -293,9 +294,16 @@ def _lookup_s(placed: Placed, parts: PartBytes, rates: LinkRates, rows: int) -> 
 
 def least_device_bytes(shape: StageShape, parts: PartBytes) -> int:
     """With less on the device a stage cannot run, however much may be offloaded."""
-    is_one_matrix = parts.tied and shape.has_embedding and shape.has_head
-    all_resident = shape.num_layers * parts.layer
-    return min(all_resident, parts.layer) + parts.head * is_one_matrix
+    return parts.layer + parts.head * keeps_head(shape, parts)
+
+
+def keeps_head(shape: StageShape, parts: PartBytes) -> bool:
+    """Whether the LM head stays on the device whatever is offloaded.
+
+    It is the embedding too, or there are too few layers for it to pass through a buffer of theirs.
+    """
+    is_one_matrix = parts.tied and shape.has_embedding
+    return shape.has_head and (is_one_matrix or shape.num_layers == 1)
 
 
 def offload_of(choice: StageChoice, first_layer: int) -> StageOffload | None:

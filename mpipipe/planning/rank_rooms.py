@@ -7,6 +7,7 @@ what is planned fits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mpipipe.config.schema import MemoryConfig
 from mpipipe.errors import PlanError
@@ -16,7 +17,15 @@ from mpipipe.planning.offload_search import RankRoom
 from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.resources import RankResources
 
-__all__ = ["CPU_LIBRARY_BYTES", "check_settings", "gpu_bytes", "rank_rooms"]
+__all__ = [
+    "CPU_LIBRARY_BYTES",
+    "GPU_LIBRARY_BYTES",
+    "check_settings",
+    "gpu_bytes",
+    "gpu_limit",
+    "most_host_bytes",
+    "rank_rooms",
+]
 
 # Share of a host's available memory that may be pinned by itself: pinned pages cannot be swapped
 # out, and reading the checkpoint, Python and its libraries need some.
@@ -25,6 +34,8 @@ _HOST_SHARE = 0.7
 _MARGIN = 1 / 256
 # What Python's libraries take of each rank on a CPU, most of it after it was asked what is free.
 CPU_LIBRARY_BYTES = 2**29
+# The same with CUDA, a guess: contexts, cuBLAS and pinned buffers come on top.
+GPU_LIBRARY_BYTES = 3 * 2**29
 _AUTO_CACHE_FACTOR = 4  # of what is free beside the weights, a quarter is cache (`memory`)
 
 
@@ -53,6 +64,21 @@ def gpu_bytes(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankRes
     return min(free, memory.device_bytes * _num_on_gpu(rank, ranks))
 
 
+def gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
+    """The setting that `gpu_bytes` follows from."""
+    if gpu_bytes(memory, rank, ranks) < gpu_bytes(
+        replace(memory, device_bytes="auto"), rank, ranks
+    ):
+        return "memory.device_bytes"
+    return "memory.gpu_memory_fraction of what is free"
+
+
+def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
+    """What a rank on a GPU may pin at most: its share of its host's memory beside its libraries."""
+    share = _available_bytes(rank, ranks) // _num_on_host(rank, ranks)
+    return max(0, share - GPU_LIBRARY_BYTES)
+
+
 def rank_rooms(
     memory: MemoryConfig, ranks: Sequence[RankResources], *, on_gpus: bool, num_threads: int
 ) -> tuple[RankRoom, ...]:
@@ -66,15 +92,14 @@ def _on_gpu(
     memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
 ) -> RankRoom:
     on_host, on_gpu = _num_on_host(rank, ranks), _num_on_gpu(rank, ranks)
-    available = _available_bytes(rank, ranks)
-    host_bytes = int(available * _HOST_SHARE) // on_host
+    host_bytes = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
     if isinstance(memory.host_bytes, int):
-        host_bytes = min(memory.host_bytes, available // on_host)
+        host_bytes = memory.host_bytes
     return RankRoom(
         device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
         weight_limit_bytes=None,
         cache_factor=1,
-        host_bytes=_less_margin(host_bytes),
+        host_bytes=_less_margin(min(host_bytes, most_host_bytes(rank, ranks))),
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(rank.gpu, num_threads),

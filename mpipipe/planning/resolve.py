@@ -210,7 +210,7 @@ class _Resolver:
             threads_per_rank=self._threads(),
             lookahead=lookahead,
             prefill=prefill,
-            cuda_graphs=self._cuda_graphs(backend),
+            cuda_graphs=self._cuda_graphs(backend, stages),
             weights=self.decisions.config.model.weights,
             quantize=spec.quantized,
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
@@ -248,8 +248,8 @@ class _Resolver:
         prefill, reason = choose_prefill(config.pipeline.prefill, lookahead)
         return lookahead, self.decisions.settle("pipeline.prefill", prefill, reason)
 
-    def _cuda_graphs(self, attention: AttentionName) -> bool:
-        """Whether decode steps are captured; notes the reason if they cannot, but should be."""
+    def _cuda_graphs(self, attention: AttentionName, stages: Sequence[StagePlan]) -> bool:
+        """Whether any stage captures decode steps; notes the reason of those that cannot."""
         if not self.decisions.config.memory.cuda_graphs or self.device != "cuda":
             return False
         unsupported_reason = ""
@@ -259,7 +259,14 @@ class _Resolver:
             unsupported_reason = "the routing of experts makes shapes that depend on values"
         if unsupported_reason:
             self.decisions.note("memory.cuda_graphs", "false", unsupported_reason)
-        return not unsupported_reason
+            return False
+        on_disk = [str(stage.stage) for stage in stages if _uses_disk(stage)]
+        if on_disk:
+            who = f"stage{'s' * (len(on_disk) > 1)} {', '.join(on_disk)}"
+            reason = f"not on {who}: a graph cannot read weights from a disk"
+            value = str(len(on_disk) < len(stages)).lower()
+            self.decisions.note("memory.cuda_graphs", value, reason)
+        return len(on_disk) < len(stages)
 
     def _restart_tokens(self, longest_tokens: int) -> int:
         """Where sequences start over, if any of the run grows as far."""

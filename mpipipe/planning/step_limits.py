@@ -129,6 +129,7 @@ def rank_memory(
     *,
     gpu_bytes: int | None,
     weight_limit_bytes: int | None = None,
+    limited_by: str = "",
 ) -> RankMemory:
     """What a stage needs and what is there.
 
@@ -139,6 +140,7 @@ def rank_memory(
         work_bytes: on a GPU.
         gpu_bytes: of the GPU that its ranks may use together; None: it runs on a CPU.
         weight_limit_bytes: on a CPU.
+        limited_by: the setting that `gpu_bytes` follows from.
     """
     if gpu_bytes is None:
         return RankMemory(
@@ -158,6 +160,7 @@ def rank_memory(
         work_bytes=work_bytes + page_bytes,  # a page where rows without a sequence write
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",
         gpu_name=describe_gpu(rank_resources),
+        limited_by=limited_by,
     )
 
 

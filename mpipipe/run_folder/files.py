@@ -131,15 +131,17 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path, *, durable: bool = True, remedy: str = _RESUME) -> Iterator[BinaryIO]:
+def replaced_file(
+    path: Path, *, durable: bool = True, remedy: str = _RESUME, partial: Path | None = None
+) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end, as `write_whole` does.
 
-    `remedy`: what to do where it cannot be written.
+    `remedy`: what to do where it cannot be written; `partial`: its name until the end.
 
     Raises:
         OutputError: it could not be written, and `path` is as before.
     """
-    partial = path.with_suffix(".partial")
+    partial = partial or path.with_suffix(".partial")
     with told_as_output(path, remedy=remedy):
         try:
             with partial.open("wb") as file:

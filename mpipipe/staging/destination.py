@@ -16,14 +16,33 @@ from mpipipe.run_folder.files import told_as_output
 from mpipipe.run_folder.lock import lock_file
 from mpipipe.staging.hub_source import SOURCE_FOLDER
 from mpipipe.staging.pieces import file_hash
-from mpipipe.staging.record import REMEDY, Conversion, SourceFile, StagingRecord, read_record
+from mpipipe.staging.record import (
+    REMEDY,
+    Conversion,
+    SourceFile,
+    StagingRecord,
+    is_partial,
+    partial_path,
+    read_record,
+)
 from mpipipe.staging.source import Source
 
-__all__ = ["claimed", "free_bytes", "kept_files", "require_same", "require_space", "tidy"]
+__all__ = [
+    "claimed",
+    "differs",
+    "free_bytes",
+    "kept_files",
+    "require_same",
+    "require_same_commit",
+    "require_space",
+    "staged_sizes",
+    "tidy",
+]
+
+_CHANGE = "choose another folder, or remove it to stage anew"
 
 _LOCK_NAME = ".mpipipe-staging.lock"
 _OWN = frozenset({MANIFEST_NAME, UNFINISHED_NAME, SOURCE_FOLDER, _LOCK_NAME})
-_PARTIAL = ".partial"
 # A directory entry, an inode and the last block of each file; file systems keep some for root.
 _SPARE_BYTES = 16 << 20
 
@@ -32,7 +51,7 @@ _SPARE_BYTES = 16 << 20
 def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     """Keep others out of `folder`, which is made where it is missing; yields its record.
 
-    A folder that is empty at the end is removed.
+    Folders that were made here and are empty at the end are removed.
 
     Raises:
         OutputError: another process stages to it, it holds other files, or cannot be written.
@@ -41,6 +60,7 @@ def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     with told_as_output(folder, remedy=REMEDY):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file: give a folder for the model")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     lock, held = lock_file(folder / _LOCK_NAME)
     if held is False:
@@ -56,14 +76,15 @@ def claimed(folder: Path) -> Iterator[StagingRecord | None]:
     finally:
         lock.close()
         with suppress(OSError):  # it holds something, as it should
-            folder.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def _require_empty(folder: Path) -> None:
     """Without a record there may be no file but what a fetch has left."""
     with told_as_output(folder, "read", REMEDY):
         found = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in found if name not in _OWN]
+    foreign = [name for name in found if name not in _OWN and not is_partial(name)]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise OutputError(
@@ -91,24 +112,60 @@ def require_same(
     Raises:
         OutputError: it is another model's, or another form of this one.
     """
-    change = "choose another folder, or remove it to stage anew"
-    if record.conversion != conversion:
-        raise OutputError(
-            f"{folder} was staged from {record.source} with {_told(record.conversion)}, and "
-            f"{_told(conversion)} is asked for: {change}"
-        )
+    _require_conversion(folder, record, conversion)
     others = sorted(
         name
         for name in source.read.keys() | record.read.keys()
-        if _differs(record.read.get(name), source.read.get(name), locate(name))
+        if differs(record.read.get(name), source.read.get(name), locate(name))
     )
     if others or record.revision != source.revision:
-        at = f" at {record.revision[:12]}" if record.revision else ""
         what = f"its {others[0]} differs" if others else "the revision differs"
+        raise _other_source(folder, record, source.described, what)
+
+
+def require_same_commit(
+    folder: Path,
+    record: StagingRecord,
+    described: str,
+    commit: str,
+    conversion: Conversion,
+    *,
+    changed: Sequence[str],
+) -> None:
+    """As `require_same`, of a model on a hub, before anything of it is fetched.
+
+    Args:
+        folder: the destination.
+        record: what it holds.
+        described: the model on the hub.
+        commit: which one there.
+        conversion: how it is to be staged.
+        changed: names of tokenizer files that are others now.
+
+    Raises:
+        OutputError: it is another model's, or another form of this one.
+    """
+    _require_conversion(folder, record, conversion)
+    if record.revision != commit:
+        raise _other_source(folder, record, described, "the revision differs")
+    if changed:
+        raise _other_source(folder, record, described, f"its {changed[0]} differs")
+
+
+def _require_conversion(folder: Path, record: StagingRecord, conversion: Conversion) -> None:
+    if record.conversion != conversion:
         raise OutputError(
-            f"{folder} holds a copy of {record.source}{at}, not of {source.described} as it is now "
-            f"({what}): {change}"
+            f"{folder} was staged from {record.source} with {_told(record.conversion)}, and "
+            f"{_told(conversion)} is asked for: {_CHANGE}"
         )
+
+
+def _other_source(folder: Path, record: StagingRecord, described: str, what: str) -> OutputError:
+    at = f" at {record.revision[:12]}" if record.revision else ""
+    return OutputError(
+        f"{folder} holds a copy of {record.source}{at}, not of {described} as it is now ({what}): "
+        f"{_CHANGE}"
+    )
 
 
 def _told(conversion: Conversion) -> str:
@@ -121,12 +178,22 @@ def _told(conversion: Conversion) -> str:
     return " ".join(said) or "no options"
 
 
-def _differs(known: SourceFile | None, now: SourceFile | None, path: Path | None) -> bool:
+def differs(known: SourceFile | None, now: SourceFile | None, path: Path | None) -> bool:
+    """Whether a file is another than the record knows; `path`: where its hash is to be had."""
     if known is None or now is None or known.num_bytes != now.num_bytes:
         return True
     if known.mtime_ns == now.mtime_ns or not known.sha256 or path is None:
         return False
     return file_hash(path, lambda _: None) != known.sha256
+
+
+def staged_sizes(folder: Path, record: StagingRecord) -> dict[str, int]:
+    """Name → bytes of the files of the record that are there, by their sizes."""
+    return {
+        name: file.num_bytes
+        for name, file in record.files.items()
+        if (folder / name).is_file() and (folder / name).stat().st_size == file.num_bytes
+    }
 
 
 def kept_files(
@@ -150,7 +217,7 @@ def tidy(folder: Path, names: Sequence[str]) -> None:
         OutputError: it cannot be removed.
     """
     for name in (*names, MANIFEST_NAME, UNFINISHED_NAME):
-        partial = (folder / name).with_suffix(_PARTIAL)
+        partial = partial_path(folder / name)
         with told_as_output(partial, "removed", REMEDY):
             partial.unlink(missing_ok=True)
 

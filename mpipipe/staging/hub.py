@@ -72,6 +72,7 @@ class HubListing:
 
     commit: str
     files: Mapping[str, HubFile]
+    num_parameters: int = 0  # of its safetensors files; 0: the hub does not tell
 
 
 def list_model(address: HubAddress) -> HubListing:
@@ -87,7 +88,8 @@ def list_model(address: HubAddress) -> HubListing:
             address.repo, revision=address.revision or None, files_metadata=True
         )
     files = {sibling.rfilename: _file(sibling) for sibling in found.siblings or ()}
-    return HubListing(str(found.sha), files)
+    told = getattr(found, "safetensors", None)
+    return HubListing(str(found.sha), files, int(told.total) if told is not None else 0)
 
 
 def _file(sibling: Any) -> HubFile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from mpipipe.errors import CheckpointError, EnvironmentSetupError, OutputError, is_out_of_memory
 from mpipipe.run_folder.files import replaced_file, told_as_output
 from mpipipe.staging.expected import Digests, ExpectedHash
-from mpipipe.staging.record import REMEDY, FileRecord
+from mpipipe.staging.record import REMEDY, FileRecord, partial_path
 
 if TYPE_CHECKING:
     from mpipipe.staging.layout import Shard
@@ -187,7 +187,7 @@ def write_piece(folder: Path, piece: Piece, took: Callable[[int], object]) -> Fi
     digest, num_bytes = hashlib.sha256(), 0
     with told_as_output(path, remedy=REMEDY):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path, remedy=REMEDY) as file:
+    with replaced_file(path, remedy=REMEDY, partial=partial_path(path)) as file:
         for chunk in piece.chunks():
             digest.update(chunk)
             file.write(chunk)

@@ -22,11 +22,14 @@ __all__ = [
     "FileRecord",
     "SourceFile",
     "StagingRecord",
+    "is_partial",
+    "partial_path",
     "read_record",
     "write_record",
 ]
 
 FORMAT = 1
+_PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".mpipipe-", ".partial"
 REMEDY = (
     "free space there (`df`, `quota`), or mend its rights, and give the same command again; files "
     "that are complete are kept"
@@ -84,6 +87,16 @@ class StagingRecord:
         return replace(self, files={**self.files, name: file}, read={**self.read, **known})
 
 
+def partial_path(path: Path) -> Path:
+    """The name of `path` until it is complete: no file of a user's has it."""
+    return path.with_name(f"{_PARTIAL_PREFIX}{path.name}{_PARTIAL_SUFFIX}")
+
+
+def is_partial(name: str) -> bool:
+    """Whether `partial_path` has made this name."""
+    return name.startswith(_PARTIAL_PREFIX) and name.endswith(_PARTIAL_SUFFIX)
+
+
 def read_record(folder: Path) -> StagingRecord | None:
     """The record of `folder`, finished or not; None: there is none.
 
@@ -112,7 +125,8 @@ def write_record(folder: Path, record: StagingRecord) -> None:
         OutputError: it could not be written.
     """
     name = UNFINISHED_NAME if record.finished_at is None else MANIFEST_NAME
-    with replaced_file(folder / name, remedy=REMEDY) as file:
+    path = folder / name
+    with replaced_file(path, remedy=REMEDY, partial=partial_path(path)) as file:
         file.write((to_json(record, indent=2) + "\n").encode())
     if record.finished_at is not None:
         (folder / UNFINISHED_NAME).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +21,25 @@ from mpipipe.checkpoint.staged import MANIFEST_NAME
 from mpipipe.errors import CheckpointError, OutputError
 from mpipipe.staging.destination import (
     claimed,
+    differs,
     free_bytes,
     kept_files,
     require_same,
+    require_same_commit,
     require_space,
+    staged_sizes,
     tidy,
 )
 from mpipipe.staging.expected import Digests
 from mpipipe.staging.hub import HubAddress
-from mpipipe.staging.hub_source import forget_fetched, open_hub
+from mpipipe.staging.hub_source import (
+    HubModel,
+    fetched_bytes,
+    forget_fetched,
+    forgotten_if_refused,
+    list_hub,
+    open_hub,
+)
 from mpipipe.staging.pieces import Piece, read_source, write_piece
 from mpipipe.staging.record import Conversion, StagingRecord, read_record, write_record
 from mpipipe.staging.source import Source, open_folder, open_gguf_file, with_tokenizer
@@ -78,14 +89,23 @@ def stage_model(request: StagingRequest, view: StagingView) -> StagingOutcome:
     address = HubAddress.parse(request.source)
     _require_apart(request.source, destination, address)
     with claimed(destination) as record:
-        if record is not None and _is_finished_commit(record, address, request.conversion):
-            return StagingOutcome(record, 0, len(record.files))
-        source = _open(request, address, destination, view)
-        try:
-            return _stage(request, source, record, view)
-        finally:
-            if source.reader is not None:
-                source.reader.close()
+        model = None
+        if address is not None:
+            if record is not None and _is_there(request, record, address, address.revision):
+                return StagingOutcome(record, 0, len(record.files))
+            model = list_hub(address, request.conversion)
+            if record is not None and _is_there(request, record, address, model.listing.commit):
+                return StagingOutcome(record, 0, len(record.files))
+            _require_fetch(request, model, record)
+        with forgotten_if_refused(destination, CheckpointError):
+            source = _open(request, model, view)
+            try:
+                outcome = _stage(request, source, record, view)
+            finally:
+                if source.reader is not None:
+                    source.reader.close()
+        forget_fetched(destination)
+        return outcome
 
 
 def _require_apart(source: str, destination: Path, address: HubAddress | None) -> None:
@@ -103,25 +123,53 @@ def _require_apart(source: str, destination: Path, address: HubAddress | None) -
         )
 
 
-def _is_finished_commit(
-    record: StagingRecord, address: HubAddress | None, conversion: Conversion
+def _is_there(
+    request: StagingRequest, record: StagingRecord, address: HubAddress, commit: str
 ) -> bool:
-    """Whether a named commit of the hub is there: that needs no network to be said."""
-    return (
-        address is not None
-        and record.finished_at is not None
-        and (record.source, record.revision) == (address.described, address.revision)
-        and record.conversion == conversion
+    """Whether all of `commit` is staged: of a commit that is named, no network is asked for it."""
+    destination = request.destination.absolute()
+    is_there = (
+        record.finished_at is not None
+        and (record.source, record.revision) == (address.described, commit)
+        and record.conversion == request.conversion
+        and not _changed_tokenizer(record, request.conversion)
+        and staged_sizes(destination, record).keys() == record.files.keys()
     )
+    if is_there:
+        forget_fetched(destination)
+    return is_there
 
 
-def _open(
-    request: StagingRequest, address: HubAddress | None, destination: Path, view: StagingView
-) -> Source:
+def _changed_tokenizer(record: StagingRecord, conversion: Conversion) -> list[str]:
+    """Names of the files of `--tokenizer` that are others than those that were read."""
+    if conversion.tokenizer is None:
+        return []
+    folder = Path(conversion.tokenizer)
+    read = with_tokenizer(Source("", "", {}, (), {}), folder).read
+    return [n for n, file in read.items() if differs(record.read.get(n), file, folder / n)]
+
+
+def _require_fetch(request: StagingRequest, model: HubModel, record: StagingRecord | None) -> None:
+    """Raises OutputError where what is to be fetched would not have its place."""
+    folder = request.destination.absolute()
+    staged = {} if record is None else staged_sizes(folder, record)
+    if record is not None:
+        described, commit = model.address.described, model.listing.commit
+        changed = _changed_tokenizer(record, request.conversion)
+        # What an unfinished attempt has fetched is its own still.
+        with forgotten_if_refused(folder, OutputError) if record.finished_at else nullcontext():
+            require_same_commit(
+                folder, record, described, commit, request.conversion, changed=changed
+            )
+    needed = model.needed_bytes(staged) - fetched_bytes(folder)
+    require_space(folder, max(needed, 0), free_bytes(folder))
+
+
+def _open(request: StagingRequest, model: HubModel | None, view: StagingView) -> Source:
     conversion, path = request.conversion, Path(request.source)
-    if address is not None:
+    if model is not None:
         view.begin("fetching", 0)
-        source = open_hub(address, conversion, destination, view.took)
+        source = open_hub(model, request.destination.absolute(), view.took)
     elif path.is_file():
         source = open_gguf_file(path, conversion)
     else:
@@ -137,14 +185,16 @@ def _stage(
     folder = request.destination.absolute()
     kept: dict[str, bool] = {}
     if record is not None:
-        require_same(folder, record, source, request.conversion, _locate(request, source))
-        if record.finished_at is not None and _has_sizes(folder, record):
+        with forgotten_if_refused(folder, OutputError):
+            require_same(folder, record, source, request.conversion, _locate(request, source))
+        is_whole = staged_sizes(folder, record).keys() == record.files.keys()
+        if record.finished_at is not None and is_whole:
             return StagingOutcome(record, 0, len(record.files), source.left_out)
         view.begin("checking", sum(file.num_bytes for file in record.files.values()))
         kept = kept_files(folder, record, view.took)
     pieces = [piece for piece in source.pieces if not kept.get(piece.name)]
     tidy(folder, [piece.name for piece in source.pieces])
-    needed = sum(piece.num_bytes for piece in pieces) + _largest_fetched(source, pieces)
+    needed = sum(piece.num_bytes for piece in pieces) + _largest_fetched(source, pieces, folder)
     require_space(folder, needed, free_bytes(folder))
     record = _begun(request, source, record, kept)
     write_record(folder, record)
@@ -154,7 +204,6 @@ def _stage(
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     record = dataclasses.replace(record, finished_at=finished)
     write_record(folder, record)
-    forget_fetched(folder)
     num_kept = len(source.pieces) - len(pieces)
     return StagingOutcome(record, len(pieces), num_kept, source.left_out)
 
@@ -173,19 +222,12 @@ def _locate(request: StagingRequest, source: Source) -> Callable[[str], Path | N
     return locate if not source.revision else lambda _: None
 
 
-def _has_sizes(folder: Path, record: StagingRecord) -> bool:
-    """Whether all files of a finished record are there, by their sizes."""
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == file.num_bytes
-        for name, file in record.files.items()
-    )
-
-
-def _largest_fetched(source: Source, pieces: Sequence[Piece]) -> int:
+def _largest_fetched(source: Source, pieces: Sequence[Piece], folder: Path) -> int:
     """Of a hub's files one at a time stands beside its copy."""
     if not source.is_fetched_late:
         return 0
-    return max((piece.num_bytes for piece in pieces), default=0)
+    largest = max((piece.num_bytes for piece in pieces), default=0)
+    return max(largest - fetched_bytes(folder), 0)
 
 
 def _begun(

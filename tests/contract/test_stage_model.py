@@ -20,7 +20,7 @@ from mpipipe.checkpoint.spec import read_spec
 from mpipipe.checkpoint.staged import MANIFEST_NAME, UNFINISHED_NAME
 from mpipipe.errors import CheckpointError, OutputError, StoppedError, UnsupportedModelError
 from mpipipe.staging import pieces
-from mpipipe.staging.record import Conversion, read_record
+from mpipipe.staging.record import Conversion, partial_path, read_record
 from mpipipe.staging.stage import StagingOutcome, StagingRequest, stage_model, verify_folder
 from tests.contract.checkpoint_cases import (
     FORMS,
@@ -200,10 +200,13 @@ def test_what_a_killed_copy_left_half_written_is_removed(tmp_path: Path) -> None
     staged = tmp_path / "staged"
     with pytest.raises(StoppedError):
         stage(source, staged, stop_after=1)
-    (staged / "model.partial").write_bytes(b"half")
+    half_written = partial_path(staged / "model.safetensors")
+    half_written.write_bytes(b"half")
+    (staged / "model.partial").write_bytes(b"the user's own")
     (staged / "config.json").write_text("a name without a record")
     stage(source, staged)
-    assert not (staged / "model.partial").exists()
+    assert not half_written.exists()
+    assert (staged / "model.partial").read_bytes() == b"the user's own"
     assert (staged / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 

@@ -112,6 +112,10 @@ def test_a_model_comes_from_a_hub_and_is_compared_with_its_hashes(
         at_commit = mpipipe("stage-model", f"{words[1]}@{COMMIT}", str(staged), HF_HUB_OFFLINE="1")
         assert at_commit.exit_code == EXIT_OK, at_commit.stderr
         assert "nothing to do" in at_commit.stdout
+        again = mpipipe(*words, **online)
+        assert again.exit_code == EXIT_OK, again.stderr
+        assert "nothing to do" in again.stdout
+        assert {path.name for path in staged.iterdir()} == {*names, MANIFEST_NAME}
         assert len(hub.fetched) == fetched
 
         wrong = mpipipe("stage-model", "hf:some-org/other", str(tmp_path / "other"), **online)

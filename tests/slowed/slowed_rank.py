@@ -67,9 +67,9 @@ def throttled(bytes_per_s: float) -> Callable[[ModuleType], None]:
     def change(module: ModuleType) -> None:
         read = module.FileReaders.read
 
-        def slowed(self: Any, extent: Any, into: Any) -> Any:
+        def slowed(self: Any, extent: Any, *rest: Any) -> Any:
             time.sleep(extent.num_bytes / bytes_per_s)
-            return read(self, extent, into)
+            return read(self, extent, *rest)
 
         module.FileReaders.read = slowed
 

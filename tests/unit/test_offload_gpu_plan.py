@@ -18,6 +18,7 @@ from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import QuantizeName
 from tests.unit.planned_rank import GIB, make_rank, with_gpu
 
 OPENLLAMA_7B = ModelSpec(
@@ -92,6 +93,10 @@ def offload(made: PipelinePlan, stage: int = 0) -> StageOffload:
     return found
 
 
+def reasons(made: PipelinePlan) -> dict[str, str]:
+    return {entry.setting: entry.reason for entry in made.resolved}
+
+
 def held_bytes(made: PipelinePlan) -> int:
     """All that the only stage takes of its GPU."""
     page = kv_page_bytes(
@@ -155,6 +160,33 @@ def test_ranks_of_a_host_share_its_memory() -> None:
     assert all(offload(made, stage).host_bytes <= 4 * GIB * 0.7 for stage in range(4))
 
 
+def test_host_bytes_that_the_host_does_not_have_are_fewer_and_the_plan_says_so() -> None:
+    """What the libraries of the ranks take stays free."""
+    world = [with_gpu(rank, free_bytes=4 * GIB) for rank in t4(2, memory=13 * GIB)]
+    disk = "/scratch/o"
+    made = plan(world, MemoryConfig(host_bytes=100 * GIB, offload_dir=disk), work=(32, 64, 16))
+    for stage in range(2):
+        assert 4 * GIB < offload(made, stage).host_bytes <= 5 * GIB
+    assert reasons(made)["memory.host_bytes"].startswith("less than the 100.00 GiB asked for")
+    assert any("5.00 GiB" in line and "100.00 GiB" in line for line in plan_lines(made))
+    made = plan(world, MemoryConfig(host_bytes=4 * GIB, offload_dir=disk), work=(32, 64, 16))
+    assert "memory.host_bytes" not in reasons(made)
+
+
+def test_stages_with_layers_on_disk_are_told_to_capture_no_graphs() -> None:
+    small, large = t4(2)
+    memory = MemoryConfig(host_bytes=0, offload_dir="/scratch/o")
+    split = PipelineConfig(split=(16, 16))
+    made = plan([with_gpu(small, free_bytes=5 * GIB), large], memory, split)
+    assert (offload(made).disk_layers != (), made.stages[1].offload) == (True, None)
+    assert made.cuda_graphs is True
+    assert reasons(made)["memory.cuda_graphs"].startswith("not on stage 0: ")
+    made = plan([with_gpu(rank, free_bytes=5 * GIB) for rank in t4(2)], memory, split)
+    assert made.cuda_graphs is False
+    assert reasons(made)["memory.cuda_graphs"].startswith("not on stages 0, 1: ")
+    assert "memory.cuda_graphs" not in reasons(plan(t4(1))), "host memory is within graphs"
+
+
 def test_rows_are_raised_to_hide_the_link() -> None:
     """Small sequences, so that memory is not what limits them."""
     memory = MemoryConfig(device_bytes=6 * 10**9)
@@ -189,13 +221,41 @@ def test_without_a_place_to_offload_to_the_error_names_both() -> None:
 
 def test_a_device_below_one_layer_is_told_what_it_needs() -> None:
     with pytest.raises(
-        PlanError, match=r"raise memory\.device_bytes to at least (1\.\d+) GiB"
+        PlanError, match=r"needs \d+ MiB on its device, for a layer or staging bu"
     ) as e:
         plan(t4(1), MemoryConfig(device_bytes=GIB))
-    least = float(str(e.value).split("at least ")[1].split(" GiB")[0])
-    enough = int((least + 0.02) * GIB)
-    pipeline = PipelineConfig(max_sequences_per_slot=1, max_tokens_per_step=512)
-    assert offload(plan(t4(1), MemoryConfig(device_bytes=enough), pipeline)).num_buffers == 1
+    assert "offload_dir" not in str(e.value), "host memory has room"
+    least = int(str(e.value).split("at least ")[1].split(" MiB")[0]) * 2**20
+    assert offload(plan(t4(1), MemoryConfig(device_bytes=least))).num_buffers == 1
+    with pytest.raises(PlanError, match=f"at least {least // 2**20} MiB"):
+        plan(t4(1), MemoryConfig(device_bytes=least - 2**20))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_device_bytes_that_an_error_advises_are_enough(
+    num_ranks: int, tied: bool, quantize: QuantizeName
+) -> None:
+    model, world = ModelConfig(quantize=quantize), t4(num_ranks, memory=8 * GIB)
+    for vocab, layers in ((32000, 32), (256000, 4)):
+        spec = replace(OPENLLAMA_7B, tied_embeddings=tied, vocab_size=vocab, num_layers=layers)
+        low = MemoryConfig(device_bytes=GIB, host_bytes=0, offload_dir="/scratch/o")
+        with pytest.raises(PlanError, match=r"^stage \d .* at least (\d+) MiB") as e:
+            plan(world, low, spec=spec, model=model)
+        least = int(str(e.value).split("at least ")[1].split(" MiB")[0]) * 2**20
+        assert plan(world, replace(low, device_bytes=least), spec=spec, model=model).stages
+
+
+def test_a_limit_that_was_not_set_or_does_not_bind_is_not_spoken_of() -> None:
+    for memory in (MemoryConfig(host_bytes=0), MemoryConfig(host_bytes=0, device_bytes=64 * GIB)):
+        with pytest.raises(
+            PlanError, match=r"\(memory\.gpu_memory_fraction of what is free\)"
+        ) as e:
+            plan(t4(1), memory)
+        assert "device_bytes" not in str(e.value)
+        assert 'set model.quantize = "int8"' in str(e.value)
+        assert "model.dtype" not in str(e.value), "it is in 16 bits already"
 
 
 # ---- what is said --------------------------------------------------------------------------------
@@ -238,7 +298,7 @@ def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
 
 
 def test_fewer_rows_are_told_where_they_leave_room() -> None:
-    memory = MemoryConfig(device_bytes=16 * 10**9, gpu_memory_fraction=1.0)
+    memory = MemoryConfig(device_bytes=15 * 10**9, gpu_memory_fraction=1.0)
     made = plan(t4(1), memory, work=(512, 100, 30))
     (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
     told = note.reason.split("pipeline.max_sequences_per_slot = ")[1]

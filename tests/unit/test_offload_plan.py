@@ -11,7 +11,7 @@ import pytest
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.load import load_config
-from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
 from mpipipe.planning.cost import Ceilings
 from mpipipe.planning.links import LinkRates
@@ -30,6 +30,7 @@ from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.offload_folder import prepare_offload_folder
+from mpipipe.types import DtypeName, QuantizeName
 from tests.unit.planned_rank import GIB, make_rank
 
 MIB = 2**20
@@ -55,6 +56,18 @@ UNTIED = replace(SMOL, tied_embeddings=False)
 LARGE = replace(
     UNTIED, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, vocab_size=32000
 )
+OPENLLAMA_3B = replace(
+    UNTIED,
+    num_layers=26,
+    hidden_size=3200,
+    intermediate_size=8640,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=100,
+    vocab_size=32000,
+    max_context_tokens=2048,
+    dtype="float32",
+)
 LAYER_BYTES = 3_538_944 * 4
 MATRIX_BYTES = 49152 * 576 * 4
 
@@ -73,6 +86,7 @@ def plan(
     *,
     spec: ModelSpec = SMOL,
     work: tuple[int, int, int] = (64, 40, 20),
+    model: ModelConfig | None = None,
 ) -> PipelinePlan:
     """`work`: prompts × input × output."""
     prompts, tokens_in, tokens_out = work
@@ -82,7 +96,9 @@ def plan(
         num_prompt_tokens=prompts * tokens_in,
         num_output_tokens=prompts * tokens_out,
     )
-    config = Config(memory=memory, pipeline=pipeline or PipelineConfig())
+    config = Config(
+        memory=memory, pipeline=pipeline or PipelineConfig(), model=model or ModelConfig()
+    )
     return make_plan(config, spec, world, "/models/smol", workload)
 
 
@@ -108,6 +124,26 @@ def test_weights_that_fit_stay_whatever_might_be_offloaded() -> None:
     assert plan(ranks("a", "b"), MemoryConfig(offload_dir=DISK)).to_json() == plain.to_json()
     assert plain.offload_dir == ""
     assert all(stage.offload is None for stage in plain.stages)
+
+
+def test_a_limit_that_does_not_bind_changes_nothing() -> None:
+    """Also where the cache could use more than there is: rather fewer pages than an offload."""
+    long, roomy = (64, 8000, 100), MemoryConfig(device_bytes=GIB, offload_dir=DISK)
+    assert plan(ranks("a", "b"), roomy, work=long) == plan(
+        ranks("a", "b"), MemoryConfig(), work=long
+    )
+    world, memory = ranks("a", memory=14 * GIB), MemoryConfig(device_bytes=13 * GIB)
+    made = plan(world, memory, spec=OPENLLAMA_3B)
+    assert made == plan(world, MemoryConfig(), spec=OPENLLAMA_3B)
+    assert made == plan(world, replace(memory, offload_dir=DISK), spec=OPENLLAMA_3B)
+
+
+def test_weights_that_leave_no_room_for_the_libraries_of_a_rank_are_offloaded() -> None:
+    """12.76 GiB of them fit 13 GiB, but leave too little for Python and torch."""
+    made = plan(ranks("a", memory=13 * GIB), MemoryConfig(offload_dir=DISK), spec=OPENLLAMA_3B)
+    assert offload(made).device_bytes < 12.5 * GIB
+    without = plan(ranks("a", memory=13 * GIB), MemoryConfig(), spec=OPENLLAMA_3B)
+    assert without.stages[0].offload is None, "there is no other place"
 
 
 def test_what_the_ram_does_not_hold_goes_to_disk_and_comes_once_a_step() -> None:
@@ -211,8 +247,63 @@ def test_a_stage_that_streams_its_head_begins_with_the_layers_that_it_needs() ->
 
 def test_below_one_layer_nothing_runs() -> None:
     memory = MemoryConfig(device_bytes=LAYER_BYTES // 2, offload_dir=DISK)
-    with pytest.raises(PlanError, match=r"raise memory\.device_bytes to at least 13\.5 MiB"):
+    with pytest.raises(PlanError, match=r"raise memory\.device_bytes to at least 14 MiB"):
         plan(ranks("a"), memory, spec=UNTIED)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("hosts", ["a", "ab", "abcd"])
+def test_the_device_bytes_that_an_error_advises_are_enough(
+    hosts: str, quantize: QuantizeName
+) -> None:
+    """With the folder that it advises, where there is none; a MiB less is refused again."""
+    world, model = ranks(*hosts), ModelConfig(quantize=quantize)
+    for tied, layers, folder in itertools.product((True, False), (4, 5, 30), ("", DISK)):
+        spec = replace(SMOL, tied_embeddings=tied, num_layers=layers)
+        low = MemoryConfig(device_bytes=MIB, offload_dir=folder)
+        with pytest.raises(PlanError, match=r"at least \d+ MiB") as caught:
+            plan(world, low, spec=spec, model=model)
+        least = int(str(caught.value).split("at least ")[1].split(" MiB")[0]) * MIB
+        advised = DISK if "set memory.offload_dir" in str(caught.value) else folder
+        enough = MemoryConfig(device_bytes=least, offload_dir=advised)
+        assert plan(world, enough, spec=spec, model=model).stages
+        less = replace(enough, device_bytes=least - MIB)
+        with pytest.raises(PlanError, match=f"at least {least // MIB} MiB"):
+            plan(world, less, spec=spec, model=model)
+
+
+def test_a_last_stage_of_one_layer_keeps_its_head_and_the_error_names_it() -> None:
+    memory = MemoryConfig(device_bytes=100 * MIB, offload_dir=DISK)
+    split = PipelineConfig(split=(29, 1))
+    with pytest.raises(
+        PlanError,
+        match=r"^stage 1 \(rank 1 on b\) with 1 of 30 layers needs 122 MiB on its device, for a "
+        r"layer or staging buffer and the LM head, .* allows only 100\.0 MiB: raise memory",
+    ):
+        plan(ranks("a", "b"), memory, split, spec=UNTIED)
+    enough = replace(memory, device_bytes=122 * MIB)
+    assert offload(plan(ranks("a", "b"), enough, split, spec=UNTIED)).disk_layers
+
+
+def test_only_remedies_that_help_are_told() -> None:
+    tried: tuple[tuple[DtypeName, int, bool], ...]
+    tried = (("float32", 6, True), ("bfloat16", 3, False))
+    for dtype, memory, narrower in tried:
+        model, folder = ModelConfig(dtype=dtype), r"set memory\.offload_dir"
+        with pytest.raises(PlanError, match=folder) as caught:
+            plan(ranks("a", memory=memory * GIB), MemoryConfig(), spec=LARGE, model=model)
+        assert 'set model.quantize = "int8"' in str(caught.value)
+        assert ("model.dtype" in str(caught.value)) == narrower
+        assert "device_bytes" not in str(caught.value), "it was not set"
+        model = replace(model, quantize="int8")
+        assert plan(ranks("a", memory=memory * GIB), MemoryConfig(), spec=LARGE, model=model)
+    with pytest.raises(PlanError, match=r"set memory\.offload_dir") as caught:
+        plan(ranks("a", memory=GIB), MemoryConfig(), spec=LARGE)
+    assert "int8" not in str(caught.value), "it does not fit either"
+    with pytest.raises(PlanError, match=r", raise memory\.device_bytes to at least 7490 MiB, or"):
+        plan(ranks("a"), MemoryConfig(device_bytes=GIB), spec=LARGE)
+    made = plan(ranks("a"), MemoryConfig(device_bytes=7490 * MIB), spec=LARGE)
+    assert made.stages[0].offload is None
 
 
 # ---- how much at once ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mpipipe.staging.record import (
     FileRecord,
     SourceFile,
     StagingRecord,
+    partial_path,
     read_record,
     write_record,
 )
@@ -205,10 +206,18 @@ def test_what_was_read_is_noted_with_the_file() -> None:
 
 
 def test_a_folder_is_made_and_removed_again_when_nothing_came_of_it(tmp_path: Path) -> None:
-    with claimed(tmp_path / "new") as found:
+    with claimed(tmp_path / "new/model") as found:
         assert found is None
-        assert (tmp_path / "new").is_dir()
+        assert (tmp_path / "new/model").is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_user_made_stays(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("own", "own/new"):
+        with pytest.raises(CheckpointError), claimed(tmp_path / name):
+            raise CheckpointError("no model")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "own"]
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
@@ -273,10 +282,22 @@ def test_another_revision_or_conversion_is_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_these_files_only_are_removed(tmp_path: Path) -> None:
-    for name in ("model.partial", "thesis.partial"):
-        (tmp_path / name).write_text("half")
+    weights, thesis = tmp_path / "model.safetensors", tmp_path / "thesis.tex"
+    users = ("model.partial", "config.partial")
+    for path in (partial_path(weights), partial_path(thesis), *(tmp_path / n for n in users)):
+        path.write_text("half")
     tidy(tmp_path, ["model.safetensors", "config.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.partial"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {partial_path(thesis).name, *users}
+
+
+def test_a_record_that_was_half_written_is_no_foreign_file(tmp_path: Path) -> None:
+    partial = partial_path(tmp_path / UNFINISHED_NAME)
+    partial.write_text("{")
+    with claimed(tmp_path) as found:
+        assert found is None
+        tidy(tmp_path, [])
+    assert not partial.exists()
 
 
 def test_space_is_asked_for_with_some_to_spare(tmp_path: Path) -> None:
