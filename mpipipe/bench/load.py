@@ -26,10 +26,10 @@ from mpipipe.models.attention.select import make_backend
 from mpipipe.topology.host import peak_rss_bytes
 from mpipipe.topology.usage import read_usage
 from mpipipe.weights.filling import PIECE_BYTES
-from mpipipe.weights.loader import load_stage
+from mpipipe.weights.loader import load_stage, open_tensors
 from mpipipe.weights.names import resolve_names
+from mpipipe.weights.prequantized import QuantizedSource
 from mpipipe.weights.readers import Extent
-from mpipipe.weights.sources import open_source
 
 if TYPE_CHECKING:
     from mpipipe.models.adapter import StageModel
@@ -104,6 +104,7 @@ class LoadBench:
             backend=make_backend(self._plan.attention),
             max_sequence_tokens=self._plan.max_sequence_tokens,
             trust_remote_code=self._trust_remote_code,
+            quantize=self._plan.quantize,
         )
 
     def _load(self, model: StageModel) -> LoadReport:
@@ -123,10 +124,12 @@ class LoadBench:
 
     def _wanted_extents(self) -> list[Extent]:
         """Where the stage's tensors lie."""
-        model, source = self._model(), open_source(self._index)
+        model, source = self._model(), open_tensors(self._index)
         names = resolve_names(model.all_names, source.names(), model.tied, model.names.canonical)
         wanted = set(model.wanted_names().values()) & names.parts.keys()
         parts = {part.source for name in wanted for part in names.parts[name]}
+        if isinstance(source, QuantizedSource):
+            parts |= {scale for name in parts if (scale := source.scale_of(name)) is not None}
         extents = [source.stored(name).extent for name in parts]
         source.close()
         return [extent for extent in extents if extent is not None]

@@ -28,7 +28,7 @@ from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
 from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
 
-__all__ = ["LoadReport", "load_stage", "place"]
+__all__ = ["LoadReport", "load_stage", "open_tensors", "place"]
 
 _FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _NAMES_SHOWN = 3
@@ -79,7 +79,7 @@ def load_stage(
     assert set(wanted.values()) <= {*all_names, *tied}, "a stage wants unknown names"
     types = {tensor.dtype for tensor in module.state_dict(keep_vars=True).values()}
     assert dtype in types, f"the module was built for {types}, not for {dtype}"
-    source = _open(index)
+    source = open_tensors(index)
     # torch computes with as many threads as the rank has cores.
     filler = TensorFiller(
         source,
@@ -104,7 +104,8 @@ def load_stage(
     )
 
 
-def _open(index: CheckpointIndex) -> TensorSource:
+def open_tensors(index: CheckpointIndex) -> TensorSource:
+    """What the loader reads from: of a checkpoint in 8 bits a `QuantizedSource`."""
     quantization, source = read_quantization(index.folder), open_source(index)
     return source if quantization is None else QuantizedSource(source, quantization)
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mpipipe.bench.load import _merged
 from mpipipe.cli.bench_load import load_command
 from mpipipe.errors import PlanError
 from mpipipe.weights.readers import Extent
 from tests.contract.checkpoint_cases import FORMS, make_model
+from tests.contract.test_prequantized import write
+from tests.contract.tiny_models import save_tiny
 
 
 @pytest.fixture
@@ -51,6 +54,30 @@ def test_the_stages_of_a_model_are_read_byte_for_byte(
         sizes.append(warm["bytes"])
     torch.set_num_threads(before)
     assert sum(sizes) == sum(t.nbytes for t in make_model("llama").state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("form", "unread"),
+    [
+        ("int-quantized", ()),
+        ("pack-quantized", ("weight_shape",)),
+        ("gptq", ("qzeros", "g_idx")),
+    ],
+)
+def test_a_checkpoint_in_8_bits_is_read_as_it_is_stored(
+    form: str, unread: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(save_tiny("llama", tmp_path / "plain"), form, tmp_path)
+    path = tmp_path / "run.toml"
+    path.write_text(f'model.path = "{tmp_path}"\npipeline.device = "cpu"\n')
+    before = torch.get_num_threads()
+    load_command(path, [], stages=1, stage=0, cold=False, repeat=1)
+    torch.set_num_threads(before)
+    (record,) = records(capsys.readouterr().out)
+    stored = load_file(tmp_path / "model.safetensors")
+    needed = [t.nbytes for name, t in stored.items() if name.rpartition(".")[2] not in unread]
+    assert record["bytes"] == sum(needed)
+    assert 0 <= (record["read_ratio"] - 1) * record["bytes"] < 32 << 10
 
 
 def test_neighbours_are_read_in_one_go_and_shared_bytes_once() -> None:
