@@ -12,6 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,21 +194,21 @@ def _read(
     torch.set_num_threads(plan.threads_per_rank)
     started_s = time.perf_counter()
     boot = BootTimeline(MonotonicClock())
-    parts = load_parts(plan, plan.stages[0], trust_remote_code, device, boot)
-    loaded_s = time.perf_counter()
-    reading = _Reading(parts.weight_bytes, loaded_s - started_s)
-    spacing = -(-sum(map(len, texts)) // _MAX_COMPARED)
-    for text in texts:
-        for first in range(0, len(text), plan.max_tokens_per_step):
-            chunk = text[first : first + plan.max_tokens_per_step]
-            logits_TV = _step(parts.model, plan, text, first, len(chunk))
-            targets = text[first + 1 : first + 1 + len(chunk)]  # the last token has none
-            targets_T = torch.tensor(targets, dtype=torch.int64, device=device)
-            losses = cross_entropy(logits_TV[: len(targets)], targets_T, reduction="sum")
-            reading.loss += float(losses)
-            reading.num_tokens += len(targets)
-            reading.compared.append(logits_TV[-first % spacing :: spacing].cpu())
-    reading.read_s = time.perf_counter() - loaded_s
+    with closing(load_parts(plan, plan.stages[0], trust_remote_code, device, boot)) as parts:
+        loaded_s = time.perf_counter()
+        reading = _Reading(parts.weight_bytes, loaded_s - started_s)
+        spacing = -(-sum(map(len, texts)) // _MAX_COMPARED)
+        for text in texts:
+            for first in range(0, len(text), plan.max_tokens_per_step):
+                chunk = text[first : first + plan.max_tokens_per_step]
+                logits_TV = _step(parts.model, plan, text, first, len(chunk))
+                targets = text[first + 1 : first + 1 + len(chunk)]  # the last token has none
+                targets_T = torch.tensor(targets, dtype=torch.int64, device=device)
+                losses = cross_entropy(logits_TV[: len(targets)], targets_T, reduction="sum")
+                reading.loss += float(losses)
+                reading.num_tokens += len(targets)
+                reading.compared.append(logits_TV[-first % spacing :: spacing].cpu())
+        reading.read_s = time.perf_counter() - loaded_s
     return reading, torch.cat(reading.compared)
 
 

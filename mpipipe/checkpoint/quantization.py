@@ -123,6 +123,8 @@ def _compressed_tensors(stated: Mapping[str, object]) -> StoredQuantization:
     method, form = "compressed-tensors", str(stated.get("format"))
     if form not in _FORMATS:
         raise _refusal(method, f'its format is "{form}"')
+    if stated.get("kv_cache_scheme"):
+        raise _refusal(method, "its keys and values are quantised too (kv_cache_scheme)")
     kind, packing = _FORMATS[form]
     groups = stated.get("config_groups")
     schemes, targets = set(), []

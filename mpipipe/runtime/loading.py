@@ -115,7 +115,7 @@ def _load_parts(
     )
     tensors = stage_tensors(model)
     with ExitStack() as opened:
-        offloaded = _open_offload(plan, stage, tensors, device)
+        offloaded = _open_offload(plan, stage, model, tensors, device)
         if offloaded is not None:
             opened.callback(offloaded.close)
         report = _load(model, plan, device, boot, offloaded)
@@ -151,7 +151,11 @@ def stage_tensors(model: StageModel) -> StageTensors:
 
 
 def _open_offload(
-    plan: PipelinePlan, stage: StagePlan, tensors: StageTensors, device: torch.device
+    plan: PipelinePlan,
+    stage: StagePlan,
+    model: StageModel,
+    tensors: StageTensors,
+    device: torch.device,
 ) -> OffloadedWeights | None:
     """Where the plan wants weights to stand outside of `device`; None: nowhere."""
     if stage.offload is None:
@@ -164,7 +168,7 @@ def _open_offload(
         device,
         folder=plan.offload_dir,
         name=f"mpipipe-{owner}-rank-{stage.rank}",
-        use_graphs=plan.cuda_graphs,
+        use_graphs=plan.cuda_graphs and not model.graphs_unsupported_reason(),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -438,3 +440,18 @@ def test_greedy_ids_are_the_lowest_of_the_largest_and_minus_one_where_it_is_not_
     found_S = greedy_ids(logits_SV)
     assert found_S[:5].tolist() == [13, -1, -1, -1, num_ids - 1]
     assert torch.equal(found_S, torch_operations().greedy_ids(logits_SV))
+
+
+def test_kernels_read_nothing_before_they_await_their_inputs() -> None:
+    """Not even weights: those of a streamed layer stand where a copy before the kernel put them."""
+    waiting = 0
+    for path in Path(probe.__file__).parent.glob("*.py"):
+        for kernel in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(kernel, ast.FunctionDef) or kernel.name == "await_inputs":
+                continue
+            lines = [ast.unparse(statement) for statement in kernel.body]
+            if "await_inputs(EARLY)" in lines:
+                before = "\n".join(lines[: lines.index("await_inputs(EARLY)")])
+                assert "load" not in before, f"{path.name}: {kernel.name}"
+                waiting += 1
+    assert waiting >= 10

@@ -319,6 +319,23 @@ def test_a_stage_is_loaded_as_its_plan_says(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("reason", "expected"), [("", True), ("experts are routed", False)])
+def test_copies_end_with_steps_only_where_the_stage_takes_graphs(
+    reason: str,
+    expected: bool,
+    tiny: Callable[[str], TinyModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = replace(engine_plan(1, graphs=True), model_path=str(tiny("llama").folder))
+    stage = replace(plan.stages[0], offload=StageOffload(host_layers=(1,)))
+    monkeypatch.setattr(StageModel, "graphs_unsupported_reason", lambda _: reason)
+    boot = BootTimeline(MonotonicClock())
+    with closing(load_parts(plan, stage, False, torch.device("cpu"), boot)) as parts:
+        assert parts.offloaded is not None
+        assert parts.offloaded._use_graphs == expected
+
+
 def test_a_stage_that_cannot_be_offloaded_lets_go_of_everything(
     tiny: Callable[[str], TinyModel], tmp_path: Path
 ) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 
+from mpipipe.bench import quantization
 from mpipipe.bench.quantization import FormRecord, TextOptions, measure_forms
 from mpipipe.cli.bench_quantize import quantize_command
 from mpipipe.errors import ConfigError
+from mpipipe.runtime.loading import StageParts, load_parts
 from tests.contract.tiny_models import TinyModel, save_tiny
 
 # Two texts are long enough; the first is cut, the last one too, where the tokens run out.
@@ -38,6 +41,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def measured(tiny: TinyModel, options: TextOptions, *forms: str) -> list[FormRecord]:
     words = (str(tiny.folder / "texts.jsonl"), *SETTINGS)
     return list(measure_forms(tiny.folder, words, forms, options))
+
+
+def test_a_form_is_closed_before_the_next_is_loaded(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def load(*words: Any) -> StageParts:
+        events.append("load")
+        return load_parts(*words)
+
+    monkeypatch.setattr(quantization, "load_parts", load)
+    monkeypatch.setattr(StageParts, "close", lambda _: events.append("close"))
+    measured(tiny, OPTIONS, "none", "int8")
+    assert events == ["load", "close"] * 2
 
 
 def reference_logits(tiny: TinyModel) -> list[torch.Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,11 +104,14 @@ def test_a_dequantised_product_is_the_exact_one_in_slices_too(
 
 
 def test_no_more_than_the_limit_is_dequantised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+    sizes, held = list[int](), list[weakref.ref[Any]]()
 
     def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        assert all(memory() is None for memory in held), "an earlier part still exists"
         sizes.append(weight.shape[0])
-        return (weight * scale[:, None]).to(dtype)
+        memory = (weight * scale[:, None]).to(dtype).cpu().numpy().copy()
+        held.append(weakref.ref(memory))
+        return torch.from_numpy(memory).to(weight.device)
 
     monkeypatch.setattr(kernels, "dequantize", dequantize)
     weight_OI, scale_O = quantized(96, 64, torch.int8)

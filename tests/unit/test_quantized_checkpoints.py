@@ -40,6 +40,13 @@ GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True, "desc_
     [
         (compressed("int-quantized", INT8), "int8", "none", "weight", "weight_scale"),
         (compressed("naive-quantized", INT8), "int8", "none", "weight", "weight_scale"),
+        (
+            compressed("int-quantized", INT8, kv_cache_scheme=None),
+            "int8",
+            "none",
+            "weight",
+            "weight_scale",
+        ),
         (compressed("float-quantized", FP8), "fp8", "none", "weight", "weight_scale"),
         (compressed("pack-quantized", INT8), "int8", "rows", "weight_packed", "weight_scale"),
         (GPTQ, "int8", "columns", "qweight", "scales"),
@@ -105,6 +112,7 @@ FOUR = {**INT8, "num_bits": 4, "strategy": "group", "group_size": 128}
         (compressed("int-quantized", {**INT8, "symmetric": False}), "not symmetric"),
         (compressed("float-quantized", {**FP8, "strategy": "block"}), "scales are per block"),
         (compressed("int-quantized", FP8), 'of type "float"'),
+        (compressed("int-quantized", INT8, kv_cache_scheme=FP8), "keys and values are quantised"),
         (compressed("int-quantized", INT8, config_groups={}), "0 schemes"),
         (compressed("int-quantized", INT8, config_groups={"g": 3}), "config_groups are broken"),
         (compressed("int-quantized", INT8, config_groups={"g": {}}), "nothing of its weights"),

@@ -7,7 +7,8 @@ the device. CUDA graphs keep such edges since CUDA 12.3. Tried and left out: fet
 the L2 meanwhile, which made a layer slower (H200).
 
 Invariants, without which results would be stale: every program of every kernel here calls
-`await_inputs` before it reads what a kernel may have written and before it writes at all. So a
+`await_inputs` before it reads anything and before it writes at all. Weights are no exception: those
+of a streamed layer stand in a buffer that a copy has just filled. So a
 kernel that has ended implies that all before it have ended, and kernels launched in the ordinary
 way fit in between.
 """

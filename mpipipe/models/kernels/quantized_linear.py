@@ -174,6 +174,7 @@ def dequantized_linear(
             torch.mm(rows_TI, part_IO, out=out_TO[:, part])
         else:
             torch.addmm(bias_O[part], rows_TI, part_IO, out=out_TO[:, part])
+        del part_IO  # before the next one is written, not after
     return out_TO
 
 

@@ -85,8 +85,8 @@ def _rms_norm_kernel(
 ):
     column = tl.arange(0, BLOCK)
     inside = column < size
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     await_inputs(EARLY)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     row = tl.program_id(0).to(tl.int64)
     value = tl.load(hidden_ptr + row * hidden_stride + column, mask=inside, other=0.0)
     if ADD:
