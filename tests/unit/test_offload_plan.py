@@ -355,6 +355,17 @@ def test_the_split_that_was_asked_for_is_kept() -> None:
     assert all(layer < 20 for layer in offload(made, 0).disk_layers)
 
 
+def test_an_offload_that_costs_nothing_gets_no_advice() -> None:
+    """Only the embedding is on disk, and few of its rows are looked up."""
+    memory = MemoryConfig(device_bytes=600 * MIB, offload_dir=DISK)
+    made = plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20))
+    assert (offload(made).embedding, offload(made).disk_layers) == ("disk", ())
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    assert float(note.value.split()[1]) < 1.05
+    assert "tokens/s predicted" in note.reason
+    assert "to avoid it" not in note.reason
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
