@@ -223,7 +223,10 @@ class StageFitting:
             key=lambda stage: problem.least_device_bytes(stage, smallest.split[stage]),
         )
         held = ["a layer or staging buffer"]
-        if keeps_head(smallest.stages[number].placed.shape, problem.model.parts):
+        shape, parts = smallest.stages[number].placed.shape, problem.model.parts
+        if shape.has_embedding and parts.positions:
+            held.append("the table of positions")
+        if keeps_head(shape, parts):
             held.append("the LM head")
         if self.device == "cuda":
             held += ["work space", "the least cache"]

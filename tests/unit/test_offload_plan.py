@@ -207,6 +207,21 @@ def test_an_embedding_goes_before_layers_where_that_brings_less() -> None:
         assert choice.placed.embedding == tier
 
 
+def test_a_table_of_learned_positions_stays_with_the_first_stage() -> None:
+    opt, table = replace(SMOL, model_type="opt"), (8192 + 2) * 576 * 4
+    memory = MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK)
+    made, without = plan(ranks("a", "b"), memory, spec=opt), plan(ranks("a", "b"), memory)
+    first, other = made.stages[0], without.stages[0]
+    layers = (first.num_layers - other.num_layers) * LAYER_BYTES
+    assert first.weight_bytes == other.weight_bytes + layers + table
+    found = offload(made)
+    resident = first.num_layers - len(found.disk_layers) + found.num_buffers
+    embedding = MATRIX_BYTES * (found.embedding == "device")
+    assert found.device_bytes == resident * LAYER_BYTES + embedding + table
+    with pytest.raises(PlanError, match=r"stage 0 .* needs 32 MiB .* and the table of positions,"):
+        plan(ranks("a", "b"), replace(memory, device_bytes=20 * MIB), spec=opt)
+
+
 def test_the_head_goes_last() -> None:
     """With room for two buffers only, it passes through them as well."""
     room = 2 * LAYER_BYTES + MIB
