@@ -29,7 +29,7 @@ from mpipipe.planning.plan import PipelinePlan, StageOffload
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
-from mpipipe.runtime.offload_folder import prepare_offload_folder
+from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.types import DtypeName, QuantizeName
 from tests.unit.planned_rank import GIB, make_rank
 
@@ -403,11 +403,30 @@ def test_the_folder_is_made_and_must_have_room(tmp_path: Path) -> None:
     assert not folder.exists()
     prepare_offload_folder(folder, 4096, who="rank 0 on a")
     assert list(folder.iterdir()) == []
-    with pytest.raises(EnvironmentSetupError, match=r"free, but rank 3 on n is to keep .* TiB|GiB"):
+    with pytest.raises(
+        EnvironmentSetupError, match=r"free, but \d+\.00 GiB of weights .* by rank 3 on n:"
+    ):
         prepare_offload_folder(folder, 2**60, who="rank 3 on n")
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentSetupError, match=r"cannot be used by rank 3 on n"):
         prepare_offload_folder(tmp_path / "file", 4096, who="rank 3 on n")
+
+
+def test_the_ranks_of_a_host_need_room_for_all_that_they_keep_there() -> None:
+    memory = MemoryConfig(device_bytes=80 * MIB, offload_dir=DISK)
+    made = plan(ranks("a", "a", "b"), memory)
+    kept = [offload(made, stage).disk_bytes for stage in range(3)]
+    assert all(kept)
+    together = (kept[0] + kept[1], "ranks 0, 1 together on a")
+    assert [offload_need(made, stage) for stage in made.stages] == [
+        together,
+        together,
+        (kept[2], "rank 2 on b"),
+    ]
+    resident = replace(made.stages[0], offload=None)
+    made = replace(made, stages=(resident, *made.stages[1:]))
+    assert offload_need(made, resident)[0] == 0
+    assert offload_need(made, made.stages[1]) == (kept[1], "rank 1 on a")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
