@@ -27,6 +27,7 @@ from mpipipe.planning.offload_search import (
     RunShape,
     best_candidate,
     candidate_of,
+    check_staging,
     with_disk,
 )
 from mpipipe.planning.placement import ModelParts, keeps_head, offload_of, part_bytes
@@ -96,6 +97,7 @@ class StageFitting:
             if fits(resident.needs, self._least_pages(resident.needs, demand)):
                 return resident
             return replace(resident, remedies=self._remedies(problem, demand, workload))
+        check_staging(problem, best)
         return self._taken(problem, best, stages, demand)
 
     def _is_roomy(self, resident: Fitted) -> bool:

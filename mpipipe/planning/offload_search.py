@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from mpipipe.errors import PlanError
+from mpipipe.planning.memory import gib
 from mpipipe.planning.placement import (
     ModelParts,
     Placed,
@@ -26,6 +28,7 @@ from mpipipe.planning.placement import (
     forecast_step,
     least_device_bytes,
     place_stage,
+    staging_bytes,
 )
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "StageChoice",
     "best_candidate",
     "candidate_of",
+    "check_staging",
     "with_disk",
 ]
 
@@ -53,6 +57,7 @@ class RankRoom:
     host_bytes: int  # for offloaded weights
     has_disk: bool
     speed: StageSpeed
+    pins_staging: bool = False  # see `StageRoom`
 
     def for_weights(self, kv_bytes: int, work_bytes: int) -> int:
         """Beside so much cache and work space; may be negative."""
@@ -181,6 +186,24 @@ def with_disk(problem: OffloadProblem) -> OffloadProblem:
     return replace(problem, rooms=rooms)
 
 
+def check_staging(problem: OffloadProblem, candidate: Candidate) -> None:
+    """Refuse a candidate whose ranks have no host memory for what comes from the disk.
+
+    Raises:
+        PlanError: says how much is missing.
+    """
+    staging = staging_bytes(problem.model.parts)
+    for room, choice in zip(problem.rooms, candidate.stages, strict=True):
+        is_used = room.pins_staging and choice.placed.streamed_disk_bytes > 0
+        if is_used and room.host_bytes < staging:
+            raise PlanError(
+                f"a rank has {gib(room.host_bytes)} of host memory for offloaded weights, less "
+                f"than the {gib(staging)} through which layers come from memory.offload_dir to a "
+                "GPU, two pinned buffers of a layer each: raise memory.host_bytes to at least "
+                f"{-(-staging * 101 // (100 << 20))} MiB, or free memory on its host"
+            )
+
+
 def best_candidate(problem: OffloadProblem) -> Candidate | None:
     """The candidate that completes the run first; None: none fits."""
     found = [
@@ -240,7 +263,10 @@ class _Choices:
         )
         kv_bytes = problem.kv_bytes(self._num_pages, num_layers)
         stage_room = StageRoom(
-            room.for_weights(kv_bytes, work_bytes), room.host_bytes, room.has_disk
+            room.for_weights(kv_bytes, work_bytes),
+            room.host_bytes,
+            room.has_disk,
+            room.pins_staging,
         )
         work = StepWork(self._rows, problem.run.context_tokens)
         return place_stage(problem.model, shape, stage_room, work, room.speed)

@@ -52,6 +52,7 @@ __all__ = [
     "offload_of",
     "part_bytes",
     "place_stage",
+    "staging_bytes",
 ]
 
 _BUFFER_COUNTS = (2, 1)
@@ -95,6 +96,7 @@ class StageRoom:
     device_bytes: int  # staging buffers included
     host_bytes: int  # for what is offloaded
     has_disk: bool
+    pins_staging: bool = False  # of `host_bytes`, `staging_bytes` are for what comes from the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +253,23 @@ def _above_disk(
 
     None: something is left, and there is no disk.
     """
+    found = _shared_out(placed, parts, room.host_bytes, embedding_stays=embedding_stays)
+    if found.streamed_disk_bytes and room.pins_staging:
+        host_left = max(0, room.host_bytes - staging_bytes(parts))
+        found = _shared_out(placed, parts, host_left, embedding_stays=embedding_stays)
+    return None if found.disk_bytes and not room.has_disk else found
+
+
+def staging_bytes(parts: PartBytes) -> int:
+    """Pinned host memory between disk and GPU: one layer is read while another is copied."""
+    return 2 * parts.layer
+
+
+def _shared_out(
+    placed: Placed, parts: PartBytes, host_left: int, *, embedding_stays: bool
+) -> Placed:
+    """`placed` with so many bytes of host memory for weights."""
     taken: dict[Tier, int] = {"host": 0, "disk": 0}
-    host_left = room.host_bytes
     embedding: Tier = "device"
     if not embedding_stays:
         embedding = "host" if parts.embedding <= host_left else "disk"
@@ -269,9 +286,6 @@ def _above_disk(
     if head == "disk":
         head = "host" if parts.head <= host_left else "disk"
         streamed[head] += parts.head
-    disk_bytes = taken["disk"] + streamed["disk"]
-    if disk_bytes and not room.has_disk:
-        return None
     return replace(
         placed,
         num_host_layers=num_host,
@@ -279,7 +293,7 @@ def _above_disk(
         embedding=embedding,
         head=head,
         host_bytes=taken["host"] + streamed["host"],
-        disk_bytes=disk_bytes,
+        disk_bytes=taken["disk"] + streamed["disk"],
         streamed_host_bytes=streamed["host"],
         streamed_disk_bytes=streamed["disk"],
     )

@@ -105,6 +105,7 @@ def _on_gpu(
             compute_ceilings(rank.gpu, num_threads),
             link_rates(rank.gpu).shared_by(on_gpu, on_host),
         ),
+        pins_staging=True,
     )
 
 

@@ -135,12 +135,12 @@ def test_device_bytes_limit_all_that_a_rank_takes() -> None:
 
 
 def test_what_host_memory_does_not_hold_goes_to_disk() -> None:
-    memory = MemoryConfig(host_bytes=GIB, offload_dir="/scratch/o")
+    memory = MemoryConfig(device_bytes=8 * 10**9, host_bytes=7 * GIB // 4, offload_dir="/scratch/o")
     made = plan(t4(1), memory)
     found = offload(made)
     assert found.host_layers
     assert found.disk_layers
-    assert found.host_bytes <= GIB
+    assert found.host_bytes <= 7 * GIB // 4 - 2 * LAYER_BYTES
     assert made.offload_dir == "/scratch/o"
     assert found.forecast.bound_by == "disk"
     # Those on disk are spread among the streamed ones.
@@ -148,8 +148,23 @@ def test_what_host_memory_does_not_hold_goes_to_disk() -> None:
     on_disk = [place for place, layer in enumerate(order) if layer in found.disk_layers]
     spacing = len(order) / len(on_disk)
     assert all(abs(place - (n + 1) * spacing) <= 2 for n, place in enumerate(on_disk))
-    none = offload(plan(t4(1), replace(memory, host_bytes=0)))
-    assert (none.host_layers, none.host_bytes, none.embedding) == ((), 0, "disk")
+
+
+def test_what_comes_from_the_disk_passes_through_host_memory_of_the_budget() -> None:
+    """Two layers of it; what is left takes the embedding or not, and no layer."""
+    limit = int(2.05 * LAYER_BYTES)
+    memory = MemoryConfig(device_bytes=8 * 10**9, host_bytes=limit, offload_dir="/scratch/o")
+    found = offload(plan(t4(1), memory))
+    assert (found.host_layers, found.host_bytes, found.embedding) == ((), 0, "disk")
+    more = offload(plan(t4(1), replace(memory, host_bytes=limit + 2 * LAYER_BYTES)))
+    assert LAYER_BYTES <= more.host_bytes <= 2.05 * LAYER_BYTES
+    with pytest.raises(
+        PlanError,
+        match=r"0\.0 MiB of host memory for offloaded weights, less than the 0\.75 GiB through "
+        r".* raise memory\.host_bytes to at least 780 MiB",
+    ):
+        plan(t4(1), replace(memory, host_bytes=0))
+    assert offload(plan(t4(1), replace(memory, host_bytes=780 << 20))).disk_layers
 
 
 def test_ranks_of_a_host_share_its_memory() -> None:
@@ -175,7 +190,7 @@ def test_host_bytes_that_the_host_does_not_have_are_fewer_and_the_plan_says_so()
 
 def test_stages_with_layers_on_disk_are_told_to_capture_no_graphs() -> None:
     small, large = t4(2)
-    memory = MemoryConfig(host_bytes=0, offload_dir="/scratch/o")
+    memory = MemoryConfig(host_bytes=GIB, offload_dir="/scratch/o")
     split = PipelineConfig(split=(16, 16))
     made = plan([with_gpu(small, free_bytes=5 * GIB), large], memory, split)
     assert (offload(made).disk_layers != (), made.stages[1].offload) == (True, None)
@@ -237,10 +252,10 @@ def test_a_device_below_one_layer_is_told_what_it_needs() -> None:
 def test_the_device_bytes_that_an_error_advises_are_enough(
     num_ranks: int, tied: bool, quantize: QuantizeName
 ) -> None:
-    model, world = ModelConfig(quantize=quantize), t4(num_ranks, memory=8 * GIB)
+    model, world = ModelConfig(quantize=quantize), t4(num_ranks, memory=12 * GIB)
     for vocab, layers in ((32000, 32), (256000, 4)):
         spec = replace(OPENLLAMA_7B, tied_embeddings=tied, vocab_size=vocab, num_layers=layers)
-        low = MemoryConfig(device_bytes=GIB, host_bytes=0, offload_dir="/scratch/o")
+        low = MemoryConfig(device_bytes=GIB, host_bytes=GIB, offload_dir="/scratch/o")
         with pytest.raises(PlanError, match=r"^stage \d .* at least (\d+) MiB") as e:
             plan(world, low, spec=spec, model=model)
         least = int(str(e.value).split("at least ")[1].split(" MiB")[0]) * 2**20
@@ -262,14 +277,20 @@ def test_a_limit_that_was_not_set_or_does_not_bind_is_not_spoken_of() -> None:
 
 
 def test_the_plan_says_what_sits_where_and_what_it_costs() -> None:
-    made = plan(t4(1), MemoryConfig(host_bytes=GIB, offload_dir="/scratch/o"))
+    memory = MemoryConfig(
+        device_bytes=13 * 10**9, host_bytes=7 * GIB // 4, offload_dir="/scratch/o"
+    )
+    made = plan(t4(1), memory)
     found, forecast = offload(made), offload(made).forecast
     text = "\n".join(plan_lines(made))
-    assert f"{len(found.host_layers)} of 32 layers + embedding + LM head in host memory" in text
-    assert f"{len(found.disk_layers)} of 32 layers on disk" in text
+    ends = {"embedding": found.embedding, "LM head": found.head}
+    tiers = {"host": ("in host memory", found.host_layers), "disk": ("on disk", found.disk_layers)}
+    for tier, (where, layers) in tiers.items():
+        parts = [f"{len(layers)} of 32 layers", *(name for name in ends if ends[name] == tier)]
+        assert f"{' + '.join(parts)} {where}" in text
     brought = (forecast.host_bytes + forecast.disk_bytes) / GIB
     assert f"brings {brought:.2f} GiB for each step of {forecast.rows} rows" in text
-    assert f"a step takes {forecast.step_s * 1e3:.0f} ms, bound by disk (compute" in text
+    assert f"a step takes {forecast.step_s:.2f} s, bound by disk (compute" in text
     assert "at 11.8 GB/s" in text
     assert "link 11.8 GB/s (PCIe generation 3, 16 lanes), disk 1 GB/s (assumed)" in text
     slower = forecast.step_s / forecast.compute_s

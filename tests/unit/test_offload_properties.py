@@ -71,18 +71,26 @@ def placed(
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(specs, shapes, sizes, sizes, st.booleans(), st.integers(1, 512))
+@given(specs, shapes, sizes, sizes, st.booleans(), st.integers(1, 512), st.booleans())
 def test_a_stage_keeps_to_its_room_and_places_every_layer_once(
-    spec: ModelSpec, ends: tuple[bool, bool], device: int, host: int, disk: bool, rows: int
+    spec: ModelSpec,
+    ends: tuple[bool, bool],
+    device: int,
+    host: int,
+    disk: bool,
+    rows: int,
+    pins: bool,
 ) -> None:
-    room = StageRoom(device, host, disk)
+    room = StageRoom(device, host, disk, pins)
     choice = placed(spec, ends, room, rows)
     if choice is None:
         return
     assert placed(spec, ends, room, rows) == choice
     found = choice.placed
     assert found.device_bytes <= device
-    assert found.host_bytes <= host
+    stages_disk = pins and found.streamed_disk_bytes > 0
+    layer_bytes = part_bytes(spec, "float16").layer
+    assert found.host_bytes <= max(0, host - 2 * layer_bytes * stages_disk)
     assert disk or not found.disk_bytes
     offload = offload_of(choice, 7)
     if offload is None:
