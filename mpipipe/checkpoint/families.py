@@ -23,6 +23,7 @@ from mpipipe.errors import UnsupportedModelError
 
 __all__ = [
     "ALIASES",
+    "LEARNED_POSITIONS",
     "PLAIN_MLP",
     "RESTARTING",
     "TIED_BY_DEFAULT",
@@ -50,6 +51,9 @@ ALIASES = {
         "seq_length",
     ),
 }
+
+# Families that look up a vector for each position: rows of that table beyond the context.
+LEARNED_POSITIONS = {"opt": 2}
 
 _PLAIN_MLP = """
     bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj mpt nemotron opt

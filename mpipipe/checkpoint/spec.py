@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mpipipe.checkpoint.families import (
     ALIASES,
+    LEARNED_POSITIONS,
     PLAIN_MLP,
     TIED_BY_DEFAULT,
     RotaryFacts,
@@ -92,6 +93,13 @@ class ModelSpec:
     def embedding_parameters(self) -> int:
         """Weights of the embedding matrix, or of the LM head."""
         return self.vocab_size * (self.embedding_size or self.hidden_size)
+
+    @property
+    def position_parameters(self) -> int:
+        """Weights of the table of learned positions, which is beside the embedding; 0: none."""
+        if self.model_type not in LEARNED_POSITIONS:
+            return 0
+        return (self.max_context_tokens + LEARNED_POSITIONS[self.model_type]) * self.hidden_size
 
     @property
     def kv_elements_per_token_layer(self) -> int:

@@ -174,7 +174,9 @@ def stage_weight_bytes(
     has_both = has_embedding and has_head and spec.tied_embeddings
     return (
         num_layers * layer_weight_bytes(spec, dtype)
-        + has_embedding * spec.embedding_parameters * dtype_bytes(dtype)
+        + has_embedding
+        * (spec.embedding_parameters + spec.position_parameters)
+        * dtype_bytes(dtype)
         + (has_head and not has_both) * head_weight_bytes(spec, dtype)
     )
 

@@ -53,6 +53,7 @@ _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _GPU_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 _CPU_TOKENS = (512, 1024, 2048)
 _MIB = 2**20
+_LEAST_SLOWDOWN = 1.05  # by offload; there is nothing to avoid in less
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,8 @@ class StageFitting:
             split = str([stage.num_layers for stage in placed])
             decisions.revise("pipeline.split", split, _split_reason(best))
         if not best.is_resident:
-            decisions.note("memory.offload", _cost(best), _avoidable(problem, best))
+            cost = f"steps {figure(_slowdown(best))} times as long"
+            decisions.note("memory.offload", cost, _avoidable(problem, best))
             self._note_host_bytes()
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
 
@@ -223,7 +225,10 @@ class StageFitting:
             key=lambda stage: problem.least_device_bytes(stage, smallest.split[stage]),
         )
         held = ["a layer or staging buffer"]
-        if keeps_head(smallest.stages[number].placed.shape, problem.model.parts):
+        shape, parts = smallest.stages[number].placed.shape, problem.model.parts
+        if shape.has_embedding and parts.positions:
+            held.append("the table of positions")
+        if keeps_head(shape, parts):
             held.append("the LM head")
         if self.device == "cuda":
             held += ["work space", "the least cache"]
@@ -435,11 +440,10 @@ def _split_reason(best: Candidate) -> str:
     return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"
 
 
-def _cost(best: Candidate) -> str:
+def _slowdown(best: Candidate) -> float:
     """Of the slowest stage, against devices that held all weights."""
     slowest = max(choice.forecast.step_s for choice in best.stages)
-    resident = max(choice.forecast.compute_s for choice in best.stages)
-    return f"steps {figure(slowest / resident)} times as long"
+    return slowest / max(choice.forecast.compute_s for choice in best.stages)
 
 
 def _avoidable(problem: OffloadProblem, best: Candidate) -> str:
@@ -452,6 +456,6 @@ def _avoidable(problem: OffloadProblem, best: Candidate) -> str:
             used[room.speed.rates.disk_source] = None
     rates = ", ".join(filter(None, used))
     parts = [f"{figure(best.tokens_per_s)} tokens/s predicted with {rates}"]
-    if clauses := offload_advice(problem, best):
+    if _slowdown(best) >= _LEAST_SLOWDOWN and (clauses := offload_advice(problem, best)):
         parts.append(f"to avoid it: {'; '.join(clauses)}")
     return "; ".join(parts)

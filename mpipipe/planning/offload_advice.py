@@ -1,4 +1,4 @@
-"""What would spare a run its offload, each tried in the same search: int8, stages, fewer rows.
+"""What would make a run with offload faster, each tried in the same search: int8, more stages.
 
 Pure; nothing here changes a plan.
 """
@@ -14,11 +14,12 @@ from mpipipe.planning.placement import ModelParts, part_bytes
 __all__ = ["figure", "offload_advice"]
 
 _MOST_STAGES = 4  # to add: a run that needs more needs other hardware
+_LEAST_GAIN = 1.03  # in tokens per second; a smaller one is within what predictions are worth
 
 
 def offload_advice(problem: OffloadProblem, chosen: Candidate) -> list[str]:
     """Clauses, best first; empty: nothing that was tried would help."""
-    clauses = (_int8(problem, chosen), _more_stages(problem, chosen), _fewer_rows(problem))
+    clauses = (_int8(problem, chosen), _more_stages(problem, chosen))
     return [clause for clause in clauses if clause]
 
 
@@ -30,10 +31,10 @@ def _int8(problem: OffloadProblem, chosen: Candidate) -> str:
     narrow = ModelParts(spec, model.dtype, part_bytes(spec, model.dtype))
     narrowed = replace(problem, model=narrow)
     resident = _best_resident(narrowed)
-    if resident is not None:
+    if resident is not None and _is_faster(resident, chosen):
         return f'model.quantize = "int8" fits without offload, {_rate(resident)}'
     found = best_candidate(narrowed)
-    if found is None or found.streamed_bytes >= chosen.streamed_bytes:
+    if found is None or not _is_faster(found, chosen):
         return ""
     brought = f"{gib(found.streamed_bytes)} instead of {gib(chosen.streamed_bytes)} a step"
     return f'model.quantize = "int8" would bring {brought}, {_rate(found)}'
@@ -54,18 +55,14 @@ def _more_stages(problem: OffloadProblem, chosen: Candidate) -> str:
             problem, rooms=(*problem.rooms, *[roomiest] * more), num_slots=problem.num_slots + more
         )
         found = candidate_of(wider, rows, max(rows, chosen.tokens))
-        if found is not None and found.is_resident:
+        if found is not None and found.is_resident and _is_faster(found, chosen):
             stages = "one more stage" if more == 1 else f"{more} more stages"
             return f"{stages} of this kind would hold all of it, {_rate(found)}"
     return ""
 
 
-def _fewer_rows(problem: OffloadProblem) -> str:
-    best = _best_resident(problem)
-    if best is None:
-        return ""
-    setting = f"pipeline.max_sequences_per_slot = {best.rows}"
-    return f"{setting} leaves room for all weights, {_rate(best)}"
+def _is_faster(found: Candidate, chosen: Candidate) -> bool:
+    return found.tokens_per_s >= _LEAST_GAIN * chosen.tokens_per_s
 
 
 def _best_resident(problem: OffloadProblem) -> Candidate | None:

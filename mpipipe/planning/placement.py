@@ -67,6 +67,7 @@ class PartBytes:
     embedding: int
     head: int
     embedding_row: int
+    positions: int  # the table of learned ones, on the device of the embedding's stage
     tied: bool  # embedding and head of one stage are one matrix, which stays on its device
 
 
@@ -162,11 +163,13 @@ def part_bytes(spec: ModelSpec, dtype: str) -> PartBytes:
             has_head=has_head,
         )
 
+    positions = spec.position_parameters * dtype_bytes(dtype)
     return PartBytes(
         layer=of(1, has_embedding=False, has_head=False),
-        embedding=of(0, has_embedding=True, has_head=False),
+        embedding=of(0, has_embedding=True, has_head=False) - positions,
         head=of(0, has_embedding=False, has_head=True),
         embedding_row=(spec.embedding_size or spec.hidden_size) * dtype_bytes(dtype),
+        positions=positions,
         tied=spec.tied_embeddings,
     )
 
@@ -224,6 +227,7 @@ def _placed(
         return None
     fixed = parts.embedding * (shape.has_embedding and embedding_stays and not is_one_matrix)
     fixed += parts.head * (shape.has_head and not streams_head)
+    fixed += parts.positions * shape.has_embedding
     left = room.device_bytes - fixed
     if left >= shape.num_layers * parts.layer and not streams_head:
         num_streamed, num_buffers = 0, 0
@@ -308,7 +312,8 @@ def _lookup_s(placed: Placed, parts: PartBytes, rates: LinkRates, rows: int) -> 
 
 def least_device_bytes(shape: StageShape, parts: PartBytes) -> int:
     """With less on the device a stage cannot run, however much may be offloaded."""
-    return parts.layer + parts.head * keeps_head(shape, parts)
+    positions = parts.positions * shape.has_embedding
+    return parts.layer + positions + parts.head * keeps_head(shape, parts)
 
 
 def keeps_head(shape: StageShape, parts: PartBytes) -> bool:

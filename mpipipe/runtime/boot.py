@@ -23,7 +23,7 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
-from mpipipe.runtime.offload_folder import prepare_offload_folder
+from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
@@ -82,15 +82,16 @@ async def _load(
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
 
     def load_stage() -> StageParts:
-        needed_bytes = 0 if stage.offload is None else stage.offload.disk_bytes
-        who = f"rank {stage.rank} on {stage.host}"
-        prepare_offload_folder(Path(plan.offload_dir), needed_bytes, who=who)
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
         parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot)
         opened.callback(_close, parts)
         return parts
 
+    if plan.offload_dir:
+        needed_bytes, who = offload_need(plan, stage)
+        prepare = partial(prepare_offload_folder, Path(plan.offload_dir), needed_bytes, who=who)
+        await in_phase(ranks, "offload folder", prepare)
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     for warning in parts.load_warnings:

@@ -8,17 +8,37 @@ from pathlib import Path
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.memory import gib
+from mpipipe.planning.plan import PipelinePlan, StagePlan
 
-__all__ = ["prepare_offload_folder"]
+__all__ = ["offload_need", "prepare_offload_folder"]
+
+
+def offload_need(plan: PipelinePlan, stage: StagePlan) -> tuple[int, str]:
+    """Bytes that the ranks on the host of `stage` keep on disk together, and who they are.
+
+    The ranks of a host share the folder. 0 bytes: `stage` keeps none there.
+    """
+    if not _disk_bytes(stage):
+        return 0, f"rank {stage.rank} on {stage.host}"
+    sharing = [s for s in plan.stages if s.host == stage.host and _disk_bytes(s)]
+    numbers = ", ".join(str(s.rank) for s in sharing)
+    who = f"rank {numbers}" if len(sharing) == 1 else f"ranks {numbers} together"
+    return sum(map(_disk_bytes, sharing)), f"{who} on {stage.host}"
+
+
+def _disk_bytes(stage: StagePlan) -> int:
+    return 0 if stage.offload is None else stage.offload.disk_bytes
 
 
 def prepare_offload_folder(folder: Path, needed_bytes: int, *, who: str) -> None:
-    """Make the folder, if need be, and see that a file of `needed_bytes` fits there.
+    """Make the folder, if need be, and see that files of `needed_bytes` fit there.
+
+    All ranks do so before any of them writes: what a neighbour has written is free no more.
 
     Args:
         folder: absolute.
-        needed_bytes: of this rank's weights on disk; 0: it keeps none there.
-        who: names rank and host in the error.
+        needed_bytes: of all weights that this host's ranks keep there; 0: this rank keeps none.
+        who: names ranks and host in the error.
 
     Raises:
         EnvironmentSetupError: it cannot be made or written, or has too little room.
@@ -40,7 +60,7 @@ def prepare_offload_folder(folder: Path, needed_bytes: int, *, who: str) -> None
     free_bytes = space.f_bavail * space.f_frsize
     if space.f_blocks and free_bytes < needed_bytes:  # some file systems count no blocks
         raise EnvironmentSetupError(
-            f"memory.offload_dir = {folder} has {gib(free_bytes)} free, but {who} is to keep "
-            f"{gib(needed_bytes)} of weights there: make room, give a folder on a larger disk, or "
-            "let more of them stay in memory (memory.device_bytes, memory.host_bytes)"
+            f"memory.offload_dir = {folder} has {gib(free_bytes)} free, but {gib(needed_bytes)} "
+            f"of weights are to be kept there by {who}: make room, give a folder on a larger disk, "
+            "or let more of them stay in memory (memory.device_bytes, memory.host_bytes)"
         )

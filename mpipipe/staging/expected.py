@@ -16,7 +16,7 @@ from typing import Protocol
 from mpipipe.errors import CheckpointError
 from mpipipe.staging.record import read_record
 
-__all__ = ["Digest", "Digests", "ExpectedHash", "expected_hashes"]
+__all__ = ["Digest", "Digests", "ExpectedHash", "expected_hashes", "lost_files"]
 
 SUMS_NAME = "SHA256SUMS"
 _SUMS_LINE = re.compile(r"(?P<sha256>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
@@ -94,8 +94,22 @@ def expected_hashes(folder: Path) -> dict[str, ExpectedHash]:
     Raises:
         CheckpointError: what says so cannot be read.
     """
-    found = {**_of_hub_download(folder), **_of_record(folder), **_of_sums(folder / SUMS_NAME)}
-    return {name: expected for name, expected in found.items() if (folder / name).is_file()}
+    found = _all_told(folder).items()
+    return {name: expected for name, expected in found if (folder / name).is_file()}
+
+
+def lost_files(folder: Path) -> dict[str, str]:
+    """File name → what in `folder` tells of it, though it is not there.
+
+    Raises:
+        CheckpointError: what tells cannot be read.
+    """
+    found = _all_told(folder).items()
+    return {name: told.told_by for name, told in found if not (folder / name).is_file()}
+
+
+def _all_told(folder: Path) -> dict[str, ExpectedHash]:
+    return {**_of_hub_download(folder), **_of_record(folder), **_of_sums(folder / SUMS_NAME)}
 
 
 def _of_sums(path: Path) -> dict[str, ExpectedHash]:
@@ -138,9 +152,11 @@ def _of_hub_download(folder: Path) -> dict[str, ExpectedHash]:
 
 
 def _is_current(file: Path, timestamp: str) -> bool:
-    """Whether `file` is as it was downloaded: later edits are the user's own."""
+    """Whether `file` is as it was downloaded, or lost since: later edits are the user's own."""
     try:
         return file.stat().st_mtime - _CLOCK_S <= float(timestamp)
+    except FileNotFoundError:
+        return True
     except (OSError, ValueError):
         return False
 

@@ -130,6 +130,8 @@ def open_hub(model: HubModel, destination: Path, took: Callable[[int], object]) 
     def fetch(name: str) -> Path:
         return fetch_file(address, listing.commit, name, folder, took)
 
+    if not _fetched_names(folder) <= {*model.small, *model.weights}:
+        forget_fetched(destination)  # of another model, or commit
     if address.file:
         return _open_gguf(model, fetch)
     for name in model.small:
@@ -144,6 +146,11 @@ def open_hub(model: HubModel, destination: Path, took: Callable[[int], object]) 
         folder, model.conversion, described=address.described, revision=listing.commit, told=told
     )
     return replace(source, read=_read(listing, source.read))
+
+
+def _fetched_names(folder: Path) -> set[str]:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if not path.parts[0].startswith(".")}
 
 
 def _fetched_late(model: HubModel, fetch: Callable[[str], Path]) -> Source:

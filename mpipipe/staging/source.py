@@ -20,7 +20,7 @@ from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.checkpoint.staged import MANIFEST_NAME, UNFINISHED_NAME
 from mpipipe.errors import CheckpointError
-from mpipipe.staging.expected import SUMS_NAME, ExpectedHash, expected_hashes
+from mpipipe.staging.expected import SUMS_NAME, ExpectedHash, expected_hashes, lost_files
 from mpipipe.staging.layout import TensorPlan, index_of, lay_out
 from mpipipe.staging.pieces import BuiltPiece, CopiedPiece, MadePiece, Piece
 from mpipipe.staging.record import Conversion, SourceFile
@@ -41,6 +41,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 _WORDS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README*")
 _SETTINGS = ("*.json",)
+_TOKENIZER = (*TOKENIZER_FILES, *TEMPLATE_FILES)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
             "*.ot", "*.npz", "*.index.json")  # fmt: skip
 _WEIGHT_NAMES = {
@@ -71,7 +72,7 @@ def is_weights(name: str) -> bool:
 
 def chosen_names(names: Iterable[str]) -> tuple[str, ...]:
     """Of a folder's files those that come along, weights apart; sorted."""
-    patterns = (*_SETTINGS, *TOKENIZER_FILES, *TEMPLATE_FILES, *CODE_FILES, *_WORDS)
+    patterns = (*_SETTINGS, *_TOKENIZER, *CODE_FILES, *_WORDS)
     return tuple(
         sorted(
             name
@@ -124,6 +125,8 @@ def open_folder(
     """
     spec = read_spec(folder)
     index = read_index(folder)
+    elsewhere = () if conversion.tokenizer is None else _TOKENIZER
+    _require_arrived(folder, lambda name: not _matches(name, elsewhere))
     expected = {**expected_hashes(folder), **(told or {})}
     names = _files_below(folder)
     copied = chosen_names(names)
@@ -149,6 +152,21 @@ def open_folder(
         tuple(sorted(set(names) - set(read) - set(_OWN))),
         reader,
     )
+
+
+def _require_arrived(folder: Path, is_read: Callable[[str], bool]) -> None:
+    """Raises CheckpointError where a file that comes along is listed and not there.
+
+    Weights apart, for which `read_index` looks.
+    """
+    told = lost_files(folder)
+    lost = [name for name in chosen_names(told) if is_read(name)]
+    if lost:
+        shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        raise CheckpointError(
+            f"{folder} lacks {shown}, which {told[lost[0]]} lists: bring it along, or take it off "
+            "that list where the model is to be staged without it"
+        )
 
 
 def _listing(index: CheckpointIndex) -> tuple[str, ...]:
@@ -263,17 +281,17 @@ def with_tokenizer(source: Source, folder: Path) -> Source:
     """`source` with the tokenizer's files of `folder` in the place of its own.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or not all that are listed.
     """
-    patterns = (*TOKENIZER_FILES, *TEMPLATE_FILES)
     found = _files_below(folder) if folder.is_dir() else []
-    names = [name for name in found if _matches(name, patterns)]
+    names = [name for name in found if _matches(name, _TOKENIZER)]
     if not names:
         raise CheckpointError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, …): give the folder "
             "of the original model"
         )
-    own = {piece.name for piece in source.pieces if _matches(piece.name, patterns)}
+    _require_arrived(folder, lambda name: _matches(name, _TOKENIZER))
+    own = {piece.name for piece in source.pieces if _matches(piece.name, _TOKENIZER)}
     kept = [piece for piece in source.pieces if piece.name not in own]
     read = {name: file for name, file in source.read.items() if name not in own}
     added = {name: source_file(folder / name) for name in names}

@@ -212,6 +212,17 @@ def test_a_fetch_that_was_stopped_is_kept_and_gone_on_with(
     assert sorted(hub.fetched) == sorted(set(hub.fetched))
 
 
+def test_what_was_fetched_of_another_model_does_not_come_along(
+    hub: FolderHub, tmp_path: Path
+) -> None:
+    save(save_bin, hub)
+    left = tmp_path / "staged" / SOURCE_FOLDER
+    left.mkdir(parents=True)
+    (left / "tokenizer.json").write_text("{}")
+    from_hub(tmp_path / "staged")
+    assert not (tmp_path / "staged/tokenizer.json").exists()
+
+
 @CONVERTED
 def test_space_for_fetch_and_copy_is_asked_for_before_the_fetch(
     form: Callable[..., Path],

@@ -320,6 +320,25 @@ def test_sums_that_do_not_fit_stop_the_copy_of_that_file(tmp_path: Path) -> None
     assert not (tmp_path / "staged/model.safetensors").exists()
 
 
+def test_a_listed_file_that_did_not_arrive_is_missed(tmp_path: Path) -> None:
+    source, own = saved(tmp_path, "llama", save_safetensors), tmp_path / "own"
+    sums = "".join(f"{'0' * 64}  {name}\n" for name in ("notes.doc", "tokenizer.json", "x.h5"))
+    (source / "SHA256SUMS").write_text(sums)
+    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json, which SHA256SUMS lists"):
+        stage(source, tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()
+    own.mkdir()
+    (own / "tokenizer.json").write_text("{}")
+    (own / "SHA256SUMS").write_text(f"{'0' * 64}  merges.txt\n")
+    with pytest.raises(CheckpointError, match=r"own lacks merges\.txt, which SHA256SUMS lists"):
+        stage(source, tmp_path / "staged", tokenizer=str(own))
+    (own / "SHA256SUMS").unlink()
+    stage(source, tmp_path / "staged", tokenizer=str(own))
+    (tmp_path / "staged/tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json, which its manifest lists"):
+        stage(tmp_path / "staged", tmp_path / "second")
+
+
 def test_a_bin_file_is_compared_with_its_sum_before_it_is_converted(tmp_path: Path) -> None:
     source = saved(tmp_path, "llama", save_bin)
     (source / "SHA256SUMS").write_text(f"{'0' * 64} *pytorch_model.bin\n")

@@ -318,14 +318,19 @@ def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
     assert "int8" not in after.reason
 
 
-def test_fewer_rows_are_told_where_they_leave_room() -> None:
+def test_what_makes_a_run_no_faster_is_not_advised() -> None:
+    """Fewer rows leave room for all weights here, but complete fewer tokens a second."""
     memory = MemoryConfig(device_bytes=15 * 10**9, gpu_memory_fraction=1.0)
-    made = plan(t4(1), memory, work=(512, 100, 30))
-    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
-    told = note.reason.split("pipeline.max_sequences_per_slot = ")[1]
-    rows = int(told.split()[0])
-    pipeline = PipelineConfig(max_sequences_per_slot=rows, max_tokens_per_step=512)
-    assert plan(t4(1), memory, pipeline, work=(rows, 100, 30)).stages[0].offload is None
+    for mib in (3000, 8000, 14300):
+        for work in ((512, 100, 30), (4000, 8, 8), (4, 1000, 30)):
+            tried = replace(memory, device_bytes=mib * 2**20)
+            told = reasons(plan(t4(1), tried, work=work)).get("memory.offload", "")
+            rates = [
+                float(clause.split(" tokens/s")[0].split()[-1].replace(",", ""))
+                for clause in told.split("; ")
+                if "tokens/s predicted" in clause
+            ]
+            assert all(rate >= 1.02 * rates[0] for rate in rates[1:]), told
 
 
 # ---- rates ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from mpipipe.planning.plan import PipelinePlan, StageOffload
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
-from mpipipe.runtime.offload_folder import prepare_offload_folder
+from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.types import DtypeName, QuantizeName
 from tests.unit.planned_rank import GIB, make_rank
 
@@ -207,6 +207,21 @@ def test_an_embedding_goes_before_layers_where_that_brings_less() -> None:
         assert choice.placed.embedding == tier
 
 
+def test_a_table_of_learned_positions_stays_with_the_first_stage() -> None:
+    opt, table = replace(SMOL, model_type="opt"), (8192 + 2) * 576 * 4
+    memory = MemoryConfig(device_bytes=200 * MIB, offload_dir=DISK)
+    made, without = plan(ranks("a", "b"), memory, spec=opt), plan(ranks("a", "b"), memory)
+    first, other = made.stages[0], without.stages[0]
+    layers = (first.num_layers - other.num_layers) * LAYER_BYTES
+    assert first.weight_bytes == other.weight_bytes + layers + table
+    found = offload(made)
+    resident = first.num_layers - len(found.disk_layers) + found.num_buffers
+    embedding = MATRIX_BYTES * (found.embedding == "device")
+    assert found.device_bytes == resident * LAYER_BYTES + embedding + table
+    with pytest.raises(PlanError, match=r"stage 0 .* needs 32 MiB .* and the table of positions,"):
+        plan(ranks("a", "b"), replace(memory, device_bytes=20 * MIB), spec=opt)
+
+
 def test_the_head_goes_last() -> None:
     """With room for two buffers only, it passes through them as well."""
     room = 2 * LAYER_BYTES + MIB
@@ -355,6 +370,17 @@ def test_the_split_that_was_asked_for_is_kept() -> None:
     assert all(layer < 20 for layer in offload(made, 0).disk_layers)
 
 
+def test_an_offload_that_costs_nothing_gets_no_advice() -> None:
+    """Only the embedding is on disk, and few of its rows are looked up."""
+    memory = MemoryConfig(device_bytes=600 * MIB, offload_dir=DISK)
+    made = plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20))
+    assert (offload(made).embedding, offload(made).disk_layers) == ("disk", ())
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    assert float(note.value.split()[1]) < 1.05
+    assert "tokens/s predicted" in note.reason
+    assert "to avoid it" not in note.reason
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -377,11 +403,30 @@ def test_the_folder_is_made_and_must_have_room(tmp_path: Path) -> None:
     assert not folder.exists()
     prepare_offload_folder(folder, 4096, who="rank 0 on a")
     assert list(folder.iterdir()) == []
-    with pytest.raises(EnvironmentSetupError, match=r"free, but rank 3 on n is to keep .* TiB|GiB"):
+    with pytest.raises(
+        EnvironmentSetupError, match=r"free, but \d+\.00 GiB of weights .* by rank 3 on n:"
+    ):
         prepare_offload_folder(folder, 2**60, who="rank 3 on n")
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentSetupError, match=r"cannot be used by rank 3 on n"):
         prepare_offload_folder(tmp_path / "file", 4096, who="rank 3 on n")
+
+
+def test_the_ranks_of_a_host_need_room_for_all_that_they_keep_there() -> None:
+    memory = MemoryConfig(device_bytes=80 * MIB, offload_dir=DISK)
+    made = plan(ranks("a", "a", "b"), memory)
+    kept = [offload(made, stage).disk_bytes for stage in range(3)]
+    assert all(kept)
+    together = (kept[0] + kept[1], "ranks 0, 1 together on a")
+    assert [offload_need(made, stage) for stage in made.stages] == [
+        together,
+        together,
+        (kept[2], "rank 2 on b"),
+    ]
+    resident = replace(made.stages[0], offload=None)
+    made = replace(made, stages=(resident, *made.stages[1:]))
+    assert offload_need(made, resident)[0] == 0
+    assert offload_need(made, made.stages[1]) == (kept[1], "rank 1 on a")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

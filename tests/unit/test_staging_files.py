@@ -14,7 +14,7 @@ from mpipipe.checkpoint.staged import MANIFEST_NAME, UNFINISHED_NAME, require_fi
 from mpipipe.errors import CheckpointError, OutputError
 from mpipipe.run_folder.lock import lock_file
 from mpipipe.staging.destination import claimed, require_same, require_space, tidy
-from mpipipe.staging.expected import Digests, ExpectedHash, expected_hashes
+from mpipipe.staging.expected import Digests, ExpectedHash, expected_hashes, lost_files
 from mpipipe.staging.hub import HubAddress
 from mpipipe.staging.hub_source import weight_names
 from mpipipe.staging.record import (
@@ -114,6 +114,16 @@ def test_a_sums_file_tells_what_to_expect(line: str, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"hello")
     (tmp_path / "SHA256SUMS").write_text(f"{line}\n{'0' * 64}  gone.bin\n")
     assert expected_hashes(tmp_path) == {"a.bin": ExpectedHash("sha256", HELLO, "SHA256SUMS")}
+
+
+def test_files_that_are_told_of_and_not_there_are_lost(tmp_path: Path) -> None:
+    hub_download(tmp_path, HELLO, 0.5)
+    write_record(tmp_path, record(finished_at="now"))
+    (tmp_path / "SHA256SUMS").write_text(f"{HELLO}  a.bin\n{HELLO}  gone.json\n")
+    assert lost_files(tmp_path) == {"gone.json": "SHA256SUMS", "config.json": "its manifest"}
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / "a.bin").unlink()
+    assert lost_files(tmp_path) == {"a.bin": "the hub's metadata", "config.json": "its manifest"}
 
 
 def test_a_sums_file_that_is_none_is_refused(tmp_path: Path) -> None:
