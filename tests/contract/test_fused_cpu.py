@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,7 @@ from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.fused_cpu import FusedLayer
-from tests.contract.tiny_models import TinyModel, load_stage, save_tiny, split
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
+from tests.contract.tiny_models import TinyModel, load_stage, split
 
 FAMILIES = ["llama", "llama-head_dim-100", "mistral", "qwen2", "qwen2-window"]
 

@@ -7,7 +7,6 @@ import importlib.util
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from tests.contract.stage_steps import (
     step_cache,
     varlen_layout,
 )
-from tests.contract.tiny_models import TinyModel, fill, load_stage, save_tiny, split
+from tests.contract.tiny_models import TinyModel, fill, load_stage, split
 
 FAMILIES = [
     "llama",
@@ -46,17 +45,6 @@ FAMILIES = [
     "qwen3",
 ]
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 def finished_stage(

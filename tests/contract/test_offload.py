@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,23 +31,11 @@ from tests.contract.tiny_models import (
     TinyModel,
     load_stage,
     paged_cache,
-    save_tiny,
     split,
 )
 
 PROMPTS = ((5, 9, 3), (7, 7, 20, 31, 8, 90, 41, 12, 60, 33, 2), (4,))
 ALL = tuple(range(NUM_LAYERS))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from tests.contract.tiny_models import (
     TinyModel,
     load_stage,
     paged_cache,
-    save_tiny,
     split,
 )
 
@@ -23,15 +22,6 @@ NUM_TOKENS = 7
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tests.contract.tiny_models import (
     InProcessPipeline,
     TinyModel,
     load_stage,
-    save_tiny,
     split,
 )
 from tests.unit.test_quantized_checkpoints import FP8, GPTQ, INT8, compressed
@@ -80,17 +78,6 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[..., Tensors], QuantizeName]] = 
     "float-quantized": (compressed("float-quantized", FP8), as_plain, "fp8"),
     "gptq": (GPTQ, as_gptq, "int8"),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 def write(model: TinyModel, form: str, folder: Path, *, as_bin: bool = False) -> TinyModel:

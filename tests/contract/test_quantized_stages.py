@@ -26,7 +26,6 @@ from tests.contract.tiny_models import (
     TinyModel,
     load_stage,
     paged_cache,
-    save_tiny,
     split,
 )
 
@@ -39,15 +38,6 @@ FAMILIES = ["llama", "llama-tied", "qwen2", "qwen3", "opt", "gpt_neox", "gemma2"
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 def is_quantised(name: str, module: nn.Module, tied: bool) -> bool:

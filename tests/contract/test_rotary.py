@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -34,7 +33,6 @@ from tests.contract.tiny_models import (
     TinyModel,
     load_stage,
     paged_cache,
-    save_tiny,
     split,
 )
 
@@ -47,17 +45,6 @@ PROMPTS = tuple(
 )
 # What depends on the length: these go through schedulers and stages, too.
 BY_LENGTH = ("phi3-longrope", "llama-longrope", "llama-dynamic", "gemma3-longrope")
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 @pytest.fixture(scope="session")

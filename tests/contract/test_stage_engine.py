@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from random import Random
 
 import pytest
@@ -39,22 +38,11 @@ from tests.contract.engine_pipeline import (
     plain_outcomes,
 )
 from tests.contract.replaying_stream import PooledStream, ReplayingStream
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.tiny_models import TinyModel
 
 MODES = ["varlen", "tensors", "replayed"]
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 VOCAB = 50
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 # ---- request rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,23 +45,12 @@ from tests.contract.engine_pipeline import (
     make_requests,
     plain_outcomes,
 )
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.tiny_models import TinyModel
 
 LIMIT_S = 60
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 MODES = ["varlen", "replayed"]
 _TURNS = 100  # of the event loop, for which a slow stage holds up a tensor
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 def text_of(ids: Sequence[int]) -> str:

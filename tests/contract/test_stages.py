@@ -6,7 +6,6 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,22 +37,10 @@ from tests.contract.tiny_models import (
     fill,
     load_stage,
     paged_cache,
-    save_tiny,
     split,
 )
 
 PROMPTS = ((5, 9, 3), (7, 7, 20, 31, 8, 90, 41, 12, 60, 33, 2))
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 def build(folder: Path, num_stages: int = 1, stage: int = 0) -> StageModel:

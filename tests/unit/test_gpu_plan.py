@@ -29,27 +29,12 @@ from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.types import DeviceName
+from tests.unit.model_specs import OPENLLAMA_3B
 from tests.unit.planned_rank import make_rank, with_gpu
 
 GIB = 2**30
 BACKENDS = ("triton", "sdpa", "reference")
 
-OPENLLAMA_3B = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_layers=26,
-    hidden_size=3200,
-    intermediate_size=8640,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=100,
-    vocab_size=32000,
-    max_context_tokens=2048,
-    tied_embeddings=False,
-    gated_mlp=True,
-    dtype="float16",
-    eos_token_ids=(2,),
-)
 LLAMA_3_8B = replace(
     OPENLLAMA_3B,
     num_layers=32,

@@ -19,24 +19,9 @@ from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.types import QuantizeName
+from tests.unit.model_specs import OPENLLAMA_7B
 from tests.unit.planned_rank import GIB, make_rank, with_gpu
 
-OPENLLAMA_7B = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-    max_context_tokens=2048,
-    tied_embeddings=False,
-    gated_mlp=True,
-    dtype="float16",
-    eos_token_ids=(2,),
-)
 LAYER_BYTES = (4 * 4096 * 4096 + 3 * 4096 * 11008) * 2
 MATRIX_BYTES = 32000 * 4096 * 2
 

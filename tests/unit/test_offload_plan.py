@@ -32,27 +32,12 @@ from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.types import DtypeName, QuantizeName
+from tests.unit.model_specs import SMOL
 from tests.unit.planned_rank import GIB, make_rank
 
 MIB = 2**20
 DISK = "/scratch/offload"
 
-SMOL = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_context_tokens=8192,
-    tied_embeddings=True,
-    gated_mlp=True,
-    dtype="bfloat16",
-    eos_token_ids=(2,),
-)
 UNTIED = replace(SMOL, tied_embeddings=False)
 LARGE = replace(
     UNTIED, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, vocab_size=32000

@@ -28,25 +28,18 @@ from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
+from tests.unit.model_specs import OPENLLAMA_7B
 from tests.unit.planned_rank import GIB, make_rank
 
 MIB = 2**20
 
-SPEC = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
+SPEC = replace(
+    OPENLLAMA_7B,
     num_layers=24,
     hidden_size=2048,
     intermediate_size=5504,
     num_heads=16,
     num_kv_heads=16,
-    head_dim=128,
-    vocab_size=32000,
-    max_context_tokens=2048,
-    tied_embeddings=False,
-    gated_mlp=True,
-    dtype="float16",
-    eos_token_ids=(2,),
 )
 SPEED = StageSpeed(Ceilings(3e12, 6e14), LinkRates(11e9, 1e9))
 

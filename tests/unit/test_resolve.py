@@ -21,26 +21,11 @@ from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.types import CacheKind
+from tests.unit.model_specs import SMOL
 from tests.unit.planned_rank import make_rank
 
 GIB = 2**30
 
-SMOL = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_context_tokens=8192,
-    tied_embeddings=True,
-    gated_mlp=True,
-    dtype="bfloat16",
-    eos_token_ids=(2,),
-)
 LAYER_BYTES = 3_538_944 * 4
 MATRIX_BYTES = 49152 * 576 * 4
 PAGE_BYTES_OF_LAYER = 16 * 2 * 3 * 64 * 4
