@@ -110,6 +110,26 @@ def test_a_model_larger_than_its_memory_streams_from_disk_once_a_step(
     assert list(offload_dir.iterdir()) == []
 
 
+def test_ranks_that_stream_weights_in_8_bits_choose_the_tokens_of_one_that_holds_them(
+    tmp_path: Path,
+) -> None:
+    """Embedding and LM head do not fit 60 MiB either, and the last stage has few layers."""
+    words = ("model.quantize=int8", "generation.max_new_tokens=8", "prompts.limit=6")
+    alone = run(0, "configs/demo.toml", tmp_path / "alone", *words)
+    offload_dir = tmp_path / "offload"  # the ranks make it
+    limits = ("memory.device_bytes=60MiB", f"memory.offload_dir={offload_dir}")
+    streamed = run(2, "configs/demo.toml", tmp_path / "streamed", *words, *limits)
+    assert (alone.exit_code, streamed.exit_code) == (0, 0), alone.stderr + streamed.stderr
+    tokens = [[record["token_ids"] for record in done.completions()] for done in (alone, streamed)]
+    assert len(tokens[0]) == 6
+    assert tokens[0] == tokens[1]
+    ranks = streamed.json("metrics.json")["ranks"]
+    assert len(ranks) == 2
+    assert all(0 < rank["weight_bytes"] <= 60 * MIB for rank in ranks)
+    assert all(rank["offload"]["bytes_per_step"] > 0 for rank in ranks)
+    assert list(offload_dir.iterdir()) == []
+
+
 # ---- a model whose file and lengths decide -------------------------------------------------------
 
 LENGTHS = (10, 62, 63, 64, 65, 80)  # bytes, which are tokens; the original context is 64
