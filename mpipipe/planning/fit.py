@@ -138,7 +138,10 @@ class StageFitting:
             split = str([stage.num_layers for stage in placed])
             decisions.revise("pipeline.split", split, _split_reason(best))
         if not best.is_resident:
-            cost = f"steps {figure(_slowdown(best))} times as long"
+            slowdown = _slowdown(best)
+            cost = f"steps {figure(slowdown)} times as long"
+            if slowdown < _LEAST_SLOWDOWN:
+                cost = "steps hardly longer"
             decisions.note("memory.offload", cost, _avoidable(problem, best))
             self._note_host_bytes()
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))

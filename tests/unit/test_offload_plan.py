@@ -362,7 +362,7 @@ def test_an_offload_that_costs_nothing_gets_no_advice() -> None:
     made = plan(ranks("a"), memory, spec=UNTIED, work=(8, 40, 20))
     assert (offload(made).embedding, offload(made).disk_layers) == ("disk", ())
     (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
-    assert float(note.value.split()[1]) < 1.05
+    assert note.value == "steps hardly longer"
     assert "tokens/s predicted" in note.reason
     assert "to avoid it" not in note.reason
 
