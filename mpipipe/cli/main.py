@@ -62,6 +62,7 @@ _FORM = "model.quantize, as often as wanted; the first is compared with. Default
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
+_MEASURE = "Time the model's parts here instead (also under mpirun or srun), for later plans."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -97,6 +98,7 @@ def run(
 
 @app.command()
 def plan(
+    *,
     config: ConfigPath,
     overrides: Overrides = None,
     stages: Annotated[
@@ -104,9 +106,15 @@ def plan(
         typer.Option("--stages", "-n", min=1, help="Ranks to plan for.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    debug: Debug = False,  # noqa: ARG001 - read by `main`
+    measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
+    debug: Debug = False,
 ) -> None:
     """Print which layers would go where; starts nothing, needs neither torch nor MPI."""
+    if measure:
+        from mpipipe.cli.plan_measure import measure_command
+
+        measure_command(config, overrides or [], debug=debug)
+        return
     from mpipipe.cli.plan import plan_command
 
     plan_command(config, overrides or [], num_stages=stages, as_json=as_json)

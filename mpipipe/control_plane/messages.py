@@ -46,7 +46,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 # ---- coming together -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import Core, allowed_cpus, cpus_near, read_host, usable_physical_cores
+from mpipipe.topology.node import cpu_model
 
 __all__ = ["RankResources", "read_rank_resources"]
 
@@ -26,6 +27,7 @@ class RankResources:
     cores: tuple[Core, ...] = ()  # physical cores of the affinity mask; empty: unknown
     num_allowed_cpus: int = 0  # that the job may use on this host; more than the mask's: bound
     attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank
+    processor: str = ""  # the CPU's model name; empty: not told
 
     @property
     def has_gpu(self) -> bool:
@@ -59,4 +61,5 @@ def read_rank_resources(
         cores=usable_physical_cores(),
         num_allowed_cpus=len(allowed_cpus()),
         attention_backends=attention_backends,
+        processor=cpu_model(),
     )
