@@ -26,7 +26,7 @@ from mpipipe.planning.links import compute_ceilings
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
 from mpipipe.planning.resources import RankResources
 
-__all__ = ["RateTimes", "Shares", "rate_times"]
+__all__ = ["RateTimes", "Shares", "rate_times", "with_offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class RateTimes:
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         layer_s = products + max(read_s, scores_s) + shares.layer_s
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
-        return _with_offload(stage.offload, compute_s, rows)
+        return with_offload(stage.offload, compute_s, rows)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -110,7 +110,7 @@ class RateTimes:
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
-        return _with_offload(stage.offload, compute_s, tokens)
+        return with_offload(stage.offload, compute_s, tokens)
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
@@ -142,7 +142,7 @@ class RateTimes:
         )
 
 
-def _with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
+def with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
     """A step's time with what it brings to the device meanwhile."""
     if offload is None:
         return compute_s

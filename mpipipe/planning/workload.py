@@ -61,3 +61,4 @@ class Workload:
     num_prompt_tokens: int | None = None  # of all requests together
     num_output_tokens: int | None = None  # that they may generate
     sampling: SamplingUse | None = None
+    lengths: tuple[tuple[int, int], ...] = ()  # prompt and output tokens of each; empty: unknown

@@ -19,8 +19,9 @@ import torch
 
 from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.metrics.accounting import StageAccount
+from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
@@ -179,7 +180,7 @@ async def _agree_on_plan(boot: Boot) -> PipelinePlan:
 
 def _decide(boot: Boot) -> PipelinePlan:
     assert boot.model is not None, "the head plans"
-    plan = make_plan(
+    plan = plan_job(
         boot.loaded.config,
         boot.model.spec,
         boot.resources,

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mpipipe.bench.profile_points import DecodeShape, PromptShape
+from mpipipe.bench.profile_points import MOST_DECODES, DecodeShape, PromptShape
 from mpipipe.bench.stage_timing import SliceOpener
 from mpipipe.clock import MonotonicClock
 from mpipipe.kv_cache.layout import BatchLayout
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.models.adapter import StageModel
-from mpipipe.planning.plan import StagePlan
 from mpipipe.progress import ProgressEngine
 from mpipipe.types import SamplingParams
 from tests.contract.engine_pipeline import engine_plan
@@ -41,20 +40,29 @@ def test_steps_have_the_asked_for_rows_and_keys(
         has_embedding=ends == "first",
         has_head=ends == "last",
     )
-    seen: list[tuple[bool, list[int], list[int]]] = []
+    prompts: list[list[tuple[int, int]]] = []
+    decodes: list[list[int]] = []
     heads: list[int] = []
-    run = StageModel.forward
+    takes_ids: set[bool] = set()
+    run, run_decode = StageModel.forward, StageModel.forward_decode
 
     def forward(
         model: StageModel, inputs: torch.Tensor, layout: BatchLayout, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        lens = [(seq.query_len, seq.kv_len) for seq in layout.seq_lens]
-        seen.append((inputs.dtype == torch.int64, *map(list, zip(*lens, strict=True))))
-        if rows is not None:
-            heads.append(len(rows))
+        prompts.append([(seq.query_len, seq.kv_len) for seq in layout.seq_lens])
+        takes_ids.add(inputs.dtype == torch.int64)
+        heads.append(0 if rows is None else len(rows))
         return run(model, inputs, layout, rows)
 
+    def forward_decode(
+        model: StageModel, inputs: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        decodes.append(layout.kv_lens_B.tolist())
+        takes_ids.add(inputs.dtype == torch.int64)
+        return run_decode(model, inputs, layout)
+
     monkeypatch.setattr(StageModel, "forward", forward)
+    monkeypatch.setattr(StageModel, "forward_decode", forward_decode)
     clock = MonotonicClock()
     opener = SliceOpener(
         plan=plan,
@@ -64,21 +72,15 @@ def test_steps_have_the_asked_for_rows_and_keys(
         boot=BootTimeline(clock),
         sampling=SamplingParams(max_new_tokens=1),
     )
-    with opener.opened(_slice(stage)) as timer:
+    with opener.opened(stage) as timer:
         timed = timer.timed(SHAPES, PROMPTS)
     assert list(timed.decodes) == SHAPES
     assert list(timed.prompts) == PROMPTS
     assert min(*timed.decodes.values(), *timed.prompts.values(), timer.load_bytes_per_s) > 0
-    assert {takes_ids for takes_ids, _, _ in seen} == {ends == "first"}
-    prefills = [(query, kv) for _, query, kv in seen if query != [1] * len(query)]
-    assert [5, 5] in [query for query, _ in prefills]
-    assert ([4], [14]) in prefills
-    assert (set(heads) == {1, 2}) is (ends == "last")
-    decodes = [kv for _, query, kv in seen if query == [1] * len(query)]
+    assert takes_ids == {ends == "first"}
+    assert [(5, 5), (5, 5)] in prompts
+    assert [(4, 14)] in prompts
+    assert set(heads) == ({1, 2} if ends == "last" else {0})
     assert [10] in decodes
     assert [18, 18] in decodes
-    assert max(map(max, decodes)) <= 17 + 24
-
-
-def _slice(stage: StagePlan) -> StagePlan:
-    return replace(stage, weight_bytes=0)
+    assert max(map(max, decodes)) <= 17 + MOST_DECODES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,8 @@ def test_a_profile_of_another_key_is_not_found(name: str, tmp_path: Path) -> Non
     profile = a_profile()
     write_profile(profile, tmp_path)
     value = getattr(profile.key, name)
-    other = dataclasses.replace(
-        profile.key, **{name: f"{value}!" if isinstance(value, str) else 2 + value}
-    )
+    changed: Any = f"{value}!" if isinstance(value, str) else 2 + value
+    other = dataclasses.replace(profile.key, **{name: changed})
     assert read_profile(other, tmp_path) is None
 
 

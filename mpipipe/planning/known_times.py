@@ -1,0 +1,73 @@
+"""The best step times that are known of a plan: measured where all of its ranks were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.gpu_table import GpuTable
+from mpipipe.planning.link_table import LINKS, Link
+from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
+from mpipipe.planning.profile_times import ProfileTimes
+from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.step_times import StepTimes
+
+__all__ = ["KnownTimes", "known_times"]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTimes:
+    """Step times of a plan's stages, and what is known of its start."""
+
+    steps: StepTimes
+    files: tuple[str, ...] = ()  # of the profiles; empty: from rates
+    profiles: tuple[tuple[int, Profile], ...] = ()  # by rank
+
+    def startup_s(self, plan: PipelinePlan) -> float | None:
+        """From the start of the processes to the first step, as measured; None: not measured.
+
+        The slowest rank counts: all begin together.
+        """
+        if not self.profiles:
+            return None
+        stages = {stage.rank: stage for stage in plan.stages}
+        return max(_startup_s(profile, stages[rank]) for rank, profile in self.profiles)
+
+
+def _startup_s(profile: Profile, stage: StagePlan) -> float:
+    load_s = stage.weight_bytes / profile.load_bytes_per_s if profile.load_bytes_per_s else 0.0
+    return profile.start_s + load_s + profile.load_fixed_s
+
+
+def known_times(
+    spec: ModelSpec,
+    plan: PipelinePlan,
+    ranks: Sequence[RankResources],
+    *,
+    table: GpuTable | None = None,
+    far: Link = LINKS["10gbe"],
+    folder: Path | None = None,
+) -> KnownTimes:
+    """The times of `plan` on the ranks that it was made for.
+
+    Args:
+        spec: of the model.
+        plan: for these ranks.
+        ranks: what each has, by rank.
+        table: of GPUs, for rates; None: the known ones.
+        far: the link between hosts, for rates.
+        folder: of profiles; None: the cache's.
+    """
+    rates = rate_times(spec, plan, ranks, table=table, far=far)
+    shape = ProfileKey.shape_of(spec)
+    keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
+    found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}
+    profiles = {rank: profile for rank, key in keys.items() if (profile := found[key])}
+    if len(profiles) < len(keys):
+        return KnownTimes(rates)
+    files = tuple(str(profile_path(key, folder)) for key in found)
+    return KnownTimes(ProfileTimes(plan, profiles, rates), files, tuple(profiles.items()))
