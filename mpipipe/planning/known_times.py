@@ -11,7 +11,7 @@ from mpipipe.planning.gpu_table import GpuTable
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
-from mpipipe.planning.profile_times import ProfileTimes
+from mpipipe.planning.profile_times import profile_times
 from mpipipe.planning.rate_times import rate_times
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_times import StepTimes
@@ -70,4 +70,4 @@ def known_times(
     if len(profiles) < len(keys):
         return KnownTimes(rates)
     files = tuple(str(profile_path(key, folder)) for key in found)
-    return KnownTimes(ProfileTimes(plan, profiles, rates), files, tuple(profiles.items()))
+    return KnownTimes(profile_times(plan, profiles, rates), files, tuple(profiles.items()))

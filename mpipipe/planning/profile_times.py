@@ -17,21 +17,26 @@ from mpipipe.planning.profile import HopPoint, Profile, RowPoint, StepPart, Toke
 from mpipipe.planning.rate_times import with_offload
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["Curve", "ProfileTimes"]
+__all__ = ["Curve", "ProfileTimes", "profile_times"]
 
 
+@dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds over a size, from points in any order; of points of one size the last counts."""
+    """Seconds over a size."""
 
-    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+    sizes: tuple[float, ...]  # ascending
+    seconds: tuple[float, ...]
+
+    @staticmethod
+    def of(points: Iterable[tuple[float, float]]) -> Curve:
+        """From (size, seconds) in any order; of points of one size the last counts."""
         found = sorted(dict(points).items())
         assert found, "a curve has a point"
-        self._sizes = [size for size, _ in found]
-        self._seconds = [seconds for _, seconds in found]
+        return Curve(tuple(size for size, _ in found), tuple(seconds for _, seconds in found))
 
     def at(self, size: float) -> float:
         """Seconds of `size`."""
-        sizes, seconds = self._sizes, self._seconds
+        sizes, seconds = self.sizes, self.seconds
         if size <= sizes[0] or len(sizes) == 1:
             return seconds[0]
         right = min(bisect_left(sizes, size), len(sizes) - 1)
@@ -42,40 +47,43 @@ class Curve:
 
 
 def _of_rows(points: Iterable[RowPoint]) -> Curve:
-    return Curve((point.rows, point.seconds) for point in points)
+    return Curve.of((point.rows, point.seconds) for point in points)
 
 
+@dataclass(frozen=True, slots=True)
 class _Layer:
     """Seconds of a layer over tokens and keys."""
 
-    def __init__(self, points: Iterable[TokenPoint]) -> None:
+    curves: Mapping[int, Curve]  # over keys, by tokens
+    # Of sizes that were timed with one number of keys: what a key more costs a token elsewhere.
+    key_s: float
+
+    @staticmethod
+    def of(points: Iterable[TokenPoint]) -> _Layer:
         by_tokens: dict[int, list[tuple[float, float]]] = {}
         for point in points:
             by_tokens.setdefault(point.tokens, []).append((point.context_tokens, point.seconds))
-        self._curves = {tokens: Curve(found) for tokens, found in by_tokens.items()}
-        # Of sizes that were timed with one number of keys: what a key more costs a token elsewhere.
-        self._slope = _key_seconds(by_tokens)
-        self._single = {t: found[0][0] for t, found in by_tokens.items() if len(found) == 1}
+        curves = {tokens: Curve.of(found) for tokens, found in by_tokens.items()}
+        return _Layer(curves, _key_seconds(curves))
 
     def at(self, tokens: float, context_tokens: float) -> float:
         seconds = {
             size: max(0.0, curve.at(context_tokens) + self._beyond(size, context_tokens))
-            for size, curve in self._curves.items()
+            for size, curve in self.curves.items()
         }
-        return Curve(seconds.items()).at(tokens)
+        return Curve.of(seconds.items()).at(tokens)
 
     def _beyond(self, tokens: int, context_tokens: float) -> float:
-        if tokens not in self._single:
-            return 0.0
-        return self._slope * tokens * (context_tokens - self._single[tokens])
+        timed = self.curves[tokens].sizes
+        return self.key_s * tokens * (context_tokens - timed[0]) if len(timed) == 1 else 0.0
 
 
-def _key_seconds(by_tokens: Mapping[int, list[tuple[float, float]]]) -> float:
+def _key_seconds(curves: Mapping[int, Curve]) -> float:
     """Of one key more for one token, by the largest step that was timed with several numbers."""
-    for tokens, points in sorted(by_tokens.items(), reverse=True):
-        (fewest, least_s), (most, most_s) = min(points), max(points)
-        if most > fewest:
-            return max(0.0, most_s - least_s) / (most - fewest) / tokens
+    for tokens, curve in sorted(curves.items(), reverse=True):
+        if len(curve.sizes) > 1:
+            more_s = max(0.0, curve.seconds[-1] - curve.seconds[0])
+            return more_s / (curve.sizes[-1] - curve.sizes[0]) / tokens
     return 0.0
 
 
@@ -91,7 +99,7 @@ class _Part:
     @staticmethod
     def of(part: StepPart) -> _Part:
         curves = (_of_rows(points) for points in (part.step, part.head, part.embedding))
-        return _Part(_Layer(part.layer), *curves)
+        return _Part(_Layer.of(part.layer), *curves)
 
     def seconds(self, stage: StagePlan, tokens: float, context_tokens: float) -> float:
         """Of a step without the head."""
@@ -99,41 +107,26 @@ class _Part:
         return stage.num_layers * self.layer.at(tokens, context_tokens) + beside_s
 
 
+@dataclass(frozen=True, slots=True)
 class ProfileTimes:
-    """`StepTimes` of ranks with profiles.
+    """`StepTimes` of ranks with profiles; made by `profile_times`."""
 
-    Args:
-        plan: whose stages are asked for.
-        profiles: by rank, of every rank of the plan.
-        rates: for links that were not measured.
-    """
-
-    def __init__(
-        self, plan: PipelinePlan, profiles: Mapping[int, Profile], rates: StepTimes
-    ) -> None:
-        made: dict[str, tuple[_Part, _Part]] = {}
-        for profile in profiles.values():
-            if profile.key.digest not in made:
-                made[profile.key.digest] = (_Part.of(profile.decode), _Part.of(profile.prefill))
-        self._parts = {rank: made[profile.key.digest] for rank, profile in profiles.items()}
-        self._row_bytes = plan.hidden_size * dtype_bytes(plan.dtype)
-        self._rates = rates
-        hops = [hop for profile in profiles.values() for hop in profile.hops]
-        self._hops = {crosses: _hop_curve(hops, crosses) for crosses in (False, True)}
-        days = sorted({profile.measured[:10] for profile in profiles.values()})
-        devices = dict.fromkeys(profile.key.device for profile in profiles.values())
-        self.source = f"measured {', '.join(days)} on {', '.join(devices)}"
+    parts: Mapping[int, tuple[_Part, _Part]]  # of decode and of prefill steps, by rank
+    hops: Mapping[bool, Curve | None]  # over bytes, by whether hosts are crossed
+    row_bytes: int  # of a hidden state
+    rates: StepTimes  # for links that were not measured
+    source: str
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
-        decode, _ = self._parts[stage.rank]
+        decode, _ = self.parts[stage.rank]
         seconds = decode.seconds(stage, rows, context_tokens)
         seconds += decode.head.at(rows) if stage.has_head else 0.0
         return with_offload(stage.offload, seconds, rows)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`. The head computes the last token of each prompt, as in decode steps."""
-        decode, prefill = self._parts[stage.rank]
+        decode, prefill = self.parts[stage.rank]
         seconds = prefill.seconds(stage, tokens, context_tokens)
         if stage.has_head:
             prompts = tokens / max(1.0, 2 * context_tokens)
@@ -142,10 +135,31 @@ class ProfileTimes:
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
-        curve = self._hops[crosses_hosts]
+        curve = self.hops[crosses_hosts]
         if curve is None:
-            return self._rates.hop_s(rows_or_tokens, crosses_hosts)
-        return curve.at(rows_or_tokens * self._row_bytes)
+            return self.rates.hop_s(rows_or_tokens, crosses_hosts)
+        return curve.at(rows_or_tokens * self.row_bytes)
+
+
+def profile_times(
+    plan: PipelinePlan, profiles: Mapping[int, Profile], rates: StepTimes
+) -> ProfileTimes:
+    """The times of `plan`, all of whose ranks have profiles; `rates` for links without."""
+    distinct = {profile.key.digest: profile for profile in profiles.values()}
+    parts = {
+        digest: (_Part.of(profile.decode), _Part.of(profile.prefill))
+        for digest, profile in distinct.items()
+    }
+    hops = [hop for profile in distinct.values() for hop in profile.hops]
+    days = sorted({profile.measured[:10] for profile in distinct.values()})
+    devices = dict.fromkeys(profile.key.device for profile in distinct.values())
+    return ProfileTimes(
+        parts={rank: parts[profile.key.digest] for rank, profile in profiles.items()},
+        hops={crosses: _hop_curve(hops, crosses) for crosses in (False, True)},
+        row_bytes=plan.hidden_size * dtype_bytes(plan.dtype),
+        rates=rates,
+        source=f"measured {', '.join(days)} on {', '.join(devices)}",
+    )
 
 
 def _hop_curve(hops: Iterable[HopPoint], crosses_hosts: bool) -> Curve | None:
@@ -156,4 +170,4 @@ def _hop_curve(hops: Iterable[HopPoint], crosses_hosts: bool) -> Curve | None:
             by_size.setdefault(hop.num_bytes, []).append(hop.seconds)
     if not by_size:
         return None
-    return Curve((size, sum(seconds) / len(seconds)) for size, seconds in by_size.items())
+    return Curve.of((size, sum(seconds) / len(seconds)) for size, seconds in by_size.items())

@@ -20,7 +20,7 @@ from mpipipe.planning.profile import (
     TokenPoint,
     write_profile,
 )
-from mpipipe.planning.profile_times import Curve, ProfileTimes
+from mpipipe.planning.profile_times import Curve, ProfileTimes, profile_times
 from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.roofline import JobShape
@@ -60,15 +60,15 @@ def profile(rank: int, scale: float = 1.0, hops: tuple[HopPoint, ...] = ()) -> P
 
 def times(hops: tuple[HopPoint, ...] = ()) -> ProfileTimes:
     found = {0: profile(0, hops=hops), 1: profile(1, scale=2.0)}
-    return ProfileTimes(plan(), found, rate_times(SMOL, plan(), RANKS))
+    return profile_times(plan(), found, rate_times(SMOL, plan(), RANKS))
 
 
 def test_a_curve_lies_on_its_points_goes_on_and_never_falls_beyond_them() -> None:
-    curve = Curve([(8, 3.0), (1, 1.0), (4, 2.0)])
+    curve = Curve.of([(8, 3.0), (1, 1.0), (4, 2.0)])
     assert [curve.at(size) for size in (1, 4, 8, 2.5, 6, 12)] == [1.0, 2.0, 3.0, 1.5, 2.5, 4.0]
     assert curve.at(0.5) == 1.0
-    assert Curve([(4, 2.0), (8, 1.0)]).at(16) == 1.0
-    assert Curve([(4, 2.0)]).at(400) == 2.0
+    assert Curve.of([(4, 2.0), (8, 1.0)]).at(16) == 1.0
+    assert Curve.of([(4, 2.0)]).at(400) == 2.0
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 20, 64, 100])
