@@ -240,6 +240,8 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         job.log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
+    predicting = session.predicting()
+    planned = predicting(prompts.lengths(session.plan.max_context_tokens))
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
@@ -248,15 +250,18 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     statistics = session.statistics()
+    requests = all_requests(job, tally, prompts.num_prompts)
     summary = summarize(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
-        all_requests(job, tally, prompts.num_prompts),
+        requests,
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
         ranks=reports,
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,
+        planned=planned,
+        predicted=None if requests.num_unfinished else predicting(tally.lengths),
     )
     return await share_exit_code(job.ranks, await report(job, summary), _EXIT_DEADLINE_S)
 

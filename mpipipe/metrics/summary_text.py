@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Compared
     from mpipipe.metrics.summary import RankReport, RunSummary
 
 __all__ = ["summary_lines"]
@@ -72,8 +73,37 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{_share(summary.bubble_ratio)} of all stages' time",
             f"{_share(summary.steady_bubble_ratio)} in steady state",
         ),
+        **({"predicted": _compared(summary)} if summary.compared else {}),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _compared(summary: RunSummary) -> tuple[str, ...]:
+    """What was predicted, beside it what was measured, and by how much it is more or less."""
+    found = {each.name: each for each in summary.compared}
+    texts = []
+    for name, label, form in _COMPARED:
+        if (each := found.get(name)) is not None:
+            measured = f"measured {form(each.measured)} ({each.error:+.0%})"
+            texts.append(f"{label}{form(each.predicted)}, {measured}")
+    if (memory := _worst(summary.compared, "memory_bytes_")) is not None:
+        sizes = [_size(round(value)) for value in (memory.predicted, memory.measured)]
+        texts.append(f"memory {sizes[0]}, measured {sizes[1]} ({memory.error:+.0%})")
+    if (planned := summary.planned) and summary.predicted:
+        more = planned.num_output_tokens - summary.predicted.num_output_tokens
+        if more > 0:
+            texts.append(f"{more:,} fewer tokens than allowed")
+    return tuple(texts)
+
+
+def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
+    """The stage's figure that is farthest from its prediction."""
+    named = [each for each in compared if each.name.startswith(prefix)]
+    return max(named, key=lambda each: abs(each.error), default=None)
+
+
+def _tokens_per_s(value: float) -> str:
+    return f"{value:,.1f} tokens/s"
 
 
 def _slowest_boot(summary: RunSummary) -> str:
@@ -162,6 +192,13 @@ def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+_COMPARED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("tokens_per_s", "", _tokens_per_s),
+    ("wall_s", "wall clock ", _seconds),
+    ("start_s", "start ", _seconds),
+)
 
 
 def _share(share: float | None) -> str:

@@ -139,6 +139,8 @@ def _since(old: StageTotals, new: StageTotals) -> StageTotals:
         bytes_in=new.bytes_in - old.bytes_in,
         bytes_out=new.bytes_out - old.bytes_out,
         num_undivided=new.num_undivided - old.num_undivided,
+        prefill=new.prefill - old.prefill,
+        decode=new.decode - old.decode,
     )
 
 

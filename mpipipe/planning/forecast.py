@@ -25,7 +25,7 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s"]
+__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s", "weights_s"]
 
 # The scheduler's own choices (`scheduler.policy`): prompts interrupt decoding when an eighth of the
 # running sequences can be admitted, and half a page is kept back for each of these.
@@ -130,20 +130,22 @@ def forecast_job(
 
 
 def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
-    """From the start of the processes to the first step, with a warm kernel cache and a slow disk.
-
-    Ranks of a host share its disk. Random weights are not read.
-    """
+    """From the start of the processes to the first step, with a warm kernel cache."""
     begin_s = _CPU_STARTUP_S
     if plan.device == "cuda":
         begin_s = _GPU_STARTUP_S + (plan.num_stages > 1) * _SEVERAL_GPUS_STARTUP_S
+    return begin_s + weights_s(spec, plan)
+
+
+def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
+    """Reading weights from a slow disk, which the ranks of a host share; random ones are made."""
     if plan.weights == "random":
-        return begin_s
+        return 0.0
     share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
     by_host: dict[str, float] = {}
     for stage in plan.stages:
         by_host[stage.host] = by_host.get(stage.host, 0.0) + stage.weight_bytes * share
-    return begin_s + max(by_host.values()) / DISK_BYTES_PER_S
+    return max(by_host.values()) / DISK_BYTES_PER_S
 
 
 def _stage_forecast(stage: StagePlan, job: _Job, busy: _Busy, scale: float) -> StageForecast:

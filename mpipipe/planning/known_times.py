@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.forecast import startup_s, weights_s
 from mpipipe.planning.gpu_table import GpuTable
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.plan import PipelinePlan, StagePlan
@@ -27,20 +28,23 @@ class KnownTimes:
     files: tuple[str, ...] = ()  # of the profiles; empty: from rates
     profiles: tuple[tuple[int, Profile], ...] = ()  # by rank
 
-    def startup_s(self, plan: PipelinePlan) -> float | None:
-        """From the start of the processes to the first step, as measured; None: not measured.
+    def start(self, spec: ModelSpec, plan: PipelinePlan) -> tuple[float, float]:
+        """Seconds from the start of the processes to the first step, and of loading in them.
 
-        The slowest rank counts: all begin together.
+        As measured, where all ranks were; the slowest rank counts, as all begin together.
         """
         if not self.profiles:
-            return None
+            return startup_s(spec, plan), weights_s(spec, plan)
         stages = {stage.rank: stage for stage in plan.stages}
-        return max(_startup_s(profile, stages[rank]) for rank, profile in self.profiles)
+        starts = [_start(profile, stages[rank]) for rank, profile in self.profiles]
+        return max(start_s for start_s, _ in starts), max(load_s for _, load_s in starts)
 
 
-def _startup_s(profile: Profile, stage: StagePlan) -> float:
-    load_s = stage.weight_bytes / profile.load_bytes_per_s if profile.load_bytes_per_s else 0.0
-    return profile.start_s + load_s + profile.load_fixed_s
+def _start(profile: Profile, stage: StagePlan) -> tuple[float, float]:
+    load_s = profile.load_fixed_s
+    if profile.load_bytes_per_s:
+        load_s += stage.weight_bytes / profile.load_bytes_per_s
+    return profile.start_s + load_s, load_s
 
 
 def known_times(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.known_times import known_times
+from mpipipe.planning.predict import predict
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.runner import Runner
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.lines import RequestRecord
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Prediction
     from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
@@ -119,6 +123,12 @@ class Session:
         """Rows of the model's embedding: a token id must be below; on the head only."""
         assert self._model is not None, "only the head knows the model"
         return self._model.spec.vocab_size
+
+    def predicting(self) -> Callable[[Sequence[tuple[int, int]]], Prediction | None]:
+        """Predicts what requests of given (prompt, output) tokens take here; on the head only."""
+        assert self._model is not None, "only the head knows the model"
+        spec = self._model.spec
+        return partial(predict, spec, self.plan, known=known_times(spec, self.plan, self.resources))
 
     def statistics(self) -> SchedulerStatistics | None:
         """The scheduler's counts; None before the first `generate` and on other ranks."""

@@ -9,6 +9,7 @@ import pytest
 
 from mpipipe.config.schema import Config, ModelConfig
 from mpipipe.planning.forecast import forecast_job
+from mpipipe.planning.forecast import startup_s as forecast_startup_s
 from mpipipe.planning.known_times import known_times
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StepForecast
 from mpipipe.planning.profile import (
@@ -111,15 +112,15 @@ def test_what_is_offloaded_comes_beside_the_compute() -> None:
 
 
 def test_measured_times_are_known_where_every_rank_was_measured(tmp_path: Path) -> None:
-    def found() -> tuple[object, float | None]:
+    def found() -> tuple[object, float]:
         known = known_times(SMOL, plan(), RANKS, folder=tmp_path)
-        return known.steps, known.startup_s(plan())
+        return known.steps, known.start(SMOL, plan())[0]
 
     assert isinstance(found()[0], RateTimes)
     write_profile(profile(0), tmp_path)
     steps, startup_s = found()
     assert isinstance(steps, RateTimes), "of rank 1 nothing is known"
-    assert startup_s is None
+    assert startup_s == forecast_startup_s(SMOL, plan())
     written = write_profile(profile(1, scale=2.0), tmp_path)
     steps, startup_s = found()
     assert isinstance(steps, ProfileTimes)
