@@ -63,6 +63,17 @@ _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
 _MEASURE = "Time the model's parts here instead (also under mpirun or srun), for later plans."
+_FROM = "Learn from a run, or the latest run of a folder: what it took beside its forecast."
+_GPUS = 'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4".'
+_NODES = "Nodes that the GPUs are spread over, in equal blocks.  [default: 1]"
+_LINK = (
+    "Between nodes: 1GbE, 10GbE (default), 25GbE, 100GbE, HDR, NDR; on one node between its GPUs: "
+    "NVLink, PCIe3, PCIe4, PCIe5."
+)
+_HOST_MEMORY = "Free memory of a node, to offload weights to.  [default: 64GiB]"
+_GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
+_PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -103,21 +114,44 @@ def plan(
     overrides: Overrides = None,
     stages: Annotated[
         int | None,
-        typer.Option("--stages", "-n", min=1, help="Ranks to plan for.", show_default=False),
+        typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    gpus: Annotated[str | None, typer.Option("--gpus", help=_GPUS, show_default=False)] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help=_NODES)] = None,
+    link: Annotated[str | None, typer.Option("--link", help=_LINK, show_default=False)] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory", help=_HOST_MEMORY)] = None,
+    gpu_table: Annotated[Path | None, typer.Option("--gpu-table", help=_GPU_TABLE)] = None,
+    work: Annotated[str | None, typer.Option("--work", help=_PLAN_WORK)] = None,
+    from_run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help=_FROM)] = None,
+    reasons: Annotated[bool, typer.Option("--reasons", help=_REASONS)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
     debug: Debug = False,
 ) -> None:
-    """Print which layers would go where; starts nothing, needs neither torch nor MPI."""
+    """Say what would go where, how fast, and what would help; starts nothing, needs no GPU.
+
+    Exit code 2: it does not fit.
+    """
     if measure:
         from mpipipe.cli.plan_measure import measure_command
 
         measure_command(config, overrides or [], debug=debug)
         return
-    from mpipipe.cli.plan import plan_command
+    from mpipipe.cli.plan import PlanRequest, plan_command
 
-    plan_command(config, overrides or [], num_stages=stages, as_json=as_json)
+    request = PlanRequest(
+        num_stages=stages,
+        gpus=gpus,
+        num_nodes=nodes,
+        link=link,
+        host_memory=host_memory,
+        gpu_table=gpu_table,
+        work=work,
+        past_run=from_run,
+        with_reasons=reasons,
+        as_json=as_json,
+    )
+    raise typer.Exit(plan_command(config, overrides or [], request))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Compared", "Prediction", "StagePrediction", "compared_fields"]
+__all__ = ["Compared", "Prediction", "StagePrediction", "compared", "compared_fields"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,16 @@ class Compared:
         return self.measured / self.predicted - 1
 
 
-def compared_fields(compared: tuple[Compared, ...]) -> dict[str, dict[str, Any]]:
+def compared(*figures: tuple[str, float, float]) -> tuple[Compared, ...]:
+    """Of (name, predicted, measured) those that both are known of: 0 is not known."""
+    return tuple(
+        Compared(name, predicted, measured)
+        for name, predicted, measured in figures
+        if predicted > 0 and measured > 0
+    )
+
+
+def compared_fields(figures: tuple[Compared, ...]) -> dict[str, dict[str, Any]]:
     """As they stand in `metrics.json`, by name."""
     return {
         each.name: {
@@ -60,5 +69,5 @@ def compared_fields(compared: tuple[Compared, ...]) -> dict[str, dict[str, Any]]
             "measured": each.measured,
             "error": round(each.error, 6),
         }
-        for each in compared
+        for each in figures
     }

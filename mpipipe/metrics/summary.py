@@ -19,13 +19,21 @@ from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse
-from mpipipe.metrics.predicted import Compared, Prediction, compared_fields
+from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.types import Completion
 
-__all__ = ["PhaseTimes", "RankReport", "RequestTally", "RequestTotals", "RunSummary", "percentile"]
+__all__ = [
+    "PhaseTimes",
+    "RankReport",
+    "RequestTally",
+    "RequestTotals",
+    "RunSummary",
+    "percentile",
+    "stage_figures",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,26 +177,18 @@ class RunSummary:
 
         Of each stage steps of one kind alone, and memory: these names end with its number.
         """
-        return tuple(
-            Compared(name, predicted, measured)
-            for name, predicted, measured in self._pairs()
-            if predicted > 0 and measured > 0
-        )
-
-    def _pairs(self) -> Iterator[tuple[str, float, float]]:
         predicted, phases = self.predicted, self.phases
         if predicted is None:
-            return
-        yield "tokens_per_s", predicted.tokens_per_s, self.output_tokens_per_s
-        yield "wall_s", predicted.wall_s, phases.wall_s
-        yield "generate_s", predicted.generate_s, phases.generate_s
-        yield "start_s", predicted.start_s, phases.boot_s + phases.load_s
-        yield "load_s", predicted.load_s, max((rank.load_s for rank in self.ranks), default=0.0)
-        for stage, rank in zip(predicted.stages, self.ranks, strict=True):
-            number, measured = stage.stage, rank.stage
-            yield f"decode_step_s_{number}", stage.decode_step_s, measured.decode.mean_s
-            yield f"prefill_step_s_{number}", stage.prefill_step_s, measured.prefill.mean_s
-            yield f"memory_bytes_{number}", stage.memory_bytes, rank.used_bytes
+            return ()
+        start_s, load_s = phases.boot_s + phases.load_s, max(rank.load_s for rank in self.ranks)
+        return compared(
+            ("tokens_per_s", predicted.tokens_per_s, self.output_tokens_per_s),
+            ("wall_s", predicted.wall_s, phases.wall_s),
+            ("generate_s", predicted.generate_s, phases.generate_s),
+            ("start_s", predicted.start_s, start_s),
+            ("load_s", predicted.load_s, load_s),
+            *stage_figures(predicted, self.ranks),
+        )
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -321,6 +321,17 @@ class RunSummary:
 
     def _per_s(self, num_tokens: int) -> float:
         return num_tokens / self.phases.generate_s if self.phases.generate_s > 0 else 0.0
+
+
+def stage_figures(
+    predicted: Prediction, ranks: Sequence[RankReport]
+) -> Iterator[tuple[str, float, float]]:
+    """Name, predicted and measured value of what is known of both of each stage."""
+    for stage, rank in zip(predicted.stages, ranks, strict=True):
+        number, measured = stage.stage, rank.stage
+        yield f"decode_step_s_{number}", stage.decode_step_s, measured.decode.mean_s
+        yield f"prefill_step_s_{number}", stage.prefill_step_s, measured.prefill.mean_s
+        yield f"memory_bytes_{number}", stage.memory_bytes, rank.used_bytes
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.forecast import startup_s, weights_s
-from mpipipe.planning.gpu_table import GpuTable
-from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
 from mpipipe.planning.profile_times import profile_times
@@ -27,12 +25,16 @@ class KnownTimes:
     steps: StepTimes
     files: tuple[str, ...] = ()  # of the profiles; empty: from rates
     profiles: tuple[tuple[int, Profile], ...] = ()  # by rank
+    start_s: float | None = None  # of an earlier run; None: no run was asked
+    load_s: float | None = None  # likewise
 
     def start(self, spec: ModelSpec, plan: PipelinePlan) -> tuple[float, float]:
         """Seconds from the start of the processes to the first step, and of loading in them.
 
         As measured, where all ranks were; the slowest rank counts, as all begin together.
         """
+        if self.start_s is not None and self.load_s is not None:
+            return self.start_s, self.load_s
         if not self.profiles:
             return startup_s(spec, plan), weights_s(spec, plan)
         stages = {stage.rank: stage for stage in plan.stages}
@@ -51,9 +53,8 @@ def known_times(
     spec: ModelSpec,
     plan: PipelinePlan,
     ranks: Sequence[RankResources],
+    rates: StepTimes | None = None,
     *,
-    table: GpuTable | None = None,
-    far: Link = LINKS["10gbe"],
     folder: Path | None = None,
 ) -> KnownTimes:
     """The times of `plan` on the ranks that it was made for.
@@ -62,11 +63,10 @@ def known_times(
         spec: of the model.
         plan: for these ranks.
         ranks: what each has, by rank.
-        table: of GPUs, for rates; None: the known ones.
-        far: the link between hosts, for rates.
+        rates: for what was not measured; None: those of the known GPUs and links.
         folder: of profiles; None: the cache's.
     """
-    rates = rate_times(spec, plan, ranks, table=table, far=far)
+    rates = rates or rate_times(spec, plan, ranks)
     shape = ProfileKey.shape_of(spec)
     keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
     found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}
