@@ -71,6 +71,7 @@ class JobForecast:
     rows_per_slot: float  # mean, of decode steps
     num_rounds: float
     num_preemptions: int
+    num_kv_pages: int  # most that hold tokens at the same time
     bubble: float  # mean over the stages
     stages: tuple[StageForecast, ...]
     energy_j: float | None  # of the GPUs while generating; None: their power is not known
@@ -122,6 +123,7 @@ def forecast_job(
         rows_per_slot=job.row_steps / job.slot_steps if job.slot_steps else 0.0,
         num_rounds=job.rounds * scale,
         num_preemptions=round(job.num_preemptions * scale),
+        num_kv_pages=min(plan.num_kv_pages, math.ceil(job.most_pages)),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
         energy_j=_energy_j(stages, generating_s, watts or {}),
@@ -215,6 +217,7 @@ class _Job:
     slot_steps: float = 0.0
     num_prefill_steps: float = 0.0
     num_preemptions: int = 0
+    most_pages: float = 0.0  # that hold tokens
     _ends: list[tuple[float, int, _Sequence]] = field(default_factory=list)  # heap by round
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
@@ -302,6 +305,7 @@ class _Job:
         self._run_rounds(stride, self._num_known / num_running + stride / 2)
         self._num_known += stride * num_running
         self.rounds += stride
+        self.most_pages = max(self.most_pages, self.plan.num_kv_pages - self._free_pages())
         while self._ends and self._next_end() <= self.rounds + 1e-6:
             self._leave(heapq.heappop(self._ends)[2])
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.metrics.predicted import Prediction, StagePrediction
 from mpipipe.planning.cost import kv_page_bytes
-from mpipipe.planning.forecast import forecast_job
+from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.known_times import KnownTimes
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.step_limits import StepLimits
 
 __all__ = ["predict"]
 
@@ -32,7 +34,7 @@ def predict(
             stage=stage.stage,
             prefill_step_s=stage.prefill_step_s,
             decode_step_s=stage.decode_step_s,
-            memory_bytes=_memory_bytes(spec, plan, plan.stages[stage.stage]),
+            memory_bytes=_memory_bytes(spec, plan, plan.stages[stage.stage], forecast),
         )
         for stage in forecast.stages
     )
@@ -48,8 +50,10 @@ def predict(
     )
 
 
-def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, stage: StagePlan) -> int:
-    """Weights and cache."""
+def _memory_bytes(
+    spec: ModelSpec, plan: PipelinePlan, stage: StagePlan, forecast: JobForecast
+) -> int:
+    """Weights, cache, and what the largest step needs; on a CPU of the cache what is written to."""
     on_gpu = plan.device == "cuda"
     page_bytes = kv_page_bytes(
         spec,
@@ -58,4 +62,13 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, stage: StagePlan) -> int:
         page_size_tokens=plan.page_size_tokens,
         row_multiple=8 if on_gpu else 1,
     )
-    return stage.device_weight_bytes + (plan.num_kv_pages + on_gpu) * page_bytes
+    num_pages = plan.num_kv_pages + 1 if on_gpu else forecast.num_kv_pages
+    limits = StepLimits(
+        num_slots=plan.num_slots,
+        max_sequences_per_slot=plan.max_sequences_per_slot,
+        max_tokens_per_step=plan.max_tokens_per_step,
+        max_context_tokens=plan.max_context_tokens,
+    )
+    spec = replace(spec, quantized=plan.quantize)
+    work_bytes = limits.step_bytes(spec, plan.dtype, plan.sampling, has_head=stage.has_head)
+    return stage.device_weight_bytes + num_pages * page_bytes + work_bytes
