@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ import torch
 
 from mpipipe.bench.profile_points import (
     Brief,
+    DecodeShape,
+    PromptShape,
     SliceTimes,
     Timed,
     decode_part,
@@ -28,7 +30,7 @@ from mpipipe.bench.profile_points import (
     first_of_tokens,
     prefill_part,
 )
-from mpipipe.bench.stage_timing import SliceOpener
+from mpipipe.bench.stage_timing import SliceOpener, StageTimer
 from mpipipe.config.checks import default_sampling
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import AUTO, MemoryConfig
@@ -53,6 +55,7 @@ __all__ = ["Kept", "measure_profiles"]
 _DEADLINE_S = 900.0  # of one slice on all ranks
 _COPY_BYTES = 64 << 20
 _NUM_COPIES = 5
+_NUM_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +146,22 @@ class _Measuring:
 
     async def profile(self) -> Profile:
         """This rank's."""
-        brief, (small, large) = self.brief, self.brief.num_layers
-        few = await self._slice(small)
-        many = few
-        if large > small:
-            many = await self._slice(large, has_all_shapes=True)
-        first = await self._slice(small, has_embedding=True)
-        last = await self._slice(small, has_head=True)
+        brief, ranks = self.brief, self.joined.ranks
+        small, large = brief.num_layers
+        with ExitStack() as opened:
+            few = await self._slice(opened, small)
+            many = few
+            if large > small:
+                many = await self._slice(opened, large, has_all_shapes=True)
+            first = await self._slice(opened, small, has_embedding=True)
+            last = await self._slice(opened, small, has_head=True)
+            slices = list({id(each): each for each in (few, many, first, last)}.values())
+            # Differences of times that lie close together in time: a machine's speed varies.
+            for _ in range(_NUM_PASSES):
+                for each in slices:
+                    await in_phase(ranks, "time slice", each.time_again, _DEADLINE_S)
         times = SliceTimes(few.timed, many.timed, first.timed, last.timed, brief.num_layers)
-        resources, rank = self.joined.resources, self.joined.ranks.mesh.rank
+        resources, rank = self.joined.resources, ranks.mesh.rank
         return Profile(
             key=ProfileKey.of(brief.plan, brief.shape, resources, rank),
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,32 +169,29 @@ class _Measuring:
             prefill=prefill_part(times),
             hops=await self._hops(),
             host_to_device_bytes_per_s=await self._copy_rate(),
-            load_bytes_per_s=many.load_bytes_per_s,
-            load_fixed_s=last.prepare_s,
+            load_bytes_per_s=many.timer.load_bytes_per_s,
+            load_fixed_s=last.timer.prepare_s,
             start_s=self.start_s,
         )
 
     async def _slice(
         self,
+        opened: ExitStack,
         num_layers: int,
         *,
         has_embedding: bool = False,
         has_head: bool = False,
         has_all_shapes: bool = False,
     ) -> _Slice:
-        """Load so many layers on all ranks, then time them on all ranks."""
-        brief, ranks = self.brief, self.joined.ranks
+        """Load so many layers on all ranks; they stay until `opened` ends."""
+        brief = self.brief
         stage = brief.stage(num_layers, has_embedding=has_embedding, has_head=has_head)
         decodes, prompts = brief.decodes, brief.prompts
         if not has_all_shapes:
             decodes, prompts = first_of_rows(decodes), first_of_tokens(prompts)
-        with ExitStack() as opened:
-            opening = partial(opened.enter_context, self.slices.opened(stage))
-            timer = await in_phase(ranks, "load slice", opening, _DEADLINE_S)
-            timed = await in_phase(
-                ranks, "time slice", partial(timer.timed, decodes, prompts), _DEADLINE_S
-            )
-        return _Slice(timed, timer.load_bytes_per_s, timer.prepare_s)
+        opening = partial(opened.enter_context, self.slices.opened(stage))
+        timer = await in_phase(self.joined.ranks, "load slice", opening, _DEADLINE_S)
+        return _Slice(timer, decodes, prompts)
 
     async def _hops(self) -> tuple[HopPoint, ...]:
         """Of the pairs of which this rank is the first."""
@@ -218,13 +225,18 @@ class _Measuring:
         return await in_phase(self.joined.ranks, "time copies", partial(_copy_rate, device))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Slice:
-    """What became of a slice."""
+    """A loaded slice, and the least seconds of its steps so far."""
 
-    timed: Timed
-    load_bytes_per_s: float
-    prepare_s: float
+    timer: StageTimer
+    decodes: tuple[DecodeShape, ...]
+    prompts: tuple[PromptShape, ...]
+    timed: Timed = field(default_factory=Timed)
+
+    def time_again(self) -> None:
+        """Time every shape once more."""
+        self.timed = self.timed.at_best(self.timer.timed(self.decodes, self.prompts))
 
 
 def _copy_rate(device: torch.device) -> float:

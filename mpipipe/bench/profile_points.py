@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import kv_page_bytes, layer_weight_bytes
@@ -27,7 +28,7 @@ __all__ = [
 MOST_DECODES = 24  # tokens at most that timing a decode step adds to its sequences
 # So many bytes of layers lie in no cache of a processor's core, nor in a GPU's.
 _UNCACHED_BYTES = 96 << 20
-_KV_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+_KV_BYTES = {"cpu": 512 << 20, "cuda": 3 << 30}  # of the large slice
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _DECODE_CONTEXTS = (64, 512, 2048)
 _PREFILL_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096)
@@ -178,8 +179,16 @@ def first_of_tokens(shapes: Sequence[PromptShape]) -> tuple[PromptShape, ...]:
 class Timed:
     """Seconds of the steps of one slice, in the order of the shapes that were timed of it."""
 
-    decodes: dict[DecodeShape, float]
-    prompts: dict[PromptShape, float]
+    decodes: dict[DecodeShape, float] = field(default_factory=dict)
+    prompts: dict[PromptShape, float] = field(default_factory=dict)
+
+    def at_best(self, other: Timed) -> Timed:
+        """The lesser seconds of each shape: what disturbed one of the two is left out."""
+        infinite = math.inf
+        return Timed(
+            {s: min(self.decodes.get(s, infinite), t) for s, t in other.decodes.items()},
+            {s: min(self.prompts.get(s, infinite), t) for s, t in other.prompts.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SliceOpener", "StageTimer"]
 
-_NUM_WARM_UP = 2
-_LEAST_REPEATS = 4
+_NUM_WARM_UP = 1
+_LEAST_REPEATS = 2
 _MOST_REPEATS = 20
-_ENOUGH_S = 0.5  # of repeats of one point
+_ENOUGH_S = 0.2  # of repeats of one point
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,9 @@ class StageTimer:
         self._step = 0
 
     def timed(self, decodes: Iterable[DecodeShape], prompts: Iterable[PromptShape]) -> Timed:
-        """The seconds of each of these steps."""
+        """The seconds of each of these steps; called in any thread."""
+        torch.set_num_threads(self._plan.threads_per_rank)
+        self._stream.enter()
         return Timed(
             {shape: self.decode_s(shape) for shape in decodes},
             {shape: self.prefill_s(shape) for shape in prompts},

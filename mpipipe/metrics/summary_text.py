@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
     from mpipipe.metrics.offload import OffloadUse
-    from mpipipe.metrics.predicted import Compared
+    from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.summary import RankReport, RunSummary
 
 __all__ = ["summary_lines"]
@@ -73,27 +73,41 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{_share(summary.bubble_ratio)} of all stages' time",
             f"{_share(summary.steady_bubble_ratio)} in steady state",
         ),
-        **({"predicted": _compared(summary)} if summary.compared else {}),
+        **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
 
 
-def _compared(summary: RunSummary) -> tuple[str, ...]:
+def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
     """What was predicted, beside it what was measured, and by how much it is more or less."""
-    found = {each.name: each for each in summary.compared}
-    texts = []
-    for name, label, form in _COMPARED:
-        if (each := found.get(name)) is not None:
-            measured = f"measured {form(each.measured)} ({each.error:+.0%})"
-            texts.append(f"{label}{form(each.predicted)}, {measured}")
-    if (memory := _worst(summary.compared, "memory_bytes_")) is not None:
-        sizes = [_size(round(value)) for value in (memory.predicted, memory.measured)]
-        texts.append(f"memory {sizes[0]}, measured {sizes[1]} ({memory.error:+.0%})")
-    if (planned := summary.planned) and summary.predicted:
-        more = planned.num_output_tokens - summary.predicted.num_output_tokens
-        if more > 0:
-            texts.append(f"{more:,} fewer tokens than allowed")
-    return tuple(texts)
+    compared = {each.name: each for each in summary.compared}
+    if summary.predicted is None:
+        return {}
+    memory = _worst(summary.compared, "memory_bytes_")
+    lines = {
+        "predicted": (
+            _beside("", compared.get("tokens_per_s"), _tokens_per_s),
+            _beside("wall clock ", compared.get("wall_s"), _seconds),
+        ),
+        "": (
+            _beside("start ", compared.get("start_s"), _seconds),
+            _beside("memory ", memory, lambda value: _size(round(value))),
+            _not_made(summary.predicted, summary.planned),
+        ),
+    }
+    return {label: tuple(filter(None, values)) for label, values in lines.items() if any(values)}
+
+
+def _beside(label: str, each: Compared | None, form: Callable[[float], str]) -> str:
+    if each is None:
+        return ""
+    return f"{label}{form(each.predicted)}, measured {form(each.measured)} ({each.error:+.0%})"
+
+
+def _not_made(predicted: Prediction, planned: Prediction | None) -> str:
+    """Outputs may end early; what is predicted here is for the tokens that were made."""
+    fewer = 0 if planned is None else planned.num_output_tokens - predicted.num_output_tokens
+    return f"{fewer:,} fewer tokens than allowed" if fewer > 0 else ""
 
 
 def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
@@ -192,13 +206,6 @@ def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.1f} s"
-
-
-_COMPARED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("tokens_per_s", "", _tokens_per_s),
-    ("wall_s", "wall clock ", _seconds),
-    ("start_s", "start ", _seconds),
-)
 
 
 def _share(share: float | None) -> str:
