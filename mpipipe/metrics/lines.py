@@ -8,18 +8,18 @@ told in `mpipipe/logs/FILES.md`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpipipe.metrics.summary import percentile
+from mpipipe.types import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
-    from mpipipe.types import Completion
 
 __all__ = [
     "MessageRecord",
@@ -98,6 +98,18 @@ class RequestRecord:
     finished_s: float
     num_preemptions: int
     token_s: tuple[float, ...]
+
+    def shifted(self, seconds: float) -> RequestRecord:
+        """The same on a clock that is ahead by `seconds`."""
+        moments = (self.arrived_s, self.admitted_s)
+        arrived_s, admitted_s = (None if at_s is None else at_s + seconds for at_s in moments)
+        return replace(
+            self,
+            arrived_s=arrived_s,
+            admitted_s=admitted_s,
+            finished_s=self.finished_s + seconds,
+            token_s=tuple([at_s + seconds for at_s in self.token_s]),
+        )
 
     def gaps_s(self) -> list[float]:
         """Between a token and the next one."""

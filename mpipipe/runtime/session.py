@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mpipipe.control_plane.group import RankGroup
 from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
@@ -146,7 +147,7 @@ class Session:
             self._core = self._make_core()
             runner = self._runner = Runner(
                 core=self._core,
-                mesh=self.ranks.mesh,
+                group=RankGroup(self.ranks.mesh, range(self.ranks.mesh.world_size)),
                 decode=self._decode or self.tokenizer.decode,
                 clock=self.ranks.clock,
                 log=self._log,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mpipipe.clock import MonotonicClock
+from mpipipe.control_plane.group import RankGroup
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import (
@@ -211,7 +212,7 @@ class VirtualRanks:
         )
         runner = Runner(
             core=core,
-            mesh=self.ranks[0].mesh,
+            group=RankGroup(self.ranks[0].mesh, range(len(self.ranks))),
             decode=text_of,
             clock=MonotonicClock(),
             log=NullLog(),
