@@ -68,7 +68,7 @@ class ReplicaPlan:
 class SimulationOptions:
     """How to simulate."""
 
-    head: HeadTimes = HeadTimes()
+    head: HeadTimes
     num_simulated_replicas: int = 0  # 0: as many as can be simulated in seconds
     trace_steps: int = 0  # the last steps of replica 0 of which records are kept
 
@@ -147,6 +147,7 @@ def _result(
     latencies_s = [record.completion.latency_s for record in records]
     statistics = [part.core.statistics() for part in parts]
     ends_s = [replica.ended_s for replica in job.replicas]
+    is_dispatched = len(replicas) > 1
     return SimulationResult(
         num_replicas=len(replicas),
         num_simulated_replicas=len(parts),
@@ -165,14 +166,8 @@ def _result(
         latency_p95_s=percentile(latencies_s, 95),
         replica_end_spread_s=max(ends_s) - min(ends_s),
         stages=_stages(replicas[0].plan, parts, elapsed_s),
-        head=HeadLoad(
-            messages_per_s=job.sent.num_messages / elapsed_s,
-            bytes_per_s=job.sent.num_bytes / elapsed_s,
-            busy_share=(job.rank_0.busy_s - job.dispatched.busy_s) / elapsed_s,
-        ),
-        dispatch=_dispatch(job, len(requests), elapsed_s, stands_for)
-        if len(replicas) > 1
-        else None,
+        head=_head(job, elapsed_s),
+        dispatch=_dispatch(job, len(requests), elapsed_s, stands_for) if is_dispatched else None,
         deadlocks=tuple(job.deadlocks()),
     )
 
@@ -205,6 +200,14 @@ def _means(uses: Sequence[StageUse]) -> tuple[float, ...]:
         (use.compute_s, use.wait_s, use.send_s, use.steady_compute_s, use.steady_s) for use in uses
     ]
     return tuple(sum(column) / len(uses) for column in zip(*sums, strict=True))
+
+
+def _head(job: SimulatedJob, elapsed_s: float) -> HeadLoad:
+    return HeadLoad(
+        messages_per_s=job.sent.num_messages / elapsed_s,
+        bytes_per_s=job.sent.num_bytes / elapsed_s,
+        busy_share=(job.rank_0.busy_s - job.dispatched.busy_s) / elapsed_s,
+    )
 
 
 def _dispatch(
