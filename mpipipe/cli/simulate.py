@@ -15,7 +15,7 @@ __all__ = ["simulate"]
 _CONFIG = "Configuration or model folder, as `mpipipe run` takes it; not needed with --from."
 _WORDS = "Settings that win over the configuration."
 _GPUS = 'As "2 x t4" or "h100, 3 x t4"; without it, CPU ranks of this host.'
-_WORK = "PROMPTSxINPUTxOUTPUT tokens, or PROMPTSxmixed."
+_WORK = "PROMPTSxINPUTxOUTPUT tokens, or PROMPTSxmixed; default: the configured prompts."
 _FROM = "A run folder (log.steps=all): its plan, prompts and stage times, beside what it took."
 _STANDING = "So many of the replicas stand for all; 0: as many as can be simulated in seconds."
 _DISPATCH = "Of rank 0 for each message of the dispatch, and for each prompt in it (microseconds)."
@@ -34,7 +34,7 @@ def simulate(
     link: Annotated[str, typer.Option(help="Between nodes: 1GbE, 10GbE, HDR …")] = "10GbE",
     stages: Annotated[int, typer.Option(min=0, help="Of a replica; 0: as configured.")] = 0,
     replicas: Annotated[int, typer.Option(min=0, help="Pipelines; 0: as configured.")] = 0,
-    work: Annotated[str, typer.Option(help=_WORK)] = "512x512x128",
+    work: Annotated[str, typer.Option(help=_WORK)] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of mixed lengths.")] = 0,
     from_run: Annotated[Path | None, typer.Option("--from", help=_FROM)] = None,
     stand_for_all: Annotated[int, typer.Option(min=0, help=_STANDING)] = 0,

@@ -15,6 +15,7 @@ from mpipipe.errors import OutputError
 from mpipipe.metrics.trace import trace_document
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mpipipe.metrics.accounting import StepRecord
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["result_fields", "show_result", "write_trace"]
 
 _WIDTH = 120  # where the output is no terminal
-_MOST_STAGES = 12  # of more the first and last are shown, and those that stand out
+_MOST_STAGES = 12  # of more, those that are alike are shown as one
+_ALIKE = 0.01  # in their bubbles
 _COLUMNS = ("stage", "host", "layers", "compute", "wait", "send", "idle", "bubble", "steady")
 
 
-def show_result(
-    result: SimulationResult, source: str, *, measured: Measured | None = None
-) -> None:
+def show_result(result: SimulationResult, source: str, *, measured: Measured | None = None) -> None:
     """Print it; `source` says where the times come from, `measured` what a real run took."""
     print(f"simulated: {_size(result)}; times: {source}")
     print(
@@ -40,8 +40,10 @@ def show_result(
     )
     if measured is not None:
         print(_comparison(result, measured))
-    print(f"first token {_seconds(result.ttft_p50_s)} p50 · {_seconds(result.ttft_p95_s)} p95; "
-          f"completion {_seconds(result.latency_p50_s)} p50 · {_seconds(result.latency_p95_s)} p95")
+    print(
+        f"first token {_seconds(result.ttft_p50_s)} p50 · {_seconds(result.ttft_p95_s)} p95; "
+        f"completion {_seconds(result.latency_p50_s)} p50 · {_seconds(result.latency_p95_s)} p95"
+    )
     if result.num_preemptions:
         print(
             f"{result.num_preemptions:,} preemptions, {result.num_recomputed_tokens:,} tokens "
@@ -53,7 +55,9 @@ def show_result(
         print(f"deadlock: {line}")
 
 
-def result_fields(result: SimulationResult, source: str, measured: Measured | None) -> dict[str, Any]:
+def result_fields(
+    result: SimulationResult, source: str, measured: Measured | None
+) -> dict[str, Any]:
     """For JSON: the fields of `result`, what follows from them, and what a real run took."""
     fields = dataclasses.asdict(result)
     fields |= {
@@ -116,36 +120,39 @@ def _table(result: SimulationResult, measured: Measured | None) -> Table:
     columns = _COLUMNS if measured is None else (*_COLUMNS, "measured")
     for column in columns:
         table.add_column(column, justify="left" if column == "host" else "right", no_wrap=True)
-    for stage in _shown(result.stages):
-        row = _row(stage)
+    for alike in _groups(result.stages):
+        row = _row(alike)
         if measured is not None:
-            row = (*row, f"{measured.bubble_ratios[stage.stage]:.1%}")
+            row = (*row, f"{measured.bubble_ratios[alike[0].stage]:.1%}")
         table.add_row(*row)
     return table
 
 
-def _shown(stages: tuple[StageResult, ...]) -> list[StageResult]:
-    """All; of many the first and last, and between them where layers or bubbles change."""
-    if len(stages) <= _MOST_STAGES:
-        return list(stages)
-    shown = [
-        stage
-        for before, stage in zip(stages, stages[1:], strict=False)
-        if stage.num_layers != before.num_layers or abs(stage.bubble - before.bubble) > 0.01
-    ]
-    return [stages[0], *shown[: _MOST_STAGES - 2], *stages[-1:]] if stages[-1] not in shown else [
-        stages[0],
-        *shown[-(_MOST_STAGES - 1) :],
-    ]
+def _groups(stages: Sequence[StageResult]) -> list[list[StageResult]]:
+    """Each alone; of many those that follow each other and are alike together."""
+    groups: list[list[StageResult]] = []
+    for stage in stages:
+        first = groups[-1][0] if groups and len(stages) > _MOST_STAGES else None
+        if (
+            first is not None
+            and first.num_layers == stage.num_layers
+            and abs(first.bubble - stage.bubble) < _ALIKE
+        ):
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
 
 
-def _row(stage: StageResult) -> tuple[str, ...]:
+def _row(alike: Sequence[StageResult]) -> tuple[str, ...]:
+    """Of the first of them; their numbers and hosts."""
+    stage, last = alike[0], alike[-1]
     parts = (stage.compute_s, stage.wait_s, stage.send_s, stage.idle_s)
     total_s = sum(parts) or 1.0
     steady = stage.steady_bubble
     return (
-        str(stage.stage),
-        stage.host,
+        _span(str(stage.stage), str(last.stage)),
+        _span(stage.host, last.host),
         str(stage.num_layers),
         *[f"{part_s:,.2f} s {part_s / total_s:4.0%}" for part_s in parts],
         f"{stage.bubble:.1%}",
@@ -153,18 +160,23 @@ def _row(stage: StageResult) -> tuple[str, ...]:
     )
 
 
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first}–{last}"
+
+
 def _load_lines(result: SimulationResult) -> list[str]:
     head, dispatch = result.head, result.dispatch
-    lines = [
+    to_stages = (
         f"rank 0 to its own stages: {head.messages_per_s:,.0f} messages/s, "
         f"{head.bytes_per_s / 1e6:,.3f} MB/s, busy {head.busy_share:.1%}"
-    ]
-    if dispatch is not None:
-        lines += [
-            f"rank 0 dispatching: {dispatch.requests_per_s:,.1f} prompts/s, "
-            f"{dispatch.messages_per_s:,.1f} messages/s, {dispatch.bytes_per_s / 1e6:,.3f} MB/s, "
-            f"busy {dispatch.busy_share:.2%}; a message waits {dispatch.longest_queue_s * 1e3:,.2f} "
-            "ms at most",
-            f"replicas end within {result.replica_end_spread_s:,.3f} s",
-        ]
-    return [*lines, *result.notes]
+    )
+    if dispatch is None:
+        return [to_stages, *result.notes]
+    dispatching = (
+        f"rank 0 dispatching: {dispatch.requests_per_s:,.1f} prompts/s, "
+        f"{dispatch.messages_per_s:,.1f} messages/s, {dispatch.bytes_per_s / 1e6:,.3f} MB/s, "
+        f"busy {dispatch.busy_share:.2%}; a message waits at most "
+        f"{dispatch.longest_queue_s * 1e3:,.2f} ms"
+    )
+    spread = f"replicas end within {result.replica_end_spread_s:,.3f} s"
+    return [to_stages, dispatching, spread, *result.notes]

@@ -23,10 +23,12 @@ from mpipipe.simulation.simulated_requests import RequestLengths
 from mpipipe.simulation.stage_times import HeadTimes, StepWork
 
 if TYPE_CHECKING:
+    from mpipipe.logs.facts import RankFacts
     from mpipipe.logs.reading import Line, RunFiles
 
 __all__ = ["Measured", "RecordedRun", "RecordedTimes", "read_recorded_run"]
 
+_HELD = ("compute", "overhead", "send")
 _MESSAGE_S = 50e-6  # MPI between processes of a host, where no step tells
 
 
@@ -71,7 +73,7 @@ class Measured:
 
     generate_s: float
     num_output_tokens: int
-    bubble_ratios: tuple[float, ...]  # by stage
+    bubble_ratios: tuple[float, ...]  # by stage: waiting for input, or without a step
 
     @property
     def tokens_per_s(self) -> float:
@@ -103,27 +105,34 @@ def read_recorded_run(files: RunFiles) -> RecordedRun:
         raise _unusable(
             files, f"its manifest.json holds no plan of this version ({error})"
         ) from error
+    if plan.num_replicas > 1:
+        raise _unusable(files, "it had several replicas, and one pipeline is taken from a run")
     facts = read_facts(files)
     requests = _requests(files, facts.attempt, manifest)
     if not requests:
         raise _unusable(files, "no prompt of it was completed")
-    ranks = [stage.rank for stage in plan.stages]
-    steps = [[line for _, line in files.step_lines(rank, facts.attempt)] for rank in ranks]
+    steps = [
+        [line for _, line in files.step_lines(stage.rank, facts.attempt)] for stage in plan.stages
+    ]
     if not all(steps):
         raise _unusable(files, "it has no lines of steps (log.steps = none?)")
-    head_us = max(
-        (number(row, "head_us_per_step") or 0.0 for row in rows(metrics, "ranks")), default=0
-    )
+    head_us = [number(row, "head_us_per_step") or 0.0 for row in rows(metrics, "ranks")]
     measured = Measured(
-        generate_s=max(rank.generate_s for rank in facts.ranks),
+        generate_s=facts.generate_s,
         num_output_tokens=sum(request.num_output_tokens for request in requests),
-        bubble_ratios=tuple(
-            [1 - rank.parts_s.get("compute", 0.0) / rank.generate_s for rank in facts.ranks]
-        ),
+        bubble_ratios=tuple([1 - _held_share(rank) for rank in facts.ranks]),
     )
     times = _times(steps)
-    head = HeadTimes(step_s=head_us * 1e-6, message_s=_MESSAGE_S, notice_s=_MESSAGE_S)
+    head = HeadTimes(
+        step_s=max(head_us, default=0.0) * 1e-6, message_s=_MESSAGE_S, notice_s=_MESSAGE_S
+    )
     return RecordedRun(plan, requests, times, head, measured)
+
+
+def _held_share(rank: RankFacts) -> float:
+    """Of the generate phase, what steps held the stage, with all that goes with computing them."""
+    held_s = sum(rank.parts_s.get(part, 0.0) for part in _HELD)
+    return held_s / rank.generate_s if rank.generate_s else 0.0
 
 
 def _unusable(files: RunFiles, why: str) -> OutputError:
@@ -183,7 +192,7 @@ def _curves(lines: Iterable[Line]) -> dict[str, list[tuple[int, float]]]:
 
 def _held_s(line: Line) -> float:
     """How long the step held the stage."""
-    return sum([number(line, f"{part}_s") or 0.0 for part in ("compute", "overhead", "send")])
+    return sum([number(line, f"{part}_s") or 0.0 for part in _HELD])
 
 
 def _transfer_s(lines: Iterable[Line]) -> float:

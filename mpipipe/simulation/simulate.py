@@ -15,6 +15,7 @@ from mpipipe.simulation.stage_times import HeadTimes, StageTimes, StepWork
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StepRecord
+    from mpipipe.metrics.lines import RequestRecord
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.simulation.simulated_requests import RequestLengths
 
@@ -25,8 +26,8 @@ _STEP_S = 80e-6
 _STAGE_S = 2e-6
 _TOKEN_S = 0.3e-6
 _REQUEST_S = 100e-6
-_MOST_S = 20.0
-_FEWEST_REPLICAS = 8
+_MOST_S = 4.0
+_FEWEST_REPLICAS = 16
 _PROBE = StepWork(rows=8, context_tokens=256, chunk_tokens=64, chunk_context_tokens=64)
 
 
@@ -75,10 +76,11 @@ class SimulationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What a simulated job says, and the last steps of replica 0 by stage, if they were kept."""
+    """A simulated job: what is said of it, and what happened in it."""
 
     result: SimulationResult
-    records: dict[int, list[StepRecord]]
+    records: dict[int, list[StepRecord]]  # the last steps of replica 0, by stage, if they are kept
+    requests: list[RequestRecord]  # in the order of their ends
 
 
 def num_representatives(
@@ -118,9 +120,10 @@ def simulate_job(
     num_simulated = num_representatives(replicas, requests, options.num_simulated_replicas)
     num_shared = -(-len(requests) * num_simulated // len(replicas))
     shared = [requests[i * len(requests) // num_shared] for i in range(num_shared)]
+    with_stops = any(request.stops for request in shared)
     parts = [
         replica.parts(
-            with_stops=any(request.stops for request in shared),
+            with_stops=with_stops,
             trace_steps=0 if number else options.trace_steps,
         )
         for number, replica in enumerate(replicas[:num_simulated])
@@ -131,7 +134,8 @@ def simulate_job(
     )
     job.run()
     records = {stage: list(kept) for stage, kept in enumerate(parts[0].stages.records)}
-    return Simulation(_result(replicas, requests, job, parts, stands_for), records)
+    result = _result(replicas, requests, job, parts, stands_for)
+    return Simulation(result, records, job.records)
 
 
 def _result(
