@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mpipipe.errors import ConfigError
 
-__all__ = ["LINKS", "Link", "link_named"]
+__all__ = ["BETWEEN_HOSTS", "LINKS", "Link", "link_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ LINKS = {
         Link("memory", 4e9, 60e-6, "MPI between processes of a host, as the runs on CPUs show"),
     )
 }
+BETWEEN_HOSTS = LINKS["10gbe"]  # where nothing is known of the network: what most clusters have
 
 
 def link_named(name: str) -> Link:

@@ -21,7 +21,7 @@ from mpipipe.planning.cost import (
     layer_weight_bytes,
 )
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
-from mpipipe.planning.link_table import LINKS, Link
+from mpipipe.planning.link_table import BETWEEN_HOSTS, LINKS, Link
 from mpipipe.planning.links import compute_ceilings
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
 from mpipipe.planning.resources import RankResources
@@ -158,7 +158,8 @@ def rate_times(
     ranks: Sequence[RankResources],
     *,
     table: GpuTable | None = None,
-    far: Link = LINKS["10gbe"],
+    near: Link | None = None,
+    far: Link = BETWEEN_HOSTS,
 ) -> RateTimes:
     """The times of `plan` on the ranks that it was made for.
 
@@ -167,6 +168,7 @@ def rate_times(
         plan: for these ranks.
         ranks: what each has.
         table: of GPUs; None: the known ones.
+        near: the link between ranks of a host; None: as their devices have it.
         far: the link between hosts.
     """
     table = table or known_gpus()
@@ -178,13 +180,14 @@ def rate_times(
     sources = dict.fromkeys(found.source for found in ceilings.values())
     halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
     return RateTimes(
-        spec=replace(spec, quantized=plan.quantize),
+        # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
+        spec=replace(spec, quantized=plan.quantize if on_gpus else "none"),
         dtype=plan.dtype,
         weight_dtype="float16" if halved else plan.dtype,
         row_multiple=8 if on_gpus else 1,
         ceilings=ceilings,
         shares=GPU_SHARES if on_gpus else CPU_SHARES,
-        near=_near(ranks, table) if on_gpus else LINKS["memory"],
+        near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
         far=far,
         source="; ".join(sources),
     )
