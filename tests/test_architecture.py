@@ -392,7 +392,9 @@ def heavy_modules_after(code: str) -> set[str]:
     return set(result.stdout.splitlines()[-1].split()[1:])
 
 
-@pytest.mark.parametrize("module", ["mpipipe", "mpipipe.cli.plan", "mpipipe.cli.logs_view"])
+@pytest.mark.parametrize(
+    "module", ["mpipipe", "mpipipe.cli.plan", "mpipipe.cli.logs_view", "mpipipe.cli.simulation_job"]
+)
 def test_importing_on_a_login_node_loads_nothing_heavy(module: str) -> None:
     assert heavy_modules_after(f"import {module}") == set()
 

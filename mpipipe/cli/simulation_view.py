@@ -156,7 +156,7 @@ def _row(alike: Sequence[StageResult]) -> tuple[str, ...]:
         str(stage.num_layers),
         *[f"{part_s:,.2f} s {part_s / total_s:4.0%}" for part_s in parts],
         f"{stage.bubble:.1%}",
-        "–" if steady is None else f"{steady:.1%}",
+        "–" if steady is None else f"{max(0.0, steady):.1%}",
     )
 
 

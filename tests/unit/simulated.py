@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.simulation.simulated_job import ReplicaParts, SimulatedJob
 from mpipipe.simulation.simulated_requests import STOP_ID, RequestLengths
@@ -11,7 +12,7 @@ from mpipipe.simulation.simulated_stages import SimulatedStages
 from mpipipe.simulation.stage_times import HeadTimes, ScriptedTimes, StageTimes
 from mpipipe.types import PrefillMode
 
-__all__ = ["alike", "made_parts", "run_job", "uniform"]
+__all__ = ["WithholdingCore", "alike", "made_parts", "run_job", "uniform"]
 
 NO_TIME = HeadTimes()
 
@@ -69,3 +70,10 @@ def run_job(
 def uniform(num_stages: int, step_s: float = 0.01, hop_s: float = 0.0) -> ScriptedTimes:
     """Stages that take equally long for a decode step, and nothing for prompts."""
     return ScriptedTimes((step_s,) * num_stages, hop_s=hop_s)
+
+
+class WithholdingCore(SchedulerCore):
+    """A scheduler with a bug: it sends nothing more after ten steps."""
+
+    def next_step(self) -> StepScheduled | DecodeScheduled | None:
+        return None if self.statistics().num_steps >= 10 else super().next_step()

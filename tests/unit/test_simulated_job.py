@@ -11,7 +11,7 @@ from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.simulation.simulated_job import SimulatedJob
 from mpipipe.simulation.simulated_requests import RequestLengths
 from mpipipe.simulation.stage_times import HeadTimes, ScriptedTimes
-from tests.unit.simulated import alike, made_parts, run_job, uniform
+from tests.unit.simulated import WithholdingCore, alike, made_parts, run_job, uniform
 
 HEAD = HeadTimes(0.0001, 0.0002, 0.0001, 0.00002, 0.00003)
 
@@ -123,13 +123,6 @@ def test_a_busy_rank_0_holds_its_own_replica_up() -> None:
         return run_job(parts, alike(64, prompt=8, output=2), head).clock.now_s()
 
     assert elapsed_s(0.02) > 64 * 0.02 * 2 > elapsed_s(0.0)
-
-
-class WithholdingCore(SchedulerCore):
-    """A scheduler with a bug: it sends nothing more after ten steps."""
-
-    def next_step(self) -> StepScheduled | DecodeScheduled | None:
-        return None if self.statistics().num_steps >= 10 else super().next_step()
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
