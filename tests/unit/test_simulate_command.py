@@ -79,7 +79,7 @@ def test_64_stages_of_a_405b_shape(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_some_of_a_thousand_replicas_stand_for_all(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"gpus": "t4", "num_nodes": 1000, "num_stages": 2, "num_replicas": 1000}
+    asked: dict[str, Any] = {"gpus": "t4", "num_nodes": 1000, "num_stages": 2, "num_replicas": 1000}
     few = simulated(capsys, **asked, work="32000x64x4", stand_for_all=16)
     assert (few["num_replicas"], few["num_simulated_replicas"]) == (1000, 16)
     assert few["num_completed"] == 32_000
