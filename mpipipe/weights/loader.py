@@ -84,7 +84,7 @@ def load_stage(
     filler = TensorFiller(
         source,
         num_threads=num_readers(torch.get_num_threads()),
-        pinned=destination.device.type == "cuda",
+        device=destination.device,
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
@@ -100,7 +100,7 @@ def load_stage(
         bytes_read=filler.bytes_read,
         parameter_bytes=_prove_materialised(module),
         convert_s=filler.convert_s,
-        warnings=tuple(filler.staging.warnings),
+        warnings=tuple(filler.buffers.warnings),
     )
 
 
