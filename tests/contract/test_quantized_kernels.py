@@ -296,7 +296,7 @@ for capability, limit, processors in ((75, 64 << 10, 40), (80, 163 << 10, 108),
     compiled(kernels._dequantize_kernel, pointers, {"EARLY": early, "BLOCK": 2048}, capability, 4)
     if capability == 90:
         pointers = {"rows_ptr": "*bf16", "narrow_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-        constants = {"LARGEST": 448.0, "TINY": 1e-38, "EARLY": True, "BLOCK": 4096}
+        constants = {"LARGEST": 448.0, "TINY": torch.finfo(torch.float32).tiny, "EARLY": True, "BLOCK": 4096}
         compiled(kernels._quantize_rows_kernel, pointers, constants, capability, 8)
 print("done")
 """
