@@ -126,7 +126,7 @@ _REQUESTS = (
     _field("index", "int", "line of the prompt file, from 0"),
     _field("on_replica", "int?", "the pipeline that ran it"),
     _field("slot", "int|null", "where it ran there; null: it never ran"),
-    _field("arrived_s", "float", "it was submitted"),
+    _field("arrived_s", "float|null", "it was submitted; null: it was refused"),
     _field("admitted_s", "float|null", "its first step"),
     _field("first_token_s", "float|null", "its first token was here"),
     _field("finished_s", "float", "its last token was here"),
