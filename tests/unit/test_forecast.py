@@ -200,6 +200,17 @@ def test_energy_follows_from_the_limit_and_the_bubbles() -> None:
     assert on_cpu.energy_j is None
 
 
+def test_int8_makes_a_gpu_faster_and_a_cpu_not() -> None:
+    for ranks, faster in ((gpu_ranks("t4", 1), True), ([make_rank(0)], False)):
+        seconds = []
+        for quantize in ("none", "int8"):
+            config = Config(model=ModelConfig(quantize=quantize))
+            plan = make_plan(config, SMOL, ranks, "/m")
+            seconds.append(rate_times(SMOL, plan, ranks).decode_s(plan.stages[0], 8, 384))
+        assert (seconds[1] < 0.9 * seconds[0]) is faster
+        assert faster or seconds[1] == seconds[0]
+
+
 # ---- by arithmetic -------------------------------------------------------------------------------
 
 

@@ -90,6 +90,19 @@ def test_each_advice_is_what_a_plan_with_it_forecasts(capsys: pytest.CaptureFixt
     )
 
 
+def test_too_few_rows_are_told_and_how_many_are_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = "pipeline.max_sequences_per_slot"
+    now = answer(capsys, LLAMA_3_8B, f"{rows}=8", gpus="2 x h100", work="512x512x128")
+    best = now["advice"][0]
+    assert best["change"] == f"{rows}=64"
+    assert best["gain"] > 2
+    more = answer(capsys, LLAMA_3_8B, best["change"], gpus="2 x h100", work="512x512x128")
+    assert more["forecast"]["tokens_per_s"] == pytest.approx(best["tokens_per_s"])
+    assert more["forecast"]["rows_per_slot"] == pytest.approx(64)
+
+
 def test_a_slow_network_is_the_bottleneck_and_a_faster_one_helps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
