@@ -9,7 +9,7 @@ import pytest
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
-from mpipipe.config.schema import Config, ModelConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig
 from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
@@ -19,11 +19,13 @@ from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import DtypeName, QuantizeName
 from tests.unit.model_specs import SMOL
 from tests.unit.planned_rank import GIB, make_rank
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
 OPENLLAMA_3B = read_spec(SHAPES / "openllama_3b")
+OPENLLAMA_7B = read_spec(SHAPES / "openllama_7b")
 LLAMA_3_8B = read_spec(SHAPES / "llama3_8b")
 LONG_3B = replace(OPENLLAMA_3B, max_context_tokens=8192)
 
@@ -82,6 +84,27 @@ _LONG = {
     (2, "64x2000x64", 16): 2_183,
     (2, "64x2000x64", 32): 2_532,
 }
+# Llama-3-8B on one H100 in 8 bits.
+_QUANTIZED: dict[tuple[QuantizeName, str], float] = {
+    ("none", "1x512x128"): 172,
+    ("none", "64x512x128"): 4_584,
+    ("none", "512x512x128"): 6_603,
+    ("int8", "1x512x128"): 253,
+    ("int8", "64x512x128"): 4_722,
+    ("int8", "512x512x128"): 5_803,
+    ("fp8", "1x512x128"): 169,
+    ("fp8", "64x512x128"): 6_387,
+    ("fp8", "512x512x128"): 8_493,
+}
+# OpenLLaMA-7B on one H100 that may be used in part only: bytes, pages, rows a slot, form, work.
+_OFFLOADED: dict[tuple[int, int | None, int | None, QuantizeName, str], float] = {
+    (23 * GIB // 2, 1104, 32, "none", "32x512x32"): 118.6,
+    (26 * GIB, 2816, 512, "none", "512x64x16"): 1_786,
+    (17 * GIB, 1104, 32, "none", "32x512x32"): 226,
+    (23 * GIB // 2, 1104, 32, "int8", "32x512x32"): 261,
+    (16 * 10**9, None, None, "none", "64x512x32"): 448,
+    (4 * 10**9, None, None, "none", "16x256x32"): 32.1,
+}
 # SmolLM2 in float32 on two cores: ranks, threads, work, rows a slot.
 _CPU = {
     (2, 1, "16x20x64", 8): 146.6,
@@ -109,6 +132,8 @@ def gpu_ranks(key: str, number: int, *, hosts: int = 1) -> list[RankResources]:
                 capability=card.capability,
                 free_bytes=card.free_bytes,
                 nccl_version="2.28.9",
+                link_generation=card.pcie[0],
+                link_width=card.pcie[1],
             ),
             attention_backends=("triton",),
         )
@@ -123,10 +148,16 @@ def forecast(
     *,
     rows: int | None = None,
     threads: int | None = None,
+    quantize: QuantizeName = "none",
+    memory: MemoryConfig | None = None,
 ) -> JobForecast:
     lengths = BenchWork.parse(work).lengths(0)
     on_gpus = ranks[0].has_gpu
-    config = Config(model=ModelConfig(dtype="bfloat16" if on_gpus else "float32", weights="random"))
+    dtype: DtypeName = "bfloat16" if on_gpus else "float32"
+    config = Config(
+        model=ModelConfig(dtype=dtype, weights="random", quantize=quantize),
+        memory=memory or MemoryConfig(),
+    )
     pipeline = replace(
         config.pipeline,
         max_sequences_per_slot=rows or "auto",
@@ -178,6 +209,24 @@ def test_jobs_on_gpus_are_foretold_within_a_tenth(
     """The target without a measured profile is 25 %; the figures it was fitted to are closer."""
     expected = forecast(spec, gpu_ranks(card, number), work, rows=rows).tokens_per_s
     assert expected == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("case", "measured"), _QUANTIZED.items())
+def test_weights_in_8_bits_are_foretold(case: tuple[QuantizeName, str], measured: float) -> None:
+    quantize, work = case
+    found = forecast(LLAMA_3_8B, gpu_ranks("h100", 1), work, quantize=quantize)
+    assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("case", "measured"), _OFFLOADED.items())
+def test_offloaded_weights_are_foretold(
+    case: tuple[int, int | None, int | None, QuantizeName, str], measured: float
+) -> None:
+    device_bytes, pages, rows, quantize, work = case
+    memory = MemoryConfig(device_bytes=device_bytes, num_kv_pages=pages or "auto")
+    ranks = gpu_ranks("h100", 1)
+    found = forecast(OPENLLAMA_7B, ranks, work, rows=rows, quantize=quantize, memory=memory)
+    assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(("case", "measured"), _CPU.items())
