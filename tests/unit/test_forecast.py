@@ -14,6 +14,7 @@ from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
@@ -395,3 +396,37 @@ def test_starting_reads_the_weights_of_each_host() -> None:
     assert together.startup_s - apart.startup_s == pytest.approx(1.0)  # 1 GB more at 1 GB/s
     unread = replace(plan_of((1, 1)), weights="random")
     assert followed(unread, [(16, 2)], Scripted()).startup_s < apart.startup_s
+
+
+# ---- replicas ------------------------------------------------------------------------------------
+
+
+def test_replicas_share_the_prompts_by_their_speed() -> None:
+    lengths = [(16, 33)] * 96
+    one, two = plan_of((1,)), plan_of((3,))
+    times = Scripted(prefill=0.0)
+    shape = JobShape.of(lengths)
+    alone = forecast_job(SMOL, one, shape, times)
+    both = forecast_replicas(SMOL, [one, one], shape, [times, times])
+    assert both.tokens_per_s == pytest.approx(2 * alone.tokens_per_s)
+    assert both.generating_s == pytest.approx(alone.generating_s / 2)
+    assert [(stage.replica, stage.stage) for stage in both.stages] == [(0, 0), (1, 0)]
+    unlike = forecast_replicas(SMOL, [one, two], shape, [times, times])  # a third as fast
+    assert unlike.tokens_per_s == pytest.approx(4 / 3 * alone.tokens_per_s, rel=0.05)
+    assert max(stage.bubble for stage in unlike.stages) < 0.05
+
+
+def test_a_thousand_replicas_are_forecast_by_their_kinds() -> None:
+    calls = []
+
+    @dataclass(frozen=True, slots=True)
+    class Counted(Scripted):
+        def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
+            calls.append(rows)
+            return 1.0
+
+    plans, times = [plan_of((1,))] * 1000, [Counted()] * 1000
+    found = forecast_replicas(SMOL, plans, JobShape.of([(16, 5)] * 4000), times)
+    assert found.num_rounds == 4
+    assert len(calls) < 1100
+    assert len(found.stages) == 1000
