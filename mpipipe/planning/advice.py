@@ -17,6 +17,7 @@ __all__ = ["Advice", "advise", "what_fits"]
 _LEAST_GAIN = 0.02  # less is within what a forecast is good for
 _MOST_ROWS = 1024
 _LEAST_TOKENS = 256
+_MOST_REPLICAS = 64
 _ETHERNET = ("1gbe", "10gbe", "25gbe", "100gbe", "hdr", "ndr")
 
 
@@ -82,6 +83,7 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
     yield from _narrower(job)
     yield _grown(job, 1)
     yield from _fewer(job)
+    yield from _other_replicas(outlook)
     yield from _faster_link(job)
     if all(stage.offload is None for stage in outlook.plan.stages):  # else the plan has tried them
         yield from _other_limits(outlook)
@@ -102,7 +104,7 @@ def _grown(job: PlannedJob, more: int) -> _Change:
         ranks.append(rank_like(ranks))
     last = ranks[-1]
     what = last.gpu.name if last.has_gpu else "host like this"
-    words = f"{more} more {what}: {len(ranks)} stages"
+    words = f"{more} more {what}, {len(ranks)} in all"
     return _Change("ranks", words, job.on_ranks(ranks))
 
 
@@ -111,8 +113,20 @@ def _fewer(job: PlannedJob) -> Iterator[_Change]:
     kinds = dict.fromkeys(rank.gpu.name for rank in job.ranks)
     for kind in kinds if len(kinds) > 1 else ():
         kept = [rank for rank in job.ranks if rank.gpu.name != kind]
-        words = f"without the {kind}: {len(kept)} stage{'s' * (len(kept) > 1)}"
+        words = f"without the {kind}, with {len(kept)} in all"
         yield _Change("fewer", words, job.on_ranks(kept))
+
+
+def _other_replicas(outlook: Outlook) -> Iterator[_Change]:
+    """Every number of equal pipelines that the ranks can make."""
+    job, num_ranks = outlook.job, len(outlook.job.ranks)
+    for number in range(1, min(num_ranks, _MOST_REPLICAS) + 1):
+        if num_ranks % number == 0 and number != outlook.plan.num_replicas:
+            free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
+            changed = job.having("pipeline", replicas=number, **free)
+            stages = num_ranks // number
+            words = f"pipeline.replicas={number}, of {stages} stage{'s' * (stages > 1)}"
+            yield _Change("replicas", words, changed)
 
 
 def _other_limits(outlook: Outlook) -> Iterator[_Change]:
@@ -136,7 +150,7 @@ def _other_splits(outlook: Outlook) -> Iterator[_Change]:
     """One by the time that a layer takes on each stage, and its neighbours."""
     plan, stages = outlook.plan, outlook.forecast.stages
     split = [stage.num_layers for stage in plan.stages]
-    if len(split) == 1:
+    if len(split) == 1 or plan.num_replicas > 1:  # replicas may have different splits
         return
     busy_s = [stage.prefill_busy_s + stage.decode_busy_s for stage in stages]
     speeds = [layers / seconds for layers, seconds in zip(split, busy_s, strict=True)]
@@ -225,10 +239,12 @@ def _smaller(job: PlannedJob) -> Iterator[_Change]:
         if getattr(memory, setting) != AUTO:
             changed = job.having("memory", **{setting: AUTO})
             yield _Change("memory", f"memory.{setting}=auto", changed)
-    for setting in ("max_sequences_per_slot", "max_tokens_per_step", "split"):
+    for setting in ("max_sequences_per_slot", "max_tokens_per_step", "split", "num_stages"):
         if getattr(pipeline, setting) != AUTO:
             changed = job.having("pipeline", **{setting: AUTO})
             yield _Change(setting, f"pipeline.{setting}=auto", changed)
+    if pipeline.replicas not in {1, AUTO}:
+        yield _Change("replicas", "pipeline.replicas=1", job.having("pipeline", replicas=1))
     if not memory.offload_dir:
         changed = job.having("memory", offload_dir="/tmp")
         yield _Change("disk", "memory.offload_dir=DIR, on a local disk of each host", changed)

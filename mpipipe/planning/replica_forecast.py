@@ -111,11 +111,13 @@ def _together(
         for replica, plan in enumerate(plans)
         for stage in by_replica[replica].stages
     )
+    rows = [forecast.rows_per_slot for forecast in by_replica.values()]
     energies = [forecast.energy_j for forecast in by_replica.values()]
     return replace(
         slowest,
         tokens_per_s=shape.num_output_tokens / slowest.generating_s,
         startup_s=max(forecast.startup_s for forecast in found),
+        rows_per_slot=sum(rows) / len(rows),
         num_preemptions=sum(forecast.num_preemptions for forecast in by_replica.values()),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
