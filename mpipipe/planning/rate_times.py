@@ -42,6 +42,7 @@ class Shares:
     step_s: float  # of a step: embedding, norms, launching
     row_s: float  # of the last stage for a row of 1,000 vocabulary entries: choosing a token
     prompt_step_s: float  # of a step of prompts, beside all of the above
+    host_layer_s: float = 0.0  # the host's time to launch a layer, where no graph replays it
 
 
 GPU_SHARES = Shares(
@@ -55,6 +56,10 @@ GPU_SHARES = Shares(
     row_s=6e-9,
     prompt_step_s=0.55e-3,
 )
+# Without graphs a decode step is as long as its launching, at least. Backends that gather K and V
+# write a copy and read it again. Both are assumed: only graphs and paged kernels were measured.
+_EAGER_LAYER_S = 0.25e-3
+_GATHERING = frozenset({"sdpa", "reference"})
 # Of `planning.cost.CPU_CORE` per thread. Python and torch take as long as small products here.
 CPU_SHARES = Shares(
     weights=0.9,
@@ -103,6 +108,7 @@ class RateTimes:
         read_s = cached * self._cache_row_bytes() / (ceilings.bytes_per_s * shares.cache)
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         layer_s = products_s + max(read_s, scores_s) + shares.layer_s
+        layer_s = max(layer_s, shares.host_layer_s)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
         return _with_offload(stage.offload, compute_s, rows)
 
@@ -207,6 +213,8 @@ def rate_times(
         for rank in ranks
     }
     sources = dict.fromkeys(found.source for found in ceilings.values())
+    if spec.num_experts > 1:
+        sources["every expert counts as read and computed: the least that is to be expected"] = None
     halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
     return RateTimes(
         # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
@@ -215,11 +223,20 @@ def rate_times(
         weight_dtype="float16" if halved else plan.dtype,
         row_multiple=8 if on_gpus else 1,
         ceilings=ceilings,
-        shares=GPU_SHARES if on_gpus else CPU_SHARES,
+        shares=_gpu_shares(plan) if on_gpus else CPU_SHARES,
         near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
         far=far,
         source="; ".join(sources),
     )
+
+
+def _gpu_shares(plan: PipelinePlan) -> Shares:
+    shares = GPU_SHARES
+    if plan.attention in _GATHERING:
+        shares = replace(shares, cache=shares.cache / 3)
+    if not plan.cuda_graphs:
+        shares = replace(shares, host_layer_s=_EAGER_LAYER_S)
+    return shares
 
 
 def _of_cores(rank: RankResources, ranks: Sequence[RankResources], plan: PipelinePlan) -> Ceilings:

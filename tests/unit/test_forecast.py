@@ -9,7 +9,7 @@ import pytest
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
-from mpipipe.config.schema import Config, MemoryConfig, ModelConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
@@ -259,6 +259,19 @@ def test_int8_makes_a_gpu_faster_and_a_cpu_not() -> None:
             seconds.append(rate_times(SMOL, plan, ranks).decode_s(plan.stages[0], 8, 384))
         assert (seconds[1] < 0.9 * seconds[0]) is faster
         assert faster or seconds[1] == seconds[0]
+
+
+def test_without_graphs_and_paged_kernels_steps_are_longer() -> None:
+    """As on a V100, for which Triton's kernels are not made."""
+    ranks = gpu_ranks("h100", 1)
+    plans = [
+        make_plan(replace(Config(), pipeline=pipeline), OPENLLAMA_3B, ranks, "/m")
+        for pipeline in (PipelineConfig(), PipelineConfig(attention="sdpa"))
+    ]
+    (fast, slow) = ((rate_times(OPENLLAMA_3B, plan, ranks), plan.stages[0]) for plan in plans)
+    assert slow[0].decode_s(slow[1], 1, 16) >= 26 * 0.25e-3 > fast[0].decode_s(fast[1], 1, 16)
+    ratio = slow[0].decode_s(slow[1], 256, 2000) / fast[0].decode_s(fast[1], 256, 2000)
+    assert 2.5 < ratio < 3
 
 
 # ---- by arithmetic -------------------------------------------------------------------------------

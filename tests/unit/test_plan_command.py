@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,21 @@ def test_other_figures_of_a_card_change_the_forecast(
     other = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128", gpu_table=table)
     ratio = other["forecast"]["tokens_per_s"] / known["forecast"]["tokens_per_s"]
     assert 1.7 < ratio <= 2.0
+
+
+def test_the_command_ends_with_2_where_nothing_fits() -> None:
+    command = [sys.executable, "-m", "mpipipe", "plan", str(OPENLLAMA_7B), "--gpus", "t4"]
+    found = subprocess.run(
+        [*command, "--work", "8x64x8", "memory.host_bytes=0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+    assert found.returncode == 2, found.stderr
+    assert "does not fit t4 on 1 node" in found.stdout
+    assert "Traceback" not in found.stderr
 
 
 # ---- prompts -------------------------------------------------------------------------------------
