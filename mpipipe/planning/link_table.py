@@ -20,8 +20,8 @@ class Link:
 
 
 # Large messages reach about 0.9 of the line rate of Ethernet up to 25 Gbit/s, less of a faster one
-# through NCCL's sockets, 0.94 of InfiniBand's. Small ones take the latency of the stack, of a switch
-# and of NCCL: 60 µs and more through TCP, under 20 through RDMA. Only NVLink was measured.
+# through NCCL's sockets, 0.94 of InfiniBand's. Small ones take the latency of the stack, of a
+# switch and of NCCL: 60 µs and more through TCP, under 20 through RDMA. Only NVLink was measured.
 LINKS = {
     link.name.lower(): link
     for link in (
