@@ -99,6 +99,11 @@ class RequestRecord:
     num_preemptions: int
     token_s: tuple[float, ...]
 
+    @staticmethod
+    def refused(completion: Completion, now_s: float) -> RequestRecord:
+        """Of a request that was never run."""
+        return RequestRecord(completion, None, None, None, now_s, 0, ())
+
     def shifted(self, seconds: float) -> RequestRecord:
         """The same on a clock that is ahead by `seconds`."""
         moments = (self.arrived_s, self.admitted_s)
@@ -116,13 +121,14 @@ class RequestRecord:
         return [later - earlier for earlier, later in pairwise(self.token_s)]
 
 
-def request_fields(record: RequestRecord, *, token_times: bool) -> dict[str, Any]:
-    """The fields of a request's line; `token_times`: with the time of each token."""
+def request_fields(record: RequestRecord, replica: int = 0, *, token_times: bool) -> dict[str, Any]:
+    """The fields of a request that ran on `replica`; `token_times`: with the time of each token."""
     completion, gaps_s = record.completion, sorted(record.gaps_s())
     ran = record.admitted_s is not None and completion.error_kind is None
     fields = {
         "id": completion.request_id,
         "index": completion.index,
+        "on_replica": replica,
         "slot": record.slot,
         "arrived_s": _rounded(record.arrived_s),
         "admitted_s": _rounded(record.admitted_s),

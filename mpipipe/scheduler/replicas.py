@@ -207,13 +207,16 @@ class Dispatch:
         """What each replica did, once the call has ended."""
         return tuple(replica.totals(self._began_s, self._ended_s) for replica in self._replicas)
 
-    async def run(self) -> AsyncGenerator[Completion, None]:
-        """Complete every request once; yield each completion as it is told, errors included.
-
-        After `stop`, only those that end with the steps in flight. `end` must follow in any case.
-        """
+    def begin(self) -> None:
+        """Tell the replicas; the requests count as submitted now. `end` must follow."""
         self._began_s = self._clock.now_s()
         self._send_to_heads(DispatchBegan())
+
+    async def completions(self) -> AsyncGenerator[Completion, None]:
+        """Complete every request once; yield each completion as it is told, errors included.
+
+        After `stop`, only those that end with the steps in flight.
+        """
         while not self._is_over:
             for record in await self._take():
                 yield record.completion

@@ -381,8 +381,7 @@ class Runner:
         if self._on_request is None:
             return
         if active is None:
-            refused = (None, None, None, self._clock.now_s(), 0, ())
-            self._on_request(RequestRecord(completion, *refused))
+            self._on_request(RequestRecord.refused(completion, self._clock.now_s()))
             return
         failed = completion.error_kind is not None
         record = RequestRecord(

@@ -351,7 +351,7 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
     """Else a sequence would outgrow the page tables and the rotary table of the stages."""
     plan = engine_plan(1)
     boot: Any = SimpleNamespace(
-        ranks=None,
+        ranks=SimpleNamespace(mesh=None),
         resources=(),
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
         prepared=SimpleNamespace(tokenizer=None, decode=text_of),

@@ -120,7 +120,7 @@ def plans(
     world: list[RankResources],
     workload: Workload = Workload(),  # noqa: B008 - frozen
     *,
-    replicas: int,
+    replicas: int = 1,
 ) -> tuple[PipelinePlan, ...]:
     config = Config(pipeline=PipelineConfig(replicas=replicas))
     return make_plans(config, SMOL, world, "/models/smol", workload)

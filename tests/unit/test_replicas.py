@@ -171,7 +171,8 @@ async def open_world(num_replicas: int, num_calls: int = 1) -> AsyncIterator[Wor
 
 async def complete(world: World, wanted: Sequence[Request]) -> tuple[Dispatch, list[Completion]]:
     dispatch = world.dispatch(wanted)
-    async with aclosing(dispatch.run()) as completions:
+    dispatch.begin()
+    async with aclosing(dispatch.completions()) as completions:
         ended = [completion async for completion in completions]
     await dispatch.end()
     return dispatch, ended
@@ -225,7 +226,8 @@ def test_a_stop_ends_what_is_in_flight_and_hands_out_no_more() -> None:
         async with open_world(2) as world:
             dispatch = world.dispatch(requests(60, ignore_eos=True))
             completions = []
-            async with aclosing(dispatch.run()) as running:
+            dispatch.begin()
+            async with aclosing(dispatch.completions()) as running:
                 async for completion in running:
                     completions.append(completion)
                     dispatch.stop()
@@ -242,10 +244,12 @@ def test_a_stop_before_the_begin_and_a_caller_that_leaves_early_end_in_order() -
         async with open_world(3, num_calls=3) as world:
             dispatch = world.dispatch(requests(20))
             dispatch.stop()
-            assert [completion async for completion in dispatch.run()] == []
+            dispatch.begin()
+            assert [completion async for completion in dispatch.completions()] == []
             await dispatch.end()
             dispatch = world.dispatch(requests(20, seed=1))
-            async with aclosing(dispatch.run()) as running:
+            dispatch.begin()
+            async with aclosing(dispatch.completions()) as running:
                 await anext(running)
             await dispatch.end()
             _, completions = await complete(world, wanted := requests(20, seed=2))
@@ -344,7 +348,8 @@ def test_moments_of_another_clock_come_on_the_one_of_rank_0(
         mesh.send(0, ReplicaTold((), 1, 105.0))
         mesh.send(0, ReplicaTold((record,), 0, 105.0))
         mesh.send(0, ReplicaTold((), 0, 105.0, is_done=True))
-        assert [completion async for completion in dispatch.run()] == [completion]
+        dispatch.begin()
+        assert [ended async for ended in dispatch.completions()] == [completion]
         shift_s = arrived_s - 101.0
         assert told == [record.shifted(shift_s)]
         assert told[0].token_s == (102.0 + shift_s, 103.0 + shift_s)
