@@ -295,6 +295,7 @@ def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResourc
             launcher=Launcher.NONE.value,
             gpu=gpu,
             attention_backends=backends if gpu.index >= 0 else (),
+            offload_dir=loaded.config.memory.offload_dir,
         )
         for rank, gpu in enumerate(_gpus(loaded.config.pipeline.device, num_ranks))
     ]

@@ -357,6 +357,16 @@ def test_links_are_estimated_by_generation_and_lanes() -> None:
     assert link_rates(GpuFacts(index=0)).host_bytes_per_s == 11e9
 
 
+def test_a_disk_that_was_measured_counts_as_measured() -> None:
+    for gpu in (None, GpuFacts(index=0, link_generation=5, link_width=16)):
+        assumed, measured = link_rates(gpu), link_rates(gpu, 3_100_000_000)
+        assert "disk 1 GB/s (assumed)" in assumed.disk_source
+        assert measured.disk_source == "disk 3.1 GB/s (measured)"
+        assert measured.disk_bytes_per_s == 3.1e9
+        assert measured.host_bytes_per_s == assumed.host_bytes_per_s
+        assert measured.link_source == assumed.link_source
+
+
 def test_a_gpu_that_was_not_measured_counts_as_its_kind() -> None:
     known = compute_ceilings(GpuFacts(index=0, name="NVIDIA H100 80GB HBM3", capability=90), 1)
     assert "measured" in known.source
