@@ -104,7 +104,7 @@ def _decide(joined: Joined[None]) -> Brief:
     model = joined.model
     assert model is not None, "the head decides"
     config, spec = model.loaded.config, model.spec
-    pipeline = replace(config.pipeline, num_stages=AUTO, split=AUTO)
+    pipeline = replace(config.pipeline, num_stages=AUTO, replicas=1, split=AUTO)
     memory = MemoryConfig(page_size_tokens=config.memory.page_size_tokens)
     memory = replace(memory, cuda_graphs=config.memory.cuda_graphs, kv_cache=config.memory.kv_cache)
     few = replace(spec, num_layers=len(joined.resources))
@@ -201,7 +201,8 @@ class _Measuring:
         row_bytes = plan.hidden_size * dtype_bytes(plan.dtype)
         sizes = [rows * row_bytes for rows in self.brief.hop_rows]
         device, found = self.slices.device, []
-        channel = await open_channel(plan, ranks, device)
+        hosts = tuple(resources.host for resources in self.joined.resources)
+        channel = await open_channel(plan, hosts, ranks, device)
         for source, target in itertools.pairwise(plan.stages):
             await ranks.mesh.barrier(f"hop {source.stage}", _DEADLINE_S)
             if ranks.mesh.rank == source.rank:

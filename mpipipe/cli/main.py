@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpipipe._version import __version__
+from mpipipe.cli.bench_dispatch import bench_dispatch
 from mpipipe.cli.logs import logs
+from mpipipe.cli.simulate import simulate
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
@@ -42,6 +44,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
+app.command()(simulate)
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 
@@ -276,6 +279,9 @@ def bench_control(debug: Debug = False) -> None:
     from mpipipe.cli.bench import control_command
 
     raise typer.Exit(control_command(debug=debug))
+
+
+bench.command("dispatch")(bench_dispatch)
 
 
 @bench.command("throughput")

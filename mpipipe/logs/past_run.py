@@ -18,6 +18,8 @@ __all__ = ["read_past_run"]
 def read_past_run(place: Path) -> PastRun:
     """The last attempt that generated, of the run at `place` or the latest run below it.
 
+    Of several replicas the first one stands for all.
+
     Raises:
         OutputError: there is no run, or it has not ended, or an older version wrote it.
     """
@@ -64,7 +66,8 @@ def _lengths(files: RunFiles, attempt: int) -> tuple[tuple[int, int], ...]:
     return tuple(
         (prompt, output)
         for line in files.lines("requests.jsonl", attempt)
-        if (prompt := whole(line, "num_prompt_tokens"))
+        if not whole(line, "replica")
+        and (prompt := whole(line, "num_prompt_tokens"))
         and (output := whole(line, "num_output_tokens"))
     )
 
@@ -72,11 +75,16 @@ def _lengths(files: RunFiles, attempt: int) -> tuple[tuple[int, int], ...]:
 def _steps_s(metrics: Line, kind: str) -> tuple[float, ...]:
     """The mean compute of a step of each stage."""
     found = []
-    for rank in rows(metrics, "ranks"):
+    for rank in _first_replica(metrics):
         totals = rank.get("stage", {}).get(kind, {})
         num_steps = whole(totals, "num_steps")
         found.append((number(totals, "compute_s") or 0.0) / num_steps if num_steps else 0.0)
     return tuple(found)
+
+
+def _first_replica(metrics: Line) -> list[Line]:
+    """Its ranks, in the order of the stages: the plan in the manifest is this replica's."""
+    return [rank for rank in rows(metrics, "ranks") if not whole(rank, "replica")]
 
 
 def _seconds(metrics: Line, phase: str) -> float:

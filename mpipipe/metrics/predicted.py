@@ -12,6 +12,7 @@ __all__ = ["Compared", "Prediction", "StagePrediction", "compared", "compared_fi
 class StagePrediction:
     """One stage. Seconds are means over its steps of one kind."""
 
+    replica: int
     stage: int
     prefill_step_s: float
     decode_step_s: float

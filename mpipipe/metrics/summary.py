@@ -20,6 +20,7 @@ from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse
 from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
+from mpipipe.metrics.replicas import ReplicaTotals
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
@@ -58,6 +59,7 @@ class RankReport:
     rank: int
     host: str
     stage: StageTotals
+    replica: int = 0
     load_s: float = 0.0  # of its own work, from `build` to `ready`; without waiting for others
     boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
@@ -161,13 +163,14 @@ class RunSummary:
     phases: PhaseTimes
     requests: RequestTotals
     num_preemptions: int
-    ranks: tuple[RankReport, ...]  # in the order of their stages
+    ranks: tuple[RankReport, ...]  # in the order of replicas and stages
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
     state: AttemptState = DONE
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
     io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
+    replicas: tuple[ReplicaTotals, ...] = ()  # empty where there is one
     planned: Prediction | None = None  # before the run, with the longest outputs that are allowed
     predicted: Prediction | None = None  # for the tokens that were made; None: some prompts are not
 
@@ -258,10 +261,13 @@ class RunSummary:
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
         * `energy_j`, `bytes_moved`: of all ranks
-        * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
-          `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
-          each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
-          sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
+        * `replicas`: where there are several, of each the fields of `ReplicaTotals` with
+          `output_tokens_per_s` and `idle_ratio`, over the call of `generate`
+        * `ranks`: one entry per stage, of each replica, with the fields of `RankReport` and
+          `peak_over_need`; its `stage` has the fields of `StageTotals`, where `overall` and
+          `steady` hold the seconds of each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`,
+          `idle_s`, `overhead_s`), their sum `wall_s`, `communication_s` (transfer and send) and
+          the `bubble_ratio`
         * `planned`, `predicted`: the fields of `Prediction`; `compared`: by name the `predicted`
           and the `measured` value, and the `error`: (measured - predicted) / predicted
         * `time`: seconds by what they were for, see `_times`
@@ -282,6 +288,7 @@ class RunSummary:
             "itl_p95_s": self.itl_p95_s,
             "energy_j": self.energy_j,
             "bytes_moved": self.bytes_moved,
+            "replicas": [replica.fields() for replica in self.replicas],
             "ranks": [_rank_dict(rank) for rank in self.ranks],
             "planned": None if self.planned is None else dataclasses.asdict(self.planned),
             "predicted": None if self.predicted is None else dataclasses.asdict(self.predicted),
@@ -326,12 +333,20 @@ class RunSummary:
 def stage_figures(
     predicted: Prediction, ranks: Sequence[RankReport]
 ) -> Iterator[tuple[str, float, float]]:
-    """Name, predicted and measured value of what is known of both of each stage."""
-    for stage, rank in zip(predicted.stages, ranks, strict=True):
-        number, measured = stage.stage, rank.stage
-        yield f"decode_step_s_{number}", stage.decode_step_s, measured.decode.mean_s
-        yield f"prefill_step_s_{number}", stage.prefill_step_s, measured.prefill.mean_s
-        yield f"memory_bytes_{number}", stage.memory_bytes, rank.used_bytes
+    """Name, predicted and measured value of what is known of both of each stage.
+
+    Names end with the number of the stage; where there are several replicas, with theirs before it.
+    """
+    by_stage = {(rank.replica, rank.stage.stage): rank for rank in reversed(ranks)}
+    several = len({stage.replica for stage in predicted.stages}) > 1
+    for stage in predicted.stages:
+        rank = by_stage.get((stage.replica, stage.stage))
+        if rank is None:
+            continue
+        label = f"{stage.replica}.{stage.stage}" if several else str(stage.stage)
+        yield f"decode_step_s_{label}", stage.decode_step_s, rank.stage.decode.mean_s
+        yield f"prefill_step_s_{label}", stage.prefill_step_s, rank.stage.prefill.mean_s
+        yield f"memory_bytes_{label}", stage.memory_bytes, rank.used_bytes
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

@@ -62,11 +62,11 @@ def known_times(
     Args:
         spec: of the model.
         plan: for these ranks.
-        ranks: what each has, by rank.
+        ranks: of all replicas, by rank.
         rates: for what was not measured; None: those of the known GPUs and links.
         folder: of profiles; None: the cache's.
     """
-    rates = rates or rate_times(spec, plan, ranks)
+    rates = rates or rate_times(spec, plan, [r for r in ranks if r.rank in plan.ranks])
     shape = ProfileKey.shape_of(spec)
     keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
     found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}

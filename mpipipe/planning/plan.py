@@ -147,7 +147,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """Everything the ranks must agree on. Equal plans have equal hashes."""
+    """Everything the ranks of one pipeline must agree on. Equal plans have equal hashes."""
 
     model_path: str  # absolute
     model_type: str
@@ -177,6 +177,8 @@ class PipelinePlan:
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
+    replica: int = 0  # which of the job's pipelines
+    num_replicas: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -187,6 +189,16 @@ class PipelinePlan:
     def head_rank(self) -> int:
         """The rank that decides: stage 0's."""
         return self.stages[0].rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the pipeline, in the order of its stages."""
+        return tuple(stage.rank for stage in self.stages)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that have a place at once, if their pages fit."""
+        return self.num_slots * self.max_sequences_per_slot
 
     @property
     def last_rank(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config
-from mpipipe.planning.forecast import JobForecast, forecast_job
+from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
 from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.known_times import KnownTimes, known_times
@@ -17,6 +17,7 @@ from mpipipe.planning.link_table import BETWEEN_HOSTS, Link
 from mpipipe.planning.plan import PipelinePlan, Resolved
 from mpipipe.planning.prompt_lengths import PromptLengths
 from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
@@ -26,12 +27,17 @@ __all__ = ["Outlook", "PlannedJob"]
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A plan, and what it will take."""
+    """The plans of a job, and what it will take."""
 
     job: PlannedJob
-    plan: PipelinePlan
-    times: StepTimes
+    plans: tuple[PipelinePlan, ...]  # of every replica
+    times: tuple[StepTimes, ...]  # likewise
     forecast: JobForecast
+
+    @property
+    def plan(self) -> PipelinePlan:
+        """The first replica's."""
+        return self.plans[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +57,13 @@ class PlannedJob:
     learnt: Learnt | None = None  # from an earlier run
 
     def outlook(self) -> Outlook:
-        """The plan and its forecast.
+        """The plans and their forecast.
 
         Raises:
-            PlanError, EnvironmentSetupError: as `make_plan`.
+            PlanError, EnvironmentSetupError: as `make_plans`.
         """
         workload = self.prompts.workload(self.spec.max_context_tokens)
-        plan = plan_job(
+        plans = plan_job(
             self.config,
             self.spec,
             self.ranks,
@@ -66,15 +72,17 @@ class PlannedJob:
             notes=self.notes,
             times=self._known,
         )
-        known = self._known(self.spec, plan, self.ranks)
-        forecast = self.forecast(plan, known.steps)
-        start_s, _ = known.start(self.spec, plan)
-        return Outlook(self, plan, known.steps, replace(forecast, startup_s=start_s))
+        known = [self._known(self.spec, plan, self.ranks) for plan in plans]
+        times = tuple(each.steps for each in known)
+        starts = (each.start(self.spec, plan) for each, plan in zip(known, plans, strict=True))
+        startup_s = max(start_s for start_s, _ in starts)
+        forecast = replace(self.forecast(plans, times), startup_s=startup_s)
+        return Outlook(self, plans, times, forecast)
 
-    def forecast(self, plan: PipelinePlan, times: StepTimes) -> JobForecast:
-        """What the job takes under `plan` with these times."""
+    def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:
+        """What the job takes under the plans of its replicas, each with its times."""
         shape = JobShape.of(self.prompts.lengths)
-        return forecast_job(self.spec, plan, shape, times, watts=self._watts(plan))
+        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans[0]))
 
     def having(self, section: str, **settings: Any) -> PlannedJob:
         """The job with other settings of a section of the configuration."""
@@ -91,7 +99,8 @@ class PlannedJob:
     def _known(
         self, spec: ModelSpec, plan: PipelinePlan, ranks: Sequence[RankResources]
     ) -> KnownTimes:
-        rates = rate_times(spec, plan, ranks, table=self.table, near=self.near, far=self.far)
+        own = [rank for rank in ranks if rank.rank in plan.ranks]
+        rates = rate_times(spec, plan, own, table=self.table, near=self.near, far=self.far)
         known = known_times(spec, plan, ranks, rates) if self.is_measured else KnownTimes(rates)
         return known if self.learnt is None else self.learnt.applied_to(known)
 

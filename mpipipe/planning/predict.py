@@ -8,9 +8,10 @@ from dataclasses import replace
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.metrics.predicted import Prediction, StagePrediction
 from mpipipe.planning.cost import kv_page_bytes
-from mpipipe.planning.forecast import JobForecast, forecast_job
+from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_limits import StepLimits
 
@@ -19,22 +20,26 @@ __all__ = ["predict"]
 
 def predict(
     spec: ModelSpec,
-    plan: PipelinePlan,
+    plans: Sequence[PipelinePlan],
     lengths: Sequence[tuple[int, int]],
-    known: KnownTimes,
+    known: Sequence[KnownTimes],
 ) -> Prediction | None:
-    """Of a job of sequences of these lengths, (prompt, output) tokens each; None without any."""
+    """Of a job of sequences of these lengths, (prompt, output) tokens each; None without any.
+
+    `plans` and `known` are of all replicas.
+    """
     if not lengths:
         return None
     shape = JobShape.of(lengths)
-    forecast = forecast_job(spec, plan, shape, known.steps)
-    start_s, load_s = known.start(spec, plan)
+    forecast = forecast_replicas(spec, plans, shape, [each.steps for each in known])
+    starts = [each.start(spec, plan) for each, plan in zip(known, plans, strict=True)]
     stages = tuple(
         StagePrediction(
+            replica=stage.replica,
             stage=stage.stage,
             prefill_step_s=stage.prefill_step_s,
             decode_step_s=stage.decode_step_s,
-            memory_bytes=_memory_bytes(spec, plan, plan.stages[stage.stage], forecast),
+            memory_bytes=_memory_bytes(spec, plans[stage.replica], stage.stage, forecast),
         )
         for stage in forecast.stages
     )
@@ -43,18 +48,16 @@ def predict(
         num_output_tokens=shape.num_output_tokens,
         tokens_per_s=forecast.tokens_per_s,
         generate_s=forecast.generating_s,
-        start_s=start_s,
-        load_s=load_s,
+        start_s=max(start_s for start_s, _ in starts),
+        load_s=max(load_s for _, load_s in starts),
         stages=stages,
-        source=known.steps.source,
+        source=known[0].steps.source,
     )
 
 
-def _memory_bytes(
-    spec: ModelSpec, plan: PipelinePlan, stage: StagePlan, forecast: JobForecast
-) -> int:
+def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: JobForecast) -> int:
     """Weights, cache, and what the largest step needs; on a CPU of the cache what is written to."""
-    on_gpu = plan.device == "cuda"
+    on_gpu, stage = plan.device == "cuda", plan.stages[number]
     page_bytes = kv_page_bytes(
         spec,
         plan.dtype,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from mpipipe.topology.disk import disk_bytes_per_s
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import Core, allowed_cpus, cpus_near, read_host, usable_physical_cores
 from mpipipe.topology.node import cpu_model
 
-__all__ = ["RankResources", "read_rank_resources"]
+__all__ = ["RankResources", "absolute_offload_dir", "read_rank_resources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class RankResources:
     cores: tuple[Core, ...] = ()  # physical cores of the affinity mask; empty: unknown
     num_allowed_cpus: int = 0  # that the job may use on this host; more than the mask's: bound
     attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank
+    # That the disk of `memory.offload_dir` reads, for all ranks of the host together; 0: not known.
+    disk_bytes_per_s: int = 0
     processor: str = ""  # the CPU's model name; empty: not told
 
     @property
@@ -36,7 +40,12 @@ class RankResources:
 
 
 def read_rank_resources(
-    rank: int, *, launcher: str, gpu: GpuFacts, attention_backends: tuple[str, ...]
+    rank: int,
+    *,
+    launcher: str,
+    gpu: GpuFacts,
+    attention_backends: tuple[str, ...],
+    offload_dir: str = "",
 ) -> RankResources:
     """What `rank` has on this host, as this process is bound now.
 
@@ -47,6 +56,8 @@ def read_rank_resources(
         launcher: what started it (`topology.launcher.Launcher`).
         gpu: that it would use.
         attention_backends: optional ones that it has.
+        offload_dir: `memory.offload_dir`, as configured; where the folder exists its disk is
+            measured (`topology.disk`).
     """
     host = read_host()
     return RankResources(
@@ -61,5 +72,11 @@ def read_rank_resources(
         cores=usable_physical_cores(),
         num_allowed_cpus=len(allowed_cpus()),
         attention_backends=attention_backends,
+        disk_bytes_per_s=disk_bytes_per_s(offload_dir and absolute_offload_dir(offload_dir)),
         processor=cpu_model(),
     )
+
+
+def absolute_offload_dir(offload_dir: str) -> str:
+    """The path that `memory.offload_dir` names: every rank uses the same, wherever it started."""
+    return str(Path(offload_dir).expanduser().absolute())

@@ -9,7 +9,7 @@ import pytest
 from mpipipe.config.schema import Config, ModelConfig
 from mpipipe.metrics.accounting import StageTotals, StepTotals
 from mpipipe.metrics.predicted import Prediction, StagePrediction
-from mpipipe.metrics.summary import PhaseTimes, RankReport, RequestTotals, RunSummary
+from mpipipe.metrics.summary import PhaseTimes, RankReport, RequestTotals, RunSummary, stage_figures
 from mpipipe.metrics.summary_text import summary_lines
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.known_times import KnownTimes
@@ -28,7 +28,7 @@ PREDICTED = Prediction(
     generate_s=4.0,
     start_s=6.0,
     load_s=1.0,
-    stages=(StagePrediction(0, 0.5, 0.1, 600 * MIB), StagePrediction(1, 0.5, 0.2, 700 * MIB)),
+    stages=(StagePrediction(0, 0, 0.5, 0.1, 600 * MIB), StagePrediction(0, 1, 0.5, 0.2, 700 * MIB)),
     source="rates",
 )
 
@@ -97,7 +97,7 @@ def test_a_prediction_is_the_jobs_forecast_with_the_memory_that_it_will_touch() 
     )
     plan = make_plan(config, SMOL, ranks, "/m", workload)
     known = KnownTimes(rate_times(SMOL, plan, ranks), start_s=7.0, load_s=2.0)
-    found = predict(SMOL, plan, lengths, known)
+    found = predict(SMOL, [plan], lengths, [known])
     assert found is not None
     assert (found.num_prompt_tokens, found.num_output_tokens) == (320, 192)
     assert found.tokens_per_s == pytest.approx(192 / found.generate_s)
@@ -109,4 +109,16 @@ def test_a_prediction_is_the_jobs_forecast_with_the_memory_that_it_will_touch() 
         beside = predicted.memory_bytes - stage.weight_bytes
         # Eight sequences of four pages at the end, and less than 100 MiB for the largest step.
         assert 8 * 4 * page_bytes <= beside <= 8 * 4 * page_bytes + 100 * MIB
-    assert predict(SMOL, plan, (), known) is None
+    assert predict(SMOL, [plan], (), [known]) is None
+
+
+def test_stages_of_several_replicas_have_both_numbers() -> None:
+    stages = tuple(dataclasses.replace(PREDICTED.stages[0], replica=number) for number in (0, 1))
+    predicted = dataclasses.replace(PREDICTED, stages=stages)
+    ranks = tuple(
+        dataclasses.replace(rank(0, 0.1 + number, 600), rank=number, replica=number)
+        for number in (0, 1)
+    )
+    found = {name: measured for name, _, measured in stage_figures(predicted, ranks)}
+    assert found["decode_step_s_0.0"] == pytest.approx(0.1)
+    assert found["decode_step_s_1.0"] == pytest.approx(1.1)

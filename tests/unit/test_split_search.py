@@ -106,7 +106,8 @@ DECODING, PROMPTS = workload(96, 16, 200), workload(96, 400, 2)
 
 
 def planned(head_layers: float, work: Workload, config: Config = CONFIG) -> PipelinePlan:
-    return plan_job(config, SMOL, RANKS, "/m", work, times=known(head_layers, "/cache/p.json"))
+    (plan,) = plan_job(config, SMOL, RANKS, "/m", work, times=known(head_layers, "/cache/p.json"))
+    return plan
 
 
 def split_of(plan: PipelinePlan) -> list[int]:
@@ -136,7 +137,7 @@ def test_the_plan_says_by_which_prediction_and_by_which_times() -> None:
     assert [stage.cost_share for stage in plan.stages] == pytest.approx([1 / 3] * 3, abs=0.01)
     assert not [
         note
-        for note in plan_job(CONFIG, SMOL, RANKS, "/m", DECODING, times=known(6.0)).resolved
+        for note in plan_job(CONFIG, SMOL, RANKS, "/m", DECODING, times=known(6.0))[0].resolved
         if note.setting == "forecast.times"
     ], "rates are no measurement"
 
@@ -156,5 +157,14 @@ def test_kv_pages_count_as_much_as_time(gib: int, fewest: int, most: int) -> Non
     ranks = [make_rank(rank, gpu=replace(gpu, index=rank, uuid=f"g{rank}")) for rank in range(2)]
     config = Config(model=ModelConfig(dtype="float16"))
     work = workload(512, 500, 500)
-    plan = plan_job(config, OPENLLAMA_7B, ranks, "/m", work, times=known(8.0))
+    (plan,) = plan_job(config, OPENLLAMA_7B, ranks, "/m", work, times=known(8.0))
     assert fewest <= plan.stages[0].num_layers <= most
+
+
+def test_replicas_that_are_alike_take_one_split() -> None:
+    ranks = [make_rank(rank) for rank in range(6)]
+    config = replace(CONFIG, pipeline=PipelineConfig(replicas=2))
+    plans = plan_job(config, SMOL, ranks, "/m", workload(192, 16, 200), times=known(9.0))
+    assert [split_of(plan) for plan in plans] == [[13, 13, 4]] * 2
+    for plan in plans:
+        assert sum(stage.cost_share for stage in plan.stages) == pytest.approx(1.0, abs=1e-4)
