@@ -19,6 +19,7 @@ _SAID = (
     "model.rotary",
     "generation.",
     "generation_config.",
+    "forecast.times",
 )
 
 
