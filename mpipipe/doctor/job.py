@@ -213,7 +213,7 @@ def _offload_needs(plan: PipelinePlan | None) -> dict[str, int]:
     if plan is None:
         return needed
     for stage in plan.stages:
-        needed[stage.host] = max(offload_need(plan, stage)[0], needed.get(stage.host, 0))
+        needed[stage.host] = max(offload_need(plan.stages, stage)[0], needed.get(stage.host, 0))
     return needed
 
 
