@@ -33,6 +33,8 @@ __all__ = [
     "Hello",
     "LogprobsSampled",
     "Message",
+    "PagesRestored",
+    "PagesSaved",
     "PhaseReport",
     "PhaseVerdict",
     "RankLost",
@@ -46,7 +48,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -247,6 +249,31 @@ class RequestClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesSaved:
+    """head → stages: copy the KV pages `pages` to `host_pages` of the host's pool, one to one.
+
+    Before any step or restoring that comes after it: `pages` have new owners then.
+    """
+
+    pages: tuple[int, ...]
+    host_pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesRestored:
+    """head → stages: copy `host_pages` to `pages`, which are the page table of a sequence now.
+
+    The sequence goes on with `num_computed` tokens in them: as a row that joins a batch, or with
+    the next chunk of its prompt. All else that the stages know of it stays.
+    """
+
+    sequence_id: int
+    num_computed: int
+    host_pages: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepSampled:
     """stage 0 → head: the ids of a step came back, in the order of its sampled sequences.
 
@@ -357,6 +384,7 @@ Message = (
     | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
     | LogprobsSampled | GenerationBegan | GenerationEnded | SessionEnded | StopRequested
     | Heartbeat | RankLost | Echo | StepTimes | ClockAsked | ClockTold | ClocksCompared
+    | PagesSaved | PagesRestored
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -385,4 +413,6 @@ TAGS: dict[int, type[Message]] = {
     22: ClockAsked,
     23: ClockTold,
     24: ClocksCompared,
+    25: PagesSaved,
+    26: PagesRestored,
 }

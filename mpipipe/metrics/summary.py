@@ -18,7 +18,7 @@ from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
-from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
@@ -63,6 +63,7 @@ class RankReport:
     energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
     io_write_s: float = 0.0  # of the thread that wrote its lines about the run
     offload: OffloadUse | None = None  # None: all of its weights stand on the device
+    page_moves: PageMoveUse | None = None  # None: no KV pages in host memory
 
     @property
     def boot_own_s(self) -> float:

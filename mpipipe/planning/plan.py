@@ -176,6 +176,8 @@ class PipelinePlan:
     offload_dir: str = ""  # absolute; empty: no stage has layers on disk
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
+    num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
+    min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
 
     @property

@@ -267,6 +267,7 @@ class Session:
             energy_j=self.energy_j,
             io_write_s=self.io_write_s,
             offload=self._offload_use(used.offload),
+            page_moves=used.page_moves,
         )
 
     def _offload_use(self, use: OffloadUse | None) -> OffloadUse | None:
@@ -291,6 +292,8 @@ class Session:
             max_context_tokens=plan.max_context_tokens,
             lookahead=plan.lookahead,
             max_sequence_tokens=plan.max_sequence_tokens,
+            num_host_pages=plan.num_host_pages,
+            min_saved_tokens=plan.min_saved_tokens,
         )
         return SchedulerCore(
             limits,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.kv_cache.host_pages import HostPages
+from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.planning.step_limits import num_request_rows
 from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
@@ -63,8 +66,12 @@ def open_engine(
     *,
     attention_needs_seq_lens: bool,
     ranges: Ranges = NO_RANGES,
+    host_memory: torch.Tensor | None = None,
 ) -> StageEngine:
-    """Tables and device tensors for `plan`; nothing is captured yet."""
+    """Tables and device tensors for `plan`; nothing is captured yet.
+
+    `host_memory`: for the plan's pages in host memory, as `HostPages` takes it.
+    """
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     rows = plan.max_sequences_per_slot
     num_rows = num_request_rows(plan.num_slots, rows)
@@ -76,6 +83,8 @@ def open_engine(
     )
     use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
     tensors = _open_tensors(plan, model, cache, stream, use_graphs=use_graphs)
+    if host_memory is not None:
+        tensors = replace(tensors, host_pages=_open_host_pages(plan, cache, stream, host_memory))
     graph_runner = CudaGraphRunner(
         model,
         batches,
@@ -96,6 +105,14 @@ def open_engine(
         graph_runner=graph_runner,
         varlen=attention_needs_seq_lens,
     )
+
+
+def _open_host_pages(
+    plan: PipelinePlan, cache: KVCache, stream: Stream, host_memory: torch.Tensor
+) -> HostPages:
+    assert isinstance(cache, PagedKVCache), "other caches have no pages"
+    num_pages = plan.num_host_pages
+    return HostPages(cache, host_memory, num_pages, lambda ids: stream.upload(ids.numpy()))
 
 
 def _open_tensors(

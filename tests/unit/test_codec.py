@@ -29,6 +29,8 @@ from mpipipe.control_plane.messages import (
     Hello,
     LogprobsSampled,
     Message,
+    PagesRestored,
+    PagesSaved,
     PhaseReport,
     PhaseVerdict,
     RankLost,
@@ -124,6 +126,8 @@ MESSAGES: tuple[Message, ...] = (
     ClockAsked(3),
     ClockTold(3, 1.5),
     ClocksCompared((0.0, -0.25)),
+    PagesSaved((5, 70000), (0, 1)),
+    PagesRestored(3, 17, (0, 1), (6, 2)),
 )
 NUM_DAMAGED = 20_000
 
@@ -167,6 +171,8 @@ GOLDEN = (
     "921603",
     "931703cb3ff8000000000000",
     "921892cb0000000000000000cbbfd0000000000000",
+    "93199205ce00011170920001",
+    "951a0311920001920602",
 )
 
 
