@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mpipipe.kv_cache.paged import PagedKVCache
 
-__all__ = ["HostPages"]
+__all__ = ["HostPages", "page_bytes"]
 
 _BATCH_BYTES = 32 << 20  # of the device, between cache and host memory
 _NUM_TIMED = 64  # copies whose times are not known yet
