@@ -36,6 +36,7 @@ def environment(session: Session) -> dict[str, Any]:
             "hash": plan.content_hash(),
         },
         "num_preemptions": statistics.num_preemptions if statistics is not None else 0,
+        "num_saved": statistics.num_saved if statistics is not None else 0,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

@@ -253,6 +253,7 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         job.marks.phases(session.ranks.clock.now_s()),
         all_requests(job, tally, prompts.num_prompts),
         num_preemptions=statistics.num_preemptions if statistics is not None else 0,
+        num_saved=statistics.num_saved if statistics is not None else 0,
         ranks=reports,
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),

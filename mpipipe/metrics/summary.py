@@ -147,6 +147,7 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of their stages
+    num_saved: int = 0  # of the preemptions, those whose pages went to host memory
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
@@ -218,7 +219,8 @@ class RunSummary:
         * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
         * `requests`: the fields of `RequestTotals`
-        * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
+        * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
+        * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
         * `energy_j`, `bytes_moved`: of all ranks
@@ -236,6 +238,7 @@ class RunSummary:
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
+            "num_saved": self.num_saved,
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

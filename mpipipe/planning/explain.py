@@ -14,6 +14,7 @@ __all__ = ["plan_lines", "plan_rows"]
 _SAID = (
     "memory.offload",
     "memory.host_bytes",
+    "memory.kv_host_bytes",
     "pipeline.layout",
     "pipeline.bind",
     "model.rotary",

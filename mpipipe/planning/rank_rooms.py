@@ -23,6 +23,7 @@ __all__ = [
     "check_settings",
     "gpu_bytes",
     "gpu_limit",
+    "kv_host_room",
     "most_host_bytes",
     "rank_rooms",
 ]
@@ -77,6 +78,15 @@ def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
     """What a rank on a GPU may pin at most: its share of its host's memory beside its libraries."""
     share = _available_bytes(rank, ranks) // _num_on_host(rank, ranks)
     return max(0, share - GPU_LIBRARY_BYTES)
+
+
+def kv_host_room(
+    rank: RankResources, ranks: Sequence[RankResources], *, on_gpus: bool, most: bool
+) -> int:
+    """A rank's share of its host's memory for weights and KV pages there; `most`: if asked for."""
+    share = _available_bytes(rank, ranks) // _num_on_host(rank, ranks)
+    library_bytes = GPU_LIBRARY_BYTES if on_gpus else CPU_LIBRARY_BYTES
+    return min(share if most else int(share * _HOST_SHARE), share - library_bytes)
 
 
 def rank_rooms(

@@ -30,6 +30,7 @@ from mpipipe.planning.devices import (
     least_capable,
 )
 from mpipipe.planning.fit import Fitted, StageFitting
+from mpipipe.planning.kv_host import KvHostFacts, with_host_pages
 from mpipipe.planning.layout import note_cores, note_layout, stage_order, threads_per_rank
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
@@ -87,9 +88,7 @@ def make_plan(
         longest_request_tokens=workload.longest_request_tokens,
         num_requests=workload.num_requests,
     )
-    # Unknown requests: those of the configuration, and greedy ones.
-    configured = SamplingUse.of([default_sampling(config.generation)])
-    sampling = workload.sampling or replace(configured, plain=True)
+    sampling = workload.sampling or _unknown_sampling(config)
     staged = [ranks[rank] for rank in stage_order(ranks)]
     note_layout(ranks, decisions)
     resolver = _Resolver(spec, staged, device, dtype, limits, sampling, decisions)
@@ -97,7 +96,13 @@ def make_plan(
     attention = resolver.attention()
     fitting = StageFitting(spec, staged, device, dtype, limits, sampling, attention[0], decisions)
     fitted = fitting.fit(stages, demand, workload)
-    return replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
+    plan = replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
+    return with_host_pages(plan, KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions))
+
+
+def _unknown_sampling(config: Config) -> SamplingUse:
+    """Of requests that come later: those of the configuration, and greedy ones."""
+    return replace(SamplingUse.of([default_sampling(config.generation)]), plain=True)
 
 
 def _num_stages(decisions: Decisions, *, num_ranks: int) -> int:

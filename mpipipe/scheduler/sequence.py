@@ -97,6 +97,7 @@ class Sequence:
     num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
     num_to_prefill: int = 0  # tokens known at admission: what its chunks compute
     num_promised: int = 0  # pages that admission has set aside for its prefill, not taken yet
+    restored_at: int = -1  # number of the step before which its pages were told to come back
     last_step: int = -1  # latest step that contained it; of a row, settled when it leaves
     in_batch: bool = False
     row: int = -1  # in its batch, or in its latest prefill step

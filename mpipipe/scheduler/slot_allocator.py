@@ -171,10 +171,11 @@ class SlotAllocator:
             budget -= len(sequence.tokens) - (sequence.num_computed if sequence.host_pages else 0)
             self._admit_first(slot)
 
-    def restore(self, returned: int) -> None:
-        """As `admit`, for those that wait first and whose pages are saved: nothing to compute."""
+    def restore(self, returned: int, step: int) -> None:
+        """As `admit`, before `step`, for the first that wait if their pages are saved."""
         num_saved = sum(1 for _ in takewhile(lambda sequence: sequence.host_pages, self.waiting))
         for _ in range(self.count_admissible(self.slots, num_saved, returned)):
+            self.waiting[0].restored_at = step
             self._admit_first(min(self.slots, key=_fullness))
 
     def _admit_first(self, slot: Slot) -> None:

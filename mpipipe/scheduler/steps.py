@@ -66,7 +66,7 @@ class StepMaker:
             return self._fill_next()
         waiting = self._slot_allocator.waiting
         if waiting and waiting[0].host_pages:
-            self._slot_allocator.restore(returned)
+            self._slot_allocator.restore(returned, self.num_steps)
         dispatched = self._prefill() if self._prefers_prefill() else None
         if dispatched is None:
             dispatched = self._decode_next(early=False)
@@ -106,6 +106,8 @@ class StepMaker:
             # batch, those that sampled first make one.
             latest = max(self.num_steps, self._due(slot)) - self._limits.num_slots
             joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
+            if slot.batch.num_live:  # pages come back while a step computes
+                joined = [s for s in joined if s.restored_at < self.num_steps]
             dispatched = self._decode(slot, joined)
             if dispatched is not None:
                 return dispatched
