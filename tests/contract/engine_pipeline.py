@@ -206,6 +206,7 @@ class EnginePipeline:
         backend: AttentionBackend = SdpaAttention()
         if mode != "varlen":
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
+        self.pinned = PinnedMemory(torch.device(device))
         stages = range(plan.num_stages)
         self.models = [build_stage(model, plan, n, backend, device, offloading) for n in stages]
         clock = clock or ScriptedClock()
@@ -283,9 +284,15 @@ class EnginePipeline:
         cache = cache_of(stage)
         assert isinstance(cache, PagedKVCache)
         device = cache.pages_NPX.device
-        self.pinned = PinnedMemory(device)
         memory = self.pinned.take(self.plan.num_host_pages * page_bytes(cache))
-        return memory if memory.device == device else device_view(memory, device)
+        if memory.device == device or self.pinned.refused_bytes:
+            return memory
+        return device_view(memory, device)
+
+    def close(self) -> None:
+        """Unpin what pages were saved in."""
+        self.stream.drain()
+        self.pinned.close()
 
     # ---- towards the stages ----------------------------------------------------------------------
 
