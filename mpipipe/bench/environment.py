@@ -18,7 +18,8 @@ SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-pytho
 # Fields of the plan, by their names.
 _PLANNED = (
     "dtype", "num_slots", "max_sequences_per_slot", "max_tokens_per_step", "num_kv_pages",
-    "page_size_tokens", "transport", "attention", "lookahead", "prefill", "weights",
+    "num_host_pages", "page_size_tokens", "transport", "attention", "lookahead", "prefill",
+    "weights",
 )  # fmt: skip
 
 

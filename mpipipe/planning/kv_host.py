@@ -2,13 +2,15 @@
 
 A preempted sequence either computes its tokens anew, or its pages are moved to host memory and
 back. Both grow with its tokens, so the plan holds one number: the tokens from which moving is the
-cheaper (`PipelinePlan.min_saved_tokens`). The slowest stage decides, of either.
+cheaper (`PipelinePlan.min_saved_tokens`). The slowest stage decides, of either. Without being asked
+for, pages are taken only if they spare the run more than it takes to pin them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import log
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.errors import PlanError
@@ -18,6 +20,7 @@ from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.plan import Decisions, PipelinePlan, StagePlan
 from mpipipe.planning.rank_rooms import kv_host_room, rank_rooms
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.workload import Workload
 
 __all__ = ["KvHostFacts", "with_host_pages"]
 
@@ -26,6 +29,13 @@ _SETTING = "memory.kv_host_bytes"
 # one step does not hide: a guess of the share.
 _WAITED_SHARE = 0.5
 _FIXED_S = 2e-4  # to begin the copies of a sequence, out and back
+_PIN_BYTES_PER_S = 4e9  # a guess: the system clears the memory first
+# Of all tokens that a run's sequences end with, those in the cache of a sequence when it is
+# preempted, per e-fold that sequences grow from their prompts. In a simulation with one slot and
+# cache for a quarter to a half (64 + 1,024, 128 + 512, 512 + 256 tokens) 0.15, 0.22 and 0.34; the
+# pages that they take at most were as many as the cache has, times 0.35, 0.57 and 0.95 per e-fold.
+_PREEMPTED_SHARE = 0.2
+_HOST_PAGES_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +47,24 @@ class KvHostFacts:
     demand: KvDemand
     needs: Sequence[RankMemory]  # in the same order
     decisions: Decisions
+    workload: Workload
 
     @property
     def page_bytes(self) -> int:
         """Of a page on the stage where it takes most."""
         return max(need.page_bytes for need in self.needs)
+
+    @property
+    def growth(self) -> float:
+        """e-folds from the run's prompts to its sequences' ends; 0: not known."""
+        prompts, outputs = self.workload.num_prompt_tokens, self.workload.num_output_tokens
+        return log((prompts + outputs) / prompts) if prompts and outputs else 0.0
+
+    @property
+    def num_preempted_tokens(self) -> float:
+        """In the cache of sequences that are preempted, as far as it can be foreseen."""
+        prompts, outputs = self.workload.num_prompt_tokens, self.workload.num_output_tokens
+        return _PREEMPTED_SHARE * self.growth * ((prompts or 0) + (outputs or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +129,31 @@ def _choice(plan: PipelinePlan, facts: KvHostFacts, asked: int | str) -> tuple[i
     if isinstance(asked, int):
         num_pages = min(asked // facts.page_bytes, most)
     else:
-        num_pages = min(most - plan.num_kv_pages, plan.num_kv_pages, _room_pages(plan, facts))
-        if num_pages < 1:
-            return 0, "the hosts have no memory to spare for pages of preempted sequences", 1
+        num_pages, refusal = _worthwhile_pages(plan, facts, costs)
+        if refusal:
+            return 0, refusal, 1
     reason = (
         f"{num_pages} pages for preempted sequences of at least {min_saved_tokens} tokens in the "
         f"cache: {costs}"
     )
     return num_pages, reason, min_saved_tokens
+
+
+def _worthwhile_pages(plan: PipelinePlan, facts: KvHostFacts, costs: _Costs) -> tuple[int, str]:
+    """Those that the run is likely to use; or why none are worth it."""
+    if not facts.growth:
+        return 0, "preempted sequences are computed anew: how many there will be is not known"
+    likely = int(_HOST_PAGES_SHARE * facts.growth * plan.num_kv_pages) + 1
+    num_pages = min(likely, _room_pages(plan, facts))
+    if num_pages < 1:
+        return 0, "the hosts have no memory to spare for pages of preempted sequences"
+    gain_s = facts.num_preempted_tokens * (costs.token_s - costs.page_s / costs.page_size)
+    pin_s = num_pages * facts.page_bytes / _PIN_BYTES_PER_S
+    if gain_s <= pin_s:
+        spared = f"moving their pages would spare {gain_s:.3g} s, and pinning "
+        spared += f"{gib(num_pages * facts.page_bytes)} for them takes about {pin_s:.3g} s"
+        return 0, f"preempted sequences are computed anew: {spared}"
+    return num_pages, ""
 
 
 # ---- what there is -------------------------------------------------------------------------------

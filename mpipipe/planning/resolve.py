@@ -97,7 +97,9 @@ def make_plan(
     fitting = StageFitting(spec, staged, device, dtype, limits, sampling, attention[0], decisions)
     fitted = fitting.fit(stages, demand, workload)
     plan = replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
-    return with_host_pages(plan, KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions))
+    return with_host_pages(
+        plan, KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions, workload)
+    )
 
 
 def _unknown_sampling(config: Config) -> SamplingUse:

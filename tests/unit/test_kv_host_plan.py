@@ -80,6 +80,19 @@ def test_a_gpu_whose_cache_is_too_small_gets_pages_in_host_memory_by_itself() ->
     assert PipelinePlan.from_json(made.to_json()) == made
 
 
+def test_pages_that_take_longer_to_pin_than_they_spare_are_not_taken_unasked() -> None:
+    fast = [with_gpu(r, name="H100", capability=90, link_generation=5) for r in gpus(1)]
+    short = plan(fast)
+    assert short.num_host_pages == 0
+    assert "would spare" in reason(short)
+    assert "GiB for them takes about" in reason(short)
+    assert plan(fast, 8 * GIB).num_host_pages == 8 * GIB // PAGE_BYTES
+    assert plan(fast, num_requests=20_000).num_host_pages > 0
+    unknown = make_plan(Config(pipeline=PipelineConfig(device="cuda")), OPENLLAMA_7B, fast, "/m")
+    assert unknown.num_host_pages == 0
+    assert "is not known" in reason(unknown)
+
+
 def test_a_cache_that_holds_everything_needs_none() -> None:
     made = plan(gpus(1), num_requests=4)
     assert made.num_host_pages == 0
