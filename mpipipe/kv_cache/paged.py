@@ -1,5 +1,8 @@
 """The paged KV cache: fixed pages of all layers, addressed by the head's page lists.
 
+The pages of some layers may be in pinned host memory (`host_layers`). Kernels then read them over
+the link, only the pages of the sequences of a step, when it comes to that layer.
+
 The scheduler decides which sequence owns which page; each step's `BatchLayout` says where to write
 and what to read. Memory is zero and, on a CPU, committed by the
 system only when a page is first written, so a generous `num_pages` costs nothing until it is used.
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
@@ -32,12 +35,17 @@ class PagedKVCache:
     """K and V per layer as [num_pages, page_size, K, D]."""
 
     def __init__(
-        self, pages_NPX: torch.Tensor, parts: Sequence[torch.Tensor], page_size: int
+        self,
+        pages_NPX: torch.Tensor,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        page_size: int,
+        host_bytes: int = 0,
     ) -> None:
-        self.pages_NPX = pages_NPX  # the memory: [2 * layers, num_pages, elements of a page]
-        self.keys = parts[: len(parts) // 2]  # per layer [num_pages, page_size, K, D]
-        self.values = parts[len(parts) // 2 :]
+        self.pages_NPX = pages_NPX  # on the device: [2 * layers, num_pages, elements of a page]
+        self.keys = [key for key, _ in parts]  # per layer [num_pages, page_size, K, D]
+        self.values = [value for _, value in parts]
         self.page_size = page_size
+        self.host_bytes = host_bytes  # of the layers that are not on the device
 
     @classmethod
     def allocate(
@@ -51,8 +59,13 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
         head_major: bool = False,
+        host_layers: Sequence[int] = (),
+        host_memory: Callable[[int], torch.Tensor] | None = None,
     ) -> PagedKVCache:
         """A cache of zeros for `num_layers` layers of one stage.
+
+        `host_layers`, numbered within the stage, are in what `host_memory` gives for a number of
+        bytes: uint8, pinned memory of the host as the device sees it.
 
         `head_major`: lay a page out as [K, page_size, D], each row of D padded to 16 bytes, for
         GPU kernels; the tensors' shape stays the same. Padding rows of 100 to 104 lets a kernel
@@ -61,10 +74,17 @@ class PagedKVCache:
         page, row = (page_size, num_kv_heads), head_dim
         if head_major:
             page, row = (num_kv_heads, page_size), -(-head_dim // ROW_MULTIPLE) * ROW_MULTIPLE
-        shape = (2 * num_layers, num_pages, *page, row)
+        shape = (2 * (num_layers - len(host_layers)), num_pages, *page, row)
         pages = _zeros(shape, dtype, device or torch.device("cpu"))
-        parts = pages[..., :head_dim].transpose(2, 3) if head_major else pages
-        return cls(pages.flatten(2), parts.unbind(), page_size)
+        on_device, on_host, host_bytes = _pairs(pages, head_dim, head_major), iter(()), 0
+        if host_layers:
+            assert host_memory is not None, "memory for the layers that are not on the device"
+            shape = (2 * len(host_layers), *shape[1:])
+            host_bytes = math.prod(shape) * dtype.itemsize
+            in_host = host_memory(host_bytes).zero_().view(dtype).view(shape)
+            on_host = _pairs(in_host, head_dim, head_major)
+        parts = [next(on_host if n in host_layers else on_device) for n in range(num_layers)]
+        return cls(pages.flatten(2), parts, page_size, host_bytes)
 
     def write(
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
@@ -103,7 +123,7 @@ class PagedKVCache:
         """Nothing: pages are the head's to give to the next sequence."""
 
     def num_bytes(self) -> int:
-        """Memory reserved (not all of it committed)."""
+        """Memory reserved on the device (not all of it committed)."""
         return self.pages_NPX.nbytes
 
 
@@ -128,6 +148,15 @@ def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> tor
         rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
         table_BP = table_BP.index_select(0, rows_B)
     return table_BP[:, :num_pages].flatten()
+
+
+def _pairs(
+    pages: torch.Tensor, head_dim: int, head_major: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values by layer: of memory [2 * layers, num_pages, …, row], keys first."""
+    parts = pages[..., :head_dim].transpose(2, 3) if head_major else pages
+    keys, values = parts.tensor_split(2)
+    return zip(keys.unbind(), values.unbind(), strict=True)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -80,6 +80,8 @@ class StepForecast:
     link_s: float = 0.0
     disk_s: float = 0.0
     lookup_s: float = 0.0  # rows of an embedding that is not on the device
+    kv_bytes: int = 0  # of the cache of layers in host memory, read by kernels over the link
+    kv_s: float = 0.0  # which they wait for
     overlaps: bool = True  # False: a single buffer, so that nothing is brought beside the compute
     host_bytes_per_s: float = 0.0  # the rates that this reckons with
     disk_bytes_per_s: float = 0.0
@@ -89,14 +91,14 @@ class StepForecast:
         """The step with offload."""
         brought_s = max(self.link_s, self.disk_s)
         both_s = max(self.compute_s, brought_s) if self.overlaps else self.compute_s + brought_s
-        return both_s + self.lookup_s
+        return both_s + self.lookup_s + self.kv_s
 
     @property
     def bound_by(self) -> str:
         """`compute`, `link` or `disk`: what takes longest."""
-        if max(self.link_s, self.disk_s) <= self.compute_s:
+        if max(self.link_s + self.kv_s, self.disk_s) <= self.compute_s:
             return "compute"
-        return "disk" if self.disk_s >= self.link_s else "link"
+        return "disk" if self.disk_s >= self.link_s + self.kv_s else "link"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class StagePlan:
     weight_bytes: int  # parameters in the run's dtype
     cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
     offload: StageOffload | None = None  # None: all weights stay on the device
+    kv_host_layers: tuple[int, ...] = ()  # whose cache is in pinned host memory; as in the model
 
     @property
     def num_layers(self) -> int:

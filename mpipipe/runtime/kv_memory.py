@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.host_pages import page_bytes
 from mpipipe.kv_cache.paged import PagedKVCache
@@ -50,13 +51,21 @@ class KvMemory:
 def open_kv_memory(
     plan: PipelinePlan, stage: StagePlan, device: torch.device, *, head_major: bool
 ) -> KvMemory:
-    """The cache of `stage` on `device`, of zeros."""
+    """The cache of `stage` on `device`, of zeros.
+
+    Raises:
+        EnvironmentSetupError: host memory that a GPU must read cannot be pinned.
+    """
     pinned = PinnedMemory(device)
     if plan.kv_cache == "contiguous":
         return KvMemory(ContiguousKVCache(), pinned)
     spec = read_spec(Path(plan.model_path))
     # On a GPU the last page is no sequence's: rows without a sequence write there.
     num_pages = plan.num_kv_pages + (device.type == "cuda")
+
+    def take(num_bytes: int) -> torch.Tensor:
+        return _as_seen(pinned.take(num_bytes), pinned, device)
+
     cache = PagedKVCache.allocate(
         num_layers=stage.num_layers,
         num_pages=num_pages,
@@ -66,10 +75,24 @@ def open_kv_memory(
         dtype=getattr(torch, plan.dtype),
         device=device,
         head_major=head_major,
+        host_layers=[layer - stage.first_layer for layer in stage.kv_host_layers],
+        host_memory=take,
     )
+    if stage.kv_host_layers and pinned.refused_bytes:
+        pinned.close()
+        raise EnvironmentSetupError(
+            f"{gib(pinned.refused_bytes)} of host memory for the KV cache of "
+            f"{len(stage.kv_host_layers)} layers of stage {stage.stage} ({stage.host}) could not "
+            f'be pinned ({pinned.reason}), and a GPU reads no other: raise "ulimit -l" for the '
+            "job, or set memory.kv_host_bytes = 0"
+        )
     if not plan.num_host_pages:
         return KvMemory(cache, pinned)
-    memory = pinned.take(plan.num_host_pages * page_bytes(cache))
-    if device.type == "cuda" and not pinned.refused_bytes:
-        memory = device_view(memory, device)
-    return KvMemory(cache, pinned, memory)
+    return KvMemory(cache, pinned, take(plan.num_host_pages * page_bytes(cache)))
+
+
+def _as_seen(memory: torch.Tensor, pinned: PinnedMemory, device: torch.device) -> torch.Tensor:
+    """Host memory as kernels of `device` read it; where that is refused, as it is."""
+    if device.type != "cuda" or pinned.refused_bytes:
+        return memory
+    return device_view(memory, device)
