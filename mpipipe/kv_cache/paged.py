@@ -1,6 +1,6 @@
 """The paged KV cache: fixed pages of all layers, addressed by the head's page lists.
 
-The pages of some layers may be in pinned host memory (`host_layers`). Kernels then read them over
+The pages of some layers may be in pinned host memory (`HostLayers`). Kernels then read them over
 the link, only the pages of the sequences of a step, when it comes to that layer.
 
 The scheduler decides which sequence owns which page; each step's `BatchLayout` says where to write
@@ -16,6 +16,7 @@ how attention kernels read them. So nothing here may assume that the tensors are
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,20 @@ if TYPE_CHECKING:
 
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
-__all__ = ["PagedKVCache", "store_rows"]
+__all__ = ["HostLayers", "PagedKVCache", "store_rows"]
 
 ROW_MULTIPLE = 8  # elements of 2 bytes: 16 bytes, the widest load
+
+
+@dataclass(frozen=True, slots=True)
+class HostLayers:
+    """The layers whose pages are in host memory, numbered within the stage.
+
+    `memory` gives so many bytes: uint8, pinned memory of the host as the device sees it.
+    """
+
+    layers: tuple[int, ...]
+    memory: Callable[[int], torch.Tensor]
 
 
 class PagedKVCache:
@@ -59,13 +71,9 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
         head_major: bool = False,
-        host_layers: Sequence[int] = (),
-        host_memory: Callable[[int], torch.Tensor] | None = None,
+        host: HostLayers | None = None,
     ) -> PagedKVCache:
         """A cache of zeros for `num_layers` layers of one stage.
-
-        `host_layers`, numbered within the stage, are in what `host_memory` gives for a number of
-        bytes: uint8, pinned memory of the host as the device sees it.
 
         `head_major`: lay a page out as [K, page_size, D], each row of D padded to 16 bytes, for
         GPU kernels; the tensors' shape stays the same. Padding rows of 100 to 104 lets a kernel
@@ -74,14 +82,15 @@ class PagedKVCache:
         page, row = (page_size, num_kv_heads), head_dim
         if head_major:
             page, row = (num_kv_heads, page_size), -(-head_dim // ROW_MULTIPLE) * ROW_MULTIPLE
+        host_layers = () if host is None else host.layers
         shape = (2 * (num_layers - len(host_layers)), num_pages, *page, row)
         pages = _zeros(shape, dtype, device or torch.device("cpu"))
-        on_device, on_host, host_bytes = _pairs(pages, head_dim, head_major), iter(()), 0
-        if host_layers:
-            assert host_memory is not None, "memory for the layers that are not on the device"
+        on_device = on_host = _pairs(pages, head_dim, head_major)
+        host_bytes = 0
+        if host is not None:
             shape = (2 * len(host_layers), *shape[1:])
             host_bytes = math.prod(shape) * dtype.itemsize
-            in_host = host_memory(host_bytes).zero_().view(dtype).view(shape)
+            in_host = host.memory(host_bytes).zero_().view(dtype).view(shape)
             on_host = _pairs(in_host, head_dim, head_major)
         parts = [next(on_host if n in host_layers else on_device) for n in range(num_layers)]
         return cls(pages.flatten(2), parts, page_size, host_bytes)

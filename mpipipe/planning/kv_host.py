@@ -96,7 +96,7 @@ def with_host_pages(plan: PipelinePlan, facts: KvHostFacts) -> PipelinePlan:
             for with a cache that has no pages.
     """
     asked = facts.decisions.config.memory.kv_host_bytes
-    if asked == 0:
+    if asked == 0 or any(stage.kv_in_host is not None for stage in plan.stages):
         return plan
     if isinstance(asked, int):
         _check(plan, facts, asked)

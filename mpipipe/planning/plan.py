@@ -22,7 +22,15 @@ from mpipipe.types import (
     WeightsSource,
 )
 
-__all__ = ["Decisions", "PipelinePlan", "Resolved", "StageOffload", "StagePlan", "StepForecast"]
+__all__ = [
+    "Decisions",
+    "KvInHost",
+    "PipelinePlan",
+    "Resolved",
+    "StageOffload",
+    "StagePlan",
+    "StepForecast",
+]
 
 T = TypeVar("T")
 
@@ -81,7 +89,7 @@ class StepForecast:
     disk_s: float = 0.0
     lookup_s: float = 0.0  # rows of an embedding that is not on the device
     kv_bytes: int = 0  # of the cache of layers in host memory, read by kernels over the link
-    kv_s: float = 0.0  # which they wait for
+    kv_s: float = 0.0  # which computing waits for
     overlaps: bool = True  # False: a single buffer, so that nothing is brought beside the compute
     host_bytes_per_s: float = 0.0  # the rates that this reckons with
     disk_bytes_per_s: float = 0.0
@@ -122,6 +130,15 @@ class StageOffload:
 
 
 @dataclass(frozen=True, slots=True)
+class KvInHost:
+    """Layers whose KV cache is in pinned host memory, where the GPU's kernels read it."""
+
+    layers: tuple[int, ...]  # numbered as in the model
+    step_bytes: int = 0  # read over the link in a full decode step, as predicted
+    step_s: float = 0.0  # that the step takes longer for it
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """The slice of the model that one rank holds."""
 
@@ -135,7 +152,12 @@ class StagePlan:
     weight_bytes: int  # parameters in the run's dtype
     cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
     offload: StageOffload | None = None  # None: all weights stay on the device
-    kv_host_layers: tuple[int, ...] = ()  # whose cache is in pinned host memory; as in the model
+    kv_in_host: KvInHost | None = None  # None: the cache of all layers is on the device
+
+    @property
+    def num_kv_device_layers(self) -> int:
+        """Layers whose cache is on the device."""
+        return self.num_layers - (len(self.kv_in_host.layers) if self.kv_in_host else 0)
 
     @property
     def num_layers(self) -> int:

@@ -102,20 +102,23 @@ def _on_gpu(
     memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
 ) -> RankRoom:
     on_host, on_gpu = _num_on_host(rank, ranks), _num_on_gpu(rank, ranks)
-    host_bytes = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
-    if isinstance(memory.host_bytes, int):
-        host_bytes = memory.host_bytes
+    unasked = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
+    host_bytes = memory.host_bytes if isinstance(memory.host_bytes, int) else unasked
+    kv_host_bytes = memory.kv_host_bytes if isinstance(memory.kv_host_bytes, int) else unasked
+    most = most_host_bytes(rank, ranks)
     return RankRoom(
         device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
         weight_limit_bytes=None,
         cache_factor=1,
-        host_bytes=_less_margin(min(host_bytes, most_host_bytes(rank, ranks))),
+        host_bytes=_less_margin(min(host_bytes, most)),
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(rank.gpu, num_threads),
             link_rates(rank.gpu).shared_by(on_gpu, on_host),
         ),
         pins_staging=True,
+        kv_host_bytes=_less_margin(min(kv_host_bytes, most)),
+        pool_bytes=_less_margin(min(max(unasked, host_bytes, kv_host_bytes), most)),
     )
 
 

@@ -12,7 +12,7 @@ from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.host_pages import page_bytes
-from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
 from mpipipe.planning.memory import gib
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 
@@ -66,6 +66,8 @@ def open_kv_memory(
     def take(num_bytes: int) -> torch.Tensor:
         return _as_seen(pinned.take(num_bytes), pinned, device)
 
+    layers = () if stage.kv_in_host is None else stage.kv_in_host.layers
+    host = HostLayers(tuple(layer - stage.first_layer for layer in layers), take)
     cache = PagedKVCache.allocate(
         num_layers=stage.num_layers,
         num_pages=num_pages,
@@ -75,14 +77,13 @@ def open_kv_memory(
         dtype=getattr(torch, plan.dtype),
         device=device,
         head_major=head_major,
-        host_layers=[layer - stage.first_layer for layer in stage.kv_host_layers],
-        host_memory=take,
+        host=host if layers else None,
     )
-    if stage.kv_host_layers and pinned.refused_bytes:
+    if layers and pinned.refused_bytes:
         pinned.close()
         raise EnvironmentSetupError(
             f"{gib(pinned.refused_bytes)} of host memory for the KV cache of "
-            f"{len(stage.kv_host_layers)} layers of stage {stage.stage} ({stage.host}) could not "
+            f"{len(layers)} layers of stage {stage.stage} ({stage.host}) could not "
             f'be pinned ({pinned.reason}), and a GPU reads no other: raise "ulimit -l" for the '
             "job, or set memory.kv_host_bytes = 0"
         )

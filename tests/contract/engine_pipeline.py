@@ -25,7 +25,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.host_pages import page_bytes
-from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -125,6 +125,7 @@ def build_stage(
     backend: AttentionBackend,
     device: str = "cpu",
     offloading: Offloading | None = None,
+    pinned: PinnedMemory | None = None,
 ) -> StageModel:
     """Stage `number`, with pages of its own and the one that belongs to no sequence."""
     config = model.reference.config
@@ -141,6 +142,7 @@ def build_stage(
             dtype=torch.float32,
             device=torch.device(device),
             head_major=backend.head_major,
+            host=host_layers(plan, number, device, pinned),
         )
     return load_stage(
         model.folder,
@@ -152,6 +154,23 @@ def build_stage(
         max_sequence_tokens=64,
         offloading=offloading,
     )
+
+
+def host_layers(
+    plan: PipelinePlan, number: int, device: str, pinned: PinnedMemory | None
+) -> HostLayers | None:
+    """As `open_kv_memory` has them; `pinned` gives the memory."""
+    stage = plan.stages[number]
+    if stage.kv_in_host is None or not stage.kv_in_host.layers:
+        return None
+    pinned = pinned or PinnedMemory(torch.device(device))
+    layers = tuple(layer - stage.first_layer for layer in stage.kv_in_host.layers)
+    return HostLayers(layers, lambda num_bytes: seen(pinned.take(num_bytes), device))
+
+
+def seen(memory: torch.Tensor, device: str) -> torch.Tensor:
+    """Host memory as kernels of the device read it."""
+    return memory if device == "cpu" else device_view(memory, torch.device(device))
 
 
 def cache_of(stage: StageModel) -> KVCache:
@@ -208,7 +227,9 @@ class EnginePipeline:
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
         self.pinned = PinnedMemory(torch.device(device))
         stages = range(plan.num_stages)
-        self.models = [build_stage(model, plan, n, backend, device, offloading) for n in stages]
+        self.models = [
+            build_stage(model, plan, n, backend, device, offloading, self.pinned) for n in stages
+        ]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
             self.stream: Stream = ReplayingStream(torch.device(device), clock, ProgressEngine())

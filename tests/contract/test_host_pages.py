@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from mpipipe.kv_cache.host_pages import HostPages, page_bytes
-from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
+from mpipipe.planning.plan import KvInHost
 from mpipipe.types import SamplingParams
 from tests.contract.engine_pipeline import (
     EnginePipeline,
+    cache_of,
     engine_plan,
     make_requests,
     plain_outcomes,
@@ -143,3 +147,64 @@ def test_the_tokens_are_those_without_host_memory(
         found.append([o.token_ids for o in pipeline.generate(requests)])
         assert (pipeline.num_saved > 0) == (num_host_pages > 0)
     assert found[0] == found[1]
+
+
+# ---- layers whose pages are in host memory -------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_major", [False, True])
+def test_a_cache_with_layers_in_host_memory_has_the_same_tensors(head_major: bool) -> None:
+    taken: list[torch.Tensor] = []
+
+    def take(num_bytes: int) -> torch.Tensor:
+        taken.append(torch.full((num_bytes,), 7, dtype=torch.uint8))
+        return taken[-1]
+
+    shape: dict[str, Any] = {
+        "num_layers": 5,
+        "num_pages": 6,
+        "page_size": 4,
+        "num_kv_heads": 2,
+        "head_dim": 12,
+    }
+    whole = PagedKVCache.allocate(**shape, dtype=torch.float32, head_major=head_major)
+    cache = PagedKVCache.allocate(
+        **shape,
+        dtype=torch.float32,
+        head_major=head_major,
+        host=HostLayers((1, 4), take),
+    )
+    (memory,) = taken
+    assert cache.host_bytes == memory.numel() == 2 * page_bytes(whole) // 5 * 6
+    assert cache.num_bytes() == 3 * page_bytes(whole) // 5 * 6
+    begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+    for n in range(5):
+        for ours, theirs in ((cache.keys[n], whole.keys[n]), (cache.values[n], whole.values[n])):
+            assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
+            assert not ours.any()
+            assert (begin <= ours.data_ptr() < end) == (n in {1, 4})
+            ours.fill_(n + 1)
+    for n in range(5):
+        assert (cache.keys[n] == n + 1).all()
+        assert (cache.values[n] == n + 1).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_the_same_wherever_the_layers_have_their_pages(
+    mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    requests = make_requests((9, 3, 14, 6, 2, 11), lambda n: sampled(n).replace(max_new_tokens=12))
+    wanted = plain_outcomes(model, requests)
+    plan = engine_plan(2, graphs=mode == "replayed", max_sequences=4)
+    stages = tuple(
+        replace(s, kv_in_host=KvInHost(tuple(range(s.first_layer + 1, s.last_layer))))
+        for s in plan.stages
+    )
+    pipeline = EnginePipeline(model, replace(plan, stages=stages), mode).prepare()
+    found = pipeline.generate(requests)
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    caches = [cache_of(stage) for stage in pipeline.models]
+    in_host = [cache.host_bytes for cache in caches if isinstance(cache, PagedKVCache)]
+    assert len(in_host) == 2
+    assert sum(in_host) > 0

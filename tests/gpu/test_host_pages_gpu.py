@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,9 +15,15 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.control_plane.messages import PagesRestored, PagesSaved
 from mpipipe.kv_cache.host_pages import HostPages, page_bytes
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.planning.plan import KvInHost
 from mpipipe.types import Request, SamplingParams
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
-from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
+from tests.contract.engine_pipeline import (
+    EnginePipeline,
+    cache_of,
+    engine_plan,
+    make_requests,
+)
 from tests.contract.tiny_models import TinyModel, save_tiny
 from tests.gpu.test_engine_gpu import sampled
 from tests.gpu.waiting import no_synchronisation
@@ -193,3 +200,39 @@ def test_memory_that_cannot_be_pinned_still_moves_pages(
         found = pipeline.generate(requests)
         assert pipeline.num_saved > 0
     assert [list(outcome.token_ids) for outcome in found] == wanted
+
+
+# ---- layers whose pages are in host memory -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["graphs", "eager"])
+@pytest.mark.parametrize("family", ["llama", "llama-head_dim-100", "qwen3", "opt"])
+def test_tokens_are_the_same_with_the_cache_of_layers_in_host_memory(
+    family: str, name: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    """All layers but one of a stage, in steps of prompts and in graphs; opt: its own modules."""
+    model = tiny(family)
+    requests = make_requests(
+        LENGTHS, lambda n: SamplingParams(max_new_tokens=9 + n % 3, ignore_eos=True)
+    )
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    for num_stages in (1, 2):
+        plan = engine_plan(
+            num_stages,
+            graphs=name == "graphs",
+            hidden_size=model.reference.config.hidden_size,
+            max_tokens_per_step=7,  # chunks that begin in the middle of a prompt read the cache
+        )
+        stages = tuple(
+            replace(s, kv_in_host=KvInHost(tuple(range(s.first_layer + 1, s.last_layer))))
+            for s in plan.stages
+        )
+        plan = replace(plan, stages=stages)
+        device = f"cuda:{torch.cuda.current_device()}"
+        pipeline = EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
+        with closing(pipeline):
+            for seed in range(2):
+                found = pipeline.generate(requests, seed=seed)
+                assert [list(outcome.token_ids) for outcome in found] == wanted
+            caches = [cache_of(stage) for stage in pipeline.models]
+            assert sum(c.host_bytes for c in caches if isinstance(c, PagedKVCache)) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,84 @@ def test_a_cache_without_pages_moves_none() -> None:
     assert plan(world, device=False, kv_cache="contiguous").num_host_pages == 0
     with pytest.raises(PlanError, match='"contiguous" has none'):
         plan(world, GIB, device=False, kv_cache="contiguous")
+
+
+# ---- the cache of some layers in host memory -----------------------------------------------------
+
+
+def small(kv_host_bytes: int | str = "auto", **fields: Any) -> PipelinePlan:
+    """A model of 12.6 GiB on a device of 4 GiB, whose cache is what limits its rows."""
+    memory = MemoryConfig(device_bytes=4 * GIB, kv_host_bytes=kv_host_bytes)
+    memory = replace(memory, **fields)
+    workload = Workload(
+        num_requests=256,
+        longest_request_tokens=640,
+        num_prompt_tokens=256 * 512,
+        num_output_tokens=256 * 128,
+    )
+    config = Config(memory=memory, pipeline=PipelineConfig(device="cuda"))
+    return make_plan(config, OPENLLAMA_7B, gpus(1, host=100 * GIB), "/models/m", workload)
+
+
+def layers_reason(made: PipelinePlan) -> str:
+    return next((n.reason for n in made.resolved if n.setting == "memory.kv_host_layers"), "")
+
+
+def test_the_cache_of_layers_goes_to_host_memory_where_that_lets_more_rows_run() -> None:
+    made, without = small(), small(0)
+    (stage,), (plain,) = made.stages, without.stages
+    assert plain.kv_in_host is None
+    assert stage.kv_in_host is not None
+    assert stage.num_kv_device_layers == 32 - len(stage.kv_in_host.layers) >= 1
+    assert made.num_kv_pages > 2 * without.num_kv_pages
+    assert stage.offload is not None
+    assert plain.offload is not None
+    forecast = stage.offload.forecast
+    assert forecast.rows > 2 * plain.offload.forecast.rows
+    assert stage.kv_in_host.step_bytes == forecast.kv_bytes > 0
+    assert forecast.step_s >= max(forecast.link_s, forecast.compute_s) + forecast.kv_s
+    rows = f"host memory, for steps of {forecast.rows} rows"
+    assert rows in layers_reason(made)
+    assert "with all of it on the devices" in layers_reason(made)
+    lines = "\n".join(plan_lines(made))
+    assert f"{len(stage.kv_in_host.layers)} of 32 layers in host memory" in lines
+    assert "KV cache in host memory" in lines
+    assert made.num_host_pages == 0, "one or the other"
+    assert PipelinePlan.from_json(made.to_json()) == made
+
+
+def test_device_and_host_hold_what_is_planned() -> None:
+    for kv_host_bytes in ("auto", 6 * GIB):
+        made = small(kv_host_bytes)
+        (stage,) = made.stages
+        assert stage.offload is not None
+        assert stage.kv_in_host is not None
+        layer_page = PAGE_BYTES // 32
+        on_device = (made.num_kv_pages + 1) * stage.num_kv_device_layers * layer_page
+        in_host = (made.num_kv_pages + 1) * len(stage.kv_in_host.layers) * layer_page
+        assert stage.offload.device_bytes + on_device < 4 * GIB
+        assert in_host <= (6 * GIB if kv_host_bytes != "auto" else 70 * GIB)
+        assert in_host + stage.offload.host_bytes <= 98.5 * GIB
+
+
+def test_layers_that_are_spread_leave_the_first_ones_on_the_device() -> None:
+    (stage,) = small().stages
+    assert stage.kv_in_host is not None
+    assert stage.kv_in_host.layers[-1] == 31
+    assert list(stage.kv_in_host.layers) == sorted(set(stage.kv_in_host.layers))
+
+
+def test_a_cache_whose_size_is_asked_for_stays_on_the_device() -> None:
+    assert small(num_kv_pages=200).stages[0].kv_in_host is None
+    assert small(kv_cache_bytes=GIB).stages[0].kv_in_host is None
+
+
+def test_where_it_gains_nothing_the_plan_says_so() -> None:
+    made = plan(gpus(1))
+    assert made.stages[0].kv_in_host is None
+    assert "all of the KV cache is on the devices" in layers_reason(made)
+    assert "with a part of it in host memory" in layers_reason(made)
+    assert not layers_reason(plan(gpus(1), 0))
+    assert not layers_reason(plan(gpus(1), num_requests=4))
+    cpus = [replace(rank, gpu=GpuFacts()) for rank in gpus(1, host=200 * GIB)]
+    assert not layers_reason(plan(cpus, GIB, device=False, num_kv_pages=100))
