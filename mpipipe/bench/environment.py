@@ -17,16 +17,15 @@ __all__ = ["SPEED_PACKAGES", "environment"]
 SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
 # Fields of the plan, by their names.
 _PLANNED = (
-    "dtype", "num_slots", "max_sequences_per_slot", "max_tokens_per_step", "num_kv_pages",
-    "num_host_pages", "page_size_tokens", "transport", "attention", "lookahead", "prefill",
-    "weights",
+    "dtype", "num_replicas", "num_slots", "max_sequences_per_slot", "max_tokens_per_step",
+    "num_kv_pages", "num_host_pages", "page_size_tokens", "transport", "attention", "lookahead",
+    "prefill", "weights",
 )  # fmt: skip
 
 
 def environment(session: Session) -> dict[str, Any]:
     """What a benchmark's record says beside its figures (head)."""
     plan = session.plan
-    statistics = session.statistics()
     return {
         "model": Path(plan.model_path).name,
         "devices": [rank_resources.gpu.name or plan.device for rank_resources in session.resources],
@@ -36,8 +35,8 @@ def environment(session: Session) -> dict[str, Any]:
             "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
             "hash": plan.content_hash(),
         },
-        "num_preemptions": statistics.num_preemptions if statistics is not None else 0,
-        "num_saved": statistics.num_saved if statistics is not None else 0,
+        "num_preemptions": session.num_preemptions,
+        "num_saved": session.num_saved,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

@@ -106,7 +106,7 @@ async def connect_groups(
         broadcast: the head's bytes to all, over the control plane.
         rank: the own number; rank 0 is the head.
         hosts: the host of every rank, in order of rank.
-        stage_ranks: the rank of every stage, the head's first.
+        stage_ranks: the rank of every stage of this rank's pipeline, its head's first.
         device_index: this rank's GPU.
         timeout_s: for all of it.
 
@@ -124,7 +124,7 @@ async def connect_groups(
     try:
         async with asyncio.timeout(timeout_s):
             by_kind = await call_in_daemon(
-                lambda: _connect(store, rank, stage_ranks, device), "nccl-connect"
+                lambda: _connect(store, rank, len(hosts), stage_ranks, device), "nccl-connect"
             )
     except TimeoutError:
         raise DeadlineError(
@@ -151,9 +151,12 @@ def first_line(error: Exception) -> str:
 
 
 def _connect(
-    store: Store, rank: int, stage_ranks: Sequence[int], device: torch.device
+    store: Store, rank: int, world_size: int, stage_ranks: Sequence[int], device: torch.device
 ) -> dict[EdgeKind, ProcessGroup]:
-    """Make both groups and send a tensor over every edge. Blocks until all ranks do the same."""
+    """Make both groups, of all ranks, and send a tensor over every edge of this rank's pipeline.
+
+    Blocks until all ranks do the same.
+    """
     torch.cuda.set_device(device)  # per thread
     limit = timedelta(seconds=_TRANSFER_LIMIT_S)
     # Each group carries one kind in one order: serialising it is what is wanted, not a warning.
@@ -166,7 +169,7 @@ def _connect(
         "nccl",
         store=store,
         rank=rank,
-        world_size=len(stage_ranks),
+        world_size=world_size,
         device_id=device,
         timeout=limit,
     )

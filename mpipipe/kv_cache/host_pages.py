@@ -59,12 +59,14 @@ class HostPages:
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._moving: dict[int, torch.cuda.Event] = {}  # by page of the cache: it is copied
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._num_saves = 0
         self._num_saved = 0
         self._num_restored = 0
         self._timed_bytes, self._timed_s = 0, 0.0
 
     def save(self, pages: Sequence[int], host_pages: Sequence[int]) -> None:
         """Copy `pages` of the cache to `host_pages`."""
+        self._num_saves += 1
         self._num_saved += len(pages)
         for part in self._batches(len(pages)):
             self._copy(pages[part], host_pages[part], to_host=True)
@@ -88,6 +90,7 @@ class HostPages:
         """What was moved so far."""
         self._collect()
         return PageMoveUse(
+            num_saved=self._num_saves,
             saved_bytes=self._num_saved * self._page_bytes,
             restored_bytes=self._num_restored * self._page_bytes,
             bytes_per_s=self._timed_bytes / self._timed_s if self._timed_s else None,

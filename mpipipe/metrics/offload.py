@@ -24,6 +24,7 @@ class OffloadUse:
 class PageMoveUse:
     """KV pages of preempted sequences that a stage moved since it was opened."""
 
-    saved_bytes: int = 0  # to host memory
+    num_saved: int = 0  # sequences whose pages went to host memory
+    saved_bytes: int = 0
     restored_bytes: int = 0  # back
     bytes_per_s: float | None = None  # while bytes flowed, either way; None: none did

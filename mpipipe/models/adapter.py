@@ -33,6 +33,7 @@ from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
 from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
 from mpipipe.models.rotary import settle_rotary
+from mpipipe.models.row_major_linear import as_it_lies
 from mpipipe.models.stage_cut import (
     CheckpointNames,
     cut_stage,
@@ -40,7 +41,7 @@ from mpipipe.models.stage_cut import (
     loaded_device,
     materialise_buffers,
 )
-from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
+from mpipipe.models.streaming import NO_GATES, StreamedHead, StreamedWeights, attach_streaming
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StageModel", "build_stage_model"]
 
-_HEAD = "lm_head.weight"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -81,8 +81,8 @@ def build_stage_model(
         backend: computes attention.
         max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
-        quantize: what the linears of the layers become, and an LM head that is not tied to the
-            embedding (`quantized_linear`); of a checkpoint in 8 bits what it has so, and so.
+        quantize: what the linears of the layers become, and the LM head (`quantized_linear`), of
+            a tied embedding a copy; of a checkpoint in 8 bits what it has so, and so.
 
     Raises:
         UnsupportedModelError: the family cannot be split into stages.
@@ -116,16 +116,21 @@ def _quantize(
 ) -> None:
     """The linears of the layers and of the head, or what the checkpoint has quantised of them.
 
-    A tied head is the embedding, which gives its rows as they are. The routing of experts stays:
-    linears with no more outputs than there are experts.
+    A tied head becomes a copy of the embedding, which gives its rows as they are; but not in fp8
+    (`ModelSpec.has_quantized_head`). The routing of experts stays: linears with no more outputs
+    than there are experts.
     """
     layers_prefix = f"{parts.base_name}.layers."
     counts = (getattr(parts.model.config, name, None) for name in _EXPERT_COUNTS)
     num_experts = max((count for count in counts if isinstance(count, int)), default=0)
 
+    head = parts.model.get_output_embeddings()
+
     def is_wanted(path: str, linear: nn.Linear) -> bool:
         inside = path.startswith(layers_prefix)
-        if not inside and (f"{path}.weight" != _HEAD or _HEAD in names.tied):
+        if not inside and linear is not head:
+            return False
+        if f"{path}.weight" in names.tied and (stored is not None or scheme == "fp8"):
             return False
         if stored is not None:
             return stored.holds(_canonical(path, layers_prefix, stage.first_layer))
@@ -266,18 +271,21 @@ class StageModel(PlainStage):
 
     def _pack(self) -> None:
         """Into the layout for a CPU, but for what would then take more than the plan allows."""
-        layers, streamed = self._base.layers, self._streamed.layers
-        kept = [layers[number] for number in sorted(streamed)]
-        if self._streamed.gates is not NO_GATES:
-            kept += self._tied_head()
+        layers, streamed = self._base.layers, self._streamed
+        kept = [layers[number] for number in sorted(streamed.layers)]
+        if streamed.gates is not NO_GATES:
+            self._leave_head()
         fuse_layers(layers, self._context, self._options, streamed)
         prepack_linears(self.module, kept)
 
-    def _tied_head(self) -> list[nn.Module]:
-        """The head that is one tensor with the embedding: packed, it is a second one."""
+    def _leave_head(self) -> None:
+        """A head in blocks, or one tensor with the embedding: packed, it would be a second one."""
         ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
         weights = [getattr(end, "weight", None) for end in ends]
-        return [ends[1]] if weights[0] is not None and weights[0] is weights[1] else []
+        if isinstance(ends[1], StreamedHead):
+            ends[1].blocks = tuple(map(as_it_lies, ends[1].blocks))
+        elif weights[0] is not None and weights[0] is weights[1]:
+            self.module.set_output_embeddings(as_it_lies(ends[1]))
 
     @property
     def waits_on_host(self) -> bool:

@@ -80,6 +80,7 @@ class StageFitting:
     sampling: SamplingUse
     attention: AttentionName
     decisions: Decisions
+    world: Sequence[RankResources]  # of all replicas: they share cores
 
     def fit(self, stages: tuple[StagePlan, ...], demand: KvDemand, workload: Workload) -> Fitted:
         """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
@@ -385,7 +386,7 @@ class StageFitting:
         )
 
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
-        num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.ranks)
+        num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.world)
         on_gpus = self.device == "cuda"
         return rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
 

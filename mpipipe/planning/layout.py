@@ -1,7 +1,8 @@
-"""Where the stages run: which rank takes which stage, on which cores, with how many threads. Pure.
+"""Where the stages run: which rank takes which stage of which replica, on which cores. Pure.
 
-Invariants: rank 0 is the head and takes stage 0; stages on one host follow each other, so that as
-few edges as possible cross the network; a rank that its launcher has bound keeps its cores.
+Invariants: rank 0 is the head of replica 0 and takes its stage 0; stages on one host follow each
+other, so that as few edges as possible cross the network; every rank has a stage; a rank that its
+launcher has bound keeps its cores.
 `partition` decides which layers a stage has; `topology.host` reads and sets affinity.
 """
 
@@ -10,12 +11,25 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from mpipipe.config.schema import PipelineConfig
+from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
 from mpipipe.topology.host import Core, format_cpus
 
-__all__ = ["cores_of_ranks", "note_cores", "note_layout", "stage_order", "threads_per_rank"]
+__all__ = [
+    "Layout",
+    "Place",
+    "cores_of_ranks",
+    "lay_out",
+    "note_cores",
+    "note_layout",
+    "sharing",
+    "stage_order",
+    "threads_per_rank",
+]
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -28,6 +42,152 @@ def stage_order(ranks: Sequence[RankResources]) -> tuple[int, ...]:
     otherwise send every step over the network.
     """
     return tuple(rank.rank for sharers in _by_host(ranks) for rank in sharers)
+
+
+# ---- replicas ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is."""
+
+    replica: int
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which ranks make which pipeline: every rank is in one."""
+
+    replicas: tuple[tuple[int, ...], ...]  # of each its ranks, in the order of its stages
+    reason: str = ""  # why there are so many
+
+    @property
+    def least_stages(self) -> int:
+        """Of the shortest pipeline."""
+        return min(map(len, self.replicas))
+
+    @property
+    def most_stages(self) -> int:
+        """Of the longest pipeline."""
+        return max(map(len, self.replicas))
+
+    def place_of(self, rank: int) -> Place:
+        """Replica and stage of `rank`."""
+        for replica, ranks in enumerate(self.replicas):
+            if rank in ranks:
+                return Place(replica, ranks.index(rank))
+        raise AssertionError(f"rank {rank} is in no replica of {self.replicas}")
+
+
+def lay_out(
+    ranks: Sequence[RankResources], pipeline: PipelineConfig, *, least_stages: int = 1
+) -> Layout:
+    """Cut the order of stages into the replicas that are asked for; neighbours make a pipeline.
+
+    Ranks that are left over when all replicas have their stages make some pipelines longer by one:
+    requests are handed out on demand, so a longer one gets more. Where every host holds a replica,
+    none crosses hosts.
+
+    Args:
+        ranks: all of them.
+        pipeline: the settings.
+        least_stages: of a replica, where replicas and stages are "auto".
+
+    Raises:
+        EnvironmentSetupError: the number of ranks does not fit what is asked for.
+    """
+    order, num_replicas, num_stages = stage_order(ranks), pipeline.replicas, pipeline.num_stages
+    if isinstance(num_stages, int):
+        return Layout(_equal_cut(order, num_replicas, num_stages), "one per so many ranks")
+    if isinstance(num_replicas, int):
+        if num_replicas > len(order):
+            raise EnvironmentSetupError(
+                f"pipeline.replicas = {num_replicas}, but {_started(len(order))}, and every "
+                f"replica takes one at least: start {_launches(num_replicas)}, or set "
+                'pipeline.replicas = "auto"'
+            )
+        return Layout(_even_cut(order, num_replicas), "asked for")
+    least = "a rank holds the model" if least_stages == 1 else f"{least_stages} ranks hold it"
+    hosts = [[rank.rank for rank in sharers] for sharers in _by_host(ranks)]
+    if all(len(host) >= least_stages for host in hosts):
+        cuts = [_even_cut(host, len(host) // least_stages) for host in hosts]
+        return Layout(tuple(itertools.chain.from_iterable(cuts)), least)
+    return Layout(_even_cut(order, max(1, len(order) // least_stages)), least)
+
+
+def _equal_cut(
+    order: Sequence[int], num_replicas: int | str, num_stages: int
+) -> tuple[tuple[int, ...], ...]:
+    """Replicas of `num_stages` ranks each, that use all of them."""
+    num_ranks = len(order)
+    if num_replicas == 1 and num_stages != num_ranks:
+        raise EnvironmentSetupError(
+            f"pipeline.num_stages = {num_stages}, but {_started(num_ranks)}, and every stage is "
+            f"one rank: start {_launches(num_stages)}, or set pipeline.num_stages = {num_ranks}"
+            + (', or pipeline.replicas = "auto"' if num_ranks % num_stages == 0 else "")
+        )
+    if isinstance(num_replicas, int) and num_replicas * num_stages != num_ranks:
+        raise EnvironmentSetupError(
+            f"pipeline.replicas = {num_replicas} of pipeline.num_stages = {num_stages} take "
+            f"{num_replicas * num_stages} ranks, but {_started(num_ranks)}: start "
+            f"{_launches(num_replicas * num_stages)}, or leave one of the two settings out"
+        )
+    if num_ranks % num_stages:
+        most = num_ranks - num_ranks % num_stages
+        left = ", ".join(map(str, sorted(order[most:])))
+        raise EnvironmentSetupError(
+            f"{_started(num_ranks)}, which are no whole number of pipelines of "
+            f"pipeline.num_stages = {num_stages}: {'rank' if num_ranks - most == 1 else 'ranks'} "
+            f"{left} would be left over; start {_launches(most or num_stages)}, or set "
+            'pipeline.num_stages = "auto", which makes some pipelines longer'
+        )
+    return tuple(
+        tuple(order[first : first + num_stages]) for first in range(0, num_ranks, num_stages)
+    )
+
+
+def _even_cut(order: Sequence[int], num_parts: int) -> tuple[tuple[int, ...], ...]:
+    """Parts that differ by one rank at most, the longer ones first."""
+    size, num_longer = divmod(len(order), num_parts)
+    edges = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
+    return tuple(tuple(order[first:last]) for first, last in itertools.pairwise(edges))
+
+
+def _started(num_ranks: int) -> str:
+    return f"{num_ranks} rank{' was' if num_ranks == 1 else 's were'} started"
+
+
+def _launches(num_ranks: int) -> str:
+    return f"`mpirun -n {num_ranks} mpipipe run …` or `srun -n {num_ranks} mpipipe run …`"
+
+
+def sharing(ranks: Sequence[RankResources], members: Sequence[int]) -> list[RankResources]:
+    """What `members` of a replica have where other replicas use the same hosts, or the same GPUs.
+
+    Of memory that is shared they get as much as they are of the ranks that share it.
+    """
+    inside = set(members)
+    by_host, by_gpu = Counter(rank.host for rank in ranks), Counter(map(_gpu_of, ranks))
+    own = [rank for rank in ranks if rank.rank in inside]
+    own_by_host, own_by_gpu = Counter(rank.host for rank in own), Counter(map(_gpu_of, own))
+
+    def share(rank: RankResources) -> RankResources:
+        host, gpu = rank.host, _gpu_of(rank)
+        if own_by_host[host] == by_host[host]:
+            return rank
+        available = rank.memory_available_bytes * own_by_host[host] // by_host[host]
+        free = rank.gpu.free_bytes * own_by_gpu[gpu] // by_gpu[gpu]
+        return replace(
+            rank, memory_available_bytes=available, gpu=replace(rank.gpu, free_bytes=free)
+        )
+
+    numbers = {rank.rank: rank for rank in own}
+    return [share(numbers[member]) for member in members]
+
+
+def _gpu_of(rank: RankResources) -> tuple[str, str | int]:
+    return rank.host, rank.gpu.uuid or rank.gpu.index
 
 
 def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:

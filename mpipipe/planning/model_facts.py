@@ -15,6 +15,7 @@ from mpipipe.config.load import DEMO_SCHEME, LoadedConfig, require_set
 from mpipipe.demo.model import DEMO_MODEL, demo_model_folder, is_ready
 from mpipipe.errors import CheckpointError, ConfigError
 from mpipipe.planning.plan import Resolved
+from mpipipe.planning.resources import absolute_offload_dir
 
 __all__ = ["ModelFacts", "model_folder", "read_model"]
 
@@ -53,17 +54,18 @@ def model_folder(loaded: LoadedConfig) -> Path:
     return folder
 
 
-def read_model(loaded: LoadedConfig) -> ModelFacts:
+def read_model(loaded: LoadedConfig, *, needs_weights: bool = True) -> ModelFacts:
     """Read what the head must know before it plans: `config.json` and the weight files' headers.
 
-    With `model.weights = "random"` a folder with nothing but a `config.json` will do.
+    With `model.weights = "random"`, or for a plan alone (`needs_weights`), a folder with nothing
+    but a `config.json` will do.
 
     Raises:
         CheckpointError: folder or files missing or incomplete, or not a model we can run.
     """
     folder = model_folder(loaded)
     spec = read_spec(folder)
-    if loaded.config.model.weights != "random":
+    if needs_weights and loaded.config.model.weights != "random":
         read_index(folder)  # a half-copied model must be told before anything heavy starts
     tokenizer_path = loaded.config.model.tokenizer_path
     tokenizer_folder = Path(tokenizer_path).absolute() if tokenizer_path else folder
@@ -72,12 +74,10 @@ def read_model(loaded: LoadedConfig) -> ModelFacts:
 
 
 def _with_absolute_offload_dir(loaded: LoadedConfig) -> LoadedConfig:
-    """Every rank is to use the same path, wherever it was started."""
     memory = loaded.config.memory
     if not memory.offload_dir:
         return loaded
-    path = Path(memory.offload_dir).expanduser().absolute()
-    memory = replace(memory, offload_dir=str(path))
+    memory = replace(memory, offload_dir=absolute_offload_dir(memory.offload_dir))
     return replace(loaded, config=replace(loaded.config, memory=memory))
 
 

@@ -172,7 +172,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """Everything the ranks must agree on. Equal plans have equal hashes."""
+    """Everything the ranks of one pipeline must agree on. Equal plans have equal hashes."""
 
     model_path: str  # absolute
     model_type: str
@@ -204,6 +204,8 @@ class PipelinePlan:
     num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
     min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
+    replica: int = 0  # which of the job's pipelines
+    num_replicas: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -214,6 +216,16 @@ class PipelinePlan:
     def head_rank(self) -> int:
         """The rank that decides: stage 0's."""
         return self.stages[0].rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the pipeline, in the order of its stages."""
+        return tuple(stage.rank for stage in self.stages)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that have a place at once, if their pages fit."""
+        return self.num_slots * self.max_sequences_per_slot
 
     @property
     def last_rank(self) -> int:

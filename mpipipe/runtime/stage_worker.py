@@ -20,6 +20,8 @@ from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.clock_offsets import Clocks
@@ -46,14 +48,15 @@ async def open_worker(
     ranks: Ranks,
     parts: StageParts,
     *,
+    hosts: Sequence[str],
     account: StageAccount,
     clocks: Clocks,
     device: torch.device,
     profiler: Profiler,
 ) -> AsyncIterator[OpenedWorker]:
-    """The stage's worker, ready but for its edges; all ranks call it together.
+    """The stage's worker, ready but for its edges; all ranks of all replicas call it together.
 
-    `profiler` is told what it does, and is closed with it.
+    `hosts`: of each rank. `profiler` is told what it does, and is closed with it.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
@@ -66,7 +69,7 @@ async def open_worker(
     stream.enter()  # captured in the phase's thread, launched from this one
     ranks.boot.begin("edges")
     try:
-        channel = profiler.channel(await open_channel(plan, ranks, device))
+        channel = profiler.channel(await open_channel(plan, hosts, ranks, device))
         link = _link(plan, ranks, account, clocks)
         worker = StageWorker(
             plan=plan,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from mpipipe.data_plane.loopback import open_loopback_channels
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from mpipipe.data_plane.channel import TensorChannel
@@ -28,18 +30,20 @@ class Transport:
     name: TransportName
     device: DeviceName  # where the tensors are
     hosts: tuple[str, ...]  # by rank
-    stage_ranks: tuple[int, ...]  # ranks in the order of their stages
+    stage_ranks: tuple[int, ...]  # of this rank's pipeline, in the order of its stages
 
 
-async def open_channel(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> TensorChannel:
-    """Open this rank's end of the plan's transport; all ranks call it together.
+async def open_channel(
+    plan: PipelinePlan, hosts: Sequence[str], ranks: Ranks, device: torch.device
+) -> TensorChannel:
+    """Open this rank's end of the plan's transport; all ranks of all replicas call it together.
+
+    `hosts`: of each rank.
 
     Raises:
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    hosts = tuple(stage.host for stage in sorted(plan.stages, key=lambda stage: stage.rank))
-    stage_ranks = tuple(stage.rank for stage in plan.stages)
-    transport = Transport(plan.transport, plan.device, hosts, stage_ranks)
+    transport = Transport(plan.transport, plan.device, tuple(hosts), plan.ranks)
     return await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
 
 

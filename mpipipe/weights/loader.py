@@ -84,7 +84,7 @@ def load_stage(
     filler = TensorFiller(
         source,
         num_threads=num_readers(torch.get_num_threads()),
-        pinned=destination.device.type == "cuda",
+        device=destination.device,
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
@@ -100,7 +100,7 @@ def load_stage(
         bytes_read=filler.bytes_read,
         parameter_bytes=_prove_materialised(module),
         convert_s=filler.convert_s,
-        warnings=tuple(filler.staging.warnings),
+        warnings=tuple(filler.buffers.warnings),
     )
 
 
@@ -118,6 +118,8 @@ class _Slot:
     parts: tuple[Part, ...]
     meta: torch.Tensor
     scale: Place | None = None  # of a weight that is quantised when it is read
+    # The weight in 8 bits, and its scale, that are made of it beside it.
+    narrow_copy: tuple[Place, Place] | None = None
     unpacking: Unpacking | None = None  # of a weight that the file has quantised, or of its scale
 
 
@@ -142,15 +144,23 @@ def _slots(
             twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
-    return [
-        _Slot(
-            tuple(found),
-            key,
-            state[found[0]],
-            Place((scales[found[0]],), state[scales[found[0]]]) if found[0] in scales else None,
-        )
-        for key, found in names.items()
-    ]
+    slots = []
+    for key, found in names.items():
+        narrow = [
+            (Place((name,), state[name]), Place((scales[name],), state[scales[name]]))
+            for name in found
+            if name in scales
+        ]
+        plain = tuple(name for name in found if name not in scales)
+        if not narrow:
+            slots.append(_Slot(plain, key, state[plain[0]]))
+        elif not plain:
+            ((weight, its_scale),) = narrow
+            slots.append(_Slot(weight.names, key, weight.like, its_scale))
+        else:  # embedding and LM head
+            (copied,) = narrow
+            slots.append(_Slot(plain, key, state[plain[0]], narrow_copy=copied))
+    return slots
 
 
 def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
@@ -215,9 +225,16 @@ def _fill(
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
         _check_range(slot, stored, filled.tensor)
         if slot.scale is not None:
-            weight = Place(slot.names, slot.meta)
-            tensor, scale = quantize_to(destination, filled.tensor, weight, slot.scale)
-            place(module, slot.scale.names, scale, slot.scale.like)
+            copied = Place(slot.names, slot.meta), slot.scale
+            _place_narrow(module, filled.tensor, copied, destination)
+            continue
+        if slot.narrow_copy is not None:
+            _place_narrow(module, filled.tensor, slot.narrow_copy, destination)
+            tensor = filled.tensor
+            if tensor.dtype != slot.meta.dtype:
+                tensor = destination.empty(slot.names, slot.meta).copy_(tensor)
+                _check_range(slot, stored, tensor)
+            tensor = destination.keep(slot.names, tensor)
         elif slot.unpacking is not None:
             tensor = destination.empty(slot.names, slot.meta)
             tensor.copy_(slot.unpacking.unpack(filled.tensor, slot.meta.shape))
@@ -227,11 +244,25 @@ def _fill(
         place(module, slot.names, tensor, slot.meta)
 
 
+def _place_narrow(
+    module: torch.nn.Module,
+    exact_OI: torch.Tensor,
+    places: tuple[Place, Place],
+    destination: Destination,
+) -> None:
+    """A weight in 8 bits and its scale, made of `exact_OI`."""
+    made = quantize_to(destination, exact_OI, *places)
+    for tensor, found in zip(made, places, strict=True):
+        place(module, found.names, tensor, found.like)
+
+
 def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
     """What becomes another tensor is read as it is in the file first, to the device."""
     first = stored[slot.parts[0].source]
-    if slot.scale is not None:
-        dtype = getattr(torch, first.dtype)
+    dtype = getattr(torch, first.dtype)
+    # Of what the file holds, whether a stage has the embedding or the head made of it, or both.
+    is_copied = slot.narrow_copy is not None and dtype != slot.meta.dtype
+    if slot.scale is not None or is_copied:
         tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     elif slot.unpacking is not None:
         dtype = slot.unpacking.dtype(slot.meta.dtype)
@@ -292,7 +323,7 @@ def _share_equal(
     for canonical, twin in tied.items():
         if canonical in name_of and twin in name_of:
             ours, theirs = state[name_of[canonical]], state[name_of[twin]]
-            if ours is not theirs and torch.equal(ours, theirs):
+            if ours is not theirs and ours.dtype == theirs.dtype and torch.equal(ours, theirs):
                 owner, _, leaf = name_of[canonical].rpartition(".")
                 setattr(module.get_submodule(owner), leaf, theirs)
 

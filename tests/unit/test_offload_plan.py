@@ -168,7 +168,8 @@ def test_without_a_limit_the_memory_of_the_host_decides() -> None:
     with pytest.raises(
         PlanError,
         match=r"ranks 0, 1 together on a would hold 7\.\d+ GiB of weights, but only 6\.00 GiB of "
-        r"memory is available there: set memory\.offload_dir to .* with \d\.\d+ GiB free",
+        r"memory is available there, 1\.\d+ GiB too little: set memory\.offload_dir to .* with "
+        r"\d\.\d+ GiB free",
     ):
         plan(ranks("a", "a", memory=6 * GIB), MemoryConfig(), spec=LARGE)
 
@@ -438,3 +439,14 @@ def test_a_relative_folder_is_that_of_the_head(
     words = ["model.path=.", "model.weights=random", "memory.offload_dir=o"]
     model = read_model(load_config(None, words))
     assert model.loaded.config.memory.offload_dir == str(tmp_path / "o")
+
+
+def test_the_measured_rate_of_a_disk_is_shared_by_the_ranks_of_its_host() -> None:
+    memory = MemoryConfig(device_bytes=100 * MIB, offload_dir=DISK)
+    fast = [replace(rank, disk_bytes_per_s=4_000_000_000) for rank in ranks("a", "a", "b")]
+    made = plan(fast, memory)
+    rates = [offload(made, stage).forecast.disk_bytes_per_s for stage in range(3)]
+    assert rates == [2e9, 2e9, 4e9]
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    assert "disk 4 GB/s (measured)" in note.reason
+    assert "assumed" not in note.reason

@@ -249,8 +249,9 @@ def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
     assert not any("KV pages" in line for line in summary_lines(summary))
     assert any(line.endswith(" 2 preemptions") for line in summary_lines(summary))
     first, second = summary.ranks
-    use = PageMoveUse(saved_bytes=3 * MIB, restored_bytes=2 * MIB, bytes_per_s=1.5e9)
-    moved = replace(summary, num_saved=1, ranks=(first, replace(second, page_moves=use)))
+    use = PageMoveUse(1, saved_bytes=3 * MIB, restored_bytes=2 * MIB, bytes_per_s=1.5e9)
+    ranks = (replace(first, page_moves=use), replace(second, page_moves=use))
+    moved = replace(summary, ranks=ranks)
     lines = summary_lines(moved)
     assert any(line.endswith(" 2 preemptions, 1 by moving pages") for line in lines)
     assert lines[-1].split() == ["1", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
