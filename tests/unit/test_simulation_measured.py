@@ -52,7 +52,7 @@ def requests(outlook: Outlook) -> list[RequestLengths]:
 
 
 def replica(outlook: Outlook) -> ReplicaPlan:
-    return ReplicaPlan(outlook.plan, PlannedTimes(outlook.plan, outlook.times))
+    return ReplicaPlan(outlook.plan, PlannedTimes(outlook.plan, outlook.times[0]))
 
 
 def simulated(outlook: Outlook) -> SimulationResult:
