@@ -30,6 +30,7 @@ from mpipipe.planning.devices import (
     least_capable,
 )
 from mpipipe.planning.fit import Fitted, StageFitting
+from mpipipe.planning.kv_host import KvHostFacts, with_host_pages
 from mpipipe.planning.layout import (
     Layout,
     lay_out,
@@ -173,13 +174,14 @@ class _Job:
         return self._fastest(rates, whole)
 
     def _resident(self, layout: Layout) -> tuple[PipelinePlan, ...]:
-        """The plans, if all weights stay on their devices; empty: they do not fit."""
+        """The plans, if weights and cache stay on their devices; empty: they do not fit there."""
         try:
             plans = tuple(self.plan(layout, replica) for replica in range(len(layout.replicas)))
         except PlanError:
             return ()
-        offloaded = any(stage.offload is not None for plan in plans for stage in plan.stages)
-        return () if offloaded else plans
+        stages = [stage for plan in plans for stage in plan.stages]
+        elsewhere = any(s.offload is not None or s.kv_in_host is not None for s in stages)
+        return () if elsewhere else plans
 
     def _tokens_per_s(self, plans: Sequence[PipelinePlan]) -> float | None:
         return predicted_rate(self.spec, plans, self.ranks, self.workload)
@@ -226,9 +228,7 @@ class _Job:
             longest_request_tokens=workload.longest_request_tokens,
             num_requests=workload.num_requests,
         )
-        # Unknown requests: those of the configuration, and greedy ones.
-        configured = SamplingUse.of([default_sampling(config.generation)])
-        sampling = workload.sampling or replace(configured, plain=True)
+        sampling = workload.sampling or _unknown_sampling(config)
         note_layout(staged, decisions)
         resolver = _Resolver(
             spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
@@ -240,7 +240,14 @@ class _Job:
         )
         fitted = fitting.fit(stages, demand, workload)
         plan = replace(resolver, limits=fitted.limits).plan(self.model_path, fitted, attention)
+        facts = KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions, workload)
+        plan = with_host_pages(plan, facts)
         return replace(plan, replica=replica, num_replicas=num_replicas)
+
+
+def _unknown_sampling(config: Config) -> SamplingUse:
+    """Of requests that come later: those of the configuration, and greedy ones."""
+    return replace(SamplingUse.of([default_sampling(config.generation)]), plain=True)
 
 
 def _holds_batch(plan: PipelinePlan) -> bool:
