@@ -66,8 +66,8 @@ _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
 _GPUS = (
-    'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4". Also p100, v100-16, v100-32, a10, l4, '
-    "l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
+    'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4". Also p100, v100-16, v100-32, a10, '
+    "l4, l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
 )
 _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
 _LINK = (
