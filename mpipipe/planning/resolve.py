@@ -30,6 +30,7 @@ from mpipipe.planning.devices import (
     least_capable,
 )
 from mpipipe.planning.fit import Fitted, StageFitting
+from mpipipe.planning.kv_host import KvHostFacts, with_host_pages
 from mpipipe.planning.layout import (
     Layout,
     lay_out,
@@ -182,9 +183,7 @@ class _Job:
             longest_request_tokens=workload.longest_request_tokens,
             num_requests=workload.num_requests,
         )
-        # Unknown requests: those of the configuration, and greedy ones.
-        configured = SamplingUse.of([default_sampling(config.generation)])
-        sampling = workload.sampling or replace(configured, plain=True)
+        sampling = workload.sampling or _unknown_sampling(config)
         note_layout(staged, decisions)
         resolver = _Resolver(
             spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
@@ -196,12 +195,19 @@ class _Job:
         )
         fitted = fitting.fit(stages, demand, workload)
         plan = replace(resolver, limits=fitted.limits).plan(self.model_path, fitted, attention)
+        facts = KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions, workload)
+        plan = with_host_pages(plan, facts)
         return replace(plan, replica=replica, num_replicas=num_replicas)
+
+
+def _unknown_sampling(config: Config) -> SamplingUse:
+    """Of requests that come later: those of the configuration, and greedy ones."""
+    return replace(SamplingUse.of([default_sampling(config.generation)]), plain=True)
 
 
 def _holds_enough(plan: PipelinePlan, workload: Workload) -> bool:
     """Whether all weights are on the devices, and the cache holds enough requests."""
-    if any(stage.offload is not None for stage in plan.stages):
+    if any(stage.offload is not None or stage.kv_in_host is not None for stage in plan.stages):
         return False
     rows = plan.num_slots * min(plan.max_sequences_per_slot, _ENOUGH_ROWS)
     if workload.num_requests is not None:

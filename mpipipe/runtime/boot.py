@@ -113,7 +113,7 @@ def _load_facts(
         load_s=load_s,
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
-        kv_bytes=parts.cache.num_bytes(),
+        kv_bytes=parts.kv_memory.cache.num_bytes(),
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )
@@ -130,6 +130,8 @@ def _log_ready(
 ) -> None:
     if parts.offloaded is not None and parts.offloaded.warning:
         boot.log.warning("offload", message=parts.offloaded.warning)
+    if parts.kv_memory.warning:
+        boot.log.warning("kv_memory", message=parts.kv_memory.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),

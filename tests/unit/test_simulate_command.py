@@ -56,6 +56,7 @@ def test_two_t4_nodes(capsys: pytest.CaptureFixture[str]) -> None:
         assert parts_s == pytest.approx(found["elapsed_s"])
     assert found["deadlocks"] == []
     assert found["dispatch"] is None
+    assert found["forecast_tokens_per_s"] == pytest.approx(found["tokens_per_s"], rel=0.1)
 
 
 def test_a_slower_link_makes_the_job_slower(capsys: pytest.CaptureFixture[str]) -> None:

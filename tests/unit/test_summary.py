@@ -11,7 +11,7 @@ from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootPart
 from mpipipe.metrics.identity import RunIdentity
-from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.summary import (
     PhaseTimes,
     RankReport,
@@ -243,6 +243,21 @@ def test_table_columns_are_aligned(summary: RunSummary) -> None:
     compute_end = table[0].index("compute") + len("compute")
     assert [line[compute_end - 1] for line in table[1:]] == ["%", "%"]
     assert table[1].split()[:5] == ["0", "0", "node0", "6.0", "s"]
+
+
+def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
+    assert not any("KV pages" in line for line in summary_lines(summary))
+    assert any(line.endswith(" 2 preemptions") for line in summary_lines(summary))
+    first, second = summary.ranks
+    use = PageMoveUse(1, saved_bytes=3 * MIB, restored_bytes=2 * MIB, bytes_per_s=1.5e9)
+    ranks = (replace(first, page_moves=use), replace(second, page_moves=use))
+    moved = replace(summary, ranks=ranks)
+    lines = summary_lines(moved)
+    assert any(line.endswith(" 2 preemptions, 1 by moving pages") for line in lines)
+    assert lines[-1].split() == ["1", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
+    metrics = json.loads(json.dumps(moved.to_dict(), allow_nan=False))
+    assert metrics["num_saved"] == 1
+    assert metrics["ranks"][1]["page_moves"]["restored_bytes"] == 2 * MIB
 
 
 def test_offloaded_weights_are_told_beside_what_was_planned(summary: RunSummary) -> None:
