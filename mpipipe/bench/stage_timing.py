@@ -80,7 +80,7 @@ class SliceOpener:
             engine = open_engine(
                 self.plan,
                 parts.model,
-                parts.cache,
+                parts.kv_memory.cache,
                 stream,
                 attention_needs_seq_lens=parts.needs_seq_lens,
             )
@@ -105,8 +105,9 @@ class SliceOpener:
 
 def _touch(parts: StageParts) -> None:
     """Have the cache in memory: pages that were never written are all the same one of zeros."""
-    if isinstance(parts.cache, PagedKVCache):
-        for tensor in (*parts.cache.keys, *parts.cache.values):
+    cache = parts.kv_memory.cache
+    if isinstance(cache, PagedKVCache):
+        for tensor in (*cache.keys, *cache.values):
             tensor.fill_(0.01)
 
 

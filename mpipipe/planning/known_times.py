@@ -11,7 +11,7 @@ from mpipipe.planning.forecast import startup_s, weights_s
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
 from mpipipe.planning.profile_times import profile_times
-from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_times import StepTimes
 
@@ -53,7 +53,7 @@ def known_times(
     spec: ModelSpec,
     plan: PipelinePlan,
     ranks: Sequence[RankResources],
-    rates: StepTimes | None = None,
+    rates: RateTimes | None = None,
     *,
     folder: Path | None = None,
 ) -> KnownTimes:

@@ -61,7 +61,7 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: Jo
     page_bytes = kv_page_bytes(
         spec,
         plan.dtype,
-        num_layers=stage.num_layers,
+        num_layers=stage.num_kv_device_layers,
         page_size_tokens=plan.page_size_tokens,
         row_multiple=8 if on_gpu else 1,
     )

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.profile import HopPoint, Profile, RowPoint, StepPart, TokenPoint
-from mpipipe.planning.rate_times import with_offload
-from mpipipe.planning.step_times import StepTimes
+from mpipipe.planning.rate_times import RateTimes, with_offload
 
 __all__ = ["Curve", "ProfileTimes", "profile_times"]
 
@@ -114,7 +113,7 @@ class ProfileTimes:
     parts: Mapping[int, tuple[_Part, _Part]]  # of decode and of prefill steps, by rank
     hops: Mapping[bool, Curve | None]  # over bytes, by whether hosts are crossed
     row_bytes: int  # of a hidden state
-    rates: StepTimes  # for links that were not measured
+    rates: RateTimes  # for links that were not measured, and for pages in host memory
     source: str
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
@@ -122,7 +121,8 @@ class ProfileTimes:
         decode, _ = self.parts[stage.rank]
         seconds = decode.seconds(stage, rows, context_tokens)
         seconds += decode.head.at(rows) if stage.has_head else 0.0
-        return with_offload(stage.offload, seconds, rows)
+        in_host_s = self.rates.kv_in_host_s(stage, rows * context_tokens)
+        return with_offload(stage.offload, seconds, rows) + in_host_s
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`. The head computes the last token of each prompt, as in decode steps."""
@@ -131,7 +131,8 @@ class ProfileTimes:
         if stage.has_head:
             prompts = tokens / max(1.0, 2 * context_tokens)
             seconds += decode.head.at(max(1.0, prompts))
-        return with_offload(stage.offload, seconds, tokens)
+        in_host_s = self.rates.kv_in_host_s(stage, 2 * tokens)
+        return with_offload(stage.offload, seconds, tokens) + in_host_s
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
@@ -142,7 +143,7 @@ class ProfileTimes:
 
 
 def profile_times(
-    plan: PipelinePlan, profiles: Mapping[int, Profile], rates: StepTimes
+    plan: PipelinePlan, profiles: Mapping[int, Profile], rates: RateTimes
 ) -> ProfileTimes:
     """The times of `plan`, all of whose ranks have profiles; `rates` for links without."""
     distinct = {profile.key.digest: profile for profile in profiles.values()}
