@@ -27,7 +27,18 @@ __all__ = ["result_fields", "show_result", "write_trace"]
 _WIDTH = 120  # where the output is no terminal
 _MOST_STAGES = 12  # of more, those that are alike are shown as one
 _ALIKE = 0.01  # in their bubbles
-_COLUMNS = ("stage", "host", "layers", "compute", "wait", "send", "idle", "bubble", "steady")
+_COLUMNS = (
+    "stage",
+    "host",
+    "layers",
+    "compute",
+    "wait",
+    "transfer",
+    "send",
+    "idle",
+    "bubble",
+    "steady",
+)
 
 
 def show_result(
@@ -162,7 +173,7 @@ def _groups(stages: Sequence[StageResult]) -> list[list[StageResult]]:
 def _row(alike: Sequence[StageResult]) -> tuple[str, ...]:
     """Of the first of them; their numbers and hosts."""
     stage, last = alike[0], alike[-1]
-    parts = (stage.compute_s, stage.wait_s, stage.send_s, stage.idle_s)
+    parts = (stage.compute_s, stage.wait_s, stage.transfer_s, stage.send_s, stage.idle_s)
     total_s = sum(parts) or 1.0
     steady = stage.steady_bubble
     return (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log
+from math import ceil, log
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.errors import PlanError
@@ -25,10 +25,10 @@ from mpipipe.planning.workload import Workload
 __all__ = ["KvHostFacts", "with_host_pages"]
 
 _SETTING = "memory.kv_host_bytes"
-# Copies run beside the steps. Steps wait for the first batch of a save and for what of a restore
-# one step does not hide: a guess of the share.
+# To begin a copy takes less than to begin a step of prompts; neither is counted. Copies run beside
+# the steps, which wait for the first batch of a save and what of a restore one step does not
+# hide: a guess of the share.
 _WAITED_SHARE = 0.5
-_FIXED_S = 2e-4  # to begin the copies of a sequence, out and back
 _PIN_BYTES_PER_S = 4e9  # a guess: the system clears the memory first
 # Of all tokens that a run's sequences end with, those in the cache of a sequence when it is
 # preempted, per e-fold that sequences grow from their prompts. In a simulation with one slot and
@@ -81,7 +81,7 @@ class _Costs:
         gain_s = self.token_s - self.page_s / self.page_size
         if gain_s <= 0:
             return None
-        return max(1, -(-int((_FIXED_S + self.page_s) * 1e9) // max(1, int(gain_s * 1e9))))
+        return max(1, ceil(self.page_s / gain_s))  # the last page may be nearly empty
 
     def __str__(self) -> str:
         moved, computed = self.page_s / self.page_size, self.token_s

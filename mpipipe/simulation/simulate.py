@@ -190,7 +190,7 @@ def _stages(
     found = []
     for stage in plan.stages:
         uses = [part.stages.uses[stage.stage] for part in parts]
-        compute_s, wait_s, send_s, steady_compute_s, steady_s = _means(uses)
+        compute_s, wait_s, transfer_s, send_s, steady_compute_s, steady_s = _means(uses)
         found.append(
             StageResult(
                 stage=stage.stage,
@@ -198,8 +198,9 @@ def _stages(
                 num_layers=stage.num_layers,
                 compute_s=compute_s,
                 wait_s=wait_s,
+                transfer_s=transfer_s,
                 send_s=send_s,
-                idle_s=max(0.0, elapsed_s - compute_s - wait_s - send_s),
+                idle_s=max(0.0, elapsed_s - compute_s - wait_s - transfer_s - send_s),
                 steady_bubble=1 - steady_compute_s / steady_s if steady_s > 0 else None,
             )
         )
@@ -208,7 +209,15 @@ def _stages(
 
 def _means(uses: Sequence[StageUse]) -> tuple[float, ...]:
     sums = [
-        (use.compute_s, use.wait_s, use.send_s, use.steady_compute_s, use.steady_s) for use in uses
+        (
+            use.compute_s,
+            use.wait_s,
+            use.transfer_s,
+            use.send_s,
+            use.steady_compute_s,
+            use.steady_s,
+        )
+        for use in uses
     ]
     return tuple(sum(column) / len(uses) for column in zip(*sums, strict=True))
 

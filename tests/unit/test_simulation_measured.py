@@ -114,8 +114,8 @@ def test_the_forecast_says_what_the_scheduler_does(shape: str, gpus: str, work: 
     """From the same step times: a closed form against every single step."""
     outlook = planned(shape, gpus, work)
     found = simulated(outlook)
-    assert outlook.forecast.tokens_per_s == pytest.approx(found.tokens_per_s, rel=0.03)
-    assert outlook.forecast.bubble == pytest.approx(found.bubble, abs=0.02)
+    assert outlook.forecast.tokens_per_s == pytest.approx(found.tokens_per_s, rel=0.01)
+    assert outlook.forecast.bubble == pytest.approx(found.bubble, abs=0.01)
 
 
 def test_of_many_alike_replicas_some_stand_for_all() -> None:
