@@ -169,7 +169,7 @@ def test_writing_is_that_of_the_rank_that_wrote_longest(summary: RunSummary) -> 
             replace(rank, io_write_s=seconds)
             for rank, seconds in zip(summary.ranks, lines_s, strict=True)
         )
-        told = replace(summary, io_write_s=head_files_s, ranks=tuple(ranks)).to_dict()
+        told = replace(summary, io_write_s=head_files_s, ranks=ranks).to_dict()
         assert [rank["io_write_s"] for rank in told["ranks"]] == list(lines_s)
         return float(told["time"]["io_write_s"])
 
