@@ -64,7 +64,8 @@ class RankReport:
     boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
     weight_bytes: int = 0  # held as parameters
-    kv_bytes: int = 0  # allocated for the KV cache
+    kv_bytes: int = 0  # allocated for the KV cache on the device
+    kv_host_bytes: int = 0  # for KV pages in host memory: of layers, or of preempted sequences
     baseline_rss_bytes: int = 0  # resident before loading: Python and its libraries
     peak_rss_bytes: int = 0
     gpu_peak_bytes: int = 0  # most that torch reserved on the GPU; 0 without one

@@ -25,7 +25,7 @@ _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "pea
 _OFFLOAD_HEADER = (
     "stage", "streamed a step", "host link", "of planned", "disk", "of planned", "gate wait",
 )  # fmt: skip
-_MOVES_HEADER = ("stage", "KV pages to host memory", "back", "rate")
+_KV_HOST_HEADER = ("stage", "KV in host memory", "pages moved there", "back", "rate")
 _LEFT_ALIGNED = ("host",)
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -41,7 +41,7 @@ def summary_lines(summary: RunSummary) -> list[str]:
         "",
         *_table(_MEMORY_HEADER, [_memory_row(name, rank) for name, rank in ranks]),
         *_offload_table(ranks),
-        *_moves_table(ranks),
+        *_kv_host_table(ranks),
     ]
 
 
@@ -222,14 +222,18 @@ def _preemptions(summary: RunSummary) -> str:
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
 
 
-def _moves_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
-    """KV pages that went to host memory and back; nothing where none did."""
-    rows = [
-        (name, _size(use.saved_bytes), _size(use.restored_bytes), _rate(use.bytes_per_s, None)[0])
-        for name, rank in ranks
-        if (use := rank.page_moves) is not None and use.saved_bytes
-    ]
-    return ["", *_table(_MOVES_HEADER, rows)] if rows else []
+def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
+    """KV pages in host memory, and what moved there and back; nothing where there are none."""
+    rows = [_kv_host_row(name, rank) for name, rank in ranks if rank.kv_host_bytes]
+    return ["", *_table(_KV_HOST_HEADER, rows)] if rows else []
+
+
+def _kv_host_row(name: str, rank: RankReport) -> tuple[str, ...]:
+    use, size = rank.page_moves, _size(rank.kv_host_bytes)
+    if use is None:  # the cache of some layers
+        return name, size, "-", "-", "-"
+    moved = (_size(use.saved_bytes), _size(use.restored_bytes))
+    return name, size, *moved, _rate(use.bytes_per_s, None)[0]
 
 
 def _rate(measured: float | None, planned: float | None) -> tuple[str, str]:

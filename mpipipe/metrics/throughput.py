@@ -201,6 +201,7 @@ def _stage(report: RankReport) -> dict[str, Any]:
         "head_us_per_step": report.head_us_per_step,
         "weight_bytes": report.weight_bytes,
         "kv_bytes": report.kv_bytes,
+        "kv_host_bytes": report.kv_host_bytes,
         "gpu_peak_bytes": report.gpu_peak_bytes,
         "peak_rss_bytes": report.peak_rss_bytes,
     }

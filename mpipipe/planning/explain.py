@@ -16,6 +16,7 @@ _SAID = (
     "memory.host_bytes",
     "memory.kv_host",
     "pipeline.layout",
+    "pipeline.replica_ranks",
     "pipeline.bind",
     "model.rotary",
     "generation.",

@@ -126,6 +126,7 @@ def _load_facts(
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
         kv_bytes=parts.kv_memory.cache.num_bytes(),
+        kv_host_bytes=parts.kv_memory.host_bytes,
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )

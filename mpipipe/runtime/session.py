@@ -81,6 +81,7 @@ class LoadFacts:
     loaded_bytes: int
     weight_bytes: int
     kv_bytes: int
+    kv_host_bytes: int
     baseline_rss_bytes: int
     capture_s: float | None = None  # trial steps and CUDA graphs, a part of load_s; None: no graphs
 
@@ -399,6 +400,7 @@ class Session:
             loaded_bytes=self.load.loaded_bytes,
             weight_bytes=self.load.weight_bytes,
             kv_bytes=self.load.kv_bytes,
+            kv_host_bytes=self.load.kv_host_bytes,
             baseline_rss_bytes=self.load.baseline_rss_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             capture_s=self.load.capture_s,
