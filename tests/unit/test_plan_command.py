@@ -297,3 +297,20 @@ def test_a_file_of_prompts_of_which_none_can_be_run_is_refused(tmp_path: Path) -
     words = with_prompts(tmp_path, {"prompt": ""})
     with pytest.raises(ConfigError, match=r"none of the 1 prompts can be run"):
         plan_command(OPENLLAMA_7B, words, PlanRequest(gpus="2 x t4"))
+
+
+def test_standard_input_is_left_to_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, OPENLLAMA_7B, "-", gpus="2 x t4")["prompts"]
+    assert found["num_prompts"] == 512
+    assert found["source"] == "assumed: standard input is not read, --work says others"
+
+
+def test_many_prompts_are_counted_by_a_sample(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = [{"prompt": "word " * (1 + i % 7), "max_new_tokens": 1 + i % 3} for i in range(3000)]
+    words = with_prompts(tmp_path, *lines)
+    found = answer(capsys, OPENLLAMA_7B, *words, "prompts.limit=2100", gpus="2 x t4")
+    assert found["prompts"]["num_prompts"] == 2100
+    assert found["prompts"]["num_output_tokens"] == 4200
+    assert found["forecast"]["tokens_per_s"] > 0
