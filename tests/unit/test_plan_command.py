@@ -168,6 +168,24 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_would(
     assert smaller["forecast"]["tokens_per_s"] == pytest.approx(changes["model.quantize=int8"])
 
 
+@pytest.mark.parametrize(
+    ("gpus", "override", "problem", "change"),
+    [
+        ("40 x h100", "", "40 stages", "pipeline.replicas=auto"),
+        ("2 x t4", "model.quantize=fp8", "8-bit floats need 8.9", "model.quantize=int8"),
+        ("2 x t4", "memory.num_kv_pages=9000", "of KV cache", "memory.num_kv_pages=auto"),
+        ("2 x t4", "pipeline.split=1,1", "adds up to 2 layers", "pipeline.split=auto"),
+    ],
+)
+def test_what_would_fit_follows_from_what_does_not(
+    capsys: pytest.CaptureFixture[str], gpus: str, override: str, problem: str, change: str
+) -> None:
+    words = [override] if override else []
+    found = answer(capsys, OPENLLAMA_7B, *words, code=2, gpus=gpus, work="64x512x128")
+    assert problem in found["problem"]
+    assert change in [each["change"] for each in found["would_fit"]]
+
+
 def test_what_does_not_fit_the_card_is_offloaded_and_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
