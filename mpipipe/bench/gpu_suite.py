@@ -27,7 +27,15 @@ from typing import Any, TextIO
 from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.errors import EnvironmentSetupError
 
-__all__ = ["Part", "Result", "SuiteOptions", "all_parts", "run_part", "table_lines"]
+__all__ = [
+    "Part",
+    "Result",
+    "SuiteOptions",
+    "all_parts",
+    "mpirun_command",
+    "run_part",
+    "table_lines",
+]
 
 _SHAPES = ("openllama_3b", "llama3_8b")
 _QUICK = ("4x16x8", "1x16x8")
@@ -127,7 +135,7 @@ class Result:
     last_lines: list[str]
 
 
-def _mpirun(num_ranks: int) -> list[str]:
+def mpirun_command(num_ranks: int) -> list[str]:
     """The launcher with what it needs here."""
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     found = shutil.which("mpirun", path=beside) or shutil.which("mpiexec", path=beside)
@@ -160,7 +168,7 @@ def _throughput_part(
 ) -> Part:
     """`bench throughput` of a shape. `variant`: settings and their values."""
     json_path = options.out / f"{name}.jsonl"
-    command = [*_mpirun(num_ranks), *_bench("throughput", shape, options)]
+    command = [*mpirun_command(num_ranks), *_bench("throughput", shape, options)]
     command += variant.split()
     command += [word for work in _works(works, options) for word in ("--work", work)]
     if name == f"pipeline_{_SHAPES[0]}":

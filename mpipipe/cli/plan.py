@@ -24,6 +24,8 @@ from mpipipe.planning.advice import advise, what_fits
 from mpipipe.planning.bottleneck import bottleneck_of
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
+from mpipipe.planning.known_times import known_times
+from mpipipe.planning.learnt import learn
 from mpipipe.planning.link_table import link_named
 from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
 from mpipipe.planning.model_facts import ModelFacts, model_folder, read_model
@@ -63,6 +65,7 @@ class PlanRequest:
     host_memory: str | None = None
     gpu_table: Path | None = None
     work: str | None = None  # prompts instead of the configuration's, e.g. 512x512x128
+    past_run: Path | None = None  # to learn from
     with_reasons: bool = False
     as_json: bool = False
 
@@ -80,6 +83,8 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
     loaded = load_config(config, overrides)
     model, warnings = _model(loaded)
     job, where, ignored = _job(model, request)
+    if request.past_run is not None:
+        job = _learnt(job, request.past_run)
     _warn(*loaded.warnings, *warnings, *ignored)
     try:
         outlook = job.outlook()
@@ -87,6 +92,35 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
         return _refused(job, error, where, request)
     _warn(*deepspeed_warnings(loaded, outlook.plan))
     return _answered(outlook, where, request)
+
+
+def _learnt(job: PlannedJob, place: Path) -> PlannedJob:
+    """`job` with what the run at `place` teaches.
+
+    Raises:
+        ConfigError: that run had another model, or computed it in another form.
+        OutputError: there is no run that has ended.
+    """
+    from mpipipe.logs.past_run import read_past_run
+
+    run = read_past_run(place)
+    spec, plan = job.spec, run.plan
+    asked = job.config.model.dtype
+    wanted = {
+        "model": (spec.model_type, spec.num_layers, spec.hidden_size),
+        "model.dtype": plan.dtype if asked == AUTO else asked,
+    }
+    was = {
+        "model": (plan.model_type, plan.num_layers, plan.hidden_size),
+        "model.dtype": plan.dtype,
+    }
+    for name, value in wanted.items():
+        if was[name] != value:
+            raise ConfigError(
+                f"--from {run.name}: that run had {name} {was[name]}, and this plan has {value}; "
+                "its times say nothing of that: give a run of the same model in the same dtype"
+            )
+    return replace(job, learnt=learn(spec, run, known_times(spec, plan, run.ranks)))
 
 
 def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:

@@ -11,6 +11,7 @@ from mpipipe.planning.cost import stage_weight_bytes
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.machine import rank_like
 from mpipipe.planning.planned_job import Outlook, PlannedJob
+from mpipipe.planning.rate_times import RateTimes
 
 __all__ = ["Advice", "advise", "what_fits"]
 
@@ -40,7 +41,16 @@ class _Change:
 
 
 def advise(outlook: Outlook, most: int = 3) -> tuple[Advice, ...]:
-    """The changes that help most, one of a kind, best first."""
+    """The changes that help most, one of a kind, best first.
+
+    What was not measured cannot be held against what was: then both go by rates, and the gain is
+    taken over.
+    """
+    if not all(isinstance(times, RateTimes) for times in outlook.times):
+        by_rates = replace(outlook.job, is_measured=False, learnt=None).outlook()
+        scale = outlook.forecast.tokens_per_s / by_rates.forecast.tokens_per_s
+        advices = advise(by_rates, most)
+        return tuple(replace(each, tokens_per_s=each.tokens_per_s * scale) for each in advices)
     now = outlook.forecast.tokens_per_s
     best: dict[str, Advice] = {}
     for change in _changes(outlook):

@@ -16,10 +16,12 @@ _SAID = (
     "memory.host_bytes",
     "memory.kv_host",
     "pipeline.layout",
+    "pipeline.replica_ranks",
     "pipeline.bind",
     "model.rotary",
     "generation.",
     "generation_config.",
+    "forecast.times",
 )
 
 

@@ -25,7 +25,7 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s"]
+__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s", "weights_s"]
 
 # The scheduler's own choices (`scheduler.policy`): prompts interrupt decoding when an eighth of the
 # running sequences can be admitted, and half a page is kept back for each of these.
@@ -73,6 +73,7 @@ class JobForecast:
     rows_per_slot: float  # mean, of decode steps
     num_rounds: float
     num_preemptions: int
+    num_kv_pages: int  # most that hold tokens at the same time
     bubble: float  # mean over the stages
     stages: tuple[StageForecast, ...]
     energy_j: float | None  # of the GPUs while generating; None: their power is not known
@@ -125,6 +126,7 @@ def forecast_job(
         rows_per_slot=job.row_steps / job.slot_steps if job.slot_steps else 0.0,
         num_rounds=job.rounds * scale,
         num_preemptions=round(job.num_preemptions * scale),
+        num_kv_pages=min(plan.num_kv_pages, math.ceil(job.most_pages)),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
         energy_j=_energy_j(stages, generating_s, watts or {}),
@@ -133,20 +135,22 @@ def forecast_job(
 
 
 def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
-    """From the start of the processes to the first step, with a warm kernel cache and a slow disk.
-
-    Ranks of a host share its disk. Random weights are not read.
-    """
+    """From the start of the processes to the first step, with a warm kernel cache."""
     begin_s = _CPU_STARTUP_S
     if plan.device == "cuda":
         begin_s = _GPU_STARTUP_S + (plan.num_stages > 1) * _SEVERAL_GPUS_STARTUP_S
+    return begin_s + weights_s(spec, plan)
+
+
+def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
+    """Reading weights from a slow disk, which the ranks of a host share; random ones are made."""
     if plan.weights == "random":
-        return begin_s
+        return 0.0
     share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
     by_host: dict[str, float] = {}
     for stage in plan.stages:
         by_host[stage.host] = by_host.get(stage.host, 0.0) + stage.weight_bytes * share
-    return begin_s + max(by_host.values()) / DISK_BYTES_PER_S
+    return max(by_host.values()) / DISK_BYTES_PER_S
 
 
 def _stage_forecast(stage: StagePlan, job: _Job, busy: _Busy, scale: float) -> StageForecast:
@@ -216,6 +220,7 @@ class _Job:
     slot_steps: float = 0.0
     num_prefill_steps: float = 0.0
     num_preemptions: int = 0
+    most_pages: float = 0.0  # that hold tokens
     _ends: list[tuple[float, int, _Sequence]] = field(default_factory=list)  # heap by round
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
@@ -303,6 +308,7 @@ class _Job:
         self._run_rounds(stride, self._num_known / num_running + stride / 2)
         self._num_known += stride * num_running
         self.rounds += stride
+        self.most_pages = max(self.most_pages, self.plan.num_kv_pages - self._free_pages())
         while self._ends and self._next_end() <= self.rounds + 1e-6:
             self._leave(heapq.heappop(self._ends)[2])
 

@@ -26,10 +26,14 @@ __all__ = [
     "lay_out",
     "note_cores",
     "note_layout",
+    "note_replicas",
     "sharing",
     "stage_order",
     "threads_per_rank",
 ]
+
+
+_MOST_TOLD = 8  # replicas in a note
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -188,6 +192,28 @@ def sharing(ranks: Sequence[RankResources], members: Sequence[int]) -> list[Rank
 
 def _gpu_of(rank: RankResources) -> tuple[str, str | int]:
     return rank.host, rank.gpu.uuid or rank.gpu.index
+
+
+def note_replicas(ranks: Sequence[RankResources], layout: Layout, decisions: Decisions) -> None:
+    """Note which ranks make which replica, if there are several."""
+    if len(layout.replicas) == 1:
+        return
+    numbers = {rank.rank: rank for rank in ranks}
+    placed, num_crossing = [], 0
+    for replica, members in enumerate(layout.replicas):
+        hosts = list(dict.fromkeys(numbers[member].host for member in members))
+        num_crossing += len(hosts) > 1
+        inside = _numbers([numbers[member] for member in members])
+        placed.append(f"replica {replica}: {inside} on {' '.join(hosts)}")
+    left = len(placed) - _MOST_TOLD
+    if left > 0:
+        placed = [*placed[:_MOST_TOLD], f"and {left} more"]
+    reason = (
+        f"{num_crossing} of {len(layout.replicas)} between hosts"
+        if num_crossing
+        else ("neighbours; none is between hosts")
+    )
+    decisions.note("pipeline.replica_ranks", " | ".join(placed), reason)
 
 
 def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:

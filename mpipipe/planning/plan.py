@@ -87,6 +87,7 @@ class StepForecast:
     compute_s: float = 0.0  # with all weights on the device: what the step would take without
     link_s: float = 0.0
     disk_s: float = 0.0
+    exposed_s: float = 0.0  # of bringing or compute, beside which the other stands still
     lookup_s: float = 0.0  # rows of an embedding that is not on the device
     kv_bytes: int = 0  # of the cache of layers in host memory, read by kernels over the link
     kv_s: float = 0.0  # which computing waits for
@@ -99,7 +100,7 @@ class StepForecast:
         """The step with offload."""
         brought_s = max(self.link_s, self.disk_s)
         both_s = max(self.compute_s, brought_s) if self.overlaps else self.compute_s + brought_s
-        return both_s + self.lookup_s + self.kv_s
+        return both_s + self.exposed_s + self.lookup_s + self.kv_s
 
     @property
     def bound_by(self) -> str:

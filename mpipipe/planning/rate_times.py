@@ -26,7 +26,7 @@ from mpipipe.planning.links import compute_ceilings
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
 from mpipipe.planning.resources import RankResources
 
-__all__ = ["RateTimes", "Shares", "rate_times"]
+__all__ = ["RateTimes", "Shares", "rate_times", "with_offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class RateTimes:
         attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
         layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
-        return _with_offload(stage.offload, compute_s, rows) + self._kv_in_host_s(stage, cached)
+        return with_offload(stage.offload, compute_s, rows) + self.kv_in_host_s(stage, cached)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -122,9 +122,7 @@ class RateTimes:
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
         # K and V are written, and read at least once.
-        return _with_offload(stage.offload, compute_s, tokens) + self._kv_in_host_s(
-            stage, 2 * tokens
-        )
+        return with_offload(stage.offload, compute_s, tokens) + self.kv_in_host_s(stage, 2 * tokens)
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
@@ -132,7 +130,7 @@ class RateTimes:
         moved = rows_or_tokens * self.spec.hidden_size * dtype_bytes(self.dtype)
         return link.latency_s + moved / link.bytes_per_s
 
-    def _kv_in_host_s(self, stage: StagePlan, num_tokens: float) -> float:
+    def kv_in_host_s(self, stage: StagePlan, num_tokens: float) -> float:
         """K and V of so many tokens over the link, of the layers whose cache is in host memory."""
         known = stage.kv_in_host
         if known is None or not known.step_s:
@@ -185,7 +183,7 @@ class RateTimes:
         )
 
 
-def _with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
+def with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
     """A step's time with what it brings to the device meanwhile."""
     if offload is None:
         return compute_s

@@ -36,6 +36,7 @@ from mpipipe.planning.layout import (
     lay_out,
     note_cores,
     note_layout,
+    note_replicas,
     sharing,
     threads_per_rank,
 )
@@ -229,6 +230,7 @@ class _Job:
             num_requests=workload.num_requests,
         )
         sampling = workload.sampling or _unknown_sampling(config)
+        note_replicas(ranks, layout, decisions)
         note_layout(staged, decisions)
         resolver = _Resolver(
             spec, staged, ranks, layout, device, dtype, limits, sampling, decisions

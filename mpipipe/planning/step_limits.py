@@ -72,7 +72,13 @@ class StepLimits:
     def gpu_work_bytes(
         self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
     ) -> int:
-        """Memory that steps within these limits need on a GPU."""
+        """Memory that steps within these limits need on a GPU, with what libraries take there."""
+        return self.step_bytes(spec, dtype, sampling, has_head=has_head) + _FIXED_BYTES
+
+    def step_bytes(
+        self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
+    ) -> int:
+        """Memory that torch takes for steps within these limits, estimated from above."""
         work_bytes = _activation_bytes(spec, dtype, self.max_tokens_per_step)
         work_bytes += (spec.quantized != "none") * DEQUANTIZED_BYTES
         return work_bytes + has_head * _sampling_bytes(spec, dtype, sampling, self)
@@ -197,11 +203,11 @@ def _activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
     """Memory of a stage beside weights, KV pages and sampling, estimated from above.
 
     One layer's activations at the largest step: both halves of the MLP before and after the
-    product, Q, K and V, and six tensors as wide as the hidden state; and 1 GiB for all else.
+    product, Q, K and V, and six tensors as wide as the hidden state.
     """
     qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
     row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
-    return max_tokens * row * dtype_bytes(dtype) + _FIXED_BYTES
+    return max_tokens * row * dtype_bytes(dtype)
 
 
 def gather_bytes(

@@ -20,8 +20,9 @@ import torch
 from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.resolve import deepspeed_warnings, make_plans
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
@@ -125,6 +126,7 @@ def _load_facts(
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
         kv_bytes=parts.kv_memory.cache.num_bytes(),
+        kv_host_bytes=parts.kv_memory.host_bytes,
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )
@@ -213,7 +215,7 @@ def _own(boot: Boot, plans: Sequence[PipelinePlan]) -> PipelinePlan:
 
 def _decide(boot: Boot) -> tuple[PipelinePlan, ...]:
     assert boot.model is not None, "the head plans"
-    plans = make_plans(
+    plans = plan_job(
         boot.loaded.config,
         boot.model.spec,
         boot.resources,

@@ -32,6 +32,12 @@ class KvMemory:
     host_memory: torch.Tensor | None = None  # as `HostPages` takes it; None: no page is moved
 
     @property
+    def host_bytes(self) -> int:
+        """Of KV pages in host memory: of layers that have all theirs there, or moved ones."""
+        moved = 0 if self.host_memory is None else self.host_memory.nbytes
+        return moved + (self.cache.host_bytes if isinstance(self.cache, PagedKVCache) else 0)
+
+    @property
     def warning(self) -> str:
         """What makes moves slower than they could be; empty: nothing."""
         if not self.pinned.refused_bytes:

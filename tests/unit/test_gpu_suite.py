@@ -22,7 +22,9 @@ STAGE = {
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuiteOptions:
-    monkeypatch.setattr(gpu_suite, "_mpirun", lambda num_ranks: ["mpirun", "-n", str(num_ranks)])
+    monkeypatch.setattr(
+        gpu_suite, "mpirun_command", lambda num_ranks: ["mpirun", "-n", str(num_ranks)]
+    )
     return SuiteOptions(tmp_path, tmp_path, overrides=("model.dtype=float32",))
 
 
