@@ -239,8 +239,10 @@ def _smaller(job: PlannedJob) -> Iterator[_Change]:
     Rows and tokens that are left open need no trial: offload has tried them all.
     """
     memory, pipeline = job.config.memory, job.config.pipeline
-    if job.spec.quantized == "none" and job.config.model.quantize == "none":
+    if job.spec.quantized == "none" and job.config.model.quantize != "int8":
         yield _Change("quantize", "model.quantize=int8", job.having("model", quantize="int8"))
+    if pipeline.replicas == 1 and len(job.ranks) > 1:
+        yield _Change("replicas", "pipeline.replicas=auto", job.having("pipeline", replicas=AUTO))
     fewest = _fewest_ranks(job)
     for number in (fewest, fewest + 1, fewest + fewest // 4 + 2):
         if number > len(job.ranks):

@@ -168,6 +168,24 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_would(
     assert smaller["forecast"]["tokens_per_s"] == pytest.approx(changes["model.quantize=int8"])
 
 
+@pytest.mark.parametrize(
+    ("gpus", "override", "problem", "change"),
+    [
+        ("40 x h100", "", "40 stages", "pipeline.replicas=auto"),
+        ("2 x t4", "model.quantize=fp8", "8-bit floats need 8.9", "model.quantize=int8"),
+        ("2 x t4", "memory.num_kv_pages=9000", "of KV cache", "memory.num_kv_pages=auto"),
+        ("2 x t4", "pipeline.split=1,1", "adds up to 2 layers", "pipeline.split=auto"),
+    ],
+)
+def test_what_would_fit_follows_from_what_does_not(
+    capsys: pytest.CaptureFixture[str], gpus: str, override: str, problem: str, change: str
+) -> None:
+    words = [override] if override else []
+    found = answer(capsys, OPENLLAMA_7B, *words, code=2, gpus=gpus, work="64x512x128")
+    assert problem in found["problem"]
+    assert change in [each["change"] for each in found["would_fit"]]
+
+
 def test_what_does_not_fit_the_card_is_offloaded_and_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -297,3 +315,20 @@ def test_a_file_of_prompts_of_which_none_can_be_run_is_refused(tmp_path: Path) -
     words = with_prompts(tmp_path, {"prompt": ""})
     with pytest.raises(ConfigError, match=r"none of the 1 prompts can be run"):
         plan_command(OPENLLAMA_7B, words, PlanRequest(gpus="2 x t4"))
+
+
+def test_standard_input_is_left_to_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, OPENLLAMA_7B, "-", gpus="2 x t4")["prompts"]
+    assert found["num_prompts"] == 512
+    assert found["source"] == "assumed: standard input is not read, --work says others"
+
+
+def test_many_prompts_are_counted_by_a_sample(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = [{"prompt": "word " * (1 + i % 7), "max_new_tokens": 1 + i % 3} for i in range(3000)]
+    words = with_prompts(tmp_path, *lines)
+    found = answer(capsys, OPENLLAMA_7B, *words, "prompts.limit=2100", gpus="2 x t4")
+    assert found["prompts"]["num_prompts"] == 2100
+    assert found["prompts"]["num_output_tokens"] == 4200
+    assert found["forecast"]["tokens_per_s"] > 0
