@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from mpipipe.checkpoint.quantization import read_quantization
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
 from mpipipe.models.families import ModelParts, locate_parts, refuse
@@ -41,20 +42,22 @@ from mpipipe.models.stage_cut import (
     materialise_buffers,
 )
 from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
+from mpipipe.models.tensor_split import TensorSplit, split_stage
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from mpipipe.checkpoint.quantization import StoredQuantization
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
     from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
-    from mpipipe.types import QuantizeName
+    from mpipipe.types import QuantizeName, Shard
 
 __all__ = ["StageModel", "build_stage_model"]
 
@@ -71,6 +74,7 @@ def build_stage_model(
     max_sequence_tokens: int,
     trust_remote_code: bool = False,
     quantize: QuantizeName = "none",
+    lanes: Lanes = ALONE,
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
 
@@ -83,9 +87,10 @@ def build_stage_model(
         trust_remote_code: run Python code found in the folder.
         quantize: what the linears of the layers become, and an LM head that is not tied to the
             embedding (`quantized_linear`); of a checkpoint in 8 bits what it has so, and so.
+        lanes: of the stage; the model is one lane's part of it.
 
     Raises:
-        UnsupportedModelError: the family cannot be split into stages.
+        UnsupportedModelError: the family cannot be split into stages, or not over the lanes.
     """
     stored = read_quantization(folder)
     if stored is not None:
@@ -95,6 +100,7 @@ def build_stage_model(
     names = CheckpointNames.of(model)
     context = ForwardContext(backend, stage.first_layer)
     attach_context(cut_stage(parts, stage), context)
+    tensor_split = split_stage(parts, lanes, names.tied, has_head=stage.has_head)
     if quantize != "none":
         _quantize(parts, stage, names, quantize, stored)
     return StageModel(
@@ -104,6 +110,8 @@ def build_stage_model(
         names=names,
         dtype=dtype,
         max_positions=max_sequence_tokens,
+        lanes=lanes,
+        tensor_split=tensor_split,
     )
 
 
@@ -156,9 +164,13 @@ class StageModel(PlainStage):
         names: CheckpointNames,
         dtype: torch.dtype,
         max_positions: int,
+        lanes: Lanes,
+        tensor_split: TensorSplit,
     ) -> None:
         super().__init__(plan, parts, context, dtype)
         self.names = names
+        self.lanes = lanes
+        self._tensor_split = tensor_split
         self._layers_prefix = f"{parts.base_name}.layers."
         self._max_positions = max_positions
         self._fused: FusedStack | None = None
@@ -188,6 +200,10 @@ class StageModel(PlainStage):
             for name in self.module.state_dict()
             if name not in scales
         }
+
+    def shards(self) -> Mapping[str, Shard]:
+        """By name in `module.state_dict()`, what this lane loads of a tensor; others are whole."""
+        return self._tensor_split.shards
 
     def layer_names(self) -> list[list[str]]:
         """By layer of the stage, the names of its tensors in `module.state_dict()`."""
@@ -235,7 +251,9 @@ class StageModel(PlainStage):
         self.operations = operations or choose_operations(self.device)[0]
         use_products(self.module, self.operations.quantized_product)
         self._streamed = streamed or self._streamed
+        self._tensor_split.cut_head(self.module)
         attach_streaming(self.module, self._base, self._streamed)
+        self._tensor_split.attach(self.module, self.lanes)
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
         kv_shape = verify_stage(self)
@@ -260,6 +278,8 @@ class StageModel(PlainStage):
                 operations=self.operations,
                 max_positions=self._max_positions,
                 gates=self._streamed.gates,
+                lanes=self.lanes,
+                gathers_head=self._tensor_split.head is not None,
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
@@ -270,14 +290,15 @@ class StageModel(PlainStage):
         kept = [layers[number] for number in sorted(streamed)]
         if self._streamed.gates is not NO_GATES:
             kept += self._tied_head()
-        fuse_layers(layers, self._context, self._options, streamed)
+        fuse_layers(layers, self._context, self._options, streamed, self.lanes)
         prepack_linears(self.module, kept)
+        self._tensor_split.attach(self.module, self.lanes)
 
     def _tied_head(self) -> list[nn.Module]:
         """The head that is one tensor with the embedding: packed, it is a second one."""
         ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
-        weights = [getattr(end, "weight", None) for end in ends]
-        return [ends[1]] if weights[0] is not None and weights[0] is weights[1] else []
+        places = [end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")]
+        return [ends[1]] if len(places) == 2 and places[0] == places[1] else []
 
     @property
     def waits_on_host(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.models.families import (
     can_merge,
     has_silu,
@@ -36,6 +37,7 @@ from mpipipe.models.quantized_linear import QuantizedLinear
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
 
@@ -50,10 +52,16 @@ class FusedLayer(nn.Module):
     """Computes what the transformers layer it was made from does, up to rounding."""
 
     def __init__(
-        self, layer: Any, number: int, context: ForwardContext, options: AttentionOptions
+        self,
+        layer: Any,
+        number: int,
+        context: ForwardContext,
+        options: AttentionOptions,
+        lanes: Lanes = ALONE,
     ) -> None:
         super().__init__()
         attention = layer.self_attn
+        self._lanes = lanes
         self._context = context
         self._number = number  # within the stage
         self._head_dim: int = attention.head_dim
@@ -74,10 +82,22 @@ class FusedLayer(nn.Module):
         """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here."""
         hidden_TH = hidden_states[0]
         attended_TX = self._attend(_norm(self.input_norm, hidden_TH), position_embeddings)
-        hidden_TH = self.output.plus(attended_TX, hidden_TH)
+        hidden_TH = self._plus(self.output, attended_TX, hidden_TH)
         gate_up_TI = self.gate_up(_norm(self.post_norm, hidden_TH))
         gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
-        return self.down.plus(silu(gate_TI).mul_(up_TI), hidden_TH)[None]
+        return self._plus(self.down, silu(gate_TI).mul_(up_TI), hidden_TH)[None]
+
+    def _plus(
+        self,
+        product: PrepackedLinear | QuantizedLinear,
+        rows: torch.Tensor,
+        residual_TH: torch.Tensor,
+    ) -> torch.Tensor:
+        """The residual stream behind a product whose summands the lanes compute."""
+        if self._lanes.num_lanes == 1:
+            return product.plus(rows, residual_TH)
+        partial: torch.Tensor = product(rows)
+        return self._lanes.add_up(partial).add_(residual_TH)
 
     def _attend(
         self, hidden_TH: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -124,6 +144,7 @@ def fuse_layers(
     context: ForwardContext,
     options: Mapping[int, AttentionOptions],
     streamed: Collection[int] = (),
+    lanes: Lanes = ALONE,
 ) -> None:
     """Replace the layers that have a faster form here.
 
@@ -132,11 +153,12 @@ def fuse_layers(
         context: the stage's.
         options: what each layer, by its number in the stage, asks of attention.
         streamed: the numbers of those whose weights come and go: packing would keep them.
+        lanes: of the stage.
     """
     for number in range(len(layers)):
         layer = layers[number]
         if number not in streamed and _is_fusable(layer):
-            layers[number] = FusedLayer(layer, number, context, options[number])
+            layers[number] = FusedLayer(layer, number, context, options[number], lanes)
             del layer
             return_freed_memory()
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.families import (
     LinearTensors,
@@ -39,6 +40,7 @@ from mpipipe.models.streaming import NO_GATES, StreamedHead
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
@@ -162,6 +164,8 @@ def build_fused_stack(
     operations: Operations,
     max_positions: int,
     gates: WeightGates = NO_GATES,
+    lanes: Lanes = ALONE,
+    gathers_head: bool = False,
 ) -> FusedStack:
     """The fused form of a stage that has no `unsupported_reason`; empties `base.layers`.
 
@@ -176,6 +180,8 @@ def build_fused_stack(
         operations: the kernels to use.
         max_positions: no token of the run has a position beyond; sizes the rotary table.
         gates: told before a layer computes and after.
+        lanes: of the stage.
+        gathers_head: each lane's head has some of the vocabulary.
     """
     layers: list[MergedLayer] = []
     while len(base.layers):
@@ -190,6 +196,8 @@ def build_fused_stack(
         context=context,
         operations=operations,
         gates=gates,
+        lanes=lanes,
+        gathers_head=gathers_head,
     )
 
 
@@ -215,6 +223,8 @@ class FusedStack:
     context: ForwardContext
     operations: Operations
     gates: WeightGates = NO_GATES
+    lanes: Lanes = ALONE
+    gathers_head: bool = False
 
     def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """What the stage behind receives: [T, hidden]. `inputs` as in `StageModel.forward`."""
@@ -236,7 +246,7 @@ class FusedStack:
         normed_SH, _ = self.operations.add_rms_norm(hidden_TH, residual_TH, norm.weight_H, norm.eps)
         logits_SV = self.head(normed_SH)
         self.gates.end()
-        return logits_SV
+        return self.lanes.gather(logits_SV) if self.gathers_head else logits_SV
 
     def _run_layers(
         self, inputs: torch.Tensor, layout: BatchLayout
@@ -261,9 +271,11 @@ class FusedStack:
             attended_TX = self._attend(number, layer, layer.qkv(normed_TH), rotary_TD)
             norm = layer.post_norm
             normed_TH, residual_TH = operations.add_rms_norm(
-                layer.output(attended_TX), residual_TH, norm.weight_H, norm.eps
+                self.lanes.add_up(layer.output(attended_TX)), residual_TH, norm.weight_H, norm.eps
             )
-            hidden_TH = layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
+            hidden_TH = self.lanes.add_up(
+                layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
+            )
             self.gates.after(number)
         assert hidden_TH is not None, "a stage has layers"
         return hidden_TH, residual_TH

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.checkpoint.quantization import read_quantization
 from mpipipe.errors import CheckpointError
+from mpipipe.types import Shard
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
 from mpipipe.weights.names import Part, resolve_names
@@ -32,6 +34,7 @@ __all__ = ["LoadReport", "load_stage", "open_tensors", "place"]
 
 _FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _NAMES_SHOWN = 3
+_NO_SHARDS: Mapping[str, Shard] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def load_stage(
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
     device: torch.device | Destination,
+    shards: Mapping[str, Shard] = _NO_SHARDS,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -69,6 +73,9 @@ def load_stage(
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
         device: where the tensors go; or what says it of each.
+        shards: name in the module -> the part of the stored tensor that its tensor is; of all
+            others it is the whole. No byte beyond the part is read, but of weights in 8 bits, whose
+            layouts are unpacked first.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
@@ -91,7 +98,8 @@ def load_stage(
         missing = _listed(resolution.missing, "missing")
         unexpected = _listed(resolution.unexpected, "not part of the model")
         _raise_if_any(index, [missing, unexpected])
-        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, destination)
+        slots = _slots(module, wanted, resolution.parts, tied, shards)
+        _fill(module, slots, index, filler, destination)
     finally:
         filler.close()
         source.close()
@@ -119,6 +127,13 @@ class _Slot:
     meta: torch.Tensor
     scale: Place | None = None  # of a weight that is quantised when it is read
     unpacking: Unpacking | None = None  # of a weight that the file has quantised, or of its scale
+    shard: Shard | None = None  # the part of the stored tensor; None: all of it
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """Of the tensor that this one is a part of."""
+        shape = self.meta.shape
+        return shape if self.shard is None else torch.Size(self.shard.whole(shape))
 
 
 def _slots(
@@ -126,6 +141,7 @@ def _slots(
     wanted: Mapping[str, str],
     parts: Mapping[str, tuple[Part, ...]],
     tied: Mapping[str, str],
+    shards: Mapping[str, Shard],
 ) -> list[_Slot]:
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
@@ -148,6 +164,7 @@ def _slots(
             key,
             state[found[0]],
             Place((scales[found[0]],), state[scales[found[0]]]) if found[0] in scales else None,
+            shard=shards.get(found[0]),
         )
         for key, found in names.items()
     ]
@@ -161,7 +178,10 @@ def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
         return
     packed = Unpacking(source.quantization.packing)
     yield replace(slot, scale=None, unpacking=packed)
-    yield _Slot(slot.scale.names, (Part(scale),), slot.scale.like, unpacking=Unpacking(None))
+    # A scale belongs to a row: where the rows are whole, so are the scales.
+    shard = slot.shard if slot.shard is not None and slot.shard.dim == 0 else None
+    unpacking = Unpacking(None)
+    yield _Slot(slot.scale.names, (Part(scale),), slot.scale.like, None, unpacking, shard)
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -190,6 +210,8 @@ def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
     for part in slot.parts:
         shape = stored[part.source].shape
         region = tuple(_region(slot.meta, part).shape)
+        if slot.shard is not None:
+            region = slot.shard.whole(region)
         if slot.unpacking is not None:
             region = slot.unpacking.shape(region, shape)
         if shape != region:
@@ -220,25 +242,33 @@ def _fill(
             place(module, slot.scale.names, scale, slot.scale.like)
         elif slot.unpacking is not None:
             tensor = destination.empty(slot.names, slot.meta)
-            tensor.copy_(slot.unpacking.unpack(filled.tensor, slot.meta.shape))
+            tensor.copy_(_part_of(slot.unpacking.unpack(filled.tensor, slot.stored_shape), slot))
             tensor = destination.keep(slot.names, tensor)
         else:
             tensor = destination.keep(slot.names, filled.tensor)
         place(module, slot.names, tensor, slot.meta)
 
 
+def _part_of(tensor: torch.Tensor, slot: _Slot) -> torch.Tensor:
+    """What the slot takes of a whole stored tensor."""
+    if slot.shard is None:
+        return tensor
+    dim = slot.shard.dim
+    return tensor.narrow(dim, *slot.shard.bounds(tensor.shape[dim]))
+
+
 def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
     """What becomes another tensor is read as it is in the file first, to the device."""
-    first = stored[slot.parts[0].source]
+    first, shard = stored[slot.parts[0].source], slot.shard
     if slot.scale is not None:
         dtype = getattr(torch, first.dtype)
         tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     elif slot.unpacking is not None:
-        dtype = slot.unpacking.dtype(slot.meta.dtype)
+        dtype, shard = slot.unpacking.dtype(slot.meta.dtype), None
         tensor = torch.empty(first.shape, dtype=dtype, device=destination.device)
     else:
         tensor = destination.empty(slot.names, slot.meta)
-    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
+    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts], shard)
 
 
 def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:

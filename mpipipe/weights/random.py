@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mpipipe.types import Shard
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.loader import LoadReport, place
 from mpipipe.weights.quantize import Place, quantize_to, scale_name
@@ -30,6 +31,7 @@ def fill_random(
     device: torch.device,
     destination: Destination | None = None,
     seed: int = 0,
+    shards: Mapping[str, Shard] | None = None,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
 
@@ -43,8 +45,9 @@ def fill_random(
         device: where the tensors are drawn and stay.
         destination: where they stay instead, tensor by tensor.
         seed: other seeds give other weights.
+        shards: name in the module → the part that its tensor is of the one that is drawn.
     """
-    tied = tied or {}
+    tied, shards = tied or {}, shards or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
     names: dict[str, list[str]] = {}
@@ -54,7 +57,12 @@ def fill_random(
     for canonical, sharing in names.items():
         shell = state[sharing[0]]
         scale = scale_name(sharing[0], state)
-        tensor = _drawn(canonical, shell.shape, dtype if scale else shell.dtype, device, seed)
+        shard, shape = shards.get(sharing[0]), shell.shape
+        if shard is not None:
+            shape = torch.Size(shard.whole(shape))
+        tensor = _drawn(canonical, shape, dtype if scale else shell.dtype, device, seed)
+        if shard is not None:
+            tensor = tensor.narrow(shard.dim, *shard.bounds(shape[shard.dim])).contiguous()
         if scale is not None:
             scale_place = Place((scale,), state[scale])
             weight_place = Place(tuple(sharing), shell)
