@@ -63,6 +63,9 @@ class ModelSpec:
     # What the linears of the layers are in, and an LM head of its own: by the checkpoint, or, in
     # planning, by the run.
     quantized: QuantizeName = "none"
+    # Rows of the LM head that a rank holds, where the lanes of a stage share it; 0: all. Heads and
+    # intermediate_size are then those of a lane too (planning/tensor_parallel.py).
+    head_rows: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -91,8 +94,13 @@ class ModelSpec:
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the embedding matrix, or of the LM head."""
+        """Weights of the embedding matrix."""
         return self.vocab_size * (self.embedding_size or self.hidden_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the LM head."""
+        return (self.head_rows or self.vocab_size) * (self.embedding_size or self.hidden_size)
 
     @property
     def position_parameters(self) -> int:

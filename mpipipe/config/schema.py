@@ -90,7 +90,10 @@ class PipelineConfig:
     """How the layers are spread and how steps are formed."""
 
     num_stages: int | str = AUTO
-    """Pipeline stages; `auto`: one per rank."""
+    """Pipeline stages; `auto`: one per rank, or per `tensor_parallel` ranks."""
+    tensor_parallel: int = 1
+    """Ranks of one host that share each stage: every matrix is split over them (NCCL or MPI adds
+    up); must divide the model's heads. 1: every rank is a stage."""
     split: tuple[int, ...] | str = AUTO
     """Layers per stage, e.g. `[14, 16]`; `auto`: balanced by cost."""
     num_slots: int | str = AUTO

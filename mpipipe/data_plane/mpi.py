@@ -268,7 +268,7 @@ class MpiLanes:
 
     def __init__(
         self,
-        communicator: MPI.Intracomm,
+        communicator: MPI.Comm,
         engine: ProgressEngine,
         loop: asyncio.AbstractEventLoop,
     ) -> None:

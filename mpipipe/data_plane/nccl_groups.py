@@ -1,4 +1,6 @@
-"""The two NCCL groups of torch.distributed that `nccl` moves tensors in: making and leaving them.
+"""The NCCL groups of torch.distributed that `nccl` moves tensors in: making and leaving them.
+
+Two of all ranks, one for each kind of edge, and one of the lanes of each stage that has several.
 
 Everything here blocks until all ranks do the same, so it runs in a thread and the control plane
 goes on meanwhile; in a daemon thread, because NCCL may never return where a rank or its network is
@@ -66,6 +68,7 @@ class NcclGroups:
     """This rank's membership."""
 
     by_kind: dict[EdgeKind, ProcessGroup]
+    lanes: ProcessGroup | None  # of this rank's stage; None: it has one
     store: Store  # the head serves it until all have left
     rank: int
     world_size: int
@@ -96,7 +99,7 @@ async def connect_groups(
     *,
     rank: int,
     hosts: Sequence[str],
-    stage_ranks: Sequence[int],
+    stage_ranks: Sequence[Sequence[int]],
     device_index: int,
     timeout_s: float,
 ) -> NcclGroups:
@@ -106,7 +109,8 @@ async def connect_groups(
         broadcast: the head's bytes to all, over the control plane.
         rank: the own number; rank 0 is the head.
         hosts: the host of every rank, in order of rank.
-        stage_ranks: the rank of every stage, the head's first.
+        stage_ranks: the ranks of every stage by lane, the head's stage first; all have equally
+            many.
         device_index: this rank's GPU.
         timeout_s: for all of it.
 
@@ -123,7 +127,7 @@ async def connect_groups(
     store = await open_store(broadcast, rank=rank, hosts=hosts, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind = await call_in_daemon(
+            by_kind, lanes = await call_in_daemon(
                 lambda: _connect(store, rank, stage_ranks, device), "nccl-connect"
             )
     except TimeoutError:
@@ -136,7 +140,7 @@ async def connect_groups(
             f"NCCL could not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} "
             f"({first_line(error)}): {_HINT}"
         ) from error
-    return NcclGroups(by_kind, store, rank, len(hosts), device)
+    return NcclGroups(by_kind, lanes, store, rank, len(hosts), device)
 
 
 def _others(rank: int, hosts: Sequence[str]) -> str:
@@ -151,9 +155,9 @@ def first_line(error: Exception) -> str:
 
 
 def _connect(
-    store: Store, rank: int, stage_ranks: Sequence[int], device: torch.device
-) -> dict[EdgeKind, ProcessGroup]:
-    """Make both groups and send a tensor over every edge. Blocks until all ranks do the same."""
+    store: Store, rank: int, stage_ranks: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[EdgeKind, ProcessGroup], ProcessGroup | None]:
+    """Make all groups and use every edge and lane. Blocks until all ranks do the same."""
     torch.cuda.set_device(device)  # per thread
     limit = timedelta(seconds=_TRANSFER_LIMIT_S)
     # Each group carries one kind in one order: serialising it is what is wanted, not a warning.
@@ -166,7 +170,7 @@ def _connect(
         "nccl",
         store=store,
         rank=rank,
-        world_size=len(stage_ranks),
+        world_size=sum(map(len, stage_ranks)),
         device_id=device,
         timeout=limit,
     )
@@ -177,23 +181,40 @@ def _connect(
     with warnings.catch_warnings():
         # It says that transfers of a group queue behind each other: that is the stream order.
         warnings.filterwarnings("ignore", message=".*unbatched P2P")
-        _exercise(groups, rank, stage_ranks, device)
-    return groups
+        lane = next(ranks.index(rank) for ranks in stage_ranks if rank in ranks)
+        _exercise(groups, rank, [ranks[lane] for ranks in stage_ranks], device)
+    lanes = _connect_lanes(rank, stage_ranks, limit)
+    if lanes is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=lanes)
+        torch.cuda.synchronize(device)
+    return groups, lanes
+
+
+def _connect_lanes(
+    rank: int, stage_ranks: Sequence[Sequence[int]], limit: timedelta
+) -> ProcessGroup | None:
+    """This rank's group; every rank makes all of them, in one order."""
+    own: ProcessGroup | None = None
+    for ranks in stage_ranks:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), backend="nccl", timeout=limit)
+            own = group if rank in ranks else own
+    return own
 
 
 def _exercise(
     groups: dict[EdgeKind, ProcessGroup],
     rank: int,
-    stage_ranks: Sequence[int],
+    ring: Sequence[int],
     device: torch.device,
 ) -> None:
-    """Once round the ring: hidden states forward, ids from the last stage's rank to the head."""
-    stage, head, last = stage_ranks.index(rank), stage_ranks[0], stage_ranks[-1]
+    """Once round the ring of one lane: hidden states forward, ids from the last to the first."""
+    stage, head, last = ring.index(rank), ring[0], ring[-1]
     tensor = torch.zeros(1, device=device)
     if rank != head:
-        groups[EdgeKind.HIDDEN].recv([tensor], stage_ranks[stage - 1], 0).wait()
+        groups[EdgeKind.HIDDEN].recv([tensor], ring[stage - 1], 0).wait()
     if rank != last:
-        groups[EdgeKind.HIDDEN].send([tensor], stage_ranks[stage + 1], 0).wait()
+        groups[EdgeKind.HIDDEN].send([tensor], ring[stage + 1], 0).wait()
     elif rank != head:
         groups[EdgeKind.IDS].send([tensor], head, 0).wait()
     if rank == head != last:

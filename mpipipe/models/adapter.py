@@ -251,9 +251,7 @@ class StageModel(PlainStage):
         self.operations = operations or choose_operations(self.device)[0]
         use_products(self.module, self.operations.quantized_product)
         self._streamed = streamed or self._streamed
-        self._tensor_split.cut_head(self.module)
-        attach_streaming(self.module, self._base, self._streamed)
-        self._tensor_split.attach(self.module, self.lanes)
+        self._wire()
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
         kv_shape = verify_stage(self)
@@ -270,19 +268,26 @@ class StageModel(PlainStage):
         if self.mode == "packed":
             self._pack()
         elif self.mode == "fast":
-            self._fused = build_fused_stack(
-                self.module,
-                self._base,
-                self._context,
-                options=self._options,
-                operations=self.operations,
-                max_positions=self._max_positions,
-                gates=self._streamed.gates,
-                lanes=self.lanes,
-                gathers_head=self._tensor_split.head is not None,
-            )
+            self._fused = self._fuse()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
+
+    def _wire(self) -> None:
+        """Let modules wait for weights that are streamed, and for what other lanes compute."""
+        self._tensor_split.cut_head(self.module)
+        attach_streaming(self.module, self._base, self._streamed)
+        self._tensor_split.attach(self.module, self.lanes)
+
+    def _fuse(self) -> FusedStack:
+        return build_fused_stack(
+            self.module,
+            self._base,
+            self._context,
+            options=self._options,
+            operations=self.operations,
+            max_positions=self._max_positions,
+            gates=self._streamed.gates,
+        )
 
     def _pack(self) -> None:
         """Into the layout for a CPU, but for what would then take more than the plan allows."""
@@ -290,7 +295,7 @@ class StageModel(PlainStage):
         kept = [layers[number] for number in sorted(streamed)]
         if self._streamed.gates is not NO_GATES:
             kept += self._tied_head()
-        fuse_layers(layers, self._context, self._options, streamed, self.lanes)
+        fuse_layers(layers, self._context, self._options, streamed)
         prepack_linears(self.module, kept)
         self._tensor_split.attach(self.module, self.lanes)
 

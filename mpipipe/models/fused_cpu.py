@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
-from mpipipe.data_plane.lanes import ALONE
 from mpipipe.models.families import (
     can_merge,
     has_silu,
@@ -33,11 +32,11 @@ from mpipipe.models.prepacked_linear import (
     return_freed_memory,
 )
 from mpipipe.models.quantized_linear import QuantizedLinear
+from mpipipe.models.tensor_split import Join, joined_by
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
 
@@ -52,21 +51,16 @@ class FusedLayer(nn.Module):
     """Computes what the transformers layer it was made from does, up to rounding."""
 
     def __init__(
-        self,
-        layer: Any,
-        number: int,
-        context: ForwardContext,
-        options: AttentionOptions,
-        lanes: Lanes = ALONE,
+        self, layer: Any, number: int, context: ForwardContext, options: AttentionOptions
     ) -> None:
         super().__init__()
         attention = layer.self_attn
-        self._lanes = lanes
         self._context = context
         self._number = number  # within the stage
         self._head_dim: int = attention.head_dim
         self._num_heads: int = attention.q_proj.out_features // self._head_dim
         self._options = options
+        self._join = joined_by(attention.o_proj), joined_by(layer.mlp.down_proj)
         self.input_norm = layer.input_layernorm
         self.post_norm = layer.post_attention_layernorm
         self.qkv, self.output, self.gate_up, self.down = (
@@ -82,22 +76,10 @@ class FusedLayer(nn.Module):
         """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here."""
         hidden_TH = hidden_states[0]
         attended_TX = self._attend(_norm(self.input_norm, hidden_TH), position_embeddings)
-        hidden_TH = self._plus(self.output, attended_TX, hidden_TH)
+        hidden_TH = _plus(self.output, attended_TX, hidden_TH, self._join[0])
         gate_up_TI = self.gate_up(_norm(self.post_norm, hidden_TH))
         gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
-        return self._plus(self.down, silu(gate_TI).mul_(up_TI), hidden_TH)[None]
-
-    def _plus(
-        self,
-        product: PrepackedLinear | QuantizedLinear,
-        rows: torch.Tensor,
-        residual_TH: torch.Tensor,
-    ) -> torch.Tensor:
-        """The residual stream behind a product whose summands the lanes compute."""
-        if self._lanes.num_lanes == 1:
-            return product.plus(rows, residual_TH)
-        partial: torch.Tensor = product(rows)
-        return self._lanes.add_up(partial).add_(residual_TH)
+        return _plus(self.down, silu(gate_TI).mul_(up_TI), hidden_TH, self._join[1])[None]
 
     def _attend(
         self, hidden_TH: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -139,12 +121,23 @@ class FusedLayer(nn.Module):
         return cos_TD[:, None], sin_TD[:, None]
 
 
+def _plus(
+    product: PrepackedLinear | QuantizedLinear,
+    rows: torch.Tensor,
+    residual_TH: torch.Tensor,
+    join: Join | None,
+) -> torch.Tensor:
+    """The residual stream behind a product, of which each lane may compute a summand."""
+    if join is None:
+        return product.plus(rows, residual_TH)
+    return join(product(rows)).add_(residual_TH)
+
+
 def fuse_layers(
     layers: nn.ModuleList,
     context: ForwardContext,
     options: Mapping[int, AttentionOptions],
     streamed: Collection[int] = (),
-    lanes: Lanes = ALONE,
 ) -> None:
     """Replace the layers that have a faster form here.
 
@@ -153,12 +146,11 @@ def fuse_layers(
         context: the stage's.
         options: what each layer, by its number in the stage, asks of attention.
         streamed: the numbers of those whose weights come and go: packing would keep them.
-        lanes: of the stage.
     """
     for number in range(len(layers)):
         layer = layers[number]
         if number not in streamed and _is_fusable(layer):
-            layers[number] = FusedLayer(layer, number, context, options[number], lanes)
+            layers[number] = FusedLayer(layer, number, context, options[number])
             del layer
             return_freed_memory()
 

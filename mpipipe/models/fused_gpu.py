@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mpipipe.data_plane.lanes import ALONE
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.families import (
     LinearTensors,
@@ -36,11 +35,11 @@ from mpipipe.models.layer_options import HeadNorms
 from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.models.rotary import LengthRotary
 from mpipipe.models.streaming import NO_GATES, StreamedHead
+from mpipipe.models.tensor_split import Join, joined_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
@@ -95,9 +94,14 @@ class _MergedLinear:
 
     tensors: LinearTensors
     operations: Operations
+    join: Join | None = None  # what the lanes of the stage make of their results
 
     def __call__(self, rows_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] → [T, O]."""
+        out_TO = self._multiply(rows_TI)
+        return out_TO if self.join is None else self.join(out_TO)
+
+    def _multiply(self, rows_TI: torch.Tensor) -> torch.Tensor:
         weight_OI, bias_O, scale_O = self.tensors
         if scale_O is None:
             return self.operations.linear(rows_TI, weight_OI, bias_O)
@@ -147,7 +151,7 @@ def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -
 
 
 def _merged(operations: Operations, *parts: nn.Linear | QuantizedLinear) -> _MergedLinear:
-    return _MergedLinear(merge_linears(*parts), operations)
+    return _MergedLinear(merge_linears(*parts), operations, joined_by(parts[0]))
 
 
 def _norm_of(norm: Any) -> _NormWeight:
@@ -164,8 +168,6 @@ def build_fused_stack(
     operations: Operations,
     max_positions: int,
     gates: WeightGates = NO_GATES,
-    lanes: Lanes = ALONE,
-    gathers_head: bool = False,
 ) -> FusedStack:
     """The fused form of a stage that has no `unsupported_reason`; empties `base.layers`.
 
@@ -180,8 +182,6 @@ def build_fused_stack(
         operations: the kernels to use.
         max_positions: no token of the run has a position beyond; sizes the rotary table.
         gates: told before a layer computes and after.
-        lanes: of the stage.
-        gathers_head: each lane's head has some of the vocabulary.
     """
     layers: list[MergedLayer] = []
     while len(base.layers):
@@ -196,8 +196,6 @@ def build_fused_stack(
         context=context,
         operations=operations,
         gates=gates,
-        lanes=lanes,
-        gathers_head=gathers_head,
     )
 
 
@@ -207,7 +205,8 @@ def _merged_head(
     """[S, hidden] → [S, vocabulary]; None: the head is on another stage."""
     if isinstance(head, StreamedHead):
         blocks = [_merged(operations, block) for block in head.blocks]
-        return StreamedHead(blocks, head.gates, head.first_part)
+        join, streamed = joined_by(head), StreamedHead(blocks, head.gates, head.first_part)
+        return streamed if join is None else lambda rows_SH: join(streamed(rows_SH))
     return None if head is None else _merged(operations, head)
 
 
@@ -223,8 +222,6 @@ class FusedStack:
     context: ForwardContext
     operations: Operations
     gates: WeightGates = NO_GATES
-    lanes: Lanes = ALONE
-    gathers_head: bool = False
 
     def hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """What the stage behind receives: [T, hidden]. `inputs` as in `StageModel.forward`."""
@@ -246,7 +243,7 @@ class FusedStack:
         normed_SH, _ = self.operations.add_rms_norm(hidden_TH, residual_TH, norm.weight_H, norm.eps)
         logits_SV = self.head(normed_SH)
         self.gates.end()
-        return self.lanes.gather(logits_SV) if self.gathers_head else logits_SV
+        return logits_SV
 
     def _run_layers(
         self, inputs: torch.Tensor, layout: BatchLayout
@@ -271,11 +268,9 @@ class FusedStack:
             attended_TX = self._attend(number, layer, layer.qkv(normed_TH), rotary_TD)
             norm = layer.post_norm
             normed_TH, residual_TH = operations.add_rms_norm(
-                self.lanes.add_up(layer.output(attended_TX)), residual_TH, norm.weight_H, norm.eps
+                layer.output(attended_TX), residual_TH, norm.weight_H, norm.eps
             )
-            hidden_TH = self.lanes.add_up(
-                layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
-            )
+            hidden_TH = layer.down(operations.gated_silu(layer.gate_up(normed_TH)))
             self.gates.after(number)
         assert hidden_TH is not None, "a stage has layers"
         return hidden_TH, residual_TH

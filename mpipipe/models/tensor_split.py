@@ -12,7 +12,7 @@ same stage is cut when it is loaded, as a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from mpipipe.data_plane.lanes import Lanes
     from mpipipe.models.families import ModelParts
 
-__all__ = ["WHOLE", "TensorSplit", "split_stage"]
+__all__ = ["WHOLE", "Join", "TensorSplit", "joined_by", "split_stage"]
+
+Join = Callable[[torch.Tensor], torch.Tensor]
 
 _ROWS, _COLUMNS = "colwise", "rowwise"  # as transformers calls them, which thinks of x · Wᵀ
 # Styles that leave a tensor whole; the second is about gradients.
@@ -45,7 +47,7 @@ _PLANS_BY_HAND: dict[str, dict[str, str]] = {
 }
 # Attributes of attention modules that their forward takes the number of heads from.
 _HEAD_COUNTS = ("num_heads",)
-_HOOKED = "mpipipe_lanes"
+_JOINED_BY = "mpipipe_joined_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class TensorSplit:
     def attach(self, model: PreTrainedModel, lanes: Lanes) -> None:
         """Let modules of `model` add up and gather what lanes compute. Again after replacing some.
 
-        Paths that are gone belong to a form of the layer that does so itself.
+        Paths that are gone belong to a form of the layer that does so itself (`joined_by`).
         """
         for path in self.summed:
             module = _find(model, path)
@@ -110,7 +112,7 @@ def split_stage(
         if dim == 1:
             summed.append(path)
             if lanes.lane:
-                linear.bias = None
+                linear.register_parameter("bias", None)
         elif linear.bias is not None:
             shards[f"{path}.bias"] = shard
     _cut_head_counts(parts, lanes)
@@ -217,14 +219,15 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _hook(module: nn.Module, joined: Any) -> None:
-    """Let `module` return what `joined` makes of its result; once."""
-    if _HOOKED in vars(module):
+def _hook(module: nn.Module, join: Join) -> None:
+    """Let `module` return what `join` makes of its result; once."""
+    if joined_by(module) is not None:
         return
-    setattr(module, _HOOKED, True)
+    setattr(module, _JOINED_BY, join)
+    module.register_forward_hook(lambda _, __, result: join(result.contiguous()))
 
-    def join(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
-        whole: torch.Tensor = joined(result.contiguous())
-        return whole
 
-    module.register_forward_hook(join)
+def joined_by(module: nn.Module) -> Join | None:
+    """What lanes make of the results of `module`; None: each has the whole result."""
+    join: Join | None = vars(module).get(_JOINED_BY)
+    return join

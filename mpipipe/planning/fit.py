@@ -38,6 +38,7 @@ from mpipipe.planning.rank_rooms import (
     gpu_bytes,
     gpu_limit,
     most_host_bytes,
+    narrowest_room,
     rank_rooms,
 )
 from mpipipe.planning.resources import RankResources
@@ -72,13 +73,18 @@ class StageFitting:
     """What the fitting goes by."""
 
     spec: ModelSpec
-    ranks: Sequence[RankResources]  # in the order of their stages
+    lanes: Sequence[tuple[RankResources, ...]]  # of each stage
     device: DeviceName
     dtype: DtypeName
     limits: StepLimits
     sampling: SamplingUse
     attention: AttentionName
     decisions: Decisions
+
+    @property
+    def ranks(self) -> list[RankResources]:
+        """All, in the order of their stages."""
+        return [rank for lanes in self.lanes for rank in lanes]
 
     def fit(self, stages: tuple[StagePlan, ...], demand: KvDemand, workload: Workload) -> Fitted:
         """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
@@ -240,7 +246,10 @@ class StageFitting:
         uses_disk = any(choice.placed.disk_bytes for choice in smallest.stages)
         if uses_disk and not self.decisions.config.memory.offload_dir:
             least += f" and {_folder(smallest)}"
-        rank, alone = self.ranks[number], f"raise memory.device_bytes to at least {least_mib} MiB"
+        rank, alone = (
+            self.lanes[number][0],
+            f"raise memory.device_bytes to at least {least_mib} MiB",
+        )
         raise PlanError(
             f"stage {number} (rank {rank.rank} on {rank.host}) with {smallest.split[number]} of "
             f"{self.spec.num_layers} layers needs {least_mib} MiB on its device, for {what}, "
@@ -279,7 +288,10 @@ class StageFitting:
     ) -> tuple[RankMemory, ...]:
         memory = self.decisions.config.memory
         needs = []
-        for stage, rank_resources in zip(stages, self.ranks, strict=True):
+        each = [
+            (stage, rank) for stage, lanes in zip(stages, self.lanes, strict=True) for rank in lanes
+        ]
+        for stage, rank_resources in each:
             page_bytes = self._page_bytes(stage.num_layers)
             usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
@@ -363,7 +375,12 @@ class StageFitting:
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
         num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.ranks)
         on_gpus = self.device == "cuda"
-        return rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
+        rooms = rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
+        num_lanes = len(self.lanes[0])
+        return tuple(
+            narrowest_room(rooms[first : first + num_lanes])
+            for first in range(0, len(rooms), num_lanes)
+        )
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:
         """Of a stage's cache, or what the settings ask for."""
@@ -405,7 +422,7 @@ class StageFitting:
 
     def _fixed_pages(self) -> int | None:
         """As asked for: with `kv_cache_bytes` about so many, if the layers are split evenly."""
-        even = self._page_bytes(-(-self.spec.num_layers // len(self.ranks)))
+        even = self._page_bytes(-(-self.spec.num_layers // len(self.lanes)))
         asked = asked_kv_bytes(self.decisions.config.memory, even)
         return None if asked is None else asked // even
 

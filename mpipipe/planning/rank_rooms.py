@@ -24,6 +24,7 @@ __all__ = [
     "gpu_bytes",
     "gpu_limit",
     "most_host_bytes",
+    "narrowest_room",
     "rank_rooms",
 ]
 
@@ -86,6 +87,15 @@ def rank_rooms(
     if on_gpus:
         return tuple(_on_gpu(memory, rank, ranks, num_threads) for rank in ranks)
     return tuple(_on_cpu(memory, rank, ranks, num_threads) for rank in ranks)
+
+
+def narrowest_room(rooms: Sequence[RankRoom]) -> RankRoom:
+    """What each of the lanes of a stage has, whose weights are placed alike."""
+    return replace(
+        rooms[0],
+        device_bytes=min(room.device_bytes for room in rooms),
+        host_bytes=min(room.host_bytes for room in rooms),
+    )
 
 
 def _on_gpu(

@@ -37,6 +37,7 @@ from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits
+from mpipipe.planning.tensor_parallel import check_transport, lane_groups, lane_spec
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
@@ -73,44 +74,63 @@ def make_plan(
         "the resources of every rank"
     )
     decisions = Decisions(config, list(notes))
-    num_stages = _num_stages(decisions, num_ranks=len(ranks))
+    num_lanes = config.pipeline.tensor_parallel
+    num_stages = _num_stages(decisions, num_ranks=len(ranks), num_lanes=num_lanes)
     device, reason = choose_device(config.pipeline, ranks)
     decisions.settle("pipeline.device", device, reason)
     spec, dtype = choose_numbers(spec, decisions, device, ranks)
+    spec = lane_spec(spec, num_lanes)
     limits = choose_step_limits(
-        spec, ranks, decisions, device=device, num_requests=workload.num_requests
+        spec,
+        ranks,
+        decisions,
+        device=device,
+        num_stages=num_stages,
+        num_requests=workload.num_requests,
     )
-    demand = KvDemand(
+    demand = _demand(config, limits, workload)
+    # Unknown requests: those of the configuration, and greedy ones.
+    configured = SamplingUse.of([default_sampling(config.generation)])
+    sampling = workload.sampling or replace(configured, plain=True)
+    lanes = lane_groups([ranks[rank] for rank in stage_order(ranks)], num_lanes)
+    note_layout(ranks, decisions)
+    resolver = _Resolver(spec, lanes, device, dtype, limits, sampling, decisions)
+    stages = resolver.stages(num_stages, _work_mix(limits, workload))
+    attention = resolver.attention()
+    fitting = StageFitting(spec, lanes, device, dtype, limits, sampling, attention[0], decisions)
+    fitted = fitting.fit(stages, demand, workload)
+    return replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
+
+
+def _num_stages(decisions: Decisions, *, num_ranks: int, num_lanes: int) -> int:
+    """One per rank, or per lanes that share it, or an error that says how to launch."""
+    started = f"{num_ranks} rank{' was' if num_ranks == 1 else 's were'} started"
+    if num_ranks % num_lanes:
+        raise EnvironmentSetupError(
+            f"pipeline.tensor_parallel = {num_lanes}, but {started}: start a multiple of "
+            f"{num_lanes} ranks, or set pipeline.tensor_parallel = 1"
+        )
+    each = "one rank" if num_lanes == 1 else f"{num_lanes} ranks (pipeline.tensor_parallel)"
+    possible, reason = num_ranks // num_lanes, f"one per {each.removeprefix('one ')}"
+    num_stages = decisions.settle("pipeline.num_stages", possible, reason)
+    if num_stages != possible:
+        needed = num_stages * num_lanes
+        raise EnvironmentSetupError(
+            f"pipeline.num_stages = {num_stages}, but {started}, and every stage is {each}: start "
+            f"`mpirun -n {needed} mpipipe run …` or `srun -n {needed} mpipipe run …`, or set "
+            f"pipeline.num_stages = {possible}"
+        )
+    return num_stages
+
+
+def _demand(config: Config, limits: StepLimits, workload: Workload) -> KvDemand:
+    return KvDemand(
         page_size_tokens=config.memory.page_size_tokens,
         max_context_tokens=limits.max_context_tokens,
         max_sequences=limits.num_slots * limits.max_sequences_per_slot,
         longest_request_tokens=workload.longest_request_tokens,
         num_requests=workload.num_requests,
     )
-    # Unknown requests: those of the configuration, and greedy ones.
-    configured = SamplingUse.of([default_sampling(config.generation)])
-    sampling = workload.sampling or replace(configured, plain=True)
-    staged = [ranks[rank] for rank in stage_order(ranks)]
-    note_layout(ranks, decisions)
-    resolver = _Resolver(spec, staged, device, dtype, limits, sampling, decisions)
-    stages = resolver.stages(num_stages, _work_mix(limits, workload))
-    attention = resolver.attention()
-    fitting = StageFitting(spec, staged, device, dtype, limits, sampling, attention[0], decisions)
-    fitted = fitting.fit(stages, demand, workload)
-    return replace(resolver, limits=fitted.limits).plan(model_path, fitted, attention)
-
-
-def _num_stages(decisions: Decisions, *, num_ranks: int) -> int:
-    """One per rank, or an error that says how to launch."""
-    num_stages = decisions.settle("pipeline.num_stages", num_ranks, "one per rank")
-    if num_stages != num_ranks:
-        raise EnvironmentSetupError(
-            f"pipeline.num_stages = {num_stages}, but {num_ranks} "
-            f"rank{' was' if num_ranks == 1 else 's were'} started, and every stage is one "
-            f"rank: start `mpirun -n {num_stages} mpipipe run …` or "
-            f"`srun -n {num_stages} mpipipe run …`, or set pipeline.num_stages = {num_ranks}"
-        )
-    return num_stages
 
 
 def _work_mix(limits: StepLimits, workload: Workload) -> WorkMix:
@@ -128,12 +148,17 @@ class _Resolver:
     """Answers the questions that need device, dtype and limits."""
 
     spec: ModelSpec
-    ranks: Sequence[RankResources]  # in the order of their stages
+    lanes: Sequence[tuple[RankResources, ...]]  # of each stage
     device: DeviceName
     dtype: DtypeName
     limits: StepLimits
     sampling: SamplingUse
     decisions: Decisions
+
+    @property
+    def ranks(self) -> list[RankResources]:
+        """All, in the order of their stages."""
+        return [rank for lanes in self.lanes for rank in lanes]
 
     def stages(self, num_stages: int, mix: WorkMix) -> tuple[StagePlan, ...]:
         """Which rank holds which layers."""
@@ -157,17 +182,22 @@ class _Resolver:
             stages.append(
                 StagePlan(
                     stage=stage,
-                    rank=self.ranks[stage].rank,
-                    host=self.ranks[stage].host,
+                    rank=self.lanes[stage][0].rank,
+                    host=self.lanes[stage][0].host,
                     first_layer=first_layer,
                     last_layer=first_layer + num_layers,
                     has_embedding=has_embedding,
                     has_head=has_head,
                     weight_bytes=weight_bytes,
                     cost_share=round(cost / sum(costs), 6),
+                    lane_ranks=self._lane_ranks(stage),
                 )
             )
         return tuple(stages)
+
+    def _lane_ranks(self, stage: int) -> tuple[int, ...]:
+        lanes = self.lanes[stage]
+        return tuple(rank.rank for rank in lanes) if len(lanes) > 1 else ()
 
     def _split(self, num_stages: int, head: float) -> tuple[int, ...]:
         asked, num_layers = self.decisions.config.pipeline.split, self.spec.num_layers
@@ -182,7 +212,7 @@ class _Resolver:
         """The plan: the answers so far, and the remaining ones."""
         memory, spec, limits = self.decisions.config.memory, self.spec, self.limits
         stages, demand = fitted.stages, fitted.demand
-        transport = self._transport(len(stages))
+        transport = self._transport()
         backend = self.decisions.settle("pipeline.attention", *attention)
         pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
         num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
@@ -220,13 +250,14 @@ class _Resolver:
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
 
-    def _transport(self, num_stages: int) -> TransportName:
-        if num_stages == 1:
+    def _transport(self) -> TransportName:
+        if len(self.ranks) == 1:
             reason = "a single stage sends to no other rank"
             self.decisions.note("pipeline.transport", "loopback", reason)
             return "loopback"
         asked = self.decisions.config.pipeline.transport
         transport, reason = choose_transport(asked, self.device, self.ranks)
+        check_transport(transport, self.device, len(self.lanes[0]))
         return self.decisions.settle("pipeline.transport", transport, reason)
 
     def attention(self) -> tuple[AttentionName, str]:

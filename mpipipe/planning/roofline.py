@@ -137,7 +137,7 @@ def _prefill_step(
 ) -> StepCost:
     """The mean chunk; of every prompt only the last row passes the LM head."""
     layers = stage.num_layers * spec.layer_parameters
-    head = spec.embedding_parameters if stage.has_head else 0
+    head = spec.head_parameters if stage.has_head else 0
     moved = stage.num_layers * layer_weight_bytes(spec, dtype)
     moved += head_weight_bytes(spec, dtype) if stage.has_head else 0
     attention = 4 * shape.prompt_pairs * stage.num_layers * spec.num_heads * spec.head_dim

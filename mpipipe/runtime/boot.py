@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 
 from mpipipe.abandoned import is_abandoned_work_running
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings, make_plan
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
+from mpipipe.runtime.tensor_channel import Links, open_links
 from mpipipe.stage.profiling import Profiler, open_profiler
 from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
@@ -47,11 +49,14 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     with ExitStack() as opened_parts:
-        parts = await _load(boot, plan, stage, device, opened_parts)
+        links = await _links_for_loading(plan, ranks, device, opened_parts)
+        parts = await _load(boot, plan, stage, device, opened_parts, links=links)
         _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
         account = StageAccount(stage.stage)
         ranks.vitals.stage = stage.stage
-        opening = partial(open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot))
+        opening = partial(
+            open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot), links=links
+        )
         async with (
             compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
             opening(account=account, clocks=clocks) as opened,
@@ -75,8 +80,26 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
                 gc.unfreeze()
 
 
+async def _links_for_loading(
+    plan: PipelinePlan, ranks: Ranks, device: torch.device, opened: ExitStack
+) -> Links | None:
+    """The links to other ranks, where lanes need each other while they load."""
+    if plan.tensor_parallel == 1:
+        return None
+    ranks.boot.begin("edges")
+    links = await open_links(plan, ranks, device)
+    opened.callback(links.let_go)
+    return links
+
+
 async def _load(
-    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device, opened: ExitStack
+    boot: Boot,
+    plan: PipelinePlan,
+    stage: StagePlan,
+    device: torch.device,
+    opened: ExitStack,
+    *,
+    links: Links | None,
 ) -> StageParts:
     """The stage's parts, which are closed with `opened`, also where another rank's load fails."""
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
@@ -84,7 +107,8 @@ async def _load(
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
-        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+        lanes = ALONE if links is None else links.lanes
+        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot, lanes=lanes)
         opened.callback(_close, parts)
         return parts
 
@@ -132,6 +156,7 @@ def _log_ready(
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
+        lane=plan.lane_of_rank(boot.ranks.mesh.rank),
         load=dataclasses.asdict(load),
         cpus=format_cpus(os.sched_getaffinity(0)),
         form=parts.model.mode,

@@ -235,14 +235,14 @@ class Session:
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
-        """Every rank's totals, in stage order, on the head; None elsewhere."""
+        """Every rank's totals, in the order of stages and lanes, on the head; None elsewhere."""
         await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
         reports = [from_json(RankReport, part) for part in parts]
-        return tuple(sorted(reports, key=lambda report: report.stage.stage))
+        return tuple(sorted(reports, key=lambda report: (report.stage.stage, report.rank)))
 
     def _head_us_per_step(self) -> float | None:
         return self._runner.us_per_step if self._runner is not None else None

@@ -12,7 +12,7 @@ import torch
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.ranks import in_phase
-from mpipipe.runtime.tensor_channel import open_channel
+from mpipipe.runtime.tensor_channel import Links, open_links
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.step_times import StepTimesLink
@@ -20,12 +20,14 @@ from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
+    from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.stage.profiling import Profiler
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
@@ -50,10 +52,12 @@ async def open_worker(
     clocks: Clocks,
     device: torch.device,
     profiler: Profiler,
+    links: Links | None = None,
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks call it together.
 
-    `profiler` is told what it does, and is closed with it.
+    `profiler` is told what it does, and is closed with it, as are `links`, which are opened here
+    where the stage could be loaded without them.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
@@ -66,27 +70,44 @@ async def open_worker(
     stream.enter()  # captured in the phase's thread, launched from this one
     ranks.boot.begin("edges")
     try:
-        channel = profiler.channel(await open_channel(plan, ranks, device))
-        link = _link(plan, ranks, account, clocks)
-        worker = StageWorker(
-            plan=plan,
-            stage=plan.stage_of_rank(ranks.mesh.rank),
-            mesh=ranks.mesh,
-            channel=channel,
-            engine=engine,
-            stream=stream,
-            timeline=StreamTimeline(stream, account, ranks.clock, link),
-            progress=ranks.engine,
-            clock=ranks.clock,
-            ranges=profiler,
-            offload_use=parts.offload_use,
-        )
+        links = links or await open_links(plan, ranks, device)
+        channel = profiler.channel(links.channel)
+        timeline = StreamTimeline(stream, account, ranks.clock, _link(plan, ranks, account, clocks))
+        worker = _make_worker(plan, ranks, ready, channel, timeline, ranges=profiler, parts=parts)
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
         await profiler.aclose()
+        stream.release_captured()
         await channel.aclose()
     finally:
+        if links is not None:
+            links.let_go()
         stream.close()
+
+
+def _make_worker(
+    plan: PipelinePlan,
+    ranks: Ranks,
+    ready: _Ready,
+    channel: TensorChannel,
+    timeline: StreamTimeline,
+    *,
+    ranges: Ranges,
+    parts: StageParts,
+) -> StageWorker:
+    return StageWorker(
+        plan=plan,
+        stage=plan.stage_of_rank(ranks.mesh.rank),
+        mesh=ranks.mesh,
+        channel=channel,
+        engine=ready.engine,
+        stream=ready.stream,
+        timeline=timeline,
+        progress=ranks.engine,
+        clock=ranks.clock,
+        ranges=ranges,
+        offload_use=parts.offload_use,
+    )
 
 
 def _link(
@@ -95,9 +116,16 @@ def _link(
     """To the stages before and behind this rank's; None: it is the only one."""
     if plan.num_stages == 1:
         return None
-    stage, mesh = plan.stage_of_rank(ranks.mesh.rank).stage, ranks.mesh
-    ahead_s, clock = clocks.ahead_s, ranks.clock
-    return StepTimesLink(plan, stage, mesh=mesh, account=account, clock=clock, ahead_s=ahead_s)
+    stage = plan.stage_of_rank(ranks.mesh.rank)
+    return StepTimesLink(
+        plan,
+        stage.stage,
+        lane=stage.ranks.index(ranks.mesh.rank),
+        mesh=ranks.mesh,
+        account=account,
+        clock=ranks.clock,
+        ahead_s=clocks.ahead_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,25 @@
-"""The tensor channel that the plan names. Part of `boot`."""
+"""The tensor channel that the plan names, and the lanes of a stage. Part of `boot`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.data_plane.loopback import open_loopback_channels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.types import DeviceName, TransportName
 
-__all__ = ["Transport", "open_channel", "open_transport"]
+__all__ = ["Links", "Transport", "open_links", "open_transport"]
 
 # Making communicators takes seconds; a rank that does not come will not come later either.
 _NCCL_DEADLINE_S = 120.0
@@ -28,19 +32,44 @@ class Transport:
     name: TransportName
     device: DeviceName  # where the tensors are
     hosts: tuple[str, ...]  # by rank
-    stage_ranks: tuple[int, ...]  # ranks in the order of their stages
+    stage_ranks: tuple[tuple[int, ...], ...]  # the ranks of each stage, by lane
 
 
-async def open_channel(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> TensorChannel:
+@dataclass(frozen=True, slots=True)
+class Links:
+    """This rank's ends to the other ranks."""
+
+    channel: TensorChannel  # to other stages
+    lanes: Lanes  # within the stage
+
+    def let_go(self) -> None:
+        """No thread that computes may wait for other lanes any more. Idempotent."""
+        close: Callable[[], None] | None = getattr(self.lanes, "close", None)
+        if close is not None:
+            close()
+
+
+async def open_links(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> Links:
     """Open this rank's end of the plan's transport; all ranks call it together.
 
     Raises:
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    hosts = tuple(stage.host for stage in sorted(plan.stages, key=lambda stage: stage.rank))
-    stage_ranks = tuple(stage.rank for stage in plan.stages)
-    transport = Transport(plan.transport, plan.device, hosts, stage_ranks)
-    return await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
+    stage_ranks = tuple(stage.ranks for stage in plan.stages)
+    transport = Transport(plan.transport, plan.device, plan.hosts, stage_ranks)
+    channel = await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
+    if plan.tensor_parallel == 1:
+        return Links(channel, ALONE)
+    if plan.transport == "nccl":
+        from mpipipe.data_plane.nccl import NcclTensorChannel
+
+        assert isinstance(channel, NcclTensorChannel)
+        return Links(channel, channel.lanes)
+    from mpipipe.data_plane.mpi import open_mpi_lanes
+
+    stage, rank = plan.stage_of_rank(ranks.mesh.rank), ranks.mesh.rank
+    lane = stage.ranks.index(rank)
+    return Links(channel, open_mpi_lanes(ranks.engine, stage=stage.rank, lane=lane))
 
 
 async def open_transport(

@@ -24,7 +24,7 @@ from mpipipe.errors import CheckpointError
 from mpipipe.types import Shard
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
-from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.names import Part, Resolution, resolve_names
 from mpipipe.weights.prequantized import QuantizedSource, Unpacking
 from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
@@ -95,9 +95,7 @@ def load_stage(
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
-        missing = _listed(resolution.missing, "missing")
-        unexpected = _listed(resolution.unexpected, "not part of the model")
-        _raise_if_any(index, [missing, unexpected])
+        _check_names(index, resolution)
         slots = _slots(module, wanted, resolution.parts, tied, shards)
         _fill(module, slots, index, filler, destination)
     finally:
@@ -110,6 +108,12 @@ def load_stage(
         convert_s=filler.convert_s,
         warnings=tuple(filler.staging.warnings),
     )
+
+
+def _check_names(index: CheckpointIndex, resolution: Resolution) -> None:
+    missing = _listed(resolution.missing, "missing")
+    unexpected = _listed(resolution.unexpected, "not part of the model")
+    _raise_if_any(index, [missing, unexpected])
 
 
 def open_tensors(index: CheckpointIndex) -> TensorSource:

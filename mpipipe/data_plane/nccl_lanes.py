@@ -1,0 +1,67 @@
+"""Sums and pieces between the lanes of a stage: NCCL through torch.distributed, in stream order.
+
+Everything is added to the current stream and may be captured in a CUDA graph, which must be given
+up before NCCL's groups are left (`Stream.release_captured`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from mpipipe.data_plane.lanes import joined_columns
+from mpipipe.data_plane.nccl_groups import first_line
+from mpipipe.errors import PeerLostError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+__all__ = ["NcclLanes"]
+
+
+class NcclLanes:
+    """One lane's end; see `Lanes`.
+
+    Args:
+        group: of the stage's lanes, in their order.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.lane = group.rank()
+        self.num_lanes = group.size()
+        self._group = group
+
+    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.add_up`."""
+        try:
+            dist.all_reduce(partial, group=self._group)
+        except (dist.DistError, RuntimeError) as error:
+            raise _lost_lane(error) from error
+        return partial
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.gather`."""
+        gathered = part.new_empty(self.num_lanes, *part.shape)
+        if part.numel():
+            try:
+                dist.all_gather_into_tensor(gathered, part, group=self._group)
+            except (dist.DistError, RuntimeError) as error:
+                raise _lost_lane(error) from error
+        return joined_columns(gathered)
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.from_first`."""
+        try:
+            dist.broadcast(tensor, group=self._group, group_src=0)
+        except (dist.DistError, RuntimeError) as error:
+            raise _lost_lane(error) from error
+        return tensor
+
+
+def _lost_lane(error: Exception) -> PeerLostError:
+    return PeerLostError(
+        f"NCCL failed between the ranks of a stage ({first_line(error)}); most likely one of them "
+        "died: look for the first error in the logs"
+    )
