@@ -32,7 +32,7 @@ from mpipipe.runtime.tensor_channel import Links, open_links
 from mpipipe.stage.profiling import Profiler, open_profiler
 from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
-__all__ = ["open_session"]
+__all__ = ["limit_memory", "open_session"]
 
 
 @asynccontextmanager
@@ -48,6 +48,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
+    limit_memory(boot.loaded.config.memory.device_bytes, device)
     with ExitStack() as opened_parts:
         links = await _links_for_loading(plan, ranks, device, opened_parts)
         parts = await _load(boot, plan, stage, device, opened_parts, links=links)
@@ -190,6 +191,20 @@ def _use_device(plan: PipelinePlan, device: torch.device) -> None:
     torch.set_num_threads(plan.threads_per_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def limit_memory(device_bytes: int | str, device: torch.device) -> None:
+    """Hold torch's allocator to `memory.device_bytes`, where that is a size, on a GPU.
+
+    It then frees what it keeps for later before it takes more. Without: 22.1 GiB at once where
+    16 GB were allowed, as merged weights do not fit into the blocks of their parts.
+    """
+    if device.type != "cuda":
+        return
+    share = 1.0
+    if isinstance(device_bytes, int):
+        share = min(1.0, device_bytes / torch.cuda.get_device_properties(device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 async def _agree_on_plan(boot: Boot) -> PipelinePlan:

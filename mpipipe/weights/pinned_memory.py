@@ -36,8 +36,10 @@ class PinnedMemory:
         return memory
 
     def _pin(self, memory: torch.Tensor) -> None:
+        """All of its storage: torch looks at the beginning of that to tell what is pinned."""
         cudart: Any = torch.cuda.cudart()
-        code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        storage = memory.untyped_storage()
+        code = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
         if not code:
             self._registered.append(memory)
             return
@@ -51,7 +53,7 @@ class PinnedMemory:
         """Unpin; the memory is freed with its last tensor. Nothing may copy from it any more."""
         while self._registered:
             cudart: Any = torch.cuda.cudart()
-            cudart.cudaHostUnregister(self._registered.pop().data_ptr())
+            cudart.cudaHostUnregister(self._registered.pop().untyped_storage().data_ptr())
 
 
 class _OnHost:

@@ -200,7 +200,7 @@ def taken(
 def test_products_are_cut_to_fill_an_h100(capability: list[int]) -> None:
     gpu = torch.device("cuda")
     shapes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-    for num_rows, least_programs in ((1, 448), (32, 448), (64, 256), (128, 192), (512, 132)):
+    for num_rows, least_programs in ((1, 384), (32, 384), (64, 256), (128, 192), (512, 132)):
         for num_out, num_in in shapes:
             tuning = kernels.quantized_tuning(num_rows, num_out, num_in, gpu)
             tiles = -(-num_out // tuning.block_out) * -(-num_rows // tuning.block_rows)
@@ -274,6 +274,7 @@ for capability, limit, processors in ((75, 64 << 10, 40), (80, 163 << 10, 108),
         gpu = torch.device("cuda")
         cases = {}  # by what makes a kernel of its own
         for weight, rows, outs in ((torch.int8, 4, 6144), (torch.int8, 32, 6144),
+                                   (torch.int8, 32, 28672), (torch.int8, 64, 4096),
                                    (torch.int8, 64, 6144), (torch.int8, 128, 6144),
                                    (torch.int8, 512, 28672), (torch.float8_e4m3fn, 32, 6144)):
             if rows <= kernels.max_streamed_rows(dtype, weight, gpu):
@@ -296,7 +297,8 @@ for capability, limit, processors in ((75, 64 << 10, 40), (80, 163 << 10, 108),
     compiled(kernels._dequantize_kernel, pointers, {"EARLY": early, "BLOCK": 2048}, capability, 4)
     if capability == 90:
         pointers = {"rows_ptr": "*bf16", "narrow_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-        constants = {"LARGEST": 448.0, "TINY": 1e-38, "EARLY": True, "BLOCK": 4096}
+        tiny = torch.finfo(torch.float32).tiny
+        constants = {"LARGEST": 448.0, "TINY": tiny, "EARLY": True, "BLOCK": 4096}
         compiled(kernels._quantize_rows_kernel, pointers, constants, capability, 8)
 print("done")
 """

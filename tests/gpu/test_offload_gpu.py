@@ -19,6 +19,7 @@ import torch
 from mpipipe.clock import MonotonicClock
 from mpipipe.planning.plan import StageOffload
 from mpipipe.progress import ProgressEngine
+from mpipipe.runtime.boot import limit_memory
 from mpipipe.stage.assembly import open_stream
 from mpipipe.types import SamplingParams
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
@@ -138,6 +139,26 @@ def test_a_gpu_reads_pinned_memory_over_the_link() -> None:
     found = torch.nn.functional.embedding(ids, rows).cpu()
     assert torch.equal(found, torch.arange(1024.0).view(64, 16)[[3, 63, 3]])
     pinned.close()
+
+
+def test_torch_takes_no_more_than_the_limit() -> None:
+    """Also where freed blocks are too small for what comes next, as with merged weights."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved(device) + (256 << 20)
+    torch.cuda.reset_peak_memory_stats(device)
+    limit_memory(limit, device)
+    try:
+        parts = [torch.empty(24 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
+        del parts
+        whole = torch.empty(192 << 20, dtype=torch.uint8, device=device)
+        assert torch.cuda.max_memory_reserved(device) <= limit
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(96 << 20, dtype=torch.uint8, device=device)
+        del whole
+    finally:
+        limit_memory("auto", device)
+    torch.empty(300 << 20, dtype=torch.uint8, device=device)
 
 
 def test_memory_that_cannot_be_pinned_is_told_and_still_streams(

@@ -85,8 +85,8 @@ def linear_fp8(
 
 # ---- which way, and how it is cut ----------------------------------------------------------------
 #
-# Reasoned, not measured: from the instructions, registers and shared memory of what Triton 3.6 and
-# 3.9 compile for sm_75, sm_80 and sm_90. `tests/gpu/bench_quantized.py` times the alternatives.
+# Measured on an H100 with Triton 3.6 (`tests/gpu/bench_quantized.py`, BENCHMARKS.md); reasoned for
+# other GPUs, from the instructions, registers and shared memory of what Triton compiles for them.
 
 
 @cache
@@ -112,14 +112,16 @@ def quantized_tuning(
 ) -> LinearTuning:
     """How the streaming product is cut for a shape.
 
-    Up to 32 rows with two warps to a program: with four, Triton takes Hopper's wgmma, for whose
-    operands converting a byte takes twice the instructions; 38 instead of 17 bytes per cycle and
-    multiprocessor, where the memory of an H100 brings 13. For 64 rows, whose sums fill the
-    registers of two warps, small tiles leave room for five programs at once.
+    On Hopper, pieces and stages are such that all programs run at once and fill the GPU: with up to
+    16 rows 4096x4096 takes 9.2 us (11.5 with 4 stages and more pieces), 28672x4096 46 (54), in
+    bfloat16 13.4 and 80. Two warps to a program up to 32 rows: with four, Triton takes wgmma, for
+    whose operands converting a byte takes twice the instructions.
     """
     if not has_async_copy(device):
         return LinearTuning(32, 64, num_stages=1, least_rows=1, block_rows=16)
     processors, tiles = num_processors(device), -(-num_out // 64)
+    if num_rows <= 64 and _is_hopper(device):
+        return _few_rows_tuning(num_rows, tiles, num_in, processors)
     if num_rows <= 32:
         pieces = _pieces(tiles, 4 * processors, num_in, least=512)
         return LinearTuning(64, 128, pieces, num_warps=2, least_rows=8, block_rows=32)
@@ -131,6 +133,34 @@ def quantized_tuning(
         return LinearTuning(128, 64, num_warps=8, block_rows=256)
     pieces = _pieces(tiles * -(-num_rows // 128), 2 * processors, num_in, least=1024)
     return LinearTuning(64, 64, pieces, block_rows=128)
+
+
+def _few_rows_tuning(num_rows: int, tiles: int, num_in: int, processors: int) -> LinearTuning:
+    """Up to 64 rows on Hopper, whose multiprocessors hold two or three programs of these cuts."""
+    most = 3 * processors
+    if num_rows <= 16:
+        pieces = _filling_pieces(tiles, most, num_in)
+        return LinearTuning(64, 128, pieces, num_warps=2, num_stages=6, least_rows=8, block_rows=16)
+    if num_rows <= 32:
+        pieces = _filling_pieces(tiles, most, num_in)
+        if num_in % 256 or tiles > most:  # 28672x4096: 51.7 us against 59.4
+            return LinearTuning(64, 128, pieces, num_warps=2, num_stages=4)
+        return LinearTuning(64, 256, pieces, num_warps=2, num_stages=3)
+    # 4 stages leave room for two programs, 3 for three: what fills the last round of them better.
+    by_stages = {4: 2 * processors, 3: most}
+    pieces_of = {s: _filling_pieces(tiles, slots, num_in) for s, slots in by_stages.items()}
+    stages = max(by_stages, key=lambda s: _filled(tiles * pieces_of[s], by_stages[s]))
+    return LinearTuning(64, 128, pieces_of[stages], num_stages=stages, block_rows=64)
+
+
+def _filling_pieces(tiles: int, slots: int, num_in: int) -> int:
+    """The most pieces, each of 512 inputs or more, that all run at once; at least 1."""
+    return max(1, min(slots // tiles, num_in // 512))
+
+
+def _filled(programs: int, slots: int) -> float:
+    """The share of the slots that run a program, over all rounds."""
+    return programs / (-(-programs // slots) * slots)
 
 
 def _pieces(tiles: int, programs: int, num_in: int, *, least: int) -> int:
