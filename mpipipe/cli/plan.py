@@ -33,7 +33,7 @@ __all__ = ["plan_command", "ranks_of_this_host"]
 def plan_command(
     config: Path, overrides: Sequence[str], *, num_stages: int | None, as_json: bool
 ) -> None:
-    """Print the plan that `num_stages` ranks on one host like this one would agree on.
+    """Print the plan that the ranks of `num_stages` on one host like this one would agree on.
 
     Without `num_stages`: as many as the configuration asks for, or one.
 
@@ -45,7 +45,8 @@ def plan_command(
         configured = loaded.config.pipeline.num_stages
         num_stages = configured if isinstance(configured, int) else 1
     model = read_model(loaded)
-    ranks = ranks_of_this_host(loaded, num_stages)
+    num_ranks = num_stages * loaded.config.pipeline.tensor_parallel
+    ranks = ranks_of_this_host(loaded, num_ranks)
     plan = make_plan(model.loaded.config, model.spec, ranks, str(model.folder), notes=model.notes)
     for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
         print(f"mpipipe: warning: {warning}", file=sys.stderr)

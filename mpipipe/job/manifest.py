@@ -245,6 +245,7 @@ def _resolved_config(session: Session, loaded: LoadedConfig, folder: Path) -> di
     config["model"] |= {"path": plan.model_path, "dtype": plan.dtype}
     config["pipeline"] |= {
         "num_stages": plan.num_stages,
+        "tensor_parallel": plan.tensor_parallel,
         "split": [stage.num_layers for stage in plan.stages],
         "num_slots": plan.num_slots,
         "max_sequences_per_slot": plan.max_sequences_per_slot,

@@ -24,9 +24,10 @@ from torch import nn
 
 from mpipipe.checkpoint.quantization import read_quantization
 from mpipipe.data_plane.lanes import ALONE
+from mpipipe.errors import UnsupportedModelError
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
-from mpipipe.models.families import ModelParts, locate_parts, refuse
+from mpipipe.models.families import ModelParts, locate_parts, refuse, refuse_split
 from mpipipe.models.fused_cpu import fuse_layers
 from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_reason
 from mpipipe.models.operations import choose_operations
@@ -254,7 +255,7 @@ class StageModel(PlainStage):
         self._wire()
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
-        kv_shape = verify_stage(self)
+        kv_shape = self._verified()
         if isinstance(cache, PagedKVCache) and tuple(cache.keys[0].shape[2:]) != kv_shape:
             raise refuse(
                 self.model_type,
@@ -271,6 +272,16 @@ class StageModel(PlainStage):
             self._fused = self._fuse()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
+
+    def _verified(self) -> tuple[int, int]:
+        """KV heads and head dimension, after the trial steps."""
+        try:
+            return verify_stage(self)
+        except UnsupportedModelError as error:
+            if self.lanes.num_lanes == 1:
+                raise
+            why = f"a part of one fails its trial steps ({error.__cause__ or error})"
+            raise refuse_split(self.model_type, why) from error
 
     def _wire(self) -> None:
         """Let modules wait for weights that are streamed, and for what other lanes compute."""

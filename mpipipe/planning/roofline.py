@@ -35,6 +35,7 @@ from mpipipe.planning.cost import (
     layer_weight_bytes,
 )
 from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.tensor_parallel import lane_spec
 
 __all__ = ["JobShape", "ceilings_of", "job_floor"]
 
@@ -97,7 +98,7 @@ def job_floor(
     spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ceilings
 ) -> FloorTimes:
     """The floors of `shape` under `plan` when every rank has the same `ceilings`."""
-    spec = replace(spec, quantized=plan.quantize)
+    spec = lane_spec(replace(spec, quantized=plan.quantize), plan.tensor_parallel)
     running = min(shape.num_sequences, plan.num_slots * plan.max_sequences_per_slot)
     num_active_slots = min(plan.num_slots, running)
     num_chunks = max(1, -(-shape.num_prompt_tokens // plan.max_tokens_per_step))

@@ -67,6 +67,9 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         assert f"model.quantize={quantize}" in part.command
         assert part.command[2] == ranks
         assert part.labels["variant"] == f"quantize={quantize}"  # not held against bf16's targets
+    lanes = parts["lanes_llama3_8b"]
+    assert (lanes.command[2], lanes.labels["variant"]) == ("2", "tensor_parallel=2")
+    assert "pipeline.tensor_parallel=2" in lanes.command
     assert "--trace" in parts["pipeline_openllama_3b"].command
     assert "--trace" not in parts["single_openllama_3b"].command
 
