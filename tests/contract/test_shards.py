@@ -124,7 +124,7 @@ def test_a_file_that_ends_within_the_last_stretch_is_told(tmp_path: Path) -> Non
 def test_random_lanes_are_parts_of_one_random_tensor(dim: int) -> None:
     shards = [Shard(dim, lane, LANES) for lane in range(LANES)]
     names = {"whole": "whole", "part": "layers.0.part"}
-    parts = []
+    parts: list[torch.Tensor] = []
     for shard in shards:
         model = Model(shard)
         fill_random(

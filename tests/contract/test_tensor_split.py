@@ -161,7 +161,7 @@ def test_a_tied_head_is_a_view_of_the_embedding(tmp_path: Path) -> None:
         (stage,) = stages(model, lanes)
         embedding, head = stage.module.model.embed_tokens.weight, stage.module.lm_head.weight
         assert head.shape[0] * 2 == embedding.shape[0]
-        return head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
+        return bool(head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr())
 
     assert on_lanes(2, body) == [True, True]
 
