@@ -4,8 +4,8 @@ As objects (`to_json`, `from_json`, `from_plain`) a dataclass is a mapping by fi
 checks names and types. As rows (`row_writer`, `row_reader`) it is an array of its fields, without
 checks of types, for messages between ranks of one version: these are compiled once per class.
 
-Fields may be int, float, str, bytes, bool, None, a Flag (by name), a Literal, an Optional of these,
-dataclasses, and tuples, lists and mappings of all of these.
+Fields may be int, float, str, bytes, bool, None, a Flag (by name; in objects), an enum of texts (in
+rows), a Literal, an Optional of these, dataclasses, and tuples, lists and mappings of all of these.
 """
 
 from __future__ import annotations
@@ -182,11 +182,17 @@ def row_reader(kind: type[T]) -> Callable[[Sequence[Any]], T]:
 def _nested_rows(kind: type, convert_row: Callable[[type], _Convert]) -> list[tuple[int, _Convert]]:
     """Place and converter of each field of `kind` that holds dataclasses."""
     hints = typing.get_type_hints(kind)
+    of_leaf = _word_reader if convert_row is row_reader else lambda _: None
     converters = [
-        _converter(hints[field.name], convert_row, lambda _: None)
-        for field in dataclasses.fields(kind)
+        _converter(hints[field.name], convert_row, of_leaf) for field in dataclasses.fields(kind)
     ]
     return [(place, convert) for place, convert in enumerate(converters) if convert is not None]
+
+
+def _word_reader(hint: Any) -> _Convert | None:
+    """Of an enum whose members are texts, which are written as these; None: of another type."""
+    is_word = isinstance(hint, type) and issubclass(hint, str) and issubclass(hint, enum.Enum)
+    return hint if is_word else None
 
 
 # ---- types ---------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ MAX_PARAMETERS = 8  # without self and cls
 FILE_LINES_EXCEPTIONS: dict[str, str] = {}
 FUNCTION_LINES_EXCEPTIONS: dict[str, str] = {
     "mpipipe/cli/main.py:_bench_experiment": "one line per option of the command line, twice",
+    "mpipipe/cli/simulate.py:simulate": "one line per option of the command line, twice",
     "mpipipe/models/kernels/decode_attention.py:_decode_kernel": "a Triton kernel is one program",
     "mpipipe/models/kernels/prefill_attention.py:_prefill_kernel": "a Triton kernel is one program",
     "mpipipe/models/kernels/rotary.py:_rotate_kernel": "a Triton kernel is one program",
@@ -38,6 +39,8 @@ NESTING_EXCEPTIONS: dict[str, str] = {}
 PARAMETERS_EXCEPTIONS: dict[str, str] = {
     "mpipipe/cli/main.py:_bench_experiment": "one per option of the command line, keyword-only",
     "mpipipe/cli/main.py:bench_throughput": "one per option of the command line, keyword-only",
+    "mpipipe/cli/simulate.py:simulate": "one per option of the command line, keyword-only",
+    "mpipipe/cli/main.py:plan": "one per option of the command line, keyword-only",
     "mpipipe/models/attention_bridge.py:_attention": "transformers' attention interface has them",
     "mpipipe/stage/worker.py:StageWorker.__init__": "wires a stage, keyword-only",
     "mpipipe/weights/loader.py:load_stage": "two lists of names and how each fits, keyword-only",
@@ -390,9 +393,23 @@ def heavy_modules_after(code: str) -> set[str]:
     return set(result.stdout.splitlines()[-1].split()[1:])
 
 
-@pytest.mark.parametrize("module", ["mpipipe", "mpipipe.cli.plan", "mpipipe.cli.logs_view"])
+@pytest.mark.parametrize(
+    "module", ["mpipipe", "mpipipe.cli.plan", "mpipipe.cli.logs_view", "mpipipe.cli.simulation_job"]
+)
 def test_importing_on_a_login_node_loads_nothing_heavy(module: str) -> None:
     assert heavy_modules_after(f"import {module}") == set()
+
+
+def test_a_plan_for_other_gpus_loads_nothing_heavy() -> None:
+    """So it takes a second on a login node: torch alone takes four."""
+    code = (
+        "from pathlib import Path\n"
+        "from mpipipe.cli.plan import PlanRequest, plan_command\n"
+        "request = PlanRequest(gpus='h100, 3 x t4', num_nodes=2)\n"
+        "assert plan_command(Path('configs/shapes/llama3_8b'), [], request) == 0\n"
+        "import sys; assert not {'numpy', 'rich', 'asyncio'} & set(sys.modules)"
+    )
+    assert heavy_modules_after(code) == set()
 
 
 def test_the_help_text_loads_nothing_heavy() -> None:

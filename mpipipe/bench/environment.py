@@ -25,7 +25,6 @@ _PLANNED = (
 def environment(session: Session) -> dict[str, Any]:
     """What a benchmark's record says beside its figures (head)."""
     plan = session.plan
-    statistics = session.statistics()
     return {
         "model": Path(plan.model_path).name,
         "devices": [rank_resources.gpu.name or plan.device for rank_resources in session.resources],
@@ -35,7 +34,7 @@ def environment(session: Session) -> dict[str, Any]:
             "cuda_graphs": session.load.capture_s is not None,  # in fact, not as planned
             "hash": plan.content_hash(),
         },
-        "num_preemptions": statistics.num_preemptions if statistics is not None else 0,
+        "num_preemptions": session.num_preemptions,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

@@ -35,6 +35,7 @@ __all__ = [
     "TORCH",
     "CheckpointIndex",
     "TensorEntry",
+    "holds_weights",
     "read_index",
 ]
 
@@ -109,6 +110,12 @@ def read_index(folder: Path) -> CheckpointIndex:
             files = tuple(sorted(set(shard_of.values())))
             return _index_of(folder, kind, files, shard_of)
     raise CheckpointError(_no_weights(folder))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a weight file, or a list of such files, sound or not."""
+    names = [name for _, name in _STEMS] + [f"{name}.index.json" for _, name in _STEMS]
+    return any((folder / name).exists() for name in names)
 
 
 def _index_of(

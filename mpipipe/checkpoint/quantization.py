@@ -25,13 +25,31 @@ from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.types import QuantizeName
 
-__all__ = ["Packing", "StoredQuantization", "quantization_of", "read_quantization"]
+__all__ = [
+    "HEAD",
+    "Packing",
+    "PlainLinears",
+    "StoredQuantization",
+    "quantization_of",
+    "read_quantization",
+]
 
 # How the numbers of a weight lie: each for itself, or four in an int32 along a row or a column.
 Packing = Literal["none", "rows", "columns"]
 
+HEAD = "lm_head"
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 _LINEAR = "Linear"  # compressed-tensors: all layers of that class
 _GPTQ_FORMATS = ("gptq", "gptq_v2")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinears:
+    """Linear layers that a checkpoint in 8 bits leaves as they were."""
+
+    num_weights: int = 0  # within the decoder layers, all together
+    num_outputs: int = 0
+    has_head: bool = False  # the LM head is one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,22 @@ class StoredQuantization:
         if any(_matches(pattern, module) for pattern in self.ignored):
             return False
         return any(_matches(pattern, module) for pattern in self.targets)
+
+    def plain_linears(self, shapes: Mapping[str, tuple[int, ...]]) -> PlainLinears:
+        """Those among the tensors of the checkpoint, whose names and shapes are given."""
+        plain = [
+            shape
+            for name, shape in shapes.items()
+            if len(shape) == 2  # norms and biases have one side
+            and name.endswith(".weight")
+            and _IN_A_LAYER.search(name)
+            and f"{name.removesuffix('.weight')}.{self.scale}" not in shapes
+        ]
+        return PlainLinears(
+            num_weights=sum(outputs * inputs for outputs, inputs in plain),
+            num_outputs=sum(outputs for outputs, _ in plain),
+            has_head=f"{HEAD}.{self.scale}" not in shapes,
+        )
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -191,7 +225,7 @@ def _gptq(stated: Mapping[str, object]) -> StoredQuantization:
         scale="scales",
         companions=("qzeros", "g_idx"),
         targets=named or (_LINEAR,),
-        ignored=() if stated.get("lm_head") is True else ("lm_head",),
+        ignored=() if stated.get("lm_head") is True else (HEAD,),
     )
 
 

@@ -30,7 +30,12 @@ from mpipipe.checkpoint.generation_defaults import (
 )
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.jsonfile import read_json_object
-from mpipipe.checkpoint.quantization import quantization_of
+from mpipipe.checkpoint.quantization import (
+    HEAD,
+    PlainLinears,
+    StoredQuantization,
+    quantization_of,
+)
 from mpipipe.checkpoint.staged import require_finished
 from mpipipe.errors import CheckpointError, UnsupportedModelError
 from mpipipe.types import QuantizeName
@@ -60,9 +65,14 @@ class ModelSpec:
     rotary: RotaryFacts = field(default_factory=RotaryFacts)
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     num_experts: int = 1  # feed-forwards per layer, each of intermediate_size; 1: no mixture
-    # What the linears of the layers are in, and an LM head of its own: by the checkpoint, or, in
-    # planning, by the run.
+    # What the linears of the layers and the LM head are in: by the checkpoint, or, in planning, by
+    # the run.
     quantized: QuantizeName = "none"
+    # What a checkpoint in 8 bits leaves of them as it was: weights and outputs of a layer, on
+    # average, and the head.
+    plain_parameters: int = 0
+    plain_outputs: int = 0
+    plain_head: bool = False
     # Rows of the LM head that a rank holds, where the lanes of a stage share it; 0: all. Heads and
     # intermediate_size are then those of a lane too (planning/tensor_parallel.py).
     head_rows: int = 0
@@ -91,6 +101,21 @@ class ModelSpec:
         if self.num_experts > 1:
             return heads
         return heads + self.intermediate_size * (1 + self.gated_mlp) + self.hidden_size
+
+    @property
+    def has_quantized_head(self) -> bool:
+        """Whether the LM head is in 8 bits; tied to the embedding, it is a copy then.
+
+        Not in fp8, whose rounding of the activations would come straight into the logits.
+        """
+        if self.plain_head or (self.tied_embeddings and self.quantized == "fp8"):
+            return False
+        return self.quantized != "none"
+
+    @property
+    def is_head_the_embedding(self) -> bool:
+        """Whether embedding and LM head of one stage are one matrix."""
+        return self.tied_embeddings and not self.has_quantized_head
 
     @property
     def embedding_parameters(self) -> int:
@@ -170,10 +195,12 @@ def read_spec(folder: Path) -> ModelSpec:
     sizes = _Sizes(folder / "config.json", config)
     hidden_size, num_heads = sizes.need("hidden_size"), sizes.need("num_heads")
     model_type = str(config.get("model_type", ""))
+    num_layers, is_tied = sizes.need("num_layers"), _tied(outer, inner, model_type)
+    plain = PlainLinears() if quantization is None else _plain_linears(folder, quantization)
     return ModelSpec(
         model_type=model_type,
         architecture=_architecture(outer),
-        num_layers=sizes.need("num_layers"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=sizes.find("expert_size")
         or sizes.find("intermediate_size")
@@ -183,7 +210,7 @@ def read_spec(folder: Path) -> ModelSpec:
         head_dim=_head_dim(config, hidden_size, num_heads),
         vocab_size=sizes.need("vocab_size"),
         max_context_tokens=sizes.need("max_context_tokens"),
-        tied_embeddings=_tied(outer, inner, model_type),
+        tied_embeddings=is_tied,
         gated_mlp=model_type not in PLAIN_MLP,
         dtype=_dtype(folder, outer, config),
         eos_token_ids=_eos_token_ids(generation, config),
@@ -192,7 +219,21 @@ def read_spec(folder: Path) -> ModelSpec:
         generation=read_generation_defaults(generation, config),
         num_experts=sizes.find("num_experts") or 1,
         quantized=quantization.scheme if quantization else "none",
+        plain_parameters=-(-plain.num_weights // num_layers),
+        plain_outputs=-(-plain.num_outputs // num_layers),
+        plain_head=quantization is not None and (is_tied or plain.has_head),
     )
+
+
+def _plain_linears(folder: Path, quantization: StoredQuantization) -> PlainLinears:
+    """What is not quantised; where the names in the files cannot be told cheaply, by the rule."""
+    try:
+        shapes = {name: entry.shape for name, entry in read_index(folder).tensors.items()}
+    except CheckpointError:
+        shapes = {}  # planning works without weights; loading reports what is wrong
+    if not shapes:
+        return PlainLinears(has_head=not quantization.holds(HEAD))
+    return quantization.plain_linears(shapes)
 
 
 @dataclass(frozen=True, slots=True)

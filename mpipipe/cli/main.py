@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpipipe._version import __version__
+from mpipipe.cli.bench_dispatch import bench_dispatch
 from mpipipe.cli.logs import logs
+from mpipipe.cli.simulate import simulate
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
@@ -42,6 +44,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
+app.command()(simulate)
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 
@@ -62,6 +65,16 @@ _FORM = "model.quantize, as often as wanted; the first is compared with. Default
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
+_GPUS = 'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4".'
+_NODES = "Nodes that the GPUs are spread over, in equal blocks.  [default: 1]"
+_LINK = (
+    "Between nodes: 1GbE, 10GbE (default), 25GbE, 100GbE, HDR, NDR; on one node between its GPUs: "
+    "NVLink, PCIe3, PCIe4, PCIe5."
+)
+_HOST_MEMORY = "Free memory of a node, to offload weights to.  [default: 64GiB]"
+_GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
+_PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -97,19 +110,41 @@ def run(
 
 @app.command()
 def plan(
+    *,
     config: ConfigPath,
     overrides: Overrides = None,
     stages: Annotated[
         int | None,
-        typer.Option("--stages", "-n", min=1, help="Ranks to plan for.", show_default=False),
+        typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    gpus: Annotated[str | None, typer.Option("--gpus", help=_GPUS, show_default=False)] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help=_NODES)] = None,
+    link: Annotated[str | None, typer.Option("--link", help=_LINK, show_default=False)] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory", help=_HOST_MEMORY)] = None,
+    gpu_table: Annotated[Path | None, typer.Option("--gpu-table", help=_GPU_TABLE)] = None,
+    work: Annotated[str | None, typer.Option("--work", help=_PLAN_WORK)] = None,
+    reasons: Annotated[bool, typer.Option("--reasons", help=_REASONS)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
-    """Print which layers would go where; starts nothing, needs neither torch nor MPI."""
-    from mpipipe.cli.plan import plan_command
+    """Say what would go where, how fast, and what would help; starts nothing, needs no GPU.
 
-    plan_command(config, overrides or [], num_stages=stages, as_json=as_json)
+    Exit code 2: it does not fit.
+    """
+    from mpipipe.cli.plan import PlanRequest, plan_command
+
+    request = PlanRequest(
+        num_stages=stages,
+        gpus=gpus,
+        num_nodes=nodes,
+        link=link,
+        host_memory=host_memory,
+        gpu_table=gpu_table,
+        work=work,
+        with_reasons=reasons,
+        as_json=as_json,
+    )
+    raise typer.Exit(plan_command(config, overrides or [], request))
 
 
 @app.command()
@@ -234,6 +269,9 @@ def bench_control(debug: Debug = False) -> None:
     from mpipipe.cli.bench import control_command
 
     raise typer.Exit(control_command(debug=debug))
+
+
+bench.command("dispatch")(bench_dispatch)
 
 
 @bench.command("throughput")

@@ -1,15 +1,35 @@
-"""`mpipipe plan`: the plan for N ranks of this machine's kind, without starting anything."""
+"""`mpipipe plan`: the plan and its forecast for ranks of this machine's kind, or of another one.
+
+Nothing is started, and neither torch nor MPI is needed: it runs on a login node.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mpipipe.bench.workloads import BenchWork
+from mpipipe.checkpoint.index import holds_weights
+from mpipipe.cli.plan_view import answer_lines, refusal_lines
+from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.load import load_config
+from mpipipe.config.prompts import configured_prompts
+from mpipipe.config.schema import AUTO
+from mpipipe.errors import EXIT_CONFIG, EXIT_OK, ConfigError, PlanError
+from mpipipe.plain_values import to_json
+from mpipipe.planning.advice import advise, what_fits
+from mpipipe.planning.bottleneck import bottleneck_of
 from mpipipe.planning.explain import plan_lines
-from mpipipe.planning.model_facts import read_model
-from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
+from mpipipe.planning.link_table import link_named
+from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
+from mpipipe.planning.model_facts import ModelFacts, model_folder, read_model
+from mpipipe.planning.planned_job import Outlook, PlannedJob
+from mpipipe.planning.prompt_lengths import PromptLengths, prompt_lengths
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.planning.resources import RankResources, read_rank_resources
 from mpipipe.topology.gpu import (
     GpuFacts,
@@ -23,34 +43,238 @@ from mpipipe.topology.packages import installed_attention_backends
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["plan_command", "ranks_of_this_host"]
+__all__ = ["PlanRequest", "plan_command", "ranks_of_this_host"]
+
+_ASSUMED_WORK = "512x512x128"  # where the configuration names no prompts
+_STANDARD_INPUT = "-"
 
 
-def plan_command(
-    config: Path, overrides: Sequence[str], *, num_stages: int | None, as_json: bool
-) -> None:
-    """Print the plan that the ranks of `num_stages` on one host like this one would agree on.
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What the command line asks for; None: not asked."""
 
-    Without `num_stages`: as many as the configuration asks for, or one.
+    num_stages: int | None = None
+    gpus: str | None = None  # e.g. "h100, 3 x t4"; None: this machine
+    num_nodes: int | None = None
+    link: str | None = None
+    host_memory: str | None = None
+    gpu_table: Path | None = None
+    work: str | None = None  # prompts instead of the configuration's, e.g. 512x512x128
+    with_reasons: bool = False
+    as_json: bool = False
+
+
+def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -> int:
+    """Print the plan that the ranks would agree on, and what it will take; returns the exit code.
+
+    Without `num_stages` and `gpus`: for as many ranks of this host as the configuration asks for,
+    or one.
 
     Raises:
-        MpipipeError: what `mpipipe run` would refuse before it reads prompts and weights.
+        MpipipeError: what `mpipipe run` would refuse before it reads weights, but for a plan that
+            does not fit: that is answered, and the code is 2.
     """
     loaded = load_config(config, overrides)
-    if num_stages is None:
-        configured = loaded.config.pipeline.num_stages
-        num_stages = configured if isinstance(configured, int) else 1
-    model = read_model(loaded)
-    num_ranks = num_stages * loaded.config.pipeline.tensor_parallel
-    ranks = ranks_of_this_host(loaded, num_ranks)
-    plan = make_plan(model.loaded.config, model.spec, ranks, str(model.folder), notes=model.notes)
-    for warning in (*loaded.warnings, *deepspeed_warnings(loaded, plan)):
+    model, warnings = _model(loaded)
+    job, where, ignored = _job(model, request)
+    _warn(*loaded.warnings, *warnings, *ignored)
+    try:
+        outlook = job.outlook()
+    except PlanError as error:
+        return _refused(job, error, where, request)
+    _warn(*deepspeed_warnings(loaded, outlook.plan))
+    return _answered(outlook, where, request)
+
+
+def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
+    """The answer where it fits."""
+    bottleneck, advice, forecast = bottleneck_of(outlook), advise(outlook), outlook.forecast
+    if request.as_json:
+        _print_json(
+            {
+                "fits": True,
+                "machine": where,
+                "prompts": _prompts_record(outlook.job.prompts),
+                "plan": outlook.plan,
+                "forecast": forecast,
+                "wall_clock_s": forecast.wall_clock_s,
+                "bottleneck": bottleneck,
+                "advice": advice,
+            }
+        )
+        return EXIT_OK
+    lines = answer_lines(outlook, bottleneck, advice, where)
+    if request.with_reasons or request.gpus is None:
+        lines = [*plan_lines(outlook.plan), "", *lines]
+    print("\n".join(lines))
+    return EXIT_OK
+
+
+def _refused(job: PlannedJob, error: PlanError, where: str, request: PlanRequest) -> int:
+    """The answer where nothing fits."""
+    fitting = what_fits(job)
+    if request.as_json:
+        _print_json(
+            {
+                "fits": False,
+                "machine": where,
+                "prompts": _prompts_record(job.prompts),
+                "problem": str(error),
+                "would_fit": fitting,
+            }
+        )
+    else:
+        print("\n".join(refusal_lines(job, str(error), fitting, where)))
+    return EXIT_CONFIG
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(to_json(record, indent=2))
+
+
+def _prompts_record(prompts: PromptLengths) -> dict[str, Any]:
+    return {
+        "num_prompts": len(prompts.lengths),
+        "num_rejected": prompts.num_rejected,
+        "num_prompt_tokens": sum(prompt for prompt, _ in prompts.lengths),
+        "num_output_tokens": sum(output for _, output in prompts.lengths),
+        "source": prompts.source,
+    }
+
+
+def _warn(*warnings: str) -> None:
+    for warning in warnings:
         print(f"mpipipe: warning: {warning}", file=sys.stderr)
-    print(plan.to_json() if as_json else "\n".join(plan_lines(plan)))
+
+
+# ---- what is planned -----------------------------------------------------------------------------
+
+
+def _job(model: ModelFacts, request: PlanRequest) -> tuple[PlannedJob, str, tuple[str, ...]]:
+    """The job, where it is to run, and what of the configuration is not used for that."""
+    loaded = model.loaded
+    ignored: tuple[str, ...] = ()
+    table = known_gpus() if request.gpu_table is None else read_gpu_table(request.gpu_table)
+    machine = _machine(request, table)
+    if machine is None:
+        ranks, where = _ranks_here(loaded, request), "this machine"
+    else:
+        ranks, where = described_ranks(machine), machine.words
+        loaded, ignored = _for_described(loaded, len(ranks))
+    job = PlannedJob(
+        config=loaded.config,
+        spec=model.spec,
+        ranks=tuple(ranks),
+        model_path=str(model.folder),
+        prompts=_prompts(loaded, model, request),
+        notes=model.notes,
+        table=table,
+    )
+    if machine is not None and machine.num_nodes > 1:
+        job = replace(job, far=machine.link)
+    elif machine is not None and request.link is not None:
+        job = replace(job, near=machine.link)
+    return job, where, ignored
+
+
+def _model(loaded: LoadedConfig) -> tuple[ModelFacts, tuple[str, ...]]:
+    """The model, also where its folder holds a `config.json` and no weights yet."""
+    folder = model_folder(loaded)
+    is_random = loaded.config.model.weights == "random"
+    if is_random or holds_weights(folder) or not (folder / "config.json").is_file():
+        return read_model(loaded), ()
+    warning = f"{folder} holds no weights: planned from its config.json alone; a run needs them"
+    return read_model(loaded, needs_weights=False), (warning,)
+
+
+def _prompts(loaded: LoadedConfig, model: ModelFacts, request: PlanRequest) -> PromptLengths:
+    """The lengths of the configuration's prompts, or of other work.
+
+    Raises:
+        ConfigError: the prompt file cannot be read, or none of its prompts can be run.
+    """
+    path = loaded.config.prompts.path
+    asked = loaded.config.memory.max_context_tokens
+    limit = min(asked, model.spec.max_context_tokens) if isinstance(asked, int) else None
+    limit = limit or model.spec.max_context_tokens
+    work = request.work
+    if work is None and not (path or loaded.inline_prompts):
+        work, source = _ASSUMED_WORK, "assumed: no prompts are configured, --work says others"
+    elif work is None and path == _STANDARD_INPUT:
+        work, source = _ASSUMED_WORK, "assumed: standard input is not read, --work says others"
+    else:
+        source = "--work"
+    if work is not None:
+        lengths = BenchWork.parse(work).lengths(loaded.config.generation.seed)
+        cut = tuple((prompt, min(output, limit - prompt)) for prompt, output in lengths)
+        cut = tuple(pair for pair in cut if pair[1] > 0)
+        if not cut:
+            raise ConfigError(f"--work {work}: no prompt fits a context of {limit} tokens")
+        return PromptLengths(cut, source, len(lengths) - len(cut))
+    lines = configured_prompts(loaded)
+    found = prompt_lengths(lines, model.tokenizer_folder, limit)
+    if found is None:
+        raise ConfigError(
+            f"none of the {len(lines)} prompts can be run: they are broken, or longer than the "
+            f"context of {limit} tokens; `mpipipe run` would write an error record for each"
+        )
+    return found
+
+
+# ---- where ---------------------------------------------------------------------------------------
+
+
+def _machine(request: PlanRequest, table: GpuTable) -> DescribedMachine | None:
+    """What `--gpus` describes; None: this machine.
+
+    Raises:
+        ConfigError: a part that cannot be read, or an option that means nothing here.
+    """
+    if request.gpus is None:
+        given = {
+            "--nodes": request.num_nodes,
+            "--link": request.link,
+            "--host-memory": request.host_memory,
+        }
+        if stray := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f'{stray[0]} describes a machine: give --gpus "2 x t4" with it')
+        return None
+    if request.num_stages is not None:
+        raise ConfigError("--gpus says how many ranks there are, one a GPU: leave out --stages")
+    machine = DescribedMachine(parse_gpus(request.gpus, table))
+    if request.link is not None:
+        machine = replace(machine, link=link_named(request.link))
+    if request.num_nodes is not None:
+        machine = replace(machine, num_nodes=request.num_nodes)
+    if request.host_memory is not None:
+        try:
+            machine = replace(machine, host_memory_bytes=parse_bytes(request.host_memory))
+        except ValueError as error:
+            raise ConfigError(f"--host-memory {request.host_memory!r} {error}") from None
+    return machine
+
+
+def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, tuple[str, ...]]:
+    """With a stage for each GPU, whatever the configuration says; and what of it is not used."""
+    pipeline, ignored = loaded.config.pipeline, []
+    if pipeline.num_stages not in {AUTO, num_ranks}:
+        ignored.append(f"pipeline.num_stages = {pipeline.num_stages}: planned for {num_ranks}")
+        pipeline = replace(pipeline, num_stages=AUTO)
+    if pipeline.device == "cpu":
+        ignored.append('pipeline.device = "cpu": planned for the GPUs of --gpus')
+        pipeline = replace(pipeline, device="cuda")
+    config = replace(loaded.config, pipeline=pipeline)
+    return replace(loaded, config=config), tuple(ignored)
+
+
+def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:
+    configured = loaded.config.pipeline.num_stages
+    number = configured if isinstance(configured, int) else 1
+    num_lanes = loaded.config.pipeline.tensor_parallel
+    return ranks_of_this_host(loaded, (request.num_stages or number) * num_lanes)
 
 
 def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:

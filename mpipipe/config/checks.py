@@ -20,6 +20,7 @@ from mpipipe.types import SamplingParams
 __all__ = ["check", "check_sampling", "default_sampling"]
 
 _POSITIVE_OR_AUTO = (
+    "pipeline.replicas",
     "pipeline.num_stages",
     "pipeline.num_slots",
     "pipeline.max_sequences_per_slot",

@@ -89,11 +89,16 @@ class GenerationConfig(SamplingOptions):
 class PipelineConfig:
     """How the layers are spread and how steps are formed."""
 
+    replicas: int | str = 1
+    """Whole pipelines, side by side, that share the prompts; `auto`: as many as the ranks hold
+    where the model fits fewer ranks. 1, the default, uses all ranks for one pipeline, which always
+    fits where any number does, and holds the longest prompts."""
     num_stages: int | str = AUTO
-    """Pipeline stages; `auto`: one per rank, or per `tensor_parallel` ranks."""
+    """Stages of each pipeline; `auto`: one per rank, or per `tensor_parallel` ranks, the ranks
+    shared out among the replicas."""
     tensor_parallel: int = 1
-    """Ranks of one host that share each stage: every matrix is split over them (NCCL or MPI adds
-    up); must divide the model's heads. 1: every rank is a stage."""
+    """Ranks of one host that share each stage: every matrix is split over them, and NCCL or MPI
+    adds up; must divide the model's heads. 1: every rank is a stage."""
     split: tuple[int, ...] | str = AUTO
     """Layers per stage, e.g. `[14, 16]`; `auto`: balanced by cost."""
     num_slots: int | str = AUTO

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mpipipe.metrics.lines import RequestRecord
 from mpipipe.planning.resources import RankResources
-from mpipipe.types import SamplingParams, TokenLogprobs
+from mpipipe.types import Request, SamplingParams, TokenLogprobs
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -25,6 +26,8 @@ __all__ = [
     "ClockTold",
     "ClocksCompared",
     "DecodeScheduled",
+    "DispatchBegan",
+    "DispatchEnded",
     "Echo",
     "GatherPart",
     "GenerationBegan",
@@ -33,11 +36,14 @@ __all__ = [
     "Hello",
     "LogprobsSampled",
     "Message",
+    "NoMoreRequests",
     "PhaseReport",
     "PhaseVerdict",
     "RankLost",
+    "ReplicaTold",
     "RequestClosed",
     "RequestOpened",
+    "RequestsGiven",
     "ScheduledSequence",
     "SessionEnded",
     "StepSampled",
@@ -46,7 +52,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -294,6 +300,56 @@ class SessionEnded:
     """head → all: leave the session."""
 
 
+# ---- replicas: rank 0 hands requests to the heads of all of them, its own one included -----------
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchBegan:
+    """rank 0 → heads: a call of `generate` begins; ask for requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTold:
+    """head → rank 0: what has ended since the last one, how many more it wants, how it stands.
+
+    The first of a call has no records: only after it does rank 0 hand requests to this head.
+    Moments in `records` are on the clock of this head.
+    """
+
+    records: tuple[RequestRecord, ...]
+    num_wanted: int  # requests, beside those that it asked for before
+    sent_s: float  # on its clock
+    num_output_tokens: int = 0  # this and the following: in this call so far
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    starved_s: float = 0.0  # it had no request, and might still get some
+    is_done: bool = False  # no request is left here, and none will come; its last of this call
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsGiven:
+    """rank 0 → head: complete these; behind those that it has."""
+
+    requests: tuple[Request, ...]
+    waited_s: float  # since they were submitted, on rank 0
+
+
+@dataclass(frozen=True, slots=True)
+class NoMoreRequests:
+    """rank 0 → head: none will come in this call. `stop`: send no further steps, too."""
+
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchEnded:
+    """rank 0 → heads: all of them are done; end the call on the stages."""
+
+
+# ---- at any time ---------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class StopRequested:
     """rank → head: this rank was told to stop; head → all: stop, answer with the gather `stop`."""
@@ -357,6 +413,7 @@ Message = (
     | RequestOpened | StepScheduled | DecodeScheduled | RequestClosed | StepSampled
     | LogprobsSampled | GenerationBegan | GenerationEnded | SessionEnded | StopRequested
     | Heartbeat | RankLost | Echo | StepTimes | ClockAsked | ClockTold | ClocksCompared
+    | DispatchBegan | ReplicaTold | RequestsGiven | NoMoreRequests | DispatchEnded
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -385,4 +442,9 @@ TAGS: dict[int, type[Message]] = {
     22: ClockAsked,
     23: ClockTold,
     24: ClocksCompared,
+    25: DispatchBegan,
+    26: ReplicaTold,
+    27: RequestsGiven,
+    28: NoMoreRequests,
+    29: DispatchEnded,
 }

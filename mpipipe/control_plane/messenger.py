@@ -19,7 +19,7 @@ from mpipipe.control_plane.pending_collectives import Collective, PendingCollect
 from mpipipe.metrics.lines import MessageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from mpipipe.clock import Clock
     from mpipipe.control_plane.channel import Channel
@@ -106,16 +106,21 @@ class Messenger:
 
     def broadcast_message(self, message: Message) -> None:
         """Start sending `message` to every rank, this one included; encoded once."""
-        self._send_to_others(message)
-        self._deliver(self.rank, message)
+        self.send_to(range(self.world_size), message)
+
+    def send_to(self, ranks: Sequence[int], message: Message) -> None:
+        """Start sending `message` to `ranks`, which may include this one; encoded once."""
+        own = self.rank
+        others = [to for to in ranks if to != own]
+        if others:
+            frame = codec.encode(message)
+            for to in others:
+                self._send_frame(to, message, frame)
+        if len(others) < len(ranks):
+            self._deliver(own, message)
 
     def _send_to_others(self, message: Message) -> None:
-        if self.world_size == 1:
-            return
-        frame = codec.encode(message)
-        for to in range(self.world_size):
-            if to != self.rank:
-                self._send_frame(to, message, frame)
+        self.send_to([to for to in range(self.world_size) if to != self.rank], message)
 
     def _send_frame(self, to: int, message: Message, frame: bytes, *, quiet: bool = False) -> None:
         if self.on_message is not None:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from mpipipe.errors import ChannelClosedError
+
 __all__ = ["ALONE", "Lanes", "ThreadLanes", "joined_columns", "open_thread_lanes"]
 
 
@@ -110,9 +112,12 @@ class ThreadLanes:
     def _all(self, tensor: torch.Tensor) -> torch.Tensor:
         meeting = self._meeting
         meeting.tensors[self.lane] = tensor
-        meeting.barrier.wait(_THREAD_LIMIT_S)
-        stacked = torch.stack(meeting.tensors)
-        meeting.barrier.wait(_THREAD_LIMIT_S)  # nobody overwrites before all have read
+        try:
+            meeting.barrier.wait(_THREAD_LIMIT_S)
+            stacked = torch.stack(meeting.tensors)
+            meeting.barrier.wait(_THREAD_LIMIT_S)  # all have read before any overwrites
+        except threading.BrokenBarrierError as error:
+            raise ChannelClosedError("another lane of the stage has failed") from error
         return stacked
 
 

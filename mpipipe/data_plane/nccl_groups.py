@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,8 @@ async def connect_groups(
     *,
     rank: int,
     hosts: Sequence[str],
-    stage_ranks: Sequence[Sequence[int]],
+    stage_ranks: Sequence[int],
+    lane_groups: Sequence[Sequence[int]] = (),
     device_index: int,
     timeout_s: float,
 ) -> NcclGroups:
@@ -109,8 +111,9 @@ async def connect_groups(
         broadcast: the head's bytes to all, over the control plane.
         rank: the own number; rank 0 is the head.
         hosts: the host of every rank, in order of rank.
-        stage_ranks: the ranks of every stage by lane, the head's stage first; all have equally
-            many.
+        stage_ranks: the rank of every stage of this rank's pipeline, its head's first; of several
+            that share a stage, those of this one's lane.
+        lane_groups: the ranks of every stage that several share, of all pipelines.
         device_index: this rank's GPU.
         timeout_s: for all of it.
 
@@ -125,11 +128,10 @@ async def connect_groups(
         )
     device = torch.device("cuda", device_index)
     store = await open_store(broadcast, rank=rank, hosts=hosts, timeout_s=timeout_s)
+    connecting = partial(_connect, store, rank, len(hosts), device, stage_ranks, lane_groups)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind, lanes = await call_in_daemon(
-                lambda: _connect(store, rank, stage_ranks, device), "nccl-connect"
-            )
+            by_kind, lanes = await call_in_daemon(connecting, "nccl-connect")
     except TimeoutError:
         raise DeadlineError(
             f"NCCL did not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} within "
@@ -154,10 +156,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(". ")
 
 
-def _connect(
-    store: Store, rank: int, stage_ranks: Sequence[Sequence[int]], device: torch.device
+def _connect(  # noqa: PLR0917 - called in a thread, by position
+    store: Store,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    stage_ranks: Sequence[int],
+    lane_groups: Sequence[Sequence[int]],
 ) -> tuple[dict[EdgeKind, ProcessGroup], ProcessGroup | None]:
-    """Make all groups and use every edge and lane. Blocks until all ranks do the same."""
+    """Make all groups, and send a tensor over every edge of this rank's pipeline and lane.
+
+    Blocks until all ranks do the same.
+    """
     torch.cuda.set_device(device)  # per thread
     limit = timedelta(seconds=_TRANSFER_LIMIT_S)
     # Each group carries one kind in one order: serialising it is what is wanted, not a warning.
@@ -170,7 +180,7 @@ def _connect(
         "nccl",
         store=store,
         rank=rank,
-        world_size=sum(map(len, stage_ranks)),
+        world_size=world_size,
         device_id=device,
         timeout=limit,
     )
@@ -181,9 +191,8 @@ def _connect(
     with warnings.catch_warnings():
         # It says that transfers of a group queue behind each other: that is the stream order.
         warnings.filterwarnings("ignore", message=".*unbatched P2P")
-        lane = next(ranks.index(rank) for ranks in stage_ranks if rank in ranks)
-        _exercise(groups, rank, [ranks[lane] for ranks in stage_ranks], device)
-    lanes = _connect_lanes(rank, stage_ranks, limit)
+        _exercise(groups, rank, stage_ranks, device)
+    lanes = _connect_lanes(rank, lane_groups, limit)
     if lanes is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=lanes)
         torch.cuda.synchronize(device)
@@ -191,30 +200,29 @@ def _connect(
 
 
 def _connect_lanes(
-    rank: int, stage_ranks: Sequence[Sequence[int]], limit: timedelta
+    rank: int, lane_groups: Sequence[Sequence[int]], limit: timedelta
 ) -> ProcessGroup | None:
     """This rank's group; every rank makes all of them, in one order."""
     own: ProcessGroup | None = None
-    for ranks in stage_ranks:
-        if len(ranks) > 1:
-            group = dist.new_group(list(ranks), backend="nccl", timeout=limit)
-            own = group if rank in ranks else own
+    for ranks in lane_groups:
+        group = dist.new_group(list(ranks), backend="nccl", timeout=limit)
+        own = group if rank in ranks else own
     return own
 
 
 def _exercise(
     groups: dict[EdgeKind, ProcessGroup],
     rank: int,
-    ring: Sequence[int],
+    stage_ranks: Sequence[int],
     device: torch.device,
 ) -> None:
     """Once round the ring of one lane: hidden states forward, ids from the last to the first."""
-    stage, head, last = ring.index(rank), ring[0], ring[-1]
+    stage, head, last = stage_ranks.index(rank), stage_ranks[0], stage_ranks[-1]
     tensor = torch.zeros(1, device=device)
     if rank != head:
-        groups[EdgeKind.HIDDEN].recv([tensor], ring[stage - 1], 0).wait()
+        groups[EdgeKind.HIDDEN].recv([tensor], stage_ranks[stage - 1], 0).wait()
     if rank != last:
-        groups[EdgeKind.HIDDEN].send([tensor], ring[stage + 1], 0).wait()
+        groups[EdgeKind.HIDDEN].send([tensor], stage_ranks[stage + 1], 0).wait()
     elif rank != head:
         groups[EdgeKind.IDS].send([tensor], head, 0).wait()
     if rank == head != last:

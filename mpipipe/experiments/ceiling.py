@@ -1,6 +1,6 @@
 """What memory and arithmetic allow a run at best, by its own plan and the lengths of its prompts.
 
-Where the device has measured ceilings this is a number of tokens per second. Elsewhere only the
+Where the table of GPUs knows the device this is a number of tokens per second. Elsewhere only the
 ratio of two cases means something: the cost model's ratio of bandwidth to arithmetic is near that
 of every CPU and GPU (planning/cost.py), its scale is not.
 """
@@ -22,7 +22,7 @@ from mpipipe.planning.roofline import JobShape, ceilings_of, job_floor
 
 __all__ = ["ceiling_of", "ceiling_of_run", "plan_of"]
 
-_STAND_IN = "H200"  # for GPUs that were not measured
+_STAND_IN = "H200"  # for GPUs that the table does not know
 
 
 def plan_of(manifest: Mapping[str, Any]) -> PipelinePlan | None:
@@ -54,8 +54,8 @@ def ceiling_of(
 ) -> Ceiling:
     """The ceiling of a job whose prompts have the `lengths` (prompt tokens, output tokens)."""
     is_cpu = plan.device == "cpu"
-    measured = None if is_cpu else ceilings_of("cuda", gpu_names[0] if gpu_names else "")
-    ceilings = measured or _ratio_only(plan)
+    known = None if is_cpu else ceilings_of("cuda", gpu_names[0] if gpu_names else "")
+    ceilings = known or _ratio_only(plan)
     shape = JobShape.of(lengths)
     floor = job_floor(spec, plan, shape, ceilings)
     decode_s, told = 0.0, []
@@ -69,7 +69,7 @@ def ceiling_of(
     tokens_per_s = shape.num_output_tokens / (floor.prefill_s + decode_s)
     largest = max(stage.cost_share for stage in plan.stages)
     return Ceiling(
-        tokens_per_s=tokens_per_s if measured is not None else None,
+        tokens_per_s=tokens_per_s if known is not None else None,
         model_tokens_per_s=tokens_per_s,
         reason=(
             "output tokens / (prefill + rounds × time of a round): "

@@ -96,7 +96,7 @@ class ProgressSample:
 class Ceiling:
     """What memory and arithmetic allow at best, by `planning.roofline` and the run's own plan."""
 
-    # None: the device has no measured ceilings (a CPU, an unknown GPU), so only ratios are known.
+    # None: nothing says what the device can do (a CPU, an unknown GPU), so only ratios are known.
     tokens_per_s: float | None
     # The same in the cost model's own units. Over that of the arm's smallest case it is the
     # speedup that the cost model allows at best, on every device.

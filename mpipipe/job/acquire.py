@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
+    from mpipipe.planning.layout import Place
     from mpipipe.run_folder.lock import FolderLock
     from mpipipe.runtime.startup import Joined
     from mpipipe.topology.slurm import SlurmJob
@@ -56,11 +57,12 @@ class Acquired:
         if self.lock is not None:
             self.lock.close()
 
-    def identity(self, rank: int, stage: int) -> RunIdentity:
+    def identity(self, rank: int, place: Place) -> RunIdentity:
         """What every line that `rank` writes begins with."""
         job = read_job(os.environ)
         label = job.label if job is not None else None
-        return RunIdentity(self.run, self.attempt, label, replica=0, rank=rank, stage=stage)
+        where = {"replica": place.replica, "rank": rank, "stage": place.stage}
+        return RunIdentity(self.run, self.attempt, label, **where)
 
     @property
     def is_resumed(self) -> bool:

@@ -100,9 +100,8 @@ async def _show(job: Job, session: Session, tally: RequestTally) -> None:
     clock = session.ranks.clock
     told_s = float("-inf")
     while True:
-        statistics = session.statistics()
-        running = statistics.num_running if statistics is not None else 0
-        job.view.progress(tally.num_completed, tally.num_failed, session.num_output_tokens, running)
+        running, num_tokens = session.num_running, session.num_output_tokens
+        job.view.progress(tally.num_completed, tally.num_failed, num_tokens, running)
         if clock.now_s() - told_s >= UPDATE_INTERVAL_S:
             told_s = clock.now_s()
             _tell(job, session, tally)
@@ -111,14 +110,13 @@ async def _show(job: Job, session: Session, tally: RequestTally) -> None:
 
 def _tell(job: Job, session: Session, tally: RequestTally) -> None:
     """The counts of this moment, into `status.json`."""
-    statistics = session.statistics()
     elapsed_s = session.ranks.clock.now_s() - job.marks.loaded_s
     state = RunState.STOPPING if session.ranks.stop.reason else RunState.GENERATING
     left_s = session.ranks.stop.seconds_left
     values = {
         "num_completed": tally.num_completed,
         "num_failed": tally.num_failed,
-        "num_running": statistics.num_running if statistics is not None else 0,
+        "num_running": session.num_running,
         "num_output_tokens": session.num_output_tokens,
         "tokens_per_s": round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
         "generating_s": round(elapsed_s, 1),

@@ -106,9 +106,9 @@ class Recording:
         """A step has left this stage."""
         self._steps.tell((record, transfer_s))
 
-    def take_request(self, record: RequestRecord) -> None:
-        """A request has ended (head)."""
-        self._requests.tell(record)
+    def take_request(self, record: RequestRecord, replica: int = 0) -> None:
+        """A request has ended on `replica` (rank 0)."""
+        self._requests.tell((record, replica))
 
     def take_clocks(self, offsets: Sequence[ClockOffset]) -> None:
         """The clocks were compared (head)."""
@@ -129,9 +129,10 @@ class Recording:
     def _message_line(self, record: MessageRecord) -> str:
         return message_line(self._start, record)
 
-    def _request_line(self, record: RequestRecord) -> str:
+    def _request_line(self, told: tuple[RequestRecord, int]) -> str:
+        record, replica = told
         self.gaps.add(record.gaps_s())
-        fields = request_fields(record, token_times=self._wanted.token_times)
+        fields = request_fields(record, replica, token_times=self._wanted.token_times)
         return json_line(self._start, record.finished_s, fields)
 
     def _line(self, told: tuple[float, dict[str, Any]]) -> str:
@@ -156,7 +157,7 @@ class Recording:
         self._samples.tell((now_s, fields))
 
     def _counts(self) -> dict[str, int | None]:
-        """What the scheduler counts, on the head; another thread counts meanwhile."""
+        """What the scheduler counts, on the head of a replica; another thread counts meanwhile."""
         names = (
             "num_output_tokens", "num_running", "num_waiting", "kv_pages_used", "num_kv_pages",
         )  # fmt: skip
@@ -164,7 +165,7 @@ class Recording:
         if statistics is None:
             return dict.fromkeys(names)
         counts = (
-            self._session.num_output_tokens,
+            self._session.num_replica_tokens,
             statistics.num_running,
             statistics.num_waiting,
             statistics.num_pages - statistics.num_free_pages,

@@ -24,7 +24,6 @@ from mpipipe.job.manifest import complete_manifest, record_start
 from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
-from mpipipe.planning.layout import stage_order
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.status_file import (
@@ -32,7 +31,12 @@ from mpipipe.run_folder.status_file import (
     RunState,
 )
 from mpipipe.runtime.ranks import Ranks, in_phase, share_exit_code
-from mpipipe.runtime.requests import Prepared, PreparedPrompts, tokenize
+from mpipipe.runtime.requests import (
+    Prepared,
+    PreparedPrompts,
+    expected_workload,
+    tokenize,
+)
 from mpipipe.runtime.shared_folders import check_output_folder
 from mpipipe.runtime.shared_stop import watch_for_stop
 from mpipipe.runtime.startup import Joined, joined_ranks, loaded_session
@@ -88,7 +92,14 @@ async def run_job(
         return configured_prompts(model.loaded)
 
     joining = joined_ranks(
-        boot.clock, load, read, heartbeats=True, stop=stop, boot=boot, debug=debug
+        boot.clock,
+        load,
+        read,
+        expect=expected_workload,
+        heartbeats=True,
+        stop=stop,
+        boot=boot,
+        debug=debug,
     )
     async with joining as joined:
         boot.begin("run folder")
@@ -112,9 +123,10 @@ def _open_job(
     """Open this rank's log in the run folder, and see to it that an early end is told there."""
     ranks, loaded, resources = joined.ranks, joined.loaded, joined.resources
     rank = ranks.mesh.rank
-    stage = ranks.vitals.stage = stage_order(resources).index(rank)
-    page.opened(acquired.folder, stage)
-    identity = acquired.identity(rank, stage)
+    place = joined.layout.place_of(rank)
+    ranks.vitals.stage = place.stage
+    page.opened(acquired.folder, place.stage)
+    identity = acquired.identity(rank, place)
     log = open_log(
         acquired.folder / f"rank_{rank}.log",
         identity=identity,
@@ -247,13 +259,13 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
-    statistics = session.statistics()
     summary = summarize(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
         all_requests(job, tally, prompts.num_prompts),
-        num_preemptions=statistics.num_preemptions if statistics is not None else 0,
+        num_preemptions=session.num_preemptions,
         ranks=reports,
+        replicas=session.replica_totals(),
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,

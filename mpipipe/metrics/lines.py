@@ -8,18 +8,18 @@ told in `mpipipe/logs/FILES.md`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpipipe.metrics.summary import percentile
+from mpipipe.types import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
-    from mpipipe.types import Completion
 
 __all__ = [
     "MessageRecord",
@@ -99,18 +99,36 @@ class RequestRecord:
     num_preemptions: int
     token_s: tuple[float, ...]
 
+    @staticmethod
+    def refused(completion: Completion, now_s: float) -> RequestRecord:
+        """Of a request that was never run."""
+        return RequestRecord(completion, None, None, None, now_s, 0, ())
+
+    def shifted(self, seconds: float) -> RequestRecord:
+        """The same on a clock that is ahead by `seconds`."""
+        moments = (self.arrived_s, self.admitted_s)
+        arrived_s, admitted_s = (None if at_s is None else at_s + seconds for at_s in moments)
+        return replace(
+            self,
+            arrived_s=arrived_s,
+            admitted_s=admitted_s,
+            finished_s=self.finished_s + seconds,
+            token_s=tuple([at_s + seconds for at_s in self.token_s]),
+        )
+
     def gaps_s(self) -> list[float]:
         """Between a token and the next one."""
         return [later - earlier for earlier, later in pairwise(self.token_s)]
 
 
-def request_fields(record: RequestRecord, *, token_times: bool) -> dict[str, Any]:
-    """The fields of a request's line; `token_times`: with the time of each token."""
+def request_fields(record: RequestRecord, replica: int = 0, *, token_times: bool) -> dict[str, Any]:
+    """The fields of a request that ran on `replica`; `token_times`: with the time of each token."""
     completion, gaps_s = record.completion, sorted(record.gaps_s())
     ran = record.admitted_s is not None and completion.error_kind is None
     fields = {
         "id": completion.request_id,
         "index": completion.index,
+        "on_replica": replica,
         "slot": record.slot,
         "arrived_s": _rounded(record.arrived_s),
         "admitted_s": _rounded(record.admitted_s),

@@ -19,6 +19,7 @@ from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.replicas import ReplicaTotals
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
@@ -49,6 +50,7 @@ class RankReport:
     rank: int
     host: str
     stage: StageTotals
+    replica: int = 0
     load_s: float = 0.0  # of its own work, from `build` to `ready`; without waiting for others
     boot: tuple[BootPart, ...] = ()  # from the start of its process
     loaded_bytes: int = 0  # read from weight files
@@ -145,13 +147,14 @@ class RunSummary:
     phases: PhaseTimes
     requests: RequestTotals
     num_preemptions: int
-    ranks: tuple[RankReport, ...]  # in the order of their stages
+    ranks: tuple[RankReport, ...]  # in the order of replicas and stages
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
     state: AttemptState = DONE
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
     io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
+    replicas: tuple[ReplicaTotals, ...] = ()  # empty where there is one
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -221,10 +224,13 @@ class RunSummary:
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
         * `energy_j`, `bytes_moved`: of all ranks
-        * `ranks`: one entry per stage with the fields of `RankReport` and `peak_over_need`; its
-          `stage` has the fields of `StageTotals`, where `overall` and `steady` hold the seconds of
-          each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`, `idle_s`, `overhead_s`), their
-          sum `wall_s`, `communication_s` (transfer and send) and the `bubble_ratio`
+        * `replicas`: where there are several, of each the fields of `ReplicaTotals` with
+          `output_tokens_per_s` and `idle_ratio`, over the call of `generate`
+        * `ranks`: one entry per stage, of each replica, with the fields of `RankReport` and
+          `peak_over_need`; its `stage` has the fields of `StageTotals`, where `overall` and
+          `steady` hold the seconds of each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`,
+          `idle_s`, `overhead_s`), their sum `wall_s`, `communication_s` (transfer and send) and
+          the `bubble_ratio`
         * `time`: seconds by what they were for, see `_times`
         * `attempts`: of each start of the run the fields of `AttemptTotals`; `total`: their sums
         """
@@ -243,6 +249,7 @@ class RunSummary:
             "itl_p95_s": self.itl_p95_s,
             "energy_j": self.energy_j,
             "bytes_moved": self.bytes_moved,
+            "replicas": [replica.fields() for replica in self.replicas],
             "ranks": [_rank_dict(rank) for rank in self.ranks],
             "time": self._times(),
             "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],

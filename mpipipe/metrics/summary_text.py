@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.metrics.summary import RankReport, RunSummary
 
 __all__ = ["summary_lines"]
@@ -15,6 +16,9 @@ __all__ = ["summary_lines"]
 _TIME_HEADER = (
     "stage", "rank", "host", "compute", "wait", "transfer", "send", "idle", "overhead",
     "bubble", "steady",
+)  # fmt: skip
+_REPLICA_HEADER = (
+    "replica", "prompts", "output tokens", "tokens/s", "idle", "while work was left", "at the end",
 )  # fmt: skip
 _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
 _OFFLOAD_HEADER = (
@@ -26,14 +30,44 @@ _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def summary_lines(summary: RunSummary) -> list[str]:
     """Lines for a terminal of 100 columns (long host names aside)."""
+    ranks = _named(summary.ranks)
     return [
         *_headlines(summary),
+        *_replica_table(summary.replicas),
         "",
-        *_table(_TIME_HEADER, [_time_row(rank) for rank in summary.ranks]),
+        *_table(_TIME_HEADER, [_time_row(name, rank) for name, rank in ranks]),
         "",
-        *_table(_MEMORY_HEADER, [_memory_row(rank) for rank in summary.ranks]),
-        *_offload_table(summary.ranks),
+        *_table(_MEMORY_HEADER, [_memory_row(name, rank) for name, rank in ranks]),
+        *_offload_table(ranks),
     ]
+
+
+def _named(ranks: Sequence[RankReport]) -> list[tuple[str, RankReport]]:
+    """Each with its stage; of several replicas as `replica.stage`."""
+    several = any(rank.replica for rank in ranks)
+    return [
+        (f"{rank.replica}.{rank.stage.stage}" if several else str(rank.stage.stage), rank)
+        for rank in ranks
+    ]
+
+
+def _replica_table(replicas: Sequence[ReplicaTotals]) -> list[str]:
+    """What each replica did; nothing where there is one."""
+    if not replicas:
+        return []
+    return ["", *_table(_REPLICA_HEADER, [_replica_row(replica) for replica in replicas])]
+
+
+def _replica_row(replica: ReplicaTotals) -> tuple[str, ...]:
+    return (
+        str(replica.replica),
+        f"{replica.num_completed + replica.num_failed:,}",
+        f"{replica.num_output_tokens:,}",
+        f"{replica.output_tokens_per_s:,.1f}",
+        _share(replica.idle_ratio),
+        _seconds(replica.starved_s),
+        _seconds(replica.tail_s),
+    )
 
 
 def _headlines(summary: RunSummary) -> list[str]:
@@ -92,10 +126,10 @@ def _slowest_boot(summary: RunSummary) -> str:
     return f"{took}, {_seconds(seconds_of[name])} of it: {what}"
 
 
-def _time_row(rank: RankReport) -> tuple[str, ...]:
+def _time_row(name: str, rank: RankReport) -> tuple[str, ...]:
     parts, steady = rank.stage.overall, rank.stage.steady
     return (
-        str(rank.stage.stage),
+        name,
         str(rank.rank),
         rank.host,
         *(
@@ -110,24 +144,26 @@ def _time_row(rank: RankReport) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _memory_row(rank: RankReport) -> tuple[str, ...]:
+def _memory_row(name: str, rank: RankReport) -> tuple[str, ...]:
     sizes = (
         rank.loaded_bytes, rank.weight_bytes, rank.kv_bytes, rank.baseline_rss_bytes,
         rank.peak_rss_bytes,
     )  # fmt: skip
-    return (str(rank.stage.stage), _seconds(rank.load_s), *(_size(size) for size in sizes))
+    return (name, _seconds(rank.load_s), *(_size(size) for size in sizes))
 
 
-def _offload_table(ranks: Sequence[RankReport]) -> list[str]:
+def _offload_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
     """How the offloaded weights came; nothing where all stood on the devices."""
-    rows = [_offload_row(rank, rank.offload) for rank in ranks if rank.offload is not None]
+    rows = [
+        _offload_row(name, rank, rank.offload) for name, rank in ranks if rank.offload is not None
+    ]
     return ["", *_table(_OFFLOAD_HEADER, rows)] if rows else []
 
 
-def _offload_row(rank: RankReport, use: OffloadUse) -> tuple[str, ...]:
+def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...]:
     wall_s = rank.stage.overall.wall_s
     return (
-        str(rank.stage.stage),
+        name,
         _size(use.bytes_per_step),
         *_rate(use.host_bytes_per_s, use.planned_host_bytes_per_s),
         *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),

@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StageModel", "build_stage_model"]
 
-_HEAD = "lm_head.weight"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -86,8 +85,8 @@ def build_stage_model(
         backend: computes attention.
         max_sequence_tokens: no sequence of this run grows longer; sizes rotary tables.
         trust_remote_code: run Python code found in the folder.
-        quantize: what the linears of the layers become, and an LM head that is not tied to the
-            embedding (`quantized_linear`); of a checkpoint in 8 bits what it has so, and so.
+        quantize: what the linears of the layers become, and the LM head (`quantized_linear`), of
+            a tied embedding a copy; of a checkpoint in 8 bits what it has so, and so.
         lanes: of the stage; the model is one lane's part of it.
 
     Raises:
@@ -101,9 +100,9 @@ def build_stage_model(
     names = CheckpointNames.of(model)
     context = ForwardContext(backend, stage.first_layer)
     attach_context(cut_stage(parts, stage), context)
-    tensor_split = split_stage(parts, lanes, names.tied, has_head=stage.has_head)
     if quantize != "none":
         _quantize(parts, stage, names, quantize, stored)
+    tensor_split = split_stage(parts, lanes, names.tied, has_head=stage.has_head)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -125,16 +124,21 @@ def _quantize(
 ) -> None:
     """The linears of the layers and of the head, or what the checkpoint has quantised of them.
 
-    A tied head is the embedding, which gives its rows as they are. The routing of experts stays:
-    linears with no more outputs than there are experts.
+    A tied head becomes a copy of the embedding, which gives its rows as they are; but not in fp8
+    (`ModelSpec.has_quantized_head`). The routing of experts stays: linears with no more outputs
+    than there are experts.
     """
     layers_prefix = f"{parts.base_name}.layers."
     counts = (getattr(parts.model.config, name, None) for name in _EXPERT_COUNTS)
     num_experts = max((count for count in counts if isinstance(count, int)), default=0)
 
+    head = parts.model.get_output_embeddings()
+
     def is_wanted(path: str, linear: nn.Linear) -> bool:
         inside = path.startswith(layers_prefix)
-        if not inside and (f"{path}.weight" != _HEAD or _HEAD in names.tied):
+        if not inside and linear is not head:
+            return False
+        if f"{path}.weight" in names.tied and (stored is not None or scheme == "fp8"):
             return False
         if stored is not None:
             return stored.holds(_canonical(path, layers_prefix, stage.first_layer))

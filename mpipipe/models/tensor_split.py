@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
 from mpipipe.models.families import refuse_split
+from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.types import Shard
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WHOLE", "Join", "TensorSplit", "joined_by", "split_stage"]
 
+Linear = nn.Linear | QuantizedLinear
 Join = Callable[[torch.Tensor], torch.Tensor]
 
 _ROWS, _COLUMNS = "colwise", "rowwise"  # as transformers calls them, which thinks of x · Wᵀ
@@ -90,6 +92,8 @@ def split_stage(
 ) -> TensorSplit:
     """Cut the modules of a stage, on the meta device, down to what this lane holds.
 
+    Linears may be quantised already.
+
     Args:
         parts: the model, cut to the stage.
         lanes: of the stage.
@@ -108,24 +112,23 @@ def split_stage(
         shard = Shard(dim, lanes.lane, lanes.num_lanes)
         _check_divides(parts, path, linear, shard)
         _cut(linear, shard)
-        shards[f"{path}.weight"] = shard
+        shards |= {f"{path}.{leaf}": shard for leaf in _cut_leaves(linear, shard)}
         if dim == 1:
             summed.append(path)
-            if lanes.lane:
+            if lanes.lane and linear.bias is not None:
                 linear.register_parameter("bias", None)
-        elif linear.bias is not None:
-            shards[f"{path}.bias"] = shard
     _cut_head_counts(parts, lanes)
     head, is_tied = None, False
     if has_head:
         head, is_tied = _split_head(parts, lanes, tied)
     if head is not None and not is_tied:
-        (path,) = _paths_of(parts.model, parts.model.get_output_embeddings())
-        shards |= {f"{path}.{leaf}": head for leaf in _leaves(parts.model.get_submodule(path))}
+        module = parts.model.get_output_embeddings()
+        (path,) = _paths_of(parts.model, module)
+        shards |= {f"{path}.{leaf}": head for leaf in _cut_leaves(module, head)}
     return TensorSplit(shards, tuple(summed), head, cuts_tied_head=is_tied)
 
 
-def _planned_linears(parts: ModelParts) -> Iterator[tuple[str, nn.Linear, str]]:
+def _planned_linears(parts: ModelParts) -> Iterator[tuple[str, Linear, str]]:
     """The linears of the layers that the family's plan splits: path in the model, module, style."""
     config = parts.model.config
     plan = _PLANS_BY_HAND.get(config.model_type) or config.base_model_tp_plan
@@ -143,14 +146,19 @@ def _planned_linears(parts: ModelParts) -> Iterator[tuple[str, nn.Linear, str]]:
             module = inside.get(name)
             if module is None and name.rpartition(".")[0] not in inside:
                 continue  # of another kind of layer
-            if style not in {_ROWS, _COLUMNS} or type(module) is not nn.Linear:
+            if style not in {_ROWS, _COLUMNS} or not _is_linear(module):
                 raise refuse_split(
                     config.model_type, f'its plan splits "{name}" as "{style}", which is not done'
                 )
             yield f"{parts.base_name}.layers.{number}.{name}", module, style
 
 
-def _check_divides(parts: ModelParts, path: str, linear: nn.Linear, shard: Shard) -> None:
+def _is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
+    """Not a subclass, which may compute something else."""
+    return type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+
+
+def _check_divides(parts: ModelParts, path: str, linear: Linear, shard: Shard) -> None:
     size = linear.weight.shape[shard.dim]
     if size % shard.count:
         name = path.rpartition(".layers.")[2].partition(".")[2]
@@ -161,12 +169,20 @@ def _check_divides(parts: ModelParts, path: str, linear: nn.Linear, shard: Shard
         )
 
 
-def _cut(linear: nn.Linear, shard: Shard) -> None:
+def _cut(linear: Linear, shard: Shard) -> None:
     """To the shape of one part, on the meta device."""
-    linear.weight = _part_of(linear.weight, shard)
-    if shard.dim == 0 and linear.bias is not None:
-        linear.bias = _part_of(linear.bias, shard)
+    for leaf in _cut_leaves(linear, shard):
+        setattr(linear, leaf, _part_of(getattr(linear, leaf), shard))
     linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _cut_leaves(linear: nn.Module, shard: Shard) -> list[str]:
+    """Its tensors of which a lane has a part: a scale and a bias belong to rows."""
+    return [
+        name
+        for name, tensor in linear.named_parameters(recurse=False)
+        if tensor.dim() == 2 or shard.dim == 0
+    ]
 
 
 def _part_of(tensor: torch.Tensor, shard: Shard) -> nn.Parameter:
@@ -192,13 +208,13 @@ def _split_head(
 ) -> tuple[Shard | None, bool]:
     """The rows of the LM head that are this lane's, and whether they are cut when it is loaded."""
     model = parts.model
-    head: Any = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.shape[0] % lanes.num_lanes:
+    head = model.get_output_embeddings()
+    if not _is_linear(head) or head.weight.shape[0] % lanes.num_lanes:
         return None, False
     shard = Shard(0, lanes.lane, lanes.num_lanes)
     embedding = model.get_input_embeddings()
     (path,) = _paths_of(model, head)
-    if embedding is not None and f"{path}.weight" in tied:
+    if embedding is not None and f"{path}.weight" in tied and type(head) is nn.Linear:
         return shard, True
     _cut(head, shard)
     return shard, False
@@ -206,10 +222,6 @@ def _split_head(
 
 def _paths_of(model: nn.Module, part: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module is part]
-
-
-def _leaves(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:

@@ -65,14 +65,15 @@ def layer_weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of one layer's matrices: a byte a weight with a scale per output where quantised."""
     if spec.quantized == "none":
         return spec.layer_parameters * dtype_bytes(dtype)
-    plain = spec.layer_parameters - spec.quantizable_parameters
-    narrow = spec.quantizable_parameters + _SCALE_BYTES * spec.quantizable_outputs
-    return narrow + plain * dtype_bytes(dtype)
+    num_narrow = spec.quantizable_parameters - spec.plain_parameters
+    num_scales = spec.quantizable_outputs - spec.plain_outputs
+    num_plain = spec.layer_parameters - num_narrow
+    return num_narrow + _SCALE_BYTES * num_scales + num_plain * dtype_bytes(dtype)
 
 
 def head_weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of the LM head. A tied one is the embedding, which stays as it is."""
-    if spec.quantized == "none" or spec.tied_embeddings:
+    """Bytes of the LM head."""
+    if not spec.has_quantized_head:
         return spec.head_parameters * dtype_bytes(dtype)
     return spec.head_parameters + _SCALE_BYTES * (spec.head_rows or spec.vocab_size)
 
@@ -170,8 +171,8 @@ def gpu_head_cost_in_layers(spec: ModelSpec, dtype: str, mix: WorkMix) -> float:
 def stage_weight_bytes(
     spec: ModelSpec, dtype: str, *, num_layers: int, has_embedding: bool, has_head: bool
 ) -> int:
-    """Bytes of the parameters of a stage. Tied embedding and head on one stage count once."""
-    has_both = has_embedding and has_head and spec.tied_embeddings
+    """Bytes of the parameters of a stage. What is embedding and head counts once."""
+    has_both = has_embedding and has_head and spec.is_head_the_embedding
     return (
         num_layers * layer_weight_bytes(spec, dtype)
         + has_embedding

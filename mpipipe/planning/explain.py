@@ -45,8 +45,9 @@ def plan_lines(plan: PipelinePlan) -> list[str]:
     """A heading and the rows, aligned in columns."""
     rows = plan_rows(plan)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    whose = f" of replica {plan.replica}" if plan.num_replicas > 1 else ""
     heading = (
-        f"plan {plan.content_hash()}: {plan.architecture}, {plan.num_layers} layers on "
+        f"plan {plan.content_hash()}{whose}: {plan.architecture}, {plan.num_layers} layers on "
         f"{plan.num_stages} stage{'s' * (plan.num_stages > 1)}, {plan.model_path}"
     )
     lines = [
@@ -137,6 +138,7 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         ("model.dtype", plan.dtype),
         ("model.weights", plan.weights),
         *((("model.quantize", plan.quantize),) if plan.quantize != "none" else ()),
+        *((("pipeline.replicas", str(plan.num_replicas)),) if plan.num_replicas > 1 else ()),
         ("pipeline.num_stages", str(plan.num_stages)),
         *(
             (("pipeline.tensor_parallel", str(plan.tensor_parallel)),)

@@ -73,18 +73,18 @@ class StageFitting:
     """What the fitting goes by."""
 
     spec: ModelSpec
-    lanes: Sequence[tuple[RankResources, ...]]  # of each stage
+    ranks: Sequence[RankResources]  # in the order of their stages, and lanes
     device: DeviceName
     dtype: DtypeName
     limits: StepLimits
     sampling: SamplingUse
     attention: AttentionName
     decisions: Decisions
+    world: Sequence[RankResources]  # of all replicas: they share cores
 
     @property
-    def ranks(self) -> list[RankResources]:
-        """All, in the order of their stages."""
-        return [rank for lanes in self.lanes for rank in lanes]
+    def _num_lanes(self) -> int:
+        return self.decisions.config.pipeline.tensor_parallel
 
     def fit(self, stages: tuple[StagePlan, ...], demand: KvDemand, workload: Workload) -> Fitted:
         """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
@@ -247,7 +247,7 @@ class StageFitting:
         if uses_disk and not self.decisions.config.memory.offload_dir:
             least += f" and {_folder(smallest)}"
         rank, alone = (
-            self.lanes[number][0],
+            self.ranks[number * self._num_lanes],
             f"raise memory.device_bytes to at least {least_mib} MiB",
         )
         raise PlanError(
@@ -288,10 +288,8 @@ class StageFitting:
     ) -> tuple[RankMemory, ...]:
         memory = self.decisions.config.memory
         needs = []
-        each = [
-            (stage, rank) for stage, lanes in zip(stages, self.lanes, strict=True) for rank in lanes
-        ]
-        for stage, rank_resources in each:
+        each = [stage for stage in stages for _ in range(self._num_lanes)]
+        for stage, rank_resources in zip(each, self.ranks, strict=True):
             page_bytes = self._page_bytes(stage.num_layers)
             usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
@@ -373,13 +371,12 @@ class StageFitting:
         )
 
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
-        num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.ranks)
+        num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.world)
         on_gpus = self.device == "cuda"
         rooms = rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
-        num_lanes = len(self.lanes[0])
         return tuple(
-            narrowest_room(rooms[first : first + num_lanes])
-            for first in range(0, len(rooms), num_lanes)
+            narrowest_room(rooms[first : first + self._num_lanes])
+            for first in range(0, len(rooms), self._num_lanes)
         )
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:
@@ -422,7 +419,8 @@ class StageFitting:
 
     def _fixed_pages(self) -> int | None:
         """As asked for: with `kv_cache_bytes` about so many, if the layers are split evenly."""
-        even = self._page_bytes(-(-self.spec.num_layers // len(self.lanes)))
+        num_stages = len(self.ranks) // self._num_lanes
+        even = self._page_bytes(-(-self.spec.num_layers // num_stages))
         asked = asked_kv_bytes(self.decisions.config.memory, even)
         return None if asked is None else asked // even
 

@@ -1,7 +1,8 @@
-"""Where the stages run: which rank takes which stage, on which cores, with how many threads. Pure.
+"""Where the stages run: which rank takes which stage of which replica, on which cores. Pure.
 
-Invariants: rank 0 is the head and takes stage 0; stages on one host follow each other, so that as
-few edges as possible cross the network; a rank that its launcher has bound keeps its cores.
+Invariants: rank 0 is the head of replica 0 and takes its stage 0; stages on one host follow each
+other, so that as few edges as possible cross the network; every rank has a stage; a rank that its
+launcher has bound keeps its cores.
 `partition` decides which layers a stage has; `topology.host` reads and sets affinity.
 """
 
@@ -10,12 +11,29 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from mpipipe.config.schema import PipelineConfig
+from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.tensor_parallel import lane_groups
 from mpipipe.topology.host import Core, format_cpus
 
-__all__ = ["cores_of_ranks", "note_cores", "note_layout", "stage_order", "threads_per_rank"]
+__all__ = [
+    "Layout",
+    "Place",
+    "cores_of_ranks",
+    "lay_out",
+    "note_cores",
+    "note_layout",
+    "sharing",
+    "stage_order",
+    "threads_per_rank",
+]
+
+
+_Stages = list[tuple[RankResources, ...]]  # of each the ranks that share it
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -28,6 +46,171 @@ def stage_order(ranks: Sequence[RankResources]) -> tuple[int, ...]:
     otherwise send every step over the network.
     """
     return tuple(rank.rank for sharers in _by_host(ranks) for rank in sharers)
+
+
+# ---- replicas ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is."""
+
+    replica: int
+    stage: int
+    lane: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which ranks make which pipeline: every rank is in one."""
+
+    replicas: tuple[tuple[int, ...], ...]  # of each its ranks, in the order of stages and lanes
+    reason: str = ""  # why there are so many
+    num_lanes: int = 1  # ranks of a stage
+
+    @property
+    def least_stages(self) -> int:
+        """Of the shortest pipeline."""
+        return min(map(len, self.replicas)) // self.num_lanes
+
+    @property
+    def most_stages(self) -> int:
+        """Of the longest pipeline."""
+        return max(map(len, self.replicas)) // self.num_lanes
+
+    def place_of(self, rank: int) -> Place:
+        """Replica and stage of `rank`."""
+        for replica, ranks in enumerate(self.replicas):
+            if rank in ranks:
+                return Place(replica, *divmod(ranks.index(rank), self.num_lanes))
+        raise AssertionError(f"rank {rank} is in no replica of {self.replicas}")
+
+
+def lay_out(
+    ranks: Sequence[RankResources], pipeline: PipelineConfig, *, least_stages: int = 1
+) -> Layout:
+    """Cut the order of stages into the replicas that are asked for; neighbours make a pipeline.
+
+    Ranks that are left over when all replicas have their stages make some pipelines longer by one:
+    requests are handed out on demand, so a longer one gets more. Where every host holds a replica,
+    none crosses hosts.
+
+    Args:
+        ranks: all of them.
+        pipeline: the settings.
+        least_stages: of a replica, where replicas and stages are "auto".
+
+    Raises:
+        EnvironmentSetupError: the number of ranks does not fit what is asked for.
+    """
+    num_lanes, by_rank = pipeline.tensor_parallel, {rank.rank: rank for rank in ranks}
+    if len(ranks) % num_lanes:
+        raise EnvironmentSetupError(
+            f"pipeline.tensor_parallel = {num_lanes}, but {_started(len(ranks))}: start a multiple "
+            f"of {num_lanes} ranks, or set pipeline.tensor_parallel = 1"
+        )
+    order = lane_groups([by_rank[rank] for rank in stage_order(ranks)], num_lanes)
+    cut, reason = _cut(order, pipeline, least_stages)
+    flat = tuple(tuple(rank.rank for lanes in part for rank in lanes) for part in cut)
+    return Layout(flat, reason, num_lanes)
+
+
+def _cut(order: _Stages, pipeline: PipelineConfig, least_stages: int) -> tuple[list[_Stages], str]:
+    """The stages of each replica, and why there are so many."""
+    num_replicas, num_stages = pipeline.replicas, pipeline.num_stages
+    num_lanes = pipeline.tensor_parallel
+    if isinstance(num_stages, int):
+        return _equal_cut(order, num_replicas, num_stages), "one per so many ranks"
+    if isinstance(num_replicas, int):
+        if num_replicas > len(order):
+            raise EnvironmentSetupError(
+                f"pipeline.replicas = {num_replicas}, but {_started(len(order) * num_lanes)}, and "
+                f"every replica takes {'one' if num_lanes == 1 else num_lanes} at least: start "
+                f'{_launches(num_replicas * num_lanes)}, or set pipeline.replicas = "auto"'
+            )
+        return _even_cut(order, num_replicas), "asked for"
+    held = least_stages * num_lanes
+    least = "a rank holds the model" if held == 1 else f"{held} ranks hold it"
+    hosts = [list(stages) for _, stages in itertools.groupby(order, lambda lanes: lanes[0].host)]
+    if all(len(host) >= least_stages for host in hosts):
+        cuts = [_even_cut(host, len(host) // least_stages) for host in hosts]
+        return list(itertools.chain.from_iterable(cuts)), least
+    return _even_cut(order, max(1, len(order) // least_stages)), least
+
+
+def _equal_cut(order: _Stages, num_replicas: int | str, num_stages: int) -> list[_Stages]:
+    """Replicas of `num_stages` stages each, that use all ranks."""
+    num_lanes, possible = len(order[0]), len(order)
+    num_ranks = possible * num_lanes
+    each = "one rank" if num_lanes == 1 else f"{num_lanes} ranks (pipeline.tensor_parallel)"
+    if num_replicas == 1 and num_stages != possible:
+        raise EnvironmentSetupError(
+            f"pipeline.num_stages = {num_stages}, but {_started(num_ranks)}, and every stage is "
+            f"{each}: start {_launches(num_stages * num_lanes)}, or set pipeline.num_stages = "
+            f"{possible}"
+            + (', or pipeline.replicas = "auto"' if possible % num_stages == 0 else "")
+        )
+    if isinstance(num_replicas, int) and num_replicas * num_stages != possible:
+        taken = num_replicas * num_stages * num_lanes
+        raise EnvironmentSetupError(
+            f"pipeline.replicas = {num_replicas} of pipeline.num_stages = {num_stages} take "
+            f"{taken} ranks, but {_started(num_ranks)}: start {_launches(taken)}, or leave one of "
+            "the two settings out"
+        )
+    if possible % num_stages:
+        most = possible - possible % num_stages
+        numbers = sorted(rank.rank for lanes in order[most:] for rank in lanes)
+        left = ", ".join(map(str, numbers))
+        raise EnvironmentSetupError(
+            f"{_started(num_ranks)}, which are no whole number of pipelines of "
+            f"pipeline.num_stages = {num_stages}: {'rank' if len(numbers) == 1 else 'ranks'} "
+            f"{left} would be left over; start {_launches((most or num_stages) * num_lanes)}, or "
+            'set pipeline.num_stages = "auto", which makes some pipelines longer'
+        )
+    return [order[first : first + num_stages] for first in range(0, possible, num_stages)]
+
+
+def _even_cut(order: _Stages, num_parts: int) -> list[_Stages]:
+    """Parts that differ by one stage at most, the longer ones first."""
+    size, num_longer = divmod(len(order), num_parts)
+    edges = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
+    return [order[first:last] for first, last in itertools.pairwise(edges)]
+
+
+def _started(num_ranks: int) -> str:
+    return f"{num_ranks} rank{' was' if num_ranks == 1 else 's were'} started"
+
+
+def _launches(num_ranks: int) -> str:
+    return f"`mpirun -n {num_ranks} mpipipe run …` or `srun -n {num_ranks} mpipipe run …`"
+
+
+def sharing(ranks: Sequence[RankResources], members: Sequence[int]) -> list[RankResources]:
+    """What `members` of a replica have where other replicas use the same hosts, or the same GPUs.
+
+    Of memory that is shared they get as much as they are of the ranks that share it.
+    """
+    inside = set(members)
+    by_host, by_gpu = Counter(rank.host for rank in ranks), Counter(map(_gpu_of, ranks))
+    own = [rank for rank in ranks if rank.rank in inside]
+    own_by_host, own_by_gpu = Counter(rank.host for rank in own), Counter(map(_gpu_of, own))
+
+    def share(rank: RankResources) -> RankResources:
+        host, gpu = rank.host, _gpu_of(rank)
+        if own_by_host[host] == by_host[host]:
+            return rank
+        available = rank.memory_available_bytes * own_by_host[host] // by_host[host]
+        free = rank.gpu.free_bytes * own_by_gpu[gpu] // by_gpu[gpu]
+        return replace(
+            rank, memory_available_bytes=available, gpu=replace(rank.gpu, free_bytes=free)
+        )
+
+    numbers = {rank.rank: rank for rank in own}
+    return [share(numbers[member]) for member in members]
+
+
+def _gpu_of(rank: RankResources) -> tuple[str, str | int]:
+    return rank.host, rank.gpu.uuid or rank.gpu.index
 
 
 def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:

@@ -5,9 +5,10 @@ Estimates for the plan, each with its source; the summary of a run shows what wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpipipe.planning.cost import Ceilings
+from mpipipe.planning.gpu_table import GpuTable, known_gpus
 from mpipipe.planning.roofline import ceilings_of
 from mpipipe.topology.gpu import GpuFacts
 
@@ -25,16 +26,6 @@ _LINK_SHARE_GEN3 = 0.75
 _LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.56e9}
 _UNKNOWN_LINK_BYTES_PER_S = 11e9  # generation 3, 16 lanes: the least that GPUs for this work have
 _COPY_BYTES_PER_S = 8e9  # from RAM to RAM by one core; a disk's page cache is read so
-
-# Of GPUs that we have not measured, from data sheets at what kernels reach: by compute capability.
-_ASSUMED_GPUS = {
-    70: Ceilings(0.75e12, 8e13, "assumed from the data sheet (Volta)"),
-    75: Ceilings(0.25e12, 3e13, "assumed from the data sheet (Turing)"),
-    80: Ceilings(1.4e12, 2.2e14, "assumed from the data sheet (A100)"),
-    86: Ceilings(0.6e12, 7e13, "assumed from the data sheet (Ampere)"),
-    89: Ceilings(0.6e12, 1e14, "assumed from the data sheet (Ada)"),
-    90: Ceilings(3.0e12, 6e14, "assumed from the data sheet (Hopper)"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +67,24 @@ def link_rates(gpu: GpuFacts | None) -> LinkRates:
     return LinkRates(rate, DISK_BYTES_PER_S, link_source=link)
 
 
-def compute_ceilings(gpu: GpuFacts | None, num_threads: int) -> Ceilings:
-    """What a rank's device computes at best; of an unknown GPU as the next older kind."""
+def compute_ceilings(
+    gpu: GpuFacts | None, num_threads: int, table: GpuTable | None = None
+) -> Ceilings:
+    """What a rank's device computes at best; of an unknown GPU as a card of the next older kind.
+
+    Args:
+        gpu: of the rank; None: it computes on a CPU.
+        num_threads: of a CPU.
+        table: of GPUs; None: the known ones.
+    """
     if gpu is None:
         found = ceilings_of("cpu", num_threads=num_threads)
         assert found is not None, "a CPU has ceilings"
         return found
-    measured = ceilings_of("cuda", gpu.name)
-    if measured is not None:
-        return measured
-    known = [capability for capability in _ASSUMED_GPUS if capability <= gpu.capability]
-    return _ASSUMED_GPUS[max(known, default=min(_ASSUMED_GPUS))]
+    table = table or known_gpus()
+    known = table.find(gpu.name)
+    if known is not None:
+        return known.ceilings
+    alike = table.like(gpu.capability)
+    source = f"assumed as a {alike.name}, since the table of GPUs has no {gpu.name or 'such card'}"
+    return replace(alike.ceilings, source=source)

@@ -212,7 +212,7 @@ def _misfit(inside: Sequence[RankMemory], num_pages: int, more_remedies: Sequenc
     numbers = ", ".join(str(rank.rank) for rank in inside)
     who = f"rank {numbers}" if len(inside) == 1 else f"ranks {numbers} together"
     weight_bytes, limit = sum(rank.weight_bytes for rank in inside), inside[0].weight_limit_bytes
-    held, allowed = _held(inside, num_pages), _allowed(inside)
+    held, allowed = _held(inside, num_pages), _allowed(inside, num_pages)
     remedies = ["lower memory.kv_cache_bytes or memory.num_kv_pages"] if num_pages else []
     remedies += more_remedies
     if inside[0].gpu:
@@ -223,7 +223,8 @@ def _misfit(inside: Sequence[RankMemory], num_pages: int, more_remedies: Sequenc
         ]
     elif len(inside) == 1 and limit is not None and weight_bytes > limit:
         held = f"{gib(weight_bytes)} of weights"
-        allowed = f"only {gib(limit)} is allowed (memory.device_bytes)"
+        allowed = f"only {gib(limit)} is allowed (memory.device_bytes), {gib(weight_bytes - limit)}"
+        allowed += " too little"
         remedies += ["use more ranks"]
     else:
         remedies += ["use more hosts"]
@@ -240,8 +241,10 @@ def _held(inside: Sequence[RankMemory], num_pages: int) -> str:
     return holds[0] if len(holds) == 1 else f"{', '.join(holds[:-1])} and {holds[-1]}"
 
 
-def _allowed(inside: Sequence[RankMemory]) -> str:
-    available = gib(min(rank.available_bytes for rank in inside))
+def _allowed(inside: Sequence[RankMemory], num_pages: int) -> str:
+    available = min(rank.available_bytes for rank in inside)
+    needed = sum(rank.fixed_bytes + rank.page_bytes * num_pages for rank in inside)
+    lacking = f"{gib(needed - available)} too little"
     if not inside[0].gpu:
-        return f"only {available} of memory is available there"
-    return f"only {available} of its memory may be used ({inside[0].limited_by})"
+        return f"only {gib(available)} of memory is available there, {lacking}"
+    return f"only {gib(available)} of its memory may be used ({inside[0].limited_by}), {lacking}"

@@ -53,17 +53,18 @@ def model_folder(loaded: LoadedConfig) -> Path:
     return folder
 
 
-def read_model(loaded: LoadedConfig) -> ModelFacts:
+def read_model(loaded: LoadedConfig, *, needs_weights: bool = True) -> ModelFacts:
     """Read what the head must know before it plans: `config.json` and the weight files' headers.
 
-    With `model.weights = "random"` a folder with nothing but a `config.json` will do.
+    With `model.weights = "random"`, or for a plan alone (`needs_weights`), a folder with nothing
+    but a `config.json` will do.
 
     Raises:
         CheckpointError: folder or files missing or incomplete, or not a model we can run.
     """
     folder = model_folder(loaded)
     spec = read_spec(folder)
-    if loaded.config.model.weights != "random":
+    if needs_weights and loaded.config.model.weights != "random":
         read_index(folder)  # a half-copied model must be told before anything heavy starts
     tokenizer_path = loaded.config.model.tokenizer_path
     tokenizer_folder = Path(tokenizer_path).absolute() if tokenizer_path else folder

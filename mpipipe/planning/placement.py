@@ -170,7 +170,7 @@ def part_bytes(spec: ModelSpec, dtype: str) -> PartBytes:
         head=of(0, has_embedding=False, has_head=True),
         embedding_row=(spec.embedding_size or spec.hidden_size) * dtype_bytes(dtype),
         positions=positions,
-        tied=spec.tied_embeddings,
+        tied=spec.is_head_the_embedding,
     )
 
 

@@ -153,7 +153,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """Everything the ranks must agree on. Equal plans have equal hashes."""
+    """Everything the ranks of one pipeline must agree on. Equal plans have equal hashes."""
 
     model_path: str  # absolute
     model_type: str
@@ -183,6 +183,8 @@ class PipelinePlan:
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
+    replica: int = 0  # which of the job's pipelines
+    num_replicas: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -204,6 +206,16 @@ class PipelinePlan:
         return self.stages[0].rank
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the pipeline, in the order of its stages and their lanes."""
+        return tuple(rank for stage in self.stages for rank in stage.ranks)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that have a place at once, if their pages fit."""
+        return self.num_slots * self.max_sequences_per_slot
+
+    @property
     def last_rank(self) -> int:
         """The rank of the last stage, which samples."""
         return self.stages[-1].rank
@@ -222,12 +234,6 @@ class PipelinePlan:
     def lane_of_rank(self, rank: int) -> int:
         """Its place among the ranks of its stage. Raises as `stage_of_rank`."""
         return self.stage_of_rank(rank).ranks.index(rank)
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Of every rank, in order of rank."""
-        by_rank = {rank: stage.host for stage in self.stages for rank in stage.ranks}
-        return tuple(by_rank[rank] for rank in sorted(by_rank))
 
     def to_json(self) -> str:
         """Stable JSON: sorted keys, no spaces that depend on the platform."""

@@ -50,11 +50,17 @@ def _quantized(
     reason = "asked for" if stored == "none" else "as the weights are in the checkpoint"
     what = "the linears of the layers, with a scale per output channel"
     if spec.num_experts > 1:
-        what += "; experts stay as they are"
-    if spec.tied_embeddings:
-        what += "; the LM head is the embedding and stays as it is"
+        share = 1 - spec.quantizable_parameters / spec.layer_parameters
+        what += f"; experts stay as they are ({share:.0%} of a layer's weights)"
+    if spec.plain_parameters:
+        what += ", those apart that it leaves as they are"
+    spec = replace(spec, quantized=quantized)
+    if not spec.has_quantized_head:
+        what += "; the LM head stays as it is"
+    elif spec.tied_embeddings:
+        what += "; of the embedding the LM head has a copy in 8 bits"
     decisions.note("model.quantize", quantized, f"{reason}: {what}")
-    return replace(spec, quantized=quantized)
+    return spec
 
 
 def _check_fp8(device: DeviceName, ranks: Sequence[RankResources]) -> None:

@@ -34,29 +34,24 @@ from mpipipe.planning.cost import (
     layer_decode_cost,
     layer_weight_bytes,
 )
+from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.tensor_parallel import lane_spec
 
 __all__ = ["JobShape", "ceilings_of", "job_floor"]
 
-# GPUs whose ceilings we measured, by a part of the name that the driver gives: copy bandwidth and
-# bfloat16 matrix products of torch 2.11.
-_MEASURED = {
-    "H200": Ceilings(4.25e12, 790e12, "measured: 4.25 TB/s copy, 790 TFLOP/s bf16"),
-    "H100": Ceilings(3.0e12, 790e12, "measured: about 3.0 TB/s copy, 790 TFLOP/s bf16"),
-}
-
 
 def ceilings_of(device: str, gpu_name: str = "", num_threads: int = 1) -> Ceilings | None:
-    """The ceilings of a rank's device; None for a GPU without measured ceilings.
+    """The ceilings of a rank's device; None for a GPU that the table of GPUs has not.
 
+    Measured ones where we have them, else what is reached of published ones; `source` says which.
     `num_threads` scales the arithmetic of a CPU; its bandwidth is one core's (planning/cost.py).
     """
     if device == "cpu":
         source = "one CPU core of planning/cost.py, arithmetic times threads"
         return Ceilings(CPU_CORE.bytes_per_s, CPU_CORE.flops_per_s * num_threads, source)
-    found = (ceilings for name, ceilings in _MEASURED.items() if name in gpu_name)
-    return next(found, None)
+    known = known_gpus().find(gpu_name)
+    return None if known is None else known.ceilings
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +63,7 @@ class JobShape:
     num_output_tokens: int
     prompt_pairs: float  # sum over prompts of length² / 2: query-key pairs under the causal mask
     cached_tokens: float  # sum over all decoded tokens of the tokens before and including them
+    lengths: Sequence[tuple[int, int]]  # of every sequence: prompt tokens, output tokens
 
     @staticmethod
     def of(lengths: Sequence[tuple[int, int]]) -> JobShape:
@@ -81,6 +77,7 @@ class JobShape:
             cached_tokens=sum(
                 (output - 1) * prompt + (output - 1) * output / 2 for prompt, output in lengths
             ),
+            lengths=lengths,
         )
 
     @property

@@ -8,7 +8,7 @@ memory (`step_limits`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.types import SamplingParams
@@ -61,3 +61,23 @@ class Workload:
     num_prompt_tokens: int | None = None  # of all requests together
     num_output_tokens: int | None = None  # that they may generate
     sampling: SamplingUse | None = None
+
+    def share_of(self, num_replicas: int) -> Workload:
+        """What one of `num_replicas` replicas gets of it."""
+        counts = (self.num_requests, self.num_prompt_tokens, self.num_output_tokens)
+        shares = (None if count is None else -(-count // num_replicas) for count in counts)
+        num_requests, num_prompt_tokens, num_output_tokens = shares
+        return replace(
+            self,
+            num_requests=num_requests,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+        )
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """Prompt and completion of a request, on average; None: not known."""
+        num_requests, num_prompt_tokens = self.num_requests, self.num_prompt_tokens
+        if not num_requests or num_prompt_tokens is None or self.num_output_tokens is None:
+            return None
+        return (num_prompt_tokens + self.num_output_tokens) / num_requests

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.data_plane.lanes import ALONE
 from mpipipe.metrics.accounting import StageAccount
+from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.planning.resolve import deepspeed_warnings, make_plans
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
@@ -44,23 +45,25 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     """
     ranks = boot.ranks
     ranks.boot.begin("plan")
-    plan = await _agree_on_plan(boot)
+    plans = await _agree_on_plans(boot)
+    plan = plans[boot.layout.place_of(ranks.mesh.rank).replica]
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     limit_memory(boot.loaded.config.memory.device_bytes, device)
     with ExitStack() as opened_parts:
-        links = await _links_for_loading(plan, ranks, device, opened_parts)
+        linking = partial(open_links, plans, boot.hosts, ranks, device)
+        links = await _links_for_loading(plan, ranks, linking, opened_parts)
+        if links is not None:
+            linking = partial(_given, links)
         parts = await _load(boot, plan, stage, device, opened_parts, links=links)
         _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
         account = StageAccount(stage.stage)
         ranks.vitals.stage = stage.stage
-        opening = partial(
-            open_worker, plan, ranks, parts, device=device, profiler=_profiler(boot), links=links
-        )
+        opening = partial(open_worker, plan, ranks, parts, device=device, linking=linking)
         async with (
             compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
-            opening(account=account, clocks=clocks) as opened,
+            opening(account=account, clocks=clocks, profiler=_profiler(boot)) as opened,
         ):
             await opened.worker.exercise_edges()
             ranks.boot.begin("ready")
@@ -73,23 +76,28 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             ranks.vitals.last_step = lambda: account.last_step
             ranks.boot.end()
             try:
-                worker = opened.worker
-                yield Session(
-                    boot, plan=plan, worker=worker, account=account, clocks=clocks, load=load
-                )
+                own = partial(Session, boot, plan=plan, plans=plans, worker=opened.worker)
+                yield own(account=account, clocks=clocks, load=load)
             finally:
                 gc.unfreeze()
 
 
 async def _links_for_loading(
-    plan: PipelinePlan, ranks: Ranks, device: torch.device, opened: ExitStack
+    plan: PipelinePlan,
+    ranks: Ranks,
+    linking: Callable[[], Awaitable[Links]],
+    opened: ExitStack,
 ) -> Links | None:
     """The links to other ranks, where lanes need each other while they load."""
     if plan.tensor_parallel == 1:
         return None
     ranks.boot.begin("edges")
-    links = await open_links(plan, ranks, device)
+    links = await linking()
     opened.callback(links.let_go)
+    return links
+
+
+async def _given(links: Links) -> Links:
     return links
 
 
@@ -207,25 +215,27 @@ def limit_memory(device_bytes: int | str, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-async def _agree_on_plan(boot: Boot) -> PipelinePlan:
-    """The head plans, all ranks get the same plan."""
-    told = await told_by_head(boot.ranks, "plan", lambda: _decide(boot).to_json().encode())
-    plan = PipelinePlan.from_json(told.decode())
+async def _agree_on_plans(boot: Boot) -> tuple[PipelinePlan, ...]:
+    """The head plans, all ranks get the same plans of all replicas."""
+    told = await told_by_head(boot.ranks, "plan", lambda: to_json(_decide(boot)).encode())
+    plans = tuple(from_json(list[PipelinePlan], told))
+    plan = plans[boot.layout.place_of(boot.ranks.mesh.rank).replica]
     boot.log.debug("planned", **dataclasses.asdict(plan))
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
-    return plan
+    return plans
 
 
-def _decide(boot: Boot) -> PipelinePlan:
+def _decide(boot: Boot) -> tuple[PipelinePlan, ...]:
     assert boot.model is not None, "the head plans"
-    plan = make_plan(
+    plans = make_plans(
         boot.loaded.config,
         boot.model.spec,
         boot.resources,
         str(boot.model.folder),
         boot.prepared.workload,
         notes=boot.model.notes,
+        layout=boot.layout,
     )
-    deepspeed_warnings(boot.loaded, plan)  # a contradiction must stop the run before it loads
-    return plan
+    deepspeed_warnings(boot.loaded, plans[0])  # a contradiction must stop the run before it loads
+    return plans

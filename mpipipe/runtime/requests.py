@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Prepared",
     "PreparedPrompts",
+    "expected_workload",
+    "guessed_prompt_tokens",
     "prepare",
+    "prepare_text",
     "tokenize",
     "tokenizer_of",
     "workload_of",
@@ -122,18 +125,54 @@ def tokenize(
     Raises:
         CheckpointError: the tokenizer is missing or of a kind that is not known.
     """
-    try:
-        tokenizer = tokenizer_of(model)
-    except CheckpointError:
-        if model.loaded.config.model.weights != "random" or not all(map(_needs_no_text, lines)):
-            raise
-        from mpipipe.models.tokenizer_base import NoTokenizer
-
-        tokenizer = NoTokenizer()
+    tokenizer = _tokenizer_or_none(model, needs_text=not all(map(_needs_no_text, lines)))
     tokenizing()
     special, size = model.loaded.config.prompts.add_special_tokens, model.spec.vocab_size
     prompts = prepare(lines, tokenizer, add_special_tokens=special, vocab_size=size)
     return Prepared(workload_of(model, prompts), tokenizer, prompts)
+
+
+def prepare_text(model: ModelFacts) -> Prepared:
+    """What the head of a further replica needs: the tokenizer, if the model has one.
+
+    Raises:
+        CheckpointError: as `tokenize`.
+    """
+    return Prepared(tokenizer=_tokenizer_or_none(model, needs_text=False))
+
+
+def _tokenizer_or_none(model: ModelFacts, *, needs_text: bool) -> Tokenizer:
+    try:
+        return tokenizer_of(model)
+    except CheckpointError:
+        if model.loaded.config.model.weights != "random" or needs_text:
+            raise
+        from mpipipe.models.tokenizer_base import NoTokenizer
+
+        return NoTokenizer()
+
+
+def expected_workload(lines: Sequence[PromptLine]) -> Workload:
+    """About how much a file of prompts is to do, before it is tokenised."""
+    known = [line for line in lines if line.sampling is not None]
+    if not known:
+        return Workload()
+    prompts = [guessed_prompt_tokens(line) for line in known]
+    outputs = [line.sampling.max_new_tokens for line in known if line.sampling is not None]
+    return Workload(
+        num_requests=len(known),
+        longest_request_tokens=max(map(sum, zip(prompts, outputs, strict=True))),
+        num_prompt_tokens=sum(prompts),
+        num_output_tokens=sum(outputs),
+        sampling=SamplingUse.of(line.sampling for line in known if line.sampling is not None),
+    )
+
+
+def guessed_prompt_tokens(line: PromptLine) -> int:
+    """About how many tokens a prompt has; some four letters are a token."""
+    if line.token_ids is not None:
+        return len(line.token_ids)
+    return 1 + (len(line.text or "") + len(str(line.messages or ""))) // 4
 
 
 def _needs_no_text(line: PromptLine) -> bool:

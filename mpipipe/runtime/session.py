@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpipipe.control_plane.messages import GenerationBegan, GenerationEnded, SessionEnded
+from mpipipe.control_plane.group import RankGroup
+from mpipipe.control_plane.messages import (
+    DispatchBegan,
+    DispatchEnded,
+    GenerationBegan,
+    GenerationEnded,
+    SessionEnded,
+)
+from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens
+from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
 from mpipipe.topology.host import host_name, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
     from pathlib import Path
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.accounting import StageAccount, StepRecord
-    from mpipipe.metrics.lines import RequestRecord
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.models.tokenizer_base import Tokenizer
+    from mpipipe.planning.layout import Layout
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
@@ -47,8 +57,9 @@ class Boot:
     ranks: Ranks
     loaded: LoadedConfig
     resources: tuple[RankResources, ...]
-    model: ModelFacts | None  # on the head
-    prepared: Prepared  # on the head
+    layout: Layout
+    model: ModelFacts | None  # on the heads of replicas
+    prepared: Prepared  # on these; all of it on rank 0
     log: Logger
     folder: Path  # for what a profiler records
 
@@ -71,13 +82,14 @@ class LoadFacts:
 
 
 class Session:
-    """One rank's end of a loaded pipeline; made by `boot.open_session`."""
+    """One rank's end of a loaded pipeline, or of several replicas; made by `boot.open_session`."""
 
     def __init__(
         self,
         boot: Boot,
         *,
         plan: PipelinePlan,
+        plans: Sequence[PipelinePlan] = (),
         worker: StageWorker,
         account: StageAccount,
         clocks: Clocks,
@@ -86,6 +98,7 @@ class Session:
         self.ranks = boot.ranks
         self.resources = boot.resources
         self.plan = plan
+        self.plans = tuple(plans) or (plan,)  # of all replicas
         self.clocks = clocks
         self.load = load
         self._model = boot.model
@@ -95,101 +108,210 @@ class Session:
         self._log = boot.log
         self._worker = worker
         self._account = account
-        self._on_request: Callable[[RequestRecord], None] | None = None
+        self._group = RankGroup(boot.ranks.mesh, plan.ranks)
+        self._on_request: Callable[[RequestRecord, int], None] | None = None
         self.energy_j: float | None = None  # of this rank's device, once it is known
         self.io_write_s = 0.0  # of the thread that writes this rank's lines
         self._core: SchedulerCore | None = None
         self._runner: Runner | None = None
+        self._dispatch: Dispatch | None = None
         self._stopped = False
         self._one_at_a_time = asyncio.Lock()
+        if self._is_fed:  # takes `SessionEnded` over from the worker
+            self._from_rank_0 = self._group.mailbox(DispatchBegan, DispatchEnded, SessionEnded)
 
     @property
     def is_head(self) -> bool:
-        """Whether this rank schedules and yields completions."""
+        """Whether this rank yields completions: rank 0, which hands requests to all replicas."""
         return self.ranks.is_head
 
     @property
+    def _is_fed(self) -> bool:
+        """Whether this rank, a head of several, schedules what rank 0 hands out."""
+        return len(self.plans) > 1 and self.ranks.mesh.rank == self.plan.head_rank
+
+    @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; on the head only."""
-        assert self._tokenizer is not None, "only the head has the tokenizer"
+        """The model's tokenizer; on the heads of replicas only."""
+        assert self._tokenizer is not None, "only a head has the tokenizer"
         return self._tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's embedding: a token id must be below; on the head only."""
-        assert self._model is not None, "only the head knows the model"
+        """Rows of the model's embedding: a token id must be below; on the heads only."""
+        assert self._model is not None, "only a head knows the model"
         return self._model.spec.vocab_size
 
     def statistics(self) -> SchedulerStatistics | None:
-        """The scheduler's counts; None before the first `generate` and on other ranks."""
+        """The counts of this replica's scheduler; None before the first `generate` and where there
+        is none.
+        """
         return self._core.statistics() if self._core is not None else None
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens that the latest `generate` has made so far (head)."""
+        """Tokens that the latest `generate` has made so far, on all replicas (rank 0)."""
+        return (
+            self.num_replica_tokens if self._dispatch is None else self._dispatch.num_output_tokens
+        )
+
+    @property
+    def num_replica_tokens(self) -> int:
+        """Those of this replica (its head)."""
         return self._runner.num_output_tokens if self._runner is not None else 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the slots of all replicas (rank 0)."""
+        if self._dispatch is not None:
+            return self._dispatch.num_running
+        statistics = self.statistics()
+        return statistics.num_running if statistics is not None else 0
+
+    @property
+    def num_preemptions(self) -> int:
+        """Of the latest `generate`, on all replicas (rank 0)."""
+        if self._dispatch is not None:
+            return self._dispatch.num_preemptions
+        statistics = self.statistics()
+        return statistics.num_preemptions if statistics is not None else 0
+
+    def replica_totals(self) -> tuple[ReplicaTotals, ...]:
+        """What each replica did in the latest `generate` (rank 0); empty where there is one."""
+        return () if self._dispatch is None else self._dispatch.totals()
 
     async def generate(
         self, requests: Iterable[Request], rejected: Iterable[Completion] = ()
     ) -> AsyncGenerator[Completion, None]:
-        """Complete `requests`: completions as they end on the head, nothing on other ranks.
+        """Complete `requests`: completions as they end on rank 0, nothing on other ranks.
 
         `rejected`, prompts that are no requests, come first.
 
-        Every rank must call it the same number of times; other ranks serve their stage until the
-        head is done.
+        Every rank must call it the same number of times; other ranks serve until rank 0 is done.
         """
         if not self.is_head:
-            await self._serve()
+            await self._serve_call()
             return
         async with self._one_at_a_time:
-            self._core = self._make_core()
-            runner = self._runner = Runner(
-                core=self._core,
-                mesh=self.ranks.mesh,
-                decode=self._decode or self.tokenizer.decode,
-                clock=self.ranks.clock,
-                log=self._log,
-                special=self._special,
-                on_request=self._on_request,
-            )
-            if self._stopped:
-                runner.stop()
-            self.ranks.mesh.broadcast_message(GenerationBegan())
-            served = self.ranks.tasks.create_task(self._serve(), name="stage")
-            # A stage that fails takes its error to the task group, which cancels us; no task may
-            # then wait for steps that will not come back.
-            served.add_done_callback(lambda _: runner.stage_ended())
-            try:
-                for completion in rejected:
-                    runner.record(completion)
+            run = self._generate_alone if len(self.plans) == 1 else self._generate_on_replicas
+            async with aclosing(run(requests, rejected)) as completions:
+                async for completion in completions:
                     yield completion
-                async with aclosing(runner.generate(requests)) as completions:
-                    async for completion in completions:
-                        yield completion
-            finally:
-                # Also when the caller stops early: what is in flight must come back first, or the
-                # stages would be left in the middle of a step.
-                await runner.drain()
-                self.ranks.mesh.broadcast_message(GenerationEnded())
-                await served
+
+    async def _generate_alone(
+        self, requests: Iterable[Request], rejected: Iterable[Completion]
+    ) -> AsyncGenerator[Completion, None]:
+        runner = self._open_runner(self._tell_request)
+        if self._stopped:
+            runner.stop()
+        async with self._stages(runner), aclosing(runner.generate(requests)) as completions:
+            for completion in rejected:
+                runner.record(completion)
+                yield completion
+            async for completion in completions:
+                yield completion
+
+    async def _generate_on_replicas(
+        self, requests: Iterable[Request], rejected: Iterable[Completion]
+    ) -> AsyncGenerator[Completion, None]:
+        dispatch = self._dispatch = Dispatch(
+            self.ranks.mesh,
+            self.ranks.clock,
+            requests,
+            [ReplicaPlace(plan.head_rank, plan.capacity) for plan in self.plans],
+            ahead_s=self.clocks.ahead_s,
+            on_request=self._tell_request,
+        )
+        if self._stopped:
+            dispatch.stop()
+        own = self.ranks.tasks.create_task(self._serve_call(), name="replica")
+        # As with a stage that fails: see `_stages`.
+        own.add_done_callback(lambda _: dispatch.replica_ended())
+        dispatch.begin()
+        try:
+            for completion in rejected:
+                self._tell_request(RequestRecord.refused(completion, self.ranks.clock.now_s()))
+                yield completion
+            async with aclosing(dispatch.completions()) as completions:
+                async for completion in completions:
+                    yield completion
+        finally:
+            await dispatch.end()
+            await own
 
     def stop(self) -> None:
-        """End `generate` early, this call and any later one: steps in flight still count (head)."""
+        """End `generate` early, now and later; steps in flight still count (rank 0)."""
         self._stopped = True
-        if self._runner is not None:
+        if self._dispatch is not None:
+            self._dispatch.stop()
+        elif self._runner is not None:
             self._runner.stop()
 
     def end(self) -> None:
-        """Tell the other ranks that no `generate` will follow (head)."""
+        """Tell the other ranks that no `generate` will follow (rank 0)."""
         self.ranks.mesh.broadcast_message(SessionEnded())
 
     async def serve_until_ended(self) -> None:
-        """Serve `generate` calls until the head ends the session (other ranks)."""
-        while await self._serve():
+        """Serve `generate` calls until rank 0 ends the session (other ranks)."""
+        while await self._serve_call():
             pass
 
-    async def _serve(self) -> bool:
+    async def _serve_call(self) -> bool:
+        """This rank's part of one `generate`; False: rank 0 has ended the session instead."""
+        if not self._is_fed:
+            return await self._serve_stage()
+        _, message = await self._from_rank_0.get()
+        if isinstance(message, SessionEnded):
+            return False
+        assert isinstance(message, DispatchBegan), message
+        link = ReplicaLink(self._group, self.ranks.clock, capacity=self.plan.capacity)
+        runner = self._open_runner(link.ended, link)
+        async with self._stages(runner):
+            async for _ in runner.generate(()):
+                pass
+            # The stages go on accounting for their time as long as another replica works.
+            _, message = await self._from_rank_0.get()
+            assert isinstance(message, DispatchEnded), message
+        return True
+
+    def _open_runner(
+        self, on_request: Callable[[RequestRecord], None], link: ReplicaLink | None = None
+    ) -> Runner:
+        self._core = self._make_core()
+        self._runner = Runner(
+            core=self._core,
+            group=self._group,
+            decode=self._decode or self.tokenizer.decode,
+            clock=self.ranks.clock,
+            log=self._log,
+            special=self._special,
+            on_request=on_request,
+            link=link,
+        )
+        return self._runner
+
+    def _tell_request(self, record: RequestRecord, replica: int = 0) -> None:
+        if self._on_request is not None:
+            self._on_request(record, replica)
+
+    @asynccontextmanager
+    async def _stages(self, runner: Runner) -> AsyncIterator[None]:
+        """While inside, the stages of this head's pipeline serve `runner`."""
+        self._group.broadcast_message(GenerationBegan())
+        served = self.ranks.tasks.create_task(self._serve_stage(), name="stage")
+        # A stage that fails takes its error to the task group, which cancels us; no task may
+        # then wait for steps that will not come back.
+        served.add_done_callback(lambda _: runner.stage_ended())
+        try:
+            yield
+        finally:
+            # Also when the caller stops early: what is in flight must come back first, or the
+            # stages would be left in the middle of a step.
+            await runner.drain()
+            self._group.broadcast_message(GenerationEnded())
+            await served
+
+    async def _serve_stage(self) -> bool:
         """This stage's part of one `generate`, whose begin and end its log tells."""
         was_called = await self._worker.serve(lambda: self._log.info("generating"))
         if was_called:
@@ -200,11 +322,12 @@ class Session:
         self,
         *,
         on_step: Callable[[StepRecord, float | None], None] | None,
-        on_request: Callable[[RequestRecord], None] | None,
+        on_request: Callable[[RequestRecord, int], None] | None,
         on_clocks: Callable[[Sequence[ClockOffset]], None] | None,
     ) -> None:
         """From the next `generate` on, tell of each step of this rank with its transfer, of each
-        request and of each comparison of the clocks (head); of the latest one at once.
+        request with its replica, and of each comparison of the clocks (rank 0); of the latest one
+        at once.
         """
         self._account.on_step = on_step
         self._on_request = on_request
@@ -235,14 +358,14 @@ class Session:
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
-        """Every rank's totals, in the order of stages and lanes, on the head; None elsewhere."""
+        """Every rank's totals, by replica, stage and lane, on rank 0; None elsewhere."""
         await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
         reports = [from_json(RankReport, part) for part in parts]
-        return tuple(sorted(reports, key=lambda report: (report.stage.stage, report.rank)))
+        return tuple(sorted(reports, key=lambda told: (told.replica, told.stage.stage, told.rank)))
 
     def _head_us_per_step(self) -> float | None:
         return self._runner.us_per_step if self._runner is not None else None
@@ -252,6 +375,7 @@ class Session:
         return RankReport(
             rank=self.ranks.mesh.rank,
             host=host_name(),
+            replica=self.plan.replica,
             stage=self._account.snapshot(),
             load_s=self.load.load_s,
             boot=self.ranks.boot.parts,
@@ -300,6 +424,6 @@ class Session:
         )
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        assert self._model is not None, "only the head schedules"
+        assert self._model is not None, "only a head schedules"
         ids = self._model.spec.eos_token_ids
         return ids if ids or self._tokenizer is None else self._tokenizer.eos_token_ids

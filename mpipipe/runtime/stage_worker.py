@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ import torch
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.ranks import in_phase
-from mpipipe.runtime.tensor_channel import Links, open_links
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.step_times import StepTimesLink
@@ -20,12 +19,15 @@ from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.runtime.tensor_channel import Links
     from mpipipe.stage.profiling import Profiler
     from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Stream
@@ -48,16 +50,16 @@ async def open_worker(
     ranks: Ranks,
     parts: StageParts,
     *,
+    linking: Callable[[], Awaitable[Links]],
     account: StageAccount,
     clocks: Clocks,
     device: torch.device,
     profiler: Profiler,
-    links: Links | None = None,
 ) -> AsyncIterator[OpenedWorker]:
-    """The stage's worker, ready but for its edges; all ranks call it together.
+    """The stage's worker, ready but for its edges; all ranks of all replicas call it together.
 
-    `profiler` is told what it does, and is closed with it, as are `links`, which are opened here
-    where the stage could be loaded without them.
+    `linking` gives the links to other ranks; their channel is closed with the worker, as is
+    `profiler`, which is told what it does.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
@@ -69,20 +71,18 @@ async def open_worker(
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
     ranks.boot.begin("edges")
-    try:
-        links = links or await open_links(plan, ranks, device)
+    with ExitStack() as let_go:
+        let_go.callback(stream.close)
+        links = await linking()
         channel = profiler.channel(links.channel)
         timeline = StreamTimeline(stream, account, ranks.clock, _link(plan, ranks, account, clocks))
         worker = _make_worker(plan, ranks, ready, channel, timeline, ranges=profiler, parts=parts)
+        let_go.callback(links.let_go)
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
         await profiler.aclose()
         stream.release_captured()
         await channel.aclose()
-    finally:
-        if links is not None:
-            links.let_go()
-        stream.close()
 
 
 def _make_worker(

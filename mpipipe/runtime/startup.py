@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpipipe.config.schema import PipelineConfig
 from mpipipe.garbage import no_garbage_collection
+from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.layout import Layout
 from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.planning.resolve import choose_layout
+from mpipipe.planning.workload import Workload
 from mpipipe.runtime.handshake import handshake
 from mpipipe.runtime.ranks import Ranks, in_phase, open_ranks
-from mpipipe.runtime.requests import Prepared
+from mpipipe.runtime.requests import Prepared, prepare_text
 from mpipipe.runtime.session import Boot, Session
 from mpipipe.runtime.shared_folders import check_model_folder
 
@@ -48,6 +52,7 @@ class Joined(Generic[T]):
     ranks: Ranks
     loaded: LoadedConfig  # on the head with the model's own settings
     resources: tuple[RankResources, ...]
+    layout: Layout  # which ranks make which replica
     model: ModelFacts | None  # on the head
     inputs: T | None  # on the head: what else was read
 
@@ -58,6 +63,7 @@ async def joined_ranks(
     load: Callable[[], LoadedConfig],
     read: Callable[[ModelFacts], T],
     *,
+    expect: Callable[[T], Workload] = lambda _: Workload(),
     heartbeats: bool = False,
     stop: StopSwitch | None = None,
     boot: BootTimeline | None = None,
@@ -69,6 +75,7 @@ async def joined_ranks(
         clock: monotonic seconds.
         load: reads the configuration, on every rank.
         read: reads what else a command needs, on the head, beside the model's facts.
+        expect: about how much there is to do, to choose the number of replicas by, on the head.
         heartbeats: a silent rank ends the run. Off where a script may block between its calls.
         stop: is tripped by what may end the run early; without it, nothing does.
         boot: what this process did so far; without it, the boot begins here.
@@ -87,17 +94,27 @@ async def joined_ranks(
         ranks.boot.begin("handshake")
         resources = await handshake(ranks, loaded)
 
-        def read_inputs() -> tuple[ModelFacts, T] | None:
+        def read_inputs() -> tuple[ModelFacts, T, Layout] | None:
             if not ranks.is_head:
                 return None
             model = read_model(loaded)
-            return model, read(model)
+            inputs = read(model)
+            config = model.loaded.config
+            return model, inputs, choose_layout(config, model.spec, resources, expect(inputs))
 
         ranks.boot.begin("read prompts")
-        model, inputs = await in_phase(ranks, "inputs", read_inputs) or (None, None)
+        found = await in_phase(ranks, "inputs", read_inputs)
+        model, inputs, chosen = found or (None, None, None)
+        layout = await _told_layout(ranks, chosen)
         ranks.boot.begin("model folder")
         await check_model_folder(ranks, model)
-        yield Joined(ranks, loaded if model is None else model.loaded, resources, model, inputs)
+        loaded = loaded if model is None else model.loaded
+        yield Joined(ranks, loaded, resources, layout, model, inputs)
+
+
+async def _told_layout(ranks: Ranks, chosen: Layout | None) -> Layout:
+    payload = None if chosen is None else to_json(chosen).encode()
+    return from_json(Layout, await ranks.mesh.broadcast("layout", payload, _CONFIG_DEADLINE_S))
 
 
 @asynccontextmanager
@@ -106,10 +123,13 @@ async def loaded_session(
     prepare: Callable[[ModelFacts], Prepared],
     log: RunLog | Logger,
     folder: Path = Path(),
+    *,
+    text: Callable[[ModelFacts], Prepared] = prepare_text,
 ) -> AsyncIterator[tuple[Session, Prepared]]:
     """Import, `prepare` on the head what the session is for, plan, load, connect.
 
-    What a profiler records goes to `folder`.
+    What a profiler records goes to `folder`. `text` prepares the heads of further replicas, which
+    make texts of tokens.
 
     Raises:
         AgreedError: that failed on some rank.
@@ -121,10 +141,18 @@ async def loaded_session(
     from mpipipe.runtime.boot import open_session
 
     ranks.boot.begin("tokenizer")
-    prepared = await in_phase(
-        ranks, "tokenizer", lambda: Prepared() if model is None else prepare(model)
-    )
-    boot = Boot(ranks, joined.loaded, joined.resources, model, prepared, log, folder)
+    heads = {members[0] for members in joined.layout.replicas}
+
+    def prepare_head() -> tuple[ModelFacts | None, Prepared]:
+        if model is not None:
+            return model, prepare(model)
+        if ranks.mesh.rank not in heads:
+            return None, Prepared()
+        own = read_model(joined.loaded)
+        return own, text(own)
+
+    known, prepared = await in_phase(ranks, "tokenizer", prepare_head)
+    boot = Boot(ranks, joined.loaded, joined.resources, joined.layout, known, prepared, log, folder)
     async with open_session(boot) as session:
         yield session, prepared
 

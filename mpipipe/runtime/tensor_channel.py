@@ -9,7 +9,7 @@ from mpipipe.data_plane.lanes import ALONE
 from mpipipe.data_plane.loopback import open_loopback_channels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -32,7 +32,8 @@ class Transport:
     name: TransportName
     device: DeviceName  # where the tensors are
     hosts: tuple[str, ...]  # by rank
-    stage_ranks: tuple[tuple[int, ...], ...]  # the ranks of each stage, by lane
+    stage_ranks: tuple[int, ...]  # of this rank's pipeline and lane, in the order of the stages
+    lane_groups: tuple[tuple[int, ...], ...] = ()  # ranks that share a stage, of all pipelines
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +50,32 @@ class Links:
             close()
 
 
-async def open_links(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> Links:
-    """Open this rank's end of the plan's transport; all ranks call it together.
+async def open_links(
+    plans: Sequence[PipelinePlan], hosts: Sequence[str], ranks: Ranks, device: torch.device
+) -> Links:
+    """Open this rank's end of the plans' transport; all ranks of all replicas call it together.
+
+    Args:
+        plans: of all replicas.
+        hosts: of each rank.
+        ranks: this rank among the others.
+        device: where the tensors are.
 
     Raises:
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    stage_ranks = tuple(stage.ranks for stage in plan.stages)
-    transport = Transport(plan.transport, plan.device, plan.hosts, stage_ranks)
+    rank = ranks.mesh.rank
+    plan = next(plan for plan in plans if rank in plan.ranks)
+    stage, lane = plan.stage_of_rank(rank), plan.lane_of_rank(rank)
+    transport = Transport(
+        plan.transport,
+        plan.device,
+        tuple(hosts),
+        stage_ranks=tuple(plan.rank_of(number, lane) for number in range(plan.num_stages)),
+        lane_groups=tuple(
+            stage.ranks for plan in plans for stage in plan.stages if len(stage.ranks) > 1
+        ),
+    )
     channel = await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
     if plan.tensor_parallel == 1:
         return Links(channel, ALONE)
@@ -67,8 +86,6 @@ async def open_links(plan: PipelinePlan, ranks: Ranks, device: torch.device) -> 
         return Links(channel, channel.lanes)
     from mpipipe.data_plane.mpi import open_mpi_lanes
 
-    stage, rank = plan.stage_of_rank(ranks.mesh.rank), ranks.mesh.rank
-    lane = stage.ranks.index(rank)
     return Links(channel, open_mpi_lanes(ranks.engine, stage=stage.rank, lane=lane))
 
 
@@ -95,6 +112,7 @@ async def open_transport(
             rank=ranks.mesh.rank,
             hosts=transport.hosts,
             stage_ranks=transport.stage_ranks,
+            lane_groups=transport.lane_groups,
             device_index=device.index,
             timeout_s=timeout_s,
         )

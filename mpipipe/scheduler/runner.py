@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.messages import (
     LogprobsSampled,
+    NoMoreRequests,
     RequestClosed,
     RequestOpened,
+    RequestsGiven,
     StepSampled,
     StepScheduled,
 )
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from mpipipe.clock import Clock
-    from mpipipe.control_plane.mesh import Mesh
+    from mpipipe.control_plane.group import RankGroup
     from mpipipe.metrics.log import Logger
     from mpipipe.scheduler.core import SchedulerCore
     from mpipipe.scheduler.instructions import Instruction
+    from mpipipe.scheduler.replicas import ReplicaLink
 
 __all__ = ["Runner"]
 
@@ -64,66 +67,77 @@ class Runner:
 
     Args:
         core: the scheduler; must hold no unfinished sequence.
-        mesh: control messages; every rank is a stage. The runner receives `StepSampled` and
-            `LogprobsSampled`.
+        group: control messages to and from the ranks of the pipeline. The runner receives
+            `StepSampled`, `LogprobsSampled`, and what rank 0 says to a `link`.
         decode: token ids to text, special tokens skipped.
         clock: monotonic seconds.
         log: told of preemptions.
         special: the tokenizer's special tokens, which stop strings may name.
         on_request: told of every request that has ended.
+        link: to rank 0, which hands requests to this replica; None: all of them are known.
     """
 
     def __init__(
         self,
         *,
         core: SchedulerCore,
-        mesh: Mesh,
+        group: RankGroup,
         decode: Callable[[Sequence[int]], str],
         clock: Clock,
         log: Logger,
         special: SpecialTokens = NO_SPECIAL_TOKENS,
         on_request: Callable[[RequestRecord], None] | None = None,
+        link: ReplicaLink | None = None,
     ) -> None:
         self._core = core
-        self._mesh = mesh
+        self._group = group
         self._decode = decode
         self._special = special
         self._clock = clock
         self._log = log
         self._on_request = on_request
+        self._link = link
         self._active: dict[int, _Active] = {}
         self._watches: dict[int, StopWatch] = {}  # of the active ones with stop strings
         # By step: the sequences whose log-probabilities come too, in a message of their own.
         self._in_flight: dict[int, tuple[int, ...]] = {}
         self._taken: StepSampled | None = None  # received, its log-probabilities not yet
+        self._refused: deque[Completion] = deque()  # recorded, and not yielded yet
         self._num_output_tokens = 0
         self._busy_s = 0.0  # deciding on steps and taking their tokens, in the current turn
         self._turns_s: deque[float] = deque(maxlen=_NUM_RECENT)  # one step back, the next one sent
         self._stopped = False
-        self._sampled = mesh.mailbox(StepSampled)
-        self._logprobs = mesh.mailbox(LogprobsSampled)
+        self._inbox = group.mailbox(StepSampled, RequestsGiven, NoMoreRequests)
+        self._logprobs = group.mailbox(LogprobsSampled)
 
     async def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
         """Complete every request once; yield each completion as it ends, errors included.
 
-        After `stop`, only those that end with the steps in flight.
+        With a link to rank 0 also those that it gives. After `stop`, only those that end with the
+        steps in flight.
         """
+        now_s = self._clock.now_s()
         for request in requests:
-            error = self._submit(request)
-            if error is not None:
-                self.record(error)
-                yield error
+            self._submit(request, now_s)
         self._dispatch()
-        while self._in_flight:
+        self._end_turn()
+        while self._refused:
+            yield self._refused.popleft()
+        while self._in_flight or self._is_fed:
             ended = await self._take()
             self._dispatch()
             for active, finished in ended:
                 completion = self._complete(active, finished)
                 self.record(completion, active)
                 yield completion
+            self._end_turn()
+            while self._refused:
+                yield self._refused.popleft()
         if self._stopped:
             await self.drain()
         assert not self._active, f"{len(self._active)} requests were neither finished nor refused"
+        if self._link is not None:
+            self._link.done(self._core.statistics(), self._num_output_tokens)
 
     @property
     def us_per_step(self) -> float | None:
@@ -141,13 +155,14 @@ class Runner:
 
     def stage_ended(self) -> None:
         """No step comes back any more: fail the tasks that still wait for one."""
-        self._sampled.close()
+        self._inbox.close()
         self._logprobs.close()
 
     async def drain(self) -> None:
         """Abandon what is unfinished and wait for the steps in flight; nothing is left after."""
         abandoned, self._active = self._active, {}
         self._watches.clear()
+        self._stopped = True
         for sequence_id in abandoned:
             self._carry_out(self._core.stop(sequence_id, FinishReason.STOP), [])
         while self._in_flight:
@@ -155,20 +170,22 @@ class Runner:
 
     # ---- towards the stages ----------------------------------------------------------------------
 
-    def _submit(self, request: Request) -> Completion | None:
-        now_s = self._clock.now_s()
+    def _submit(self, request: Request, submitted_s: float) -> None:
         try:
             sequence_id = self._core.add(request)
         except PromptError as error:
-            return Completion.rejected(
-                request.request_id, request.index, error, len(request.prompt_ids)
+            num_prompt_tokens = len(request.prompt_ids)
+            refused = Completion.rejected(
+                request.request_id, request.index, error, num_prompt_tokens
             )
+            self.record(refused)
+            self._refused.append(refused)
+            return
         stops = [stop for stop in request.sampling.stop if stop]
         watch = StopWatch(self._decode, stops, self._special) if stops else None
         if watch is not None:
             self._watches[sequence_id] = watch
-        self._active[sequence_id] = _Active(request, now_s, watch)
-        return None
+        self._active[sequence_id] = _Active(request, submitted_s, watch)
 
     def _dispatch(self) -> None:
         if self._stopped:
@@ -180,7 +197,7 @@ class Runner:
                 if not chunk.num_computed:
                     self._open(chunk.sequence_id, step.slot)
             self._in_flight[step.step] = self._core.logprob_rows(step.step)
-            self._mesh.broadcast_message(step)
+            self._group.broadcast_message(step)
         self._turns_s.append(self._busy_s + self._clock.now_s() - started_s)
         self._busy_s = 0.0
         for preempted in self._core.take_preemptions():
@@ -213,17 +230,22 @@ class Runner:
             num_tokens=len(token_ids),
             num_output_tokens=num_output_tokens,  # more than 0: it was preempted
         )
-        self._mesh.broadcast_message(
+        self._group.broadcast_message(
             RequestOpened(sequence_id, token_ids, request.sampling, rotary_len, num_output_tokens)
         )
 
     # ---- back from the stages --------------------------------------------------------------------
 
     async def _take(self) -> list[_Ended]:
-        """Take the next step that came back; a cancelled call leaves it to the next one."""
+        """Take the next step that came back, or do what rank 0 says.
+
+        A cancelled call leaves the step to the next one.
+        """
         if self._taken is None:
-            _, received = await self._sampled.get()
-            assert isinstance(received, StepSampled)
+            received = await self._receive()
+            if not isinstance(received, StepSampled):
+                self._follow(received)
+                return []
             self._taken = received
         message = self._taken
         if with_logprobs := self._in_flight[message.step]:
@@ -235,6 +257,38 @@ class Runner:
         self._carry_out(self._core.sampled(message.step, message.token_ids), ended)
         self._busy_s += self._clock.now_s() - started_s
         return ended
+
+    async def _receive(self) -> object:
+        if self._in_flight or self._link is None:
+            return (await self._inbox.get())[1]
+        started_s = self._clock.now_s()
+        _, received = await self._inbox.get()
+        self._link.starved(self._clock.now_s() - started_s)
+        return received
+
+    @property
+    def _is_fed(self) -> bool:
+        """Whether rank 0 may still give requests."""
+        return self._link is not None and self._link.is_open
+
+    def _follow(self, message: object) -> None:
+        """Do what rank 0 says."""
+        assert self._link is not None, f"{message} without a link"
+        match message:
+            case RequestsGiven():
+                submitted_s = self._link.given(message)
+                for request in () if self._stopped else message.requests:
+                    self._submit(request, submitted_s)
+            case NoMoreRequests():
+                self._link.closed()
+                self._stopped = self._stopped or message.stop
+            case _:
+                raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
+
+    def _end_turn(self) -> None:
+        """Tell rank 0 what it should know now."""
+        if self._link is not None:
+            self._link.turn(self._core.statistics(), self._num_output_tokens)
 
     async def _take_logprobs(self, step: int, sampled: Sequence[int]) -> None:
         _, message = await self._logprobs.get()
@@ -255,7 +309,7 @@ class Runner:
                     ended.append((self._active.pop(instruction.sequence_id), instruction))
                     self._watches.pop(instruction.sequence_id, None)
                 case Closed():
-                    self._mesh.broadcast_message(RequestClosed(instruction.sequence_ids))
+                    self._group.broadcast_message(RequestClosed(instruction.sequence_ids))
 
     def _take_tokens(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
         self._num_output_tokens += len(emitted.token_ids)
@@ -327,8 +381,7 @@ class Runner:
         if self._on_request is None:
             return
         if active is None:
-            refused = (None, None, None, self._clock.now_s(), 0, ())
-            self._on_request(RequestRecord(completion, *refused))
+            self._on_request(RequestRecord.refused(completion, self._clock.now_s()))
             return
         failed = completion.error_kind is not None
         record = RequestRecord(

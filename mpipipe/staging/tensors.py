@@ -88,12 +88,16 @@ class IndexReader:
             self._filler = None
 
     def _open(self) -> TensorFiller:
+        import torch
+
         from mpipipe.weights.filling import TensorFiller
         from mpipipe.weights.sources import open_source
 
         if self._filler is None:
             source = open_source(self._index)
-            self._filler = TensorFiller(source, num_threads=_NUM_READERS, pinned=False)
+            self._filler = TensorFiller(
+                source, num_threads=_NUM_READERS, device=torch.device("cpu")
+            )
         return self._filler
 
     def _tensor(self, plan: TensorPlan) -> torch.Tensor:

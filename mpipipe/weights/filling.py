@@ -1,7 +1,7 @@
 """Stored tensors into tensors that the caller made: read ahead, piece by piece, in order.
 
 `FileReaders` read pieces of `PIECE_BYTES` each. Bytes that only have to be read go straight into
-their tensor. Others come through the chunks of a `StagingBuffer`: the thread that has read a chunk
+their tensor. Others come through the chunks of a `ReadBuffers`: the thread that has read a chunk
 converts it into its tensor, or the calling thread sends it to a GPU. So host memory beside the
 tensors is fixed: it grows neither with a tensor nor with the model.
 
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from mpipipe.types import Shard
+from mpipipe.weights.read_buffers import ReadBuffers, content_of
 from mpipipe.weights.readers import Extent, FileReaders, ReadTimes
 from mpipipe.weights.sources import TensorSource
-from mpipipe.weights.staging import StagingBuffer, content_of
 
 __all__ = ["PIECE_BYTES", "Filling", "TensorFiller"]
 
@@ -80,7 +80,7 @@ class TensorFiller:
     Args:
         source: says where the tensors lie.
         num_threads: that read.
-        pinned: whether tensors on a GPU are to be filled.
+        device: where the tensors are; one on the host among those of a GPU is filled as well.
         piece_bytes: of a stored tensor, at a time; a multiple of 8.
     """
 
@@ -89,7 +89,7 @@ class TensorFiller:
         source: TensorSource,
         *,
         num_threads: int,
-        pinned: bool,
+        device: torch.device,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self.bytes_read = 0
@@ -99,7 +99,7 @@ class TensorFiller:
         self._convert_s = 0.0  # waiting until a GPU has taken a chunk included
         self._num_threads = torch.get_num_threads()  # for torch's operations
         self._max_pieces = num_threads * _PIECES_PER_READER
-        self.staging = StagingBuffer(self._max_pieces, piece_bytes, pinned=pinned)
+        self.buffers = ReadBuffers(self._max_pieces, piece_bytes, device)
         self._readers = FileReaders(num_threads, begin_thread=_compute_alone)
         self.source = source
         self._piece_bytes = piece_bytes
@@ -176,7 +176,7 @@ class TensorFiller:
             return False
         target, then = piece.out, None
         if not piece.is_direct:
-            piece.chunk = self.staging.take()
+            piece.chunk = self.buffers.take()
             if piece.chunk is None:
                 return False
             target = piece.chunk[: piece.extent.num_bytes]
@@ -189,7 +189,7 @@ class TensorFiller:
         """The next step to its end; without one, wait until a GPU has taken a chunk."""
         step = steps.popleft() if steps else None
         if isinstance(step, Filling):
-            self.staging.settle()
+            self.buffers.settle()
             yield step
         elif isinstance(step, _Unpickled):
             content = self.source.unpickled(step.name)
@@ -202,7 +202,7 @@ class TensorFiller:
             self._take(step)
         else:
             began_s = time.perf_counter()
-            self.staging.wait()
+            self.buffers.wait()
             self._convert_s += time.perf_counter() - began_s
 
     def _take(self, piece: _Piece) -> None:
@@ -215,16 +215,16 @@ class TensorFiller:
         if piece.chunk is None:
             return
         if piece.out.device.type == "cpu":
-            self.staging.give_back(piece.chunk)
+            self.buffers.give_back(piece.chunk)
             return
         began_s = time.perf_counter()
-        self.staging.send(piece.chunk, piece.stored, piece.out)
+        self.buffers.send(piece.chunk, piece.stored, piece.out)
         self._convert_s += time.perf_counter() - began_s
 
     def close(self) -> None:
         """Stop reading; wait for copies; free the staging buffer."""
         self._readers.close()
-        self.staging.close()
+        self.buffers.close()
         torch.set_num_threads(self._num_threads)  # what threads to come begin with
 
 

@@ -91,7 +91,7 @@ def load_stage(
     filler = TensorFiller(
         source,
         num_threads=num_readers(torch.get_num_threads()),
-        pinned=destination.device.type == "cuda",
+        device=destination.device,
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
@@ -106,7 +106,7 @@ def load_stage(
         bytes_read=filler.bytes_read,
         parameter_bytes=_prove_materialised(module),
         convert_s=filler.convert_s,
-        warnings=tuple(filler.staging.warnings),
+        warnings=tuple(filler.buffers.warnings),
     )
 
 
@@ -130,8 +130,11 @@ class _Slot:
     parts: tuple[Part, ...]
     meta: torch.Tensor
     scale: Place | None = None  # of a weight that is quantised when it is read
+    # The weight in 8 bits, and its scale, that are made of it beside it.
+    narrow_copy: tuple[Place, Place] | None = None
     unpacking: Unpacking | None = None  # of a weight that the file has quantised, or of its scale
     shard: Shard | None = None  # the part of the stored tensor; None: all of it
+    copy_shard: Shard | None = None  # the same of `narrow_copy`
 
     @property
     def stored_shape(self) -> torch.Size:
@@ -162,16 +165,24 @@ def _slots(
             twin = next((n for n, c in wanted.items() if state[n] is tensor or c == source), None)
             assert twin is not None, f"the stage holds {name}, which was not asked for"
             names[parts[wanted[twin]]].append(name)
-    return [
-        _Slot(
-            tuple(found),
-            key,
-            state[found[0]],
-            Place((scales[found[0]],), state[scales[found[0]]]) if found[0] in scales else None,
-            shard=shards.get(found[0]),
-        )
-        for key, found in names.items()
-    ]
+    slots = []
+    for key, found in names.items():
+        narrow = [
+            (Place((name,), state[name]), Place((scales[name],), state[scales[name]]))
+            for name in found
+            if name in scales
+        ]
+        plain = tuple(name for name in found if name not in scales)
+        if not narrow:
+            slots.append(_Slot(plain, key, state[plain[0]], shard=shards.get(plain[0])))
+        elif not plain:
+            ((own, its_scale),) = narrow
+            shard = shards.get(own.names[0])
+            slots.append(_Slot(own.names, key, own.like, its_scale, shard=shard))
+        else:  # embedding and LM head
+            shard = shards.get(narrow[0][0].names[0])
+            slots.append(_Slot(plain, key, state[plain[0]], None, narrow[0], copy_shard=shard))
+    return slots
 
 
 def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
@@ -184,8 +195,8 @@ def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
     yield replace(slot, scale=None, unpacking=packed)
     # A scale belongs to a row: where the rows are whole, so are the scales.
     shard = slot.shard if slot.shard is not None and slot.shard.dim == 0 else None
-    unpacking = Unpacking(None)
-    yield _Slot(slot.scale.names, (Part(scale),), slot.scale.like, None, unpacking, shard)
+    own = _Slot(slot.scale.names, (Part(scale),), slot.scale.like, unpacking=Unpacking(None))
+    yield replace(own, shard=shard)
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -241,31 +252,53 @@ def _fill(
     for slot, filled in zip(ordered, filler.fill(fillings), strict=True):
         _check_range(slot, stored, filled.tensor)
         if slot.scale is not None:
-            weight = Place(slot.names, slot.meta)
-            tensor, scale = quantize_to(destination, filled.tensor, weight, slot.scale)
-            place(module, slot.scale.names, scale, slot.scale.like)
+            copied = Place(slot.names, slot.meta), slot.scale
+            _place_narrow(module, filled.tensor, copied, destination)
+            continue
+        if slot.narrow_copy is not None:
+            exact_OI = _part_of(filled.tensor, slot.copy_shard)
+            _place_narrow(module, exact_OI, slot.narrow_copy, destination)
+            tensor = filled.tensor
+            if tensor.dtype != slot.meta.dtype:
+                tensor = destination.empty(slot.names, slot.meta).copy_(tensor)
+                _check_range(slot, stored, tensor)
+            tensor = destination.keep(slot.names, tensor)
         elif slot.unpacking is not None:
             tensor = destination.empty(slot.names, slot.meta)
-            tensor.copy_(_part_of(slot.unpacking.unpack(filled.tensor, slot.stored_shape), slot))
+            whole = slot.unpacking.unpack(filled.tensor, slot.stored_shape)
+            tensor.copy_(_part_of(whole, slot.shard))
             tensor = destination.keep(slot.names, tensor)
         else:
             tensor = destination.keep(slot.names, filled.tensor)
         place(module, slot.names, tensor, slot.meta)
 
 
-def _part_of(tensor: torch.Tensor, slot: _Slot) -> torch.Tensor:
-    """What the slot takes of a whole stored tensor."""
-    if slot.shard is None:
+def _part_of(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """`shard` of a whole stored tensor."""
+    if shard is None:
         return tensor
-    dim = slot.shard.dim
-    return tensor.narrow(dim, *slot.shard.bounds(tensor.shape[dim]))
+    return tensor.narrow(shard.dim, *shard.bounds(tensor.shape[shard.dim]))
+
+
+def _place_narrow(
+    module: torch.nn.Module,
+    exact_OI: torch.Tensor,
+    places: tuple[Place, Place],
+    destination: Destination,
+) -> None:
+    """A weight in 8 bits and its scale, made of `exact_OI`."""
+    made = quantize_to(destination, exact_OI, *places)
+    for tensor, found in zip(made, places, strict=True):
+        place(module, found.names, tensor, found.like)
 
 
 def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
     """What becomes another tensor is read as it is in the file first, to the device."""
     first, shard = stored[slot.parts[0].source], slot.shard
-    if slot.scale is not None:
-        dtype = getattr(torch, first.dtype)
+    dtype = getattr(torch, first.dtype)
+    # Of what the file holds, whether a stage has the embedding or the head made of it, or both.
+    is_copied = slot.narrow_copy is not None and dtype != slot.meta.dtype
+    if slot.scale is not None or is_copied:
         tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     elif slot.unpacking is not None:
         dtype, shard = slot.unpacking.dtype(slot.meta.dtype), None
@@ -326,7 +359,7 @@ def _share_equal(
     for canonical, twin in tied.items():
         if canonical in name_of and twin in name_of:
             ours, theirs = state[name_of[canonical]], state[name_of[twin]]
-            if ours is not theirs and torch.equal(ours, theirs):
+            if ours is not theirs and ours.dtype == theirs.dtype and torch.equal(ours, theirs):
                 owner, _, leaf = name_of[canonical].rpartition(".")
                 setattr(module.get_submodule(owner), leaf, theirs)
 

@@ -55,26 +55,32 @@ def fill_random(
         names.setdefault(tied.get(canonical, canonical), []).append(name)
     num_bytes = 0
     for canonical, sharing in names.items():
-        shell = state[sharing[0]]
-        scale = scale_name(sharing[0], state)
-        shard, shape = shards.get(sharing[0]), shell.shape
-        if shard is not None:
-            shape = torch.Size(shard.whole(shape))
-        tensor = _drawn(canonical, shape, dtype if scale else shell.dtype, device, seed)
-        if shard is not None:
-            tensor = tensor.narrow(shard.dim, *shard.bounds(shape[shard.dim])).contiguous()
-        if scale is not None:
-            scale_place = Place((scale,), state[scale])
-            weight_place = Place(tuple(sharing), shell)
-            to = destination or OnDevice(device)
-            tensor, scale_O = quantize_to(to, tensor, weight_place, scale_place)
-            place(module, (scale,), scale_O, state[scale])
-            num_bytes += state[scale].nbytes
-        elif destination is not None:
-            tensor = destination.keep(sharing, destination.empty(sharing, shell).copy_(tensor))
-        place(module, sharing, tensor, shell)
-        num_bytes += shell.nbytes
+        scales = {name: scale for name in sharing if (scale := scale_name(name, state))}
+        shell, shard = state[sharing[0]], shards.get(sharing[0])
+        shape = shell.shape if shard is None else torch.Size(shard.whole(shell.shape))
+        drawn = _drawn(canonical, shape, dtype if scales else shell.dtype, device, seed)
+        for name, scale in scales.items():
+            places = Place((name,), state[name]), Place((scale,), state[scale])
+            exact = _part_of(drawn, shards.get(name))
+            made = quantize_to(destination or OnDevice(device), exact, *places)
+            for found, tensor in zip(places, made, strict=True):
+                place(module, found.names, tensor, found.like)
+                num_bytes += found.like.nbytes
+        plain = [name for name in sharing if name not in scales]
+        if plain:
+            shell, drawn = state[plain[0]], _part_of(drawn, shards.get(plain[0]))
+            if destination is not None:
+                drawn = destination.keep(plain, destination.empty(plain, shell).copy_(drawn))
+            place(module, plain, drawn, shell)
+            num_bytes += shell.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
+
+
+def _part_of(drawn: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    if shard is None:
+        return drawn
+    first, length = shard.bounds(drawn.shape[shard.dim])
+    return drawn.narrow(shard.dim, first, length).contiguous()
 
 
 def _drawn(

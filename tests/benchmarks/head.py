@@ -42,6 +42,7 @@ from mpipipe.job.acquire import Acquired, acquire_folder
 from mpipipe.job.job import Job, Marks
 from mpipipe.job.supervision import open_rank_page
 from mpipipe.metrics.log import NullLog, open_log
+from mpipipe.planning.layout import Place
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.progress import new_event_loop
 from mpipipe.run_folder.fingerprint import completions_fingerprint
@@ -130,7 +131,7 @@ async def complete(
             for line in acquired.lines_left
             if line.sampling is not None
         ]
-        identity = acquired.identity(rank=0, stage=0)
+        identity = acquired.identity(0, Place(0, 0))
         log = open_log(acquired.folder / "rank_0.log", identity=identity, host="here")
         progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mpipipe.data_plane.lanes import ThreadLanes, open_thread_lanes
+from mpipipe.errors import ChannelClosedError
 
 T = TypeVar("T")
 
@@ -24,6 +25,6 @@ def on_lanes(num_lanes: int, body: Callable[[ThreadLanes], T]) -> list[T]:
     with ThreadPoolExecutor(num_lanes) as pool:
         running = [pool.submit(guarded, lanes) for lanes in open_thread_lanes(num_lanes)]
     failures = [error for work in running if (error := work.exception()) is not None]
-    if failures:  # the others' are of the broken meeting
-        raise next((e for e in failures if "BrokenBarrier" not in type(e).__name__), failures[0])
+    if failures:
+        raise next((e for e in failures if not isinstance(e, ChannelClosedError)), failures[0])
     return [work.result() for work in running]

@@ -18,12 +18,14 @@ from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError
 from mpipipe.weights import filling
 from mpipipe.weights.filling import Filling, TensorFiller
+from mpipipe.weights.layer_layout import ALIGNMENT
 from mpipipe.weights.loader import load_stage
+from mpipipe.weights.read_buffers import ReadBuffers, content_of
 from mpipipe.weights.readers import FileReaders
 from mpipipe.weights.sources import StoredTensor, TensorSource, open_source
-from mpipipe.weights.staging import StagingBuffer, content_of
 
 NUM_TENSORS = 12
+CPU = torch.device("cpu")
 MANY = 1 << 20  # elements: 4 MiB in float32
 
 
@@ -61,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def filler(
     source: TensorSource, *, num_threads: int = 2, piece_bytes: int = 64
 ) -> Iterator[TensorFiller]:
-    found = TensorFiller(source, num_threads=num_threads, pinned=False, piece_bytes=piece_bytes)
+    found = TensorFiller(source, num_threads=num_threads, device=CPU, piece_bytes=piece_bytes)
     try:
         yield found
     finally:
@@ -122,7 +124,7 @@ def save_large(folder: Path) -> TensorSource:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_the_tensor_there_is_one_staging_buffer_of_a_fixed_size(
+def test_beside_the_tensor_there_is_one_read_buffer_of_a_fixed_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     source = save_large(tmp_path)
@@ -138,44 +140,48 @@ def test_beside_the_tensor_there_is_one_staging_buffer_of_a_fixed_size(
     monkeypatch.setattr(torch, "empty", spy)
     with filler(source, num_threads=3, piece_bytes=1024) as found:
         assert list(found.fill([large])) == [large]
-    assert made == ([] if dtype == torch.float32 else [torch.Size([6, 1024])])
+    assert made == ([] if dtype == torch.float32 else [torch.Size([6 * 1024 + ALIGNMENT])])
     assert torch.equal(large.tensor, torch.arange(MANY, dtype=torch.float32).to(dtype))
 
 
 def test_memory_that_cannot_be_pinned_is_pageable_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = torch.empty
+    class Refusing:
+        """CUDA's runtime, where the limit of locked memory is reached."""
 
-    def refusing(*args: object, pin_memory: bool = False, **kwargs: object) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nmore of it")
-        return original(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+        cudaError = int
 
-    monkeypatch.setattr(torch, "empty", refusing)
-    staging = StagingBuffer(2, 1 << 20, pinned=True)
+        def cudaHostRegister(self, _address: int, _num_bytes: int, _flags: int) -> int:
+            return 2
+
+        def cudaGetErrorString(self, _code: int) -> str:
+            return "out of memory"
+
     out = torch.zeros(4)
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    monkeypatch.setattr(torch, "zeros", lambda *_args, **_kwargs: None)  # there is no GPU to ask
+    buffers = ReadBuffers(2, 1 << 20, torch.device("cuda", 0))
     for number in range(3):
-        chunk = staging.take()
+        chunk = buffers.take()
         assert chunk is not None
         chunk[:8].view(torch.bfloat16).fill_(number)
         out.copy_(content_of(chunk, torch.bfloat16, out))
-        staging.give_back(chunk)
-    staging.close()
+        buffers.give_back(chunk)
+    buffers.close()
     assert out.tolist() == [2.0] * 4
-    assert len(staging.warnings) == 1
-    assert staging.warnings[0].startswith("2 MiB of host memory cannot be pinned (CUDA error: out ")
-    assert "more of it" not in staging.warnings[0]
+    assert len(buffers.warnings) == 1
+    assert buffers.warnings[0].startswith("2 MiB of host memory cannot be pinned (out of memory)")
 
 
 def test_all_chunks_in_use_is_said() -> None:
-    staging = StagingBuffer(2, 64, pinned=False)
-    first, second = staging.take(), staging.take()
+    buffers = ReadBuffers(2, 64, CPU)
+    first, second = buffers.take(), buffers.take()
     assert first is not None
     assert second is not None
-    assert staging.take() is None
-    staging.give_back(first)
-    assert staging.take() is first
+    assert buffers.take() is None
+    buffers.give_back(first)
+    assert buffers.take() is first
 
 
 # ---- faults, through the whole of the loader -----------------------------------------------------

@@ -14,11 +14,13 @@ import torch
 import transformers
 from torch import nn
 
-from mpipipe.models.adapter import StageModel
+from mpipipe.models.adapter import StageModel, build_stage_model
+from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.operations import torch_operations
 from mpipipe.models.quantized_linear import QuantizedLinear, quantized_linears
 from mpipipe.planning.plan import StageOffload
 from mpipipe.types import QuantizeName
+from mpipipe.weights.random import fill_random
 from tests.contract.tiny_models import (
     NUM_LAYERS,
     InProcessPipeline,
@@ -40,14 +42,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def is_quantised(name: str, module: nn.Module, tied: bool) -> bool:
-    """By the rule of the README: linears of the layers, and a head of its own."""
-    inside = ".layers." in name or (name == "lm_head" and not tied)
+def is_quantised(name: str, module: nn.Module) -> bool:
+    """By the rule of the README: linears of the layers, and the LM head."""
+    inside = ".layers." in name or name in {"lm_head", "embed_out"}
     return isinstance(module, nn.Linear) and inside
 
 
 def rounded(weight_OI: torch.Tensor) -> torch.Tensor:
-    scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / 127
+    scale_O1 = (weight_OI.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)  # of padding
     return (weight_OI / scale_O1).round() * scale_O1
 
 
@@ -60,8 +62,12 @@ def twin(
     @cache
     def make(name: str) -> TinyModel:
         model: transformers.PreTrainedModel = copy.deepcopy(tiny(name).reference)
+        if model.config.tie_word_embeddings:  # the embedding gives its rows as they are
+            model.config.tie_word_embeddings = False
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.data.clone())
         for path, module in model.named_modules():
-            if is_quantised(path, module, model.config.tie_word_embeddings):
+            if is_quantised(path, module):
                 module.weight.data = rounded(module.weight.data)
         folder: Path = tmp_path_factory.mktemp(f"{name}-twin")
         model.save_pretrained(folder)
@@ -117,13 +123,62 @@ def test_every_mode_computes_with_the_dequantised_weights(
     assert (found - exact).norm() > 1e-3 * exact.norm()  # else the weights were not quantised
 
 
+def test_in_fp8_a_tied_head_stays_the_embedding(tiny: Callable[[str], TinyModel]) -> None:
+    (stage,) = new_pipeline(tiny("llama-tied"), 1, "plain", "fp8").stages
+    assert stage.module.lm_head.weight is stage.module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_made_of_what_the_file_holds_however_the_model_is_split(
+    dtype: torch.dtype, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Also of a file in float32, where the embedding itself is rounded to bfloat16."""
+    model = tiny("llama-tied")
+    heads = [
+        load_stage(model.folder, split(count)[-1], dtype=dtype, quantize="int8", mode="plain")
+        for count in (1, 2)
+    ]
+    both, alone = (stage.module.lm_head for stage in heads)
+    assert torch.equal(both.weight, alone.weight)
+    assert torch.equal(both.scale, alone.scale)
+    embedding = heads[0].module.model.embed_tokens.weight
+    assert torch.equal(embedding, model.reference.get_input_embeddings().weight.to(dtype))
+
+
+def test_random_weights_of_a_tied_head_are_those_of_the_embedding(
+    tiny: Callable[[str], TinyModel],
+) -> None:
+    model = tiny("llama-tied")
+    heads = []
+    for plan in (split(1)[0], split(2)[1]):
+        stage = build_stage_model(
+            model.folder,
+            plan,
+            dtype=torch.bfloat16,
+            backend=SdpaAttention(),
+            max_sequence_tokens=64,
+            quantize="int8",
+        )
+        report = fill_random(
+            stage.module,
+            stage.wanted_names(),
+            tied=stage.tied,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        state = stage.module.state_dict()
+        assert report.parameter_bytes == sum(tensor.nbytes for tensor in state.values())
+        heads.append(stage.module.lm_head)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert heads[0].weight.any()
+
+
 def test_what_is_quantised_and_what_stays(tiny: Callable[[str], TinyModel]) -> None:
     for name in ("llama", "llama-tied", "mixtral"):
         (stage,) = new_pipeline(tiny(name), 1, "plain", "int8").stages
-        own_head = isinstance(stage.module.lm_head, QuantizedLinear)
-        assert own_head == (name != "llama-tied")
+        assert isinstance(stage.module.lm_head, QuantizedLinear)
         per_layer = 4 if name == "mixtral" else 7  # experts and their routing stay
-        assert quantised_in(stage) == NUM_LAYERS * per_layer + own_head
+        assert quantised_in(stage) == NUM_LAYERS * per_layer + 1
         assert stage.module.model.embed_tokens.weight.dtype == torch.float32
 
 

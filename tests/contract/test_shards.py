@@ -18,6 +18,7 @@ from mpipipe.weights.random import fill_random
 from mpipipe.weights.sources import open_source
 
 ROWS, COLUMNS, LANES = 24, 18, 3
+CPU = torch.device("cpu")
 WHOLE = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
@@ -80,7 +81,7 @@ def test_pieces_of_a_few_rows_give_the_same(tmp_path: Path) -> None:
     source = open_source(read_index(save(tmp_path, "safetensors")))
     row_bytes = COLUMNS // LANES * 4
     for piece_bytes in (row_bytes, 5 * row_bytes + 8, 1 << 20):
-        filler = TensorFiller(source, num_threads=2, pinned=False, piece_bytes=piece_bytes)
+        filler = TensorFiller(source, num_threads=2, device=CPU, piece_bytes=piece_bytes)
         try:
             shard = Shard(1, 2, LANES)
             out = torch.zeros(ROWS, COLUMNS // LANES)
@@ -111,7 +112,7 @@ def test_a_file_that_ends_within_the_last_stretch_is_told(tmp_path: Path) -> Non
     entry = index.tensors["part"]
     with file.open("r+b") as opened:
         opened.truncate(entry.offset + entry.num_bytes - 1)
-    filler = TensorFiller(open_source(index), num_threads=2, pinned=False)
+    filler = TensorFiller(open_source(index), num_threads=2, device=CPU)
     out = torch.zeros(ROWS, COLUMNS // LANES)
     try:
         with pytest.raises(CheckpointError, match="the file was shortened"):

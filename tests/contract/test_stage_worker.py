@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mpipipe.clock import MonotonicClock
+from mpipipe.control_plane.group import RankGroup
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import (
@@ -211,7 +212,7 @@ class VirtualRanks:
         )
         runner = Runner(
             core=core,
-            mesh=self.ranks[0].mesh,
+            group=RankGroup(self.ranks[0].mesh, range(len(self.ranks))),
             decode=text_of,
             clock=MonotonicClock(),
             log=NullLog(),
@@ -350,7 +351,7 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
     """Else a sequence would outgrow the page tables and the rotary table of the stages."""
     plan = engine_plan(1)
     boot: Any = SimpleNamespace(
-        ranks=None,
+        ranks=SimpleNamespace(mesh=None),
         resources=(),
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
         prepared=SimpleNamespace(tokenizer=None, decode=text_of),

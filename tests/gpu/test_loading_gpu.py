@@ -11,8 +11,8 @@ from mpipipe.checkpoint.index import read_index
 from mpipipe.errors import CheckpointError
 from mpipipe.weights.filling import Filling, TensorFiller
 from mpipipe.weights.loader import LoadReport, load_stage
+from mpipipe.weights.read_buffers import ReadBuffers
 from mpipipe.weights.sources import open_source
-from mpipipe.weights.staging import StagingBuffer
 from tests.contract.checkpoint_cases import FORMS, NUM_LAYERS, Stage, make_model, make_stage
 
 pytestmark = [
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GPU = torch.device("cuda", 0)
 MANY = 5_000_003  # elements: more than a piece, and no multiple of one
 
 
@@ -31,7 +32,7 @@ def load(folder: Path, stage: Stage, dtype: torch.dtype) -> LoadReport:
         all_names=stage.all_names,
         tied=stage.tied,
         dtype=dtype,
-        device=torch.device("cuda", 0),
+        device=GPU,
     )
 
 
@@ -67,16 +68,16 @@ def test_a_large_tensor_passes_through_few_chunks_that_are_used_again(
 ) -> None:
     expected = save_large(tmp_path)
     pinned: list[int] = []
-    original = StagingBuffer._allocate
+    original = ReadBuffers._allocate
 
-    def spy(self: StagingBuffer) -> torch.Tensor:
+    def spy(self: ReadBuffers) -> torch.Tensor:
         memory = original(self)
         pinned.append(memory.numel() if memory.is_pinned() else 0)
         return memory
 
-    monkeypatch.setattr(StagingBuffer, "_allocate", spy)
+    monkeypatch.setattr(ReadBuffers, "_allocate", spy)
     source = open_source(read_index(tmp_path))
-    filler = TensorFiller(source, num_threads=num_threads, pinned=True, piece_bytes=1 << 16)
+    filler = TensorFiller(source, num_threads=num_threads, device=GPU, piece_bytes=1 << 16)
     # `work` keeps the caller's stream busy on memory that is freed before its kernel has run.
     work = torch.randn(4096, 4096, device="cuda")
     for _ in range(20):
@@ -101,7 +102,7 @@ def test_a_large_tensor_passes_through_few_chunks_that_are_used_again(
 def test_what_is_read_is_used_by_the_callers_stream_without_a_wait(tmp_path: Path) -> None:
     expected = save_large(tmp_path)
     source = open_source(read_index(tmp_path))
-    filler = TensorFiller(source, num_threads=2, pinned=True)
+    filler = TensorFiller(source, num_threads=2, device=GPU)
     out = torch.empty(MANY, device="cuda")
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):

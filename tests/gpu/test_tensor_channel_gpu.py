@@ -70,7 +70,7 @@ async def open_channel(transport: str, engine: ProgressEngine, index: int) -> Te
         nccl_broadcast,
         rank=RANK,
         hosts=["here"] * SIZE,
-        stage_ranks=[(rank,) for rank in range(SIZE)],
+        stage_ranks=range(SIZE),
         device_index=index,
         timeout_s=30,
     )

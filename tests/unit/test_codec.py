@@ -21,6 +21,8 @@ from mpipipe.control_plane.messages import (
     ClocksCompared,
     ClockTold,
     DecodeScheduled,
+    DispatchBegan,
+    DispatchEnded,
     Echo,
     GatherPart,
     GenerationBegan,
@@ -29,11 +31,14 @@ from mpipipe.control_plane.messages import (
     Hello,
     LogprobsSampled,
     Message,
+    NoMoreRequests,
     PhaseReport,
     PhaseVerdict,
     RankLost,
+    ReplicaTold,
     RequestClosed,
     RequestOpened,
+    RequestsGiven,
     ScheduledSequence,
     SessionEnded,
     StepSampled,
@@ -42,10 +47,11 @@ from mpipipe.control_plane.messages import (
     StopRequested,
 )
 from mpipipe.errors import ProtocolMismatchError
+from mpipipe.metrics.lines import RequestRecord
 from mpipipe.planning.resources import RankResources
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import host_name
-from mpipipe.types import SamplingParams, TokenLogprobs
+from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 HELLO = Hello(1, 2, 1, "0.1.0", "abc", RankResources(1, "node-b", 77, "srun", 4, 8 << 30))
 GPU_HELLO = dataclasses.replace(
@@ -92,6 +98,18 @@ STEP = StepScheduled(
     ),
     True,
 )
+RECORD = RequestRecord(
+    Completion(
+        *("a", 2, "it is", (15, 0), FinishReason.STOP, 2, 0.5, 0.75, 1.0),
+        logprobs=(TokenLogprobs(15, -0.5), TokenLogprobs(0, -1.0)),
+    ),
+    slot=1,
+    arrived_s=2.0,
+    admitted_s=None,
+    finished_s=3.0,
+    num_preemptions=0,
+    token_s=(2.5, 3.0),
+)
 
 MESSAGES: tuple[Message, ...] = (
     HELLO,
@@ -124,6 +142,11 @@ MESSAGES: tuple[Message, ...] = (
     ClockAsked(3),
     ClockTold(3, 1.5),
     ClocksCompared((0.0, -0.25)),
+    DispatchBegan(),
+    ReplicaTold((RECORD,), 3, 1.5, 40, 4, 1, 2, 0.25, True),
+    RequestsGiven((Request("a", 2, (1, 300), SAMPLING),), 0.5),
+    NoMoreRequests(True),
+    DispatchEnded(),
 )
 NUM_DAMAGED = 20_000
 
@@ -167,6 +190,20 @@ GOLDEN = (
     "921603",
     "931703cb3ff8000000000000",
     "921892cb0000000000000000cbbfd0000000000000",
+    "9119",
+    (
+        "9a1a91979ca16102a56974206973920f00a473746f7002cb3fe0000000000000cb3fe8000000000000cb3f"
+        "f000000000000092930fcbbfe0000000000000909300cbbff000000000000090c0c001cb40000000000000"
+        "00c0cb40080000000000000092cb4004000000000000cb400800000000000003cb3ff80000000000002804"
+        "0102cb3fd0000000000000c3"
+    ),
+    (
+        "931b9194a161029201cd012c9d10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb"
+        "3ff8000000000000cb3fe0000000000000cbbff40000000000000992a20a0aa3454e449202cdc450c303cb"
+        "3fe0000000000000"
+    ),
+    "921cc3",
+    "911d",
 )
 
 
@@ -267,3 +304,9 @@ def test_a_step_of_eight_decoding_sequences_stays_small() -> None:
 
 def test_a_decode_step_without_changes_is_as_small_for_any_number_of_rows() -> None:
     assert len(encode(DecodeScheduled(100_000, 1, 256, (), (), (), (), True))) <= 17
+
+
+def test_why_a_completion_ended_is_a_reason_again_and_not_its_text() -> None:
+    decoded = decode(encode(ReplicaTold((RECORD,), 0, 0.0)))
+    assert isinstance(decoded, ReplicaTold)
+    assert decoded.records[0].completion.finish_reason is FinishReason.STOP

@@ -56,7 +56,10 @@ def test_a_known_gpu_has_a_ceiling_of_its_own() -> None:
     slower = ceiling_of(SPEC, on_gpu, LENGTHS, ["NVIDIA H100 80GB HBM3"])
     assert slower.tokens_per_s is not None
     assert slower.tokens_per_s < (known.tokens_per_s or 0)
-    unknown = ceiling_of(SPEC, on_gpu, LENGTHS, ["Tesla T4"])
+    published = ceiling_of(SPEC, on_gpu, LENGTHS, ["Tesla T4"])
+    assert published.tokens_per_s == published.model_tokens_per_s
+    assert "published, 78% of 320 GB/s" in published.reason
+    unknown = ceiling_of(SPEC, on_gpu, LENGTHS, ["NVIDIA B300"])
     assert unknown.tokens_per_s is None
     assert unknown.model_tokens_per_s > 0
     assert "only ratios" in unknown.reason

@@ -97,8 +97,8 @@ def test_mpipipe_plan_shows_the_cores_and_threads_that_a_run_would_have(
     monkeypatch.setattr(resources, "usable_physical_cores", lambda: tuple((n,) for n in range(8)))
     monkeypatch.setattr(resources, "allowed_cpus", lambda: tuple(range(8)))
     config = Path(__file__).parents[2] / "configs/bench_gpu.toml"
-    plan_cli.plan_command(config, [], num_stages=2, as_json=True)
-    plan = json.loads(capsys.readouterr().out)
+    plan_cli.plan_command(config, [], plan_cli.PlanRequest(num_stages=2, as_json=True))
+    plan = json.loads(capsys.readouterr().out)["plan"]
     (bind,) = (entry for entry in plan["resolved"] if entry["setting"] == "pipeline.bind")
     assert bind["value"] == "rank 0: 0-3 | rank 1: 4-7"
     assert plan["threads_per_rank"] == 4

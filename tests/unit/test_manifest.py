@@ -17,6 +17,7 @@ from mpipipe.job import manifest
 from mpipipe.job.acquire import acquire_folder
 from mpipipe.job.manifest import Surroundings, complete_manifest, first_manifest
 from mpipipe.metrics.identity import is_run_id
+from mpipipe.planning.layout import Place
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.fingerprint import PROMPTS, completions_fingerprint
@@ -141,9 +142,9 @@ def test_a_run_keeps_its_id_over_its_attempts_and_counts_them(tmp_path: Path) ->
     loaded = load_config(None, words)
     with closing(acquire_folder(loaded, [], {"a": 1}, None)) as first:
         assert is_run_id(first.run)
-        identity = first.identity(rank=3, stage=1)
+        identity = first.identity(3, Place(replica=2, stage=1))
         assert identity.fields() == {
-            "run": first.run, "attempt": 1, "job": None, "replica": 0, "rank": 3, "stage": 1,
+            "run": first.run, "attempt": 1, "job": None, "replica": 2, "rank": 3, "stage": 1,
         }  # fmt: skip
     manifest = {"basis": {"a": 1}, "run": first.run, "attempts": [{"num_kept": 0}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

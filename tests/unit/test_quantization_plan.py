@@ -86,10 +86,24 @@ def test_a_quantised_weight_takes_a_byte_and_a_scale_per_output() -> None:
     ) - weigh(spec)
 
 
-def test_a_tied_head_and_experts_are_counted_in_the_dtype_of_the_run() -> None:
+def test_a_tied_head_is_a_copy_in_8_bits_unless_a_checkpoint_has_none() -> None:
+    embedding = 2 * VOCAB * HIDDEN
     tied = replace(SPEC, quantized="int8", tied_embeddings=True)
-    assert weigh(tied, last=True) == weigh(tied) + 2 * VOCAB * HIDDEN
-    assert weigh(tied, first=True, last=True) == weigh(tied, last=True)
+    assert weigh(tied, last=True) == weigh(tied) + VOCAB * HIDDEN + 4 * VOCAB
+    assert weigh(tied, first=True, last=True) == weigh(tied, last=True) + embedding
+    for plain in (replace(tied, plain_head=True), replace(tied, quantized="fp8")):
+        assert weigh(plain, last=True) == weigh(plain) + embedding
+        assert weigh(plain, first=True, last=True) == weigh(plain, last=True)
+
+
+def test_linears_that_a_checkpoint_leaves_plain_are_counted_in_the_dtype_of_the_run() -> None:
+    # One of two layers has a plain down projection: on average half of one.
+    spec = replace(SPEC, quantized="int8", plain_parameters=64 * 96 // 2, plain_outputs=64 // 2)
+    whole = weigh(replace(SPEC, quantized="int8"))
+    assert weigh(spec) == whole + 64 * 96 - 4 * 64
+
+
+def test_experts_are_counted_in_the_dtype_of_the_run() -> None:
     attention = sum(outputs * inputs + 4 * outputs for outputs, inputs in SHAPES[:4])
     experts = replace(SPEC, quantized="int8", num_experts=8)
     assert weigh(experts) == 2 * (attention + 2 * 8 * 3 * HIDDEN * INTERMEDIATE)
@@ -118,8 +132,11 @@ def test_a_plan_counts_and_tells_it() -> None:
 def test_what_stays_as_it_is_is_said() -> None:
     spec = replace(SPEC, tied_embeddings=True, num_experts=4)
     (note,) = [e for e in made(cpus(1), "int8", spec).resolved if e.setting == "model.quantize"]
-    assert "experts stay as they are" in note.reason
-    assert "the LM head is the embedding and stays as it is" in note.reason
+    assert "experts stay as they are (86% of a layer's weights)" in note.reason
+    assert "of the embedding the LM head has a copy in 8 bits" in note.reason
+    spec = replace(SPEC, quantized="int8", plain_head=True, plain_parameters=9, plain_outputs=1)
+    (note,) = [e for e in made(cpus(1), "none", spec).resolved if e.setting == "model.quantize"]
+    assert "those apart that it leaves as they are; the LM head stays as it is" in note.reason
 
 
 def test_on_a_cpu_the_split_is_that_of_the_plain_weights() -> None:

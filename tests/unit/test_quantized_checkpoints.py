@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mpipipe.checkpoint.quantization import quantization_of, read_quantization
+from mpipipe.checkpoint.quantization import PlainLinears, quantization_of, read_quantization
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import UnsupportedModelError
 
@@ -67,6 +69,49 @@ def test_what_maps_onto_8_bits_with_a_scale_per_channel_is_read(
     )
     assert found.holds(LAYER)
     assert not found.holds("lm_head")
+
+
+def test_what_a_checkpoint_leaves_plain_is_found_by_its_tensors(tmp_path: Path) -> None:
+    quantization = quantization_of({"quantization_config": compressed("int-quantized", INT8)})
+    assert quantization is not None
+    shapes = {
+        "model.embed_tokens.weight": (100, 8),
+        "model.layers.0.input_layernorm.weight": (8,),
+        "model.layers.0.self_attn.q_proj.weight": (8, 8),
+        "model.layers.0.self_attn.q_proj.weight_scale": (8, 1),
+        "model.layers.0.mlp.down_proj.weight": (8, 12),
+        "model.layers.1.mlp.down_proj.weight": (8, 12),
+        "lm_head.weight": (100, 8),
+    }
+    assert quantization.plain_linears(shapes) == PlainLinears(2 * 8 * 12, 2 * 8, has_head=True)
+    shapes["lm_head.weight_scale"] = (100, 1)
+    assert not quantization.plain_linears(shapes).has_head
+
+
+def test_a_specification_counts_what_its_checkpoint_leaves_plain(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "quantization_config": compressed("int-quantized", INT8, ignore=[]),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    without_weights = read_spec(tmp_path)
+    assert (without_weights.plain_parameters, without_weights.plain_head) == (0, False)
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "lm_head.weight": np.zeros((100, 8), np.int8),
+        "lm_head.weight_scale": np.zeros((100, 1), np.float32),
+        "model.layers.2.mlp.down_proj.weight": np.zeros((8, 32), np.float16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = read_spec(tmp_path)
+    assert (spec.plain_parameters, spec.plain_outputs, spec.plain_head) == (86, 3, False)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert read_spec(tmp_path).plain_head
 
 
 def test_the_layers_are_those_that_the_checkpoint_names() -> None:

@@ -35,7 +35,7 @@ class FakeSession:
 
     gpu_uuid = "GPU-1"
     num_steps = 1
-    num_output_tokens = 7
+    num_replica_tokens = 7
 
     def __init__(self) -> None:
         self.ranks = SimpleNamespace(

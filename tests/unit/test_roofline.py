@@ -149,8 +149,13 @@ def test_floors_of_the_benchmarks(model: str, work: tuple[int, int, int], by_han
     assert on_two_h200(model, *work).tokens_per_s == pytest.approx(by_hand, rel=0.01)
 
 
-def test_ceilings_are_only_those_that_were_measured() -> None:
-    assert ceilings_of("cuda", "Tesla T4") is None
+def test_known_gpus_have_ceilings_which_say_whether_they_were_measured() -> None:
+    measured, published = ceilings_of("cuda", "NVIDIA H200"), ceilings_of("cuda", "Tesla T4")
+    assert measured is not None
+    assert measured.source.startswith("measured: 2 x H200")
+    assert published is not None
+    assert published.source.startswith("published, 78% of 320 GB/s")
+    assert ceilings_of("cuda", "NVIDIA B300") is None
     one, two = ceilings_of("cpu"), ceilings_of("cpu", num_threads=2)
     assert one is not None
     assert two is not None

@@ -22,6 +22,7 @@ from mpipipe.job.job import Marks
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootTimeline, PartName
 from mpipipe.metrics.log import NullLog, open_log
+from mpipipe.planning.layout import Place
 from mpipipe.run_folder.file_thread import FileThread
 from mpipipe.run_folder.resume import Earlier
 from mpipipe.run_folder.status_file import ProgressFile
@@ -79,7 +80,7 @@ def merged(folder: Path, metrics: str | None) -> dict[str, Any]:
     ranks: Any = SimpleNamespace(is_head=True, clock=ScriptedClock(3.0))
     earlier = Earlier(attempts=(dataclasses.asdict(DONE),))
     acquired = Acquired(folder, 0, "0123456789ab", 3, earlier)  # 2 ended before its manifest
-    identity = acquired.identity(0, 0)
+    identity = acquired.identity(0, Place(0, 0))
     job: Any = SimpleNamespace(
         ranks=ranks, acquired=acquired, identity=identity, marks=Marks(1.0), log=NullLog()
     )
@@ -129,7 +130,7 @@ def ended_early(folder: Path, error: Exception, *, loaded_s: float = 0.0) -> dic
     )  # fmt: skip
     earlier = Earlier(attempts=(dataclasses.asdict(DONE),))
     acquired = Acquired(folder, None, "0123456789ab", 2, earlier, [PromptLine(0, 1, "a")] * 3)
-    identity = acquired.identity(0, 0)
+    identity = acquired.identity(0, Place(0, 0))
     log = open_log(folder / "rank_0.log", identity=identity, host="n1", clock=clock)
     boot.listen(lambda part: log.info("boot", **part.event()))
     job: Any = SimpleNamespace(

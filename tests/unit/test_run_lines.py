@@ -85,10 +85,11 @@ def completion(error_kind: str | None = None) -> Completion:
 
 def test_the_line_of_a_request_has_its_life() -> None:
     ended = RequestRecord(completion(), 1, 10.0, 10.5, 14.5, 2, (11.0, 12.0, 14.0))
-    fields = request_fields(ended, token_times=False)
+    fields = request_fields(ended, 3, token_times=False)
     assert fields == {
         "id": "p1",
         "index": 4,
+        "on_replica": 3,
         "slot": 1,
         "arrived_s": 10.0,
         "admitted_s": 10.5,
@@ -105,7 +106,7 @@ def test_the_line_of_a_request_has_its_life() -> None:
         "finish_reason": "length",
         "error_kind": None,
     }
-    times = request_fields(ended, token_times=True)
+    times = request_fields(ended, 3, token_times=True)
     assert times == {**fields, "token_s": [11.0, 12.0, 14.0]}
     line = json_line(START, 14.5, fields)
     assert json.loads(line) == {**IDENTITY.fields(), "t_s": 14.5, **fields}

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, cast
 import pytest
 
 from mpipipe.clock import ScriptedClock
+from mpipipe.control_plane.group import RankGroup
 from mpipipe.control_plane.mailbox import Mailbox
-from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
     LogprobsSampled,
@@ -66,8 +66,10 @@ class Pipeline:
     records: list[RequestRecord] = field(default_factory=list)
     log: Logger = field(default_factory=NullLog)
 
-    def mailbox(self, kind: type[Message]) -> Mailbox[tuple[int, Message]]:
-        return self.mailboxes.setdefault(kind, Mailbox(kind.__name__))
+    def mailbox(self, *kinds: type[Message]) -> Mailbox[tuple[int, Message]]:
+        mailbox = self.mailboxes.setdefault(kinds[0], Mailbox(kinds[0].__name__))
+        self.mailboxes.update(dict.fromkeys(kinds, mailbox))
+        return mailbox
 
     def broadcast_message(self, message: Message) -> None:
         match message:
@@ -125,7 +127,7 @@ class Pipeline:
     def runner(self, core: SchedulerCore) -> Runner:
         return Runner(
             core=core,
-            mesh=cast("Mesh", self),
+            group=cast("RankGroup", self),
             decode=decode,
             clock=self.clock,
             log=self.log,
@@ -437,7 +439,7 @@ def runner_of(
 
     return Runner(
         core=core,
-        mesh=cast("Mesh", pipeline),
+        group=cast("RankGroup", pipeline),
         decode=decode_or_fail,
         clock=pipeline.clock,
         log=NullLog(),

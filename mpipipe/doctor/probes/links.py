@@ -189,7 +189,7 @@ def _transport(device: DeviceName, resources: Sequence[RankResources]) -> Transp
     where = choose_device(asked, resources)[0]
     name = choose_transport(AUTO, where, resources)[0]
     hosts = tuple(rank_resources.host for rank_resources in resources)
-    return Transport(name, where, hosts, tuple((rank,) for rank in range(len(hosts))))
+    return Transport(name, where, hosts, tuple(range(len(hosts))))
 
 
 def _label(transport: Transport) -> str:

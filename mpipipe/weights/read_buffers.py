@@ -11,7 +11,9 @@ from collections import deque
 
 import torch
 
-__all__ = ["StagingBuffer", "content_of"]
+from mpipipe.weights.pinned_memory import PinnedMemory
+
+__all__ = ["ReadBuffers", "content_of"]
 
 
 def content_of(chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> torch.Tensor:
@@ -19,20 +21,20 @@ def content_of(chunk: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> t
     return chunk[: out.numel() * stored.itemsize].view(stored)
 
 
-class StagingBuffer:
+class ReadBuffers:
     """Chunks in turn. Its memory is asked for when the first chunk is.
 
     Args:
         num_chunks: in use at a time.
         chunk_bytes: of each; a multiple of 8.
-        pinned: for copies to a GPU. Where that is refused the memory is pageable, and `warnings`
-            says so.
+        device: of the tensors. For a GPU the memory is pinned; where that is refused it is
+            pageable, and `warnings` says so.
     """
 
-    def __init__(self, num_chunks: int, chunk_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, num_chunks: int, chunk_bytes: int, device: torch.device) -> None:
         self.warnings: list[str] = []
         self._shape = (num_chunks, chunk_bytes)
-        self._pinned = pinned
+        self._pinned = PinnedMemory(device)
         self._free: list[torch.Tensor] | None = None
         self._copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
         self._stream: torch.cuda.Stream | None = None
@@ -46,17 +48,14 @@ class StagingBuffer:
         return self._free.pop() if self._free else None
 
     def _allocate(self) -> torch.Tensor:
-        if self._pinned:
-            try:
-                return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                self._pinned = False
-                self.warnings.append(
-                    f"{self._shape[0] * self._shape[1] >> 20} MiB of host memory cannot be pinned "
-                    f"({str(error).splitlines()[0]}): weights go to the GPU through pageable "
-                    "memory, at about half the speed; raise `ulimit -l`, or leave more memory free"
-                )
-        return torch.empty(self._shape, dtype=torch.uint8)
+        memory = self._pinned.take(self._shape[0] * self._shape[1])
+        if self._pinned.refused_bytes:
+            self.warnings.append(
+                f"{memory.numel() >> 20} MiB of host memory cannot be pinned "
+                f"({self._pinned.reason}): weights go to the GPU through pageable memory, at about "
+                "half the speed; raise `ulimit -l`, or leave more memory free"
+            )
+        return memory.view(self._shape)
 
     def give_back(self, chunk: torch.Tensor) -> None:
         """Free a chunk."""
@@ -96,5 +95,4 @@ class StagingBuffer:
             self._stream.synchronize()
         self._copies.clear()
         self._free = None
-        if self._pinned:
-            torch._C._host_emptyCache()  # what is freed stays pinned until then
+        self._pinned.close()

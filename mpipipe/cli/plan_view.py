@@ -1,0 +1,227 @@
+"""The answer of `mpipipe plan` in words: one screen."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.gpu_table import known_gpus
+from mpipipe.planning.memory import gib
+from mpipipe.planning.offload_advice import figure
+
+if TYPE_CHECKING:
+    from mpipipe.planning.advice import Advice
+    from mpipipe.planning.bottleneck import Bottleneck
+    from mpipipe.planning.plan import StagePlan
+    from mpipipe.planning.planned_job import Outlook, PlannedJob
+
+__all__ = ["answer_lines", "refusal_lines"]
+
+_WIDTH = 100
+_LABEL = 11
+_HEADINGS = (
+    "stage", "on", "layers", "weights", "KV cache", "offloaded", "prompt step", "decode step",
+    "idle",
+)  # fmt: skip
+
+
+def answer_lines(
+    outlook: Outlook, bottleneck: Bottleneck | None, advice: Sequence[Advice], where: str
+) -> list[str]:
+    """What fits where, how fast, and what would help."""
+    plan, forecast = outlook.plan, outlook.forecast
+    quantize = f", {plan.quantize}" if plan.quantize != "none" else ""
+    heading = f"{_model(outlook.job)}, {plan.dtype}{quantize}: fits {where}"
+    lines = [heading, *_told("prompts", _prompts(outlook.job)), ""]
+    lines += [*_table(outlook), ""]
+    lines += _told("tokens/s", _throughput(outlook))
+    lines += _told("batch", _batch(outlook))
+    lines += _told("wall-clock", _wall_clock(outlook))
+    if forecast.energy_j is not None:
+        lines += _told("energy", _energy(forecast.energy_j, outlook))
+    if bottleneck is not None:
+        lines += _told(
+            "bottleneck",
+            f"{bottleneck.resource}: twice as fast would give {_gain(bottleneck.gain)}; stage "
+            f"{bottleneck.stage} sets the pace",
+        )
+    lines += _advice(advice, "nothing that was tried gives 2 % more")
+    return lines + _told("rates", forecast.source)
+
+
+def refusal_lines(
+    job: PlannedJob, problem: str, fitting: Sequence[Advice], where: str
+) -> list[str]:
+    """Why nothing fits, and what would."""
+    lines = [f"{_model(job)}: does not fit {where}", *_told("prompts", _prompts(job))]
+    lines += _told("problem", problem)
+    if not fitting:
+        return lines + _told("would fit", "nothing that was tried")
+    told = [f"{advice.change}: {figure(advice.tokens_per_s)} tokens/s" for advice in fitting]
+    return lines + _listed("would fit", told)
+
+
+def _model(job: PlannedJob) -> str:
+    name = job.model_path.rstrip("/").rpartition("/")[2]
+    return f"{name} ({job.spec.architecture or job.spec.model_type}, {job.spec.num_layers} layers)"
+
+
+def _prompts(job: PlannedJob) -> str:
+    prompts = [prompt for prompt, _ in job.prompts.lengths]
+    outputs = [output for _, output in job.prompts.lengths]
+    middle = f"median {statistics.median_low(prompts):,}, " if min(prompts) < max(prompts) else ""
+    told = (
+        f"{len(prompts):,} of {_span(prompts)} tokens ({middle}{sum(prompts):,} in all), up to "
+        f"{_span(outputs)} new ones each ({job.prompts.source})"
+    )
+    if job.prompts.num_rejected:
+        told += f"; {job.prompts.num_rejected:,} more cannot be run"
+    return told
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def _table(outlook: Outlook) -> list[str]:
+    rows = [_HEADINGS, *(_row(outlook, stage) for stage in outlook.plan.stages)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _row(outlook: Outlook, stage: StagePlan) -> tuple[str, ...]:
+    plan, expected = outlook.plan, outlook.forecast.stages[stage.stage]
+    rank = next(rank for rank in outlook.job.ranks if rank.rank == stage.rank)
+    card = (outlook.job.table or known_gpus()).find(rank.gpu.name)
+    device = "CPU" if plan.device == "cpu" else card.key if card is not None else rank.gpu.name
+    parts = [f"{stage.first_layer}–{stage.last_layer - 1}"]
+    parts = ["emb"] * stage.has_embedding + parts + ["head"] * stage.has_head
+    page_bytes = kv_page_bytes(
+        outlook.job.spec,
+        plan.dtype,
+        num_layers=stage.num_layers,
+        page_size_tokens=plan.page_size_tokens,
+        row_multiple=8 if plan.device == "cuda" else 1,
+    )
+    tokens = plan.num_kv_pages * plan.page_size_tokens
+    return (
+        str(stage.stage),
+        f"{device} of {stage.host}",
+        "+".join(parts),
+        gib(stage.weight_bytes),
+        f"{tokens:,} tokens, {gib(page_bytes * plan.num_kv_pages)}",
+        _offloaded(stage),
+        _seconds(expected.prefill_step_s),
+        _seconds(expected.decode_step_s),
+        f"{expected.bubble:.0%}",
+    )
+
+
+def _offloaded(stage: StagePlan) -> str:
+    if stage.offload is None:
+        return "nothing"
+    tiers = (("host", stage.offload.host_bytes), ("disk", stage.offload.disk_bytes))
+    return ", ".join(f"{gib(size)} {tier}" for tier, size in tiers if size)
+
+
+# ---- the job -------------------------------------------------------------------------------------
+
+
+def _throughput(outlook: Outlook) -> str:
+    plan, forecast = outlook.plan, outlook.forecast
+    decoding = ""
+    if forecast.decode_round_s:
+        rows = forecast.rows_per_slot * min(plan.num_slots, len(outlook.job.prompts.lengths))
+        decoding = f"; {figure(rows / forecast.decode_round_s)} while decoding, a token of each "
+        decoding += f"sequence every {_seconds(forecast.decode_round_s)}"
+    return (
+        f"{figure(forecast.tokens_per_s)} of the whole job, bubble {forecast.bubble:.0%}{decoding}"
+    )
+
+
+def _batch(outlook: Outlook) -> str:
+    plan, forecast = outlook.plan, outlook.forecast
+    longest = max(map(sum, outlook.job.prompts.lengths))
+    held = plan.num_kv_pages // -(-longest // plan.page_size_tokens)
+    slots = f"{plan.num_slots} slot{'s' * (plan.num_slots > 1)}"
+    told = (
+        f"{slots} of up to {plan.max_sequences_per_slot} rows, {forecast.rows_per_slot:.3g} in the "
+        f"mean; the cache holds {held:,} sequences of {longest:,} tokens"
+    )
+    if forecast.num_preemptions:
+        told += f", so about {forecast.num_preemptions:,} are computed twice"
+    return told
+
+
+def _wall_clock(outlook: Outlook) -> str:
+    forecast = outlook.forecast
+    return (
+        f"{_duration(forecast.wall_clock_s)} for these prompts: start-up "
+        f"{_duration(forecast.startup_s)}, prompts {_duration(forecast.prefill_s)}, decoding "
+        f"{_duration(forecast.decode_s)}"
+    )
+
+
+def _energy(joules: float, outlook: Outlook) -> str:
+    tokens = sum(output for _, output in outlook.job.prompts.lengths)
+    return (
+        f"{figure(joules / 1000)} kJ while generating, {joules / tokens:.2g} J a token, GPUs alone"
+    )
+
+
+def _advice(advice: Sequence[Advice], nothing: str) -> list[str]:
+    if not advice:
+        return _told("would help", nothing)
+    told = [f"{_gain(each.gain)}, {figure(each.tokens_per_s)}: {each.change}" for each in advice]
+    return _listed("would help", told)
+
+
+def _gain(gain: float) -> str:
+    """As a share of the tokens per second, or as a factor where that is large."""
+    return f"+{gain:.0%}" if gain < 1 else f"{1 + gain:.2g} times the tokens/s"
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _told(label: str, text: str) -> list[str]:
+    """A label, and the text beside it in lines."""
+    indent = " " * (_LABEL + 1)
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=f"{label:<{_LABEL}} ",
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+
+
+def _listed(label: str, entries: Sequence[str]) -> list[str]:
+    lines = []
+    for number, entry in enumerate(entries, 1):
+        lines += _told(label if number == 1 else "", f"{number}. {entry}")
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,215 @@
+"""What `mpipipe simulate` simulates: machines, plans and requests from its options."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpipipe.bench.workloads import BenchWork
+from mpipipe.cli.plan import ranks_of_this_host
+from mpipipe.cli.simulation_view import result_fields, show_result, write_trace
+from mpipipe.config.load import load_config
+from mpipipe.config.prompts import configured_prompts
+from mpipipe.errors import EXIT_BUG, EXIT_OK, ConfigError
+from mpipipe.logs.reading import find_run
+from mpipipe.planning.gpu_table import known_gpus
+from mpipipe.planning.link_table import link_named
+from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
+from mpipipe.planning.model_facts import read_model
+from mpipipe.planning.prompt_lengths import prompt_lengths
+from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.resolve import make_plans
+from mpipipe.planning.workload import SamplingUse, Workload
+from mpipipe.simulation.planned_times import PlannedTimes
+from mpipipe.simulation.recorded_run import read_recorded_run
+from mpipipe.simulation.simulate import ReplicaPlan, SimulationOptions, simulate_job
+from mpipipe.simulation.simulated_requests import RequestLengths
+from mpipipe.simulation.stage_times import HeadTimes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from mpipipe.planning.model_facts import ModelFacts
+    from mpipipe.planning.resources import RankResources
+    from mpipipe.simulation.recorded_run import Measured
+
+__all__ = ["SimulationRequest", "simulate_command"]
+
+# Of a head beside its device, as `BENCHMARKS.md` has it: 69 to 95 µs for a step; a message takes 20
+# µs on a host, and the ids as long from stage 0's device to the scheduler.
+_STEP_S, _MESSAGE_S, _NOTICE_S = 90e-6, 20e-6, 20e-6
+# Of more replicas that are all alike, these are planned, and the others are as they are.
+_MOST_PLANNED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationRequest:
+    """The options of `mpipipe simulate`."""
+
+    config: Path | None
+    words: tuple[str, ...]
+    gpus: str
+    num_nodes: int
+    link: str
+    num_stages: int
+    num_replicas: int
+    work: str
+    seed: int
+    from_run: Path | None
+    stand_for_all: int
+    dispatch_s: tuple[float, float]
+    trace: Path | None
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is simulated, and where it comes from."""
+
+    replicas: Sequence[ReplicaPlan]
+    requests: Sequence[RequestLengths]
+    head: HeadTimes
+    source: str
+    measured: Measured | None = None
+
+
+def simulate_command(request: SimulationRequest) -> int:
+    """Simulate and print; returns the exit code: a deadlock is a bug.
+
+    Raises:
+        MpipipeError: the options do not describe a job that can run.
+    """
+    began_s = time.perf_counter()
+    job = _recorded_job(request) if request.from_run is not None else _described_job(request)
+    options = SimulationOptions(job.head, request.stand_for_all, 2000 if request.trace else 0)
+    simulation = simulate_job(job.replicas, job.requests, options)
+    result = replace(simulation.result, simulation_s=time.perf_counter() - began_s)
+    if request.trace is not None:
+        write_trace(request.trace, simulation.records, result)
+    if request.as_json:
+        print(json.dumps(result_fields(result, job.source, job.measured), indent=2))
+    else:
+        show_result(result, job.source, measured=job.measured)
+    return EXIT_BUG if result.deadlocks else EXIT_OK
+
+
+def _recorded_job(request: SimulationRequest) -> _Job:
+    assert request.from_run is not None, "asked for"
+    if request.config is not None or request.gpus:
+        raise ConfigError(
+            "--from takes plan, prompts and times from the run: leave CONFIG and --gpus out"
+        )
+    files = find_run(request.from_run)
+    recorded = read_recorded_run(files)
+    replica = ReplicaPlan(recorded.plan, recorded.times)
+    source = f"the steps of {files.folder}"
+    return _Job([replica], recorded.requests, recorded.head, source, recorded.measured)
+
+
+def _described_job(request: SimulationRequest) -> _Job:
+    if request.config is None:
+        raise ConfigError("give a configuration or a model folder to simulate, or --from RUN")
+    num_replicas = request.num_replicas
+    num_planned = _num_planned(request)
+    words = list(request.words)
+    if request.num_stages:
+        words.append(f"pipeline.num_stages={request.num_stages}")
+    if num_replicas:
+        words.append(f"pipeline.replicas={num_planned}")
+    model = read_model(load_config(request.config, words), needs_weights=False)
+    ranks = _ranks(request, model, num_planned)
+    requests, lengths_source = _requests(request, model)
+    workload = _workload(requests)
+    if num_planned < num_replicas:
+        workload = _times(workload.share_of(num_replicas), num_planned)
+    plans = make_plans(
+        model.loaded.config, model.spec, ranks, str(model.folder), workload, notes=model.notes
+    )
+    far = link_named(request.link)
+    replicas = []
+    for plan in plans:
+        own = [ranks[rank] for rank in plan.ranks]
+        times = PlannedTimes(plan, rate_times(model.spec, plan, own, far=far))
+        replicas.append(ReplicaPlan(plan, times))
+    if num_planned < num_replicas:
+        replicas = [replicas[number % num_planned] for number in range(num_replicas)]
+    message_s, prompt_s = request.dispatch_s
+    head = HeadTimes(_STEP_S, _MESSAGE_S, _NOTICE_S, message_s, prompt_s)
+    return _Job(replicas, requests, head, f"{_machine_words(request, ranks)}; {lengths_source}")
+
+
+def _num_planned(request: SimulationRequest) -> int:
+    """Of very many replicas on cards of one kind some are planned, and the others are like them."""
+    kinds = len(set(parse_gpus(request.gpus, known_gpus()))) if request.gpus else 1
+    if kinds > 1 or not request.num_stages:
+        return request.num_replicas
+    return min(request.num_replicas, _MOST_PLANNED)
+
+
+def _ranks(request: SimulationRequest, model: ModelFacts, num_planned: int) -> list[RankResources]:
+    """A rank for each stage that is planned; where it is on, in blocks over the nodes."""
+    num_ranks = request.num_stages * max(1, request.num_replicas)
+    if not request.gpus:
+        return ranks_of_this_host(model.loaded, request.num_stages * max(1, num_planned) or 1)
+    gpus = parse_gpus(request.gpus, known_gpus())
+    num_ranks = num_ranks or len(gpus)
+    if num_ranks % len(gpus):
+        raise ConfigError(
+            f"{max(1, request.num_replicas)} replicas of {request.num_stages} stages take "
+            f"{num_ranks} GPUs, and --gpus {request.gpus!r} has {len(gpus)}: name as many, or a "
+            "part that is repeated"
+        )
+    gpus *= num_ranks // len(gpus)
+    num_nodes = request.num_nodes
+    if num_planned < request.num_replicas:
+        gpus = gpus[: request.num_stages * num_planned]
+        num_nodes = max(1, num_nodes * num_planned // request.num_replicas)
+    machine = DescribedMachine(gpus, num_nodes=num_nodes, link=link_named(request.link))
+    return described_ranks(machine)
+
+
+def _requests(request: SimulationRequest, model: ModelFacts) -> tuple[list[RequestLengths], str]:
+    """The prompts as far as a simulation looks at them, and how their lengths were found."""
+    if request.work:
+        found = BenchWork.parse(request.work).lengths(request.seed)
+        source = request.work
+    else:
+        lines = configured_prompts(model.loaded)
+        counted = prompt_lengths(lines, model.tokenizer_folder, model.spec.max_context_tokens)
+        if counted is None:
+            raise ConfigError("no prompt of the file can be run: see what `mpipipe run` says of it")
+        found, source = list(counted.lengths), f"the configured prompts, {counted.source}"
+    return [RequestLengths(i, *lengths, lengths[1]) for i, lengths in enumerate(found)], source
+
+
+def _workload(requests: Sequence[RequestLengths]) -> Workload:
+    return Workload(
+        num_requests=len(requests),
+        longest_request_tokens=max(r.num_prompt_tokens + r.max_new_tokens for r in requests),
+        num_prompt_tokens=sum(r.num_prompt_tokens for r in requests),
+        num_output_tokens=sum(r.num_output_tokens for r in requests),
+        sampling=SamplingUse(),
+    )
+
+
+def _times(share: Workload, number: int) -> Workload:
+    """So many shares together."""
+    counts = (share.num_requests, share.num_prompt_tokens, share.num_output_tokens)
+    num_requests, num_prompt_tokens, num_output_tokens = [(count or 0) * number for count in counts]
+    return replace(
+        share,
+        num_requests=num_requests,
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+    )
+
+
+def _machine_words(request: SimulationRequest, ranks: Sequence[RankResources]) -> str:
+    if not request.gpus:
+        return f"rates of CPU ranks, {ranks[0].num_cores} cores of this host"
+    over = f" over {request.link}" if request.num_nodes > 1 else ""
+    nodes = f"{request.num_nodes:,} node{'s' * (request.num_nodes > 1)}"
+    return f"rates of {request.gpus}, {nodes}{over}"

@@ -1,0 +1,209 @@
+"""What would make a job faster, or make it fit: each change is planned anew and forecast. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.planning.link_table import LINKS, Link
+from mpipipe.planning.machine import rank_like
+from mpipipe.planning.planned_job import Outlook, PlannedJob
+
+__all__ = ["Advice", "advise", "what_fits"]
+
+_LEAST_GAIN = 0.02  # less is within what a forecast is good for
+_MOST_ROWS = 1024
+_LEAST_TOKENS = 256
+_ETHERNET = ("1gbe", "10gbe", "25gbe", "100gbe", "hdr", "ndr")
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A change, and what the job makes with it."""
+
+    change: str  # a setting as one writes it, or what to get
+    tokens_per_s: float
+    gain: float  # of the tokens per second; 0.2: a fifth more
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """`kind`: of a kind only the best is told."""
+
+    kind: str
+    words: str
+    job: PlannedJob
+
+
+def advise(outlook: Outlook, most: int = 3) -> tuple[Advice, ...]:
+    """The changes that help most, one of a kind, best first."""
+    now = outlook.forecast.tokens_per_s
+    best: dict[str, Advice] = {}
+    for change in _changes(outlook):
+        found = _tried(change.job)
+        if found is None:
+            continue
+        tokens_per_s = found.forecast.tokens_per_s
+        advice = Advice(change.words, tokens_per_s, tokens_per_s / now - 1)
+        held = best.get(change.kind)
+        if advice.gain >= _LEAST_GAIN and (held is None or advice.gain > held.gain):
+            best[change.kind] = advice
+    return tuple(sorted(best.values(), key=lambda advice: -advice.gain)[:most])
+
+
+def what_fits(job: PlannedJob, most: int = 3) -> tuple[Advice, ...]:
+    """Changes with which a job that has no plan has one, fastest first; `gain` is 0."""
+    best: dict[str, Advice] = {}
+    for change in _smaller(job):
+        found = None if change.kind in best else _tried(change.job)
+        if found is not None:
+            best[change.kind] = Advice(change.words, found.forecast.tokens_per_s, 0.0)
+    return tuple(sorted(best.values(), key=lambda advice: -advice.tokens_per_s)[:most])
+
+
+def _tried(job: PlannedJob) -> Outlook | None:
+    """None: it cannot be planned."""
+    try:
+        return job.outlook()
+    except (ConfigError, EnvironmentSetupError):
+        return None
+
+
+# ---- faster --------------------------------------------------------------------------------------
+
+
+def _changes(outlook: Outlook) -> Iterator[_Change]:
+    job = outlook.job
+    yield from _narrower(job)
+    yield _grown(job, 1)
+    yield from _fewer(job)
+    yield from _other_limits(outlook)
+    yield from _other_splits(outlook)
+    yield from _more_cache(outlook)
+    yield from _faster_link(job)
+
+
+def _narrower(job: PlannedJob) -> Iterator[_Change]:
+    if job.spec.quantized == "none" and job.config.model.quantize == "none":
+        for quantize in ("int8", "fp8"):
+            changed = job.having("model", quantize=quantize)
+            yield _Change("quantize", f"model.quantize={quantize}", changed)
+
+
+def _grown(job: PlannedJob, more: int) -> _Change:
+    ranks = list(job.ranks)
+    for _ in range(more):
+        ranks.append(rank_like(ranks))
+    last = ranks[-1]
+    what = last.gpu.name if last.has_gpu else "host like this"
+    words = f"{more} more {what}: {len(ranks)} stages"
+    return _Change("ranks", words, job.on_ranks(ranks))
+
+
+def _fewer(job: PlannedJob) -> Iterator[_Change]:
+    """Without the ranks of one kind of device, where there are several kinds."""
+    kinds = dict.fromkeys(rank.gpu.name for rank in job.ranks)
+    for kind in kinds if len(kinds) > 1 else ():
+        kept = [rank for rank in job.ranks if rank.gpu.name != kind]
+        words = f"without the {kind}: {len(kept)} stage{'s' * (len(kept) > 1)}"
+        yield _Change("fewer", words, job.on_ranks(kept))
+
+
+def _other_limits(outlook: Outlook) -> Iterator[_Change]:
+    job, plan = outlook.job, outlook.plan
+    rows, tokens, slots = plan.max_sequences_per_slot, plan.max_tokens_per_step, plan.num_slots
+    for number in (2 * rows, rows // 2):
+        if 1 <= number <= _MOST_ROWS:
+            changed = job.having("pipeline", max_sequences_per_slot=number)
+            yield _Change("rows", f"pipeline.max_sequences_per_slot={number}", changed)
+    for number in (2 * tokens, tokens // 2):
+        if number >= _LEAST_TOKENS:
+            changed = job.having("pipeline", max_tokens_per_step=number)
+            yield _Change("tokens", f"pipeline.max_tokens_per_step={number}", changed)
+    for number in (slots + 1, slots - 1):
+        if number >= 1:
+            changed = job.having("pipeline", num_slots=number)
+            yield _Change("slots", f"pipeline.num_slots={number}", changed)
+
+
+def _other_splits(outlook: Outlook) -> Iterator[_Change]:
+    """One by the time that a layer takes on each stage, and its neighbours."""
+    plan, stages = outlook.plan, outlook.forecast.stages
+    split = [stage.num_layers for stage in plan.stages]
+    if len(split) == 1:
+        return
+    busy_s = [stage.prefill_busy_s + stage.decode_busy_s for stage in stages]
+    speeds = [layers / seconds for layers, seconds in zip(split, busy_s, strict=True)]
+    tried = [_by_speed(sum(split), speeds)]
+    slowest, idlest = busy_s.index(max(busy_s)), busy_s.index(min(busy_s))
+    moved = list(split)
+    moved[slowest] -= 1
+    moved[idlest] += 1
+    tried.append(tuple(moved))
+    for found in dict.fromkeys(tried):
+        if min(found) >= 1 and list(found) != split:
+            words = f"pipeline.split={','.join(map(str, found))}"
+            yield _Change("split", words, outlook.job.having("pipeline", split=found))
+
+
+def _by_speed(num_layers: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """Layers dealt one by one to the stage that is done first with one more; `speeds`: layers/s."""
+    split = [1] * len(speeds)
+    for _ in range(num_layers - len(speeds)):
+        done_s = [(layers + 1) / speed for layers, speed in zip(split, speeds, strict=True)]
+        split[done_s.index(min(done_s))] += 1
+    return tuple(split)
+
+
+def _more_cache(outlook: Outlook) -> Iterator[_Change]:
+    """Where the cache holds fewer sequences than the steps have rows for."""
+    job, plan = outlook.job, outlook.plan
+    longest = max(map(sum, job.prompts.lengths))
+    wanted = min(len(job.prompts.lengths), plan.num_slots * plan.max_sequences_per_slot)
+    if plan.num_kv_pages * plan.page_size_tokens >= wanted * longest:
+        return
+    if plan.device == "cuda" and job.config.memory.gpu_memory_fraction < 0.95:
+        changed = job.having("memory", gpu_memory_fraction=0.95)
+        yield _Change("memory", "memory.gpu_memory_fraction=0.95", changed)
+    if plan.device == "cpu" and job.config.memory.kv_cache_bytes == "auto":
+        changed = job.having("memory", num_kv_pages=2 * plan.num_kv_pages)
+        yield _Change("memory", f"memory.num_kv_pages={2 * plan.num_kv_pages}", changed)
+    if longest < plan.max_context_tokens:
+        changed = job.having("memory", max_context_tokens=longest)
+        yield _Change("context", f"memory.max_context_tokens={longest}", changed)
+
+
+def _faster_link(job: PlannedJob) -> Iterator[_Change]:
+    if len({rank.host for rank in job.ranks}) == 1:
+        return
+    faster: list[Link] = [LINKS[key] for key in _ETHERNET]
+    faster = [link for link in faster if link.bytes_per_s > 1.5 * job.far.bytes_per_s]
+    if faster:
+        words = f"{faster[0].name} between the hosts instead of {job.far.name}"
+        yield _Change("link", words, replace(job, far=faster[0]))
+
+
+# ---- smaller -------------------------------------------------------------------------------------
+
+
+def _smaller(job: PlannedJob) -> Iterator[_Change]:
+    """What may let a job fit; of each kind the mildest first."""
+    yield from _narrower(job)
+    for more in (1, 2, 3, len(job.ranks), 3 * len(job.ranks), 7 * len(job.ranks)):
+        yield _grown(job, more)
+    if not job.config.memory.offload_dir:
+        changed = job.having("memory", offload_dir="/tmp")
+        yield _Change("disk", "memory.offload_dir=DIR, on a local disk of each host", changed)
+    roomy = tuple(replace(rank, memory_available_bytes=2**40) for rank in job.ranks)
+    yield _Change("host", "more host memory to offload to", replace(job, ranks=roomy))
+    for rows in (32, 8, 1):
+        changed = job.having("pipeline", max_sequences_per_slot=rows)
+        yield _Change("rows", f"pipeline.max_sequences_per_slot={rows}", changed)
+    for tokens in (1024, 512):
+        changed = job.having("pipeline", max_tokens_per_step=tokens, max_sequences_per_slot=32)
+        yield _Change(
+            "tokens",
+            f"pipeline.max_tokens_per_step={tokens} pipeline.max_sequences_per_slot=32",
+            changed,
+        )

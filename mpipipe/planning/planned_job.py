@@ -1,0 +1,94 @@
+"""A job on given ranks: planned and forecast, and planned anew with other settings. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.config.schema import Config
+from mpipipe.planning.forecast import JobForecast, forecast_job
+from mpipipe.planning.gpu_table import GpuTable, known_gpus
+from mpipipe.planning.link_table import BETWEEN_HOSTS, Link
+from mpipipe.planning.plan import PipelinePlan, Resolved
+from mpipipe.planning.prompt_lengths import PromptLengths
+from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.step_times import StepTimes
+
+__all__ = ["Outlook", "PlannedJob"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A plan, and what it will take."""
+
+    job: PlannedJob
+    plan: PipelinePlan
+    times: StepTimes
+    forecast: JobForecast
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedJob:
+    """What is planned for: all of it is known before anything starts."""
+
+    config: Config
+    spec: ModelSpec
+    ranks: tuple[RankResources, ...]
+    model_path: str
+    prompts: PromptLengths
+    notes: tuple[Resolved, ...] = ()
+    table: GpuTable | None = None  # None: the known GPUs
+    far: Link = BETWEEN_HOSTS  # between hosts
+    near: Link | None = None  # between ranks of a host; None: as the devices have it
+    # Where the step times come from; None: `rate_times`.
+    times_of: Callable[[ModelSpec, PipelinePlan, Sequence[RankResources]], StepTimes] | None = None
+
+    def outlook(self) -> Outlook:
+        """The plan and its forecast.
+
+        Raises:
+            PlanError, EnvironmentSetupError: as `make_plan`.
+        """
+        workload = self.prompts.workload(self.spec.max_context_tokens)
+        plan = make_plan(
+            self.config, self.spec, self.ranks, self.model_path, workload, notes=self.notes
+        )
+        times = self._times(plan)
+        return Outlook(self, plan, times, self.forecast(plan, times))
+
+    def forecast(self, plan: PipelinePlan, times: StepTimes) -> JobForecast:
+        """What the job takes under `plan` with these times."""
+        shape = JobShape.of(self.prompts.lengths)
+        return forecast_job(self.spec, plan, shape, times, watts=self._watts(plan))
+
+    def having(self, section: str, **settings: Any) -> PlannedJob:
+        """The job with other settings of a section of the configuration."""
+        changed = replace(getattr(self.config, section), **settings)
+        sections: dict[str, Any] = {section: changed}
+        return replace(self, config=replace(self.config, **sections))
+
+    def on_ranks(self, ranks: Sequence[RankResources]) -> PlannedJob:
+        """The job on other ranks, numbered anew, with a stage for each."""
+        numbered = tuple(replace(rank, rank=number) for number, rank in enumerate(ranks))
+        free = {"num_stages": "auto", "num_slots": "auto", "split": "auto"}
+        return replace(self.having("pipeline", **free), ranks=numbered)
+
+    def _times(self, plan: PipelinePlan) -> StepTimes:
+        if self.times_of is not None:
+            return self.times_of(self.spec, plan, self.ranks)
+        return rate_times(
+            self.spec, plan, self.ranks, table=self.table, near=self.near, far=self.far
+        )
+
+    def _watts(self, plan: PipelinePlan) -> dict[int, float]:
+        """The power limit of every GPU that is in the table."""
+        if plan.device == "cpu":
+            return {}
+        table = self.table or known_gpus()
+        cards = {rank.rank: table.find(rank.gpu.name) for rank in self.ranks}
+        return {rank: card.watts for rank, card in cards.items() if card is not None}

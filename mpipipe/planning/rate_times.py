@@ -1,0 +1,210 @@
+"""Step times from rates of devices and links: what is known of a machine before it was measured.
+
+Times are sums over the parts of a step. A matrix product takes the longer of reading its weights
+and its arithmetic; attention that of reading K and V and its own; every layer and step adds the
+time of its small kernels. The shares below were fitted to measured jobs (`test_forecast.py` holds
+the forecasts against them): OpenLLaMA-3B and Llama-3-8B on one to four H100 and H200, SmolLM2 on
+two cores. Other cards are assumed to reach the same shares of what the table says of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.cost import (
+    Ceilings,
+    dtype_bytes,
+    head_weight_bytes,
+    kv_page_bytes,
+    layer_weight_bytes,
+)
+from mpipipe.planning.gpu_table import GpuTable, known_gpus
+from mpipipe.planning.link_table import BETWEEN_HOSTS, LINKS, Link
+from mpipipe.planning.links import compute_ceilings
+from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
+from mpipipe.planning.resources import RankResources
+
+__all__ = ["RateTimes", "Shares", "rate_times"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What kernels reach of a device's ceilings, and what a step takes beside them."""
+
+    weights: float  # of the bandwidth, reading weights in decode steps
+    cache: float  # of the bandwidth, reading K and V
+    decode_products: float  # of the arithmetic, products of a decode step's rows
+    prompt_products: float  # of the arithmetic, products of prompts
+    prompt_attention: float  # of the arithmetic, attention of prompts
+    layer_s: float  # of a layer's small kernels
+    step_s: float  # of a step: embedding, norms, launching
+    row_s: float  # of the last stage for a row of 1,000 vocabulary entries: choosing a token
+    prompt_step_s: float  # of a step of prompts, beside all of the above
+
+
+GPU_SHARES = Shares(
+    weights=0.9,
+    cache=0.77,
+    decode_products=0.68,
+    prompt_products=0.83,
+    prompt_attention=0.47,
+    layer_s=16.5e-6,
+    step_s=65e-6,
+    row_s=6e-9,
+    prompt_step_s=0.55e-3,
+)
+# Of `planning.cost.CPU_CORE` per thread. Python and torch take as long as small products here.
+CPU_SHARES = Shares(
+    weights=0.9,
+    cache=0.5,
+    decode_products=0.57,
+    prompt_products=1.0,
+    prompt_attention=0.65,
+    layer_s=0.5e-3,
+    step_s=0.5e-3,
+    row_s=9e-6,
+    prompt_step_s=1e-3,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RateTimes:
+    """`StepTimes` of a model on devices with known ceilings."""
+
+    spec: ModelSpec  # quantised as it runs
+    dtype: str
+    weight_dtype: str  # of weights in memory: on a CPU those that float16 holds exactly are in it
+    row_multiple: int  # rows of a head in the cache are padded to so many elements
+    ceilings: Mapping[int, Ceilings]  # by rank
+    shares: Shares
+    near: Link  # between ranks of a host
+    far: Link  # between hosts
+    source: str
+
+    def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
+        """See `StepTimes`."""
+        spec, shares, ceilings = self.spec, self.shares, self.ceilings[stage.rank]
+        products = self._product_s(
+            stage, layer_weight_bytes(spec, self.weight_dtype), 2 * rows * spec.layer_parameters
+        )
+        cached = rows * context_tokens
+        read_s = cached * self._cache_row_bytes() / (ceilings.bytes_per_s * shares.cache)
+        scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
+        layer_s = products + max(read_s, scores_s) + shares.layer_s
+        compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
+        return _with_offload(stage.offload, compute_s, rows)
+
+    def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
+        """See `StepTimes`."""
+        spec, shares, ceilings = self.spec, self.shares, self.ceilings[stage.rank]
+        weights_s = layer_weight_bytes(spec, self.weight_dtype) / (
+            ceilings.bytes_per_s * shares.weights
+        )
+        products_s = 2 * tokens * spec.layer_parameters / ceilings.flops_per_s
+        attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
+        attention_s /= ceilings.flops_per_s * shares.prompt_attention
+        layer_s = max(weights_s, products_s / shares.prompt_products) + attention_s
+        layer_s += shares.layer_s
+        prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
+        head_s = self._head_s(stage, max(1.0, prompts))
+        compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
+        return _with_offload(stage.offload, compute_s, tokens)
+
+    def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
+        """See `StepTimes`."""
+        link = self.far if crosses_hosts else self.near
+        moved = rows_or_tokens * self.spec.hidden_size * dtype_bytes(self.dtype)
+        return link.latency_s + moved / link.bytes_per_s
+
+    def _product_s(self, stage: StagePlan, weight_bytes: float, flops: float) -> float:
+        ceilings, shares = self.ceilings[stage.rank], self.shares
+        read_s = weight_bytes / (ceilings.bytes_per_s * shares.weights)
+        return max(read_s, flops / (ceilings.flops_per_s * shares.decode_products))
+
+    def _head_s(self, stage: StagePlan, rows: float) -> float:
+        """The LM head of `rows` rows, and choosing their tokens."""
+        if not stage.has_head:
+            return 0.0
+        weights = head_weight_bytes(self.spec, self.weight_dtype)
+        product_s = self._product_s(stage, weights, 2 * rows * self.spec.embedding_parameters)
+        return product_s + rows * self.spec.vocab_size / 1000 * self.shares.row_s
+
+    def _cache_row_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return kv_page_bytes(
+            self.spec,
+            self.dtype,
+            num_layers=1,
+            page_size_tokens=1,
+            row_multiple=self.row_multiple,
+        )
+
+
+def _with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
+    """A step's time with what it brings to the device meanwhile."""
+    if offload is None:
+        return compute_s
+    known = offload.forecast
+    brought_s = max(known.link_s, known.disk_s)
+    step_s = max(compute_s, brought_s) if known.overlaps else compute_s + brought_s
+    return step_s + known.lookup_s * rows / max(1, known.rows)
+
+
+def rate_times(
+    spec: ModelSpec,
+    plan: PipelinePlan,
+    ranks: Sequence[RankResources],
+    *,
+    table: GpuTable | None = None,
+    near: Link | None = None,
+    far: Link = BETWEEN_HOSTS,
+) -> RateTimes:
+    """The times of `plan` on the ranks that it was made for.
+
+    Args:
+        spec: of the model.
+        plan: for these ranks.
+        ranks: what each has.
+        table: of GPUs; None: the known ones.
+        near: the link between ranks of a host; None: as their devices have it.
+        far: the link between hosts.
+    """
+    table = table or known_gpus()
+    on_gpus = plan.device == "cuda"
+    ceilings = {
+        rank.rank: compute_ceilings(rank.gpu, 0, table) if on_gpus else _of_cores(rank, ranks, plan)
+        for rank in ranks
+    }
+    sources = dict.fromkeys(found.source for found in ceilings.values())
+    halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
+    return RateTimes(
+        # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
+        spec=replace(spec, quantized=plan.quantize if on_gpus else "none"),
+        dtype=plan.dtype,
+        weight_dtype="float16" if halved else plan.dtype,
+        row_multiple=8 if on_gpus else 1,
+        ceilings=ceilings,
+        shares=GPU_SHARES if on_gpus else CPU_SHARES,
+        near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
+        far=far,
+        source="; ".join(sources),
+    )
+
+
+def _of_cores(rank: RankResources, ranks: Sequence[RankResources], plan: PipelinePlan) -> Ceilings:
+    """Of a rank on a CPU: less where the ranks of its host have more threads than it has cores."""
+    num_threads = plan.threads_per_rank * sum(other.host == rank.host for other in ranks)
+    share = min(1.0, rank.num_cores / num_threads)
+    found = compute_ceilings(None, plan.threads_per_rank)
+    return Ceilings(found.bytes_per_s * share, found.flops_per_s * share, found.source)
+
+
+def _near(ranks: Sequence[RankResources], table: GpuTable) -> Link:
+    """NVLink where every card has it, else PCI Express of the oldest generation."""
+    cards = [table.find(rank.gpu.name) for rank in ranks]
+    if all(card is not None and card.nvlink_gb_per_s > 0 for card in cards):
+        return LINKS["nvlink"]
+    generations = [card.pcie[0] for card in cards if card is not None]
+    return LINKS[f"pcie{min(max(min(generations, default=3), 3), 5)}"]

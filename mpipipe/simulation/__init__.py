@@ -1,0 +1,1 @@
+"""The real scheduler against scripted stage and link times: no GPU, no torch, no MPI, no clock."""

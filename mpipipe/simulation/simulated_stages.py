@@ -1,0 +1,191 @@
+"""How steps pass through the stages of a replica: who computes, waits, sends, and when.
+
+Every stage runs the steps in the order in which the head sent them, so a step's whole passage
+follows from those before it: nothing here is an event, and nothing is undone later.
+
+On a CPU (`in_stream` False) hidden states and ids travel beside the compute. On a GPU a stage's
+queue does one thing after the other: sending holds the sender up; the first stage receives ids
+right before the step that needs them, or one round later, or when it has nothing else to do, and
+only then does the head know them (`stage/worker.py`).
+
+Buffers between stages are not limited, and edges that share a network card do not slow each other
+down.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from mpipipe.metrics.accounting import StepRecord
+from mpipipe.simulation.followed_steps import FollowedSteps, Step
+from mpipipe.simulation.stage_times import StageTimes
+
+__all__ = ["SimulatedStages", "StageUse"]
+
+
+@dataclass(slots=True)
+class StageUse:
+    """What one stage did, in seconds; the rest of the time it waited or had nothing to do."""
+
+    compute_s: float = 0.0
+    send_s: float = 0.0  # held up by sending
+    wait_s: float = 0.0  # a step was scheduled, its input was not there
+    free_s: float = 0.0  # when it has done all that was sent so far
+    steady_compute_s: float = 0.0  # of steady steps that follow a steady step
+    steady_s: float = 0.0  # from the end of the step before to theirs
+
+
+@dataclass(slots=True)
+class _Returning:
+    """The ids of a step on their way to the head."""
+
+    step: Step
+    sequence_ids: tuple[int, ...]  # that were sampled; only if asked for
+    arrival_s: float  # on the first stage
+    noticed_s: float | None = None  # None: when the first stage has nothing else to do
+
+
+class SimulatedStages:
+    """The stages and edges of one replica.
+
+    Args:
+        times: of its stages and edges.
+        num_stages: of the pipeline.
+        num_slots: in the ring.
+        in_stream: as a GPU's queue does it: see above.
+        keep_sequences: remember which sequences each step samples.
+        trace_steps: of how many of the last steps to keep records.
+    """
+
+    def __init__(
+        self,
+        times: StageTimes,
+        *,
+        num_stages: int,
+        num_slots: int,
+        in_stream: bool,
+        keep_sequences: bool = False,
+        trace_steps: int = 0,
+    ) -> None:
+        self.uses = [StageUse() for _ in range(num_stages)]
+        self.records: list[deque[StepRecord]] = [
+            deque(maxlen=trace_steps) for _ in range(num_stages if trace_steps else 0)
+        ]
+        self._times = times
+        self._num_slots = num_slots
+        self._in_stream = in_stream and num_stages > 1
+        self._keep_sequences = keep_sequences
+        self._followed = FollowedSteps(num_slots)
+        self._edges_free_s = [0.0] * max(0, num_stages - 1)
+        self._returning: deque[_Returning] = deque()
+        self._num_claimed = 0  # of `_returning`: their time of notice is known
+        self._ids_at_s: dict[int, float] = {}  # of the steps that may still be needed
+        self._was_steady = False
+
+    @property
+    def next_return_s(self) -> float | None:
+        """When the scheduler learns the next ids, if nothing is sent until then; None: never."""
+        if not self._returning:
+            return None
+        first = self._returning[0]
+        if first.noticed_s is None:
+            return max(first.arrival_s, self.uses[0].free_s)
+        return first.noticed_s
+
+    def take_return(self) -> tuple[Step, tuple[int, ...]]:
+        """The step whose ids are there at `next_return_s`, and whom it sampled if that is kept."""
+        now_s = self.next_return_s
+        assert now_s is not None, "some step is on its way"
+        if self._returning[0].noticed_s is None:
+            self.uses[0].free_s = now_s  # its queue stood at the receive
+        else:
+            self._num_claimed -= 1
+        returned = self._returning.popleft()
+        return returned.step, returned.sequence_ids
+
+    def send(self, step: Step, scheduled_s: float) -> None:
+        """The head sends `step`; all stages have the message at `scheduled_s`."""
+        work, needed = self._followed.follow(step)
+        ready_s = self._tokens_ready_s(step, needed, scheduled_s)
+        compute_s = self._times.compute_s(work, step.step)
+        arrival_s = self._pass(step, (scheduled_s, ready_s), compute_s, work.num_tokens)
+        self._was_steady = step.steady
+        self._ids_at_s[step.step] = arrival_s
+        self._ids_at_s.pop(step.step - 4 * self._num_slots, None)
+        sampled = self._followed.sampled(step) if self._keep_sequences else ()
+        returning = _Returning(step, sampled, arrival_s)
+        if not self._in_stream:
+            returning.noticed_s = arrival_s
+            self._num_claimed += 1
+        self._returning.append(returning)
+
+    def _tokens_ready_s(self, step: Step, needed: int, scheduled_s: float) -> float:
+        """When the first stage has the tokens that `step` reads, and can begin with it."""
+        assert needed < step.step, f"step {step.step} reads tokens of step {needed}"
+        if len(self.uses) == 1:
+            return scheduled_s
+        if not self._in_stream:
+            return max(scheduled_s, self._ids_at_s.get(needed, 0.0))
+        needed = max(needed, step.step - self._num_slots)
+        ready_s = max(self.uses[0].free_s, scheduled_s)
+        for position in range(self._num_claimed, len(self._returning)):
+            returning = self._returning[position]
+            if returning.step.step > needed:
+                break
+            ready_s = max(ready_s, returning.arrival_s)
+            returning.noticed_s = ready_s
+            self._num_claimed += 1
+        return ready_s
+
+    def _pass(
+        self,
+        step: Step,
+        first_s: tuple[float, float],
+        compute_s: tuple[float, ...],
+        num_tokens: int,
+    ) -> float:
+        """Through all stages; returns when the ids are on the first one."""
+        scheduled_s, ready_s = first_s
+        hops_s = self._times.hops_s(num_tokens)
+        edges_free_s, last = self._edges_free_s, len(self.uses) - 1
+        counts = step.steady and self._was_steady
+        for stage, use in enumerate(self.uses):
+            free_s = use.free_s
+            due_s = free_s if free_s > scheduled_s else scheduled_s
+            begin_s = due_s if due_s > ready_s else ready_s
+            end_s = left_s = begin_s + compute_s[stage]
+            if stage < last:
+                sent_s = end_s if end_s > edges_free_s[stage] else edges_free_s[stage]
+                ready_s = edges_free_s[stage] = sent_s + hops_s[stage]
+                left_s = ready_s if self._in_stream else end_s
+            use.free_s = left_s
+            use.compute_s += compute_s[stage]
+            use.wait_s += begin_s - due_s
+            use.send_s += left_s - end_s
+            if counts:
+                use.steady_compute_s += compute_s[stage]
+                use.steady_s += left_s - free_s
+            if self.records:
+                moments_s = (free_s, due_s, begin_s, end_s, left_s)
+                self.records[stage].append(_record(step, moments_s, compute_s[stage]))
+        return end_s + self._times.ids_s
+
+
+def _record(step: Step, moments_s: tuple[float, ...], compute_s: float) -> StepRecord:
+    start_s, scheduled_s, input_ready_s, compute_end_s, send_end_s = moments_s
+    return StepRecord(
+        step=step.step,
+        slot=step.slot,
+        num_tokens=step.num_tokens,
+        num_sampled=step.num_sampled,
+        start_s=start_s,
+        scheduled_s=scheduled_s,
+        input_ready_s=input_ready_s,
+        compute_end_s=compute_end_s,
+        send_end_s=send_end_s,
+        steady=step.steady,
+        num_sequences=step.num_sequences,
+        phase=step.phase,
+        compute_s=compute_s,
+    )

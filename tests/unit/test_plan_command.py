@@ -1,0 +1,241 @@
+"""`mpipipe plan`: the answer for machines that are not here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpipipe.cli.plan import PlanRequest, plan_command
+from mpipipe.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+OPENLLAMA_7B = ROOT / "configs/shapes/openllama_7b"
+LLAMA_3_8B = ROOT / "configs/shapes/llama3_8b"
+ONE_SCREEN = 30
+
+
+def answer(
+    capsys: pytest.CaptureFixture[str], model: Path, *overrides: str, code: int = 0, **asked: Any
+) -> dict[str, Any]:
+    assert plan_command(model, overrides, PlanRequest(as_json=True, **asked)) == code
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return record
+
+
+def test_does_openllama_7b_fit_two_t4s(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one screen: what is where, how fast, with which batch, what holds it back, what helps."""
+    request = PlanRequest(gpus="2 x t4", num_nodes=2, work="64x512x128")
+    assert plan_command(OPENLLAMA_7B, [], request) == 0
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert len(lines) <= ONE_SCREEN
+    assert lines[0] == (
+        "openllama_7b (LlamaForCausalLM, 32 layers), float16: fits 2 x t4 on 2 nodes over 10GbE"
+    )
+    stages = [line for line in lines if "of node" in line]
+    assert [line.split()[:5] for line in stages] == [
+        ["0", "t4", "of", "node0", "emb+0–15"],
+        ["1", "t4", "of", "node1", "16–31+head"],
+    ]
+    for label in ("tokens/s", "batch", "wall-clock", "energy", "bottleneck", "would help", "rates"):
+        assert any(line.startswith(label) for line in lines), label
+    assert "2 slots of up to 32 rows" in told.out
+    assert "holds no weights: planned from its config.json alone" in told.err
+
+
+def test_json_carries_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128")
+    assert found["fits"]
+    assert found["machine"] == "2 x t4 on 1 node"
+    assert found["prompts"] == {
+        "num_prompts": 64,
+        "num_rejected": 0,
+        "num_prompt_tokens": 32_768,
+        "num_output_tokens": 8_192,
+        "source": "--work",
+    }
+    forecast, stages = found["forecast"], found["plan"]["stages"]
+    assert len(forecast["stages"]) == len(stages) == 2
+    assert forecast["tokens_per_s"] == pytest.approx(8_192 / forecast["generating_s"])
+    assert found["wall_clock_s"] == pytest.approx(
+        forecast["startup_s"] + forecast["prefill_s"] + forecast["decode_s"]
+    )
+    assert forecast["energy_j"] > 0
+    assert found["bottleneck"]["resource"] == "memory bandwidth"
+    assert 1 <= len(found["advice"]) <= 3
+    gains = [advice["gain"] for advice in found["advice"]]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_each_advice_is_what_a_plan_with_it_forecasts(capsys: pytest.CaptureFixture[str]) -> None:
+    now = answer(capsys, LLAMA_3_8B, gpus="h100, 3 x t4", num_nodes=2, work="512xmixed")
+    by_change = {advice["change"]: advice for advice in now["advice"]}
+    assert next(iter(by_change)) == "without the T4: 1 stage"
+    alone = answer(capsys, LLAMA_3_8B, gpus="h100", work="512xmixed")
+    advised = by_change["without the T4: 1 stage"]["tokens_per_s"]
+    # It keeps the float16 of no T4, and an H100 alone takes bfloat16: the same bytes and rates.
+    assert alone["forecast"]["tokens_per_s"] == pytest.approx(advised, rel=1e-6)
+    splits = [change for change in by_change if change.startswith("pipeline.split=")]
+    assert len(splits) == 1, "one of a kind"
+    other = answer(
+        capsys, LLAMA_3_8B, splits[0], gpus="h100, 3 x t4", num_nodes=2, work="512xmixed"
+    )
+    expected = by_change[splits[0]]["tokens_per_s"]
+    assert other["forecast"]["tokens_per_s"] == pytest.approx(expected, rel=1e-6)
+    assert by_change[splits[0]]["gain"] == pytest.approx(
+        expected / now["forecast"]["tokens_per_s"] - 1
+    )
+
+
+def test_a_slow_network_is_the_bottleneck_and_a_faster_one_helps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: dict[str, Any] = {"gpus": "4 x h100", "num_nodes": 4, "work": "256x512x16"}
+    slow = answer(capsys, OPENLLAMA_7B, **asked, link="1GbE")
+    fast = answer(capsys, OPENLLAMA_7B, **asked, link="HDR")
+    assert slow["bottleneck"]["resource"] == "link between hosts (1GbE)"
+    assert any("10GbE between the hosts" in advice["change"] for advice in slow["advice"])
+    assert fast["forecast"]["tokens_per_s"] > 5 * slow["forecast"]["tokens_per_s"]
+
+
+def test_the_link_on_a_node_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "4 x h100", "work": "256x512x16"}
+    nvlink, pcie = (answer(capsys, LLAMA_3_8B, **asked, link=link) for link in (None, "PCIe3"))
+    ratio = pcie["forecast"]["tokens_per_s"] / nvlink["forecast"]["tokens_per_s"]
+    assert 0.7 < ratio < 0.98
+
+
+def test_what_does_not_fit_is_told_by_how_much_and_what_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ["memory.host_bytes=0"]
+    assert plan_command(OPENLLAMA_7B, overrides, PlanRequest(gpus="t4")) == 2
+    told = capsys.readouterr().out
+    assert "does not fit t4 on 1 node" in told
+    assert "too little" in told
+    found = answer(capsys, OPENLLAMA_7B, *overrides, code=2, gpus="t4")
+    assert not found["fits"]
+    assert "0.86 GiB too little" in found["problem"]
+    changes = {advice["change"]: advice["tokens_per_s"] for advice in found["would_fit"]}
+    assert set(changes) >= {"1 more T4: 2 stages", "model.quantize=int8"}
+    smaller = answer(capsys, OPENLLAMA_7B, *overrides, "model.quantize=int8", gpus="t4")
+    assert smaller["forecast"]["tokens_per_s"] == pytest.approx(changes["model.quantize=int8"])
+
+
+def test_what_does_not_fit_the_card_is_offloaded_and_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert plan_command(OPENLLAMA_7B, [], PlanRequest(gpus="t4", work="64x512x128")) == 0
+    told = capsys.readouterr().out
+    assert "GiB host" in told
+    assert "link to host memory and disk" in told
+    less = answer(capsys, OPENLLAMA_7B, code=2, gpus="t4", work="64x512x128", host_memory="2GiB")
+    assert not less["fits"]
+
+
+def test_reasons_are_told_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command(LLAMA_3_8B, [], PlanRequest(gpus="2 x t4", with_reasons=True))
+    told = capsys.readouterr().out
+    assert "whose only 16-bit type is float16" in told
+    assert "fits 2 x t4" in told
+
+
+def test_the_configuration_does_not_say_how_many_gpus_are_described(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ["pipeline.num_stages=3", 'pipeline.device="cpu"']
+    assert plan_command(OPENLLAMA_7B, overrides, PlanRequest(gpus="2 x l4")) == 0
+    told = capsys.readouterr()
+    assert "pipeline.num_stages = 3: planned for 2" in told.err
+    assert "planned for the GPUs of --gpus" in told.err
+    assert "l4 of node0" in told.out
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"num_nodes": 2}, r"--nodes describes a machine: give --gpus"),
+        ({"link": "HDR"}, r"--link describes a machine"),
+        ({"host_memory": "1GiB"}, r"--host-memory describes a machine"),
+        ({"gpus": "t4", "num_stages": 2}, r"leave out --stages"),
+        ({"gpus": "t4", "host_memory": "lots"}, r"--host-memory 'lots' does not fit"),
+        ({"gpus": "t4", "link": "string"}, r"there is no link 'string'"),
+        ({"gpus": "t4", "work": "9x9000x8"}, r"no prompt fits a context of 2048 tokens"),
+        ({"gpus": "t4", "work": "9"}, r"not of the form PROMPTSxINPUTxOUTPUT"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        plan_command(OPENLLAMA_7B, [], PlanRequest(**asked))
+
+
+def test_other_figures_of_a_card_change_the_forecast(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    table = tmp_path / "gpus.toml"
+    table.write_text("[gpus.t4]\nmemory_gb_per_s = 640\nproduct_share = 0.8\n")
+    known = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128")
+    other = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128", gpu_table=table)
+    ratio = other["forecast"]["tokens_per_s"] / known["forecast"]["tokens_per_s"]
+    assert 1.7 < ratio <= 2.0
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def with_prompts(tmp_path: Path, *lines: object) -> list[str]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(path)]
+
+
+def test_prompts_are_counted_by_their_bytes_without_a_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = with_prompts(
+        tmp_path,
+        {"prompt": "x" * 400, "max_new_tokens": 10},
+        {"prompt": "x" * 800, "max_new_tokens": 20},
+        {"messages": [{"role": "user", "content": "x" * 40}], "max_new_tokens": 1},
+        {"prompt": "x" * 40_000},
+        {"prompt": ""},
+    )
+    found = answer(capsys, OPENLLAMA_7B, *words, gpus="2 x t4")["prompts"]
+    assert found == {
+        "num_prompts": 3,
+        "num_rejected": 2,  # one too long for the context, one empty
+        "num_prompt_tokens": (1 + 100) + (1 + 200) + (1 + 2 * 5 + 10),
+        "num_output_tokens": 31,
+        "source": "estimated: 4 bytes a token",
+    }
+
+
+def test_prompts_are_counted_by_the_models_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("tokenizers")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text((OPENLLAMA_7B / "config.json").read_text())
+    (model / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "model": {"type": "WordLevel", "vocab": {"?": 0, "ab": 1}, "unk_token": "?"},
+                "pre_tokenizer": {"type": "Whitespace"},
+            }
+        )
+    )
+    words = with_prompts(tmp_path, {"prompt": "ab " * 99 + "ab", "max_new_tokens": 10})
+    found = answer(capsys, model, *words, gpus="2 x t4")["prompts"]
+    assert found["source"] == "3 bytes a token, by the model's tokenizer"
+    assert found["num_prompt_tokens"] == 101  # and one that begins a sequence
+
+
+def test_a_file_of_prompts_of_which_none_can_be_run_is_refused(tmp_path: Path) -> None:
+    words = with_prompts(tmp_path, {"prompt": ""})
+    with pytest.raises(ConfigError, match=r"none of the 1 prompts can be run"):
+        plan_command(OPENLLAMA_7B, words, PlanRequest(gpus="2 x t4"))
