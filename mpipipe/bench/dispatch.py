@@ -12,7 +12,7 @@ import gc
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane import codec
@@ -55,7 +55,6 @@ __all__ = [
 _MEET_S = 60.0
 _TOKEN_ID = 1000
 _PAGE_SIZE = 16
-_SAMPLE = 256  # messages whose decoding is timed afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +227,7 @@ class _TimedMessages:
         self.handling_s = 0.0
         self.handed_s: dict[int, float] = {}  # by request
         self.waited_s: list[float] = []  # from there until its completion was there
-        self.num_messages = 0
-        self.sample: list[Message] = []  # the first ones, both ways
+        self.seen: list[Message] = []  # both ways
         self._mesh = mesh
         self._clock = clock
         self._since_cpu_s = time.thread_time()  # it is at work
@@ -239,7 +237,7 @@ class _TimedMessages:
         if isinstance(message, RequestsGiven):
             now_s = self._clock.now_s()
             self.handed_s.update((request.index, now_s) for request in message.requests)
-        self._count(message)
+        self.seen.append(message)
         self._mesh.send(to, message)
 
     def mailbox(self, *types: type[Message]) -> _TimedMailbox:
@@ -254,28 +252,24 @@ class _TimedMessages:
         """It goes on with `message`."""
         now_s = self._clock.now_s()
         self._since_cpu_s = time.thread_time()
-        self._count(message)
+        self.seen.append(message)
         if isinstance(message, ReplicaTold):
             for record in message.records:
                 self.waited_s.append(now_s - self.handed_s.pop(record.completion.index))
 
-    def _count(self, message: Message) -> None:
-        self.num_messages += 1
-        if len(self.sample) < _SAMPLE:
-            self.sample.append(message)
-
     def decoding_s(self) -> float:
-        """Of all messages that came, as those of the sample are decoded."""
-        frames = [codec.encode(m) for m in self.sample if isinstance(m, ReplicaTold)]
-        num_records = sum(len(m.records) for m in self.sample if isinstance(m, ReplicaTold))
+        """CPU time that decoding the messages that came takes: all of them, once more."""
+        frames = [
+            codec.encode(message) for message in self.seen if isinstance(message, ReplicaTold)
+        ]
         began_s = time.thread_time()
         for frame in frames:
             codec.decode(frame)
-        return (time.thread_time() - began_s) * len(self.waited_s) / max(1, num_records)
+        return time.thread_time() - began_s
 
-    def mean_bytes(self) -> float:
-        """Of a message."""
-        return fmean([len(codec.encode(message)) for message in self.sample])
+    def num_bytes(self) -> int:
+        """Of all messages, both ways."""
+        return sum(len(codec.encode(message)) for message in self.seen)
 
 
 async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> DispatchRates:
@@ -287,7 +281,8 @@ async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> Dispa
     cpu_s, began_s = time.process_time(), clock.now_s()
     messages = _TimedMessages(mesh, clock)
     dispatch = Dispatch(messages, clock, requests, places)
-    async with aclosing(dispatch.run()) as completions:
+    dispatch.begin()
+    async with aclosing(dispatch.completions()) as completions:
         async for _ in completions:
             pass
     messages.paused()
@@ -302,6 +297,6 @@ async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> Dispa
         handling_us=messages.handling_s / options.num_prompts * 1e6,
         decoding_us=messages.decoding_s() / options.num_prompts * 1e6,
         process_share=cpu_s / elapsed_s,
-        messages_per_s=messages.num_messages / elapsed_s,
-        bytes_per_s=messages.num_messages * messages.mean_bytes() / elapsed_s,
+        messages_per_s=len(messages.seen) / elapsed_s,
+        bytes_per_s=messages.num_bytes() / elapsed_s,
     )

@@ -17,8 +17,8 @@ __all__ = ["SPEED_PACKAGES", "environment"]
 SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-python")
 # Fields of the plan, by their names.
 _PLANNED = (
-    "dtype", "num_slots", "max_sequences_per_slot", "max_tokens_per_step", "num_kv_pages",
-    "page_size_tokens", "transport", "attention", "lookahead", "prefill", "weights",
+    "dtype", "num_replicas", "num_slots", "max_sequences_per_slot", "max_tokens_per_step",
+    "num_kv_pages", "page_size_tokens", "transport", "attention", "lookahead", "prefill", "weights",
 )  # fmt: skip
 
 

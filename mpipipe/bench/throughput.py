@@ -96,12 +96,14 @@ async def run_throughput(
     def check(model: ModelFacts) -> None:
         _check_lengths(model, options)
 
+    workload = bench_workload(options.works, options.seed)
+
     def prepare(_: ModelFacts) -> Prepared:
-        return Prepared(bench_workload(options.works, options.seed), decode=_no_text)
+        return Prepared(workload, decode=_no_text)
 
     async with (
-        joined_ranks(clock, load, check, debug=debug) as joined,
-        loaded_session(joined, prepare, NullLog()) as (session, _),
+        joined_ranks(clock, load, check, expect=lambda _: workload, debug=debug) as joined,
+        loaded_session(joined, prepare, NullLog(), text=prepare) as (session, _),
     ):
         ended_s = joined.ranks.phase_ended_s
         marks = _Marks(started_s, ended_s["model seen"], ended_s["import"], clock.now_s())
@@ -172,7 +174,7 @@ class _Bench:
 
     @property
     def _num_places(self) -> int:
-        return self.session.plan.num_slots * self.session.plan.max_sequences_per_slot
+        return sum(plan.capacity for plan in self.session.plans)
 
     def _requests(self, work: BenchWork, *, warm_up: bool) -> list[Request]:
         if self.model is None:
@@ -239,8 +241,18 @@ class _Bench:
         ceilings = ceilings_of(plan.device, gpu_name, plan.threads_per_rank)
         if ceilings is None:
             return None
-        shape = JobShape.of(work.lengths(self.options.seed))
-        return job_floor(self.model.spec, plan, shape, ceilings)
+        lengths = sorted(work.lengths(self.options.seed), reverse=True)
+        share = lengths[:: plan.num_replicas]  # the largest that one replica gets, if all are fair
+        floor = job_floor(self.model.spec, plan, JobShape.of(share), ceilings)
+        if plan.num_replicas == 1:
+            return floor
+        more = sum(output for _, output in lengths) / sum(output for _, output in share)
+        decode = floor.decode_tokens_per_s
+        return dataclasses.replace(
+            floor,
+            tokens_per_s=floor.tokens_per_s * more,
+            decode_tokens_per_s=None if decode is None else decode * more,
+        )
 
     async def _profile(self, path: Path) -> None:
         """The first work again with fewer tokens, the middle of its decoding profiled."""

@@ -177,11 +177,12 @@ def show_steps(files: RunFiles, report: StepReport, *, as_json: bool) -> None:
     _print(f"{report.num_steps:,} steps, of which {report.num_steps_kept:,} were kept")
     table = _table("rank", "stage", "phase", "steps", "tokens", "p50", "p95", "max", "compute p50",
                    "transfer p50", "bytes in/step", left=("phase",))  # fmt: skip
+    several = any(row.replica for row in report.phases)
     for row in report.phases:
         times = (row.p50_s, row.p95_s, row.max_s, row.compute_p50_s, row.transfer_p50_s)
         table.add_row(
             str(row.rank),
-            str(row.stage),
+            f"{row.replica}.{row.stage}" if several else str(row.stage),
             row.phase,
             f"{row.num_steps:,}",
             f"{row.num_tokens:,}",

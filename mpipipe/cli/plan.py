@@ -99,6 +99,7 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
                 "machine": where,
                 "prompts": _prompts_record(outlook.job.prompts),
                 "plan": outlook.plan,
+                "replicas": [{"replica": p.replica, "ranks": p.ranks} for p in outlook.plans],
                 "forecast": forecast,
                 "wall_clock_s": forecast.wall_clock_s,
                 "bottleneck": bottleneck,
@@ -260,7 +261,10 @@ def _machine(request: PlanRequest, table: GpuTable) -> DescribedMachine | None:
 def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, tuple[str, ...]]:
     """With a stage for each GPU, whatever the configuration says; and what of it is not used."""
     pipeline, ignored = loaded.config.pipeline, []
-    if pipeline.num_stages not in {AUTO, num_ranks}:
+    num_stages, replicas = pipeline.num_stages, pipeline.replicas
+    if isinstance(num_stages, int) and num_ranks not in _world_sizes(
+        num_stages * pipeline.tensor_parallel, replicas
+    ):
         ignored.append(f"pipeline.num_stages = {pipeline.num_stages}: planned for {num_ranks}")
         pipeline = replace(pipeline, num_stages=AUTO)
     if pipeline.device == "cpu":
@@ -270,11 +274,18 @@ def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, 
     return replace(loaded, config=config), tuple(ignored)
 
 
+def _world_sizes(ranks_each: int, replicas: int | str) -> range:
+    """How many ranks make pipelines of so many each."""
+    if isinstance(replicas, int):
+        return range(ranks_each * replicas, ranks_each * replicas + 1)
+    return range(ranks_each, sys.maxsize, ranks_each)
+
+
 def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:
-    configured = loaded.config.pipeline.num_stages
-    number = configured if isinstance(configured, int) else 1
-    num_lanes = loaded.config.pipeline.tensor_parallel
-    return ranks_of_this_host(loaded, (request.num_stages or number) * num_lanes)
+    pipeline = loaded.config.pipeline
+    number = pipeline.num_stages if isinstance(pipeline.num_stages, int) else 1
+    number *= pipeline.replicas if isinstance(pipeline.replicas, int) else 1
+    return ranks_of_this_host(loaded, request.num_stages or number * pipeline.tensor_parallel)
 
 
 def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:
@@ -286,6 +297,7 @@ def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResourc
             launcher=Launcher.NONE.value,
             gpu=gpu,
             attention_backends=backends if gpu.index >= 0 else (),
+            offload_dir=loaded.config.memory.offload_dir,
         )
         for rank, gpu in enumerate(_gpus(loaded.config.pipeline.device, num_ranks))
     ]

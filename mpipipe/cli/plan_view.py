@@ -15,7 +15,7 @@ from mpipipe.planning.offload_advice import figure
 if TYPE_CHECKING:
     from mpipipe.planning.advice import Advice
     from mpipipe.planning.bottleneck import Bottleneck
-    from mpipipe.planning.plan import StagePlan
+    from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.planning.planned_job import Outlook, PlannedJob
 
 __all__ = ["answer_lines", "refusal_lines"]
@@ -91,16 +91,34 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _table(outlook: Outlook) -> list[str]:
-    rows = [_HEADINGS, *(_row(outlook, stage) for stage in outlook.plan.stages)]
+    """The stages; of replicas that are alike those of the first."""
+    rows: list[tuple[str, ...]] = [_HEADINGS]
+    shown: set[tuple[tuple[str, ...], ...]] = set()
+    for plan in outlook.plans:
+        found = [_row(outlook, plan, stage) for stage in plan.stages]
+        kind = tuple(_kind(row) for row in found)
+        rows += found * (kind not in shown)
+        shown.add(kind)
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    return [
+    lines = [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    alike = len(outlook.plans) - len(shown)
+    return [*lines, f"and {alike} more replica{'s' * (alike > 1)} like them"] if alike else lines
 
 
-def _row(outlook: Outlook, stage: StagePlan) -> tuple[str, ...]:
-    plan, expected = outlook.plan, outlook.forecast.stages[stage.stage]
+def _kind(row: tuple[str, ...]) -> tuple[str, ...]:
+    """The row without its host and how busy it is."""
+    return (row[1].partition(" of ")[0], *row[2:-1])
+
+
+def _row(outlook: Outlook, plan: PipelinePlan, stage: StagePlan) -> tuple[str, ...]:
+    expected = next(
+        each
+        for each in outlook.forecast.stages
+        if (each.replica, each.stage) == (plan.replica, stage.stage)
+    )
     rank = next(rank for rank in outlook.job.ranks if rank.rank == stage.rank)
     card = (outlook.job.table or known_gpus()).find(rank.gpu.name)
     device = "CPU" if plan.device == "cpu" else card.key if card is not None else rank.gpu.name
@@ -115,7 +133,7 @@ def _row(outlook: Outlook, stage: StagePlan) -> tuple[str, ...]:
     )
     tokens = plan.num_kv_pages * plan.page_size_tokens
     return (
-        str(stage.stage),
+        str(stage.stage) if plan.num_replicas == 1 else f"{plan.replica}.{stage.stage}",
         f"{device} of {stage.host}",
         "+".join(parts),
         gib(stage.weight_bytes),
@@ -138,11 +156,11 @@ def _offloaded(stage: StagePlan) -> str:
 
 
 def _throughput(outlook: Outlook) -> str:
-    plan, forecast = outlook.plan, outlook.forecast
-    decoding = ""
+    forecast, decoding = outlook.forecast, ""
     if forecast.decode_round_s:
-        rows = forecast.rows_per_slot * min(plan.num_slots, len(outlook.job.prompts.lengths))
-        decoding = f"; {figure(rows / forecast.decode_round_s)} while decoding, a token of each "
+        lengths = outlook.job.prompts.lengths
+        num_decoded = sum(output for _, output in lengths) - len(lengths)
+        decoding = f"; {figure(num_decoded / forecast.decode_s)} while decoding, a token of each "
         decoding += f"sequence every {_seconds(forecast.decode_round_s)}"
     return (
         f"{figure(forecast.tokens_per_s)} of the whole job, bubble {forecast.bubble:.0%}{decoding}"
@@ -154,6 +172,8 @@ def _batch(outlook: Outlook) -> str:
     longest = max(map(sum, outlook.job.prompts.lengths))
     held = plan.num_kv_pages // -(-longest // plan.page_size_tokens)
     slots = f"{plan.num_slots} slot{'s' * (plan.num_slots > 1)}"
+    if plan.num_replicas > 1:
+        slots = f"{plan.num_replicas} replicas with {slots}"
     told = (
         f"{slots} of up to {plan.max_sequences_per_slot} rows, {forecast.rows_per_slot:.3g} in the "
         f"mean; the cache holds {held:,} sequences of {longest:,} tokens"

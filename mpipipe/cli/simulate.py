@@ -40,7 +40,7 @@ def simulate(
     stand_for_all: Annotated[int, typer.Option(min=0, help=_STANDING)] = 0,
     dispatch_us: Annotated[
         tuple[float, float], typer.Option(metavar="MESSAGE PROMPT", help=_DISPATCH)
-    ] = (20.0, 20.0),
+    ] = (20.0, 5.0),
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001 - read by `main`

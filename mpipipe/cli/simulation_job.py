@@ -41,6 +41,8 @@ __all__ = ["SimulationRequest", "simulate_command"]
 # Of a head beside its device, as `BENCHMARKS.md` has it: 69 to 95 µs for a step; a message takes 20
 # µs on a host, and the ids as long from stage 0's device to the scheduler.
 _STEP_S, _MESSAGE_S, _NOTICE_S = 90e-6, 20e-6, 20e-6
+_LAUNCH_S = 200e-6  # of a GPU's host for a step: 101 to 502 µs, the head's decisions included
+_TRACE_STEPS = 2000
 # Of more replicas that are all alike, these are planned, and the others are as they are.
 _MOST_PLANNED = 64
 
@@ -84,7 +86,12 @@ def simulate_command(request: SimulationRequest) -> int:
     """
     began_s = time.perf_counter()
     job = _recorded_job(request) if request.from_run is not None else _described_job(request)
-    options = SimulationOptions(job.head, request.stand_for_all, 2000 if request.trace else 0)
+    options = SimulationOptions(
+        job.head,
+        num_simulated_replicas=request.stand_for_all,
+        launch_s=_LAUNCH_S,
+        trace_steps=_TRACE_STEPS if request.trace is not None else 0,
+    )
     simulation = simulate_job(job.replicas, job.requests, options)
     result = replace(simulation.result, simulation_s=time.perf_counter() - began_s)
     if request.trace is not None:

@@ -52,7 +52,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 
 # ---- coming together -----------------------------------------------------------------------------

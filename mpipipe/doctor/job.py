@@ -22,6 +22,7 @@ from mpipipe.doctor.checks.job import (
     check_plan,
     check_prompts,
 )
+from mpipipe.doctor.checks.offload import check_offload
 from mpipipe.doctor.facts import RankFacts
 from mpipipe.doctor.finding import Finding, fatal, ok, split_advice, warning
 from mpipipe.doctor.probes.folders import (
@@ -42,6 +43,7 @@ from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.run_folder.files import holds_run
 from mpipipe.run_folder.resume import wants_resume
 from mpipipe.runtime.handshake import handshake
+from mpipipe.runtime.offload_folder import offload_need
 from mpipipe.runtime.ranks import AgreedError, Ranks
 from mpipipe.runtime.requests import guessed_prompt_tokens, tokenize
 from mpipipe.topology.host import host_name
@@ -98,6 +100,7 @@ async def examine_job(
         largest_stage_bytes=stage_bytes,
         demo=loaded.config.model.path.startswith("demo:"),
     )
+    findings += check_offload(folders, _offload_needs(plan))
     findings += _run_folder(loaded)
     if plan is not None and model is not None:
         findings += [check_memory(demand) for demand in _demands(plan, model, facts)]
@@ -202,6 +205,16 @@ def _plan(
         for text in told
     ]
     return plan
+
+
+def _offload_needs(plan: PipelinePlan | None) -> dict[str, int]:
+    """Bytes in `memory.offload_dir` by host."""
+    needed: dict[str, int] = {}
+    if plan is None:
+        return needed
+    for stage in plan.stages:
+        needed[stage.host] = max(offload_need(plan, stage)[0], needed.get(stage.host, 0))
+    return needed
 
 
 def _run_folder(loaded: LoadedConfig) -> list[Finding]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpipipe._version import __version__
 from mpipipe.config.load import config_hash, to_dict
+from mpipipe.config.schema import AUTO
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.run_folder.files import write_json
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
     from mpipipe.config.prompts import PromptLine
     from mpipipe.job.acquire import Acquired
+    from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.session import Session
     from mpipipe.runtime.startup import Joined
@@ -220,6 +222,7 @@ def complete_manifest(
         "basis": dict(acquired.fingerprint),
         "config": _resolved_config(session, loaded, acquired.folder),
         "plan": json.loads(plan.to_json()),
+        "replicas": [_replica(one) for one in session.plans],
         "hashes": {**first["hashes"], "plan": plan.content_hash()},
     }
 
@@ -239,14 +242,27 @@ def _attempt(acquired: Acquired, where: Surroundings) -> dict[str, Any]:
     }
 
 
+def _replica(plan: PipelinePlan) -> dict[str, Any]:
+    """Where a replica is, and what its own plan decides."""
+    return {
+        "replica": plan.replica,
+        "ranks": list(plan.ranks),
+        "split": [stage.num_layers for stage in plan.stages],
+        "num_kv_pages": plan.num_kv_pages,
+        "plan": plan.content_hash(),
+    }
+
+
 def _resolved_config(session: Session, loaded: LoadedConfig, folder: Path) -> dict[str, Any]:
     plan = session.plan
     config: dict[str, Any] = to_dict(loaded.config)
     config["model"] |= {"path": plan.model_path, "dtype": plan.dtype}
+    splits = {tuple(stage.num_layers for stage in one.stages) for one in session.plans}
     config["pipeline"] |= {
-        "num_stages": plan.num_stages,
+        "replicas": plan.num_replicas,
+        "num_stages": plan.num_stages if len(set(map(len, splits))) == 1 else AUTO,
         "tensor_parallel": plan.tensor_parallel,
-        "split": [stage.num_layers for stage in plan.stages],
+        "split": list(splits.pop()) if len(splits) == 1 else AUTO,
         "num_slots": plan.num_slots,
         "max_sequences_per_slot": plan.max_sequences_per_slot,
         "max_tokens_per_step": plan.max_tokens_per_step,

@@ -158,11 +158,11 @@ def _slow_stage(run: RunFacts, stalls: Sequence[Stall]) -> Iterator[Culprit]:
         return
     waiting = fmean(waited)
     mine, theirs = _per_step(slowest), fmean(_per_step(rank) for rank in others)
-    verb = "the others wait" if len(others) > 1 else f"stage {others[0].stage} waits"
+    verb = "the others wait" if len(others) > 1 else f"{run.stage_name(others[0])} waits"
     yield Culprit(
         "slow_stage",
-        f"stage {slowest.stage} is the slowest: {_milliseconds(mine)} of compute a step against "
-        f"{_milliseconds(theirs)}; {verb} for it {waiting:.0%} of the time",
+        f"{run.stage_name(slowest)} is the slowest: {_milliseconds(mine)} of compute a step "
+        f"against {_milliseconds(theirs)}; {verb} for it {waiting:.0%} of the time",
         slowest.rank,
         slowest.stage,
         lost_s,
@@ -186,7 +186,7 @@ def _slow_link(run: RunFacts, stalls: Sequence[Stall]) -> Iterator[Culprit]:
         if stall.part == "transfer":
             exposed[stall.rank] -= stall.seconds
     slowest = max(run.ranks, key=lambda rank: exposed[rank.rank])
-    before = run.ranks[run.ranks.index(slowest) - 1]
+    before = run.before(slowest)
     edge = f"the link {before.rank}→{slowest.rank} took"
     phases = slowest.steps.phases.values()
     transfers = [seconds for phase in phases for seconds in phase.transfer_s]
@@ -208,11 +208,13 @@ def _unequal_prompts(run: RunFacts) -> Iterator[Culprit]:
     lengths = [span.num_prompt_tokens + span.num_output_tokens for span in spans]
     if max(lengths) < 2 * min(lengths):
         return
+    per_replica = max(num_slots // run.num_replicas, 1 + max(span.slot for span in spans))
+    numbers = [span.replica * per_replica + span.slot for span in spans]
     changes = sorted(
-        [(span.admitted_s, span.slot, 1) for span in spans]
-        + [(span.finished_s, span.slot, -1) for span in spans]
+        [(span.admitted_s, slot, 1) for span, slot in zip(spans, numbers, strict=True)]
+        + [(span.finished_s, slot, -1) for span, slot in zip(spans, numbers, strict=True)]
     )
-    running = dict.fromkeys(range(max(num_slots, 1 + max(span.slot for span in spans))), 0)
+    running = dict.fromkeys(range(max(num_slots, 1 + max(numbers))), 0)
     busy_s = dict.fromkeys(running, 0.0)
     lost_s = 0.0
     for (since_s, slot, change), (until_s, _, _) in pairwise(changes):
@@ -225,10 +227,12 @@ def _unequal_prompts(run: RunFacts) -> Iterator[Culprit]:
     if total_s <= 0:
         return
     least = min(busy_s, key=lambda slot: busy_s[slot])
+    replica, slot = divmod(least, per_replica)
+    where = f" of replica {replica}" if run.num_replicas > 1 else ""
     yield Culprit(
         "unequal_prompts",
-        f"prompts of unequal length ({min(lengths):,} to {max(lengths):,} tokens): slot {least} "
-        f"had work for {busy_s[least] / total_s:.0%} of the time",
+        f"prompts of unequal length ({min(lengths):,} to {max(lengths):,} tokens): "
+        f"slot {slot}{where} had work for {busy_s[least] / total_s:.0%} of the time",
         seconds=lost_s,
     )
 

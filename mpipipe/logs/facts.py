@@ -63,8 +63,9 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpan:
-    """When a prompt had a place in a slot, on the head's clock."""
+    """When a prompt had a place in a slot of a replica, on rank 0's clock."""
 
+    replica: int
     slot: int
     admitted_s: float
     finished_s: float
@@ -77,6 +78,7 @@ class RankFacts:
     """One rank of the attempt. Moments are on its own clock."""
 
     rank: int
+    replica: int = 0
     stage: int | None = None
     host: str = ""
     boot: tuple[BootEvent, ...] = ()
@@ -115,11 +117,26 @@ class RunFacts:
     attempt: int
     num_attempts: int
     state: str  # as the run itself said; empty: it did not say
-    ranks: tuple[RankFacts, ...]  # in the order of their stages
+    ranks: tuple[RankFacts, ...]  # in the order of replicas and stages
     requests: tuple[RequestSpan, ...] = ()
-    num_slots: int = 0  # 0: unknown
+    num_slots: int = 0  # of all replicas; 0: unknown
     device: str = ""
     clocks: RankClocks = field(default_factory=lambda: RankClocks({}))
+
+    @property
+    def num_replicas(self) -> int:
+        """Pipelines side by side."""
+        return len({rank.replica for rank in self.ranks})
+
+    def before(self, rank: RankFacts) -> RankFacts:
+        """The rank whose results `rank` computes on: of the stage before, in a ring."""
+        ring = [other for other in self.ranks if other.replica == rank.replica]
+        return ring[ring.index(rank) - 1]
+
+    def stage_name(self, rank: RankFacts) -> str:
+        """In a sentence; with the replica where there are several."""
+        where = f" of replica {rank.replica}" if self.num_replicas > 1 else ""
+        return f"stage {rank.stage}{where}"
 
     @property
     def generate_s(self) -> float:
@@ -136,6 +153,7 @@ class RunFacts:
 class _Log:
     """What a rank's log tells of one attempt."""
 
+    replica: int = 0
     stage: int | None = None
     host: str = ""
     boot: list[BootEvent] = field(default_factory=list)
@@ -153,7 +171,7 @@ class _Log:
         self.at_s[event] = t_s
         self.host = self.host or text(line, "host")
         if isinstance(line.get("stage"), int):
-            self.stage = line["stage"]
+            self.stage, self.replica = line["stage"], whole(line, "replica")
         if event == "held up" and (seconds := number(line, "seconds")) is not None:
             self.pauses.append(Pause(t_s, seconds, number(line, "cpu_s") or 0.0))
         start_s, end_s = number(line, "start_s"), number(line, "end_s")
@@ -180,9 +198,9 @@ def read_facts(files: RunFiles, attempt: int | None = None) -> RunFacts:
         attempt=attempt,
         num_attempts=num_attempts,
         state=told_state(files, attempt, num_attempts),
-        ranks=tuple(sorted(ranks, key=lambda rank: (rank.stage or 0, rank.rank))),
+        ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.stage or 0, rank.rank))),
         requests=tuple(_spans(files.lines("requests.jsonl", attempt))),
-        num_slots=whole(plan, "num_slots"),
+        num_slots=whole(plan, "num_slots") * whole(plan, "num_replicas", 1),
         device=text(plan, "device"),
         clocks=read_clocks(files.lines("clock.jsonl", attempt)),
     )
@@ -209,6 +227,7 @@ def _rank_facts(files: RunFiles, rank: int, attempt: int, reported: Line) -> Ran
     num_steps = max(steps.num_steps, *(whole(line, "num_steps") for line in samples), 0)
     return RankFacts(
         rank=rank,
+        replica=log.replica,
         stage=log.stage,
         host=log.host,
         boot=tuple(log.boot),
@@ -275,6 +294,7 @@ def _spans(lines: Iterable[Line]) -> Iterable[RequestSpan]:
         if slot < 0 or admitted_s is None or finished_s is None or finished_s < admitted_s:
             continue
         yield RequestSpan(
+            whole(line, "on_replica"),
             slot,
             admitted_s,
             finished_s,

@@ -111,11 +111,11 @@ def _at_fault(run: RunFacts, group: Sequence[_Long]) -> tuple[RankFacts, _Long, 
         cause = "did not receive what the stage before had sent: the link, or the rank was stopped"
         return long.rank, long, cause
     if (long := _longest(group, ("wait",))) is not None:
-        before = run.ranks[run.ranks.index(long.rank) - 1]
+        before = run.before(long.rank)
         if before is not long.rank and all(one.rank is not before for one in group):
             return before, long, "has no step that tells why"
         return long.rank, long, "did not go on although the stage before was done"
-    of_head = [long for long in group if long.rank is run.ranks[0]]
+    of_head = [long for long in group if long.rank.stage == 0]
     long = (of_head or list(group))[0]
     return long.rank, long, "scheduled nothing"
 

@@ -17,6 +17,7 @@ class PhaseRow:
     """The steps of one phase on one rank; seconds of one step."""
 
     rank: int
+    replica: int
     stage: int | None
     phase: str
     num_steps: int  # that were kept
@@ -35,7 +36,7 @@ class StepReport:
 
     phases: tuple[PhaseRow, ...]
     stalls: tuple[Stall, ...]
-    num_steps: int  # that the run did, on its first stage
+    num_steps: int  # that the run did, on the first stages of its replicas
     num_steps_kept: int  # of which lines are left
 
 
@@ -47,6 +48,7 @@ def report_steps(run: RunFacts, least_s: float) -> StepReport:
             phases.append(
                 PhaseRow(
                     rank=rank.rank,
+                    replica=rank.replica,
                     stage=rank.stage,
                     phase=name,
                     num_steps=steps.num_steps,
@@ -59,10 +61,10 @@ def report_steps(run: RunFacts, least_s: float) -> StepReport:
                     bytes_in_per_step=steps.bytes_in / steps.num_steps,
                 )
             )
-    first = run.ranks[0] if run.ranks else None
+    first_of = {rank.replica: rank for rank in reversed(run.ranks)}
     return StepReport(
         tuple(phases),
         tuple(find_stalls(run, least_s=least_s)),
-        first.num_steps if first else 0,
-        first.steps.num_steps if first else 0,
+        sum(rank.num_steps for rank in first_of.values()),
+        sum(rank.steps.num_steps for rank in first_of.values()),
     )

@@ -108,6 +108,8 @@ def _events(
         for line in files.log_lines(rank, attempt):
             if title == f"rank {rank}" and (host := text(line, "host")):
                 title = f"stage {line.get('stage')}, rank {rank} on {host}"
+                if replica := whole(line, "replica"):
+                    title = f"replica {replica}, {title}"
             yield from _log_events(tracks, line, at)
         yield from _names(rank, title)
         steps = (line for _, line in files.step_lines(rank, attempt))
@@ -260,20 +262,25 @@ def _request_events(files: RunFiles, attempt: int, origin_s: float) -> Iterator[
         yield {
             "ph": "M", "pid": _REQUESTS_PID, "name": "process_name", "args": {"name": "requests"},
         }  # fmt: skip
-    free: dict[int, list[tuple[float, int]]] = {}  # slot → (free from, track)
+    free: dict[tuple[int, int], list[tuple[float, int]]] = {}  # replica, slot → free from, track
     num_tracks = 0
     for begin_s, end_s, _, line in sorted(spans):
-        tracks = free.setdefault(whole(line, "slot", -1), [])
+        replica = whole(line, "on_replica")
+        tracks = free.setdefault((replica, whole(line, "slot", -1)), [])
         if tracks and tracks[0][0] <= begin_s:
             track = heapq.heappop(tracks)[1]
         else:
             track, num_tracks = num_tracks, num_tracks + 1
             yield {
                 "ph": "M", "pid": _REQUESTS_PID, "tid": track, "name": "thread_name",
-                "args": {"name": f"slot {line.get('slot')}"},
+                "args": {"name": f"slot {line.get('slot')}{_of_replica(replica)}"},
             }  # fmt: skip
         heapq.heappush(tracks, (end_s, track))
         yield from _request_spans(line, track, begin_s, end_s, origin_s)
+
+
+def _of_replica(replica: int) -> str:
+    return f" of replica {replica}" if replica else ""
 
 
 def _request_spans(

@@ -163,6 +163,7 @@ def _stage(report: RankReport) -> dict[str, Any]:
     """One rank's part of the record."""
     stage = report.stage
     return {
+        "replica": report.replica,
         "stage": stage.stage,
         "rank": report.rank,
         "host": report.host,

@@ -35,6 +35,7 @@ from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
 from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
 from mpipipe.models.rotary import settle_rotary
+from mpipipe.models.row_major_linear import as_it_lies
 from mpipipe.models.stage_cut import (
     CheckpointNames,
     cut_stage,
@@ -42,7 +43,7 @@ from mpipipe.models.stage_cut import (
     loaded_device,
     materialise_buffers,
 )
-from mpipipe.models.streaming import NO_GATES, StreamedWeights, attach_streaming
+from mpipipe.models.streaming import NO_GATES, StreamedHead, StreamedWeights, attach_streaming
 from mpipipe.models.tensor_split import TensorSplit, split_stage
 from mpipipe.models.verification import verify_stage
 
@@ -306,19 +307,22 @@ class StageModel(PlainStage):
 
     def _pack(self) -> None:
         """Into the layout for a CPU, but for what would then take more than the plan allows."""
-        layers, streamed = self._base.layers, self._streamed.layers
-        kept = [layers[number] for number in sorted(streamed)]
-        if self._streamed.gates is not NO_GATES:
-            kept += self._tied_head()
+        layers, streamed = self._base.layers, self._streamed
+        kept = [layers[number] for number in sorted(streamed.layers)]
+        if streamed.gates is not NO_GATES:
+            self._leave_head()
         fuse_layers(layers, self._context, self._options, streamed)
         prepack_linears(self.module, kept)
         self._tensor_split.attach(self.module, self.lanes)
 
-    def _tied_head(self) -> list[nn.Module]:
-        """The head that is one tensor with the embedding: packed, it is a second one."""
+    def _leave_head(self) -> None:
+        """A head in blocks, or one tensor with the embedding: packed, it would be a second one."""
         ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
         places = [end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")]
-        return [ends[1]] if len(places) == 2 and places[0] == places[1] else []
+        if isinstance(ends[1], StreamedHead):
+            ends[1].blocks = tuple(map(as_it_lies, ends[1].blocks))
+        elif len(places) == 2 and places[0] == places[1]:
+            self.module.set_output_embeddings(as_it_lies(ends[1]))
 
     @property
     def waits_on_host(self) -> bool:

@@ -5,6 +5,9 @@ packed weights 56 ms a step, this 47 ms. What is saved: one matrix product for q
 for gate and up (3 ms), residual sums inside the products, rotary embedding of q and k together,
 and half of the small operations with their dispatch (6 ms).
 
+A layer whose weights are streamed has the same form over views of its staging buffer, in which what
+is merged lies side by side (`weights.layer_layout`): `RowMajorLinear` in place of packed weights.
+
 Used only for the layer classes in `FUSABLE`, whose forward was read and is the same mathematics;
 the plain layer stays the oracle (`tests/contract/test_fused_cpu.py`). Shape letters as in
 `kv_cache.layout`; I intermediate size.
@@ -32,13 +35,18 @@ from mpipipe.models.prepacked_linear import (
     return_freed_memory,
 )
 from mpipipe.models.quantized_linear import QuantizedLinear
+from mpipipe.models.row_major_linear import RowMajorLinear
+from mpipipe.models.streaming import put_gates
 from mpipipe.models.tensor_split import Join, joined_by
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Mapping
 
     from mpipipe.models.attention_bridge import ForwardContext
     from mpipipe.models.layer_options import AttentionOptions
+    from mpipipe.models.streaming import StreamedWeights
+
+    Product = PrepackedLinear | QuantizedLinear | RowMajorLinear
 
 __all__ = ["FUSABLE", "FusedLayer", "fuse_layers"]
 
@@ -51,7 +59,12 @@ class FusedLayer(nn.Module):
     """Computes what the transformers layer it was made from does, up to rounding."""
 
     def __init__(
-        self, layer: Any, number: int, context: ForwardContext, options: AttentionOptions
+        self,
+        layer: Any,
+        number: int,
+        context: ForwardContext,
+        options: AttentionOptions,
+        product: Callable[..., Product],
     ) -> None:
         super().__init__()
         attention = layer.self_attn
@@ -64,7 +77,7 @@ class FusedLayer(nn.Module):
         self.input_norm = layer.input_layernorm
         self.post_norm = layer.post_attention_layernorm
         self.qkv, self.output, self.gate_up, self.down = (
-            _product(*linears) for linears in merged_linears(layer)
+            product(*linears) for linears in merged_linears(layer)
         )
 
     def forward(
@@ -122,7 +135,7 @@ class FusedLayer(nn.Module):
 
 
 def _plus(
-    product: PrepackedLinear | QuantizedLinear,
+    product: Product,
     rows: torch.Tensor,
     residual_TH: torch.Tensor,
     join: Join | None,
@@ -137,7 +150,7 @@ def fuse_layers(
     layers: nn.ModuleList,
     context: ForwardContext,
     options: Mapping[int, AttentionOptions],
-    streamed: Collection[int] = (),
+    streamed: StreamedWeights,
 ) -> None:
     """Replace the layers that have a faster form here.
 
@@ -145,14 +158,19 @@ def fuse_layers(
         layers: of the stage.
         context: the stage's.
         options: what each layer, by its number in the stage, asks of attention.
-        streamed: the numbers of those whose weights come and go: packing would keep them.
+        streamed: what comes and goes: packing would keep it.
     """
     for number in range(len(layers)):
         layer = layers[number]
-        if number not in streamed and _is_fusable(layer):
-            layers[number] = FusedLayer(layer, number, context, options[number])
-            del layer
-            return_freed_memory()
+        is_streamed = number in streamed.layers
+        if not _is_fusable(layer) or (is_streamed and not _lies_merged(layer)):
+            continue
+        product = _product_of_views if is_streamed else _product
+        layers[number] = FusedLayer(layer, number, context, options[number], product)
+        if is_streamed:
+            put_gates(layers[number], streamed.gates, number)
+        del layer
+        return_freed_memory()
 
 
 def _is_fusable(layer: Any) -> bool:
@@ -164,7 +182,29 @@ def _is_fusable(layer: Any) -> bool:
     )
 
 
-def _product(*linears: nn.Linear | QuantizedLinear) -> PrepackedLinear | QuantizedLinear:
+def _lies_merged(layer: Any) -> bool:
+    """Whether merging its linears makes views of them, which show what comes into their memory."""
+    return all(
+        merged is None or merged.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+        for linears in merged_linears(layer)
+        for merged, own in zip(merge_linears(*linears), _tensors(linears[0]), strict=True)
+    )
+
+
+def _tensors(linear: nn.Linear | QuantizedLinear) -> tuple[Any, ...]:
+    """In the order of `LinearTensors`."""
+    return linear.weight, linear.bias, getattr(linear, "scale", None)
+
+
+def _product_of_views(*linears: nn.Linear | QuantizedLinear) -> Product:
+    """`_product`, without a copy of their weights."""
+    if isinstance(linears[0], QuantizedLinear):
+        return _product(*linears)
+    weight_OI, bias_O, _ = merge_linears(*linears)
+    return RowMajorLinear(weight_OI, bias_O)
+
+
+def _product(*linears: nn.Linear | QuantizedLinear) -> Product:
     """One layer whose outputs are those of `linears`, one after the other."""
     weight_OI, bias_O, scale_O = merge_linears(*linears)
     first = linears[0]

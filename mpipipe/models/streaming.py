@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["NO_GATES", "StreamedHead", "StreamedWeights", "WeightGates", "attach_streaming"]
+__all__ = [
+    "NO_GATES",
+    "StreamedHead",
+    "StreamedWeights",
+    "WeightGates",
+    "attach_streaming",
+    "put_gates",
+]
 
 
 class WeightGates(Protocol):
@@ -137,7 +144,7 @@ def attach_streaming(model: PreTrainedModel, base: Any, streamed: StreamedWeight
         streamed: what does not stay on the device.
     """
     for number in sorted(streamed.layers):
-        _put_gates(base.layers[number], streamed.gates, number)
+        put_gates(base.layers[number], streamed.gates, number)
     if streamed.embedding_rows is not None:
         embedding = model.get_input_embeddings()
         model.set_input_embeddings(_LookedUpEmbedding(embedding, streamed.embedding_rows))
@@ -147,7 +154,9 @@ def attach_streaming(model: PreTrainedModel, base: Any, streamed: StreamedWeight
         model.set_output_embeddings(StreamedHead(blocks, streamed.gates, len(base.layers)))
 
 
-def _put_gates(layer: nn.Module, gates: WeightGates, number: int) -> None:
+def put_gates(layer: nn.Module, gates: WeightGates, number: int) -> None:
+    """`layer` computes between the gates of part `number`."""
+
     def before(*_: object) -> None:
         gates.before(number)
 

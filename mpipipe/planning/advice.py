@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mpipipe.config.schema import AUTO
 from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.planning.cost import stage_weight_bytes
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.machine import rank_like
 from mpipipe.planning.planned_job import Outlook, PlannedJob
@@ -15,6 +17,7 @@ __all__ = ["Advice", "advise", "what_fits"]
 _LEAST_GAIN = 0.02  # less is within what a forecast is good for
 _MOST_ROWS = 1024
 _LEAST_TOKENS = 256
+_MOST_REPLICAS = 64
 _ETHERNET = ("1gbe", "10gbe", "25gbe", "100gbe", "hdr", "ndr")
 
 
@@ -56,10 +59,12 @@ def what_fits(job: PlannedJob, most: int = 3) -> tuple[Advice, ...]:
     """Changes with which a job that has no plan has one, fastest first; `gain` is 0."""
     best: dict[str, Advice] = {}
     for change in _smaller(job):
+        if len(best) == most:
+            break
         found = None if change.kind in best else _tried(change.job)
         if found is not None:
             best[change.kind] = Advice(change.words, found.forecast.tokens_per_s, 0.0)
-    return tuple(sorted(best.values(), key=lambda advice: -advice.tokens_per_s)[:most])
+    return tuple(sorted(best.values(), key=lambda advice: -advice.tokens_per_s))
 
 
 def _tried(job: PlannedJob) -> Outlook | None:
@@ -78,10 +83,12 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
     yield from _narrower(job)
     yield _grown(job, 1)
     yield from _fewer(job)
-    yield from _other_limits(outlook)
-    yield from _other_splits(outlook)
-    yield from _more_cache(outlook)
+    yield from _other_replicas(outlook)
     yield from _faster_link(job)
+    if all(stage.offload is None for stage in outlook.plan.stages):  # else the plan has tried them
+        yield from _other_limits(outlook)
+        yield from _other_splits(outlook)
+    yield from _more_cache(outlook)
 
 
 def _narrower(job: PlannedJob) -> Iterator[_Change]:
@@ -97,7 +104,7 @@ def _grown(job: PlannedJob, more: int) -> _Change:
         ranks.append(rank_like(ranks))
     last = ranks[-1]
     what = last.gpu.name if last.has_gpu else "host like this"
-    words = f"{more} more {what}: {len(ranks)} stages"
+    words = f"{more} more {what}, {len(ranks)} in all"
     return _Change("ranks", words, job.on_ranks(ranks))
 
 
@@ -106,14 +113,26 @@ def _fewer(job: PlannedJob) -> Iterator[_Change]:
     kinds = dict.fromkeys(rank.gpu.name for rank in job.ranks)
     for kind in kinds if len(kinds) > 1 else ():
         kept = [rank for rank in job.ranks if rank.gpu.name != kind]
-        words = f"without the {kind}: {len(kept)} stage{'s' * (len(kept) > 1)}"
+        words = f"without the {kind}, with {len(kept)} in all"
         yield _Change("fewer", words, job.on_ranks(kept))
+
+
+def _other_replicas(outlook: Outlook) -> Iterator[_Change]:
+    """Every number of equal pipelines that the ranks can make."""
+    job, num_ranks = outlook.job, len(outlook.job.ranks)
+    for number in range(1, min(num_ranks, _MOST_REPLICAS) + 1):
+        if num_ranks % number == 0 and number != outlook.plan.num_replicas:
+            free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
+            changed = job.having("pipeline", replicas=number, **free)
+            stages = num_ranks // number
+            words = f"pipeline.replicas={number}, of {stages} stage{'s' * (stages > 1)}"
+            yield _Change("replicas", words, changed)
 
 
 def _other_limits(outlook: Outlook) -> Iterator[_Change]:
     job, plan = outlook.job, outlook.plan
     rows, tokens, slots = plan.max_sequences_per_slot, plan.max_tokens_per_step, plan.num_slots
-    for number in (2 * rows, rows // 2):
+    for number in (8 * rows, 4 * rows, 2 * rows, rows // 2):
         if 1 <= number <= _MOST_ROWS:
             changed = job.having("pipeline", max_sequences_per_slot=number)
             yield _Change("rows", f"pipeline.max_sequences_per_slot={number}", changed)
@@ -131,7 +150,7 @@ def _other_splits(outlook: Outlook) -> Iterator[_Change]:
     """One by the time that a layer takes on each stage, and its neighbours."""
     plan, stages = outlook.plan, outlook.forecast.stages
     split = [stage.num_layers for stage in plan.stages]
-    if len(split) == 1:
+    if len(split) == 1 or plan.num_replicas > 1:  # replicas may have different splits
         return
     busy_s = [stage.prefill_busy_s + stage.decode_busy_s for stage in stages]
     speeds = [layers / seconds for layers, seconds in zip(split, busy_s, strict=True)]
@@ -187,23 +206,48 @@ def _faster_link(job: PlannedJob) -> Iterator[_Change]:
 # ---- smaller -------------------------------------------------------------------------------------
 
 
+def _fewest_ranks(job: PlannedJob) -> int:
+    """With fewer like the last one the weights cannot all stand on the devices."""
+    spec, last = job.spec, job.ranks[-1]
+    dtype = job.config.model.dtype
+    weight_bytes = stage_weight_bytes(
+        replace(spec, quantized=job.config.model.quantize),
+        spec.dtype if dtype == AUTO else dtype,
+        num_layers=spec.num_layers,
+        has_embedding=True,
+        has_head=True,
+    )
+    room = last.memory_available_bytes
+    if last.has_gpu:
+        room = int(last.gpu.free_bytes * job.config.memory.gpu_memory_fraction)
+    return max(len(job.ranks) + 1, -(-weight_bytes // max(1, room)))
+
+
 def _smaller(job: PlannedJob) -> Iterator[_Change]:
-    """What may let a job fit; of each kind the mildest first."""
-    yield from _narrower(job)
-    for more in (1, 2, 3, len(job.ranks), 3 * len(job.ranks), 7 * len(job.ranks)):
-        yield _grown(job, more)
-    if not job.config.memory.offload_dir:
+    """What may let a job fit; of each kind the mildest first.
+
+    Rows and tokens that are left open need no trial: offload has tried them all.
+    """
+    memory, pipeline = job.config.memory, job.config.pipeline
+    if job.spec.quantized == "none" and job.config.model.quantize == "none":
+        yield _Change("quantize", "model.quantize=int8", job.having("model", quantize="int8"))
+    fewest = _fewest_ranks(job)
+    for number in (fewest, fewest + 1, fewest + fewest // 4 + 2):
+        if number > len(job.ranks):
+            yield _grown(job, number - len(job.ranks))
+    for setting in ("num_kv_pages", "kv_cache_bytes", "device_bytes", "host_bytes"):
+        if getattr(memory, setting) != AUTO:
+            changed = job.having("memory", **{setting: AUTO})
+            yield _Change("memory", f"memory.{setting}=auto", changed)
+    for setting in ("max_sequences_per_slot", "max_tokens_per_step", "split", "num_stages"):
+        if getattr(pipeline, setting) != AUTO:
+            changed = job.having("pipeline", **{setting: AUTO})
+            yield _Change(setting, f"pipeline.{setting}=auto", changed)
+    if pipeline.replicas not in {1, AUTO}:
+        yield _Change("replicas", "pipeline.replicas=1", job.having("pipeline", replicas=1))
+    if not memory.offload_dir:
         changed = job.having("memory", offload_dir="/tmp")
         yield _Change("disk", "memory.offload_dir=DIR, on a local disk of each host", changed)
-    roomy = tuple(replace(rank, memory_available_bytes=2**40) for rank in job.ranks)
-    yield _Change("host", "more host memory to offload to", replace(job, ranks=roomy))
-    for rows in (32, 8, 1):
-        changed = job.having("pipeline", max_sequences_per_slot=rows)
-        yield _Change("rows", f"pipeline.max_sequences_per_slot={rows}", changed)
-    for tokens in (1024, 512):
-        changed = job.having("pipeline", max_tokens_per_step=tokens, max_sequences_per_slot=32)
-        yield _Change(
-            "tokens",
-            f"pipeline.max_tokens_per_step={tokens} pipeline.max_sequences_per_slot=32",
-            changed,
-        )
+    if job.ranks[0].has_gpu:
+        roomy = tuple(replace(rank, memory_available_bytes=2**42) for rank in job.ranks)
+        yield _Change("host", "more host memory to offload to", replace(job, ranks=roomy))

@@ -56,6 +56,7 @@ class StageForecast:
     prefill_busy_s: float  # computing and sending, of all of `JobForecast.prefill_s`
     decode_busy_s: float
     bubble: float  # share of the generating time in which it does neither
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)

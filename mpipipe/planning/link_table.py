@@ -19,15 +19,16 @@ class Link:
     source: str
 
 
-# Large messages reach about 0.9 of the line rate of Ethernet, 0.95 of InfiniBand's; small ones need
-# the stack's latency: 30 µs through TCP, 5 µs and NCCL's own 10 through RDMA.
+# Large messages reach about 0.9 of the line rate of Ethernet up to 25 Gbit/s, less of a faster one
+# through NCCL's sockets, 0.94 of InfiniBand's. Small ones take the latency of the stack, of a
+# switch and of NCCL: 60 µs and more through TCP, under 20 through RDMA. Only NVLink was measured.
 LINKS = {
     link.name.lower(): link
     for link in (
-        Link("1GbE", 0.112e9, 60e-6, "1 Gbit/s over TCP, 0.9 of the line assumed"),
-        Link("10GbE", 1.12e9, 40e-6, "10 Gbit/s over TCP, 0.9 of the line assumed"),
-        Link("25GbE", 2.8e9, 35e-6, "25 Gbit/s over TCP, 0.9 of the line assumed"),
-        Link("100GbE", 11.2e9, 30e-6, "100 Gbit/s, 0.9 of the line assumed"),
+        Link("1GbE", 0.112e9, 120e-6, "1 Gbit/s over TCP, 0.9 of the line assumed"),
+        Link("10GbE", 1.12e9, 80e-6, "10 Gbit/s over TCP, 0.9 of the line assumed"),
+        Link("25GbE", 2.8e9, 70e-6, "25 Gbit/s over TCP, 0.9 of the line assumed"),
+        Link("100GbE", 8e9, 60e-6, "100 Gbit/s through sockets, 0.64 of the line assumed"),
         Link("HDR", 23.5e9, 18e-6, "InfiniBand HDR, 200 Gbit/s, 0.94 of the line assumed"),
         Link("NDR", 47e9, 18e-6, "InfiniBand NDR, 400 Gbit/s, 0.94 of the line assumed"),
         Link("PCIe3", 10e9, 25e-6, "PCI Express 3, 16 lanes, through host memory, assumed"),

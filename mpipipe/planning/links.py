@@ -14,7 +14,7 @@ from mpipipe.topology.gpu import GpuFacts
 
 __all__ = ["DISK_BYTES_PER_S", "LinkRates", "compute_ceilings", "link_rates"]
 
-# A solid-state disk of a node at the least; nothing measures it before a run.
+# A solid-state disk of a node at the least, where none was measured.
 DISK_BYTES_PER_S = 1e9
 # Reads of one row from a file, e.g. of an embedding, one after the other.
 _DISK_READS_PER_S = 10_000.0
@@ -49,8 +49,21 @@ class LinkRates:
         )
 
 
-def link_rates(gpu: GpuFacts | None) -> LinkRates:
-    """The rates of a rank with this GPU; None: on a CPU."""
+def link_rates(gpu: GpuFacts | None, disk_bytes_per_s: int = 0) -> LinkRates:
+    """The rates of a rank.
+
+    Args:
+        gpu: its own; None: on a CPU.
+        disk_bytes_per_s: of its disk, as measured; 0: not known.
+    """
+    rates = _link_rates(gpu)
+    if not disk_bytes_per_s:
+        return rates
+    source = f"disk {disk_bytes_per_s / 1e9:.2g} GB/s (measured)"
+    return replace(rates, disk_bytes_per_s=float(disk_bytes_per_s), disk_source=source)
+
+
+def _link_rates(gpu: GpuFacts | None) -> LinkRates:
     if gpu is None:
         return LinkRates(_COPY_BYTES_PER_S, DISK_BYTES_PER_S)
     lane = _LANE_BYTES_PER_S.get(gpu.link_generation)

@@ -15,6 +15,7 @@ from mpipipe.config.load import DEMO_SCHEME, LoadedConfig, require_set
 from mpipipe.demo.model import DEMO_MODEL, demo_model_folder, is_ready
 from mpipipe.errors import CheckpointError, ConfigError
 from mpipipe.planning.plan import Resolved
+from mpipipe.planning.resources import absolute_offload_dir
 
 __all__ = ["ModelFacts", "model_folder", "read_model"]
 
@@ -73,12 +74,10 @@ def read_model(loaded: LoadedConfig, *, needs_weights: bool = True) -> ModelFact
 
 
 def _with_absolute_offload_dir(loaded: LoadedConfig) -> LoadedConfig:
-    """Every rank is to use the same path, wherever it was started."""
     memory = loaded.config.memory
     if not memory.offload_dir:
         return loaded
-    path = Path(memory.offload_dir).expanduser().absolute()
-    memory = replace(memory, offload_dir=str(path))
+    memory = replace(memory, offload_dir=absolute_offload_dir(memory.offload_dir))
     return replace(loaded, config=replace(loaded.config, memory=memory))
 
 

@@ -227,7 +227,7 @@ def _rounded(value: float) -> float:
 def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
     """With `rows` a slot and `tokens` a step; None: they do not fit."""
     num_pages = problem.pages_for(rows)
-    choices = _Choices(problem, rows, tokens, num_pages)
+    choices = _Choices(problem, rows, tokens, num_pages, _first_alike(problem))
     split = problem.fixed_split or _deal(choices, problem.model.spec.num_layers, len(problem.rooms))
     if split is None:
         return None
@@ -238,11 +238,26 @@ def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate |
     return Candidate(rows, tokens, num_pages, chosen, _tokens_per_s(problem, choices, chosen))
 
 
-class _Choices:
-    """The stages of one candidate, each placed once for each number of layers."""
+def _first_alike(problem: OffloadProblem) -> tuple[int, ...]:
+    """For each stage the first one with as much room and the same parts beside its layers."""
+    kinds = [(room, problem.shape(stage, 1)) for stage, room in enumerate(problem.rooms)]
+    first: dict[tuple[RankRoom, StageShape], int] = {}
+    return tuple(first.setdefault(kind, stage) for stage, kind in enumerate(kinds))
 
-    def __init__(self, problem: OffloadProblem, rows: int, tokens: int, num_pages: int) -> None:
+
+class _Choices:
+    """The stages of one candidate, stages that are alike placed once for each number of layers."""
+
+    def __init__(
+        self,
+        problem: OffloadProblem,
+        rows: int,
+        tokens: int,
+        num_pages: int,
+        first_alike: tuple[int, ...],
+    ) -> None:
         self._problem = problem
+        self._first_alike = first_alike
         self._rows = rows
         self.tokens = tokens
         self._num_pages = num_pages
@@ -250,7 +265,7 @@ class _Choices:
 
     def stage(self, stage: int, num_layers: int) -> StageChoice | None:
         """Stage number `stage` with so many layers; None: they do not fit."""
-        key = (stage, num_layers)
+        key = (self._first_alike[stage], num_layers)
         if key not in self._found:
             self._found[key] = self._place(stage, num_layers)
         return self._found[key]
@@ -305,8 +320,11 @@ def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...
         return None
     order = [*range(1, num_stages - 1), num_stages - 1, 0]
     for _ in range(num_layers - sum(split)):
-        split[min(order, key=lambda stage: step_s(stage, split[stage] + 1))] += 1
-    return tuple(split) if all(choices.stage(s, n) for s, n in enumerate(split)) else None
+        taker = min(order, key=lambda stage: step_s(stage, split[stage] + 1))
+        if choices.stage(taker, split[taker] + 1) is None:
+            return None  # no stage can take one more
+        split[taker] += 1
+    return tuple(split)
 
 
 def _tokens_per_s(

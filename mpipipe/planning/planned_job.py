@@ -8,13 +8,14 @@ from typing import Any
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config
-from mpipipe.planning.forecast import JobForecast, forecast_job
+from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
 from mpipipe.planning.link_table import BETWEEN_HOSTS, Link
 from mpipipe.planning.plan import PipelinePlan, Resolved
 from mpipipe.planning.prompt_lengths import PromptLengths
 from mpipipe.planning.rate_times import rate_times
-from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.replica_forecast import forecast_replicas
+from mpipipe.planning.resolve import make_plans
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
@@ -24,12 +25,17 @@ __all__ = ["Outlook", "PlannedJob"]
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A plan, and what it will take."""
+    """The plans of a job, and what it will take."""
 
     job: PlannedJob
-    plan: PipelinePlan
-    times: StepTimes
+    plans: tuple[PipelinePlan, ...]  # of every replica
+    times: tuple[StepTimes, ...]  # likewise
     forecast: JobForecast
+
+    @property
+    def plan(self) -> PipelinePlan:
+        """The first replica's."""
+        return self.plans[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +55,22 @@ class PlannedJob:
     times_of: Callable[[ModelSpec, PipelinePlan, Sequence[RankResources]], StepTimes] | None = None
 
     def outlook(self) -> Outlook:
-        """The plan and its forecast.
+        """The plans and their forecast.
 
         Raises:
-            PlanError, EnvironmentSetupError: as `make_plan`.
+            PlanError, EnvironmentSetupError: as `make_plans`.
         """
         workload = self.prompts.workload(self.spec.max_context_tokens)
-        plan = make_plan(
+        plans = make_plans(
             self.config, self.spec, self.ranks, self.model_path, workload, notes=self.notes
         )
-        times = self._times(plan)
-        return Outlook(self, plan, times, self.forecast(plan, times))
+        times = tuple(self._times(plan) for plan in plans)
+        return Outlook(self, plans, times, self.forecast(plans, times))
 
-    def forecast(self, plan: PipelinePlan, times: StepTimes) -> JobForecast:
-        """What the job takes under `plan` with these times."""
+    def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:
+        """What the job takes under the plans of its replicas, each with its times."""
         shape = JobShape.of(self.prompts.lengths)
-        return forecast_job(self.spec, plan, shape, times, watts=self._watts(plan))
+        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans[0]))
 
     def having(self, section: str, **settings: Any) -> PlannedJob:
         """The job with other settings of a section of the configuration."""
@@ -81,9 +87,8 @@ class PlannedJob:
     def _times(self, plan: PipelinePlan) -> StepTimes:
         if self.times_of is not None:
             return self.times_of(self.spec, plan, self.ranks)
-        return rate_times(
-            self.spec, plan, self.ranks, table=self.table, near=self.near, far=self.far
-        )
+        own = [rank for rank in self.ranks if rank.rank in plan.ranks]
+        return rate_times(self.spec, plan, own, table=self.table, near=self.near, far=self.far)
 
     def _watts(self, plan: PipelinePlan) -> dict[int, float]:
         """The power limit of every GPU that is in the table."""

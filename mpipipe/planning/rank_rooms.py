@@ -113,7 +113,7 @@ def _on_gpu(
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(rank.gpu, num_threads),
-            link_rates(rank.gpu).shared_by(on_gpu, on_host),
+            link_rates(rank.gpu, rank.disk_bytes_per_s).shared_by(on_gpu, on_host),
         ),
         pins_staging=True,
     )
@@ -132,7 +132,8 @@ def _on_cpu(
         host_bytes=0,
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
-            compute_ceilings(None, num_threads), link_rates(None).shared_by(1, on_host)
+            compute_ceilings(None, num_threads),
+            link_rates(None, rank.disk_bytes_per_s).shared_by(1, on_host),
         ),
     )
 

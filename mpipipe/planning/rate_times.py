@@ -42,6 +42,7 @@ class Shares:
     step_s: float  # of a step: embedding, norms, launching
     row_s: float  # of the last stage for a row of 1,000 vocabulary entries: choosing a token
     prompt_step_s: float  # of a step of prompts, beside all of the above
+    host_layer_s: float = 0.0  # the host's time to launch a layer, where no graph replays it
 
 
 GPU_SHARES = Shares(
@@ -55,6 +56,10 @@ GPU_SHARES = Shares(
     row_s=6e-9,
     prompt_step_s=0.55e-3,
 )
+# Without graphs a decode step is as long as its launching, at least. Backends that gather K and V
+# write a copy and read it again. Both are assumed: only graphs and paged kernels were measured.
+_EAGER_LAYER_S = 0.25e-3
+_GATHERING = frozenset({"sdpa", "reference"})
 # Of `planning.cost.CPU_CORE` per thread. Python and torch take as long as small products here.
 CPU_SHARES = Shares(
     weights=0.9,
@@ -67,6 +72,18 @@ CPU_SHARES = Shares(
     row_s=9e-6,
     prompt_step_s=1e-3,
 )
+
+# Weights in 8 bits on a GPU, measured on one H100 with Llama-3-8B (BENCHMARKS.md). int8: read at
+# 0.85 of what 16 bits reach, products beside the reading and not under it, with many rows written
+# out in 16 bits first. fp8: nothing gained with few rows; with more, activations are quantised.
+_INT8_ROWS = 96
+_INT8_WRITTEN_OUT = 0.7
+_INT8_READING = 0.85
+_INT8_PRODUCTS = 0.79
+_FP8_ROWS = 16
+_FP8_READING = 0.83
+_FP8_SPEED_UP = 1.5
+_FP8_S = 25e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +103,22 @@ class RateTimes:
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
         spec, shares, ceilings = self.spec, self.shares, self.ceilings[stage.rank]
-        products = self._product_s(
-            stage, layer_weight_bytes(spec, self.weight_dtype), 2 * rows * spec.layer_parameters
-        )
+        products_s = self._layer_products_s(ceilings, rows, shares.decode_products)
         cached = rows * context_tokens
         read_s = cached * self._cache_row_bytes() / (ceilings.bytes_per_s * shares.cache)
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
-        layer_s = products + max(read_s, scores_s) + shares.layer_s
+        layer_s = products_s + max(read_s, scores_s) + shares.layer_s
+        layer_s = max(layer_s, shares.host_layer_s)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
         return _with_offload(stage.offload, compute_s, rows)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`."""
         spec, shares, ceilings = self.spec, self.shares, self.ceilings[stage.rank]
-        weights_s = layer_weight_bytes(spec, self.weight_dtype) / (
-            ceilings.bytes_per_s * shares.weights
-        )
-        products_s = 2 * tokens * spec.layer_parameters / ceilings.flops_per_s
+        products_s = self._layer_products_s(ceilings, tokens, shares.prompt_products)
         attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
         attention_s /= ceilings.flops_per_s * shares.prompt_attention
-        layer_s = max(weights_s, products_s / shares.prompt_products) + attention_s
-        layer_s += shares.layer_s
+        layer_s = products_s + attention_s + shares.layer_s
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
@@ -118,18 +130,41 @@ class RateTimes:
         moved = rows_or_tokens * self.spec.hidden_size * dtype_bytes(self.dtype)
         return link.latency_s + moved / link.bytes_per_s
 
-    def _product_s(self, stage: StagePlan, weight_bytes: float, flops: float) -> float:
-        ceilings, shares = self.ceilings[stage.rank], self.shares
-        read_s = weight_bytes / (ceilings.bytes_per_s * shares.weights)
-        return max(read_s, flops / (ceilings.flops_per_s * shares.decode_products))
+    def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
+        """The matrix products of a layer for so many rows."""
+        spec = self.spec
+        narrow = layer_weight_bytes(spec, self.weight_dtype)
+        return self._products_s(ceilings, spec.layer_parameters, narrow, rows, share)
 
     def _head_s(self, stage: StagePlan, rows: float) -> float:
         """The LM head of `rows` rows, and choosing their tokens."""
         if not stage.has_head:
             return 0.0
-        weights = head_weight_bytes(self.spec, self.weight_dtype)
-        product_s = self._product_s(stage, weights, 2 * rows * self.spec.embedding_parameters)
-        return product_s + rows * self.spec.vocab_size / 1000 * self.shares.row_s
+        spec, share = self.spec, self.shares.decode_products
+        narrow = head_weight_bytes(spec, self.weight_dtype)
+        products_s = self._products_s(
+            self.ceilings[stage.rank], spec.embedding_parameters, narrow, rows, share
+        )
+        return products_s + rows * spec.vocab_size / 1000 * self.shares.row_s
+
+    def _products_s(
+        self, ceilings: Ceilings, parameters: int, held_bytes: int, rows: float, share: float
+    ) -> float:
+        """Products of so many weights, which are held in `held_bytes`."""
+        bandwidth = ceilings.bytes_per_s * self.shares.weights
+        wide_bytes = parameters * dtype_bytes(self.weight_dtype)
+        products_s = 2 * rows * parameters / ceilings.flops_per_s
+        wide_s = max(wide_bytes / bandwidth, products_s / share)
+        if held_bytes >= wide_bytes:  # not quantised
+            return wide_s
+        if self.spec.quantized == "int8":
+            if rows > _INT8_ROWS:
+                return wide_s + _INT8_WRITTEN_OUT * wide_bytes / bandwidth
+            return held_bytes / (bandwidth * _INT8_READING) + products_s / _INT8_PRODUCTS
+        if rows < _FP8_ROWS:
+            return wide_s
+        narrow_s = held_bytes / (bandwidth * _FP8_READING)
+        return max(narrow_s, products_s / (share * _FP8_SPEED_UP)) + _FP8_S
 
     def _cache_row_bytes(self) -> int:
         """K and V of one token in one layer."""
@@ -178,6 +213,8 @@ def rate_times(
         for rank in ranks
     }
     sources = dict.fromkeys(found.source for found in ceilings.values())
+    if spec.num_experts > 1:
+        sources["every expert counts as read and computed: the least that is to be expected"] = None
     halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
     return RateTimes(
         # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
@@ -186,11 +223,20 @@ def rate_times(
         weight_dtype="float16" if halved else plan.dtype,
         row_multiple=8 if on_gpus else 1,
         ceilings=ceilings,
-        shares=GPU_SHARES if on_gpus else CPU_SHARES,
+        shares=_gpu_shares(plan) if on_gpus else CPU_SHARES,
         near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
         far=far,
         source="; ".join(sources),
     )
+
+
+def _gpu_shares(plan: PipelinePlan) -> Shares:
+    shares = GPU_SHARES
+    if plan.attention in _GATHERING:
+        shares = replace(shares, cache=shares.cache / 3)
+    if not plan.cuda_graphs:
+        shares = replace(shares, host_layer_s=_EAGER_LAYER_S)
+    return shares
 
 
 def _of_cores(rank: RankResources, ranks: Sequence[RankResources], plan: PipelinePlan) -> Ceilings:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from mpipipe.topology.disk import disk_bytes_per_s
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import Core, allowed_cpus, cpus_near, read_host, usable_physical_cores
 
-__all__ = ["RankResources", "read_rank_resources"]
+__all__ = ["RankResources", "absolute_offload_dir", "read_rank_resources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class RankResources:
     cores: tuple[Core, ...] = ()  # physical cores of the affinity mask; empty: unknown
     num_allowed_cpus: int = 0  # that the job may use on this host; more than the mask's: bound
     attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank
+    # That the disk of `memory.offload_dir` reads, for all ranks of the host together; 0: not known.
+    disk_bytes_per_s: int = 0
 
     @property
     def has_gpu(self) -> bool:
@@ -34,7 +38,12 @@ class RankResources:
 
 
 def read_rank_resources(
-    rank: int, *, launcher: str, gpu: GpuFacts, attention_backends: tuple[str, ...]
+    rank: int,
+    *,
+    launcher: str,
+    gpu: GpuFacts,
+    attention_backends: tuple[str, ...],
+    offload_dir: str = "",
 ) -> RankResources:
     """What `rank` has on this host, as this process is bound now.
 
@@ -45,6 +54,8 @@ def read_rank_resources(
         launcher: what started it (`topology.launcher.Launcher`).
         gpu: that it would use.
         attention_backends: optional ones that it has.
+        offload_dir: `memory.offload_dir`, as configured; where the folder exists its disk is
+            measured (`topology.disk`).
     """
     host = read_host()
     return RankResources(
@@ -59,4 +70,10 @@ def read_rank_resources(
         cores=usable_physical_cores(),
         num_allowed_cpus=len(allowed_cpus()),
         attention_backends=attention_backends,
+        disk_bytes_per_s=disk_bytes_per_s(offload_dir and absolute_offload_dir(offload_dir)),
     )
+
+
+def absolute_offload_dir(offload_dir: str) -> str:
+    """The path that `memory.offload_dir` names: every rank uses the same, wherever it started."""
+    return str(Path(offload_dir).expanduser().absolute())

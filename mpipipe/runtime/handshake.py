@@ -46,6 +46,7 @@ async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, 
             ranks,
             pipeline.device,
             config_hash(loaded.config),
+            offload_dir=loaded.config.memory.offload_dir,
             deadline_s=pipeline.handshake_timeout_s,
         )
     except (ProtocolMismatchError, DeadlineError) as error:
@@ -58,7 +59,7 @@ async def handshake(ranks: Ranks, loaded: LoadedConfig) -> tuple[RankResources, 
 
 
 async def exchange_resources(
-    ranks: Ranks, device: str, config_hash: str = "", *, deadline_s: float
+    ranks: Ranks, device: str, config_hash: str = "", *, offload_dir: str = "", deadline_s: float
 ) -> tuple[RankResources, ...]:
     """Exchange `read_resources`, in rank order; then poll as the cores of this host allow.
 
@@ -66,13 +67,14 @@ async def exchange_resources(
         ranks: joined.
         device: `pipeline.device`.
         config_hash: must be the same on all ranks.
+        offload_dir: `memory.offload_dir`.
         deadline_s: for the others to come.
 
     Raises:
         ProtocolMismatchError: versions, configurations or the number of ranks differ.
         DeadlineError: a rank did not come.
     """
-    own = await read_resources(ranks, device, deadline_s=deadline_s)
+    own = await read_resources(ranks, device, offload_dir=offload_dir, deadline_s=deadline_s)
     mesh = ranks.mesh
     hello = Hello(mesh.rank, mesh.world_size, PROTOCOL_VERSION, __version__, config_hash, own)
     resources = tuple(hello.resources for hello in await mesh.handshake(hello, deadline_s))
@@ -80,12 +82,15 @@ async def exchange_resources(
     return resources
 
 
-async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> RankResources:
+async def read_resources(
+    ranks: Ranks, device: str, *, offload_dir: str = "", deadline_s: float
+) -> RankResources:
     """What this rank has. Collective, as the ranks of a host count themselves.
 
     Args:
         ranks: joined.
         device: `pipeline.device`; torch is loaded to look at a GPU only where one may be wanted.
+        offload_dir: `memory.offload_dir`, whose disk is measured.
         deadline_s: for the others to come.
 
     Raises:
@@ -93,16 +98,19 @@ async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> Ran
         DeadlineError: a rank did not come.
     """
     local_rank = await local_rank_of(ranks, deadline_s)
+
+    def read() -> RankResources:
+        gpu, backends = _read_gpu(device, local_rank)
+        return read_rank_resources(
+            ranks.mesh.rank,
+            launcher=ranks.info.launcher.value,
+            gpu=gpu,
+            attention_backends=backends,
+            offload_dir=offload_dir,
+        )
+
     # A phase: torch takes seconds to import where there is a GPU to look at.
-    gpu, backends = await in_phase(
-        ranks, "devices", lambda: _read_gpu(device, local_rank), deadline_s
-    )
-    return read_rank_resources(
-        ranks.mesh.rank,
-        launcher=ranks.info.launcher.value,
-        gpu=gpu,
-        attention_backends=backends,
-    )
+    return await in_phase(ranks, "devices", read, deadline_s)
 
 
 async def local_rank_of(ranks: Ranks, deadline_s: float) -> int:

@@ -51,7 +51,7 @@ class ReplicaPlan:
         times = (self.times.compute_s(_PROBE, -1), self.times.hops_s(1), self.times.ids_s)
         return (*limits, plan.num_kv_pages, plan.lookahead, plan.prefill, *times)
 
-    def parts(self, *, with_stops: bool, trace_steps: int) -> ReplicaParts:
+    def parts(self, *, with_stops: bool, launch_s: float, trace_steps: int) -> ReplicaParts:
         """A replica at its beginning."""
         plan = self.plan
         stages = SimulatedStages(
@@ -59,6 +59,7 @@ class ReplicaPlan:
             num_stages=plan.num_stages,
             num_slots=plan.num_slots,
             in_stream=plan.device == "cuda",
+            launch_s=launch_s if plan.device == "cuda" else 0.0,
             keep_sequences=with_stops,
             trace_steps=trace_steps,
         )
@@ -71,6 +72,7 @@ class SimulationOptions:
 
     head: HeadTimes
     num_simulated_replicas: int = 0  # 0: as many as can be simulated in seconds
+    launch_s: float = 0.0  # of a GPU's host for each step
     trace_steps: int = 0  # the last steps of replica 0 of which records are kept
 
 
@@ -124,6 +126,7 @@ def simulate_job(
     parts = [
         replica.parts(
             with_stops=with_stops,
+            launch_s=options.launch_s,
             trace_steps=0 if number else options.trace_steps,
         )
         for number, replica in enumerate(replicas[:num_simulated])

@@ -223,8 +223,13 @@ class SimulatedJob:
             places,
             on_request=lambda record, _: self.records.append(record),
         )
-        self._dispatching = HandDriven(self._dispatch.run())
-        self._at(0.0, self._dispatch_goes_on)
+        self._dispatching = HandDriven(self._dispatch.completions())
+        self._at(0.0, self._dispatch_begins)
+
+    def _dispatch_begins(self) -> None:
+        assert self._dispatch is not None, "it was made"
+        self._dispatch.begin()
+        self._dispatch_goes_on()
 
     def _dispatch_goes_on(self) -> None:
         """Rank 0 does what it can now; what it says leaves one after the other."""

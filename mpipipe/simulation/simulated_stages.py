@@ -54,6 +54,7 @@ class SimulatedStages:
         num_stages: of the pipeline.
         num_slots: in the ring.
         in_stream: as a GPU's queue does it: see above.
+        launch_s: of a stage's host for each step, before its device can begin with it.
         keep_sequences: remember which sequences each step samples.
         trace_steps: of how many of the last steps to keep records.
     """
@@ -65,6 +66,7 @@ class SimulatedStages:
         num_stages: int,
         num_slots: int,
         in_stream: bool,
+        launch_s: float = 0.0,
         keep_sequences: bool = False,
         trace_steps: int = 0,
     ) -> None:
@@ -75,6 +77,8 @@ class SimulatedStages:
         self._times = times
         self._num_slots = num_slots
         self._in_stream = in_stream and num_stages > 1
+        self._launch_s = launch_s
+        self._launched_s = [0.0] * num_stages
         self._keep_sequences = keep_sequences
         self._followed = FollowedSteps(num_slots)
         self._edges_free_s = [0.0] * max(0, num_stages - 1)
@@ -149,10 +153,13 @@ class SimulatedStages:
         scheduled_s, ready_s = first_s
         hops_s = self._times.hops_s(num_tokens)
         edges_free_s, last = self._edges_free_s, len(self.uses) - 1
+        launched_s = self._launched_s
         counts = step.steady and self._was_steady
         for stage, use in enumerate(self.uses):
             free_s = use.free_s
-            due_s = free_s if free_s > scheduled_s else scheduled_s
+            due_s = launched_s[stage] if launched_s[stage] > scheduled_s else scheduled_s
+            due_s = launched_s[stage] = due_s + self._launch_s
+            due_s = free_s if free_s > due_s else due_s
             begin_s = due_s if due_s > ready_s else ready_s
             end_s = left_s = begin_s + compute_s[stage]
             if stage < last:

@@ -17,8 +17,11 @@ from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.base import KVCache
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.models.adapter import StageModel
+from mpipipe.models.fused_cpu import FusedLayer, fuse_layers
 from mpipipe.models.operations import torch_operations
 from mpipipe.models.prepacked_linear import PrepackedLinear
+from mpipipe.models.row_major_linear import RowMajorLinear
+from mpipipe.models.streaming import StreamedWeights
 from mpipipe.planning.plan import StageOffload, StagePlan
 from mpipipe.runtime.loading import load_parts
 from mpipipe.types import QuantizeName, SamplingParams, Tier, WeightsSource
@@ -350,6 +353,47 @@ def test_engines_that_run_ahead_stream_too(
     assert pipeline.generate(requests) == resident
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_streamed_layers_on_a_cpu_are_fused_without_memory_of_their_own(
+    family: str, quantize: QuantizeName, tiny: Callable[[str], TinyModel], offloading: Offloading
+) -> None:
+    model, offload = tiny(family), StageOffload(disk_layers=(0, 1, 3), head="disk")
+    (plain,) = stages(model, offload, offloading, "plain", 1, quantize)
+    (packed,) = stages(model, offload, offloading, "packed", 1, quantize)
+    for layer in packed.module.model.layers:
+        assert isinstance(layer, FusedLayer)
+    if quantize == "none":
+        for block in packed.module.lm_head.blocks:
+            assert isinstance(block, RowMajorLinear)
+    storages = {
+        layer.input_norm.weight.untyped_storage().data_ptr()
+        for layer in (packed.module.model.layers[number] for number in offload.disk_layers)
+    }
+    assert len(storages) == offload.num_buffers
+    for number in offload.disk_layers:
+        layer = packed.module.model.layers[number]
+        for product in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            weight = product.weight if quantize == "int8" else product._weight_OI
+            assert weight.untyped_storage().data_ptr() in storages
+    for chunk in (1, 3, 20):  # rows of a step: each way to compute a product
+        prompt = tuple(range(3, 3 + chunk))
+        expected, found = (
+            InProcessPipeline([stage]).step([(chunk, prompt, 0)]) for stage in (plain, packed)
+        )
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_streamed_layer_that_would_have_to_be_copied_to_be_merged_stays_plain(
+    tiny: Callable[[str], TinyModel], tmp_path: Path
+) -> None:
+    """A copy would show the weights of the moment, whatever comes into the buffer later."""
+    (stage,) = stages(tiny("llama"), None, Offloading(tmp_path), "plain", 1)
+    layers = stage.module.model.layers
+    fuse_layers(layers, stage._context, stage._options, StreamedWeights(layers=frozenset({1})))
+    assert [isinstance(layer, FusedLayer) for layer in layers] == [True, False, True, True]
+
+
 def test_a_tied_head_is_not_packed_where_memory_is_short(
     tiny: Callable[[str], TinyModel], offloading: Offloading
 ) -> None:
@@ -358,6 +402,8 @@ def test_a_tied_head_is_not_packed_where_memory_is_short(
     (whole,) = stages(model, None, offloading, "packed", 1)
     assert isinstance(whole.module.lm_head, PrepackedLinear)
     (short,) = stages(model, StageOffload(disk_layers=(0, 1, 2)), offloading, "packed", 1)
-    assert short.module.lm_head.weight is short.module.model.embed_tokens.weight
+    assert isinstance(short.module.lm_head, RowMajorLinear)
+    embedding = short.module.model.embed_tokens.weight
+    assert short.module.lm_head._weight_OI.data_ptr() == embedding.data_ptr()
     (_, last) = stages(model, StageOffload(disk_layers=(1, 2, 3)), offloading, "packed", 2)
     assert isinstance(last.module.lm_head, PrepackedLinear), "it is alone on its stage"

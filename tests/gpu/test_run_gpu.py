@@ -209,6 +209,35 @@ def test_ranks_together_give_the_models_tokens(
     assert plan_of(outcome)["transport"] == ("mpi" if shares else "nccl")
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "words", "transport"),
+    [
+        (2, [SHARED], "loopback"),
+        (4, [SHARED], "mpi"),
+        (2, [], "loopback"),
+        (4, [], "nccl"),
+    ],
+    ids=str,
+)
+def test_two_replicas_give_the_models_tokens(
+    num_ranks: int,
+    words: list[str],
+    transport: str,
+    saved: Callable[[str], RunModel],
+    tmp_path: Path,
+) -> None:
+    if not words and torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    model = saved("llama")
+    environment = {"CUDA_VISIBLE_DEVICES": _one_gpu()} if words else {}
+    job = [*JOB, *words, "pipeline.replicas=2"]
+    outcome = gpu_run(model, LINES, tmp_path / "run", num_ranks, *job, **environment)
+    check_run(model, outcome)
+    check_accounts(outcome, num_ranks)
+    assert (plan_of(outcome)["transport"], plan_of(outcome)["num_replicas"]) == (transport, 2)
+    assert all(r["num_completed"] > 0 for r in outcome.json("metrics.json")["replicas"])
+
+
 LANES = "pipeline.tensor_parallel=2"
 
 

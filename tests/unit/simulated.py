@@ -31,6 +31,7 @@ def made_parts(
     prefill: PrefillMode | None = None,
     num_pages: int = 10_000,
     tokens_per_step: int = 512,
+    launch_s: float = 0.0,
     core_type: type[SchedulerCore] = SchedulerCore,
 ) -> ReplicaParts:
     """A replica with a slot for each stage; with lookahead it works as on GPUs, else as on CPUs."""
@@ -48,6 +49,7 @@ def made_parts(
         num_stages=num_stages,
         num_slots=num_stages,
         in_stream=lookahead > 0,
+        launch_s=launch_s,
         keep_sequences=True,
     )
     prefill = prefill or ("phases" if lookahead else "mixed")

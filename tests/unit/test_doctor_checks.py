@@ -11,6 +11,7 @@ import pytest
 from mpipipe.control_plane.probe import ControlProbe, RoundTrips
 from mpipipe.doctor.checks.job import HostDemand, check_folders, check_memory
 from mpipipe.doctor.checks.measured import check_clocks, check_control, check_links
+from mpipipe.doctor.checks.offload import check_offload
 from mpipipe.doctor.checks.ranks import check_ranks, not_joined
 from mpipipe.doctor.facts import (
     LaunchFacts,
@@ -24,7 +25,7 @@ from mpipipe.doctor.facts import (
 )
 from mpipipe.doctor.finding import Finding, Severity
 from mpipipe.doctor.probes.folders import FolderFacts
-from mpipipe.errors import EnvironmentSetupError
+from mpipipe.errors import EXIT_ENVIRONMENT, EnvironmentSetupError
 from mpipipe.runtime.clock_offsets import ClockOffsets
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.launcher import Launcher, LaunchInfo, check_world_size
@@ -682,6 +683,55 @@ def folder(host: str = "n0", /, **changes: object) -> FolderFacts:
 
 def test_folders_that_all_hosts_share_are_ok() -> None:
     assert not bad(check_folders([folder("n0"), folder("n1")]))
+
+
+def offload_folder(**changes: object) -> FolderFacts:
+    return folder(
+        offload="/local/x",
+        offload_system="ext4",
+        offload_free_bytes=100 * GIB,
+        offload_bytes_per_s=3e9,
+        **changes,
+    )
+
+
+def test_a_folder_for_offloaded_weights_is_told_with_its_rate() -> None:
+    assert check_offload([folder()], {}) == []  # none is configured
+    (finding,) = check_offload([offload_folder()], {"n0": 5 * GIB})
+    assert finding.severity is Severity.OK
+    assert (finding.check, finding.host) == ("job.offload", "n0")
+    assert "5.00 GiB of weights are to stand there, read at 3 GB/s" in finding.what
+    assert finding.values["read_bytes_per_s"] == 3e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"offload_system": "tmpfs"}, "it is memory"),
+        ({"offload_system": "nfs4"}, "it is on a network"),
+        ({"offload_bytes_per_s": 0.1e9}, "a slow or busy disk"),
+    ],
+)
+def test_a_folder_that_makes_offloading_slow_or_dear_is_a_warning(
+    changes: dict[str, object], cause: str
+) -> None:
+    (finding,) = check_offload([replace(offload_folder(), **changes)], {"n0": GIB})  # type: ignore[arg-type]
+    assert finding.severity is Severity.WARNING
+    assert finding.cause.startswith(cause)
+    assert "$TMPDIR" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "changes", [{"offload_problem": "Permission denied"}, {"offload_free_bytes": GIB}]
+)
+def test_a_folder_that_takes_no_weights_is_fatal_where_some_are_to_go_there(
+    changes: dict[str, object],
+) -> None:
+    unfit = replace(offload_folder(), **changes)  # type: ignore[arg-type]
+    (finding,) = check_offload([unfit], {"n0": 5 * GIB})
+    assert (finding.severity, finding.exit_code) == (Severity.FATAL, EXIT_ENVIRONMENT)
+    (finding,) = check_offload([unfit], {"n0": 0})
+    assert finding.severity is not Severity.FATAL
 
 
 def test_a_model_that_only_one_host_sees_is_fatal_there_with_its_exit_code() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from email.message import Message
 from pathlib import Path
 
 import pytest
 
 from mpipipe.config.load import LoadedConfig
-from mpipipe.config.schema import Config, ModelConfig, OutputConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, OutputConfig
 from mpipipe.doctor.facts import (
     LaunchFacts,
     Library,
@@ -20,6 +21,7 @@ from mpipipe.doctor.facts import (
     SoftwareFacts,
     Wheel,
 )
+from mpipipe.doctor.probes import folders
 from mpipipe.doctor.probes.folders import (
     claim_marker,
     file_system,
@@ -423,6 +425,26 @@ def test_an_output_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) ->
         assert marker == ""
         facts, _ = probe_folders(job, marker, "n0", quick=True)
     assert facts.output_problem == "Not a directory"
+
+
+def test_the_folder_for_offloaded_weights_is_looked_at_where_it_is_or_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "disk_bytes_per_s", len)
+    job = loaded(tmp_path / "out", tmp_path / "model")
+
+    def probed(offload_dir: str) -> folders.FolderFacts:
+        config = replace(job.config, memory=MemoryConfig(offload_dir=offload_dir))
+        return probe_folders(replace(job, config=config), "", "n0", quick=False)[0]
+
+    assert probed("").offload == ""
+    facts = probed(str(tmp_path / "not/yet/there"))
+    assert (facts.offload, facts.offload_problem) == (str(tmp_path / "not/yet/there"), "")
+    assert facts.offload_free_bytes
+    assert facts.offload_bytes_per_s == len(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert probed(str(tmp_path / "file")).offload_problem == "Not a directory"
 
 
 def test_a_file_system_without_blocks_has_an_unknown_space(

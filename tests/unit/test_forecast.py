@@ -9,21 +9,24 @@ import pytest
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.spec import ModelSpec, read_spec
-from mpipipe.config.schema import Config, ModelConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.rate_times import rate_times
+from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import DtypeName, QuantizeName
 from tests.unit.model_specs import SMOL
 from tests.unit.planned_rank import GIB, make_rank
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
 OPENLLAMA_3B = read_spec(SHAPES / "openllama_3b")
+OPENLLAMA_7B = read_spec(SHAPES / "openllama_7b")
 LLAMA_3_8B = read_spec(SHAPES / "llama3_8b")
 LONG_3B = replace(OPENLLAMA_3B, max_context_tokens=8192)
 
@@ -82,6 +85,27 @@ _LONG = {
     (2, "64x2000x64", 16): 2_183,
     (2, "64x2000x64", 32): 2_532,
 }
+# Llama-3-8B on one H100 in 8 bits.
+_QUANTIZED: dict[tuple[QuantizeName, str], float] = {
+    ("none", "1x512x128"): 172,
+    ("none", "64x512x128"): 4_584,
+    ("none", "512x512x128"): 6_603,
+    ("int8", "1x512x128"): 253,
+    ("int8", "64x512x128"): 4_722,
+    ("int8", "512x512x128"): 5_803,
+    ("fp8", "1x512x128"): 169,
+    ("fp8", "64x512x128"): 6_387,
+    ("fp8", "512x512x128"): 8_493,
+}
+# OpenLLaMA-7B on one H100 that may be used in part only: bytes, pages, rows a slot, form, work.
+_OFFLOADED: dict[tuple[int, int | None, int | None, QuantizeName, str], float] = {
+    (23 * GIB // 2, 1104, 32, "none", "32x512x32"): 118.6,
+    (26 * GIB, 2816, 512, "none", "512x64x16"): 1_786,
+    (17 * GIB, 1104, 32, "none", "32x512x32"): 226,
+    (23 * GIB // 2, 1104, 32, "int8", "32x512x32"): 261,
+    (16 * 10**9, None, None, "none", "64x512x32"): 448,
+    (4 * 10**9, None, None, "none", "16x256x32"): 32.1,
+}
 # SmolLM2 in float32 on two cores: ranks, threads, work, rows a slot.
 _CPU = {
     (2, 1, "16x20x64", 8): 146.6,
@@ -109,6 +133,8 @@ def gpu_ranks(key: str, number: int, *, hosts: int = 1) -> list[RankResources]:
                 capability=card.capability,
                 free_bytes=card.free_bytes,
                 nccl_version="2.28.9",
+                link_generation=card.pcie[0],
+                link_width=card.pcie[1],
             ),
             attention_backends=("triton",),
         )
@@ -123,10 +149,16 @@ def forecast(
     *,
     rows: int | None = None,
     threads: int | None = None,
+    quantize: QuantizeName = "none",
+    memory: MemoryConfig | None = None,
 ) -> JobForecast:
     lengths = BenchWork.parse(work).lengths(0)
     on_gpus = ranks[0].has_gpu
-    config = Config(model=ModelConfig(dtype="bfloat16" if on_gpus else "float32", weights="random"))
+    dtype: DtypeName = "bfloat16" if on_gpus else "float32"
+    config = Config(
+        model=ModelConfig(dtype=dtype, weights="random", quantize=quantize),
+        memory=memory or MemoryConfig(),
+    )
     pipeline = replace(
         config.pipeline,
         max_sequences_per_slot=rows or "auto",
@@ -180,6 +212,24 @@ def test_jobs_on_gpus_are_foretold_within_a_tenth(
     assert expected == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("case", "measured"), _QUANTIZED.items())
+def test_weights_in_8_bits_are_foretold(case: tuple[QuantizeName, str], measured: float) -> None:
+    quantize, work = case
+    found = forecast(LLAMA_3_8B, gpu_ranks("h100", 1), work, quantize=quantize)
+    assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("case", "measured"), _OFFLOADED.items())
+def test_offloaded_weights_are_foretold(
+    case: tuple[int, int | None, int | None, QuantizeName, str], measured: float
+) -> None:
+    device_bytes, pages, rows, quantize, work = case
+    memory = MemoryConfig(device_bytes=device_bytes, num_kv_pages=pages or "auto")
+    ranks = gpu_ranks("h100", 1)
+    found = forecast(OPENLLAMA_7B, ranks, work, rows=rows, quantize=quantize, memory=memory)
+    assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(("case", "measured"), _CPU.items())
 def test_jobs_on_two_cores_are_foretold(case: tuple[int, int, str, int], measured: float) -> None:
     number, threads, work, rows = case
@@ -198,6 +248,30 @@ def test_energy_follows_from_the_limit_and_the_bubbles() -> None:
     assert full.energy_j / (64 * 64) == pytest.approx(0.51, rel=0.2)
     on_cpu = forecast(SMOL, [make_rank(0)], "8x32x24", rows=8)
     assert on_cpu.energy_j is None
+
+
+def test_int8_makes_a_gpu_faster_and_a_cpu_not() -> None:
+    for ranks, faster in ((gpu_ranks("t4", 1), True), ([make_rank(0)], False)):
+        seconds = []
+        for quantize in ("none", "int8"):
+            config = Config(model=ModelConfig(quantize=quantize))
+            plan = make_plan(config, SMOL, ranks, "/m")
+            seconds.append(rate_times(SMOL, plan, ranks).decode_s(plan.stages[0], 8, 384))
+        assert (seconds[1] < 0.9 * seconds[0]) is faster
+        assert faster or seconds[1] == seconds[0]
+
+
+def test_without_graphs_and_paged_kernels_steps_are_longer() -> None:
+    """As on a V100, for which Triton's kernels are not made."""
+    ranks = gpu_ranks("h100", 1)
+    plans = [
+        make_plan(replace(Config(), pipeline=pipeline), OPENLLAMA_3B, ranks, "/m")
+        for pipeline in (PipelineConfig(), PipelineConfig(attention="sdpa"))
+    ]
+    (fast, slow) = ((rate_times(OPENLLAMA_3B, plan, ranks), plan.stages[0]) for plan in plans)
+    assert slow[0].decode_s(slow[1], 1, 16) >= 26 * 0.25e-3 > fast[0].decode_s(fast[1], 1, 16)
+    ratio = slow[0].decode_s(slow[1], 256, 2000) / fast[0].decode_s(fast[1], 256, 2000)
+    assert 2.5 < ratio < 3
 
 
 # ---- by arithmetic -------------------------------------------------------------------------------
@@ -335,3 +409,37 @@ def test_starting_reads_the_weights_of_each_host() -> None:
     assert together.startup_s - apart.startup_s == pytest.approx(1.0)  # 1 GB more at 1 GB/s
     unread = replace(plan_of((1, 1)), weights="random")
     assert followed(unread, [(16, 2)], Scripted()).startup_s < apart.startup_s
+
+
+# ---- replicas ------------------------------------------------------------------------------------
+
+
+def test_replicas_share_the_prompts_by_their_speed() -> None:
+    lengths = [(16, 33)] * 96
+    one, two = plan_of((1,)), plan_of((3,))
+    times = Scripted(prefill=0.0)
+    shape = JobShape.of(lengths)
+    alone = forecast_job(SMOL, one, shape, times)
+    both = forecast_replicas(SMOL, [one, one], shape, [times, times])
+    assert both.tokens_per_s == pytest.approx(2 * alone.tokens_per_s)
+    assert both.generating_s == pytest.approx(alone.generating_s / 2)
+    assert [(stage.replica, stage.stage) for stage in both.stages] == [(0, 0), (1, 0)]
+    unlike = forecast_replicas(SMOL, [one, two], shape, [times, times])  # a third as fast
+    assert unlike.tokens_per_s == pytest.approx(4 / 3 * alone.tokens_per_s, rel=0.05)
+    assert max(stage.bubble for stage in unlike.stages) < 0.05
+
+
+def test_a_thousand_replicas_are_forecast_by_their_kinds() -> None:
+    calls = []
+
+    @dataclass(frozen=True, slots=True)
+    class Counted(Scripted):
+        def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
+            calls.append(rows)
+            return 1.0
+
+    plans, times = [plan_of((1,))] * 1000, [Counted()] * 1000
+    found = forecast_replicas(SMOL, plans, JobShape.of([(16, 5)] * 4000), times)
+    assert found.num_rounds == 4
+    assert len(calls) < 1100
+    assert len(found.stages) == 1000

@@ -45,7 +45,9 @@ class Shares(ProgressEngine):
 def test_ranks_that_meet_share_the_cores_of_their_own_host_only(
     hosts: tuple[str, ...], told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def read_resources(ranks: Ranks, device: str, *, deadline_s: float) -> RankResources:
+    async def read_resources(
+        ranks: Ranks, device: str, *, offload_dir: str, deadline_s: float
+    ) -> RankResources:
         rank = ranks.mesh.rank
         return RankResources(rank, hosts[rank], 1, "srun", 2, 2**30, cores=((0, 1),))
 

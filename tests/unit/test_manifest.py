@@ -56,7 +56,8 @@ def test_the_manifest_tells_the_input_as_it_was_read_and_not_as_it_is_by_now(
     acquired = acquire_folder(loaded, [], read, None)
     prompts.write_text('{"id": "a", "prompt": "edited"}\n')
 
-    session: Any = SimpleNamespace(plan=make_plan())
+    plan = make_plan()
+    session: Any = SimpleNamespace(plan=plan, plans=(plan,))
     with closing(acquired):
         first = first_manifest(loaded, acquired, SURROUNDINGS)
         manifest = complete_manifest(first, session, loaded, acquired)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.errors import PlanError
+from mpipipe.planning import offload_search
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.links import compute_ceilings, link_rates
+from mpipipe.planning.placement import StageChoice, place_stage
 from mpipipe.planning.plan import PipelinePlan, StageOffload
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
@@ -318,6 +321,24 @@ def test_what_makes_a_run_no_faster_is_not_advised() -> None:
             assert all(rate >= 1.02 * rates[0] for rate in rates[1:]), told
 
 
+def test_stages_that_are_alike_are_placed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for 64 cards would take half a minute else."""
+    calls = []
+
+    def counted(*arguments: Any) -> StageChoice | None:
+        calls.append(arguments)
+        return place_stage(*arguments)
+
+    monkeypatch.setattr(offload_search, "place_stage", counted)
+    large = replace(OPENLLAMA_7B, num_layers=320)
+    numbers = []
+    for num_ranks in (4, 8):
+        calls.clear()
+        assert plan(t4(num_ranks, memory=400 * GIB), spec=large).stages[1].offload is not None
+        numbers.append(len(calls))
+    assert numbers[1] <= numbers[0]
+
+
 # ---- rates ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +355,16 @@ def test_links_are_estimated_by_generation_and_lanes() -> None:
     assert rate(3, 8) == rate(3, 16) / 2
     assert "assumed" in link_rates(GpuFacts(index=0)).link_source
     assert link_rates(GpuFacts(index=0)).host_bytes_per_s == 11e9
+
+
+def test_a_disk_that_was_measured_counts_as_measured() -> None:
+    for gpu in (None, GpuFacts(index=0, link_generation=5, link_width=16)):
+        assumed, measured = link_rates(gpu), link_rates(gpu, 3_100_000_000)
+        assert "disk 1 GB/s (assumed)" in assumed.disk_source
+        assert measured.disk_source == "disk 3.1 GB/s (measured)"
+        assert measured.disk_bytes_per_s == 3.1e9
+        assert measured.host_bytes_per_s == assumed.host_bytes_per_s
+        assert measured.link_source == assumed.link_source
 
 
 def test_a_gpu_that_was_not_measured_counts_as_its_kind() -> None:

@@ -439,3 +439,14 @@ def test_a_relative_folder_is_that_of_the_head(
     words = ["model.path=.", "model.weights=random", "memory.offload_dir=o"]
     model = read_model(load_config(None, words))
     assert model.loaded.config.memory.offload_dir == str(tmp_path / "o")
+
+
+def test_the_measured_rate_of_a_disk_is_shared_by_the_ranks_of_its_host() -> None:
+    memory = MemoryConfig(device_bytes=100 * MIB, offload_dir=DISK)
+    fast = [replace(rank, disk_bytes_per_s=4_000_000_000) for rank in ranks("a", "a", "b")]
+    made = plan(fast, memory)
+    rates = [offload(made, stage).forecast.disk_bytes_per_s for stage in range(3)]
+    assert rates == [2e9, 2e9, 4e9]
+    (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
+    assert "disk 4 GB/s (measured)" in note.reason
+    assert "assumed" not in note.reason

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,9 @@ def test_json_carries_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_advice_is_what_a_plan_with_it_forecasts(capsys: pytest.CaptureFixture[str]) -> None:
     now = answer(capsys, LLAMA_3_8B, gpus="h100, 3 x t4", num_nodes=2, work="512xmixed")
     by_change = {advice["change"]: advice for advice in now["advice"]}
-    assert next(iter(by_change)) == "without the T4: 1 stage"
+    assert next(iter(by_change)) == "without the T4, with 1 in all"
     alone = answer(capsys, LLAMA_3_8B, gpus="h100", work="512xmixed")
-    advised = by_change["without the T4: 1 stage"]["tokens_per_s"]
+    advised = by_change["without the T4, with 1 in all"]["tokens_per_s"]
     # It keeps the float16 of no T4, and an H100 alone takes bfloat16: the same bytes and rates.
     assert alone["forecast"]["tokens_per_s"] == pytest.approx(advised, rel=1e-6)
     splits = [change for change in by_change if change.startswith("pipeline.split=")]
@@ -88,6 +90,47 @@ def test_each_advice_is_what_a_plan_with_it_forecasts(capsys: pytest.CaptureFixt
     assert by_change[splits[0]]["gain"] == pytest.approx(
         expected / now["forecast"]["tokens_per_s"] - 1
     )
+
+
+def test_replicas_are_planned_compared_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ROOT / "configs/shapes/openllama_3b"
+    asked: dict[str, Any] = {"gpus": "4 x h100", "work": "512x512x128"}
+    one = answer(capsys, model, **asked)
+    best = one["advice"][0]
+    assert best["change"] == "pipeline.replicas=4, of 1 stage"
+    four = answer(capsys, model, "pipeline.replicas=4", **asked)
+    assert four["forecast"]["tokens_per_s"] == pytest.approx(best["tokens_per_s"])
+    assert [each["ranks"] for each in four["replicas"]] == [[0], [1], [2], [3]]
+    two = answer(capsys, model, "pipeline.replicas=auto", "pipeline.num_stages=2", **asked)
+    assert [each["ranks"] for each in two["replicas"]] == [[0, 1], [2, 3]]
+    assert len(two["forecast"]["stages"]) == 4
+    plan_command(model, ["pipeline.replicas=4"], PlanRequest(**asked))
+    told = capsys.readouterr().out
+    assert "and 3 more replicas like them" in told
+    assert "4 replicas with 1 slot of up to 128 rows" in told
+
+
+def test_replicas_on_unlike_cards_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ROOT / "configs/shapes/openllama_3b"
+    plan_command(model, ["pipeline.replicas=2"], PlanRequest(gpus="h100, t4"))
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in told if "of node0" in line] == [
+        ["0.0", "h100"],
+        ["1.0", "t4"],
+    ]
+
+
+def test_too_few_rows_are_told_and_how_many_are_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = "pipeline.max_sequences_per_slot"
+    now = answer(capsys, LLAMA_3_8B, f"{rows}=8", gpus="2 x h100", work="512x512x128")
+    best = now["advice"][0]
+    assert best["change"] == f"{rows}=64"
+    assert best["gain"] > 2
+    more = answer(capsys, LLAMA_3_8B, best["change"], gpus="2 x h100", work="512x512x128")
+    assert more["forecast"]["tokens_per_s"] == pytest.approx(best["tokens_per_s"])
+    assert more["forecast"]["rows_per_slot"] == pytest.approx(64)
 
 
 def test_a_slow_network_is_the_bottleneck_and_a_faster_one_helps(
@@ -120,7 +163,7 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_would(
     assert not found["fits"]
     assert "0.86 GiB too little" in found["problem"]
     changes = {advice["change"]: advice["tokens_per_s"] for advice in found["would_fit"]}
-    assert set(changes) >= {"1 more T4: 2 stages", "model.quantize=int8"}
+    assert set(changes) >= {"1 more T4, 2 in all", "model.quantize=int8"}
     smaller = answer(capsys, OPENLLAMA_7B, *overrides, "model.quantize=int8", gpus="t4")
     assert smaller["forecast"]["tokens_per_s"] == pytest.approx(changes["model.quantize=int8"])
 
@@ -181,6 +224,21 @@ def test_other_figures_of_a_card_change_the_forecast(
     other = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128", gpu_table=table)
     ratio = other["forecast"]["tokens_per_s"] / known["forecast"]["tokens_per_s"]
     assert 1.7 < ratio <= 2.0
+
+
+def test_the_command_ends_with_2_where_nothing_fits() -> None:
+    command = [sys.executable, "-m", "mpipipe", "plan", str(OPENLLAMA_7B), "--gpus", "t4"]
+    found = subprocess.run(
+        [*command, "--work", "8x64x8", "memory.host_bytes=0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+    assert found.returncode == 2, found.stderr
+    assert "does not fit t4 on 1 node" in found.stdout
+    assert "Traceback" not in found.stderr
 
 
 # ---- prompts -------------------------------------------------------------------------------------

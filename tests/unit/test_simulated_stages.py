@@ -89,3 +89,12 @@ def test_the_head_decides_on_one_step_after_the_other() -> None:
     job = run_job(parts, alike(2, 8, 101), HeadTimes(step_s=0.015))
     assert job.clock.now_s() == pytest.approx(200 * 0.015, rel=0.05)
     assert job.rank_0.busy_s == pytest.approx(0.015 * parts.core.statistics().num_steps)
+
+
+def test_a_host_that_launches_slowly_holds_up_its_device() -> None:
+    """Steps of 1 ms, of which the host launches one in 3 ms."""
+    parts = made_parts(uniform(2, 0.001), num_stages=2, lookahead=1, launch_s=0.003)
+    job = run_job(parts, alike(2, 8, 101))
+    assert job.clock.now_s() == pytest.approx(200 * 0.003, rel=0.05)
+    fast = made_parts(uniform(2, 0.010), num_stages=2, lookahead=1, launch_s=0.003)
+    assert run_job(fast, alike(2, 8, 101)).clock.now_s() == pytest.approx(200 * 0.010, rel=0.02)

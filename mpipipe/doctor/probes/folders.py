@@ -1,4 +1,4 @@
-"""Looks at the model and output folders from every host: there, whole, writable, shared, how fast.
+"""Looks at the folders of a job from every host: there, whole, writable, shared, how fast.
 
 One rank per host does it, all hosts at once: that is also how a job meets its file system. Leaves
 nothing behind. `checks.job` says what the figures mean.
@@ -7,8 +7,10 @@ nothing behind. `checks.job` says what the figures mean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +21,8 @@ from mpipipe.config.load import LoadedConfig
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, MpipipeError
 from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.planning.resources import absolute_offload_dir
+from mpipipe.topology.disk import disk_bytes_per_s
 from mpipipe.topology.host import read_text
 
 __all__ = [
@@ -54,6 +58,11 @@ class FolderFacts:
     output_shared: bool = True  # what the head has made there is to be seen
     output_free_bytes: int | None = 0  # None: the file system does not say
     write_bytes_per_s: float = 0.0
+    offload: str = ""  # the folder for offloaded weights, absolute; empty: none is configured
+    offload_problem: str = ""
+    offload_system: str = ""
+    offload_free_bytes: int | None = 0
+    offload_bytes_per_s: float = 0.0  # that its disk reads
 
 
 def output_folder(loaded: LoadedConfig) -> Path:
@@ -92,6 +101,7 @@ def probe_folders(
         quick: measure no speed.
     """
     output = _output_facts(host, output_folder(loaded), marker, quick=quick)
+    output = _with_offload(output, loaded.config.memory.offload_dir, quick=quick)
     try:
         model = read_model(loaded)
     except MpipipeError as error:
@@ -131,6 +141,32 @@ def _output_facts(host: str, output: Path, marker: str, *, quick: bool) -> Folde
         output_shared=not marker or Path(marker).is_dir(),
         output_free_bytes=free_bytes,
         write_bytes_per_s=0.0 if quick else round(speed),
+    )
+
+
+def _with_offload(facts: FolderFacts, offload_dir: str, *, quick: bool) -> FolderFacts:
+    """`facts` with what can be seen of `memory.offload_dir`, which a run makes where it is not."""
+    if not offload_dir:
+        return facts
+    folder = absolute_offload_dir(offload_dir)
+    there = _existing(Path(folder))
+    problem, speed, free_bytes = "", 0.0, None
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0")
+        free_bytes = free_space_bytes(os.statvfs(there))
+        speed = 0.0 if quick else disk_bytes_per_s(str(there))
+    except OSError as error:
+        problem = error.strerror or str(error)
+    return replace(
+        facts,
+        offload=folder,
+        offload_problem=problem,
+        offload_system=file_system(there),
+        offload_free_bytes=free_bytes,
+        offload_bytes_per_s=speed,
     )
 
 

@@ -1,0 +1,191 @@
+"""Several pipelines side by side: the run that one makes, faster, and as safe."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpipipe.errors import EXIT_PEER_LOST, EXIT_PROMPTS, EXIT_REQUEUE
+from mpipipe.logs.facts import read_facts
+from mpipipe.logs.reading import RunFiles
+from mpipipe.logs.schema import check_line
+from mpipipe.logs.step_report import report_steps
+from mpipipe.logs.summary import summarise
+from tests.e2e.conftest import Outcome, execute, mpiexec, read_jsonl, run
+from tests.e2e.test_bench import bench, records
+from tests.e2e.test_stop import stop_when
+
+NUM_PROMPTS = 150
+# What a request's tokens, text and end may depend on: all of it must follow from the request alone.
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.3, "seed": 7},
+    {"temperature": 1.3},
+    {"stop": ["a", "e"], "temperature": 1.0},
+    {"num_logprobs": 2, "max_new_tokens": 5},
+    {"repetition_penalty": 1.3, "top_k": 20, "temperature": 0.8},
+)
+
+
+def write_prompts(folder: Path, count: int) -> Path:
+    path = folder / "many.jsonl"
+    lines = [
+        {"id": f"p{i}", "prompt": f"prompt {i} " * (1 + i % 4), **KINDS[i % len(KINDS)]}
+        for i in range(count)
+    ]
+    lines[5] = {"id": "p5", "prompt": "too long " * 40}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def said(outcome: Outcome) -> list[dict[str, Any]]:
+    """The completions in the order of the prompts, without their times."""
+    timed = {"queue_s", "ttft_s", "latency_s", "tokens_per_s", "logprobs", "crc32"}
+    lines = outcome.completions()
+    assert all(line["ttft_s"] >= line["queue_s"] >= 0 for line in lines)
+    return [{name: line[name] for name in line if name not in timed} for line in lines]
+
+
+def test_two_replicas_complete_what_one_rank_does(tiny_config: Path, tmp_path: Path) -> None:
+    words = [f"prompts.path={write_prompts(tmp_path, 40)}"]
+    alone = run(0, tiny_config, tmp_path / "alone", *words)
+    two = run(2, tiny_config, tmp_path / "two", *words, "pipeline.replicas=2",
+              "pipeline.num_stages=1")  # fmt: skip
+    longer = run(4, tiny_config, tmp_path / "longer", *words, "pipeline.replicas=2",
+                 "pipeline.lookahead=1", "pipeline.max_sequences_per_slot=4")  # fmt: skip
+    for outcome in (alone, two, longer):
+        assert outcome.exit_code == EXIT_PROMPTS, outcome.stderr
+        assert said(outcome) == said(alone)
+        assert len(outcome.completions()) == 40
+    assert "replica  prompts  output tokens" in two.stdout
+    check_figures(two, num_stages=1)
+    check_figures(longer, num_stages=2)
+
+
+def check_figures(outcome: Outcome, *, num_stages: int) -> None:
+    """One summary, with a part of each replica; and what `mpipipe logs` makes of the files."""
+    metrics = outcome.json("metrics.json")
+    replicas, ranks = metrics["replicas"], metrics["ranks"]
+    assert [(r["replica"], r["head_rank"]) for r in replicas] == [(0, 0), (1, num_stages)]
+    places = [(rank["replica"], rank["stage"]["stage"]) for rank in ranks]
+    assert places == [(r, s) for r in range(2) for s in range(num_stages)]
+    assert sum(r["num_completed"] + r["num_failed"] for r in replicas) == 40
+    for name in ("num_output_tokens", "num_prompt_tokens", "num_completed"):
+        assert sum(r[name] for r in replicas) == metrics["requests"][name]
+    for replica in replicas:
+        assert replica["num_completed"] > 5
+        assert replica["starved_s"] < 0.5 * replica["generate_s"]
+        assert 0 <= replica["idle_ratio"] <= 1
+    plan = outcome.json("manifest.json")["plan"]
+    assert (plan["replica"], plan["num_replicas"], len(plan["stages"])) == (0, 2, num_stages)
+    config = outcome.json("manifest.json")["config"]["pipeline"]
+    assert (config["replicas"], config["num_stages"]) == (2, num_stages)
+    requests = read_jsonl(outcome.folder / "requests.jsonl")
+    assert len({line["id"] for line in requests}) == len(requests) == 40
+    for number in (0, 1):
+        done = [line for line in requests if line["on_replica"] == number]
+        assert len(done) >= replicas[number]["num_completed"]
+    assert [problem for line in requests for problem in check_line("requests.jsonl", line)] == []
+    files = RunFiles(outcome.folder)
+    facts = read_facts(files)
+    assert [(rank.replica, rank.stage) for rank in facts.ranks] == places
+    report = report_steps(facts, 1.0)
+    heads = [rank.num_steps for rank in facts.ranks if rank.stage == 0]
+    assert report.num_steps == sum(heads) > max(heads) > 0
+    found = summarise(facts, metrics)
+    assert [rank.seconds["compute"] > 0 for rank in found.ranks] == [True] * 2 * num_stages
+    assert all(rank.seconds["unexplained"] < 0.1 * rank.wall_s for rank in found.ranks)
+
+
+def test_replicas_that_are_stopped_and_killed_leave_a_run_that_one_rank_ends(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    folder, resume = tmp_path / "run", "output.resume=true"
+    prompts = tmp_path / "many.jsonl"
+    lines = [{"id": f"p{i}", "prompt": f"prompt {i}"} for i in range(NUM_PROMPTS)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = [
+        f"prompts.path={prompts}", "generation.max_new_tokens=60", "generation.temperature=1.5",
+        "generation.ignore_eos=true", "pipeline.max_sequences_per_slot=8",
+    ]  # fmt: skip
+    journal = folder / "completions_rank_0.jsonl"
+
+    def num_lines() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    def second_head(_: int) -> int:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return int(manifest["hosts"][1]["pid"])
+
+    two = [*job, resume, "pipeline.replicas=2"]
+    stopped = stop_when(lambda: num_lines() > 0, second_head, tiny_config, folder, *two)
+    assert stopped.exit_code == EXIT_REQUEUE, stopped.stderr
+    early = stopped.completions()
+    assert 0 < len(early) < NUM_PROMPTS
+    assert stopped.json("metrics.json")["requests"]["num_unfinished"] == NUM_PROMPTS - len(early)
+
+    killed = stop_when(
+        lambda: num_lines() > len(early), second_head, tiny_config, folder, *two,
+        number=signal.SIGKILL,
+    )  # fmt: skip
+    assert killed.exit_code == EXIT_PEER_LOST, killed.stderr
+    assert "rank 1 on " in killed.stderr
+    assert len(early) < num_lines() < NUM_PROMPTS
+
+    ended = run(0, tiny_config, folder, *job, resume)
+    assert ended.exit_code == 0, ended.stderr
+    assert [line["id"] for line in ended.completions()] == [f"p{i}" for i in range(NUM_PROMPTS)]
+    alone = run(0, tiny_config, tmp_path / "alone", *job)
+    assert said(ended) == said(alone)
+
+
+LIBRARY = r"""
+import json, sys
+from mpipipe import Pipeline
+
+said = []
+with Pipeline(sys.argv[1], "pipeline.replicas=2") as pipeline:
+    for seed in (1, 2):
+        prompts = [f"prompt {i}" for i in range(9)] + [""]
+        settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": seed}
+        done = sorted(pipeline.generate_sync(prompts, **settings), key=lambda c: c.index)
+        said.append([[c.index, c.error_kind, list(c.token_ids), c.text] for c in done])
+    for completion in pipeline.generate_sync([f"prompt {i}" for i in range(40)]):
+        break  # a caller that leaves early leaves the replicas in order
+    said.append([c.text for c in pipeline.generate_sync(["last"], max_new_tokens=4)])
+    said.append(pipeline.plan.num_replicas)
+if said[0]:  # of rank 0
+    with open(sys.argv[2], "w") as file:
+        json.dump(said, file)
+"""
+
+
+def test_the_library_and_the_benchmark_use_all_replicas(
+    tiny_model: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LIBRARY)
+    said = []
+    for num_ranks in (1, 2):
+        path = tmp_path / f"said_{num_ranks}.json"
+        text = LIBRARY if num_ranks == 2 else LIBRARY.replace("replicas=2", "replicas=1")
+        script.write_text(text)
+        command = [*mpiexec(num_ranks), sys.executable, str(script), str(tiny_model), str(path)]
+        outcome = execute(command, tmp_path)
+        assert outcome.exit_code == 0, outcome.stderr
+        said.append(json.loads(path.read_text()))
+    assert said[0][:-1] == said[1][:-1]
+    assert (said[0][-1], said[1][-1]) == (1, 2)
+    assert [entry[1] for entry in said[1][0]] == [None] * 9 + ["empty_prompt"]
+
+    outcome = bench(2, tiny_config, "--work", "6x16x8", "pipeline.replicas=auto")
+    assert outcome.exit_code == 0, outcome.stderr
+    (record,) = records(outcome)
+    assert record["num_output_tokens"] == 48
+    assert record["plan"]["num_replicas"] == 2
+    assert [(s["replica"], s["stage"]) for s in record["stages"]] == [(0, 0), (1, 0)]
+    assert all(stage["num_steps"] >= 8 for stage in record["stages"])
+    assert 0 < record["share_of_floor"] < 1
