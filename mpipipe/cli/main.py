@@ -74,6 +74,7 @@ _LINK = (
 _HOST_MEMORY = "Free memory of a node, to offload weights to.  [default: 64GiB]"
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -124,6 +125,7 @@ def plan(
     gpu_table: Annotated[Path | None, typer.Option("--gpu-table", help=_GPU_TABLE)] = None,
     work: Annotated[str | None, typer.Option("--work", help=_PLAN_WORK)] = None,
     reasons: Annotated[bool, typer.Option("--reasons", help=_REASONS)] = False,
+    compare: Annotated[bool, typer.Option("--compare", help=_COMPARE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001 - read by `main`
 ) -> None:
@@ -142,6 +144,7 @@ def plan(
         gpu_table=gpu_table,
         work=work,
         with_reasons=reasons,
+        compares=compare,
         as_json=as_json,
     )
     raise typer.Exit(plan_command(config, overrides or [], request))

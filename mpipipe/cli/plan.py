@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.index import holds_weights
-from mpipipe.cli.plan_view import answer_lines, refusal_lines
+from mpipipe.cli.plan_view import answer_lines, arrangement_lines, refusal_lines
 from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
@@ -21,6 +21,7 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_CONFIG, EXIT_OK, ConfigError, PlanError
 from mpipipe.plain_values import to_json
 from mpipipe.planning.advice import advise, what_fits
+from mpipipe.planning.arrangements import compare_arrangements
 from mpipipe.planning.bottleneck import bottleneck_of
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
@@ -64,6 +65,7 @@ class PlanRequest:
     gpu_table: Path | None = None
     work: str | None = None  # prompts instead of the configuration's, e.g. 512x512x128
     with_reasons: bool = False
+    compares: bool = False  # stages, lanes and replicas
     as_json: bool = False
 
 
@@ -92,6 +94,7 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
 def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
     """The answer where it fits."""
     bottleneck, advice, forecast = bottleneck_of(outlook), advise(outlook), outlook.forecast
+    ways = compare_arrangements(outlook.job) if request.compares else ()
     if request.as_json:
         _print_json(
             {
@@ -104,13 +107,14 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
                 "wall_clock_s": forecast.wall_clock_s,
                 "bottleneck": bottleneck,
                 "advice": advice,
+                "arrangements": ways,
             }
         )
         return EXIT_OK
     lines = answer_lines(outlook, bottleneck, advice, where)
     if request.with_reasons or request.gpus is None:
         lines = [*plan_lines(outlook.plan), "", *lines]
-    print("\n".join(lines))
+    print("\n".join([*lines, *arrangement_lines(ways)]))
     return EXIT_OK
 
 

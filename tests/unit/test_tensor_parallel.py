@@ -11,6 +11,7 @@ from mpipipe.errors import EnvironmentSetupError, PlanError, UnsupportedModelErr
 from mpipipe.planning.cost import head_weight_bytes, kv_page_bytes, layer_weight_bytes
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.rate_times import rate_times
 from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.types import Shard
 from tests.unit.model_specs import OPENLLAMA_7B, SMOL
@@ -134,3 +135,21 @@ def test_a_shard_is_one_of_equal_parts() -> None:
     assert columns.whole((4, 5)) == (4, 15)
     assert rows.bounds(12) == (4, 4)
     assert columns.bounds(15) == (10, 5)
+
+
+# ---- what it takes -------------------------------------------------------------------------------
+
+
+def test_lanes_halve_a_step_but_for_what_they_add_up() -> None:
+    world = h200(2)
+    one = gpu_plan(world[:1], PipelineConfig(), spec=LLAMA_3_8B)
+    two = gpu_plan(world, TWO, spec=LLAMA_3_8B)
+    alone, both = (rate_times(LLAMA_3_8B, made, world) for made in (one, two))
+    rows, context = 1, 500.0
+    sums_s = 2 * LLAMA_3_8B.num_layers * both.near.latency_s
+    step_s = both.decode_s(two.stages[0], rows, context)
+    assert 0.5 * alone.decode_s(one.stages[0], rows, context) < step_s - sums_s
+    assert step_s < 0.8 * alone.decode_s(one.stages[0], rows, context)
+    slow = replace(both, near=replace(both.near, bytes_per_s=1e9))
+    prompts_s = [times.prefill_s(two.stages[0], 4096, 256.0) for times in (both, slow)]
+    assert prompts_s[1] > 4 * prompts_s[0]
