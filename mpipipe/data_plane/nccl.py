@@ -62,7 +62,7 @@ class NcclTensorChannel:
     def lanes(self) -> Lanes:
         """This rank's lane of its stage."""
         group = self._groups.lanes
-        return ALONE if group is None else NcclLanes(group)
+        return ALONE if group is None else NcclLanes(group, self._groups.shared)
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> StreamTransfer:
         """Add a send to the current stream (ids: to their own, behind it).

@@ -31,6 +31,7 @@ from torch.distributed import DistStoreError, ProcessGroup, Store, TCPStore
 
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.daemon_call import call_in_daemon
+from mpipipe.data_plane.shared_buffer import SharedBuffer, open_shared_buffer
 from mpipipe.errors import DeadlineError, EnvironmentSetupError
 from mpipipe.plain_values import from_json, to_json
 
@@ -44,6 +45,8 @@ __all__ = [
     "first_line",
     "open_store",
 ]
+
+_Made = tuple[dict[EdgeKind, ProcessGroup], ProcessGroup | None, SharedBuffer | None]
 
 # The head's bytes on every rank; the others pass None.
 Broadcast = Callable[[bytes | None], Awaitable[bytes]]
@@ -70,6 +73,7 @@ class NcclGroups:
 
     by_kind: dict[EdgeKind, ProcessGroup]
     lanes: ProcessGroup | None  # of this rank's stage; None: it has one
+    shared: SharedBuffer | None  # of these lanes
     store: Store  # the head serves it until all have left
     rank: int
     world_size: int
@@ -131,7 +135,7 @@ async def connect_groups(
     connecting = partial(_connect, store, rank, len(hosts), device, stage_ranks, lane_groups)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind, lanes = await call_in_daemon(connecting, "nccl-connect")
+            made = await call_in_daemon(connecting, "nccl-connect")
     except TimeoutError:
         raise DeadlineError(
             f"NCCL did not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} within "
@@ -142,7 +146,7 @@ async def connect_groups(
             f"NCCL could not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} "
             f"({first_line(error)}): {_HINT}"
         ) from error
-    return NcclGroups(by_kind, lanes, store, rank, len(hosts), device)
+    return NcclGroups(*made, store, rank, len(hosts), device)
 
 
 def _others(rank: int, hosts: Sequence[str]) -> str:
@@ -163,7 +167,7 @@ def _connect(  # noqa: PLR0917 - called in a thread, by position
     device: torch.device,
     stage_ranks: Sequence[int],
     lane_groups: Sequence[Sequence[int]],
-) -> tuple[dict[EdgeKind, ProcessGroup], ProcessGroup | None]:
+) -> _Made:
     """Make all groups, and send a tensor over every edge of this rank's pipeline and lane.
 
     Blocks until all ranks do the same.
@@ -193,10 +197,12 @@ def _connect(  # noqa: PLR0917 - called in a thread, by position
         warnings.filterwarnings("ignore", message=".*unbatched P2P")
         _exercise(groups, rank, stage_ranks, device)
     lanes = _connect_lanes(rank, lane_groups, limit)
+    shared = None
     if lanes is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=lanes)
+        shared = open_shared_buffer(lanes, device)
         torch.cuda.synchronize(device)
-    return groups, lanes
+    return groups, lanes, shared
 
 
 def _connect_lanes(

@@ -1,5 +1,7 @@
 """Sums and pieces between the lanes of a stage: NCCL through torch.distributed, in stream order.
 
+Small sums go through memory that the lanes' GPUs share (`shared_buffer`), where they can.
+
 Everything is added to the current stream and may be captured in a CUDA graph, which must be given
 up before NCCL's groups are left (`Stream.release_captured`).
 """
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from mpipipe.data_plane.shared_buffer import SharedBuffer
+
 __all__ = ["NcclLanes"]
 
 
@@ -26,15 +30,19 @@ class NcclLanes:
 
     Args:
         group: of the stage's lanes, in their order.
+        shared: for small sums; None: there is no such memory.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, shared: SharedBuffer | None = None) -> None:
         self.lane = group.rank()
         self.num_lanes = group.size()
         self._group = group
+        self._shared = shared
 
     def add_up(self, partial: torch.Tensor) -> torch.Tensor:
         """See `Lanes.add_up`."""
+        if self._shared is not None and self._shared.takes(partial):
+            return self._shared.sum_of(partial)
         try:
             dist.all_reduce(partial, group=self._group)
         except (dist.DistError, RuntimeError) as error:
