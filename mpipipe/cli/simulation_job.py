@@ -18,10 +18,8 @@ from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.link_table import link_named
 from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
 from mpipipe.planning.model_facts import read_model
-from mpipipe.planning.prompt_lengths import prompt_lengths
-from mpipipe.planning.rate_times import rate_times
-from mpipipe.planning.resolve import make_plans
-from mpipipe.planning.workload import SamplingUse, Workload
+from mpipipe.planning.planned_job import PlannedJob
+from mpipipe.planning.prompt_lengths import PromptLengths, prompt_lengths
 from mpipipe.simulation.planned_times import PlannedTimes
 from mpipipe.simulation.recorded_run import read_recorded_run
 from mpipipe.simulation.simulate import ReplicaPlan, SimulationOptions, simulate_job
@@ -76,6 +74,7 @@ class _Job:
     head: HeadTimes
     source: str
     measured: Measured | None = None
+    forecast: float | None = None  # tokens/s, by `mpipipe plan`
 
 
 def simulate_command(request: SimulationRequest) -> int:
@@ -97,9 +96,10 @@ def simulate_command(request: SimulationRequest) -> int:
     if request.trace is not None:
         write_trace(request.trace, simulation.records, result)
     if request.as_json:
-        print(json.dumps(result_fields(result, job.source, job.measured), indent=2))
+        fields = result_fields(result, job.source, job.measured)
+        print(json.dumps({**fields, "forecast_tokens_per_s": job.forecast}, indent=2))
     else:
-        show_result(result, job.source, measured=job.measured)
+        show_result(result, job.source, measured=job.measured, forecast=job.forecast)
     return EXIT_BUG if result.deadlocks else EXIT_OK
 
 
@@ -127,25 +127,29 @@ def _described_job(request: SimulationRequest) -> _Job:
     if num_replicas:
         words.append(f"pipeline.replicas={num_planned}")
     model = read_model(load_config(request.config, words), needs_weights=False)
-    ranks = _ranks(request, model, num_planned)
-    requests, lengths_source = _requests(request, model)
-    workload = _workload(requests)
-    if num_planned < num_replicas:
-        workload = _times(workload.share_of(num_replicas), num_planned)
-    plans = make_plans(
-        model.loaded.config, model.spec, ranks, str(model.folder), workload, notes=model.notes
-    )
-    far = link_named(request.link)
-    replicas = []
-    for plan in plans:
-        own = [ranks[rank] for rank in plan.ranks]
-        times = PlannedTimes(plan, rate_times(model.spec, plan, own, far=far))
-        replicas.append(ReplicaPlan(plan, times))
+    prompts = _prompts(request, model)
+    outlook = PlannedJob(
+        config=model.loaded.config,
+        spec=model.spec,
+        ranks=tuple(_ranks(request, model, num_planned)),
+        model_path=str(model.folder),
+        prompts=_share(prompts, num_planned, num_replicas),
+        notes=model.notes,
+        far=link_named(request.link),
+    ).outlook()
+    replicas = [
+        ReplicaPlan(plan, PlannedTimes(plan, times))
+        for plan, times in zip(outlook.plans, outlook.times, strict=True)
+    ]
+    forecast = outlook.forecast.tokens_per_s
     if num_planned < num_replicas:
         replicas = [replicas[number % num_planned] for number in range(num_replicas)]
+        forecast *= num_replicas / num_planned
+    requests = [RequestLengths(i, *pair, pair[1]) for i, pair in enumerate(prompts.lengths)]
     message_s, prompt_s = request.dispatch_s
     head = HeadTimes(_STEP_S, _MESSAGE_S, _NOTICE_S, message_s, prompt_s)
-    return _Job(replicas, requests, head, f"{_machine_words(request, ranks)}; {lengths_source}")
+    source = f"{_machine_words(request)}; {prompts.source}"
+    return _Job(replicas, requests, head, source, forecast=forecast)
 
 
 def _num_planned(request: SimulationRequest) -> int:
@@ -178,45 +182,31 @@ def _ranks(request: SimulationRequest, model: ModelFacts, num_planned: int) -> l
     return described_ranks(machine)
 
 
-def _requests(request: SimulationRequest, model: ModelFacts) -> tuple[list[RequestLengths], str]:
+def _prompts(request: SimulationRequest, model: ModelFacts) -> PromptLengths:
     """The prompts as far as a simulation looks at them, and how their lengths were found."""
     if request.work:
         found = BenchWork.parse(request.work).lengths(request.seed)
-        source = request.work
-    else:
-        lines = configured_prompts(model.loaded)
-        counted = prompt_lengths(lines, model.tokenizer_folder, model.spec.max_context_tokens)
-        if counted is None:
-            raise ConfigError("no prompt of the file can be run: see what `mpipipe run` says of it")
-        found, source = list(counted.lengths), f"the configured prompts, {counted.source}"
-    return [RequestLengths(i, *lengths, lengths[1]) for i, lengths in enumerate(found)], source
+        return PromptLengths(tuple(found), request.work)
+    lines = configured_prompts(model.loaded)
+    counted = prompt_lengths(lines, model.tokenizer_folder, model.spec.max_context_tokens)
+    if counted is None:
+        raise ConfigError("no prompt of the file can be run: see what `mpipipe run` says of it")
+    return replace(counted, source=f"the configured prompts, {counted.source}")
 
 
-def _workload(requests: Sequence[RequestLengths]) -> Workload:
-    return Workload(
-        num_requests=len(requests),
-        longest_request_tokens=max(r.num_prompt_tokens + r.max_new_tokens for r in requests),
-        num_prompt_tokens=sum(r.num_prompt_tokens for r in requests),
-        num_output_tokens=sum(r.num_output_tokens for r in requests),
-        sampling=SamplingUse(),
-    )
+def _share(prompts: PromptLengths, part: int, whole: int) -> PromptLengths:
+    """Of all of them, evenly, `part` of `whole`; all, where that is no part."""
+    if part >= whole:
+        return prompts
+    lengths = prompts.lengths
+    number = -(-len(lengths) * part // whole)
+    shared = tuple([lengths[i * len(lengths) // number] for i in range(number)])
+    return replace(prompts, lengths=shared)
 
 
-def _times(share: Workload, number: int) -> Workload:
-    """So many shares together."""
-    counts = (share.num_requests, share.num_prompt_tokens, share.num_output_tokens)
-    num_requests, num_prompt_tokens, num_output_tokens = [(count or 0) * number for count in counts]
-    return replace(
-        share,
-        num_requests=num_requests,
-        num_prompt_tokens=num_prompt_tokens,
-        num_output_tokens=num_output_tokens,
-    )
-
-
-def _machine_words(request: SimulationRequest, ranks: Sequence[RankResources]) -> str:
+def _machine_words(request: SimulationRequest) -> str:
     if not request.gpus:
-        return f"rates of CPU ranks, {ranks[0].num_cores} cores of this host"
+        return "rates of CPU ranks of this host"
     over = f" over {request.link}" if request.num_nodes > 1 else ""
     nodes = f"{request.num_nodes:,} node{'s' * (request.num_nodes > 1)}"
     return f"rates of {request.gpus}, {nodes}{over}"

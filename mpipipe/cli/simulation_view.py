@@ -27,11 +27,35 @@ __all__ = ["result_fields", "show_result", "write_trace"]
 _WIDTH = 120  # where the output is no terminal
 _MOST_STAGES = 12  # of more, those that are alike are shown as one
 _ALIKE = 0.01  # in their bubbles
-_COLUMNS = ("stage", "host", "layers", "compute", "wait", "send", "idle", "bubble", "steady")
+_COLUMNS = (
+    "stage",
+    "host",
+    "layers",
+    "compute",
+    "wait",
+    "transfer",
+    "send",
+    "idle",
+    "bubble",
+    "steady",
+)
 
 
-def show_result(result: SimulationResult, source: str, *, measured: Measured | None = None) -> None:
-    """Print it; `source` says where the times come from, `measured` what a real run took."""
+def show_result(
+    result: SimulationResult,
+    source: str,
+    *,
+    measured: Measured | None = None,
+    forecast: float | None = None,
+) -> None:
+    """Print it.
+
+    Args:
+        result: of the simulation.
+        source: where the times come from.
+        measured: what a real run took.
+        forecast: tokens/s by `mpipipe plan`.
+    """
     print(f"simulated: {_size(result)}; times: {source}")
     print(
         f"{result.tokens_per_s:,.1f} tokens/s: {result.num_completed:,} of "
@@ -40,6 +64,8 @@ def show_result(result: SimulationResult, source: str, *, measured: Measured | N
     )
     if measured is not None:
         print(_comparison(result, measured))
+    if forecast is not None:
+        print(f"`mpipipe plan` forecasts {forecast:,.1f} tokens/s from the same step times")
     print(
         f"first token {_seconds(result.ttft_p50_s)} p50 · {_seconds(result.ttft_p95_s)} p95; "
         f"completion {_seconds(result.latency_p50_s)} p50 · {_seconds(result.latency_p95_s)} p95"
@@ -147,7 +173,7 @@ def _groups(stages: Sequence[StageResult]) -> list[list[StageResult]]:
 def _row(alike: Sequence[StageResult]) -> tuple[str, ...]:
     """Of the first of them; their numbers and hosts."""
     stage, last = alike[0], alike[-1]
-    parts = (stage.compute_s, stage.wait_s, stage.send_s, stage.idle_s)
+    parts = (stage.compute_s, stage.wait_s, stage.transfer_s, stage.send_s, stage.idle_s)
     total_s = sum(parts) or 1.0
     steady = stage.steady_bubble
     return (

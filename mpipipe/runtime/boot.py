@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     ranks = boot.ranks
     ranks.boot.begin("plan")
     plans = await _agree_on_plans(boot)
-    plan = plans[boot.layout.place_of(ranks.mesh.rank).replica]
+    plan = _own(boot, plans)
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
@@ -56,7 +56,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
         links = await _links_for_loading(plan, ranks, linking, opened_parts)
         if links is not None:
             linking = partial(_given, links)
-        parts = await _load(boot, plan, stage, device, opened_parts, links=links)
+        parts = await _load(boot, plans, stage, device, opened_parts, links=links)
         _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
         account = StageAccount(stage.stage)
         ranks.vitals.stage = stage.stage
@@ -103,7 +103,7 @@ async def _given(links: Links) -> Links:
 
 async def _load(
     boot: Boot,
-    plan: PipelinePlan,
+    plans: Sequence[PipelinePlan],
     stage: StagePlan,
     device: torch.device,
     opened: ExitStack,
@@ -112,6 +112,7 @@ async def _load(
 ) -> StageParts:
     """The stage's parts, which are closed with `opened`, also where another rank's load fails."""
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
+    plan = _own(boot, plans)
 
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
@@ -121,15 +122,21 @@ async def _load(
         opened.callback(_close, parts)
         return parts
 
-    if plan.offload_dir:
-        needed_bytes, who = offload_need(plan, stage)
-        prepare = partial(prepare_offload_folder, Path(plan.offload_dir), needed_bytes, who=who)
-        await in_phase(ranks, "offload folder", prepare)
+    await _prepare_offload(ranks, plans, stage)
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     for warning in parts.load_warnings:
         boot.log.warning("loading", message=warning)
     return parts
+
+
+async def _prepare_offload(ranks: Ranks, plans: Sequence[PipelinePlan], stage: StagePlan) -> None:
+    """A phase of all ranks where some stage of some replica keeps weights on a disk."""
+    folders = {plan.offload_dir for plan in plans if plan.offload_dir}
+    for folder in folders:  # one, as the configuration has one
+        needed_bytes, who = offload_need([s for plan in plans for s in plan.stages], stage)
+        prepare = partial(prepare_offload_folder, Path(folder), needed_bytes, who=who)
+        await in_phase(ranks, "offload folder", prepare)
 
 
 def _close(parts: StageParts) -> None:
@@ -145,7 +152,7 @@ def _load_facts(
         load_s=load_s,
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
-        kv_bytes=parts.cache.num_bytes(),
+        kv_bytes=parts.kv_memory.cache.num_bytes(),
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )
@@ -162,6 +169,8 @@ def _log_ready(
 ) -> None:
     if parts.offloaded is not None and parts.offloaded.warning:
         boot.log.warning("offload", message=parts.offloaded.warning)
+    if parts.kv_memory.warning:
+        boot.log.warning("kv_memory", message=parts.kv_memory.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
@@ -219,11 +228,16 @@ async def _agree_on_plans(boot: Boot) -> tuple[PipelinePlan, ...]:
     """The head plans, all ranks get the same plans of all replicas."""
     told = await told_by_head(boot.ranks, "plan", lambda: to_json(_decide(boot)).encode())
     plans = tuple(from_json(list[PipelinePlan], told))
-    plan = plans[boot.layout.place_of(boot.ranks.mesh.rank).replica]
+    plan = _own(boot, plans)
     boot.log.debug("planned", **dataclasses.asdict(plan))
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     return plans
+
+
+def _own(boot: Boot, plans: Sequence[PipelinePlan]) -> PipelinePlan:
+    """That of this rank's replica."""
+    return plans[boot.layout.place_of(boot.ranks.mesh.rank).replica]
 
 
 def _decide(boot: Boot) -> tuple[PipelinePlan, ...]:

@@ -19,7 +19,8 @@ class StageResult:
     host: str
     num_layers: int
     compute_s: float
-    wait_s: float  # a step was scheduled, its input was not there
+    wait_s: float  # a step was scheduled, the stage before still computed its input
+    transfer_s: float  # the stage before was done, the input was not there
     send_s: float  # held up by sending
     idle_s: float  # nothing was scheduled
     steady_bubble: float | None  # while every slot was filled and decoding; None: it never was
@@ -27,7 +28,7 @@ class StageResult:
     @property
     def bubble(self) -> float:
         """Share of the time without compute."""
-        total_s = self.compute_s + self.wait_s + self.send_s + self.idle_s
+        total_s = self.compute_s + self.wait_s + self.transfer_s + self.send_s + self.idle_s
         return 1 - self.compute_s / total_s if total_s else 0.0
 
 

@@ -100,7 +100,9 @@ def num_representatives(
     plan = replicas[0].plan
     num_tokens = sum(request.num_output_tokens for request in requests)
     num_prompt_tokens = sum(request.num_prompt_tokens for request in requests)
-    num_steps = num_tokens / plan.max_sequences_per_slot
+    fitting = plan.num_kv_pages * plan.page_size_tokens * len(requests)
+    fitting //= max(1, num_prompt_tokens + num_tokens) * plan.num_slots
+    num_steps = num_tokens / max(1, min(plan.max_sequences_per_slot, fitting))
     num_steps += num_prompt_tokens / plan.max_tokens_per_step
     seconds = num_steps * (_STEP_S + plan.num_stages * _STAGE_S)
     seconds += num_tokens * _TOKEN_S + len(requests) * _REQUEST_S
@@ -150,6 +152,8 @@ def _result(
 ) -> SimulationResult:
     records = [record for record in job.records if record.completion.error_kind is None]
     elapsed_s = max((record.finished_s for record in records), default=job.clock.now_s())
+    if len(replicas) > 1:
+        elapsed_s = max(elapsed_s, job.rank_0.free_s)  # it has been told of the last completion
     ttfts_s = [record.completion.ttft_s for record in records]
     latencies_s = [record.completion.latency_s for record in records]
     statistics = [part.core.statistics() for part in parts]
@@ -186,7 +190,7 @@ def _stages(
     found = []
     for stage in plan.stages:
         uses = [part.stages.uses[stage.stage] for part in parts]
-        compute_s, wait_s, send_s, steady_compute_s, steady_s = _means(uses)
+        compute_s, wait_s, transfer_s, send_s, steady_compute_s, steady_s = _means(uses)
         found.append(
             StageResult(
                 stage=stage.stage,
@@ -194,8 +198,9 @@ def _stages(
                 num_layers=stage.num_layers,
                 compute_s=compute_s,
                 wait_s=wait_s,
+                transfer_s=transfer_s,
                 send_s=send_s,
-                idle_s=max(0.0, elapsed_s - compute_s - wait_s - send_s),
+                idle_s=max(0.0, elapsed_s - compute_s - wait_s - transfer_s - send_s),
                 steady_bubble=1 - steady_compute_s / steady_s if steady_s > 0 else None,
             )
         )
@@ -204,7 +209,15 @@ def _stages(
 
 def _means(uses: Sequence[StageUse]) -> tuple[float, ...]:
     sums = [
-        (use.compute_s, use.wait_s, use.send_s, use.steady_compute_s, use.steady_s) for use in uses
+        (
+            use.compute_s,
+            use.wait_s,
+            use.transfer_s,
+            use.send_s,
+            use.steady_compute_s,
+            use.steady_s,
+        )
+        for use in uses
     ]
     return tuple(sum(column) / len(uses) for column in zip(*sums, strict=True))
 

@@ -3,13 +3,13 @@
 Every stage runs the steps in the order in which the head sent them, so a step's whole passage
 follows from those before it: nothing here is an event, and nothing is undone later.
 
-On a CPU (`in_stream` False) hidden states and ids travel beside the compute. On a GPU a stage's
-queue does one thing after the other: sending holds the sender up; the first stage receives ids
-right before the step that needs them, or one round later, or when it has nothing else to do, and
-only then does the head know them (`stage/worker.py`).
+On a CPU (`in_stream` False) hidden states and ids travel beside the compute; an edge carries one at
+a time. On a GPU a stage's queue does one thing after the other: a hidden state travels when the
+sender has computed it and the receiver has come to it, and both stand still meanwhile. The first
+stage receives ids right before the step that needs them, or one round later, or when it has nothing
+else to do, and only then does the head know them (`stage/worker.py`).
 
-Buffers between stages are not limited, and edges that share a network card do not slow each other
-down.
+Edges that share a network card do not slow each other down.
 """
 
 from __future__ import annotations
@@ -29,11 +29,24 @@ class StageUse:
     """What one stage did, in seconds; the rest of the time it waited or had nothing to do."""
 
     compute_s: float = 0.0
+    wait_s: float = 0.0  # a step was scheduled, the stage before still computed its input
+    transfer_s: float = 0.0  # the stage before was done, the input was not there
     send_s: float = 0.0  # held up by sending
-    wait_s: float = 0.0  # a step was scheduled, its input was not there
     free_s: float = 0.0  # when it has done all that was sent so far
     steady_compute_s: float = 0.0  # of steady steps that follow a steady step
     steady_s: float = 0.0  # from the end of the step before to theirs
+
+
+@dataclass(slots=True)
+class _Passage:
+    """A step on a stage: the moments at which its time is cut (`metrics/accounting.py`)."""
+
+    free_s: float  # the step before had left
+    due_s: float  # it could be taken up
+    came_s: float  # and the stage before was done with it
+    begin_s: float  # its input was there
+    end_s: float
+    left_s: float  # the result had left
 
 
 @dataclass(slots=True)
@@ -81,7 +94,7 @@ class SimulatedStages:
         self._launched_s = [0.0] * num_stages
         self._keep_sequences = keep_sequences
         self._followed = FollowedSteps(num_slots)
-        self._edges_free_s = [0.0] * max(0, num_stages - 1)
+        self._edges_free_s = [0.0] * num_stages
         self._returning: deque[_Returning] = deque()
         self._num_claimed = 0  # of `_returning`: their time of notice is known
         self._ids_at_s: dict[int, float] = {}  # of the steps that may still be needed
@@ -151,46 +164,55 @@ class SimulatedStages:
     ) -> float:
         """Through all stages; returns when the ids are on the first one."""
         scheduled_s, ready_s = first_s
-        hops_s = self._times.hops_s(num_tokens)
-        edges_free_s, last = self._edges_free_s, len(self.uses) - 1
-        launched_s = self._launched_s
-        counts = step.steady and self._was_steady
+        hops_s = (0.0, *self._times.hops_s(num_tokens))
+        in_stream, edges_free_s, launched_s = self._in_stream, self._edges_free_s, self._launched_s
+        passages: list[_Passage] = []
+        end_s = ready_s  # of the stage before; on the first one the ids take no time here
         for stage, use in enumerate(self.uses):
-            free_s = use.free_s
             due_s = launched_s[stage] if launched_s[stage] > scheduled_s else scheduled_s
             due_s = launched_s[stage] = due_s + self._launch_s
-            due_s = free_s if free_s > due_s else due_s
-            begin_s = due_s if due_s > ready_s else ready_s
-            end_s = left_s = begin_s + compute_s[stage]
-            if stage < last:
+            due_s = use.free_s if use.free_s > due_s else due_s
+            if in_stream:  # both hold still for the transfer
+                sent_s = end_s if end_s > due_s else due_s
+                begin_s = sent_s + hops_s[stage]
+                if stage:
+                    passages[-1].left_s = begin_s
+            else:
                 sent_s = end_s if end_s > edges_free_s[stage] else edges_free_s[stage]
-                ready_s = edges_free_s[stage] = sent_s + hops_s[stage]
-                left_s = ready_s if self._in_stream else end_s
-            use.free_s = left_s
-            use.compute_s += compute_s[stage]
-            use.wait_s += begin_s - due_s
-            use.send_s += left_s - end_s
-            if counts:
-                use.steady_compute_s += compute_s[stage]
-                use.steady_s += left_s - free_s
-            if self.records:
-                moments_s = (free_s, due_s, begin_s, end_s, left_s)
-                self.records[stage].append(_record(step, moments_s, compute_s[stage]))
+                arrival_s = edges_free_s[stage] = sent_s + hops_s[stage]
+                begin_s = arrival_s if arrival_s > due_s else due_s
+            came_s = end_s if end_s > due_s else due_s
+            end_s = begin_s + compute_s[stage]
+            passages.append(_Passage(use.free_s, due_s, came_s, begin_s, end_s, end_s))
+        self._book(step, passages, compute_s)
         return end_s + self._times.ids_s
 
+    def _book(self, step: Step, passages: list[_Passage], compute_s: tuple[float, ...]) -> None:
+        counts = step.steady and self._was_steady
+        for stage, (use, passage) in enumerate(zip(self.uses, passages, strict=True)):
+            use.free_s = passage.left_s
+            use.compute_s += compute_s[stage]
+            use.wait_s += passage.came_s - passage.due_s
+            use.transfer_s += passage.begin_s - passage.came_s
+            use.send_s += passage.left_s - passage.end_s
+            if counts:
+                use.steady_compute_s += compute_s[stage]
+                use.steady_s += passage.left_s - passage.free_s
+            if self.records:
+                self.records[stage].append(_record(step, passage, compute_s[stage]))
 
-def _record(step: Step, moments_s: tuple[float, ...], compute_s: float) -> StepRecord:
-    start_s, scheduled_s, input_ready_s, compute_end_s, send_end_s = moments_s
+
+def _record(step: Step, passage: _Passage, compute_s: float) -> StepRecord:
     return StepRecord(
         step=step.step,
         slot=step.slot,
         num_tokens=step.num_tokens,
         num_sampled=step.num_sampled,
-        start_s=start_s,
-        scheduled_s=scheduled_s,
-        input_ready_s=input_ready_s,
-        compute_end_s=compute_end_s,
-        send_end_s=send_end_s,
+        start_s=passage.free_s,
+        scheduled_s=passage.due_s,
+        input_ready_s=passage.begin_s,
+        compute_end_s=passage.end_s,
+        send_end_s=passage.left_s,
         steady=step.steady,
         num_sequences=step.num_sequences,
         phase=step.phase,

@@ -70,6 +70,13 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
     lanes = parts["lanes_llama3_8b"]
     assert (lanes.command[2], lanes.labels["variant"]) == ("2", "tensor_parallel=2")
     assert "pipeline.tensor_parallel=2" in lanes.command
+    limited = parts["offload_32_rows"]
+    assert limited.labels == {
+        "shape": "openllama_7b",
+        "ranks": 1,
+        "variant": "device_bytes=11.5GiB",
+    }
+    assert "pipeline.max_sequences_per_slot=32" in limited.command
     assert "--trace" in parts["pipeline_openllama_3b"].command
     assert "--trace" not in parts["single_openllama_3b"].command
 

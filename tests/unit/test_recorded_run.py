@@ -47,11 +47,11 @@ def write_run(folder: Path, simulation: Simulation) -> RunFiles:
     config = {"generation": {"max_new_tokens": 12}}
     plan = json.loads(to_json(PLAN))
     (folder / "manifest.json").write_text(json.dumps({"plan": plan, "config": config}))
-    parts = ("compute", "wait", "send", "idle")
+    parts = ("compute", "wait", "transfer", "send", "idle")
     ranks: list[dict[str, Any]] = []
     for stage in simulation.result.stages:
         overall = {f"{part}_s": getattr(stage, f"{part}_s") for part in parts}
-        overall |= {"transfer_s": 0.0, "overhead_s": 0.0}
+        overall["overhead_s"] = 0.0
         ranks.append({"rank": stage.stage, "stage": {"overall": overall, "num_steps": 0}})
         start = json.dumps({**IDENTITY, "rank": stage.stage, "stage": stage.stage})[:-1]
         lines = [step_line(start, record, 0.0) for record in simulation.records[stage.stage]]

@@ -52,10 +52,13 @@ def test_two_t4_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["tokens_per_s"] == pytest.approx(32 * 16 / found["elapsed_s"])
     assert [stage["host"] for stage in found["stages"]] == ["node0", "node1"]
     for stage in found["stages"]:
-        parts_s = sum(stage[f"{part}_s"] for part in ("compute", "wait", "send", "idle"))
+        parts_s = sum(
+            stage[f"{part}_s"] for part in ("compute", "wait", "transfer", "send", "idle")
+        )
         assert parts_s == pytest.approx(found["elapsed_s"])
     assert found["deadlocks"] == []
     assert found["dispatch"] is None
+    assert found["forecast_tokens_per_s"] == pytest.approx(found["tokens_per_s"], rel=0.1)
 
 
 def test_a_slower_link_makes_the_job_slower(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,16 @@ def test_sending_holds_up_a_gpu() -> None:
     assert bubble == pytest.approx(2 / 12, abs=0.005)
 
 
+def test_a_gpu_between_two_others_is_held_up_twice() -> None:
+    """It receives 2 ms, computes 10 ms and sends 2 ms: a step every 14 ms for all."""
+    parts = made_parts(uniform(3, 0.010, hop_s=0.002), num_stages=3, lookahead=1)
+    job = run_job(parts, alike(3, prompt=8, output=201))
+    assert job.clock.now_s() == pytest.approx(600 * 0.014, rel=0.02)
+    middle = parts.stages.uses[1]
+    # Prompts have a step for each slot, too.
+    assert (middle.transfer_s, middle.send_s) == pytest.approx((603 * 0.002,) * 2, rel=0.01)
+
+
 def test_lookahead_hides_the_way_of_ids_to_the_head_and_back() -> None:
     """3 ms until the scheduler has the ids and 3 ms until the stages have the message."""
     head = HeadTimes(message_s=0.003, notice_s=0.003)
