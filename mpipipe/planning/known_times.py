@@ -67,6 +67,8 @@ def known_times(
         folder: of profiles; None: the cache's.
     """
     rates = rates or rate_times(spec, plan, [r for r in ranks if r.rank in plan.ranks])
+    if plan.tensor_parallel > 1:  # profiles are of whole layers, without the lanes' sums
+        return KnownTimes(rates)
     shape = ProfileKey.shape_of(spec)
     keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
     found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}

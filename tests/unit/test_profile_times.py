@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.config.schema import Config, ModelConfig
+from mpipipe.config.schema import Config, ModelConfig, PipelineConfig
 from mpipipe.planning.forecast import forecast_job
 from mpipipe.planning.forecast import startup_s as forecast_startup_s
 from mpipipe.planning.known_times import known_times
@@ -128,6 +128,17 @@ def test_measured_times_are_known_where_every_rank_was_measured(tmp_path: Path) 
     assert steps.decode_s(plan().stages[1], 8, 64) == times().decode_s(plan().stages[1], 8, 64)
     assert startup_s == pytest.approx(8.0 + 0.5 + plan().stages[1].weight_bytes / 1e9)
     assert str(written) in known_times(SMOL, plan(), RANKS, folder=tmp_path).files
+
+
+def test_profiles_of_whole_layers_say_nothing_of_lanes(tmp_path: Path) -> None:
+    world = [make_rank(rank, processor="A") for rank in range(3)]
+    pipeline = PipelineConfig(tensor_parallel=3)
+    config = Config(model=ModelConfig(dtype="float32"), pipeline=pipeline)
+    lanes = make_plan(config, SMOL, world, "/models/smol")
+    whole = profile(0)
+    key = ProfileKey.of(lanes, ProfileKey.shape_of(SMOL), world, 0)
+    write_profile(dataclasses.replace(whole, key=key), tmp_path)
+    assert isinstance(known_times(SMOL, lanes, world, folder=tmp_path).steps, RateTimes)
 
 
 def test_a_job_is_forecast_with_them() -> None:
