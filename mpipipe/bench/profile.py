@@ -48,7 +48,7 @@ from mpipipe.planning.profile import (
 from mpipipe.planning.resolve import make_plan
 from mpipipe.runtime.ranks import in_phase, told_by_head
 from mpipipe.runtime.startup import Joined, joined_ranks
-from mpipipe.runtime.tensor_channel import open_channel
+from mpipipe.runtime.tensor_channel import open_links
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,7 +209,7 @@ class _Measuring:
         sizes = [rows * row_bytes for rows in self.brief.hop_rows]
         device, found = self.slices.device, []
         hosts = tuple(resources.host for resources in self.joined.resources)
-        channel = await open_channel(plan, hosts, ranks, device)
+        channel = (await open_links((plan,), hosts, ranks, device)).channel
         for source, target in itertools.pairwise(plan.stages):
             await ranks.mesh.barrier(f"hop {source.stage}", _DEADLINE_S)
             if ranks.mesh.rank == source.rank:

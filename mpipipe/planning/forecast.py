@@ -33,7 +33,8 @@ _REFILL_PART = 8
 _HEADROOM_PAGES = 0.5
 # Longer jobs are followed in a sample of their sequences, and outputs of unlike lengths end in so
 # many groups: the error is far below that of the step times.
-_MOST_SEQUENCES = 8_192
+_MOST_SEQUENCES = 4_096
+_FEWEST_WAVES = 4  # that a sample fills all places with
 _GROUPS_OF_ENDS = 64
 # Draw of a GPU, as a share of its limit: measured on H100 between half idle and full pipes.
 _IDLE_WATTS = 0.17
@@ -102,7 +103,8 @@ def forecast_job(
         watts: the power limit of every rank's GPU, where known.
     """
     lengths = shape.lengths
-    step = -(-len(lengths) // _MOST_SEQUENCES)
+    most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
+    step = -(-len(lengths) // most)
     sample = lengths[::step]
     grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
     job = _Job(plan, times, deque(itertools.starmap(_Sequence, sample)), grain)
@@ -136,7 +138,7 @@ def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
     """From the start of the processes to the first step, with a warm kernel cache."""
     begin_s = _CPU_STARTUP_S
     if plan.device == "cuda":
-        begin_s = _GPU_STARTUP_S + (plan.num_stages > 1) * _SEVERAL_GPUS_STARTUP_S
+        begin_s = _GPU_STARTUP_S + (len(plan.ranks) > 1) * _SEVERAL_GPUS_STARTUP_S
     return begin_s + weights_s(spec, plan)
 
 
@@ -147,7 +149,8 @@ def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
     share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
     by_host: dict[str, float] = {}
     for stage in plan.stages:
-        by_host[stage.host] = by_host.get(stage.host, 0.0) + stage.weight_bytes * share
+        read = len(stage.ranks) * stage.weight_bytes * share
+        by_host[stage.host] = by_host.get(stage.host, 0.0) + read
     return max(by_host.values()) / DISK_BYTES_PER_S
 
 
