@@ -224,7 +224,9 @@ def best_candidate(problem: OffloadProblem) -> Candidate | None:
     With some of the cache in host memory only if it is the first by `_LEAST_GAIN`.
     """
     on_devices = _first(problem, [0.0])
-    in_part = _first(problem, [share for share in problem.kv_host_shares if share])
+    least_rows = 1 if on_devices is None else on_devices.rows  # more rows are what it is for
+    wider = replace(problem, rows=tuple(rows for rows in problem.rows if rows >= least_rows))
+    in_part = _first(wider, [share for share in problem.kv_host_shares if share])
     if on_devices is None or in_part is None:
         return on_devices or in_part
     if in_part.tokens_per_s >= _LEAST_GAIN * on_devices.tokens_per_s:

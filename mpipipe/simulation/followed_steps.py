@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    PagesRestored,
+    ScheduledSequence,
+    StepScheduled,
+)
 from mpipipe.simulation.stage_times import StepWork
 
 __all__ = ["FollowedSteps", "Step"]
@@ -37,7 +42,8 @@ class FollowedSteps:
 
     def __init__(self, num_slots: int) -> None:
         self._slots = [_SlotRows() for _ in range(num_slots)]
-        # Of sequences whose prompt is computed and that are in no batch: tokens, and by which step.
+        # Of sequences whose prompt is computed, or whose pages came back, and that are in no batch:
+        # tokens, and by which step.
         self._prefilled: dict[int, tuple[int, int]] = {}
 
     def follow(self, step: Step) -> tuple[StepWork, int]:
@@ -55,6 +61,10 @@ class FollowedSteps:
             num_sampled=step.num_sampled,
         )
         return work, needed
+
+    def restore(self, message: PagesRestored) -> None:
+        """A sequence that was preempted goes on, its tokens known to the first stage."""
+        self._prefilled[message.sequence_id] = (message.num_computed, -1)
 
     def sampled(self, step: Step) -> tuple[int, ...]:
         """The sequences that `step`, the latest that was followed, samples, in its order."""

@@ -11,6 +11,8 @@ from mpipipe.control_plane.messages import (
     DecodeScheduled,
     Message,
     NoMoreRequests,
+    PagesRestored,
+    PagesSaved,
     RequestClosed,
     RequestOpened,
     RequestsGiven,
@@ -78,6 +80,8 @@ def core_of_plan(plan: PipelinePlan) -> SchedulerCore:
         max_context_tokens=plan.max_context_tokens,
         lookahead=plan.lookahead,
         max_sequence_tokens=plan.max_sequence_tokens or None,
+        num_host_pages=plan.num_host_pages,
+        min_saved_tokens=plan.min_saved_tokens,
     )
     return SchedulerCore(
         limits,
@@ -126,6 +130,10 @@ class _StageGroup:
             case RequestClosed():
                 for sequence_id in message.sequence_ids:
                     self._stops.pop(sequence_id, None)
+            case PagesRestored():
+                self._stages.restore(message)
+            case PagesSaved():
+                pass  # the copy runs beside the steps
             case _:
                 raise AssertionError(f"the stages do not know {type(message).__name__}")
         if self._count is not None:

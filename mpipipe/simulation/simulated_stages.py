@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from mpipipe.control_plane.messages import PagesRestored
 from mpipipe.metrics.accounting import StepRecord
 from mpipipe.simulation.followed_steps import FollowedSteps, Step
 from mpipipe.simulation.stage_times import StageTimes
@@ -120,6 +121,10 @@ class SimulatedStages:
             self._num_claimed -= 1
         returned = self._returning.popleft()
         return returned.step, returned.sequence_ids
+
+    def restore(self, message: PagesRestored) -> None:
+        """The head tells of pages that come back; the copies run beside the steps."""
+        self._followed.restore(message)
 
     def send(self, step: Step, scheduled_s: float) -> None:
         """The head sends `step`; all stages have the message at `scheduled_s`."""

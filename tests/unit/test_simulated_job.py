@@ -38,6 +38,7 @@ lengths = st.builds(
     num_stages=st.integers(1, 4),
     num_replicas=st.integers(1, 4),
     num_pages=st.integers(8, 40),
+    num_host_pages=st.sampled_from([0, 20]),
     lookahead=st.integers(0, 1),
     prefill=st.sampled_from(["phases", "mixed"]),
 )
@@ -46,6 +47,7 @@ def test_every_request_ends_once_as_long_as_it_is_meant_to_be(
     num_stages: int,
     num_replicas: int,
     num_pages: int,
+    num_host_pages: int,
     lookahead: int,
     prefill: str,
 ) -> None:
@@ -59,6 +61,7 @@ def test_every_request_ends_once_as_long_as_it_is_meant_to_be(
                 lookahead=lookahead,
                 prefill=prefill,  # type: ignore[arg-type]
                 num_pages=num_pages,
+                num_host_pages=num_host_pages,
                 tokens_per_step=16,
             )
             for replica in range(num_replicas)
