@@ -76,8 +76,8 @@ def experiment_command(request: ExperimentRequest) -> int:
     """
     if request.replicas != 1:
         raise ConfigError(
-            f"--replicas {request.replicas}: an experiment compares runs of one pipeline each; leave "
-            "it at 1, and time replicas with `mpipipe bench throughput … pipeline.replicas="
+            f"--replicas {request.replicas}: an experiment compares runs of one pipeline each; "
+            "leave it at 1, and time replicas with `mpipipe bench throughput … pipeline.replicas="
             f"{request.replicas}`"
         )
     options = _options(request)

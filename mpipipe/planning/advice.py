@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpipipe.config.schema import AUTO
@@ -95,9 +95,10 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
     yield from _fewer(job)
     yield from _other_replicas(outlook)
     yield from _faster_link(job)
+    if job.config.pipeline.split != AUTO:
+        yield _Change("split", "pipeline.split=auto", job.having("pipeline", split=AUTO))
     if all(stage.offload is None for stage in outlook.plan.stages):  # else the plan has tried them
         yield from _other_limits(outlook)
-        yield from _other_splits(outlook)
     yield from _more_cache(outlook)
 
 
@@ -154,35 +155,6 @@ def _other_limits(outlook: Outlook) -> Iterator[_Change]:
         if number >= 1:
             changed = job.having("pipeline", num_slots=number)
             yield _Change("slots", f"pipeline.num_slots={number}", changed)
-
-
-def _other_splits(outlook: Outlook) -> Iterator[_Change]:
-    """One by the time that a layer takes on each stage, and its neighbours."""
-    plan, stages = outlook.plan, outlook.forecast.stages
-    split = [stage.num_layers for stage in plan.stages]
-    if len(split) == 1 or plan.num_replicas > 1:  # replicas may have different splits
-        return
-    busy_s = [stage.prefill_busy_s + stage.decode_busy_s for stage in stages]
-    speeds = [layers / seconds for layers, seconds in zip(split, busy_s, strict=True)]
-    tried = [_by_speed(sum(split), speeds)]
-    slowest, idlest = busy_s.index(max(busy_s)), busy_s.index(min(busy_s))
-    moved = list(split)
-    moved[slowest] -= 1
-    moved[idlest] += 1
-    tried.append(tuple(moved))
-    for found in dict.fromkeys(tried):
-        if min(found) >= 1 and list(found) != split:
-            words = f"pipeline.split={','.join(map(str, found))}"
-            yield _Change("split", words, outlook.job.having("pipeline", split=found))
-
-
-def _by_speed(num_layers: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Layers dealt one by one to the stage that is done first with one more; `speeds`: layers/s."""
-    split = [1] * len(speeds)
-    for _ in range(num_layers - len(speeds)):
-        done_s = [(layers + 1) / speed for layers, speed in zip(split, speeds, strict=True)]
-        split[done_s.index(min(done_s))] += 1
-    return tuple(split)
 
 
 def _more_cache(outlook: Outlook) -> Iterator[_Change]:
