@@ -2,10 +2,10 @@
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
-and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `offload_…` on one
-(weights that stream from pinned host memory under a limit of GPU memory), `transformers_1` and
-`transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
-`launch/bench_gpu.py` runs them.
+and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `lanes_<shape>` on two
+that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights that stream from pinned
+host memory under a limit of GPU memory), `transformers_1` and `transformers_2` (generate on one
+GPU, device_map over two), `tests` (launch/test_gpu.sh). `launch/bench_gpu.py` runs them.
 
 Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
 greedy decoding and fixed lengths unless a work says mixed.
@@ -60,6 +60,8 @@ _SINGLE = {
 _MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
 # Held against `single_` and `pipeline_`: decode of few rows, of many, and a job with much prefill.
 _QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
+# Two GPUs as the lanes of one stage, held against `single_` and against the same GPUs as stages.
+_LANES = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
 # Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
 _OFFLOAD = {
@@ -205,6 +207,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("single", 1, "", _SINGLE),
         ("int8", 1, "model.quantize=int8", _QUANTIZED),
         ("fp8", 1, "model.quantize=fp8", _QUANTIZED),
+        ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
     )
     parts = [

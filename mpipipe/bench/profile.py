@@ -37,11 +37,18 @@ from mpipipe.config.schema import AUTO, MemoryConfig
 from mpipipe.data_plane.probe import LinkEnd, answer_hops, ask_hops
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import dtype_bytes
-from mpipipe.planning.profile import HopPoint, Profile, ProfileKey, merged_profile, write_profile
+from mpipipe.planning.profile import (
+    HopPoint,
+    Profile,
+    ProfileKey,
+    merged_profile,
+    with_known_hops,
+    write_profile,
+)
 from mpipipe.planning.resolve import make_plan
 from mpipipe.runtime.ranks import in_phase, told_by_head
 from mpipipe.runtime.startup import Joined, joined_ranks
-from mpipipe.runtime.tensor_channel import open_channel
+from mpipipe.runtime.tensor_channel import open_links
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +102,7 @@ def _keep(profiles: Sequence[Profile]) -> list[Kept]:
     by_key: dict[str, list[Profile]] = {}
     for profile in profiles:
         by_key.setdefault(profile.key.digest, []).append(profile)
-    merged = [merged_profile(same) for same in by_key.values()]
+    merged = [with_known_hops(merged_profile(same)) for same in by_key.values()]
     return [Kept(profile, write_profile(profile)) for profile in merged]
 
 
@@ -202,7 +209,7 @@ class _Measuring:
         sizes = [rows * row_bytes for rows in self.brief.hop_rows]
         device, found = self.slices.device, []
         hosts = tuple(resources.host for resources in self.joined.resources)
-        channel = await open_channel(plan, hosts, ranks, device)
+        channel = (await open_links((plan,), hosts, ranks, device)).channel
         for source, target in itertools.pairwise(plan.stages):
             await ranks.mesh.barrier(f"hop {source.stage}", _DEADLINE_S)
             if ranks.mesh.rank == source.rank:

@@ -110,6 +110,7 @@ class Brief:
         limits = replace(
             plan,
             num_slots=1,
+            num_host_pages=0,
             num_kv_pages=min(max(needed), max(most_pages, -(-longest_sequence // page_size))),
             max_sequence_tokens=longest_sequence,
             restart_tokens=0,

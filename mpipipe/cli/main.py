@@ -79,6 +79,7 @@ _LINK = (
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -130,6 +131,7 @@ def plan(
     work: Annotated[str | None, typer.Option("--work", help=_PLAN_WORK)] = None,
     from_run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help=_FROM)] = None,
     reasons: Annotated[bool, typer.Option("--reasons", help=_REASONS)] = False,
+    compare: Annotated[bool, typer.Option("--compare", help=_COMPARE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
     debug: Debug = False,
@@ -155,6 +157,7 @@ def plan(
         work=work,
         past_run=from_run,
         with_reasons=reasons,
+        compares=compare,
         as_json=as_json,
     )
     raise typer.Exit(plan_command(config, overrides or [], request))

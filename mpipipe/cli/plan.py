@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.index import holds_weights
-from mpipipe.cli.plan_view import answer_lines, refusal_lines
+from mpipipe.cli.plan_view import answer_lines, arrangement_lines, refusal_lines
 from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
@@ -21,6 +21,7 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_CONFIG, EXIT_OK, ConfigError, PlanError
 from mpipipe.plain_values import to_json
 from mpipipe.planning.advice import advise, what_fits
+from mpipipe.planning.arrangements import compare_arrangements
 from mpipipe.planning.bottleneck import bottleneck_of
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
@@ -67,6 +68,7 @@ class PlanRequest:
     work: str | None = None  # prompts instead of the configuration's, e.g. 512x512x128
     past_run: Path | None = None  # to learn from
     with_reasons: bool = False
+    compares: bool = False  # stages, lanes and replicas
     as_json: bool = False
 
 
@@ -126,6 +128,7 @@ def _learnt(job: PlannedJob, place: Path) -> PlannedJob:
 def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
     """The answer where it fits."""
     bottleneck, advice, forecast = bottleneck_of(outlook), advise(outlook), outlook.forecast
+    ways = compare_arrangements(outlook.job) if request.compares else ()
     if request.as_json:
         _print_json(
             {
@@ -138,13 +141,14 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
                 "wall_clock_s": forecast.wall_clock_s,
                 "bottleneck": bottleneck,
                 "advice": advice,
+                "arrangements": ways,
             }
         )
         return EXIT_OK
     lines = answer_lines(outlook, bottleneck, advice, where)
     if request.with_reasons or request.gpus is None:
         lines = [*plan_lines(outlook.plan), "", *lines]
-    print("\n".join(lines))
+    print("\n".join([*lines, *arrangement_lines(ways)]))
     return EXIT_OK
 
 
@@ -296,7 +300,9 @@ def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, 
     """With a stage for each GPU, whatever the configuration says; and what of it is not used."""
     pipeline, ignored = loaded.config.pipeline, []
     num_stages, replicas = pipeline.num_stages, pipeline.replicas
-    if isinstance(num_stages, int) and num_ranks not in _world_sizes(num_stages, replicas):
+    if isinstance(num_stages, int) and num_ranks not in _world_sizes(
+        num_stages * pipeline.tensor_parallel, replicas
+    ):
         ignored.append(f"pipeline.num_stages = {pipeline.num_stages}: planned for {num_ranks}")
         pipeline = replace(pipeline, num_stages=AUTO)
     if pipeline.device == "cpu":
@@ -306,18 +312,18 @@ def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, 
     return replace(loaded, config=config), tuple(ignored)
 
 
-def _world_sizes(num_stages: int, replicas: int | str) -> range:
-    """How many ranks make pipelines of so many stages."""
+def _world_sizes(ranks_each: int, replicas: int | str) -> range:
+    """How many ranks make pipelines of so many each."""
     if isinstance(replicas, int):
-        return range(num_stages * replicas, num_stages * replicas + 1)
-    return range(num_stages, sys.maxsize, num_stages)
+        return range(ranks_each * replicas, ranks_each * replicas + 1)
+    return range(ranks_each, sys.maxsize, ranks_each)
 
 
 def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:
     pipeline = loaded.config.pipeline
     number = pipeline.num_stages if isinstance(pipeline.num_stages, int) else 1
     number *= pipeline.replicas if isinstance(pipeline.replicas, int) else 1
-    return ranks_of_this_host(loaded, request.num_stages or number)
+    return ranks_of_this_host(loaded, request.num_stages or number * pipeline.tensor_parallel)
 
 
 def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.errors import ConfigError, EnvironmentSetupError, UnsupportedModelError
 from mpipipe.planning.cost import stage_weight_bytes
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.machine import rank_like
@@ -81,7 +81,7 @@ def _tried(job: PlannedJob) -> Outlook | None:
     """None: it cannot be planned."""
     try:
         return job.outlook()
-    except (ConfigError, EnvironmentSetupError):
+    except (ConfigError, EnvironmentSetupError, UnsupportedModelError):
         return None
 
 
@@ -90,6 +90,7 @@ def _tried(job: PlannedJob) -> Outlook | None:
 
 def _changes(outlook: Outlook) -> Iterator[_Change]:
     job = outlook.job
+    yield from _more_lanes(job)
     yield from _narrower(job)
     yield _grown(job, 1)
     yield from _fewer(job)
@@ -100,6 +101,15 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
     if all(stage.offload is None for stage in outlook.plan.stages):  # else the plan has tried them
         yield from _other_limits(outlook)
     yield from _more_cache(outlook)
+
+
+def _more_lanes(job: PlannedJob) -> Iterator[_Change]:
+    """The same ranks, several of them to a stage."""
+    free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
+    for lanes in (2, 4, 8):
+        if len(job.ranks) % lanes == 0 and job.config.pipeline.tensor_parallel != lanes:
+            changed = job.having("pipeline", tensor_parallel=lanes, **free)
+            yield _Change("lanes", f"pipeline.tensor_parallel={lanes}", changed)
 
 
 def _narrower(job: PlannedJob) -> Iterator[_Change]:

@@ -138,7 +138,7 @@ def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
     """From the start of the processes to the first step, with a warm kernel cache."""
     begin_s = _CPU_STARTUP_S
     if plan.device == "cuda":
-        begin_s = _GPU_STARTUP_S + (plan.num_stages > 1) * _SEVERAL_GPUS_STARTUP_S
+        begin_s = _GPU_STARTUP_S + (len(plan.ranks) > 1) * _SEVERAL_GPUS_STARTUP_S
     return begin_s + weights_s(spec, plan)
 
 
@@ -149,7 +149,8 @@ def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
     share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
     by_host: dict[str, float] = {}
     for stage in plan.stages:
-        by_host[stage.host] = by_host.get(stage.host, 0.0) + stage.weight_bytes * share
+        read = len(stage.ranks) * stage.weight_bytes * share
+        by_host[stage.host] = by_host.get(stage.host, 0.0) + read
     return max(by_host.values()) / DISK_BYTES_PER_S
 
 

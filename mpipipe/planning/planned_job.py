@@ -89,7 +89,7 @@ class PlannedJob:
     def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:
         """What the job takes under the plans of its replicas, each with its times."""
         shape = _shape(self.prompts.lengths)
-        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans[0]))
+        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans))
 
     def having(self, section: str, **settings: Any) -> PlannedJob:
         """The job with other settings of a section of the configuration."""
@@ -111,10 +111,16 @@ class PlannedJob:
         known = known_times(spec, plan, ranks, rates) if self.is_measured else KnownTimes(rates)
         return known if self.learnt is None else self.learnt.applied_to(known)
 
-    def _watts(self, plan: PipelinePlan) -> dict[int, float]:
-        """The power limit of every GPU that is in the table."""
-        if plan.device == "cpu":
+    def _watts(self, plans: Sequence[PipelinePlan]) -> dict[int, float]:
+        """The power limit of each stage's GPUs, by its first rank, where all are in the table."""
+        if plans[0].device == "cpu":
             return {}
         table = self.table or known_gpus()
         cards = {rank.rank: table.find(rank.gpu.name) for rank in self.ranks}
-        return {rank: card.watts for rank, card in cards.items() if card is not None}
+        limits = {rank: card.watts for rank, card in cards.items() if card is not None}
+        stages = [stage for plan in plans for stage in plan.stages]
+        return {
+            stage.rank: sum(limits[rank] for rank in stage.ranks)
+            for stage in stages
+            if limits.keys() >= {*stage.ranks}
+        }

@@ -36,6 +36,7 @@ __all__ = [
     "profile_folder",
     "profile_path",
     "read_profile",
+    "with_known_hops",
     "write_profile",
 ]
 
@@ -52,7 +53,7 @@ class ProfileKey:
     device: str  # name of the GPU, or of the processor
     attention: str
     cuda_graphs: bool
-    threads_per_rank: int
+    threads_per_rank: int  # that compute; 1 on GPUs
     ranks_per_host: int  # that compute side by side on a host's cores; 1 on GPUs
     sampling: str  # operations of the sampler, e.g. "NOTHING" for greedy
     mpipipe: str
@@ -83,7 +84,7 @@ class ProfileKey:
             device=own.gpu.name if on_gpu else own.processor,
             attention=plan.attention,
             cuda_graphs=plan.cuda_graphs,
-            threads_per_rank=plan.threads_per_rank,
+            threads_per_rank=1 if on_gpu else plan.threads_per_rank,
             ranks_per_host=sharing,
             sampling=plan.sampling.needs.name or "NOTHING",
             mpipipe=__version__,
@@ -190,6 +191,14 @@ def write_profile(profile: Profile, folder: Path | None = None) -> Path:
             "there, or set MPIPIPE_CACHE to a folder that can be written"
         ) from error
     return path
+
+
+def with_known_hops(profile: Profile, folder: Path | None = None) -> Profile:
+    """`profile` with the hops of the one that it replaces, where one rank has measured it."""
+    older = read_profile(profile.key, folder)
+    if profile.hops or older is None:
+        return profile
+    return dataclasses.replace(profile, hops=older.hops)
 
 
 def merged_profile(profiles: list[Profile]) -> Profile:

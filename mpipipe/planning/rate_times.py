@@ -25,6 +25,7 @@ from mpipipe.planning.link_table import BETWEEN_HOSTS, LINKS, Link
 from mpipipe.planning.links import compute_ceilings
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.tensor_parallel import lane_spec
 
 __all__ = ["RateTimes", "Shares", "rate_times", "with_offload"]
 
@@ -98,6 +99,7 @@ class RateTimes:
     near: Link  # between ranks of a host
     far: Link  # between hosts
     source: str
+    num_lanes: int = 1  # ranks of a stage; `spec` is what each of them computes with
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -108,6 +110,7 @@ class RateTimes:
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
         layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
+        layer_s += 2 * self._sum_s(rows)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
         return with_offload(stage.offload, compute_s, rows) + self.kv_in_host_s(stage, cached)
 
@@ -117,7 +120,7 @@ class RateTimes:
         products_s = self._layer_products_s(ceilings, tokens, shares.prompt_products)
         attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
         attention_s /= ceilings.flops_per_s * shares.prompt_attention
-        layer_s = products_s + attention_s + shares.layer_s
+        layer_s = products_s + attention_s + shares.layer_s + 2 * self._sum_s(tokens)
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
@@ -138,6 +141,21 @@ class RateTimes:
         moved = num_tokens * self._cache_row_bytes() * len(known.layers)
         return moved * known.step_s / known.step_bytes
 
+    def _sum_s(self, rows: float) -> float:
+        """What the lanes of a stage take to add up their hidden states."""
+        if self.num_lanes == 1:
+            return 0.0
+        # Each lane sends every element but its own part twice, round the ring.
+        moved = 2 * (self.num_lanes - 1) / self.num_lanes * rows * self.spec.hidden_size
+        return self.near.latency_s + moved * dtype_bytes(self.dtype) / self.near.bytes_per_s
+
+    def _gather_s(self, rows: float) -> float:
+        """What they take to share the logits that each has of a part of the vocabulary."""
+        if not self.spec.head_rows:
+            return 0.0
+        moved = rows * (self.spec.vocab_size - self.spec.head_rows) * dtype_bytes(self.dtype)
+        return self.near.latency_s + moved / self.near.bytes_per_s
+
     def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
         """The matrix products of a layer for so many rows."""
         spec = self.spec
@@ -151,9 +169,10 @@ class RateTimes:
         spec, share = self.spec, self.shares.decode_products
         narrow = head_weight_bytes(spec, self.weight_dtype)
         products_s = self._products_s(
-            self.ceilings[stage.rank], spec.embedding_parameters, narrow, rows, share
+            self.ceilings[stage.rank], spec.head_parameters, narrow, rows, share
         )
-        return products_s + rows * spec.vocab_size / 1000 * self.shares.row_s
+        choosing_s = rows * spec.vocab_size / 1000 * self.shares.row_s
+        return products_s + self._gather_s(rows) + choosing_s
 
     def _products_s(
         self, ceilings: Ceilings, parameters: int, held_bytes: int, rows: float, share: float
@@ -224,7 +243,9 @@ def rate_times(
     halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
     return RateTimes(
         # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
-        spec=replace(spec, quantized=plan.quantize if on_gpus else "none"),
+        spec=lane_spec(
+            replace(spec, quantized=plan.quantize if on_gpus else "none"), plan.tensor_parallel
+        ),
         dtype=plan.dtype,
         weight_dtype="float16" if halved else plan.dtype,
         row_multiple=8 if on_gpus else 1,
@@ -233,6 +254,7 @@ def rate_times(
         near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
         far=far,
         source="; ".join(sources),
+        num_lanes=plan.tensor_parallel,
     )
 
 

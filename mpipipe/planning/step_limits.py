@@ -90,6 +90,7 @@ def choose_step_limits(
     decisions: Decisions,
     *,
     device: str,
+    num_stages: int,
     num_requests: int | None,
 ) -> StepLimits:
     """How many sequences and tokens at once.
@@ -97,7 +98,7 @@ def choose_step_limits(
     Raises:
         PlanError: the settings contradict each other or the model.
     """
-    num_slots = decisions.settle("pipeline.num_slots", len(ranks), "one a stage")
+    num_slots = decisions.settle("pipeline.num_slots", num_stages, "one a stage")
     sequences = (_SEQUENCES_PER_SLOT, "enough rows a step to use the weights well on a CPU")
     tokens = (_TOKENS_PER_STEP, "keeps prompts from holding up the other slots for long")
     if device == "cuda":
@@ -140,7 +141,7 @@ def rank_memory(
     """What a stage needs and what is there.
 
     Args:
-        rank_resources: of its rank.
+        rank_resources: of its rank, or of one lane.
         stage: as planned so far.
         page_bytes: of one KV page.
         work_bytes: on a GPU.
@@ -150,16 +151,16 @@ def rank_memory(
     """
     if gpu_bytes is None:
         return RankMemory(
-            rank=stage.rank,
-            host=stage.host,
+            rank=rank_resources.rank,
+            host=rank_resources.host,
             available_bytes=rank_resources.memory_available_bytes,
             weight_bytes=stage.device_weight_bytes,
             page_bytes=page_bytes,
             weight_limit_bytes=weight_limit_bytes,
         )
     return RankMemory(
-        rank=stage.rank,
-        host=stage.host,
+        rank=rank_resources.rank,
+        host=rank_resources.host,
         available_bytes=gpu_bytes,
         weight_bytes=stage.device_weight_bytes,
         page_bytes=page_bytes,

@@ -376,14 +376,14 @@ class Session:
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
-        """Every rank's totals, in the order of replicas and stages, on rank 0; None elsewhere."""
+        """Every rank's totals, by replica, stage and lane, on rank 0; None elsewhere."""
         await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
         reports = [from_json(RankReport, part) for part in parts]
-        return tuple(sorted(reports, key=lambda report: (report.replica, report.stage.stage)))
+        return tuple(sorted(reports, key=lambda told: (told.replica, told.stage.stage, told.rank)))
 
     def _head_us_per_step(self) -> float | None:
         return self._runner.us_per_step if self._runner is not None else None

@@ -69,6 +69,9 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         assert f"model.quantize={quantize}" in part.command
         assert part.command[2] == ranks
         assert part.labels["variant"] == f"quantize={quantize}"  # not held against bf16's targets
+    lanes = parts["lanes_llama3_8b"]
+    assert (lanes.command[2], lanes.labels["variant"]) == ("2", "tensor_parallel=2")
+    assert "pipeline.tensor_parallel=2" in lanes.command
     limited = parts["offload_32_rows"]
     assert limited.labels == {
         "shape": "openllama_7b",

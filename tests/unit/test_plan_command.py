@@ -111,6 +111,45 @@ def test_replicas_are_planned_compared_and_advised(capsys: pytest.CaptureFixture
     assert "4 replicas with 1 slot of up to 128 rows" in told
 
 
+def test_stages_lanes_and_replicas_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "4 x h100", "work": "256x512x128"}
+    ways = answer(capsys, LLAMA_3_8B, compares=True, **asked)["arrangements"]
+    shapes = [(way["replicas"], way["stages"], way["lanes"]) for way in ways]
+    assert sorted(shapes) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
+    speeds = [way["tokens_per_s"] for way in ways]
+    assert speeds == sorted(speeds, reverse=True)
+    quick = min(ways, key=lambda way: way["request_s"])
+    assert (quick["stages"], quick["lanes"]) == (1, 4)  # every rank works on each token
+    words = ["pipeline.replicas=2", "pipeline.tensor_parallel=2"]
+    chosen = answer(capsys, LLAMA_3_8B, *words, **asked)
+    told = next(way for way in ways if (way["replicas"], way["lanes"]) == (2, 2))
+    assert chosen["forecast"]["tokens_per_s"] == pytest.approx(told["tokens_per_s"])
+    plan_command(LLAMA_3_8B, [], PlanRequest(compares=True, **asked))
+    lines = capsys.readouterr().out.splitlines()
+    best = f"pipeline.replicas={ways[0]['replicas']} pipeline.num_stages={ways[0]['stages']} "
+    assert any(line.startswith("throughput") and best in line for line in lines)
+    latency = "pipeline.replicas=1 pipeline.num_stages=1 pipeline.tensor_parallel=4"
+    assert any(line.startswith("latency") and latency in line for line in lines)
+
+
+def test_lanes_that_do_not_divide_the_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command(LLAMA_3_8B, [], PlanRequest(compares=True, gpus="3 x h100", work="8x512x128"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "does not divide" in line]
+    assert line.split()[:4] == ["1", "1", "3", "–"]
+
+
+def test_lanes_are_shown_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "2 x h100", "work": "1x512x128"}
+    alone = answer(capsys, LLAMA_3_8B, **asked)
+    (advised,) = [a for a in alone["advice"] if a["change"] == "pipeline.tensor_parallel=2"]
+    both = answer(capsys, LLAMA_3_8B, "pipeline.tensor_parallel=2", **asked)
+    assert both["forecast"]["tokens_per_s"] == pytest.approx(advised["tokens_per_s"])
+    assert both["forecast"]["energy_j"] > 0
+    assert [stage["lane_ranks"] for stage in both["plan"]["stages"]] == [[0, 1]]
+    plan_command(LLAMA_3_8B, ["pipeline.tensor_parallel=2"], PlanRequest(**asked))
+    assert "2 x h100 of node0" in capsys.readouterr().out
+
+
 def test_replicas_on_unlike_cards_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     model = ROOT / "configs/shapes/openllama_3b"
     plan_command(model, ["pipeline.replicas=2"], PlanRequest(gpus="h100, t4"))

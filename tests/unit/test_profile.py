@@ -23,6 +23,7 @@ from mpipipe.config.schema import Config, ModelConfig
 from mpipipe.errors import OutputError
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.profile import (
+    HopPoint,
     Profile,
     ProfileKey,
     RowPoint,
@@ -31,9 +32,11 @@ from mpipipe.planning.profile import (
     merged_profile,
     profile_path,
     read_profile,
+    with_known_hops,
     write_profile,
 )
 from mpipipe.planning.resolve import make_plan
+from mpipipe.topology.gpu import GpuFacts
 from tests.unit.model_specs import OPENLLAMA_3B, SMOL
 from tests.unit.planned_rank import make_rank
 
@@ -102,6 +105,30 @@ def test_ranks_with_one_key_are_merged_by_the_mean() -> None:
     assert merged.decode.layer == (TokenPoint(1, 64.0, 2.0), TokenPoint(8, 64.0, 2.0))
     assert merged.prefill.head == (RowPoint(1, 2.0), RowPoint(8, 4.0))
     assert merged.load_bytes_per_s == 2.0
+
+
+def test_hops_stay_known_when_one_rank_measures_again(tmp_path: Path) -> None:
+    hops = (HopPoint(2304, 1e-4, False),)
+    write_profile(dataclasses.replace(a_profile(), hops=hops), tmp_path)
+    alone = dataclasses.replace(a_profile(2.0), hops=())
+    assert with_known_hops(alone, tmp_path) == dataclasses.replace(alone, hops=hops)
+    others = (HopPoint(4608, 2e-4, True),)
+    newer = dataclasses.replace(alone, hops=others)
+    assert with_known_hops(newer, tmp_path) == newer
+    assert with_known_hops(alone, tmp_path / "none") == alone
+
+
+def test_threads_of_a_gpus_rank_do_not_matter() -> None:
+    ranks = [make_rank(0, gpu=GpuFacts(index=0, name="Tesla T4", uuid="g"))]
+    shape = ProfileKey.shape_of(SMOL)
+    keys = {
+        ProfileKey.of(
+            dataclasses.replace(a_plan(), device="cuda", threads_per_rank=threads), shape, ranks, 0
+        )
+        for threads in (1, 8)
+    }
+    (key,) = keys
+    assert (key.device, key.ranks_per_host) == ("Tesla T4", 1)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
