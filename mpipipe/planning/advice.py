@@ -19,6 +19,8 @@ _LEAST_GAIN = 0.02  # less is within what a forecast is good for
 _MOST_ROWS = 1024
 _LEAST_TOKENS = 256
 _MOST_REPLICAS = 64
+# Changes that leave as many stages on the same ranks.
+_KEEP_STAGES = frozenset({"rows", "tokens", "slots", "quantize", "memory", "context", "link"})
 _ETHERNET = ("1gbe", "10gbe", "25gbe", "100gbe", "hdr", "ndr")
 
 
@@ -52,17 +54,39 @@ def advise(outlook: Outlook, most: int = 3) -> tuple[Advice, ...]:
         advices = advise(by_rates, most)
         return tuple(replace(each, tokens_per_s=each.tokens_per_s * scale) for each in advices)
     now = outlook.forecast.tokens_per_s
-    best: dict[str, Advice] = {}
+    best: dict[str, tuple[Advice, _Change]] = {}
     for change in _changes(outlook):
-        found = _tried(change.job)
-        if found is None:
-            continue
-        tokens_per_s = found.forecast.tokens_per_s
-        advice = Advice(change.words, tokens_per_s, tokens_per_s / now - 1)
+        advice = _advice(change.words, _with_split(change, outlook), now)
         held = best.get(change.kind)
-        if advice.gain >= _LEAST_GAIN and (held is None or advice.gain > held.gain):
-            best[change.kind] = advice
-    return tuple(sorted(best.values(), key=lambda advice: -advice.gain)[:most])
+        if advice.gain >= _LEAST_GAIN and (held is None or advice.gain > held[0].gain):
+            best[change.kind] = (advice, change)
+    chosen = sorted(best.values(), key=lambda pair: -pair[0].gain)[:most]
+    told = [
+        advice
+        if _with_split(change, outlook) is change.job
+        else _advice(change.words, change.job, now)
+        for advice, change in chosen
+    ]
+    return tuple(sorted(told, key=lambda advice: -advice.gain))
+
+
+def _advice(words: str, job: PlannedJob, now: float) -> Advice:
+    """What `job` makes instead of `now` tokens per second; nothing if it cannot be planned."""
+    found = _tried(job)
+    tokens_per_s = 0.0 if found is None else found.forecast.tokens_per_s
+    return Advice(words, tokens_per_s, tokens_per_s / now - 1)
+
+
+def _with_split(change: _Change, outlook: Outlook) -> PlannedJob:
+    """The changed job with the split of now, where it has the same stages: for a first look.
+
+    What is told has a split of its own again.
+    """
+    plan, job = outlook.plan, change.job
+    keeps = change.kind in _KEEP_STAGES and plan.num_replicas == 1
+    if not keeps or job.config.pipeline.split != AUTO or plan.num_stages == 1:
+        return job
+    return job.having("pipeline", split=tuple(stage.num_layers for stage in plan.stages))
 
 
 def what_fits(job: PlannedJob, most: int = 3) -> tuple[Advice, ...]:
