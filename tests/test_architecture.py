@@ -41,6 +41,7 @@ PARAMETERS_EXCEPTIONS: dict[str, str] = {
     "mpipipe/cli/main.py:bench_throughput": "one per option of the command line, keyword-only",
     "mpipipe/cli/simulate.py:simulate": "one per option of the command line, keyword-only",
     "mpipipe/cli/main.py:plan": "one per option of the command line, keyword-only",
+    "mpipipe/kv_cache/paged.py:PagedKVCache.allocate": "the shape of a cache, keyword-only",
     "mpipipe/models/attention_bridge.py:_attention": "transformers' attention interface has them",
     "mpipipe/stage/worker.py:StageWorker.__init__": "wires a stage, keyword-only",
 }

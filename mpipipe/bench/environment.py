@@ -18,7 +18,8 @@ SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-pytho
 # Fields of the plan, by their names.
 _PLANNED = (
     "dtype", "num_replicas", "num_slots", "max_sequences_per_slot", "max_tokens_per_step",
-    "num_kv_pages", "page_size_tokens", "transport", "attention", "lookahead", "prefill", "weights",
+    "num_kv_pages", "num_host_pages", "page_size_tokens", "transport", "attention", "lookahead",
+    "prefill", "weights",
 )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def environment(session: Session) -> dict[str, Any]:
             "hash": plan.content_hash(),
         },
         "num_preemptions": session.num_preemptions,
+        "num_saved": session.num_saved,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

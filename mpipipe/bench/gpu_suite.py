@@ -2,7 +2,8 @@
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
-and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `transformers_1` and
+and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `offload_…` on one
+(weights that stream from pinned host memory under a limit of GPU memory), `transformers_1` and
 `transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
 `launch/bench_gpu.py` runs them.
 
@@ -52,6 +53,27 @@ _MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
 # Held against `single_` and `pipeline_`: decode of few rows, of many, and a job with much prefill.
 _QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
+# Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
+_OFFLOAD = {
+    "offload_32_rows": (
+        "openllama_7b",
+        "memory.device_bytes=11.5GiB memory.num_kv_pages=1104 pipeline.max_sequences_per_slot=32",
+        ("32x512x32",),
+    ),
+    "offload_512_rows": (
+        "openllama_7b",
+        "memory.device_bytes=26GiB memory.num_kv_pages=2816 pipeline.max_sequences_per_slot=512",
+        ("512x64x16",),
+    ),
+    "offload_half": (
+        "openllama_7b",
+        "memory.device_bytes=17GiB memory.num_kv_pages=1104 pipeline.max_sequences_per_slot=32",
+        ("32x512x32",),
+    ),
+    "offload_4gb": ("openllama_7b", "memory.device_bytes=4GB", ("16x256x32",)),
+    "offload_8gb": ("llama3_8b", "memory.device_bytes=8GB", ("64x512x32",)),
+    "offload_16gb": ("opt_6p7b", "memory.device_bytes=16GB", ("64x512x32",)),
+}  # fmt: skip
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 _TRANSFORMERS = ("1x512x128", "32x512x128")
 
@@ -128,7 +150,7 @@ def _bench(kind: str, shape: str, options: SuiteOptions) -> list[str]:
 
 
 def _throughput_part(
-    kind: str,
+    name: str,
     shape: str,
     works: tuple[str, ...],
     num_ranks: int,
@@ -136,18 +158,22 @@ def _throughput_part(
     *,
     variant: str,
 ) -> Part:
-    """`bench throughput` of a shape. `variant`: a setting and its value."""
-    name = f"{kind}_{shape}"
+    """`bench throughput` of a shape. `variant`: settings and their values."""
     json_path = options.out / f"{name}.jsonl"
     command = [*_mpirun(num_ranks), *_bench("throughput", shape, options)]
-    command += [variant] if variant else []
+    command += variant.split()
     command += [word for work in _works(works, options) for word in ("--work", work)]
     if name == f"pipeline_{_SHAPES[0]}":
         command += ["--trace", str(options.out / "trace.json"), "--trace-steps", "50"]
     if options.profile and name == f"pipeline_{options.profile}":
         command += ["--profile", str(options.out / "profile.json")]
-    labels = {"shape": shape, "ranks": num_ranks, "variant": variant.rpartition(".")[2]}
+    labels = {"shape": shape, "ranks": num_ranks, "variant": _short(variant)}
     return Part(name, [*command, "--json", str(json_path)], 100.0, json_path, labels)
+
+
+def _short(variant: str) -> str:
+    """Of the first setting, without its section."""
+    return variant.partition(" ")[0].partition(".")[2]
 
 
 def _works(works: tuple[str, ...], options: SuiteOptions) -> tuple[str, ...]:
@@ -174,9 +200,13 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
     )
     parts = [
-        _throughput_part(kind, shape, works, ranks, options, variant=variant)
+        _throughput_part(f"{kind}_{shape}", shape, works, ranks, options, variant=variant)
         for kind, ranks, variant, by_shape in throughput
         for shape, works in by_shape.items()
+    ]
+    parts += [
+        _throughput_part(name, shape, works, 1, options, variant=settings)
+        for name, (shape, settings, works) in _OFFLOAD.items()
     ]
     parts.append(_transformers_part("transformers_1", "none", options))
     if options.device == "cuda":

@@ -102,7 +102,7 @@ async def run_throughput(
         return Prepared(workload, decode=_no_text)
 
     async with (
-        joined_ranks(clock, load, check, expect=lambda _: workload, debug=debug) as joined,
+        joined_ranks(clock, load, check, expect=lambda *_: workload, debug=debug) as joined,
         loaded_session(joined, prepare, NullLog(), text=prepare) as (session, _),
     ):
         ended_s = joined.ranks.phase_ended_s

@@ -65,13 +65,16 @@ _FORM = "model.quantize, as often as wanted; the first is compared with. Default
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
-_GPUS = 'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4".'
-_NODES = "Nodes that the GPUs are spread over, in equal blocks.  [default: 1]"
+_GPUS = (
+    'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4". Also p100, v100-16, v100-32, a10, '
+    "l4, l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
+)
+_NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
 _LINK = (
     "Between nodes: 1GbE, 10GbE (default), 25GbE, 100GbE, HDR, NDR; on one node between its GPUs: "
     "NVLink, PCIe3, PCIe4, PCIe5."
 )
-_HOST_MEMORY = "Free memory of a node, to offload weights to.  [default: 64GiB]"
+_HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
 _REASONS = "With --gpus: also every setting, with its reason."

@@ -198,5 +198,7 @@ def _progress(values: Mapping[str, Any]) -> dict[str, str]:
         facts["speed"] = speed
     if values.get("stops_in_s") is not None and values.get("state") == "generating":
         facts["time"] = f"stops in {duration(values['stops_in_s'])} to keep the wall time"
-    hosts = dict.fromkeys(values.get("hosts", ()))
-    return {**facts, "hosts": f"{len(values.get('hosts', ()))} ranks on {' '.join(hosts)}"}
+    hosts, num_replicas = dict.fromkeys(values.get("hosts", ())), values.get("num_replicas", 1)
+    ranks = f"{len(values.get('hosts', ()))} ranks"
+    ranks += f" in {num_replicas} replicas" if num_replicas > 1 else ""
+    return {**facts, "hosts": f"{ranks} on {' '.join(hosts)}"}

@@ -66,6 +66,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v == AUTO or (isinstance(v, int) and v >= 0),
         'a size such as "8GiB", 0 for none, or "auto"',
     ),
+    (
+        "memory.kv_host_bytes",
+        lambda v: v == AUTO or (isinstance(v, int) and v >= 0),
+        'a size such as "8GiB", 0 for none, or "auto"',
+    ),
     ("memory.page_size_tokens", _is_count, "a whole number from 1 on"),
     ("prompts.limit", lambda v: v >= 0, "0 (all) or the number of prompts to take"),
     (

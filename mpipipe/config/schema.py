@@ -146,6 +146,10 @@ class MemoryConfig:
     kv_cache_bytes: int | str = AUTO
     """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory (on a GPU: what
     is left of `gpu_memory_fraction`), and no more than the run can use."""
+    kv_host_bytes: int | str = AUTO
+    """Host memory of each rank for KV pages of preempted sequences, pinned on a GPU rank; 0: none,
+    they are computed anew; `auto`: on GPU ranks what such sequences can use, where moving their
+    pages is cheaper and the host has the memory."""
     num_kv_pages: int | str = AUTO
     """Pages of KV cache, the same on every rank; wins over `kv_cache_bytes`."""
     page_size_tokens: int = 16

@@ -37,6 +37,8 @@ __all__ = [
     "LogprobsSampled",
     "Message",
     "NoMoreRequests",
+    "PagesRestored",
+    "PagesSaved",
     "PhaseReport",
     "PhaseVerdict",
     "RankLost",
@@ -52,7 +54,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -253,6 +255,31 @@ class RequestClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesSaved:
+    """head → stages: copy the KV pages `pages` to `host_pages` of the host's pool, one to one.
+
+    Before any step or restoring that comes after it: `pages` have new owners then.
+    """
+
+    pages: tuple[int, ...]
+    host_pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesRestored:
+    """head → stages: copy `host_pages` to `pages`, which are the page table of a sequence now.
+
+    The sequence goes on with `num_computed` tokens in them: as a row that joins a batch, or with
+    the next chunk of its prompt. All else that the stages know of it stays.
+    """
+
+    sequence_id: int
+    num_computed: int
+    host_pages: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepSampled:
     """stage 0 → head: the ids of a step came back, in the order of its sampled sequences.
 
@@ -414,6 +441,7 @@ Message = (
     | LogprobsSampled | GenerationBegan | GenerationEnded | SessionEnded | StopRequested
     | Heartbeat | RankLost | Echo | StepTimes | ClockAsked | ClockTold | ClocksCompared
     | DispatchBegan | ReplicaTold | RequestsGiven | NoMoreRequests | DispatchEnded
+    | PagesSaved | PagesRestored
 )  # fmt: skip
 
 # Numbers are part of the protocol: never reuse one.
@@ -447,4 +475,6 @@ TAGS: dict[int, type[Message]] = {
     27: RequestsGiven,
     28: NoMoreRequests,
     29: DispatchEnded,
+    30: PagesSaved,
+    31: PagesRestored,
 }

@@ -45,7 +45,7 @@ from mpipipe.run_folder.resume import wants_resume
 from mpipipe.runtime.handshake import handshake
 from mpipipe.runtime.offload_folder import offload_need
 from mpipipe.runtime.ranks import AgreedError, Ranks
-from mpipipe.runtime.requests import guessed_prompt_tokens, tokenize
+from mpipipe.runtime.requests import tokenize
 from mpipipe.topology.host import host_name
 from mpipipe.topology.slurm import read_job
 
@@ -172,10 +172,10 @@ def _workload(
     )
 
 
-def _guessed_tokens(line: PromptLine) -> int:
-    """About how many a request comes to."""
-    num_new_tokens = line.sampling.max_new_tokens if line.sampling is not None else 0
-    return guessed_prompt_tokens(line) + num_new_tokens
+def _guessed_tokens(line: PromptLine) -> float:
+    """About how many a request comes to; some four letters are a token."""
+    letters = len(line.text or "") + len(str(line.messages or ""))
+    return letters / 4 + (line.sampling.max_new_tokens if line.sampling is not None else 0)
 
 
 def _plan(
@@ -213,7 +213,7 @@ def _offload_needs(plan: PipelinePlan | None) -> dict[str, int]:
     if plan is None:
         return needed
     for stage in plan.stages:
-        needed[stage.host] = max(offload_need(plan, stage)[0], needed.get(stage.host, 0))
+        needed[stage.host] = max(offload_need(plan.stages, stage)[0], needed.get(stage.host, 0))
     return needed
 
 

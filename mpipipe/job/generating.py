@@ -117,6 +117,7 @@ def _tell(job: Job, session: Session, tally: RequestTally) -> None:
         "num_completed": tally.num_completed,
         "num_failed": tally.num_failed,
         "num_running": session.num_running,
+        "num_replicas": session.plan.num_replicas,
         "num_output_tokens": session.num_output_tokens,
         "tokens_per_s": round(session.num_output_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
         "generating_s": round(elapsed_s, 1),

@@ -1,5 +1,8 @@
 """The paged KV cache: fixed pages of all layers, addressed by the head's page lists.
 
+The pages of some layers may be in pinned host memory (`HostLayers`). Kernels then read them over
+the link, only the pages of the sequences of a step, when it comes to that layer.
+
 The scheduler decides which sequence owns which page; each step's `BatchLayout` says where to write
 and what to read. Memory is zero and, on a CPU, committed by the
 system only when a page is first written, so a generous `num_pages` costs nothing until it is used.
@@ -13,28 +16,48 @@ how attention kernels read them. So nothing here may assume that the tensors are
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
 
-__all__ = ["PagedKVCache", "store_rows"]
+__all__ = ["HostLayers", "PagedKVCache", "store_rows"]
 
 ROW_MULTIPLE = 8  # elements of 2 bytes: 16 bytes, the widest load
+
+
+@dataclass(frozen=True, slots=True)
+class HostLayers:
+    """The layers whose pages are in host memory, numbered within the stage.
+
+    `memory` gives so many bytes: uint8, pinned memory of the host as the device sees it.
+    """
+
+    layers: tuple[int, ...]
+    memory: Callable[[int], torch.Tensor]
 
 
 class PagedKVCache:
     """K and V per layer as [num_pages, page_size, K, D]."""
 
     def __init__(
-        self, keys: list[torch.Tensor], values: list[torch.Tensor], page_size: int
+        self,
+        pages_NPX: torch.Tensor,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        page_size: int,
+        host_bytes: int = 0,
     ) -> None:
-        self.keys = keys  # per layer [num_pages, page_size, K, D]
-        self.values = values
+        self.pages_NPX = pages_NPX  # on the device: [2 * layers, num_pages, elements of a page]
+        self.keys = [key for key, _ in parts]  # per layer [num_pages, page_size, K, D]
+        self.values = [value for _, value in parts]
         self.page_size = page_size
+        self.host_bytes = host_bytes  # of the layers that are not on the device
 
     @classmethod
     def allocate(
@@ -48,6 +71,7 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
         head_major: bool = False,
+        host: HostLayers | None = None,
     ) -> PagedKVCache:
         """A cache of zeros for `num_layers` layers of one stage.
 
@@ -55,11 +79,21 @@ class PagedKVCache:
         GPU kernels; the tensors' shape stays the same. Padding rows of 100 to 104 lets a kernel
         load 16 bytes at a time: 495 instead of 621 µs for 256 sequences of 512 tokens (H200).
         """
-        shape = (num_pages, page_size, num_kv_heads, head_dim)
-        device = device or torch.device("cpu")
-        keys = [_zeros(shape, dtype, device, head_major) for _ in range(num_layers)]
-        values = [_zeros(shape, dtype, device, head_major) for _ in range(num_layers)]
-        return cls(keys, values, page_size)
+        page, row = (page_size, num_kv_heads), head_dim
+        if head_major:
+            page, row = (num_kv_heads, page_size), -(-head_dim // ROW_MULTIPLE) * ROW_MULTIPLE
+        host_layers = () if host is None else host.layers
+        shape = (2 * (num_layers - len(host_layers)), num_pages, *page, row)
+        pages = _zeros(shape, dtype, device or torch.device("cpu"))
+        on_device = on_host = _pairs(pages, head_dim, head_major)
+        host_bytes = 0
+        if host is not None:
+            shape = (2 * len(host_layers), *shape[1:])
+            host_bytes = math.prod(shape) * dtype.itemsize
+            in_host = host.memory(host_bytes).zero_().view(dtype).view(shape)
+            on_host = _pairs(in_host, head_dim, head_major)
+        parts = [next(on_host if n in host_layers else on_device) for n in range(num_layers)]
+        return cls(pages.flatten(2), parts, page_size, host_bytes)
 
     def write(
         self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor, layout: BatchLayout
@@ -98,8 +132,8 @@ class PagedKVCache:
         """Nothing: pages are the head's to give to the next sequence."""
 
     def num_bytes(self) -> int:
-        """Memory reserved (not all of it committed)."""
-        return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
+        """Memory reserved on the device (not all of it committed)."""
+        return self.pages_NPX.nbytes
 
 
 def store_rows(
@@ -125,15 +159,17 @@ def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> tor
     return table_BP[:, :num_pages].flatten()
 
 
-def _zeros(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, head_major: bool
-) -> torch.Tensor:
+def _pairs(
+    pages: torch.Tensor, head_dim: int, head_major: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values by layer: of memory [2 * layers, num_pages, …, row], keys first."""
+    parts = pages[..., :head_dim].transpose(2, 3) if head_major else pages
+    keys, values = parts.tensor_split(2)
+    return zip(keys.unbind(), values.unbind(), strict=True)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU from calloc, which commits nothing (torch.zeros writes every byte)."""
-    if head_major:
-        num_pages, page_size, num_kv_heads, head_dim = shape
-        row = -(-head_dim // ROW_MULTIPLE) * ROW_MULTIPLE
-        swapped = (num_pages, num_kv_heads, page_size, row)
-        return _zeros(swapped, dtype, device, False)[..., :head_dim].transpose(1, 2)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)

@@ -19,7 +19,7 @@ class PageAllocator:
     """A fixed pool of `num_pages` pages of `page_size` tokens each, ids 0 … num_pages - 1."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        assert num_pages >= 1, f"num_pages = {num_pages}"
+        assert num_pages >= 0, f"num_pages = {num_pages}"
         assert page_size >= 1, f"page_size = {page_size}"
         self.num_pages = num_pages
         self.page_size = page_size

@@ -1,10 +1,10 @@
-"""How offloaded weights came to a stage's device: measured, beside what was planned."""
+"""How offloaded weights and KV pages came to a stage's device: measured, beside the plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OffloadUse"]
+__all__ = ["OffloadUse", "PageMoveUse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +18,13 @@ class OffloadUse:
     disk_bytes: int = 0  # read so far, those of the embedding's rows included
     planned_host_bytes_per_s: float | None = None  # what the plan reckoned with
     planned_disk_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PageMoveUse:
+    """KV pages of preempted sequences that a stage moved since it was opened."""
+
+    num_saved: int = 0  # sequences whose pages went to host memory
+    saved_bytes: int = 0
+    restored_bytes: int = 0  # back
+    bytes_per_s: float | None = None  # while bytes flowed, either way; None: none did

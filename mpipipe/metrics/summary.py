@@ -18,7 +18,7 @@ from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
-from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.replicas import ReplicaTotals
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class RankReport:
     energy_j: float | None = None  # of its GPU while it generated; None: the card does not tell
     io_write_s: float = 0.0  # of the thread that wrote its lines about the run
     offload: OffloadUse | None = None  # None: all of its weights stand on the device
+    page_moves: PageMoveUse | None = None  # None: no KV pages in host memory
 
     @property
     def boot_own_s(self) -> float:
@@ -177,6 +178,12 @@ class RunSummary:
         return max(booted, key=lambda rank: rank.boot_own_s, default=None)
 
     @property
+    def num_saved(self) -> int:
+        """Of the preemptions, those whose pages went to host memory, of all replicas."""
+        first = [rank.page_moves for rank in self.ranks if rank.stage.stage == 0]
+        return sum(moves.num_saved for moves in first if moves is not None)
+
+    @property
     def energy_j(self) -> float | None:
         """Of all ranks; None where one does not tell. Ranks that share a GPU each count it."""
         told = [rank.energy_j for rank in self.ranks if rank.energy_j is not None]
@@ -220,7 +227,8 @@ class RunSummary:
         * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
         * `requests`: the fields of `RequestTotals`
-        * `num_preemptions`, `output_tokens_per_s`, `total_tokens_per_s`
+        * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
+        * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
         * `energy_j`, `bytes_moved`: of all ranks
@@ -241,6 +249,7 @@ class RunSummary:
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
+            "num_saved": self.num_saved,
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

@@ -24,6 +24,7 @@ _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "pea
 _OFFLOAD_HEADER = (
     "stage", "streamed a step", "host link", "of planned", "disk", "of planned", "gate wait",
 )  # fmt: skip
+_MOVES_HEADER = ("stage", "KV pages to host memory", "back", "rate")
 _LEFT_ALIGNED = ("host",)
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -39,6 +40,7 @@ def summary_lines(summary: RunSummary) -> list[str]:
         "",
         *_table(_MEMORY_HEADER, [_memory_row(name, rank) for name, rank in ranks]),
         *_offload_table(ranks),
+        *_moves_table(ranks),
     ]
 
 
@@ -92,7 +94,7 @@ def _headlines(summary: RunSummary) -> list[str]:
         "throughput": (
             f"{summary.output_tokens_per_s:,.1f} output tokens/s",
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
-            f"{summary.num_preemptions:,} preemptions",
+            _preemptions(summary),
         ),
         "first token": (
             f"{_seconds(requests.ttft_p50_s)} p50",
@@ -169,6 +171,21 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
         *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),
         f"{_seconds(use.wait_s)} {_share(use.wait_s / wall_s if wall_s > 0 else None):>4}",
     )
+
+
+def _preemptions(summary: RunSummary) -> str:
+    told = f"{summary.num_preemptions:,} preemptions"
+    return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
+
+
+def _moves_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
+    """KV pages that went to host memory and back; nothing where none did."""
+    rows = [
+        (name, _size(use.saved_bytes), _size(use.restored_bytes), _rate(use.bytes_per_s, None)[0])
+        for name, rank in ranks
+        if (use := rank.page_moves) is not None and use.saved_bytes
+    ]
+    return ["", *_table(_MOVES_HEADER, rows)] if rows else []
 
 
 def _rate(measured: float | None, planned: float | None) -> tuple[str, str]:

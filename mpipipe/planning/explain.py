@@ -14,6 +14,7 @@ __all__ = ["plan_lines", "plan_rows"]
 _SAID = (
     "memory.offload",
     "memory.host_bytes",
+    "memory.kv_host",
     "pipeline.layout",
     "pipeline.bind",
     "model.rotary",
@@ -60,11 +61,16 @@ def plan_lines(plan: PipelinePlan) -> list[str]:
 def _stage_rows(stage: StagePlan) -> list[tuple[str, str, str]]:
     """The stage, and below it where its weights stand if they do not all stay on its device."""
     row, offload = _stage_row(stage), stage.offload
+    name, cache = row[0], stage.kv_in_host
+    rows = [row]
+    if cache is not None:
+        where = f"{len(cache.layers)} of {stage.num_layers} layers in host memory"
+        read = f"a full step reads {gib(cache.step_bytes)} there, {_ms(cache.step_s)}"
+        rows.append((f"{name} KV cache", where, read))
     if offload is None:
-        return [row]
-    name = row[0]
+        return rows
     weights = (f"{name} weights", _places(stage, offload), _held(offload))
-    return [row, weights, (f"{name} step", _brought(offload), _takes(offload.forecast))]
+    return [*rows, weights, (f"{name} step", _brought(offload), _takes(offload.forecast))]
 
 
 def _places(stage: StagePlan, offload: StageOffload) -> str:
@@ -105,6 +111,8 @@ def _takes(forecast: StepForecast) -> str:
     parts = [f"compute {_ms(forecast.compute_s)}"]
     if forecast.link_s and forecast.host_bytes:
         parts.append(f"link {_ms(forecast.link_s)} at {forecast.host_bytes_per_s / 1e9:.1f} GB/s")
+    if forecast.kv_s:
+        parts.append(f"KV cache in host memory {_ms(forecast.kv_s)}")
     if forecast.disk_s:
         parts.append(f"disk {_ms(forecast.disk_s)} at {forecast.disk_bytes_per_s / 1e9:.2g} GB/s")
     if forecast.lookup_s > forecast.step_s / 100:

@@ -17,6 +17,7 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import MemoryConfig
 from mpipipe.errors import PlanError
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.kv_tier import kv_host_shares, kv_in_host, note_cache, with_page_limits
 from mpipipe.planning.layout import threads_per_rank
 from mpipipe.planning.memory import KvDemand, RankMemory, asked_kv_bytes, fits, gib
 from mpipipe.planning.offload_advice import figure, offload_advice
@@ -91,7 +92,7 @@ class StageFitting:
         check_settings(self.decisions.config.memory, on_gpus=self.device == "cuda")
         resident = Fitted(stages, self.limits, demand, self._needs(stages, self.limits, demand))
         if self._is_roomy(resident):
-            return resident
+            return self._widened(resident, workload)
         problem = self._problem(demand, workload)
         best = best_candidate(problem)
         if best is None:
@@ -100,6 +101,26 @@ class StageFitting:
             return replace(resident, remedies=self._remedies(problem, demand, workload))
         check_staging(problem, best)
         return self._taken(problem, best, stages, demand)
+
+    def _widened(self, resident: Fitted, workload: Workload) -> Fitted:
+        """With the cache of some layers in host memory, where that lets more rows run sooner."""
+        demand = resident.demand
+        problem = self._problem(demand, workload)
+        if problem.kv_host_shares == (0.0,) or fits(resident.needs, demand.useful_pages):
+            return resident
+        problem = replace(
+            problem,
+            rooms=tuple(replace(r, host_bytes=0, has_disk=False) for r in problem.rooms),
+            tokens=(self.limits.max_tokens_per_step,),
+            fixed_split=tuple(stage.num_layers for stage in resident.stages),
+        )
+        best = best_candidate(problem)
+        if best is None:
+            return resident
+        if not best.kv_host_share:
+            note_cache(self.decisions, best)
+            return resident
+        return self._taken(problem, best, resident.stages, demand)
 
     def _is_roomy(self, resident: Fitted) -> bool:
         """Whether all weights fit, with work space, the least cache and what libraries take."""
@@ -135,9 +156,10 @@ class StageFitting:
             limits = replace(limits, max_tokens_per_step=tokens)
         demand = replace(demand, max_sequences=limits.num_slots * limits.max_sequences_per_slot)
         placed = self._stages(best, stages)
-        if not isinstance(decisions.config.pipeline.split, tuple):
+        if problem.fixed_split is None:
             split = str([stage.num_layers for stage in placed])
             decisions.revise("pipeline.split", split, _split_reason(best))
+        note_cache(self.decisions, best)
         if not best.is_resident:
             slowdown = _slowdown(best)
             cost = f"steps {figure(slowdown)} times as long"
@@ -174,6 +196,7 @@ class StageFitting:
                     weight_bytes=stage.weight_bytes + (num_layers - stage.num_layers) * layer_bytes,
                     cost_share=round(choice.forecast.step_s / total_s, 6),
                     offload=offload_of(choice, first_layer),
+                    kv_in_host=kv_in_host(choice, first_layer),
                 )
             )
             first_layer += num_layers
@@ -281,7 +304,7 @@ class StageFitting:
         memory = self.decisions.config.memory
         needs = []
         for stage, rank_resources in zip(stages, self.ranks, strict=True):
-            page_bytes = self._page_bytes(stage.num_layers)
+            page_bytes = self._page_bytes(stage.num_kv_device_layers)
             usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
                 limited_by = gpu_limit(memory, rank_resources, self.ranks)
@@ -300,7 +323,7 @@ class StageFitting:
                     limited_by=limited_by,
                 )
             )
-        return tuple(needs)
+        return with_page_limits(needs, stages, self._rooms(memory), self._page_bytes)
 
     def _page_bytes(self, num_layers: int) -> int:
         return kv_page_bytes(
@@ -359,6 +382,7 @@ class StageFitting:
             tokens=self._tokens(),
             fixed_pages=num_pages,
             fixed_split=split if isinstance(split, tuple) else None,
+            kv_host_shares=kv_host_shares(config.memory, self.device, self.attention),
         )
 
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:

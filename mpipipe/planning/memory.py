@@ -34,6 +34,7 @@ class RankMemory:
     gpu_name: str = ""  # e.g. "GPU 0 (Tesla T4)"
     weight_limit_bytes: int | None = None  # memory.device_bytes of a CPU rank; None: no limit
     limited_by: str = ""  # the settings that `available_bytes` of a GPU follow from
+    page_limit: int | None = None  # that its host memory holds, of layers whose cache is there
 
     @property
     def pool(self) -> tuple[str, str]:
@@ -144,7 +145,7 @@ def _auto_pages(ranks: Sequence[RankMemory], demand: KvDemand) -> tuple[int, str
     leave. At most `useful_pages`; at least one longest request, where that is known.
     """
     num_pages, number = min(
-        (_spare_bytes(rank, ranks) // rank.page_bytes, rank.rank) for rank in ranks
+        (_most_pages(rank, _spare_bytes(rank, ranks)), rank.rank) for rank in ranks
     )
     tightest = next(rank for rank in ranks if rank.rank == number)
     if num_pages >= demand.useful_pages:
@@ -152,9 +153,17 @@ def _auto_pages(ranks: Sequence[RankMemory], demand: KvDemand) -> tuple[int, str
         return demand.useful_pages, f"all that {what} can use"
     if num_pages < demand.pages_per_sequence and demand.longest_request_tokens is not None:
         return demand.pages_per_sequence, "the least that holds the longest request"
+    if num_pages == tightest.page_limit:
+        where = f"the host memory of rank {number}, where some layers' cache is"
+        return num_pages, f"what fits in {where}"
     if tightest.gpu:
         return num_pages, f"what weights and work space leave on {tightest.where} (rank {number})"
     return num_pages, f"a quarter of rank {number}'s share of its host's memory after weights"
+
+
+def _most_pages(rank: RankMemory, spare_bytes: int) -> int:
+    most = spare_bytes // rank.page_bytes
+    return most if rank.page_limit is None else min(most, rank.page_limit)
 
 
 def _spare_bytes(rank: RankMemory, ranks: Sequence[RankMemory]) -> int:

@@ -7,6 +7,9 @@ what a step of each then takes, its streaming included: a device with room gets 
 candidate that completes the run's requests first wins; among equals the one that brings least, then
 the one with fewer rows and shorter steps.
 
+The cache of some layers may be in host memory, where kernels read it over the link: more rows fit,
+and each step takes longer. That is chosen only where it completes the run clearly sooner.
+
 `placement` places one stage, `memory` checks the result and gives what is left to the pages.
 """
 
@@ -45,6 +48,11 @@ __all__ = [
 
 # Of a run whose requests are not known: a mean context of 384 tokens, as in `cost`.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 320, 128
+# The cache in host memory: how much sooner it must complete the run, what kernels reach of the rate
+# of copies (a guess), and the queries for which a prefill kernel reads what they see at once.
+_LEAST_GAIN = 1.1
+_READ_SHARE = 0.7
+_QUERIES_PER_PASS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ class RankRoom:
     has_disk: bool
     speed: StageSpeed
     pins_staging: bool = False  # see `StageRoom`
+    kv_host_bytes: int = 0  # of host memory for the cache
+    pool_bytes: int = 0  # of host memory for both; no more than that
 
     def for_weights(self, kv_bytes: int, work_bytes: int) -> int:
         """Beside so much cache and work space; may be negative."""
@@ -126,6 +136,7 @@ class OffloadProblem:
     tokens: tuple[int, ...]  # per step, to try
     fixed_pages: int | None = None  # None: as many as the rows need
     fixed_split: tuple[int, ...] | None = None
+    kv_host_shares: tuple[float, ...] = (0.0,)  # of the layers, whose cache is in host memory
 
     def pages_for(self, rows: int) -> int:
         """With `rows` sequences in each slot."""
@@ -160,6 +171,9 @@ class Candidate:
     num_pages: int  # the least that the rows need
     stages: tuple[StageChoice, ...]
     tokens_per_s: float  # output tokens, predicted
+    kv_host_share: float = 0.0  # of the layers, whose cache is in host memory
+    # Predicted for the best with another share: none of it, or, where that is best, some; if tried.
+    other_per_s: float | None = None
 
     @property
     def split(self) -> tuple[int, ...]:
@@ -205,12 +219,26 @@ def check_staging(problem: OffloadProblem, candidate: Candidate) -> None:
 
 
 def best_candidate(problem: OffloadProblem) -> Candidate | None:
-    """The candidate that completes the run first; None: none fits."""
+    """The candidate that completes the run first; None: none fits.
+
+    With some of the cache in host memory only if it is the first by `_LEAST_GAIN`.
+    """
+    on_devices = _first(problem, [0.0])
+    in_part = _first(problem, [share for share in problem.kv_host_shares if share])
+    if on_devices is None or in_part is None:
+        return on_devices or in_part
+    if in_part.tokens_per_s >= _LEAST_GAIN * on_devices.tokens_per_s:
+        return replace(in_part, other_per_s=on_devices.tokens_per_s)
+    return replace(on_devices, other_per_s=in_part.tokens_per_s)
+
+
+def _first(problem: OffloadProblem, shares: Sequence[float]) -> Candidate | None:
     found = [
         candidate
+        for share in shares
         for tokens in problem.tokens
         for rows in problem.rows
-        if rows <= tokens and (candidate := candidate_of(problem, rows, tokens)) is not None
+        if rows <= tokens and (candidate := candidate_of(problem, rows, tokens, share)) is not None
     ]
     return max(
         found,
@@ -224,10 +252,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate | None:
+def candidate_of(
+    problem: OffloadProblem, rows: int, tokens: int, kv_host_share: float = 0.0
+) -> Candidate | None:
     """With `rows` a slot and `tokens` a step; None: they do not fit."""
     num_pages = problem.pages_for(rows)
-    choices = _Choices(problem, rows, tokens, num_pages, _first_alike(problem))
+    choices = _Choices(problem, rows, tokens, num_pages, kv_host_share)
     split = problem.fixed_split or _deal(choices, problem.model.spec.num_layers, len(problem.rooms))
     if split is None:
         return None
@@ -235,7 +265,8 @@ def candidate_of(problem: OffloadProblem, rows: int, tokens: int) -> Candidate |
     chosen = tuple(stage for stage in stages if stage is not None)
     if len(chosen) < len(split):
         return None
-    return Candidate(rows, tokens, num_pages, chosen, _tokens_per_s(problem, choices, chosen))
+    tokens_per_s = _tokens_per_s(problem, choices, chosen)
+    return Candidate(rows, tokens, num_pages, chosen, tokens_per_s, kv_host_share)
 
 
 def _first_alike(problem: OffloadProblem) -> tuple[int, ...]:
@@ -254,13 +285,14 @@ class _Choices:
         rows: int,
         tokens: int,
         num_pages: int,
-        first_alike: tuple[int, ...],
+        kv_host_share: float,
     ) -> None:
         self._problem = problem
-        self._first_alike = first_alike
+        self._first_alike = _first_alike(problem)
         self._rows = rows
         self.tokens = tokens
         self._num_pages = num_pages
+        self._kv_host_share = kv_host_share
         self._found: dict[tuple[int, int], StageChoice | None] = {}
 
     def stage(self, stage: int, num_layers: int) -> StageChoice | None:
@@ -276,24 +308,48 @@ class _Choices:
         work_bytes = problem.work_bytes(
             self._rows, self.tokens, self._num_pages, num_layers, shape.has_head
         )
-        kv_bytes = problem.kv_bytes(self._num_pages, num_layers)
+        num_in_host = min(num_layers - 1, round(self._kv_host_share * num_layers))
+        kv_bytes = problem.kv_bytes(self._num_pages, num_layers - num_in_host)
+        kv_host_bytes = problem.kv_bytes(self._num_pages, num_in_host) if num_in_host else 0
+        if kv_host_bytes > room.kv_host_bytes:
+            return None
+        host_bytes = room.host_bytes
+        if num_in_host:
+            host_bytes = min(host_bytes, max(0, room.pool_bytes - kv_host_bytes))
         stage_room = StageRoom(
-            room.for_weights(kv_bytes, work_bytes),
-            room.host_bytes,
-            room.has_disk,
-            room.pins_staging,
+            room.for_weights(kv_bytes, work_bytes), host_bytes, room.has_disk, room.pins_staging
         )
         work = StepWork(self._rows, problem.run.context_tokens)
-        return place_stage(problem.model, shape, stage_room, work, room.speed)
+        choice = place_stage(problem.model, shape, stage_room, work, room.speed)
+        return choice if choice is None else self._reading(choice, num_in_host, room)
 
-    def chunk_s(self, stage: int, placed: Placed) -> float:
+    def _reading(self, choice: StageChoice, num_in_host: int, room: RankRoom) -> StageChoice:
+        """`choice` with the cache of so many layers read over the link."""
+        tokens = self._rows * self._problem.run.context_tokens
+        kv_bytes = int(tokens * self._token_bytes(num_in_host))
+        kv_s = kv_bytes / (_READ_SHARE * room.speed.rates.host_bytes_per_s)
+        forecast = replace(choice.forecast, kv_bytes=kv_bytes, kv_s=kv_s)
+        return replace(choice, forecast=forecast, num_kv_host_layers=num_in_host)
+
+    def _token_bytes(self, num_layers: int) -> float:
+        """Of a token's keys and values in so many layers."""
+        many = 1024
+        whole = self._problem.kv_bytes(many, num_layers) - self._problem.kv_bytes(0, num_layers)
+        return whole / (many * self._problem.page_size)
+
+    def chunk_s(self, stage: int, placed: Placed, num_kv_host_layers: int = 0) -> float:
         """A step of prompt chunks."""
         mean_prompt = max(1.0, self._problem.run.num_prompt_tokens)
         ends = max(1, min(self.tokens, round(self.tokens / mean_prompt)))
         # A chunk reads keys and values once for all of its rows, so the traffic is that of `ends`.
         work = StepWork(self.tokens, 0.0, rows_to_head=ends)
         speed = self._problem.rooms[stage].speed
-        return forecast_step(self._problem.model, placed, work, speed).step_s
+        computed_s = forecast_step(self._problem.model, placed, work, speed).step_s
+        if not num_kv_host_layers:
+            return computed_s
+        passes = 1 + max(1.0, mean_prompt / 2 / _QUERIES_PER_PASS)  # one is to write
+        read = self.tokens * self._token_bytes(num_kv_host_layers) * passes
+        return computed_s + read / (_READ_SHARE * speed.rates.host_bytes_per_s)
 
 
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
@@ -339,7 +395,10 @@ def _tokens_per_s(
         sequences = run.num_requests / num_waves
     steps_s = [stage.forecast.step_s for stage in stages]
     round_s = max(sum(steps_s), num_slots * max(steps_s))
-    chunks_s = [choices.chunk_s(number, stage.placed) for number, stage in enumerate(stages)]
+    chunks_s = [
+        choices.chunk_s(number, stage.placed, stage.num_kv_host_layers)
+        for number, stage in enumerate(stages)
+    ]
     num_chunks = max(1.0, sequences * run.num_prompt_tokens / choices.tokens)
     prefill_s = sum(chunks_s) + (num_chunks - 1) * max(chunks_s)
     return sequences * run.num_output_tokens / (prefill_s + run.num_output_tokens * round_s)

@@ -52,6 +52,7 @@ __all__ = [
     "offload_of",
     "part_bytes",
     "place_stage",
+    "spread",
     "staging_bytes",
 ]
 
@@ -149,6 +150,7 @@ class StageChoice:
 
     placed: Placed
     forecast: StepForecast
+    num_kv_host_layers: int = 0  # whose cache is in host memory
 
 
 def part_bytes(spec: ModelSpec, dtype: str) -> PartBytes:
@@ -330,8 +332,8 @@ def offload_of(choice: StageChoice, first_layer: int) -> StageOffload | None:
     placed = choice.placed
     if placed.is_resident:
         return None
-    streamed = _spread(placed.num_streamed, range(placed.shape.num_layers))
-    on_disk = set(_spread(placed.num_disk_layers, streamed))
+    streamed = spread(placed.num_streamed, range(placed.shape.num_layers))
+    on_disk = set(spread(placed.num_disk_layers, streamed))
     return StageOffload(
         host_layers=tuple(first_layer + layer for layer in streamed if layer not in on_disk),
         disk_layers=tuple(first_layer + layer for layer in sorted(on_disk)),
@@ -345,7 +347,7 @@ def offload_of(choice: StageChoice, first_layer: int) -> StageOffload | None:
     )
 
 
-def _spread(count: int, places: range | list[int]) -> list[int]:
+def spread(count: int, places: range | list[int]) -> list[int]:
     """`count` of `places`, at equal distances, the last one among them."""
     total = len(places)
     return [

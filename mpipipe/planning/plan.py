@@ -22,7 +22,15 @@ from mpipipe.types import (
     WeightsSource,
 )
 
-__all__ = ["Decisions", "PipelinePlan", "Resolved", "StageOffload", "StagePlan", "StepForecast"]
+__all__ = [
+    "Decisions",
+    "KvInHost",
+    "PipelinePlan",
+    "Resolved",
+    "StageOffload",
+    "StagePlan",
+    "StepForecast",
+]
 
 T = TypeVar("T")
 
@@ -80,6 +88,8 @@ class StepForecast:
     link_s: float = 0.0
     disk_s: float = 0.0
     lookup_s: float = 0.0  # rows of an embedding that is not on the device
+    kv_bytes: int = 0  # of the cache of layers in host memory, read by kernels over the link
+    kv_s: float = 0.0  # which computing waits for
     overlaps: bool = True  # False: a single buffer, so that nothing is brought beside the compute
     host_bytes_per_s: float = 0.0  # the rates that this reckons with
     disk_bytes_per_s: float = 0.0
@@ -89,14 +99,14 @@ class StepForecast:
         """The step with offload."""
         brought_s = max(self.link_s, self.disk_s)
         both_s = max(self.compute_s, brought_s) if self.overlaps else self.compute_s + brought_s
-        return both_s + self.lookup_s
+        return both_s + self.lookup_s + self.kv_s
 
     @property
     def bound_by(self) -> str:
         """`compute`, `link` or `disk`: what takes longest."""
-        if max(self.link_s, self.disk_s) <= self.compute_s:
+        if max(self.link_s + self.kv_s, self.disk_s) <= self.compute_s:
             return "compute"
-        return "disk" if self.disk_s >= self.link_s else "link"
+        return "disk" if self.disk_s >= self.link_s + self.kv_s else "link"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,15 @@ class StageOffload:
 
 
 @dataclass(frozen=True, slots=True)
+class KvInHost:
+    """Layers whose KV cache is in pinned host memory, where the GPU's kernels read it."""
+
+    layers: tuple[int, ...]  # numbered as in the model
+    step_bytes: int = 0  # read over the link in a full decode step, as predicted
+    step_s: float = 0.0  # that the step takes longer for it
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """The slice of the model that one rank holds."""
 
@@ -133,6 +152,12 @@ class StagePlan:
     weight_bytes: int  # parameters in the run's dtype
     cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
     offload: StageOffload | None = None  # None: all weights stay on the device
+    kv_in_host: KvInHost | None = None  # None: the cache of all layers is on the device
+
+    @property
+    def num_kv_device_layers(self) -> int:
+        """Layers whose cache is on the device."""
+        return self.num_layers - (len(self.kv_in_host.layers) if self.kv_in_host else 0)
 
     @property
     def num_layers(self) -> int:
@@ -176,6 +201,8 @@ class PipelinePlan:
     offload_dir: str = ""  # absolute; empty: no stage has layers on disk
     max_sequence_tokens: int = 0  # no sequence of the run grows longer; width of the page tables
     restart_tokens: int = 0  # with so many tokens a sequence is computed anew, once; 0: never
+    num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
+    min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
     replica: int = 0  # which of the job's pipelines
     num_replicas: int = 1

@@ -23,6 +23,7 @@ __all__ = [
     "check_settings",
     "gpu_bytes",
     "gpu_limit",
+    "kv_host_room",
     "most_host_bytes",
     "rank_rooms",
 ]
@@ -79,6 +80,15 @@ def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
     return max(0, share - GPU_LIBRARY_BYTES)
 
 
+def kv_host_room(
+    rank: RankResources, ranks: Sequence[RankResources], *, on_gpus: bool, most: bool
+) -> int:
+    """A rank's share of its host's memory for weights and KV pages there; `most`: if asked for."""
+    share = _available_bytes(rank, ranks) // _num_on_host(rank, ranks)
+    library_bytes = GPU_LIBRARY_BYTES if on_gpus else CPU_LIBRARY_BYTES
+    return min(share if most else int(share * _HOST_SHARE), share - library_bytes)
+
+
 def rank_rooms(
     memory: MemoryConfig, ranks: Sequence[RankResources], *, on_gpus: bool, num_threads: int
 ) -> tuple[RankRoom, ...]:
@@ -92,20 +102,23 @@ def _on_gpu(
     memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
 ) -> RankRoom:
     on_host, on_gpu = _num_on_host(rank, ranks), _num_on_gpu(rank, ranks)
-    host_bytes = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
-    if isinstance(memory.host_bytes, int):
-        host_bytes = memory.host_bytes
+    unasked = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
+    host_bytes = memory.host_bytes if isinstance(memory.host_bytes, int) else unasked
+    kv_host_bytes = memory.kv_host_bytes if isinstance(memory.kv_host_bytes, int) else unasked
+    most = most_host_bytes(rank, ranks)
     return RankRoom(
         device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
         weight_limit_bytes=None,
         cache_factor=1,
-        host_bytes=_less_margin(min(host_bytes, most_host_bytes(rank, ranks))),
+        host_bytes=_less_margin(min(host_bytes, most)),
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(rank.gpu, num_threads),
             link_rates(rank.gpu, rank.disk_bytes_per_s).shared_by(on_gpu, on_host),
         ),
         pins_staging=True,
+        kv_host_bytes=_less_margin(min(kv_host_bytes, most)),
+        pool_bytes=_less_margin(min(max(unasked, host_bytes, kv_host_bytes), most)),
     )
 
 

@@ -75,15 +75,14 @@ CPU_SHARES = Shares(
 
 # Weights in 8 bits on a GPU, measured on one H100 with Llama-3-8B (BENCHMARKS.md). int8: read at
 # 0.85 of what 16 bits reach, products beside the reading and not under it, with many rows written
-# out in 16 bits first. fp8: nothing gained with few rows; with more, activations are quantised.
+# out in 16 bits first. fp8: activations are quantised first.
 _INT8_ROWS = 96
 _INT8_WRITTEN_OUT = 0.7
 _INT8_READING = 0.85
 _INT8_PRODUCTS = 0.79
-_FP8_ROWS = 16
 _FP8_READING = 0.83
-_FP8_SPEED_UP = 1.5
-_FP8_S = 25e-6
+_FP8_SPEED_UP = 1.75
+_FP8_S = 20e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +106,10 @@ class RateTimes:
         cached = rows * context_tokens
         read_s = cached * self._cache_row_bytes() / (ceilings.bytes_per_s * shares.cache)
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
-        layer_s = products_s + max(read_s, scores_s) + shares.layer_s
-        layer_s = max(layer_s, shares.host_layer_s)
+        attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
+        layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
-        return _with_offload(stage.offload, compute_s, rows)
+        return _with_offload(stage.offload, compute_s, rows) + self._kv_in_host_s(stage, cached)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -122,13 +121,24 @@ class RateTimes:
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
-        return _with_offload(stage.offload, compute_s, tokens)
+        # K and V are written, and read at least once.
+        return _with_offload(stage.offload, compute_s, tokens) + self._kv_in_host_s(
+            stage, 2 * tokens
+        )
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
         link = self.far if crosses_hosts else self.near
         moved = rows_or_tokens * self.spec.hidden_size * dtype_bytes(self.dtype)
         return link.latency_s + moved / link.bytes_per_s
+
+    def _kv_in_host_s(self, stage: StagePlan, num_tokens: float) -> float:
+        """K and V of so many tokens over the link, of the layers whose cache is in host memory."""
+        known = stage.kv_in_host
+        if known is None or not known.step_s:
+            return 0.0
+        moved = num_tokens * self._cache_row_bytes() * len(known.layers)
+        return moved * known.step_s / known.step_bytes
 
     def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
         """The matrix products of a layer for so many rows."""
@@ -161,8 +171,6 @@ class RateTimes:
             if rows > _INT8_ROWS:
                 return wide_s + _INT8_WRITTEN_OUT * wide_bytes / bandwidth
             return held_bytes / (bandwidth * _INT8_READING) + products_s / _INT8_PRODUCTS
-        if rows < _FP8_ROWS:
-            return wide_s
         narrow_s = held_bytes / (bandwidth * _FP8_READING)
         return max(narrow_s, products_s / (share * _FP8_SPEED_UP)) + _FP8_S
 

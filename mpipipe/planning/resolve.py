@@ -6,7 +6,7 @@ the plan to all ranks. `config.checks` has checked the ranges of single settings
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from mpipipe.planning.devices import (
     least_capable,
 )
 from mpipipe.planning.fit import Fitted, StageFitting
+from mpipipe.planning.kv_host import KvHostFacts, with_host_pages
 from mpipipe.planning.layout import (
     Layout,
     lay_out,
@@ -42,6 +43,7 @@ from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.quantization import choose_numbers
+from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -50,7 +52,14 @@ from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, Tra
 if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
 
-__all__ = ["RankResources", "choose_layout", "deepspeed_warnings", "make_plan", "make_plans"]
+__all__ = [
+    "RankResources",
+    "choose_layout",
+    "deepspeed_warnings",
+    "is_layout_open",
+    "make_plan",
+    "make_plans",
+]
 
 # These know every length on the host only, or plan each step anew there: nothing a graph can hold.
 _NO_GRAPHS = frozenset({"sdpa", "reference", "flashinfer"})
@@ -113,16 +122,22 @@ def choose_layout(
     resources: Sequence[RankResources],
     workload: Workload = _UNKNOWN,
 ) -> Layout:
-    """Which ranks make which pipeline. Where replicas and stages are "auto", it is tried.
+    """Which ranks make which pipeline. Where replicas and stages are "auto", all ways are tried.
 
-    The shortest pipelines are taken that hold all weights on their devices, and the KV cache of
-    `_ENOUGH_ROWS` requests a slot, or of all there are.
+    All weights must stay on their devices. Of these ways the one with the highest predicted rate is
+    taken; for a workload that is not known, that of the shortest pipelines whose KV cache holds
+    `_ENOUGH_ROWS` usual requests a slot.
 
     Raises:
         EnvironmentSetupError: the number of ranks is not what replicas and stages take.
     """
     ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
     return _Job(config, spec, ranks, "", workload, ()).choose_layout()
+
+
+def is_layout_open(config: Config) -> bool:
+    """Whether `choose_layout` has a choice, and wants to know the workload."""
+    return config.pipeline.replicas == AUTO and config.pipeline.num_stages == AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,25 +154,56 @@ class _Job:
     def choose_layout(self) -> Layout:
         """See the function of this name."""
         pipeline = self.config.pipeline
-        if pipeline.replicas != AUTO or pipeline.num_stages != AUTO:
+        if not is_layout_open(self.config):
             return lay_out(self.ranks, pipeline)
-        for least_stages in range(1, len(self.ranks)):
-            layout = lay_out(self.ranks, pipeline, least_stages=least_stages)
-            if layout.least_stages < least_stages or len(layout.replicas) == 1:
-                break
-            if self._is_roomy(layout):
-                return layout
         whole = lay_out(self.ranks, replace(pipeline, replicas=1))
-        return replace(whole, reason="no smaller pipeline holds the model and a full batch")
+        whole = replace(whole, reason="all ranks make one")
+        layouts = dict.fromkeys(
+            lay_out(self.ranks, pipeline, least_stages=least_stages)
+            for least_stages in range(1, len(self.ranks))
+        )
+        fitting = {}
+        for layout in layouts:
+            if len(layout.replicas) > 1 and (plans := self._resident(layout)):
+                fitting[layout] = plans
+        if not fitting:
+            return replace(whole, reason="no smaller pipeline holds the model")
+        rates = {layout: self._tokens_per_s(plans) for layout, plans in fitting.items()}
+        if any(rate is None for rate in rates.values()):  # of requests that are not known
+            return self._roomiest(fitting, whole)
+        return self._fastest(rates, whole)
 
-    def _is_roomy(self, layout: Layout) -> bool:
-        """Whether every replica has what `choose_layout` asks for."""
+    def _resident(self, layout: Layout) -> tuple[PipelinePlan, ...]:
+        """The plans, if weights and cache stay on their devices; empty: they do not fit there."""
         try:
-            plans = [self.plan(layout, replica) for replica in range(len(layout.replicas))]
+            plans = tuple(self.plan(layout, replica) for replica in range(len(layout.replicas)))
         except PlanError:
-            return False
-        workload = self.workload.share_of(len(layout.replicas))
-        return all(_holds_enough(plan, workload) for plan in plans)
+            return ()
+        stages = [stage for plan in plans for stage in plan.stages]
+        elsewhere = any(s.offload is not None or s.kv_in_host is not None for s in stages)
+        return () if elsewhere else plans
+
+    def _tokens_per_s(self, plans: Sequence[PipelinePlan]) -> float | None:
+        return predicted_rate(self.spec, plans, self.ranks, self.workload)
+
+    def _fastest(self, rates: Mapping[Layout, float | None], whole: Layout) -> Layout:
+        """By the predicted tokens/s of the job; of equal ones the one with most replicas."""
+        told = {layout: rate or 0.0 for layout, rate in rates.items()}
+        if plans := self._resident(whole):
+            told[whole] = self._tokens_per_s(plans) or 0.0
+        best = max(told, key=lambda layout: (told[layout], len(layout.replicas)))
+        others = [rate for layout, rate in told.items() if layout != best]
+        reason = f"{best.reason}; {told[best]:,.0f} tokens/s predicted"
+        if others:
+            reason += f", at most {max(others):,.0f} with other numbers"
+        return replace(best, reason=reason)
+
+    def _roomiest(self, fitting: Mapping[Layout, Sequence[PipelinePlan]], whole: Layout) -> Layout:
+        """The shortest pipelines that hold a full batch of usual requests."""
+        for layout, plans in fitting.items():
+            if all(map(_holds_batch, plans)):
+                return layout
+        return replace(whole, reason="no smaller pipeline holds the model and a full batch")
 
     def plan(self, layout: Layout, replica: int) -> PipelinePlan:
         """The plan of one replica."""
@@ -182,9 +228,7 @@ class _Job:
             longest_request_tokens=workload.longest_request_tokens,
             num_requests=workload.num_requests,
         )
-        # Unknown requests: those of the configuration, and greedy ones.
-        configured = SamplingUse.of([default_sampling(config.generation)])
-        sampling = workload.sampling or replace(configured, plain=True)
+        sampling = workload.sampling or _unknown_sampling(config)
         note_layout(staged, decisions)
         resolver = _Resolver(
             spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
@@ -196,19 +240,21 @@ class _Job:
         )
         fitted = fitting.fit(stages, demand, workload)
         plan = replace(resolver, limits=fitted.limits).plan(self.model_path, fitted, attention)
+        facts = KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions, workload)
+        plan = with_host_pages(plan, facts)
         return replace(plan, replica=replica, num_replicas=num_replicas)
 
 
-def _holds_enough(plan: PipelinePlan, workload: Workload) -> bool:
-    """Whether all weights are on the devices, and the cache holds enough requests."""
-    if any(stage.offload is not None for stage in plan.stages):
-        return False
+def _unknown_sampling(config: Config) -> SamplingUse:
+    """Of requests that come later: those of the configuration, and greedy ones."""
+    return replace(SamplingUse.of([default_sampling(config.generation)]), plain=True)
+
+
+def _holds_batch(plan: PipelinePlan) -> bool:
+    """Whether the cache holds enough requests of a usual length."""
     rows = plan.num_slots * min(plan.max_sequences_per_slot, _ENOUGH_ROWS)
-    if workload.num_requests is not None:
-        rows = max(1, min(rows, workload.num_requests))
-    tokens = workload.mean_tokens or min(plan.max_context_tokens, _USUAL_TOKENS)
-    pages = -(-round(tokens) // plan.page_size_tokens)
-    return plan.num_kv_pages >= rows * pages
+    tokens = min(plan.max_context_tokens, _USUAL_TOKENS)
+    return plan.num_kv_pages >= rows * -(-tokens // plan.page_size_tokens)
 
 
 def _work_mix(limits: StepLimits, workload: Workload) -> WorkMix:

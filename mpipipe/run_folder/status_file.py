@@ -271,6 +271,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "num_completed": _count,
     "num_failed": _count,
     "num_running": _count,
+    "num_replicas": _count,
     "num_unfinished": _count,
     "num_output_tokens": _count,
     "tokens_per_s": _number,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from mpipipe.planning.resolve import deepspeed_warnings, make_plans
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
-from mpipipe.runtime.ranks import PHASE_DEADLINE_S, in_phase, told_by_head
+from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
 from mpipipe.stage.profiling import Profiler, open_profiler
@@ -44,13 +44,13 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     ranks = boot.ranks
     ranks.boot.begin("plan")
     plans = await _agree_on_plans(boot)
-    plan = plans[boot.layout.place_of(ranks.mesh.rank).replica]
+    plan = _own(boot, plans)
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     limit_memory(boot.loaded.config.memory.device_bytes, device)
     with ExitStack() as opened_parts:
-        parts = await _load(boot, plan, stage, device, opened_parts)
+        parts = await _load(boot, plans, stage, device, opened_parts)
         _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
         account = StageAccount(stage.stage)
         ranks.vitals.stage = stage.stage
@@ -77,10 +77,15 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
 
 
 async def _load(
-    boot: Boot, plan: PipelinePlan, stage: StagePlan, device: torch.device, opened: ExitStack
+    boot: Boot,
+    plans: Sequence[PipelinePlan],
+    stage: StagePlan,
+    device: torch.device,
+    opened: ExitStack,
 ) -> StageParts:
     """The stage's parts, which are closed with `opened`, also where another rank's load fails."""
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
+    plan = _own(boot, plans)
 
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
@@ -89,15 +94,21 @@ async def _load(
         opened.callback(_close, parts)
         return parts
 
-    if plan.offload_dir:
-        needed_bytes, who = offload_need(plan, stage)
-        prepare = partial(prepare_offload_folder, Path(plan.offload_dir), needed_bytes, who=who)
-        await in_phase(ranks, "offload folder", prepare)
+    await _prepare_offload(ranks, plans, stage)
     ranks.boot.begin("build")
     parts = await in_phase(ranks, "load", load_stage)
     for warning in parts.load_warnings:
         boot.log.warning("loading", message=warning)
     return parts
+
+
+async def _prepare_offload(ranks: Ranks, plans: Sequence[PipelinePlan], stage: StagePlan) -> None:
+    """A phase of all ranks where some stage of some replica keeps weights on a disk."""
+    folders = {plan.offload_dir for plan in plans if plan.offload_dir}
+    for folder in folders:  # one, as the configuration has one
+        needed_bytes, who = offload_need([s for plan in plans for s in plan.stages], stage)
+        prepare = partial(prepare_offload_folder, Path(folder), needed_bytes, who=who)
+        await in_phase(ranks, "offload folder", prepare)
 
 
 def _close(parts: StageParts) -> None:
@@ -113,7 +124,7 @@ def _load_facts(
         load_s=load_s,
         loaded_bytes=parts.loaded_bytes,
         weight_bytes=parts.weight_bytes,
-        kv_bytes=parts.cache.num_bytes(),
+        kv_bytes=parts.kv_memory.cache.num_bytes(),
         baseline_rss_bytes=baseline_rss_bytes,
         capture_s=opened.capture_s,
     )
@@ -130,6 +141,8 @@ def _log_ready(
 ) -> None:
     if parts.offloaded is not None and parts.offloaded.warning:
         boot.log.warning("offload", message=parts.offloaded.warning)
+    if parts.kv_memory.warning:
+        boot.log.warning("kv_memory", message=parts.kv_memory.warning)
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
@@ -186,11 +199,16 @@ async def _agree_on_plans(boot: Boot) -> tuple[PipelinePlan, ...]:
     """The head plans, all ranks get the same plans of all replicas."""
     told = await told_by_head(boot.ranks, "plan", lambda: to_json(_decide(boot)).encode())
     plans = tuple(from_json(list[PipelinePlan], told))
-    plan = plans[boot.layout.place_of(boot.ranks.mesh.rank).replica]
+    plan = _own(boot, plans)
     boot.log.debug("planned", **dataclasses.asdict(plan))
     for entry in plan.resolved:
         boot.log.info("resolved", setting=entry.setting, value=entry.value, reason=entry.reason)
     return plans
+
+
+def _own(boot: Boot, plans: Sequence[PipelinePlan]) -> PipelinePlan:
+    """That of this rank's replica."""
+    return plans[boot.layout.place_of(boot.ranks.mesh.rank).replica]
 
 
 def _decide(boot: Boot) -> tuple[PipelinePlan, ...]:

@@ -13,19 +13,17 @@ import torch
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import EnvironmentSetupError
-from mpipipe.kv_cache.base import ContiguousKVCache
-from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend
 from mpipipe.models.streaming import NO_GATES, StreamedWeights
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.runtime.kv_memory import KvMemory, open_kv_memory
 from mpipipe.topology.slurm import read_job
 from mpipipe.weights.loader import load_stage
 from mpipipe.weights.offload import StageTensors, open_offload
 from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
-    from mpipipe.kv_cache.base import KVCache
     from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.models.adapter import StageModel
@@ -42,7 +40,7 @@ class StageParts:
     """What a stage computes with."""
 
     model: StageModel
-    cache: KVCache
+    kv_memory: KvMemory
     loaded_bytes: int  # read from weight files
     weight_bytes: int  # held on the device: parameters, and buffers for those that are not
     needs_seq_lens: bool  # of the attention backend: it plans each step on the host
@@ -57,6 +55,7 @@ class StageParts:
         """Let go of what offloaded weights need; no step may run any more. Idempotent."""
         if self.offloaded is not None:
             self.offloaded.close()
+        self.kv_memory.close()
 
 
 def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
@@ -120,13 +119,14 @@ def _load_parts(
             opened.callback(offloaded.close)
         report = _load(model, plan, device, boot, offloaded)
         boot.begin("cache")
-        cache = _make_cache(plan, stage, dtype, device, head_major=backend.head_major)
+        kv_memory = open_kv_memory(plan, stage, device, head_major=backend.head_major)
+        opened.callback(kv_memory.close)
         boot.begin("convert weights")  # into the layout to compute with, after trial steps
-        model.finish(cache, streamed=streamed_weights(offloaded, tensors))
+        model.finish(kv_memory.cache, streamed=streamed_weights(offloaded, tensors))
         opened.pop_all()
     return StageParts(
         model,
-        cache,
+        kv_memory,
         report.bytes_read,
         report.parameter_bytes - (0 if offloaded is None else offloaded.spared_bytes),
         backend.needs_seq_lens,
@@ -219,28 +219,3 @@ def _load(
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report
-
-
-def _make_cache(
-    plan: PipelinePlan,
-    stage: StagePlan,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    head_major: bool,
-) -> KVCache:
-    if plan.kv_cache == "contiguous":
-        return ContiguousKVCache()
-    spec = read_spec(Path(plan.model_path))
-    # On a GPU the last page is no sequence's: rows without a sequence write there.
-    num_pages = plan.num_kv_pages + (device.type == "cuda")
-    return PagedKVCache.allocate(
-        num_layers=stage.num_layers,
-        num_pages=num_pages,
-        page_size=plan.page_size_tokens,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        device=device,
-        head_major=head_major,
-    )

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.memory import gib
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import StagePlan
 
 __all__ = ["offload_need", "prepare_offload_folder"]
 
 
-def offload_need(plan: PipelinePlan, stage: StagePlan) -> tuple[int, str]:
+def offload_need(stages: Sequence[StagePlan], stage: StagePlan) -> tuple[int, str]:
     """Bytes that the ranks on the host of `stage` keep on disk together, and who they are.
+
+    `stages`: of all replicas.
 
     The ranks of a host share the folder. 0 bytes: `stage` keeps none there.
     """
     if not _disk_bytes(stage):
         return 0, f"rank {stage.rank} on {stage.host}"
-    sharing = [s for s in plan.stages if s.host == stage.host and _disk_bytes(s)]
+    sharing = [s for s in stages if s.host == stage.host and _disk_bytes(s)]
     numbers = ", ".join(str(s.rank) for s in sharing)
     who = f"rank {numbers}" if len(sharing) == 1 else f"ranks {numbers} together"
     return sum(map(_disk_bytes, sharing)), f"{who} on {stage.host}"

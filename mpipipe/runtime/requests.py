@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, PromptError
+from mpipipe.planning.prompt_lengths import prompt_lengths
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Completion, Request, SamplingParams
 
@@ -26,7 +27,6 @@ __all__ = [
     "Prepared",
     "PreparedPrompts",
     "expected_workload",
-    "guessed_prompt_tokens",
     "prepare",
     "prepare_text",
     "tokenize",
@@ -152,27 +152,12 @@ def _tokenizer_or_none(model: ModelFacts, *, needs_text: bool) -> Tokenizer:
         return NoTokenizer()
 
 
-def expected_workload(lines: Sequence[PromptLine]) -> Workload:
+def expected_workload(model: ModelFacts, lines: Sequence[PromptLine]) -> Workload:
     """About how much a file of prompts is to do, before it is tokenised."""
-    known = [line for line in lines if line.sampling is not None]
-    if not known:
-        return Workload()
-    prompts = [guessed_prompt_tokens(line) for line in known]
-    outputs = [line.sampling.max_new_tokens for line in known if line.sampling is not None]
-    return Workload(
-        num_requests=len(known),
-        longest_request_tokens=max(map(sum, zip(prompts, outputs, strict=True))),
-        num_prompt_tokens=sum(prompts),
-        num_output_tokens=sum(outputs),
-        sampling=SamplingUse.of(line.sampling for line in known if line.sampling is not None),
-    )
-
-
-def guessed_prompt_tokens(line: PromptLine) -> int:
-    """About how many tokens a prompt has; some four letters are a token."""
-    if line.token_ids is not None:
-        return len(line.token_ids)
-    return 1 + (len(line.text or "") + len(str(line.messages or ""))) // 4
+    limit = model.loaded.config.memory.max_context_tokens
+    context = model.spec.max_context_tokens if limit == AUTO else int(limit)
+    found = prompt_lengths(lines, model.tokenizer_folder, context)
+    return Workload() if found is None else found.workload(context)
 
 
 def _needs_no_text(line: PromptLine) -> bool:

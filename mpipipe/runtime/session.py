@@ -176,6 +176,12 @@ class Session:
         statistics = self.statistics()
         return statistics.num_preemptions if statistics is not None else 0
 
+    @property
+    def num_saved(self) -> int:
+        """Of the preemptions of this replica, those whose pages went to host memory (its head)."""
+        statistics = self.statistics()
+        return statistics.num_saved if statistics is not None else 0
+
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""
         return () if self._dispatch is None else self._dispatch.totals()
@@ -391,6 +397,7 @@ class Session:
             energy_j=self.energy_j,
             io_write_s=self.io_write_s,
             offload=self._offload_use(used.offload),
+            page_moves=used.page_moves,
         )
 
     def _offload_use(self, use: OffloadUse | None) -> OffloadUse | None:
@@ -415,6 +422,8 @@ class Session:
             max_context_tokens=plan.max_context_tokens,
             lookahead=plan.lookahead,
             max_sequence_tokens=plan.max_sequence_tokens,
+            num_host_pages=plan.num_host_pages,
+            min_saved_tokens=plan.min_saved_tokens,
         )
         return SchedulerCore(
             limits,

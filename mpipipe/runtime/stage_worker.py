@@ -130,10 +130,11 @@ def _prepare(
     engine = open_engine(
         plan,
         parts.model,
-        parts.cache,
+        parts.kv_memory.cache,
         stream,
         attention_needs_seq_lens=parts.needs_seq_lens,
         ranges=profiler,
+        host_memory=parts.kv_memory.host_memory,
     )
     started_s = ranks.clock.now_s()
     try:

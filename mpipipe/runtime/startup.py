@@ -20,7 +20,7 @@ from mpipipe.garbage import no_garbage_collection
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.layout import Layout
 from mpipipe.planning.model_facts import ModelFacts, read_model
-from mpipipe.planning.resolve import choose_layout
+from mpipipe.planning.resolve import choose_layout, is_layout_open
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.handshake import handshake
 from mpipipe.runtime.ranks import Ranks, in_phase, open_ranks
@@ -63,7 +63,7 @@ async def joined_ranks(
     load: Callable[[], LoadedConfig],
     read: Callable[[ModelFacts], T],
     *,
-    expect: Callable[[T], Workload] = lambda _: Workload(),
+    expect: Callable[[ModelFacts, T], Workload] = lambda _model, _inputs: Workload(),
     heartbeats: bool = False,
     stop: StopSwitch | None = None,
     boot: BootTimeline | None = None,
@@ -100,7 +100,8 @@ async def joined_ranks(
             model = read_model(loaded)
             inputs = read(model)
             config = model.loaded.config
-            return model, inputs, choose_layout(config, model.spec, resources, expect(inputs))
+            workload = expect(model, inputs) if is_layout_open(config) else Workload()
+            return model, inputs, choose_layout(config, model.spec, resources, workload)
 
         ranks.boot.begin("read prompts")
         found = await in_phase(ranks, "inputs", read_inputs)

@@ -22,7 +22,8 @@ Invariants:
   the first stage would have to wait for those; earlier only when the pipe would run dry.
 * No sequence grows beyond `max_sequence_tokens`, the smaller of the context and all pages together:
   it ends with LENGTH there. So where a completion ends never depends on what else is running.
-* A sequence that is preempted is admitted again when all its tokens are known here. One that grows
+* A sequence that is preempted is admitted again when all its tokens are known here: recomputed, or
+  restored from host memory, where `take_page_moves` tells the stages to have it. One that grows
   to `restart_tokens` starts over in the same way, once: transformers computes it anew there, with
   other rotary frequencies (`checkpoint.families`). It can be counted, so no step is in vain.
 * A sequence is closed once it has finished and no step in flight contains it. Its row may still be
@@ -36,7 +37,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Literal
 
-from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    PagesRestored,
+    PagesSaved,
+    StepScheduled,
+)
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.instructions import (
     Closed,
@@ -103,6 +109,11 @@ class SchedulerCore:
         """Who was preempted by `next_step` since the last call of this, in order: for the log."""
         preemptions, self._slot_allocator.preemptions = self._slot_allocator.preemptions, []
         return preemptions
+
+    def take_page_moves(self) -> list[PagesSaved | PagesRestored]:
+        """What the stages must be told, in order, before the step that `next_step` gave, if any."""
+        moves, self._slot_allocator.page_moves = self._slot_allocator.page_moves, []
+        return moves
 
     def statistics(self) -> SchedulerStatistics:
         """Counts of this moment and since the start."""

@@ -42,10 +42,11 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """For the log: the sequence lost its pages and will be recomputed."""
+    """For the log: the sequence gave up its pages; it will be recomputed, or they were saved."""
 
     sequence_id: int
     num_lost_tokens: int  # tokens to compute again
+    num_saved_pages: int = 0  # in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +73,6 @@ class SchedulerStatistics:
     num_preemptions: int
     num_recomputed_tokens: int  # lost to preemption
     max_pages_used: int
+    num_saved: int = 0  # of the preemptions, those whose pages were saved in host memory
+    num_saved_pages: int = 0
+    max_host_pages_used: int = 0

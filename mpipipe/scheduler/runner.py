@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.control_plane.group import RankGroup
+    from mpipipe.control_plane.messages import DecodeScheduled
     from mpipipe.metrics.log import Logger
     from mpipipe.scheduler.core import SchedulerCore
     from mpipipe.scheduler.instructions import Instruction
@@ -191,7 +192,7 @@ class Runner:
         if self._stopped:
             return
         started_s = self._clock.now_s()
-        while (step := self._core.next_step()) is not None:
+        while (step := self._next_step()) is not None:
             chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
             for chunk in chunks:
                 if not chunk.num_computed:
@@ -207,8 +208,16 @@ class Runner:
                 request=self._active[preempted.sequence_id].request.request_id,
                 sequence=preempted.sequence_id,
                 num_lost_tokens=preempted.num_lost_tokens,
+                num_saved_pages=preempted.num_saved_pages,
                 num_free_pages=self._core.statistics().num_free_pages,
             )
+
+    def _next_step(self) -> StepScheduled | DecodeScheduled | None:
+        """The core's next step. What it moves between device and host goes out before it."""
+        step = self._core.next_step()
+        for move in self._core.take_page_moves():
+            self._group.broadcast_message(move)
+        return step
 
     def _open(self, sequence_id: int, slot: int) -> None:
         """Tell the stages of a sequence that starts, or starts over.

@@ -27,7 +27,7 @@ class SequenceState(enum.IntEnum):
 
     WAITING = 0  # added, never run
     RUNNING = 1  # in a slot
-    PREEMPTED = 2  # lost its pages and its slot; will be recomputed
+    PREEMPTED = 2  # lost its slot and its pages: will be recomputed, or restored
     FINISHED = 3  # has its finish reason; steps that contain it may still be in flight
     CLOSED = 4  # no step contains it any more: the stages may forget it
 
@@ -92,9 +92,12 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1  # -1: in none
     pages: list[int] = field(default_factory=list)
+    # Where its pages are saved while it waits; empty: nowhere, all is computed anew.
+    host_pages: tuple[int, ...] = ()
     num_computed: int = 0  # tokens in the KV cache once all steps in flight have run
     num_to_prefill: int = 0  # tokens known at admission: what its chunks compute
     num_promised: int = 0  # pages that admission has set aside for its prefill, not taken yet
+    restored_at: int = -1  # number of the step before which its pages were told to come back
     last_step: int = -1  # latest step that contained it; of a row, settled when it leaves
     in_batch: bool = False
     row: int = -1  # in its batch, or in its latest prefill step

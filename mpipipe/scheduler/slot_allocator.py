@@ -11,15 +11,20 @@ Invariants:
   order, and that next step removes the row before it computes. So no step after the release reads
   or writes its pages. Do not release a sequence while its step is being built.
 * At most two sequences per place are open on the stages (finished ones with steps in flight count).
+* A preempted sequence of at least `min_saved_tokens` computed tokens keeps them, if the host's pool
+  has room: its pages are saved there and restored when it is admitted again. The moves are messages
+  (`page_moves`) that the stages must get before the next step, in order. So a freed page, here or
+  there, may be given away at once.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from mpipipe.control_plane.messages import ScheduledSequence
+from mpipipe.control_plane.messages import PagesRestored, PagesSaved, ScheduledSequence
 from mpipipe.kv_cache.pages import PageAllocator
 from mpipipe.scheduler.decode_batch import DecodeBatch
 from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
@@ -43,6 +48,8 @@ class SchedulerLimits:
     max_context_tokens: int  # of the model or the configuration
     lookahead: int  # decode steps of a slot sent before the tokens of the last are known here
     max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
+    num_host_pages: int = 0  # for pages of preempted sequences, in host memory
+    min_saved_tokens: int = 1  # computed tokens from which pages are saved, not recomputed
 
 
 @dataclass(slots=True, eq=False)
@@ -78,10 +85,16 @@ class SlotAllocator:
         self.waiting: deque[Sequence] = deque()  # by arrival
         self.running: dict[Sequence, None] = {}  # by arrival: those with a place
         self.num_open = 0  # known to the stages
+        self.host_pages = PageAllocator(limits.num_host_pages, limits.page_size)
         self.preemptions: list[Preempted] = []  # not yet taken by the core's caller
+        self.page_moves: list[PagesSaved | PagesRestored] = []  # as above
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.max_pages_used = 0
+        self.num_saved = 0
+        self.num_saved_pages = 0
+        self.max_host_pages_used = 0
+        self._min_saved_tokens = limits.min_saved_tokens
         self._max_sequences_per_slot = limits.max_sequences_per_slot
         self._num_promised = 0  # pages set aside for prompts in the making
 
@@ -100,6 +113,9 @@ class SlotAllocator:
             num_preemptions=self.num_preemptions,
             num_recomputed_tokens=self.num_recomputed_tokens,
             max_pages_used=self.max_pages_used,
+            num_saved=self.num_saved,
+            num_saved_pages=self.num_saved_pages,
+            max_host_pages_used=self.max_host_pages_used,
         )
 
     # ---- admission -------------------------------------------------------------------------------
@@ -124,7 +140,7 @@ class SlotAllocator:
             num_free -= self._pages_to_first_token(sequence)
             if (
                 count >= limit
-                or sequence.last_step > returned  # tokens to recompute are not all known
+                or sequence.last_step > returned  # its tokens are not all known
                 or num_request_rows < 0
                 or num_free < admission_headroom(num_running + count)
             ):
@@ -151,8 +167,16 @@ class SlotAllocator:
         num_admissible = self.count_admissible([slot], len(self.waiting), returned)
         while num_admissible and budget > 0:
             num_admissible -= 1
-            budget -= len(self.waiting[0].tokens)
+            sequence = self.waiting[0]
+            budget -= len(sequence.tokens) - (sequence.num_computed if sequence.host_pages else 0)
             self._admit_first(slot)
+
+    def restore(self, returned: int, step: int) -> None:
+        """As `admit`, before `step`, for the first that wait if their pages are saved."""
+        num_saved = sum(1 for _ in takewhile(lambda sequence: sequence.host_pages, self.waiting))
+        for _ in range(self.count_admissible(self.slots, num_saved, returned)):
+            self.waiting[0].restored_at = step
+            self._admit_first(min(self.slots, key=_fullness))
 
     def _admit_first(self, slot: Slot) -> None:
         """Give the sequence that waits first a place in `slot`.
@@ -163,13 +187,20 @@ class SlotAllocator:
         sequence = self.waiting.popleft()
         next_state(sequence, SequenceEvent.ADMIT)
         sequence.slot = slot.index
-        sequence.num_computed = 0
-        sequence.num_to_prefill = len(sequence.tokens)
-        sequence.num_promised = self._pages_to_first_token(sequence)
-        self._num_promised += sequence.num_promised
+        if sequence.host_pages:
+            self._restore_pages(sequence)
+        else:
+            sequence.num_computed = 0
+            sequence.num_to_prefill = len(sequence.tokens)
+        if sequence.is_prefilled:
+            sequence.num_to_prefill = sequence.num_computed  # `num_to_sample` counts from there
+            insort(slot.joining, sequence, key=_last_step)
+        else:
+            sequence.num_promised = self._pages_to_first_token(sequence) - len(sequence.pages)
+            self._num_promised += sequence.num_promised
+            slot.prefilling.append(sequence)
         self.num_open += not sequence.is_open
         sequence.is_open = True
-        slot.prefilling.append(sequence)
         self._run(sequence)
 
     def _run(self, sequence: Sequence) -> None:
@@ -256,18 +287,57 @@ class SlotAllocator:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take place and pages away for an older one."""
-        self.restart(sequence)
-        self.preemptions.append(Preempted(sequence.sequence_id, sequence.num_computed))
+        """Take place and pages away for an older one; save the pages where that pays."""
+        pages = tuple(sequence.pages)
+        self._give_up_place(sequence)
+        lost = sequence.num_computed
+        if self._can_save(sequence):
+            self._save_pages(sequence, pages)
+            lost = 0
+        saved = len(sequence.host_pages)
+        self.preemptions.append(Preempted(sequence.sequence_id, lost, saved))
         self.num_preemptions += 1
+        self.num_recomputed_tokens += lost
 
     def restart(self, sequence: Sequence) -> None:
         """Take place and pages away; back into the queue, by arrival, to start over."""
+        self._give_up_place(sequence)
+        self.num_recomputed_tokens += sequence.num_computed
+
+    def _give_up_place(self, sequence: Sequence) -> None:
         next_state(sequence, SequenceEvent.PREEMPT)
         self.release(sequence)
-        self.num_recomputed_tokens += sequence.num_computed
         older = takewhile(lambda other: _arrival(other) < _arrival(sequence), self.waiting)
         self.waiting.insert(sum(1 for _ in older), sequence)
+
+    # ---- pages in host memory --------------------------------------------------------------------
+
+    def _can_save(self, sequence: Sequence) -> bool:
+        """Whether its pages, released just now, have room in host memory, and are worth it."""
+        num_pages = self.pages.pages_for_tokens(sequence.num_computed)
+        is_worth_it = sequence.num_computed >= self._min_saved_tokens
+        return is_worth_it and 0 < num_pages <= self.host_pages.num_free
+
+    def _save_pages(self, sequence: Sequence, pages: tuple[int, ...]) -> None:
+        num_pages = self.pages.pages_for_tokens(sequence.num_computed)
+        sequence.host_pages = self.host_pages.allocate(num_pages)
+        self.page_moves.append(PagesSaved(pages[:num_pages], sequence.host_pages))
+        self.num_saved += 1
+        self.num_saved_pages += num_pages
+        used = self.host_pages.num_pages - self.host_pages.num_free
+        self.max_host_pages_used = max(self.max_host_pages_used, used)
+
+    def _restore_pages(self, sequence: Sequence) -> None:
+        pages, host_pages = self._take(len(sequence.host_pages)), sequence.host_pages
+        self.page_moves.append(
+            PagesRestored(sequence.sequence_id, sequence.num_computed, host_pages, pages)
+        )
+        sequence.pages.extend(pages)
+        self._drop_saved(sequence)
+
+    def _drop_saved(self, sequence: Sequence) -> None:
+        self.host_pages.free(sequence.host_pages)
+        sequence.host_pages = ()
 
     def release(self, sequence: Sequence) -> None:
         """Take it out of its slot and give its pages back."""
@@ -290,12 +360,17 @@ class SlotAllocator:
         next_state(sequence, SequenceEvent.FINISH)
         if was_waiting:
             self.waiting.remove(sequence)
+            self._drop_saved(sequence)
         elif sequence.slot >= 0:
             self.release(sequence)
 
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.sequence_id
+
+
+def _last_step(sequence: Sequence) -> int:
+    return sequence.last_step
 
 
 def _fullness(slot: Slot) -> int:

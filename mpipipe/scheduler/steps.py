@@ -64,6 +64,9 @@ class StepMaker:
             return None
         if self._fills_up:
             return self._fill_next()
+        waiting = self._slot_allocator.waiting
+        if waiting and waiting[0].host_pages:
+            self._slot_allocator.restore(returned, self.num_steps)
         dispatched = self._prefill() if self._prefers_prefill() else None
         if dispatched is None:
             dispatched = self._decode_next(early=False)
@@ -103,6 +106,8 @@ class StepMaker:
             # batch, those that sampled first make one.
             latest = max(self.num_steps, self._due(slot)) - self._limits.num_slots
             joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
+            if slot.batch.num_live:  # pages come back while a step computes
+                joined = [s for s in joined if s.restored_at < self.num_steps]
             dispatched = self._decode(slot, joined)
             if dispatched is not None:
                 return dispatched
@@ -128,15 +133,18 @@ class StepMaker:
         for slot in slots[self._turn :] + slots[: self._turn]:
             if slot.sampled_in > self._returned:
                 continue
-            num_decodes = slot.batch.num_live + len(slot.joining)
-            budget = self._limits.max_tokens_per_step - num_decodes
             if self._slot_allocator.waiting:
-                self._slot_allocator.refill(slot, budget, self._returned)
-            dispatched = self._decode(slot, slot.joining.copy(), budget)
+                self._slot_allocator.refill(slot, self._budget(slot), self._returned)
+            dispatched = self._decode(slot, slot.joining.copy(), self._budget(slot))
             if dispatched is not None:
                 self._turn = (slot.index + 1) % self._limits.num_slots
                 return dispatched
         return None
+
+    def _budget(self, slot: Slot) -> int:
+        """Tokens of prompts that a step of the slot has room for, beside its decodes."""
+        num_decodes = slot.batch.num_live + len(slot.joining)
+        return self._limits.max_tokens_per_step - num_decodes
 
     # ---- making a step ---------------------------------------------------------------------------
 

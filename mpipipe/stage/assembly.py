@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.kv_cache.host_pages import HostPages
+from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.planning.step_limits import num_request_rows
 from mpipipe.stage.cpu_stream import CpuStream
 from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, StageTensors
@@ -63,19 +65,20 @@ def open_engine(
     *,
     attention_needs_seq_lens: bool,
     ranges: Ranges = NO_RANGES,
+    host_memory: torch.Tensor | None = None,
 ) -> StageEngine:
-    """Tables and device tensors for `plan`; nothing is captured yet."""
+    """Tables and device tensors for `plan`; nothing is captured yet.
+
+    `host_memory`: for the plan's pages in host memory, as `HostPages` takes it.
+    """
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     rows = plan.max_sequences_per_slot
-    num_rows = num_request_rows(plan.num_slots, rows)
-    request_table = RequestTable(num_rows, max_pages, model.vocab_size)
-    unused = (request_table.num_request_rows, plan.num_kv_pages)
-    batches = tuple(
-        DecodeBatch(request_table, stream, max_rows=rows, unused=unused)
-        for _ in range(plan.num_slots)
+    request_table = RequestTable(
+        num_request_rows(plan.num_slots, rows), max_pages, model.vocab_size
     )
+    batches = _open_batches(plan, request_table, stream)
     use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
-    tensors = _open_tensors(plan, model, cache, stream, use_graphs=use_graphs)
+    tensors = _open_tensors(plan, model, cache, stream, host_memory, use_graphs=use_graphs)
     graph_runner = CudaGraphRunner(
         model,
         batches,
@@ -98,8 +101,35 @@ def open_engine(
     )
 
 
+def _open_batches(
+    plan: PipelinePlan, request_table: RequestTable, stream: Stream
+) -> tuple[DecodeBatch, ...]:
+    rows = plan.max_sequences_per_slot
+    unused = (request_table.num_request_rows, plan.num_kv_pages)
+    return tuple(
+        DecodeBatch(request_table, stream, max_rows=rows, unused=unused)
+        for _ in range(plan.num_slots)
+    )
+
+
+def _open_host_pages(
+    plan: PipelinePlan, cache: KVCache, stream: Stream, host_memory: torch.Tensor | None
+) -> HostPages | None:
+    if host_memory is None:
+        return None
+    assert isinstance(cache, PagedKVCache), "other caches have no pages"
+    num_pages = plan.num_host_pages
+    return HostPages(cache, host_memory, num_pages, lambda ids: stream.upload(ids.numpy()))
+
+
 def _open_tensors(
-    plan: PipelinePlan, model: StageModel, cache: KVCache, stream: Stream, *, use_graphs: bool
+    plan: PipelinePlan,
+    model: StageModel,
+    cache: KVCache,
+    stream: Stream,
+    host_memory: torch.Tensor | None,
+    *,
+    use_graphs: bool,
 ) -> StageTensors:
     rows = plan.max_sequences_per_slot
     request_rows = num_request_rows(plan.num_slots, rows)
@@ -111,4 +141,5 @@ def _open_tensors(
     if use_graphs and model.plan.has_head and not model.plan.has_embedding:
         sent_ids = last_token.new_zeros(plan.num_slots, rows)
     history = TokenHistory(request_rows + 1, model.vocab_size, stream.device)
-    return StageTensors(cache, last_token, history, hidden_in_BH, sent_ids)
+    host_pages = _open_host_pages(plan, cache, stream, host_memory)
+    return StageTensors(cache, last_token, history, hidden_in_BH, sent_ids, host_pages)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpipipe.kv_cache.base import KVCache
+    from mpipipe.kv_cache.host_pages import HostPages
     from mpipipe.models.adapter import StageModel
     from mpipipe.stage.decode_batch import DecodeBatch
     from mpipipe.stage.ranges import Ranges
@@ -64,6 +65,7 @@ class StageTensors:
     # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only
     # on the last of several stages, and where graphs are captured: otherwise each step's are new.
     sent_ids: torch.Tensor | None = None
+    host_pages: HostPages | None = None  # None: no page is ever moved
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 
 __all__ = ["DeviceUse"]
 
@@ -16,3 +16,4 @@ class DeviceUse:
     gpu_peak_bytes: int = 0  # reserved at once, since the stage was opened
     cpu_us_per_step: float | None = None  # median, to put a decode step on the device's queue
     offload: OffloadUse | None = None  # None: all weights stand on the device
+    page_moves: PageMoveUse | None = None  # None: no KV pages in host memory

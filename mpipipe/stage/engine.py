@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mpipipe.control_plane.messages import DecodeScheduled
+from mpipipe.control_plane.messages import DecodeScheduled, PagesSaved
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.cuda_graph_runner import (
@@ -35,7 +35,13 @@ from mpipipe.stage.token_feedback import RowSlices, TokenFeedback
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence, StepScheduled
+    from mpipipe.control_plane.messages import (
+        PagesRestored,
+        RequestOpened,
+        ScheduledSequence,
+        StepScheduled,
+    )
+    from mpipipe.metrics.offload import PageMoveUse
     from mpipipe.models.adapter import StageModel
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.workload import SamplingUse
@@ -67,6 +73,7 @@ class StageEngine:
         self._stream = stream
         self._batches = batches
         self._tensors = tensors
+        self._host_pages = tensors.host_pages
         self._varlen = varlen
         # Steps take their input from whatever tensor it is in, so it may arrive while others run.
         self.free_inputs = varlen and stream.device.type == "cpu"
@@ -105,6 +112,40 @@ class StageEngine:
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
         return self._batches[step.slot].latest_sample(step.joined)
+
+    # ---- pages in host memory --------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def move_pages(self, message: PagesSaved | PagesRestored) -> None:
+        """Add the copies to the stream of copies: behind all steps so far, before all to come."""
+        assert self._host_pages is not None, "the plan has no pages in host memory"
+        if isinstance(message, PagesSaved):
+            self._host_pages.save(message.pages, message.host_pages)
+            return
+        self._host_pages.restore(message.host_pages, message.pages)
+        self.request_table.restore(message)
+
+    def page_moves(self) -> PageMoveUse | None:
+        """What was moved so far; None: there are no pages in host memory."""
+        return None if self._host_pages is None else self._host_pages.use()
+
+    def _settle_pages(
+        self,
+        new_pages: Sequence[int],
+        joined: Sequence[int],
+        chunks: Sequence[ScheduledSequence],
+    ) -> None:
+        """Let the next step wait for copies of pages that it writes, or that it is the first to
+        read.
+        """
+        if self._host_pages is None:
+            return
+        pages = [*new_pages]
+        for chunk in chunks:
+            pages += chunk.new_pages
+        for sequence_id in (*joined, *(chunk.sequence_id for chunk in chunks)):
+            pages += self.request_table.pages_of(sequence_id)
+        self._host_pages.settle(pages)
 
     # ---- boot ------------------------------------------------------------------------------------
 
@@ -199,6 +240,7 @@ class StageEngine:
     @torch.inference_mode()
     def prefill(self, step: StepScheduled, hidden_TH: torch.Tensor | None) -> LaunchedStep:
         """Add a step of prompt chunks."""
+        self._settle_pages((), (), step.sequences)
         return self._chunks_behind(None, step.step, step.sequences, hidden_TH)
 
     @torch.inference_mode()
@@ -208,6 +250,7 @@ class StageEngine:
         The result has all rows of the graph, those without a sequence included.
         """
         batch = self._batches[step.slot]
+        self._settle_pages(step.new_pages, step.joined, step.chunks)
         batch.apply(step)
         if step.chunks:
             assert self._varlen, "graphs hold decodes only"

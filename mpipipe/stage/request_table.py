@@ -19,7 +19,7 @@ from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import COLUMNS, column_entries
 
 if TYPE_CHECKING:
-    from mpipipe.control_plane.messages import RequestOpened, ScheduledSequence
+    from mpipipe.control_plane.messages import PagesRestored, RequestOpened, ScheduledSequence
 
 __all__ = ["RequestTable"]
 
@@ -99,6 +99,19 @@ class RequestTable:
         assert end <= self.max_pages, f"{end} pages for a sequence of at most {self.max_pages}"
         self.pages[request_row, first:end] = new_pages
         self.num_pages[request_row] = end
+
+    def restore(self, message: PagesRestored) -> None:
+        """A sequence goes on, with all its computed tokens in other pages."""
+        request_row = self._request_row_of[message.sequence_id]
+        self.num_pages[request_row] = 0
+        self.add_pages(request_row, message.pages)
+        self.num_computed[request_row] = message.num_computed
+
+    def pages_of(self, sequence_id: int) -> list[int]:
+        """The page table of an open sequence."""
+        request_row = self._request_row_of[sequence_id]
+        pages: list[int] = self.pages[request_row, : self.num_pages[request_row]].tolist()
+        return pages
 
     def place(
         self, chunks: Sequence[ScheduledSequence], step: int, first_row: int = 0

@@ -30,6 +30,8 @@ from mpipipe.control_plane.messages import (
     GenerationBegan,
     GenerationEnded,
     LogprobsSampled,
+    PagesRestored,
+    PagesSaved,
     RequestClosed,
     RequestOpened,
     SessionEnded,
@@ -68,6 +70,8 @@ _FROM_HEAD = (
     StepScheduled,
     DecodeScheduled,
     RequestClosed,
+    PagesSaved,
+    PagesRestored,
     GenerationBegan,
     GenerationEnded,
     SessionEnded,
@@ -204,7 +208,12 @@ class StageWorker:
 
         Of memory and time nothing on a CPU, where computing is the host's time.
         """
-        return DeviceUse(self._stream.peak_bytes(), self._us_per_launch, self._offload_use())
+        return DeviceUse(
+            self._stream.peak_bytes(),
+            self._us_per_launch,
+            self._offload_use(),
+            self._engine.page_moves(),
+        )
 
     async def exercise_edges(self) -> None:
         """Use every edge once, and prepare what repeats on it, so that no step pays for set-up."""
@@ -271,6 +280,8 @@ class StageWorker:
                 self._engine.open(message)
             case RequestClosed():
                 self._engine.close(message.sequence_ids)
+            case PagesSaved() | PagesRestored():
+                await self._stream.compute(partial(self._engine.move_pages, message))
             case _:
                 raise AssertionError(f"the mailbox does not carry {type(message).__name__}")
 

@@ -24,7 +24,8 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
-from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.kv_cache.host_pages import page_bytes
+from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -47,6 +48,7 @@ from mpipipe.types import (
     SamplingParams,
     TokenLogprobs,
 )
+from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 from tests.contract.replaying_stream import ReplayingStream
 from tests.contract.tiny_models import (
     NUM_LAYERS,
@@ -85,6 +87,7 @@ def engine_plan(
     hidden_size: int = 48,
     lookahead: int = 1,
     kv_cache: CacheKind = "paged",
+    num_host_pages: int = 0,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -111,6 +114,7 @@ def engine_plan(
         prefill=prefill,
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
+        num_host_pages=num_host_pages,
     )
 
 
@@ -121,6 +125,7 @@ def build_stage(
     backend: AttentionBackend,
     device: str = "cpu",
     offloading: Offloading | None = None,
+    pinned: PinnedMemory | None = None,
 ) -> StageModel:
     """Stage `number`, with pages of its own and the one that belongs to no sequence."""
     config = model.reference.config
@@ -137,6 +142,7 @@ def build_stage(
             dtype=torch.float32,
             device=torch.device(device),
             head_major=backend.head_major,
+            host=host_layers(plan, number, device, pinned),
         )
     return load_stage(
         model.folder,
@@ -148,6 +154,23 @@ def build_stage(
         max_sequence_tokens=64,
         offloading=offloading,
     )
+
+
+def host_layers(
+    plan: PipelinePlan, number: int, device: str, pinned: PinnedMemory | None
+) -> HostLayers | None:
+    """As `open_kv_memory` has them; `pinned` gives the memory."""
+    stage = plan.stages[number]
+    if stage.kv_in_host is None or not stage.kv_in_host.layers:
+        return None
+    pinned = pinned or PinnedMemory(torch.device(device))
+    layers = tuple(layer - stage.first_layer for layer in stage.kv_in_host.layers)
+    return HostLayers(layers, lambda num_bytes: seen(pinned.take(num_bytes), device))
+
+
+def seen(memory: torch.Tensor, device: str) -> torch.Tensor:
+    """Host memory as kernels of the device read it."""
+    return memory if device == "cpu" else device_view(memory, torch.device(device))
 
 
 def cache_of(stage: StageModel) -> KVCache:
@@ -202,8 +225,11 @@ class EnginePipeline:
         backend: AttentionBackend = SdpaAttention()
         if mode != "varlen":
             backend = TensorSdpa() if device == "cpu" else TritonAttention()
+        self.pinned = PinnedMemory(torch.device(device))
         stages = range(plan.num_stages)
-        self.models = [build_stage(model, plan, n, backend, device, offloading) for n in stages]
+        self.models = [
+            build_stage(model, plan, n, backend, device, offloading, self.pinned) for n in stages
+        ]
         clock = clock or ScriptedClock()
         if mode == "replayed" and device == "cpu":
             self.stream: Stream = ReplayingStream(torch.device(device), clock, ProgressEngine())
@@ -216,11 +242,13 @@ class EnginePipeline:
                 cache_of(stage),
                 self.stream,
                 attention_needs_seq_lens=backend.needs_seq_lens,
+                host_memory=self._host_memory(stage),
             )
             for stage in self.models
         ]
         self.steps: list[Step] = []
         self.num_preemptions = 0
+        self.num_saved = 0
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
@@ -242,6 +270,7 @@ class EnginePipeline:
                 plan.page_size_tokens,
                 plan.max_sequence_tokens,
                 plan.lookahead,
+                num_host_pages=plan.num_host_pages,
             ),
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
@@ -253,11 +282,15 @@ class EnginePipeline:
             core.add(request)
         while not core.is_idle:
             step = core.next_step()
+            for move in core.take_page_moves():
+                for engine in self.engines:
+                    engine.move_pages(move)
             if step is not None:
                 self._send(core, step, requests)
             if step is None or rng.random() < 0.3:
                 self._hear(core, outcomes, logprobs)
         self.num_preemptions = core.statistics().num_preemptions
+        self.num_saved = core.statistics().num_saved
         for engine in self.engines:
             engine.clear()
             assert not len(engine.request_table), "a sequence was never closed"
@@ -265,23 +298,40 @@ class EnginePipeline:
             outcome.logprobs = logprobs[number][: len(outcome.token_ids)]
         return [outcomes[number] for number in range(len(requests))]
 
+    def _host_memory(self, stage: StageModel) -> torch.Tensor | None:
+        """As `open_kv_memory` makes it."""
+        if not self.plan.num_host_pages:
+            return None
+        cache = cache_of(stage)
+        assert isinstance(cache, PagedKVCache)
+        device = cache.pages_NPX.device
+        memory = self.pinned.take(self.plan.num_host_pages * page_bytes(cache))
+        if memory.device == device or self.pinned.refused_bytes:
+            return memory
+        return device_view(memory, device)
+
+    def close(self) -> None:
+        """Unpin what pages were saved in."""
+        self.stream.drain()
+        self.pinned.close()
+
     # ---- towards the stages ----------------------------------------------------------------------
 
     def _send(self, core: SchedulerCore, step: Step, requests: Sequence[Request]) -> None:
-        if isinstance(step, StepScheduled):
-            for scheduled in step.sequences:
-                if not scheduled.num_computed:
-                    known = core.known_tokens(scheduled.sequence_id)
-                    request = requests[scheduled.sequence_id]
-                    message = RequestOpened(
-                        scheduled.sequence_id,
-                        known,
-                        request.sampling,
-                        core.rotary_len(scheduled.sequence_id),
-                        num_output_tokens=len(known) - len(request.prompt_ids),
-                    )
-                    for engine in self.engines:
-                        engine.open(message)
+        chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
+        for scheduled in chunks:
+            if not scheduled.num_computed:
+                known = core.known_tokens(scheduled.sequence_id)
+                request = requests[scheduled.sequence_id]
+                message = RequestOpened(
+                    scheduled.sequence_id,
+                    known,
+                    request.sampling,
+                    core.rotary_len(scheduled.sequence_id),
+                    num_output_tokens=len(known) - len(request.prompt_ids),
+                )
+                for engine in self.engines:
+                    engine.open(message)
         self.steps.append(step)
         self._take_needed(step)
         first = last = _launch(self.engines[0], step, None)

@@ -18,6 +18,7 @@ from mpipipe.control_plane.mesh import Mesh
 from mpipipe.errors import CheckpointError
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.metrics.log import NullLog
+from mpipipe.planning.layout import Layout
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime import boot as boot_module
 from mpipipe.runtime.boot import _load
@@ -58,6 +59,7 @@ def load_on_two_ranks(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> tuple[
     async def one(ranks: Ranks) -> bool:
         loading = SimpleNamespace(
             ranks=ranks,
+            layout=Layout((plan.ranks,)),
             log=NullLog(),
             loaded=SimpleNamespace(
                 config=SimpleNamespace(model=SimpleNamespace(trust_remote_code=False))
@@ -66,7 +68,7 @@ def load_on_two_ranks(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> tuple[
         stage = plan.stages[ranks.mesh.rank]
         with ExitStack() as opened:
             try:
-                await _load(loading, plan, stage, torch.device("cpu"), opened)  # type: ignore[arg-type]
+                await _load(loading, (plan,), stage, torch.device("cpu"), opened)  # type: ignore[arg-type]
             except AgreedError:
                 assert fails
             return not parts.is_closed

@@ -100,12 +100,13 @@ def check_metrics(outcome: Outcome, num_ranks: int) -> None:
             [
                 "pipeline.prefill=mixed",
                 "memory.num_kv_pages=16",
+                "memory.kv_host_bytes=16MiB",
                 "pipeline.max_sequences_per_slot=6",
             ],
         ),
         (3, ["pipeline.max_sequences_per_slot=2", "pipeline.max_tokens_per_step=16"]),
     ],
-    ids=["one-rank", "mixed-preemption", "three-ranks"],
+    ids=["one-rank", "mixed-moved-pages", "three-ranks"],
 )
 def test_completions_are_those_of_a_plain_run(
     num_ranks: int, words: list[str], config: Path, plain: Outcome, tmp_path: Path
@@ -120,6 +121,11 @@ def test_completions_are_those_of_a_plain_run(
     assert plan["prefill"] == ("mixed" if "pipeline.prefill=mixed" in words else "phases")
     preempted = outcome.json("metrics.json")["num_preemptions"]
     assert (preempted > 0) == any("num_kv_pages" in word for word in words)
+    if preempted:  # all of them by pages that went to host memory
+        assert outcome.json("metrics.json")["num_saved"] == preempted
+        assert plan["num_host_pages"] > 0
+        for rank in outcome.json("metrics.json")["ranks"]:
+            assert rank["page_moves"]["saved_bytes"] >= rank["page_moves"]["restored_bytes"] > 0
 
 
 def test_the_prompts_reach_what_they_are_there_for(plain: Outcome) -> None:

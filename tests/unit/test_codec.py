@@ -32,6 +32,8 @@ from mpipipe.control_plane.messages import (
     LogprobsSampled,
     Message,
     NoMoreRequests,
+    PagesRestored,
+    PagesSaved,
     PhaseReport,
     PhaseVerdict,
     RankLost,
@@ -147,6 +149,8 @@ MESSAGES: tuple[Message, ...] = (
     RequestsGiven((Request("a", 2, (1, 300), SAMPLING),), 0.5),
     NoMoreRequests(True),
     DispatchEnded(),
+    PagesSaved((5, 70000), (0, 1)),
+    PagesRestored(3, 17, (0, 1), (6, 2)),
 )
 NUM_DAMAGED = 20_000
 
@@ -204,6 +208,8 @@ GOLDEN = (
     ),
     "921cc3",
     "911d",
+    "931e9205ce00011170920001",
+    "951f0311920001920602",
 )
 
 

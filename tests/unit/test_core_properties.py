@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
+    PagesRestored,
+    PagesSaved,
     RequestClosed,
     RequestOpened,
     ScheduledSequence,
@@ -33,6 +35,7 @@ from tests.oracles.awaiting_core import AwaitingCore
 from tests.unit.test_awaiting_core import EOS, Case, Simulation, alone, cases, next_token
 
 Step = StepScheduled | DecodeScheduled
+Move = PagesSaved | PagesRestored
 PREFILL = ("phases", "mixed")
 
 
@@ -42,6 +45,8 @@ class AheadCase:
     lookahead: int
     mixed: bool
     stop_at: dict[int, int] = field(default_factory=dict)  # request → token of its "stop string"
+    num_host_pages: int = 0
+    min_saved_tokens: int = 1
 
     def core(self) -> SchedulerCore:
         case = self.case
@@ -53,6 +58,8 @@ class AheadCase:
             page_size=case.page_size,
             max_context_tokens=case.max_context_tokens,
             lookahead=self.lookahead,
+            num_host_pages=self.num_host_pages,
+            min_saved_tokens=self.min_saved_tokens,
         )
         return SchedulerCore(
             limits,
@@ -87,6 +94,8 @@ def ahead_cases(draw: st.DrawFn) -> AheadCase:
         lookahead=draw(st.sampled_from([0, 0, 1, 1, 2, 3])),
         mixed=draw(st.booleans()),
         stop_at=draw(st.dictionaries(st.integers(0, 13), st.integers(1, 23), max_size=4)),
+        num_host_pages=draw(st.sampled_from([0, 2, 6, 50])),
+        min_saved_tokens=draw(st.sampled_from([1, 1, 5])),
     )
 
 
@@ -98,6 +107,7 @@ class Stage:
     case: Case
     # (sequence, token, rotary length)
     memory: list[tuple[int, int, int] | None] = field(default_factory=list)
+    host_memory: dict[int, list[tuple[int, int, int] | None]] = field(default_factory=dict)
     rotary_lens: dict[int, int] = field(default_factory=dict)
     sampling: dict[int, SamplingParams] = field(default_factory=dict)
     histories: dict[int, list[int]] = field(default_factory=dict)  # with all that is sampled
@@ -105,8 +115,17 @@ class Stage:
     tables: dict[int, list[int]] = field(default_factory=dict)
     batches: list[list[int]] = field(default_factory=list)
 
-    def follow(self, message: RequestOpened | RequestClosed | Step) -> tuple[int, ...]:
+    def follow(self, message: RequestOpened | RequestClosed | Move | Step) -> tuple[int, ...]:
         match message:
+            case PagesSaved():
+                for page, host_page in zip(message.pages, message.host_pages, strict=True):
+                    self.host_memory[host_page] = self.memory[self.cells(page)]
+            case PagesRestored():
+                sequence_id = message.sequence_id
+                assert self.computed[sequence_id] == message.num_computed > 0
+                self.tables[sequence_id] = list(message.pages)
+                for page, host_page in zip(message.pages, message.host_pages, strict=True):
+                    self.memory[self.cells(page)] = self.host_memory.pop(host_page)
             case RequestOpened():
                 sequence_id = message.sequence_id
                 if sequence_id in self.histories:
@@ -153,6 +172,9 @@ class Stage:
         # The last of the writes may not have spoilt what another row reads.
         return tuple(self.sample(sequence_id) for sequence_id in rows) + of_chunks
 
+    def cells(self, page: int) -> slice:
+        return slice(page * self.case.page_size, (page + 1) * self.case.page_size)
+
     def rotary_len(self, sequence_id: int) -> int:
         request = self.case.requests[sequence_id]  # they are added in order
         return self.case.rotary_len(request, len(self.histories[sequence_id]))
@@ -196,7 +218,7 @@ class AheadSimulation:
     outcome: Outcome = field(default_factory=Outcome)
     requests: dict[int, Request] = field(default_factory=dict)
     opened: set[int] = field(default_factory=set)
-    messages: deque[RequestOpened | RequestClosed | Step] = field(default_factory=deque)
+    messages: deque[RequestOpened | RequestClosed | Move | Step] = field(default_factory=deque)
     flight: deque[tuple[Step, tuple[int, ...]]] = field(default_factory=deque)  # who samples
     batches: dict[int, list[int]] = field(default_factory=dict)
     sampled_in: dict[int, int] = field(default_factory=dict)  # by sequence, its latest step
@@ -242,6 +264,7 @@ class AheadSimulation:
     def dispatch(self) -> bool:
         case, rounds, num_in_flight = self.ahead.case, self.ahead.lookahead, len(self.flight)
         step = self.core.next_step()
+        self.messages.extend(self.core.take_page_moves())
         if step is None:
             return False
         assert step.step == len(self.outcome.steps)
@@ -313,6 +336,10 @@ class AheadSimulation:
             assert statistics.num_free_pages == self.ahead.case.num_pages
         owned = [page for s in self.core._slot_allocator.running for page in s.pages]
         assert len(owned) == len(set(owned)) == statistics.num_pages - statistics.num_free_pages
+        saved = [page for s in self.core._slot_allocator.waiting for page in s.host_pages]
+        assert len(saved) == len(set(saved)) <= self.ahead.num_host_pages
+        num_free = self.core._slot_allocator.host_pages.num_free
+        assert num_free == self.ahead.num_host_pages - len(saved)
         assert self.core._slot_allocator._num_promised == sum(
             s.num_promised for s in self.core._slot_allocator.running
         )
@@ -357,6 +384,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> N
     outcome = AheadSimulation(ahead).run()
     assert outcome.statistics is not None
     event(f"preempted: {outcome.statistics.num_preemptions > 0}")
+    event(f"saved: {outcome.statistics.num_saved > 0}")
     assert list(outcome.tokens) == [request.request_id for request in ahead.case.requests]
     for request in ahead.case.requests:
         tokens, reason = ahead.expected(request)
@@ -467,10 +495,13 @@ def test_cancelled_requests_end_once_and_the_others_are_not_touched(
             assert (got, outcome.reasons[request.request_id]) == (tokens, reason)
 
 
+@pytest.mark.parametrize("num_host_pages", [0, 8, 200])
 @pytest.mark.parametrize("restart_tokens", [0, 7, 15])
 @pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_the_cases_reach_heavy_preemption(mixed: bool, restart_tokens: int, lookahead: int) -> None:
+def test_the_cases_reach_heavy_preemption(
+    mixed: bool, restart_tokens: int, lookahead: int, num_host_pages: int
+) -> None:
     requests = tuple(
         Request(f"r{i}", i, tuple(range(1, 7)), SamplingParams(max_new_tokens=24, ignore_eos=True))
         for i in range(12)
@@ -486,12 +517,69 @@ def test_the_cases_reach_heavy_preemption(mixed: bool, restart_tokens: int, look
         seed=1,
         restart_tokens=restart_tokens,
     )
-    outcome = AheadSimulation(AheadCase(case, lookahead=lookahead, mixed=mixed)).run()
-    assert outcome.statistics is not None
-    assert outcome.statistics.num_preemptions > 10
+    ahead = AheadCase(case, lookahead=lookahead, mixed=mixed, num_host_pages=num_host_pages)
+    outcome = AheadSimulation(ahead).run()
+    found = outcome.statistics
+    assert found is not None
+    assert found.num_preemptions > 10
+    assert (found.num_saved > 0) == (num_host_pages > 0)
+    assert (found.num_saved < found.num_preemptions) == (num_host_pages < 200)
+    if num_host_pages == 200 and not restart_tokens:
+        assert not found.num_recomputed_tokens
     filled_up = any(isinstance(step, DecodeScheduled) and step.chunks for step in outcome.steps)
     assert filled_up == (mixed and not lookahead)
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
+
+
+def small_pool(seed: int) -> Case:
+    """Few pages for long completions."""
+    random = Random(seed)
+    requests = tuple(
+        Request(
+            f"r{index}",
+            index,
+            tuple(range(1, 1 + random.randint(1, 8))),
+            SamplingParams(max_new_tokens=random.randint(6, 20), ignore_eos=random.random() < 0.8),
+        )
+        for index in range(random.randint(5, 14))
+    )
+    return Case(
+        num_slots=random.choice([1, 2, 3]),
+        max_sequences_per_slot=random.choice([2, 3, 5]),
+        max_tokens_per_step=random.choice([6, 8, 24]),
+        num_pages=random.randint(14, 20),
+        page_size=random.choice([2, 3]),
+        max_context_tokens=60,
+        requests=requests,
+        seed=seed,
+        restart_tokens=random.choice([0, 0, 10]),
+    )
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=PREFILL)
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
+def test_saved_sequences_get_the_tokens_that_they_would_get_alone(
+    lookahead: int, mixed: bool
+) -> None:
+    num_saved = 0
+    for seed in range(12):
+        random, case = Random(seed), small_pool(seed)
+        ahead = AheadCase(
+            case,
+            lookahead=lookahead,
+            mixed=mixed,
+            stop_at={index: random.randint(1, 23) for index in range(3)},
+            num_host_pages=random.choice([3, 10, 100]),
+            min_saved_tokens=random.choice([1, 4]),
+        )
+        outcome = AheadSimulation(ahead).run()
+        assert outcome.statistics is not None
+        num_saved += outcome.statistics.num_saved
+        for request in case.requests:
+            tokens, reason = ahead.expected(request)
+            assert outcome.tokens[request.request_id] == tokens
+            assert outcome.reasons[request.request_id] is reason
+    assert num_saved > 10
 
 
 @pytest.mark.parametrize("seed", [142, 255, 558, 562])

@@ -12,7 +12,7 @@ from mpipipe.checkpoint.spec import ModelSpec, read_spec
 from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.planning.forecast import JobForecast, forecast_job
 from mpipipe.planning.gpu_table import known_gpus
-from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.plan import KvInHost, PipelinePlan, StagePlan
 from mpipipe.planning.rate_times import rate_times
 from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import make_plan
@@ -93,9 +93,9 @@ _QUANTIZED: dict[tuple[QuantizeName, str], float] = {
     ("int8", "1x512x128"): 253,
     ("int8", "64x512x128"): 4_722,
     ("int8", "512x512x128"): 5_803,
-    ("fp8", "1x512x128"): 169,
-    ("fp8", "64x512x128"): 6_387,
-    ("fp8", "512x512x128"): 8_493,
+    ("fp8", "1x512x128"): 223,
+    ("fp8", "64x512x128"): 6_084,
+    ("fp8", "512x512x128"): 9_436,
 }
 # OpenLLaMA-7B on one H100 that may be used in part only: bytes, pages, rows a slot, form, work.
 _OFFLOADED: dict[tuple[int, int | None, int | None, QuantizeName, str], float] = {
@@ -224,7 +224,7 @@ def test_offloaded_weights_are_foretold(
     case: tuple[int, int | None, int | None, QuantizeName, str], measured: float
 ) -> None:
     device_bytes, pages, rows, quantize, work = case
-    memory = MemoryConfig(device_bytes=device_bytes, num_kv_pages=pages or "auto")
+    memory = MemoryConfig(device_bytes=device_bytes, num_kv_pages=pages or "auto", kv_host_bytes=0)
     ranks = gpu_ranks("h100", 1)
     found = forecast(OPENLLAMA_7B, ranks, work, rows=rows, quantize=quantize, memory=memory)
     assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
@@ -259,6 +259,19 @@ def test_int8_makes_a_gpu_faster_and_a_cpu_not() -> None:
             seconds.append(rate_times(SMOL, plan, ranks).decode_s(plan.stages[0], 8, 384))
         assert (seconds[1] < 0.9 * seconds[0]) is faster
         assert faster or seconds[1] == seconds[0]
+
+
+def test_a_cache_in_host_memory_is_read_over_the_link() -> None:
+    ranks = gpu_ranks("h100", 1)
+    times = rate_times(OPENLLAMA_3B, made := make_plan(Config(), OPENLLAMA_3B, ranks, "/m"), ranks)
+    (stage,) = made.stages
+    tiered = replace(stage, kv_in_host=KvInHost((24, 25), step_bytes=10**9, step_s=0.02))
+    row_bytes = 2 * 32 * 104 * 2  # rows of 100 padded to 104
+    more_s = times.decode_s(tiered, 8, 1000) - times.decode_s(stage, 8, 1000)
+    over_link_s = 8 * 1000 * row_bytes * 2 / 50e9
+    in_memory_s = 8 * 1000 * row_bytes * 2 / (3.015e12 * 0.77)
+    assert more_s == pytest.approx(over_link_s - in_memory_s, rel=1e-3)
+    assert times.prefill_s(tiered, 512, 256) > times.prefill_s(stage, 512, 256)
 
 
 def test_without_graphs_and_paged_kernels_steps_are_longer() -> None:

@@ -67,6 +67,13 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         assert f"model.quantize={quantize}" in part.command
         assert part.command[2] == ranks
         assert part.labels["variant"] == f"quantize={quantize}"  # not held against bf16's targets
+    limited = parts["offload_32_rows"]
+    assert limited.labels == {
+        "shape": "openllama_7b",
+        "ranks": 1,
+        "variant": "device_bytes=11.5GiB",
+    }
+    assert "pipeline.max_sequences_per_slot=32" in limited.command
     assert "--trace" in parts["pipeline_openllama_3b"].command
     assert "--trace" not in parts["single_openllama_3b"].command
 

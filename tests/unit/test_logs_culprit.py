@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mpipipe.logs.culprit import Culprit, find_culprit
 from mpipipe.logs.facts import read_facts
 from mpipipe.logs.reading import RunFiles
 from mpipipe.logs.stalls import Stall, find_stalls
+from mpipipe.logs.step_report import report_steps
 from tests.unit.written_run import WrittenRun
 
 
@@ -268,3 +270,60 @@ def test_the_cause_with_the_most_seconds_is_named(tmp_path: Path) -> None:
     both = {"parts": {1: {"compute_s": 0.0071}}, "boot_s": {1: {"read weights": 9.0}}}
     assert culprit(WrittenRun(tmp_path / "a", num_steps=400, **both)).kind == "slow_read"  # type: ignore[arg-type]
     assert culprit(WrittenRun(tmp_path / "b", num_steps=8000, **both)).kind == "slow_stage"  # type: ignore[arg-type]
+
+
+# ---- several replicas ----------------------------------------------------------------------------
+
+
+def as_replicas(folder: Path, num_stages: int) -> RunFiles:
+    """The run of `folder` as one of pipelines of `num_stages` neighbouring ranks each."""
+    for path in [*folder.glob("*.jsonl"), *folder.glob("*.log")]:
+        lines = [json.loads(row) for row in path.read_text().splitlines()]
+        for line in lines:
+            line["replica"], line["stage"] = divmod(line["rank"], num_stages)
+            if path.name == "requests.jsonl":
+                line["on_replica"] = line["index"] % 2
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["plan"]["num_replicas"] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return RunFiles(folder)
+
+
+def test_a_slow_stage_of_a_replica_is_named_with_its_replica(tmp_path: Path) -> None:
+    run = WrittenRun(
+        tmp_path, num_ranks=4, parts={2: {"compute_s": 0.0071}}, cpu_share={2: 2.1 / 7.1}
+    )
+    facts = read_facts(as_replicas(run.write(), 2))
+    assert [(rank.replica, rank.stage) for rank in facts.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    found = find_culprit(facts)
+    assert (found.kind, found.rank, found.stage) == ("slow_stage", 2, 0)
+    assert found.sentence.startswith("stage 0 of replica 1 is the slowest: 7.1 ms")
+
+
+def test_the_link_into_a_first_stage_comes_from_the_last_one_of_its_replica(
+    tmp_path: Path,
+) -> None:
+    slow = {2: {"transfer_s": 0.004}}
+    run = WrittenRun(tmp_path, num_ranks=4, parts=slow)
+    facts = read_facts(as_replicas(run.write(), 2))
+    found = find_culprit(facts)
+    assert (found.kind, found.rank) == ("slow_link", 2)
+    assert found.sentence.startswith("the link 3→2 took 4.0 ms a step")
+    assert [facts.before(rank).rank for rank in facts.ranks] == [1, 0, 3, 2]
+
+
+def test_a_slot_without_work_is_one_of_a_replica(tmp_path: Path) -> None:
+    """Of four slots, the one of replica 1 that odd requests of slot 1 ran in ends early."""
+    spans = [(0, 0.0, 1.0, 90), (0, 0.0, 1.0, 90), (1, 0.0, 1.0, 90), (1, 0.0, 0.3, 20)]
+    run = WrittenRun(tmp_path, num_ranks=4, requests=spans)
+    found = find_culprit(read_facts(as_replicas(run.write(), 2)))
+    assert found.kind == "unequal_prompts"
+    assert "slot 1 of replica 1 had work for 30% of the time" in found.sentence
+
+
+def test_steps_are_counted_over_all_replicas(tmp_path: Path) -> None:
+    files = as_replicas(WrittenRun(tmp_path, num_ranks=4).write(), 2)
+    report = report_steps(read_facts(files), 1.0)
+    assert (report.num_steps, report.num_steps_kept) == (800, 800)
+    assert {(row.replica, row.stage) for row in report.phases} == {(0, 0), (0, 1), (1, 0), (1, 1)}

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mpipipe.clock import Clock, MonotonicClock, ScriptedClock
+from mpipipe.control_plane.group import RankGroup
 from mpipipe.control_plane.memory import open_memory_channels
 from mpipipe.control_plane.mesh import Mesh
 from mpipipe.control_plane.messages import (
@@ -100,6 +101,25 @@ def test_messages_reach_every_rank_the_own_one_included_in_order(world_size: int
         assert mailbox.get_nowait() is None
 
     run_all_well(world_size, body)
+
+
+def test_a_group_hears_itself_and_no_other_rank_and_keeps_the_numbers_of_the_world() -> None:
+    async def body(mesh: Mesh) -> None:
+        ranks = (0, 2) if mesh.rank % 2 == 0 else (1, 3)
+        group = RankGroup(mesh, ranks)
+        inbox = group.mailbox(RequestClosed)
+        assert group.rank == mesh.rank
+        if mesh.rank == ranks[0]:
+            group.broadcast_message(RequestClosed((mesh.rank,)))
+        assert await inbox.get() == (ranks[0], RequestClosed((ranks[0],)))
+        if mesh.rank == ranks[-1]:
+            group.send(ranks[0], RequestClosed((7,)))
+        if mesh.rank == ranks[0]:
+            assert await inbox.get() == (ranks[-1], RequestClosed((7,)))
+        await mesh.barrier("all", LONG_S)
+        assert inbox.num_waiting == 0
+
+    run_all_well(4, body)
 
 
 def test_messages_wait_for_their_mailbox_and_keep_their_order_across_types() -> None:

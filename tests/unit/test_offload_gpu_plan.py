@@ -62,7 +62,7 @@ def plan(
 ) -> PipelinePlan:
     prompts, tokens_in, tokens_out = work
     config = Config(
-        memory=memory or MemoryConfig(),
+        memory=replace(memory or MemoryConfig(), kv_host_bytes=0),
         pipeline=pipeline or PipelineConfig(),
         model=model or ModelConfig(),
     )

@@ -405,15 +405,15 @@ def test_the_ranks_of_a_host_need_room_for_all_that_they_keep_there() -> None:
     kept = [offload(made, stage).disk_bytes for stage in range(3)]
     assert all(kept)
     together = (kept[0] + kept[1], "ranks 0, 1 together on a")
-    assert [offload_need(made, stage) for stage in made.stages] == [
+    assert [offload_need(made.stages, stage) for stage in made.stages] == [
         together,
         together,
         (kept[2], "rank 2 on b"),
     ]
     resident = replace(made.stages[0], offload=None)
     made = replace(made, stages=(resident, *made.stages[1:]))
-    assert offload_need(made, resident)[0] == 0
-    assert offload_need(made, made.stages[1]) == (kept[1], "rank 1 on a")
+    assert offload_need(made.stages, resident)[0] == 0
+    assert offload_need(made.stages, made.stages[1]) == (kept[1], "rank 1 on a")
 
 
 def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,18 +193,25 @@ def test_a_plan_keeps_to_every_budget_and_holds_every_layer_once(
     assert [s.first_layer for s in made.stages[1:]] == [s.last_layer for s in made.stages[:-1]]
     assert (made.stages[0].first_layer, made.stages[-1].last_layer) == (0, SPEC.num_layers)
     assert made.max_tokens_per_step >= made.max_sequences_per_slot
+    pinned = 0
     for stage, free in zip(made.stages, device_gib, strict=True):
-        page = kv_page_bytes(
-            SPEC, made.dtype, num_layers=stage.num_layers, page_size_tokens=16, row_multiple=8
+        layer_page = kv_page_bytes(
+            SPEC, made.dtype, num_layers=1, page_size_tokens=16, row_multiple=8
         )
+        page = stage.num_kv_device_layers * layer_page
+        in_host = stage.num_layers - stage.num_kv_device_layers
+        pinned += (made.num_kv_pages + 1) * in_host * layer_page
+        pinned += made.num_host_pages * page
         held = stage.weight_bytes if stage.offload is None else stage.offload.device_bytes
         assert held + (made.num_kv_pages + 1) * page < free * GIB * 0.9
         if stage.offload is not None:
+            pinned += stage.offload.host_bytes
             assert stage.offload.host_bytes <= host_gib * GIB
             assert disk or not stage.offload.disk_bytes
             assert set(stage.offload.host_layers + stage.offload.disk_layers) <= set(
                 range(stage.first_layer, stage.last_layer)
             )
+    assert pinned <= 8 * GIB
     assert PipelinePlan.from_json(made.to_json()) == made
 
 

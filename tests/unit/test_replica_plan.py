@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,13 +12,16 @@ import pytest
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
 from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.layout import Layout, Place, lay_out, sharing
+from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resolve import choose_layout, make_plans
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
-from tests.unit.model_specs import SMOL
+from tests.unit.model_specs import OPENLLAMA_3B, SMOL
 from tests.unit.planned_rank import make_rank
 from tests.unit.test_resolve import GIB, LAYER_BYTES, MATRIX_BYTES, ranks
 
@@ -178,7 +182,10 @@ def layout_of(
 def test_auto_takes_one_rank_for_a_replica_where_the_model_fits_one() -> None:
     layout = layout_of(ranks("a", "a"), Workload(8, 64, 256, 256))
     assert layout.replicas == ((0,), (1,))
-    assert layout.reason == "a rank holds the model"
+    assert re.fullmatch(
+        r"a rank holds the model; \d+ tokens/s predicted, at most \d+ with other numbers",
+        layout.reason,
+    )
     (first, _) = make_plans(
         Config(pipeline=PipelineConfig(replicas=AUTO)), SMOL, ranks("a", "a"), "/models/smol"
     )
@@ -189,19 +196,56 @@ def test_auto_takes_one_rank_for_a_replica_where_the_model_fits_one() -> None:
 def test_auto_takes_more_ranks_where_one_does_not_hold_the_model() -> None:
     """Half of the layers with a matrix fit what a rank may hold, all of them do not."""
     memory = MemoryConfig(device_bytes=16 * LAYER_BYTES + MATRIX_BYTES)
-    layout = layout_of(ranks(*"abcd"), Workload(8, 64, 256, 256), memory)
+    layout = layout_of(ranks(*"abcd"), Workload(400, 64, 12800, 12800), memory)
     assert layout.replicas == ((0, 1), (2, 3))
-    assert layout.reason == "2 ranks hold it"
+    assert layout.reason.startswith("2 ranks hold it; ")
 
 
-def test_auto_stays_with_one_pipeline_where_nothing_smaller_holds_a_full_batch() -> None:
-    world = ranks("a", "b", memory=2 * GIB)
-    few = Workload(2, 64, 64, 64)
-    assert len(layout_of(world, few).replicas) == 2
-    many_long = Workload(2000, 8000, 2000 * 4000, 2000 * 4000)
-    layout = layout_of(world, many_long)
+def test_auto_stays_with_one_pipeline_where_no_smaller_one_holds_the_weights() -> None:
+    memory = MemoryConfig(device_bytes=16 * LAYER_BYTES + MATRIX_BYTES)
+    layout = layout_of(ranks(*"ab"), Workload(400, 64, 12800, 12800), memory)
+    assert (layout.replicas, layout.reason) == (((0, 1),), "no smaller pipeline holds the model")
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "prompt", "output", "expected"),
+    [
+        (16, 512, 128, ((0,), (1,))),  # weights are read once for few rows in either way
+        (512, 512, 128, ((0, 1),)),  # a T4 holds the pages of few of them beside all weights
+    ],
+)
+def test_auto_takes_what_is_predicted_to_be_faster_on_two_t4(
+    num_requests: int, prompt: int, output: int, expected: tuple[tuple[int, ...], ...]
+) -> None:
+    world = described_ranks(DescribedMachine(parse_gpus("2 x t4", known_gpus())))
+    workload = Workload(num_requests, prompt + output, num_requests * prompt, num_requests * output)
+    rates = {}
+    for replicas in (1, 2):
+        config = Config(pipeline=PipelineConfig(replicas=replicas))
+        made = make_plans(config, OPENLLAMA_3B, world, "/m", workload)
+        rates[tuple(plan.ranks for plan in made)] = predicted_rate(
+            OPENLLAMA_3B, made, world, workload
+        )
+    config = Config(pipeline=PipelineConfig(replicas=AUTO))
+    layout = choose_layout(config, OPENLLAMA_3B, world, workload)
+    assert layout.replicas == expected == max(rates, key=lambda made: rates[made] or 0.0)
+
+
+def test_without_a_known_workload_auto_wants_room_for_a_batch_of_usual_requests() -> None:
+    assert len(layout_of(ranks("a", "a", memory=40 * GIB)).replicas) == 2
+    layout = layout_of(ranks("a", "b", memory=2 * GIB))
     assert layout.replicas == ((0, 1),)
     assert layout.reason == "no smaller pipeline holds the model and a full batch"
+
+
+def test_replicas_that_get_no_request_add_nothing_to_the_predicted_rate() -> None:
+    world = ranks(*"abcd")
+    config = Config(pipeline=PipelineConfig(replicas=4))
+    workload = Workload(2, 64, 64, 64)
+    made = make_plans(config, SMOL, world, "/m", workload)
+    four, two = (predicted_rate(SMOL, made[:count], world, workload) for count in (4, 2))
+    assert four == two
+    assert predicted_rate(SMOL, made, world, Workload(2)) is None
 
 
 def test_the_default_is_one_pipeline_over_all_ranks() -> None:

@@ -250,6 +250,16 @@ def test_a_running_job_is_shown_by_its_id(
     ]
 
 
+def test_a_run_of_several_replicas_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = ["n1", "n1", "n2", "n2"]
+    counts: dict[str, Any] = {"num_prompts": 4, "hosts": hosts, "num_replicas": 2}
+    write(tmp_path / "run", state="done", **counts)
+    assert status_command(str(tmp_path / "run"), as_json=False, run=slurm()) == 0
+    assert "hosts    4 ranks in 2 replicas on n1 n2" in capsys.readouterr().out.splitlines()
+
+
 def test_a_run_folder_of_any_name_is_found_by_the_job_that_it_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

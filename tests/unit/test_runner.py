@@ -19,6 +19,8 @@ from mpipipe.control_plane.messages import (
     DecodeScheduled,
     LogprobsSampled,
     Message,
+    PagesRestored,
+    PagesSaved,
     RequestClosed,
     RequestOpened,
     StepSampled,
@@ -42,9 +44,13 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + i - 1) for i in ids if i != EOS)
 
 
-def make_core(kind: str, *, num_slots: int = 2, num_pages: int = 1000) -> SchedulerCore:
+def make_core(
+    kind: str, *, num_slots: int = 2, num_pages: int = 1000, num_host_pages: int = 0
+) -> SchedulerCore:
     lookahead = 0 if kind == "awaiting" else 1
-    limits = SchedulerLimits(num_slots, 4, 16, num_pages, 4, 200, lookahead)
+    limits = SchedulerLimits(
+        num_slots, 4, 16, num_pages, 4, 200, lookahead, num_host_pages=num_host_pages
+    )
     prefill: Literal["phases", "mixed"] = "phases" if kind == "phases" else "mixed"
     return SchedulerCore(limits, eos_token_ids=(EOS,), prefill=prefill)
 
@@ -60,6 +66,7 @@ class Pipeline:
     sampling: dict[int, SamplingParams] = field(default_factory=dict)
     batches: dict[int, list[int]] = field(default_factory=dict)
     finished: deque[tuple[StepSampled, LogprobsSampled | None]] = field(default_factory=deque)
+    sent: list[Message] = field(default_factory=list)
     opened: list[RequestOpened] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     most_in_flight: int = 0
@@ -72,6 +79,7 @@ class Pipeline:
         return mailbox
 
     def broadcast_message(self, message: Message) -> None:
+        self.sent.append(message)
         match message:
             case RequestOpened():
                 self.opened.append(message)
@@ -217,6 +225,37 @@ def test_the_log_tells_each_admission_and_what_page_pressure_undid() -> None:
     assert len(admitted) == len(wanted) + len(preempted)
     assert {fields["request"] for fields in again} <= {fields["request"] for fields in preempted}
     assert all(0 <= fields["num_free_pages"] < 14 for fields in preempted)
+
+
+@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("stop", [(), ("e", "zz", "b")], ids=["plain", "stop strings"])
+def test_pages_that_move_are_told_before_the_steps_that_need_them(
+    kind: str, stop: tuple[str, ...]
+) -> None:
+    wanted, events = requests(stop=stop), Events()
+    core = make_core(kind, num_pages=14, num_host_pages=60)
+    pipeline = Pipeline(log=events)
+    completions = complete(core, wanted, pipeline)
+    assert [outcome(c) for c in completions] == [alone(request) for request in wanted]
+    preempted = [fields for event, fields in events.told if event == "preempted"]
+    assert sum(fields["num_saved_pages"] > 0 for fields in preempted) == core.statistics().num_saved
+    saved: set[int] = set()
+    restored: set[int] = set()
+    num_restored = 0
+    for message in pipeline.sent:
+        match message:
+            case PagesSaved():
+                saved |= set(message.host_pages)
+            case PagesRestored():
+                assert set(message.host_pages) <= saved
+                saved -= set(message.host_pages)
+                restored.add(message.sequence_id)
+                num_restored += 1
+            case RequestOpened():
+                assert message.sequence_id not in restored, "it goes on, and does not start over"
+            case RequestClosed():
+                restored -= set(message.sequence_ids)
+    assert num_restored > 0
 
 
 @pytest.mark.parametrize("kind", CORES)

@@ -11,7 +11,8 @@ from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootPart
 from mpipipe.metrics.identity import RunIdentity
-from mpipipe.metrics.offload import OffloadUse
+from mpipipe.metrics.offload import OffloadUse, PageMoveUse
+from mpipipe.metrics.replicas import ReplicaTotals
 from mpipipe.metrics.summary import (
     PhaseTimes,
     RankReport,
@@ -245,6 +246,21 @@ def test_table_columns_are_aligned(summary: RunSummary) -> None:
     assert table[1].split()[:5] == ["0", "0", "node0", "6.0", "s"]
 
 
+def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
+    assert not any("KV pages" in line for line in summary_lines(summary))
+    assert any(line.endswith(" 2 preemptions") for line in summary_lines(summary))
+    first, second = summary.ranks
+    use = PageMoveUse(1, saved_bytes=3 * MIB, restored_bytes=2 * MIB, bytes_per_s=1.5e9)
+    ranks = (replace(first, page_moves=use), replace(second, page_moves=use))
+    moved = replace(summary, ranks=ranks)
+    lines = summary_lines(moved)
+    assert any(line.endswith(" 2 preemptions, 1 by moving pages") for line in lines)
+    assert lines[-1].split() == ["1", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
+    metrics = json.loads(json.dumps(moved.to_dict(), allow_nan=False))
+    assert metrics["num_saved"] == 1
+    assert metrics["ranks"][1]["page_moves"]["restored_bytes"] == 2 * MIB
+
+
 def test_offloaded_weights_are_told_beside_what_was_planned(summary: RunSummary) -> None:
     """Without them nothing is said; each stage that streams has its row."""
     assert "gate wait" not in "\n".join(summary_lines(summary))
@@ -262,3 +278,28 @@ def test_offloaded_weights_are_told_beside_what_was_planned(summary: RunSummary)
     assert " ".join(row.split()) == "1 1.5 GiB 10.50 GB/s 88% 0.50 GB/s - 2.0 s 20%"
     assert streaming.to_dict()["ranks"][1]["offload"]["wait_s"] == 2.0
     assert from_json(RankReport, to_json(streaming.ranks[1])) == streaming.ranks[1]
+
+
+def test_replicas_have_lines_of_their_own_and_stages_are_named_with_them(
+    summary: RunSummary,
+) -> None:
+    ranks = tuple(replace(rank, replica=number) for number, rank in enumerate(summary.ranks))
+    replicas = (
+        ReplicaTotals(0, 0, 11, 1, 80, 60, 1, 10.0, 0.0, 0.5),
+        ReplicaTotals(1, 1, 9, 0, 60, 40, 1, 10.0, 0.25, 0.0),
+    )
+    told = replace(summary, ranks=ranks, replicas=replicas)
+    lines = summary_lines(told)
+    header = next(number for number, line in enumerate(lines) if line.startswith("replica"))
+    assert [line.split() for line in lines[header + 1 : header + 3]] == [
+        ["0", "12", "60", "6.0", "5%", "0.000", "s", "0.500", "s"],
+        ["1", "9", "40", "4.0", "2%", "0.250", "s", "0.000", "s"],
+    ]
+    assert sum(line.split()[:2] == ["0.0", "0"] for line in lines) == 1
+    assert sum(line.split()[:2] == ["1.1", "1"] for line in lines) == 1
+    assert all(len(line) <= 120 for line in lines)
+    first, second = told.to_dict()["replicas"]
+    assert (first["output_tokens_per_s"], first["idle_ratio"]) == (6.0, 0.05)
+    assert (second["starved_s"], second["tail_s"], second["head_rank"]) == (0.25, 0.0, 1)
+    assert summary.to_dict()["replicas"] == []
+    assert not any("replica" in line for line in summary_lines(summary))
