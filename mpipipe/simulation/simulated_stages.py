@@ -29,7 +29,7 @@ class StageUse:
     """What one stage did, in seconds; the rest of the time it waited or had nothing to do."""
 
     compute_s: float = 0.0
-    wait_s: float = 0.0  # a step was scheduled, the stage before still computed its input
+    wait_s: float = 0.0  # the stage before still computed the input, or the next was not there yet
     transfer_s: float = 0.0  # the stage before was done, the input was not there
     send_s: float = 0.0  # held up by sending
     free_s: float = 0.0  # when it has done all that was sent so far
@@ -46,6 +46,7 @@ class _Passage:
     came_s: float  # and the stage before was done with it
     begin_s: float  # its input was there
     end_s: float
+    sent_s: float  # the receiver had come to it
     left_s: float  # the result had left
 
 
@@ -176,14 +177,14 @@ class SimulatedStages:
                 sent_s = end_s if end_s > due_s else due_s
                 begin_s = sent_s + hops_s[stage]
                 if stage:
-                    passages[-1].left_s = begin_s
+                    passages[-1].sent_s, passages[-1].left_s = sent_s, begin_s
             else:
                 sent_s = end_s if end_s > edges_free_s[stage] else edges_free_s[stage]
                 arrival_s = edges_free_s[stage] = sent_s + hops_s[stage]
                 begin_s = arrival_s if arrival_s > due_s else due_s
             came_s = end_s if end_s > due_s else due_s
             end_s = begin_s + compute_s[stage]
-            passages.append(_Passage(use.free_s, due_s, came_s, begin_s, end_s, end_s))
+            passages.append(_Passage(use.free_s, due_s, came_s, begin_s, end_s, end_s, end_s))
         self._book(step, passages, compute_s)
         return end_s + self._times.ids_s
 
@@ -192,9 +193,9 @@ class SimulatedStages:
         for stage, (use, passage) in enumerate(zip(self.uses, passages, strict=True)):
             use.free_s = passage.left_s
             use.compute_s += compute_s[stage]
-            use.wait_s += passage.came_s - passage.due_s
+            use.wait_s += passage.came_s - passage.due_s + passage.sent_s - passage.end_s
             use.transfer_s += passage.begin_s - passage.came_s
-            use.send_s += passage.left_s - passage.end_s
+            use.send_s += passage.left_s - passage.sent_s
             if counts:
                 use.steady_compute_s += compute_s[stage]
                 use.steady_s += passage.left_s - passage.free_s
