@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    PagesRestored,
+    ScheduledSequence,
+    StepScheduled,
+)
 from mpipipe.simulation.stage_times import StepWork
 
 __all__ = ["FollowedSteps", "Step"]
@@ -55,6 +60,10 @@ class FollowedSteps:
             num_sampled=step.num_sampled,
         )
         return work, needed
+
+    def restore(self, restored: PagesRestored) -> None:
+        """A sequence goes on with the tokens in its pages, all of which the head knows."""
+        self._prefilled[restored.sequence_id] = (restored.num_computed, -1)
 
     def sampled(self, step: Step) -> tuple[int, ...]:
         """The sequences that `step`, the latest that was followed, samples, in its order."""

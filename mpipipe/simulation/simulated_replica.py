@@ -11,6 +11,8 @@ from mpipipe.control_plane.messages import (
     DecodeScheduled,
     Message,
     NoMoreRequests,
+    PagesRestored,
+    PagesSaved,
     RequestClosed,
     RequestOpened,
     RequestsGiven,
@@ -18,7 +20,6 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.metrics.log import NullLog
-from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.simulation.hand_driven import HandDriven, SimulatedInbox
 from mpipipe.simulation.simulated_requests import FILLER_ID, STOP_ID, scripted_stop
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from mpipipe.control_plane.group import RankGroup
     from mpipipe.metrics.lines import RequestRecord
-    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.scheduler.core import SchedulerCore
     from mpipipe.scheduler.replicas import ReplicaLink
     from mpipipe.types import Request
 
-__all__ = ["HeadProcess", "MessageCount", "SimulatedReplica", "core_of_plan"]
+__all__ = ["HeadProcess", "MessageCount", "SimulatedReplica"]
 
 _TEXT_OF_TOKEN = "word"  # four bytes, as a token of English text has
 
@@ -65,26 +66,6 @@ class HeadProcess:
         self.free_s = max(self.free_s, now_s) + seconds
         self.busy_s += seconds
         return self.free_s
-
-
-def core_of_plan(plan: PipelinePlan) -> SchedulerCore:
-    """The scheduler that a run of `plan` has."""
-    limits = SchedulerLimits(
-        num_slots=plan.num_slots,
-        max_sequences_per_slot=plan.max_sequences_per_slot,
-        max_tokens_per_step=plan.max_tokens_per_step,
-        num_pages=plan.num_kv_pages,
-        page_size=plan.page_size_tokens,
-        max_context_tokens=plan.max_context_tokens,
-        lookahead=plan.lookahead,
-        max_sequence_tokens=plan.max_sequence_tokens or None,
-    )
-    return SchedulerCore(
-        limits,
-        eos_token_ids=(STOP_ID,),
-        prefill=plan.prefill,
-        restart_tokens=plan.restart_tokens,
-    )
 
 
 class _StageGroup:
@@ -126,6 +107,10 @@ class _StageGroup:
             case RequestClosed():
                 for sequence_id in message.sequence_ids:
                     self._stops.pop(sequence_id, None)
+            case PagesRestored():
+                self._stages.restore(message)
+            case PagesSaved():
+                pass  # takes no time
             case _:
                 raise AssertionError(f"the stages do not know {type(message).__name__}")
         if self._count is not None:

@@ -9,7 +9,8 @@ sender has computed it and the receiver has come to it, and both stand still mea
 stage receives ids right before the step that needs them, or one round later, or when it has nothing
 else to do, and only then does the head know them (`stage/worker.py`).
 
-Edges that share a network card do not slow each other down.
+Edges that share a network card do not slow each other down, and KV pages move between device and
+host in no time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from mpipipe.control_plane.messages import PagesRestored
 from mpipipe.metrics.accounting import StepRecord
 from mpipipe.simulation.followed_steps import FollowedSteps, Step
 from mpipipe.simulation.stage_times import StageTimes
@@ -137,6 +139,10 @@ class SimulatedStages:
             returning.noticed_s = arrival_s
             self._num_claimed += 1
         self._returning.append(returning)
+
+    def restore(self, restored: PagesRestored) -> None:
+        """The pages of a sequence come back from host memory, before the next step, in no time."""
+        self._followed.restore(restored)
 
     def _tokens_ready_s(self, step: Step, needed: int, scheduled_s: float) -> float:
         """When the first stage has the tokens that `step` reads, and can begin with it."""

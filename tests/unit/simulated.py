@@ -31,6 +31,7 @@ def made_parts(
     prefill: PrefillMode | None = None,
     num_pages: int = 10_000,
     tokens_per_step: int = 512,
+    num_host_pages: int = 0,
     launch_s: float = 0.0,
     core_type: type[SchedulerCore] = SchedulerCore,
 ) -> ReplicaParts:
@@ -43,6 +44,7 @@ def made_parts(
         page_size=16,
         max_context_tokens=4096,
         lookahead=lookahead,
+        num_host_pages=num_host_pages,
     )
     stages = SimulatedStages(
         times,

@@ -112,7 +112,7 @@ def test_the_answer_as_text_and_as_a_trace(
 def test_a_deadlock_is_told_and_is_a_bug(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpipipe.simulation.simulated_replica.SchedulerCore", WithholdingCore)
+    monkeypatch.setattr("mpipipe.simulation.simulate.SchedulerCore", WithholdingCore)
     assert simulate_command(request(gpus="2 x t4", as_json=False)) == 1
     told = capsys.readouterr().out
     assert "deadlock: replica 0: no step is in flight" in told

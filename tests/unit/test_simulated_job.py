@@ -38,6 +38,7 @@ lengths = st.builds(
     num_stages=st.integers(1, 4),
     num_replicas=st.integers(1, 4),
     num_pages=st.integers(8, 40),
+    num_host_pages=st.sampled_from([0, 20]),
     lookahead=st.integers(0, 1),
     prefill=st.sampled_from(["phases", "mixed"]),
 )
@@ -46,6 +47,7 @@ def test_every_request_ends_once_as_long_as_it_is_meant_to_be(
     num_stages: int,
     num_replicas: int,
     num_pages: int,
+    num_host_pages: int,
     lookahead: int,
     prefill: str,
 ) -> None:
@@ -59,6 +61,7 @@ def test_every_request_ends_once_as_long_as_it_is_meant_to_be(
                 lookahead=lookahead,
                 prefill=prefill,  # type: ignore[arg-type]
                 num_pages=num_pages,
+                num_host_pages=num_host_pages,
                 tokens_per_step=16,
             )
             for replica in range(num_replicas)
@@ -86,6 +89,26 @@ def test_lookahead_computes_one_token_too_many_of_what_stops() -> None:
     job = run_job(parts, alike(1, prompt=8, output=5, limit=50))
     assert job.records[0].completion.num_output_tokens == 5
     assert parts.core.statistics().num_steps > 5
+
+
+def test_pages_that_are_kept_in_host_memory_spare_work() -> None:
+    """Four places and pages for two and a half of the sequences: they are preempted now and then."""
+    found = []
+    for num_host_pages in (0, 40):
+        parts = made_parts(
+            ScriptedTimes((0.01,), (0.001,)),
+            num_stages=1,
+            num_pages=10,
+            num_host_pages=num_host_pages,
+        )
+        job = run_job(parts, alike(8, prompt=20, output=40))
+        assert job.deadlocks() == []
+        statistics = parts.core.statistics()
+        assert statistics.num_preemptions > 0
+        found.append((statistics.num_recomputed_tokens, job.clock.now_s()))
+    (recomputed, without_s), (spared, with_s) = found
+    assert recomputed > 0 == spared
+    assert with_s < without_s
 
 
 def test_two_replicas_are_twice_as_fast_as_one() -> None:
