@@ -92,7 +92,7 @@ def test_lookahead_computes_one_token_too_many_of_what_stops() -> None:
 
 
 def test_pages_that_are_kept_in_host_memory_spare_work() -> None:
-    """Four places and pages for two and a half of the sequences: they are preempted now and then."""
+    """Four places, and pages for two and a half of the sequences: some are preempted."""
     found = []
     for num_host_pages in (0, 40):
         parts = made_parts(
