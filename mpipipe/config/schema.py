@@ -94,7 +94,11 @@ class PipelineConfig:
     where the model fits fewer ranks. 1, the default, uses all ranks for one pipeline, which always
     fits where any number does, and holds the longest prompts."""
     num_stages: int | str = AUTO
-    """Stages of each pipeline; `auto`: one per rank, the ranks shared out among the replicas."""
+    """Stages of each pipeline; `auto`: one per rank, or per `tensor_parallel` ranks, the ranks
+    shared out among the replicas."""
+    tensor_parallel: int = 1
+    """Ranks of one host that share each stage: every matrix is split over them, and NCCL or MPI
+    adds up; must divide the model's heads. 1: every rank is a stage."""
     split: tuple[int, ...] | str = AUTO
     """Layers per stage, e.g. `[14, 16]`; `auto`: balanced by cost."""
     num_slots: int | str = AUTO
@@ -147,9 +151,9 @@ class MemoryConfig:
     """Bytes of KV cache per rank; `auto`: a quarter of the rank's available memory (on a GPU: what
     is left of `gpu_memory_fraction`), and no more than the run can use."""
     kv_host_bytes: int | str = AUTO
-    """Host memory of each rank for KV pages of preempted sequences, pinned on a GPU rank; 0: none,
-    they are computed anew; `auto`: on GPU ranks what such sequences can use, where moving their
-    pages is cheaper and the host has the memory."""
+    """Host memory of each rank for KV pages, pinned on a GPU rank: the cache of some layers, so
+    that more rows run, or the pages of preempted sequences, which are computed anew otherwise;
+    `auto`: on GPU ranks, where the plan predicts a gain; 0: none."""
     num_kv_pages: int | str = AUTO
     """Pages of KV cache, the same on every rank; wins over `kv_cache_bytes`."""
     page_size_tokens: int = 16

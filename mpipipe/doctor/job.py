@@ -237,14 +237,23 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
 
 
 def _host_weight_bytes(stage: StagePlan, *, on_cpu: bool) -> int:
-    """Of a stage's weights in the memory of its host."""
+    """Of a stage's weights in the memory of its host, of all its lanes together."""
     if on_cpu:
-        return stage.device_weight_bytes
-    return 0 if stage.offload is None else stage.offload.host_bytes
+        return stage.device_weight_bytes * len(stage.ranks)
+    return 0 if stage.offload is None else stage.offload.host_bytes * len(stage.ranks)
+
+
+def _host_pages(plan: PipelinePlan, stages: Sequence[StagePlan], *, on_cpu: bool) -> int:
+    """KV pages of all layers in the memory of a host; of layers whose cache is there, a share."""
+    if on_cpu:
+        return plan.num_kv_pages + plan.num_host_pages
+    num_layers = sum(stage.num_layers for stage in stages)
+    in_host = num_layers - sum(stage.num_kv_device_layers for stage in stages)
+    return plan.num_host_pages + plan.num_kv_pages * in_host // num_layers
 
 
 def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
-    """Memory by host. On GPUs the KV cache is elsewhere, as are weights that are not offloaded."""
+    """Memory by host. On GPUs only what is offloaded of weights and KV cache."""
     on_cpu, device = plan.device == "cpu", "cpu" if plan.device == "cpu" else "cuda"
     demands = []
     for host in dict.fromkeys(stage.host for stage in plan.stages):
@@ -260,7 +269,7 @@ def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) 
             HostDemand(
                 host,
                 weight_bytes=sum(_host_weight_bytes(stage, on_cpu=on_cpu) for stage in stages),
-                kv_bytes=plan.num_kv_pages * page_bytes if on_cpu else 0,
+                kv_bytes=_host_pages(plan, stages, on_cpu=on_cpu) * page_bytes,
                 library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
                 available_bytes=node.memory_available,
                 limit_bytes=node.memory_limit,

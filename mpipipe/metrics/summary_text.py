@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.metrics.summary import RankReport, RunSummary
 
@@ -24,7 +25,7 @@ _MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "pea
 _OFFLOAD_HEADER = (
     "stage", "streamed a step", "host link", "of planned", "disk", "of planned", "gate wait",
 )  # fmt: skip
-_MOVES_HEADER = ("stage", "KV pages to host memory", "back", "rate")
+_KV_HOST_HEADER = ("stage", "KV in host memory", "pages moved there", "back", "rate")
 _LEFT_ALIGNED = ("host",)
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -40,7 +41,7 @@ def summary_lines(summary: RunSummary) -> list[str]:
         "",
         *_table(_MEMORY_HEADER, [_memory_row(name, rank) for name, rank in ranks]),
         *_offload_table(ranks),
-        *_moves_table(ranks),
+        *_kv_host_table(ranks),
     ]
 
 
@@ -108,8 +109,51 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{_share(summary.bubble_ratio)} of all stages' time",
             f"{_share(summary.steady_bubble_ratio)} in steady state",
         ),
+        **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
+    """What was predicted, beside it what was measured, and by how much it is more or less."""
+    compared = {each.name: each for each in summary.compared}
+    if summary.predicted is None:
+        return {}
+    memory = _worst(summary.compared, "memory_bytes_")
+    lines = {
+        "predicted": (
+            _beside("", compared.get("tokens_per_s"), _tokens_per_s),
+            _beside("wall clock ", compared.get("wall_s"), _seconds),
+        ),
+        "": (
+            _beside("start ", compared.get("start_s"), _seconds),
+            _beside("memory ", memory, lambda value: _size(round(value))),
+            _not_made(summary.predicted, summary.planned),
+        ),
+    }
+    return {label: tuple(filter(None, values)) for label, values in lines.items() if any(values)}
+
+
+def _beside(label: str, each: Compared | None, form: Callable[[float], str]) -> str:
+    if each is None:
+        return ""
+    return f"{label}{form(each.predicted)}, measured {form(each.measured)} ({each.error:+.0%})"
+
+
+def _not_made(predicted: Prediction, planned: Prediction | None) -> str:
+    """Outputs may end early; what is predicted here is for the tokens that were made."""
+    fewer = 0 if planned is None else planned.num_output_tokens - predicted.num_output_tokens
+    return f"{fewer:,} fewer tokens than allowed" if fewer > 0 else ""
+
+
+def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
+    """The stage's figure that is farthest from its prediction."""
+    named = [each for each in compared if each.name.startswith(prefix)]
+    return max(named, key=lambda each: abs(each.error), default=None)
+
+
+def _tokens_per_s(value: float) -> str:
+    return f"{value:,.1f} tokens/s"
 
 
 def _slowest_boot(summary: RunSummary) -> str:
@@ -178,14 +222,18 @@ def _preemptions(summary: RunSummary) -> str:
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
 
 
-def _moves_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
-    """KV pages that went to host memory and back; nothing where none did."""
-    rows = [
-        (name, _size(use.saved_bytes), _size(use.restored_bytes), _rate(use.bytes_per_s, None)[0])
-        for name, rank in ranks
-        if (use := rank.page_moves) is not None and use.saved_bytes
-    ]
-    return ["", *_table(_MOVES_HEADER, rows)] if rows else []
+def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
+    """KV pages in host memory, and what moved there and back; nothing where there are none."""
+    rows = [_kv_host_row(name, rank) for name, rank in ranks if rank.kv_host_bytes]
+    return ["", *_table(_KV_HOST_HEADER, rows)] if rows else []
+
+
+def _kv_host_row(name: str, rank: RankReport) -> tuple[str, ...]:
+    use, size = rank.page_moves, _size(rank.kv_host_bytes)
+    if use is None:  # the cache of some layers
+        return name, size, "-", "-", "-"
+    moved = (_size(use.saved_bytes), _size(use.restored_bytes))
+    return name, size, *moved, _rate(use.bytes_per_s, None)[0]
 
 
 def _rate(measured: float | None, planned: float | None) -> tuple[str, str]:

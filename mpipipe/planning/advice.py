@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.errors import ConfigError, EnvironmentSetupError, UnsupportedModelError
 from mpipipe.planning.cost import stage_weight_bytes
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.machine import rank_like
 from mpipipe.planning.planned_job import Outlook, PlannedJob
+from mpipipe.planning.rate_times import RateTimes
 
 __all__ = ["Advice", "advise", "what_fits"]
 
@@ -40,7 +41,16 @@ class _Change:
 
 
 def advise(outlook: Outlook, most: int = 3) -> tuple[Advice, ...]:
-    """The changes that help most, one of a kind, best first."""
+    """The changes that help most, one of a kind, best first.
+
+    What was not measured cannot be held against what was: then both go by rates, and the gain is
+    taken over.
+    """
+    if not all(isinstance(times, RateTimes) for times in outlook.times):
+        by_rates = replace(outlook.job, is_measured=False, learnt=None).outlook()
+        scale = outlook.forecast.tokens_per_s / by_rates.forecast.tokens_per_s
+        advices = advise(by_rates, most)
+        return tuple(replace(each, tokens_per_s=each.tokens_per_s * scale) for each in advices)
     now = outlook.forecast.tokens_per_s
     best: dict[str, Advice] = {}
     for change in _changes(outlook):
@@ -71,7 +81,7 @@ def _tried(job: PlannedJob) -> Outlook | None:
     """None: it cannot be planned."""
     try:
         return job.outlook()
-    except (ConfigError, EnvironmentSetupError):
+    except (ConfigError, EnvironmentSetupError, UnsupportedModelError):
         return None
 
 
@@ -80,6 +90,7 @@ def _tried(job: PlannedJob) -> Outlook | None:
 
 def _changes(outlook: Outlook) -> Iterator[_Change]:
     job = outlook.job
+    yield from _more_lanes(job)
     yield from _narrower(job)
     yield _grown(job, 1)
     yield from _fewer(job)
@@ -89,6 +100,15 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
         yield from _other_limits(outlook)
         yield from _other_splits(outlook)
     yield from _more_cache(outlook)
+
+
+def _more_lanes(job: PlannedJob) -> Iterator[_Change]:
+    """The same ranks, several of them to a stage."""
+    free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
+    for lanes in (2, 4, 8):
+        if len(job.ranks) % lanes == 0 and job.config.pipeline.tensor_parallel != lanes:
+            changed = job.having("pipeline", tensor_parallel=lanes, **free)
+            yield _Change("lanes", f"pipeline.tensor_parallel={lanes}", changed)
 
 
 def _narrower(job: PlannedJob) -> Iterator[_Change]:
@@ -229,8 +249,10 @@ def _smaller(job: PlannedJob) -> Iterator[_Change]:
     Rows and tokens that are left open need no trial: offload has tried them all.
     """
     memory, pipeline = job.config.memory, job.config.pipeline
-    if job.spec.quantized == "none" and job.config.model.quantize == "none":
+    if job.spec.quantized == "none" and job.config.model.quantize != "int8":
         yield _Change("quantize", "model.quantize=int8", job.having("model", quantize="int8"))
+    if pipeline.replicas == 1 and len(job.ranks) > 1:
+        yield _Change("replicas", "pipeline.replicas=auto", job.having("pipeline", replicas=AUTO))
     fewest = _fewest_ranks(job)
     for number in (fewest, fewest + 1, fewest + fewest // 4 + 2):
         if number > len(job.ranks):

@@ -23,7 +23,7 @@ from mpipipe.types import AttentionName, DeviceName
 
 __all__ = ["kv_host_shares", "kv_in_host", "note_cache", "with_page_limits"]
 
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # at least one layer of a stage stays
+_SHARES = (0.0, 0.5, 1.0)  # at least one layer of a stage stays
 
 
 def kv_host_shares(

@@ -224,7 +224,9 @@ def best_candidate(problem: OffloadProblem) -> Candidate | None:
     With some of the cache in host memory only if it is the first by `_LEAST_GAIN`.
     """
     on_devices = _first(problem, [0.0])
-    in_part = _first(problem, [share for share in problem.kv_host_shares if share])
+    least_rows = 1 if on_devices is None else on_devices.rows  # more rows are what it is for
+    wider = replace(problem, rows=tuple(rows for rows in problem.rows if rows >= least_rows))
+    in_part = _first(wider, [share for share in problem.kv_host_shares if share])
     if on_devices is None or in_part is None:
         return on_devices or in_part
     if in_part.tokens_per_s >= _LEAST_GAIN * on_devices.tokens_per_s:
@@ -355,10 +357,10 @@ class _Choices:
 def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...] | None:
     """Layers per stage so that the slowest stage is fastest; None: they do not fit.
 
-    Every stage begins with the fewest layers that it can be placed with: one whose head passes
-    through buffers needs more than one. The others are dealt one by one to the stage that takes
-    least with one more. A step only gets longer with more layers, so no other way of dealing has a
-    faster slowest stage. Ties as in `partition`.
+    Every stage begins with the fewest layers that it can be placed with. The others are dealt one
+    by one to the stage that takes least with one more. A step only gets longer with more layers, so
+    no other way of dealing has a faster slowest stage. A stage that has time for one more, as it
+    waits for its link, gets it before the others: so they stream less. Ties as in `partition`.
     """
 
     def step_s(stage: int, count: int) -> float:
@@ -374,9 +376,15 @@ def _deal(choices: _Choices, num_layers: int, num_stages: int) -> tuple[int, ...
     split = [least(stage) for stage in range(num_stages)]
     if sum(split) > num_layers:
         return None
+
+    def cost(stage: int) -> tuple[bool, float]:
+        """Of one layer more."""
+        longer_s = step_s(stage, split[stage] + 1)
+        return longer_s > step_s(stage, split[stage]), longer_s
+
     order = [*range(1, num_stages - 1), num_stages - 1, 0]
     for _ in range(num_layers - sum(split)):
-        taker = min(order, key=lambda stage: step_s(stage, split[stage] + 1))
+        taker = min(order, key=cost)
         if choices.stage(taker, split[taker] + 1) is None:
             return None  # no stage can take one more
         split[taker] += 1

@@ -10,12 +10,13 @@ What does not fit the device is offloaded and comes to it once a step, ahead of 
 Host memory is taken before the disk. Streamed layers are spread evenly between the resident ones,
 and those on disk evenly among the streamed ones, so that link and disk are busy all the time.
 
-Streamed layer number i uses buffer i modulo `num_buffers`, in every step. So there are always more
-streamed layers than buffers: a layer with a buffer of its own would be a resident one. A number
-that is no multiple of `num_buffers` costs little: the first layer of a step then waits until the
-last one of the step before it has left their common buffer, one layer's compute per step, less than
-bringing one layer more. One buffer does where two do not fit, or would drive layers to a slower
-place; then nothing overlaps.
+Streamed layer number i uses buffer i modulo `num_buffers`, in every step, and the blocks of a
+streamed head go on behind the last one. So there are more streamed layers than buffers, unless a
+head uses the buffers, too: a layer with a buffer of its own would be a resident one. Where their
+number is no multiple of `num_buffers`, the first layer of a step waits until the last one of the
+step before it has left their common buffer: that exposes one layer's bringing or its compute, the
+shorter of them. One layer more is streamed instead where the compute hides it. One buffer does
+where two do not fit, or would drive layers to a slower place; then nothing overlaps.
 
 `offload_search` decides for all stages together how much of a device the weights may take.
 """
@@ -188,6 +189,7 @@ def place_stage(
     """
     tried = [
         placed
+        for rounds_up in (False, True)
         for num_buffers in _BUFFER_COUNTS
         for streams_head in (False, True)
         for embedding_stays in (True, False)
@@ -199,6 +201,7 @@ def place_stage(
                 num_buffers=num_buffers,
                 embedding_stays=embedding_stays,
                 streams_head=streams_head,
+                rounds_up=rounds_up,
             )
         )
     ]
@@ -220,8 +223,12 @@ def _placed(
     num_buffers: int,
     embedding_stays: bool,
     streams_head: bool,
+    rounds_up: bool,
 ) -> Placed | None:
-    """The one with as few streamed layers as can be; None: this choice is none, or does not fit."""
+    """The one with as few streamed layers as can be; None: this choice is none, or does not fit.
+
+    `rounds_up`: so few that with them each buffer is used equally often.
+    """
     is_one_matrix = parts.tied and shape.has_embedding and shape.has_head
     if not embedding_stays and (not shape.has_embedding or is_one_matrix):
         return None
@@ -232,10 +239,16 @@ def _placed(
     fixed += parts.positions * shape.has_embedding
     left = room.device_bytes - fixed
     if left >= shape.num_layers * parts.layer and not streams_head:
+        if rounds_up:
+            return None
         num_streamed, num_buffers = 0, 0
     else:
         too_many = shape.num_layers - (left // parts.layer - num_buffers)
-        num_streamed = max(too_many, num_buffers + 1)
+        num_streamed = max(too_many, 0 if streams_head else num_buffers + 1)
+        missing = -(num_streamed + streams_head * _head_blocks(parts)) % num_buffers
+        if rounds_up and not missing:
+            return None
+        num_streamed += missing * rounds_up
         if num_streamed > shape.num_layers:
             return None
     num_resident = shape.num_layers - num_streamed
@@ -246,6 +259,11 @@ def _placed(
         placed, num_disk_layers=num_streamed, head="disk" if streams_head else "device"
     )
     return _above_disk(placed, parts, room, embedding_stays=embedding_stays)
+
+
+def _head_blocks(parts: PartBytes) -> int:
+    """In so many blocks a streamed head passes through buffers as large as a layer."""
+    return -(-parts.head // parts.layer)
 
 
 def _above_disk(
@@ -301,6 +319,18 @@ def _shared_out(
     )
 
 
+def _exposed_s(placed: Placed, parts: PartBytes, compute_s: float, brought_s: float) -> float:
+    """What is not hidden because the last part of a step and the first of the next share a buffer.
+
+    Where bringing takes longer, nothing is brought while the last part computes; else the first
+    part is waited for.
+    """
+    num_parts = placed.num_streamed + (placed.head != "device") * _head_blocks(parts)
+    if placed.num_buffers < 2 or num_parts % placed.num_buffers == 0:
+        return 0.0
+    return min(brought_s / num_parts, compute_s / placed.shape.num_layers)
+
+
 def _lookup_s(placed: Placed, parts: PartBytes, rates: LinkRates, rows: int) -> float:
     """Seconds to look `rows` up in an embedding that is not on the device."""
     match placed.embedding:
@@ -319,12 +349,8 @@ def least_device_bytes(shape: StageShape, parts: PartBytes) -> int:
 
 
 def keeps_head(shape: StageShape, parts: PartBytes) -> bool:
-    """Whether the LM head stays on the device whatever is offloaded.
-
-    It is the embedding too, or there are too few layers for it to pass through a buffer of theirs.
-    """
-    is_one_matrix = parts.tied and shape.has_embedding
-    return shape.has_head and (is_one_matrix or shape.num_layers == 1)
+    """Whether the LM head stays on the device whatever is offloaded: it is the embedding too."""
+    return parts.tied and shape.has_embedding and shape.has_head
 
 
 def offload_of(choice: StageChoice, first_layer: int) -> StageOffload | None:
@@ -375,13 +401,17 @@ def forecast_step(
         shape.num_layers * layer.flops + shape.has_head * head.flops,
     )
     streamed = placed.streamed_host_bytes + placed.streamed_disk_bytes
+    compute_s = compute.seconds(speed.ceilings)
+    link_s = streamed / rates.host_bytes_per_s
+    disk_s = placed.streamed_disk_bytes / rates.disk_bytes_per_s
     return StepForecast(
         rows=work.rows,
         host_bytes=placed.streamed_host_bytes,
         disk_bytes=placed.streamed_disk_bytes,
-        compute_s=compute.seconds(speed.ceilings),
-        link_s=streamed / rates.host_bytes_per_s,
-        disk_s=placed.streamed_disk_bytes / rates.disk_bytes_per_s,
+        compute_s=compute_s,
+        link_s=link_s,
+        disk_s=disk_s,
+        exposed_s=_exposed_s(placed, model.parts, compute_s, max(link_s, disk_s)),
         lookup_s=_lookup_s(placed, model.parts, rates, work.rows),
         overlaps=placed.num_buffers != 1,
         host_bytes_per_s=rates.host_bytes_per_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.group import RankGroup
@@ -18,6 +19,8 @@ from mpipipe.control_plane.messages import (
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.known_times import known_times
+from mpipipe.planning.predict import predict
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount, StepRecord
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.layout import Layout
@@ -77,6 +81,7 @@ class LoadFacts:
     loaded_bytes: int
     weight_bytes: int
     kv_bytes: int
+    kv_host_bytes: int
     baseline_rss_bytes: int
     capture_s: float | None = None  # trial steps and CUDA graphs, a part of load_s; None: no graphs
 
@@ -141,6 +146,13 @@ class Session:
         """Rows of the model's embedding: a token id must be below; on the heads only."""
         assert self._model is not None, "only a head knows the model"
         return self._model.spec.vocab_size
+
+    def predicting(self) -> Callable[[Sequence[tuple[int, int]]], Prediction | None]:
+        """Predicts what requests of given (prompt, output) tokens take here; on heads only."""
+        assert self._model is not None, "only a head knows the model"
+        spec = self._model.spec
+        known = [known_times(spec, plan, self.resources) for plan in self.plans]
+        return partial(predict, spec, self.plans, known=known)
 
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there
@@ -364,14 +376,14 @@ class Session:
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
-        """Every rank's totals, in the order of replicas and stages, on rank 0; None elsewhere."""
+        """Every rank's totals, by replica, stage and lane, on rank 0; None elsewhere."""
         await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
         reports = [from_json(RankReport, part) for part in parts]
-        return tuple(sorted(reports, key=lambda report: (report.replica, report.stage.stage)))
+        return tuple(sorted(reports, key=lambda told: (told.replica, told.stage.stage, told.rank)))
 
     def _head_us_per_step(self) -> float | None:
         return self._runner.us_per_step if self._runner is not None else None
@@ -388,6 +400,7 @@ class Session:
             loaded_bytes=self.load.loaded_bytes,
             weight_bytes=self.load.weight_bytes,
             kv_bytes=self.load.kv_bytes,
+            kv_host_bytes=self.load.kv_host_bytes,
             baseline_rss_bytes=self.load.baseline_rss_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             capture_s=self.load.capture_s,

@@ -42,7 +42,8 @@ class FollowedSteps:
 
     def __init__(self, num_slots: int) -> None:
         self._slots = [_SlotRows() for _ in range(num_slots)]
-        # Of sequences whose prompt is computed and that are in no batch: tokens, and by which step.
+        # Of sequences whose prompt is computed, or whose pages came back, and that are in no batch:
+        # tokens, and by which step.
         self._prefilled: dict[int, tuple[int, int]] = {}
 
     def follow(self, step: Step) -> tuple[StepWork, int]:

@@ -61,6 +61,7 @@ class ReplicaPlan:
             num_slots=plan.num_slots,
             in_stream=plan.device == "cuda",
             launch_s=launch_s if plan.device == "cuda" else 0.0,
+            num_ranks=len(plan.ranks),
             keep_sequences=with_stops,
             trace_steps=trace_steps,
         )

@@ -85,7 +85,7 @@ class _StageGroup:
         self._process = process
         self._times = times
         self._count = count
-        self._num_others = len(stages.uses) - 1
+        self._num_others = stages.num_ranks - 1
         self._stops: dict[int, list[int]] = {}  # by sequence: tokens made, and when it stops
         self.inbox: SimulatedInbox[tuple[int, Message]] = SimulatedInbox("the runner's")
 
@@ -110,7 +110,7 @@ class _StageGroup:
             case PagesRestored():
                 self._stages.restore(message)
             case PagesSaved():
-                pass  # takes no time
+                pass  # the copy runs beside the steps
             case _:
                 raise AssertionError(f"the stages do not know {type(message).__name__}")
         if self._count is not None:

@@ -71,6 +71,7 @@ class SimulatedStages:
         num_slots: in the ring.
         in_stream: as a GPU's queue does it: see above.
         launch_s: of a stage's host for each step, before its device can begin with it.
+        num_ranks: of all lanes of all stages; 0: a rank is a stage.
         keep_sequences: remember which sequences each step samples.
         trace_steps: of how many of the last steps to keep records.
     """
@@ -83,6 +84,7 @@ class SimulatedStages:
         num_slots: int,
         in_stream: bool,
         launch_s: float = 0.0,
+        num_ranks: int = 0,
         keep_sequences: bool = False,
         trace_steps: int = 0,
     ) -> None:
@@ -90,6 +92,7 @@ class SimulatedStages:
         self.records: list[deque[StepRecord]] = [
             deque(maxlen=trace_steps) for _ in range(num_stages if trace_steps else 0)
         ]
+        self.num_ranks = num_ranks or num_stages
         self._times = times
         self._num_slots = num_slots
         self._in_stream = in_stream and num_stages > 1

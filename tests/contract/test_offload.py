@@ -120,6 +120,10 @@ PLACEMENTS = {
     "head on disk": StageOffload(head="disk"),
     "head in host memory": StageOffload(head="host", num_buffers=3),
     "everything on disk": StageOffload(disk_layers=ALL, embedding="disk", head="disk"),
+    "everything on disk, one buffer": StageOffload(
+        disk_layers=ALL, embedding="disk", head="disk", num_buffers=1
+    ),
+    "one layer and the head": StageOffload(disk_layers=(3,), head="disk"),
     "everything, three buffers": StageOffload(
         host_layers=(1,), disk_layers=(0, 2, 3), embedding="host", head="disk", num_buffers=3
     ),

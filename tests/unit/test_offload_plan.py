@@ -23,6 +23,7 @@ from mpipipe.planning.placement import (
     StageShape,
     StageSpeed,
     StepWork,
+    offload_of,
     part_bytes,
     place_stage,
 )
@@ -232,8 +233,8 @@ def test_one_buffer_does_where_two_do_not_fit() -> None:
     assert forecast.step_s == pytest.approx(forecast.compute_s + forecast.disk_s)
 
 
-def test_a_stage_that_streams_its_head_begins_with_the_layers_that_it_needs() -> None:
-    """A large head makes the last stage slow from its first layer on, so it is dealt no other."""
+def test_a_stage_that_streams_its_head_gets_the_layers_that_its_device_holds() -> None:
+    """Its head takes 0.9 s a step to come, beside which they are computed."""
     spec = replace(SMOL, num_kv_heads=9, vocab_size=400_000)
     made = plan(
         ranks("a", "b"),
@@ -244,7 +245,11 @@ def test_a_stage_that_streams_its_head_begins_with_the_layers_that_it_needs() ->
     assert sum(stage.num_layers for stage in made.stages) == 30
     found = offload(made, stage=1)
     assert found.head == "disk"
-    assert 2 <= made.stages[1].num_layers <= 3
+    assert found.disk_layers == ()
+    assert found.num_buffers == 2
+    # A margin apart, what two buffers leave.
+    assert made.stages[1].num_layers == 5
+    assert found.forecast.step_s > offload(made, stage=0).forecast.step_s
 
 
 def test_below_one_layer_nothing_runs() -> None:
@@ -274,17 +279,54 @@ def test_the_device_bytes_that_an_error_advises_are_enough(
             plan(world, less, spec=spec, model=model)
 
 
-def test_a_last_stage_of_one_layer_keeps_its_head_and_the_error_names_it() -> None:
+def test_a_last_stage_of_one_layer_streams_its_head() -> None:
+    memory = MemoryConfig(device_bytes=15 * MIB, offload_dir=DISK)
+    made = plan(ranks("a", "b"), memory, PipelineConfig(split=(29, 1)), spec=UNTIED)
+    found = offload(made, stage=1)
+    assert (found.head, found.disk_layers, found.num_buffers) == ("disk", (29,), 1)
+
+
+def test_a_head_that_is_the_embedding_stays_and_the_error_names_it() -> None:
     memory = MemoryConfig(device_bytes=100 * MIB, offload_dir=DISK)
-    split = PipelineConfig(split=(29, 1))
     with pytest.raises(
         PlanError,
-        match=r"^stage 1 \(rank 1 on b\) with 1 of 30 layers needs 122 MiB on its device, for a "
+        match=r"^stage 0 \(rank 0 on a\) with 30 of 30 layers needs 122 MiB on its device, for a "
         r"layer or staging buffer and the LM head, .* allows only 100\.0 MiB: raise memory",
     ):
-        plan(ranks("a", "b"), memory, split, spec=UNTIED)
+        plan(ranks("a"), memory)
     enough = replace(memory, device_bytes=122 * MIB)
-    assert offload(plan(ranks("a", "b"), enough, split, spec=UNTIED)).disk_layers
+    assert offload(plan(ranks("a"), enough)).disk_layers
+
+
+def streamed_of(
+    num_layers: int, fitting: int, *, flops_per_s: float, head: bool = False
+) -> StageOffload:
+    """A stage of whose layers the device holds `fitting` beside two buffers."""
+    parts = part_bytes(UNTIED, "float32")
+    model, shape = ModelParts(UNTIED, "float32", parts), StageShape(num_layers, False, head)
+    room = StageRoom((fitting + 2) * parts.layer, host_bytes=0, has_disk=True)
+    speed = StageSpeed(Ceilings(1e12, flops_per_s), LinkRates(8e9, 1e9))
+    choice = place_stage(model, shape, room, StepWork(8), speed)
+    assert choice is not None
+    found = offload_of(choice, 0)
+    assert found is not None
+    return found
+
+
+def test_so_many_layers_are_streamed_that_no_buffer_is_used_more_often_where_that_is_free() -> None:
+    slow = streamed_of(12, 7, flops_per_s=1e9)  # computes longer than the disk brings 6 layers
+    assert (len(slow.disk_layers), slow.forecast.exposed_s) == (6, 0.0)
+    fast = streamed_of(12, 7, flops_per_s=1.1e10)  # the disk is what it waits for
+    assert len(fast.disk_layers) == 5
+    layer_s = fast.forecast.compute_s / 12
+    assert fast.forecast.exposed_s == pytest.approx(layer_s)
+    assert fast.forecast.step_s == pytest.approx(fast.forecast.disk_s + layer_s)
+    assert streamed_of(12, 8, flops_per_s=1.1e10).forecast.exposed_s == 0.0
+
+
+def test_beside_a_streamed_head_no_layer_is_streamed_that_fits() -> None:
+    found = streamed_of(4, 4, flops_per_s=1e12, head=True)
+    assert (found.head, found.disk_layers) == ("disk", ())
 
 
 def test_only_remedies_that_help_are_told() -> None:

@@ -94,7 +94,7 @@ def test_a_stage_keeps_to_its_room_and_places_every_layer_once(
     streamed = [*offload.host_layers, *offload.disk_layers]
     assert len(set(streamed)) == len(streamed) == found.num_streamed
     assert set(streamed) <= set(range(7, 7 + spec.num_layers))
-    assert not streamed or len(streamed) > offload.num_buffers
+    assert not streamed or offload.head != "device" or len(streamed) > offload.num_buffers
     # What stays, what is on the host and what is on disk are all of the stage, but for buffers.
     parts = part_bytes(spec, "float16")
     total = found.device_bytes + found.host_bytes + found.disk_bytes

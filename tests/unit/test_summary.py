@@ -247,15 +247,17 @@ def test_table_columns_are_aligned(summary: RunSummary) -> None:
 
 
 def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
-    assert not any("KV pages" in line for line in summary_lines(summary))
+    assert not any("KV in host" in line for line in summary_lines(summary))
     assert any(line.endswith(" 2 preemptions") for line in summary_lines(summary))
     first, second = summary.ranks
     use = PageMoveUse(1, saved_bytes=3 * MIB, restored_bytes=2 * MIB, bytes_per_s=1.5e9)
-    ranks = (replace(first, page_moves=use), replace(second, page_moves=use))
-    moved = replace(summary, ranks=ranks)
+    ranks = [replace(rank, page_moves=use, kv_host_bytes=9 * MIB) for rank in (first, second)]
+    moved = replace(summary, ranks=tuple(ranks))
     lines = summary_lines(moved)
     assert any(line.endswith(" 2 preemptions, 1 by moving pages") for line in lines)
-    assert lines[-1].split() == ["1", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
+    assert lines[-1].split() == ["1", "9.0", "MiB", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
+    layers = replace(summary, ranks=(first, replace(second, kv_host_bytes=7 * MIB)))
+    assert summary_lines(layers)[-1].split() == ["1", "7.0", "MiB", "-", "-", "-"]
     metrics = json.loads(json.dumps(moved.to_dict(), allow_nan=False))
     assert metrics["num_saved"] == 1
     assert metrics["ranks"][1]["page_moves"]["restored_bytes"] == 2 * MIB
