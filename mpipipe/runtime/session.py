@@ -21,7 +21,7 @@ from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.known_times import known_times
 from mpipipe.planning.predict import predict
-from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
@@ -432,25 +432,7 @@ class Session:
         )
 
     def _make_core(self) -> SchedulerCore:
-        plan = self.plan
-        limits = SchedulerLimits(
-            num_slots=plan.num_slots,
-            max_sequences_per_slot=plan.max_sequences_per_slot,
-            max_tokens_per_step=plan.max_tokens_per_step,
-            num_pages=plan.num_kv_pages,
-            page_size=plan.page_size_tokens,
-            max_context_tokens=plan.max_context_tokens,
-            lookahead=plan.lookahead,
-            max_sequence_tokens=plan.max_sequence_tokens,
-            num_host_pages=plan.num_host_pages,
-            min_saved_tokens=plan.min_saved_tokens,
-        )
-        return SchedulerCore(
-            limits,
-            eos_token_ids=self._eos_token_ids(),
-            prefill=plan.prefill,
-            restart_tokens=plan.restart_tokens,
-        )
+        return SchedulerCore.of_plan(self.plan, self._eos_token_ids())
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         assert self._model is not None, "only a head schedules"
