@@ -7,8 +7,9 @@
 # 1. tests/gpu, and of tests/contract what runs on the GPU where there is one (kernels, sampler,
 #    engine), in parallel with pytest-xdist where that is installed (PYTEST_WORKERS; by default one
 #    for two cores, at most 16).
-# 2. tensors between two ranks (tests/gpu/test_tensor_channel_gpu.py) under mpirun; over NCCL where
-#    two GPUs are in sight, and in any case staged over MPI.
+# 2. tensors between two ranks (tests/gpu/test_tensor_channel_gpu.py) and sums over the lanes of a
+#    stage (tests/gpu/test_lanes_gpu.py) under mpirun; over NCCL where two GPUs are in sight, and
+#    tensors in any case staged over MPI.
 #
 # Runs from the source tree with PYTHON (python3), installs nothing: torch for the GPU, transformers,
 # mpi4py, msgpack, structlog, rich, typer and pytest must be importable there, and an mpirun or
@@ -78,7 +79,7 @@ if [ $# -eq 0 ]; then
         mpi=()
         if has pytest_mpi; then mpi=(-p pytest_mpi --with-mpi); fi
         part "two ranks" timeout --kill-after=10 120 "${ranks[@]}" "$python" -m mpi4py -m pytest \
-            "${options[@]}" "${mpi[@]}" tests/gpu/test_tensor_channel_gpu.py
+            "${options[@]}" "${mpi[@]}" tests/gpu/test_tensor_channel_gpu.py tests/gpu/test_lanes_gpu.py
     fi
 fi
 exit "$failed"

@@ -65,6 +65,7 @@ class ProgressEngine:
         self._polls: tuple[Callable[[], bool], ...] = ()
         self._num_computing = 0
         self._num_boosting = 0
+        self._num_awaited = 0
         self._backoff_end: asyncio.Future[None] | None = None
         self._failure: asyncio.Future[None] | None = None
 
@@ -119,6 +120,12 @@ class ProgressEngine:
         self._num_boosting += change
         assert self._num_boosting >= 0, "a transfer ended twice"
 
+    def awaited(self, change: int) -> None:
+        """The computing thread itself waits for `change` more (or fewer) things: poll eagerly."""
+        self._num_awaited += change
+        assert self._num_awaited >= 0, "what was awaited ended twice"
+        self.wake()
+
     # ---- polling ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -165,7 +172,8 @@ class ProgressEngine:
 
     def next_pause_s(self) -> float:
         """Seconds to pause before the next round; 0 to spin. Each call counts as one pause."""
-        if self._num_computing:
+        computes = self._num_computing > self._num_awaited
+        if computes:
             backoff_s = max(self._backoff_s, _FIRST_COMPUTING_BACKOFF_S)
             self._backoff_s = min(backoff_s * _COMPUTING_BACKOFF_GROWTH, _MAX_COMPUTING_BACKOFF_S)
         elif self._spins_left > 0:
@@ -174,7 +182,7 @@ class ProgressEngine:
         else:
             backoff_s = max(self._backoff_s, _FIRST_BACKOFF_S)
             self._backoff_s = min(backoff_s * _BACKOFF_GROWTH, _MAX_BACKOFF_S)
-        if self._num_boosting and not self._num_computing:
+        if self._num_boosting and not computes:
             backoff_s = min(backoff_s, _MAX_BOOSTED_BACKOFF_S)
         return backoff_s
 

@@ -26,6 +26,7 @@ __all__ = [
     "QuantizeName",
     "Request",
     "SamplingParams",
+    "Shard",
     "Tier",
     "TokenLogprobs",
     "TransportName",
@@ -43,6 +44,27 @@ CacheKind = Literal["paged", "contiguous"]
 ProfilerName = Literal["none", "nsys", "torch", "perf"]
 QuantizeName = Literal["none", "int8", "fp8"]
 Tier = Literal["device", "host", "disk"]  # where weights stand between their uses
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `count` equal parts of a tensor along `dim`: what a lane of a stage holds of it."""
+
+    dim: int  # 0: rows, 1: columns
+    index: int
+    count: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor whose part has `shape`."""
+        return tuple(
+            size * self.count if dim == self.dim else size for dim, size in enumerate(shape)
+        )
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """The first entry along `dim` of a tensor that has `size` of them, and how many."""
+        assert size % self.count == 0, f"{size} is not divisible by {self.count}"
+        length = size // self.count
+        return self.index * length, length
 
 
 class FinishReason(str, enum.Enum):

@@ -44,6 +44,7 @@ PARAMETERS_EXCEPTIONS: dict[str, str] = {
     "mpipipe/kv_cache/paged.py:PagedKVCache.allocate": "the shape of a cache, keyword-only",
     "mpipipe/models/attention_bridge.py:_attention": "transformers' attention interface has them",
     "mpipipe/stage/worker.py:StageWorker.__init__": "wires a stage, keyword-only",
+    "mpipipe/weights/loader.py:load_stage": "two lists of names and how each fits, keyword-only",
 }
 PRINT_EXCEPTIONS: dict[str, str] = {
     "mpipipe/runtime/ranks.py": "the last words of a rank that is about to abort the job",

@@ -2,10 +2,10 @@
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
-and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `offload_…` on one
-(weights that stream from pinned host memory under a limit of GPU memory), `transformers_1` and
-`transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
-`launch/bench_gpu.py` runs them.
+and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `lanes_<shape>` on two
+that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights that stream from pinned
+host memory under a limit of GPU memory), `transformers_1` and `transformers_2` (generate on one
+GPU, device_map over two), `tests` (launch/test_gpu.sh). `launch/bench_gpu.py` runs them.
 
 Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
 greedy decoding and fixed lengths unless a work says mixed.
@@ -27,7 +27,15 @@ from typing import Any, TextIO
 from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.errors import EnvironmentSetupError
 
-__all__ = ["Part", "Result", "SuiteOptions", "all_parts", "run_part", "table_lines"]
+__all__ = [
+    "Part",
+    "Result",
+    "SuiteOptions",
+    "all_parts",
+    "mpirun_command",
+    "run_part",
+    "table_lines",
+]
 
 _SHAPES = ("openllama_3b", "llama3_8b")
 _QUICK = ("4x16x8", "1x16x8")
@@ -52,6 +60,8 @@ _SINGLE = {
 _MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
 # Held against `single_` and `pipeline_`: decode of few rows, of many, and a job with much prefill.
 _QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
+# Two GPUs as the lanes of one stage, held against `single_` and against the same GPUs as stages.
+_LANES = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
 # Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
 _OFFLOAD = {
@@ -127,7 +137,7 @@ class Result:
     last_lines: list[str]
 
 
-def _mpirun(num_ranks: int) -> list[str]:
+def mpirun_command(num_ranks: int) -> list[str]:
     """The launcher with what it needs here."""
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     found = shutil.which("mpirun", path=beside) or shutil.which("mpiexec", path=beside)
@@ -160,7 +170,7 @@ def _throughput_part(
 ) -> Part:
     """`bench throughput` of a shape. `variant`: settings and their values."""
     json_path = options.out / f"{name}.jsonl"
-    command = [*_mpirun(num_ranks), *_bench("throughput", shape, options)]
+    command = [*mpirun_command(num_ranks), *_bench("throughput", shape, options)]
     command += variant.split()
     command += [word for work in _works(works, options) for word in ("--work", work)]
     if name == f"pipeline_{_SHAPES[0]}":
@@ -197,6 +207,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("single", 1, "", _SINGLE),
         ("int8", 1, "model.quantize=int8", _QUANTIZED),
         ("fp8", 1, "model.quantize=fp8", _QUANTIZED),
+        ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
     )
     parts = [

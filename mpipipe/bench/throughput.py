@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from mpipipe.clock import Clock
     from mpipipe.config.load import LoadedConfig
+    from mpipipe.metrics.predicted import Prediction
     from mpipipe.metrics.summary import RankReport
     from mpipipe.planning.model_facts import ModelFacts
     from mpipipe.planning.plan import PipelinePlan
@@ -210,7 +211,7 @@ class _Bench:
         record = {
             "work": work.name,
             "mode": "latency" if self.options.latency else "throughput",
-            **throughput_record(timing, reports, self._floor(work)),
+            **throughput_record(timing, reports, self._floor(work), self._predicted(work)),
             **environment(session),
             "boot": self.marks.record(after),
             "command": self.options.command,
@@ -232,6 +233,9 @@ class _Bench:
                     "choose a shorter work or more KV cache"
                 )
         return completions
+
+    def _predicted(self, work: BenchWork) -> Prediction | None:
+        return self.session.predicting()(work.lengths(self.options.seed))
 
     def _floor(self, work: BenchWork) -> FloorTimes | None:
         session, plan = self.session, self.session.plan

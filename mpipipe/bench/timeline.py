@@ -52,9 +52,10 @@ async def write_trace(session: Session, path: Path, num_steps: int, *, since_s: 
         return
     records = {rank: from_json(list[StepRecord], part) for rank, part in enumerate(parts)}
     names = {
-        stage.rank: f"stage {stage.stage}, rank {stage.rank} on {stage.host}"
+        rank: f"stage {stage.stage}, rank {rank} on {stage.host}"
         for plan in session.plans
         for stage in plan.stages
+        for rank in stage.ranks
     }
     _write(path, trace_document(records, names=names, offsets_s=offsets_s))
 

@@ -101,6 +101,7 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
         num_prompt_tokens=sum(prompt for prompt, _ in lengths),
         num_output_tokens=sum(output for _, output in lengths),
         sampling=SamplingUse(),
+        lengths=tuple(lengths),
     )
 
 

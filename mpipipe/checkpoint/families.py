@@ -31,6 +31,7 @@ __all__ = [
     "read_rotary",
     "refusal",
     "refuse",
+    "refuse_split",
 ]
 
 # Our name -> the names that families give it, most common first.
@@ -102,6 +103,14 @@ def refuse(model_type: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f'the model family "{model_type}" cannot be split into stages: it {why}. '
         f"Supported are {_SUPPORTED}"
+    )
+
+
+def refuse_split(model_type: str, why: str) -> UnsupportedModelError:
+    """The error for a model whose layers cannot be split over lanes: `why`, a clause."""
+    return UnsupportedModelError(
+        f'the layers of the model family "{model_type}" cannot be split over ranks: {why}; set '
+        "pipeline.tensor_parallel = 1, and let the ranks be stages"
     )
 
 

@@ -73,6 +73,9 @@ class ModelSpec:
     plain_parameters: int = 0
     plain_outputs: int = 0
     plain_head: bool = False
+    # Rows of the LM head that a rank holds, where the lanes of a stage share it; 0: all. Heads and
+    # intermediate_size are then those of a lane too (planning/tensor_parallel.py).
+    head_rows: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -116,8 +119,13 @@ class ModelSpec:
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the embedding matrix, or of the LM head."""
+        """Weights of the embedding matrix."""
         return self.vocab_size * (self.embedding_size or self.hidden_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the LM head."""
+        return (self.head_rows or self.vocab_size) * (self.embedding_size or self.hidden_size)
 
     @property
     def position_parameters(self) -> int:

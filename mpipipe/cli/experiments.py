@@ -76,7 +76,9 @@ def experiment_command(request: ExperimentRequest) -> int:
     """
     if request.replicas != 1:
         raise ConfigError(
-            f"--replicas {request.replicas}: there is one pipeline in a run so far; leave it at 1"
+            f"--replicas {request.replicas}: an experiment compares runs of one pipeline each; "
+            "leave it at 1, and time replicas with `mpipipe bench throughput … pipeline.replicas="
+            f"{request.replicas}`"
         )
     options = _options(request)
     folder = ExperimentFolder(request.out.absolute())

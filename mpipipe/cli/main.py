@@ -65,6 +65,8 @@ _FORM = "model.quantize, as often as wanted; the first is compared with. Default
 _MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
+_MEASURE = "Time the model's parts here instead (also under mpirun or srun), for later plans."
+_FROM = "Learn from a run, or the latest run of a folder: what it took beside its forecast."
 _GPUS = (
     'Plan for these, a rank each: "2 x t4", or "h100, 3 x t4". Also p100, v100-16, v100-32, a10, '
     "l4, l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
@@ -77,6 +79,11 @@ _LINK = (
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_RanksHere = Annotated[
+    int | None,
+    typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
+]
+_COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -116,24 +123,30 @@ def plan(
     *,
     config: ConfigPath,
     overrides: Overrides = None,
-    stages: Annotated[
-        int | None,
-        typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
-    ] = None,
+    stages: _RanksHere = None,
     gpus: Annotated[str | None, typer.Option("--gpus", help=_GPUS, show_default=False)] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help=_NODES)] = None,
     link: Annotated[str | None, typer.Option("--link", help=_LINK, show_default=False)] = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory", help=_HOST_MEMORY)] = None,
     gpu_table: Annotated[Path | None, typer.Option("--gpu-table", help=_GPU_TABLE)] = None,
     work: Annotated[str | None, typer.Option("--work", help=_PLAN_WORK)] = None,
+    from_run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help=_FROM)] = None,
     reasons: Annotated[bool, typer.Option("--reasons", help=_REASONS)] = False,
+    compare: Annotated[bool, typer.Option("--compare", help=_COMPARE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
-    debug: Debug = False,  # noqa: ARG001 - read by `main`
+    measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
+    debug: Debug = False,
 ) -> None:
     """Say what would go where, how fast, and what would help; starts nothing, needs no GPU.
 
     Exit code 2: it does not fit.
     """
+    if measure:
+        from mpipipe.cli.plan_measure import measure_command
+
+        others = {"--stages": stages, "--gpus": gpus, "--work": work, "--from": from_run}
+        measure_command(config, overrides or [], others, debug=debug)
+        return
     from mpipipe.cli.plan import PlanRequest, plan_command
 
     request = PlanRequest(
@@ -144,7 +157,9 @@ def plan(
         host_memory=host_memory,
         gpu_table=gpu_table,
         work=work,
+        past_run=from_run,
         with_reasons=reasons,
+        compares=compare,
         as_json=as_json,
     )
     raise typer.Exit(plan_command(config, overrides or [], request))

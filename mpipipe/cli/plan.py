@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpipipe.bench.workloads import BenchWork
 from mpipipe.checkpoint.index import holds_weights
-from mpipipe.cli.plan_view import answer_lines, refusal_lines
+from mpipipe.cli.plan_view import answer_lines, arrangement_lines, refusal_lines
 from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
@@ -21,9 +21,12 @@ from mpipipe.config.schema import AUTO
 from mpipipe.errors import EXIT_CONFIG, EXIT_OK, ConfigError, PlanError
 from mpipipe.plain_values import to_json
 from mpipipe.planning.advice import advise, what_fits
+from mpipipe.planning.arrangements import compare_arrangements
 from mpipipe.planning.bottleneck import bottleneck_of
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
+from mpipipe.planning.known_times import known_times
+from mpipipe.planning.learnt import learn
 from mpipipe.planning.link_table import link_named
 from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
 from mpipipe.planning.model_facts import ModelFacts, model_folder, read_model
@@ -63,7 +66,9 @@ class PlanRequest:
     host_memory: str | None = None
     gpu_table: Path | None = None
     work: str | None = None  # prompts instead of the configuration's, e.g. 512x512x128
+    past_run: Path | None = None  # to learn from
     with_reasons: bool = False
+    compares: bool = False  # stages, lanes and replicas
     as_json: bool = False
 
 
@@ -80,6 +85,8 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
     loaded = load_config(config, overrides)
     model, warnings = _model(loaded)
     job, where, ignored = _job(model, request)
+    if request.past_run is not None:
+        job = _learnt(job, request.past_run)
     _warn(*loaded.warnings, *warnings, *ignored)
     try:
         outlook = job.outlook()
@@ -89,9 +96,39 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
     return _answered(outlook, where, request)
 
 
+def _learnt(job: PlannedJob, place: Path) -> PlannedJob:
+    """`job` with what the run at `place` teaches.
+
+    Raises:
+        ConfigError: that run had another model, or computed it in another form.
+        OutputError: there is no run that has ended.
+    """
+    from mpipipe.logs.past_run import read_past_run
+
+    run = read_past_run(place)
+    spec, plan = job.spec, run.plan
+    asked = job.config.model.dtype
+    wanted = {
+        "model": (spec.model_type, spec.num_layers, spec.hidden_size),
+        "model.dtype": plan.dtype if asked == AUTO else asked,
+    }
+    was = {
+        "model": (plan.model_type, plan.num_layers, plan.hidden_size),
+        "model.dtype": plan.dtype,
+    }
+    for name, value in wanted.items():
+        if was[name] != value:
+            raise ConfigError(
+                f"--from {run.name}: that run had {name} {was[name]}, and this plan has {value}; "
+                "its times say nothing of that: give a run of the same model in the same dtype"
+            )
+    return replace(job, learnt=learn(spec, run, known_times(spec, plan, run.ranks)))
+
+
 def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
     """The answer where it fits."""
     bottleneck, advice, forecast = bottleneck_of(outlook), advise(outlook), outlook.forecast
+    ways = compare_arrangements(outlook.job) if request.compares else ()
     if request.as_json:
         _print_json(
             {
@@ -104,13 +141,14 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
                 "wall_clock_s": forecast.wall_clock_s,
                 "bottleneck": bottleneck,
                 "advice": advice,
+                "arrangements": ways,
             }
         )
         return EXIT_OK
     lines = answer_lines(outlook, bottleneck, advice, where)
     if request.with_reasons or request.gpus is None:
         lines = [*plan_lines(outlook.plan), "", *lines]
-    print("\n".join(lines))
+    print("\n".join([*lines, *arrangement_lines(ways)]))
     return EXIT_OK
 
 
@@ -262,7 +300,9 @@ def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, 
     """With a stage for each GPU, whatever the configuration says; and what of it is not used."""
     pipeline, ignored = loaded.config.pipeline, []
     num_stages, replicas = pipeline.num_stages, pipeline.replicas
-    if isinstance(num_stages, int) and num_ranks not in _world_sizes(num_stages, replicas):
+    if isinstance(num_stages, int) and num_ranks not in _world_sizes(
+        num_stages * pipeline.tensor_parallel, replicas
+    ):
         ignored.append(f"pipeline.num_stages = {pipeline.num_stages}: planned for {num_ranks}")
         pipeline = replace(pipeline, num_stages=AUTO)
     if pipeline.device == "cpu":
@@ -272,18 +312,18 @@ def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, 
     return replace(loaded, config=config), tuple(ignored)
 
 
-def _world_sizes(num_stages: int, replicas: int | str) -> range:
-    """How many ranks make pipelines of so many stages."""
+def _world_sizes(ranks_each: int, replicas: int | str) -> range:
+    """How many ranks make pipelines of so many each."""
     if isinstance(replicas, int):
-        return range(num_stages * replicas, num_stages * replicas + 1)
-    return range(num_stages, sys.maxsize, num_stages)
+        return range(ranks_each * replicas, ranks_each * replicas + 1)
+    return range(ranks_each, sys.maxsize, ranks_each)
 
 
 def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:
     pipeline = loaded.config.pipeline
     number = pipeline.num_stages if isinstance(pipeline.num_stages, int) else 1
     number *= pipeline.replicas if isinstance(pipeline.replicas, int) else 1
-    return ranks_of_this_host(loaded, request.num_stages or number)
+    return ranks_of_this_host(loaded, request.num_stages or number * pipeline.tensor_parallel)
 
 
 def ranks_of_this_host(loaded: LoadedConfig, num_ranks: int) -> list[RankResources]:

@@ -7,24 +7,30 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mpipipe.planning.arrangements import fastest, quickest
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.memory import gib
 from mpipipe.planning.offload_advice import figure
+from mpipipe.planning.tensor_parallel import lane_spec
 
 if TYPE_CHECKING:
     from mpipipe.planning.advice import Advice
+    from mpipipe.planning.arrangements import Arrangement
     from mpipipe.planning.bottleneck import Bottleneck
     from mpipipe.planning.plan import PipelinePlan, StagePlan
     from mpipipe.planning.planned_job import Outlook, PlannedJob
 
-__all__ = ["answer_lines", "refusal_lines"]
+__all__ = ["answer_lines", "arrangement_lines", "refusal_lines"]
 
 _WIDTH = 100
 _LABEL = 11
 _HEADINGS = (
     "stage", "on", "layers", "weights", "KV cache", "offloaded", "prompt step", "decode step",
     "idle",
+)  # fmt: skip
+_WAYS = (
+    "replicas", "stages", "lanes", "tokens/s", "wall-clock", "one request", "a token of it", ""
 )  # fmt: skip
 
 
@@ -64,6 +70,27 @@ def refusal_lines(
     return lines + _listed("would fit", told)
 
 
+def arrangement_lines(ways: Sequence[Arrangement]) -> list[str]:
+    """Stages, lanes and replicas compared, and which is best for what; nothing without `ways`."""
+    if not ways:
+        return []
+    best, soonest = fastest(ways), quickest(ways)
+    lines = ["", *_aligned([_WAYS, *map(_way, ways)])]
+    if best is not None:
+        lines += _told("throughput", f"{best.words}: {figure(best.tokens_per_s)} tokens/s")
+    if soonest is not None:
+        lines += _told("latency", f"{soonest.words}: a request in {_seconds(soonest.request_s)}")
+    return lines
+
+
+def _way(way: Arrangement) -> tuple[str, ...]:
+    counts = (str(way.replicas), str(way.stages), str(way.lanes))
+    if way.problem:
+        return (*counts, "–", "–", "–", "–", way.problem.partition(":")[0])
+    figures = (figure(way.tokens_per_s), _duration(way.wall_clock_s))
+    return (*counts, *figures, _seconds(way.request_s), _seconds(way.token_s), "")
+
+
 def _model(job: PlannedJob) -> str:
     name = job.model_path.rstrip("/").rpartition("/")[2]
     return f"{name} ({job.spec.architecture or job.spec.model_type}, {job.spec.num_layers} layers)"
@@ -90,6 +117,17 @@ def _span(numbers: Sequence[int]) -> str:
 # ---- the stages ----------------------------------------------------------------------------------
 
 
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """In columns; what stands last in a row may be long."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def _table(outlook: Outlook) -> list[str]:
     """The stages; of replicas that are alike those of the first."""
     rows: list[tuple[str, ...]] = [_HEADINGS]
@@ -99,11 +137,7 @@ def _table(outlook: Outlook) -> list[str]:
         kind = tuple(_kind(row) for row in found)
         rows += found * (kind not in shown)
         shown.add(kind)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    lines = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = _aligned(rows)
     alike = len(outlook.plans) - len(shown)
     return [*lines, f"and {alike} more replica{'s' * (alike > 1)} like them"] if alike else lines
 
@@ -122,10 +156,12 @@ def _row(outlook: Outlook, plan: PipelinePlan, stage: StagePlan) -> tuple[str, .
     rank = next(rank for rank in outlook.job.ranks if rank.rank == stage.rank)
     card = (outlook.job.table or known_gpus()).find(rank.gpu.name)
     device = "CPU" if plan.device == "cpu" else card.key if card is not None else rank.gpu.name
+    if plan.tensor_parallel > 1:
+        device = f"{plan.tensor_parallel} x {device}"
     parts = [f"{stage.first_layer}–{stage.last_layer - 1}"]
     parts = ["emb"] * stage.has_embedding + parts + ["head"] * stage.has_head
     page_bytes = kv_page_bytes(
-        outlook.job.spec,
+        lane_spec(outlook.job.spec, plan.tensor_parallel),
         plan.dtype,
         num_layers=stage.num_layers,
         page_size_tokens=plan.page_size_tokens,

@@ -66,6 +66,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v == AUTO or (isinstance(v, int) and v >= 0),
         'a size such as "8GiB", 0 for none, or "auto"',
     ),
+    ("pipeline.tensor_parallel", _is_count, "a whole number from 1 on"),
     (
         "memory.kv_host_bytes",
         lambda v: v == AUTO or (isinstance(v, int) and v >= 0),

@@ -94,7 +94,11 @@ class PipelineConfig:
     where the model fits fewer ranks. 1, the default, uses all ranks for one pipeline, which always
     fits where any number does, and holds the longest prompts."""
     num_stages: int | str = AUTO
-    """Stages of each pipeline; `auto`: one per rank, the ranks shared out among the replicas."""
+    """Stages of each pipeline; `auto`: one per rank, or per `tensor_parallel` ranks, the ranks
+    shared out among the replicas."""
+    tensor_parallel: int = 1
+    """Ranks of one host that share each stage: every matrix is split over them, and NCCL or MPI
+    adds up; must divide the model's heads. 1: every rank is a stage."""
     split: tuple[int, ...] | str = AUTO
     """Layers per stage, e.g. `[14, 16]`; `auto`: balanced by cost."""
     num_slots: int | str = AUTO

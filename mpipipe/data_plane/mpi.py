@@ -4,6 +4,10 @@ The kind of edge is the tag, so MPI itself matches transfers in the order they w
 calls come from the event-loop thread, on a private duplicate of the world communicator. Tensors to
 the own rank take the loopback.
 
+`MpiLanes` adds up what the lanes of a stage compute. Their compute threads ask for it and wait; the
+event loop's thread does it. The summands are gathered and added in the order of the lanes, so that
+all lanes have equal bits, in every type.
+
 `control_plane.mpi` starts and finalizes MPI; `staged` carries GPU tensors.
 
 Measured, 2 ranks of one host: 16 KiB 6 µs, 4 MiB 0.39 ms one way.
@@ -11,6 +15,9 @@ Measured, 2 ranks of one host: 16 KiB 6 µs, 4 MiB 0.39 ms one way.
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +30,9 @@ from mpipipe.data_plane.channel import (
     check_transfer,
     drain,
 )
+from mpipipe.data_plane.lanes import joined_columns
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.errors import EnvironmentSetupError, MpipipeError, PeerLostError
+from mpipipe.errors import ChannelClosedError, EnvironmentSetupError, MpipipeError, PeerLostError
 
 try:
     from mpi4py import MPI
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
 
     from mpipipe.progress import ProgressEngine
 
-__all__ = ["MpiTensorChannel", "open_mpi_channel"]
+__all__ = ["MpiLanes", "MpiTensorChannel", "open_mpi_channel", "open_mpi_lanes"]
 
 _LARGE_BYTES = 4 << 20  # above this MPI may need many polls to move a tensor
 
@@ -220,6 +228,137 @@ class MpiTensorChannel:
             active.request.Wait()
             active.transfer.give_up()
         self._active = []
+
+
+# ---- lanes ---------------------------------------------------------------------------------------
+
+
+def open_mpi_lanes(engine: ProgressEngine, *, stage: int, lane: int) -> MpiLanes:
+    """This rank's lane of its stage. Collective: every rank of the world calls it.
+
+    Args:
+        engine: polls.
+        stage: a number that the lanes of a stage share with no other rank.
+        lane: the own number in it.
+    """
+    communicator = MPI.COMM_WORLD.Split(stage, lane)
+    communicator.Set_errhandler(MPI.ERRORS_RETURN)
+    lanes = MpiLanes(communicator, engine, asyncio.get_running_loop())
+    lanes.start()
+    return lanes
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """Tensors on their way between the lanes; keeps their memory alive."""
+
+    request: MPI.Request
+    done: Future[None]
+    tensors: tuple[torch.Tensor, torch.Tensor]
+
+
+class MpiLanes:
+    """One lane's end, called from a thread that computes; see `Lanes`.
+
+    Args:
+        communicator: of the stage's lanes; freed by `close`.
+        engine: polls.
+        loop: whose thread calls MPI.
+    """
+
+    def __init__(
+        self,
+        communicator: MPI.Comm,
+        engine: ProgressEngine,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.lane = communicator.Get_rank()
+        self.num_lanes = communicator.Get_size()
+        self._communicator = communicator
+        self._engine = engine
+        self._loop = loop
+        self._loop_thread = threading.get_ident()
+        self._active: list[_Gathering] = []
+        self._unregister: Callable[[], None] | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Let the engine poll."""
+        self._unregister = self._engine.register(self._poll)
+
+    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.add_up`."""
+        return partial.copy_(self._all(partial).sum(dim=0))
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.gather`."""
+        return joined_columns(self._all(part))
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.from_first`."""
+        return tensor.copy_(self._all(tensor)[0])
+
+    def _all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all lanes: [lanes, ...]. Waits for the event loop's thread."""
+        assert threading.get_ident() != self._loop_thread, "it would wait for itself"
+        gathered = tensor.new_empty(self.num_lanes, *tensor.shape)
+        if tensor.numel():
+            done: Future[None] = Future()
+            self._loop.call_soon_threadsafe(self._begin, tensor, gathered, done)
+            done.result()
+        return gathered
+
+    def _begin(self, tensor: torch.Tensor, gathered: torch.Tensor, done: Future[None]) -> None:
+        if self._closed:
+            done.set_exception(ChannelClosedError("a stage computed after its lanes were closed"))
+            return
+        try:
+            request = self._communicator.Iallgather(_bytes_of(tensor), _bytes_of(gathered))
+        except MPI.Exception as error:
+            done.set_exception(_lost_lane(error))
+            return
+        self._active.append(_Gathering(request, done, (tensor, gathered)))
+        self._engine.awaited(+1)
+
+    def _poll(self) -> bool:
+        before, self._active = self._active, []
+        for active in before:
+            try:
+                ended, error = active.request.Test(), None
+            except MPI.Exception as failure:
+                ended, error = True, _lost_lane(failure)
+            if not ended:
+                self._active.append(active)
+                continue
+            self._engine.awaited(-1)
+            if error is None:
+                active.done.set_result(None)
+            else:
+                active.done.set_exception(error)
+        return len(self._active) < len(before)
+
+    def close(self) -> None:
+        """Let go of a thread that still waits, and of the communicator. Idempotent.
+
+        What is under way when a run fails cannot be taken back: MPI ends it with the process.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._unregister is not None:
+            self._unregister()
+        for active in self._active:
+            self._engine.awaited(-1)
+            active.done.set_exception(ChannelClosedError("the lanes of a stage were closed"))
+        if not self._active:
+            self._communicator.Free()
+
+
+def _lost_lane(error: MPI.Exception) -> PeerLostError:
+    return PeerLostError(
+        f"MPI failed between the ranks of a stage: {error}; most likely one of them died: look "
+        "for the first error in the logs"
+    )
 
 
 def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -25,7 +25,9 @@ import torch.distributed as dist
 
 from mpipipe.data_plane.channel import EdgeKind, check_transfer, drain
 from mpipipe.data_plane.daemon_call import call_in_daemon
+from mpipipe.data_plane.lanes import ALONE, Lanes
 from mpipipe.data_plane.nccl_groups import LEAVE_LIMIT_S, NcclGroups, first_line
+from mpipipe.data_plane.nccl_lanes import NcclLanes
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, PeerLostError
 
 __all__ = ["NcclTensorChannel", "StreamTransfer"]
@@ -55,6 +57,12 @@ class NcclTensorChannel:
         self._ids_stream = torch.cuda.Stream(groups.device)
         self._captured = _CapturedTransfers(groups.device)
         self._closed = False
+
+    @property
+    def lanes(self) -> Lanes:
+        """This rank's lane of its stage."""
+        group = self._groups.lanes
+        return ALONE if group is None else NcclLanes(group, self._groups.shared)
 
     def send(self, tensor: torch.Tensor, *, destination: int, kind: EdgeKind) -> StreamTransfer:
         """Add a send to the current stream (ids: to their own, behind it).

@@ -1,4 +1,6 @@
-"""The two NCCL groups of torch.distributed that `nccl` moves tensors in: making and leaving them.
+"""The NCCL groups of torch.distributed that `nccl` moves tensors in: making and leaving them.
+
+Two of all ranks, one for each kind of edge, and one of the lanes of each stage that has several.
 
 Everything here blocks until all ranks do the same, so it runs in a thread and the control plane
 goes on meanwhile; in a daemon thread, because NCCL may never return where a rank or its network is
@@ -21,6 +23,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ from torch.distributed import DistStoreError, ProcessGroup, Store, TCPStore
 
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.daemon_call import call_in_daemon
+from mpipipe.data_plane.shared_buffer import SharedBuffer, open_shared_buffer
 from mpipipe.errors import DeadlineError, EnvironmentSetupError
 from mpipipe.plain_values import from_json, to_json
 
@@ -41,6 +45,8 @@ __all__ = [
     "first_line",
     "open_store",
 ]
+
+_Made = tuple[dict[EdgeKind, ProcessGroup], ProcessGroup | None, SharedBuffer | None]
 
 # The head's bytes on every rank; the others pass None.
 Broadcast = Callable[[bytes | None], Awaitable[bytes]]
@@ -66,6 +72,8 @@ class NcclGroups:
     """This rank's membership."""
 
     by_kind: dict[EdgeKind, ProcessGroup]
+    lanes: ProcessGroup | None  # of this rank's stage; None: it has one
+    shared: SharedBuffer | None  # of these lanes
     store: Store  # the head serves it until all have left
     rank: int
     world_size: int
@@ -97,6 +105,7 @@ async def connect_groups(
     rank: int,
     hosts: Sequence[str],
     stage_ranks: Sequence[int],
+    lane_groups: Sequence[Sequence[int]] = (),
     device_index: int,
     timeout_s: float,
 ) -> NcclGroups:
@@ -106,7 +115,9 @@ async def connect_groups(
         broadcast: the head's bytes to all, over the control plane.
         rank: the own number; rank 0 is the head.
         hosts: the host of every rank, in order of rank.
-        stage_ranks: the rank of every stage of this rank's pipeline, its head's first.
+        stage_ranks: the rank of every stage of this rank's pipeline, its head's first; of several
+            that share a stage, those of this one's lane.
+        lane_groups: the ranks of every stage that several share, of all pipelines.
         device_index: this rank's GPU.
         timeout_s: for all of it.
 
@@ -121,11 +132,10 @@ async def connect_groups(
         )
     device = torch.device("cuda", device_index)
     store = await open_store(broadcast, rank=rank, hosts=hosts, timeout_s=timeout_s)
+    connecting = partial(_connect, store, rank, len(hosts), device, stage_ranks, lane_groups)
     try:
         async with asyncio.timeout(timeout_s):
-            by_kind = await call_in_daemon(
-                lambda: _connect(store, rank, len(hosts), stage_ranks, device), "nccl-connect"
-            )
+            made = await call_in_daemon(connecting, "nccl-connect")
     except TimeoutError:
         raise DeadlineError(
             f"NCCL did not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} within "
@@ -136,7 +146,7 @@ async def connect_groups(
             f"NCCL could not connect rank {rank} on {hosts[rank]} with {_others(rank, hosts)} "
             f"({first_line(error)}): {_HINT}"
         ) from error
-    return NcclGroups(by_kind, store, rank, len(hosts), device)
+    return NcclGroups(*made, store, rank, len(hosts), device)
 
 
 def _others(rank: int, hosts: Sequence[str]) -> str:
@@ -150,10 +160,15 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(". ")
 
 
-def _connect(
-    store: Store, rank: int, world_size: int, stage_ranks: Sequence[int], device: torch.device
-) -> dict[EdgeKind, ProcessGroup]:
-    """Make both groups, of all ranks, and send a tensor over every edge of this rank's pipeline.
+def _connect(  # noqa: PLR0917 - called in a thread, by position
+    store: Store,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    stage_ranks: Sequence[int],
+    lane_groups: Sequence[Sequence[int]],
+) -> _Made:
+    """Make all groups, and send a tensor over every edge of this rank's pipeline and lane.
 
     Blocks until all ranks do the same.
     """
@@ -181,7 +196,24 @@ def _connect(
         # It says that transfers of a group queue behind each other: that is the stream order.
         warnings.filterwarnings("ignore", message=".*unbatched P2P")
         _exercise(groups, rank, stage_ranks, device)
-    return groups
+    lanes = _connect_lanes(rank, lane_groups, limit)
+    shared = None
+    if lanes is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=lanes)
+        shared = open_shared_buffer(lanes, device)
+        torch.cuda.synchronize(device)
+    return groups, lanes, shared
+
+
+def _connect_lanes(
+    rank: int, lane_groups: Sequence[Sequence[int]], limit: timedelta
+) -> ProcessGroup | None:
+    """This rank's group; every rank makes all of them, in one order."""
+    own: ProcessGroup | None = None
+    for ranks in lane_groups:
+        group = dist.new_group(list(ranks), backend="nccl", timeout=limit)
+        own = group if rank in ranks else own
+    return own
 
 
 def _exercise(
@@ -190,7 +222,7 @@ def _exercise(
     stage_ranks: Sequence[int],
     device: torch.device,
 ) -> None:
-    """Once round the ring: hidden states forward, ids from the last stage's rank to the head."""
+    """Once round the ring of one lane: hidden states forward, ids from the last to the first."""
     stage, head, last = stage_ranks.index(rank), stage_ranks[0], stage_ranks[-1]
     tensor = torch.zeros(1, device=device)
     if rank != head:

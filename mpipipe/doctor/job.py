@@ -237,10 +237,10 @@ def _run_folder(loaded: LoadedConfig) -> list[Finding]:
 
 
 def _host_weight_bytes(stage: StagePlan, *, on_cpu: bool) -> int:
-    """Of a stage's weights in the memory of its host."""
+    """Of a stage's weights in the memory of its host, of all its lanes together."""
     if on_cpu:
-        return stage.device_weight_bytes
-    return 0 if stage.offload is None else stage.offload.host_bytes
+        return stage.device_weight_bytes * len(stage.ranks)
+    return 0 if stage.offload is None else stage.offload.host_bytes * len(stage.ranks)
 
 
 def _host_pages(plan: PipelinePlan, stages: Sequence[StagePlan], *, on_cpu: bool) -> int:

@@ -32,6 +32,7 @@ __all__ = [
 
 # What the cases set themselves.
 VARIED = (
+    "pipeline.replicas",
     "pipeline.num_stages",
     "pipeline.num_slots",
     "pipeline.max_sequences_per_slot",
@@ -170,6 +171,7 @@ def _case(arm: Arm, place: tuple[int, int], batch: int | None, num_prompts: int)
         num_prompts=num_prompts,
         words=(
             f"prompts.limit={num_prompts}",
+            "pipeline.replicas=1",
             f"pipeline.num_stages={stages}",
             f"pipeline.num_slots={slots}",
             f"pipeline.max_sequences_per_slot={per_slot}",

@@ -261,6 +261,7 @@ def _resolved_config(session: Session, loaded: LoadedConfig, folder: Path) -> di
     config["pipeline"] |= {
         "replicas": plan.num_replicas,
         "num_stages": plan.num_stages if len(set(map(len, splits))) == 1 else AUTO,
+        "tensor_parallel": plan.tensor_parallel,
         "split": list(splits.pop()) if len(splits) == 1 else AUTO,
         "num_slots": plan.num_slots,
         "max_sequences_per_slot": plan.max_sequences_per_slot,

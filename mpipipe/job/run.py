@@ -252,6 +252,8 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         job.log.info("ended")
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
+    predicting = session.predicting()
+    planned = predicting(prompts.lengths(session.plan.max_context_tokens))
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
@@ -259,16 +261,19 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
     session.end()
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
+    requests = all_requests(job, tally, prompts.num_prompts)
     summary = summarize(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
-        all_requests(job, tally, prompts.num_prompts),
+        requests,
         num_preemptions=session.num_preemptions,
         ranks=reports,
         replicas=session.replica_totals(),
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,
+        planned=planned,
+        predicted=None if requests.num_unfinished else predicting(tally.lengths),
     )
     return await share_exit_code(job.ranks, await report(job, summary), _EXIT_DEADLINE_S)
 

@@ -24,7 +24,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["ScheduledStep", "StageAccount", "StageTotals", "StepPhase", "StepRecord", "TimeParts"]
+__all__ = [
+    "ScheduledStep",
+    "StageAccount",
+    "StageTotals",
+    "StepPhase",
+    "StepRecord",
+    "StepTotals",
+    "TimeParts",
+]
 
 _NS = 1_000_000_000
 _PARTS = ("compute", "wait", "transfer", "send", "idle", "overhead")
@@ -137,6 +145,25 @@ class TimeParts:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Steps of one kind, and their compute."""
+
+    num_steps: int = 0
+    compute_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """Of a step; 0 without any."""
+        return self.compute_s / self.num_steps if self.num_steps else 0.0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        return StepTotals(self.num_steps + other.num_steps, self.compute_s + other.compute_s)
+
+    def __sub__(self, other: StepTotals) -> StepTotals:
+        return StepTotals(self.num_steps - other.num_steps, self.compute_s - other.compute_s)
+
+
+@dataclass(frozen=True, slots=True)
 class StageTotals:
     """Sums of one stage over one or more generate calls."""
 
@@ -150,6 +177,8 @@ class StageTotals:
     bytes_in: int = 0  # of tensors from other ranks
     bytes_out: int = 0
     num_undivided: int = 0  # steps with a wait whose transfer is not known: it counts as wait
+    prefill: StepTotals = StepTotals()  # of prompt chunks alone
+    decode: StepTotals = StepTotals()  # of one token of each sequence alone
 
     def merged(self, other: StageTotals) -> StageTotals:
         """The sums of both, of the same stage."""
@@ -165,6 +194,8 @@ class StageTotals:
             bytes_in=self.bytes_in + other.bytes_in,
             bytes_out=self.bytes_out + other.bytes_out,
             num_undivided=self.num_undivided + other.num_undivided,
+            prefill=self.prefill + other.prefill,
+            decode=self.decode + other.decode,
         )
 
 
@@ -235,6 +266,7 @@ class StageAccount:
         self._first_step = 0  # steps before this call: counted over all calls its first one
         self._num_bytes = {"in": 0, "out": 0}
         self._counts = dict.fromkeys(("steps", "tokens", "sampled", "steady_steps"), 0)
+        self._kinds: dict[StepPhase, StepTotals] = {}
         self._upstream = _UpstreamTimes()
         self._undivided: deque[_Undivided] = deque()
         self._num_given_up = 0
@@ -315,6 +347,8 @@ class StageAccount:
             _book(self._steady_ns, parts_ns)
             counts["steady_steps"] += 1
         self._previous_steady = record.steady
+        kind = self._kinds.get(record.phase, StepTotals())
+        self._kinds[record.phase] = kind + StepTotals(1, record.compute_s)
         counts["steps"] += 1
         counts["tokens"] += record.num_tokens
         counts["sampled"] += record.num_sampled
@@ -394,6 +428,8 @@ class StageAccount:
             bytes_in=self._num_bytes["in"],
             bytes_out=self._num_bytes["out"],
             num_undivided=self._num_given_up + len(self._undivided),
+            prefill=self._kinds.get("prefill", StepTotals()),
+            decode=self._kinds.get("decode", StepTotals()),
         )
 
     @property

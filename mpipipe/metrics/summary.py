@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,22 @@ from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse, PageMoveUse
+from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
 from mpipipe.metrics.replicas import ReplicaTotals
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
     from mpipipe.types import Completion
 
-__all__ = ["PhaseTimes", "RankReport", "RequestTally", "RequestTotals", "RunSummary", "percentile"]
+__all__ = [
+    "PhaseTimes",
+    "RankReport",
+    "RequestTally",
+    "RequestTotals",
+    "RunSummary",
+    "percentile",
+    "stage_figures",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,11 @@ class RankReport:
         return sum(part.seconds for part in self.boot if part.name in names)
 
     @property
+    def used_bytes(self) -> int:
+        """Most memory at once: of its GPU what torch held, on a CPU beside Python's libraries."""
+        return self.gpu_peak_bytes or max(0, self.peak_rss_bytes - self.baseline_rss_bytes)
+
+    @property
     def peak_over_need(self) -> float | None:
         """Peak above the baseline over weights + KV: 1 is perfect."""
         need = self.weight_bytes + self.kv_bytes
@@ -104,7 +118,7 @@ class RequestTotals:
 
 
 class RequestTally:
-    """Counts completions as they come; keeps two numbers per completed prompt.
+    """Counts completions as they come; keeps four numbers per completed prompt.
 
     `num_completed` and `num_failed` are the counts so far, for free.
     """
@@ -116,6 +130,7 @@ class RequestTally:
         self._num_output_tokens = 0
         self._ttfts_s: list[float] = []
         self._latencies_s: list[float] = []
+        self.lengths: list[tuple[int, int]] = []  # prompt and output tokens of completed prompts
 
     def add(self, completion: Completion) -> None:
         """Count one finished or failed prompt."""
@@ -127,6 +142,7 @@ class RequestTally:
         self._num_output_tokens += completion.num_output_tokens
         self._ttfts_s.append(completion.ttft_s)
         self._latencies_s.append(completion.latency_s)
+        self.lengths.append((completion.num_prompt_tokens, completion.num_output_tokens))
 
     def totals(self) -> RequestTotals:
         """The counts so far, with percentiles: sorts every time, so not while the run goes on."""
@@ -157,6 +173,27 @@ class RunSummary:
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
     io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
     replicas: tuple[ReplicaTotals, ...] = ()  # empty where there is one
+    planned: Prediction | None = None  # before the run, with the longest outputs that are allowed
+    predicted: Prediction | None = None  # for the tokens that were made; None: some prompts are not
+
+    @property
+    def compared(self) -> tuple[Compared, ...]:
+        """Predicted beside measured, as far as both are known; empty without a prediction.
+
+        Of each stage steps of one kind alone, and memory: these names end with its number.
+        """
+        predicted, phases = self.predicted, self.phases
+        if predicted is None:
+            return ()
+        start_s, load_s = phases.boot_s + phases.load_s, max(rank.load_s for rank in self.ranks)
+        return compared(
+            ("tokens_per_s", predicted.tokens_per_s, self.output_tokens_per_s),
+            ("wall_s", predicted.wall_s, phases.wall_s),
+            ("generate_s", predicted.generate_s, phases.generate_s),
+            ("start_s", predicted.start_s, start_s),
+            ("load_s", predicted.load_s, load_s),
+            *stage_figures(predicted, self.ranks),
+        )
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -240,6 +277,8 @@ class RunSummary:
           `steady` hold the seconds of each part (`compute_s`, `wait_s`, `transfer_s`, `send_s`,
           `idle_s`, `overhead_s`), their sum `wall_s`, `communication_s` (transfer and send) and
           the `bubble_ratio`
+        * `planned`, `predicted`: the fields of `Prediction`; `compared`: by name the `predicted`
+          and the `measured` value, and the `error`: (measured - predicted) / predicted
         * `time`: seconds by what they were for, see `_times`
         * `attempts`: of each start of the run the fields of `AttemptTotals`; `total`: their sums
         """
@@ -261,6 +300,9 @@ class RunSummary:
             "bytes_moved": self.bytes_moved,
             "replicas": [replica.fields() for replica in self.replicas],
             "ranks": [_rank_dict(rank) for rank in self.ranks],
+            "planned": None if self.planned is None else dataclasses.asdict(self.planned),
+            "predicted": None if self.predicted is None else dataclasses.asdict(self.predicted),
+            "compared": compared_fields(self.compared),
             "time": self._times(),
             "attempts": [dataclasses.asdict(attempt) for attempt in self.attempts],
             "total": total_of(self.attempts),
@@ -296,6 +338,25 @@ class RunSummary:
 
     def _per_s(self, num_tokens: int) -> float:
         return num_tokens / self.phases.generate_s if self.phases.generate_s > 0 else 0.0
+
+
+def stage_figures(
+    predicted: Prediction, ranks: Sequence[RankReport]
+) -> Iterator[tuple[str, float, float]]:
+    """Name, predicted and measured value of what is known of both of each stage.
+
+    Names end with the number of the stage; where there are several replicas, with theirs before it.
+    """
+    by_stage = {(rank.replica, rank.stage.stage): rank for rank in reversed(ranks)}
+    several = len({stage.replica for stage in predicted.stages}) > 1
+    for stage in predicted.stages:
+        rank = by_stage.get((stage.replica, stage.stage))
+        if rank is None:
+            continue
+        label = f"{stage.replica}.{stage.stage}" if several else str(stage.stage)
+        yield f"decode_step_s_{label}", stage.decode_step_s, rank.stage.decode.mean_s
+        yield f"prefill_step_s_{label}", stage.prefill_step_s, rank.stage.prefill.mean_s
+        yield f"memory_bytes_{label}", stage.memory_bytes, rank.used_bytes
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

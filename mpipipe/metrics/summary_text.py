@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.metrics.summary import RankReport, RunSummary
 
@@ -108,8 +109,51 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{_share(summary.bubble_ratio)} of all stages' time",
             f"{_share(summary.steady_bubble_ratio)} in steady state",
         ),
+        **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
+    """What was predicted, beside it what was measured, and by how much it is more or less."""
+    compared = {each.name: each for each in summary.compared}
+    if summary.predicted is None:
+        return {}
+    memory = _worst(summary.compared, "memory_bytes_")
+    lines = {
+        "predicted": (
+            _beside("", compared.get("tokens_per_s"), _tokens_per_s),
+            _beside("wall clock ", compared.get("wall_s"), _seconds),
+        ),
+        "": (
+            _beside("start ", compared.get("start_s"), _seconds),
+            _beside("memory ", memory, lambda value: _size(round(value))),
+            _not_made(summary.predicted, summary.planned),
+        ),
+    }
+    return {label: tuple(filter(None, values)) for label, values in lines.items() if any(values)}
+
+
+def _beside(label: str, each: Compared | None, form: Callable[[float], str]) -> str:
+    if each is None:
+        return ""
+    return f"{label}{form(each.predicted)}, measured {form(each.measured)} ({each.error:+.0%})"
+
+
+def _not_made(predicted: Prediction, planned: Prediction | None) -> str:
+    """Outputs may end early; what is predicted here is for the tokens that were made."""
+    fewer = 0 if planned is None else planned.num_output_tokens - predicted.num_output_tokens
+    return f"{fewer:,} fewer tokens than allowed" if fewer > 0 else ""
+
+
+def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
+    """The stage's figure that is farthest from its prediction."""
+    named = [each for each in compared if each.name.startswith(prefix)]
+    return max(named, key=lambda each: abs(each.error), default=None)
+
+
+def _tokens_per_s(value: float) -> str:
+    return f"{value:,.1f} tokens/s"
 
 
 def _slowest_boot(summary: RunSummary) -> str:

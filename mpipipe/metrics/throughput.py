@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals, TimeParts
-from mpipipe.metrics.summary import RankReport, percentile
+from mpipipe.metrics.predicted import compared, compared_fields
+from mpipipe.metrics.summary import RankReport, percentile, stage_figures
 
 if TYPE_CHECKING:
+    from mpipipe.metrics.predicted import Prediction
     from mpipipe.types import Completion
 
 __all__ = ["FloorTimes", "JobTiming", "reports_since", "throughput_record"]
@@ -85,7 +87,10 @@ class JobTiming:
 
 
 def throughput_record(
-    timing: JobTiming, reports: Sequence[RankReport], floor: FloorTimes | None
+    timing: JobTiming,
+    reports: Sequence[RankReport],
+    floor: FloorTimes | None,
+    predicted: Prediction | None = None,
 ) -> dict[str, Any]:
     """The figures of one timed job.
 
@@ -93,6 +98,7 @@ def throughput_record(
         timing: what the head saw.
         reports: of every rank, in stage order, for this job alone (`reports_since`).
         floor: None where the device's ceilings are not known.
+        predicted: of this job; None: nothing is.
     """
     return {
         "tokens_per_s": timing.tokens_per_s,
@@ -113,7 +119,23 @@ def throughput_record(
         "share_of_floor": None if floor is None else timing.tokens_per_s / floor.tokens_per_s,
         "share_of_decode_floor": _decode_share(timing, floor),
         "stages": [_stage(report) for report in reports],
+        "predicted": None if predicted is None else dataclasses.asdict(predicted),
+        "compared": _compared(timing, reports, predicted),
     }
+
+
+def _compared(
+    timing: JobTiming, reports: Sequence[RankReport], predicted: Prediction | None
+) -> dict[str, dict[str, float]]:
+    """Predicted beside measured, of the job, and of each stage steps of one kind and memory."""
+    if predicted is None:
+        return {}
+    figures = compared(
+        ("tokens_per_s", predicted.tokens_per_s, timing.tokens_per_s),
+        ("generate_s", predicted.generate_s, timing.elapsed_s),
+        *stage_figures(predicted, reports),
+    )
+    return compared_fields(figures)
 
 
 def reports_since(
@@ -139,6 +161,8 @@ def _since(old: StageTotals, new: StageTotals) -> StageTotals:
         bytes_in=new.bytes_in - old.bytes_in,
         bytes_out=new.bytes_out - old.bytes_out,
         num_undivided=new.num_undivided - old.num_undivided,
+        prefill=new.prefill - old.prefill,
+        decode=new.decode - old.decode,
     )
 
 

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 from mpipipe.checkpoint.quantization import read_quantization
+from mpipipe.data_plane.lanes import ALONE
+from mpipipe.errors import UnsupportedModelError
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
-from mpipipe.models.families import ModelParts, locate_parts, refuse
+from mpipipe.models.families import ModelParts, locate_parts, refuse, refuse_split
 from mpipipe.models.fused_cpu import fuse_layers
 from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_reason
 from mpipipe.models.operations import choose_operations
@@ -42,20 +44,22 @@ from mpipipe.models.stage_cut import (
     materialise_buffers,
 )
 from mpipipe.models.streaming import NO_GATES, StreamedHead, StreamedWeights, attach_streaming
+from mpipipe.models.tensor_split import TensorSplit, split_stage
 from mpipipe.models.verification import verify_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from mpipipe.checkpoint.quantization import StoredQuantization
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
     from mpipipe.models.operations import Operations
     from mpipipe.planning.plan import StagePlan
-    from mpipipe.types import QuantizeName
+    from mpipipe.types import QuantizeName, Shard
 
 __all__ = ["StageModel", "build_stage_model"]
 
@@ -71,6 +75,7 @@ def build_stage_model(
     max_sequence_tokens: int,
     trust_remote_code: bool = False,
     quantize: QuantizeName = "none",
+    lanes: Lanes = ALONE,
 ) -> StageModel:
     """The modules of `stage`, on the meta device, without weights.
 
@@ -83,9 +88,10 @@ def build_stage_model(
         trust_remote_code: run Python code found in the folder.
         quantize: what the linears of the layers become, and the LM head (`quantized_linear`), of
             a tied embedding a copy; of a checkpoint in 8 bits what it has so, and so.
+        lanes: of the stage; the model is one lane's part of it.
 
     Raises:
-        UnsupportedModelError: the family cannot be split into stages.
+        UnsupportedModelError: the family cannot be split into stages, or not over the lanes.
     """
     stored = read_quantization(folder)
     if stored is not None:
@@ -97,6 +103,7 @@ def build_stage_model(
     attach_context(cut_stage(parts, stage), context)
     if quantize != "none":
         _quantize(parts, stage, names, quantize, stored)
+    tensor_split = split_stage(parts, lanes, names.tied, has_head=stage.has_head)
     return StageModel(
         plan=stage,
         parts=parts,
@@ -104,6 +111,8 @@ def build_stage_model(
         names=names,
         dtype=dtype,
         max_positions=max_sequence_tokens,
+        lanes=lanes,
+        tensor_split=tensor_split,
     )
 
 
@@ -161,9 +170,13 @@ class StageModel(PlainStage):
         names: CheckpointNames,
         dtype: torch.dtype,
         max_positions: int,
+        lanes: Lanes,
+        tensor_split: TensorSplit,
     ) -> None:
         super().__init__(plan, parts, context, dtype)
         self.names = names
+        self.lanes = lanes
+        self._tensor_split = tensor_split
         self._layers_prefix = f"{parts.base_name}.layers."
         self._max_positions = max_positions
         self._fused: FusedStack | None = None
@@ -193,6 +206,10 @@ class StageModel(PlainStage):
             for name in self.module.state_dict()
             if name not in scales
         }
+
+    def shards(self) -> Mapping[str, Shard]:
+        """By name in `module.state_dict()`, what this lane loads of a tensor; others are whole."""
+        return self._tensor_split.shards
 
     def layer_names(self) -> list[list[str]]:
         """By layer of the stage, the names of its tensors in `module.state_dict()`."""
@@ -240,10 +257,10 @@ class StageModel(PlainStage):
         self.operations = operations or choose_operations(self.device)[0]
         use_products(self.module, self.operations.quantized_product)
         self._streamed = streamed or self._streamed
-        attach_streaming(self.module, self._base, self._streamed)
+        self._wire()
         materialise_buffers(self.module, self._base, self.device)
         self.rotary_by_length = settle_rotary(self._base, self._context, self._max_positions)
-        kv_shape = verify_stage(self)
+        kv_shape = self._verified()
         if isinstance(cache, PagedKVCache) and tuple(cache.keys[0].shape[2:]) != kv_shape:
             raise refuse(
                 self.model_type,
@@ -257,17 +274,36 @@ class StageModel(PlainStage):
         if self.mode == "packed":
             self._pack()
         elif self.mode == "fast":
-            self._fused = build_fused_stack(
-                self.module,
-                self._base,
-                self._context,
-                options=self._options,
-                operations=self.operations,
-                max_positions=self._max_positions,
-                gates=self._streamed.gates,
-            )
+            self._fused = self._fuse()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
+
+    def _verified(self) -> tuple[int, int]:
+        """KV heads and head dimension, after the trial steps."""
+        try:
+            return verify_stage(self)
+        except UnsupportedModelError as error:
+            if self.lanes.num_lanes == 1:
+                raise
+            why = f"a part of one fails its trial steps ({error.__cause__ or error})"
+            raise refuse_split(self.model_type, why) from error
+
+    def _wire(self) -> None:
+        """Let modules wait for weights that are streamed, and for what other lanes compute."""
+        self._tensor_split.cut_head(self.module)
+        attach_streaming(self.module, self._base, self._streamed)
+        self._tensor_split.attach(self.module, self.lanes)
+
+    def _fuse(self) -> FusedStack:
+        return build_fused_stack(
+            self.module,
+            self._base,
+            self._context,
+            options=self._options,
+            operations=self.operations,
+            max_positions=self._max_positions,
+            gates=self._streamed.gates,
+        )
 
     def _pack(self) -> None:
         """Into the layout for a CPU, but for what would then take more than the plan allows."""
@@ -277,14 +313,15 @@ class StageModel(PlainStage):
             self._leave_head()
         fuse_layers(layers, self._context, self._options, streamed)
         prepack_linears(self.module, kept)
+        self._tensor_split.attach(self.module, self.lanes)
 
     def _leave_head(self) -> None:
         """A head in blocks, or one tensor with the embedding: packed, it would be a second one."""
         ends = self.module.get_input_embeddings(), self.module.get_output_embeddings()
-        weights = [getattr(end, "weight", None) for end in ends]
+        places = [end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")]
         if isinstance(ends[1], StreamedHead):
             ends[1].blocks = tuple(map(as_it_lies, ends[1].blocks))
-        elif weights[0] is not None and weights[0] is weights[1]:
+        elif len(places) == 2 and places[0] == places[1]:
             self.module.set_output_embeddings(as_it_lies(ends[1]))
 
     @property

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from mpipipe.checkpoint.families import refuse
+from mpipipe.checkpoint.families import refuse, refuse_split
 from mpipipe.models.quantized_linear import QuantizedLinear
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "merge_linears",
     "merged_linears",
     "refuse",
+    "refuse_split",
 ]
 
 # Families without base_model_pp_plan: the base model's parts before and behind its layers.

@@ -37,6 +37,7 @@ from mpipipe.models.prepacked_linear import (
 from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.models.row_major_linear import RowMajorLinear
 from mpipipe.models.streaming import put_gates
+from mpipipe.models.tensor_split import Join, joined_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,6 +73,7 @@ class FusedLayer(nn.Module):
         self._head_dim: int = attention.head_dim
         self._num_heads: int = attention.q_proj.out_features // self._head_dim
         self._options = options
+        self._join = joined_by(attention.o_proj), joined_by(layer.mlp.down_proj)
         self.input_norm = layer.input_layernorm
         self.post_norm = layer.post_attention_layernorm
         self.qkv, self.output, self.gate_up, self.down = (
@@ -87,10 +89,10 @@ class FusedLayer(nn.Module):
         """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here."""
         hidden_TH = hidden_states[0]
         attended_TX = self._attend(_norm(self.input_norm, hidden_TH), position_embeddings)
-        hidden_TH = self.output.plus(attended_TX, hidden_TH)
+        hidden_TH = _plus(self.output, attended_TX, hidden_TH, self._join[0])
         gate_up_TI = self.gate_up(_norm(self.post_norm, hidden_TH))
         gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
-        return self.down.plus(silu(gate_TI).mul_(up_TI), hidden_TH)[None]
+        return _plus(self.down, silu(gate_TI).mul_(up_TI), hidden_TH, self._join[1])[None]
 
     def _attend(
         self, hidden_TH: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -130,6 +132,18 @@ class FusedLayer(nn.Module):
         cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0].clone()
         sin_TD[:, : self._head_dim // 2].neg_()
         return cos_TD[:, None], sin_TD[:, None]
+
+
+def _plus(
+    product: Product,
+    rows: torch.Tensor,
+    residual_TH: torch.Tensor,
+    join: Join | None,
+) -> torch.Tensor:
+    """The residual stream behind a product, of which each lane may compute a summand."""
+    if join is None:
+        return product.plus(rows, residual_TH)
+    return join(product(rows)).add_(residual_TH)
 
 
 def fuse_layers(

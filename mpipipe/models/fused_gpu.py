@@ -35,6 +35,7 @@ from mpipipe.models.layer_options import HeadNorms
 from mpipipe.models.quantized_linear import QuantizedLinear
 from mpipipe.models.rotary import LengthRotary
 from mpipipe.models.streaming import NO_GATES, StreamedHead
+from mpipipe.models.tensor_split import Join, joined_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,9 +94,14 @@ class _MergedLinear:
 
     tensors: LinearTensors
     operations: Operations
+    join: Join | None = None  # what the lanes of the stage make of their results
 
     def __call__(self, rows_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] → [T, O]."""
+        out_TO = self._multiply(rows_TI)
+        return out_TO if self.join is None else self.join(out_TO)
+
+    def _multiply(self, rows_TI: torch.Tensor) -> torch.Tensor:
         weight_OI, bias_O, scale_O = self.tensors
         if scale_O is None:
             return self.operations.linear(rows_TI, weight_OI, bias_O)
@@ -145,7 +151,7 @@ def merge_layer(layer: Any, operations: Operations, options: AttentionOptions) -
 
 
 def _merged(operations: Operations, *parts: nn.Linear | QuantizedLinear) -> _MergedLinear:
-    return _MergedLinear(merge_linears(*parts), operations)
+    return _MergedLinear(merge_linears(*parts), operations, joined_by(parts[0]))
 
 
 def _norm_of(norm: Any) -> _NormWeight:
@@ -199,7 +205,8 @@ def _merged_head(
     """[S, hidden] → [S, vocabulary]; None: the head is on another stage."""
     if isinstance(head, StreamedHead):
         blocks = [_merged(operations, block) for block in head.blocks]
-        return StreamedHead(blocks, head.gates, head.first_part)
+        join, streamed = joined_by(head), StreamedHead(blocks, head.gates, head.first_part)
+        return streamed if join is None else lambda rows_SH: join(streamed(rows_SH))
     return None if head is None else _merged(operations, head)
 
 

@@ -74,8 +74,8 @@ def layer_weight_bytes(spec: ModelSpec, dtype: str) -> int:
 def head_weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of the LM head."""
     if not spec.has_quantized_head:
-        return spec.embedding_parameters * dtype_bytes(dtype)
-    return spec.embedding_parameters + _SCALE_BYTES * spec.vocab_size
+        return spec.head_parameters * dtype_bytes(dtype)
+    return spec.head_parameters + _SCALE_BYTES * (spec.head_rows or spec.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def head_decode_cost(
     spec: ModelSpec, dtype: str, *, num_sequences: float = _NUM_SEQUENCES
 ) -> StepCost:
     """The LM head for one token of each of `num_sequences`."""
-    flops = 2 * num_sequences * spec.embedding_parameters
+    flops = 2 * num_sequences * spec.head_parameters
     return StepCost(float(head_weight_bytes(spec, dtype)), float(flops))
 
 

@@ -16,10 +16,12 @@ _SAID = (
     "memory.host_bytes",
     "memory.kv_host",
     "pipeline.layout",
+    "pipeline.replica_ranks",
     "pipeline.bind",
     "model.rotary",
     "generation.",
     "generation_config.",
+    "forecast.times",
 )
 
 
@@ -131,9 +133,11 @@ def _stage_row(stage: StagePlan) -> tuple[str, str, str]:
         parts.insert(0, "embedding")
     if stage.has_head:
         parts.append("LM head")
+    each = " each" if len(stage.ranks) > 1 else ""
+    numbers = ", ".join(map(str, stage.ranks))
     facts = (
-        f"rank {stage.rank} on {stage.host}, {gib(stage.weight_bytes)} of weights, "
-        f"{stage.cost_share:.1%} of a round"
+        f"rank{'s' * (len(stage.ranks) > 1)} {numbers} on {stage.host}, "
+        f"{gib(stage.weight_bytes)} of weights{each}, {stage.cost_share:.1%} of a round"
     )
     return f"stage {stage.stage}", " + ".join(parts), facts
 
@@ -146,6 +150,11 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         *((("model.quantize", plan.quantize),) if plan.quantize != "none" else ()),
         *((("pipeline.replicas", str(plan.num_replicas)),) if plan.num_replicas > 1 else ()),
         ("pipeline.num_stages", str(plan.num_stages)),
+        *(
+            (("pipeline.tensor_parallel", str(plan.tensor_parallel)),)
+            if plan.tensor_parallel > 1
+            else ()
+        ),
         ("pipeline.split", str(split)),
         ("pipeline.num_slots", str(plan.num_slots)),
         ("pipeline.max_sequences_per_slot", str(plan.max_sequences_per_slot)),

@@ -40,6 +40,7 @@ from mpipipe.planning.rank_rooms import (
     gpu_limit,
     most_host_bytes,
     rank_rooms,
+    stage_rooms,
 )
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, gather_bytes, rank_memory
@@ -73,7 +74,7 @@ class StageFitting:
     """What the fitting goes by."""
 
     spec: ModelSpec
-    ranks: Sequence[RankResources]  # in the order of their stages
+    ranks: Sequence[RankResources]  # in the order of their stages, and lanes
     device: DeviceName
     dtype: DtypeName
     limits: StepLimits
@@ -81,6 +82,10 @@ class StageFitting:
     attention: AttentionName
     decisions: Decisions
     world: Sequence[RankResources]  # of all replicas: they share cores
+
+    @property
+    def _num_lanes(self) -> int:
+        return self.decisions.config.pipeline.tensor_parallel
 
     def fit(self, stages: tuple[StagePlan, ...], demand: KvDemand, workload: Workload) -> Fitted:
         """`stages`, or what takes their place; revises what was decided of rows, tokens, split.
@@ -264,7 +269,8 @@ class StageFitting:
         uses_disk = any(choice.placed.disk_bytes for choice in smallest.stages)
         if uses_disk and not self.decisions.config.memory.offload_dir:
             least += f" and {_folder(smallest)}"
-        rank, alone = self.ranks[number], f"raise memory.device_bytes to at least {least_mib} MiB"
+        rank = self.ranks[number * self._num_lanes]
+        alone = f"raise memory.device_bytes to at least {least_mib} MiB"
         raise PlanError(
             f"stage {number} (rank {rank.rank} on {rank.host}) with {smallest.split[number]} of "
             f"{self.spec.num_layers} layers needs {least_mib} MiB on its device, for {what}, "
@@ -303,7 +309,8 @@ class StageFitting:
     ) -> tuple[RankMemory, ...]:
         memory = self.decisions.config.memory
         needs = []
-        for stage, rank_resources in zip(stages, self.ranks, strict=True):
+        each = [stage for stage in stages for _ in range(self._num_lanes)]
+        for stage, rank_resources in zip(each, self.ranks, strict=True):
             page_bytes = self._page_bytes(stage.num_kv_device_layers)
             usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
@@ -323,7 +330,8 @@ class StageFitting:
                     limited_by=limited_by,
                 )
             )
-        return with_page_limits(needs, stages, self._rooms(memory), self._page_bytes)
+        rooms = [room for room in self._rooms(memory) for _ in range(self._num_lanes)]
+        return with_page_limits(needs, each, rooms, self._page_bytes)
 
     def _page_bytes(self, num_layers: int) -> int:
         return kv_page_bytes(
@@ -388,7 +396,8 @@ class StageFitting:
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
         num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.world)
         on_gpus = self.device == "cuda"
-        return rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
+        rooms = rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
+        return stage_rooms(rooms, self._num_lanes)
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:
         """Of a stage's cache, or what the settings ask for."""
@@ -430,7 +439,8 @@ class StageFitting:
 
     def _fixed_pages(self) -> int | None:
         """As asked for: with `kv_cache_bytes` about so many, if the layers are split evenly."""
-        even = self._page_bytes(-(-self.spec.num_layers // len(self.ranks)))
+        num_stages = len(self.ranks) // self._num_lanes
+        even = self._page_bytes(-(-self.spec.num_layers // num_stages))
         asked = asked_kv_bytes(self.decisions.config.memory, even)
         return None if asked is None else asked // even
 

@@ -25,7 +25,7 @@ from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s"]
+__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s", "weights_s"]
 
 # The scheduler's own choices (`scheduler.policy`): prompts interrupt decoding when an eighth of the
 # running sequences can be admitted, and half a page is kept back for each of these.
@@ -33,7 +33,8 @@ _REFILL_PART = 8
 _HEADROOM_PAGES = 0.5
 # Longer jobs are followed in a sample of their sequences, and outputs of unlike lengths end in so
 # many groups: the error is far below that of the step times.
-_MOST_SEQUENCES = 8_192
+_MOST_SEQUENCES = 4_096
+_FEWEST_WAVES = 4  # that a sample fills all places with
 _GROUPS_OF_ENDS = 64
 # Draw of a GPU, as a share of its limit: measured on H100 between half idle and full pipes.
 _IDLE_WATTS = 0.17
@@ -72,6 +73,7 @@ class JobForecast:
     rows_per_slot: float  # mean, of decode steps
     num_rounds: float
     num_preemptions: int
+    num_kv_pages: int  # most that hold tokens at the same time
     bubble: float  # mean over the stages
     stages: tuple[StageForecast, ...]
     energy_j: float | None  # of the GPUs while generating; None: their power is not known
@@ -101,7 +103,8 @@ def forecast_job(
         watts: the power limit of every rank's GPU, where known.
     """
     lengths = shape.lengths
-    step = -(-len(lengths) // _MOST_SEQUENCES)
+    most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
+    step = -(-len(lengths) // most)
     sample = lengths[::step]
     grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
     job = _Job(plan, times, deque(itertools.starmap(_Sequence, sample)), grain)
@@ -123,6 +126,7 @@ def forecast_job(
         rows_per_slot=job.row_steps / job.slot_steps if job.slot_steps else 0.0,
         num_rounds=job.rounds * scale,
         num_preemptions=round(job.num_preemptions * scale),
+        num_kv_pages=min(plan.num_kv_pages, math.ceil(job.most_pages)),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
         energy_j=_energy_j(stages, generating_s, watts or {}),
@@ -131,20 +135,23 @@ def forecast_job(
 
 
 def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
-    """From the start of the processes to the first step, with a warm kernel cache and a slow disk.
-
-    Ranks of a host share its disk. Random weights are not read.
-    """
+    """From the start of the processes to the first step, with a warm kernel cache."""
     begin_s = _CPU_STARTUP_S
     if plan.device == "cuda":
-        begin_s = _GPU_STARTUP_S + (plan.num_stages > 1) * _SEVERAL_GPUS_STARTUP_S
+        begin_s = _GPU_STARTUP_S + (len(plan.ranks) > 1) * _SEVERAL_GPUS_STARTUP_S
+    return begin_s + weights_s(spec, plan)
+
+
+def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
+    """Reading weights from a slow disk, which the ranks of a host share; random ones are made."""
     if plan.weights == "random":
-        return begin_s
+        return 0.0
     share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
     by_host: dict[str, float] = {}
     for stage in plan.stages:
-        by_host[stage.host] = by_host.get(stage.host, 0.0) + stage.weight_bytes * share
-    return begin_s + max(by_host.values()) / DISK_BYTES_PER_S
+        read = len(stage.ranks) * stage.weight_bytes * share
+        by_host[stage.host] = by_host.get(stage.host, 0.0) + read
+    return max(by_host.values()) / DISK_BYTES_PER_S
 
 
 def _stage_forecast(stage: StagePlan, job: _Job, busy: _Busy, scale: float) -> StageForecast:
@@ -214,6 +221,7 @@ class _Job:
     slot_steps: float = 0.0
     num_prefill_steps: float = 0.0
     num_preemptions: int = 0
+    most_pages: float = 0.0  # that hold tokens
     _ends: list[tuple[float, int, _Sequence]] = field(default_factory=list)  # heap by round
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
@@ -301,6 +309,7 @@ class _Job:
         self._run_rounds(stride, self._num_known / num_running + stride / 2)
         self._num_known += stride * num_running
         self.rounds += stride
+        self.most_pages = max(self.most_pages, self.plan.num_kv_pages - self._free_pages())
         while self._ends and self._next_end() <= self.rounds + 1e-6:
             self._leave(heapq.heappop(self._ends)[2])
 

@@ -171,7 +171,7 @@ def _check(plan: PipelinePlan, facts: KvHostFacts, asked: int) -> None:
             f"tokens takes {gib(facts.page_bytes)} on the stage with most layers; set {_SETTING} "
             f"to at least {facts.page_bytes}, or to 0 for none"
         )
-    for rank, stage, need in zip(facts.ranks, plan.stages, facts.needs, strict=True):
+    for rank, stage, need in zip(facts.ranks, _by_rank(plan), facts.needs, strict=True):
         left = _left_bytes(plan, facts, rank, stage, need, most=True)
         if asked > left:
             raise PlanError(
@@ -189,11 +189,16 @@ def _held(plan: PipelinePlan) -> str:
 
 def _room_pages(plan: PipelinePlan, facts: KvHostFacts) -> int:
     """That every rank has room for by itself."""
-    rows = zip(facts.ranks, plan.stages, facts.needs, strict=True)
+    rows = zip(facts.ranks, _by_rank(plan), facts.needs, strict=True)
     return min(
         max(0, _left_bytes(plan, facts, rank, stage, need, most=False)) // need.page_bytes
         for rank, stage, need in rows
     )
+
+
+def _by_rank(plan: PipelinePlan) -> list[StagePlan]:
+    """The stage of each rank, in the order of stages and their lanes."""
+    return [stage for stage in plan.stages for _ in stage.ranks]
 
 
 def _left_bytes(
@@ -226,7 +231,7 @@ def _costs(plan: PipelinePlan, facts: KvHostFacts) -> _Costs:
         num_threads=plan.threads_per_rank,
     )
     token_s = page_s = 0.0
-    for stage, room, need in zip(plan.stages, rooms, facts.needs, strict=True):
+    for stage, room, need in zip(_by_rank(plan), rooms, facts.needs, strict=True):
         token_s = max(token_s, _token_s(plan, facts.spec, stage, room.speed))
         share = _WAITED_SHARE if plan.device == "cuda" else 1.0
         page_s = max(page_s, 2 * share * need.page_bytes / room.speed.rates.host_bytes_per_s)

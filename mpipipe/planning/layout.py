@@ -17,6 +17,7 @@ from mpipipe.config.schema import PipelineConfig
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.tensor_parallel import lane_groups
 from mpipipe.topology.host import Core, format_cpus
 
 __all__ = [
@@ -26,10 +27,15 @@ __all__ = [
     "lay_out",
     "note_cores",
     "note_layout",
+    "note_replicas",
     "sharing",
     "stage_order",
     "threads_per_rank",
 ]
+
+
+_MOST_TOLD = 8  # replicas in a note
+_Stages = list[tuple[RankResources, ...]]  # of each the ranks that share it
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -53,30 +59,32 @@ class Place:
 
     replica: int
     stage: int
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which ranks make which pipeline: every rank is in one."""
 
-    replicas: tuple[tuple[int, ...], ...]  # of each its ranks, in the order of its stages
+    replicas: tuple[tuple[int, ...], ...]  # of each its ranks, in the order of stages and lanes
     reason: str = ""  # why there are so many
+    num_lanes: int = 1  # ranks of a stage
 
     @property
     def least_stages(self) -> int:
         """Of the shortest pipeline."""
-        return min(map(len, self.replicas))
+        return min(map(len, self.replicas)) // self.num_lanes
 
     @property
     def most_stages(self) -> int:
         """Of the longest pipeline."""
-        return max(map(len, self.replicas))
+        return max(map(len, self.replicas)) // self.num_lanes
 
     def place_of(self, rank: int) -> Place:
         """Replica and stage of `rank`."""
         for replica, ranks in enumerate(self.replicas):
             if rank in ranks:
-                return Place(replica, ranks.index(rank))
+                return Place(replica, *divmod(ranks.index(rank), self.num_lanes))
         raise AssertionError(f"rank {rank} is in no replica of {self.replicas}")
 
 
@@ -97,61 +105,78 @@ def lay_out(
     Raises:
         EnvironmentSetupError: the number of ranks does not fit what is asked for.
     """
-    order, num_replicas, num_stages = stage_order(ranks), pipeline.replicas, pipeline.num_stages
+    num_lanes, by_rank = pipeline.tensor_parallel, {rank.rank: rank for rank in ranks}
+    if len(ranks) % num_lanes:
+        raise EnvironmentSetupError(
+            f"pipeline.tensor_parallel = {num_lanes}, but {_started(len(ranks))}: start a multiple "
+            f"of {num_lanes} ranks, or set pipeline.tensor_parallel = 1"
+        )
+    order = lane_groups([by_rank[rank] for rank in stage_order(ranks)], num_lanes)
+    cut, reason = _cut(order, pipeline, least_stages)
+    flat = tuple(tuple(rank.rank for lanes in part for rank in lanes) for part in cut)
+    return Layout(flat, reason, num_lanes)
+
+
+def _cut(order: _Stages, pipeline: PipelineConfig, least_stages: int) -> tuple[list[_Stages], str]:
+    """The stages of each replica, and why there are so many."""
+    num_replicas, num_stages = pipeline.replicas, pipeline.num_stages
+    num_lanes = pipeline.tensor_parallel
     if isinstance(num_stages, int):
-        return Layout(_equal_cut(order, num_replicas, num_stages), "one per so many ranks")
+        return _equal_cut(order, num_replicas, num_stages), "one per so many ranks"
     if isinstance(num_replicas, int):
         if num_replicas > len(order):
             raise EnvironmentSetupError(
-                f"pipeline.replicas = {num_replicas}, but {_started(len(order))}, and every "
-                f"replica takes one at least: start {_launches(num_replicas)}, or set "
-                'pipeline.replicas = "auto"'
+                f"pipeline.replicas = {num_replicas}, but {_started(len(order) * num_lanes)}, and "
+                f"every replica takes {'one' if num_lanes == 1 else num_lanes} at least: start "
+                f'{_launches(num_replicas * num_lanes)}, or set pipeline.replicas = "auto"'
             )
-        return Layout(_even_cut(order, num_replicas), "asked for")
-    least = "a rank holds the model" if least_stages == 1 else f"{least_stages} ranks hold it"
-    hosts = [[rank.rank for rank in sharers] for sharers in _by_host(ranks)]
+        return _even_cut(order, num_replicas), "asked for"
+    held = least_stages * num_lanes
+    least = "a rank holds the model" if held == 1 else f"{held} ranks hold it"
+    hosts = [list(stages) for _, stages in itertools.groupby(order, lambda lanes: lanes[0].host)]
     if all(len(host) >= least_stages for host in hosts):
         cuts = [_even_cut(host, len(host) // least_stages) for host in hosts]
-        return Layout(tuple(itertools.chain.from_iterable(cuts)), least)
-    return Layout(_even_cut(order, max(1, len(order) // least_stages)), least)
+        return list(itertools.chain.from_iterable(cuts)), least
+    return _even_cut(order, max(1, len(order) // least_stages)), least
 
 
-def _equal_cut(
-    order: Sequence[int], num_replicas: int | str, num_stages: int
-) -> tuple[tuple[int, ...], ...]:
-    """Replicas of `num_stages` ranks each, that use all of them."""
-    num_ranks = len(order)
-    if num_replicas == 1 and num_stages != num_ranks:
+def _equal_cut(order: _Stages, num_replicas: int | str, num_stages: int) -> list[_Stages]:
+    """Replicas of `num_stages` stages each, that use all ranks."""
+    num_lanes, possible = len(order[0]), len(order)
+    num_ranks = possible * num_lanes
+    each = "one rank" if num_lanes == 1 else f"{num_lanes} ranks (pipeline.tensor_parallel)"
+    if num_replicas == 1 and num_stages != possible:
         raise EnvironmentSetupError(
             f"pipeline.num_stages = {num_stages}, but {_started(num_ranks)}, and every stage is "
-            f"one rank: start {_launches(num_stages)}, or set pipeline.num_stages = {num_ranks}"
-            + (', or pipeline.replicas = "auto"' if num_ranks % num_stages == 0 else "")
+            f"{each}: start {_launches(num_stages * num_lanes)}, or set pipeline.num_stages = "
+            f"{possible}"
+            + (', or pipeline.replicas = "auto"' if possible % num_stages == 0 else "")
         )
-    if isinstance(num_replicas, int) and num_replicas * num_stages != num_ranks:
+    if isinstance(num_replicas, int) and num_replicas * num_stages != possible:
+        taken = num_replicas * num_stages * num_lanes
         raise EnvironmentSetupError(
             f"pipeline.replicas = {num_replicas} of pipeline.num_stages = {num_stages} take "
-            f"{num_replicas * num_stages} ranks, but {_started(num_ranks)}: start "
-            f"{_launches(num_replicas * num_stages)}, or leave one of the two settings out"
+            f"{taken} ranks, but {_started(num_ranks)}: start {_launches(taken)}, or leave one of "
+            "the two settings out"
         )
-    if num_ranks % num_stages:
-        most = num_ranks - num_ranks % num_stages
-        left = ", ".join(map(str, sorted(order[most:])))
+    if possible % num_stages:
+        most = possible - possible % num_stages
+        numbers = sorted(rank.rank for lanes in order[most:] for rank in lanes)
+        left = ", ".join(map(str, numbers))
         raise EnvironmentSetupError(
             f"{_started(num_ranks)}, which are no whole number of pipelines of "
-            f"pipeline.num_stages = {num_stages}: {'rank' if num_ranks - most == 1 else 'ranks'} "
-            f"{left} would be left over; start {_launches(most or num_stages)}, or set "
-            'pipeline.num_stages = "auto", which makes some pipelines longer'
+            f"pipeline.num_stages = {num_stages}: {'rank' if len(numbers) == 1 else 'ranks'} "
+            f"{left} would be left over; start {_launches((most or num_stages) * num_lanes)}, or "
+            'set pipeline.num_stages = "auto", which makes some pipelines longer'
         )
-    return tuple(
-        tuple(order[first : first + num_stages]) for first in range(0, num_ranks, num_stages)
-    )
+    return [order[first : first + num_stages] for first in range(0, possible, num_stages)]
 
 
-def _even_cut(order: Sequence[int], num_parts: int) -> tuple[tuple[int, ...], ...]:
-    """Parts that differ by one rank at most, the longer ones first."""
+def _even_cut(order: _Stages, num_parts: int) -> list[_Stages]:
+    """Parts that differ by one stage at most, the longer ones first."""
     size, num_longer = divmod(len(order), num_parts)
     edges = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
-    return tuple(tuple(order[first:last]) for first, last in itertools.pairwise(edges))
+    return [order[first:last] for first, last in itertools.pairwise(edges)]
 
 
 def _started(num_ranks: int) -> str:
@@ -188,6 +213,28 @@ def sharing(ranks: Sequence[RankResources], members: Sequence[int]) -> list[Rank
 
 def _gpu_of(rank: RankResources) -> tuple[str, str | int]:
     return rank.host, rank.gpu.uuid or rank.gpu.index
+
+
+def note_replicas(ranks: Sequence[RankResources], layout: Layout, decisions: Decisions) -> None:
+    """Note which ranks make which replica, if there are several."""
+    if len(layout.replicas) == 1:
+        return
+    numbers = {rank.rank: rank for rank in ranks}
+    placed, num_crossing = [], 0
+    for replica, members in enumerate(layout.replicas):
+        hosts = list(dict.fromkeys(numbers[member].host for member in members))
+        num_crossing += len(hosts) > 1
+        inside = _numbers([numbers[member] for member in members])
+        placed.append(f"replica {replica}: {inside} on {' '.join(hosts)}")
+    left = len(placed) - _MOST_TOLD
+    if left > 0:
+        placed = [*placed[:_MOST_TOLD], f"and {left} more"]
+    reason = (
+        f"{num_crossing} of {len(layout.replicas)} between hosts"
+        if num_crossing
+        else ("neighbours; none is between hosts")
+    )
+    decisions.note("pipeline.replica_ranks", " | ".join(placed), reason)
 
 
 def note_layout(ranks: Sequence[RankResources], decisions: Decisions) -> None:

@@ -141,19 +141,25 @@ class KvInHost:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The slice of the model that one rank holds."""
+    """The slice of the model that one rank holds, or several under tensor parallelism: lanes."""
 
     stage: int
-    rank: int
+    rank: int  # of lane 0
     host: str
     first_layer: int  # inclusive
     last_layer: int  # exclusive
     has_embedding: bool
     has_head: bool
-    weight_bytes: int  # parameters in the run's dtype
+    weight_bytes: int  # parameters in the run's dtype, of each lane
     cost_share: float  # predicted share of a round's compute; 1 / num_stages is perfect balance
-    offload: StageOffload | None = None  # None: all weights stay on the device
+    offload: StageOffload | None = None  # of each lane; None: all weights stay on the device
     kv_in_host: KvInHost | None = None  # None: the cache of all layers is on the device
+    lane_ranks: tuple[int, ...] = ()  # by lane; empty: `rank` alone
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that share the stage, by lane."""
+        return self.lane_ranks or (self.rank,)
 
     @property
     def num_kv_device_layers(self) -> int:
@@ -213,6 +219,15 @@ class PipelinePlan:
         """Stages of the pipeline."""
         return len(self.stages)
 
+    def rank_of(self, stage: int, lane: int) -> int:
+        """The rank that is `lane` of a stage, which may be counted from the last: -1."""
+        return self.stages[stage].ranks[lane]
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Lanes of each stage."""
+        return len(self.stages[0].ranks)
+
     @property
     def head_rank(self) -> int:
         """The rank that decides: stage 0's."""
@@ -220,8 +235,8 @@ class PipelinePlan:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of the pipeline, in the order of its stages."""
-        return tuple(stage.rank for stage in self.stages)
+        """The ranks of the pipeline, in the order of its stages and their lanes."""
+        return tuple(rank for stage in self.stages for rank in stage.ranks)
 
     @property
     def capacity(self) -> int:
@@ -240,9 +255,13 @@ class PipelinePlan:
             PlanError: the rank runs no stage.
         """
         for stage in self.stages:
-            if stage.rank == rank:
+            if rank in stage.ranks:
                 return stage
         raise PlanError(f"rank {rank} has no stage: the plan has {self.num_stages} stages")
+
+    def lane_of_rank(self, rank: int) -> int:
+        """Its place among the ranks of its stage. Raises as `stage_of_rank`."""
+        return self.stage_of_rank(rank).ranks.index(rank)
 
     def to_json(self) -> str:
         """Stable JSON: sorted keys, no spaces that depend on the platform."""

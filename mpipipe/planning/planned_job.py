@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +11,25 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
+from mpipipe.planning.job_plan import plan_job
+from mpipipe.planning.known_times import KnownTimes, known_times
+from mpipipe.planning.learnt import Learnt
 from mpipipe.planning.link_table import BETWEEN_HOSTS, Link
 from mpipipe.planning.plan import PipelinePlan, Resolved
 from mpipipe.planning.prompt_lengths import PromptLengths
 from mpipipe.planning.rate_times import rate_times
 from mpipipe.planning.replica_forecast import forecast_replicas
-from mpipipe.planning.resolve import make_plans
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
 
 __all__ = ["Outlook", "PlannedJob"]
+
+
+@functools.lru_cache(maxsize=1)
+def _shape(lengths: tuple[tuple[int, int], ...]) -> JobShape:
+    """Of one job again and again: it takes a tenth of a second for 100,000 prompts."""
+    return JobShape.of(lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +60,8 @@ class PlannedJob:
     table: GpuTable | None = None  # None: the known GPUs
     far: Link = BETWEEN_HOSTS  # between hosts
     near: Link | None = None  # between ranks of a host; None: as the devices have it
-    # Where the step times come from; None: `rate_times`.
-    times_of: Callable[[ModelSpec, PipelinePlan, Sequence[RankResources]], StepTimes] | None = None
+    is_measured: bool = True  # step times as measured, where all ranks were; False: rates
+    learnt: Learnt | None = None  # from an earlier run
 
     def outlook(self) -> Outlook:
         """The plans and their forecast.
@@ -61,16 +70,26 @@ class PlannedJob:
             PlanError, EnvironmentSetupError: as `make_plans`.
         """
         workload = self.prompts.workload(self.spec.max_context_tokens)
-        plans = make_plans(
-            self.config, self.spec, self.ranks, self.model_path, workload, notes=self.notes
+        plans = plan_job(
+            self.config,
+            self.spec,
+            self.ranks,
+            self.model_path,
+            workload,
+            notes=self.notes,
+            times=self._known,
         )
-        times = tuple(self._times(plan) for plan in plans)
-        return Outlook(self, plans, times, self.forecast(plans, times))
+        known = [self._known(self.spec, plan, self.ranks) for plan in plans]
+        times = tuple(each.steps for each in known)
+        starts = (each.start(self.spec, plan) for each, plan in zip(known, plans, strict=True))
+        startup_s = max(start_s for start_s, _ in starts)
+        forecast = replace(self.forecast(plans, times), startup_s=startup_s)
+        return Outlook(self, plans, times, forecast)
 
     def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:
         """What the job takes under the plans of its replicas, each with its times."""
-        shape = JobShape.of(self.prompts.lengths)
-        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans[0]))
+        shape = _shape(self.prompts.lengths)
+        return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans))
 
     def having(self, section: str, **settings: Any) -> PlannedJob:
         """The job with other settings of a section of the configuration."""
@@ -84,16 +103,24 @@ class PlannedJob:
         free = {"num_stages": "auto", "num_slots": "auto", "split": "auto"}
         return replace(self.having("pipeline", **free), ranks=numbered)
 
-    def _times(self, plan: PipelinePlan) -> StepTimes:
-        if self.times_of is not None:
-            return self.times_of(self.spec, plan, self.ranks)
-        own = [rank for rank in self.ranks if rank.rank in plan.ranks]
-        return rate_times(self.spec, plan, own, table=self.table, near=self.near, far=self.far)
+    def _known(
+        self, spec: ModelSpec, plan: PipelinePlan, ranks: Sequence[RankResources]
+    ) -> KnownTimes:
+        own = [rank for rank in ranks if rank.rank in plan.ranks]
+        rates = rate_times(spec, plan, own, table=self.table, near=self.near, far=self.far)
+        known = known_times(spec, plan, ranks, rates) if self.is_measured else KnownTimes(rates)
+        return known if self.learnt is None else self.learnt.applied_to(known)
 
-    def _watts(self, plan: PipelinePlan) -> dict[int, float]:
-        """The power limit of every GPU that is in the table."""
-        if plan.device == "cpu":
+    def _watts(self, plans: Sequence[PipelinePlan]) -> dict[int, float]:
+        """The power limit of each stage's GPUs, by its first rank, where all are in the table."""
+        if plans[0].device == "cpu":
             return {}
         table = self.table or known_gpus()
         cards = {rank.rank: table.find(rank.gpu.name) for rank in self.ranks}
-        return {rank: card.watts for rank, card in cards.items() if card is not None}
+        limits = {rank: card.watts for rank, card in cards.items() if card is not None}
+        stages = [stage for plan in plans for stage in plan.stages]
+        return {
+            stage.rank: sum(limits[rank] for rank in stage.ranks)
+            for stage in stages
+            if limits.keys() >= {*stage.ranks}
+        }

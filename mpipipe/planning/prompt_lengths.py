@@ -42,6 +42,7 @@ class PromptLengths:
             num_prompt_tokens=sum(prompt for prompt, _ in self.lengths),
             num_output_tokens=sum(output for _, output in self.lengths),
             sampling=self.sampling,
+            lengths=self.lengths,
         )
 
 

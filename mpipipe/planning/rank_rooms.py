@@ -26,6 +26,7 @@ __all__ = [
     "kv_host_room",
     "most_host_bytes",
     "rank_rooms",
+    "stage_rooms",
 ]
 
 # Share of a host's available memory that may be pinned by itself: pinned pages cannot be swapped
@@ -96,6 +97,21 @@ def rank_rooms(
     if on_gpus:
         return tuple(_on_gpu(memory, rank, ranks, num_threads) for rank in ranks)
     return tuple(_on_cpu(memory, rank, ranks, num_threads) for rank in ranks)
+
+
+def stage_rooms(rooms: Sequence[RankRoom], num_lanes: int) -> tuple[RankRoom, ...]:
+    """What each of the lanes of a stage has, whose weights are placed alike; `rooms`: of ranks."""
+    stages = [rooms[first : first + num_lanes] for first in range(0, len(rooms), num_lanes)]
+    return tuple(
+        replace(
+            lanes[0],
+            device_bytes=min(room.device_bytes for room in lanes),
+            host_bytes=min(room.host_bytes for room in lanes),
+            kv_host_bytes=min(room.kv_host_bytes for room in lanes),
+            pool_bytes=min(room.pool_bytes for room in lanes),
+        )
+        for lanes in stages
+    )
 
 
 def _on_gpu(

@@ -25,8 +25,9 @@ from mpipipe.planning.link_table import BETWEEN_HOSTS, LINKS, Link
 from mpipipe.planning.links import compute_ceilings
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.tensor_parallel import lane_spec
 
-__all__ = ["RateTimes", "Shares", "rate_times"]
+__all__ = ["RateTimes", "Shares", "rate_times", "with_offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class RateTimes:
     near: Link  # between ranks of a host
     far: Link  # between hosts
     source: str
+    num_lanes: int = 1  # ranks of a stage; `spec` is what each of them computes with
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -108,8 +110,9 @@ class RateTimes:
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
         layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
+        layer_s += 2 * self._sum_s(rows)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
-        return _with_offload(stage.offload, compute_s, rows) + self._kv_in_host_s(stage, cached)
+        return with_offload(stage.offload, compute_s, rows) + self.kv_in_host_s(stage, cached)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -117,14 +120,12 @@ class RateTimes:
         products_s = self._layer_products_s(ceilings, tokens, shares.prompt_products)
         attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
         attention_s /= ceilings.flops_per_s * shares.prompt_attention
-        layer_s = products_s + attention_s + shares.layer_s
+        layer_s = products_s + attention_s + shares.layer_s + 2 * self._sum_s(tokens)
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
         head_s = self._head_s(stage, max(1.0, prompts))
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
         # K and V are written, and read at least once.
-        return _with_offload(stage.offload, compute_s, tokens) + self._kv_in_host_s(
-            stage, 2 * tokens
-        )
+        return with_offload(stage.offload, compute_s, tokens) + self.kv_in_host_s(stage, 2 * tokens)
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """See `StepTimes`."""
@@ -132,13 +133,28 @@ class RateTimes:
         moved = rows_or_tokens * self.spec.hidden_size * dtype_bytes(self.dtype)
         return link.latency_s + moved / link.bytes_per_s
 
-    def _kv_in_host_s(self, stage: StagePlan, num_tokens: float) -> float:
+    def kv_in_host_s(self, stage: StagePlan, num_tokens: float) -> float:
         """K and V of so many tokens over the link, of the layers whose cache is in host memory."""
         known = stage.kv_in_host
         if known is None or not known.step_s:
             return 0.0
         moved = num_tokens * self._cache_row_bytes() * len(known.layers)
         return moved * known.step_s / known.step_bytes
+
+    def _sum_s(self, rows: float) -> float:
+        """What the lanes of a stage take to add up their hidden states."""
+        if self.num_lanes == 1:
+            return 0.0
+        # Each lane sends every element but its own part twice, round the ring.
+        moved = 2 * (self.num_lanes - 1) / self.num_lanes * rows * self.spec.hidden_size
+        return self.near.latency_s + moved * dtype_bytes(self.dtype) / self.near.bytes_per_s
+
+    def _gather_s(self, rows: float) -> float:
+        """What they take to share the logits that each has of a part of the vocabulary."""
+        if not self.spec.head_rows:
+            return 0.0
+        moved = rows * (self.spec.vocab_size - self.spec.head_rows) * dtype_bytes(self.dtype)
+        return self.near.latency_s + moved / self.near.bytes_per_s
 
     def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
         """The matrix products of a layer for so many rows."""
@@ -153,9 +169,10 @@ class RateTimes:
         spec, share = self.spec, self.shares.decode_products
         narrow = head_weight_bytes(spec, self.weight_dtype)
         products_s = self._products_s(
-            self.ceilings[stage.rank], spec.embedding_parameters, narrow, rows, share
+            self.ceilings[stage.rank], spec.head_parameters, narrow, rows, share
         )
-        return products_s + rows * spec.vocab_size / 1000 * self.shares.row_s
+        choosing_s = rows * spec.vocab_size / 1000 * self.shares.row_s
+        return products_s + self._gather_s(rows) + choosing_s
 
     def _products_s(
         self, ceilings: Ceilings, parameters: int, held_bytes: int, rows: float, share: float
@@ -185,7 +202,7 @@ class RateTimes:
         )
 
 
-def _with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
+def with_offload(offload: StageOffload | None, compute_s: float, rows: float) -> float:
     """A step's time with what it brings to the device meanwhile."""
     if offload is None:
         return compute_s
@@ -226,7 +243,9 @@ def rate_times(
     halved = not on_gpus and spec.dtype in {"bfloat16", "float16"}
     return RateTimes(
         # On a CPU int8 saves memory, not time (`planning.cost.head_cost_in_layers`).
-        spec=replace(spec, quantized=plan.quantize if on_gpus else "none"),
+        spec=lane_spec(
+            replace(spec, quantized=plan.quantize if on_gpus else "none"), plan.tensor_parallel
+        ),
         dtype=plan.dtype,
         weight_dtype="float16" if halved else plan.dtype,
         row_multiple=8 if on_gpus else 1,
@@ -235,6 +254,7 @@ def rate_times(
         near=near or (_near(ranks, table) if on_gpus else LINKS["memory"]),
         far=far,
         source="; ".join(sources),
+        num_lanes=plan.tensor_parallel,
     )
 
 

@@ -36,6 +36,7 @@ from mpipipe.planning.layout import (
     lay_out,
     note_cores,
     note_layout,
+    note_replicas,
     sharing,
     threads_per_rank,
 )
@@ -46,6 +47,7 @@ from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.step_limits import StepLimits, choose_step_limits
+from mpipipe.planning.tensor_parallel import check_transport, lane_spec
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import AttentionName, DeviceName, DtypeName, PrefillMode, TransportName
 
@@ -160,7 +162,7 @@ class _Job:
         whole = replace(whole, reason="all ranks make one")
         layouts = dict.fromkeys(
             lay_out(self.ranks, pipeline, least_stages=least_stages)
-            for least_stages in range(1, len(self.ranks))
+            for least_stages in range(1, len(self.ranks) // pipeline.tensor_parallel)
         )
         fitting = {}
         for layout in layouts:
@@ -208,32 +210,35 @@ class _Job:
     def plan(self, layout: Layout, replica: int) -> PipelinePlan:
         """The plan of one replica."""
         config, ranks, workload = self.config, self.ranks, self.workload
+        num_stages = len(layout.replicas[replica]) // layout.num_lanes
         num_replicas, decisions = len(layout.replicas), Decisions(config, list(self.notes))
         staged = sharing(ranks, layout.replicas[replica])
         if num_replicas > 1:
             workload = workload.share_of(num_replicas)
         decisions.settle("pipeline.replicas", num_replicas, layout.reason)
-        whose = "one per rank" if num_replicas == 1 else "one per rank of a replica"
-        decisions.settle("pipeline.num_stages", len(staged), whose)
+        whose = "one per rank" if layout.num_lanes == 1 else f"one per {layout.num_lanes} ranks"
+        whose += "" if num_replicas == 1 else " of a replica"
+        decisions.settle("pipeline.num_stages", num_stages, whose)
         device, reason = choose_device(config.pipeline, ranks)
         decisions.settle("pipeline.device", device, reason)
         spec, dtype = choose_numbers(self.spec, decisions, device, ranks)
+        spec = lane_spec(spec, layout.num_lanes)
         limits = choose_step_limits(
-            spec, staged, decisions, device=device, num_requests=workload.num_requests
-        )
-        demand = KvDemand(
-            page_size_tokens=config.memory.page_size_tokens,
-            max_context_tokens=limits.max_context_tokens,
-            max_sequences=limits.num_slots * limits.max_sequences_per_slot,
-            longest_request_tokens=workload.longest_request_tokens,
+            spec,
+            staged,
+            decisions,
+            device=device,
+            num_stages=num_stages,
             num_requests=workload.num_requests,
         )
+        demand = _demand(config, limits, workload)
         sampling = workload.sampling or _unknown_sampling(config)
+        note_replicas(ranks, layout, decisions)
         note_layout(staged, decisions)
         resolver = _Resolver(
             spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
         )
-        stages = resolver.stages(len(staged), _work_mix(limits, workload))
+        stages = resolver.stages(num_stages, _work_mix(limits, workload))
         attention = resolver.attention()
         fitting = StageFitting(
             spec, staged, device, dtype, limits, sampling, attention[0], decisions, world=ranks
@@ -257,6 +262,16 @@ def _holds_batch(plan: PipelinePlan) -> bool:
     return plan.num_kv_pages >= rows * -(-tokens // plan.page_size_tokens)
 
 
+def _demand(config: Config, limits: StepLimits, workload: Workload) -> KvDemand:
+    return KvDemand(
+        page_size_tokens=config.memory.page_size_tokens,
+        max_context_tokens=limits.max_context_tokens,
+        max_sequences=limits.num_slots * limits.max_sequences_per_slot,
+        longest_request_tokens=workload.longest_request_tokens,
+        num_requests=workload.num_requests,
+    )
+
+
 def _work_mix(limits: StepLimits, workload: Workload) -> WorkMix:
     """The run's own mix where all of it is known, else full decode steps."""
     num_requests, num_prompt_tokens = workload.num_requests, workload.num_prompt_tokens
@@ -272,7 +287,7 @@ class _Resolver:
     """Answers the questions that need device, dtype and limits."""
 
     spec: ModelSpec
-    ranks: Sequence[RankResources]  # in the order of their stages
+    ranks: Sequence[RankResources]  # in the order of their stages, and lanes
     world: Sequence[RankResources]  # of all replicas
     layout: Layout
     device: DeviceName
@@ -303,17 +318,26 @@ class _Resolver:
             stages.append(
                 StagePlan(
                     stage=stage,
-                    rank=self.ranks[stage].rank,
-                    host=self.ranks[stage].host,
+                    rank=self._lanes(stage)[0].rank,
+                    host=self._lanes(stage)[0].host,
                     first_layer=first_layer,
                     last_layer=first_layer + num_layers,
                     has_embedding=has_embedding,
                     has_head=has_head,
                     weight_bytes=weight_bytes,
                     cost_share=round(cost / sum(costs), 6),
+                    lane_ranks=self._lane_ranks(stage),
                 )
             )
         return tuple(stages)
+
+    def _lanes(self, stage: int) -> Sequence[RankResources]:
+        first = stage * self.layout.num_lanes
+        return self.ranks[first : first + self.layout.num_lanes]
+
+    def _lane_ranks(self, stage: int) -> tuple[int, ...]:
+        lanes = self._lanes(stage)
+        return tuple(rank.rank for rank in lanes) if len(lanes) > 1 else ()
 
     def _split(self, num_stages: int, head: float) -> tuple[int, ...]:
         asked, num_layers = self.decisions.config.pipeline.split, self.spec.num_layers
@@ -368,12 +392,13 @@ class _Resolver:
 
     def _transport(self) -> TransportName:
         """The same for all replicas, as all ranks open it together."""
-        if self.layout.most_stages == 1:
+        if self.layout.most_stages == 1 and self.layout.num_lanes == 1:
             reason = "a single stage sends to no other rank"
             self.decisions.note("pipeline.transport", "loopback", reason)
             return "loopback"
         asked = self.decisions.config.pipeline.transport
         transport, reason = choose_transport(asked, self.device, self.world)
+        check_transport(transport, self.device, self.layout.num_lanes)
         return self.decisions.settle("pipeline.transport", transport, reason)
 
     def attention(self) -> tuple[AttentionName, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mpipipe.topology.disk import disk_bytes_per_s
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.topology.host import Core, allowed_cpus, cpus_near, read_host, usable_physical_cores
+from mpipipe.topology.node import cpu_model
 
 __all__ = ["RankResources", "absolute_offload_dir", "read_rank_resources"]
 
@@ -30,6 +31,7 @@ class RankResources:
     attention_backends: tuple[str, ...] = ()  # optional ones that import on this rank
     # That the disk of `memory.offload_dir` reads, for all ranks of the host together; 0: not known.
     disk_bytes_per_s: int = 0
+    processor: str = ""  # the CPU's model name; empty: not told
 
     @property
     def has_gpu(self) -> bool:
@@ -71,6 +73,7 @@ def read_rank_resources(
         num_allowed_cpus=len(allowed_cpus()),
         attention_backends=attention_backends,
         disk_bytes_per_s=disk_bytes_per_s(offload_dir and absolute_offload_dir(offload_dir)),
+        processor=cpu_model(),
     )
 
 

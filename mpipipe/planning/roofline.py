@@ -36,6 +36,7 @@ from mpipipe.planning.cost import (
 )
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.tensor_parallel import lane_spec
 
 __all__ = ["JobShape", "ceilings_of", "job_floor"]
 
@@ -94,7 +95,7 @@ def job_floor(
     spec: ModelSpec, plan: PipelinePlan, shape: JobShape, ceilings: Ceilings
 ) -> FloorTimes:
     """The floors of `shape` under `plan` when every rank has the same `ceilings`."""
-    spec = replace(spec, quantized=plan.quantize)
+    spec = lane_spec(replace(spec, quantized=plan.quantize), plan.tensor_parallel)
     running = min(shape.num_sequences, plan.num_slots * plan.max_sequences_per_slot)
     num_active_slots = min(plan.num_slots, running)
     num_chunks = max(1, -(-shape.num_prompt_tokens // plan.max_tokens_per_step))
@@ -134,7 +135,7 @@ def _prefill_step(
 ) -> StepCost:
     """The mean chunk; of every prompt only the last row passes the LM head."""
     layers = stage.num_layers * spec.layer_parameters
-    head = spec.embedding_parameters if stage.has_head else 0
+    head = spec.head_parameters if stage.has_head else 0
     moved = stage.num_layers * layer_weight_bytes(spec, dtype)
     moved += head_weight_bytes(spec, dtype) if stage.has_head else 0
     attention = 4 * shape.prompt_pairs * stage.num_layers * spec.num_heads * spec.head_dim

@@ -72,7 +72,13 @@ class StepLimits:
     def gpu_work_bytes(
         self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
     ) -> int:
-        """Memory that steps within these limits need on a GPU."""
+        """Memory that steps within these limits need on a GPU, with what libraries take there."""
+        return self.step_bytes(spec, dtype, sampling, has_head=has_head) + _FIXED_BYTES
+
+    def step_bytes(
+        self, spec: ModelSpec, dtype: str, sampling: SamplingUse, *, has_head: bool
+    ) -> int:
+        """Memory that torch takes for steps within these limits, estimated from above."""
         work_bytes = _activation_bytes(spec, dtype, self.max_tokens_per_step)
         work_bytes += (spec.quantized != "none") * DEQUANTIZED_BYTES
         return work_bytes + has_head * _sampling_bytes(spec, dtype, sampling, self)
@@ -84,6 +90,7 @@ def choose_step_limits(
     decisions: Decisions,
     *,
     device: str,
+    num_stages: int,
     num_requests: int | None,
 ) -> StepLimits:
     """How many sequences and tokens at once.
@@ -91,7 +98,7 @@ def choose_step_limits(
     Raises:
         PlanError: the settings contradict each other or the model.
     """
-    num_slots = decisions.settle("pipeline.num_slots", len(ranks), "one a stage")
+    num_slots = decisions.settle("pipeline.num_slots", num_stages, "one a stage")
     sequences = (_SEQUENCES_PER_SLOT, "enough rows a step to use the weights well on a CPU")
     tokens = (_TOKENS_PER_STEP, "keeps prompts from holding up the other slots for long")
     if device == "cuda":
@@ -134,7 +141,7 @@ def rank_memory(
     """What a stage needs and what is there.
 
     Args:
-        rank_resources: of its rank.
+        rank_resources: of its rank, or of one lane.
         stage: as planned so far.
         page_bytes: of one KV page.
         work_bytes: on a GPU.
@@ -144,16 +151,16 @@ def rank_memory(
     """
     if gpu_bytes is None:
         return RankMemory(
-            rank=stage.rank,
-            host=stage.host,
+            rank=rank_resources.rank,
+            host=rank_resources.host,
             available_bytes=rank_resources.memory_available_bytes,
             weight_bytes=stage.device_weight_bytes,
             page_bytes=page_bytes,
             weight_limit_bytes=weight_limit_bytes,
         )
     return RankMemory(
-        rank=stage.rank,
-        host=stage.host,
+        rank=rank_resources.rank,
+        host=rank_resources.host,
         available_bytes=gpu_bytes,
         weight_bytes=stage.device_weight_bytes,
         page_bytes=page_bytes,
@@ -197,11 +204,11 @@ def _activation_bytes(spec: ModelSpec, dtype: str, max_tokens: int) -> int:
     """Memory of a stage beside weights, KV pages and sampling, estimated from above.
 
     One layer's activations at the largest step: both halves of the MLP before and after the
-    product, Q, K and V, and six tensors as wide as the hidden state; and 1 GiB for all else.
+    product, Q, K and V, and six tensors as wide as the hidden state.
     """
     qkv = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
     row = 2 * spec.intermediate_size * 2 + qkv + 6 * spec.hidden_size
-    return max_tokens * row * dtype_bytes(dtype) + _FIXED_BYTES
+    return max_tokens * row * dtype_bytes(dtype)
 
 
 def gather_bytes(

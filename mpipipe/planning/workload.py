@@ -61,6 +61,7 @@ class Workload:
     num_prompt_tokens: int | None = None  # of all requests together
     num_output_tokens: int | None = None  # that they may generate
     sampling: SamplingUse | None = None
+    lengths: tuple[tuple[int, int], ...] = ()  # prompt and output tokens of each; empty: unknown
 
     def share_of(self, num_replicas: int) -> Workload:
         """What one of `num_replicas` replicas gets of it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,19 @@ from pathlib import Path
 import torch
 
 from mpipipe.abandoned import is_abandoned_work_running
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.resolve import deepspeed_warnings, make_plans
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head
 from mpipipe.runtime.session import Boot, LoadFacts, Session
 from mpipipe.runtime.stage_worker import OpenedWorker, open_worker
+from mpipipe.runtime.tensor_channel import Links, open_links
 from mpipipe.stage.profiling import Profiler, open_profiler
 from mpipipe.topology.host import format_cpus, peak_rss_bytes
 
@@ -50,11 +53,15 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     limit_memory(boot.loaded.config.memory.device_bytes, device)
     with ExitStack() as opened_parts:
-        parts = await _load(boot, plans, stage, device, opened_parts)
+        linking = partial(open_links, plans, boot.hosts, ranks, device)
+        links = await _links_for_loading(plan, ranks, linking, opened_parts)
+        if links is not None:
+            linking = partial(_given, links)
+        parts = await _load(boot, plans, stage, device, opened_parts, links=links)
         _use_device(plan, device)  # this thread's too: look-ahead launches steps from here
         account = StageAccount(stage.stage)
         ranks.vitals.stage = stage.stage
-        opening = partial(open_worker, plan, ranks, parts, hosts=boot.hosts, device=device)
+        opening = partial(open_worker, plan, ranks, parts, device=device, linking=linking)
         async with (
             compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
             opening(account=account, clocks=clocks, profiler=_profiler(boot)) as opened,
@@ -76,12 +83,33 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
                 gc.unfreeze()
 
 
+async def _links_for_loading(
+    plan: PipelinePlan,
+    ranks: Ranks,
+    linking: Callable[[], Awaitable[Links]],
+    opened: ExitStack,
+) -> Links | None:
+    """The links to other ranks, where lanes need each other while they load."""
+    if plan.tensor_parallel == 1:
+        return None
+    ranks.boot.begin("edges")
+    links = await linking()
+    opened.callback(links.let_go)
+    return links
+
+
+async def _given(links: Links) -> Links:
+    return links
+
+
 async def _load(
     boot: Boot,
     plans: Sequence[PipelinePlan],
     stage: StagePlan,
     device: torch.device,
     opened: ExitStack,
+    *,
+    links: Links | None,
 ) -> StageParts:
     """The stage's parts, which are closed with `opened`, also where another rank's load fails."""
     ranks, trust_remote_code = boot.ranks, boot.loaded.config.model.trust_remote_code
@@ -90,7 +118,8 @@ async def _load(
     def load_stage() -> StageParts:
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
-        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot)
+        lanes = ALONE if links is None else links.lanes
+        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot, lanes=lanes)
         opened.callback(_close, parts)
         return parts
 
@@ -147,6 +176,7 @@ def _log_ready(
     boot.log.info(
         "ready",
         plan=dataclasses.asdict(plan.stage_of_rank(boot.ranks.mesh.rank)),
+        lane=plan.lane_of_rank(boot.ranks.mesh.rank),
         load=dataclasses.asdict(load),
         cpus=format_cpus(os.sched_getaffinity(0)),
         form=parts.model.mode,
@@ -214,7 +244,7 @@ def _own(boot: Boot, plans: Sequence[PipelinePlan]) -> PipelinePlan:
 
 def _decide(boot: Boot) -> tuple[PipelinePlan, ...]:
     assert boot.model is not None, "the head plans"
-    plans = make_plans(
+    plans = plan_job(
         boot.loaded.config,
         boot.model.spec,
         boot.resources,

@@ -14,6 +14,7 @@ from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.host_pages import page_bytes
 from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
 from mpipipe.planning.memory import gib
+from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def open_kv_memory(
     pinned = PinnedMemory(device)
     if plan.kv_cache == "contiguous":
         return KvMemory(ContiguousKVCache(), pinned)
-    spec = read_spec(Path(plan.model_path))
+    spec = lane_spec(read_spec(Path(plan.model_path)), plan.tensor_parallel)
     # On a GPU the last page is no sequence's: rows without a sequence write there.
     num_pages = plan.num_kv_pages + (device.type == "cuda")
 

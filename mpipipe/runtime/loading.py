@@ -12,11 +12,13 @@ import torch
 
 from mpipipe.checkpoint.index import read_index
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.models.adapter import build_stage_model
 from mpipipe.models.attention.select import make_backend
 from mpipipe.models.streaming import NO_GATES, StreamedWeights
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.runtime.kv_memory import KvMemory, open_kv_memory
 from mpipipe.topology.slurm import read_job
 from mpipipe.weights.loader import load_stage
@@ -24,6 +26,7 @@ from mpipipe.weights.offload import StageTensors, open_offload
 from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.models.adapter import StageModel
@@ -59,8 +62,8 @@ class StageParts:
 
 
 def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
-    """Bytes that this stage holds by what they are for, as planned."""
-    spec = read_spec(Path(plan.model_path))
+    """Bytes that each lane of this stage holds by what they are for, as planned."""
+    spec = lane_spec(read_spec(Path(plan.model_path)), plan.tensor_parallel)
     page_bytes = kv_page_bytes(
         spec, plan.dtype, num_layers=stage.num_layers, page_size_tokens=plan.page_size_tokens
     )
@@ -73,10 +76,12 @@ def load_parts(
     trust_remote_code: bool,
     device: torch.device,
     boot: BootTimeline,
+    *,
+    lanes: Lanes = ALONE,
 ) -> StageParts:
     """Build, fill and bind this rank's layers on `device`. Nothing of another stage is read.
 
-    Its parts begin in `boot`.
+    Its parts begin in `boot`. Trial steps at the end of it need the other `lanes` of the stage.
 
     Raises:
         CheckpointError: the weights do not fit the model, or cannot be read.
@@ -84,7 +89,7 @@ def load_parts(
         EnvironmentSetupError: the GPU's memory does not hold what was planned.
     """
     try:
-        return _load_parts(plan, stage, trust_remote_code, device, boot)
+        return _load_parts(plan, stage, trust_remote_code, device, boot, lanes=lanes)
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of stage {stage.stage} ({stage.host}) has too little memory for its weights "
@@ -99,18 +104,19 @@ def _load_parts(
     trust_remote_code: bool,
     device: torch.device,
     boot: BootTimeline,
+    *,
+    lanes: Lanes,
 ) -> StageParts:
-    folder = Path(plan.model_path)
-    dtype = getattr(torch, plan.dtype)
     backend = make_backend(plan.attention)
     model = build_stage_model(
-        folder,
+        Path(plan.model_path),
         stage,
-        dtype=dtype,
+        dtype=getattr(torch, plan.dtype),
         backend=backend,
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
         quantize=plan.quantize,
+        lanes=lanes,
     )
     tensors = stage_tensors(model)
     with ExitStack() as opened:
@@ -124,15 +130,10 @@ def _load_parts(
         boot.begin("convert weights")  # into the layout to compute with, after trial steps
         model.finish(kv_memory.cache, streamed=streamed_weights(offloaded, tensors))
         opened.pop_all()
-    return StageParts(
-        model,
-        kv_memory,
-        report.bytes_read,
-        report.parameter_bytes - (0 if offloaded is None else offloaded.spared_bytes),
-        backend.needs_seq_lens,
-        report.warnings,
-        offloaded,
-    )
+    spared_bytes = 0 if offloaded is None else offloaded.spared_bytes
+    weight_bytes, needs_lens = report.parameter_bytes - spared_bytes, backend.needs_seq_lens
+    read_bytes, warnings = report.bytes_read, report.warnings
+    return StageParts(model, kv_memory, read_bytes, weight_bytes, needs_lens, warnings, offloaded)
 
 
 def stage_tensors(model: StageModel) -> StageTensors:
@@ -167,7 +168,7 @@ def _open_offload(
         tensors,
         device,
         folder=plan.offload_dir,
-        name=f"mpipipe-{owner}-rank-{stage.rank}",
+        name=f"mpipipe-{owner}-rank-{stage.ranks[model.lanes.lane]}",
         use_graphs=plan.cuda_graphs and not model.graphs_unsupported_reason(),
     )
 
@@ -205,6 +206,7 @@ def _load(
             dtype=model.dtype,
             device=device,
             destination=destination,
+            shards=model.shards(),
         )
     boot.begin("read weights")
     report = load_stage(
@@ -216,6 +218,7 @@ def _load(
         to_canonical=model.names.canonical,
         dtype=model.dtype,
         device=destination or device,
+        shards=model.shards(),
     )
     boot.divide("convert weights", report.convert_s, report.bytes_read)
     return report

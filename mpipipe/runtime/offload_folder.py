@@ -24,9 +24,10 @@ def offload_need(stages: Sequence[StagePlan], stage: StagePlan) -> tuple[int, st
     if not _disk_bytes(stage):
         return 0, f"rank {stage.rank} on {stage.host}"
     sharing = [s for s in stages if s.host == stage.host and _disk_bytes(s)]
-    numbers = ", ".join(str(s.rank) for s in sharing)
-    who = f"rank {numbers}" if len(sharing) == 1 else f"ranks {numbers} together"
-    return sum(map(_disk_bytes, sharing)), f"{who} on {stage.host}"
+    ranks = [str(rank) for s in sharing for rank in s.ranks]
+    numbers = ", ".join(ranks)
+    who = f"rank {numbers}" if len(ranks) == 1 else f"ranks {numbers} together"
+    return sum(_disk_bytes(s) * len(s.ranks) for s in sharing), f"{who} on {stage.host}"
 
 
 def _disk_bytes(stage: StagePlan) -> int:

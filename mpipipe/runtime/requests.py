@@ -60,6 +60,14 @@ class PreparedPrompts:
         )
         return max(wanted, default=1)
 
+    def lengths(self, max_context_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Prompt and most output tokens of each request that can run."""
+        return tuple(
+            (known, min(request.sampling.max_new_tokens, max_context_tokens - known))
+            for request in self.requests
+            if (known := len(request.prompt_ids)) < max_context_tokens
+        )
+
 
 def prepare(
     lines: Sequence[PromptLine],
@@ -174,6 +182,7 @@ def workload_of(model: ModelFacts, prompts: PreparedPrompts) -> Workload:
         num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
         num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
         sampling=SamplingUse.of(request.sampling for request in prompts.requests),
+        lengths=prompts.lengths(context),
     )
 
 

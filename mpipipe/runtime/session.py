@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpipipe.control_plane.group import RankGroup
@@ -18,7 +19,9 @@ from mpipipe.control_plane.messages import (
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
-from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.planning.known_times import known_times
+from mpipipe.planning.predict import predict
+from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.accounting import StageAccount, StepRecord
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.offload import OffloadUse
+    from mpipipe.metrics.predicted import Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
     from mpipipe.models.tokenizer_base import Tokenizer
     from mpipipe.planning.layout import Layout
@@ -143,35 +147,47 @@ class Session:
         assert self._model is not None, "only a head knows the model"
         return self._model.spec.vocab_size
 
+    def predicting(self) -> Callable[[Sequence[tuple[int, int]]], Prediction | None]:
+        """Predicts what requests of given (prompt, output) tokens take here; on heads only."""
+        assert self._model is not None, "only a head knows the model"
+        spec = self._model.spec
+        known = [known_times(spec, plan, self.resources) for plan in self.plans]
+        return partial(predict, spec, self.plans, known=known)
+
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there
         is none.
         """
         return self._core.statistics() if self._core is not None else None
 
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens that the latest `generate` has made so far, on all replicas (rank 0)."""
-        return (
-            self.num_replica_tokens if self._dispatch is None else self._dispatch.num_output_tokens
-        )
+    # Of the latest `generate` so far: on rank 0 of all replicas, on another head of its own one.
 
     @property
-    def num_replica_tokens(self) -> int:
-        """Those of this replica (its head)."""
+    def num_output_tokens(self) -> int:
+        """Tokens made."""
+        if self._dispatch is not None:
+            return self._dispatch.num_output_tokens
         return self._runner.num_output_tokens if self._runner is not None else 0
 
     @property
     def num_running(self) -> int:
-        """Sequences in the slots of all replicas (rank 0)."""
+        """Sequences in slots."""
         if self._dispatch is not None:
             return self._dispatch.num_running
         statistics = self.statistics()
         return statistics.num_running if statistics is not None else 0
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a place."""
+        if self._dispatch is not None:
+            return self._dispatch.num_waiting
+        statistics = self.statistics()
+        return statistics.num_waiting if statistics is not None else 0
+
+    @property
     def num_preemptions(self) -> int:
-        """Of the latest `generate`, on all replicas (rank 0)."""
+        """Sequences that lost their pages."""
         if self._dispatch is not None:
             return self._dispatch.num_preemptions
         statistics = self.statistics()
@@ -179,7 +195,9 @@ class Session:
 
     @property
     def num_saved(self) -> int:
-        """Of the preemptions of this replica, those whose pages went to host memory (its head)."""
+        """Of the preemptions, those whose pages went to host memory."""
+        if self._dispatch is not None:
+            return self._dispatch.num_saved
         statistics = self.statistics()
         return statistics.num_saved if statistics is not None else 0
 
@@ -365,14 +383,14 @@ class Session:
         return self._account.recent()
 
     async def gather_reports(self) -> tuple[RankReport, ...] | None:
-        """Every rank's totals, in the order of replicas and stages, on rank 0; None elsewhere."""
+        """Every rank's totals, by replica, stage and lane, on rank 0; None elsewhere."""
         await self.settle()
         payload = to_json(self._report()).encode()
         parts = await self.ranks.mesh.gather("report", payload, _GATHER_DEADLINE_S)
         if parts is None:
             return None
         reports = [from_json(RankReport, part) for part in parts]
-        return tuple(sorted(reports, key=lambda report: (report.replica, report.stage.stage)))
+        return tuple(sorted(reports, key=lambda told: (told.replica, told.stage.stage, told.rank)))
 
     def _head_us_per_step(self) -> float | None:
         return self._runner.us_per_step if self._runner is not None else None
@@ -414,25 +432,7 @@ class Session:
         )
 
     def _make_core(self) -> SchedulerCore:
-        plan = self.plan
-        limits = SchedulerLimits(
-            num_slots=plan.num_slots,
-            max_sequences_per_slot=plan.max_sequences_per_slot,
-            max_tokens_per_step=plan.max_tokens_per_step,
-            num_pages=plan.num_kv_pages,
-            page_size=plan.page_size_tokens,
-            max_context_tokens=plan.max_context_tokens,
-            lookahead=plan.lookahead,
-            max_sequence_tokens=plan.max_sequence_tokens,
-            num_host_pages=plan.num_host_pages,
-            min_saved_tokens=plan.min_saved_tokens,
-        )
-        return SchedulerCore(
-            limits,
-            eos_token_ids=self._eos_token_ids(),
-            prefill=plan.prefill,
-            restart_tokens=plan.restart_tokens,
-        )
+        return SchedulerCore.of_plan(self.plan, self._eos_token_ids())
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         assert self._model is not None, "only a head schedules"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ import torch
 
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.runtime.ranks import in_phase
-from mpipipe.runtime.tensor_channel import open_channel
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.step_times import StepTimesLink
@@ -20,14 +19,17 @@ from mpipipe.stage.timeline import StreamTimeline
 from mpipipe.stage.worker import StageWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable
 
+    from mpipipe.data_plane.channel import TensorChannel
     from mpipipe.metrics.accounting import StageAccount
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.clock_offsets import Clocks
     from mpipipe.runtime.loading import StageParts
     from mpipipe.runtime.ranks import Ranks
+    from mpipipe.runtime.tensor_channel import Links
     from mpipipe.stage.profiling import Profiler
+    from mpipipe.stage.ranges import Ranges
     from mpipipe.stage.stream import Stream
 
 __all__ = ["OpenedWorker", "open_worker"]
@@ -48,7 +50,7 @@ async def open_worker(
     ranks: Ranks,
     parts: StageParts,
     *,
-    hosts: Sequence[str],
+    linking: Callable[[], Awaitable[Links]],
     account: StageAccount,
     clocks: Clocks,
     device: torch.device,
@@ -56,7 +58,8 @@ async def open_worker(
 ) -> AsyncIterator[OpenedWorker]:
     """The stage's worker, ready but for its edges; all ranks of all replicas call it together.
 
-    `hosts`: of each rank. `profiler` is told what it does, and is closed with it.
+    `linking` gives the links to other ranks; their channel is closed with the worker, as is
+    `profiler`, which is told what it does.
 
     Raises:
         AgreedError: the memory of some rank's GPU does not hold the work space.
@@ -68,28 +71,43 @@ async def open_worker(
     stream, engine = ready.stream, ready.engine
     stream.enter()  # captured in the phase's thread, launched from this one
     ranks.boot.begin("edges")
-    try:
-        channel = profiler.channel(await open_channel(plan, hosts, ranks, device))
-        link = _link(plan, ranks, account, clocks)
-        worker = StageWorker(
-            plan=plan,
-            stage=plan.stage_of_rank(ranks.mesh.rank),
-            mesh=ranks.mesh,
-            channel=channel,
-            engine=engine,
-            stream=stream,
-            timeline=StreamTimeline(stream, account, ranks.clock, link),
-            progress=ranks.engine,
-            clock=ranks.clock,
-            ranges=profiler,
-            offload_use=parts.offload_use,
-        )
+    with ExitStack() as let_go:
+        let_go.callback(stream.close)
+        links = await linking()
+        channel = profiler.channel(links.channel)
+        timeline = StreamTimeline(stream, account, ranks.clock, _link(plan, ranks, account, clocks))
+        worker = _make_worker(plan, ranks, ready, channel, timeline, ranges=profiler, parts=parts)
+        let_go.callback(links.let_go)
         capture_s = ready.seconds if engine.graph_runner.use_graphs else None
         yield OpenedWorker(worker, capture_s, engine.graph_runner.num_graphs)
         await profiler.aclose()
+        stream.release_captured()
         await channel.aclose()
-    finally:
-        stream.close()
+
+
+def _make_worker(
+    plan: PipelinePlan,
+    ranks: Ranks,
+    ready: _Ready,
+    channel: TensorChannel,
+    timeline: StreamTimeline,
+    *,
+    ranges: Ranges,
+    parts: StageParts,
+) -> StageWorker:
+    return StageWorker(
+        plan=plan,
+        stage=plan.stage_of_rank(ranks.mesh.rank),
+        mesh=ranks.mesh,
+        channel=channel,
+        engine=ready.engine,
+        stream=ready.stream,
+        timeline=timeline,
+        progress=ranks.engine,
+        clock=ranks.clock,
+        ranges=ranges,
+        offload_use=parts.offload_use,
+    )
 
 
 def _link(
@@ -98,9 +116,16 @@ def _link(
     """To the stages before and behind this rank's; None: it is the only one."""
     if plan.num_stages == 1:
         return None
-    stage, mesh = plan.stage_of_rank(ranks.mesh.rank).stage, ranks.mesh
-    ahead_s, clock = clocks.ahead_s, ranks.clock
-    return StepTimesLink(plan, stage, mesh=mesh, account=account, clock=clock, ahead_s=ahead_s)
+    stage = plan.stage_of_rank(ranks.mesh.rank)
+    return StepTimesLink(
+        plan,
+        stage.stage,
+        lane=stage.ranks.index(ranks.mesh.rank),
+        mesh=ranks.mesh,
+        account=account,
+        clock=ranks.clock,
+        ahead_s=clocks.ahead_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)

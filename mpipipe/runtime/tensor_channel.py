@@ -1,23 +1,25 @@
-"""The tensor channel that the plan names. Part of `boot`."""
+"""The tensor channel that the plan names, and the lanes of a stage. Part of `boot`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpipipe.data_plane.lanes import ALONE
 from mpipipe.data_plane.loopback import open_loopback_channels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from mpipipe.data_plane.channel import TensorChannel
+    from mpipipe.data_plane.lanes import Lanes
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.types import DeviceName, TransportName
 
-__all__ = ["Transport", "open_channel", "open_transport"]
+__all__ = ["Links", "Transport", "open_links", "open_transport"]
 
 # Making communicators takes seconds; a rank that does not come will not come later either.
 _NCCL_DEADLINE_S = 120.0
@@ -30,21 +32,61 @@ class Transport:
     name: TransportName
     device: DeviceName  # where the tensors are
     hosts: tuple[str, ...]  # by rank
-    stage_ranks: tuple[int, ...]  # of this rank's pipeline, in the order of its stages
+    stage_ranks: tuple[int, ...]  # of this rank's pipeline and lane, in the order of the stages
+    lane_groups: tuple[tuple[int, ...], ...] = ()  # ranks that share a stage, of all pipelines
 
 
-async def open_channel(
-    plan: PipelinePlan, hosts: Sequence[str], ranks: Ranks, device: torch.device
-) -> TensorChannel:
-    """Open this rank's end of the plan's transport; all ranks of all replicas call it together.
+@dataclass(frozen=True, slots=True)
+class Links:
+    """This rank's ends to the other ranks."""
 
-    `hosts`: of each rank.
+    channel: TensorChannel  # to other stages
+    lanes: Lanes  # within the stage
+
+    def let_go(self) -> None:
+        """No thread that computes may wait for other lanes any more. Idempotent."""
+        close: Callable[[], None] | None = getattr(self.lanes, "close", None)
+        if close is not None:
+            close()
+
+
+async def open_links(
+    plans: Sequence[PipelinePlan], hosts: Sequence[str], ranks: Ranks, device: torch.device
+) -> Links:
+    """Open this rank's end of the plans' transport; all ranks of all replicas call it together.
+
+    Args:
+        plans: of all replicas.
+        hosts: of each rank.
+        ranks: this rank among the others.
+        device: where the tensors are.
 
     Raises:
         EnvironmentSetupError: the transport cannot be set up on some rank.
     """
-    transport = Transport(plan.transport, plan.device, tuple(hosts), plan.ranks)
-    return await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
+    rank = ranks.mesh.rank
+    plan = next(plan for plan in plans if rank in plan.ranks)
+    stage, lane = plan.stage_of_rank(rank), plan.lane_of_rank(rank)
+    transport = Transport(
+        plan.transport,
+        plan.device,
+        tuple(hosts),
+        stage_ranks=tuple(plan.rank_of(number, lane) for number in range(plan.num_stages)),
+        lane_groups=tuple(
+            stage.ranks for plan in plans for stage in plan.stages if len(stage.ranks) > 1
+        ),
+    )
+    channel = await open_transport(transport, ranks, device, timeout_s=_NCCL_DEADLINE_S)
+    if plan.tensor_parallel == 1:
+        return Links(channel, ALONE)
+    if plan.transport == "nccl":
+        from mpipipe.data_plane.nccl import NcclTensorChannel
+
+        assert isinstance(channel, NcclTensorChannel)
+        return Links(channel, channel.lanes)
+    from mpipipe.data_plane.mpi import open_mpi_lanes
+
+    return Links(channel, open_mpi_lanes(ranks.engine, stage=stage.rank, lane=lane))
 
 
 async def open_transport(
@@ -70,6 +112,7 @@ async def open_transport(
             rank=ranks.mesh.rank,
             hosts=transport.hosts,
             stage_ranks=transport.stage_ranks,
+            lane_groups=transport.lane_groups,
             device_index=device.index,
             timeout_s=timeout_s,
         )

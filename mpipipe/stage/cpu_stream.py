@@ -102,6 +102,9 @@ class CpuStream:
     def drain(self) -> None:
         """Nothing is under way."""
 
+    def release_captured(self) -> None:
+        """There are no graphs on a CPU."""
+
     def peak_bytes(self) -> int:
         """No device memory."""
         return 0

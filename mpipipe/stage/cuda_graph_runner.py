@@ -242,10 +242,12 @@ class CudaGraphRunner:
     def _sample(
         self, key: GraphKey, logits_BV: torch.Tensor, kv_len_B: torch.Tensor
     ) -> torch.Tensor:
+        lanes = self._model.lanes
         if key.needs == GREEDY:
-            return self._model.operations.greedy_ids(logits_BV)
+            return lanes.from_first(self._model.operations.greedy_ids(logits_BV))
         columns = self._batches[key.slot].columns(key.num_rows)
         history = self._tensors.history
         ids_B = sample_on_device(logits_BV, columns, kv_len_B.long(), key.needs, history)
+        ids_B = lanes.from_first(ids_B)
         history.add(key.needs, columns.request_rows_S, ids_B)
         return ids_B

@@ -70,6 +70,7 @@ class CudaStream:
         # result may lie where an earlier one has temporaries: it holds until any graph's replay.
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     async def compute(self, work: Callable[[], T]) -> T:
         """See `Stream.compute`: what `work` adds to the stream is computed later.
@@ -127,12 +128,19 @@ class CudaStream:
             finally:
                 graph.capture_end()
         self._stream.wait_stream(self._capture_stream)
+        self._graphs.append(graph)
         replay: Callable[[], None] = graph.replay
         return replay
 
     def drain(self) -> None:
         """See `Stream.drain`."""
         torch.cuda.synchronize(self.device)
+
+    def release_captured(self) -> None:
+        """See `Stream.release_captured`: a communicator of NCCL waits for graphs that use it."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     def peak_bytes(self) -> int:
         """See `Stream.peak_bytes`."""

@@ -16,9 +16,9 @@ __all__ = ["exercise_edges"]
 
 
 async def exercise_edges(
-    plan: PipelinePlan, stage: StagePlan, channel: TensorChannel, device: torch.device
+    plan: PipelinePlan, stage: StagePlan, lane: int, channel: TensorChannel, device: torch.device
 ) -> None:
-    """Hidden states down the pipe, ids from its end to the head; all ranks call it together.
+    """Hidden states down the pipe, ids from its end to its begin; all ranks call it together.
 
     In the order of a step, because a receive keeps a GPU's stream until its data is there.
     """
@@ -28,14 +28,14 @@ async def exercise_edges(
     ids_S = torch.zeros(1, dtype=torch.int64, device=device)
     sends: list[Transfer] = []
     if not is_first:
-        source = plan.stages[stage.stage - 1].rank
+        source = plan.rank_of(stage.stage - 1, lane)
         await channel.receive(hidden_TH, source=source, kind=EdgeKind.HIDDEN).wait()
     if not is_last:
-        destination = plan.stages[stage.stage + 1].rank
+        destination = plan.rank_of(stage.stage + 1, lane)
         sends.append(channel.send(hidden_TH, destination=destination, kind=EdgeKind.HIDDEN))
     if is_last and not is_first:
-        sends.append(channel.send(ids_S, destination=plan.head_rank, kind=EdgeKind.IDS))
+        sends.append(channel.send(ids_S, destination=plan.rank_of(0, lane), kind=EdgeKind.IDS))
     if is_first and not is_last:
-        await channel.receive(ids_S, source=plan.last_rank, kind=EdgeKind.IDS).wait()
+        await channel.receive(ids_S, source=plan.rank_of(-1, lane), kind=EdgeKind.IDS).wait()
     for send in sends:
         await send.wait()

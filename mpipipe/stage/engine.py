@@ -366,6 +366,7 @@ class StageEngine:
         """Draw a token per row, outside of a graph."""
         request_rows_S, history = columns.request_rows_S, self._tensors.history
         ids_S = sample_on_device(logits_SV, columns, positions_S, needs, history)
+        ids_S = self._model.lanes.from_first(ids_S)
         history.add(needs, request_rows_S, ids_S)
         if self._is_first:
             self.take_ids(request_rows_S, ids_S)

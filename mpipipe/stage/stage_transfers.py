@@ -62,18 +62,18 @@ class StageTransfers:
         self._most_unsent = most_unsent
         self._unsent: deque[Transfer] = deque()
 
-    def prepare(self, plan: PipelinePlan, stage: StagePlan, engine: StageEngine) -> None:
+    def prepare(self, plan: PipelinePlan, stage: StagePlan, lane: int, engine: StageEngine) -> None:
         """Prepare what the captured decode steps will move, as their first transfers would."""
         if self._repeating is None or len(plan.stages) == 1:
             return
-        kind, to = EdgeKind.IDS, plan.head_rank
+        kind, to = EdgeKind.IDS, plan.rank_of(0, lane)
         if not stage.has_head:
-            kind, to = EdgeKind.HIDDEN, plan.stages[stage.stage + 1].rank
+            kind, to = EdgeKind.HIDDEN, plan.rank_of(stage.stage + 1, lane)
         for result in engine.graph_runner.results():
             self._repeated_send(self._repeating, result, to, kind)
-        kind, source = EdgeKind.IDS, plan.last_rank
+        kind, source = EdgeKind.IDS, plan.rank_of(-1, lane)
         if not stage.has_embedding:
-            kind, source = EdgeKind.HIDDEN, plan.stages[stage.stage - 1].rank
+            kind, source = EdgeKind.HIDDEN, plan.rank_of(stage.stage - 1, lane)
         for buffer in engine.input_buffers():
             self._repeated_receive(self._repeating, buffer, source, kind)
 

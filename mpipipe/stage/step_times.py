@@ -37,6 +37,7 @@ class StepTimesLink:
     Args:
         plan: the agreed plan, of two stages or more.
         stage: the number of this one.
+        lane: this rank's, which tells the same lane of the next stage.
         mesh: control messages.
         account: told what the stage before tells.
         clock: monotonic seconds, those of the times.
@@ -48,12 +49,13 @@ class StepTimesLink:
         plan: PipelinePlan,
         stage: int,
         *,
+        lane: int = 0,
         mesh: Mesh,
         account: StageAccount,
         clock: Clock,
         ahead_s: Callable[[int], float],
     ) -> None:
-        self._next_rank = plan.stages[(stage + 1) % plan.num_stages].rank
+        self._next_rank = plan.rank_of((stage + 1) % plan.num_stages, lane)
         self._mesh = mesh
         self._account = account
         self._clock = clock

@@ -79,6 +79,10 @@ class Stream(Protocol):
         """Wait until the device has done everything."""
         ...
 
+    def release_captured(self) -> None:
+        """Give up what was captured; none of it may be replayed any more, nor be under way."""
+        ...
+
     def peak_bytes(self) -> int:
         """Most memory of the device that was reserved at once; 0 on a CPU."""
         ...

@@ -9,6 +9,9 @@ step are received right before the step that needs them, or one round later (`nu
 whichever is earlier: a receive that is added before its data exists keeps the stream, and one GPU
 core, waiting.
 
+The lanes of a stage (tensor parallelism) do all of this alike, each with the same lane of the other
+stages; the first tells the head.
+
 On a CPU, whose steps compute in a thread, three tasks share the work, so that no step waits for
 another's communication: the task that receives starts each step's receive as soon as its message is
 here, *follow* runs the steps, *return* (first of several stages) receives ids as they come.
@@ -172,6 +175,10 @@ class StageWorker:
         """Whether this stage samples."""
         return self._stage.has_head
 
+    @property
+    def _lane(self) -> int:
+        return self._stage.ranks.index(self._mesh.rank)
+
     async def serve(self, began: Callable[[], object] = lambda: None) -> bool:
         """Run steps until the head ends this generate call; False: the head ended the session.
 
@@ -217,9 +224,10 @@ class StageWorker:
 
     async def exercise_edges(self) -> None:
         """Use every edge once, and prepare what repeats on it, so that no step pays for set-up."""
-        await exercise_edges(self._plan, self._stage, self._channel, self._stream.device)
+        stage, lane = self._stage, self._lane
+        await exercise_edges(self._plan, stage, lane, self._channel, self._stream.device)
         self._stream.drain()
-        self._transfers.prepare(self._plan, self._stage, self._engine)
+        self._transfers.prepare(self._plan, stage, lane, self._engine)
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -326,8 +334,9 @@ class StageWorker:
         if not self.is_last:
             self._transfers.send(step, launched.result, self._neighbour(+1), EdgeKind.HIDDEN)
         elif not self.is_first:
-            self._transfers.send(step, launched.result, self._plan.head_rank, EdgeKind.IDS)
-        if launched.logprobs is not None:
+            first = self._plan.rank_of(0, self._lane)
+            self._transfers.send(step, launched.result, first, EdgeKind.IDS)
+        if launched.logprobs is not None and self._lane == 0:
             self._logprobs.append((step.step, launched.logprobs, self._stream.record_event()))
         if not self.is_first:
             return
@@ -369,7 +378,8 @@ class StageWorker:
         else:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done
             ids_S = torch.empty(num_ids, dtype=torch.int64, device=self._stream.device)
-        await self._transfers.receive(step, ids_S, self._plan.last_rank, EdgeKind.IDS)
+        last = self._plan.rank_of(-1, self._lane)
+        await self._transfers.receive(step, ids_S, last, EdgeKind.IDS)
         self._id_bytes += ids_S.nbytes
         if step.num_sampled:
             with torch.inference_mode():
@@ -416,8 +426,9 @@ class StageWorker:
                 f"overflowed in {self._plan.dtype}, or a weight file is damaged; set model.dtype "
                 "to bfloat16 or float32, or copy the model again"
             )
-        self._mesh.send(self._mesh.rank, StepSampled(number, token_ids))
+        if self._lane == 0:  # on the head
+            self._mesh.send(self._mesh.rank, StepSampled(number, token_ids))
         self._mailbox.wake()  # with nothing left to launch, the next ids may now be received
 
     def _neighbour(self, offset: int) -> int:
-        return self._plan.stages[self._stage.stage + offset].rank
+        return self._plan.rank_of(self._stage.stage + offset, self._lane)

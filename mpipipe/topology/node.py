@@ -15,7 +15,7 @@ from mpipipe.topology.gpu import container_kind
 from mpipipe.topology.host import host_name, read_text
 from mpipipe.topology.nvml import opened_nvml
 
-__all__ = ["NodeGpu", "NodeRecord", "read_node"]
+__all__ = ["NodeGpu", "NodeRecord", "cpu_model", "read_node"]
 
 _ROOT = Path("/")
 # What /proc/cpuinfo calls the processor, by architecture: x86, POWER, some Arm boards.
@@ -49,7 +49,7 @@ def read_node(environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> No
     """This node now: some files of the kernel, and NVML; milliseconds with a driver that runs."""
     return NodeRecord(
         host=host_name(),
-        cpu_model=_cpu_model(read_text(root / "proc/cpuinfo")),
+        cpu_model=cpu_model(root),
         num_cores=os.cpu_count() or 1,
         memory_bytes=_memory_bytes(read_text(root / "proc/meminfo")),
         kernel=os.uname().release,
@@ -58,7 +58,9 @@ def read_node(environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> No
     )
 
 
-def _cpu_model(cpuinfo: str) -> str:
+def cpu_model(root: Path = _ROOT) -> str:
+    """The processor's name as the kernel tells it; empty where it does not."""
+    cpuinfo = read_text(root / "proc/cpuinfo")
     found: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")

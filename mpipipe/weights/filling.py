@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mpipipe.types import Shard
 from mpipipe.weights.read_buffers import ReadBuffers, content_of
 from mpipipe.weights.readers import Extent, FileReaders, ReadTimes
 from mpipipe.weights.sources import TensorSource
@@ -40,6 +41,7 @@ class Filling:
     tensor: torch.Tensor
     # A stored tensor's name → what it fills: contiguous, of its shape, any device and type.
     parts: Sequence[tuple[str, torch.Tensor]]
+    shard: Shard | None = None  # what of the stored tensor is filled in; None: all of it
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class _Unpickled:
 
     name: str
     out: torch.Tensor
+    shard: Shard | None
 
 
 class TensorFiller:
@@ -123,7 +126,7 @@ class TensorFiller:
         steps: deque[_Piece | _Unpickled | Filling] = deque()
         for filling in fillings:
             for name, out in filling.parts:
-                for step in self._cut(name, out):
+                for step in self._cut(name, out, filling.shard):
                     while isinstance(step, _Piece) and not self._begin(step):
                         yield from self._go_on(steps)
                     steps.append(step)
@@ -132,20 +135,40 @@ class TensorFiller:
             yield from self._go_on(steps)
         self._wall_s += time.perf_counter() - began_s
 
-    def _cut(self, name: str, out: torch.Tensor) -> Iterator[_Piece | _Unpickled]:
-        """A stored tensor in pieces."""
+    def _cut(
+        self, name: str, out: torch.Tensor, shard: Shard | None
+    ) -> Iterator[_Piece | _Unpickled]:
+        """A stored tensor, or a part of it, in pieces."""
         entry = self.source.stored(name)
         if entry.extent is None:
-            yield _Unpickled(name, out)
+            yield _Unpickled(name, out, shard)
             return
         stored: torch.dtype = getattr(torch, entry.dtype)
         flat = out.view(-1)
+        if shard is not None and shard.dim == 1:
+            yield from self._cut_columns(entry.extent, stored, out, shard)
+            return
+        skipped = 0 if shard is None else shard.index * flat.numel()  # parts lie row after row
         step = self._piece_bytes // stored.itemsize
         for begin in range(0, flat.numel(), step):
             part = flat[begin : begin + step]
-            first = entry.extent.offset + begin * stored.itemsize
+            first = entry.extent.offset + (skipped + begin) * stored.itemsize
             extent = Extent(entry.extent.path, first, part.numel() * stored.itemsize)
             yield _Piece(extent, stored, part)
+
+    def _cut_columns(
+        self, whole: Extent, stored: torch.dtype, out: torch.Tensor, shard: Shard
+    ) -> Iterator[_Piece]:
+        """Of each row of a stored matrix a stretch: many rows a piece."""
+        row_bytes = out.shape[1] * stored.itemsize
+        stride = row_bytes * shard.count
+        num_rows = self._piece_bytes // row_bytes
+        assert num_rows, f"a row of {row_bytes} bytes is longer than a piece"
+        for begin in range(0, out.shape[0], num_rows):
+            part = out[begin : begin + num_rows].view(-1)
+            first = whole.offset + begin * stride + shard.index * row_bytes
+            num_bytes = part.numel() * stored.itemsize
+            yield _Piece(Extent(whole.path, first, num_bytes, row_bytes, stride), stored, part)
 
     def _begin(self, piece: _Piece) -> bool:
         """Read it, if there is room for one more."""
@@ -170,6 +193,9 @@ class TensorFiller:
             yield step
         elif isinstance(step, _Unpickled):
             content = self.source.unpickled(step.name)
+            if step.shard is not None:
+                dim = step.shard.dim
+                content = content.narrow(dim, *step.shard.bounds(content.shape[dim]))
             step.out.copy_(content)
             self.bytes_read += content.numel() * content.element_size()
         elif step is not None:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
 from mpipipe.checkpoint.index import CheckpointIndex
 from mpipipe.checkpoint.quantization import read_quantization
 from mpipipe.errors import CheckpointError
+from mpipipe.types import Shard
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.filling import PIECE_BYTES, Filling, TensorFiller
-from mpipipe.weights.names import Part, resolve_names
+from mpipipe.weights.names import Part, Resolution, resolve_names
 from mpipipe.weights.prequantized import QuantizedSource, Unpacking
 from mpipipe.weights.quantize import Place, quantize_to, scale_name
 from mpipipe.weights.readers import num_readers
@@ -32,6 +34,7 @@ __all__ = ["LoadReport", "load_stage", "open_tensors", "place"]
 
 _FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _NAMES_SHOWN = 3
+_NO_SHARDS: Mapping[str, Shard] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def load_stage(
     to_canonical: Callable[[str], str] | None = None,
     dtype: torch.dtype,
     device: torch.device | Destination,
+    shards: Mapping[str, Shard] = _NO_SHARDS,
 ) -> LoadReport:
     """Fill `module` with its tensors of the checkpoint.
 
@@ -69,6 +73,9 @@ def load_stage(
         to_canonical: checkpoint name -> canonical name, for what no rule in `names` places.
         dtype: the run's; stored tensors are converted to the type of their place in `module`.
         device: where the tensors go; or what says it of each.
+        shards: name in the module -> the part of the stored tensor that its tensor is; of all
+            others it is the whole. No byte beyond the part is read, but of weights in 8 bits, whose
+            layouts are unpacked first.
 
     Raises:
         CheckpointError: names, shapes or types do not fit (all of them are counted, the first few
@@ -88,10 +95,9 @@ def load_stage(
     )
     try:
         resolution = resolve_names(all_names, source.names(), tied, to_canonical)
-        missing = _listed(resolution.missing, "missing")
-        unexpected = _listed(resolution.unexpected, "not part of the model")
-        _raise_if_any(index, [missing, unexpected])
-        _fill(module, _slots(module, wanted, resolution.parts, tied), index, filler, destination)
+        _check_names(index, resolution)
+        slots = _slots(module, wanted, resolution.parts, tied, shards)
+        _fill(module, slots, index, filler, destination)
     finally:
         filler.close()
         source.close()
@@ -102,6 +108,12 @@ def load_stage(
         convert_s=filler.convert_s,
         warnings=tuple(filler.buffers.warnings),
     )
+
+
+def _check_names(index: CheckpointIndex, resolution: Resolution) -> None:
+    missing = _listed(resolution.missing, "missing")
+    unexpected = _listed(resolution.unexpected, "not part of the model")
+    _raise_if_any(index, [missing, unexpected])
 
 
 def open_tensors(index: CheckpointIndex) -> TensorSource:
@@ -121,6 +133,14 @@ class _Slot:
     # The weight in 8 bits, and its scale, that are made of it beside it.
     narrow_copy: tuple[Place, Place] | None = None
     unpacking: Unpacking | None = None  # of a weight that the file has quantised, or of its scale
+    shard: Shard | None = None  # the part of the stored tensor; None: all of it
+    copy_shard: Shard | None = None  # the same of `narrow_copy`
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """Of the tensor that this one is a part of."""
+        shape = self.meta.shape
+        return shape if self.shard is None else torch.Size(self.shard.whole(shape))
 
 
 def _slots(
@@ -128,6 +148,7 @@ def _slots(
     wanted: Mapping[str, str],
     parts: Mapping[str, tuple[Part, ...]],
     tied: Mapping[str, str],
+    shards: Mapping[str, Shard],
 ) -> list[_Slot]:
     state = module.state_dict(keep_vars=True)
     stray = sorted(wanted.keys() - state.keys())
@@ -153,13 +174,14 @@ def _slots(
         ]
         plain = tuple(name for name in found if name not in scales)
         if not narrow:
-            slots.append(_Slot(plain, key, state[plain[0]]))
+            slots.append(_Slot(plain, key, state[plain[0]], shard=shards.get(plain[0])))
         elif not plain:
-            ((weight, its_scale),) = narrow
-            slots.append(_Slot(weight.names, key, weight.like, its_scale))
+            ((own, its_scale),) = narrow
+            shard = shards.get(own.names[0])
+            slots.append(_Slot(own.names, key, own.like, its_scale, shard=shard))
         else:  # embedding and LM head
-            (copied,) = narrow
-            slots.append(_Slot(plain, key, state[plain[0]], narrow_copy=copied))
+            shard = shards.get(narrow[0][0].names[0])
+            slots.append(_Slot(plain, key, state[plain[0]], None, narrow[0], copy_shard=shard))
     return slots
 
 
@@ -171,7 +193,10 @@ def _as_stored(slot: _Slot, source: QuantizedSource) -> Iterator[_Slot]:
         return
     packed = Unpacking(source.quantization.packing)
     yield replace(slot, scale=None, unpacking=packed)
-    yield _Slot(slot.scale.names, (Part(scale),), slot.scale.like, unpacking=Unpacking(None))
+    # A scale belongs to a row: where the rows are whole, so are the scales.
+    shard = slot.shard if slot.shard is not None and slot.shard.dim == 0 else None
+    own = _Slot(slot.scale.names, (Part(scale),), slot.scale.like, unpacking=Unpacking(None))
+    yield replace(own, shard=shard)
 
 
 def _misfits(slots: Iterable[_Slot], stored: Mapping[str, StoredTensor]) -> list[str]:
@@ -200,6 +225,8 @@ def _wrong_shapes(slot: _Slot, stored: Mapping[str, StoredTensor]) -> list[str]:
     for part in slot.parts:
         shape = stored[part.source].shape
         region = tuple(_region(slot.meta, part).shape)
+        if slot.shard is not None:
+            region = slot.shard.whole(region)
         if slot.unpacking is not None:
             region = slot.unpacking.shape(region, shape)
         if shape != region:
@@ -229,7 +256,8 @@ def _fill(
             _place_narrow(module, filled.tensor, copied, destination)
             continue
         if slot.narrow_copy is not None:
-            _place_narrow(module, filled.tensor, slot.narrow_copy, destination)
+            exact_OI = _part_of(filled.tensor, slot.copy_shard)
+            _place_narrow(module, exact_OI, slot.narrow_copy, destination)
             tensor = filled.tensor
             if tensor.dtype != slot.meta.dtype:
                 tensor = destination.empty(slot.names, slot.meta).copy_(tensor)
@@ -237,11 +265,19 @@ def _fill(
             tensor = destination.keep(slot.names, tensor)
         elif slot.unpacking is not None:
             tensor = destination.empty(slot.names, slot.meta)
-            tensor.copy_(slot.unpacking.unpack(filled.tensor, slot.meta.shape))
+            whole = slot.unpacking.unpack(filled.tensor, slot.stored_shape)
+            tensor.copy_(_part_of(whole, slot.shard))
             tensor = destination.keep(slot.names, tensor)
         else:
             tensor = destination.keep(slot.names, filled.tensor)
         place(module, slot.names, tensor, slot.meta)
+
+
+def _part_of(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """`shard` of a whole stored tensor."""
+    if shard is None:
+        return tensor
+    return tensor.narrow(shard.dim, *shard.bounds(tensor.shape[shard.dim]))
 
 
 def _place_narrow(
@@ -258,18 +294,18 @@ def _place_narrow(
 
 def _filling(slot: _Slot, stored: Mapping[str, StoredTensor], destination: Destination) -> Filling:
     """What becomes another tensor is read as it is in the file first, to the device."""
-    first = stored[slot.parts[0].source]
+    first, shard = stored[slot.parts[0].source], slot.shard
     dtype = getattr(torch, first.dtype)
     # Of what the file holds, whether a stage has the embedding or the head made of it, or both.
     is_copied = slot.narrow_copy is not None and dtype != slot.meta.dtype
     if slot.scale is not None or is_copied:
         tensor = torch.empty(slot.meta.shape, dtype=dtype, device=destination.device)
     elif slot.unpacking is not None:
-        dtype = slot.unpacking.dtype(slot.meta.dtype)
+        dtype, shard = slot.unpacking.dtype(slot.meta.dtype), None
         tensor = torch.empty(first.shape, dtype=dtype, device=destination.device)
     else:
         tensor = destination.empty(slot.names, slot.meta)
-    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts])
+    return Filling(tensor, [(part.source, _region(tensor, part)) for part in slot.parts], shard)
 
 
 def _region(tensor: torch.Tensor, part: Part) -> torch.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mpipipe.types import Shard
 from mpipipe.weights.destination import Destination, OnDevice
 from mpipipe.weights.loader import LoadReport, place
 from mpipipe.weights.quantize import Place, quantize_to, scale_name
@@ -30,6 +31,7 @@ def fill_random(
     device: torch.device,
     destination: Destination | None = None,
     seed: int = 0,
+    shards: Mapping[str, Shard] | None = None,
 ) -> LoadReport:
     """Fill `module`: matrices from N(0, 0.02), norm weights 1, biases 0.
 
@@ -43,8 +45,9 @@ def fill_random(
         device: where the tensors are drawn and stay.
         destination: where they stay instead, tensor by tensor.
         seed: other seeds give other weights.
+        shards: name in the module → the part that its tensor is of the one that is drawn.
     """
-    tied = tied or {}
+    tied, shards = tied or {}, shards or {}
     state = module.state_dict(keep_vars=True)
     assert dtype in {tensor.dtype for tensor in state.values()}, f"not built for {dtype}"
     names: dict[str, list[str]] = {}
@@ -53,22 +56,31 @@ def fill_random(
     num_bytes = 0
     for canonical, sharing in names.items():
         scales = {name: scale for name in sharing if (scale := scale_name(name, state))}
-        shell = state[sharing[0]]
-        drawn = _drawn(canonical, shell.shape, dtype if scales else shell.dtype, device, seed)
+        shell, shard = state[sharing[0]], shards.get(sharing[0])
+        shape = shell.shape if shard is None else torch.Size(shard.whole(shell.shape))
+        drawn = _drawn(canonical, shape, dtype if scales else shell.dtype, device, seed)
         for name, scale in scales.items():
             places = Place((name,), state[name]), Place((scale,), state[scale])
-            made = quantize_to(destination or OnDevice(device), drawn, *places)
+            exact = _part_of(drawn, shards.get(name))
+            made = quantize_to(destination or OnDevice(device), exact, *places)
             for found, tensor in zip(places, made, strict=True):
                 place(module, found.names, tensor, found.like)
                 num_bytes += found.like.nbytes
         plain = [name for name in sharing if name not in scales]
         if plain:
-            shell = state[plain[0]]
+            shell, drawn = state[plain[0]], _part_of(drawn, shards.get(plain[0]))
             if destination is not None:
                 drawn = destination.keep(plain, destination.empty(plain, shell).copy_(drawn))
             place(module, plain, drawn, shell)
             num_bytes += shell.nbytes
     return LoadReport(bytes_read=0, parameter_bytes=num_bytes)
+
+
+def _part_of(drawn: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    if shard is None:
+        return drawn
+    first, length = shard.bounds(drawn.shape[shard.dim])
+    return drawn.narrow(shard.dim, first, length).contiguous()
 
 
 def _drawn(

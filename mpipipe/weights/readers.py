@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,26 @@ _CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A stretch of a file."""
+    """A stretch of a file, or stretches of equal length at equal distances."""
 
     path: Path
     offset: int
-    num_bytes: int
+    num_bytes: int  # of all stretches
+    row_bytes: int = 0  # of each; 0: there is one
+    stride: int = 0  # from the beginning of one to that of the next
+
+    @property
+    def end(self) -> int:
+        """Behind its last byte."""
+        if not self.row_bytes:
+            return self.offset + self.num_bytes
+        return self.offset + (self.num_bytes // self.row_bytes - 1) * self.stride + self.row_bytes
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """Of each, its place in the file and in what is read."""
+        step = self.row_bytes or max(1, self.num_bytes)
+        for number, begin in enumerate(range(0, self.num_bytes, step)):
+            yield self.offset + number * self.stride, begin
 
 
 class ReadTimes(NamedTuple):
@@ -91,7 +106,7 @@ class FileReaders:
                 the answer, where reading shows it.
         """
         file, size = self._open(extent.path)
-        if size < extent.offset + extent.num_bytes:
+        if size < extent.end:
             raise _shortened(extent.path, size)
         read = self._pool.submit(self._run, file, extent, into, then)
         self._reads.add(read)
@@ -118,14 +133,19 @@ class FileReaders:
         return ReadTimes(read_s - began_s, time.perf_counter() - read_s)
 
     def _fill(self, file: int, extent: Extent, into: memoryview) -> None:
+        length = extent.row_bytes or extent.num_bytes
+        for offset, begin in extent.stretches():
+            self._fill_one(file, extent.path, offset, into[begin : begin + length])
+
+    def _fill_one(self, file: int, path: Path, offset: int, into: memoryview) -> None:
         done = 0
-        while done < extent.num_bytes and not self._closing:
+        while done < len(into) and not self._closing:
             try:
-                count = self._preadv(file, [into[done:]], extent.offset + done)
+                count = self._preadv(file, [into[done:]], offset + done)
             except OSError as error:
-                raise _unreadable(extent.path, error) from error
+                raise _unreadable(path, error) from error
             if not count:
-                raise _shortened(extent.path, extent.offset + done)
+                raise _shortened(path, offset + done)
             done += count
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ def load_on_two_ranks(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> tuple[
     parts, loaded = Parts(), threading.Event()
     plan = engine_plan(2)
 
-    def load_parts(_plan: object, stage: Any, *_: object) -> Parts:
+    def load_parts(_plan: object, stage: Any, *_: object, **__: object) -> Parts:
         if stage.stage == 0:
             loaded.set()
             return parts
@@ -68,7 +68,7 @@ def load_on_two_ranks(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> tuple[
         stage = plan.stages[ranks.mesh.rank]
         with ExitStack() as opened:
             try:
-                await _load(loading, (plan,), stage, torch.device("cpu"), opened)  # type: ignore[arg-type]
+                await _load(loading, (plan,), stage, torch.device("cpu"), opened, links=None)  # type: ignore[arg-type]
             except AgreedError:
                 assert fails
             return not parts.is_closed

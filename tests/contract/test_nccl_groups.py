@@ -26,7 +26,7 @@ class Counting:
 def groups(store: Any, rank: int, monkeypatch: pytest.MonkeyPatch) -> NcclGroups:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("mpipipe.data_plane.nccl_groups.dist.destroy_process_group", lambda: None)
-    return NcclGroups({}, store, rank, 3, torch.device("cuda", 0))
+    return NcclGroups({}, None, None, store, rank, 3, torch.device("cuda", 0))
 
 
 def test_the_head_does_not_wait_without_end_for_a_rank_that_never_leaves(

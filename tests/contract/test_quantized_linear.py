@@ -7,6 +7,7 @@ import torch
 
 from mpipipe.models.operations import torch_operations
 from mpipipe.models.quantized_linear import quantize_rows_fp8
+from mpipipe.weights.quantize import quantize_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -64,3 +65,23 @@ def test_a_row_of_zeros_stays_one() -> None:
     narrow_TI, scale_T = quantize_rows_fp8(torch.zeros(2, 16))
     assert torch.equal(narrow_TI.float(), torch.zeros(2, 16))
     assert bool((scale_T > 0).all())
+
+
+@pytest.mark.parametrize("narrow", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_out", [1, 300, 701])  # 300 rows of 512 weights are more than a block
+def test_a_weight_is_quantised_block_by_block_and_stays_as_it_was(
+    narrow: torch.dtype, dtype: torch.dtype, num_out: int
+) -> None:
+    weight_OI = drawn(num_out, 512).to(dtype)
+    before_OI = weight_OI.clone()
+    narrow_OI, scale_O = torch.empty(num_out, 512, dtype=narrow), torch.empty(num_out)
+    quantize_weight(weight_OI, narrow_OI, scale_O)
+    largest = 127.0 if narrow == torch.int8 else 448.0
+    expected_O = weight_OI.float().abs().amax(dim=1) / largest
+    assert torch.equal(scale_O, expected_O)
+    exact_OI = weight_OI.float() / expected_O[:, None]
+    if narrow == torch.int8:
+        exact_OI = exact_OI.round()
+    assert torch.equal(narrow_OI.float(), exact_OI.to(narrow).float())
+    assert torch.equal(weight_OI, before_OI)

@@ -132,11 +132,11 @@ def test_transfers_of_captured_steps_are_prepared_at_boot(number: int, tmp_path:
     engine, stage = pipeline.engines[number], plan.stages[number]
     repeating = Repeating(open_loopback_channels(2)[number])
     hops = StageTransfers(repeating, ScriptedClock(), fixed=engine.graph_runner.use_graphs)
-    hops.prepare(plan, stage, engine)
+    hops.prepare(plan, stage, 0, engine)
     # For each size one receive, and for each slot and size one send.
     num_prepared = len(row_buckets(plan.max_sequences_per_slot)) * (1 + plan.num_slots)
     assert (repeating.num_prepared, repeating.num_repeats) == (num_prepared, 0)
-    hops.prepare(plan, stage, engine)
+    hops.prepare(plan, stage, 0, engine)
     kind = EdgeKind.IDS if stage.has_head else EdgeKind.HIDDEN
     for result in engine.graph_runner.results():
         hops.send(DECODE, result, 1 - number, kind)

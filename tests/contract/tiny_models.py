@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from mpipipe.checkpoint.index import read_index
+from mpipipe.data_plane.lanes import ALONE, Lanes
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
@@ -403,6 +404,7 @@ def load_stage(
     max_sequence_tokens: int = 64,
     quantize: QuantizeName = "none",
     offloading: Offloading | None = None,
+    lanes: Lanes = ALONE,
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file.
 
@@ -415,6 +417,7 @@ def load_stage(
         backend=backend or SdpaAttention(),
         max_sequence_tokens=max_sequence_tokens,
         quantize=quantize,
+        lanes=lanes,
     )
     if offloading is None:
         assert plan.offload is None
@@ -475,6 +478,7 @@ def fill(
         to_canonical=stage.names.canonical,
         dtype=stage.dtype,
         device=destination or torch.device(device),
+        shards=stage.shards(),
     )
 
 
@@ -577,6 +581,7 @@ def paged_cache(
     *,
     head_major: bool = False,
     num_pages: int = 64,
+    num_lanes: int = 1,
 ) -> PagedKVCache:
     """Pages enough for the tests, in the shape that the model's configuration gives."""
     heads = config.num_attention_heads
@@ -584,7 +589,7 @@ def paged_cache(
         num_layers=num_layers,
         num_pages=num_pages,
         page_size=PAGE_SIZE,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        num_kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // num_lanes,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
         device=torch.device(device),

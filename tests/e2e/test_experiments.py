@@ -73,4 +73,4 @@ def test_a_batch_experiment_from_launches_to_the_best_configuration(
 def test_replicas_are_refused_in_a_sentence(tiny_config: Path, tmp_path: Path) -> None:
     refused = bench(tiny_config, tmp_path, "--replicas=2")
     assert refused.exit_code == EXIT_CONFIG
-    assert "one pipeline in a run so far" in refused.stderr
+    assert "runs of one pipeline each" in refused.stderr

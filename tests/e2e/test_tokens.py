@@ -101,7 +101,8 @@ def test_a_model_larger_than_its_memory_streams_from_disk_once_a_step(
     )
     use, num_steps = rank["offload"], rank["stage"]["num_steps"]
     assert use["bytes_per_step"] > weight_bytes - allowed
-    assert use["planned_disk_bytes_per_s"] == 1e9
+    rate = use["planned_disk_bytes_per_s"]
+    assert f"disk {rate / 1e9:.2g} GB/s (measured)" in " ".join(outcome.stdout.split())
     assert "bound by" in outcome.stdout, "the plan tells what a step takes"
     assert "gate wait" in outcome.stdout, "and the end of the run what it took"
     # Beside the run's steps three trial steps, and what is brought for a step that never comes.

@@ -238,6 +238,39 @@ def test_two_replicas_give_the_models_tokens(
     assert all(r["num_completed"] > 0 for r in outcome.json("metrics.json")["replicas"])
 
 
+LANES = "pipeline.tensor_parallel=2"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "words"),
+    [
+        ("llama", 2, []),
+        ("llama-tied", 2, []),
+        ("qwen2", 2, []),
+        ("qwen3", 2, ["memory.cuda_graphs=false", "pipeline.prefill=mixed"]),
+        ("opt", 2, []),
+        ("gemma2", 2, []),
+        ("llama", 2, ["pipeline.max_sequences_per_slot=3", "pipeline.num_slots=2"]),
+        ("llama", 4, []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_lanes_of_a_stage_together_give_the_models_tokens(
+    name: str, num_ranks: int, words: list[str], saved: Callable[[str], RunModel], tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    model = saved(name)
+    outcome = gpu_run(model, LINES, tmp_path / "run", num_ranks, *JOB, LANES, *words)
+    check_run(model, outcome)
+    check_accounts(outcome, num_ranks)
+    plan = plan_of(outcome)
+    assert plan["transport"] == "nccl"
+    assert len(plan["stages"]) == num_ranks // 2
+    alone = [rank["weight_bytes"] for rank in outcome.json("metrics.json")["ranks"]]
+    assert alone[0] == alone[1]  # the lanes of a stage hold equally much
+
+
 def _one_gpu() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 

@@ -78,8 +78,8 @@ def test_a_stage_divides_its_waits_by_the_times_of_the_stage_before(
     """Of a step that begins at n, the stage before is done at n + ¼, and the tensor is at n + ½."""
 
     async def body(mesh: Mesh, _: asyncio.TaskGroup) -> None:
-        stages = [SimpleNamespace(rank=rank) for rank in range(mesh.world_size)]
-        plan: Any = SimpleNamespace(stages=stages, num_stages=mesh.world_size)
+        size = mesh.world_size
+        plan: Any = SimpleNamespace(rank_of=lambda stage, lane: stage, num_stages=size)
         account, clock = StageAccount(mesh.rank), ScriptedClock(AHEAD_S * mesh.rank)
         link = StepTimesLink(
             plan,

@@ -416,6 +416,12 @@ def test_a_long_file_takes_as_many_times_as_long_as_its_tenth() -> None:
     assert whole.tokens_per_s == pytest.approx(tenth.tokens_per_s, rel=0.02)
 
 
+def test_a_sample_of_a_long_file_fills_all_places() -> None:
+    found = followed(plan_of((1,), rows=5_000, pages=10**6), [(16, 33)] * 40_000, Scripted())
+    assert found.rows_per_slot == pytest.approx(5_000, rel=0.01)
+    assert found.num_rounds == pytest.approx(8 * 32, rel=0.01)
+
+
 def test_starting_reads_the_weights_of_each_host() -> None:
     apart = followed(plan_of((1, 1), hosts="ab"), [(16, 2)], Scripted())
     together = followed(plan_of((1, 1), hosts="aa"), [(16, 2)], Scripted())

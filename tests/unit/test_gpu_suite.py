@@ -22,7 +22,9 @@ STAGE = {
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuiteOptions:
-    monkeypatch.setattr(gpu_suite, "_mpirun", lambda num_ranks: ["mpirun", "-n", str(num_ranks)])
+    monkeypatch.setattr(
+        gpu_suite, "mpirun_command", lambda num_ranks: ["mpirun", "-n", str(num_ranks)]
+    )
     return SuiteOptions(tmp_path, tmp_path, overrides=("model.dtype=float32",))
 
 
@@ -67,6 +69,9 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         assert f"model.quantize={quantize}" in part.command
         assert part.command[2] == ranks
         assert part.labels["variant"] == f"quantize={quantize}"  # not held against bf16's targets
+    lanes = parts["lanes_llama3_8b"]
+    assert (lanes.command[2], lanes.labels["variant"]) == ("2", "tensor_parallel=2")
+    assert "pipeline.tensor_parallel=2" in lanes.command
     limited = parts["offload_32_rows"]
     assert limited.labels == {
         "shape": "openllama_7b",

@@ -80,16 +80,17 @@ def test_each_advice_is_what_a_plan_with_it_forecasts(capsys: pytest.CaptureFixt
     advised = by_change["without the T4, with 1 in all"]["tokens_per_s"]
     # It keeps the float16 of no T4, and an H100 alone takes bfloat16: the same bytes and rates.
     assert alone["forecast"]["tokens_per_s"] == pytest.approx(advised, rel=1e-6)
-    splits = [change for change in by_change if change.startswith("pipeline.split=")]
-    assert len(splits) == 1, "one of a kind"
-    other = answer(
-        capsys, LLAMA_3_8B, splits[0], gpus="h100, 3 x t4", num_nodes=2, work="512xmixed"
-    )
-    expected = by_change[splits[0]]["tokens_per_s"]
-    assert other["forecast"]["tokens_per_s"] == pytest.approx(expected, rel=1e-6)
-    assert by_change[splits[0]]["gain"] == pytest.approx(
-        expected / now["forecast"]["tokens_per_s"] - 1
-    )
+
+
+def test_unlike_cards_get_layers_by_their_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "h100, 3 x t4", "num_nodes": 2, "work": "512xmixed"}
+    found = answer(capsys, LLAMA_3_8B, **asked)
+    split = [s["last_layer"] - s["first_layer"] for s in found["plan"]["stages"]]
+    assert split == [29, 1, 1, 1]
+    even = answer(capsys, LLAMA_3_8B, "pipeline.split=8,8,8,8", **asked)
+    (advice,) = [a for a in even["advice"] if a["change"] == "pipeline.split=auto"]
+    assert advice["tokens_per_s"] == pytest.approx(found["forecast"]["tokens_per_s"])
+    assert advice["gain"] > 3
 
 
 def test_replicas_are_planned_compared_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +109,45 @@ def test_replicas_are_planned_compared_and_advised(capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert "and 3 more replicas like them" in told
     assert "4 replicas with 1 slot of up to 128 rows" in told
+
+
+def test_stages_lanes_and_replicas_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "4 x h100", "work": "256x512x128"}
+    ways = answer(capsys, LLAMA_3_8B, compares=True, **asked)["arrangements"]
+    shapes = [(way["replicas"], way["stages"], way["lanes"]) for way in ways]
+    assert sorted(shapes) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
+    speeds = [way["tokens_per_s"] for way in ways]
+    assert speeds == sorted(speeds, reverse=True)
+    quick = min(ways, key=lambda way: way["request_s"])
+    assert (quick["stages"], quick["lanes"]) == (1, 4)  # every rank works on each token
+    words = ["pipeline.replicas=2", "pipeline.tensor_parallel=2"]
+    chosen = answer(capsys, LLAMA_3_8B, *words, **asked)
+    told = next(way for way in ways if (way["replicas"], way["lanes"]) == (2, 2))
+    assert chosen["forecast"]["tokens_per_s"] == pytest.approx(told["tokens_per_s"])
+    plan_command(LLAMA_3_8B, [], PlanRequest(compares=True, **asked))
+    lines = capsys.readouterr().out.splitlines()
+    best = f"pipeline.replicas={ways[0]['replicas']} pipeline.num_stages={ways[0]['stages']} "
+    assert any(line.startswith("throughput") and best in line for line in lines)
+    latency = "pipeline.replicas=1 pipeline.num_stages=1 pipeline.tensor_parallel=4"
+    assert any(line.startswith("latency") and latency in line for line in lines)
+
+
+def test_lanes_that_do_not_divide_the_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command(LLAMA_3_8B, [], PlanRequest(compares=True, gpus="3 x h100", work="8x512x128"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "does not divide" in line]
+    assert line.split()[:4] == ["1", "1", "3", "–"]
+
+
+def test_lanes_are_shown_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"gpus": "2 x h100", "work": "1x512x128"}
+    alone = answer(capsys, LLAMA_3_8B, **asked)
+    (advised,) = [a for a in alone["advice"] if a["change"] == "pipeline.tensor_parallel=2"]
+    both = answer(capsys, LLAMA_3_8B, "pipeline.tensor_parallel=2", **asked)
+    assert both["forecast"]["tokens_per_s"] == pytest.approx(advised["tokens_per_s"])
+    assert both["forecast"]["energy_j"] > 0
+    assert [stage["lane_ranks"] for stage in both["plan"]["stages"]] == [[0, 1]]
+    plan_command(LLAMA_3_8B, ["pipeline.tensor_parallel=2"], PlanRequest(**asked))
+    assert "2 x h100 of node0" in capsys.readouterr().out
 
 
 def test_replicas_on_unlike_cards_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +206,24 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_would(
     assert set(changes) >= {"1 more T4, 2 in all", "model.quantize=int8"}
     smaller = answer(capsys, OPENLLAMA_7B, *overrides, "model.quantize=int8", gpus="t4")
     assert smaller["forecast"]["tokens_per_s"] == pytest.approx(changes["model.quantize=int8"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "override", "problem", "change"),
+    [
+        ("40 x h100", "", "40 stages", "pipeline.replicas=auto"),
+        ("2 x t4", "model.quantize=fp8", "8-bit floats need 8.9", "model.quantize=int8"),
+        ("2 x t4", "memory.num_kv_pages=9000", "of KV cache", "memory.num_kv_pages=auto"),
+        ("2 x t4", "pipeline.split=1,1", "adds up to 2 layers", "pipeline.split=auto"),
+    ],
+)
+def test_what_would_fit_follows_from_what_does_not(
+    capsys: pytest.CaptureFixture[str], gpus: str, override: str, problem: str, change: str
+) -> None:
+    words = [override] if override else []
+    found = answer(capsys, OPENLLAMA_7B, *words, code=2, gpus=gpus, work="64x512x128")
+    assert problem in found["problem"]
+    assert change in [each["change"] for each in found["would_fit"]]
 
 
 def test_what_does_not_fit_the_card_is_offloaded_and_told(
@@ -297,3 +355,20 @@ def test_a_file_of_prompts_of_which_none_can_be_run_is_refused(tmp_path: Path) -
     words = with_prompts(tmp_path, {"prompt": ""})
     with pytest.raises(ConfigError, match=r"none of the 1 prompts can be run"):
         plan_command(OPENLLAMA_7B, words, PlanRequest(gpus="2 x t4"))
+
+
+def test_standard_input_is_left_to_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, OPENLLAMA_7B, "-", gpus="2 x t4")["prompts"]
+    assert found["num_prompts"] == 512
+    assert found["source"] == "assumed: standard input is not read, --work says others"
+
+
+def test_many_prompts_are_counted_by_a_sample(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = [{"prompt": "word " * (1 + i % 7), "max_new_tokens": 1 + i % 3} for i in range(3000)]
+    words = with_prompts(tmp_path, *lines)
+    found = answer(capsys, OPENLLAMA_7B, *words, "prompts.limit=2100", gpus="2 x t4")
+    assert found["prompts"]["num_prompts"] == 2100
+    assert found["prompts"]["num_output_tokens"] == 4200
+    assert found["forecast"]["tokens_per_s"] > 0

@@ -12,6 +12,7 @@ import pytest
 from mpipipe.config.load import load_config
 from mpipipe.config.schema import Config, MemoryConfig, PipelineConfig
 from mpipipe.errors import ConfigError, EnvironmentSetupError
+from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import known_gpus
 from mpipipe.planning.layout import Layout, Place, lay_out, sharing
 from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
@@ -139,6 +140,31 @@ def test_each_replica_has_all_layers_on_its_own_ranks() -> None:
         assert sum(stage.num_layers for stage in plan.stages) == SMOL.num_layers
         assert plan.transport == "mpi"
     assert [[stage.host for stage in plan.stages] for plan in made] == [["a", "a"], ["b", "b"]]
+
+
+def test_the_plan_says_which_ranks_make_which_replica() -> None:
+    def told(hosts: str, replicas: int) -> tuple[str, str]:
+        plan = plans(ranks(*hosts), replicas=replicas)[-1]
+        (note,) = [entry for entry in plan.resolved if entry.setting == "pipeline.replica_ranks"]
+        assert any(note.value in line for line in plan_lines(plan))
+        return note.value, note.reason
+
+    assert told("abab", 2) == (
+        "replica 0: ranks 0 2 on a | replica 1: ranks 1 3 on b",
+        "neighbours; none is between hosts",
+    )
+    assert told("aab", 2) == (
+        "replica 0: ranks 0 1 on a | replica 1: rank 2 on b",
+        "neighbours; none is between hosts",
+    )
+    assert told("abb", 2) == (
+        "replica 0: ranks 0 1 on a b | replica 1: rank 2 on b",
+        "1 of 2 between hosts",
+    )
+    many, _ = told("a" * 10, 10)
+    assert many.endswith("replica 7: rank 7 on a | and 2 more")
+    alone = plans(ranks("a", "b"), replicas=1)[0]
+    assert not any(entry.setting == "pipeline.replica_ranks" for entry in alone.resolved)
 
 
 def test_replicas_of_one_stage_send_no_tensors_and_a_longer_one_makes_all_open_the_transport() -> (

@@ -55,8 +55,12 @@ def test_the_manifest_is_brought_to_the_disk_beside_the_event_loop(
         first_manifest={},
         files=files,
     )
-    session: Any = SimpleNamespace(is_head=True)
-    prompts: Any = SimpleNamespace()
+    session: Any = SimpleNamespace(
+        is_head=True,
+        predicting=lambda: lambda _: None,
+        plan=SimpleNamespace(max_context_tokens=8),
+    )
+    prompts: Any = SimpleNamespace(lengths=lambda _: ())
     with pytest.raises(EnoughError):
         asyncio.run(asyncio.wait_for(run._run(job, session, prompts), LIMIT_S))
     files.close()

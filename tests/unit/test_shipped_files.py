@@ -66,6 +66,7 @@ def test_the_benchmarks_shapes_are_there() -> None:
         "llama32_3b",
         "opt_6p7b",
         "qwen3_8b",
+        "smollm2_135m",
     }
 
 
@@ -79,7 +80,7 @@ def test_every_shape_is_a_config_alone_that_planning_reads(path: Path) -> None:
     billions = (
         spec.num_layers * spec.layer_parameters + num_matrices * spec.embedding_parameters
     ) / 1e9
-    published = {"3b": 3.3, "7b": 6.7, "8b": 8.1, "6p7b": 6.7, "405b": 405.9}[
+    published = {"3b": 3.3, "7b": 6.7, "8b": 8.1, "6p7b": 6.7, "405b": 405.9, "135m": 0.1345}[
         path.name.rpartition("_")[2]
     ]
     assert billions == pytest.approx(published, rel=0.05)

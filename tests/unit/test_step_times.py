@@ -43,9 +43,7 @@ class Linked:
         self.account.on_step = lambda record, transfer_s: self.told.append(
             (record.step, transfer_s)
         )
-        plan: Any = SimpleNamespace(
-            stages=[SimpleNamespace(rank=rank) for rank in range(3)], num_stages=3
-        )
+        plan: Any = SimpleNamespace(rank_of=lambda stage, lane: stage + 3 * lane, num_stages=3)
         self.link = StepTimesLink(
             plan,
             1,

@@ -15,13 +15,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
 from mpipipe.config.schema import AUTO, PipelineConfig
-from mpipipe.data_plane.channel import EdgeKind, TensorChannel
+from mpipipe.data_plane.channel import TensorChannel
+from mpipipe.data_plane.probe import NUM_WARM_UP, LinkEnd, round_trip_s
 from mpipipe.doctor.facts import LinkFigure
 from mpipipe.doctor.probes.process import nccl_routes, recorded_nccl
 from mpipipe.errors import DeadlineError, EnvironmentSetupError, MpipipeError
@@ -45,7 +46,6 @@ _MEET_S = 60.0
 _CONNECT_LIMIT_S = 30.0
 _MEASURE_LIMIT_S = 30.0
 _GRACE_S = 5.0  # between a limit and the one around it
-_NUM_WARM_UP = 5  # NCCL connects a direction when it is first used
 _NUM_ROUND_TRIPS = 20
 _PING_BYTES = 1024
 # A round's hidden states of one sequence; of a few hundred; of a long prompt.
@@ -163,7 +163,7 @@ async def _measure(
         await ranks.mesh.barrier(f"link {number}", _MEASURE_LIMIT_S)
         if own == source:
             latency_s, bytes_per_s = await _ask(
-                _End(channel, device, target), _BUDGET_S / len(pairs)
+                LinkEnd(channel, device, target), _BUDGET_S / len(pairs)
             )
             figures.append(
                 LinkFigure(
@@ -177,7 +177,7 @@ async def _measure(
                 )
             )
         elif own == target:
-            await _answer(_End(channel, device, source))
+            await _answer(LinkEnd(channel, device, source))
     await ranks.mesh.barrier("links", _MEASURE_LIMIT_S)
     await channel.aclose()
     return figures
@@ -201,48 +201,18 @@ def _label(transport: Transport) -> str:
 # ---- one pair ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """This rank's end of one pair. HIDDEN both ways, as it is the kind with the heavy tensors."""
-
-    channel: TensorChannel
-    device: torch.device
-    peer: int
-
-    def tensor(self, num_bytes: int) -> torch.Tensor:
-        """Bytes to send, or to receive into."""
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
-
-    async def send(self, tensor: torch.Tensor) -> None:
-        """As the channel's; ended in stream order."""
-        await self.channel.send(tensor, destination=self.peer, kind=EdgeKind.HIDDEN).wait()
-
-    async def receive(self, buffer: torch.Tensor) -> None:
-        """As the channel's; ended in stream order."""
-        await self.channel.receive(buffer, source=self.peer, kind=EdgeKind.HIDDEN).wait()
-
-    async def settle(self) -> None:
-        """Return when the device has done what was added to its stream."""
-        if self.device.type != "cuda":
-            return
-        mark = torch.cuda.Event()
-        mark.record(torch.cuda.current_stream(self.device))
-        while not mark.query():  # noqa: ASYNC110 - a GPU sets no asyncio.Event
-            await asyncio.sleep(0)
-
-
-async def _ask(end: _End, budget_s: float) -> tuple[float, float]:
+async def _ask(end: LinkEnd, budget_s: float) -> tuple[float, float]:
     """Median one-way seconds of 1 KiB, and the best bytes per second. The source's part."""
     limit_s = time.perf_counter() + budget_s
     ping = end.tensor(_PING_BYTES)
-    times_s = [await _round_trip_s(end, ping, ping) for _ in range(_NUM_WARM_UP + _NUM_ROUND_TRIPS)]
-    latency_s = statistics.median(times_s[_NUM_WARM_UP:]) / 2
+    times_s = [await round_trip_s(end, ping, ping) for _ in range(NUM_WARM_UP + _NUM_ROUND_TRIPS)]
+    latency_s = statistics.median(times_s[NUM_WARM_UP:]) / 2
     best_per_s = 0.0
     for num_bytes in _SIZES_BYTES:
         await end.send(torch.tensor([num_bytes], device=end.device))
         load, receipt = end.tensor(num_bytes), end.tensor(1)
-        await _round_trip_s(end, load, receipt)  # memory is pinned or touched for the first time
-        taken_s = max(await _round_trip_s(end, load, receipt) - latency_s, 1e-9)
+        await round_trip_s(end, load, receipt)  # memory is pinned or touched for the first time
+        taken_s = max(await round_trip_s(end, load, receipt) - latency_s, 1e-9)
         best_per_s = max(best_per_s, num_bytes / taken_s)
         if 2 * _GROWTH * taken_s > limit_s - time.perf_counter():
             break
@@ -251,18 +221,10 @@ async def _ask(end: _End, budget_s: float) -> tuple[float, float]:
     return latency_s, best_per_s
 
 
-async def _round_trip_s(end: _End, load: torch.Tensor, receipt: torch.Tensor) -> float:
-    start_s = time.perf_counter()
-    await end.send(load)
-    await end.receive(receipt)
-    await end.settle()
-    return time.perf_counter() - start_s
-
-
-async def _answer(end: _End) -> None:
+async def _answer(end: LinkEnd) -> None:
     """The target's part of `_ask`."""
     ping = end.tensor(_PING_BYTES)
-    for _ in range(_NUM_WARM_UP + _NUM_ROUND_TRIPS):
+    for _ in range(NUM_WARM_UP + _NUM_ROUND_TRIPS):
         await end.receive(ping)
         await end.send(ping)
     receipt, size = end.tensor(1), torch.zeros(1, dtype=torch.int64, device=end.device)

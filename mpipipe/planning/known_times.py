@@ -1,0 +1,79 @@
+"""The best step times that are known of a plan: measured where all of its ranks were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpipipe.checkpoint.spec import ModelSpec
+from mpipipe.planning.forecast import startup_s, weights_s
+from mpipipe.planning.plan import PipelinePlan, StagePlan
+from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
+from mpipipe.planning.profile_times import profile_times
+from mpipipe.planning.rate_times import RateTimes, rate_times
+from mpipipe.planning.resources import RankResources
+from mpipipe.planning.step_times import StepTimes
+
+__all__ = ["KnownTimes", "known_times"]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTimes:
+    """Step times of a plan's stages, and what is known of its start."""
+
+    steps: StepTimes
+    files: tuple[str, ...] = ()  # of the profiles; empty: from rates
+    profiles: tuple[tuple[int, Profile], ...] = ()  # by rank
+    start_s: float | None = None  # of an earlier run; None: no run was asked
+    load_s: float | None = None  # likewise
+
+    def start(self, spec: ModelSpec, plan: PipelinePlan) -> tuple[float, float]:
+        """Seconds from the start of the processes to the first step, and of loading in them.
+
+        As measured, where all ranks were; the slowest rank counts, as all begin together.
+        """
+        if self.start_s is not None and self.load_s is not None:
+            return self.start_s, self.load_s
+        if not self.profiles:
+            return startup_s(spec, plan), weights_s(spec, plan)
+        stages = {stage.rank: stage for stage in plan.stages}
+        starts = [_start(profile, stages[rank]) for rank, profile in self.profiles]
+        return max(start_s for start_s, _ in starts), max(load_s for _, load_s in starts)
+
+
+def _start(profile: Profile, stage: StagePlan) -> tuple[float, float]:
+    load_s = profile.load_fixed_s
+    if profile.load_bytes_per_s:
+        load_s += stage.weight_bytes / profile.load_bytes_per_s
+    return profile.start_s + load_s, load_s
+
+
+def known_times(
+    spec: ModelSpec,
+    plan: PipelinePlan,
+    ranks: Sequence[RankResources],
+    rates: RateTimes | None = None,
+    *,
+    folder: Path | None = None,
+) -> KnownTimes:
+    """The times of `plan` on the ranks that it was made for.
+
+    Args:
+        spec: of the model.
+        plan: for these ranks.
+        ranks: of all replicas, by rank.
+        rates: for what was not measured; None: those of the known GPUs and links.
+        folder: of profiles; None: the cache's.
+    """
+    rates = rates or rate_times(spec, plan, [r for r in ranks if r.rank in plan.ranks])
+    if plan.tensor_parallel > 1:  # profiles are of whole layers, without the lanes' sums
+        return KnownTimes(rates)
+    shape = ProfileKey.shape_of(spec)
+    keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
+    found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}
+    profiles = {rank: profile for rank, key in keys.items() if (profile := found[key])}
+    if len(profiles) < len(keys):
+        return KnownTimes(rates)
+    files = tuple(str(profile_path(key, folder)) for key in found)
+    return KnownTimes(profile_times(plan, profiles, rates), files, tuple(profiles.items()))
