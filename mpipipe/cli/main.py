@@ -72,10 +72,7 @@ _GPUS = (
     "l4, l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
 )
 _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
-_LINK = (
-    "Between nodes: 1GbE, 10GbE (default), 25GbE, 100GbE, HDR, NDR; on one node between its GPUs: "
-    "NVLink, PCIe3, PCIe4, PCIe5."
-)
+_LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLink, PCIe3 … PCIe5."
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
