@@ -142,8 +142,7 @@ def plan(
         from mpipipe.cli.plan_measure import measure_command
 
         others = {"--stages": stages, "--gpus": gpus, "--work": work, "--from": from_run}
-        measure_command(config, overrides or [], others, debug=debug)
-        return
+        raise typer.Exit(measure_command(config, overrides or [], others, debug=debug))
     from mpipipe.cli.plan import PlanRequest, plan_command
 
     request = PlanRequest(
