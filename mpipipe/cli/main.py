@@ -144,7 +144,8 @@ def plan(
     if measure:
         from mpipipe.cli.plan_measure import measure_command
 
-        measure_command(config, overrides or [], debug=debug)
+        others = {"--stages": stages, "--gpus": gpus, "--work": work, "--from": from_run}
+        measure_command(config, overrides or [], others, debug=debug)
         return
     from mpipipe.cli.plan import PlanRequest, plan_command
 

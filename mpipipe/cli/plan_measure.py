@@ -9,12 +9,13 @@ from rich.table import Table
 
 from mpipipe.bench.profile import Kept, measure_profiles
 from mpipipe.clock import MonotonicClock
+from mpipipe.errors import ConfigError
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.progress import run_async
 from mpipipe.topology.process import process_age_s
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mpipipe.planning.profile import Profile, StepPart
@@ -24,12 +25,22 @@ __all__ = ["measure_command"]
 _WIDTH = 100  # where the output is no terminal, as under mpirun
 
 
-def measure_command(config: Path, overrides: Sequence[str], *, debug: bool) -> None:
+def measure_command(
+    config: Path, overrides: Sequence[str], others: Mapping[str, object], *, debug: bool
+) -> None:
     """Measure, keep the profile, and print what was measured.
 
+    `others`: options of `mpipipe plan` that say what else is planned for; None: not given.
+
     Raises:
+        ConfigError: one of these is given.
         MpipipeError: what `mpipipe run` would refuse, or the profile cannot be written.
     """
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ConfigError(
+            f"--measure times the ranks of this launch, and {given[0]} plans for other ones or for "
+            "other work: leave one of them out (mpirun -n 2 mpipipe plan --measure … for two)"
+        )
     clock = MonotonicClock()
     boot = BootTimeline(clock, clock.now_s() - (process_age_s() or 0.0))
     kept = run_async(measure_profiles(config, overrides, boot, debug=debug))

@@ -162,9 +162,11 @@ def _num_planned(request: SimulationRequest) -> int:
 
 def _ranks(request: SimulationRequest, model: ModelFacts, num_planned: int) -> list[RankResources]:
     """A rank for each stage that is planned; where it is on, in blocks over the nodes."""
-    num_ranks = request.num_stages * max(1, request.num_replicas)
+    num_lanes = model.loaded.config.pipeline.tensor_parallel
+    num_ranks = request.num_stages * num_lanes * max(1, request.num_replicas)
     if not request.gpus:
-        return ranks_of_this_host(model.loaded, request.num_stages * max(1, num_planned) or 1)
+        num_ranks = request.num_stages * num_lanes * max(1, num_planned)
+        return ranks_of_this_host(model.loaded, num_ranks or num_lanes)
     gpus = parse_gpus(request.gpus, known_gpus())
     num_ranks = num_ranks or len(gpus)
     if num_ranks % len(gpus):
@@ -176,7 +178,7 @@ def _ranks(request: SimulationRequest, model: ModelFacts, num_planned: int) -> l
     gpus *= num_ranks // len(gpus)
     num_nodes = request.num_nodes
     if num_planned < request.num_replicas:
-        gpus = gpus[: request.num_stages * num_planned]
+        gpus = gpus[: request.num_stages * num_lanes * num_planned]
         num_nodes = max(1, num_nodes * num_planned // request.num_replicas)
     machine = DescribedMachine(gpus, num_nodes=num_nodes, link=link_named(request.link))
     return described_ranks(machine)

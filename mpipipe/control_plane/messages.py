@@ -54,7 +54,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -350,6 +350,7 @@ class ReplicaTold:
     num_running: int = 0
     num_waiting: int = 0
     num_preemptions: int = 0
+    num_saved: int = 0  # of these, whose pages went to host memory
     starved_s: float = 0.0  # it had no request, and might still get some
     is_done: bool = False  # no request is left here, and none will come; its last of this call
 

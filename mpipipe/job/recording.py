@@ -165,9 +165,9 @@ class Recording:
         if statistics is None:
             return dict.fromkeys(names)
         counts = (
-            self._session.num_replica_tokens,
-            statistics.num_running,
-            statistics.num_waiting,
+            self._session.num_output_tokens,
+            self._session.num_running,
+            self._session.num_waiting,
             statistics.num_pages - statistics.num_free_pages,
             statistics.num_pages,
         )

@@ -103,11 +103,11 @@ _STEPS = (
 )
 
 _SAMPLES = (
-    _field("num_output_tokens", "int|null", "made so far by this replica (its head)"),
-    _field("num_running", "int|null", "sequences in its slots (its head)"),
-    _field("num_waiting", "int|null", "its requests without a place yet (its head)"),
-    _field("kv_pages_used", "int|null", "pages of the cache in use (its head)"),
-    _field("num_kv_pages", "int|null", "pages there are (its head)"),
+    _field("num_output_tokens", "int|null", "made so far (heads; rank 0: of all replicas)"),
+    _field("num_running", "int|null", "sequences in slots (heads; rank 0: of all replicas)"),
+    _field("num_waiting", "int|null", "requests without a place (heads; rank 0: of all replicas)"),
+    _field("kv_pages_used", "int|null", "pages of its replica's cache in use (heads)"),
+    _field("num_kv_pages", "int|null", "pages there are (heads)"),
     _field("num_steps", "int", "steps that left this stage so far"),
     _field("cpu_percent", "float|null", "of one core, since the last sample"),
     _field("node_cpu_percent", "float|null", "of all cores of the node"),

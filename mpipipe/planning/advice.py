@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpipipe.config.schema import AUTO
@@ -19,6 +19,8 @@ _LEAST_GAIN = 0.02  # less is within what a forecast is good for
 _MOST_ROWS = 1024
 _LEAST_TOKENS = 256
 _MOST_REPLICAS = 64
+# Changes that leave as many stages on the same ranks.
+_KEEP_STAGES = frozenset({"rows", "tokens", "slots", "quantize", "memory", "context", "link"})
 _ETHERNET = ("1gbe", "10gbe", "25gbe", "100gbe", "hdr", "ndr")
 
 
@@ -52,17 +54,39 @@ def advise(outlook: Outlook, most: int = 3) -> tuple[Advice, ...]:
         advices = advise(by_rates, most)
         return tuple(replace(each, tokens_per_s=each.tokens_per_s * scale) for each in advices)
     now = outlook.forecast.tokens_per_s
-    best: dict[str, Advice] = {}
+    best: dict[str, tuple[Advice, _Change]] = {}
     for change in _changes(outlook):
-        found = _tried(change.job)
-        if found is None:
-            continue
-        tokens_per_s = found.forecast.tokens_per_s
-        advice = Advice(change.words, tokens_per_s, tokens_per_s / now - 1)
+        advice = _advice(change.words, _with_split(change, outlook), now)
         held = best.get(change.kind)
-        if advice.gain >= _LEAST_GAIN and (held is None or advice.gain > held.gain):
-            best[change.kind] = advice
-    return tuple(sorted(best.values(), key=lambda advice: -advice.gain)[:most])
+        if advice.gain >= _LEAST_GAIN and (held is None or advice.gain > held[0].gain):
+            best[change.kind] = (advice, change)
+    chosen = sorted(best.values(), key=lambda pair: -pair[0].gain)[:most]
+    told = [
+        advice
+        if _with_split(change, outlook) is change.job
+        else _advice(change.words, change.job, now)
+        for advice, change in chosen
+    ]
+    return tuple(sorted(told, key=lambda advice: -advice.gain))
+
+
+def _advice(words: str, job: PlannedJob, now: float) -> Advice:
+    """What `job` makes instead of `now` tokens per second; nothing if it cannot be planned."""
+    found = _tried(job)
+    tokens_per_s = 0.0 if found is None else found.forecast.tokens_per_s
+    return Advice(words, tokens_per_s, tokens_per_s / now - 1)
+
+
+def _with_split(change: _Change, outlook: Outlook) -> PlannedJob:
+    """The changed job with the split of now, where it has the same stages: for a first look.
+
+    What is told has a split of its own again.
+    """
+    plan, job = outlook.plan, change.job
+    keeps = change.kind in _KEEP_STAGES and plan.num_replicas == 1
+    if not keeps or job.config.pipeline.split != AUTO or plan.num_stages == 1:
+        return job
+    return job.having("pipeline", split=tuple(stage.num_layers for stage in plan.stages))
 
 
 def what_fits(job: PlannedJob, most: int = 3) -> tuple[Advice, ...]:
@@ -96,9 +120,10 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
     yield from _fewer(job)
     yield from _other_replicas(outlook)
     yield from _faster_link(job)
+    if job.config.pipeline.split != AUTO:
+        yield _Change("split", "pipeline.split=auto", job.having("pipeline", split=AUTO))
     if all(stage.offload is None for stage in outlook.plan.stages):  # else the plan has tried them
         yield from _other_limits(outlook)
-        yield from _other_splits(outlook)
     yield from _more_cache(outlook)
 
 
@@ -164,35 +189,6 @@ def _other_limits(outlook: Outlook) -> Iterator[_Change]:
         if number >= 1:
             changed = job.having("pipeline", num_slots=number)
             yield _Change("slots", f"pipeline.num_slots={number}", changed)
-
-
-def _other_splits(outlook: Outlook) -> Iterator[_Change]:
-    """One by the time that a layer takes on each stage, and its neighbours."""
-    plan, stages = outlook.plan, outlook.forecast.stages
-    split = [stage.num_layers for stage in plan.stages]
-    if len(split) == 1 or plan.num_replicas > 1:  # replicas may have different splits
-        return
-    busy_s = [stage.prefill_busy_s + stage.decode_busy_s for stage in stages]
-    speeds = [layers / seconds for layers, seconds in zip(split, busy_s, strict=True)]
-    tried = [_by_speed(sum(split), speeds)]
-    slowest, idlest = busy_s.index(max(busy_s)), busy_s.index(min(busy_s))
-    moved = list(split)
-    moved[slowest] -= 1
-    moved[idlest] += 1
-    tried.append(tuple(moved))
-    for found in dict.fromkeys(tried):
-        if min(found) >= 1 and list(found) != split:
-            words = f"pipeline.split={','.join(map(str, found))}"
-            yield _Change("split", words, outlook.job.having("pipeline", split=found))
-
-
-def _by_speed(num_layers: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Layers dealt one by one to the stage that is done first with one more; `speeds`: layers/s."""
-    split = [1] * len(speeds)
-    for _ in range(num_layers - len(speeds)):
-        done_s = [(layers + 1) / speed for layers, speed in zip(split, speeds, strict=True)]
-        split[done_s.index(min(done_s))] += 1
-    return tuple(split)
 
 
 def _more_cache(outlook: Outlook) -> Iterator[_Change]:

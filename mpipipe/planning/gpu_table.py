@@ -171,6 +171,7 @@ def _was_measured(entry: Mapping[str, Any]) -> bool:
     return not {"copy_share", "product_share", "memory_gb_per_s", "fp16", "bf16"}.isdisjoint(entry)
 
 
+@functools.cache
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9]+", name.lower()))
 

@@ -22,7 +22,7 @@ from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import choose_layout, make_plans
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
-from mpipipe.planning.split_search import search_split
+from mpipipe.planning.split_search import search_split, split_by_speed
 from mpipipe.planning.workload import Workload
 
 __all__ = ["plan_job"]
@@ -69,7 +69,8 @@ def plan_job(
 
     if config.pipeline.split == AUTO and _is_alike(plans):
         kinds = [(stage.host, ranks[stage.rank].gpu.name) for stage in plans[0].stages]
-        best = search_split(first, job_s, kinds)
+        starts = _by_speed(forecasts[first], plans[0], ranks)
+        best = search_split(first, job_s, kinds, starts)
     if best != first:
         reason = _reason(forecasts[best], forecasts[first], first)
         plans = job.plans(best, Resolved("pipeline.split", str(list(best)), reason))
@@ -107,6 +108,17 @@ class _Job:
 
 def _split(plan: PipelinePlan) -> _Split:
     return tuple(stage.num_layers for stage in plan.stages)
+
+
+def _by_speed(
+    forecast: JobForecast, plan: PipelinePlan, ranks: Sequence[RankResources]
+) -> list[_Split]:
+    """For unlike GPUs the split by what a layer took on each in the forecast; else none."""
+    if len({ranks[stage.rank].gpu.name for stage in plan.stages}) == 1:
+        return []
+    busy_s = [each.prefill_busy_s + each.decode_busy_s for each in forecast.stages]
+    speeds = [stage.num_layers / busy_s[stage.stage] for stage in plan.stages]
+    return [split_by_speed(plan.num_layers, speeds)]
 
 
 def _is_alike(plans: Sequence[PipelinePlan]) -> bool:

@@ -9,6 +9,7 @@ a step costs beside these. Seconds and bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import tempfile
@@ -41,6 +42,12 @@ __all__ = [
 ]
 
 _FORMAT = 1  # of the file; another number is another file name, so that old files are not read
+
+
+@functools.cache
+def _torch_version() -> str:
+    """It is read from a file, and a plan asks for it with every split that it tries."""
+    return package_versions(["torch"])["torch"] or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class ProfileKey:
             ranks_per_host=sharing,
             sampling=plan.sampling.needs.name or "NOTHING",
             mpipipe=__version__,
-            torch=package_versions(["torch"])["torch"] or "",
+            torch=_torch_version(),
         )
 
     @property

@@ -2,8 +2,8 @@
 
 A balance of costs (`partition`) suits one kind of step; a job has prompts and tokens, and the
 stage with most layers has the fewest KV pages for all. So candidates are judged by what the whole
-job takes. From the best of the splits that suit a lighter or a heavier LM head, one layer at a time
-moves from a stage to another, as long as that makes the job shorter.
+job takes. From the best of some splits (those that suit a lighter or a heavier LM head, or unlike
+devices) one layer at a time moves from a stage to another, as long as that makes the job shorter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mpipipe.planning.partition import split_layers
 
-__all__ = ["search_split"]
+__all__ = ["search_split", "split_by_speed"]
 
 _LEAST_GAIN = 0.002  # of the job's time: less is within the error of any prediction
 _MOST_TRIALS = 120
@@ -24,6 +24,7 @@ def search_split(
     first: tuple[int, ...],
     job_s: Callable[[tuple[int, ...]], float],
     kinds: Sequence[object],
+    starts: Sequence[tuple[int, ...]] = (),
 ) -> tuple[int, ...]:
     """The best split that is found near `first`.
 
@@ -31,6 +32,7 @@ def search_split(
         first: layers per stage.
         job_s: what a job takes with a split; infinity where it does not fit.
         kinds: of each stage; inner stages of one kind with as many layers are alike.
+        starts: other splits to look near; none: those that suit a lighter or a heavier head.
     """
     known: dict[tuple[int, ...], float] = {first: job_s(first)}  # first, so that it wins ties
 
@@ -44,13 +46,22 @@ def search_split(
     def is_better(candidate: tuple[int, ...]) -> bool:
         return seconds(candidate) < seconds(best) * (1 - _LEAST_GAIN)
 
-    for candidates in itertools.chain([_by_head(first)], itertools.repeat(None)):
+    for candidates in itertools.chain([starts or _by_head(first)], itertools.repeat(None)):
         found = min(candidates or _neighbours(best, kinds), key=seconds, default=best)
         if is_better(found):
             best = found
         elif candidates is None:
             break
     return best
+
+
+def split_by_speed(num_layers: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """Layers dealt one by one to the stage that is done first with one more; `speeds`: layers/s."""
+    split = [1] * len(speeds)
+    for _ in range(num_layers - len(speeds)):
+        done_s = [(layers + 1) / speed for layers, speed in zip(split, speeds, strict=True)]
+        split[done_s.index(min(done_s))] += 1
+    return tuple(split)
 
 
 def _by_head(split: Sequence[int]) -> list[tuple[int, ...]]:

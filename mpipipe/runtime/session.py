@@ -21,7 +21,7 @@ from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.known_times import known_times
 from mpipipe.planning.predict import predict
-from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
@@ -160,29 +160,34 @@ class Session:
         """
         return self._core.statistics() if self._core is not None else None
 
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens that the latest `generate` has made so far, on all replicas (rank 0)."""
-        return (
-            self.num_replica_tokens if self._dispatch is None else self._dispatch.num_output_tokens
-        )
+    # Of the latest `generate` so far: on rank 0 of all replicas, on another head of its own one.
 
     @property
-    def num_replica_tokens(self) -> int:
-        """Those of this replica (its head)."""
+    def num_output_tokens(self) -> int:
+        """Tokens made."""
+        if self._dispatch is not None:
+            return self._dispatch.num_output_tokens
         return self._runner.num_output_tokens if self._runner is not None else 0
 
     @property
     def num_running(self) -> int:
-        """Sequences in the slots of all replicas (rank 0)."""
+        """Sequences in slots."""
         if self._dispatch is not None:
             return self._dispatch.num_running
         statistics = self.statistics()
         return statistics.num_running if statistics is not None else 0
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a place."""
+        if self._dispatch is not None:
+            return self._dispatch.num_waiting
+        statistics = self.statistics()
+        return statistics.num_waiting if statistics is not None else 0
+
+    @property
     def num_preemptions(self) -> int:
-        """Of the latest `generate`, on all replicas (rank 0)."""
+        """Sequences that lost their pages."""
         if self._dispatch is not None:
             return self._dispatch.num_preemptions
         statistics = self.statistics()
@@ -190,7 +195,9 @@ class Session:
 
     @property
     def num_saved(self) -> int:
-        """Of the preemptions of this replica, those whose pages went to host memory (its head)."""
+        """Of the preemptions, those whose pages went to host memory."""
+        if self._dispatch is not None:
+            return self._dispatch.num_saved
         statistics = self.statistics()
         return statistics.num_saved if statistics is not None else 0
 
@@ -425,25 +432,7 @@ class Session:
         )
 
     def _make_core(self) -> SchedulerCore:
-        plan = self.plan
-        limits = SchedulerLimits(
-            num_slots=plan.num_slots,
-            max_sequences_per_slot=plan.max_sequences_per_slot,
-            max_tokens_per_step=plan.max_tokens_per_step,
-            num_pages=plan.num_kv_pages,
-            page_size=plan.page_size_tokens,
-            max_context_tokens=plan.max_context_tokens,
-            lookahead=plan.lookahead,
-            max_sequence_tokens=plan.max_sequence_tokens,
-            num_host_pages=plan.num_host_pages,
-            min_saved_tokens=plan.min_saved_tokens,
-        )
-        return SchedulerCore(
-            limits,
-            eos_token_ids=self._eos_token_ids(),
-            prefill=plan.prefill,
-            restart_tokens=plan.restart_tokens,
-        )
+        return SchedulerCore.of_plan(self.plan, self._eos_token_ids())
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         assert self._model is not None, "only a head schedules"

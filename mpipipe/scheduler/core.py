@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import Literal
+from typing import Literal, Self
 
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
@@ -43,6 +43,7 @@ from mpipipe.control_plane.messages import (
     PagesSaved,
     StepScheduled,
 )
+from mpipipe.planning.plan import PipelinePlan
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.instructions import (
     Closed,
@@ -99,6 +100,28 @@ class SchedulerCore:
         self._returned = -1  # the latest step that has come back
         self._num_sequences = 0
         self._num_finished = 0
+
+    @classmethod
+    def of_plan(cls, plan: PipelinePlan, eos_token_ids: Iterable[int]) -> Self:
+        """The scheduler of a run of `plan`."""
+        limits = SchedulerLimits(
+            num_slots=plan.num_slots,
+            max_sequences_per_slot=plan.max_sequences_per_slot,
+            max_tokens_per_step=plan.max_tokens_per_step,
+            num_pages=plan.num_kv_pages,
+            page_size=plan.page_size_tokens,
+            max_context_tokens=plan.max_context_tokens,
+            lookahead=plan.lookahead,
+            max_sequence_tokens=plan.max_sequence_tokens,
+            num_host_pages=plan.num_host_pages,
+            min_saved_tokens=plan.min_saved_tokens,
+        )
+        return cls(
+            limits,
+            eos_token_ids=eos_token_ids,
+            prefill=plan.prefill,
+            restart_tokens=plan.restart_tokens,
+        )
 
     @property
     def is_idle(self) -> bool:

@@ -143,6 +143,7 @@ class ReplicaLink:
             num_running=statistics.num_running,
             num_waiting=statistics.num_waiting,
             num_preemptions=statistics.num_preemptions,
+            num_saved=statistics.num_saved,
             starved_s=self._starved_s,
         )
         *parts, last = _in_parts(records, _num_output_tokens)
@@ -199,9 +200,20 @@ class Dispatch:
         return sum(replica.told.num_running for replica in self._replicas)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a place: here, and in the replicas as last told."""
+        waiting = sum(replica.told.num_waiting for replica in self._replicas)
+        return self._dispatcher.num_waiting + waiting
+
+    @property
     def num_preemptions(self) -> int:
         """Of all replicas, as last told."""
         return sum(replica.told.num_preemptions for replica in self._replicas)
+
+    @property
+    def num_saved(self) -> int:
+        """Of these, whose pages went to host memory."""
+        return sum(replica.told.num_saved for replica in self._replicas)
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

@@ -62,9 +62,9 @@ class FollowedSteps:
         )
         return work, needed
 
-    def restore(self, message: PagesRestored) -> None:
-        """A sequence that was preempted goes on, its tokens known to the first stage."""
-        self._prefilled[message.sequence_id] = (message.num_computed, -1)
+    def restore(self, restored: PagesRestored) -> None:
+        """A sequence goes on with the tokens in its pages, all of which the head knows."""
+        self._prefilled[restored.sequence_id] = (restored.num_computed, -1)
 
     def sampled(self, step: Step) -> tuple[int, ...]:
         """The sequences that `step`, the latest that was followed, samples, in its order."""

@@ -116,11 +116,12 @@ def read_recorded_run(files: RunFiles) -> RecordedRun:
     ]
     if not all(steps):
         raise _unusable(files, "it has no lines of steps (log.steps = none?)")
+    by_rank = {rank.rank: rank for rank in facts.ranks}
     head_us = [number(row, "head_us_per_step") or 0.0 for row in rows(metrics, "ranks")]
     measured = Measured(
         generate_s=facts.generate_s,
         num_output_tokens=sum(request.num_output_tokens for request in requests),
-        bubble_ratios=tuple([1 - _held_share(rank) for rank in facts.ranks]),
+        bubble_ratios=tuple([1 - _held_share(by_rank[stage.rank]) for stage in plan.stages]),
     )
     times = _times(steps)
     head = HeadTimes(

@@ -19,7 +19,7 @@ class StageResult:
     host: str
     num_layers: int
     compute_s: float
-    wait_s: float  # a step was scheduled, the stage before still computed its input
+    wait_s: float  # the stage before still computed the input, or the next was not there yet
     transfer_s: float  # the stage before was done, the input was not there
     send_s: float  # held up by sending
     idle_s: float  # nothing was scheduled

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.metrics.summary import percentile
+from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.simulation.result import DispatchLoad, HeadLoad, SimulationResult, StageResult
 from mpipipe.simulation.simulated_job import ReplicaParts, SimulatedJob
-from mpipipe.simulation.simulated_replica import core_of_plan
+from mpipipe.simulation.simulated_requests import STOP_ID
 from mpipipe.simulation.simulated_stages import SimulatedStages, StageUse
 from mpipipe.simulation.stage_times import HeadTimes, StageTimes, StepWork
 
@@ -60,10 +61,11 @@ class ReplicaPlan:
             num_slots=plan.num_slots,
             in_stream=plan.device == "cuda",
             launch_s=launch_s if plan.device == "cuda" else 0.0,
+            num_ranks=len(plan.ranks),
             keep_sequences=with_stops,
             trace_steps=trace_steps,
         )
-        return ReplicaParts(core_of_plan(plan), stages, self.capacity)
+        return ReplicaParts(SchedulerCore.of_plan(plan, (STOP_ID,)), stages, self.capacity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.metrics.log import NullLog
-from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
 from mpipipe.simulation.hand_driven import HandDriven, SimulatedInbox
 from mpipipe.simulation.simulated_requests import FILLER_ID, STOP_ID, scripted_stop
@@ -32,11 +31,11 @@ if TYPE_CHECKING:
 
     from mpipipe.control_plane.group import RankGroup
     from mpipipe.metrics.lines import RequestRecord
-    from mpipipe.planning.plan import PipelinePlan
+    from mpipipe.scheduler.core import SchedulerCore
     from mpipipe.scheduler.replicas import ReplicaLink
     from mpipipe.types import Request
 
-__all__ = ["HeadProcess", "MessageCount", "SimulatedReplica", "core_of_plan"]
+__all__ = ["HeadProcess", "MessageCount", "SimulatedReplica"]
 
 _TEXT_OF_TOKEN = "word"  # four bytes, as a token of English text has
 
@@ -69,28 +68,6 @@ class HeadProcess:
         return self.free_s
 
 
-def core_of_plan(plan: PipelinePlan) -> SchedulerCore:
-    """The scheduler that a run of `plan` has."""
-    limits = SchedulerLimits(
-        num_slots=plan.num_slots,
-        max_sequences_per_slot=plan.max_sequences_per_slot,
-        max_tokens_per_step=plan.max_tokens_per_step,
-        num_pages=plan.num_kv_pages,
-        page_size=plan.page_size_tokens,
-        max_context_tokens=plan.max_context_tokens,
-        lookahead=plan.lookahead,
-        max_sequence_tokens=plan.max_sequence_tokens or None,
-        num_host_pages=plan.num_host_pages,
-        min_saved_tokens=plan.min_saved_tokens,
-    )
-    return SchedulerCore(
-        limits,
-        eos_token_ids=(STOP_ID,),
-        prefill=plan.prefill,
-        restart_tokens=plan.restart_tokens,
-    )
-
-
 class _StageGroup:
     """What the runner sends to the ranks of its pipeline, and the tokens that come back."""
 
@@ -108,7 +85,7 @@ class _StageGroup:
         self._process = process
         self._times = times
         self._count = count
-        self._num_others = len(stages.uses) - 1
+        self._num_others = stages.num_ranks - 1
         self._stops: dict[int, list[int]] = {}  # by sequence: tokens made, and when it stops
         self.inbox: SimulatedInbox[tuple[int, Message]] = SimulatedInbox("the runner's")
 

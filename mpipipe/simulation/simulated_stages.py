@@ -9,7 +9,8 @@ sender has computed it and the receiver has come to it, and both stand still mea
 stage receives ids right before the step that needs them, or one round later, or when it has nothing
 else to do, and only then does the head know them (`stage/worker.py`).
 
-Edges that share a network card do not slow each other down.
+Edges that share a network card do not slow each other down, and KV pages move between device and
+host in no time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class StageUse:
     """What one stage did, in seconds; the rest of the time it waited or had nothing to do."""
 
     compute_s: float = 0.0
-    wait_s: float = 0.0  # a step was scheduled, the stage before still computed its input
+    wait_s: float = 0.0  # the stage before still computed the input, or the next was not there yet
     transfer_s: float = 0.0  # the stage before was done, the input was not there
     send_s: float = 0.0  # held up by sending
     free_s: float = 0.0  # when it has done all that was sent so far
@@ -47,6 +48,7 @@ class _Passage:
     came_s: float  # and the stage before was done with it
     begin_s: float  # its input was there
     end_s: float
+    sent_s: float  # the receiver had come to it
     left_s: float  # the result had left
 
 
@@ -69,6 +71,7 @@ class SimulatedStages:
         num_slots: in the ring.
         in_stream: as a GPU's queue does it: see above.
         launch_s: of a stage's host for each step, before its device can begin with it.
+        num_ranks: of all lanes of all stages; 0: a rank is a stage.
         keep_sequences: remember which sequences each step samples.
         trace_steps: of how many of the last steps to keep records.
     """
@@ -81,6 +84,7 @@ class SimulatedStages:
         num_slots: int,
         in_stream: bool,
         launch_s: float = 0.0,
+        num_ranks: int = 0,
         keep_sequences: bool = False,
         trace_steps: int = 0,
     ) -> None:
@@ -88,6 +92,7 @@ class SimulatedStages:
         self.records: list[deque[StepRecord]] = [
             deque(maxlen=trace_steps) for _ in range(num_stages if trace_steps else 0)
         ]
+        self.num_ranks = num_ranks or num_stages
         self._times = times
         self._num_slots = num_slots
         self._in_stream = in_stream and num_stages > 1
@@ -122,10 +127,6 @@ class SimulatedStages:
         returned = self._returning.popleft()
         return returned.step, returned.sequence_ids
 
-    def restore(self, message: PagesRestored) -> None:
-        """The head tells of pages that come back; the copies run beside the steps."""
-        self._followed.restore(message)
-
     def send(self, step: Step, scheduled_s: float) -> None:
         """The head sends `step`; all stages have the message at `scheduled_s`."""
         work, needed = self._followed.follow(step)
@@ -141,6 +142,10 @@ class SimulatedStages:
             returning.noticed_s = arrival_s
             self._num_claimed += 1
         self._returning.append(returning)
+
+    def restore(self, restored: PagesRestored) -> None:
+        """The pages of a sequence come back from host memory, before the next step, in no time."""
+        self._followed.restore(restored)
 
     def _tokens_ready_s(self, step: Step, needed: int, scheduled_s: float) -> float:
         """When the first stage has the tokens that `step` reads, and can begin with it."""
@@ -181,14 +186,14 @@ class SimulatedStages:
                 sent_s = end_s if end_s > due_s else due_s
                 begin_s = sent_s + hops_s[stage]
                 if stage:
-                    passages[-1].left_s = begin_s
+                    passages[-1].sent_s, passages[-1].left_s = sent_s, begin_s
             else:
                 sent_s = end_s if end_s > edges_free_s[stage] else edges_free_s[stage]
                 arrival_s = edges_free_s[stage] = sent_s + hops_s[stage]
                 begin_s = arrival_s if arrival_s > due_s else due_s
             came_s = end_s if end_s > due_s else due_s
             end_s = begin_s + compute_s[stage]
-            passages.append(_Passage(use.free_s, due_s, came_s, begin_s, end_s, end_s))
+            passages.append(_Passage(use.free_s, due_s, came_s, begin_s, end_s, end_s, end_s))
         self._book(step, passages, compute_s)
         return end_s + self._times.ids_s
 
@@ -197,9 +202,9 @@ class SimulatedStages:
         for stage, (use, passage) in enumerate(zip(self.uses, passages, strict=True)):
             use.free_s = passage.left_s
             use.compute_s += compute_s[stage]
-            use.wait_s += passage.came_s - passage.due_s
+            use.wait_s += passage.came_s - passage.due_s + passage.sent_s - passage.end_s
             use.transfer_s += passage.begin_s - passage.came_s
-            use.send_s += passage.left_s - passage.end_s
+            use.send_s += passage.left_s - passage.sent_s
             if counts:
                 use.steady_compute_s += compute_s[stage]
                 use.steady_s += passage.left_s - passage.free_s

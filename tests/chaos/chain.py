@@ -93,10 +93,13 @@ def attempt(job: Job, folder: Path, chain: int, num_ranks: int, blow: Blow | Non
     mark = uuid.uuid4().hex
     outputs = folder.parent / f"{folder.name}.outputs"
     outputs.mkdir(exist_ok=True)
-    output = outputs / f"{len(list(outputs.iterdir())) + 1}.txt"
+    number = len(list(outputs.iterdir())) + 1
+    output = outputs / f"{number}.txt"
+    # Of a chain every second attempt shares its prompts out to two replicas, also unequal ones.
+    replicas = 2 if number % 2 == 0 and num_ranks > 1 else 1
     started, began_s = time.time(), time.monotonic()
     with output.open("w+b") as said:
-        process = _start(job, folder, num_ranks, mark, said)
+        process = _start(job, folder, num_ranks, mark, said, f"pipeline.replicas={replicas}")
         try:
             dealt = None
             if blow is not None and _await_moment(job, folder, blow, process, started):
@@ -124,9 +127,9 @@ def attempt(job: Job, folder: Path, chain: int, num_ranks: int, blow: Blow | Non
 
 
 def _start(
-    job: Job, folder: Path, num_ranks: int, mark: str, said: IO[bytes]
+    job: Job, folder: Path, num_ranks: int, mark: str, said: IO[bytes], word: str
 ) -> subprocess.Popen[bytes]:
-    words = [f"output.dir={folder}", "output.resume=true", *job.words]
+    words = [f"output.dir={folder}", "output.resume=true", word, *job.words]
     words.append(f"pipeline.handshake_timeout_s={job.start_deadline_s}")
     words.append(f"pipeline.heartbeat_timeout_s={job.deadline_s}")
     command = [sys.executable, "-m", "mpipipe", "run", str(job.config), *words]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from mpipipe.bench.profile_points import MOST_DECODES, DecodeShape, PromptShape
 from mpipipe.bench.stage_timing import SliceOpener
 from mpipipe.clock import MonotonicClock
+from mpipipe.errors import ConfigError
 from mpipipe.kv_cache.layout import BatchLayout
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.models.adapter import StageModel
@@ -84,3 +86,10 @@ def test_steps_have_the_asked_for_rows_and_keys(
     assert [10] in decodes
     assert [18, 18] in decodes
     assert max(map(max, decodes)) <= 17 + MOST_DECODES
+
+
+def test_measuring_has_no_other_machine_and_no_other_work() -> None:
+    from mpipipe.cli.plan_measure import measure_command
+
+    with pytest.raises(ConfigError, match="--gpus plans for other ones"):
+        measure_command(Path("any"), [], {"--stages": None, "--gpus": "2 x t4"}, debug=False)

@@ -30,8 +30,8 @@ def made_parts(
     lookahead: int = 0,
     prefill: PrefillMode | None = None,
     num_pages: int = 10_000,
-    num_host_pages: int = 0,
     tokens_per_step: int = 512,
+    num_host_pages: int = 0,
     launch_s: float = 0.0,
     core_type: type[SchedulerCore] = SchedulerCore,
 ) -> ReplicaParts:

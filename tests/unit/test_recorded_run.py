@@ -22,7 +22,9 @@ from tests.unit.test_plan import make_plan
 IDENTITY = {"run": "0123456789ab", "attempt": 1, "job": None, "replica": 0}
 NO_TIME = SimulationOptions(HeadTimes(), trace_steps=10_000)
 REQUESTS = [RequestLengths(i, 5 + 7 * i % 40, 12, 12 if i % 3 else 4 + i % 7) for i in range(24)]
-PLAN = replace(make_plan(), max_sequences_per_slot=4, max_tokens_per_step=32)
+PLAN = replace(
+    make_plan(), max_sequences_per_slot=4, max_tokens_per_step=32, max_sequence_tokens=8192
+)
 
 
 @dataclass(frozen=True)

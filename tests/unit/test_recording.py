@@ -35,7 +35,9 @@ class FakeSession:
 
     gpu_uuid = "GPU-1"
     num_steps = 1
-    num_replica_tokens = 7
+    num_output_tokens = 7
+    num_running = 3
+    num_waiting = 2
 
     def __init__(self) -> None:
         self.ranks = SimpleNamespace(

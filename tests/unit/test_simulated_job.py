@@ -91,6 +91,26 @@ def test_lookahead_computes_one_token_too_many_of_what_stops() -> None:
     assert parts.core.statistics().num_steps > 5
 
 
+def test_pages_that_are_kept_in_host_memory_spare_work() -> None:
+    """Four places, and pages for two and a half of the sequences: some are preempted."""
+    found = []
+    for num_host_pages in (0, 40):
+        parts = made_parts(
+            ScriptedTimes((0.01,), (0.001,)),
+            num_stages=1,
+            num_pages=10,
+            num_host_pages=num_host_pages,
+        )
+        job = run_job(parts, alike(8, prompt=20, output=40))
+        assert job.deadlocks() == []
+        statistics = parts.core.statistics()
+        assert statistics.num_preemptions > 0
+        found.append((statistics.num_recomputed_tokens, job.clock.now_s()))
+    (recomputed, without_s), (spared, with_s) = found
+    assert recomputed > 0 == spared
+    assert with_s < without_s
+
+
 def test_two_replicas_are_twice_as_fast_as_one() -> None:
     requests = alike(16, prompt=8, output=101)
     one = run_job(made_parts(uniform(2), num_stages=2), requests).clock.now_s()

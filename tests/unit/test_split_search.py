@@ -13,7 +13,7 @@ from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.known_times import KnownTimes
 from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.resolve import make_plan
-from mpipipe.planning.split_search import search_split
+from mpipipe.planning.split_search import search_split, split_by_speed
 from mpipipe.planning.workload import Workload
 from mpipipe.topology.gpu import GpuFacts
 from tests.unit.model_specs import OPENLLAMA_7B, SMOL
@@ -168,3 +168,19 @@ def test_replicas_that_are_alike_take_one_split() -> None:
     assert [split_of(plan) for plan in plans] == [[13, 13, 4]] * 2
     for plan in plans:
         assert sum(stage.cost_share for stage in plan.stages) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_unlike_devices_get_layers_by_their_speed() -> None:
+    assert split_by_speed(10, (4.0, 1.0)) == (8, 2)
+    assert split_by_speed(3, (100.0, 1.0, 1.0)) == (1, 1, 1)
+
+
+def test_the_search_looks_near_the_starts_that_it_is_given() -> None:
+    """One layer after the other it would not come so far: every step costs."""
+
+    def job_s(split: tuple[int, ...]) -> float:
+        return 1.0 if split == (9, 1) else 2.0 + 0.0001 * split[0]
+
+    assert search_split((5, 5), job_s, ["a", "b"]) == (5, 5)
+    assert search_split((5, 5), job_s, ["a", "b"], [(8, 2)]) == (5, 5)
+    assert search_split((5, 5), job_s, ["a", "b"], [(9, 1)]) == (9, 1)
