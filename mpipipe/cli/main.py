@@ -76,10 +76,7 @@ _LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLi
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
-_RanksHere = Annotated[
-    int | None,
-    typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
-]
+_RANKS_HERE = typer.Option("--stages", "-n", min=1, help="Ranks here.", show_default=False)
 _COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
@@ -120,7 +117,7 @@ def plan(
     *,
     config: ConfigPath,
     overrides: Overrides = None,
-    stages: _RanksHere = None,
+    stages: Annotated[int | None, _RANKS_HERE] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", help=_GPUS, show_default=False)] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help=_NODES)] = None,
     link: Annotated[str | None, typer.Option("--link", help=_LINK, show_default=False)] = None,
