@@ -111,7 +111,7 @@ def _decide(joined: Joined[None]) -> Brief:
     model = joined.model
     assert model is not None, "the head decides"
     config, spec = model.loaded.config, model.spec
-    pipeline = replace(config.pipeline, num_stages=AUTO, replicas=1, split=AUTO)
+    pipeline = replace(config.pipeline, num_stages=AUTO, replicas=1, tensor_parallel=1, split=AUTO)
     memory = MemoryConfig(page_size_tokens=config.memory.page_size_tokens)
     memory = replace(memory, cuda_graphs=config.memory.cuda_graphs, kv_cache=config.memory.kv_cache)
     few = replace(spec, num_layers=len(joined.resources))

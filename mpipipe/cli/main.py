@@ -72,17 +72,11 @@ _GPUS = (
     "l4, l40s, a100-40, a100-80, h200, rtx3090, rtx4090 …"
 )
 _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
-_LINK = (
-    "Between nodes: 1GbE, 10GbE (default), 25GbE, 100GbE, HDR, NDR; on one node between its GPUs: "
-    "NVLink, PCIe3, PCIe4, PCIe5."
-)
+_LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLink, PCIe3 … PCIe5."
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
 _PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
-_RanksHere = Annotated[
-    int | None,
-    typer.Option("--stages", "-n", min=1, help="Ranks here to plan for.", show_default=False),
-]
+_RANKS_HERE = typer.Option("--stages", "-n", min=1, help="Ranks here.", show_default=False)
 _COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
 _VERIFY = "Only check the staged folder SRC against its manifest."
@@ -123,7 +117,7 @@ def plan(
     *,
     config: ConfigPath,
     overrides: Overrides = None,
-    stages: _RanksHere = None,
+    stages: Annotated[int | None, _RANKS_HERE] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", help=_GPUS, show_default=False)] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help=_NODES)] = None,
     link: Annotated[str | None, typer.Option("--link", help=_LINK, show_default=False)] = None,
@@ -145,8 +139,7 @@ def plan(
         from mpipipe.cli.plan_measure import measure_command
 
         others = {"--stages": stages, "--gpus": gpus, "--work": work, "--from": from_run}
-        measure_command(config, overrides or [], others, debug=debug)
-        return
+        raise typer.Exit(measure_command(config, overrides or [], others, debug=debug))
     from mpipipe.cli.plan import PlanRequest, plan_command
 
     request = PlanRequest(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mpipipe.bench.profile import Kept, measure_profiles
 from mpipipe.clock import MonotonicClock
-from mpipipe.errors import ConfigError
+from mpipipe.errors import EXIT_OK, ConfigError
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.progress import run_async
 from mpipipe.topology.process import process_age_s
@@ -27,8 +27,8 @@ _WIDTH = 100  # where the output is no terminal, as under mpirun
 
 def measure_command(
     config: Path, overrides: Sequence[str], others: Mapping[str, object], *, debug: bool
-) -> None:
-    """Measure, keep the profile, and print what was measured.
+) -> int:
+    """Measure, keep the profile, and print what was measured; returns the exit code.
 
     `others`: options of `mpipipe plan` that say what else is planned for; None: not given.
 
@@ -49,6 +49,7 @@ def measure_command(
         console.width = _WIDTH
     for each in kept:
         _print(each, console)
+    return EXIT_OK
 
 
 def _print(kept: Kept, console: Console) -> None:

@@ -21,6 +21,7 @@ __all__ = ["SharedBuffer", "open_shared_buffer"]
 # Beyond it each lane would read more than NCCL moves; 32 rows of Llama-3-8B.
 _MOST_BYTES = 256 << 10
 _ALIGNMENT = 16
+_TRIAL_ELEMENTS = 4096
 _TYPES = frozenset({torch.float32, torch.bfloat16})  # that torch's kernel adds
 
 
@@ -61,7 +62,21 @@ def open_shared_buffer(group: ProcessGroup, device: torch.device) -> SharedBuffe
     assert memory is not None, "as all lanes"
     if not _all_have(_is_mapped(memory, group), group, device):
         return None
-    return SharedBuffer(memory, group.group_name)
+    shared = SharedBuffer(memory, group.group_name)
+    return shared if _all_have(_adds_up(shared, group, device), group, device) else None
+
+
+def _adds_up(shared: SharedBuffer, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether a trial sum is right; the second one uses the memory again."""
+    for scale in (1.0, 3.0):
+        own = torch.full((_TRIAL_ELEMENTS,), scale * (group.rank() + 1), device=device)
+        expected = scale * group.size() * (group.size() + 1) / 2
+        try:
+            if not bool((shared.sum_of(own) == expected).all()):
+                return False
+        except RuntimeError:
+            return False
+    return True
 
 
 def _allocated(device: torch.device) -> torch.Tensor | None:

@@ -86,6 +86,12 @@ class HostPages:
             torch.cuda.current_stream(self._device).wait_event(event)
         self._moving = {page: event for page, event in self._moving.items() if not event.query()}
 
+    def finish(self) -> None:
+        """Wait for all copies: the steps before them are done, and the memory may go then."""
+        if self._copies is not None:
+            self._copies.synchronize()
+        self._moving.clear()
+
     def use(self) -> PageMoveUse:
         """What was moved so far."""
         self._collect()

@@ -14,6 +14,7 @@ from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_limits import StepLimits
+from mpipipe.planning.tensor_parallel import lane_spec
 
 __all__ = ["predict"]
 
@@ -58,6 +59,7 @@ def predict(
 def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: JobForecast) -> int:
     """Weights, cache, and what the largest step needs; on a CPU of the cache what is written to."""
     on_gpu, stage = plan.device == "cuda", plan.stages[number]
+    spec = lane_spec(replace(spec, quantized=plan.quantize), plan.tensor_parallel)
     page_bytes = kv_page_bytes(
         spec,
         plan.dtype,
@@ -72,6 +74,5 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: Jo
         max_tokens_per_step=plan.max_tokens_per_step,
         max_context_tokens=plan.max_context_tokens,
     )
-    spec = replace(spec, quantized=plan.quantize)
     work_bytes = limits.step_bytes(spec, plan.dtype, plan.sampling, has_head=stage.has_head)
     return stage.device_weight_bytes + num_pages * page_bytes + work_bytes

@@ -61,6 +61,7 @@ class ProfileKey:
     attention: str
     cuda_graphs: bool
     threads_per_rank: int  # that compute; 1 on GPUs
+    num_lanes: int  # ranks that share a stage
     ranks_per_host: int  # that compute side by side on a host's cores; 1 on GPUs
     sampling: str  # operations of the sampler, e.g. "NOTHING" for greedy
     mpipipe: str
@@ -92,6 +93,7 @@ class ProfileKey:
             attention=plan.attention,
             cuda_graphs=plan.cuda_graphs,
             threads_per_rank=1 if on_gpu else plan.threads_per_rank,
+            num_lanes=plan.tensor_parallel,
             ranks_per_host=sharing,
             sampling=plan.sampling.needs.name or "NOTHING",
             mpipipe=__version__,

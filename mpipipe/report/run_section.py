@@ -154,15 +154,25 @@ def _batch(pipeline: Mapping[str, Any]) -> str:
     return NOTHING
 
 
+def _stage_name(run: RunLines, place: int) -> str:
+    """Of the rank that reported in this place; ranks that share a stage are told apart."""
+    reports = (run.metrics or {}).get("ranks") or []
+    if place >= len(reports):
+        return f"stage {place}"
+    places = [(report.get("replica"), report["stage"]["stage"]) for report in reports]
+    name = f"stage {places[place][1]}"
+    return f"{name}, rank {reports[place]['rank']}" if places.count(places[place]) > 1 else name
+
+
 def _stage_table(run: RunLines) -> Table | None:
     rows = []
-    for number_of_stage, parts in enumerate(_parts(run)):
+    for place, parts in enumerate(_parts(run)):
         generating_s = sum(parts[part] for part in PARTS[:-1])
         bubble = 1 - parts["compute"] / generating_s if generating_s else None
         rows.append(
             (
-                _words(f"stage {number_of_stage}"),
-                _words(_host(run, number_of_stage)),
+                _words(_stage_name(run, place)),
+                _words(_host(run, place)),
                 *(Cell(number(parts[part])) for part in PARTS),
                 Cell(number(None if bubble is None else 100 * bubble)),
             )

@@ -105,6 +105,8 @@ class StageEngine:
 
     def clear(self) -> None:
         """The end of a generate call: forget all sequences."""
+        if self._host_pages is not None:
+            self._host_pages.finish()
         for batch in self._batches:
             batch.clear()
         self.close(self.request_table.open_ids())

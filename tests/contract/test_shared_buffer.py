@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from mpipipe.data_plane.shared_buffer import SharedBuffer
+from mpipipe.data_plane.shared_buffer import SharedBuffer, _adds_up
 
 BUFFER = SharedBuffer(torch.zeros(256 << 10, dtype=torch.uint8), "lanes")
 
@@ -38,3 +40,29 @@ def test_it_is_viewed_as_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.symm_mem, "one_shot_all_reduce_copy", add)
     BUFFER.sum_of(torch.zeros(3, 8, dtype=torch.bfloat16))
     assert seen == [(torch.Size([3, 8]), torch.bfloat16, "lanes")]
+
+
+class Pair:
+    """A group of two lanes, of which this is the second."""
+
+    @staticmethod
+    def rank() -> int:
+        return 1
+
+    @staticmethod
+    def size() -> int:
+        return 2
+
+
+@pytest.mark.parametrize(("factor", "is_right"), [(1.5, True), (1.0, False)])
+def test_a_trial_sum_tells_whether_the_lanes_are_added(
+    factor: float, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first lane has half of what the second has, so the sum is 1.5 times as much."""
+
+    def add(_: object, partial: torch.Tensor, *__: object) -> torch.Tensor:
+        return partial * factor
+
+    monkeypatch.setattr(torch.ops.symm_mem, "one_shot_all_reduce_copy", add)
+    group: Any = Pair()
+    assert _adds_up(BUFFER, group, torch.device("cpu")) is is_right

@@ -180,7 +180,7 @@ def test_a_cache_without_pages_moves_none() -> None:
 # ---- the cache of some layers in host memory -----------------------------------------------------
 
 
-def small(kv_host_bytes: int | str = "auto", **fields: Any) -> PipelinePlan:
+def small(kv_host_bytes: int | str = 70 * GIB, **fields: Any) -> PipelinePlan:
     """A model of 12.6 GiB on a device of 4 GiB, whose cache is what limits its rows."""
     memory = MemoryConfig(device_bytes=4 * GIB, kv_host_bytes=kv_host_bytes)
     memory = replace(memory, **fields)
@@ -222,7 +222,7 @@ def test_the_cache_of_layers_goes_to_host_memory_where_that_lets_more_rows_run()
 
 
 def test_device_and_host_hold_what_is_planned() -> None:
-    for kv_host_bytes in ("auto", 6 * GIB):
+    for kv_host_bytes in (70 * GIB, 6 * GIB):
         made = small(kv_host_bytes)
         (stage,) = made.stages
         assert stage.offload is not None
@@ -231,7 +231,7 @@ def test_device_and_host_hold_what_is_planned() -> None:
         on_device = (made.num_kv_pages + 1) * stage.num_kv_device_layers * layer_page
         in_host = (made.num_kv_pages + 1) * len(stage.kv_in_host.layers) * layer_page
         assert stage.offload.device_bytes + on_device < 4 * GIB
-        assert in_host <= (6 * GIB if kv_host_bytes != "auto" else 70 * GIB)
+        assert in_host <= kv_host_bytes
         assert in_host + stage.offload.host_bytes <= 98.5 * GIB
 
 
@@ -247,8 +247,15 @@ def test_a_cache_whose_size_is_asked_for_stays_on_the_device() -> None:
     assert small(kv_cache_bytes=GIB).stages[0].kv_in_host is None
 
 
+def test_no_layers_cache_leaves_the_device_unasked() -> None:
+    """What kernels reach over the link was not timed on a GPU."""
+    made = small("auto")
+    assert made.stages[0].kv_in_host is None
+    assert not layers_reason(made)
+
+
 def test_where_it_gains_nothing_the_plan_says_so() -> None:
-    made = plan(gpus(1))
+    made = plan(gpus(1), 40 * GIB)
     assert made.stages[0].kv_in_host is None
     assert "all of the KV cache is on the devices" in layers_reason(made)
     assert "with a part of it in host memory" in layers_reason(made)

@@ -297,7 +297,7 @@ def test_what_would_avoid_it_holds_when_it_is_tried() -> None:
 
 
 def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
-    memory = MemoryConfig(device_bytes=4 * 10**9)
+    memory = MemoryConfig(device_bytes=43 * 10**8)
     (note,) = [e for e in plan(t4(1), memory).resolved if e.setting == "memory.offload"]
     narrow = plan(t4(1), memory, model=ModelConfig(quantize="int8"))
     brought = offload(narrow).forecast.host_bytes / GIB

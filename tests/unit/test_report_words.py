@@ -402,6 +402,18 @@ def test_records_of_other_cases_cannot_be_compared(tmp_path: Path) -> None:
 # ---- a single run, and what is no report ---------------------------------------------------------
 
 
+def test_ranks_that_share_a_stage_are_told_apart(tmp_path: Path) -> None:
+    folder = made_experiments.make_run_folder(tmp_path / "run")
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for report in metrics["ranks"]:
+        report["stage"]["stage"] = 0
+    path.write_text(json.dumps(metrics))
+    text = make_report(folder).files["report.md"].decode()
+    assert "| stage 0, rank 0 | " in text
+    assert "| stage 0, rank 1 | " in text
+
+
 def test_a_run_has_a_page_with_its_figures(tmp_path: Path) -> None:
     folder = made_experiments.make_run_folder(tmp_path / "run")
     files = make_report(folder).files
