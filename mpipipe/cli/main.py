@@ -45,6 +45,7 @@ bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
 app.command()(simulate)
+bench.command("dispatch")(bench_dispatch)
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
 
@@ -280,9 +281,6 @@ def bench_control(debug: Debug = False) -> None:
     from mpipipe.cli.bench import control_command
 
     raise typer.Exit(control_command(debug=debug))
-
-
-bench.command("dispatch")(bench_dispatch)
 
 
 @bench.command("throughput")

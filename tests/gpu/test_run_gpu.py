@@ -268,7 +268,8 @@ def test_lanes_of_a_stage_together_give_the_models_tokens(
     assert plan["transport"] == "nccl"
     assert len(plan["stages"]) == num_ranks // 2
     alone = [rank["weight_bytes"] for rank in outcome.json("metrics.json")["ranks"]]
-    assert alone[0] == alone[1]  # the lanes of a stage hold equally much
+    # The lanes of a stage hold equally much, but for biases that one lane adds.
+    assert alone[0] == pytest.approx(alone[1], rel=0.01)
 
 
 def _one_gpu() -> str:
