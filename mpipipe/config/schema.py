@@ -153,7 +153,7 @@ class MemoryConfig:
     kv_host_bytes: int | str = AUTO
     """Host memory of each rank for KV pages, pinned on a GPU rank: the cache of some layers, so
     that more rows run, or the pages of preempted sequences, which are computed anew otherwise;
-    `auto`: on GPU ranks, where the plan predicts a gain; 0: none."""
+    `auto`: on GPU ranks for preempted sequences, where the plan predicts a gain; 0: none."""
     num_kv_pages: int | str = AUTO
     """Pages of KV cache, the same on every rank; wins over `kv_cache_bytes`."""
     page_size_tokens: int = 16
