@@ -1,8 +1,8 @@
 """Examines the configured job on all ranks, without loading it: folders, prompts, plan, memory.
 
-The plan is the one that a new `mpipipe run` would make: from the same handshake, and from prompts
-that are tokenised; when these are many, from the longest of them. `checks.job` says what the
-figures mean.
+The plans are those that a new `mpipipe run` would make, one for each replica: from the same
+handshake, and from prompts that are tokenised; when these are many, from the longest of them.
+`checks.job` says what the figures mean.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.load import LoadedConfig
 from mpipipe.config.prompts import PromptLine, configured_prompts
 from mpipipe.config.schema import AUTO
@@ -34,10 +35,11 @@ from mpipipe.doctor.probes.folders import (
 from mpipipe.errors import EXIT_CONFIG, MpipipeError, OutputError
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.model_facts import ModelFacts
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.rank_rooms import CPU_LIBRARY_BYTES, GPU_LIBRARY_BYTES
-from mpipipe.planning.resolve import deepspeed_warnings, make_plan
+from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.run_folder.files import holds_run
@@ -89,21 +91,21 @@ async def examine_job(
         for text in loaded.warnings
     ]
     lines = _read_prompts(loaded if model is None else model.loaded, findings)
-    plan = None
+    plans: tuple[PipelinePlan, ...] = ()
     if model is not None:
         workload = _workload(model, lines, findings, quick=quick)
-        plan = _plan(loaded, model, resources, workload, findings)
-    stage_bytes = max((stage.weight_bytes for stage in plan.stages), default=0) if plan else 0
+        plans = _plans(loaded, model, resources, workload, findings)
+    stage_bytes = max((stage.weight_bytes for stage in _stages(plans)), default=0)
     findings += check_folders(
         folders,
         container=facts[0].node.container,
         largest_stage_bytes=stage_bytes,
         demo=loaded.config.model.path.startswith("demo:"),
     )
-    findings += check_offload(folders, _offload_needs(plan))
+    findings += check_offload(folders, _offload_needs(_stages(plans)))
     findings += _run_folder(loaded)
-    if plan is not None and model is not None:
-        findings += [check_memory(demand) for demand in _demands(plan, model, facts)]
+    if model is not None:
+        findings += [check_memory(demand) for demand in _demands(plans, model, facts)]
     return findings
 
 
@@ -178,16 +180,16 @@ def _guessed_tokens(line: PromptLine) -> float:
     return letters / 4 + (line.sampling.max_new_tokens if line.sampling is not None else 0)
 
 
-def _plan(
+def _plans(
     loaded: LoadedConfig,
     model: ModelFacts,
     resources: Sequence[RankResources],
     workload: Workload,
     findings: list[Finding],
-) -> PipelinePlan | None:
-    """The plan that a run would make; or why there is none, in a finding."""
+) -> tuple[PipelinePlan, ...]:
+    """Of every replica, as a run would plan it; none: the reason is in a finding."""
     try:
-        plan = make_plan(
+        plans = plan_job(
             model.loaded.config,
             model.spec,
             resources,
@@ -195,25 +197,28 @@ def _plan(
             workload,
             notes=model.notes,
         )
-        told = deepspeed_warnings(loaded, plan)
+        told = deepspeed_warnings(loaded, plans[0])
     except MpipipeError as error:
         findings.append(Finding.of_error("job.plan", error))
-        return None
-    findings.append(check_plan(plan))
+        return ()
+    findings.append(check_plan(plans[0]))
     findings += [
         warning("job.plan", text, "ds_config.json says otherwise", "change one of the two")
         for text in told
     ]
-    return plan
+    return plans
 
 
-def _offload_needs(plan: PipelinePlan | None) -> dict[str, int]:
+def _stages(plans: Sequence[PipelinePlan]) -> list[StagePlan]:
+    """Of all replicas."""
+    return [stage for plan in plans for stage in plan.stages]
+
+
+def _offload_needs(stages: Sequence[StagePlan]) -> dict[str, int]:
     """Bytes in `memory.offload_dir` by host."""
     needed: dict[str, int] = {}
-    if plan is None:
-        return needed
-    for stage in plan.stages:
-        needed[stage.host] = max(offload_need(plan.stages, stage)[0], needed.get(stage.host, 0))
+    for stage in stages:
+        needed[stage.host] = max(offload_need(stages, stage)[0], needed.get(stage.host, 0))
     return needed
 
 
@@ -252,25 +257,40 @@ def _host_pages(plan: PipelinePlan, stages: Sequence[StagePlan], *, on_cpu: bool
     return plan.num_host_pages + plan.num_kv_pages * in_host // num_layers
 
 
-def _demands(plan: PipelinePlan, model: ModelFacts, facts: Sequence[RankFacts]) -> list[HostDemand]:
-    """Memory by host. On GPUs only what is offloaded of weights and KV cache."""
-    on_cpu, device = plan.device == "cpu", "cpu" if plan.device == "cpu" else "cuda"
-    demands = []
-    for host in dict.fromkeys(stage.host for stage in plan.stages):
-        stages = [stage for stage in plan.stages if stage.host == host]
+def _host_kv_bytes(plan: PipelinePlan, spec: ModelSpec, host: str, *, on_cpu: bool) -> int:
+    """KV cache that a replica keeps in the memory of a host, of all lanes together."""
+    stages = [stage for stage in plan.stages if stage.host == host]
+    if not stages:
+        return 0
+    page_bytes = kv_page_bytes(
+        spec,  # whole: the lanes of a stage share its heads
+        plan.dtype,
+        num_layers=sum(stage.num_layers for stage in stages),
+        page_size_tokens=plan.page_size_tokens,
+    )
+    return _host_pages(plan, stages, on_cpu=on_cpu) * page_bytes
+
+
+def _demands(
+    plans: Sequence[PipelinePlan], model: ModelFacts, facts: Sequence[RankFacts]
+) -> list[HostDemand]:
+    """Memory by host, of all replicas. On GPUs only what is offloaded of weights and KV cache."""
+    if not plans:
+        return []
+    on_cpu = plans[0].device == "cpu"
+    device, demands = "cpu" if on_cpu else "cuda", []
+    for host in dict.fromkeys(stage.host for stage in _stages(plans)):
+        stages = [stage for stage in _stages(plans) if stage.host == host]
         node = next(rank.node for rank in facts if rank.host == host)
-        page_bytes = kv_page_bytes(
-            model.spec,
-            plan.dtype,
-            num_layers=sum(stage.num_layers for stage in stages),
-            page_size_tokens=plan.page_size_tokens,
-        )
+        num_ranks = sum(len(stage.ranks) for stage in stages)
         demands.append(
             HostDemand(
                 host,
                 weight_bytes=sum(_host_weight_bytes(stage, on_cpu=on_cpu) for stage in stages),
-                kv_bytes=_host_pages(plan, stages, on_cpu=on_cpu) * page_bytes,
-                library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * len(stages),
+                kv_bytes=sum(
+                    _host_kv_bytes(plan, model.spec, host, on_cpu=on_cpu) for plan in plans
+                ),
+                library_bytes=_SHARED_BYTES[device] + _OWN_BYTES[device] * num_ranks,
                 available_bytes=node.memory_available,
                 limit_bytes=node.memory_limit,
             )

@@ -11,13 +11,18 @@ import pytest
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import PromptLine, configured_prompts
 from mpipipe.doctor import job
+from mpipipe.doctor.checks.job import HostDemand
+from mpipipe.doctor.facts import NodeFacts, RankFacts
 from mpipipe.doctor.finding import Finding, Severity
 from mpipipe.errors import CheckpointError, OutputError
 from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.planning.plan import PipelinePlan, StageOffload, StagePlan
+from mpipipe.planning.rank_rooms import CPU_LIBRARY_BYTES
 from mpipipe.planning.workload import Workload
 from mpipipe.run_folder.files import prepare_run_folder
 from mpipipe.runtime.requests import Prepared, PreparedPrompts, workload_of
 from mpipipe.types import Request
+from tests.unit.planned_rank import GIB, make_rank
 
 BENCH = Path(__file__).parents[2] / "configs/bench_gpu.toml"
 
@@ -149,3 +154,64 @@ def test_what_needs_no_tokenizer_is_known_in_a_hurry_too(
     workload = job._workload(model, lines, [], quick=True)
     assert workload.num_requests == 2
     assert workload.sampling is not None
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def plans_of(
+    num_ranks: int, *words: str
+) -> tuple[ModelFacts, tuple[PipelinePlan, ...], list[Finding]]:
+    """As the doctor plans for ranks without GPUs, two on each host."""
+    loaded = load_config(BENCH, ["pipeline.device=cpu", *words])
+    model, findings = read_model(loaded), list[Finding]()
+    ranks = [make_rank(rank, f"node{rank // 2}") for rank in range(num_ranks)]
+    workload = Workload(num_requests=8, longest_request_tokens=64)
+    return model, job._plans(loaded, model, ranks, workload, findings), findings
+
+
+def demands_of(num_ranks: int, *words: str) -> list[HostDemand]:
+    model, plans, _ = plans_of(num_ranks, *words)
+    node = NodeFacts(memory_available=64 * GIB)
+    facts = [RankFacts(rank, f"node{rank // 2}", node=node) for rank in range(num_ranks)]
+    return job._demands(plans, model, facts)
+
+
+def test_memory_is_that_of_all_replicas() -> None:
+    """Two replicas on two hosts: the first one's plan does not name the second host."""
+    words = ("pipeline.num_stages=2", "memory.num_kv_pages=64")
+    (alone,) = demands_of(2, *words)
+    first, second = demands_of(4, *words, "pipeline.replicas=2")
+    assert (first.host, second.host) == ("node0", "node1")
+    assert first.weight_bytes == second.weight_bytes == alone.weight_bytes > 0
+    assert first.library_bytes == second.library_bytes == alone.library_bytes
+
+
+def test_replicas_on_one_host_need_their_memory_together() -> None:
+    words = ("pipeline.num_stages=1", "memory.num_kv_pages=64")
+    (alone,) = demands_of(1, *words)
+    (both,) = demands_of(2, *words, "pipeline.replicas=2")
+    assert both.weight_bytes == 2 * alone.weight_bytes
+    assert both.kv_bytes == 2 * alone.kv_bytes > 0
+
+
+def test_each_lane_has_libraries_of_its_own() -> None:
+    (alone,) = demands_of(1, "pipeline.num_stages=1")
+    (shared,) = demands_of(2, "pipeline.num_stages=1", "pipeline.tensor_parallel=2")
+    assert shared.library_bytes - alone.library_bytes == CPU_LIBRARY_BYTES
+
+
+def test_the_finding_of_the_plan_tells_replicas_and_lanes() -> None:
+    *_, (finding,) = plans_of(2, "pipeline.num_stages=1", "pipeline.replicas=2")
+    assert finding.what.startswith("2 replicas, the first of 1 stage of ")
+    *_, (finding,) = plans_of(2, "pipeline.num_stages=1", "pipeline.tensor_parallel=2")
+    assert " layers on 2 ranks each in " in finding.what
+
+
+def test_disk_space_is_wanted_for_all_replicas() -> None:
+    def stage(rank: int, host: str, disk_bytes: int) -> StagePlan:
+        offload = StageOffload(device_bytes=1, disk_bytes=disk_bytes)
+        return StagePlan(0, rank, host, 0, 2, True, True, 9, 1.0, offload=offload)
+
+    stages = [stage(0, "a", 5), stage(1, "a", 7), stage(2, "b", 11)]
+    assert job._offload_needs(stages) == {"a": 12, "b": 11}

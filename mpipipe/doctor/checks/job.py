@@ -146,13 +146,15 @@ def check_prompts(lines: Sequence[PromptLine]) -> Finding:
 
 
 def check_plan(plan: PipelinePlan) -> Finding:
-    """What would run where."""
+    """What would run where; of several replicas, whose plan is the first one's."""
+    replicas = f"{plan.num_replicas} replicas, the first of " if plan.num_replicas > 1 else ""
+    lanes = f" on {plan.tensor_parallel} ranks each" if plan.tensor_parallel > 1 else ""
     split = " + ".join(str(stage.num_layers) for stage in plan.stages)
     stages = f"{plan.num_stages} stage{'s' * (plan.num_stages > 1)}"
     tensors = f", tensors over {plan.transport}" if plan.num_stages > 1 else ""
     return ok(
         "job.plan",
-        f"{stages} of {split} layers in {plan.dtype} on {plan.device}{tensors}, "
+        f"{replicas}{stages} of {split} layers{lanes} in {plan.dtype} on {plan.device}{tensors}, "
         f"{plan.num_kv_pages} KV pages (mpipipe plan shows all)",
         num_stages=plan.num_stages,
     )
