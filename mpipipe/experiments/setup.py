@@ -141,6 +141,7 @@ def _asked(
         added = (*added, f"pipeline.threads_per_rank={threads}")
     loaded = load_config(config, (*words, *added))
     _check_split(loaded, options)
+    _check_lanes(loaded)
     return _Asked(loaded, added, num_prompts, digest, made)
 
 
@@ -203,6 +204,16 @@ def _check_split(loaded: LoadedConfig, options: ExperimentOptions) -> None:
         raise ConfigError(
             f"pipeline.split = {list(split)} is for {len(split)} stages, and the experiment has "
             f"{', '.join(map(str, options.stages))}: set pipeline.split=auto"
+        )
+
+
+def _check_lanes(loaded: LoadedConfig) -> None:
+    num_lanes = loaded.config.pipeline.tensor_parallel
+    if num_lanes > 1:
+        raise ConfigError(
+            f"pipeline.tensor_parallel = {num_lanes}: an experiment starts one rank for each "
+            "stage; set pipeline.tensor_parallel=1, and time lanes with `mpipipe bench throughput "
+            f"… pipeline.tensor_parallel={num_lanes}`"
         )
 
 

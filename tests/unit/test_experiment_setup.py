@@ -101,6 +101,7 @@ def test_the_same_command_finds_its_matrix_and_an_edited_file_is_told(tmp_path: 
         (("pipeline.num_slots=2",), {}, "pipeline.num_slots is what the experiment sets"),
         (("output.dir=x",), {}, "output.dir is what the experiment sets"),
         (("pipeline.split=13,13",), {}, "set pipeline.split=auto"),
+        (("pipeline.tensor_parallel=2",), {}, "starts one rank for each stage; set pipeline.tens"),
         (("prompts.path=-",), {}, "write them to a file"),
         (("prompts.path=x.jsonl",), {"prompt_tokens": 4, "num_prompts": 1}, "leave one of them"),
         ((), {"prompt_tokens": 4}, "add --prompts"),
