@@ -63,10 +63,11 @@ def _ranks(files: RunFiles, attempt: int) -> tuple[RankResources, ...]:
 
 
 def _lengths(files: RunFiles, attempt: int) -> tuple[tuple[int, int], ...]:
+    """Of the requests that the first replica ran; the head writes the lines of all replicas."""
     return tuple(
         (prompt, output)
         for line in files.lines("requests.jsonl", attempt)
-        if not whole(line, "replica")
+        if not whole(line, "on_replica")
         and (prompt := whole(line, "num_prompt_tokens"))
         and (output := whole(line, "num_output_tokens"))
     )
@@ -75,16 +76,24 @@ def _lengths(files: RunFiles, attempt: int) -> tuple[tuple[int, int], ...]:
 def _steps_s(metrics: Line, kind: str) -> tuple[float, ...]:
     """The mean compute of a step of each stage."""
     found = []
-    for rank in _first_replica(metrics):
-        totals = rank.get("stage", {}).get(kind, {})
+    for stage in _first_replica(metrics):
+        totals = stage.get(kind, {})
         num_steps = whole(totals, "num_steps")
         found.append((number(totals, "compute_s") or 0.0) / num_steps if num_steps else 0.0)
     return tuple(found)
 
 
 def _first_replica(metrics: Line) -> list[Line]:
-    """Its ranks, in the order of the stages: the plan in the manifest is this replica's."""
-    return [rank for rank in rows(metrics, "ranks") if not whole(rank, "replica")]
+    """The totals of its stages, in their order: the plan in the manifest is this replica's.
+
+    Of a stage with several lanes, which do the same steps, the first one's.
+    """
+    stages: dict[int, Line] = {}
+    for rank in rows(metrics, "ranks"):
+        totals = rank.get("stage", {})
+        if not whole(rank, "replica"):
+            stages.setdefault(whole(totals, "stage"), totals)
+    return [stages[stage] for stage in sorted(stages)]
 
 
 def _seconds(metrics: Line, phase: str) -> float:

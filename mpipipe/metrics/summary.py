@@ -218,8 +218,10 @@ class RunSummary:
     @property
     def num_saved(self) -> int:
         """Of the preemptions, those whose pages went to host memory, of all replicas."""
-        first = [rank.page_moves for rank in self.ranks if rank.stage.stage == 0]
-        return sum(moves.num_saved for moves in first if moves is not None)
+        first = {
+            rank.replica: rank.page_moves for rank in reversed(self.ranks) if not rank.stage.stage
+        }
+        return sum(moves.num_saved for moves in first.values() if moves is not None)
 
     @property
     def energy_j(self) -> float | None:

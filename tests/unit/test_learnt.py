@@ -86,14 +86,23 @@ def test_what_the_steps_do_not_explain_is_taken_over_too() -> None:
 # ---- from a folder -------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, run: PastRun, **changes: Any) -> None:
+def rank_of(
+    replica: int, stage: int, decode: float, prefill: float, *, load_s: float = 0.5
+) -> dict[str, Any]:
+    """An entry of metrics.json: seconds of a step of each kind."""
+
     def totals(seconds: float) -> dict[str, float]:
         return {"num_steps": 4, "compute_s": 4 * seconds}
 
+    steps = {"stage": stage, "decode": totals(decode), "prefill": totals(prefill)}
+    return {"replica": replica, "stage": steps, "load_s": load_s}
+
+
+def write_run(folder: Path, run: PastRun, **changes: Any) -> None:
     ranks = [
-        {"stage": {"decode": totals(decode), "prefill": totals(prefill)}, "load_s": load_s}
-        for decode, prefill, load_s in zip(
-            run.decode_steps_s, run.prefill_steps_s, (run.load_s, 0.5), strict=True
+        rank_of(0, stage, decode, prefill, load_s=load_s)
+        for stage, (decode, prefill, load_s) in enumerate(
+            zip(run.decode_steps_s, run.prefill_steps_s, (run.load_s, 0.5), strict=True)
         )
     ]
     phases = {"boot_s": 6.0, "load_s": run.start_s - 6.0, "generate_s": run.generate_s}
@@ -128,6 +137,34 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     assert same == run
     (folder / "status.json").write_text("{}")
     assert read_past_run(tmp_path).name == "run-1", "the latest run below a folder"
+
+
+def test_of_several_replicas_the_first_is_read_with_its_own_requests(tmp_path: Path) -> None:
+    """The head writes the lines of all requests, so its identity is on each of them."""
+    run = run_with(1.5, 0.8)
+    write_run(tmp_path, run)
+    lines = (tmp_path / "requests.jsonl").read_text().splitlines()
+    every = [json.loads(line) | {"replica": 0, "on_replica": 0} for line in lines]
+    every += [line | {"on_replica": 1, "num_prompt_tokens": 7} for line in every]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in every))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["ranks"] += [rank_of(1, stage, 9.0, 9.0) for stage in (0, 1)]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    read = read_past_run(tmp_path)
+    assert read.lengths == run.lengths
+    assert read.decode_steps_s == pytest.approx(run.decode_steps_s)
+
+
+def test_of_the_lanes_of_a_stage_the_first_is_read(tmp_path: Path) -> None:
+    run = run_with(1.5, 0.8)
+    write_run(tmp_path, run)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    first, last = metrics["ranks"]
+    metrics["ranks"] = [first, rank_of(0, 0, 9.0, 9.0), last, rank_of(0, 1, 9.0, 9.0)]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    read = read_past_run(tmp_path)
+    assert read.decode_steps_s == pytest.approx(run.decode_steps_s)
+    assert read.prefill_steps_s == pytest.approx(run.prefill_steps_s)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,21 @@ def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:
     assert rank["stage"]["steady"]["bubble_ratio"] == pytest.approx(0.2)
 
 
+def test_saved_sequences_count_once_however_many_ranks_share_a_stage(summary: RunSummary) -> None:
+    """Every lane of every stage moves the pages of the same sequences."""
+
+    def moved(replica: int, rank: RankReport, num_saved: int) -> RankReport:
+        return replace(rank, replica=replica, page_moves=PageMoveUse(num_saved=num_saved))
+
+    ranks = tuple(
+        moved(replica, rank, num_saved)
+        for replica, num_saved in enumerate((3, 4))
+        for rank in summary.ranks
+        for _lane in range(2)
+    )
+    assert replace(summary, ranks=ranks).num_saved == 7
+
+
 def test_energy_is_the_sum_of_all_ranks_if_all_tell(summary: RunSummary) -> None:
     first, second = (replace(rank, energy_j=20.0) for rank in summary.ranks)
     assert replace(summary, ranks=(first, second)).energy_j == 40.0
