@@ -280,6 +280,8 @@ class MpiLanes:
         self._loop_thread = threading.get_ident()
         self._active: list[_Gathering] = []
         self._unregister: Callable[[], None] | None = None
+        self._lock = threading.Lock()  # of the two below: closing must find all that wait
+        self._waiting: set[Future[None]] = set()
         self._closed = False
 
     def start(self) -> None:
@@ -303,14 +305,25 @@ class MpiLanes:
         assert threading.get_ident() != self._loop_thread, "it would wait for itself"
         gathered = tensor.new_empty(self.num_lanes, *tensor.shape)
         if tensor.numel():
-            done: Future[None] = Future()
-            self._loop.call_soon_threadsafe(self._begin, tensor, gathered, done)
-            done.result()
+            done = self._new_waiting()
+            try:
+                self._loop.call_soon_threadsafe(self._begin, tensor, gathered, done)
+                done.result()
+            finally:
+                with self._lock:
+                    self._waiting.discard(done)
         return gathered
 
+    def _new_waiting(self) -> Future[None]:
+        done: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise ChannelClosedError("a stage computed after its lanes were closed")
+            self._waiting.add(done)
+        return done
+
     def _begin(self, tensor: torch.Tensor, gathered: torch.Tensor, done: Future[None]) -> None:
-        if self._closed:
-            done.set_exception(ChannelClosedError("a stage computed after its lanes were closed"))
+        if self._closed:  # after it asked, which `close` answered
             return
         try:
             request = self._communicator.Iallgather(_bytes_of(tensor), _bytes_of(gathered))
@@ -338,18 +351,22 @@ class MpiLanes:
         return len(self._active) < len(before)
 
     def close(self) -> None:
-        """Let go of a thread that still waits, and of the communicator. Idempotent.
+        """Let go of a thread that waits, and of the communicator. Idempotent.
 
+        A thread that asks later, while the loop's thread waits for it to end, is refused at once.
         What is under way when a run fails cannot be taken back: MPI ends it with the process.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            waiting = [done for done in self._waiting if not done.done()]
         if self._unregister is not None:
             self._unregister()
-        for active in self._active:
+        for _ in self._active:
             self._engine.awaited(-1)
-            active.done.set_exception(ChannelClosedError("the lanes of a stage were closed"))
+        for done in waiting:
+            done.set_exception(ChannelClosedError("the lanes of a stage were closed"))
         if not self._active:
             self._communicator.Free()
 

@@ -36,8 +36,7 @@ from mpipipe.planning.plan import Decisions, StagePlan
 from mpipipe.planning.rank_rooms import (
     CPU_LIBRARY_BYTES,
     check_settings,
-    gpu_bytes,
-    gpu_limit,
+    gpu_pool,
     most_host_bytes,
     rank_rooms,
     stage_rooms,
@@ -312,10 +311,9 @@ class StageFitting:
         each = [stage for stage in stages for _ in range(self._num_lanes)]
         for stage, rank_resources in zip(each, self.ranks, strict=True):
             page_bytes = self._page_bytes(stage.num_kv_device_layers)
-            usable, limit, work_bytes, limited_by = None, None, 0, ""
+            usable, reserve, limit, work_bytes, limited_by = None, 0, None, 0, ""
             if self.device == "cuda":
-                limited_by = gpu_limit(memory, rank_resources, self.ranks)
-                usable = gpu_bytes(memory, rank_resources, self.ranks)
+                usable, reserve, limited_by = gpu_pool(memory, rank_resources, self.ranks)
                 work_bytes = self._gpu_work_bytes(stage, limits, demand, usable, page_bytes)
             elif isinstance(memory.device_bytes, int):
                 limit = memory.device_bytes
@@ -328,6 +326,7 @@ class StageFitting:
                     gpu_bytes=usable,
                     weight_limit_bytes=limit,
                     limited_by=limited_by,
+                    reserve_bytes=reserve,
                 )
             )
         rooms = [room for room in self._rooms(memory) for _ in range(self._num_lanes)]
@@ -396,7 +395,9 @@ class StageFitting:
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
         num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.world)
         on_gpus = self.device == "cuda"
-        rooms = rank_rooms(memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads)
+        rooms = rank_rooms(
+            memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads, world=self.world
+        )
         return stage_rooms(rooms, self._num_lanes)
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:

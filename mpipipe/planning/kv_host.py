@@ -44,6 +44,7 @@ class KvHostFacts:
 
     spec: ModelSpec  # as it is computed
     ranks: Sequence[RankResources]  # in the order of their stages
+    world: Sequence[RankResources]  # all of the job, who share links
     demand: KvDemand
     needs: Sequence[RankMemory]  # in the same order
     decisions: Decisions
@@ -229,6 +230,7 @@ def _costs(plan: PipelinePlan, facts: KvHostFacts) -> _Costs:
         facts.ranks,
         on_gpus=plan.device == "cuda",
         num_threads=plan.threads_per_rank,
+        world=facts.world,
     )
     token_s = page_s = 0.0
     for stage, room, need in zip(_by_rank(plan), rooms, facts.needs, strict=True):

@@ -22,7 +22,7 @@ __all__ = [
     "GPU_LIBRARY_BYTES",
     "check_settings",
     "gpu_bytes",
-    "gpu_limit",
+    "gpu_pool",
     "kv_host_room",
     "most_host_bytes",
     "rank_rooms",
@@ -70,13 +70,28 @@ def gpu_bytes(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankRes
     return min(free, memory.device_bytes * _num_on_gpu(rank, ranks))
 
 
-def gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
+def _gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
     """The setting that `gpu_bytes` follows from."""
     if gpu_bytes(memory, rank, ranks) < gpu_bytes(
         replace(memory, device_bytes="auto"), rank, ranks
     ):
         return "memory.device_bytes"
     return "memory.gpu_memory_fraction of what is free"
+
+
+def gpu_pool(
+    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]
+) -> tuple[int, int, str]:
+    """`gpu_bytes`, what a rank's pages leave free of it, and the setting it follows from."""
+    usable = gpu_bytes(memory, rank, ranks)
+    return usable, _allocator_bytes(memory), _gpu_limit(memory, rank, ranks)
+
+
+def _allocator_bytes(memory: MemoryConfig) -> int:
+    """What a rank's pages leave free on a GPU under a limit, for torch's allocator."""
+    if not isinstance(memory.device_bytes, int) or _has_pages(memory):
+        return 0
+    return int(memory.device_bytes * _ALLOCATOR_SHARE)
 
 
 def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
@@ -95,12 +110,24 @@ def kv_host_room(
 
 
 def rank_rooms(
-    memory: MemoryConfig, ranks: Sequence[RankResources], *, on_gpus: bool, num_threads: int
+    memory: MemoryConfig,
+    ranks: Sequence[RankResources],
+    *,
+    on_gpus: bool,
+    num_threads: int,
+    world: Sequence[RankResources],
 ) -> tuple[RankRoom, ...]:
-    """By rank, in the order given."""
-    if on_gpus:
-        return tuple(_on_gpu(memory, rank, ranks, num_threads) for rank in ranks)
-    return tuple(_on_cpu(memory, rank, ranks, num_threads) for rank in ranks)
+    """By rank, in the order given.
+
+    Args:
+        memory: what is asked for.
+        ranks: of a replica, which share what memory there is for it.
+        on_gpus: they compute there.
+        num_threads: of each on a CPU.
+        world: all ranks of the job, which share links and disks.
+    """
+    make = _on_gpu if on_gpus else _on_cpu
+    return tuple(make(memory, rank, ranks, num_threads, world) for rank in ranks)
 
 
 def stage_rooms(rooms: Sequence[RankRoom], num_lanes: int) -> tuple[RankRoom, ...]:
@@ -119,7 +146,11 @@ def stage_rooms(rooms: Sequence[RankRoom], num_lanes: int) -> tuple[RankRoom, ..
 
 
 def _on_gpu(
-    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
+    memory: MemoryConfig,
+    rank: RankResources,
+    ranks: Sequence[RankResources],
+    num_threads: int,
+    world: Sequence[RankResources],
 ) -> RankRoom:
     on_host, on_gpu = _num_on_host(rank, ranks), _num_on_gpu(rank, ranks)
     unasked = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
@@ -127,17 +158,17 @@ def _on_gpu(
     kv_host_bytes = memory.kv_host_bytes if isinstance(memory.kv_host_bytes, int) else unasked
     most = most_host_bytes(rank, ranks)
     device_bytes = gpu_bytes(memory, rank, ranks) // on_gpu
-    if isinstance(memory.device_bytes, int) and not _has_pages(memory):
-        device_bytes -= int(memory.device_bytes * _ALLOCATOR_SHARE)
     return RankRoom(
-        device_bytes=_less_margin(device_bytes),
+        device_bytes=_less_margin(device_bytes - _allocator_bytes(memory)),
         weight_limit_bytes=None,
         cache_factor=1,
         host_bytes=_less_margin(min(host_bytes, most)),
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(rank.gpu, num_threads),
-            link_rates(rank.gpu, rank.disk_bytes_per_s).shared_by(on_gpu, on_host),
+            link_rates(rank.gpu, rank.disk_bytes_per_s).shared_by(
+                _num_on_gpu(rank, world), _num_on_host(rank, world)
+            ),
         ),
         pins_staging=True,
         kv_host_bytes=_less_margin(min(kv_host_bytes, most)),
@@ -146,7 +177,11 @@ def _on_gpu(
 
 
 def _on_cpu(
-    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources], num_threads: int
+    memory: MemoryConfig,
+    rank: RankResources,
+    ranks: Sequence[RankResources],
+    num_threads: int,
+    world: Sequence[RankResources],
 ) -> RankRoom:
     on_host = _num_on_host(rank, ranks)
     limit = memory.device_bytes if isinstance(memory.device_bytes, int) else None
@@ -158,7 +193,7 @@ def _on_cpu(
         has_disk=memory.offload_dir != "",
         speed=StageSpeed(
             compute_ceilings(None, num_threads),
-            link_rates(None, rank.disk_bytes_per_s).shared_by(1, on_host),
+            link_rates(None, rank.disk_bytes_per_s).shared_by(1, _num_on_host(rank, world)),
         ),
     )
 

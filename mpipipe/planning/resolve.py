@@ -245,7 +245,7 @@ class _Job:
         )
         fitted = fitting.fit(stages, demand, workload)
         plan = replace(resolver, limits=fitted.limits).plan(self.model_path, fitted, attention)
-        facts = KvHostFacts(spec, staged, fitted.demand, fitted.needs, decisions, workload)
+        facts = KvHostFacts(spec, staged, ranks, fitted.demand, fitted.needs, decisions, workload)
         plan = with_host_pages(plan, facts)
         return replace(plan, replica=replica, num_replicas=num_replicas)
 

@@ -65,9 +65,15 @@ def stage_bytes(plan: PipelinePlan, stage: StagePlan) -> dict[str, int]:
     """Bytes that each lane of this stage holds by what they are for, as planned."""
     spec = lane_spec(read_spec(Path(plan.model_path)), plan.tensor_parallel)
     page_bytes = kv_page_bytes(
-        spec, plan.dtype, num_layers=stage.num_layers, page_size_tokens=plan.page_size_tokens
+        spec,
+        plan.dtype,
+        num_layers=stage.num_kv_device_layers,
+        page_size_tokens=plan.page_size_tokens,
     )
-    return {"weights": stage.device_weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
+    needs = {"weights": stage.device_weight_bytes, "KV cache": plan.num_kv_pages * page_bytes}
+    if plan.num_host_pages and plan.device == "cpu":
+        needs["KV pages of preempted sequences"] = plan.num_host_pages * page_bytes
+    return needs
 
 
 def load_parts(

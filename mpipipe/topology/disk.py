@@ -13,6 +13,7 @@ import fcntl
 import json
 import mmap
 import os
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -38,11 +39,14 @@ def disk_bytes_per_s(folder: str, *, kept: Path | None = None) -> int:
         return 0
     try:
         device = str(os.stat(folder).st_dev)
-        file = _open_private(kept or Path(tempfile.gettempdir()) / f"mpipipe-disks-{os.getuid()}")
+        file = _open_private(
+            kept
+            or Path(tempfile.gettempdir()) / f"mpipipe-disks-{os.getuid()}-{socket.gethostname()}"
+        )
     except OSError:
         return 0
-    with os.fdopen(file, "r+", encoding="ascii", errors="replace") as figures:
-        try:
+    try:  # around the file, too: what is left to write is written when it is closed
+        with os.fdopen(file, "r+", encoding="ascii", errors="replace") as figures:
             fcntl.flock(figures, fcntl.LOCK_EX)  # until it is closed
             known = _read(figures.read())
             measured_s, rate = known.get(device, (-_VALID_S, 0))
@@ -52,8 +56,8 @@ def disk_bytes_per_s(folder: str, *, kept: Path | None = None) -> int:
                 figures.seek(0)
                 figures.truncate()
                 json.dump(known, figures)
-        except OSError:
-            return 0
+    except OSError:
+        return 0
     return rate
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from mpipipe.errors import ChannelClosedError
 from mpipipe.progress import ProgressEngine, new_event_loop
 
 LIMIT_S = 40
+LET_GO_S = 10
 RANK, SIZE = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
 
 
@@ -82,6 +85,40 @@ def test_a_thread_that_waits_for_a_lane_is_let_go_when_the_lanes_close() -> None
             with pytest.raises(ChannelClosedError, match="after its lanes were closed"):
                 await asyncio.to_thread(lanes.add_up, torch.ones(1))
             running.cancel()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("asks_first", [True, False])
+def test_a_thread_is_let_go_while_the_loop_waits_for_it(
+    *, asks_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a rank fails while it computes: the loop's thread closes, and runs nothing else."""
+
+    async def main() -> None:
+        lanes = open_mpi_lanes(ProgressEngine(), stage=0, lane=RANK)
+        loop, may_ask, asked = asyncio.get_running_loop(), threading.Event(), threading.Event()
+        post = loop.call_soon_threadsafe
+
+        def post_and_tell(*arguments: object) -> None:
+            post(*arguments)  # type: ignore[arg-type]
+            asked.set()
+
+        def compute() -> None:
+            assert may_ask.wait(LET_GO_S)
+            lanes.add_up(torch.ones(1))
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", post_and_tell)
+        thread = ThreadPoolExecutor(1)
+        computing = thread.submit(compute)
+        if asks_first:
+            may_ask.set()
+            assert asked.wait(LET_GO_S)
+        lanes.close()
+        may_ask.set()
+        assert isinstance(computing.exception(LET_GO_S), ChannelClosedError)
+        thread.shutdown()
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(main())

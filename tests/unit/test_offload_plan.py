@@ -28,12 +28,12 @@ from mpipipe.planning.placement import (
     place_stage,
 )
 from mpipipe.planning.plan import PipelinePlan, StageOffload
-from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.resolve import make_plan, make_plans
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.types import DtypeName, QuantizeName
-from tests.unit.model_specs import SMOL
+from tests.unit.model_specs import OPENLLAMA_7B, SMOL
 from tests.unit.planned_rank import GIB, make_rank
 
 MIB = 2**20
@@ -492,3 +492,19 @@ def test_the_measured_rate_of_a_disk_is_shared_by_the_ranks_of_its_host() -> Non
     (note,) = [entry for entry in made.resolved if entry.setting == "memory.offload"]
     assert "disk 4 GB/s (measured)" in note.reason
     assert "assumed" not in note.reason
+
+
+@pytest.mark.parametrize(("replicas", "lanes"), [(4, 1), (1, 4), (1, 1), (2, 2)])
+def test_the_ranks_of_a_host_share_its_disk_however_they_are_cut(replicas: int, lanes: int) -> None:
+    world = [
+        make_rank(rank, memory_available_bytes=200 * GIB, disk_bytes_per_s=10**9)
+        for rank in range(4)
+    ]
+    config = Config(
+        memory=MemoryConfig(device_bytes=2 * GIB, offload_dir="/tmp"),
+        pipeline=PipelineConfig(device="cpu", replicas=replicas, tensor_parallel=lanes),
+    )
+    for made in make_plans(config, OPENLLAMA_7B, world, "/models/m"):
+        for stage in made.stages:
+            assert stage.offload is not None
+            assert stage.offload.forecast.disk_bytes_per_s == pytest.approx(10**9 / 4)
