@@ -33,6 +33,7 @@ __all__ = [
     "PlanError",
     "PromptError",
     "ProtocolMismatchError",
+    "RankCountError",
     "RemoteError",
     "SettingError",
     "StoppedByUserError",
@@ -102,6 +103,10 @@ class EnvironmentSetupError(MpipipeError):
     """MPI, devices, memory or the launch itself do not suit the run."""
 
     exit_code = EXIT_ENVIRONMENT
+
+
+class RankCountError(EnvironmentSetupError):
+    """The number of ranks is not what replicas, stages and lanes take."""
 
 
 class ProtocolMismatchError(EnvironmentSetupError):

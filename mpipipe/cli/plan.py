@@ -18,7 +18,14 @@ from mpipipe.config.byte_sizes import parse_bytes
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import EXIT_CONFIG, EXIT_OK, ConfigError, PlanError
+from mpipipe.errors import (
+    EXIT_CONFIG,
+    EXIT_OK,
+    ConfigError,
+    MpipipeError,
+    PlanError,
+    RankCountError,
+)
 from mpipipe.plain_values import to_json
 from mpipipe.planning.advice import advise, what_fits
 from mpipipe.planning.arrangements import compare_arrangements
@@ -90,7 +97,7 @@ def plan_command(config: Path, overrides: Sequence[str], request: PlanRequest) -
     _warn(*loaded.warnings, *warnings, *ignored)
     try:
         outlook = job.outlook()
-    except PlanError as error:
+    except (PlanError, RankCountError) as error:
         return _refused(job, error, where, request)
     _warn(*deepspeed_warnings(loaded, outlook.plan))
     return _answered(outlook, where, request)
@@ -152,7 +159,7 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
     return EXIT_OK
 
 
-def _refused(job: PlannedJob, error: PlanError, where: str, request: PlanRequest) -> int:
+def _refused(job: PlannedJob, error: MpipipeError, where: str, request: PlanRequest) -> int:
     """The answer where nothing fits."""
     fitting = what_fits(job)
     if request.as_json:
@@ -202,7 +209,7 @@ def _job(model: ModelFacts, request: PlanRequest) -> tuple[PlannedJob, str, tupl
         ranks, where = _ranks_here(loaded, request), "this machine"
     else:
         ranks, where = described_ranks(machine), machine.words
-        loaded, ignored = _for_described(loaded, len(ranks))
+        loaded, ignored = _for_described(loaded)
     job = PlannedJob(
         config=loaded.config,
         spec=model.spec,
@@ -296,27 +303,14 @@ def _machine(request: PlanRequest, table: GpuTable) -> DescribedMachine | None:
     return machine
 
 
-def _for_described(loaded: LoadedConfig, num_ranks: int) -> tuple[LoadedConfig, tuple[str, ...]]:
-    """With a stage for each GPU, whatever the configuration says; and what of it is not used."""
-    pipeline, ignored = loaded.config.pipeline, []
-    num_stages, replicas = pipeline.num_stages, pipeline.replicas
-    if isinstance(num_stages, int) and num_ranks not in _world_sizes(
-        num_stages * pipeline.tensor_parallel, replicas
-    ):
-        ignored.append(f"pipeline.num_stages = {pipeline.num_stages}: planned for {num_ranks}")
-        pipeline = replace(pipeline, num_stages=AUTO)
-    if pipeline.device == "cpu":
-        ignored.append('pipeline.device = "cpu": planned for the GPUs of --gpus')
-        pipeline = replace(pipeline, device="cuda")
-    config = replace(loaded.config, pipeline=pipeline)
-    return replace(loaded, config=config), tuple(ignored)
-
-
-def _world_sizes(ranks_each: int, replicas: int | str) -> range:
-    """How many ranks make pipelines of so many each."""
-    if isinstance(replicas, int):
-        return range(ranks_each * replicas, ranks_each * replicas + 1)
-    return range(ranks_each, sys.maxsize, ranks_each)
+def _for_described(loaded: LoadedConfig) -> tuple[LoadedConfig, tuple[str, ...]]:
+    """On GPUs, whatever the configuration says; and what of it is not used."""
+    pipeline = loaded.config.pipeline
+    if pipeline.device != "cpu":
+        return loaded, ()
+    config = replace(loaded.config, pipeline=replace(pipeline, device="cuda"))
+    ignored = 'pipeline.device = "cpu": planned for the GPUs of --gpus'
+    return replace(loaded, config=config), (ignored,)
 
 
 def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:

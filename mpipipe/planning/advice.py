@@ -149,8 +149,13 @@ def _grown(job: PlannedJob, more: int) -> _Change:
         ranks.append(rank_like(ranks))
     last = ranks[-1]
     what = last.gpu.name if last.has_gpu else "host like this"
-    words = f"{more} more {what}, {len(ranks)} in all"
+    words = f"{more} more {what}, {len(ranks)} in all{_freed(job)}"
     return _Change("ranks", words, job.on_ranks(ranks))
+
+
+def _freed(job: PlannedJob) -> str:
+    """What must be set beside other ranks: `PlannedJob.on_ranks` makes a stage of each."""
+    return "" if job.config.pipeline.num_stages == AUTO else ", pipeline.num_stages=auto"
 
 
 def _fewer(job: PlannedJob) -> Iterator[_Change]:
@@ -158,7 +163,7 @@ def _fewer(job: PlannedJob) -> Iterator[_Change]:
     kinds = dict.fromkeys(rank.gpu.name for rank in job.ranks)
     for kind in kinds if len(kinds) > 1 else ():
         kept = [rank for rank in job.ranks if rank.gpu.name != kind]
-        words = f"without the {kind}, with {len(kept)} in all"
+        words = f"without the {kind}, with {len(kept)} in all{_freed(job)}"
         yield _Change("fewer", words, job.on_ranks(kept))
 
 
@@ -261,6 +266,9 @@ def _smaller(job: PlannedJob) -> Iterator[_Change]:
         if getattr(pipeline, setting) != AUTO:
             changed = job.having("pipeline", **{setting: AUTO})
             yield _Change(setting, f"pipeline.{setting}=auto", changed)
+    if pipeline.tensor_parallel > 1:
+        changed = job.having("pipeline", tensor_parallel=1)
+        yield _Change("lanes", "pipeline.tensor_parallel=1", changed)
     if pipeline.replicas not in {1, AUTO}:
         yield _Change("replicas", "pipeline.replicas=1", job.having("pipeline", replicas=1))
     if not memory.offload_dir:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpipipe.config.schema import PipelineConfig
-from mpipipe.errors import EnvironmentSetupError
+from mpipipe.errors import RankCountError
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.tensor_parallel import lane_groups
@@ -103,12 +103,12 @@ def lay_out(
         least_stages: of a replica, where replicas and stages are "auto".
 
     Raises:
-        EnvironmentSetupError: the number of ranks does not fit what is asked for.
+        RankCountError: the number of ranks does not fit what is asked for.
     """
     num_lanes, by_rank = pipeline.tensor_parallel, {rank.rank: rank for rank in ranks}
     if len(ranks) % num_lanes:
-        raise EnvironmentSetupError(
-            f"pipeline.tensor_parallel = {num_lanes}, but {_started(len(ranks))}: start a multiple "
+        raise RankCountError(
+            f"pipeline.tensor_parallel = {num_lanes}, but {_counted(len(ranks))}: start a multiple "
             f"of {num_lanes} ranks, or set pipeline.tensor_parallel = 1"
         )
     order = lane_groups([by_rank[rank] for rank in stage_order(ranks)], num_lanes)
@@ -125,8 +125,8 @@ def _cut(order: _Stages, pipeline: PipelineConfig, least_stages: int) -> tuple[l
         return _equal_cut(order, num_replicas, num_stages), "one per so many ranks"
     if isinstance(num_replicas, int):
         if num_replicas > len(order):
-            raise EnvironmentSetupError(
-                f"pipeline.replicas = {num_replicas}, but {_started(len(order) * num_lanes)}, and "
+            raise RankCountError(
+                f"pipeline.replicas = {num_replicas}, but {_counted(len(order) * num_lanes)}, and "
                 f"every replica takes {'one' if num_lanes == 1 else num_lanes} at least: start "
                 f'{_launches(num_replicas * num_lanes)}, or set pipeline.replicas = "auto"'
             )
@@ -146,25 +146,25 @@ def _equal_cut(order: _Stages, num_replicas: int | str, num_stages: int) -> list
     num_ranks = possible * num_lanes
     each = "one rank" if num_lanes == 1 else f"{num_lanes} ranks (pipeline.tensor_parallel)"
     if num_replicas == 1 and num_stages != possible:
-        raise EnvironmentSetupError(
-            f"pipeline.num_stages = {num_stages}, but {_started(num_ranks)}, and every stage is "
+        raise RankCountError(
+            f"pipeline.num_stages = {num_stages}, but {_counted(num_ranks)}, and every stage is "
             f"{each}: start {_launches(num_stages * num_lanes)}, or set pipeline.num_stages = "
             f"{possible}"
             + (', or pipeline.replicas = "auto"' if possible % num_stages == 0 else "")
         )
     if isinstance(num_replicas, int) and num_replicas * num_stages != possible:
         taken = num_replicas * num_stages * num_lanes
-        raise EnvironmentSetupError(
+        raise RankCountError(
             f"pipeline.replicas = {num_replicas} of pipeline.num_stages = {num_stages} take "
-            f"{taken} ranks, but {_started(num_ranks)}: start {_launches(taken)}, or leave one of "
+            f"{taken} ranks, but {_counted(num_ranks)}: start {_launches(taken)}, or leave one of "
             "the two settings out"
         )
     if possible % num_stages:
         most = possible - possible % num_stages
         numbers = sorted(rank.rank for lanes in order[most:] for rank in lanes)
         left = ", ".join(map(str, numbers))
-        raise EnvironmentSetupError(
-            f"{_started(num_ranks)}, which are no whole number of pipelines of "
+        raise RankCountError(
+            f"{_counted(num_ranks)}, which are no whole number of pipelines of "
             f"pipeline.num_stages = {num_stages}: {'rank' if len(numbers) == 1 else 'ranks'} "
             f"{left} would be left over; start {_launches((most or num_stages) * num_lanes)}, or "
             'set pipeline.num_stages = "auto", which makes some pipelines longer'
@@ -179,8 +179,8 @@ def _even_cut(order: _Stages, num_parts: int) -> list[_Stages]:
     return [order[first:last] for first, last in itertools.pairwise(edges)]
 
 
-def _started(num_ranks: int) -> str:
-    return f"{num_ranks} rank{' was' if num_ranks == 1 else 's were'} started"
+def _counted(num_ranks: int) -> str:
+    return f"there {'is 1 rank' if num_ranks == 1 else f'are {num_ranks} ranks'}"
 
 
 def _launches(num_ranks: int) -> str:

@@ -105,8 +105,8 @@ def make_plans(
     Device, numbers and attention are the same in all replicas: so are the tokens.
 
     Raises:
-        EnvironmentSetupError: the number of ranks is not what replicas and stages take, or the GPUs
-            that were asked for are not there.
+        RankCountError: the number of ranks is not what replicas, stages and lanes take.
+        EnvironmentSetupError: the GPUs that were asked for are not there.
         PlanError: layers, stages, settings and memory do not fit together.
     """
     ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
@@ -131,7 +131,7 @@ def choose_layout(
     `_ENOUGH_ROWS` usual requests a slot.
 
     Raises:
-        EnvironmentSetupError: the number of ranks is not what replicas and stages take.
+        RankCountError: the number of ranks is not what replicas, stages and lanes take.
     """
     ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
     return _Job(config, spec, ranks, "", workload, ()).choose_layout()

@@ -244,15 +244,47 @@ def test_reasons_are_told_when_asked_for(capsys: pytest.CaptureFixture[str]) -> 
     assert "fits 2 x t4" in told
 
 
-def test_the_configuration_does_not_say_how_many_gpus_are_described(
+def test_the_configuration_does_not_say_which_devices_are_described(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    overrides = ["pipeline.num_stages=3", 'pipeline.device="cpu"']
+    overrides = ['pipeline.device="cpu"']
     assert plan_command(OPENLLAMA_7B, overrides, PlanRequest(gpus="2 x l4")) == 0
     told = capsys.readouterr()
-    assert "pipeline.num_stages = 3: planned for 2" in told.err
     assert "planned for the GPUs of --gpus" in told.err
     assert "l4 of node0" in told.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "change"),
+    [
+        (
+            ["pipeline.num_stages=2"],
+            "pipeline.num_stages = 2, but there are 3 ranks, and every stage is one rank",
+            "1 more T4, 4 in all, pipeline.num_stages=auto",
+        ),
+        (
+            ["pipeline.num_stages=2", "pipeline.replicas=auto"],
+            "there are 3 ranks, which are no whole number of pipelines of pipeline.num_stages = 2",
+            "pipeline.num_stages=auto",
+        ),
+        (
+            ["pipeline.tensor_parallel=2"],
+            "pipeline.tensor_parallel = 2, but there are 3 ranks: start a multiple of 2 ranks",
+            "pipeline.tensor_parallel=1",
+        ),
+        (
+            ["pipeline.replicas=4"],
+            "pipeline.replicas = 4, but there are 3 ranks, and every replica takes one at least",
+            "pipeline.replicas=1",
+        ),
+    ],
+)
+def test_a_number_of_gpus_that_a_run_would_refuse_does_not_fit(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], problem: str, change: str
+) -> None:
+    found = answer(capsys, OPENLLAMA_7B, *overrides, code=2, gpus="3 x t4", work="8x64x8")
+    assert found["problem"].startswith(problem)
+    assert change in [each["change"] for each in found["would_fit"]]
 
 
 @pytest.mark.parametrize(

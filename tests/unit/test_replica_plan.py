@@ -88,10 +88,10 @@ def test_every_rank_is_in_one_replica_and_rank_0_is_the_first_head() -> None:
 @pytest.mark.parametrize(
     ("num_ranks", "replicas", "num_stages", "told"),
     [
-        (2, 1, 3, "pipeline.num_stages = 3, but 2 ranks were started, and every stage is one rank"),
+        (2, 1, 3, "pipeline.num_stages = 3, but there are 2 ranks, and every stage is one rank"),
         (4, 1, 2, 'or set pipeline.num_stages = 4, or pipeline.replicas = "auto"'),
-        (3, 2, 2, "take 4 ranks, but 3 ranks were started: start `mpirun -n 4 mpipipe run …`"),
-        (2, 3, AUTO, "pipeline.replicas = 3, but 2 ranks were started, and every replica takes"),
+        (3, 2, 2, "take 4 ranks, but there are 3 ranks: start `mpirun -n 4 mpipipe run …`"),
+        (2, 3, AUTO, "pipeline.replicas = 3, but there are 2 ranks, and every replica takes"),
         (5, AUTO, 2, "pipeline.num_stages = 2: rank 4 would be left over; start `mpirun -n 4"),
         (1, AUTO, 2, "rank 0 would be left over; start `mpirun -n 2"),
     ],

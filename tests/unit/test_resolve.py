@@ -290,11 +290,9 @@ def test_a_cache_that_does_not_fit_beside_the_weights_is_refused() -> None:
 
 
 def test_another_number_of_ranks_than_stages_says_how_to_launch() -> None:
-    with pytest.raises(
-        EnvironmentSetupError, match=r"num_stages = 3, but 1 rank was started.*-n 3"
-    ):
+    with pytest.raises(EnvironmentSetupError, match=r"num_stages = 3, but there is 1 rank.*-n 3"):
         plan(ranks("a"), pipeline=PipelineConfig(num_stages=3))
-    with pytest.raises(EnvironmentSetupError, match=r"num_stages = 1, but 2 ranks were started"):
+    with pytest.raises(EnvironmentSetupError, match=r"num_stages = 1, but there are 2 ranks"):
         plan(ranks("a", "b"), pipeline=PipelineConfig(num_stages=1))
 
 
