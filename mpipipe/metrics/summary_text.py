@@ -21,11 +21,12 @@ _TIME_HEADER = (
 _REPLICA_HEADER = (
     "replica", "prompts", "output tokens", "tokens/s", "idle", "while work was left", "at the end",
 )  # fmt: skip
-_MEMORY_HEADER = ("stage", "load", "read", "weights", "KV cache", "before", "peak")
+_MEMORY_HEADER = ("stage", "rank", "load", "read", "weights", "KV cache", "before", "peak")
 _OFFLOAD_HEADER = (
-    "stage", "streamed a step", "host link", "of planned", "disk", "of planned", "gate wait",
+    "stage", "rank", "streamed a step", "host link", "of planned", "disk", "of planned",
+    "gate wait",
 )  # fmt: skip
-_KV_HOST_HEADER = ("stage", "KV in host memory", "pages moved there", "back", "rate")
+_KV_HOST_HEADER = ("stage", "rank", "KV in host memory", "pages moved there", "back", "rate")
 _LEFT_ALIGNED = ("host",)
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -195,7 +196,7 @@ def _memory_row(name: str, rank: RankReport) -> tuple[str, ...]:
         rank.loaded_bytes, rank.weight_bytes, rank.kv_bytes, rank.baseline_rss_bytes,
         rank.peak_rss_bytes,
     )  # fmt: skip
-    return (name, _seconds(rank.load_s), *(_size(size) for size in sizes))
+    return (name, str(rank.rank), _seconds(rank.load_s), *(_size(size) for size in sizes))
 
 
 def _offload_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
@@ -210,6 +211,7 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
     wall_s = rank.stage.overall.wall_s
     return (
         name,
+        str(rank.rank),
         _size(use.bytes_per_step),
         *_rate(use.host_bytes_per_s, use.planned_host_bytes_per_s),
         *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),
@@ -229,11 +231,11 @@ def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:
 
 
 def _kv_host_row(name: str, rank: RankReport) -> tuple[str, ...]:
-    use, size = rank.page_moves, _size(rank.kv_host_bytes)
+    use, own = rank.page_moves, (name, str(rank.rank), _size(rank.kv_host_bytes))
     if use is None:  # the cache of some layers
-        return name, size, "-", "-", "-"
+        return *own, "-", "-", "-"
     moved = (_size(use.saved_bytes), _size(use.restored_bytes))
-    return name, size, *moved, _rate(use.bytes_per_s, None)[0]
+    return *own, *moved, _rate(use.bytes_per_s, None)[0]
 
 
 def _rate(measured: float | None, planned: float | None) -> tuple[str, str]:

@@ -261,6 +261,20 @@ def test_table_columns_are_aligned(summary: RunSummary) -> None:
     assert table[1].split()[:5] == ["0", "0", "node0", "6.0", "s"]
 
 
+def test_the_lanes_of_a_stage_are_told_apart_by_their_ranks(summary: RunSummary) -> None:
+    offload, moves = OffloadUse(bytes_per_step=MIB), PageMoveUse(1)
+    first = replace(summary.ranks[0], offload=offload, page_moves=moves, kv_host_bytes=MIB)
+    ranks = tuple(replace(first, rank=rank) for rank in (2, 3))
+    lines = summary_lines(replace(summary, ranks=ranks))
+    headers = [n for n, line in enumerate(lines) if line.split()[:2] == ["stage", "rank"]]
+    assert len(headers) == 4  # times, memory, offload, pages
+    for header in headers:
+        assert [line.split()[:2] for line in lines[header + 1 : header + 3]] == [
+            ["0", "2"],
+            ["0", "3"],
+        ]
+
+
 def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
     assert not any("KV in host" in line for line in summary_lines(summary))
     assert any(line.endswith(" 2 preemptions") for line in summary_lines(summary))
@@ -270,9 +284,9 @@ def test_preemptions_that_moved_pages_are_told(summary: RunSummary) -> None:
     moved = replace(summary, ranks=tuple(ranks))
     lines = summary_lines(moved)
     assert any(line.endswith(" 2 preemptions, 1 by moving pages") for line in lines)
-    assert lines[-1].split() == ["1", "9.0", "MiB", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
+    assert lines[-1].split() == ["1", "1", "9.0", "MiB", "3.0", "MiB", "2.0", "MiB", "1.50", "GB/s"]
     layers = replace(summary, ranks=(first, replace(second, kv_host_bytes=7 * MIB)))
-    assert summary_lines(layers)[-1].split() == ["1", "7.0", "MiB", "-", "-", "-"]
+    assert summary_lines(layers)[-1].split() == ["1", "1", "7.0", "MiB", "-", "-", "-"]
     metrics = json.loads(json.dumps(moved.to_dict(), allow_nan=False))
     assert metrics["num_saved"] == 1
     assert metrics["ranks"][1]["page_moves"]["restored_bytes"] == 2 * MIB
@@ -292,7 +306,7 @@ def test_offloaded_weights_are_told_beside_what_was_planned(summary: RunSummary)
     streaming = replace(summary, ranks=(first, replace(second, offload=use)))
     header, row = summary_lines(streaming)[-2:]
     assert header.endswith("gate wait")
-    assert " ".join(row.split()) == "1 1.5 GiB 10.50 GB/s 88% 0.50 GB/s - 2.0 s 20%"
+    assert " ".join(row.split()) == "1 1 1.5 GiB 10.50 GB/s 88% 0.50 GB/s - 2.0 s 20%"
     assert streaming.to_dict()["ranks"][1]["offload"]["wait_s"] == 2.0
     assert from_json(RankReport, to_json(streaming.ranks[1])) == streaming.ranks[1]
 
@@ -312,8 +326,8 @@ def test_replicas_have_lines_of_their_own_and_stages_are_named_with_them(
         ["0", "12", "60", "6.0", "5%", "0.000", "s", "0.500", "s"],
         ["1", "9", "40", "4.0", "2%", "0.250", "s", "0.000", "s"],
     ]
-    assert sum(line.split()[:2] == ["0.0", "0"] for line in lines) == 1
-    assert sum(line.split()[:2] == ["1.1", "1"] for line in lines) == 1
+    assert sum(line.split()[:2] == ["0.0", "0"] for line in lines) == 2  # times, memory
+    assert sum(line.split()[:2] == ["1.1", "1"] for line in lines) == 2
     assert all(len(line) <= 120 for line in lines)
     first, second = told.to_dict()["replicas"]
     assert (first["output_tokens_per_s"], first["idle_ratio"]) == (6.0, 0.05)
