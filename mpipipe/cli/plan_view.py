@@ -215,7 +215,10 @@ def _batch(outlook: Outlook) -> str:
         f"mean; the cache holds {held:,} sequences of {longest:,} tokens"
     )
     if forecast.num_preemptions:
-        told += f", so about {forecast.num_preemptions:,} are computed twice"
+        anew = "computed twice"
+        if plan.num_host_pages:
+            anew = "preempted, and computed twice where their pages do not move to host memory"
+        told += f", so about {forecast.num_preemptions:,} are {anew}"
     return told
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -329,6 +330,25 @@ def test_the_command_ends_with_2_where_nothing_fits() -> None:
     assert found.returncode == 2, found.stderr
     assert "does not fit t4 on 1 node" in found.stdout
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("kv_host_bytes", "told"),
+    [
+        ("auto", "are preempted, and computed twice where their pages do not move to host memory"),
+        ("0", "are computed twice"),
+    ],
+)
+def test_sequences_whose_pages_can_move_are_not_said_to_be_computed_twice(
+    capsys: pytest.CaptureFixture[str], kv_host_bytes: str, told: str
+) -> None:
+    words = ["memory.num_kv_pages=1200", f"memory.kv_host_bytes={kv_host_bytes}"]
+    request = PlanRequest(gpus="2 x a100-40", work="256x64x1500")
+    assert plan_command(OPENLLAMA_7B, words, request) == 0
+    lines = " ".join(capsys.readouterr().out.split())
+    preempted = re.search(r"so about \d+ (.*) wall-clock", lines)
+    assert preempted is not None
+    assert preempted[1] == told
 
 
 # ---- prompts -------------------------------------------------------------------------------------
