@@ -162,6 +162,7 @@ def _answered(outlook: Outlook, where: str, request: PlanRequest) -> int:
 def _refused(job: PlannedJob, error: MpipipeError, where: str, request: PlanRequest) -> int:
     """The answer where nothing fits."""
     fitting = what_fits(job)
+    ways = compare_arrangements(job) if request.compares else ()
     if request.as_json:
         _print_json(
             {
@@ -170,10 +171,12 @@ def _refused(job: PlannedJob, error: MpipipeError, where: str, request: PlanRequ
                 "prompts": _prompts_record(job.prompts),
                 "problem": str(error),
                 "would_fit": fitting,
+                "arrangements": ways,
             }
         )
     else:
-        print("\n".join(refusal_lines(job, str(error), fitting, where)))
+        lines = refusal_lines(job, str(error), fitting, where)
+        print("\n".join([*lines, *arrangement_lines(ways)]))
     return EXIT_CONFIG
 
 

@@ -288,6 +288,21 @@ def test_a_number_of_gpus_that_a_run_would_refuse_does_not_fit(
     assert change in [each["change"] for each in found["would_fit"]]
 
 
+def test_the_ways_to_use_the_gpus_are_compared_where_the_configuration_has_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["pipeline.num_stages=3"]
+    found = answer(
+        capsys, OPENLLAMA_7B, *words, code=2, gpus="2 x l4", work="8x64x8", compares=True
+    )
+    ways = [(way["replicas"], way["stages"], way["lanes"]) for way in found["arrangements"]]
+    assert sorted(ways) == [(1, 1, 2), (1, 2, 1), (2, 1, 1)]
+    request = PlanRequest(gpus="2 x l4", work="8x64x8", compares=True)
+    assert plan_command(OPENLLAMA_7B, words, request) == 2
+    told = capsys.readouterr().out
+    assert told.index("problem") < told.index("would fit") < told.index("\nthroughput")
+
+
 @pytest.mark.parametrize(
     ("asked", "match"),
     [
