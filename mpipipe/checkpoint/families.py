@@ -32,6 +32,7 @@ __all__ = [
     "refusal",
     "refuse",
     "refuse_split",
+    "split_refusal",
 ]
 
 # Our name -> the names that families give it, most common first.
@@ -122,6 +123,29 @@ def refusal(config: Mapping[str, object]) -> str:
     if config.get("is_encoder_decoder"):
         return "has an encoder beside the decoder"
     return _REASON_OF.get(str(model_type), "")
+
+
+# Why lanes cannot share the layers of dense families, a clause → model types. Transformers' plans
+# gather such results whole, which `models.tensor_split` does not do; it has the last word.
+_SPLIT_REFUSALS = {
+    "query, key and value are one matrix in it, as are gate and up": "phi3",
+    "gate and up are one matrix in it": "glm glm4",
+    "it normalises queries and keys over all heads together": "olmo2 olmo3",
+}
+_SPLIT_REFUSAL_OF = {
+    kind: reason for reason, kinds in _SPLIT_REFUSALS.items() for kind in kinds.split()
+}
+
+
+def split_refusal(config: Mapping[str, object]) -> str:
+    """Why lanes cannot share this model's layers, as a clause; empty: nothing is known.
+
+    Mixtures of experts are told by their number.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type == "cohere" and config.get("use_qk_norm"):
+        return "it normalises queries and keys with weights of each head's own (use_qk_norm)"
+    return _SPLIT_REFUSAL_OF.get(model_type, "")
 
 
 # model_type → original context of a file that does not state it, as in transformers' configuration.

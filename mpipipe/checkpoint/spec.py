@@ -23,6 +23,7 @@ from mpipipe.checkpoint.families import (
     read_rotary,
     refusal,
     refuse,
+    split_refusal,
 )
 from mpipipe.checkpoint.generation_defaults import (
     GenerationDefaults,
@@ -76,6 +77,7 @@ class ModelSpec:
     # Rows of the LM head that a rank holds, where the lanes of a stage share it; 0: all. Heads and
     # intermediate_size are then those of a lane too (planning/tensor_parallel.py).
     head_rows: int = 0
+    split_refusal: str = ""  # why lanes cannot share its layers, a clause; empty: nothing is known
 
     @property
     def layer_parameters(self) -> int:
@@ -190,8 +192,7 @@ def read_spec(folder: Path) -> ModelSpec:
     config = {**outer, **inner} if isinstance(inner, dict) else outer
     _require_decoder(outer, config)
     quantization = quantization_of(outer)
-    path = folder / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else None
+    generation = _generation_config(folder)
     sizes = _Sizes(folder / "config.json", config)
     hidden_size, num_heads = sizes.need("hidden_size"), sizes.need("num_heads")
     model_type = str(config.get("model_type", ""))
@@ -222,7 +223,13 @@ def read_spec(folder: Path) -> ModelSpec:
         plain_parameters=-(-plain.num_weights // num_layers),
         plain_outputs=-(-plain.num_outputs // num_layers),
         plain_head=quantization is not None and (is_tied or plain.has_head),
+        split_refusal=split_refusal(config),
     )
+
+
+def _generation_config(folder: Path) -> dict[str, object] | None:
+    path = folder / "generation_config.json"
+    return read_json_object(path) if path.is_file() else None
 
 
 def _plain_linears(folder: Path, quantization: StoredQuantization) -> PlainLinears:

@@ -1,6 +1,7 @@
 """Lanes: the ranks that share a stage under tensor parallelism. Which they are, what each holds.
 
-Pure. `models/tensor_split.py` cuts the tensors, and refuses families whose layers cannot be cut.
+Pure. `models/tensor_split.py` cuts the tensors; families of which it is known that their layers
+cannot be cut are refused here already (`checkpoint/families.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def lane_spec(spec: ModelSpec, num_lanes: int) -> ModelSpec:
 
     Raises:
         PlanError: heads or channels cannot be divided by `num_lanes`.
-        UnsupportedModelError: the model has experts.
+        UnsupportedModelError: the model has experts, or is of a family whose layers cannot be cut.
     """
     if num_lanes == 1:
         return spec
     if spec.num_experts > 1:
         raise refuse_split(spec.model_type, f"it has {spec.num_experts} experts a layer")
+    if spec.split_refusal:
+        raise refuse_split(spec.model_type, spec.split_refusal)
     sizes = {
         "attention heads": spec.num_heads,
         "key/value heads": spec.num_kv_heads,

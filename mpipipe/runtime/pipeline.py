@@ -61,6 +61,7 @@ class Pipeline:
         self._overrides = overrides
         self._stack = AsyncExitStack()
         self._session: Session | None = None
+        self._one_at_a_time = asyncio.Lock()  # on every rank: messages do not say of which call
         self._sampling = SamplingParams()
         self._add_special_tokens = True
         self._own_loop: asyncio.AbstractEventLoop | None = None
@@ -116,6 +117,8 @@ class Pipeline:
     ) -> AsyncGenerator[Completion, None]:
         """Complete `prompts`; one that is wrong is yielded as an error (`Completion.error_kind`).
 
+        A call waits until the one before has ended, or its iterator is closed.
+
         Args:
             prompts: texts, chats as lists of role/content messages, or objects as on a line of a
                 prompt file, with settings of their own. Completed as they come first, yielded as
@@ -129,11 +132,13 @@ class Pipeline:
         """
         session = self._open_session
         settings = keyword_sampling(sampling, self._sampling)  # on all ranks: they must fail alike
-        prepared = await self._prepare(prompts, settings)
-        # Closing matters: a caller that stops early must not leave the stages in mid-step.
-        async with aclosing(session.generate(prepared.requests, prepared.rejected)) as completions:
-            async for completion in completions:
-                yield completion
+        async with self._one_at_a_time:
+            prepared = await self._prepare(prompts, settings)
+            # Closing matters: a caller that stops early must not leave the stages in mid-step.
+            generating = session.generate(prepared.requests, prepared.rejected)
+            async with aclosing(generating) as completions:
+                async for completion in completions:
+                    yield completion
 
     # ---- synchronous -----------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,7 +120,6 @@ class Session:
         self._runner: Runner | None = None
         self._dispatch: Dispatch | None = None
         self._stopped = False
-        self._one_at_a_time = asyncio.Lock()
         if self._is_fed:  # takes `SessionEnded` over from the worker
             self._from_rank_0 = self._group.mailbox(DispatchBegan, DispatchEnded, SessionEnded)
 
@@ -212,16 +210,16 @@ class Session:
 
         `rejected`, prompts that are no requests, come first.
 
-        Every rank must call it the same number of times; other ranks serve until rank 0 is done.
+        Every rank must call it the same number of times, one call after the other; other ranks
+        serve until rank 0 is done.
         """
         if not self.is_head:
             await self._serve_call()
             return
-        async with self._one_at_a_time:
-            run = self._generate_alone if len(self.plans) == 1 else self._generate_on_replicas
-            async with aclosing(run(requests, rejected)) as completions:
-                async for completion in completions:
-                    yield completion
+        run = self._generate_alone if len(self.plans) == 1 else self._generate_on_replicas
+        async with aclosing(run(requests, rejected)) as completions:
+            async for completion in completions:
+                yield completion
 
     async def _generate_alone(
         self, requests: Iterable[Request], rejected: Iterable[Completion]

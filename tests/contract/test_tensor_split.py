@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpipipe.checkpoint.spec import read_spec
 from mpipipe.data_plane.lanes import ThreadLanes
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.models.adapter import StageModel
@@ -17,6 +18,7 @@ from mpipipe.models.operations import torch_operations
 from mpipipe.models.prepacked_linear import PrepackedLinear
 from mpipipe.models.quantized_linear import quantized_linears
 from mpipipe.planning.plan import StageOffload
+from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.types import QuantizeName
 from tests.contract import tiny_models
 from tests.contract.lane_threads import on_lanes
@@ -270,3 +272,21 @@ def test_what_cannot_be_split_is_refused_by_name(
         generated(model, num_lanes)
     assert model.reference.config.model_type in str(raised.value)
     assert "pipeline.tensor_parallel = 1" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_the_plan_refuses_the_families_that_loading_refuses(
+    name: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny(name)
+    assert _is_refused(lambda: lane_spec(read_spec(model.folder), 2)) == _is_refused(
+        lambda: on_lanes(2, lambda lanes: stages(model, lanes))
+    )
+
+
+def _is_refused(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except UnsupportedModelError:
+        return True
+    return False

@@ -143,20 +143,29 @@ def test_replicas_that_are_stopped_and_killed_leave_a_run_that_one_rank_ends(
 
 
 LIBRARY = r"""
-import json, sys
+import asyncio, json, sys
 from mpipipe import Pipeline
 
 said = []
-with Pipeline(sys.argv[1], "pipeline.replicas=2") as pipeline:
-    for seed in (1, 2):
+
+async def complete(pipeline, prompts, **settings):
+    done = [completion async for completion in pipeline.generate(prompts, **settings)]
+    done.sort(key=lambda c: c.index)
+    return [[c.index, c.error_kind, list(c.token_ids), c.text] for c in done]
+
+async def main():
+    async with Pipeline(sys.argv[1], "pipeline.replicas=2") as pipeline:
         prompts = [f"prompt {i}" for i in range(9)] + [""]
-        settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": seed}
-        done = sorted(pipeline.generate_sync(prompts, **settings), key=lambda c: c.index)
-        said.append([[c.index, c.error_kind, list(c.token_ids), c.text] for c in done])
-    for completion in pipeline.generate_sync([f"prompt {i}" for i in range(40)]):
-        break  # a caller that leaves early leaves the replicas in order
-    said.append([c.text for c in pipeline.generate_sync(["last"], max_new_tokens=4)])
-    said.append(pipeline.plan.num_replicas)
+        settings = {"max_new_tokens": 6, "temperature": 1.0}
+        # Asked for at once, they are completed one after the other on every rank.
+        said.extend(await asyncio.gather(
+            *(complete(pipeline, prompts, seed=seed, **settings) for seed in (1, 2))))
+        async for completion in pipeline.generate([f"prompt {i}" for i in range(40)]):
+            break  # a caller that leaves early leaves the replicas in order
+        said.append(await complete(pipeline, ["last"], max_new_tokens=4))
+        said.append(pipeline.plan.num_replicas)
+
+asyncio.run(main())
 if said[0]:  # of rank 0
     with open(sys.argv[2], "w") as file:
         json.dump(said, file)

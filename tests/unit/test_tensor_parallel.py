@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mpipipe.checkpoint.spec import read_spec
 from mpipipe.config.schema import MemoryConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError, UnsupportedModelError
 from mpipipe.planning.cost import head_weight_bytes, kv_page_bytes, layer_weight_bytes
@@ -108,6 +111,34 @@ def test_what_the_lanes_do_not_divide_is_refused(num_lanes: int, spec: object, s
 def test_experts_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"8 experts a layer; set pipeline\.tensor"):
         lane_spec(replace(OPENLLAMA_7B, num_experts=8), 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "phi3"}, "query, key and value are one matrix"),
+        ({"model_type": "glm4"}, "gate and up are one matrix"),
+        ({"model_type": "olmo2"}, "over all heads together"),
+        ({"model_type": "cohere", "use_qk_norm": True}, r"each head's own \(use_qk_norm\)"),
+        ({"model_type": "cohere"}, ""),
+        ({"model_type": "llama"}, ""),
+    ],
+)
+def test_families_whose_layers_lanes_cannot_share_are_refused_by_the_plan(
+    config: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 96, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+    spec = read_spec(tmp_path)
+    assert plan(ranks("a", "a"), spec=spec).num_stages == 2
+    if not said:
+        assert plan(ranks("a", "a"), spec=spec, pipeline=TWO).tensor_parallel == 2
+        return
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{said}.*; set pipeline\.tensor_parallel = 1"
+    ):
+        plan(ranks("a", "a"), spec=spec, pipeline=TWO)
 
 
 def test_ranks_that_lanes_do_not_divide_are_refused() -> None:
