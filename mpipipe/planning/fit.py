@@ -36,7 +36,8 @@ from mpipipe.planning.plan import Decisions, StagePlan
 from mpipipe.planning.rank_rooms import (
     CPU_LIBRARY_BYTES,
     check_settings,
-    gpu_pool,
+    gpu_bytes,
+    gpu_limit,
     most_host_bytes,
     rank_rooms,
     stage_rooms,
@@ -311,9 +312,10 @@ class StageFitting:
         each = [stage for stage in stages for _ in range(self._num_lanes)]
         for stage, rank_resources in zip(each, self.ranks, strict=True):
             page_bytes = self._page_bytes(stage.num_kv_device_layers)
-            usable, reserve, limit, work_bytes, limited_by = None, 0, None, 0, ""
+            usable, limit, work_bytes, limited_by = None, None, 0, ""
             if self.device == "cuda":
-                usable, reserve, limited_by = gpu_pool(memory, rank_resources, self.ranks)
+                limited_by = gpu_limit(memory, rank_resources, self.ranks)
+                usable = gpu_bytes(memory, rank_resources, self.ranks)
                 work_bytes = self._gpu_work_bytes(stage, limits, demand, usable, page_bytes)
             elif isinstance(memory.device_bytes, int):
                 limit = memory.device_bytes
@@ -326,7 +328,6 @@ class StageFitting:
                     gpu_bytes=usable,
                     weight_limit_bytes=limit,
                     limited_by=limited_by,
-                    reserve_bytes=reserve,
                 )
             )
         rooms = [room for room in self._rooms(memory) for _ in range(self._num_lanes)]

@@ -34,7 +34,6 @@ class RankMemory:
     gpu_name: str = ""  # e.g. "GPU 0 (Tesla T4)"
     weight_limit_bytes: int | None = None  # memory.device_bytes of a CPU rank; None: no limit
     limited_by: str = ""  # the settings that `available_bytes` of a GPU follow from
-    reserve_bytes: int = 0  # of `available_bytes`, that pages leave free where they are counted
     page_limit: int | None = None  # that its host memory holds, of layers whose cache is there
 
     @property
@@ -171,8 +170,7 @@ def _spare_bytes(rank: RankMemory, ranks: Sequence[RankMemory]) -> int:
     """This rank's equal share of what its pool can give to pages."""
     neighbours = [other for other in ranks if other.pool == rank.pool]
     available = min(other.available_bytes for other in neighbours)
-    taken = sum(other.fixed_bytes + other.reserve_bytes for other in neighbours)
-    left = max(0, available - taken) // len(neighbours)
+    left = max(0, available - sum(other.fixed_bytes for other in neighbours)) // len(neighbours)
     return left if rank.gpu else left // _AUTO_SHARE
 
 

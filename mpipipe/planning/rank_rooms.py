@@ -22,7 +22,7 @@ __all__ = [
     "GPU_LIBRARY_BYTES",
     "check_settings",
     "gpu_bytes",
-    "gpu_pool",
+    "gpu_limit",
     "kv_host_room",
     "most_host_bytes",
     "rank_rooms",
@@ -34,10 +34,6 @@ __all__ = [
 _HOST_SHARE = 0.7
 # Keeps estimates honest: norms, biases and alignment are not in the sizes of `cost`.
 _MARGIN = 1 / 256
-# What torch's allocator keeps beyond what is planned, as blocks of several sizes: 6.3 % on two H100
-# with a limit of 16 GB each. Without room for it the allocator frees and takes memory in each step
-# of prompts (92 ms instead of 20), so pages that are not asked for by number leave it free.
-_ALLOCATOR_SHARE = 0.07
 # What Python's libraries take of each rank on a CPU, most of it after it was asked what is free.
 CPU_LIBRARY_BYTES = 2**29
 # The same with CUDA, a guess: contexts, cuBLAS and pinned buffers come on top.
@@ -70,28 +66,13 @@ def gpu_bytes(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankRes
     return min(free, memory.device_bytes * _num_on_gpu(rank, ranks))
 
 
-def _gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
+def gpu_limit(memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]) -> str:
     """The setting that `gpu_bytes` follows from."""
     if gpu_bytes(memory, rank, ranks) < gpu_bytes(
         replace(memory, device_bytes="auto"), rank, ranks
     ):
         return "memory.device_bytes"
     return "memory.gpu_memory_fraction of what is free"
-
-
-def gpu_pool(
-    memory: MemoryConfig, rank: RankResources, ranks: Sequence[RankResources]
-) -> tuple[int, int, str]:
-    """`gpu_bytes`, what a rank's pages leave free of it, and the setting it follows from."""
-    usable = gpu_bytes(memory, rank, ranks)
-    return usable, _allocator_bytes(memory), _gpu_limit(memory, rank, ranks)
-
-
-def _allocator_bytes(memory: MemoryConfig) -> int:
-    """What a rank's pages leave free on a GPU under a limit, for torch's allocator."""
-    if not isinstance(memory.device_bytes, int) or _has_pages(memory):
-        return 0
-    return int(memory.device_bytes * _ALLOCATOR_SHARE)
 
 
 def most_host_bytes(rank: RankResources, ranks: Sequence[RankResources]) -> int:
@@ -157,9 +138,8 @@ def _on_gpu(
     host_bytes = memory.host_bytes if isinstance(memory.host_bytes, int) else unasked
     kv_host_bytes = memory.kv_host_bytes if isinstance(memory.kv_host_bytes, int) else unasked
     most = most_host_bytes(rank, ranks)
-    device_bytes = gpu_bytes(memory, rank, ranks) // on_gpu
     return RankRoom(
-        device_bytes=_less_margin(device_bytes - _allocator_bytes(memory)),
+        device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
         weight_limit_bytes=None,
         cache_factor=1,
         host_bytes=_less_margin(min(host_bytes, most)),

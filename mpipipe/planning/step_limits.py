@@ -137,7 +137,6 @@ def rank_memory(
     gpu_bytes: int | None,
     weight_limit_bytes: int | None = None,
     limited_by: str = "",
-    reserve_bytes: int = 0,
 ) -> RankMemory:
     """What a stage needs and what is there.
 
@@ -149,7 +148,6 @@ def rank_memory(
         gpu_bytes: of the GPU that its ranks may use together; None: it runs on a CPU.
         weight_limit_bytes: on a CPU.
         limited_by: the setting that `gpu_bytes` follows from.
-        reserve_bytes: of a GPU, that pages leave free.
     """
     if gpu_bytes is None:
         return RankMemory(
@@ -170,7 +168,6 @@ def rank_memory(
         gpu=rank_resources.gpu.uuid or f"index {rank_resources.gpu.index}",
         gpu_name=describe_gpu(rank_resources),
         limited_by=limited_by,
-        reserve_bytes=reserve_bytes,
     )
 
 

@@ -66,6 +66,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             compared_clocks(ranks, boot.hosts, ranks.clock.now_s) as clocks,
             opening(account=account, clocks=clocks, profiler=_profiler(boot)) as opened,
         ):
+            limit_memory("auto", device)
             await opened.worker.exercise_edges()
             ranks.boot.begin("ready")
             await clocks.compare()
@@ -215,8 +216,10 @@ def _use_device(plan: PipelinePlan, device: torch.device) -> None:
 def limit_memory(device_bytes: int | str, device: torch.device) -> None:
     """Hold torch's allocator to `memory.device_bytes`, where that is a size, on a GPU.
 
-    It then frees what it keeps for later before it takes more. Without: 22.1 GiB at once where
-    16 GB were allowed, as merged weights do not fit into the blocks of their parts.
+    While a stage is loaded it then frees what it keeps for later before it takes more. Without:
+    22.1 GiB at once where 16 GB were allowed, as merged weights do not fit into the blocks of their
+    parts. Not while steps run: at the limit each step of prompts would free and take memory, 92 ms
+    instead of 20 on two H100.
     """
     if device.type != "cuda":
         return

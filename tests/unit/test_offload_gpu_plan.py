@@ -297,7 +297,7 @@ def test_what_would_avoid_it_holds_when_it_is_tried() -> None:
 
 
 def test_int8_is_told_to_bring_less_where_it_does_not_fit_either() -> None:
-    memory = MemoryConfig(device_bytes=43 * 10**8)
+    memory = MemoryConfig(device_bytes=4 * 10**9)
     (note,) = [e for e in plan(t4(1), memory).resolved if e.setting == "memory.offload"]
     narrow = plan(t4(1), memory, model=ModelConfig(quantize="int8"))
     brought = offload(narrow).forecast.host_bytes / GIB
@@ -377,21 +377,3 @@ def test_a_gpu_that_was_not_measured_counts_as_its_kind() -> None:
     assert newer == replace(alike, source=newer.source)
     assert newer.source == "assumed as a H100 PCIe, since the table of GPUs has no B200"
     assert compute_ceilings(None, 4).flops_per_s == 4 * compute_ceilings(None, 1).flops_per_s
-
-
-@pytest.mark.parametrize(("num_ranks", "gigabytes"), [(2, 15), (1, 15), (1, 8)])
-def test_pages_leave_room_for_the_allocator_under_a_limit(num_ranks: int, gigabytes: int) -> None:
-    """Offloaded or not; 6.3 % more than planned was held on two H100."""
-    limit = gigabytes * 10**9
-    memory = MemoryConfig(device_bytes=limit, gpu_memory_fraction=1.0)
-    made = plan(t4(num_ranks), memory, work=(4000, 512, 512))
-    for stage in made.stages:
-        page_bytes = kv_page_bytes(
-            OPENLLAMA_7B,
-            made.dtype,
-            num_layers=stage.num_layers,
-            page_size_tokens=made.page_size_tokens,
-            row_multiple=8,
-        )
-        held = stage.device_weight_bytes + (made.num_kv_pages + 1) * page_bytes
-        assert held < 0.93 * limit - GIB, "and as much for the work space"
