@@ -396,9 +396,7 @@ class StageFitting:
     def _rooms(self, memory: MemoryConfig) -> tuple[RankRoom, ...]:
         num_threads, _ = threads_per_rank(self.decisions.config.pipeline.bind, self.world)
         on_gpus = self.device == "cuda"
-        rooms = rank_rooms(
-            memory, self.ranks, on_gpus=on_gpus, num_threads=num_threads, world=self.world
-        )
+        rooms = rank_rooms(memory, self.ranks, self.world, on_gpus=on_gpus, num_threads=num_threads)
         return stage_rooms(rooms, self._num_lanes)
 
     def _kv_bytes(self, num_pages: int, num_layers: int) -> int:

@@ -228,9 +228,9 @@ def _costs(plan: PipelinePlan, facts: KvHostFacts) -> _Costs:
     rooms = rank_rooms(
         facts.decisions.config.memory,
         facts.ranks,
+        facts.world,
         on_gpus=plan.device == "cuda",
         num_threads=plan.threads_per_rank,
-        world=facts.world,
     )
     token_s = page_s = 0.0
     for stage, room, need in zip(_by_rank(plan), rooms, facts.needs, strict=True):

@@ -93,19 +93,19 @@ def kv_host_room(
 def rank_rooms(
     memory: MemoryConfig,
     ranks: Sequence[RankResources],
+    world: Sequence[RankResources],
     *,
     on_gpus: bool,
     num_threads: int,
-    world: Sequence[RankResources],
 ) -> tuple[RankRoom, ...]:
     """By rank, in the order given.
 
     Args:
         memory: what is asked for.
         ranks: of a replica, which share what memory there is for it.
+        world: all ranks of the job, which share links and disks.
         on_gpus: they compute there.
         num_threads: of each on a CPU.
-        world: all ranks of the job, which share links and disks.
     """
     make = _on_gpu if on_gpus else _on_cpu
     return tuple(make(memory, rank, ranks, num_threads, world) for rank in ranks)
