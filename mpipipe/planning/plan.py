@@ -243,11 +243,6 @@ class PipelinePlan:
         """Sequences that have a place at once, if their pages fit."""
         return self.num_slots * self.max_sequences_per_slot
 
-    @property
-    def last_rank(self) -> int:
-        """The rank of the last stage, which samples."""
-        return self.stages[-1].rank
-
     def stage_of_rank(self, rank: int) -> StagePlan:
         """The stage that `rank` runs.
 

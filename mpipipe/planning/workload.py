@@ -74,11 +74,3 @@ class Workload:
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=num_output_tokens,
         )
-
-    @property
-    def mean_tokens(self) -> float | None:
-        """Prompt and completion of a request, on average; None: not known."""
-        num_requests, num_prompt_tokens = self.num_requests, self.num_prompt_tokens
-        if not num_requests or num_prompt_tokens is None or self.num_output_tokens is None:
-            return None
-        return (num_prompt_tokens + self.num_output_tokens) / num_requests

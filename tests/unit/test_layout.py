@@ -99,7 +99,7 @@ def test_the_plan_follows_the_layout() -> None:
         (True, False),
         (False, True),
     ]
-    assert (made.head_rank, made.last_rank) == (0, 3)
+    assert (made.head_rank, made.stages[-1].rank) == (0, 3)
     assert made.stage_of_rank(1).stage == 2
     assert [s.first_layer for s in made.stages] == sorted(s.first_layer for s in made.stages)
 

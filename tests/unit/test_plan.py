@@ -58,7 +58,7 @@ def test_a_text_that_is_no_plan_is_refused(text: str) -> None:
 
 def test_head_last_and_stage_of_rank() -> None:
     plan = make_plan()
-    assert (plan.num_stages, plan.head_rank, plan.last_rank) == (2, 0, 1)
+    assert (plan.num_stages, plan.head_rank, plan.stages[-1].rank) == (2, 0, 1)
     assert plan.stage_of_rank(1).num_layers == 12
     with pytest.raises(PlanError, match="rank 2 has no stage"):
         plan.stage_of_rank(2)
