@@ -16,7 +16,8 @@ export PATH="$venv/bin:$PATH"
 export MPIPIPE_NO_SKIPS=1
 [ $# -eq 0 ] || exec tox run -e "$1"
 
-# Two environments keep one core busy and know no time limits: they run beside others.
+# Lint and types keep one core busy and know no time limits; the jobs of the Slurm cluster wait most
+# of their time, and their limits are wide. They run beside others, which know no time limits.
 declare -A beside
 said=$(mktemp -d)
 trap 'kill "${beside[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
@@ -38,12 +39,14 @@ begin_beside lint
 tox run --notest -e full
 export MPIPIPE_TEST_SETUP= # it is up to date for all that follow
 begin_beside type
-rest=unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
-[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
-[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || rest+=,slurm
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || begin_beside slurm
 code=0
+tox run -e unit,contract || code=$?
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || end_beside slurm || code=$?
+end_beside type || code=$?
+# Ranks that wait for each other, limits, and cores that a run shall have for itself: alone from here.
+rest=mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
+[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
 tox run -e "$rest" || code=$?
-for environment in lint type; do
-    end_beside "$environment" || code=$?
-done
+end_beside lint || code=$?
 exit "$code"
