@@ -22,7 +22,7 @@ from tests.slurm.site import Site, installations
 __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
-STORY_LIMIT_S = 300
+STORY_LIMIT_S = 540
 RESTARTS = pytest.StashKey[list[str]]()
 TIMES = pytest.StashKey[list[str]]()
 
@@ -35,11 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """MPIPIPE_SLURM_TESTS=off: for machines that cannot have the cluster, and only by choice."""
-    if os.environ.get("MPIPIPE_SLURM_TESTS") == "off":
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
+    """A limit for stories that run beside other suites.
+
+    MPIPIPE_SLURM_TESTS=off: for machines that cannot have the cluster, and only by choice.
+    """
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.timeout(STORY_LIMIT_S + 60))
+        if os.environ.get("MPIPIPE_SLURM_TESTS") == "off":
+            item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
