@@ -61,7 +61,7 @@ def late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def late(self: HostPages, *pages: Any, to_host: bool) -> None:
         with torch.cuda.stream(self._copies):
-            torch.cuda._sleep(LATE_CYCLES)
+            torch.cuda._sleep(LATE_CYCLES)  # type: ignore[no-untyped-call]
         copy(self, *pages, to_host=to_host)
 
     monkeypatch.setattr(HostPages, "_copy", late)

@@ -131,7 +131,8 @@ class Stories:
 def stories(request: pytest.FixtureRequest, site: Site) -> Iterator[Stories]:
     """The stories of all chosen tests, started in the tests' order."""
     pool = ThreadPoolExecutor(SIDE_BY_SIDE)
-    request.config.stash[TIMES] = times = []
+    times: list[str] = []
+    request.config.stash[TIMES] = times
     stories = Stories(pool, site, times)
     for item in request.session.items:
         marker = item.get_closest_marker("story")
