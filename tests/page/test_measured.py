@@ -34,7 +34,7 @@ CASES = ("batch_2", "batch_8")
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 100
 
 
-def bench(model: Path, prompts: Path, folder: Path, *words: str) -> Outcome:
+def bench(model: Path, folder: Path, *words: str) -> Outcome:
     """The batch experiment on two stages: a launch to warm up and two that are measured."""
     options = [
         "--stages=2", "--batch=2,8", "--repeat=1", f"--prompts={NUM_PROMPTS}",
@@ -44,23 +44,14 @@ def bench(model: Path, prompts: Path, folder: Path, *words: str) -> Outcome:
         "model.dtype=float32", f"generation.max_new_tokens={NEW_TOKENS}",
         "log.sample_interval_s=0.2", "pipeline.threads_per_rank=1", "generation.ignore_eos=true",
     ]  # fmt: skip
-    command = [*MPIPIPE, "bench", "batch", str(model), str(prompts), *settings, *options, *words]
+    command = [*MPIPIPE, "bench", "batch", str(model), *settings, *options, *words]
     return execute(command, folder)
 
 
 @pytest.fixture(scope="session")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many as the experiment takes."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    lines = [f'{{"id": "{number}", "prompt": "{number} is"}}\n' for number in range(NUM_PROMPTS)]
-    path.write_text("".join(lines))
-    return path
-
-
-@pytest.fixture(scope="session")
-def begun(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def begun(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The experiment, all of it."""
-    outcome = bench(tiny_model, prompts, tmp_path_factory.mktemp("measured") / "batch")
+    outcome = bench(tiny_model, tmp_path_factory.mktemp("measured") / "batch")
     assert outcome.exit_code == EXIT_OK, outcome.stdout + outcome.stderr
     return outcome
 
@@ -102,13 +93,13 @@ def test_a_batch_experiment_from_launches_to_the_best_configuration(
 
 
 def test_an_experiment_is_gone_on_with_and_not_mixed_with_another(
-    measured: Path, tiny_model: Path, prompts: Path, tmp_path: Path
+    measured: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "batch"
     shutil.copytree(measured, folder)
     records = folder / "records"
     before = {path.name: path.read_bytes() for path in records.iterdir()}
-    again = bench(tiny_model, prompts, folder, "--json")
+    again = bench(tiny_model, folder, "--json")
     assert again.exit_code == EXIT_OK, again.stderr
     assert "0 of 2 launches are missing" in again.stderr
     verdict = json.loads(again.stdout)
@@ -116,20 +107,18 @@ def test_an_experiment_is_gone_on_with_and_not_mixed_with_another(
     assert verdict["largest_safe_batch"] == 8
     assert {path.name: path.read_bytes() for path in records.iterdir()} == before
 
-    changed = bench(tiny_model, prompts, folder, "generation.max_new_tokens=9")
+    changed = bench(tiny_model, folder, "generation.max_new_tokens=9")
     assert changed.exit_code == EXIT_CONFIG
     assert f"generation.max_new_tokens: {NEW_TOKENS} → 9" in changed.stderr
 
     (records / "batch_2_r1.json").unlink()
-    missing = bench(tiny_model, prompts, folder, "--table")
+    missing = bench(tiny_model, folder, "--table")
     assert missing.exit_code == EXIT_PROMPTS
     assert "1 of 2 launches are missing" in missing.stdout
 
 
-def test_replicas_are_refused_in_a_sentence(
-    tiny_model: Path, prompts: Path, tmp_path: Path
-) -> None:
-    refused = bench(tiny_model, prompts, tmp_path / "batch", "--replicas=2")
+def test_replicas_are_refused_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    refused = bench(tiny_model, tmp_path / "batch", "--replicas=2")
     assert refused.exit_code == EXIT_CONFIG
     assert "runs of one pipeline each" in refused.stderr
 
