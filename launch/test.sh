@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything tox runs, from nothing: lint, types, unit, contract, MPI on 1, 2 and 4 ranks, end to end,
-# kills and signals (chaos), runs slowed on purpose (as root), the report's page in Chromium and a Slurm cluster on this machine (both as root on Debian, as
-# they install packages; MPIPIPE_PAGE_TESTS=off and MPIPIPE_SLURM_TESTS=off leave them out).
+# kills and signals (chaos), runs slowed on purpose (as root), the report's page in Chromium and a
+# Slurm cluster on this machine (both as root on Debian, as they install packages;
+# MPIPIPE_PAGE_TESTS=off and MPIPIPE_SLURM_TESTS=off leave them out).
 #
 #   ./launch/test.sh                       all
 #   ./launch/test.sh unit,mpi-2            some environments
