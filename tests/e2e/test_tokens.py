@@ -178,7 +178,7 @@ def phi3(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("num_ranks", "lookahead"), [(2, 0), (2, 1)])
+@pytest.mark.parametrize(("num_ranks", "lookahead"), [(0, 0), (2, 1)])
 def test_lengths_and_the_models_own_settings_count_as_in_transformers(
     phi3: Path, num_ranks: int, lookahead: int, tmp_path: Path
 ) -> None:
