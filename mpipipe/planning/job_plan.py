@@ -7,6 +7,7 @@ forecast with each: prompts and tokens weigh as much as the job has of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,12 +18,14 @@ from mpipipe.errors import PlanError
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes, known_times
 from mpipipe.planning.layout import Layout
-from mpipipe.planning.plan import PipelinePlan, Resolved
+from mpipipe.planning.offload_advice import offload_cost
+from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import Job
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.split_search import search_split, split_by_speed
+from mpipipe.planning.step_times import StepTimes
 from mpipipe.planning.workload import Workload
 
 __all__ = ["plan_job"]
@@ -75,9 +78,9 @@ def plan_job(
     if best != first:
         note = _note(best, forecasts[best], forecasts[first], first)
         plans = job.with_split(best, note).plans(layout)
-    return tuple(
-        _with_shares(plan, forecasts[best], own) for plan, own in zip(plans, known, strict=True)
-    )
+    shared = (_with_shares(plan, forecasts[best]) for plan in plans)
+    context = itertools.repeat(shape.mean_context_tokens)
+    return tuple(map(_as_measured, shared, known, context))
 
 
 def _split(plan: PipelinePlan) -> _Split:
@@ -110,12 +113,38 @@ def _note(best: _Split, faster: JobForecast, slower: JobForecast, split: _Split)
     return Resolved("pipeline.split", str(list(best)), reason)
 
 
-def _with_shares(plan: PipelinePlan, forecast: JobForecast, known: KnownTimes) -> PipelinePlan:
-    """Every stage with its share of the work of this job; whose times were measured is noted."""
+def _with_shares(plan: PipelinePlan, forecast: JobForecast) -> PipelinePlan:
+    """Every stage with its share of the work of this job."""
     busy_s = {stage.rank: stage.prefill_busy_s + stage.decode_busy_s for stage in forecast.stages}
     total_s = sum(busy_s[stage.rank] for stage in plan.stages)
     stages = tuple(
         replace(stage, cost_share=round(busy_s[stage.rank] / total_s, 6)) for stage in plan.stages
     )
-    note = Resolved("forecast.times", known.steps.source, ", ".join(known.files))
-    return replace(plan, stages=stages, resolved=(*plan.resolved, *([note] * bool(known.files))))
+    return replace(plan, stages=stages)
+
+
+def _as_measured(plan: PipelinePlan, known: KnownTimes, context_tokens: float) -> PipelinePlan:
+    """Notes whose times were measured; what is said of offload goes by them, as forecasts do."""
+    if not known.files:
+        return plan
+    source = Resolved("forecast.times", known.steps.source, ", ".join(known.files))
+    notes = (*plan.resolved, source)
+    stages = tuple(_measured(stage, known.steps, context_tokens) for stage in plan.stages)
+    offloaded = [stage.offload.forecast for stage in stages if stage.offload is not None]
+    if offloaded:
+        cost = offload_cost(offloaded)
+        notes = tuple(
+            replace(note, value=cost) if note.setting == "memory.offload" else note
+            for note in notes
+        )
+    return replace(plan, stages=stages, resolved=notes)
+
+
+def _measured(stage: StagePlan, steps: StepTimes, context_tokens: float) -> StagePlan:
+    """The compute of a full step beside what is brought for it."""
+    if stage.offload is None:
+        return stage
+    forecast, alone = stage.offload.forecast, replace(stage, offload=None, kv_in_host=None)
+    compute_s = steps.decode_s(alone, forecast.rows, context_tokens)
+    offload = replace(stage.offload, forecast=replace(forecast, compute_s=compute_s))
+    return replace(stage, offload=offload)

@@ -207,9 +207,8 @@ def with_offload(offload: StageOffload | None, compute_s: float, rows: float) ->
     if offload is None:
         return compute_s
     known = offload.forecast
-    brought_s = max(known.link_s, known.disk_s)
-    step_s = max(compute_s, brought_s) if known.overlaps else compute_s + brought_s
-    return step_s + known.lookup_s * rows / max(1, known.rows)
+    lookup_s = known.lookup_s * rows / max(1, known.rows)
+    return replace(known, compute_s=compute_s, lookup_s=lookup_s, kv_s=0.0).step_s
 
 
 def rate_times(

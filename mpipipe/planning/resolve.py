@@ -210,10 +210,10 @@ class Job:
             told[whole] = self._tokens_per_s(plans) or 0.0
         best = max(told, key=lambda layout: (told[layout], len(layout.replicas)))
         others = [rate for layout, rate in told.items() if layout != best]
-        reason = f"{best.reason}; {told[best]:,.0f} tokens/s predicted"
-        if others:
-            reason += f", at most {max(others):,.0f} with other numbers"
-        return replace(best, reason=reason)
+        if not others or not max(others):
+            return best
+        gain = f"{told[best] / max(others):.2f} times as fast as the next best number"
+        return replace(best, reason=f"{best.reason}; predicted to be {gain}")
 
     def _roomiest(self, fitting: Mapping[Layout, Sequence[PipelinePlan]], whole: Layout) -> Layout:
         """The shortest pipelines that hold a full batch of usual requests."""
