@@ -129,6 +129,11 @@ class StageOffload:
     disk_bytes: int = 0
     forecast: StepForecast = field(default_factory=StepForecast)
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether a disk is read for each step, but for rows of the embedding."""
+        return bool(self.disk_layers) or self.head == "disk"
+
 
 @dataclass(frozen=True, slots=True)
 class KvInHost:
