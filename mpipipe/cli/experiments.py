@@ -135,7 +135,8 @@ def _most_ranks(options: ExperimentOptions) -> int:
 
 def _options(request: ExperimentRequest) -> ExperimentOptions:
     _check_cut(request)
-    each, cuts = request.replicas * request.tensor_parallel, ()
+    each = request.replicas * request.tensor_parallel
+    cuts: tuple[tuple[int, int, int], ...] = ()
     if request.experiment == "arrangements":
         num_ranks = request.num_ranks or _DEFAULT_RANKS
         cuts = possible_arrangements(request.config, request.words, num_ranks)

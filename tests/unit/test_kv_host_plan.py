@@ -246,7 +246,7 @@ def test_device_and_host_hold_what_is_planned() -> None:
 
 
 def test_weights_and_cache_in_host_memory_may_each_be_what_is_asked_for_of_them() -> None:
-    def room(**asked: int) -> RankRoom:
+    def room(**asked: Any) -> RankRoom:
         (found,) = rank_rooms(
             MemoryConfig(**asked),
             ranks := gpus(1, host=100 * GIB),
