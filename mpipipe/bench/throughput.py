@@ -209,7 +209,7 @@ class _Bench:
         after = await session.gather_reports()
         if before is None or after is None:
             return
-        at_once = not work.mixed and work.num_prompts <= self._num_places
+        at_once = work.is_fixed and work.num_prompts <= self._num_places
         timing = JobTiming(elapsed_s, tuple(completions), at_once)
         reports = reports_since(before, after)
         record = {

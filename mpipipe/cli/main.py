@@ -59,7 +59,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: the same tokens, fixed lengths."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
@@ -76,7 +76,7 @@ _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
 _LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLink, PCIe3 … PCIe5."
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
-_PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_PLAN_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed, instead of the configured prompts."
 _RANKS_HERE = typer.Option("--stages", "-n", min=1, help="Ranks here.", show_default=False)
 _COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."

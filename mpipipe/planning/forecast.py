@@ -1,7 +1,7 @@
 """What a job will take under a plan: tokens per second, wall-clock, bubbles, energy. Pure.
 
-The job is followed as the scheduler runs it, in strides of many rounds: sequences are admitted in
-the order of the prompts while places and pages last, their prompts pass the pipe, then all decode
+The job is followed as the scheduler runs it, in strides of many rounds: sequences are admitted,
+the longest outputs first, while places and pages last, their prompts pass the pipe, then all decode
 until the next ones end. What runs out of pages gives up its youngest sequences, which are computed
 anew, or whose pages are moved to host memory and back.
 
@@ -107,7 +107,8 @@ def forecast_job(
     step = -(-len(lengths) // most)
     sample = lengths[::step]
     grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
-    job = _Job(plan, times, deque(itertools.starmap(_Sequence, sample)), grain)
+    longest_first = sorted(itertools.starmap(_Sequence, sample), key=lambda known: -known.output)
+    job = _Job(plan, times, deque(longest_first), grain)
     job.run()
     # A sample has its share of the work; what it does not have are full pipes at its end.
     scale = len(lengths) / len(sample)
