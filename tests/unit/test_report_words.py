@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mpipipe.cli.main import app
 from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
 from mpipipe.report import make, page
-from mpipipe.report.charts import LineChart
+from mpipipe.report.charts import BarChart, LineChart
 from mpipipe.report.experiment_files import find_experiments
 from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.make import make_report
@@ -69,8 +69,13 @@ def test_arrangements_are_told_by_replicas_stages_and_lanes(tmp_path: Path) -> N
     assert (rows["r1_n2_t2"]["size"], rows["r1_n2_t2"]["num_lanes"]) == (4, 2)
     assert rows["r1_n2_t2"]["efficiency"]["median"] == pytest.approx(0.8, rel=0.03)
     (found,) = find_experiments(folder)
-    titles = [chart.title for chart in section_charts(found.section)]
+    charts = {chart.title: chart for chart in section_charts(found.section)}
+    titles = [*charts]
     assert "Where the time of each stage went" in titles
+    bars = charts["Throughput by arrangement of ranks"]
+    assert isinstance(bars, BarChart)
+    assert [name for name, _ in bars.groups] == ["1 × 4 × 1", "1 × 2 × 2", "2 × 2 × 1"]
+    assert bars.parts[0].values == pytest.approx((100, 80, 150))
     assert not any("over stages" in title for title in titles)
 
 
