@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
     from mpipipe.checkpoint.vocabulary import Vocabulary
 
-__all__ = ["BenchWork", "bench_requests", "bench_workload", "warm_up_requests"]
+__all__ = [
+    "BenchWork",
+    "bench_requests",
+    "bench_workload",
+    "least_warm_up_requests",
+    "warm_up_requests",
+]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
@@ -31,6 +37,7 @@ _FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
 _WARM_UP_OUTPUT_TOKENS = 8
+_LEAST_PROMPT_TOKENS = 64  # one step, with any limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,16 @@ def warm_up_requests(
     ]
     shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
     return _requests(shorter, vocabulary, seed + 1)
+
+
+def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
+    """One request of two steps, where all weights come from a disk for each step.
+
+    What kernels a later step has to load is little beside that.
+    """
+    tokens_in, tokens_out = work.lengths(seed)[0]
+    lengths = [(min(tokens_in, _LEAST_PROMPT_TOKENS), min(tokens_out, 2))]
+    return _requests(lengths, vocabulary, seed + 1)
 
 
 def _requests(lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int) -> list[Request]:

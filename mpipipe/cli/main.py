@@ -386,6 +386,7 @@ _EXPERIMENTS: dict[ExperimentName, str] = {
     "strong": "Strong scaling: the same prompts on more and more stages, two arms.",
     "weak": "Weak scaling: prompts and batch grow with the stages.",
     "batch": "Batch sweep: more and more prompts in flight; finds the knee, writes best.toml.",
+    "arrangements": "The same prompts, ranks as replicas, stages and lanes in every way.",
 }
 _LIST = "Numbers with commas."
 _BATCH = "Prompts in flight: a list for batch, one for strong (in total, and per stage) and weak."
@@ -405,7 +406,9 @@ def _bench_experiment(
     stages: Annotated[str, typer.Option(help=f"Pipeline stages. {_LIST}")] = "",
     nodes: Annotated[str, typer.Option(help=f"Nodes, for each of --stages. {_LIST}")] = "",
     batch: Annotated[str, typer.Option(help=_BATCH)] = "",
-    replicas: Annotated[int, typer.Option(min=1, help="Only 1 so far.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Of each case.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Lanes of each stage.")] = 1,
+    ranks: Annotated[int, typer.Option(min=0, help="Of arrangements; 0: 2.")] = 0,
     prompts: Annotated[int, typer.Option(min=0, help=_PROMPTS)] = 0,
     prompt_tokens: Annotated[int, typer.Option(min=0, help=_LENGTH)] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="Measured launches of each case.")] = 5,
@@ -434,6 +437,8 @@ def _bench_experiment(
         nodes=nodes,
         batch=batch,
         replicas=replicas,
+        tensor_parallel=tensor_parallel,
+        num_ranks=ranks,
         num_prompts=prompts,
         prompt_tokens=prompt_tokens,
         repeat=repeat,

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.bench.workloads import BenchWork, bench_requests, warm_up_requests
+from mpipipe.bench.workloads import (
+    BenchWork,
+    bench_requests,
+    least_warm_up_requests,
+    warm_up_requests,
+)
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.errors import ConfigError
@@ -14,6 +19,7 @@ from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.summary import RankReport
 from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.plan import StageOffload
 from mpipipe.types import Completion, FinishReason
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
@@ -112,6 +118,17 @@ def test_a_warm_up_has_the_rows_of_its_work_and_costs_little() -> None:
     assert len(requests[0].prompt_ids) == 512
     assert sum(len(request.prompt_ids) for request in requests) <= 65_536 + 512
     assert max(request.sampling.max_new_tokens for request in requests) == 8
+
+
+def test_a_warm_up_whose_weights_come_from_a_disk_is_two_steps() -> None:
+    work = BenchWork(512, 512, 128)
+    (request,) = least_warm_up_requests(work, LLAMA3, 0)
+    assert (len(request.prompt_ids), request.sampling.max_new_tokens) == (64, 2)
+    (short,) = least_warm_up_requests(BenchWork(3, 5, 1), LLAMA3, 0)
+    assert (len(short.prompt_ids), short.sampling.max_new_tokens) == (5, 1)
+    assert StageOffload(disk_layers=(3,)).reads_disk
+    assert StageOffload(head="disk").reads_disk
+    assert not StageOffload(host_layers=(3,), embedding="disk").reads_disk
 
 
 # ---- the record ----------------------------------------------------------------------------------
