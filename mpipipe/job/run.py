@@ -24,6 +24,7 @@ from mpipipe.job.manifest import complete_manifest, record_start
 from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
+from mpipipe.models.chat import start_early
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.status_file import (
@@ -89,7 +90,10 @@ async def run_job(
         return loaded
 
     def read(model: ModelFacts) -> list[PromptLine]:
-        return configured_prompts(model.loaded)
+        lines = configured_prompts(model.loaded)
+        if any(line.messages is not None for line in lines):
+            start_early()
+        return lines
 
     joining = joined_ranks(
         boot.clock,
