@@ -73,12 +73,22 @@ class Brief:
     decodes: tuple[DecodeShape, ...]
     prompts: tuple[PromptShape, ...]
     hop_rows: tuple[int, ...]
+    num_lanes: int  # of which each rank measures the part of one; `plan` has none
+
+    @property
+    def lane_plan(self) -> PipelinePlan:
+        """The plan of what is measured: as if each stage had its other lanes."""
+        if self.num_lanes == 1:
+            return self.plan
+        lanes = tuple(range(self.num_lanes))
+        stages = tuple(replace(stage, lane_ranks=lanes) for stage in self.plan.stages)
+        return replace(self.plan, stages=stages)
 
     @staticmethod
-    def of(spec: ModelSpec, plan: PipelinePlan, num_model_layers: int) -> Brief:
+    def of(spec: ModelSpec, plan: PipelinePlan, num_model_layers: int, num_lanes: int = 1) -> Brief:
         """For `plan`, made for a model of as many layers as fit any rank.
 
-        `num_model_layers`: how many the model has.
+        `num_model_layers`: how many the model has; `num_lanes`: the lanes that share a layer.
         """
         small, large = slice_layers(layer_weight_bytes(spec, plan.dtype), num_model_layers)
         page_size = plan.page_size_tokens
@@ -117,7 +127,8 @@ class Brief:
         )
         rows = (*_up_to(_DECODE_ROWS, plan.max_sequences_per_slot), plan.max_tokens_per_step)
         shape = ProfileKey.shape_of(spec)
-        return Brief(limits, shape, (small, large), decodes, prompts, tuple(sorted({*rows})))
+        sizes = tuple(sorted({*rows}))
+        return Brief(limits, shape, (small, large), decodes, prompts, sizes, num_lanes)
 
     def stage(self, num_layers: int, *, has_embedding: bool, has_head: bool) -> StagePlan:
         """A slice, as a stage of this rank: with its first layers, or with its last."""
@@ -143,11 +154,18 @@ def _up_to(sizes: Sequence[int], most: int) -> tuple[int, ...]:
 def _prompt_shapes(max_tokens: int, longest: int, max_rows: int) -> tuple[PromptShape, ...]:
     """Of each number of tokens short prompts first, then long ones, then behind a cached part."""
     shapes: dict[PromptShape, None] = {}
-    for tokens in _up_to(_PREFILL_TOKENS, max_tokens):
+
+    def add_short(tokens: int) -> None:
         length = min(tokens, longest, max(_SHORT_PROMPT, -(-tokens // max_rows)))
         shapes[PromptShape(max(1, tokens // length), length)] = None
+
+    for tokens in _up_to(_PREFILL_TOKENS, max_tokens):
+        add_short(tokens)
+    # As many tokens in short prompts as in one long one: what the keys cost in a large step.
     whole = min(max_tokens, longest)
-    for tokens in {min(64, whole), whole}:
+    whole -= whole % min(whole, _SHORT_PROMPT)
+    add_short(whole)
+    for tokens in (min(64, whole), whole):
         shapes[PromptShape(1, tokens)] = None
         if tokens + _CACHED_TOKENS <= longest:
             shapes[PromptShape(1, tokens, _CACHED_TOKENS)] = None

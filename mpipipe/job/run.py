@@ -89,16 +89,10 @@ async def run_job(
         page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
         return loaded
 
-    def read(model: ModelFacts) -> list[PromptLine]:
-        lines = configured_prompts(model.loaded)
-        if any(line.messages is not None for line in lines):
-            start_early()
-        return lines
-
     joining = joined_ranks(
         boot.clock,
         load,
-        read,
+        _read_prompts,
         expect=expected_workload,
         heartbeats=True,
         stop=stop,
@@ -115,6 +109,14 @@ async def run_job(
         job.log.close()
         acquired.close()
         return exit_code
+
+
+def _read_prompts(model: ModelFacts) -> list[PromptLine]:
+    """The configured ones; what renders conversations starts, if there are some."""
+    lines = configured_prompts(model.loaded)
+    if any(line.messages is not None for line in lines):
+        start_early()
+    return lines
 
 
 def _open_job(

@@ -28,14 +28,14 @@ import tokenizers
 from mpipipe.demo.model import cache_folder
 from mpipipe.errors import PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates
-from mpipipe.models.foreign import ENCODE_FAILED, foreign_code
+from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code
 from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.plain_values import from_json, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer"]
+__all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer", "known_ids"]
 
 _FORMAT = 1
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
@@ -74,7 +74,9 @@ def is_plain(backend: PreTrainedTokenizerBase) -> bool:
 
 
 class FastTokenizer(Tokenizer):
-    """Implements `Tokenizer` over one tokenizer of `tokenizers`."""
+    """Implements `Tokenizer` over one of `tokenizers`, which takes many texts in threads."""
+
+    decodes_beside = True
 
     def __init__(
         self, backend: tokenizers.Tokenizer, facts: TokenizerFacts, templates: ChatTemplates
@@ -108,6 +110,15 @@ class FastTokenizer(Tokenizer):
         except PromptError:
             return super().encode_all(texts, add_special_tokens)
 
+    def decode_all(self, all_ids: Sequence[Sequence[int]]) -> list[str | PromptError]:
+        """`decode` of each of them: in one go, unless one of them fails."""
+        try:
+            with foreign_code(*DECODE_FAILED):
+                known = [known_ids(ids, self.vocab_size) for ids in all_ids]
+                return [*self._backend.decode_batch(known, skip_special_tokens=True)]
+        except PromptError:
+            return super().decode_all(all_ids)
+
     def _token_text(self, token_id: int) -> str:
         return str(self._backend.id_to_token(token_id))
 
@@ -116,9 +127,16 @@ class FastTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
-        known = [number for number in ids if 0 <= number < self.vocab_size]
+        known = known_ids(ids, self.vocab_size)
         text: str = self._backend.decode(known, skip_special_tokens=True)
         return text
+
+
+def known_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Without those beyond the vocabulary."""
+    if ids and max(ids) < vocab_size and min(ids) >= 0:
+        return list(ids)
+    return [number for number in ids if 0 <= number < vocab_size]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from mpipipe.models.fast_tokenizer import (
     TokenizerFacts,
     is_plain,
     kept_tokenizer,
+    known_ids,
 )
 from mpipipe.models.foreign import ENCODE_FAILED, foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
@@ -206,9 +207,10 @@ class TransformersTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
-        known = [number for number in ids if 0 <= number < self.vocab_size]
         text = self._backend.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            known_ids(ids, self.vocab_size),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text
