@@ -17,6 +17,7 @@ from mpipipe.cli.bench_dispatch import bench_dispatch
 from mpipipe.cli.logs import logs
 from mpipipe.cli.simulate import simulate
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
+from mpipipe.cli.warm import warm
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
 app.command()(simulate)
+app.command()(warm)
 bench.command("dispatch")(bench_dispatch)
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
