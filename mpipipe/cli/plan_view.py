@@ -41,7 +41,7 @@ def answer_lines(
     plan, forecast = outlook.plan, outlook.forecast
     quantize = f", {plan.quantize}" if plan.quantize != "none" else ""
     heading = f"{_model(outlook.job)}, {plan.dtype}{quantize}: fits {where}"
-    lines = [heading, *_told("prompts", _prompts(outlook.job)), ""]
+    lines = [heading, *_needs(outlook.job), *_told("prompts", _prompts(outlook.job)), ""]
     lines += [*_table(outlook), ""]
     lines += _told("tokens/s", _throughput(outlook))
     lines += _told("batch", _batch(outlook))
@@ -62,7 +62,8 @@ def refusal_lines(
     job: PlannedJob, problem: str, fitting: Sequence[Advice], where: str
 ) -> list[str]:
     """Why nothing fits, and what would."""
-    lines = [f"{_model(job)}: does not fit {where}", *_told("prompts", _prompts(job))]
+    heading = f"{_model(job)}: does not fit {where}"
+    lines = [heading, *_needs(job), *_told("prompts", _prompts(job))]
     lines += _told("problem", problem)
     if not fitting:
         return lines + _told("would fit", "nothing that was tried")
@@ -94,6 +95,12 @@ def _way(way: Arrangement) -> tuple[str, ...]:
 def _model(job: PlannedJob) -> str:
     name = job.model_path.rstrip("/").rpartition("/")[2]
     return f"{name} ({job.spec.architecture or job.spec.model_type}, {job.spec.num_layers} layers)"
+
+
+def _needs(job: PlannedJob) -> list[str]:
+    """What must be set for these cards, and is not."""
+    needs = [note for note in job.notes if note.setting == "model.dtype"]
+    return [line for n in needs for line in _told("needs", f"{n.setting}={n.value}: {n.reason}")]
 
 
 def _prompts(job: PlannedJob) -> str:
@@ -215,10 +222,10 @@ def _batch(outlook: Outlook) -> str:
         f"mean; the cache holds {held:,} sequences of {longest:,} tokens"
     )
     if forecast.num_preemptions:
-        anew = "computed twice"
-        if plan.num_host_pages:
-            anew = "preempted, and computed twice where their pages do not move to host memory"
-        told += f", so about {forecast.num_preemptions:,} are {anew}"
+        anew, saved = forecast.num_preemptions - forecast.num_saved, forecast.num_saved
+        waiting = [f"{saved:,} wait in host memory"] * (saved > 0)
+        waiting += [f"{anew:,} are computed twice"] * (anew > 0)
+        told += f", so about {' and '.join(waiting)}"
     return told
 
 

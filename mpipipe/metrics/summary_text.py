@@ -92,6 +92,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"generate {_seconds(phases.generate_s)}",
             f"shutdown {_seconds(phases.shutdown_s)}",
         ),
+        **({"start": started} if (started := _start(summary)) else {}),
         **({"slowest boot": (slowest,)} if (slowest := _slowest_boot(summary)) else {}),
         "throughput": (
             f"{summary.output_tokens_per_s:,.1f} output tokens/s",
@@ -155,6 +156,21 @@ def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
 
 def _tokens_per_s(value: float) -> str:
     return f"{value:,.1f} tokens/s"
+
+
+_START_SHARE = 0.03  # of the start; smaller parts are told together
+
+
+def _start(summary: RunSummary) -> tuple[str, ...]:
+    """What the seconds until the first token went to, on the head."""
+    parts = summary.start_parts
+    whole_s = sum(parts.values())
+    told = {name: s for name, s in parts.items() if s >= _START_SHARE * whole_s}
+    rest_s = whole_s - sum(told.values())
+    seconds = [f"{name} {_seconds(s)}" for name, s in told.items()]
+    if not seconds:
+        return ()
+    return (f"first token after {_seconds(whole_s)}", *seconds, f"rest {_seconds(rest_s)}")
 
 
 def _slowest_boot(summary: RunSummary) -> str:

@@ -74,6 +74,11 @@ CPU_SHARES = Shares(
     prompt_step_s=1e-3,
 )
 
+# Lanes on CPUs share all of their parts and add them up themselves: two changes of threads, an
+# Iallgather, a sum. The least of 60 sums of 2 lanes on two cores that others used too: 0.17 ms for
+# 2 KB, 0.8 ms for 1.2 MB, 7.5 ms for 8.4 MB.
+_CPU_SUMS = Link("sums on CPUs", 1.5e9, 0.17e-3, "measured: 2 lanes on two cores")
+
 # Weights in 8 bits on a GPU, measured on one H100 with Llama-3-8B (BENCHMARKS.md). int8: read at
 # 0.85 of what 16 bits reach, products beside the reading and not under it, with many rows written
 # out in 16 bits first. fp8: activations are quantised first.
@@ -100,6 +105,7 @@ class RateTimes:
     far: Link  # between hosts
     source: str
     num_lanes: int = 1  # ranks of a stage; `spec` is what each of them computes with
+    gathers_sums: bool = False  # each lane gets all parts of a sum; else they go round a ring
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -110,8 +116,8 @@ class RateTimes:
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
         layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
-        layer_s += 2 * self._sum_s(rows)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
+        compute_s += self.lanes_s(stage, rows, rows)
         return with_offload(stage.offload, compute_s, rows) + self.kv_in_host_s(stage, cached)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
@@ -120,9 +126,10 @@ class RateTimes:
         products_s = self._layer_products_s(ceilings, tokens, shares.prompt_products)
         attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
         attention_s /= ceilings.flops_per_s * shares.prompt_attention
-        layer_s = products_s + attention_s + shares.layer_s + 2 * self._sum_s(tokens)
+        layer_s = products_s + attention_s + shares.layer_s
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
-        head_s = self._head_s(stage, max(1.0, prompts))
+        head_rows = max(1.0, prompts)
+        head_s = self._head_s(stage, head_rows) + self.lanes_s(stage, tokens, head_rows)
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
         # K and V are written, and read at least once.
         return with_offload(stage.offload, compute_s, tokens) + self.kv_in_host_s(stage, 2 * tokens)
@@ -141,20 +148,33 @@ class RateTimes:
         moved = num_tokens * self._cache_row_bytes() * len(known.layers)
         return moved * known.step_s / known.step_bytes
 
+    def lanes_s(self, stage: StagePlan, rows: float, head_rows: float) -> float:
+        """What the lanes of a stage take for each other: two sums a layer, and the logits."""
+        logits_s = self._gather_s(head_rows) if stage.has_head else 0.0
+        return 2 * stage.num_layers * self._sum_s(rows) + logits_s
+
     def _sum_s(self, rows: float) -> float:
         """What the lanes of a stage take to add up their hidden states."""
         if self.num_lanes == 1:
             return 0.0
-        # Each lane sends every element but its own part twice, round the ring.
-        moved = 2 * (self.num_lanes - 1) / self.num_lanes * rows * self.spec.hidden_size
-        return self.near.latency_s + moved * dtype_bytes(self.dtype) / self.near.bytes_per_s
+        others = self.num_lanes - 1
+        # Round the ring each lane sends every element but its own part twice.
+        share = others if self.gathers_sums else 2 * others / self.num_lanes
+        moved = share * rows * self.spec.hidden_size * dtype_bytes(self.dtype)
+        link = self._sum_link
+        return link.latency_s + moved / link.bytes_per_s
 
     def _gather_s(self, rows: float) -> float:
         """What they take to share the logits that each has of a part of the vocabulary."""
         if not self.spec.head_rows:
             return 0.0
         moved = rows * (self.spec.vocab_size - self.spec.head_rows) * dtype_bytes(self.dtype)
-        return self.near.latency_s + moved / self.near.bytes_per_s
+        link = self._sum_link
+        return link.latency_s + moved / link.bytes_per_s
+
+    @property
+    def _sum_link(self) -> Link:
+        return _CPU_SUMS if self.gathers_sums else self.near
 
     def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
         """The matrix products of a layer for so many rows."""
@@ -172,7 +192,7 @@ class RateTimes:
             self.ceilings[stage.rank], spec.head_parameters, narrow, rows, share
         )
         choosing_s = rows * spec.vocab_size / 1000 * self.shares.row_s
-        return products_s + self._gather_s(rows) + choosing_s
+        return products_s + choosing_s
 
     def _products_s(
         self, ceilings: Ceilings, parameters: int, held_bytes: int, rows: float, share: float
@@ -207,9 +227,8 @@ def with_offload(offload: StageOffload | None, compute_s: float, rows: float) ->
     if offload is None:
         return compute_s
     known = offload.forecast
-    brought_s = max(known.link_s, known.disk_s)
-    step_s = max(compute_s, brought_s) if known.overlaps else compute_s + brought_s
-    return step_s + known.lookup_s * rows / max(1, known.rows)
+    lookup_s = known.lookup_s * rows / max(1, known.rows)
+    return replace(known, compute_s=compute_s, lookup_s=lookup_s, kv_s=0.0).step_s
 
 
 def rate_times(
@@ -255,6 +274,7 @@ def rate_times(
         far=far,
         source="; ".join(sources),
         num_lanes=plan.tensor_parallel,
+        gathers_sums=not on_gpus,
     )
 
 

@@ -157,6 +157,10 @@ class DecodeBatch:
         self._arrays.host["kv_len"][: len(self._rows)] += 1
         self.last_step = step.step
 
+    def catch_up(self) -> None:
+        """Behind a step that was no graph: the device's lengths have not advanced by themselves."""
+        self._arrays.upload()
+
     def _upload(self) -> None:
         """Make the device's side equal to the host's, as far as it is read.
 

@@ -2,9 +2,9 @@
 
 Every step is [inputs are there → compute → outputs are there] in the order of the stream; the
 worker puts the transfers around it. Prompt chunks run as they are, at their lengths (varlen);
-decode steps are replayed as CUDA graphs where the attention backend works from device tensors
-alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the oracle of
-the graphs.
+decode steps without them are replayed as CUDA graphs where the attention backend works from device
+tensors alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the
+oracle of the graphs.
 """
 
 from __future__ import annotations
@@ -157,8 +157,9 @@ class StageEngine:
         `use`: by the run's requests, as far as they are known. What no graph made here can do is
         captured when it first occurs. `capturing` is told when graphs begin. First comes a prefill
         step of full size (without graphs a decode step, too), so that no request pays for loading
-        kernels, and too little memory shows before the first prompt. A CPU has no kernels to load
-        and no memory to reserve.
+        kernels, and too little memory shows before the first prompt. Where weights come from a disk
+        that would take longer than it spares: only the largest decode step is run. A CPU has no
+        kernels to load and no memory to reserve.
         """
         if self.free_inputs:
             return
@@ -177,6 +178,8 @@ class StageEngine:
             for needs, with_logits in kinds
             for slot in range(len(self._batches))
         ]
+        if self._model.waits_on_host:  # for each of them all weights would come from the disk
+            keys = [max(keys, key=lambda key: (key.num_rows, key.num_options))]
         if self.graph_runner.use_graphs:
             capturing()
         with torch.inference_mode():
@@ -231,7 +234,7 @@ class StageEngine:
         assert buffer_BH is not None, "the first stage receives none"
         if self.free_inputs:
             return buffer_BH.new_empty(step.num_tokens, self._plan.hidden_size)
-        if isinstance(step, DecodeScheduled):
+        if isinstance(step, DecodeScheduled) and not step.chunks:
             return self._slices.of(buffer_BH, self._num_rows(step))
         num_tokens = step.num_tokens
         if num_tokens <= buffer_BH.shape[0]:
@@ -255,8 +258,10 @@ class StageEngine:
         self._settle_pages(step.new_pages, step.joined, step.chunks)
         batch.apply(step)
         if step.chunks:
-            assert self._varlen, "graphs hold decodes only"
-            return self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            launched = self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            if not self._varlen:
+                batch.catch_up()
+            return launched
         if self._varlen:
             return self._decode_varlen(batch, hidden_BH)
         rows = self._num_rows(step)

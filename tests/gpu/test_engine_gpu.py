@@ -7,8 +7,8 @@ path, and of transformers on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +26,13 @@ from mpipipe.stage.launched import LaunchedStep
 from mpipipe.stage.timeline import StepEvents, StreamTimeline
 from mpipipe.types import Request, SamplingParams
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.tiny_models import TinyModel
 from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_stream"),
 ]
 MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
 FAMILIES = ["llama", "llama-head_dim-100", "opt", "qwen3"]
@@ -39,32 +40,13 @@ LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _own_stream() -> Iterator[None]:
-    """A stream makes its stream the thread's current one: put the default one back."""
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.default_stream())
-
-
-def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> EnginePipeline:
+def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: Any) -> EnginePipeline:
     """All stages on the current GPU, prepared."""
     plan = engine_plan(
         num_stages,
         graphs=name == "graphs",
         hidden_size=model.reference.config.hidden_size,
-        **shape,  # type: ignore[arg-type]
+        **shape,
     )
     device = f"cuda:{torch.cuda.current_device()}"
     return EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
@@ -81,8 +63,9 @@ def test_greedy_tokens_are_those_of_transformers(
     model = tiny(family)
     requests = make_requests(LENGTHS, lambda n: GREEDY.replace(max_new_tokens=9 + n % 3))
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    for num_stages in (1, 2):
-        pipeline = on_gpu(model, num_stages, name)
+    mixed = {"prefill": "mixed", "max_tokens_per_step": 8}
+    for num_stages, shape in ((1, {}), (2, {}), (1, mixed), (2, mixed)):
+        pipeline = on_gpu(model, num_stages, name, **shape)
         assert (pipeline.engines[0].graph_runner.num_graphs > 0) == (name == "graphs")
         for seed in range(2):
             found = pipeline.generate(requests, seed=seed)

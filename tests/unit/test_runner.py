@@ -32,6 +32,7 @@ from mpipipe.metrics.log import Logger, NullLog
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 EOS = 0
@@ -72,6 +73,7 @@ class Pipeline:
     most_in_flight: int = 0
     records: list[RequestRecord] = field(default_factory=list)
     log: Logger = field(default_factory=NullLog)
+    rank = 0
 
     def mailbox(self, *kinds: type[Message]) -> Mailbox[tuple[int, Message]]:
         mailbox = self.mailboxes.setdefault(kinds[0], Mailbox(kinds[0].__name__))
@@ -136,7 +138,7 @@ class Pipeline:
         return Runner(
             core=core,
             group=cast("RankGroup", self),
-            decode=decode,
+            texts=TextMaker(decode),
             clock=self.clock,
             log=self.log,
             on_request=self.records.append,
@@ -212,6 +214,21 @@ def alone(request: Request) -> tuple[list[int], str, FinishReason]:
 
 def outcome(completion: Completion) -> tuple[list[int], str, FinishReason]:
     return list(completion.token_ids), completion.text, completion.finish_reason
+
+
+def test_the_longest_expected_outputs_start_first_and_equal_ones_as_they_come() -> None:
+    limits = (2, 9, 2, 30, 9, 2, 30)
+    wanted = [
+        replace(request, sampling=request.sampling.replace(max_new_tokens=limit))
+        for request, limit in zip(requests(len(limits)), limits, strict=True)
+    ]
+    pipeline = Pipeline()
+    complete(make_core("phases"), wanted, pipeline)
+    started = [
+        wanted.index(next(r for r in wanted if r.prompt_ids == o.prompt_ids))
+        for o in sorted(pipeline.opened, key=lambda opened: opened.sequence_id)
+    ]
+    assert started == [3, 6, 1, 4, 0, 2, 5]
 
 
 def test_the_log_tells_each_admission_and_what_page_pressure_undid() -> None:
@@ -479,10 +496,11 @@ def runner_of(
     return Runner(
         core=core,
         group=cast("RankGroup", pipeline),
-        decode=decode_or_fail,
+        texts=TextMaker(
+            decode_or_fail, special=SpecialTokens({} if special is None else {"<|x|>": special})
+        ),
         clock=pipeline.clock,
         log=NullLog(),
-        special=SpecialTokens({} if special is None else {"<|x|>": special}),
     )
 
 
