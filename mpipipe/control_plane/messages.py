@@ -52,9 +52,10 @@ __all__ = [
     "StepScheduled",
     "StepTimes",
     "StopRequested",
+    "VerifiedSequence",
 ]
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -194,9 +195,24 @@ class StepScheduled:
         return len(self.sequences)
 
     @property
-    def phase(self) -> Literal["prefill", "decode", "mixed"]:
+    def phase(self) -> Literal["prefill"]:
         """Chunks of prompts alone."""
         return "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSequence:
+    """One sequence's rows of a step that verifies drafts.
+
+    `token_ids`: its last token, which no step has computed yet, then those that were drafted. Each
+    is a row: the first at position `num_computed`. The page table is cut to the pages of
+    `num_computed` tokens (drafts that were refused may have had more), then gets `new_pages`.
+    """
+
+    sequence_id: int
+    num_computed: int
+    token_ids: tuple[int, ...]
+    new_pages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +230,11 @@ class DecodeScheduled:
     Then every row computes the one token that it sampled last, at the position after all it has
     computed so far, and samples the next one. `chunks` of prompts are computed behind the rows, as
     those of a `StepScheduled`; their sequences are no rows of the batch before a later step.
+
+    With `verified` all rows leave the batch, none joins, and there are no chunks: the rows are the
+    tokens of these sequences, one after the other, and every row samples what follows it. A
+    sequence with a single token may join the batch in the next step; its sample is then the last
+    one, as a prompt's.
     """
 
     step: int
@@ -225,6 +246,7 @@ class DecodeScheduled:
     new_pages: tuple[int, ...]
     steady: bool  # as in StepScheduled
     chunks: tuple[ScheduledSequence, ...] = ()
+    verified: tuple[VerifiedSequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -239,11 +261,13 @@ class DecodeScheduled:
     @property
     def num_sequences(self) -> int:
         """Sequences that have a share of it."""
-        return self.num_rows + len(self.chunks)
+        return len(self.verified) or self.num_rows + len(self.chunks)
 
     @property
-    def phase(self) -> Literal["prefill", "decode", "mixed"]:
-        """One token of each sequence, and perhaps chunks of prompts."""
+    def phase(self) -> Literal["decode", "mixed", "verify"]:
+        """One token of each sequence, and perhaps chunks of prompts; or drafts."""
+        if self.verified:
+            return "verify"
         return "mixed" if self.chunks else "decode"
 
 

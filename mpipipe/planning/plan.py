@@ -24,6 +24,7 @@ from mpipipe.types import (
 
 __all__ = [
     "Decisions",
+    "DraftPlan",
     "KvInHost",
     "PipelinePlan",
     "Resolved",
@@ -140,6 +141,17 @@ class KvInHost:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """Drafts by n-gram lookup (`scheduler.drafts`): how many tokens, and what their steps cost."""
+
+    max_tokens: int  # drafted for a sequence in one step, at most
+    rows: tuple[int, ...]  # sizes of steps, ascending; no step with drafts has more than the last
+    step_s: tuple[float, ...]  # predicted: of a step of each size through all stages, empty cache
+    key_s: float  # and for every token in the cache of every row
+    awaited_s: float = 0.0  # what a step takes longer if the tokens before it must be known first
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """The slice of the model that one rank holds, or several under tensor parallelism: lanes."""
 
@@ -211,6 +223,7 @@ class PipelinePlan:
     num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
     min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
+    drafts: DraftPlan | None = None  # None: every token has a step of its own
     replica: int = 0  # which of the job's pipelines
     num_replicas: int = 1
 
@@ -237,6 +250,12 @@ class PipelinePlan:
     def ranks(self) -> tuple[int, ...]:
         """The ranks of the pipeline, in the order of its stages and their lanes."""
         return tuple(rank for stage in self.stages for rank in stage.ranks)
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Rows of a decode step at most: of sequences, or of sequences with drafts."""
+        most_drafted = 0 if self.drafts is None else self.drafts.rows[-1]
+        return max(self.max_sequences_per_slot, most_drafted)
 
     @property
     def capacity(self) -> int:

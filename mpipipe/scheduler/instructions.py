@@ -13,6 +13,7 @@ from mpipipe.types import FinishReason
 
 __all__ = [
     "Closed",
+    "DraftUse",
     "Finished",
     "Instruction",
     "Preempted",
@@ -60,6 +61,22 @@ Instruction = TokensEmitted | Finished | Closed
 
 
 @dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What drafts were good for so far."""
+
+    num_drafted: int = 0  # tokens that steps have verified
+    num_accepted: int = 0  # of these, those that completions have
+    num_saved_steps: int = 0  # decode steps that would have been needed for the latter
+
+    def __add__(self, other: DraftUse) -> DraftUse:
+        return DraftUse(
+            self.num_drafted + other.num_drafted,
+            self.num_accepted + other.num_accepted,
+            self.num_saved_steps + other.num_saved_steps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerStatistics:
     """A snapshot of the core."""
 
@@ -76,3 +93,4 @@ class SchedulerStatistics:
     num_saved: int = 0  # of the preemptions, those whose pages were saved in host memory
     num_saved_pages: int = 0
     max_host_pages_used: int = 0
+    drafts: DraftUse = field(default_factory=DraftUse)

@@ -8,8 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
+from mpipipe.control_plane.messages import (
+    DecodeScheduled,
+    ScheduledSequence,
+    StepScheduled,
+    VerifiedSequence,
+)
 from mpipipe.scheduler.decode_batch import Rows
+from mpipipe.scheduler.drafts import Drafter
 from mpipipe.scheduler.policy import fill_threshold
 from mpipipe.scheduler.sequence import Sequence
 from mpipipe.scheduler.slot_allocator import SchedulerLimits, Slot, SlotAllocator
@@ -28,6 +34,7 @@ class Dispatched:
     ending: list[Sequence]  # those that sample for the last time
     has_chunks: bool  # of prompts: some rows may sample the first token of their completion
     has_ended: bool = False  # a sequence ended since: it may be among the rows
+    drafts: tuple[tuple[int, ...], ...] = ()  # of each row, if the step verifies any
 
 
 class StepMaker:
@@ -38,6 +45,7 @@ class StepMaker:
         slot_allocator: the sequences; changed as they are dispatched.
         prefill: "phases" or "mixed": see `_prefers_prefill`. "mixed" without lookahead fills up
             decode steps with chunks of prompts.
+        drafter: decides on drafts; None: there are none.
     """
 
     def __init__(
@@ -45,11 +53,13 @@ class StepMaker:
         limits: SchedulerLimits,
         slot_allocator: SlotAllocator,
         prefill: Literal["phases", "mixed"],
+        drafter: Drafter | None = None,
     ) -> None:
         self._limits = limits
         self._slot_allocator = slot_allocator
         self._mixed = prefill == "mixed"
         self._fills_up = self._mixed and not limits.lookahead
+        self._drafter = drafter
         self.num_steps = 0
         self._returned = -1  # the latest step that has come back
         self._turn = 0  # slot whose turn it is to decode
@@ -108,18 +118,33 @@ class StepMaker:
             joined = [sequence for sequence in slot.joining if sequence.last_step <= latest]
             if slot.batch.num_live:  # pages come back while a step computes
                 joined = [s for s in joined if s.restored_at < self.num_steps]
-            dispatched = self._decode(slot, joined)
+            drafts = self._drafts_of(slot)
+            dispatched = self._verify(slot, drafts) if drafts else self._decode(slot, joined)
             if dispatched is not None:
                 return dispatched
 
     def _can_decode(self, slot: Slot) -> bool:
-        """Some sequence decodes here, and may have one more sample in flight."""
+        """Some sequence decodes here, and may have one more sample in flight.
+
+        Where drafts may pay, the slot awaits all its tokens, from when that is seen.
+        """
+        if slot.sampled_in > self._returned and not slot.drafting:
+            if not self._has_room(slot):
+                return False
+            slot.awaits_tokens = slot.awaits_tokens or self._expects_drafts(slot)
+        if slot.drafting or slot.awaits_tokens:
+            return slot.decodes and slot.sampled_in <= self._returned
+        return self._has_room(slot)
+
+    def _has_room(self, slot: Slot) -> bool:
         if not self._limits.lookahead and not slot.batch.num_live:
             return bool(slot.joining) and slot.joining[0].last_step <= self._returned
         return slot.decodes and slot.batch.has_room(self._returned)
 
     def _due(self, slot: Slot) -> int:
         """The step number from which a decode of `slot` finds its tokens on the first stage."""
+        if slot.drafting:  # they come with the step
+            return self.num_steps
         awaited = slot.batch.last_step if slot.batch.num_live else slot.joining[0].last_step
         return awaited + self._limits.num_slots
 
@@ -135,7 +160,10 @@ class StepMaker:
                 continue
             if self._slot_allocator.waiting:
                 self._slot_allocator.refill(slot, self._budget(slot), self._returned)
-            dispatched = self._decode(slot, slot.joining.copy(), self._budget(slot))
+            if drafts := self._drafts_of(slot):
+                dispatched = self._verify(slot, drafts)
+            else:
+                dispatched = self._decode(slot, slot.joining.copy(), self._budget(slot))
             if dispatched is not None:
                 self._turn = (slot.index + 1) % self._limits.num_slots
                 return dispatched
@@ -145,6 +173,102 @@ class StepMaker:
         """Tokens of prompts that a step of the slot has room for, beside its decodes."""
         num_decodes = slot.batch.num_live + len(slot.joining)
         return self._limits.max_tokens_per_step - num_decodes
+
+    # ---- drafts ----------------------------------------------------------------------------------
+
+    def _may_draft(self, slot: Slot, decoding: list[Sequence]) -> bool:
+        """Whether all that decodes here may be in a step that verifies, and nothing else is due."""
+        return (
+            self._drafter is not None
+            and not slot.prefilling
+            and 0 < len(decoding) <= self._drafter.max_sequences
+            and min([sequence.draft_room for sequence in decoding]) >= 0
+        )
+
+    def _expects_drafts(self, slot: Slot) -> bool:
+        """Whether awaiting the slot's tokens is likely to pay."""
+        if self._drafter is None or slot.num_members > self._drafter.max_sequences:
+            return False
+        decoding = slot.decoding
+        return self._may_draft(slot, decoding) and self._drafter.expects_gain(decoding)
+
+    def _drafts_of(self, slot: Slot) -> dict[Sequence, tuple[int, ...]] | None:
+        """What the slot's next step verifies of each sequence; None: it is a plain one.
+
+        Sequences that had drafts go back to the batch by a step without any: it leaves their last
+        tokens on the stages, where the batch's steps find them.
+        """
+        slot.awaits_tokens = False
+        if slot.sampled_in > self._returned:
+            return None
+        decoding = slot.decoding
+        if self._drafter is not None and self._may_draft(slot, decoding):
+            drafts = self._drafter.propose(decoding, [s.draft_room for s in decoding])
+            if drafts:
+                return dict(zip(decoding, drafts, strict=True))
+        return dict.fromkeys(decoding, ()) if slot.drafting else None
+
+    def _verify(self, slot: Slot, drafts: dict[Sequence, tuple[int, ...]]) -> Dispatched | None:
+        """A step of the last token of each sequence of the slot, and of its draft.
+
+        None: all were preempted for want of pages.
+        """
+        for sequence in slot.batch.live_rows():
+            slot.batch.leave(sequence)
+        slot.joining, slot.drafting = [], list(drafts)
+        for sequence in slot.drafting:
+            sequence.is_drafting = True
+        verified = self._drafted_rows(slot, drafts)
+        if not verified:
+            return None
+        rows = Rows(slot.drafting.copy())
+        has_drafts = sum([len(each.token_ids) for each in verified]) > len(verified)
+        leaving = [] if has_drafts else self._end_drafting(slot)
+        step = DecodeScheduled(
+            step=self.num_steps,
+            slot=slot.index,
+            num_rows=sum([len(each.token_ids) for each in verified]),
+            left=slot.batch.change([]),
+            joined=(),
+            page_rows=(),
+            new_pages=(),
+            steady=False,
+            verified=tuple(verified),
+        )
+        self._turn = (slot.index + 1) % self._limits.num_slots
+        dispatched = self._dispatch(step, rows, leaving)
+        if has_drafts:
+            dispatched.drafts = tuple([each.token_ids[1:] for each in verified])
+        return dispatched
+
+    def _drafted_rows(
+        self, slot: Slot, drafts: dict[Sequence, tuple[int, ...]]
+    ) -> list[VerifiedSequence]:
+        """The rows of those that are not preempted, with as much of a draft as has pages."""
+        allocator, page_size = self._slot_allocator, self._limits.page_size
+        needing = [s for s in slot.drafting if s.num_computed % page_size == 0]
+        given = allocator.give_pages(needing) if needing else {}
+        verified: list[VerifiedSequence] = []
+        for row, sequence in enumerate(slot.drafting):
+            draft, num_computed = drafts[sequence], sequence.num_computed
+            room, new_pages = allocator.give_draft_pages(sequence, len(draft))
+            if sequence in given:
+                new_pages = (given[sequence], *new_pages)
+            token_ids = (sequence.tokens[-1], *draft[:room])
+            verified.append(
+                VerifiedSequence(sequence.sequence_id, num_computed, token_ids, new_pages)
+            )
+            sequence.num_computed += len(token_ids)
+            sequence.last_step, sequence.row = self.num_steps, row
+        return verified
+
+    def _end_drafting(self, slot: Slot) -> list[Sequence]:
+        """All go back to the batch, behind a step without drafts; returns those that end by it."""
+        slot.joining, slot.drafting = slot.drafting, []
+        for sequence in slot.joining:
+            sequence.is_drafting = False
+            sequence.num_to_prefill = sequence.num_computed  # `num_to_sample` counts from there
+        return [sequence for sequence in slot.joining if not sequence.num_to_sample]
 
     # ---- making a step ---------------------------------------------------------------------------
 

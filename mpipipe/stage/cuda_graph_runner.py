@@ -57,9 +57,9 @@ class StageTensors:
     """Device tensors that all steps of a stage share."""
 
     cache: KVCache
-    last_token: (
-        torch.Tensor
-    )  # int64 [request rows + 1]: the token each sequence sampled last (stage 0)
+    # int64 [request rows + 1 + rows of drafts]: the token each sequence sampled last, and what the
+    # rows of drafts compute (stage 0).
+    last_token: torch.Tensor
     history: TokenHistory  # what the penalties remember (last stage)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
     # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only
