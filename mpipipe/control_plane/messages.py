@@ -9,51 +9,23 @@ Changing a message or a tag means raising `PROTOCOL_VERSION`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.planning.resources import RankResources
 from mpipipe.types import Request, SamplingParams, TokenLogprobs
 
 __all__ = [
-    "PROTOCOL_VERSION",
-    "TAGS",
-    "BarrierEntered",
-    "BarrierReleased",
-    "Broadcast",
-    "ClockAsked",
-    "ClockTold",
-    "ClocksCompared",
-    "DecodeScheduled",
-    "DispatchBegan",
-    "DispatchEnded",
-    "Echo",
-    "GatherPart",
-    "GenerationBegan",
-    "GenerationEnded",
-    "Heartbeat",
-    "Hello",
-    "LogprobsSampled",
-    "Message",
-    "NoMoreRequests",
-    "PagesRestored",
-    "PagesSaved",
-    "PhaseReport",
-    "PhaseVerdict",
-    "RankLost",
-    "ReplicaTold",
-    "RequestClosed",
-    "RequestOpened",
-    "RequestsGiven",
-    "ScheduledSequence",
-    "SessionEnded",
-    "StepSampled",
-    "StepScheduled",
-    "StepTimes",
-    "StopRequested",
-    "VerifiedSequence",
-]
+    "PROTOCOL_VERSION", "TAGS", "BarrierEntered", "BarrierReleased", "Broadcast", "ClockAsked",
+    "ClockTold", "ClocksCompared", "DecodeScheduled", "DispatchBegan", "DispatchEnded", "Echo",
+    "GatherPart", "GenerationBegan", "GenerationEnded", "Heartbeat", "Hello", "LogprobsSampled",
+    "Message", "NoMoreRequests", "PagesRestored", "PagesSaved", "PhaseReport", "PhaseVerdict",
+    "RankLost", "ReplicaTold", "RequestClosed", "RequestOpened", "RequestsGiven",
+    "ScheduledSequence", "SessionEnded", "StepSampled", "StepScheduled", "StepTimes",
+    "StopRequested", "VerifiedSequence",
+]  # fmt: skip
 
 PROTOCOL_VERSION = 13
 
@@ -377,6 +349,7 @@ class ReplicaTold:
     num_saved: int = 0  # of these, whose pages went to host memory
     starved_s: float = 0.0  # it had no request, and might still get some
     is_done: bool = False  # no request is left here, and none will come; its last of this call
+    drafts: DraftUse = field(default_factory=DraftUse)  # in this call so far
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
+    from mpipipe.metrics.drafts import DraftUse
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
@@ -98,6 +99,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
             _preemptions(summary),
         ),
+        **({"drafts": _drafts(summary.drafts)} if summary.drafts.num_drafted else {}),
         "first token": (
             f"{_seconds(requests.ttft_p50_s)} p50",
             f"{_seconds(requests.ttft_p95_s)} p95",
@@ -222,6 +224,14 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
 def _preemptions(summary: RunSummary) -> str:
     told = f"{summary.num_preemptions:,} preemptions"
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
+
+
+def _drafts(use: DraftUse) -> tuple[str, ...]:
+    return (
+        f"{use.num_accepted:,} of {use.num_drafted:,} tokens accepted",
+        f"{use.num_saved_steps:,} decode steps saved",
+        "not in the prediction",
+    )
 
 
 def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:

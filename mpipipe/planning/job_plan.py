@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import AUTO, Config
 from mpipipe.errors import PlanError
+from mpipipe.planning.drafts import with_drafts
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes, known_times
 from mpipipe.planning.layout import Layout
@@ -52,9 +53,9 @@ def plan_job(
     layout = layout or choose_layout(config, spec, ranks, workload)
     job = _Job(config, spec, ranks, model_path, workload, tuple(notes), layout)
     plans = job.plans()
-    if not workload.lengths:
-        return plans
     known = [times(spec, plan, ranks) for plan in plans]
+    if not workload.lengths:
+        return _with_drafts(plans, config, spec, known)
     steps, shape = [each.steps for each in known], JobShape.of(workload.lengths)
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
@@ -74,9 +75,10 @@ def plan_job(
     if best != first:
         reason = _reason(forecasts[best], forecasts[first], first)
         plans = job.plans(best, Resolved("pipeline.split", str(list(best)), reason))
-    return tuple(
+    plans = tuple(
         _with_shares(plan, forecasts[best], own) for plan, own in zip(plans, known, strict=True)
     )
+    return _with_drafts(plans, config, spec, known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,14 @@ def _reason(best: JobForecast, first: JobForecast, split: Sequence[int]) -> str:
     return (
         f"the job is predicted to take {best.generating_s:,.3g} s, with {list(split)}, balanced by "
         f"cost, {first.generating_s:,.3g} s"
+    )
+
+
+def _with_drafts(
+    plans: Sequence[PipelinePlan], config: Config, spec: ModelSpec, known: Sequence[KnownTimes]
+) -> tuple[PipelinePlan, ...]:
+    return tuple(
+        with_drafts(plan, config, spec, own.steps) for plan, own in zip(plans, known, strict=True)
     )
 
 

@@ -47,12 +47,12 @@ from mpipipe.control_plane.messages import (
     PagesSaved,
     StepScheduled,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.drafts import Drafter, NgramDrafter, agreed
 from mpipipe.scheduler.instructions import (
     Closed,
-    DraftUse,
     Finished,
     Instruction,
     Preempted,

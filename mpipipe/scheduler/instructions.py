@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.types import FinishReason
 
 __all__ = [
     "Closed",
-    "DraftUse",
     "Finished",
     "Instruction",
     "Preempted",
@@ -58,22 +58,6 @@ class Closed:
 
 
 Instruction = TokensEmitted | Finished | Closed
-
-
-@dataclass(frozen=True, slots=True)
-class DraftUse:
-    """What drafts were good for so far."""
-
-    num_drafted: int = 0  # tokens that steps have verified
-    num_accepted: int = 0  # of these, those that completions have
-    num_saved_steps: int = 0  # decode steps that would have been needed for the latter
-
-    def __add__(self, other: DraftUse) -> DraftUse:
-        return DraftUse(
-            self.num_drafted + other.num_drafted,
-            self.num_accepted + other.num_accepted,
-            self.num_saved_steps + other.num_saved_steps,
-        )
 
 
 @dataclass(frozen=True, slots=True)

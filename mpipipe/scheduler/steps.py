@@ -206,16 +206,17 @@ class StepMaker:
             drafts = self._drafter.propose(decoding, [s.draft_room for s in decoding])
             if drafts:
                 return dict(zip(decoding, drafts, strict=True))
-        return dict.fromkeys(decoding, ()) if slot.drafting else None
+        return dict.fromkeys(slot.drafting, ()) if slot.drafting else None
 
     def _verify(self, slot: Slot, drafts: dict[Sequence, tuple[int, ...]]) -> Dispatched | None:
-        """A step of the last token of each sequence of the slot, and of its draft.
+        """A step of the last token of each of these sequences of the slot, and of its draft.
 
         None: all were preempted for want of pages.
         """
         for sequence in slot.batch.live_rows():
             slot.batch.leave(sequence)
-        slot.joining, slot.drafting = [], list(drafts)
+        slot.joining = [sequence for sequence in slot.joining if sequence not in drafts]
+        slot.drafting = list(drafts)
         for sequence in slot.drafting:
             sequence.is_drafting = True
         verified = self._drafted_rows(slot, drafts)
@@ -264,11 +265,12 @@ class StepMaker:
 
     def _end_drafting(self, slot: Slot) -> list[Sequence]:
         """All go back to the batch, behind a step without drafts; returns those that end by it."""
-        slot.joining, slot.drafting = slot.drafting, []
-        for sequence in slot.joining:
+        sequences, slot.drafting = slot.drafting, []
+        slot.joining += sequences
+        for sequence in sequences:
             sequence.is_drafting = False
             sequence.num_to_prefill = sequence.num_computed  # `num_to_sample` counts from there
-        return [sequence for sequence in slot.joining if not sequence.num_to_sample]
+        return [sequence for sequence in sequences if not sequence.num_to_sample]
 
     # ---- making a step ---------------------------------------------------------------------------
 

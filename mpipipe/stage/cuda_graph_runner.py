@@ -32,21 +32,7 @@ if TYPE_CHECKING:
     from mpipipe.stage.stream import Stream
     from mpipipe.stage.token_history import TokenHistory
 
-__all__ = ["GREEDY", "CudaGraphRunner", "DecodeOutput", "GraphKey", "StageTensors", "row_buckets"]
-
-
-def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes that get a graph of their own; a step takes the next larger one.
-
-    Fine where a row costs most of a step's time, coarser above: at most 25 % of the rows are
-    padding from 8 rows on, on average 8 %. 19 sizes up to 256.
-    """
-    sizes: list[int] = [1, 2, 4]
-    size = 8
-    while size < max_rows:
-        sizes.append(size)
-        size += max(8, 1 << (size.bit_length() - 3))
-    return (*(size for size in sizes if size < max_rows), max_rows)
+__all__ = ["GREEDY", "CudaGraphRunner", "DecodeOutput", "GraphKey", "StageTensors"]
 
 
 GREEDY = SamplingNeeds.NOTHING

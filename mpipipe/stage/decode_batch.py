@@ -25,11 +25,8 @@ from mpipipe.stage.device_sampler import COLUMNS, SamplingColumns, column_entrie
 from mpipipe.types import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mpipipe.control_plane.messages import DecodeScheduled
-    from mpipipe.kv_cache.layout import SequenceLens
-    from mpipipe.stage.request_table import RequestTable
+    from mpipipe.stage.request_table import Placed, RequestTable
     from mpipipe.stage.stream import Stream
 
 __all__ = ["DecodeBatch", "PackedArrays"]
@@ -115,8 +112,6 @@ class DecodeBatch:
         self.needs = SamplingNeeds.NOTHING
         self.max_logprobs = -1  # of the rows that ask for some; -1: none does
         self.last_step = -1
-        # Of the latest step with drafts: where its sequences lie, and their pages.
-        self.drafts: list[tuple[SequenceLens, Sequence[int]]] = []
         self.clear()
 
     def __len__(self) -> int:
@@ -155,11 +150,13 @@ class DecodeBatch:
             )
         return latest
 
-    def apply(self, step: DecodeScheduled) -> None:
-        """Change the rows as `step` says, and advance every length by the token it computes."""
+    def apply(self, step: DecodeScheduled) -> list[Placed]:
+        """Change the rows as `step` says, and advance every length by the token it computes.
+
+        Returns where sequences with drafts lie in it, and their pages; empty: it has none.
+        """
         if step.verified:
-            self._show_drafts(step)
-            return
+            return self._show_drafts(step)
         if step.left or step.joined:
             self._regroup(step)
         elif step.page_rows:
@@ -168,8 +165,9 @@ class DecodeBatch:
             self._upload()
         self._arrays.host["kv_len"][: len(self._rows)] += 1
         self.last_step = step.step
+        return []
 
-    def _show_drafts(self, step: DecodeScheduled) -> None:
+    def _show_drafts(self, step: DecodeScheduled) -> list[Placed]:
         """Lay out the rows of `step.verified` instead of the batch, all of which has left.
 
         The first row of a sequence has its request row, so that what a step without drafts samples
@@ -191,8 +189,8 @@ class DecodeBatch:
             host["kv_len"][rows] = seq.num_computed + places - rows.start
             pages[rows] = self._request_table.pages[seq.sequence_id]
             num_pages = max(num_pages, int(self._request_table.num_pages[seq.sequence_id]))
-        self.drafts = placed
         self._upload(num_pages)
+        return placed
 
     def _upload(self, num_pages: int = 1) -> None:
         """Make the device's side equal to the host's, as far as it is read.

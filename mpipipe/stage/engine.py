@@ -17,19 +17,19 @@ import torch
 
 from mpipipe.control_plane.messages import DecodeScheduled, PagesSaved
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
+from mpipipe.planning.step_limits import row_buckets
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.cuda_graph_runner import (
     GREEDY,
     CudaGraphRunner,
     GraphKey,
     StageTensors,
-    row_buckets,
 )
 from mpipipe.stage.device_logprobs import select_logprobs
 from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
 from mpipipe.stage.launched import LaunchedStep, LogprobTensors
 from mpipipe.stage.prefill import full_decode, full_prefill, sampled_rows
-from mpipipe.stage.request_table import RequestTable
+from mpipipe.stage.request_table import Placed, RequestTable
 from mpipipe.stage.token_feedback import RowSlices, TokenFeedback
 
 if TYPE_CHECKING:
@@ -255,14 +255,14 @@ class StageEngine:
         """
         batch = self._batches[step.slot]
         new_pages = step.new_pages
-        for drafted in step.verified:
-            new_pages += drafted.new_pages
-        drafting = tuple([drafted.sequence_id for drafted in step.verified])
+        for verified in step.verified:
+            new_pages += verified.new_pages
+        drafting = tuple([verified.sequence_id for verified in step.verified])
         self._settle_pages(new_pages, step.joined + drafting, step.chunks)
-        batch.apply(step)
-        if step.verified and self._varlen:
-            return self._verify_varlen(step, batch, hidden_BH)
-        if step.verified and self._is_first:
+        drafted = batch.apply(step)
+        if drafted and self._varlen:
+            return self._verify_varlen(step, batch, drafted, hidden_BH)
+        if drafted and self._is_first:
             rows_R = batch.device["request_rows"][: step.num_rows]
             self._tensors.last_token.index_copy_(0, rows_R, self._drafted_ids(step))
         if step.chunks:
@@ -287,17 +287,21 @@ class StageEngine:
         return self._stream.upload(np.array(ids, dtype=np.int64))
 
     def _verify_varlen(
-        self, step: DecodeScheduled, batch: DecodeBatch, hidden_BH: torch.Tensor | None
+        self,
+        step: DecodeScheduled,
+        batch: DecodeBatch,
+        drafted: list[Placed],
+        hidden_BH: torch.Tensor | None,
     ) -> LaunchedStep:
         """A step with drafts as chunks, each of which samples behind all of its tokens."""
-        layout = self._on_device(batch.drafts)
+        layout = self._on_device(drafted)
         request_rows_S = batch.device["request_rows"][: step.num_rows]
         inputs = self._drafted_ids(step) if hidden_BH is None else hidden_BH
         if not self._is_last:
             return LaunchedStep(self._model.forward(inputs, layout, None), request_rows_S)
         rows_S = self._stream.upload(np.arange(step.num_rows))
         logits_SV = self._model.forward(inputs, layout, rows_S)
-        request_rows = np.array([seq.sequence_id for seq, _ in batch.drafts])
+        request_rows = np.array([seq.sequence_id for seq, _ in drafted])
         columns, positions_S = batch.columns(step.num_rows), layout.positions_T + 1
         return self._sample(logits_SV, request_rows, positions_S, columns, GREEDY)
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         VerifiedSequence,
     )
 
-__all__ = ["RequestTable"]
+__all__ = ["Placed", "RequestTable"]
+
+Placed = tuple[SequenceLens, Sequence[int]]  # a sequence in a step, and its page table
 
 
 class RequestTable:
@@ -124,9 +126,9 @@ class RequestTable:
 
     def place(
         self, chunks: Sequence[ScheduledSequence], step: int, first_row: int = 0
-    ) -> list[tuple[SequenceLens, Sequence[int]]]:
+    ) -> list[Placed]:
         """Apply the chunks of a step: page deltas, lengths; the lengths and page table of each."""
-        placed: list[tuple[SequenceLens, Sequence[int]]] = []
+        placed: list[Placed] = []
         start = first_row
         for scheduled in chunks:
             request_row = self._request_row_of[scheduled.sequence_id]
@@ -150,11 +152,9 @@ class RequestTable:
             start += scheduled.num_tokens
         return placed
 
-    def place_drafts(
-        self, verified: Sequence[VerifiedSequence], step: int
-    ) -> list[tuple[SequenceLens, Sequence[int]]]:
+    def place_drafts(self, verified: Sequence[VerifiedSequence], step: int) -> list[Placed]:
         """As `place`, of sequences whose last token and draft a step computes."""
-        placed: list[tuple[SequenceLens, Sequence[int]]] = []
+        placed: list[Placed] = []
         start = 0
         for drafted in verified:
             request_row = self._request_row_of[drafted.sequence_id]

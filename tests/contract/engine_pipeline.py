@@ -26,6 +26,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.host_pages import page_bytes
 from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -35,7 +36,7 @@ from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.drafts import Drafter
-from mpipipe.scheduler.instructions import Closed, DraftUse, Finished, Instruction
+from mpipipe.scheduler.instructions import Closed, Finished, Instruction
 from mpipipe.scheduler.sequence import Sequence as SequenceRecord
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.device_logprobs import logprobs_of

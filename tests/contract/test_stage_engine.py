@@ -17,13 +17,14 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
+from mpipipe.planning.step_limits import row_buckets
 from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage import decode_batch
 from mpipipe.stage.assembly import open_engine
 from mpipipe.stage.cpu_stream import CpuStream
-from mpipipe.stage.cuda_graph_runner import GraphKey, row_buckets
+from mpipipe.stage.cuda_graph_runner import GraphKey
 from mpipipe.stage.decode_batch import DecodeBatch
 from mpipipe.stage.device_sampler import column_entries
 from mpipipe.stage.request_table import RequestTable

@@ -224,6 +224,7 @@ class Stage:
         sequence_id, table = verified.sequence_id, self.tables[verified.sequence_id]
         history, size = self.histories[sequence_id], self.case.page_size
         known, draft = len(history), verified.token_ids[1:]
+        assert not self.sampling[sequence_id].needs, "only the likeliest tokens can be verified"
         assert verified.token_ids[0] == history[-1]
         assert known == verified.num_computed + 1 <= self.computed[sequence_id] + 1
         self.computed[sequence_id] = verified.num_computed
