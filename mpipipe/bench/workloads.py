@@ -24,7 +24,8 @@ __all__ = ["BenchWork", "bench_requests", "bench_workload", "warm_up_requests"]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
-_FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)|mixed)")
+_FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)([x×]repeat)?|mixed)")
+_PASSAGE_TOKENS = 32  # which a prompt of `repeat` says again and again
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
@@ -33,16 +34,21 @@ _WARM_UP_OUTPUT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class BenchWork:
-    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead."""
+    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead.
+
+    `repeats`: every prompt is one passage again and again, which a trained model goes on copying:
+    text for drafts by n-gram lookup (`pipeline.num_speculative_tokens`).
+    """
 
     num_prompts: int
     input_tokens: int = 0
     output_tokens: int = 0
     mixed: bool = False
+    repeats: bool = False
 
     @staticmethod
     def parse(text: str) -> BenchWork:
-        """From `512x512x128`, or `512xmixed`.
+        """From `512x512x128`, `1x512x128xrepeat`, or `512xmixed`.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -50,11 +56,11 @@ class BenchWork:
         found = _FORM.fullmatch(text.strip())
         if found is None:
             raise ConfigError(
-                f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, or "
-                "512xmixed for mixed lengths"
+                f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
+                "1x512x128xrepeat for prompts that repeat a passage, or 512xmixed for mixed lengths"
             )
-        prompts, tokens_in, tokens_out = (int(part) if part else 0 for part in found.groups())
-        work = BenchWork(prompts, tokens_in, tokens_out, mixed=found[2] is None)
+        prompts, tokens_in, tokens_out = (int(found[part] or 0) for part in (1, 2, 3))
+        work = BenchWork(prompts, tokens_in, tokens_out, found[2] is None, found[4] is not None)
         if not prompts or not (work.mixed or (tokens_in and tokens_out)):
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
@@ -64,7 +70,8 @@ class BenchWork:
         """As `parse` reads it."""
         if self.mixed:
             return f"{self.num_prompts}xmixed"
-        return f"{self.num_prompts}x{self.input_tokens}x{self.output_tokens}"
+        repeat = "xrepeat" if self.repeats else ""
+        return f"{self.num_prompts}x{self.input_tokens}x{self.output_tokens}{repeat}"
 
     @property
     def longest_tokens(self) -> int:
@@ -86,7 +93,7 @@ class BenchWork:
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
-    return _requests(work.lengths(seed), vocabulary, seed)
+    return _requests(work.lengths(seed), vocabulary, seed, repeats=work.repeats)
 
 
 def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
@@ -123,17 +130,28 @@ def warm_up_requests(
         for tokens_in, tokens_out in lengths
     ]
     shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
-    return _requests(shorter, vocabulary, seed + 1)
+    return _requests(shorter, vocabulary, seed + 1, repeats=work.repeats)
 
 
-def _requests(lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int) -> list[Request]:
+def _requests(
+    lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int, *, repeats: bool
+) -> list[Request]:
     generator = random.Random(f"prompts {seed}")
     return [
         Request(
             request_id=str(index),
             index=index,
-            prompt_ids=vocabulary.draw(generator, tokens_in),
+            prompt_ids=_prompt(vocabulary, generator, tokens_in, repeats=repeats),
             sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
         )
         for index, (tokens_in, tokens_out) in enumerate(lengths)
     ]
+
+
+def _prompt(
+    vocabulary: Vocabulary, generator: random.Random, num_tokens: int, *, repeats: bool
+) -> tuple[int, ...]:
+    if not repeats:
+        return vocabulary.draw(generator, num_tokens)
+    passage = vocabulary.draw(generator, min(num_tokens, _PASSAGE_TOKENS))
+    return (passage * -(-num_tokens // len(passage)))[:num_tokens]

@@ -59,7 +59,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_WORK = "PROMPTSxINPUTxOUTPUT[xrepeat], or PROMPTSxmixed; as often as wanted, wins over the three."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."

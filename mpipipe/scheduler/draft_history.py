@@ -11,9 +11,9 @@ from __future__ import annotations
 __all__ = ["DraftHistory"]
 
 _NGRAMS = (4, 3, 2)  # ids that must recur, the longest first: one id alone recurs by chance
-# Of the tokens that could be foreseen the latest count most: each 0.95 times as much as the one
+# Of the tokens that could be foreseen the latest count most: each 0.9 times as much as the one
 # behind it. Before any, one in twenty is expected to be foreseen, with the weight of two tokens.
-_MEMORY = 0.95
+_MEMORY = 0.9
 _EXPECTED, _WEIGHT = 0.05, 2.0
 
 
