@@ -263,7 +263,7 @@ class StageEngine:
         if drafted and self._varlen:
             return self._verify_varlen(step, batch, drafted, hidden_BH)
         if drafted and self._is_first:
-            rows_R = batch.device["request_rows"][: step.num_rows]
+            rows_R = self._request_rows_of(batch, step.num_rows)
             self._tensors.last_token.index_copy_(0, rows_R, self._drafted_ids(step))
         if step.chunks:
             assert self._varlen, "graphs hold decodes only"

@@ -148,7 +148,7 @@ class ForetellingDrafter:
     def _draft(self, sequence: SequenceRecord, num_tokens: int) -> tuple[int, ...]:
         num_outputs = len(sequence.tokens) - len(sequence.request.prompt_ids)
         coming = self._wanted[sequence.sequence_id][num_outputs : num_outputs + num_tokens]
-        return tuple(i if self._random.random() < 0.8 else i ^ 1 for i in coming)
+        return tuple(i if self._random.random() < 0.8 else abs(i - 1) for i in coming)
 
 
 def build_stage(

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from mpipipe.control_plane.messages import DecodeScheduled
+from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.planning.plan import DraftPlan
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.draft_history import DraftHistory
@@ -117,24 +117,24 @@ class Play:
         sampling = SamplingParams(max_new_tokens=num_tokens)
         sequence_id = self.core.add(Request("r", 0, tuple(prompt), sampling))
         text = list(prompt)
-        flight: deque[object] = deque()
+        flight: deque[StepScheduled | DecodeScheduled] = deque()
         done: list[int] = []
         while not self.core.is_idle:
-            while (step := self.core.next_step()) is not None:
-                flight.append(step)
-                if isinstance(step, DecodeScheduled):
-                    self.steps.append(step)
+            while (sent := self.core.next_step()) is not None:
+                flight.append(sent)
+                if isinstance(sent, DecodeScheduled):
+                    self.steps.append(sent)
             step = flight.popleft()
             ids: list[int] = []
             if isinstance(step, DecodeScheduled) and step.verified:
                 draft = step.verified[0].token_ids[1:]
                 ids = [self.next_token([*text, *draft[:place]]) for place in range(step.num_rows)]
                 text += ids[: agreed(draft, ids) + 1]
-            elif step.num_sampled:  # type: ignore[attr-defined]
+            elif step.num_sampled:
                 ids = [self.next_token(text)]
                 text += ids
             self.num_idle += not flight
-            found = self.core.sampled(step.step, ids)  # type: ignore[attr-defined]
+            found = self.core.sampled(step.step, ids)
             while accepted := self.core.accepted():
                 found += accepted
             done += [i for each in found if isinstance(each, Finished) for i in each.token_ids]
