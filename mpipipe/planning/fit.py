@@ -108,10 +108,12 @@ class StageFitting:
         return self._taken(problem, best, stages, demand)
 
     def _widened(self, resident: Fitted, workload: Workload) -> Fitted:
-        """With the cache of some layers in host memory, where that lets more rows run sooner."""
+        """With some layers' cache in host memory, if a size is asked for and that runs sooner."""
         demand = resident.demand
         problem = self._problem(demand, workload)
-        if problem.kv_host_shares == (0.0,) or fits(resident.needs, demand.useful_pages):
+        memory = self.decisions.config.memory
+        is_tried = isinstance(memory.kv_host_bytes, int) and any(problem.kv_host_shares)
+        if not is_tried or fits(resident.needs, demand.useful_pages):
             return resident
         problem = replace(
             problem,
@@ -377,7 +379,6 @@ class StageFitting:
         )
         split = config.pipeline.split
         num_pages = self._fixed_pages()
-
         return OffloadProblem(
             model=ModelParts(self.spec, self.dtype, part_bytes(self.spec, self.dtype)),
             rooms=self._rooms(config.memory),

@@ -16,6 +16,7 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.errors import PlanError
 from mpipipe.planning.cost import layer_decode_cost
 from mpipipe.planning.memory import KvDemand, RankMemory, gib
+from mpipipe.planning.offload_search import PIN_BYTES_PER_S
 from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.plan import Decisions, PipelinePlan, StagePlan
 from mpipipe.planning.rank_rooms import kv_host_room, rank_rooms
@@ -29,7 +30,6 @@ _SETTING = "memory.kv_host_bytes"
 # the steps, which wait for the first batch of a save and what of a restore one step does not
 # hide: a guess of the share.
 _WAITED_SHARE = 0.5
-_PIN_BYTES_PER_S = 4e9  # a guess: the system clears the memory first
 # Of all tokens that a run's sequences end with, those in the cache of a sequence when it is
 # preempted, per e-fold that sequences grow from their prompts. In a simulation with one slot and
 # cache for a quarter to a half (64 + 1,024, 128 + 512, 512 + 256 tokens) 0.15, 0.22 and 0.34; the
@@ -149,7 +149,7 @@ def _worthwhile_pages(plan: PipelinePlan, facts: KvHostFacts, costs: _Costs) -> 
     if num_pages < 1:
         return 0, "the hosts have no memory to spare for pages of preempted sequences"
     gain_s = facts.num_preempted_tokens * (costs.token_s - costs.page_s / costs.page_size)
-    pin_s = num_pages * facts.page_bytes / _PIN_BYTES_PER_S
+    pin_s = num_pages * facts.page_bytes / PIN_BYTES_PER_S
     if gain_s <= pin_s:
         spared = f"moving their pages would spare {gain_s:.3g} s, and pinning "
         spared += f"{gib(num_pages * facts.page_bytes)} for them takes about {pin_s:.3g} s"

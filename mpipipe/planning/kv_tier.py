@@ -29,15 +29,10 @@ _SHARES = (0.0, 0.5, 1.0)  # at least one layer of a stage stays
 def kv_host_shares(
     memory: MemoryConfig, device: DeviceName, attention: AttentionName
 ) -> tuple[float, ...]:
-    """Shares of the layers to try.
-
-    Only none where pages are counted, kernels are not ours, or no size of host memory is asked for:
-    what kernels reach over the link is a guess so far, and it was not timed on a GPU.
-    """
+    """Shares of the layers to try: only none where pages are counted or kernels are not ours."""
     is_counted = memory.num_kv_pages != AUTO or memory.kv_cache_bytes != AUTO
     is_ours = device == "cuda" and attention == "triton" and memory.kv_cache == "paged"
-    is_asked = isinstance(memory.kv_host_bytes, int) and memory.kv_host_bytes > 0
-    if is_counted or not is_ours or not is_asked:
+    if is_counted or not is_ours or memory.kv_host_bytes == 0:
         return (0.0,)
     return _SHARES
 

@@ -180,7 +180,13 @@ def test_a_cache_without_pages_moves_none() -> None:
 # ---- the cache of some layers in host memory -----------------------------------------------------
 
 
-def small(kv_host_bytes: int | str = 70 * GIB, **fields: Any) -> PipelinePlan:
+def small(
+    kv_host_bytes: int | str = 70 * GIB,
+    *,
+    num_output_tokens: int = 256 * 128,
+    link_generation: int = 3,
+    **fields: Any,
+) -> PipelinePlan:
     """A model of 12.6 GiB on a device of 4 GiB, whose cache is what limits its rows."""
     memory = MemoryConfig(device_bytes=4 * GIB, kv_host_bytes=kv_host_bytes)
     memory = replace(memory, **fields)
@@ -188,10 +194,12 @@ def small(kv_host_bytes: int | str = 70 * GIB, **fields: Any) -> PipelinePlan:
         num_requests=256,
         longest_request_tokens=640,
         num_prompt_tokens=256 * 512,
-        num_output_tokens=256 * 128,
+        num_output_tokens=num_output_tokens,
     )
     config = Config(memory=memory, pipeline=PipelineConfig(device="cuda"))
-    return make_plan(config, OPENLLAMA_7B, gpus(1, host=100 * GIB), "/models/m", workload)
+    (rank,) = gpus(1, host=100 * GIB)
+    rank = replace(rank, gpu=replace(rank.gpu, link_generation=link_generation))
+    return make_plan(config, OPENLLAMA_7B, [rank], "/models/m", workload)
 
 
 def layers_reason(made: PipelinePlan) -> str:
@@ -247,11 +255,18 @@ def test_a_cache_whose_size_is_asked_for_stays_on_the_device() -> None:
     assert small(kv_cache_bytes=GIB).stages[0].kv_in_host is None
 
 
-def test_no_layers_cache_leaves_the_device_unasked() -> None:
-    """What kernels reach over the link was not timed on a GPU."""
+def test_by_itself_only_where_weights_are_streamed_and_pinning_pays() -> None:
     made = small("auto")
-    assert made.stages[0].kv_in_host is None
-    assert not layers_reason(made)
+    assert made.stages[0].kv_in_host is not None
+    assert "with all of it on the devices" in layers_reason(made)
+    assert layers_reason(made) == layers_reason(small())
+    whole = plan(gpus(1))
+    assert whole.stages[0].offload is None
+    assert whole.stages[0].kv_in_host is None
+    assert small("auto", link_generation=5).stages[0].kv_in_host is not None
+    short = small("auto", link_generation=5, num_output_tokens=256)
+    assert short.stages[0].kv_in_host is None
+    assert "all of the KV cache is on the devices" in layers_reason(short)
 
 
 def test_where_it_gains_nothing_the_plan_says_so() -> None:
