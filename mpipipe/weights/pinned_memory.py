@@ -27,7 +27,7 @@ class PinnedMemory:
     """Host memory for the weights of one stage; pinned if its device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._registered: list[torch.Tensor] = []
         self.refused_bytes = 0  # could not be pinned
         self.reason = ""  # of the latest refusal
@@ -35,7 +35,7 @@ class PinnedMemory:
     def take(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes]."""
         memory = aligned_bytes(num_bytes, _HOST)
-        if self._device.type == "cuda" and num_bytes:
+        if self.device.type == "cuda" and num_bytes:
             self._pin(memory)
         return memory
 
@@ -52,7 +52,12 @@ class PinnedMemory:
         self.reason = str(cudart.cudaGetErrorString(cudart.cudaError(code)))
         # CUDA tells the refusal once more, to the next kernel, which has nothing to do with it.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._device)
+            torch.zeros(1, device=self.device)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is pinned."""
+        return not self._registered
 
     def close(self) -> None:
         """Unpin; the memory is freed with its last tensor. Nothing may copy from it any more."""

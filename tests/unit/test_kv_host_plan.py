@@ -12,7 +12,9 @@ from mpipipe.errors import PlanError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.links import compute_ceilings
+from mpipipe.planning.offload_search import RankRoom
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.rank_rooms import rank_rooms
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
@@ -241,6 +243,25 @@ def test_device_and_host_hold_what_is_planned() -> None:
         assert stage.offload.device_bytes + on_device < 4 * GIB
         assert in_host <= kv_host_bytes
         assert in_host + stage.offload.host_bytes <= 98.5 * GIB
+
+
+def test_weights_and_cache_in_host_memory_may_each_be_what_is_asked_for_of_them() -> None:
+    def room(**asked: Any) -> RankRoom:
+        (found,) = rank_rooms(
+            MemoryConfig(**asked),
+            ranks := gpus(1, host=100 * GIB),
+            ranks,
+            on_gpus=True,
+            num_threads=1,
+        )
+        return found
+
+    assert room().pool_bytes == pytest.approx(70 * GIB, rel=0.005)
+    both = room(host_bytes=45 * GIB, kv_host_bytes=45 * GIB)
+    assert both.pool_bytes == pytest.approx(90 * GIB, rel=0.005)
+    assert room(host_bytes=80 * GIB).pool_bytes == pytest.approx(80 * GIB, rel=0.005)
+    more = room(host_bytes=80 * GIB, kv_host_bytes=80 * GIB)
+    assert more.pool_bytes == pytest.approx(98.5 * GIB, rel=0.005)
 
 
 def test_layers_that_are_spread_leave_the_first_ones_on_the_device() -> None:
