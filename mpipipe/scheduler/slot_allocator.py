@@ -65,6 +65,7 @@ class Slot:
     joining: list[Sequence] = field(default_factory=list)  # in the order of their last chunks
     drafting: list[Sequence] = field(default_factory=list)
     awaits_tokens: bool = False  # for drafts: no step before all its tokens are known
+    judged_at: int = -2  # the step that had come back when that was decided
     sampled_in: int = -1  # the latest step of this slot that brings tokens back
 
     @property

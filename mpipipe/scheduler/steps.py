@@ -131,7 +131,9 @@ class StepMaker:
         if slot.sampled_in > self._returned and not slot.drafting:
             if not self._has_room(slot):
                 return False
-            slot.awaits_tokens = slot.awaits_tokens or self._expects_drafts(slot)
+            if slot.judged_at != self._returned and not slot.awaits_tokens:
+                slot.judged_at = self._returned
+                slot.awaits_tokens = self._expects_drafts(slot)
         if slot.drafting or slot.awaits_tokens:
             return slot.decodes and slot.sampled_in <= self._returned
         return self._has_room(slot)
