@@ -75,6 +75,11 @@ def _noted(plan: PipelinePlan, num_tokens: int, reason: str) -> PipelinePlan:
     return replace(plan, resolved=(*plan.resolved, note))
 
 
+# While a slot awaits its ids, the queue of a GPU of the first stage stands at their receive
+# (`stage.worker`): steps of other slots would come behind it, and stages would take turns. On CPUs
+# ids come beside the steps.
+
+
 def _draft_plan(plan: PipelinePlan, num_tokens: int, times: StepTimes) -> DraftPlan:
     most_rows = max(min(plan.max_sequences_per_slot, _MOST_ROWS), 1 + num_tokens)
     rows = row_buckets(most_rows)
@@ -86,6 +91,7 @@ def _draft_plan(plan: PipelinePlan, num_tokens: int, times: StepTimes) -> DraftP
         step_s=tuple(_step_s(plan, times, count, 0.0) for count in rows),
         key_s=key_s,
         awaited_s=_AWAITED_S if plan.lookahead else 0.0,
+        alone=plan.lookahead > 0 and plan.num_slots > 1,
     )
 
 

@@ -154,6 +154,7 @@ class DraftPlan:
     step_s: tuple[float, ...]  # predicted: of a step of each size through all stages, empty cache
     key_s: float  # and for every token in the cache of every row
     awaited_s: float = 0.0  # what a step takes longer if the tokens before it must be known first
+    alone: bool = False  # only while no other slot has sequences
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Drafter(Protocol):
 
     max_rows: int  # of a step that verifies
     max_sequences: int  # of a slot that is considered
+    alone: bool  # only while no other slot has sequences
 
     def expects_gain(self, sequences: SequenceOf[Sequence]) -> bool:
         """Whether to await their tokens in flight, as drafts may well pay then."""
@@ -66,6 +67,7 @@ class NgramDrafter:
     def __init__(self, plan: DraftPlan) -> None:
         self.max_rows = plan.rows[-1]
         self.max_sequences = min(_MOST_SEQUENCES, plan.rows[-1] // 2)
+        self.alone = plan.alone
         self._plan = plan
 
     def expects_gain(self, sequences: SequenceOf[Sequence]) -> bool:

@@ -180,12 +180,12 @@ class StepMaker:
 
     def _may_draft(self, slot: Slot, decoding: list[Sequence]) -> bool:
         """Whether all that decodes here may be in a step that verifies, and nothing else is due."""
-        return (
-            self._drafter is not None
-            and not slot.prefilling
-            and 0 < len(decoding) <= self._drafter.max_sequences
-            and min([sequence.draft_room for sequence in decoding]) >= 0
-        )
+        drafter = self._drafter
+        if drafter is None or slot.prefilling or not 0 < len(decoding) <= drafter.max_sequences:
+            return False
+        if drafter.alone and len(self._slot_allocator.running) > slot.num_members:
+            return False
+        return min([sequence.draft_room for sequence in decoding]) >= 0
 
     def _expects_drafts(self, slot: Slot) -> bool:
         """Whether awaiting the slot's tokens is likely to pay."""

@@ -127,7 +127,7 @@ class ForetellingDrafter:
     """Drafts what the sequences will go on with, now and then with a mistake."""
 
     def __init__(self, wanted: Sequence[Sequence[int]], seed: int, max_rows: int = 8) -> None:
-        self.max_rows, self.max_sequences = max_rows, max_rows // 2
+        self.max_rows, self.max_sequences, self.alone = max_rows, max_rows // 2, False
         self._wanted = wanted
         self._random = Random(seed)
 

@@ -94,6 +94,7 @@ class ScriptedDrafter:
         self._random = Random(seed)
         self.max_rows = self._random.randint(2, 20)
         self.max_sequences = self._random.randint(1, 4)
+        self.alone = self._random.random() < 0.3
 
     def expects_gain(self, sequences: SequenceOf[Sequence]) -> bool:
         assert 0 < len(sequences) <= self.max_sequences

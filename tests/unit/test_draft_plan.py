@@ -80,6 +80,7 @@ def test_one_sequence_on_gpus_may_have_seven_drafted_tokens_beside_its_last() ->
     assert list(plan.drafts.step_s) == sorted(plan.drafts.step_s)
     assert plan.drafts.step_s[-1] < 1.2 * plan.drafts.step_s[0]
     assert plan.drafts.awaited_s > 0
+    assert plan.drafts.alone, "two slots share the queue of the first stage"
     assert plan.drafts.key_s > 0
     assert PipelinePlan.from_json(plan.to_json()) == plan
     ((value, reason),) = told(plan)
@@ -133,3 +134,4 @@ def test_on_a_cpu_nothing_is_awaited_that_was_sent_ahead() -> None:
     assert plan.lookahead == 0
     assert plan.drafts is not None
     assert plan.drafts.awaited_s == 0.0
+    assert not plan.drafts.alone

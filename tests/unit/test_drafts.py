@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -237,3 +238,24 @@ def test_what_is_not_the_likeliest_token_alone_is_not_drafted(options: dict[str,
         assert step is not None
         assert not (isinstance(step, DecodeScheduled) and step.verified)
         core.sampled(step.step, (3,) * step.num_sampled)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_drafts_may_have_to_wait_until_no_other_slot_has_sequences(alone: bool) -> None:
+    plan = replace(CHEAP, alone=alone)
+    core = SchedulerCore(SchedulerLimits(2, 4, 64, 400, 4, 1500, 1), drafter=NgramDrafter(plan))
+    for index, num_tokens in enumerate((120, 60)):
+        sampling = SamplingParams(max_new_tokens=num_tokens)
+        core.add(Request(f"r{index}", index, (3,) * 6, sampling))
+    flight: deque[StepScheduled | DecodeScheduled] = deque()
+    running = set()
+    while not core.is_idle:
+        while (sent := core.next_step()) is not None:
+            flight.append(sent)
+        step = flight.popleft()
+        if isinstance(step, DecodeScheduled) and step.verified:
+            running.add(core.statistics().num_running)
+        core.sampled(step.step, (3,) * step.num_sampled)
+        while core.accepted():
+            pass
+    assert running == ({1} if alone else {1, 2})

@@ -57,6 +57,7 @@ class Foreteller:
 
     max_rows = 16
     max_sequences = 4
+    alone = False
 
     def expects_gain(self, sequences: Sequence[Sequence_]) -> bool:
         return len(sequences) > 0
