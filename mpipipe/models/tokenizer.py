@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates, chat_templates_of, read_chat_templates
-from mpipipe.models.foreign import ENCODE_FAILED, foreign_code, in_short
+from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TransformersTokenizer", "open_tokenizer"]
@@ -35,6 +36,8 @@ __all__ = ["TransformersTokenizer", "open_tokenizer"]
 # begins with </s>, which transformers' bare GPT-2 tokenizer would not add.
 _OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 _NO_LIMIT = 1 << 60
+# What transformers itself does with a text and with ids, beside calling `tokenizers`: nothing.
+_OWN_STEPS, _COMMON = ("_encode_plus", "_decode"), ("__call__", "encode", "decode")
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -139,6 +142,8 @@ class TransformersTokenizer(Tokenizer):
         self.bos_token_id = bos if isinstance(bos, int) else None
         self.eos_token_ids = (eos,) if isinstance(eos, int) else ()
         self.special_tokens = _special_tokens(backend)
+        self._threaded = _threaded_tokenizer(backend)
+        self.decodes_beside = self._threaded is not None
 
     def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool
@@ -148,10 +153,31 @@ class TransformersTokenizer(Tokenizer):
             return []
         try:
             with foreign_code(*ENCODE_FAILED):
-                found = self._backend(list(texts), add_special_tokens=add_special_tokens)
-                return [tuple(ids) for ids in found["input_ids"]]
+                return self._encode_batch(list(texts), add_special_tokens)
         except PromptError:
             return super().encode_all(texts, add_special_tokens)
+
+    def _encode_batch(
+        self, texts: list[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        if self._threaded is None:
+            found = self._backend(texts, add_special_tokens=add_special_tokens)
+            return [tuple(ids) for ids in found["input_ids"]]
+        # Sets what transformers sets before each call: no padding, no cutting.
+        first = self._backend.encode(texts[0], add_special_tokens=add_special_tokens)
+        rest = self._threaded.encode_batch_fast(texts[1:], add_special_tokens=add_special_tokens)
+        return [tuple(first), *(tuple(encoding.ids) for encoding in rest)]
+
+    def decode_all(self, all_ids: Sequence[Sequence[int]]) -> list[str | PromptError]:
+        """`decode` of each of them: in one go, unless one of them fails."""
+        if self._threaded is None:
+            return super().decode_all(all_ids)
+        try:
+            with foreign_code(*DECODE_FAILED):
+                known = [self._known(ids) for ids in all_ids]
+                return [*self._threaded.decode_batch(known, skip_special_tokens=True)]
+        except PromptError:
+            return super().decode_all(all_ids)
 
     def _token_text(self, token_id: int) -> str:
         return str(self._backend.convert_ids_to_tokens(token_id))
@@ -161,12 +187,35 @@ class TransformersTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
-        known = [number for number in ids if 0 <= number < self.vocab_size]
         text = self._backend.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._known(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """Without those beyond the vocabulary."""
+        if ids and max(ids) < self.vocab_size and min(ids) >= 0:
+            return list(ids)
+        return [number for number in ids if 0 <= number < self.vocab_size]
+
+
+def _threaded_tokenizer(backend: PreTrainedTokenizerBase) -> RustTokenizer | None:
+    """What encodes and decodes many texts in threads, without the interpreter; None: nothing does.
+
+    A class of transformers, or of a model, that does more than `tokenizers` does is called itself.
+    """
+    from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+    kind = type(backend)
+    if not isinstance(backend, TokenizersBackend) or any(
+        getattr(kind, name) is not getattr(plain, name)
+        for plain, names in ((TokenizersBackend, _OWN_STEPS), (PreTrainedTokenizerBase, _COMMON))
+        for name in names
+    ):
+        return None
+    threaded: RustTokenizer = backend.backend_tokenizer
+    return threaded
 
 
 def _special_tokens(backend: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -25,6 +25,7 @@ from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.topology.host import host_name, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -313,14 +314,20 @@ class Session:
         self._runner = Runner(
             core=self._core,
             group=self._group,
-            decode=self._decode or self.tokenizer.decode,
+            texts=self._text_maker(),
             clock=self.ranks.clock,
             log=self._log,
-            special=self._special,
             on_request=on_request,
             link=link,
         )
         return self._runner
+
+    def _text_maker(self) -> TextMaker:
+        if self._decode is not None:
+            return TextMaker(self._decode, special=self._special)
+        tokenizer = self.tokenizer
+        decode_all = tokenizer.decode_all if tokenizer.decodes_beside else None
+        return TextMaker(tokenizer.decode, special=self._special, decode_all=decode_all)
 
     def _tell_request(self, record: RequestRecord, replica: int = 0) -> None:
         if self._on_request is not None:

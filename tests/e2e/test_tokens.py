@@ -75,9 +75,9 @@ def test_greedy_tokens_are_those_of_transformers(
     )
     assert outcome.exit_code == 0, outcome.stderr
     tokens = {record["id"]: tuple(record["token_ids"]) for record in outcome.completions()}
-    names = [line["id"] for line in read_jsonl(prompt_file)][:num_prompts]
-    assert tokens == {name: expected[name] for name in names}
     assert len(tokens) == num_prompts
+    assert "scalability-2k" in tokens, "the long one"
+    assert tokens == {name: expected[name] for name in tokens}
     drafts = outcome.json("metrics.json")["drafts"]
     assert drafts["num_drafted"] >= drafts["num_accepted"] >= drafts["num_saved_steps"] > 16
     assert "decode steps saved" in outcome.stdout + outcome.stderr

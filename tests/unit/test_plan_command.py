@@ -249,7 +249,7 @@ def test_numbers_that_the_cards_lack_are_replaced_and_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = ["model.dtype=bfloat16", "model.weights=random"]
-    work = {"gpus": "h100, t4", "work": "64x512x128"}
+    work: dict[str, Any] = {"gpus": "h100, t4", "work": "64x512x128"}
     assert plan_command(OPENLLAMA_7B, asked, PlanRequest(**work)) == 0
     told = capsys.readouterr().out
     assert "32 layers), float16: fits h100, t4" in told

@@ -34,6 +34,7 @@ from mpipipe.scheduler.detokenize import SpecialTokens, StopWatch
 from mpipipe.scheduler.drafts import agreed
 from mpipipe.scheduler.runner import Runner
 from mpipipe.scheduler.sequence import Sequence as Sequence_
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.types import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 EOS = 0
@@ -103,6 +104,7 @@ class Pipeline:
     most_in_flight: int = 0
     records: list[RequestRecord] = field(default_factory=list)
     log: Logger = field(default_factory=NullLog)
+    rank = 0
 
     def mailbox(self, *kinds: type[Message]) -> Mailbox[tuple[int, Message]]:
         mailbox = self.mailboxes.setdefault(kinds[0], Mailbox(kinds[0].__name__))
@@ -181,7 +183,7 @@ class Pipeline:
         return Runner(
             core=core,
             group=cast("RankGroup", self),
-            decode=decode,
+            texts=TextMaker(decode),
             clock=self.clock,
             log=self.log,
             on_request=self.records.append,
@@ -539,10 +541,11 @@ def runner_of(
     return Runner(
         core=core,
         group=cast("RankGroup", pipeline),
-        decode=decode_or_fail,
+        texts=TextMaker(
+            decode_or_fail, special=SpecialTokens({} if special is None else {"<|x|>": special})
+        ),
         clock=pipeline.clock,
         log=NullLog(),
-        special=SpecialTokens({} if special is None else {"<|x|>": special}),
     )
 
 
