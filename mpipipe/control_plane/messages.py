@@ -167,6 +167,11 @@ class StepScheduled:
         return len(self.sequences)
 
     @property
+    def has_chunks(self) -> bool:
+        """Prompts are computed: no graph can hold it."""
+        return True
+
+    @property
     def phase(self) -> Literal["prefill"]:
         """Chunks of prompts alone."""
         return "prefill"
@@ -234,6 +239,11 @@ class DecodeScheduled:
     def num_sequences(self) -> int:
         """Sequences that have a share of it."""
         return len(self.verified) or self.num_rows + len(self.chunks)
+
+    @property
+    def has_chunks(self) -> bool:
+        """Prompts are computed: no graph can hold it."""
+        return bool(self.chunks)
 
     @property
     def phase(self) -> Literal["decode", "mixed", "verify"]:

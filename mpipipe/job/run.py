@@ -24,6 +24,7 @@ from mpipipe.job.manifest import complete_manifest, record_start
 from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
+from mpipipe.models.chat import start_early
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.status_file import (
@@ -88,13 +89,10 @@ async def run_job(
         page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
         return loaded
 
-    def read(model: ModelFacts) -> list[PromptLine]:
-        return configured_prompts(model.loaded)
-
     joining = joined_ranks(
         boot.clock,
         load,
-        read,
+        _read_prompts,
         expect=expected_workload,
         heartbeats=True,
         stop=stop,
@@ -111,6 +109,14 @@ async def run_job(
         job.log.close()
         acquired.close()
         return exit_code
+
+
+def _read_prompts(model: ModelFacts) -> list[PromptLine]:
+    """The configured ones; what renders conversations starts, if there are some."""
+    lines = configured_prompts(model.loaded)
+    if any(line.messages is not None for line in lines):
+        start_early()
+    return lines
 
 
 def _open_job(

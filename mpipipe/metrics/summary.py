@@ -116,6 +116,7 @@ class RequestTotals:
     # the failed ones of this attempt, as many as completions.jsonl has lines.
     num_kept: int = 0
     num_damaged: int = 0  # lines of earlier attempts that were set aside; their prompts ran again
+    ttft_min_s: float | None = None  # from the start of generating to the run's first token
 
 
 class RequestTally:
@@ -156,6 +157,7 @@ class RequestTally:
             ttft_p95_s=percentile(self._ttfts_s, 95),
             latency_p50_s=percentile(self._latencies_s, 50),
             latency_p95_s=percentile(self._latencies_s, 95),
+            ttft_min_s=min(self._ttfts_s, default=None),
         )
 
 
@@ -196,6 +198,24 @@ class RunSummary:
             ("load_s", predicted.load_s, load_s),
             *stage_figures(predicted, self.ranks),
         )
+
+    @property
+    def start_parts(self) -> dict[str, float]:
+        """Where the head's time went from its start to the first token, in seconds: all of it.
+
+        The parts of its boot in their order, then `run files` and `first step`. Empty where there
+        was no token, or the head's boot is not known.
+        """
+        first_step_s = self.requests.ttft_min_s
+        boot = self.ranks[0].boot if self.ranks else ()
+        if first_step_s is None or not boot:
+            return {}
+        parts: dict[str, float] = {}
+        for part in boot:
+            parts[part.name] = parts.get(part.name, 0.0) + part.seconds
+        before_s = self.phases.boot_s + self.phases.load_s
+        rest_s = max(0.0, before_s - sum(parts.values()))
+        return {**parts, "run files": rest_s, "first step": first_step_s}
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -268,6 +288,7 @@ class RunSummary:
         * `schema`, and the identity of the head's lines: `run`, `attempt`, `job`, `replica` …
         * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
+        * `start`: seconds by part, from the head's start to the first token (`start_parts`)
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
         * `drafts`: the fields of `DraftUse`: tokens drafted by n-gram lookup, and accepted
@@ -292,6 +313,7 @@ class RunSummary:
             **(self.identity.fields() if self.identity is not None else {}),
             "state": self.state,
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
+            "start": self.start_parts,
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
-    from mpipipe.metrics.summary import RankReport, RunSummary
+    from mpipipe.metrics.summary import RankReport, RequestTotals, RunSummary
 
 __all__ = ["summary_lines"]
 
@@ -78,14 +78,7 @@ def _replica_row(replica: ReplicaTotals) -> tuple[str, ...]:
 def _headlines(summary: RunSummary) -> list[str]:
     requests, phases = summary.requests, summary.phases
     facts = {
-        "prompts": (
-            f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
-            *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
-            *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
-            *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
-            f"{requests.num_prompt_tokens:,} prompt tokens",
-            f"{requests.num_output_tokens:,} output tokens",
-        ),
+        "prompts": _prompts(requests),
         "wall clock": (
             _seconds(phases.wall_s),
             f"boot {_seconds(phases.boot_s)}",
@@ -93,6 +86,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"generate {_seconds(phases.generate_s)}",
             f"shutdown {_seconds(phases.shutdown_s)}",
         ),
+        **({"start": started} if (started := _start(summary)) else {}),
         **({"slowest boot": (slowest,)} if (slowest := _slowest_boot(summary)) else {}),
         "throughput": (
             f"{summary.output_tokens_per_s:,.1f} output tokens/s",
@@ -115,6 +109,17 @@ def _headlines(summary: RunSummary) -> list[str]:
         **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _prompts(requests: RequestTotals) -> tuple[str, ...]:
+    return (
+        f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
+        *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
+        *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
+        *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
+        f"{requests.num_prompt_tokens:,} prompt tokens",
+        f"{requests.num_output_tokens:,} output tokens",
+    )
 
 
 def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
@@ -157,6 +162,21 @@ def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
 
 def _tokens_per_s(value: float) -> str:
     return f"{value:,.1f} tokens/s"
+
+
+_START_SHARE = 0.03  # of the start; smaller parts are told together
+
+
+def _start(summary: RunSummary) -> tuple[str, ...]:
+    """What the seconds until the first token went to, on the head."""
+    parts = summary.start_parts
+    whole_s = sum(parts.values())
+    told = {name: s for name, s in parts.items() if s >= _START_SHARE * whole_s}
+    rest_s = whole_s - sum(told.values())
+    seconds = [f"{name} {_seconds(s)}" for name, s in told.items()]
+    if not seconds:
+        return ()
+    return (f"first token after {_seconds(whole_s)}", *seconds, f"rest {_seconds(rest_s)}")
 
 
 def _slowest_boot(summary: RunSummary) -> str:

@@ -24,7 +24,7 @@ from torch.nn.functional import rms_norm, silu
 from mpipipe.models.families import (
     can_merge,
     has_silu,
-    is_of_transformers,
+    is_known,
     merge_linears,
     merged_linears,
 )
@@ -174,7 +174,9 @@ def fuse_layers(
 
 
 def _is_fusable(layer: Any) -> bool:
-    if not is_of_transformers(layer, FUSABLE) or not has_silu(layer):
+    if not is_known(layer, FUSABLE) or not has_silu(layer):
+        return False
+    if hasattr(layer.self_attn, "q_norm"):
         return False
     return all(
         can_merge(*linears) and (isinstance(linears[0], QuantizedLinear) or can_prepack(linears[0]))

@@ -1,4 +1,4 @@
-"""A stage as transformers computes it: the family's own modules, with our attention and cache.
+"""A stage as its modules compute it, transformers' or ours, with our attention and cache.
 
 The base model's forward runs on all stages but the last, the causal model's forward on the last
 one, so that what a family does to its hidden states or logits comes with it.
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention_bridge import AttentionCall, ForwardContext
 from mpipipe.models.streaming import StreamedWeights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.families import ModelParts

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.clock_offsets import ClockOffset, Clocks
+    from mpipipe.runtime.kernels_ahead import KernelProcess
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
@@ -67,6 +68,7 @@ class Boot:
     prepared: Prepared  # on these; all of it on rank 0
     log: Logger
     folder: Path  # for what a profiler records
+    kernels: KernelProcess | None = None  # compiles what this host's stages launch
 
     @property
     def hosts(self) -> list[str]:

@@ -167,6 +167,10 @@ class DecodeBatch:
         self.last_step = step.step
         return []
 
+    def catch_up(self) -> None:
+        """Behind a step that was no graph: the device's lengths have not advanced by themselves."""
+        self._arrays.upload()
+
     def _show_drafts(self, step: DecodeScheduled) -> list[Placed]:
         """Lay out the rows of `step.verified` instead of the batch, all of which has left.
 

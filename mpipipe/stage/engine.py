@@ -2,9 +2,9 @@
 
 Every step is [inputs are there → compute → outputs are there] in the order of the stream; the
 worker puts the transfers around it. Prompt chunks run as they are, at their lengths (varlen);
-decode steps are replayed as CUDA graphs where the attention backend works from device tensors
-alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the oracle of
-the graphs.
+decode steps without them are replayed as CUDA graphs where the attention backend works from device
+tensors alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the
+oracle of the graphs.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class StageEngine:
         assert buffer_BH is not None, "the first stage receives none"
         if self.free_inputs:
             return buffer_BH.new_empty(step.num_tokens, self._plan.hidden_size)
-        if isinstance(step, DecodeScheduled):
+        if isinstance(step, DecodeScheduled) and not step.chunks:
             return self._slices.of(buffer_BH, self._num_rows(step))
         num_tokens = step.num_tokens
         if num_tokens <= buffer_BH.shape[0]:
@@ -269,8 +269,10 @@ class StageEngine:
             rows_R = self._request_rows_of(batch, step.num_rows)
             self._tensors.last_token.index_copy_(0, rows_R, self._drafted_ids(step))
         if step.chunks:
-            assert self._varlen, "graphs hold decodes only"
-            return self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            launched = self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            if not self._varlen:
+                batch.catch_up()
+            return launched
         if self._varlen:
             return self._decode_varlen(batch, hidden_BH)
         rows = self._num_rows(step)

@@ -16,7 +16,6 @@ from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import read_chat_templates
 from mpipipe.models.tokenizer import (
     TransformersTokenizer,
-    _threaded_tokenizer,
     open_tokenizer,
 )
 from mpipipe.models.tokenizer_base import Tokenizer
@@ -302,8 +301,8 @@ def test_what_a_class_does_with_texts_and_ids_is_done_in_batches_too(json_folder
     ids = plain.encode("the fox")
     assert TransformersTokenizer(plain, templates).decode_all([ids, ids]) == ["the fox"] * 2
     assert TransformersTokenizer(shouting, templates).decode_all([ids, ids]) == ["THE FOX"] * 2
-    assert _threaded_tokenizer(plain) is not None
-    assert _threaded_tokenizer(shouting) is None
+    assert TransformersTokenizer(plain, templates).plain() is not None
+    assert TransformersTokenizer(shouting, templates).plain() is None
 
 
 def test_special_tokens_are_those_without_a_text(any_folder: Path) -> None:

@@ -8,6 +8,7 @@ path, and of transformers on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,13 +45,13 @@ LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
-def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> EnginePipeline:
+def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: Any) -> EnginePipeline:
     """All stages on the current GPU, prepared."""
     plan = engine_plan(
         num_stages,
         graphs=name == "graphs",
         hidden_size=model.reference.config.hidden_size,
-        **shape,  # type: ignore[arg-type]
+        **shape,
     )
     device = f"cuda:{torch.cuda.current_device()}"
     return EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
@@ -67,8 +68,9 @@ def test_greedy_tokens_are_those_of_transformers(
     model = tiny(family)
     requests = make_requests(LENGTHS, lambda n: GREEDY.replace(max_new_tokens=9 + n % 3))
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    for num_stages in (1, 2):
-        pipeline = on_gpu(model, num_stages, name)
+    mixed = {"prefill": "mixed", "max_tokens_per_step": 8}
+    for num_stages, shape in ((1, {}), (2, {}), (1, mixed), (2, mixed)):
+        pipeline = on_gpu(model, num_stages, name, **shape)
         assert (pipeline.engines[0].graph_runner.num_graphs > 0) == (name == "graphs")
         for seed in range(2):
             found = pipeline.generate(requests, seed=seed)
