@@ -58,7 +58,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = _Base(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
         self.all_tied_weights_keys: dict[str, str] = {}
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -96,7 +96,9 @@ class _Base(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+        rows_VH = torch.empty(vocab_size, hidden_size)
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size, _weight=rows_VH)
         self.layers = nn.ModuleList(
             LlamaLayer(config, number) for number in range(config.num_hidden_layers)
         )
@@ -156,10 +158,10 @@ class _Attention(nn.Module):
             heads * self.head_dim
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.q_proj = _linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = _linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = _linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = _linear(width, config.hidden_size, bias=config.output_bias)
         if config.head_norms:
             self.q_norm = _RmsNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = _RmsNorm(self.head_dim, config.rms_norm_eps)
@@ -188,6 +190,19 @@ class _Attention(nn.Module):
         return output_1TH
 
 
+def _linear(num_in: int, num_out: int, *, bias: bool) -> nn.Linear:
+    """Without the random start of `nn.Linear`: weights are loaded in any case.
+
+    On the meta device torch imports its compiler for that start, which takes two seconds.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = num_in, num_out
+    linear.weight = nn.Parameter(torch.empty(num_out, num_in))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(num_out)) if bias else None)
+    return linear
+
+
 def _half_turned(heads: torch.Tensor) -> torch.Tensor:
     low, high = heads.chunk(2, dim=-1)
     return torch.cat((-high, low), dim=-1)
@@ -197,9 +212,9 @@ class _Mlp(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = _linear(hidden, inner, bias=bias)
+        self.up_proj = _linear(hidden, inner, bias=bias)
+        self.down_proj = _linear(inner, hidden, bias=bias)
         self.act_fn = nn.SiLU()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -210,7 +225,7 @@ class _Mlp(nn.Module):
 class _RmsNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.variance_epsilon = eps
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
