@@ -79,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert "scalability-2k" in tokens, "the long one"
     assert tokens == {name: expected[name] for name in tokens}
     drafts = outcome.json("metrics.json")["drafts"]
-    assert drafts["num_drafted"] >= drafts["num_accepted"] >= drafts["num_saved_steps"] > 16
+    assert drafts["num_drafted"] >= drafts["num_accepted"] >= drafts["num_saved_steps"] > 4
     assert "decode steps saved" in outcome.stdout + outcome.stderr
 
 
