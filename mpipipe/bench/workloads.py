@@ -32,7 +32,10 @@ _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
 # A heavy tail: one output in so many is so many times longer than the others.
 _TAIL_PART, _TAIL_FACTOR = 100, 20
-_FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?")
+_PASSAGE_TOKENS = 32  # which a prompt of `repeat` says again and again
+_FORM = re.compile(
+    r"(\d+)[x×](?:(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?(?P<repeat>[x×]repeat)?"
+)
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
@@ -46,7 +49,8 @@ class BenchWork:
 
     `mixed`: drawn from fixed ranges. `tail`: one output in a hundred, at least one, is 20 times
     longer. `even`: as many tokens in all, with lengths that differ by one at most: what the same
-    mix takes at fixed lengths.
+    mix takes at fixed lengths. `repeats`: every prompt is one passage again and again, which a
+    trained model goes on copying: text for drafts (`pipeline.num_speculative_tokens`).
     """
 
     num_prompts: int
@@ -55,10 +59,11 @@ class BenchWork:
     mixed: bool = False
     tail: bool = False
     even: bool = False
+    repeats: bool = False
 
     @staticmethod
     def parse(text: str) -> BenchWork:
-        """From `512x512x128`, `512xmixed` or `2000x512x64xtail`; with `xeven` behind it.
+        """From `512x512x128`, `512xmixed` or `2000x512x64xtail`; with `xeven`, `xrepeat` behind it.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -68,11 +73,17 @@ class BenchWork:
             raise ConfigError(
                 f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
                 "512xmixed for mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, "
-                "or either with xeven behind it for the same tokens at fixed lengths"
+                "either with xeven behind it for the same tokens at fixed lengths, any of them "
+                "with xrepeat for prompts that repeat a passage"
             )
         prompts, tokens_in, tokens_out = (int(part or 0) for part in found.groups()[:3])
         mixed, tail, even = found[2] is None, found[4] is not None, found[5] is not None
-        work = BenchWork(prompts, tokens_in, tokens_out, mixed, tail=tail, even=even)
+        work = BenchWork(
+            *(prompts, tokens_in, tokens_out, mixed),
+            tail=tail,
+            even=even,
+            repeats=found["repeat"] is not None,
+        )
         if not prompts or not (work.mixed or (tokens_in and tokens_out)):
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
@@ -81,7 +92,8 @@ class BenchWork:
     def name(self) -> str:
         """As `parse` reads it."""
         lengths = "mixed" if self.mixed else f"{self.input_tokens}x{self.output_tokens}"
-        return f"{self.num_prompts}x{lengths}{'xtail' * self.tail}{'xeven' * self.even}"
+        kinds = f"{'xtail' * self.tail}{'xeven' * self.even}{'xrepeat' * self.repeats}"
+        return f"{self.num_prompts}x{lengths}{kinds}"
 
     @property
     def is_fixed(self) -> bool:
@@ -117,7 +129,7 @@ class BenchWork:
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
-    return _requests(work.lengths(seed), vocabulary, seed)
+    return _requests(work.lengths(seed), vocabulary, seed, repeats=work.repeats)
 
 
 def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
@@ -160,7 +172,7 @@ def warm_up_requests(
         for tokens_in, tokens_out in lengths
     ]
     shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
-    return _requests(shorter, vocabulary, seed + 1)
+    return _requests(shorter, vocabulary, seed + 1, repeats=work.repeats)
 
 
 def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
@@ -173,14 +185,25 @@ def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -
     return _requests(lengths, vocabulary, seed + 1)
 
 
-def _requests(lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int) -> list[Request]:
+def _requests(
+    lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int, *, repeats: bool = False
+) -> list[Request]:
     generator = random.Random(f"prompts {seed}")
     return [
         Request(
             request_id=str(index),
             index=index,
-            prompt_ids=vocabulary.draw(generator, tokens_in),
+            prompt_ids=_prompt(vocabulary, generator, tokens_in, repeats=repeats),
             sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
         )
         for index, (tokens_in, tokens_out) in enumerate(lengths)
     ]
+
+
+def _prompt(
+    vocabulary: Vocabulary, generator: random.Random, num_tokens: int, *, repeats: bool
+) -> tuple[int, ...]:
+    if not repeats:
+        return vocabulary.draw(generator, num_tokens)
+    passage = vocabulary.draw(generator, min(num_tokens, _PASSAGE_TOKENS))
+    return (passage * -(-num_tokens // len(passage)))[:num_tokens]

@@ -61,7 +61,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: the same tokens, fixed lengths."
+_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: fixed lengths; [xrepeat]: a text."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."

@@ -39,7 +39,7 @@ _PARTS = ("compute", "wait", "transfer", "send", "idle", "overhead")
 
 _MOST_TIMES = 4096  # of the stage before: many more than steps are in flight
 
-StepPhase = Literal["prefill", "decode", "mixed"]
+StepPhase = Literal["prefill", "decode", "mixed", "verify"]
 
 
 class ScheduledStep(Protocol):
@@ -72,7 +72,7 @@ class ScheduledStep(Protocol):
 
     @property
     def phase(self) -> StepPhase:
-        """Chunks of prompts, one token of each sequence, or both."""
+        """Chunks of prompts, one token of each sequence, or both; or drafted tokens."""
         ...
 
     @property

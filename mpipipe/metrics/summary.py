@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
@@ -175,6 +176,7 @@ class RunSummary:
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
     io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
     replicas: tuple[ReplicaTotals, ...] = ()  # empty where there is one
+    drafts: DraftUse = field(default_factory=DraftUse)  # by n-gram lookup
     planned: Prediction | None = None  # before the run, with the longest outputs that are allowed
     predicted: Prediction | None = None  # for the tokens that were made; None: some prompts are not
 
@@ -289,6 +291,7 @@ class RunSummary:
         * `start`: seconds by part, from the head's start to the first token (`start_parts`)
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
+        * `drafts`: the fields of `DraftUse`: tokens drafted by n-gram lookup, and accepted
         * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
@@ -314,6 +317,7 @@ class RunSummary:
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,
+            "drafts": dataclasses.asdict(self.drafts),
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
+    from mpipipe.metrics.drafts import DraftUse
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
-    from mpipipe.metrics.summary import RankReport, RunSummary
+    from mpipipe.metrics.summary import RankReport, RequestTotals, RunSummary
 
 __all__ = ["summary_lines"]
 
@@ -77,14 +78,7 @@ def _replica_row(replica: ReplicaTotals) -> tuple[str, ...]:
 def _headlines(summary: RunSummary) -> list[str]:
     requests, phases = summary.requests, summary.phases
     facts = {
-        "prompts": (
-            f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
-            *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
-            *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
-            *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
-            f"{requests.num_prompt_tokens:,} prompt tokens",
-            f"{requests.num_output_tokens:,} output tokens",
-        ),
+        "prompts": _prompts(requests),
         "wall clock": (
             _seconds(phases.wall_s),
             f"boot {_seconds(phases.boot_s)}",
@@ -99,6 +93,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
             _preemptions(summary),
         ),
+        **({"drafts": _drafts(summary.drafts)} if summary.drafts.num_drafted else {}),
         "first token": (
             f"{_seconds(requests.ttft_p50_s)} p50",
             f"{_seconds(requests.ttft_p95_s)} p95",
@@ -114,6 +109,17 @@ def _headlines(summary: RunSummary) -> list[str]:
         **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _prompts(requests: RequestTotals) -> tuple[str, ...]:
+    return (
+        f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
+        *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
+        *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
+        *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
+        f"{requests.num_prompt_tokens:,} prompt tokens",
+        f"{requests.num_output_tokens:,} output tokens",
+    )
 
 
 def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
@@ -238,6 +244,14 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
 def _preemptions(summary: RunSummary) -> str:
     told = f"{summary.num_preemptions:,} preemptions"
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
+
+
+def _drafts(use: DraftUse) -> tuple[str, ...]:
+    return (
+        f"{use.num_accepted:,} of {use.num_drafted:,} tokens accepted",
+        f"{use.num_saved_steps:,} decode steps saved",
+        "not in the prediction",
+    )
 
 
 def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:

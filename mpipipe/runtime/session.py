@@ -15,6 +15,7 @@ from mpipipe.control_plane.messages import (
     GenerationEnded,
     SessionEnded,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
@@ -201,6 +202,14 @@ class Session:
             return self._dispatch.num_saved
         statistics = self.statistics()
         return statistics.num_saved if statistics is not None else 0
+
+    @property
+    def drafts(self) -> DraftUse:
+        """Tokens drafted by n-gram lookup, and what came of it."""
+        if self._dispatch is not None:
+            return self._dispatch.drafts
+        statistics = self.statistics()
+        return statistics.drafts if statistics is not None else DraftUse()
 
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.types import FinishReason
 
 __all__ = [
@@ -76,3 +77,4 @@ class SchedulerStatistics:
     num_saved: int = 0  # of the preemptions, those whose pages were saved in host memory
     num_saved_pages: int = 0
     max_host_pages_used: int = 0
+    drafts: DraftUse = field(default_factory=DraftUse)

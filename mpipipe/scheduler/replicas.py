@@ -21,6 +21,7 @@ from mpipipe.control_plane.messages import (
     ReplicaTold,
     RequestsGiven,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.replicas import ReplicaTotals
 from mpipipe.scheduler.dispatcher import Dispatcher
 
@@ -145,6 +146,7 @@ class ReplicaLink:
             num_preemptions=statistics.num_preemptions,
             num_saved=statistics.num_saved,
             starved_s=self._starved_s,
+            drafts=statistics.drafts,
         )
         *parts, last = _in_parts(records, _num_output_tokens)
         for part in parts:
@@ -214,6 +216,11 @@ class Dispatch:
     def num_saved(self) -> int:
         """Of these, whose pages went to host memory."""
         return sum(replica.told.num_saved for replica in self._replicas)
+
+    @property
+    def drafts(self) -> DraftUse:
+        """Of all replicas, as last told."""
+        return sum((replica.told.drafts for replica in self._replicas), DraftUse())
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

@@ -299,6 +299,8 @@ class Runner:
         ended: list[_Ended] = []
         started_s = self._clock.now_s()
         self._carry_out(self._core.sampled(message.step, message.token_ids), ended)
+        while accepted := self._core.accepted():
+            self._carry_out(accepted, ended)
         self._busy_s += self._clock.now_s() - started_s
         return ended
 

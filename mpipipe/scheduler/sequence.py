@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mpipipe.scheduler.draft_history import DraftHistory
 from mpipipe.types import Request
 
 __all__ = [
@@ -105,6 +106,9 @@ class Sequence:
     ends_at: int = 0  # rounds of the batch when the last of `num_to_sample` is dispatched
     is_open: bool = False  # the stages know it
     restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
+    may_draft: bool = False  # it takes the likeliest tokens, and nothing else is asked of it
+    is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
+    history: DraftHistory | None = None  # None: nothing was drafted for it yet
 
     @property
     def is_prefilled(self) -> bool:
@@ -121,6 +125,17 @@ class Sequence:
         """Samples to dispatch after the one of its last chunk, before it ends or starts over."""
         num_tokens = self.restart_tokens if self.will_restart else self.max_tokens
         return num_tokens - self.num_to_prefill - 1
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens to draft at most while all of it is known; negative: it may not be in such a step.
+
+        Where it starts over follows from steps of one token each.
+        """
+        most = self.max_tokens - len(self.tokens) - 1
+        if self.will_restart:
+            most = min(most, self.restart_tokens - len(self.tokens) - 2)
+        return most if self.may_draft else -1
 
     @property
     def rotary_len(self) -> int:

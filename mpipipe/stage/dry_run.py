@@ -20,9 +20,8 @@ from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.select import make_backend
 from mpipipe.models.llama_modules import LlamaModel
 from mpipipe.models.operations import triton_operations
-from mpipipe.planning.step_limits import num_request_rows
+from mpipipe.planning.step_limits import num_request_rows, row_buckets
 from mpipipe.planning.tensor_parallel import lane_spec
-from mpipipe.stage.cuda_graph_runner import row_buckets
 from mpipipe.stage.prefill import full_prefill
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
     if not isinstance(model.module, LlamaModel):
         return False
     model.finish_without_weights(_cache(plan, model), triton_operations())
-    for rows in row_buckets(plan.max_sequences_per_slot):
+    for rows in row_buckets(plan.max_decode_rows):
         _decode(plan, model, rows)
     seq_lens, pages = full_prefill(plan)
     _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])

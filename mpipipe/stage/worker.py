@@ -373,7 +373,7 @@ class StageWorker:
         """Receive the oldest ids that are still out, for the next steps and for the host."""
         returning = self._returning.popleft()
         step = returning.step
-        if step.phase == "decode" and not self._engine.free_inputs:
+        if not step.has_chunks and not self._engine.free_inputs:
             ids_S = self._engine.ids_buffer(len(returning.request_rows_S))
         else:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done

@@ -25,7 +25,12 @@ from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.launched import LaunchedStep
 from mpipipe.stage.timeline import StepEvents, StreamTimeline
 from mpipipe.types import Request, SamplingParams
-from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
+from tests.contract.engine_pipeline import (
+    EnginePipeline,
+    ForetellingDrafter,
+    engine_plan,
+    make_requests,
+)
 from tests.contract.tiny_models import TinyModel
 from tests.gpu.waiting import no_synchronisation
 
@@ -70,6 +75,25 @@ def test_greedy_tokens_are_those_of_transformers(
         for seed in range(2):
             found = pipeline.generate(requests, seed=seed)
             assert [list(outcome.token_ids) for outcome in found] == wanted
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("max_sequences", [3, 1])
+def test_drafts_change_no_token(
+    max_sequences: int, name: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama-head_dim-100")
+    requests = make_requests(LENGTHS, lambda n: GREEDY.replace(max_new_tokens=18 + n % 3))
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    for num_stages in (1, 2):
+        pipeline = on_gpu(model, num_stages, name, max_sequences=max_sequences, drafted_rows=8)
+        num_graphs = [engine.graph_runner.num_graphs for engine in pipeline.engines]
+        for seed in range(3):
+            drafter = ForetellingDrafter(wanted, seed)
+            found = pipeline.generate(requests, seed=seed, drafter=drafter)
+            assert [list(outcome.token_ids) for outcome in found] == wanted
+            assert 0 < pipeline.drafts.num_accepted < pipeline.drafts.num_drafted
+        assert [engine.graph_runner.num_graphs for engine in pipeline.engines] == num_graphs
 
 
 def sampled(number: int) -> SamplingParams:
