@@ -23,7 +23,7 @@ from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.links import DISK_BYTES_PER_S
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
-from mpipipe.planning.step_times import StepTimes, mixed_s
+from mpipipe.planning.step_times import StepTimes
 
 __all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s", "weights_s"]
 
@@ -231,34 +231,22 @@ class _Job:
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
     _moved_pages: int = 0  # in host memory
-    _filling: bool = False  # prompts that were admissible wait for the next round ("mixed")
 
     def run(self) -> None:
         """To the end of all sequences."""
         self.busy = [_Busy() for _ in self.plan.stages]
         while self.waiting or self.running:
             self._admit()
-            if not self._filling:
-                self._decode()
-
-    @property
-    def _fills_up(self) -> bool:
-        """Prompts ride in the decode steps of GPUs; on CPUs, where all are mixed, they go first."""
-        return self.plan.prefill == "mixed" and self.plan.lookahead > 0
+            self._decode()
 
     # ---- prompts ---------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Prompts go first where enough of them can be admitted."""
-        one_round = self._of_one_round() if self._filling else None
-        admitted = self._admissible(one_round)
+        admitted = self._admissible()
         threshold = min(len(self.waiting), max(1, len(self.running) // _REFILL_PART))
-        if not admitted or (admitted < threshold and self.running and not self._filling):
-            self._filling = False
+        if not admitted or (admitted < threshold and self.running):
             return
-        if self._fills_up:
-            admitted = min(admitted, one_round or self._of_one_round())
-            self._filling = admitted < len(self.waiting)
         newcomers = [self.waiting.popleft() for _ in range(admitted)]
         computed = [sequence for sequence in newcomers if not sequence.moved_pages]
         if computed:
@@ -276,24 +264,13 @@ class _Job:
                 sequence.number = self._number = self._number + 1
                 heapq.heappush(self._ends, (self.rounds + left, sequence.number, sequence))
 
-    def _of_one_round(self) -> int:
-        """How many of the prompts that wait fill up a step of each slot; at least one."""
-        room = self.plan.num_slots * self.plan.max_tokens_per_step - len(self.running)
-        sums = itertools.accumulate(sequence.prompt + sequence.made for sequence in self.waiting)
-        return max(1, sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= room, sums)))
-
-    def _admissible(self, most: int | None) -> int:
-        """How many of those that wait, or of the first `most`, have places and pages now.
-
-        One where none runs.
-        """
+    def _admissible(self) -> int:
+        """How many of those that wait have places and pages now; one where none runs."""
         plan = self.plan
         places = plan.num_slots * plan.max_sequences_per_slot - len(self.running)
         free = self._free_pages() - _HEADROOM_PAGES * len(self.running)
         admitted = 0
-        for sequence in itertools.islice(
-            self.waiting, places if most is None else min(most, places)
-        ):
+        for sequence in itertools.islice(self.waiting, places):
             free -= -(-(sequence.prompt + sequence.made + 1) // plan.page_size_tokens)
             free -= _HEADROOM_PAGES
             if free < 0:
@@ -310,34 +287,24 @@ class _Job:
         """Steps of chunks of a slot each, one behind the other through the stages."""
         tokens = [sequence.prompt + sequence.made for sequence in newcomers]
         total, pairs = sum(tokens), sum(number * number / 2 for number in tokens)
-        rows = len(self.running) / self.plan.num_slots if self._fills_up else 0.0
-        num_slots = self.plan.num_slots if rows else min(self.plan.num_slots, len(newcomers))
-        room = max(1, round(self.plan.max_tokens_per_step - rows))
-        num_steps = num_slots * -(-total // (num_slots * room))
+        num_slots = min(self.plan.num_slots, len(newcomers))
+        num_steps = num_slots * -(-total // (num_slots * self.plan.max_tokens_per_step))
         per_step = max(1, round(total / num_steps))
         steps_s = [
-            self._step_s(stage, rows, (per_step, pairs / total)) for stage in self.plan.stages
+            self.times.prefill_s(stage, per_step, pairs / total) for stage in self.plan.stages
         ]
         hops_s = self._hops_s(per_step)
         taken_s = [step + _edges_s(hops_s, i) for i, step in enumerate(steps_s)]
         fill_s = sum(steps_s) + sum(hops_s)
-        # Where decode steps are filled up the pipe is full.
-        if self.running and (self._fills_up or self.plan.lookahead == 0):
+        if (
+            self.plan.lookahead == 0 and self.running
+        ):  # decode steps are filled up: the pipe is full
             fill_s = max(taken_s)
         self.prefill_s += fill_s + (num_steps - 1) * max(taken_s)
         self.num_prefill_steps += num_steps
         for busy, step_s, stage_s in zip(self.busy, steps_s, taken_s, strict=True):
             busy.prefill_step_s += num_steps * step_s
             busy.prefill_s += num_steps * stage_s
-        if rows:
-            self._advance(num_steps / num_slots)
-
-    def _step_s(self, stage: StagePlan, rows: float, chunks: tuple[int, float]) -> float:
-        """Of prompts, behind a token of each of `rows` sequences, if there are."""
-        if not rows:
-            return self.times.prefill_s(stage, *chunks)
-        context = self._num_known / len(self.running)
-        return mixed_s(self.times, stage, (rows, context), chunks)
 
     # ---- tokens ----------------------------------------------------------------------------------
 
@@ -351,11 +318,7 @@ class _Job:
         most = self._free_pages() * self.plan.page_size_tokens / num_running
         stride = min(stride, max(1.0, most))
         self._run_rounds(stride, self._num_known / num_running + stride / 2)
-        self._advance(stride)
-
-    def _advance(self, stride: float) -> None:
-        """All that run are so many tokens longer; some may have ended."""
-        self._num_known += stride * len(self.running)
+        self._num_known += stride * num_running
         self.rounds += stride
         self.most_pages = max(self.most_pages, self.plan.num_kv_pages - self._free_pages())
         while self._ends and self._next_end() <= self.rounds + 1e-6:

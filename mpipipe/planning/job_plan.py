@@ -1,7 +1,5 @@
 """The plans of a job: as `resolve` makes them, with the split by which this job is to end first.
 
-And with the size of steps, where prompts ride in decode steps.
-
 `resolve` balances costs in one kind of step. Where the lengths of the requests are known, splits
 near that one are planned as well, each with the KV pages that it leaves, and the whole job is
 forecast with each: prompts and tokens weigh as much as the job has of them.
@@ -36,8 +34,6 @@ __all__ = ["plan_job"]
 _Find = Callable[[ModelSpec, PipelinePlan, Sequence[RankResources]], KnownTimes]
 _Split = tuple[int, ...]
 _UNKNOWN = Workload()
-# With fewer tokens products of prompts are not limited by arithmetic (`step_limits`).
-_LEAST_STEP_TOKENS = 512
 
 
 def plan_job(
@@ -64,7 +60,6 @@ def plan_job(
     if not workload.lengths:
         return _with_drafts(plans, config, spec, known)
     steps, shape = [each.steps for each in known], JobShape.of(workload.lengths)
-    job, plans = _filled(job, layout, plans, shape, steps)
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
 
@@ -87,41 +82,6 @@ def plan_job(
     shared = (_with_shares(plan, forecasts[best]) for plan in plans)
     context = itertools.repeat(shape.mean_context_tokens)
     return _with_drafts([*map(_as_measured, shared, known, context)], config, spec, known)
-
-
-def _filled(
-    job: Job,
-    layout: Layout,
-    plans: tuple[PipelinePlan, ...],
-    shape: JobShape,
-    steps: Sequence[StepTimes],
-) -> tuple[Job, tuple[PipelinePlan, ...]]:
-    """Where prompts ride in the decode steps of GPUs, with steps of the size that ends first.
-
-    Small ones let the longest outputs go on for more rounds while prompts are computed, and each
-    takes a little more than its share of the tokens.
-    """
-    pipeline, first = job.config.pipeline, plans[0]
-    if pipeline.prefill != "mixed" or pipeline.max_tokens_per_step != AUTO or not first.lookahead:
-        return job, plans
-    tokens = first.max_tokens_per_step
-    least = max(_LEAST_STEP_TOKENS, 2 * first.max_sequences_per_slot)
-    found_s = {tokens: forecast_replicas(job.spec, plans, shape, steps).generating_s}
-    while tokens // 2 >= least:
-        tokens //= 2
-        smaller = [replace(plan, max_tokens_per_step=tokens) for plan in plans]
-        found_s[tokens] = forecast_replicas(job.spec, smaller, shape, steps).generating_s
-    best = min(found_s, key=lambda tokens: found_s[tokens])
-    if best == first.max_tokens_per_step:
-        return job, plans
-    reason = (
-        f"the job is predicted to take {found_s[best]:,.3g} s, with steps of "
-        f"{first.max_tokens_per_step} {found_s[first.max_tokens_per_step]:,.3g} s"
-    )
-    note = Resolved("pipeline.max_tokens_per_step", str(best), reason)
-    config = replace(job.config, pipeline=replace(pipeline, max_tokens_per_step=best))
-    job = replace(job, config=config, notes=(*job.notes, note))
-    return job, job.plans(layout)
 
 
 def _split(plan: PipelinePlan) -> _Split:

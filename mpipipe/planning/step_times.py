@@ -10,7 +10,7 @@ from typing import Protocol
 
 from mpipipe.planning.plan import StagePlan
 
-__all__ = ["StepTimes", "mixed_s"]
+__all__ = ["StepTimes"]
 
 
 class StepTimes(Protocol):
@@ -35,21 +35,3 @@ class StepTimes(Protocol):
 
     def hop_s(self, rows_or_tokens: int, crosses_hosts: bool) -> float:
         """Hidden states of so many tokens from a stage to the next, on a host or between two."""
-
-
-def mixed_s(
-    times: StepTimes,
-    stage: StagePlan,
-    decodes: tuple[float, float],
-    chunks: tuple[int, float],
-) -> float:
-    """A decode step with chunks of prompts behind its rows; each is (number, context tokens).
-
-    The weights are read once: chunks cost what they add to the products of the rows, and what a
-    step of prompts takes more than one of decodes, however small: no graph replays it.
-    """
-    (rows, context_tokens), (tokens, chunk_context_tokens) = decodes, chunks
-    alone_s = times.prefill_s(stage, round(rows), chunk_context_tokens)
-    added_s = times.prefill_s(stage, round(rows) + tokens, chunk_context_tokens) - alone_s
-    started_s = times.prefill_s(stage, 1, 0.5) - times.decode_s(stage, 1, 1)
-    return times.decode_s(stage, rows, context_tokens) + max(0.0, added_s) + max(0.0, started_s)

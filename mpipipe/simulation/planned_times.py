@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mpipipe.planning.step_times import mixed_s
 from mpipipe.simulation.stage_times import StepWork
 
 if TYPE_CHECKING:
@@ -38,12 +37,21 @@ class PlannedTimes:
         return known
 
     def _step_s(self, stage: StagePlan, work: StepWork) -> float:
-        chunks = (work.chunk_tokens, work.chunk_context_tokens)
-        if not work.rows:
-            return self._times.prefill_s(stage, *chunks)
-        if not work.chunk_tokens:
-            return self._times.decode_s(stage, work.rows, work.context_tokens)
-        return mixed_s(self._times, stage, (work.rows, work.context_tokens), chunks)
+        """A mixed step reads the weights once: chunks cost what they add to a step of the rows.
+
+        Beside that it costs what a step of prompts does more than one of decodes, however small:
+        no graph replays it.
+        """
+        rows, tokens, context = work.rows, work.chunk_tokens, work.chunk_context_tokens
+        if not rows:
+            return self._times.prefill_s(stage, tokens, context)
+        decode_s = self._times.decode_s(stage, rows, work.context_tokens)
+        if not tokens:
+            return decode_s
+        both_s = self._times.prefill_s(stage, rows + tokens, context)
+        added_s = max(0.0, both_s - self._times.prefill_s(stage, rows, context))
+        started_s = self._times.prefill_s(stage, 1, 0.5) - self._times.decode_s(stage, 1, 1)
+        return decode_s + added_s + max(0.0, started_s)
 
     def hops_s(self, num_tokens: int) -> tuple[float, ...]:
         """As `StageTimes`."""
