@@ -54,7 +54,7 @@ __all__ = [
     "StopRequested",
 ]
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 
 
 # ---- coming together -----------------------------------------------------------------------------
@@ -157,8 +157,8 @@ class ScheduledSequence:
     """One sequence's share of a step.
 
     `num_computed` tokens are already in the KV cache; this step computes the next `num_tokens`.
-    `num_computed == 0` means a fresh start (first chunk, or recomputation after preemption): the
-    stage forgets the pages it knew. `new_pages` are appended to the sequence's page table.
+    The first after `RequestOpened` may begin at any page, behind those that others have filled.
+    `new_pages` are appended to the sequence's page table, in the first with those of others.
     `sample`: these are its last known tokens, so the last stage draws the next one.
     """
 
@@ -267,10 +267,11 @@ class PagesSaved:
 
 @dataclass(frozen=True, slots=True)
 class PagesRestored:
-    """head → stages: copy `host_pages` to `pages`, which are the page table of a sequence now.
+    """head → stages: copy `host_pages` to the last of `pages`, a sequence's page table from now on.
 
-    The sequence goes on with `num_computed` tokens in them: as a row that joins a batch, or with
-    the next chunk of its prompt. All else that the stages know of it stays.
+    The first of these, if there are more, hold its tokens already. The sequence goes on with
+    `num_computed` tokens in all of them: as a row that joins a batch, or with the next chunk of its
+    prompt. All else that the stages know of it stays.
     """
 
     sequence_id: int

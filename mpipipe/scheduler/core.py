@@ -115,6 +115,7 @@ class SchedulerCore:
             max_sequence_tokens=plan.max_sequence_tokens,
             num_host_pages=plan.num_host_pages,
             min_saved_tokens=plan.min_saved_tokens,
+            max_sharing_tokens=plan.max_sharing_tokens,
         )
         return cls(
             limits,
@@ -153,6 +154,17 @@ class SchedulerCore:
         """The sequences that `step` samples, in order, if one of them asked; empty: none did."""
         flight = self._flights[step - self._returned - 1]
         return flight.rows.ids if flight.rows.with_logprobs else ()
+
+    def begins(self, sequence_id: int, step: int) -> bool:
+        """Whether `step`, the latest, has the first chunk of a sequence, or of its new beginning.
+
+        It need not be of its first tokens: those may be in pages that it shares.
+        """
+        return self._sequences[sequence_id].began_at == step
+
+    def num_shared_tokens(self, sequence_id: int) -> int:
+        """Of a sequence that begins, the tokens that it need not compute."""
+        return self._sequences[sequence_id].num_shared_tokens
 
     def known_tokens(self, sequence_id: int) -> tuple[int, ...]:
         """The prompt of a sequence, with all its tokens so far: the stages compute them anew."""

@@ -195,7 +195,7 @@ class Runner:
         while (step := self._next_step()) is not None:
             chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
             for chunk in chunks:
-                if not chunk.num_computed:
+                if self._core.begins(chunk.sequence_id, step.step):
                     self._open(chunk.sequence_id, step.slot)
             self._in_flight[step.step] = self._core.logprob_rows(step.step)
             self._group.broadcast_message(step)
@@ -237,6 +237,7 @@ class Runner:
             sequence=sequence_id,
             slot=slot,
             num_tokens=len(token_ids),
+            num_shared_tokens=self._core.num_shared_tokens(sequence_id),  # in pages of others
             num_output_tokens=num_output_tokens,  # more than 0: it was preempted
         )
         self._group.broadcast_message(

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mpipipe.kv_cache.shared_pages import KnownPage
 from mpipipe.types import Request
 
 __all__ = [
@@ -105,6 +106,13 @@ class Sequence:
     ends_at: int = 0  # rounds of the batch when the last of `num_to_sample` is dispatched
     is_open: bool = False  # the stages know it
     restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
+    begins: bool = False  # it has a place, and no chunk is dispatched yet
+    began_at: int = -1  # number of the step with its first chunk since it got its place
+    num_shared_tokens: int = 0  # that it did not compute then
+    # The last page of its prompt that others may find. While it waits: as of the latest look.
+    known: KnownPage | None = None
+    # Behind which page it is about to compute which tokens, for others that wait for them.
+    computing: tuple[KnownPage, tuple[int, ...]] | None = None
 
     @property
     def is_prefilled(self) -> bool:
