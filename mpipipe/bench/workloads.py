@@ -24,7 +24,7 @@ __all__ = ["BenchWork", "bench_requests", "bench_workload", "warm_up_requests"]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
-_FORM = re.compile(r"(\d+)[x×](?:(\d+)[x×](\d+)|mixed)")
+_FORM = re.compile(r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)|mixed)")
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
@@ -33,16 +33,20 @@ _WARM_UP_OUTPUT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class BenchWork:
-    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead."""
+    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead.
+
+    `common_tokens` of the input are the same in all prompts: they begin with them.
+    """
 
     num_prompts: int
     input_tokens: int = 0
     output_tokens: int = 0
     mixed: bool = False
+    common_tokens: int = 0
 
     @staticmethod
     def parse(text: str) -> BenchWork:
-        """From `512x512x128`, or `512xmixed`.
+        """From `512x512x128`, `512x1024+128x128`, or `512xmixed`.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -50,12 +54,13 @@ class BenchWork:
         found = _FORM.fullmatch(text.strip())
         if found is None:
             raise ConfigError(
-                f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, or "
-                "512xmixed for mixed lengths"
+                f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
+                "512x1024+128x128 for prompts that begin with 1,024 common tokens, or 512xmixed "
+                "for mixed lengths"
             )
-        prompts, tokens_in, tokens_out = (int(part) if part else 0 for part in found.groups())
-        work = BenchWork(prompts, tokens_in, tokens_out, mixed=found[2] is None)
-        if not prompts or not (work.mixed or (tokens_in and tokens_out)):
+        prompts, common, own, output = (int(part) if part else 0 for part in found.groups())
+        work = BenchWork(prompts, common + own, output, found[3] is None, common)
+        if not prompts or not (work.mixed or (own and output)) or found[2] == "0":
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
 
@@ -64,7 +69,9 @@ class BenchWork:
         """As `parse` reads it."""
         if self.mixed:
             return f"{self.num_prompts}xmixed"
-        return f"{self.num_prompts}x{self.input_tokens}x{self.output_tokens}"
+        common = f"{self.common_tokens}+" if self.common_tokens else ""
+        own = self.input_tokens - self.common_tokens
+        return f"{self.num_prompts}x{common}{own}x{self.output_tokens}"
 
     @property
     def longest_tokens(self) -> int:
@@ -86,7 +93,8 @@ class BenchWork:
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
-    return _requests(work.lengths(seed), vocabulary, seed)
+    common = vocabulary.draw(random.Random(f"common {seed}"), work.common_tokens)
+    return _requests(work.lengths(seed), vocabulary, seed, common)
 
 
 def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
@@ -126,13 +134,18 @@ def warm_up_requests(
     return _requests(shorter, vocabulary, seed + 1)
 
 
-def _requests(lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int) -> list[Request]:
+def _requests(
+    lengths: list[tuple[int, int]],
+    vocabulary: Vocabulary,
+    seed: int,
+    common: tuple[int, ...] = (),
+) -> list[Request]:
     generator = random.Random(f"prompts {seed}")
     return [
         Request(
             request_id=str(index),
             index=index,
-            prompt_ids=vocabulary.draw(generator, tokens_in),
+            prompt_ids=common + vocabulary.draw(generator, tokens_in - len(common)),
             sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
         )
         for index, (tokens_in, tokens_out) in enumerate(lengths)

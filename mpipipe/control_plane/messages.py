@@ -352,6 +352,7 @@ class ReplicaTold:
     num_waiting: int = 0
     num_preemptions: int = 0
     num_saved: int = 0  # of these, whose pages went to host memory
+    num_shared_tokens: int = 0  # of prompts, not computed: they were in pages of others
     starved_s: float = 0.0  # it had no request, and might still get some
     is_done: bool = False  # no request is left here, and none will come; its last of this call
 

@@ -267,6 +267,7 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         job.marks.phases(session.ranks.clock.now_s()),
         requests,
         num_preemptions=session.num_preemptions,
+        num_shared_tokens=session.num_shared_tokens,
         ranks=reports,
         replicas=session.replica_totals(),
         itl_p50_s=recorded.gaps.percentile(50),

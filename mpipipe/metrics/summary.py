@@ -166,6 +166,7 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of replicas and stages
+    num_shared_tokens: int = 0  # of prompts, not computed: other prompts begin in the same way
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
@@ -268,6 +269,7 @@ class RunSummary:
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
+        * `num_shared_tokens`: prompt tokens that were not computed, as others begin with the same
         * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
@@ -292,6 +294,7 @@ class RunSummary:
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,
+            "num_shared_tokens": self.num_shared_tokens,
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

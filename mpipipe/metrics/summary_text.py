@@ -82,7 +82,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
             *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
             *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
-            f"{requests.num_prompt_tokens:,} prompt tokens",
+            _prompt_tokens(summary),
             f"{requests.num_output_tokens:,} output tokens",
         ),
         "wall clock": (
@@ -217,6 +217,13 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
         *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),
         f"{_seconds(use.wait_s)} {_share(use.wait_s / wall_s if wall_s > 0 else None):>4}",
     )
+
+
+def _prompt_tokens(summary: RunSummary) -> str:
+    """With those that were not computed."""
+    told = f"{summary.requests.num_prompt_tokens:,} prompt tokens"
+    shared = summary.num_shared_tokens
+    return f"{told}, {shared:,} of them in shared prefixes" if shared else told
 
 
 def _preemptions(summary: RunSummary) -> str:

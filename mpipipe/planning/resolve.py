@@ -386,6 +386,7 @@ class _Resolver:
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
+            max_sharing_tokens=self._max_sharing_tokens(limits.max_context_tokens),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
@@ -452,6 +453,21 @@ class _Resolver:
             "long factors, as transformers does",
         )
         return restart_tokens
+
+    def _max_sharing_tokens(self, max_context_tokens: int) -> int:
+        """Of a prompt that shares its pages; the contiguous cache has none."""
+        memory, limit = self.decisions.config.memory, self.spec.rotary.max_equal_tokens
+        if not memory.share_prefixes or memory.kv_cache != "paged":
+            return 0
+        if limit is None or limit >= max_context_tokens:
+            return max_context_tokens
+        self.decisions.note(
+            "memory.share_prefixes",
+            f"up to {limit} tokens",
+            f"the rotary embedding ({self.spec.rotary.kind}) of longer prompts depends on how long "
+            "they are",
+        )
+        return limit
 
     def _threads(self) -> int:
         bind = self.decisions.config.pipeline.bind

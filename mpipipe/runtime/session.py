@@ -199,6 +199,14 @@ class Session:
         statistics = self.statistics()
         return statistics.num_saved if statistics is not None else 0
 
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed: they were in pages of others."""
+        if self._dispatch is not None:
+            return self._dispatch.num_shared_tokens
+        statistics = self.statistics()
+        return statistics.num_shared_tokens if statistics is not None else 0
+
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""
         return () if self._dispatch is None else self._dispatch.totals()

@@ -144,6 +144,7 @@ class ReplicaLink:
             num_waiting=statistics.num_waiting,
             num_preemptions=statistics.num_preemptions,
             num_saved=statistics.num_saved,
+            num_shared_tokens=statistics.num_shared_tokens,
             starved_s=self._starved_s,
         )
         *parts, last = _in_parts(records, _num_output_tokens)
@@ -214,6 +215,11 @@ class Dispatch:
     def num_saved(self) -> int:
         """Of these, whose pages went to host memory."""
         return sum(replica.told.num_saved for replica in self._replicas)
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed, as last told."""
+        return sum(replica.told.num_shared_tokens for replica in self._replicas)
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

@@ -1,0 +1,85 @@
+"""Which prompts of a batch begin alike, before any of them runs: who should run together. Pure.
+
+Prompts that begin with the same whole pages can share them (`scheduler.shared_prefixes`) while they
+are in memory. So those that do are put behind the first of them, and prompts with most of their
+tokens in common are a group, for one replica. Prompts that begin like no other keep their order.
+
+Prompts are token ids, or text where the ids are not known yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["PrefixGroups", "prefix_groups"]
+
+Prompt = tuple[int, ...] | bytes
+
+_GROUP_PART = 0.5  # of its tokens that the prompts of a group have in common, at least
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroups:
+    """The prompts of a batch, by their numbers there."""
+
+    groups: tuple[tuple[int, ...], ...]  # each prompt in one
+    num_shared: int  # elements with which prompts begin as earlier ones do, in whole pages
+
+    @property
+    def order(self) -> list[int]:
+        """Sharers one behind the other."""
+        return [number for group in self.groups for number in group]
+
+
+def prefix_groups(prompts: Sequence[Prompt], page_size: int) -> PrefixGroups:
+    """Groups in the order of their first prompts, from the root of the trie of all pages.
+
+    A prompt that begins like no other costs a look at its first page.
+
+    Args:
+        prompts: of a batch, in the order in which they would run.
+        page_size: in elements of a prompt.
+    """
+    groups: list[tuple[int, ...]] = []
+    num_shared = 0
+    # Prompts that have so many pages in common; whether they are in a group already.
+    nodes = [(list(range(len(prompts))), 0, False)]
+    while nodes:
+        members, depth_before, in_group = nodes.pop()
+        if len(members) < 2:
+            groups.extend([] if in_group else [(member,) for member in members])
+            continue
+        depth = _num_common([prompts[member] for member in members], depth_before, page_size)
+        num_shared += (len(members) - 1) * (depth - depth_before) * page_size
+        num_tokens = sum(len(prompts[member]) for member in members)
+        if not in_group and depth * page_size * len(members) >= _GROUP_PART * num_tokens:
+            groups.append(tuple(members))
+            in_group = True
+        parts: dict[Prompt | int, list[int]] = {}
+        for member in members:
+            page = _page(prompts[member], depth, page_size)
+            # The last token of a prompt is always computed, so its page is not shared.
+            is_last = (depth + 1) * page_size >= len(prompts[member])
+            parts.setdefault(-1 - member if is_last else page, []).append(member)
+        nodes.extend((part, depth, in_group) for part in reversed(parts.values()))
+    return PrefixGroups(tuple(groups), num_shared)
+
+
+def _num_common(prompts: Sequence[Prompt], num_known: int, page_size: int) -> int:
+    """Pages that all of them begin with and can share; `num_known` of these are known."""
+    first = prompts[0]
+    depth = min(max(0, len(prompt) - 1) // page_size for prompt in prompts)
+    common = first[: depth * page_size]
+    for prompt in prompts:
+        if prompt[: depth * page_size] == common:
+            continue
+        depth = num_known
+        while _page(first, depth, page_size) == _page(prompt, depth, page_size):
+            depth += 1
+        common = first[: depth * page_size]
+    return depth
+
+
+def _page(prompt: Prompt, number: int, page_size: int) -> Prompt:
+    return prompt[number * page_size : (number + 1) * page_size]
