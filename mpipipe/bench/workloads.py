@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.errors import ConfigError
+from mpipipe.planning.prompt_lengths import PromptLengths
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Request, SamplingParams
 
@@ -90,6 +91,19 @@ class BenchWork:
             for _ in range(self.num_prompts)
         ]
 
+    @property
+    def shared_ratio(self) -> float:
+        """Of all prompt tokens, those with which prompts begin as the first does."""
+        if not self.common_tokens:
+            return 0.0
+        return self.common_tokens / self.input_tokens * (1 - 1 / self.num_prompts)
+
+    def prompt_lengths(self, seed: int, source: str) -> PromptLengths:
+        """As those of a file of prompts; `source` says where they come from."""
+        lengths = tuple(self.lengths(seed))
+        common = ((0, self.common_tokens),) * len(lengths) if self.common_tokens else ()
+        return PromptLengths(lengths, source, shared_ratio=self.shared_ratio, common=common)
+
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
@@ -102,7 +116,8 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
 
     The requests of `bench_requests` and `warm_up_requests` ask nothing but greedy tokens.
     """
-    lengths = max((work.lengths(seed) for work in works), key=_num_tokens)
+    largest = max(works, key=lambda work: _num_tokens(work.lengths(seed)))
+    lengths = largest.lengths(seed)
     return Workload(
         num_requests=max(work.num_prompts for work in works),
         longest_request_tokens=max(work.longest_tokens for work in works),
@@ -110,6 +125,7 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
         num_output_tokens=sum(output for _, output in lengths),
         sampling=SamplingUse(),
         lengths=tuple(lengths),
+        shared_ratio=largest.shared_ratio,
     )
 
 

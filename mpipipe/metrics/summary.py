@@ -144,6 +144,11 @@ class RequestTally:
         self._latencies_s.append(completion.latency_s)
         self.lengths.append((completion.num_prompt_tokens, completion.num_output_tokens))
 
+    def shared_ratio(self, num_shared_tokens: int) -> float:
+        """Of the prompt tokens, this part."""
+        num_tokens = self._num_prompt_tokens
+        return min(1.0, num_shared_tokens / num_tokens) if num_tokens else 0.0
+
     def totals(self) -> RequestTotals:
         """The counts so far, with percentiles: sorts every time, so not while the run goes on."""
         return RequestTotals(

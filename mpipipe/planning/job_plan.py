@@ -55,7 +55,10 @@ def plan_job(
     if not workload.lengths:
         return plans
     known = [times(spec, plan, ranks) for plan in plans]
-    steps, shape = [each.steps for each in known], JobShape.of(workload.lengths)
+    steps, shape = (
+        [each.steps for each in known],
+        JobShape.of(workload.lengths, workload.shared_ratio),
+    )
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
 

@@ -24,6 +24,7 @@ class PrefixGroups:
     """The prompts of a batch, by their numbers there."""
 
     groups: tuple[tuple[int, ...], ...]  # each prompt in one
+    num_common: tuple[int, ...]  # of each group, the elements with which all of it begin
     num_shared: int  # elements with which prompts begin as earlier ones do, in whole pages
 
     @property
@@ -41,20 +42,27 @@ def prefix_groups(prompts: Sequence[Prompt], page_size: int) -> PrefixGroups:
         prompts: of a batch, in the order in which they would run.
         page_size: in elements of a prompt.
     """
+    if len({prompt[:page_size] for prompt in prompts}) == len(prompts):
+        alone = tuple([(number,) for number in range(len(prompts))])
+        return PrefixGroups(alone, (0,) * len(prompts), 0)
     groups: list[tuple[int, ...]] = []
+    num_common: list[int] = []
     num_shared = 0
     # Prompts that have so many pages in common; whether they are in a group already.
     nodes = [(list(range(len(prompts))), 0, False)]
     while nodes:
         members, depth_before, in_group = nodes.pop()
         if len(members) < 2:
-            groups.extend([] if in_group else [(member,) for member in members])
+            if not in_group:
+                groups.append(tuple(members))
+                num_common.append(0)
             continue
         depth = _num_common([prompts[member] for member in members], depth_before, page_size)
         num_shared += (len(members) - 1) * (depth - depth_before) * page_size
         num_tokens = sum(len(prompts[member]) for member in members)
         if not in_group and depth * page_size * len(members) >= _GROUP_PART * num_tokens:
             groups.append(tuple(members))
+            num_common.append(depth * page_size)
             in_group = True
         parts: dict[Prompt | int, list[int]] = {}
         for member in members:
@@ -63,7 +71,7 @@ def prefix_groups(prompts: Sequence[Prompt], page_size: int) -> PrefixGroups:
             is_last = (depth + 1) * page_size >= len(prompts[member])
             parts.setdefault(-1 - member if is_last else page, []).append(member)
         nodes.extend((part, depth, in_group) for part in reversed(parts.values()))
-    return PrefixGroups(tuple(groups), num_shared)
+    return PrefixGroups(tuple(groups), tuple(num_common), num_shared)
 
 
 def _num_common(prompts: Sequence[Prompt], num_known: int, page_size: int) -> int:

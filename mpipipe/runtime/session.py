@@ -145,12 +145,15 @@ class Session:
         assert self._model is not None, "only a head knows the model"
         return self._model.spec.vocab_size
 
-    def predicting(self) -> Callable[[Sequence[tuple[int, int]]], Prediction | None]:
-        """Predicts what requests of given (prompt, output) tokens take here; on heads only."""
+    def predicting(self) -> Callable[[Sequence[tuple[int, int]], float], Prediction | None]:
+        """Predicts what requests of given (prompt, output) tokens take here; on heads only.
+
+        Behind them the part of the prompt tokens that is not computed, as others begin alike.
+        """
         assert self._model is not None, "only a head knows the model"
         spec = self._model.spec
         known = [known_times(spec, plan, self.resources) for plan in self.plans]
-        return partial(predict, spec, self.plans, known=known)
+        return partial(predict, spec, self.plans, known)
 
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there
@@ -250,6 +253,7 @@ class Session:
             self.ranks.clock,
             requests,
             [ReplicaPlace(plan.head_rank, plan.capacity) for plan in self.plans],
+            page_size=self.plan.page_size_tokens if self.plan.max_sharing_tokens else 0,
             ahead_s=self.clocks.ahead_s,
             on_request=self._tell_request,
         )

@@ -44,6 +44,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.instructions import (
     Closed,
@@ -123,6 +124,14 @@ class SchedulerCore:
             prefill=plan.prefill,
             restart_tokens=plan.restart_tokens,
         )
+
+    def in_order(self, requests: Iterable[Request]) -> list[Request]:
+        """The order in which to add requests: where pages are shared, sharers run together."""
+        given = list(requests)
+        if not self._limits.max_sharing_tokens:
+            return given
+        prompts = [request.prompt_ids for request in given]
+        return [given[number] for number in prefix_groups(prompts, self._limits.page_size).order]
 
     @property
     def is_idle(self) -> bool:

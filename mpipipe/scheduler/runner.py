@@ -118,7 +118,7 @@ class Runner:
         steps in flight.
         """
         now_s = self._clock.now_s()
-        for request in requests:
+        for request in self._core.in_order(requests):
             self._submit(request, now_s)
         self._dispatch()
         self._end_turn()
