@@ -88,6 +88,7 @@ def engine_plan(
     lookahead: int = 1,
     kv_cache: CacheKind = "paged",
     num_host_pages: int = 0,
+    max_sharing_tokens: int = 0,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -115,6 +116,7 @@ def engine_plan(
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
         num_host_pages=num_host_pages,
+        max_sharing_tokens=max_sharing_tokens,
     )
 
 
@@ -249,6 +251,7 @@ class EnginePipeline:
         self.steps: list[Step] = []
         self.num_preemptions = 0
         self.num_saved = 0
+        self.num_shared_tokens = 0
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
@@ -271,6 +274,7 @@ class EnginePipeline:
                 plan.max_sequence_tokens,
                 plan.lookahead,
                 num_host_pages=plan.num_host_pages,
+                max_sharing_tokens=plan.max_sharing_tokens,
             ),
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
@@ -291,6 +295,7 @@ class EnginePipeline:
                 self._hear(core, outcomes, logprobs)
         self.num_preemptions = core.statistics().num_preemptions
         self.num_saved = core.statistics().num_saved
+        self.num_shared_tokens = core.statistics().num_shared_tokens
         for engine in self.engines:
             engine.clear()
             assert not len(engine.request_table), "a sequence was never closed"
@@ -320,7 +325,7 @@ class EnginePipeline:
     def _send(self, core: SchedulerCore, step: Step, requests: Sequence[Request]) -> None:
         chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
         for scheduled in chunks:
-            if not scheduled.num_computed:
+            if core.begins(scheduled.sequence_id, step.step):
                 known = core.known_tokens(scheduled.sequence_id)
                 request = requests[scheduled.sequence_id]
                 message = RequestOpened(
