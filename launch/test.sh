@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything tox runs, from nothing: lint, types, unit, contract, MPI on 1, 2 and 4 ranks, end to end,
-# kills and signals (chaos), runs slowed on purpose (as root), the report's page in Chromium and a Slurm cluster on this machine (both as root on Debian, as
-# they install packages; MPIPIPE_PAGE_TESTS=off and MPIPIPE_SLURM_TESTS=off leave them out).
+# kills and signals (chaos), runs slowed on purpose (as root), the report's page in Chromium and a
+# Slurm cluster on this machine (both as root on Debian, as they install packages;
+# MPIPIPE_PAGE_TESTS=off and MPIPIPE_SLURM_TESTS=off leave them out).
 #
 #   ./launch/test.sh                       all
 #   ./launch/test.sh unit,mpi-2            some environments
@@ -16,7 +17,8 @@ export PATH="$venv/bin:$PATH"
 export MPIPIPE_NO_SKIPS=1
 [ $# -eq 0 ] || exec tox run -e "$1"
 
-# Two environments keep one core busy and know no time limits: they run beside others.
+# Lint and types keep one core busy and know no time limits; the jobs of the Slurm cluster wait most
+# of their time, and their limits are wide. They run beside others, which know no time limits.
 declare -A beside
 said=$(mktemp -d)
 trap 'kill "${beside[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
@@ -38,12 +40,14 @@ begin_beside lint
 tox run --notest -e full
 export MPIPIPE_TEST_SETUP= # it is up to date for all that follow
 begin_beside type
-rest=unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
-[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
-[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || rest+=,slurm
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || begin_beside slurm
 code=0
+tox run -e unit,contract || code=$?
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || end_beside slurm || code=$?
+end_beside type || code=$?
+# Ranks that wait for each other, limits, and cores that a run shall have for itself: alone from here.
+rest=mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
+[ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
 tox run -e "$rest" || code=$?
-for environment in lint type; do
-    end_beside "$environment" || code=$?
-done
+end_beside lint || code=$?
 exit "$code"

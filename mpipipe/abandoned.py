@@ -5,9 +5,10 @@ What such work uses is not to be closed, and the process ends without waiting fo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
-__all__ = ["abandon", "is_abandoned_work_running"]
+__all__ = ["abandon", "ends_within", "is_abandoned_work_running"]
 
 _checks: list[Callable[[], bool]] = []
 
@@ -15,6 +16,17 @@ _checks: list[Callable[[], bool]] = []
 def abandon(is_running: Callable[[], bool]) -> None:
     """Note work that was given up; `is_running` tells whether its thread still does it."""
     _checks.append(is_running)
+
+
+def ends_within(limit_s: float, work: Callable[[], None], name: str) -> bool:
+    """Do `work` in a thread called `name`; False: it goes on after `limit_s`, and is given up."""
+    ending = threading.Thread(target=work, name=name, daemon=True)
+    ending.start()
+    ending.join(limit_s)
+    if ending.is_alive():
+        abandon(ending.is_alive)
+        return False
+    return True
 
 
 def is_abandoned_work_running() -> bool:

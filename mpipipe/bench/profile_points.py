@@ -143,11 +143,18 @@ def _up_to(sizes: Sequence[int], most: int) -> tuple[int, ...]:
 def _prompt_shapes(max_tokens: int, longest: int, max_rows: int) -> tuple[PromptShape, ...]:
     """Of each number of tokens short prompts first, then long ones, then behind a cached part."""
     shapes: dict[PromptShape, None] = {}
-    for tokens in _up_to(_PREFILL_TOKENS, max_tokens):
+
+    def add_short(tokens: int) -> None:
         length = min(tokens, longest, max(_SHORT_PROMPT, -(-tokens // max_rows)))
         shapes[PromptShape(max(1, tokens // length), length)] = None
+
+    for tokens in _up_to(_PREFILL_TOKENS, max_tokens):
+        add_short(tokens)
+    # As many tokens in short prompts as in one long one: what the keys cost in a large step.
     whole = min(max_tokens, longest)
-    for tokens in {min(64, whole), whole}:
+    whole -= whole % min(whole, _SHORT_PROMPT)
+    add_short(whole)
+    for tokens in (min(64, whole), whole):
         shapes[PromptShape(1, tokens)] = None
         if tokens + _CACHED_TOKENS <= longest:
             shapes[PromptShape(1, tokens, _CACHED_TOKENS)] = None

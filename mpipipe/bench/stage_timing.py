@@ -41,11 +41,13 @@ __all__ = ["SliceOpener", "StageTimer"]
 
 _NUM_WARM_UP = 1
 _LEAST_REPEATS = 2
-_MOST_REPEATS = 20
+_MOST_DECODE_REPEATS = 20  # each adds a token: see `MOST_DECODES`
+_MOST_PROMPT_REPEATS = 50
 _ENOUGH_S = 0.2  # of repeats of one point
 _HOST_SHARE = 2.0  # of what the host needs: it varies
 _LONGEST_HOLD_S = 0.5
 _CYCLES_PER_S = 2e9  # of a GPU; of a slower one it is held longer
+_NUM_IDS = 97  # that inputs vary over; any vocabulary has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,15 @@ class SliceOpener:
 
 
 def _touch(parts: StageParts) -> None:
-    """Have the cache in memory: pages that were never written are all the same one of zeros."""
+    """Have the cache in memory: pages that were never written are all the same one of zeros.
+
+    Values vary, as in a run: a GPU that multiplies equal rows takes less power, and so less time
+    (a step of 2,048 prompt tokens of Llama-3-8B on an H100 by a fifth).
+    """
     cache = parts.kv_memory.cache
     if isinstance(cache, PagedKVCache):
         for tensor in (*cache.keys, *cache.values):
-            tensor.fill_(0.01)
+            tensor.normal_()
 
 
 class StageTimer:
@@ -143,6 +149,7 @@ class StageTimer:
         self._takes_ids = takes_ids
         self._sampling = sampling
         self._step = 0
+        self._varied_TH: torch.Tensor | None = None
 
     def timed(self, decodes: Iterable[DecodeShape], prompts: Iterable[PromptShape]) -> Timed:
         """The seconds of each of these steps; called in any thread."""
@@ -174,7 +181,7 @@ class StageTimer:
             self._engine.decode(step, self._inputs(step))
 
         try:
-            return self._seconds(work)
+            return self._seconds(work, _MOST_DECODE_REPEATS)
         finally:
             self._stream.drain()
             self._engine.clear()
@@ -199,20 +206,24 @@ class StageTimer:
             self._engine.prefill(step, self._inputs(step))
 
         try:
-            return self._seconds(work)
+            return self._seconds(work, _MOST_PROMPT_REPEATS)
         finally:
             self._stream.drain()
             self._engine.clear()
 
     def _open(self, sequence: int, num_tokens: int) -> None:
-        self._engine.open(RequestOpened(sequence, (0,) * num_tokens, self._sampling, num_tokens))
+        ids = tuple((sequence + place) % _NUM_IDS for place in range(num_tokens))
+        self._engine.open(RequestOpened(sequence, ids, self._sampling, num_tokens))
 
     def _inputs(self, step: StepScheduled | DecodeScheduled) -> torch.Tensor | None:
-        """Hidden states where the stage receives some; of what size does not matter."""
+        """Hidden states where the stage receives some: [T, hidden], varied (see `_touch`)."""
         if self._takes_ids:
             return None
-        buffer = self._engine.hidden_buffer(step)
-        return buffer.fill_(0.5)
+        buffer_TH = self._engine.hidden_buffer(step)
+        varied_TH = self._varied_TH
+        if varied_TH is None or len(varied_TH) < len(buffer_TH):
+            varied_TH = self._varied_TH = torch.randn_like(buffer_TH)
+        return buffer_TH.copy_(varied_TH[: len(buffer_TH)])
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._plan.page_size_tokens)
@@ -226,11 +237,11 @@ class StageTimer:
         self._step += 1
         return self._step
 
-    def _seconds(self, work: Callable[[], None]) -> float:
+    def _seconds(self, work: Callable[[], None], most_repeats: int) -> float:
         """Of one of many steps, behind each other, as the pipe has them."""
         for _ in range(_NUM_WARM_UP):
             once_s = self._once_s(work)
-        repeats = int(max(_LEAST_REPEATS, min(_MOST_REPEATS, _ENOUGH_S / max(once_s, 1e-9))))
+        repeats = int(max(_LEAST_REPEATS, min(most_repeats, _ENOUGH_S / max(once_s, 1e-9))))
         if self._stream.device.type != "cuda":
             # The fastest: what else runs on the cores just now is no part of the step.
             return min(self._once_s(work) for _ in range(repeats))

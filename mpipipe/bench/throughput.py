@@ -18,6 +18,7 @@ from mpipipe.bench.workloads import (
     BenchWork,
     bench_requests,
     bench_workload,
+    least_warm_up_requests,
     warm_up_requests,
 )
 from mpipipe.checkpoint.vocabulary import Vocabulary
@@ -182,6 +183,9 @@ class _Bench:
             return []
         vocabulary = Vocabulary.of(self.model.folder, self.model.spec)
         seed = self.options.seed
+        stages = [stage for plan in self.session.plans for stage in plan.stages]
+        if warm_up and any(stage.offload and stage.offload.reads_disk for stage in stages):
+            return least_warm_up_requests(work, vocabulary, seed)
         if warm_up:
             return warm_up_requests(work, vocabulary, seed, num_running=self._num_places)
         return bench_requests(work, vocabulary, seed)
@@ -205,7 +209,7 @@ class _Bench:
         after = await session.gather_reports()
         if before is None or after is None:
             return
-        at_once = not work.mixed and work.num_prompts <= self._num_places
+        at_once = work.is_fixed and work.num_prompts <= self._num_places
         timing = JobTiming(elapsed_s, tuple(completions), at_once)
         reports = reports_since(before, after)
         record = {

@@ -21,33 +21,49 @@ if TYPE_CHECKING:
 
     from mpipipe.checkpoint.vocabulary import Vocabulary
 
-__all__ = ["BenchWork", "bench_requests", "bench_workload", "warm_up_requests"]
+__all__ = [
+    "BenchWork",
+    "bench_requests",
+    "bench_workload",
+    "least_warm_up_requests",
+    "warm_up_requests",
+]
 
 _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
-_FORM = re.compile(r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)|mixed)")
+# A heavy tail: one output in so many is so many times longer than the others.
+_TAIL_PART, _TAIL_FACTOR = 100, 20
+_FORM = re.compile(r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?")
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
 _WARM_UP_OUTPUT_TOKENS = 8
+_LEAST_PROMPT_TOKENS = 64  # one step, with any limit
 
 
 @dataclass(frozen=True, slots=True)
 class BenchWork:
-    """Prompts × input × output; `mixed`: lengths drawn from fixed ranges instead.
+    """Prompts × input × output, or lengths that differ.
 
-    `common_tokens` of the input are the same in all prompts: they begin with them.
+    `common_tokens` of the input are the same in all prompts: they begin with them. `mixed`: drawn
+    from fixed ranges. `tail`: one output in a hundred, at least one, is 20 times longer. `even`: as
+    many tokens in all, with lengths that differ by one at most: what the same mix takes at fixed
+    lengths.
     """
 
     num_prompts: int
     input_tokens: int = 0
     output_tokens: int = 0
     mixed: bool = False
+    tail: bool = False
+    even: bool = False
     common_tokens: int = 0
 
     @staticmethod
     def parse(text: str) -> BenchWork:
-        """From `512x512x128`, `512x1024+128x128`, or `512xmixed`.
+        """From `512x512x128`, `512x1024+128x128`, `512xmixed` or `2000x512x64xtail`.
+
+        With `xeven` behind one of these also the same at fixed lengths.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -56,11 +72,13 @@ class BenchWork:
         if found is None:
             raise ConfigError(
                 f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
-                "512x1024+128x128 for prompts that begin with 1,024 common tokens, or 512xmixed "
-                "for mixed lengths"
+                "512x1024+128x128 for prompts that begin with 1,024 common tokens, 512xmixed for "
+                "mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, or with xeven "
+                "behind it for the same tokens at fixed lengths"
             )
-        prompts, common, own, output = (int(part) if part else 0 for part in found.groups())
-        work = BenchWork(prompts, common + own, output, found[3] is None, common)
+        prompts, common, own, output = (int(part or 0) for part in found.groups()[:4])
+        mixed, tail, even = found[3] is None, found[5] is not None, found[6] is not None
+        work = BenchWork(prompts, common + own, output, mixed, tail, even, common)
         if not prompts or not (work.mixed or (own and output)) or found[2] == "0":
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
@@ -68,28 +86,41 @@ class BenchWork:
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        if self.mixed:
-            return f"{self.num_prompts}xmixed"
         common = f"{self.common_tokens}+" if self.common_tokens else ""
-        own = self.input_tokens - self.common_tokens
-        return f"{self.num_prompts}x{common}{own}x{self.output_tokens}"
+        lengths = f"{common}{self.input_tokens - self.common_tokens}x{self.output_tokens}"
+        lengths = "mixed" if self.mixed else lengths
+        return f"{self.num_prompts}x{lengths}{'xtail' * self.tail}{'xeven' * self.even}"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all lengths are equal, to a token."""
+        return self.even or not (self.mixed or self.tail)
 
     @property
     def longest_tokens(self) -> int:
         """Most tokens that one of its sequences can come to."""
         if self.mixed:
             return _MIXED_INPUT[1] + _MIXED_OUTPUT[1]
-        return self.input_tokens + self.output_tokens
+        return self.input_tokens + self.output_tokens * (_TAIL_FACTOR if self.tail else 1)
 
     def lengths(self, seed: int) -> list[tuple[int, int]]:
         """(prompt tokens, output tokens) of every sequence."""
-        if not self.mixed:
-            return [(self.input_tokens, self.output_tokens)] * self.num_prompts
         draw = random.Random(f"lengths {seed}")
-        return [
-            (draw.randint(*_MIXED_INPUT), draw.randint(*_MIXED_OUTPUT))
-            for _ in range(self.num_prompts)
-        ]
+        if self.mixed:
+            lengths = [
+                (draw.randint(*_MIXED_INPUT), draw.randint(*_MIXED_OUTPUT))
+                for _ in range(self.num_prompts)
+            ]
+        else:
+            lengths = [(self.input_tokens, self.output_tokens)] * self.num_prompts
+        if self.tail:
+            longer = (self.input_tokens, self.output_tokens * _TAIL_FACTOR)
+            for index in draw.sample(range(len(lengths)), max(1, len(lengths) // _TAIL_PART)):
+                lengths[index] = longer
+        if self.even:
+            prompts, outputs = zip(*lengths, strict=True)
+            lengths = list(zip(_evened(prompts), _evened(outputs), strict=True))
+        return lengths
 
     @property
     def shared_ratio(self) -> float:
@@ -129,6 +160,12 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
     )
 
 
+def _evened(counts: Sequence[int]) -> list[int]:
+    """As many counts with the same sum, which differ by one at most, spread evenly."""
+    total, number = sum(counts), len(counts)
+    return [(index + 1) * total // number - index * total // number for index in range(number)]
+
+
 def _num_tokens(lengths: Sequence[tuple[int, int]]) -> int:
     return sum(prompt + output for prompt, output in lengths)
 
@@ -148,6 +185,16 @@ def warm_up_requests(
     ]
     shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
     return _requests(shorter, vocabulary, seed + 1)
+
+
+def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
+    """One request of two steps, where all weights come from a disk for each step.
+
+    What kernels a later step has to load is little beside that.
+    """
+    tokens_in, tokens_out = work.lengths(seed)[0]
+    lengths = [(min(tokens_in, _LEAST_PROMPT_TOKENS), min(tokens_out, 2))]
+    return _requests(lengths, vocabulary, seed + 1)
 
 
 def _requests(

@@ -41,7 +41,7 @@ ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "expert_size": ("moe_intermediate_size",),
-    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "num_heads": ("num_attention_heads", "n_head", "n_heads"),
     "num_kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "vocab_size": ("vocab_size",),
@@ -80,8 +80,14 @@ _FAMILIES = {
     _ALIBI: "bloom mpt",
     "has states or convolutions between tokens (as Mamba, RWKV), not only attention": """
         bamba bailing_hybrid falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2
-        lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_next recurrent_gemma rwkv
-        xlstm zamba zamba2""",
+        lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text
+        qwen3_next recurrent_gemma rwkv xlstm zamba zamba2""",
+    "has a learned sink in the attention of each head, which ours does not compute": """
+        flint gpt_oss granite_swa mimo_v2_flash""",
+    "has keys and values of several sizes": """
+        axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu""",
+    "chooses the keys that a token sees by what they hold": """
+        axk2 deepseek_v32 deepseek_v4 doge glm_moe_dsa hy_v4""",
     "embeds positions, and declares no base_model_pp_plan, so nothing says how it can be split": """
         biogpt ctrl gpt2 gpt_bigcode gpt_neo gpt-sw3 imagegpt openai-gpt xglm""",
     "is an encoder: its tokens see later ones": """
@@ -94,7 +100,8 @@ _FAMILIES = {
         mbart mt5 musicgen musicgen_melody mvp pegasus pegasus_x plbart prophetnet
         switch_transformers t5 t5gemma t5gemma2 udop umt5 whisper""",
     "generates in another way than token by token from left to right": "blt cpmant reformer xlnet",
-    "has layers of several sizes": "gemma3n gemma3n_text openelm",
+    "has layers of several sizes": """
+        gemma3n gemma3n_text gemma4_unified_text openelm""",
 }
 _REASON_OF = {kind: reason for reason, kinds in _FAMILIES.items() for kind in kinds.split()}
 

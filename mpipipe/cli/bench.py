@@ -120,10 +120,11 @@ def transformers_command(
     )
     print(_result_line(result, place))
     if folder is not None:
+        completions = (*prompts.rejected, *result.completions)
         with CompletionWriter(folder, 0) as writer:
-            for completion in (*prompts.rejected, *result.completions):
-                writer.write(completion)
-        print(f"Completions in {merge(folder, writer.index_of, writer.written)}")
+            writer.write(*completions)
+        index_of = {completion.request_id: completion.index for completion in completions}
+        print(f"Completions in {merge(folder, index_of, writer.written)}")
 
 
 def transformers_works_command(

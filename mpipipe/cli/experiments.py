@@ -1,4 +1,4 @@
-"""`mpipipe bench strong | weak | batch`: whole runs compared, and what they say."""
+"""`mpipipe bench strong | weak | batch | arrangements`: whole runs compared, and what they say."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.launch import choose_launcher, run_launch
 from mpipipe.experiments.matrix import ExperimentOptions
 from mpipipe.experiments.run import Launching, missing_slots, run_experiment
-from mpipipe.experiments.setup import experiment_matrix
+from mpipipe.experiments.setup import experiment_matrix, possible_arrangements
 from mpipipe.experiments.slurm_jobs import job_scripts, submit
 from mpipipe.experiments.verdict import CaseVerdict, ExperimentVerdict, judge
 from mpipipe.plain_values import to_json
@@ -38,6 +38,7 @@ __all__ = ["ExperimentRequest", "experiment_command"]
 
 _WIDTH = 170  # of the table where no terminal says otherwise
 _DEFAULT_STAGES = {"strong": "1,2", "weak": "1,2", "batch": "1"}
+_DEFAULT_RANKS = 2  # of arrangements
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class ExperimentRequest:
     nodes: str = ""
     batch: str = ""
     replicas: int = 1
+    tensor_parallel: int = 1
+    num_ranks: int = 0  # of arrangements; 0: not given
     num_prompts: int = 0
     prompt_tokens: int = 0
     repeat: int = 5
@@ -74,12 +77,6 @@ def experiment_command(request: ExperimentRequest) -> int:
     Raises:
         MpipipeError: the request is wrong, another experiment is in the folder, or no rank starts.
     """
-    if request.replicas != 1:
-        raise ConfigError(
-            f"--replicas {request.replicas}: an experiment compares runs of one pipeline each; "
-            "leave it at 1, and time replicas with `mpipipe bench throughput … pipeline.replicas="
-            f"{request.replicas}`"
-        )
     options = _options(request)
     folder = ExperimentFolder(request.out.absolute())
     is_local = not (request.sbatch or os.environ.get("SLURM_JOB_ID"))
@@ -90,7 +87,7 @@ def experiment_command(request: ExperimentRequest) -> int:
         options,
         _command(request, options),
         # A rank alone on the host would else take the cores of those that it is compared with.
-        threads=max(1, usable_cores() // max(options.stages)) if is_local else None,
+        threads=max(1, usable_cores() // _most_ranks(options)) if is_local else None,
     )
     if request.only_case and request.only_case not in {case.name for case in matrix.cases}:
         raise ConfigError(
@@ -100,7 +97,7 @@ def experiment_command(request: ExperimentRequest) -> int:
     if request.sbatch:
         return _submit(request, folder, matrix)
     if not request.only_table:
-        ranks_per_node = {-(-case.num_stages // case.num_nodes) for case in matrix.cases}
+        ranks_per_node = {-(-case.num_ranks // case.num_nodes) for case in matrix.cases}
         launcher = choose_launcher(os.environ, equal_cores=len(ranks_per_node) > 1)
         launching = Launching(launcher, run_launch, request.only_case, request.keep_runs)
         with _ended_by_signals():
@@ -132,12 +129,28 @@ def _stop(_signal: int, _frame: object) -> NoReturn:
     raise StoppedError("told to stop: give the same command again to go on")
 
 
+def _most_ranks(options: ExperimentOptions) -> int:
+    return max(place.ranks for place in options.places)
+
+
 def _options(request: ExperimentRequest) -> ExperimentOptions:
-    stages = _numbers("--stages", request.stages or _DEFAULT_STAGES[request.experiment])
-    nodes = _numbers("--nodes", request.nodes) if request.nodes else _default_nodes(stages)
+    _check_cut(request)
+    each = request.replicas * request.tensor_parallel
+    cuts: tuple[tuple[int, int, int], ...] = ()
+    if request.experiment == "arrangements":
+        num_ranks = request.num_ranks or _DEFAULT_RANKS
+        cuts = possible_arrangements(request.config, request.words, num_ranks)
+        stages, ranks = tuple(cut[1] for cut in cuts), (num_ranks,) * len(cuts)
+    else:
+        stages = _numbers("--stages", request.stages or _DEFAULT_STAGES[request.experiment])
+        ranks = tuple(each * number for number in stages)
+    nodes = _numbers("--nodes", request.nodes) if request.nodes else _default_nodes(ranks)
     if len(nodes) == 1:
         nodes *= len(stages)
     return ExperimentOptions(
+        replicas=request.replicas,
+        lanes=request.tensor_parallel,
+        arrangements=cuts,
         experiment=request.experiment,
         stages=stages,
         nodes=nodes,
@@ -150,10 +163,21 @@ def _options(request: ExperimentRequest) -> ExperimentOptions:
     )
 
 
-def _default_nodes(stages: Sequence[int]) -> tuple[int, ...]:
-    """As many as the allocation has, and no node without a stage."""
+def _check_cut(request: ExperimentRequest) -> None:
+    """The options that say how ranks are cut are those of the experiment."""
+    given = {"--stages": request.stages != "", "--replicas": request.replicas > 1}
+    given["--tensor-parallel"] = request.tensor_parallel > 1
+    if request.experiment != "arrangements":
+        given = {"--ranks": request.num_ranks > 0}
+    if stray := [name for name, is_given in given.items() if is_given]:
+        takes = "--stages, --replicas and --tensor-parallel" if "--ranks" in stray else "--ranks"
+        raise ConfigError(f"{stray[0]}: the {request.experiment} experiment takes {takes}")
+
+
+def _default_nodes(ranks: Sequence[int]) -> tuple[int, ...]:
+    """As many as the allocation has, and no node without a rank."""
     available = os.environ.get("SLURM_JOB_NUM_NODES", "1")
-    return tuple(min(number, int(available)) for number in stages)
+    return tuple(min(number, int(available)) for number in ranks)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -172,7 +196,12 @@ def _command(request: ExperimentRequest, options: ExperimentOptions) -> tuple[st
         "--stages": options.stages,
         "--nodes": options.nodes,
         "--batch": options.batches,
+        "--replicas": (options.replicas,),
+        "--tensor-parallel": (options.lanes,),
     }
+    if options.arrangements:
+        lists = {"--ranks": (_most_ranks(options),), "--nodes": options.nodes[:1]}
+        lists["--batch"] = options.batches
     flags = [f"{name}={','.join(map(str, numbers))}" for name, numbers in lists.items() if numbers]
     return (
         sys.executable, "-m", "mpipipe", "bench", request.experiment, str(request.config),
@@ -195,7 +224,7 @@ def _submit(request: ExperimentRequest, folder: ExperimentFolder, matrix: Matrix
 
 def _conclude(request: ExperimentRequest, folder: ExperimentFolder, matrix: Matrix) -> int:
     verdict = judge(matrix, folder.records())
-    if matrix.experiment == "batch" and not verdict.num_missing:
+    if verdict.best is not None and not verdict.num_missing:
         is_file = bool(load_config(request.config, ()).sources)
         base = request.config if is_file else None
         text = best_config(matrix, verdict, folder.best_path, extends=base)
@@ -250,8 +279,8 @@ class _View:
 
 
 _COLUMNS = (
-    "case", "stages", "nodes", "batch", "prompts", "n", "tokens/s", "interval", "CV %", "speedup",
-    "efficiency", "allowed", "J/token", "flags",
+    "case", "R × S × L", "nodes", "batch", "prompts", "n", "tokens/s", "interval", "CV %",
+    "speedup", "efficiency", "allowed", "J/token", "flags",
 )  # fmt: skip
 
 
@@ -266,6 +295,7 @@ def _print_verdict(matrix: Matrix, verdict: ExperimentVerdict, folder: Experimen
     for case in verdict.cases:
         table.add_row(*_cells(case))
     console.print(table)
+    console.print("R × S × L: replicas × stages × lanes (ranks of a stage)", markup=False)
     for note in verdict.notes:
         console.print(note, markup=False)
     if verdict.best is not None and folder.best_path.exists():
@@ -285,7 +315,7 @@ def _cells(verdict: CaseVerdict) -> list[str]:
         flags.insert(0, verdict.outcome or "incomplete")
     return [
         case.name,
-        str(case.num_stages),
+        case.arrangement,
         str(case.num_nodes),
         "memory" if case.batch is None else str(case.batch),
         str(case.num_prompts),

@@ -59,7 +59,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed; as often as wanted, wins over the three."
+_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: the same tokens, fixed lengths."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
@@ -76,7 +76,7 @@ _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
 _LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLink, PCIe3 … PCIe5."
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
-_PLAN_WORK = "PROMPTSxINPUTxOUTPUT, or PROMPTSxmixed, instead of the configured prompts."
+_PLAN_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed, instead of the configured prompts."
 _RANKS_HERE = typer.Option("--stages", "-n", min=1, help="Ranks here.", show_default=False)
 _COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."
@@ -386,6 +386,7 @@ _EXPERIMENTS: dict[ExperimentName, str] = {
     "strong": "Strong scaling: the same prompts on more and more stages, two arms.",
     "weak": "Weak scaling: prompts and batch grow with the stages.",
     "batch": "Batch sweep: more and more prompts in flight; finds the knee, writes best.toml.",
+    "arrangements": "The same prompts, ranks as replicas, stages and lanes in every way.",
 }
 _LIST = "Numbers with commas."
 _BATCH = "Prompts in flight: a list for batch, one for strong (in total, and per stage) and weak."
@@ -405,7 +406,9 @@ def _bench_experiment(
     stages: Annotated[str, typer.Option(help=f"Pipeline stages. {_LIST}")] = "",
     nodes: Annotated[str, typer.Option(help=f"Nodes, for each of --stages. {_LIST}")] = "",
     batch: Annotated[str, typer.Option(help=_BATCH)] = "",
-    replicas: Annotated[int, typer.Option(min=1, help="Only 1 so far.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Of each case.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Lanes of each stage.")] = 1,
+    ranks: Annotated[int, typer.Option(min=0, help="Of arrangements; 0: 2.")] = 0,
     prompts: Annotated[int, typer.Option(min=0, help=_PROMPTS)] = 0,
     prompt_tokens: Annotated[int, typer.Option(min=0, help=_LENGTH)] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="Measured launches of each case.")] = 5,
@@ -434,6 +437,8 @@ def _bench_experiment(
         nodes=nodes,
         batch=batch,
         replicas=replicas,
+        tensor_parallel=tensor_parallel,
+        num_ranks=ranks,
         num_prompts=prompts,
         prompt_tokens=prompt_tokens,
         repeat=repeat,

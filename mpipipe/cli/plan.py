@@ -30,6 +30,7 @@ from mpipipe.plain_values import to_json
 from mpipipe.planning.advice import advise, what_fits
 from mpipipe.planning.arrangements import compare_arrangements
 from mpipipe.planning.bottleneck import bottleneck_of
+from mpipipe.planning.devices import least_capable, needed_dtype
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.gpu_table import GpuTable, known_gpus, read_gpu_table
 from mpipipe.planning.known_times import known_times
@@ -37,6 +38,7 @@ from mpipipe.planning.learnt import learn
 from mpipipe.planning.link_table import link_named
 from mpipipe.planning.machine import DescribedMachine, described_ranks, parse_gpus
 from mpipipe.planning.model_facts import ModelFacts, model_folder, read_model
+from mpipipe.planning.plan import Resolved
 from mpipipe.planning.planned_job import Outlook, PlannedJob
 from mpipipe.planning.prompt_lengths import PromptLengths, prompt_lengths
 from mpipipe.planning.resolve import deepspeed_warnings
@@ -206,20 +208,21 @@ def _job(model: ModelFacts, request: PlanRequest) -> tuple[PlannedJob, str, tupl
     """The job, where it is to run, and what of the configuration is not used for that."""
     loaded = model.loaded
     ignored: tuple[str, ...] = ()
+    needs: tuple[Resolved, ...] = ()
     table = known_gpus() if request.gpu_table is None else read_gpu_table(request.gpu_table)
     machine = _machine(request, table)
     if machine is None:
         ranks, where = _ranks_here(loaded, request), "this machine"
     else:
         ranks, where = described_ranks(machine), machine.words
-        loaded, ignored = _for_described(loaded)
+        loaded, ignored, needs = _for_described(loaded, ranks)
     job = PlannedJob(
         config=loaded.config,
         spec=model.spec,
         ranks=tuple(ranks),
         model_path=str(model.folder),
         prompts=_prompts(loaded, model, request),
-        notes=model.notes,
+        notes=(*model.notes, *needs),
         table=table,
     )
     if machine is not None and machine.num_nodes > 1:
@@ -308,14 +311,23 @@ def _machine(request: PlanRequest, table: GpuTable) -> DescribedMachine | None:
     return machine
 
 
-def _for_described(loaded: LoadedConfig) -> tuple[LoadedConfig, tuple[str, ...]]:
-    """On GPUs, whatever the configuration says; and what of it is not used."""
-    pipeline = loaded.config.pipeline
-    if pipeline.device != "cpu":
-        return loaded, ()
-    config = replace(loaded.config, pipeline=replace(pipeline, device="cuda"))
-    ignored = 'pipeline.device = "cpu": planned for the GPUs of --gpus'
-    return replace(loaded, config=config), (ignored,)
+def _for_described(
+    loaded: LoadedConfig, ranks: Sequence[RankResources]
+) -> tuple[LoadedConfig, tuple[str, ...], tuple[Resolved, ...]]:
+    """On GPUs, whatever the configuration says, in numbers that they have.
+
+    And what of the configuration is not used; and what a run there needs instead.
+    """
+    config, ignored, needs = loaded.config, [], []
+    if config.pipeline.device == "cpu":
+        config = replace(config, pipeline=replace(config.pipeline, device="cuda"))
+        ignored.append('pipeline.device = "cpu": planned for the GPUs of --gpus')
+    asked = config.model.dtype
+    if dtype := needed_dtype(asked, ranks):
+        config = replace(config, model=replace(config.model, dtype=dtype))
+        reason = f"{least_capable(ranks).gpu.name} cannot compute in {asked}; a run must ask for it"
+        needs.append(Resolved("model.dtype", dtype, reason))
+    return replace(loaded, config=config), tuple(ignored), tuple(needs)
 
 
 def _ranks_here(loaded: LoadedConfig, request: PlanRequest) -> list[RankResources]:

@@ -41,7 +41,7 @@ def answer_lines(
     plan, forecast = outlook.plan, outlook.forecast
     quantize = f", {plan.quantize}" if plan.quantize != "none" else ""
     heading = f"{_model(outlook.job)}, {plan.dtype}{quantize}: fits {where}"
-    lines = [heading, *_told("prompts", _prompts(outlook.job)), ""]
+    lines = [heading, *_needs(outlook.job), *_told("prompts", _prompts(outlook.job)), ""]
     lines += [*_table(outlook), ""]
     lines += _told("tokens/s", _throughput(outlook))
     lines += _told("batch", _batch(outlook))
@@ -62,7 +62,8 @@ def refusal_lines(
     job: PlannedJob, problem: str, fitting: Sequence[Advice], where: str
 ) -> list[str]:
     """Why nothing fits, and what would."""
-    lines = [f"{_model(job)}: does not fit {where}", *_told("prompts", _prompts(job))]
+    heading = f"{_model(job)}: does not fit {where}"
+    lines = [heading, *_needs(job), *_told("prompts", _prompts(job))]
     lines += _told("problem", problem)
     if not fitting:
         return lines + _told("would fit", "nothing that was tried")
@@ -94,6 +95,12 @@ def _way(way: Arrangement) -> tuple[str, ...]:
 def _model(job: PlannedJob) -> str:
     name = job.model_path.rstrip("/").rpartition("/")[2]
     return f"{name} ({job.spec.architecture or job.spec.model_type}, {job.spec.num_layers} layers)"
+
+
+def _needs(job: PlannedJob) -> list[str]:
+    """What must be set for these cards, and is not."""
+    needs = [note for note in job.notes if note.setting == "model.dtype"]
+    return [line for n in needs for line in _told("needs", f"{n.setting}={n.value}: {n.reason}")]
 
 
 def _prompts(job: PlannedJob) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mpipipe.config.binding import fit, nearest, short
@@ -29,7 +29,7 @@ from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["ID_KEYS", "PromptLine", "keyword_sampling", "read_fields"]
+__all__ = ["ID_KEYS", "PromptLine", "PromptReader", "keyword_sampling"]
 
 ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
@@ -71,6 +71,8 @@ _IGNORED = """
 _BATCH_KEYS = dict.fromkeys((*ID_KEYS, "method", "url", "body", "metadata"))
 _PROMPT_KEYS = (*ID_KEYS, *_TEXT_KEYS, *_SETTING_KEYS, *CHAT_KEYS, "add_special_tokens")
 _LINE_KEYS = dict.fromkeys((*_PROMPT_KEYS, *_NEUTRAL, *_IGNORED))
+_JUDGED_KEYS = frozenset((*_SETTING_KEYS, *_NEUTRAL))
+_MAX_REMEMBERED = 1000  # settings, and characters of each
 _COMPLETIONS_URL = re.compile(r"(.*/)?completions/?")
 
 
@@ -92,46 +94,72 @@ class PromptLine:
     token_ids: tuple[int, ...] | None = None  # taken as they are
 
 
-def read_fields(
-    line: PromptLine, given: Mapping[str, Any], defaults: SamplingParams, seed: int
-) -> PromptLine:
-    """`line` with the content of `given`, and `defaults` with its overrides.
+class PromptReader:
+    """Reads prompt objects under the settings of one run, `defaults`.
 
-    `seed`: unless it has one.
-
-    Raises:
-        PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
-            invalid_sampling, unknown_field.
+    Most lines of a file ask for the same sampling: what was judged once is remembered.
     """
-    asked = given
-    if "body" in given:
-        _reject_unknown(given, _BATCH_KEYS)
-        _check_endpoint(given)
-        asked = given["body"]
-        if not isinstance(asked, Mapping):
-            raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
-    _reject_unknown(asked, _LINE_KEYS)
-    asked = {key: value for key, value in asked.items() if value is not None}
-    text, messages, token_ids = _content(asked)
-    options = PLAIN_CHAT
-    if messages is None:
-        without_chat(asked)
-    elif not asked.keys().isdisjoint(CHAT_KEYS):
-        options = chat_options(asked, messages)
-    # A chat's template writes the special tokens; in a text the run's setting decides.
-    if asked.get("add_special_tokens", False) is not False or (
-        messages is None and "add_special_tokens" in asked
-    ):
-        raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
-    sampling = _sampling(asked, defaults, seed)
-    return replace(
-        line,
-        text=text,
-        messages=messages,
-        token_ids=token_ids,
-        chat_options=options,
-        sampling=sampling,
-    )
+
+    def __init__(self, defaults: SamplingParams) -> None:
+        self.defaults = defaults
+        self._judged: dict[str, SamplingParams] = {}  # by the settings as asked for
+
+    def read(
+        self, index: int, line_number: int, prompt_id: str, given: Mapping[str, Any], seed: int
+    ) -> PromptLine:
+        """The line with the content of `given`, and the defaults with its overrides.
+
+        `seed`: unless it has one.
+
+        Raises:
+            PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
+                invalid_sampling, unknown_field.
+        """
+        asked = given
+        if "body" in given:
+            _reject_unknown(given, _BATCH_KEYS)
+            _check_endpoint(given)
+            asked = given["body"]
+            if not isinstance(asked, Mapping):
+                raise PromptError("invalid_prompt", f"body = {short(asked)} must be an object")
+        _reject_unknown(asked, _LINE_KEYS)
+        asked = {key: value for key, value in asked.items() if value is not None}
+        text, messages, token_ids = _content(asked)
+        options = PLAIN_CHAT
+        if not asked.keys().isdisjoint(CHAT_KEYS):
+            if messages is None:
+                without_chat(asked)
+            else:
+                options = chat_options(asked, messages)
+        # A chat's template writes the special tokens; in a text the run's setting decides.
+        if "add_special_tokens" in asked and (
+            messages is None or asked["add_special_tokens"] is not False
+        ):
+            raise _not_supported("add_special_tokens", asked, "it is prompts.add_special_tokens")
+        return PromptLine(
+            index,
+            line_number,
+            prompt_id,
+            text=text,
+            messages=messages,
+            chat_options=options,
+            sampling=self._sampling(asked, seed),
+            token_ids=token_ids,
+        )
+
+    def _sampling(self, asked: Mapping[str, Any], seed: int) -> SamplingParams:
+        settings = {key: value for key, value in asked.items() if key in _JUDGED_KEYS}
+        try:
+            words = "" if "seed" in settings else repr(settings)  # tells 1 from 1.0 and from true
+        except (ValueError, RecursionError):  # a number of too many digits, lists in lists
+            words = ""
+        known = self._judged.get(words)
+        if known is not None:
+            return known.with_seed(seed)
+        sampling = _sampling(settings, self.defaults, seed)
+        if 0 < len(words) <= _MAX_REMEMBERED and len(self._judged) < _MAX_REMEMBERED:
+            self._judged[words] = sampling
+        return sampling
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from mpipipe.config.checks import default_sampling
 from mpipipe.config.files import parse_json
 from mpipipe.config.legacy import InlinePrompt
 from mpipipe.config.load import LoadedConfig
-from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, read_fields
+from mpipipe.config.prompt_fields import ID_KEYS, PromptLine, PromptReader
 from mpipipe.config.prompt_file import file_label, problem_of_lines, read_prompt_file
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, PromptError
@@ -191,41 +190,42 @@ def _object_prompt(value: Any, number: int, unit: str) -> _FoundPrompt:
 def _prompt_lines(
     found: Sequence[_FoundPrompt], defaults: SamplingParams, unit: str, limit: int = 0
 ) -> list[PromptLine]:
-    own = _own_ids(found, unit)
-    number_of = {prompt_id: prompt.number for prompt_id, prompt in zip(own, found, strict=True)}
+    own, owners = _own_ids(found, unit)
+    reader = PromptReader(defaults)
     lines = []
     for index in range(min(limit or len(found), len(found))):
-        prompt, line = found[index], PromptLine(index, found[index].number, own[index])
+        prompt, prompt_id = found[index], own[index]
         try:
-            line = _prompt_line(line, prompt, defaults, unit, number_of)
+            line = _prompt_line(index, prompt, prompt_id, reader, unit)
+            if prompt.prompt_id not in {None, prompt_id}:
+                owner = found[owners[prompt.prompt_id]]
+                raise _duplicate(prompt, owner, unit)
         except PromptError as error:
-            line = dataclasses.replace(line, error=error)
+            line = PromptLine(index, prompt.number, prompt_id, error=error)
         lines.append(line)
     return lines
 
 
 def _prompt_line(
-    line: PromptLine,
-    found: _FoundPrompt,
-    defaults: SamplingParams,
-    unit: str,
-    number_of: Mapping[str, int],
+    index: int, found: _FoundPrompt, prompt_id: str, reader: PromptReader, unit: str
 ) -> PromptLine:
-    """`line` with what it asks for; raises PromptError where it cannot be completed."""
-    if found.error is not None or found.fields is None:
-        return dataclasses.replace(line, error=found.error)
-    where = f"{unit} {found.number}"
+    """What the prompt asks for; raises PromptError where it cannot be completed."""
+    if found.error is not None:
+        raise found.error
+    assert found.fields is not None, "a prompt without an error has its fields"
+    seed = prompt_seed(reader.defaults.seed, prompt_id)
     try:
-        line = read_fields(line, found.fields, defaults, prompt_seed(defaults.seed, line.prompt_id))
+        return reader.read(index, found.number, prompt_id, found.fields, seed)
     except PromptError as error:
-        raise PromptError(error.kind, f"{where}: {error}") from None
-    if found.prompt_id not in {None, line.prompt_id}:
-        raise PromptError(
-            "duplicate_id",
-            f"{where}: the id {found.prompt_id!r} belongs to {unit} "
-            f"{number_of[found.prompt_id]} already: give each its own",
-        )
-    return line
+        raise PromptError(error.kind, f"{unit} {found.number}: {error}") from None
+
+
+def _duplicate(found: _FoundPrompt, owner: _FoundPrompt, unit: str) -> PromptError:
+    return PromptError(
+        "duplicate_id",
+        f"{unit} {found.number}: the id {found.prompt_id!r} belongs to {unit} {owner.number} "
+        "already: give each its own",
+    )
 
 
 # ---- ids -----------------------------------------------------------------------------------------
@@ -233,6 +233,8 @@ def _prompt_line(
 
 def _read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
     """The object's id as text, None without a readable one; and what is wrong with it."""
+    if line.keys().isdisjoint(ID_KEYS):
+        return None, None
     given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
     readable = [found for value in given.values() if (found := _as_text(value)) is not None]
     prompt_id = readable[0] if readable else None
@@ -275,8 +277,11 @@ def _id_of_broken_line(line: bytes) -> str | None:
     return prompt_id if prompt_id is not None and is_text(prompt_id) else None
 
 
-def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
-    """An id for each of `found`, that no other has; `unit` names what their numbers count."""
+def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> tuple[list[str], dict[str, int]]:
+    """An id for each of `found`, that no other has, and the position in it that each id has.
+
+    `unit` names what their numbers count.
+    """
     owners: dict[str, int] = {}  # id -> position in `found`
     for is_whole in (True, False):
         for position, prompt in enumerate(found):
@@ -290,4 +295,4 @@ def _own_ids(found: Sequence[_FoundPrompt], unit: str = "line") -> list[str]:
                 wanted += f"#{unit}{prompt.number}"
             owners[wanted] = position
         own.append(wanted)
-    return own
+    return own, owners

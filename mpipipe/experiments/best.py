@@ -1,4 +1,4 @@
-"""The configuration of the best batch, as a file that builds on the experiment's own. Pure."""
+"""The configuration of the best case, as a file that builds on the experiment's own. Pure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from mpipipe.experiments.verdict import ExperimentVerdict
 __all__ = ["best_config"]
 
 # What the best case has found; the rest that cases set is for the measurement only.
-_FOUND = ("num_stages", "num_slots", "max_sequences_per_slot")
+_FOUND = (
+    "replicas", "num_stages", "tensor_parallel", "num_slots", "max_sequences_per_slot"
+)  # fmt: skip
 
 
 def best_config(
     matrix: Matrix, verdict: ExperimentVerdict, place: Path, *, extends: Path | None
 ) -> str | None:
-    """TOML of the best case of a batch experiment; None: no case is valid.
+    """TOML of the best case of a batch or arrangements experiment; None: no case is valid.
 
     Args:
         matrix: of the experiment.
@@ -40,11 +42,10 @@ def best_config(
     measured = layer_overrides(best.case.words)["pipeline"]
     values = merge(values, {"pipeline": {name: measured[name] for name in _FOUND}})
     speed = f"{best.speed.median:.1f} tokens/s ({best.speed.low:.1f} to {best.speed.high:.1f})"
-    safe = verdict.largest_safe_batch or "none"
-    lines = [
-        f"# Written by `mpipipe bench batch`: batch {best.case.batch} made {speed}.",
-        f"# Knee: {verdict.knee or 'not shown'}; largest batch that ran: {safe}.",
-    ]
+    lines = [f"# Written by `mpipipe bench {matrix.experiment}`: {best.case.name} made {speed}."]
+    if matrix.experiment == "batch":
+        safe = verdict.largest_safe_batch or "none"
+        lines.append(f"# Knee: {verdict.knee or 'not shown'}; largest batch that ran: {safe}.")
     if extends is not None:
         relative = os.path.relpath(extends.absolute(), place.absolute().parent)
         lines.append(f"extends = {_toml(relative)}")

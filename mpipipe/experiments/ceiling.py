@@ -52,7 +52,13 @@ def ceiling_of(
     lengths: Sequence[tuple[int, int]],
     gpu_names: Sequence[str] = (),
 ) -> Ceiling:
-    """The ceiling of a job whose prompts have the `lengths` (prompt tokens, output tokens)."""
+    """The ceiling of a job whose prompts have the `lengths` (prompt tokens, output tokens).
+
+    With several replicas, all like `plan`, it is that of the one with the largest fair share.
+    """
+    num_output_tokens = sum(output for _, output in lengths)
+    if plan.num_replicas > 1:
+        lengths = sorted(lengths, reverse=True)[:: plan.num_replicas]
     is_cpu = plan.device == "cpu"
     known = None if is_cpu else ceilings_of("cuda", gpu_names[0] if gpu_names else "")
     ceilings = known or _ratio_only(plan)
@@ -66,14 +72,14 @@ def ceiling_of(
         num_rounds = part.num_decoded_tokens / running
         decode_s += num_rounds * round_s
         told.append(f"{num_rounds:.4g} × {round_s:.4g} s with {running} sequences")
-    tokens_per_s = shape.num_output_tokens / (floor.prefill_s + decode_s)
+    tokens_per_s = num_output_tokens / (floor.prefill_s + decode_s)
     largest = max(stage.cost_share for stage in plan.stages)
     return Ceiling(
         tokens_per_s=tokens_per_s if known is not None else None,
         model_tokens_per_s=tokens_per_s,
         reason=(
             "output tokens / (prefill + rounds × time of a round): "
-            f"{shape.num_output_tokens} / ({floor.prefill_s:.4g} s + {' + '.join(told)}); a round "
+            f"{num_output_tokens} / ({floor.prefill_s:.4g} s + {' + '.join(told)}); a round "
             f"is a token of each in at most {plan.num_slots} slots, each as long as the slowest of "
             f"{plan.num_stages} stages, which has {largest:.3f} of the cost ({ceilings.source})"
         ),

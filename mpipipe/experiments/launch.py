@@ -49,15 +49,15 @@ class RankLauncher:
     words: tuple[str, ...] = ()  # that it always gets
     is_slurm: bool = False
 
-    def command(self, num_stages: int, num_nodes: int, command: Sequence[str]) -> tuple[str, ...]:
-        """`command` on one rank for each stage.
+    def command(self, num_ranks: int, num_nodes: int, command: Sequence[str]) -> tuple[str, ...]:
+        """`command` on so many ranks.
 
         Raises:
             ConfigError: mpirun is not told which nodes there are.
         """
         if self.is_slurm:
-            per_node = -(-num_stages // num_nodes)
-            spread = (f"--nodes={num_nodes}", f"--ntasks={num_stages}")
+            per_node = -(-num_ranks // num_nodes)
+            spread = (f"--nodes={num_nodes}", f"--ntasks={num_ranks}")
             return (
                 self.program, *spread, f"--ntasks-per-node={per_node}", *self.words, *command
             )  # fmt: skip
@@ -66,7 +66,7 @@ class RankLauncher:
                 f"--nodes {num_nodes}: without a Slurm allocation all ranks start on this host; "
                 "use --sbatch, or give the command inside of salloc"
             )
-        return (self.program, "-n", str(num_stages), *self.words, *command)
+        return (self.program, "-n", str(num_ranks), *self.words, *command)
 
 
 def choose_launcher(

@@ -32,8 +32,8 @@ __all__ = [
 
 SCHEMA = 1
 
-ExperimentName = Literal["strong", "weak", "batch"]
-Arm = Literal["memory-filling", "fixed-total", "weak", "batch"]
+ExperimentName = Literal["strong", "weak", "batch", "arrangements"]
+Arm = Literal["memory-filling", "fixed-total", "weak", "batch", "arrangements"]
 Outcome = Literal["ok", "out_of_memory", "timeout", "infeasible", "failed"]
 Flag = Literal["throttled", "foreign load", "too short", "other tokens"]
 
@@ -52,6 +52,17 @@ class Case:
     num_prompts: int
     # What the case adds to the configuration, `section.key=value` each.
     words: tuple[str, ...] = ()
+    num_lanes: int = 1  # ranks of each stage
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return self.num_replicas * self.num_stages * self.num_lanes
+
+    @property
+    def arrangement(self) -> str:
+        """Replicas × stages × lanes."""
+        return f"{self.num_replicas} × {self.num_stages} × {self.num_lanes}"
 
 
 @dataclass(frozen=True, slots=True)

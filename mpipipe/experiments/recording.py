@@ -63,7 +63,7 @@ def build_record(matrix: Matrix, slot: RunSlot, launched: Launched, files: RunFi
         flags=series.flags_of(files) if outcome == "ok" else (),
         energy_j=series.energy_j(files),
         ceiling=ceiling_of_run(plan, files.lengths, files.gpu_names) if outcome == "ok" else None,
-        num_places=None if plan is None else plan.num_slots * plan.max_sequences_per_slot,
+        num_places=None if plan is None else plan.num_replicas * plan.capacity,
         sm_clock_mhz=series.sm_clock_mhz(files),
         cpu_percent=series.cpu_percent(files),
         gpu_percent=series.gpu_percent(files),

@@ -1,8 +1,8 @@
 """The launches of an experiment, one after the other: those that have no record yet.
 
-Warm-up: one launch that is not measured for each number of stages and nodes that still has cells to
-run. It fills the machine's file cache and the caches of compiled kernels; CUDA graphs are captured
-by each run itself, before it generates.
+Warm-up: one launch that is not measured for each arrangement of ranks that still has cells to run.
+It fills the machine's file cache and the caches of compiled kernels; CUDA graphs are captured by
+each run itself, before it generates.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def _run_missing(
 
 
 def warm_ups(matrix: Matrix, missing: Sequence[RunSlot]) -> list[RunSlot]:
-    """One launch for each number of stages and nodes that has something to run."""
+    """One launch for each number of stages, lanes, replicas and nodes that has something to run."""
     of_case = {case.name: case for case in matrix.cases}
-    first: dict[tuple[int, int], str] = {}
+    first: dict[tuple[str, int], str] = {}
     for slot in missing:
         case = of_case[slot.case]
-        first.setdefault((case.num_stages, case.num_nodes), case.name)
+        first.setdefault((case.arrangement, case.num_nodes), case.name)
     return [RunSlot(name, 0) for name in first.values()]
 
 
@@ -130,7 +130,7 @@ class _Cells:
         self.folder.remove_run(slot)  # of a launch that was interrupted
         case = next(case for case in self.matrix.cases if case.name == slot.case)
         launcher, log = self.launching.launcher, self.folder.launch_log(slot)
-        command = launcher.command(case.num_stages, case.num_nodes, self._words(case, slot))
+        command = launcher.command(case.num_ranks, case.num_nodes, self._words(case, slot))
         launched = self.launching.launch(command, log, self.matrix.timeout_s)
         if was_stopped(launched.exit_code):
             raise StoppedError(

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe._version import __version__
+from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import LoadedConfig, load_config, to_dict
 from mpipipe.config.prompt_file import STANDARD_INPUT, prompts_hash
 from mpipipe.config.prompts import configured_prompts
 from mpipipe.config.schema import AUTO
-from mpipipe.errors import ConfigError
+from mpipipe.errors import ConfigError, PlanError, UnsupportedModelError
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.matrix import (
     VARIED,
@@ -29,10 +30,12 @@ from mpipipe.experiments.matrix import (
 )
 from mpipipe.experiments.prompts import prompt_file
 from mpipipe.experiments.record import SCHEMA, Matrix
+from mpipipe.planning.arrangements import cuts_of
 from mpipipe.planning.model_facts import ModelFacts, read_model
+from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.run_folder.files import write_whole
 
-__all__ = ["added_words", "experiment_matrix"]
+__all__ = ["added_words", "experiment_matrix", "possible_arrangements"]
 
 # Every prompt to its full length, and the most likely token each time: equal work, equal tokens.
 _FIXED = {
@@ -56,7 +59,7 @@ def added_words(words: Sequence[str]) -> tuple[str, ...]:
         if name in named:
             raise ConfigError(
                 f"{name} is what the experiment sets for each case: leave it out, and use "
-                "--stages, --batch, --prompts and --out"
+                "--stages, --replicas, --tensor-parallel, --batch, --prompts and --out"
             )
     return tuple(f"{name}={value}" for name, value in _FIXED.items() if name not in named)
 
@@ -141,7 +144,7 @@ def _asked(
         added = (*added, f"pipeline.threads_per_rank={threads}")
     loaded = load_config(config, (*words, *added))
     _check_split(loaded, options)
-    _check_lanes(loaded)
+    _check_lanes(loaded, options)
     return _Asked(loaded, added, num_prompts, digest, made)
 
 
@@ -200,21 +203,44 @@ def _given_prompts(loaded: LoadedConfig) -> tuple[int, str]:
 
 def _check_split(loaded: LoadedConfig, options: ExperimentOptions) -> None:
     split = loaded.config.pipeline.split
-    if isinstance(split, tuple) and set(options.stages) != {len(split)}:
+    stages = sorted({place.stages for place in options.places})
+    if isinstance(split, tuple) and stages != [len(split)]:
         raise ConfigError(
             f"pipeline.split = {list(split)} is for {len(split)} stages, and the experiment has "
-            f"{', '.join(map(str, options.stages))}: set pipeline.split=auto"
+            f"{', '.join(map(str, stages))}: set pipeline.split=auto"
         )
 
 
-def _check_lanes(loaded: LoadedConfig) -> None:
+def _check_lanes(loaded: LoadedConfig, options: ExperimentOptions) -> None:
+    """What the configuration asks for, and each case would overrule."""
     num_lanes = loaded.config.pipeline.tensor_parallel
-    if num_lanes > 1:
+    if num_lanes > 1 and num_lanes != options.lanes and not options.arrangements:
         raise ConfigError(
-            f"pipeline.tensor_parallel = {num_lanes}: an experiment starts one rank for each "
-            "stage; set pipeline.tensor_parallel=1, and time lanes with `mpipipe bench throughput "
-            f"… pipeline.tensor_parallel={num_lanes}`"
+            f"pipeline.tensor_parallel = {num_lanes}, and the cases have {options.lanes}: give "
+            f"--tensor-parallel {num_lanes}, or set pipeline.tensor_parallel=1"
         )
+
+
+def possible_arrangements(
+    config: Path, words: Sequence[str], num_ranks: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Replicas, stages and lanes: every way to use so many ranks that the model's shapes allow.
+
+    Whether its memory does is for the runs to find.
+
+    Raises:
+        MpipipeError: what `mpipipe run` would refuse.
+    """
+    spec = read_model(load_config(config, (*words, *added_words(words)))).spec
+    return tuple(cut for cut in cuts_of(num_ranks) if _allows(spec, *cut))
+
+
+def _allows(spec: ModelSpec, _replicas: int, stages: int, lanes: int) -> bool:
+    try:
+        lane_spec(spec, lanes)
+    except (PlanError, UnsupportedModelError):
+        return False
+    return stages <= spec.num_layers
 
 
 def _settings(loaded: LoadedConfig) -> Mapping[str, Any]:

@@ -44,7 +44,7 @@ def job_scripts(
     cases = [case for case in matrix.cases if case.name in missing]
     for nodes in sorted({case.num_nodes for case in cases}):
         chosen = [case for case in cases if case.num_nodes == nodes]
-        per_node = max(-(-case.num_stages // nodes) for case in chosen)
+        per_node = max(-(-case.num_ranks // nodes) for case in chosen)
         minutes = math.ceil((matrix.repeat + 1) * (matrix.timeout_s + _SLACK_S) / 60)
         head = [
             f"#SBATCH --nodes={nodes}",

@@ -34,7 +34,7 @@ class CaseVerdict:
     num_ok: int
     speed: Spread | None  # output tokens per second while generating
     speedup: Spread | None  # over `base`, repeat by repeat; means nothing unless comparable
-    efficiency: float | None  # speedup over the ratio of stages; in a batch experiment of batches
+    efficiency: float | None  # speedup over the ratio of ranks; in a batch experiment of batches
     ceiling_tokens_per_s: float | None
     ceiling_speedup: float | None
     joules_per_token: float | None
@@ -56,7 +56,8 @@ class ExperimentVerdict:
     num_missing: int
     knee: int | None  # batch after which no doubling gains enough; None: none was shown
     largest_safe_batch: int | None  # all smaller ones have succeeded, too
-    best: CaseVerdict | None  # of a batch experiment: at the knee, else the fastest safe one
+    # Of a batch experiment: at the knee, else the fastest safe one; of arrangements the fastest.
+    best: CaseVerdict | None
     notes: tuple[str, ...]
 
     @property
@@ -86,6 +87,10 @@ def judge(matrix: Matrix, records: Sequence[Record]) -> ExperimentVerdict:
     cases = tuple(map(judged.case, matrix.cases))
     num_missing = len(matrix.order) - sum(map(len, judged.runs.values()))
     notes = tuple(judged.notes(cases))
+    if matrix.experiment == "arrangements":
+        best = _fastest(cases)
+        notes = (*notes, *_best_arrangement(best, num_missing))
+        return ExperimentVerdict(cases, num_missing, None, None, best, notes)
     if matrix.experiment != "batch":
         return ExperimentVerdict(cases, num_missing, None, None, None, notes)
     knee, note = judged.knee(cases)
@@ -159,8 +164,10 @@ class _Judge:
         return self.outcome(case) == "ok" and self.has_same_tokens(case)
 
     def base(self, case: Case) -> Case:
-        """The smallest case of its arm."""
+        """The smallest case of its arm; of arrangements the one pipeline without lanes."""
         cases = [other for other in self.matrix.cases if other.arm == case.arm]
+        if case.arm == "arrangements":
+            return min(cases, key=lambda other: (other.num_replicas, other.num_lanes))
         return min(cases, key=lambda other: (other.num_stages, other.num_nodes, other.batch or 0))
 
     def speeds(self, case: Case) -> dict[int, float]:
@@ -240,7 +247,7 @@ def _growth(case: Case, base: Case) -> float:
     """What perfect scaling would multiply the throughput by."""
     if case.arm == "batch":
         return (case.batch or 1) / (base.batch or 1)
-    return case.num_stages / base.num_stages
+    return case.num_ranks / base.num_ranks
 
 
 def _case_notes(verdict: CaseVerdict) -> Iterator[str]:
@@ -255,7 +262,8 @@ def _case_notes(verdict: CaseVerdict) -> Iterator[str]:
             "runs, or they made different tokens."
         )
     elif verdict.outcome == "ok" and speedup is not None:
-        told = f"{speedup.median:.2f}× its smallest case ({speedup.low:.2f} to {speedup.high:.2f})"
+        base = "its smallest case" if verdict.case.arm != "arrangements" else verdict.base
+        told = f"{speedup.median:.2f}× {base} ({speedup.low:.2f} to {speedup.high:.2f})"
         if not speedup.is_sound:
             repeats = "1 repeat is" if speedup.num == 1 else f"{speedup.num} repeats are"
             judged = f"no verdict: {repeats} too few for an interval of 90 %"
@@ -269,6 +277,17 @@ def _case_notes(verdict: CaseVerdict) -> Iterator[str]:
         if verdict.ceiling_speedup:
             of_ceiling = f"; the cost model allows {verdict.ceiling_speedup:.2f}×"
         yield f"{name}: {told}: {judged}{of_ceiling}."
+
+
+def _best_arrangement(best: CaseVerdict | None, num_missing: int) -> Iterator[str]:
+    """Only where nothing is missing: what has not run might be faster."""
+    if best is None or best.speed is None or num_missing:
+        return
+    case = best.case
+    yield (
+        f"The fastest is {case.name}, replicas × stages × lanes = {case.arrangement}: "
+        f"{best.speed.median:,.1f} tokens/s."
+    )
 
 
 def _joules_per_token(run: Record) -> float | None:

@@ -20,7 +20,7 @@ from mpipipe.metrics.lines import (
     json_line,
     line_start,
     message_line,
-    request_fields,
+    request_line,
     step_line,
 )
 from mpipipe.run_folder.line_thread import LineFile, LineThread
@@ -131,9 +131,9 @@ class Recording:
 
     def _request_line(self, told: tuple[RequestRecord, int]) -> str:
         record, replica = told
-        self.gaps.add(record.gaps_s())
-        fields = request_fields(record, replica, token_times=self._wanted.token_times)
-        return json_line(self._start, record.finished_s, fields)
+        self.gaps.add(gaps_s := record.gaps_s())
+        times = self._wanted.token_times
+        return request_line(self._start, record, gaps_s, replica=replica, token_times=times)
 
     def _line(self, told: tuple[float, dict[str, Any]]) -> str:
         return json_line(self._start, *told)

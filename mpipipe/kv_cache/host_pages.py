@@ -12,11 +12,11 @@ copies of just those pages that it reads or writes.
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.kv_cache.copy_times import CopyTimes
 from mpipipe.metrics.offload import PageMoveUse
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["HostPages", "page_bytes"]
 
 _BATCH_BYTES = 32 << 20  # of the device, between cache and host memory
-_NUM_TIMED = 64  # copies whose times are not known yet
 
 
 class HostPages:
@@ -58,11 +57,10 @@ class HostPages:
         self._device = self._pages_NPX.device
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._moving: dict[int, torch.cuda.Event] = {}  # by page of the cache: it is copied
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._times = CopyTimes()
         self._num_saves = 0
         self._num_saved = 0
         self._num_restored = 0
-        self._timed_bytes, self._timed_s = 0, 0.0
 
     def save(self, pages: Sequence[int], host_pages: Sequence[int]) -> None:
         """Copy `pages` of the cache to `host_pages`."""
@@ -94,12 +92,11 @@ class HostPages:
 
     def use(self) -> PageMoveUse:
         """What was moved so far."""
-        self._collect()
         return PageMoveUse(
             num_saved=self._num_saves,
             saved_bytes=self._num_saved * self._page_bytes,
             restored_bytes=self._num_restored * self._page_bytes,
-            bytes_per_s=self._timed_bytes / self._timed_s if self._timed_s else None,
+            bytes_per_s=self._times.bytes_per_s,
         )
 
     def _batches(self, num_pages: int) -> list[slice]:
@@ -121,40 +118,23 @@ class HostPages:
         if self._copies is None:
             began_s = time.perf_counter()
             copy()
-            self._timed_s += time.perf_counter() - began_s
-            self._timed_bytes += num_bytes
+            self._times.add(num_bytes, time.perf_counter() - began_s)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            began = self._begin_timing()
+            began = self._times.begin(self._copies)
             copy()
-            done = torch.cuda.Event(enable_timing=True)
+            self._times.end(self._copies, began, num_bytes)
+            done = torch.cuda.Event()
             done.record(self._copies)
         for ids_P in (source_P, target_P):
             if ids_P.is_cuda:
                 ids_P.record_stream(self._copies)
         self._moving.update(dict.fromkeys(pages, done))
-        if began is not None:
-            self._timed.append((began, done, num_bytes))
 
     def _ids(self, tensor_NPX: torch.Tensor, pages: Sequence[int]) -> torch.Tensor:
         ids_P = torch.tensor(pages, dtype=torch.int64)
         return self._upload(ids_P) if tensor_NPX.is_cuda else ids_P
-
-    def _begin_timing(self) -> torch.cuda.Event | None:
-        """Of copies in flight only so many are timed."""
-        self._collect()
-        if len(self._timed) >= _NUM_TIMED:
-            return None
-        began = torch.cuda.Event(enable_timing=True)
-        began.record(self._copies)
-        return began
-
-    def _collect(self) -> None:
-        while self._timed and self._timed[0][1].query():
-            began, done, num_bytes = self._timed.popleft()
-            self._timed_bytes += num_bytes
-            self._timed_s += began.elapsed_time(done) / 1e3
 
 
 def page_bytes(cache: PagedKVCache) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpipipe.metrics.summary import percentile
 from mpipipe.types import Completion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from mpipipe.metrics.accounting import StepRecord
     from mpipipe.metrics.identity import RunIdentity
@@ -27,7 +28,7 @@ __all__ = [
     "json_line",
     "line_start",
     "message_line",
-    "request_fields",
+    "request_line",
     "step_line",
 ]
 
@@ -121,34 +122,45 @@ class RequestRecord:
         return [later - earlier for earlier, later in pairwise(self.token_s)]
 
 
-def request_fields(record: RequestRecord, replica: int = 0, *, token_times: bool) -> dict[str, Any]:
-    """The fields of a request that ran on `replica`; `token_times`: with the time of each token."""
-    completion, gaps_s = record.completion, sorted(record.gaps_s())
+def request_line(
+    start: str,
+    record: RequestRecord,
+    gaps_s: Iterable[float],
+    *,
+    replica: int = 0,
+    token_times: bool,
+) -> str:
+    """The line of a request that ran on `replica`; by hand, as that of a step.
+
+    `gaps_s`: those of `record`; `token_times`: with the time of each token.
+    """
+    completion, gaps_s = record.completion, sorted(gaps_s)
     ran = record.admitted_s is not None and completion.error_kind is None
-    fields = {
-        "id": completion.request_id,
-        "index": completion.index,
-        "on_replica": replica,
-        "slot": record.slot,
-        "arrived_s": _rounded(record.arrived_s),
-        "admitted_s": _rounded(record.admitted_s),
-        "first_token_s": _rounded(record.token_s[0] if record.token_s else None),
-        "finished_s": _rounded(record.finished_s),
-        "queue_s": _rounded(completion.queue_s if ran else None),
-        "ttft_s": _rounded(completion.ttft_s if ran else None),
-        "latency_s": _rounded(completion.latency_s if ran else None),
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_output_tokens": completion.num_output_tokens,
-        "num_preemptions": record.num_preemptions,
-        "itl_p50_s": _rounded(percentile(gaps_s, 50)),
-        "itl_p95_s": _rounded(percentile(gaps_s, 95)),
-        "finish_reason": completion.finish_reason.value,
-        "error_kind": completion.error_kind,
-    }
+    queue_s, ttft_s, latency_s = completion.queue_s, completion.ttft_s, completion.latency_s
+    slot = "null" if record.slot is None else record.slot
+    error_kind = completion.error_kind
+    times = ""
     if token_times:
-        fields["token_s"] = [_rounded(time_s) for time_s in record.token_s]
-    return fields
+        times = f', "token_s": [{", ".join([f"{at_s:.9f}" for at_s in record.token_s])}]'
+    return (
+        f'{start}, "t_s": {record.finished_s:.9f}, '
+        f'"id": {encode_basestring(completion.request_id)}, "index": {completion.index}, '
+        f'"on_replica": {replica}, "slot": {slot}, "arrived_s": {_told(record.arrived_s)}, '
+        f'"admitted_s": {_told(record.admitted_s)}, '
+        f'"first_token_s": {_told(record.token_s[0] if record.token_s else None)}, '
+        f'"finished_s": {record.finished_s:.9f}, "queue_s": {_told(queue_s if ran else None)}, '
+        f'"ttft_s": {_told(ttft_s if ran else None)}, '
+        f'"latency_s": {_told(latency_s if ran else None)}, '
+        f'"num_prompt_tokens": {completion.num_prompt_tokens}, '
+        f'"num_output_tokens": {completion.num_output_tokens}, '
+        f'"num_preemptions": {record.num_preemptions}, '
+        f'"itl_p50_s": {_told(percentile(gaps_s, 50))}, '
+        f'"itl_p95_s": {_told(percentile(gaps_s, 95))}, '
+        f'"finish_reason": "{completion.finish_reason.value}", '
+        f'"error_kind": {"null" if error_kind is None else encode_basestring(error_kind)}'
+        f"{times}}}\n"
+    )
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 9)
+def _told(seconds: float | None) -> str:
+    return "null" if seconds is None else f"{seconds:.9f}"

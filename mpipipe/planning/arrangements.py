@@ -11,7 +11,7 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, UnsupportedModelE
 from mpipipe.planning.planned_job import PlannedJob
 from mpipipe.planning.prompt_lengths import PromptLengths
 
-__all__ = ["Arrangement", "compare_arrangements", "fastest", "quickest"]
+__all__ = ["Arrangement", "compare_arrangements", "cuts_of", "fastest", "quickest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def compare_arrangements(job: PlannedJob) -> tuple[Arrangement, ...]:
 
     Those that cannot be planned come last, with the reason.
     """
-    found = [_forecast(job, *shape) for shape in _shapes(len(job.ranks))]
+    found = [_forecast(job, *shape) for shape in cuts_of(len(job.ranks))]
     return tuple(sorted(found, key=lambda way: (way.problem != "", -way.tokens_per_s)))
 
 
@@ -57,7 +57,7 @@ def quickest(ways: Sequence[Arrangement]) -> Arrangement | None:
     return min(able, key=lambda way: (way.request_s, -way.tokens_per_s), default=None)
 
 
-def _shapes(num_ranks: int) -> Iterator[tuple[int, int, int]]:
+def cuts_of(num_ranks: int) -> Iterator[tuple[int, int, int]]:
     """Replicas, stages and lanes whose product is `num_ranks`."""
     for replicas in _divisors(num_ranks):
         each = num_ranks // replicas

@@ -24,6 +24,7 @@ __all__ = [
     "choose_transport",
     "describe_gpu",
     "least_capable",
+    "needed_dtype",
 ]
 
 # Ampere. `torch.cuda.is_bf16_supported()` also says yes on a T4 (7.5), where bfloat16 is emulated.
@@ -133,6 +134,12 @@ def choose_dtype(
     if checkpoint == "float32":
         return "float32", "as in the checkpoint"
     return "float32", f"exact on every CPU; the checkpoint is {checkpoint}"
+
+
+def needed_dtype(asked: Auto | DtypeName, ranks: Sequence[RankResources]) -> DtypeName | None:
+    """What to ask for on these GPUs, where they cannot compute in what is asked for; else None."""
+    is_too_old = least_capable(ranks).gpu.capability < BF16_CAPABILITY
+    return "float16" if asked == "bfloat16" and is_too_old else None
 
 
 def _gpu_dtype(checkpoint: str, worst: RankResources) -> tuple[DtypeName, str]:

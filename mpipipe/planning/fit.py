@@ -20,7 +20,7 @@ from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.kv_tier import kv_host_shares, kv_in_host, note_cache, with_page_limits
 from mpipipe.planning.layout import threads_per_rank
 from mpipipe.planning.memory import KvDemand, RankMemory, asked_kv_bytes, fits, gib
-from mpipipe.planning.offload_advice import figure, offload_advice
+from mpipipe.planning.offload_advice import offload_advice, offload_cost
 from mpipipe.planning.offload_search import (
     Candidate,
     OffloadProblem,
@@ -55,7 +55,6 @@ _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _GPU_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 _CPU_TOKENS = (512, 1024, 2048)
 _MIB = 2**20
-_LEAST_SLOWDOWN = 1.05  # by offload; there is nothing to avoid in less
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +107,12 @@ class StageFitting:
         return self._taken(problem, best, stages, demand)
 
     def _widened(self, resident: Fitted, workload: Workload) -> Fitted:
-        """With the cache of some layers in host memory, where that lets more rows run sooner."""
+        """With some layers' cache in host memory, if a size is asked for and that runs sooner."""
         demand = resident.demand
         problem = self._problem(demand, workload)
-        if problem.kv_host_shares == (0.0,) or fits(resident.needs, demand.useful_pages):
+        memory = self.decisions.config.memory
+        is_tried = isinstance(memory.kv_host_bytes, int) and any(problem.kv_host_shares)
+        if not is_tried or fits(resident.needs, demand.useful_pages):
             return resident
         problem = replace(
             problem,
@@ -166,10 +167,7 @@ class StageFitting:
             decisions.revise("pipeline.split", split, _split_reason(best))
         note_cache(self.decisions, best)
         if not best.is_resident:
-            slowdown = _slowdown(best)
-            cost = f"steps {figure(slowdown)} times as long"
-            if slowdown < _LEAST_SLOWDOWN:
-                cost = "steps hardly longer"
+            cost = offload_cost([choice.forecast for choice in best.stages])
             decisions.note("memory.offload", cost, _avoidable(problem, best))
             self._note_host_bytes()
         return Fitted(placed, limits, demand, self._needs(placed, limits, demand))
@@ -377,7 +375,6 @@ class StageFitting:
         )
         split = config.pipeline.split
         num_pages = self._fixed_pages()
-
         return OffloadProblem(
             model=ModelParts(self.spec, self.dtype, part_bytes(self.spec, self.dtype)),
             rooms=self._rooms(config.memory),
@@ -478,22 +475,15 @@ def _split_reason(best: Candidate) -> str:
     return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"
 
 
-def _slowdown(best: Candidate) -> float:
-    """Of the slowest stage, against devices that held all weights."""
-    slowest = max(choice.forecast.step_s for choice in best.stages)
-    return slowest / max(choice.forecast.compute_s for choice in best.stages)
-
-
 def _avoidable(problem: OffloadProblem, best: Candidate) -> str:
-    """What is expected, by which rates, and what would spare it."""
+    """By which rates, and what would spare it."""
     used: dict[str, None] = {}
     for room, choice in zip(problem.rooms, best.stages, strict=True):
         if choice.placed.host_bytes or choice.placed.disk_bytes:
             used[room.speed.rates.link_source] = None
         if choice.placed.disk_bytes:
             used[room.speed.rates.disk_source] = None
-    rates = ", ".join(filter(None, used))
-    parts = [f"{figure(best.tokens_per_s)} tokens/s predicted with {rates}"]
-    if _slowdown(best) >= _LEAST_SLOWDOWN and (clauses := offload_advice(problem, best)):
+    parts = [f"reckoned with {', '.join(filter(None, used))}"]
+    if clauses := offload_advice(problem, best):
         parts.append(f"to avoid it: {'; '.join(clauses)}")
     return "; ".join(parts)

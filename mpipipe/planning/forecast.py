@@ -1,9 +1,9 @@
 """What a job will take under a plan: tokens per second, wall-clock, bubbles, energy. Pure.
 
-The job is followed as the scheduler runs it, in strides of many rounds: sequences are admitted in
-the order of the prompts while places and pages last, their prompts pass the pipe, then all decode
+The job is followed as the scheduler runs it, in strides of many rounds: sequences are admitted,
+the longest outputs first, while places and pages last, their prompts pass the pipe, then all decode
 until the next ones end. What runs out of pages gives up its youngest sequences, which are computed
-anew.
+anew, or whose pages are moved to host memory and back.
 
 Simplifications: slots are equally full; a stage is busy while it computes and while tensors pass
 its edges; outputs are as long as they may be. What prompts share is taken off all of them equally,
@@ -109,7 +109,8 @@ def forecast_job(
     step = -(-len(lengths) // most)
     sample = lengths[::step]
     grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
-    job = _Job(plan, times, deque(itertools.starmap(_Sequence, sample)), grain, shape.shared_ratio)
+    longest_first = sorted(itertools.starmap(_Sequence, sample), key=lambda known: -known.output)
+    job = _Job(plan, times, deque(longest_first), grain, shape.shared_ratio)
     job.run()
     # A sample has its share of the work; what it does not have are full pipes at its end.
     scale = len(lengths) / len(sample)
@@ -190,6 +191,7 @@ class _Sequence:
     made: int = 0  # before `joined`
     joined: float = 0.0
     number: int = -1  # of its admission; -1: it does not run
+    moved_pages: int = 0  # in host memory, since it was preempted; 0: it is computed anew
 
     def known(self, rounds: float) -> float:
         """Tokens of prompt and output."""
@@ -229,6 +231,7 @@ class _Job:
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
     _num_shared: float = 0.0  # of these, those that others have computed
+    _moved_pages: int = 0  # in host memory
 
     def run(self) -> None:
         """To the end of all sequences."""
@@ -246,9 +249,14 @@ class _Job:
         if not admitted or (admitted < threshold and self.running):
             return
         newcomers = [self.waiting.popleft() for _ in range(admitted)]
-        self._prefill(newcomers)
+        computed = [sequence for sequence in newcomers if not sequence.moved_pages]
+        if computed:
+            self._prefill(computed)
         for sequence in newcomers:
-            sequence.made += 1
+            if sequence.moved_pages:
+                self._bring_back(sequence)
+            else:
+                sequence.made += 1
             sequence.joined = self.rounds
             left = sequence.output - sequence.made
             if left > 0:
@@ -352,8 +360,24 @@ class _Job:
             sequence = next(reversed(self.running))
             self._leave(sequence)
             sequence.made += int(self.rounds - sequence.joined)
+            self._move(sequence)
             self.waiting.appendleft(sequence)
             self.num_preemptions += 1
+
+    def _move(self, sequence: _Sequence) -> None:
+        """To host memory, where the plan says so and has room there."""
+        num_tokens = sequence.prompt + sequence.made
+        num_pages = -(-num_tokens // self.plan.page_size_tokens)
+        is_worth_it = num_tokens >= self.plan.min_saved_tokens
+        if is_worth_it and self._moved_pages + num_pages <= self.plan.num_host_pages:
+            sequence.moved_pages = num_pages
+            self._moved_pages += num_pages
+
+    def _bring_back(self, sequence: _Sequence) -> None:
+        """With all that was computed."""
+        self.decode_s += sequence.moved_pages * self.plan.moved_page_s
+        self._moved_pages -= sequence.moved_pages
+        sequence.moved_pages = 0
 
     def _leave(self, sequence: _Sequence) -> None:
         del self.running[sequence]

@@ -7,9 +7,10 @@ forecast with each: prompts and tokens weigh as much as the job has of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import AUTO, Config
@@ -17,12 +18,14 @@ from mpipipe.errors import PlanError
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes, known_times
 from mpipipe.planning.layout import Layout
-from mpipipe.planning.plan import PipelinePlan, Resolved
+from mpipipe.planning.offload_advice import offload_cost
+from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
 from mpipipe.planning.replica_forecast import forecast_replicas
-from mpipipe.planning.resolve import choose_layout, make_plans
+from mpipipe.planning.resolve import Job
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.split_search import search_split, split_by_speed
+from mpipipe.planning.step_times import StepTimes
 from mpipipe.planning.workload import Workload
 
 __all__ = ["plan_job"]
@@ -49,9 +52,9 @@ def plan_job(
         EnvironmentSetupError: as `make_plans`.
         PlanError: as `make_plans`.
     """
-    layout = layout or choose_layout(config, spec, ranks, workload)
-    job = _Job(config, spec, ranks, model_path, workload, tuple(notes), layout)
-    plans = job.plans()
+    job = Job.of(config, spec, ranks, model_path, workload, notes=notes)
+    layout = layout or job.choose_layout()
+    plans = job.plans(layout)
     if not workload.lengths:
         return plans
     known = [times(spec, plan, ranks) for plan in plans]
@@ -65,9 +68,10 @@ def plan_job(
     def job_s(split: _Split) -> float:
         if split not in forecasts:
             try:
-                forecasts[split] = forecast_replicas(spec, job.plans(split), shape, steps)
+                tried = job.with_split(split).plans(layout)
             except PlanError:
                 return math.inf
+            forecasts[split] = forecast_replicas(spec, tried, shape, steps)
         return forecasts[split].generating_s
 
     if config.pipeline.split == AUTO and _is_alike(plans):
@@ -75,38 +79,11 @@ def plan_job(
         starts = _by_speed(forecasts[first], plans[0], ranks)
         best = search_split(first, job_s, kinds, starts)
     if best != first:
-        reason = _reason(forecasts[best], forecasts[first], first)
-        plans = job.plans(best, Resolved("pipeline.split", str(list(best)), reason))
-    return tuple(
-        _with_shares(plan, forecasts[best], own) for plan, own in zip(plans, known, strict=True)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is planned again and again, with other splits."""
-
-    config: Config
-    spec: ModelSpec
-    ranks: Sequence[RankResources]
-    model_path: str
-    workload: Workload
-    notes: tuple[Resolved, ...]
-    layout: Layout
-
-    def plans(self, split: _Split | None = None, *more: Resolved) -> tuple[PipelinePlan, ...]:
-        """With `split` in all replicas; `more`: what was decided of it."""
-        pipeline = self.config.pipeline
-        config = replace(self.config, pipeline=replace(pipeline, split=split or pipeline.split))
-        return make_plans(
-            config,
-            self.spec,
-            self.ranks,
-            self.model_path,
-            self.workload,
-            notes=(*self.notes, *more),
-            layout=self.layout,
-        )
+        note = _note(best, forecasts[best], forecasts[first], first)
+        plans = job.with_split(best, note).plans(layout)
+    shared = (_with_shares(plan, forecasts[best]) for plan in plans)
+    context = itertools.repeat(shape.mean_context_tokens)
+    return tuple(map(_as_measured, shared, known, context))
 
 
 def _split(plan: PipelinePlan) -> _Split:
@@ -130,19 +107,47 @@ def _is_alike(plans: Sequence[PipelinePlan]) -> bool:
     return len(set(map(_split, plans))) == 1 and not offloaded
 
 
-def _reason(best: JobForecast, first: JobForecast, split: Sequence[int]) -> str:
-    return (
-        f"the job is predicted to take {best.generating_s:,.3g} s, with {list(split)}, balanced by "
-        f"cost, {first.generating_s:,.3g} s"
+def _note(best: _Split, faster: JobForecast, slower: JobForecast, split: _Split) -> Resolved:
+    """`best`, which is `faster`, in the place of `split`."""
+    reason = (
+        f"the job is predicted to take {faster.generating_s:,.3g} s, with {list(split)}, balanced "
+        f"by cost, {slower.generating_s:,.3g} s"
     )
+    return Resolved("pipeline.split", str(list(best)), reason)
 
 
-def _with_shares(plan: PipelinePlan, forecast: JobForecast, known: KnownTimes) -> PipelinePlan:
-    """Every stage with its share of the work of this job; whose times were measured is noted."""
+def _with_shares(plan: PipelinePlan, forecast: JobForecast) -> PipelinePlan:
+    """Every stage with its share of the work of this job."""
     busy_s = {stage.rank: stage.prefill_busy_s + stage.decode_busy_s for stage in forecast.stages}
     total_s = sum(busy_s[stage.rank] for stage in plan.stages)
     stages = tuple(
         replace(stage, cost_share=round(busy_s[stage.rank] / total_s, 6)) for stage in plan.stages
     )
-    note = Resolved("forecast.times", known.steps.source, ", ".join(known.files))
-    return replace(plan, stages=stages, resolved=(*plan.resolved, *([note] * bool(known.files))))
+    return replace(plan, stages=stages)
+
+
+def _as_measured(plan: PipelinePlan, known: KnownTimes, context_tokens: float) -> PipelinePlan:
+    """Notes whose times were measured; what is said of offload goes by them, as forecasts do."""
+    if not known.files:
+        return plan
+    source = Resolved("forecast.times", known.steps.source, ", ".join(known.files))
+    notes = (*plan.resolved, source)
+    stages = tuple(_measured(stage, known.steps, context_tokens) for stage in plan.stages)
+    offloaded = [stage.offload.forecast for stage in stages if stage.offload is not None]
+    if offloaded:
+        cost = offload_cost(offloaded)
+        notes = tuple(
+            replace(note, value=cost) if note.setting == "memory.offload" else note
+            for note in notes
+        )
+    return replace(plan, stages=stages, resolved=notes)
+
+
+def _measured(stage: StagePlan, steps: StepTimes, context_tokens: float) -> StagePlan:
+    """The compute of a full step beside what is brought for it."""
+    if stage.offload is None:
+        return stage
+    forecast, alone = stage.offload.forecast, replace(stage, offload=None, kv_in_host=None)
+    compute_s = steps.decode_s(alone, forecast.rows, context_tokens)
+    offload = replace(stage.offload, forecast=replace(forecast, compute_s=compute_s))
+    return replace(stage, offload=offload)

@@ -16,6 +16,7 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.errors import PlanError
 from mpipipe.planning.cost import layer_decode_cost
 from mpipipe.planning.memory import KvDemand, RankMemory, gib
+from mpipipe.planning.offload_search import PIN_BYTES_PER_S
 from mpipipe.planning.placement import StageSpeed
 from mpipipe.planning.plan import Decisions, PipelinePlan, StagePlan
 from mpipipe.planning.rank_rooms import kv_host_room, rank_rooms
@@ -29,7 +30,6 @@ _SETTING = "memory.kv_host_bytes"
 # the steps, which wait for the first batch of a save and what of a restore one step does not
 # hide: a guess of the share.
 _WAITED_SHARE = 0.5
-_PIN_BYTES_PER_S = 4e9  # a guess: the system clears the memory first
 # Of all tokens that a run's sequences end with, those in the cache of a sequence when it is
 # preempted, per e-fold that sequences grow from their prompts. In a simulation with one slot and
 # cache for a quarter to a half (64 + 1,024, 128 + 512, 512 + 256 tokens) 0.15, 0.22 and 0.34; the
@@ -101,7 +101,7 @@ def with_host_pages(plan: PipelinePlan, facts: KvHostFacts) -> PipelinePlan:
         return plan
     if isinstance(asked, int):
         _check(plan, facts, asked)
-    num_pages, reason, min_saved_tokens = _choice(plan, facts, asked)
+    num_pages, reason, costs = _choice(plan, facts, asked)
     if not reason:
         return plan
     size = gib(num_pages * facts.page_bytes) if num_pages else "0"
@@ -109,35 +109,38 @@ def with_host_pages(plan: PipelinePlan, facts: KvHostFacts) -> PipelinePlan:
     return replace(
         plan,
         num_host_pages=num_pages,
-        min_saved_tokens=min_saved_tokens,
+        min_saved_tokens=(costs.min_saved_tokens if costs else None) or 1,
+        moved_page_s=costs.page_s if costs else 0.0,
         resolved=tuple(facts.decisions.notes),
     )
 
 
-def _choice(plan: PipelinePlan, facts: KvHostFacts, asked: int | str) -> tuple[int, str, int]:
-    """Pages, the reason (empty: nothing to say), and `PipelinePlan.min_saved_tokens`."""
+def _choice(
+    plan: PipelinePlan, facts: KvHostFacts, asked: int | str
+) -> tuple[int, str, _Costs | None]:
+    """Pages, the reason (empty: nothing to say), and what it goes by; None: there are no pages."""
     demand, is_asked = facts.demand, isinstance(asked, int)
     most = demand.num_sequences * demand.pages_per_sequence
     if plan.kv_cache != "paged" or plan.num_kv_pages >= demand.useful_pages:
         held = "none are needed: the cache holds all that the run's sequences can use"
-        return 0, held if is_asked else "", 1
+        return 0, held if is_asked else "", None
     if not is_asked and plan.device == "cpu":
-        return 0, "", 1  # the cache itself is in host memory: it may as well be larger
+        return 0, "", None  # the cache itself is in host memory: it may as well be larger
     costs = _costs(plan, facts)
     min_saved_tokens = costs.min_saved_tokens
     if min_saved_tokens is None or min_saved_tokens >= demand.longest_tokens:
-        return 0, f"preempted sequences are computed anew, which is cheaper: {costs}", 1
+        return 0, f"preempted sequences are computed anew, which is cheaper: {costs}", None
     if isinstance(asked, int):
         num_pages = min(asked // facts.page_bytes, most)
     else:
         num_pages, refusal = _worthwhile_pages(plan, facts, costs)
         if refusal:
-            return 0, refusal, 1
+            return 0, refusal, None
     reason = (
         f"{num_pages} pages for preempted sequences of at least {min_saved_tokens} tokens in the "
         f"cache: {costs}"
     )
-    return num_pages, reason, min_saved_tokens
+    return num_pages, reason, costs
 
 
 def _worthwhile_pages(plan: PipelinePlan, facts: KvHostFacts, costs: _Costs) -> tuple[int, str]:
@@ -149,7 +152,7 @@ def _worthwhile_pages(plan: PipelinePlan, facts: KvHostFacts, costs: _Costs) -> 
     if num_pages < 1:
         return 0, "the hosts have no memory to spare for pages of preempted sequences"
     gain_s = facts.num_preempted_tokens * (costs.token_s - costs.page_s / costs.page_size)
-    pin_s = num_pages * facts.page_bytes / _PIN_BYTES_PER_S
+    pin_s = num_pages * facts.page_bytes / PIN_BYTES_PER_S
     if gain_s <= pin_s:
         spared = f"moving their pages would spare {gain_s:.3g} s, and pinning "
         spared += f"{gib(num_pages * facts.page_bytes)} for them takes about {pin_s:.3g} s"

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from mpipipe.config.schema import AUTO, MemoryConfig
 from mpipipe.planning.memory import RankMemory
-from mpipipe.planning.offload_advice import figure
 from mpipipe.planning.offload_search import Candidate, RankRoom
 from mpipipe.planning.placement import StageChoice, spread
 from mpipipe.planning.plan import Decisions, KvInHost, StagePlan
@@ -29,15 +28,10 @@ _SHARES = (0.0, 0.5, 1.0)  # at least one layer of a stage stays
 def kv_host_shares(
     memory: MemoryConfig, device: DeviceName, attention: AttentionName
 ) -> tuple[float, ...]:
-    """Shares of the layers to try.
-
-    Only none where pages are counted, kernels are not ours, or no size of host memory is asked for:
-    what kernels reach over the link is a guess so far, and it was not timed on a GPU.
-    """
+    """Shares of the layers to try: only none where pages are counted or kernels are not ours."""
     is_counted = memory.num_kv_pages != AUTO or memory.kv_cache_bytes != AUTO
     is_ours = device == "cuda" and attention == "triton" and memory.kv_cache == "paged"
-    is_asked = isinstance(memory.kv_host_bytes, int) and memory.kv_host_bytes > 0
-    if is_counted or not is_ours or not is_asked:
+    if is_counted or not is_ours or memory.kv_host_bytes == 0:
         return (0.0,)
     return _SHARES
 
@@ -76,12 +70,11 @@ def note_cache(decisions: Decisions, best: Candidate) -> None:
     num_in_host = sum(stage.num_kv_host_layers for stage in best.stages)
     if not num_in_host and best.other_per_s is None:
         return
-    predicted = f"{figure(best.tokens_per_s)} tokens/s predicted"
-    other = "" if best.other_per_s is None else figure(best.other_per_s)
+    gain = "" if best.other_per_s is None else f"{best.tokens_per_s / best.other_per_s:.2f} times"
     if num_in_host:
-        reason = f"their KV cache is in host memory, for steps of {best.rows} rows: {predicted}"
-        reason += f", {other} with all of it on the devices" if other else ""
+        reason = f"their KV cache is in host memory, for steps of {best.rows} rows"
+        reason += f": {gain} as fast as with all of it on the devices" if gain else ""
     else:
-        reason = f"all of the KV cache is on the devices: {predicted}"
-        reason += f", {other} with a part of it in host memory"
+        reason = f"all of the KV cache is on the devices: {gain} as fast as with a part of it in"
+        reason += " host memory"
     decisions.note("memory.kv_host_layers", f"{num_in_host} of {num_layers} layers", reason)

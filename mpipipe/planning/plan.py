@@ -129,6 +129,11 @@ class StageOffload:
     disk_bytes: int = 0
     forecast: StepForecast = field(default_factory=StepForecast)
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether a disk is read for each step, but for rows of the embedding."""
+        return bool(self.disk_layers) or self.head == "disk"
+
 
 @dataclass(frozen=True, slots=True)
 class KvInHost:
@@ -211,6 +216,7 @@ class PipelinePlan:
     num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
     min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     max_sharing_tokens: int = 0  # of a sequence that shares pages, when it begins; 0: none does
+    moved_page_s: float = 0.0  # that steps wait while one of these is moved there and back
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
     replica: int = 0  # which of the job's pipelines
     num_replicas: int = 1

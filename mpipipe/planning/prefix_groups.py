@@ -12,11 +12,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PrefixGroups", "prefix_groups"]
+from mpipipe.checkpoint.families import RotaryFacts
+from mpipipe.planning.plan import Decisions
+
+__all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups"]
 
 Prompt = tuple[int, ...] | bytes
 
 _GROUP_PART = 0.5  # of its tokens that the prompts of a group have in common, at least
+
+
+def max_sharing_tokens(decisions: Decisions, rotary: RotaryFacts, max_context_tokens: int) -> int:
+    """`PipelinePlan.max_sharing_tokens`; the contiguous cache has no pages to share."""
+    memory, limit = decisions.config.memory, rotary.max_equal_tokens
+    if not memory.share_prefixes or memory.kv_cache != "paged":
+        return 0
+    if limit is None or limit >= max_context_tokens:
+        return max_context_tokens
+    decisions.note(
+        "memory.share_prefixes",
+        f"up to {limit} tokens",
+        f"the rotary embedding ({rotary.kind}) of longer prompts depends on how long they are",
+    )
+    return limit
 
 
 @dataclass(frozen=True, slots=True)

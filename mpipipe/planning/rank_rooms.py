@@ -137,6 +137,8 @@ def _on_gpu(
     unasked = int(_available_bytes(rank, ranks) * _HOST_SHARE) // on_host
     host_bytes = memory.host_bytes if isinstance(memory.host_bytes, int) else unasked
     kv_host_bytes = memory.kv_host_bytes if isinstance(memory.kv_host_bytes, int) else unasked
+    # What is asked for of either is beside the other.
+    asked = sum(size for size in (memory.host_bytes, memory.kv_host_bytes) if isinstance(size, int))
     most = most_host_bytes(rank, ranks)
     return RankRoom(
         device_bytes=_less_margin(gpu_bytes(memory, rank, ranks) // on_gpu),
@@ -152,7 +154,7 @@ def _on_gpu(
         ),
         pins_staging=True,
         kv_host_bytes=_less_margin(min(kv_host_bytes, most)),
-        pool_bytes=_less_margin(min(max(unasked, host_bytes, kv_host_bytes), most)),
+        pool_bytes=_less_margin(min(max(unasked, asked), most)),
     )
 
 

@@ -74,6 +74,11 @@ CPU_SHARES = Shares(
     prompt_step_s=1e-3,
 )
 
+# Lanes on CPUs share all of their parts and add them up themselves: two changes of threads, an
+# Iallgather, a sum. The least of 60 sums of 2 lanes on two cores that others used too: 0.17 ms for
+# 2 KB, 0.8 ms for 1.2 MB, 7.5 ms for 8.4 MB.
+_CPU_SUMS = Link("sums on CPUs", 1.5e9, 0.17e-3, "measured: 2 lanes on two cores")
+
 # Weights in 8 bits on a GPU, measured on one H100 with Llama-3-8B (BENCHMARKS.md). int8: read at
 # 0.85 of what 16 bits reach, products beside the reading and not under it, with many rows written
 # out in 16 bits first. fp8: activations are quantised first.
@@ -100,6 +105,7 @@ class RateTimes:
     far: Link  # between hosts
     source: str
     num_lanes: int = 1  # ranks of a stage; `spec` is what each of them computes with
+    gathers_sums: bool = False  # each lane gets all parts of a sum; else they go round a ring
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
         """See `StepTimes`."""
@@ -145,16 +151,24 @@ class RateTimes:
         """What the lanes of a stage take to add up their hidden states."""
         if self.num_lanes == 1:
             return 0.0
-        # Each lane sends every element but its own part twice, round the ring.
-        moved = 2 * (self.num_lanes - 1) / self.num_lanes * rows * self.spec.hidden_size
-        return self.near.latency_s + moved * dtype_bytes(self.dtype) / self.near.bytes_per_s
+        others = self.num_lanes - 1
+        # Round the ring each lane sends every element but its own part twice.
+        share = others if self.gathers_sums else 2 * others / self.num_lanes
+        moved = share * rows * self.spec.hidden_size * dtype_bytes(self.dtype)
+        link = self._sum_link
+        return link.latency_s + moved / link.bytes_per_s
 
     def _gather_s(self, rows: float) -> float:
         """What they take to share the logits that each has of a part of the vocabulary."""
         if not self.spec.head_rows:
             return 0.0
         moved = rows * (self.spec.vocab_size - self.spec.head_rows) * dtype_bytes(self.dtype)
-        return self.near.latency_s + moved / self.near.bytes_per_s
+        link = self._sum_link
+        return link.latency_s + moved / link.bytes_per_s
+
+    @property
+    def _sum_link(self) -> Link:
+        return _CPU_SUMS if self.gathers_sums else self.near
 
     def _layer_products_s(self, ceilings: Ceilings, rows: float, share: float) -> float:
         """The matrix products of a layer for so many rows."""
@@ -207,9 +221,8 @@ def with_offload(offload: StageOffload | None, compute_s: float, rows: float) ->
     if offload is None:
         return compute_s
     known = offload.forecast
-    brought_s = max(known.link_s, known.disk_s)
-    step_s = max(compute_s, brought_s) if known.overlaps else compute_s + brought_s
-    return step_s + known.lookup_s * rows / max(1, known.rows)
+    lookup_s = known.lookup_s * rows / max(1, known.rows)
+    return replace(known, compute_s=compute_s, lookup_s=lookup_s, kv_s=0.0).step_s
 
 
 def rate_times(
@@ -255,6 +268,7 @@ def rate_times(
         far=far,
         source="; ".join(sources),
         num_lanes=plan.tensor_parallel,
+        gathers_sums=not on_gpus,
     )
 
 

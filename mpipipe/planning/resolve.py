@@ -43,6 +43,7 @@ from mpipipe.planning.layout import (
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.prefix_groups import max_sharing_tokens
 from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from mpipipe.config.load import LoadedConfig
 
 __all__ = [
+    "Job",
     "RankResources",
     "choose_layout",
     "deepspeed_warnings",
@@ -109,13 +111,8 @@ def make_plans(
         EnvironmentSetupError: the GPUs that were asked for are not there.
         PlanError: layers, stages, settings and memory do not fit together.
     """
-    ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
-    assert [rank_resources.rank for rank_resources in ranks] == list(range(len(ranks))), (
-        "the resources of every rank"
-    )
-    job = _Job(config, spec, ranks, model_path, workload, tuple(notes))
-    layout = layout or job.choose_layout()
-    return tuple(job.plan(layout, replica) for replica in range(len(layout.replicas)))
+    job = Job.of(config, spec, resources, model_path, workload, notes=notes)
+    return job.plans(layout or job.choose_layout())
 
 
 def choose_layout(
@@ -133,8 +130,7 @@ def choose_layout(
     Raises:
         RankCountError: the number of ranks is not what replicas, stages and lanes take.
     """
-    ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
-    return _Job(config, spec, ranks, "", workload, ()).choose_layout()
+    return Job.of(config, spec, resources, "", workload).choose_layout()
 
 
 def is_layout_open(config: Config) -> bool:
@@ -143,15 +139,35 @@ def is_layout_open(config: Config) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """What all replicas have in common."""
+class Job:
+    """What all replicas have in common, and all splits and layouts that are tried; see `of`."""
 
     config: Config
     spec: ModelSpec
-    ranks: Sequence[RankResources]
+    ranks: Sequence[RankResources]  # by rank
     model_path: str
     workload: Workload
-    notes: tuple[Resolved, ...]
+    notes: tuple[Resolved, ...]  # what was decided before
+
+    @staticmethod
+    def of(
+        config: Config,
+        spec: ModelSpec,
+        resources: Sequence[RankResources],
+        model_path: str,
+        workload: Workload = _UNKNOWN,
+        *,
+        notes: Sequence[Resolved] = (),
+    ) -> Job:
+        """Of the resources of every rank, in any order."""
+        ranks = sorted(resources, key=lambda rank_resources: rank_resources.rank)
+        assert [rank.rank for rank in ranks] == list(range(len(ranks))), "those of every rank"
+        return Job(config, spec, ranks, model_path, workload, tuple(notes))
+
+    def with_split(self, split: tuple[int, ...], *more: Resolved) -> Job:
+        """With `split` in all replicas; `more`: what was decided of it."""
+        config = replace(self.config, pipeline=replace(self.config.pipeline, split=split))
+        return replace(self, config=config, notes=(*self.notes, *more))
 
     def choose_layout(self) -> Layout:
         """See the function of this name."""
@@ -178,7 +194,7 @@ class _Job:
     def _resident(self, layout: Layout) -> tuple[PipelinePlan, ...]:
         """The plans, if weights and cache stay on their devices; empty: they do not fit there."""
         try:
-            plans = tuple(self.plan(layout, replica) for replica in range(len(layout.replicas)))
+            plans = self.plans(layout)
         except PlanError:
             return ()
         stages = [stage for plan in plans for stage in plan.stages]
@@ -195,10 +211,10 @@ class _Job:
             told[whole] = self._tokens_per_s(plans) or 0.0
         best = max(told, key=lambda layout: (told[layout], len(layout.replicas)))
         others = [rate for layout, rate in told.items() if layout != best]
-        reason = f"{best.reason}; {told[best]:,.0f} tokens/s predicted"
-        if others:
-            reason += f", at most {max(others):,.0f} with other numbers"
-        return replace(best, reason=reason)
+        if not others or not max(others):
+            return best
+        gain = f"{told[best] / max(others):.2f} times as fast as the next best number"
+        return replace(best, reason=f"{best.reason}; predicted to be {gain}")
 
     def _roomiest(self, fitting: Mapping[Layout, Sequence[PipelinePlan]], whole: Layout) -> Layout:
         """The shortest pipelines that hold a full batch of usual requests."""
@@ -207,8 +223,11 @@ class _Job:
                 return layout
         return replace(whole, reason="no smaller pipeline holds the model and a full batch")
 
-    def plan(self, layout: Layout, replica: int) -> PipelinePlan:
-        """The plan of one replica."""
+    def plans(self, layout: Layout) -> tuple[PipelinePlan, ...]:
+        """Of all replicas; raises as `make_plans`."""
+        return tuple(self._plan(layout, replica) for replica in range(len(layout.replicas)))
+
+    def _plan(self, layout: Layout, replica: int) -> PipelinePlan:
         config, ranks, workload = self.config, self.ranks, self.workload
         num_stages = len(layout.replicas[replica]) // layout.num_lanes
         num_replicas, decisions = len(layout.replicas), Decisions(config, list(self.notes))
@@ -386,7 +405,9 @@ class _Resolver:
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
-            max_sharing_tokens=self._max_sharing_tokens(limits.max_context_tokens),
+            max_sharing_tokens=max_sharing_tokens(
+                self.decisions, spec.rotary, limits.max_context_tokens
+            ),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
@@ -453,21 +474,6 @@ class _Resolver:
             "long factors, as transformers does",
         )
         return restart_tokens
-
-    def _max_sharing_tokens(self, max_context_tokens: int) -> int:
-        """Of a prompt that shares its pages; the contiguous cache has none."""
-        memory, limit = self.decisions.config.memory, self.spec.rotary.max_equal_tokens
-        if not memory.share_prefixes or memory.kv_cache != "paged":
-            return 0
-        if limit is None or limit >= max_context_tokens:
-            return max_context_tokens
-        self.decisions.note(
-            "memory.share_prefixes",
-            f"up to {limit} tokens",
-            f"the rotary embedding ({self.spec.rotary.kind}) of longer prompts depends on how long "
-            "they are",
-        )
-        return limit
 
     def _threads(self) -> int:
         bind = self.decisions.config.pipeline.bind

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
-from mpipipe.sampling_options import SamplingNeeds
+from mpipipe.sampling_options import OPTIONS, SamplingNeeds
 from mpipipe.types import SamplingParams
 
 __all__ = ["SamplingUse", "Workload"]
+
+# Only a prompt with a temperature draws, whatever its seed is.
+_what_counts = attrgetter(*sorted(OPTIONS.keys() - {"seed", "max_new_tokens"}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,9 @@ class SamplingUse:
     def of(samplings: Iterable[SamplingParams]) -> SamplingUse:
         """The union over all requests."""
         needs, logprobs, plain = SamplingNeeds.NOTHING, False, False
-        for sampling in samplings:
+        # Each prompt has a seed of its own, and most have all else in common.
+        kinds = {_what_counts(sampling): sampling for sampling in samplings}
+        for sampling in kinds.values():
             own = sampling.needs
             needs |= own
             logprobs |= sampling.num_logprobs >= 0

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["experiment_charts", "memory_limit_of", "parts_chart"]
 
-_ARM_COLORS = {"memory-filling": 0, "fixed-total": 1, "weak": 0, "batch": 0}
-_STAGES = "stages (ranks)"
+_ARM_COLORS = {"memory-filling": 0, "fixed-total": 1, "weak": 0, "batch": 0, "arrangements": 0}
+_RANKS = "ranks"
 _MAX_CURVES = 7
 
 
@@ -31,7 +31,7 @@ def experiment_charts(section: Section, machine: str) -> list[Chart]:
     charts: list[Chart | None] = []
     if section.matrix.experiment == "batch":
         charts += [_batch_throughput(section, machine), _batch_latency(section, machine)]
-    else:
+    elif section.matrix.experiment != "arrangements":  # which have no order
         charts += [_speedup(section, machine), _efficiency(section, machine)]
     charts += [*_parts(section, machine), _rates(section.rows, machine)]
     return [chart for chart in charts if chart is not None]
@@ -56,7 +56,7 @@ def _speedup(section: Section, machine: str) -> LineChart | None:
         "Throughput over that of the smallest case of the arm; both axes are logarithmic; "
         f"{'the work grows with the stages' if is_weak else 'the same prompts'}. Bars: interval. "
         f"{machine}",
-        _STAGES,
+        _RANKS,
         "speedup (×)",
         tuple(curves),
         log_x=True,
@@ -77,7 +77,7 @@ def _efficiency(section: Section, machine: str) -> LineChart | None:
         f"Parallel efficiency over stages, {section.matrix.experiment} scaling",
         "Speedup over how many times as many stages there are; 1 is ideal. Bars: interval. "
         f"{machine}",
-        _STAGES,
+        _RANKS,
         "parallel efficiency (1 is ideal)",
         tuple(curves),
         log_x=True,
@@ -195,11 +195,12 @@ def memory_limit_of(rows: Sequence[Row]) -> Row | None:
 
 def _parts(section: Section, machine: str) -> list[BarChart]:
     """One chart for each arm, as the bars of all would be too many for one."""
-    is_batch = section.matrix.experiment == "batch"
+    name = section.matrix.experiment
+    sizes = {"batch": "batch size", "arrangements": "replicas × stages × lanes"}
     charts = [
         parts_chart(
-            [(f"{row.size:,}", row.parts) for row in rows if row.parts],
-            f"{'batch size' if is_batch else 'number of stages'}, and above it each stage",
+            [(_size(row), row.parts) for row in rows if row.parts],
+            f"{sizes.get(name, 'number of stages')}, and above it each stage",
             f"Seconds of each stage while generating, and its reading of files before; medians. "
             f"{machine}",
             arm if len(section.arms) > 1 else "",
@@ -207,6 +208,10 @@ def _parts(section: Section, machine: str) -> list[BarChart]:
         for arm, rows in section.arms.items()
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _size(row: Row) -> str:
+    return row.case.arrangement if row.case.arm == "arrangements" else f"{row.size:,}"
 
 
 def parts_chart(

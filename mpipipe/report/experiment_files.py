@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FoundExperiment", "find_experiments"]
 
-_ORDER: tuple[ExperimentName, ...] = ("strong", "weak", "batch")
+_ORDER: tuple[ExperimentName, ...] = ("strong", "weak", "batch", "arrangements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class FoundExperiment:
 
 
 def find_experiments(folder: Path) -> list[FoundExperiment]:
-    """Of `folder` itself and of the folders in it: strong, weak, batch.
+    """Of `folder` itself and of the folders in it: strong, weak, batch, arrangements.
 
     Raises:
         OutputError: there is no such folder, or a record of another version.
@@ -44,7 +44,7 @@ def find_experiments(folder: Path) -> list[FoundExperiment]:
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be read ({error.strerror}): give a folder that `mpipipe bench "
-            "strong`, `weak` or `batch` has written, or a run folder"
+            "strong`, `weak`, `batch` or `arrangements` has written, or a run folder"
         ) from error
     places = [(folder, ""), *((path, path.name) for path in below)]
     found = [one for path, label in places if (one := _read(path, label)) is not None]

@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["TITLES", "blocks_after_plots", "blocks_before_plots", "section_charts"]
 
-TITLES = {"strong": "Strong scaling", "weak": "Weak scaling", "batch": "Batch size"}
+TITLES = {
+    "strong": "Strong scaling",
+    "weak": "Weak scaling",
+    "batch": "Batch size",
+    "arrangements": "Replicas, stages and lanes",
+}
 _ARM_WORDS = {
     "memory-filling": "the same prompts, as many in flight as memory holds",
     "fixed-total": "the same prompts, the same number in flight",
     "weak": "constant work per stage",
     "batch": "the same prompts and stages, more in flight",
+    "arrangements": "the same prompts on the same ranks",
 }
 _FLAG_WORDS = {
     "other tokens": "these made other tokens than most runs of the case, so their speed is not "
@@ -105,6 +111,9 @@ def _verdicts(section: Section) -> list[Text]:
     texts = []
     name = section.matrix.experiment
     for arm, rows in section.arms.items():
+        if name == "arrangements":
+            texts.append(Text(_which_is_fastest(section), f"{_arm_words(rows)}:".capitalize()))
+            continue
         seen = _what_the_sweep_found(section) if name == "batch" else _what_scaling_found(rows)
         words = _arm_words(rows)
         label = f"{arm}, {words}:" if len(section.arms) > 1 else f"{words}:"
@@ -116,8 +125,21 @@ def _arm_words(arm: Sequence[Row]) -> str:
     """What its cases have in common; with --batch memory does not decide how many are in flight."""
     case = arm[0].case
     if case.arm == "memory-filling" and case.batch is not None:
-        return f"the same prompts, {case.batch // case.num_stages} in flight on each stage"
+        each = case.batch // (case.num_replicas * case.num_stages)
+        return f"the same prompts, {each} in flight on each stage"
     return _ARM_WORDS[case.arm]
+
+
+def _which_is_fastest(section: Section) -> str:
+    best = section.verdict.best
+    if best is None or section.verdict.num_missing:
+        return "No verdict yet: some arrangements have not all of their runs."
+    row = next(row for row in section.rows if row.case.name == best.case.name)
+    sentence = section.verdict.notes[-1]
+    if row.case.name == row.base or row.speedup is None:
+        return sentence
+    words = f"{measured(row.speedup)} times the tokens per second of {row.base}"
+    return f"{sentence} That is {words}, {_beside_one(row.speedup)}."
 
 
 def _what_scaling_found(arm: Sequence[Row]) -> str:
@@ -131,13 +153,17 @@ def _what_scaling_found(arm: Sequence[Row]) -> str:
     more = last.size / first.size
     words = _beside_one(last.speedup)
     sentence = (
-        f"{count(last.size, 'stage')} made {measured(last.speedup)} times the tokens per second "
-        f"of {first.size}, {words}: {measured(last.efficiency)} of the ideal {more:g} times."
+        f"{count(last.size, _unit(last))} made {measured(last.speedup)} times the tokens per "
+        f"second of {first.size}, {words}: {measured(last.efficiency)} of the ideal {more:g} times."
     )
     if first.ceiling is not None and last.ceiling is not None:
         possible = last.ceiling.model_tokens_per_s / first.ceiling.model_tokens_per_s
         sentence += f" The cost model allows {number(possible)} times at best."
     return sentence
+
+
+def _unit(row: Row) -> str:
+    return "stage" if row.size == row.case.num_stages else "rank"
 
 
 def _beside_one(speedup: Spread) -> str:

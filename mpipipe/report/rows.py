@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Failure", "Row", "Section", "make_section"]
 
 _FLAGS: tuple[Flag, ...] = ("other tokens", "throttled", "foreign load", "too short")
-_ARMS = ("memory-filling", "fixed-total", "weak", "batch")
+_ARMS = ("memory-filling", "fixed-total", "weak", "batch", "arrangements")
 _CERTAIN = Spread(1, 1.0, 1.0, 1.0, 1.0, None)  # of the case that the others are compared with
 
 
@@ -43,7 +43,7 @@ class Row:
     case: Case
     runs: tuple[Record, ...]  # in the order of their repeats
     num_planned: int
-    size: int  # stages of all replicas; in a batch sweep prompts in flight
+    size: int  # ranks; in a batch sweep prompts in flight
     figures: Mapping[str, Spread | None]  # by the keys of `FIGURES`
     parts: tuple[Mapping[str, float], ...]  # per stage, medians in seconds, by `PARTS`
     failures: tuple[Failure, ...]
@@ -128,7 +128,7 @@ def make_section(label: str, matrix: Matrix, records: Sequence[Record]) -> Secti
 
 def _size(case: Case, runs: Sequence[Record]) -> int:
     if case.arm != "batch":
-        return case.num_stages * case.num_replicas
+        return case.num_ranks
     places = [run.num_places for run in runs if run.num_places]
     return case.batch or (places[0] if places else 0)
 

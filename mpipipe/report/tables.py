@@ -49,8 +49,9 @@ _EFFICIENCY = {
     "strong": "Parallel efficiency",
     "weak": "Parallel efficiency",
     "batch": "Batch efficiency",
+    "arrangements": "Parallel efficiency",
 }
-_STAGES = "Parallel efficiency: speedup over how many times as many stages there are."
+_STAGES = "Parallel efficiency: speedup over how many times as many ranks there are."
 _MEANINGS = {
     "strong": f"Speedup: throughput over that of {{base}}, repeat by repeat. {_STAGES}",
     "weak": (
@@ -61,6 +62,7 @@ _MEANINGS = {
         "Speedup: throughput over that of {base}, repeat by repeat. Batch efficiency: speedup over "
         "how many times as large the batch is; 1 means that a larger batch costs no time."
     ),
+    "arrangements": f"Speedup: throughput over that of {{base}}, repeat by repeat. {_STAGES}",
 }
 _OUTCOMES = {
     "out_of_memory": "out of memory",
@@ -176,6 +178,8 @@ def _spread(found: Spread | None, supposed: float | None = None) -> Cell:
 
 def _stages(row: Row) -> str:
     stages = count(row.case.num_stages, "stage")
+    if row.case.num_lanes > 1:
+        stages += f" of {row.case.num_lanes} lanes"
     replicas = row.case.num_replicas
     return stages if replicas == 1 else f"{count(replicas, 'replica')} of {stages}"
 
@@ -200,6 +204,7 @@ def plain_row(experiment: ExperimentName, row: Row) -> dict[str, Any]:
         "num_nodes": row.case.num_nodes,
         "num_stages": row.case.num_stages,
         "num_replicas": row.case.num_replicas,
+        "num_lanes": row.case.num_lanes,
         "num_prompts": row.case.num_prompts,
         "batch": row.case.batch,
         "size": row.size,
@@ -219,8 +224,8 @@ def plain_row(experiment: ExperimentName, row: Row) -> dict[str, Any]:
 def csv_text(plain_rows: Sequence[dict[str, Any]]) -> str:
     """`report.csv`: a line per case; `_low` and `_high` are the ends of the interval."""
     names = (
-        "experiment", "case", "arm", "num_nodes", "num_stages", "num_replicas", "num_prompts",
-        "batch",
+        "experiment", "case", "arm", "num_nodes", "num_stages", "num_replicas", "num_lanes",
+        "num_prompts", "batch",
     )  # fmt: skip
     keys = ("speedup", "efficiency", *(figure.key for figure in FIGURES))
     file = io.StringIO()

@@ -8,15 +8,11 @@ took the place of the first stays there. Damaged lines are kept in `damaged_rank
 Invariants: what `write` was given is in the merged file, or `merge` raises; no line is ever thrown
 away before it is elsewhere; of two lines of one prompt the first counts.
 
-A line is JSON with a checksum over the line itself: its last field is `"crc32"`, eight hexadecimal
-digits, the CRC-32 of all bytes before the comma that precedes it. A plain JSON reader may ignore
-it; README.md shows how to check it. It finds every flipped bit, and a line that was torn or ran
-into another one. Lines without it, of versions that wrote none, are taken when they are in order.
+What is in a line, and how a damaged one is told: `record_line`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import zlib
@@ -25,10 +21,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from mpipipe.errors import OutputError
 from mpipipe.run_folder.files import replaced_file, sync_folder, told_as_output
+from mpipipe.run_folder.record_line import (
+    RecordLine,
+    completion_json,
+    decode_line,
+    encode_line,
+    is_intact,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -39,113 +42,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CompletionWriter",
     "KeptRecords",
-    "RecordLine",
-    "completion_record",
-    "decode_line",
-    "encode_line",
-    "is_intact",
     "journal_files",
     "merge",
     "read_journals",
 ]
-
-_MARK = b', "crc32": "'  # a quote inside a JSON text is escaped: this is in no text
-
-_NUMBER = (int, float)
-# What versions without checksums wrote: another name, in a line without one, is a damaged name.
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "error": dict,
-    "text": str,
-    "token_ids": list,
-    "finish_reason": str,
-    "num_prompt_tokens": int,
-    "num_output_tokens": int,
-    "queue_s": _NUMBER,
-    "ttft_s": _NUMBER,
-    "latency_s": _NUMBER,
-    "tokens_per_s": _NUMBER,
-    "logprobs": list,
-}
-
-
-class RecordLine(NamedTuple):
-    """What the run needs to know of one sound line."""
-
-    prompt_id: str
-    has_failed: bool  # an error record
-    has_checksum: bool
-    checksum: int  # CRC-32 of the whole line: equal lines have equal ones
-    num_output_tokens: int = 0
-
-
-def completion_record(completion: Completion) -> dict[str, Any]:
-    """The JSON form of a completion, documented in the README. Times in seconds."""
-    record: dict[str, Any] = {"id": completion.request_id}
-    if completion.error_kind is not None:
-        record["error"] = {"kind": completion.error_kind, "message": completion.error_message}
-    record |= {
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason.value,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_output_tokens": completion.num_output_tokens,
-        "queue_s": round(completion.queue_s, 6),
-        "ttft_s": round(completion.ttft_s, 6),
-        "latency_s": round(completion.latency_s, 6),
-        "tokens_per_s": round(completion.tokens_per_s, 3),
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = [
-            {
-                "token_id": entry.token_id,
-                "logprob": entry.logprob,
-                "top": [{"token_id": i, "logprob": p} for i, p in entry.top],
-            }
-            for entry in completion.logprobs
-        ]
-    return record
-
-
-def encode_line(record: dict[str, Any]) -> bytes:
-    """`record` with its checksum as one line, without its newline."""
-    text = json.dumps(record, ensure_ascii=False)[:-1]  # without its brace
-    body = text.encode(errors="backslashreplace")  # half of a surrogate pair: as JSON escapes it
-    return body + _MARK + b'%08x"}' % zlib.crc32(body)
-
-
-def decode_line(line: bytes) -> RecordLine | None:
-    """What is in `line`, without its newline; None: it is damaged, or no record."""
-    body, mark, tail = line.rpartition(_MARK)
-    body_checksum = zlib.crc32(body)
-    if mark and tail != b'%08x"}' % body_checksum:
-        return None
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError):  # not UTF-8, a number of a thousand digits, too deep
-        return None
-    if not isinstance(record, dict) or "id" not in record or not _has_types(record):
-        return None
-    if not mark and not (record.keys() <= _FIELD_TYPES.keys() and _holds_tokens(record)):
-        return None
-    checksum = zlib.crc32(tail, zlib.crc32(mark, body_checksum)) if mark else zlib.crc32(line)
-    num_tokens = record.get("num_output_tokens", 0)
-    return RecordLine(record["id"], "error" in record, bool(mark), checksum, num_tokens)
-
-
-def is_intact(line: bytes) -> bool:
-    """Whether `decode_line` finds a record; a checksum alone is believed: a microsecond."""
-    body, mark, tail = line.rpartition(_MARK)
-    return tail == b'%08x"}' % zlib.crc32(body) if mark else decode_line(line) is not None
-
-
-def _has_types(record: dict[str, Any]) -> bool:
-    return all(isinstance(value, _FIELD_TYPES.get(name, object)) for name, value in record.items())
-
-
-def _holds_tokens(record: dict[str, Any]) -> bool:
-    return all(type(token_id) is int for token_id in record.get("token_ids", ()))
-
 
 # An fsync takes 1-10 ms on a good disk, and much more on a busy shared file system.
 _SYNC_INTERVAL_S = 1.0
@@ -207,7 +107,7 @@ class _Syncer:
 class CompletionWriter:
     """Appends completions to the journal of this rank, one whole line at a time.
 
-    Use as a context manager; `index_of` and `written` remember order and checksums for `merge`.
+    Use as a context manager; `written` remembers the checksums for `merge`.
     `warn` is told, in a sentence, when the file was lost and what became of it.
     """
 
@@ -215,7 +115,6 @@ class CompletionWriter:
         self, folder: Path, rank: int, warn: Callable[[str], None] = lambda _: None
     ) -> None:
         self.path = folder / f"{_PREFIX}{rank}.jsonl"
-        self.index_of: dict[str, int] = {}
         self.written: dict[str, int] = {}
         self._first_path = self.path
         self._warn = warn
@@ -240,25 +139,25 @@ class CompletionWriter:
             finally:
                 os.close(self._descriptor)
 
-    def write(self, completion: Completion) -> None:
-        """Append one line; it is in the operating system's hands on return, on disk soon after.
+    def write(self, *completions: Completion) -> None:
+        """Append a line each; they are in the operating system's hands on return, on disk soon.
 
         Raises:
             OutputError: it could not be written, or an earlier one did not reach the disk.
         """
         assert self._syncer is not None, "the writer is used inside its `with` block"
-        line = encode_line(completion_record(completion)) + b"\n"
+        lines = [encode_line(completion_json(completion)) + b"\n" for completion in completions]
         with told_as_output(self.path):
             if self._syncer.error is not None:
                 raise self._syncer.error
             if self._syncer.is_misplaced and self._is_lost():
                 self._sync()
                 self._write_again()
-            self._append(line)
+            self._append(b"".join(lines))
         self._syncer.wake()
-        self._hold(line)
-        self.written[completion.request_id] = zlib.crc32(line[:-1])
-        self.index_of[completion.request_id] = completion.index
+        for completion, line in zip(completions, lines, strict=True):
+            self._hold(line)
+            self.written[completion.request_id] = zlib.crc32(line[:-1])
 
     def _open(self, path: Path, flags: int) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o666)
@@ -275,11 +174,11 @@ class CompletionWriter:
         if self._syncer.error is not None:
             raise self._syncer.error
 
-    def _append(self, line: bytes) -> None:
-        rest = memoryview(line)
+    def _append(self, lines: bytes) -> None:
+        rest = memoryview(lines)
         while rest:
             rest = rest[os.write(self._descriptor, rest) :]
-        self._end += len(line)
+        self._end += len(lines)
 
     def _hold(self, line: bytes) -> None:
         self._held.append(line)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from mpipipe.abandoned import ends_within
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.errors import EnvironmentSetupError
 from mpipipe.kv_cache.base import ContiguousKVCache
@@ -15,6 +17,7 @@ from mpipipe.kv_cache.host_pages import page_bytes
 from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
 from mpipipe.planning.memory import gib
 from mpipipe.planning.tensor_parallel import lane_spec
+from mpipipe.weights.cuda_carrier import END_S
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 
 if TYPE_CHECKING:
@@ -51,8 +54,16 @@ class KvMemory:
         )
 
     def close(self) -> None:
-        """Unpin. Nothing may copy any more. Idempotent."""
-        self.pinned.close()
+        """Unpin, once the GPU copies no more: after an error, copies may be under way. Idempotent.
+
+        They may wait for a step that waits for a lost rank: after `END_S` the memory stays pinned.
+        """
+        if not self.pinned.is_empty and ends_within(END_S, self._wait_for_end, "kv-pages-end"):
+            self.pinned.close()
+
+    def _wait_for_end(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the GPU is lost: nothing is copied any more
+            torch.cuda.synchronize(self.pinned.device)
 
 
 def open_kv_memory(

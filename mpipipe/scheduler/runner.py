@@ -27,6 +27,7 @@ from mpipipe.errors import PromptError
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.scheduler.detokenize import NO_SPECIAL_TOKENS, SpecialTokens, StopWatch
 from mpipipe.scheduler.instructions import Closed, Finished, TokensEmitted
+from mpipipe.scheduler.policy import admission_order
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -114,11 +115,11 @@ class Runner:
     async def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
         """Complete every request once; yield each completion as it ends, errors included.
 
-        With a link to rank 0 also those that it gives. After `stop`, only those that end with the
-        steps in flight.
+        They start in `admission_order`, sharers together. With a link to rank 0 also those that it
+        gives. After `stop`, only those that end with the steps in flight.
         """
         now_s = self._clock.now_s()
-        for request in self._core.in_order(requests):
+        for request in self._core.in_order(admission_order(requests)):
             self._submit(request, now_s)
         self._dispatch()
         self._end_turn()

@@ -158,8 +158,9 @@ class StageEngine:
         `use`: by the run's requests, as far as they are known. What no graph made here can do is
         captured when it first occurs. `capturing` is told when graphs begin. First comes a prefill
         step of full size (without graphs a decode step, too), so that no request pays for loading
-        kernels, and too little memory shows before the first prompt. A CPU has no kernels to load
-        and no memory to reserve.
+        kernels, and too little memory shows before the first prompt. Where weights come from a disk
+        that would take longer than it spares: only the largest decode step is run. A CPU has no
+        kernels to load and no memory to reserve.
         """
         if self.free_inputs:
             return
@@ -178,6 +179,8 @@ class StageEngine:
             for needs, with_logits in kinds
             for slot in range(len(self._batches))
         ]
+        if self._model.waits_on_host:  # for each of them all weights would come from the disk
+            keys = [max(keys, key=lambda key: (key.num_rows, key.num_options))]
         if self.graph_runner.use_graphs:
             capturing()
         with torch.inference_mode():

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpipipe.abandoned import abandon
+from mpipipe.abandoned import ends_within
+from mpipipe.kv_cache.copy_times import CopyTimes
 from mpipipe.metrics.offload import OffloadUse
 from mpipipe.weights.layer_store import HostRegion, Region
 from mpipipe.weights.prefetch import open_reader
@@ -36,7 +37,6 @@ __all__ = ["CudaCarrier"]
 # Reads and copies that are on their way take less, unless what is computed before them never ends.
 END_S = 2.0
 _NUM_BOUNCES = 2  # one is read into while the GPU copies from the other
-_NUM_TIMED = 64  # copies whose times are not known yet
 
 
 class _Bounce:
@@ -78,10 +78,9 @@ class CudaCarrier:
         self._bounces = deque(_Bounce(pinned.take(size)) for _ in range(num_bounces))
         self._reader = open_reader()
         self._reading: dict[int, Future[None]] = {}
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._times = CopyTimes()
         self._copying = threading.Lock()  # held by the thread that adds copies, or counts them
         self._wait_s = 0.0
-        self._copied_bytes, self._copied_s = 0, 0.0
 
     def load(self, part: StreamedPart) -> None:
         """See `Carrier.load`."""
@@ -111,33 +110,14 @@ class CudaCarrier:
         here = self._here.setdefault(part.number, torch.cuda.Event())
         with self._copying, torch.cuda.stream(copies):
             copies.wait_event(self._used[part.buffer])
-            began = self._begin_timing()
+            # Nothing is timed in a graph.
+            timed = not torch.cuda.is_current_stream_capturing()
+            began = self._times.begin(copies) if timed else None
             for piece, source in zip(part.pieces, sources, strict=True):
                 target = buffer[piece.offset : piece.offset + piece.num_bytes]
                 target.copy_(source[: piece.num_bytes], non_blocking=True)
             here.record(copies)
-            if began is not None:
-                ended = torch.cuda.Event(enable_timing=True)
-                ended.record(copies)
-                self._timed.append((began, ended, part.num_bytes))
-
-    def _begin_timing(self) -> torch.cuda.Event | None:
-        """Nothing is timed in a graph, and of copies in flight only so many."""
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        self._collect()
-        if len(self._timed) >= _NUM_TIMED:
-            return None
-        began = torch.cuda.Event(enable_timing=True)
-        began.record(self._copies)
-        return began
-
-    def _collect(self) -> None:
-        """Take up the times of copies that have ended."""
-        while self._timed and self._timed[0][1].query():
-            began, ended, num_bytes = self._timed.popleft()
-            self._copied_bytes += num_bytes
-            self._copied_s += began.elapsed_time(ended) / 1e3
+            self._times.end(copies, began, part.num_bytes)
 
     def arrive(self, part: StreamedPart) -> None:
         """See `Carrier.arrive`."""
@@ -163,8 +143,7 @@ class CudaCarrier:
     def use(self) -> OffloadUse:
         """See `Carrier.use`."""
         with self._copying:
-            self._collect()
-        rate = self._copied_bytes / self._copied_s if self._copied_s else None
+            rate = self._times.bytes_per_s
         return OffloadUse(wait_s=self._wait_s, host_bytes_per_s=rate)
 
     def close(self) -> bool:
@@ -173,13 +152,7 @@ class CudaCarrier:
         What goes on then is noted as abandoned: the process ends without waiting for it.
         """
         self._reader.shutdown(wait=False, cancel_futures=True)
-        ending = threading.Thread(target=self._wait_for_end, name="weights-end", daemon=True)
-        ending.start()
-        ending.join(END_S)
-        has_ended = not ending.is_alive()
-        if not has_ended:
-            abandon(ending.is_alive)
-        return has_ended
+        return ends_within(END_S, self._wait_for_end, "weights-end")
 
     def _wait_for_end(self) -> None:
         """Until the reader has ended, then the GPU: the reader adds copies."""

@@ -8,6 +8,8 @@ stays pageable: copies then take longer, and the calling thread waits for each.
 from __future__ import annotations
 
 import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,13 +19,15 @@ from mpipipe.weights.layer_layout import aligned_bytes
 __all__ = ["PinnedMemory", "device_view"]
 
 _HOST = torch.device("cpu")
+_MOST_THREADS = 8  # that clear memory at once
+_PIECE_BYTES = 64 << 20  # that one of them clears
 
 
 class PinnedMemory:
     """Host memory for the weights of one stage; pinned if its device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._registered: list[torch.Tensor] = []
         self.refused_bytes = 0  # could not be pinned
         self.reason = ""  # of the latest refusal
@@ -31,7 +35,7 @@ class PinnedMemory:
     def take(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes]."""
         memory = aligned_bytes(num_bytes, _HOST)
-        if self._device.type == "cuda" and num_bytes:
+        if self.device.type == "cuda" and num_bytes:
             self._pin(memory)
         return memory
 
@@ -39,6 +43,7 @@ class PinnedMemory:
         """All of its storage: torch looks at the beginning of that to tell what is pinned."""
         cudart: Any = torch.cuda.cudart()
         storage = memory.untyped_storage()
+        _clear(memory)
         code = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
         if not code:
             self._registered.append(memory)
@@ -47,13 +52,30 @@ class PinnedMemory:
         self.reason = str(cudart.cudaGetErrorString(cudart.cudaError(code)))
         # CUDA tells the refusal once more, to the next kernel, which has nothing to do with it.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._device)
+            torch.zeros(1, device=self.device)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is pinned."""
+        return not self._registered
 
     def close(self) -> None:
         """Unpin; the memory is freed with its last tensor. Nothing may copy from it any more."""
         while self._registered:
             cudart: Any = torch.cuda.cudart()
             cudart.cudaHostUnregister(self._registered.pop().untyped_storage().data_ptr())
+
+
+def _clear(memory: torch.Tensor) -> None:
+    """Have the system give all of it, to several threads at once.
+
+    CUDA would touch one page after the other in one thread: 1.2 GB/s on a machine with an H100.
+    """
+    pieces = memory.split(_PIECE_BYTES)
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(pieces))
+    with ThreadPoolExecutor(num_threads, "clear") as threads:
+        for _ in threads.map(torch.Tensor.zero_, pieces):
+            pass
 
 
 class _OnHost:

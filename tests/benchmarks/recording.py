@@ -26,7 +26,7 @@ from mpipipe.control_plane.messages import StepTimes
 from mpipipe.metrics.accounting import StageAccount, StepRecord
 from mpipipe.metrics.gap_histogram import GapHistogram
 from mpipipe.metrics.identity import RunIdentity, new_run_id
-from mpipipe.metrics.lines import RequestRecord, line_start, request_fields, step_line
+from mpipipe.metrics.lines import RequestRecord, line_start, request_line, step_line
 from mpipipe.run_folder.line_thread import LineFile, LineThread
 from mpipipe.topology.usage import Usage, read_usage
 from mpipipe.types import Completion, FinishReason
@@ -115,12 +115,13 @@ def token_us(num_rows: int) -> tuple[float, float]:
             lists[row].append(now_s)
     kept_us = (time.process_time() - started_s) / num_rows / _TOKENS * 1e6
     histogram = GapHistogram()
+    start = line_start(RunIdentity(new_run_id(), 1, "4711", 0, 3, 1))
     completion = Completion("p", 0, "", (1,) * _TOKENS, FinishReason.LENGTH, 9, 0.1, 0.2, 3.0)
     started_s = time.process_time()
     for times in lists.values():
         record = RequestRecord(completion, 0, 0.0, 0.0, 3.0, 0, tuple(times))
-        histogram.add(record.gaps_s())
-        request_fields(record, token_times=False)
+        histogram.add(gaps_s := record.gaps_s())
+        request_line(start, record, gaps_s, token_times=False)
     return kept_us, (time.process_time() - started_s) / num_rows / _TOKENS * 1e6
 
 

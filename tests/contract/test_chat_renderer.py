@@ -166,21 +166,18 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("asked", OPTIONS)
 @pytest.mark.parametrize(
     "template", [CHAT, CHAT.replace("{{ m.content }}", "{{ m.content|trim }}")]
 )
-def test_a_conversation_renders_as_in_transformers(
-    json_folder: Path, asked: str, template: str
-) -> None:
+def test_conversations_render_as_in_transformers(json_folder: Path, template: str) -> None:
     reference = AutoTokenizer.from_pretrained(json_folder, local_files_only=True)
-    options, words = OPTIONS[asked]
     ours = ChatRenderer(ChatTemplates({"default": template}), reference.special_tokens_map)
-    for messages in CONVERSATIONS.values():
-        expected = reference.apply_chat_template(
-            messages, chat_template=template, tokenize=False, **words
-        )
-        assert ours.render(messages, options) == expected
+    for asked, (options, words) in OPTIONS.items():
+        for name, messages in CONVERSATIONS.items():
+            expected = reference.apply_chat_template(
+                messages, chat_template=template, tokenize=False, **words
+            )
+            assert ours.render(messages, options) == expected, f"{name}, {asked}"
 
 
 def test_a_message_that_the_template_drops_cannot_be_continued() -> None:

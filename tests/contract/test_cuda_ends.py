@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from mpipipe.abandoned import is_abandoned_work_running
+from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.progress import ProgressEngine
+from mpipipe.runtime import kv_memory
+from mpipipe.runtime.kv_memory import KvMemory
 from mpipipe.stage.cuda_stream import CudaStream
 from mpipipe.weights import cuda_carrier
 from mpipipe.weights.cuda_carrier import CudaCarrier
@@ -33,11 +36,21 @@ class Gpu:
         self.is_done = threading.Event()
         self.reads = threading.Event()
         self.is_lost = False
+        self.unpinned_while_at_work: list[bool] = []  # of each pinned memory that was let go
 
     def synchronize(self, _: torch.device) -> None:
         if self.is_lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.is_done.wait(LIMIT_S)
+
+    # ---- as CUDA's runtime ----
+
+    def cudaHostRegister(self, *_: object) -> int:
+        return 0
+
+    def cudaHostUnregister(self, _: int) -> int:
+        self.unpinned_while_at_work.append(not self.is_done.is_set())
+        return 0
 
 
 class OnGpu:
@@ -71,7 +84,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
-    monkeypatch.setattr(cuda_carrier, "END_S", 0.05)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: gpu)
+    for module in (cuda_carrier, kv_memory):
+        monkeypatch.setattr(module, "END_S", 0.05)
     yield gpu
     gpu.is_done.set()
     while is_abandoned_work_running():  # threads of this test are none of the next one's
@@ -107,6 +122,33 @@ def test_a_gpu_that_has_ended_is_told_so(is_lost: bool, gpu: Gpu) -> None:
     gpu.is_done.set()
     assert open_carrier().close()
     assert not is_abandoned_work_running()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_memory_of_kv_pages_is_unpinned_when_nothing_copies_any_more(
+    is_lost: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.is_lost = is_lost
+    memory = KvMemory(ContiguousKVCache(), PinnedMemory(torch.device("cuda")))
+    memory.pinned.take(8)
+    monkeypatch.setattr(kv_memory, "END_S", LIMIT_S)
+    ending = threading.Timer(0.01, gpu.is_done.set)  # copies that were under way end
+    if not is_lost:
+        ending.start()
+    memory.close()
+    memory.close()
+    assert gpu.unpinned_while_at_work == [is_lost]
+    assert not is_abandoned_work_running()
+
+
+def test_memory_of_kv_pages_stays_pinned_under_copies_that_never_end(gpu: Gpu) -> None:
+    memory = KvMemory(ContiguousKVCache(), PinnedMemory(torch.device("cuda")))
+    memory.close()  # nothing is pinned: nothing is waited for
+    assert not is_abandoned_work_running()
+    memory.pinned.take(8)
+    memory.close()
+    assert gpu.unpinned_while_at_work == []
+    assert is_abandoned_work_running()
 
 
 def test_the_thread_that_launches_steps_is_not_waited_for(gpu: Gpu) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from mpipipe.models.row_major_linear import RowMajorLinear
 from mpipipe.models.streaming import StreamedWeights
 from mpipipe.planning.plan import StageOffload, StagePlan
 from mpipipe.runtime.loading import load_parts
+from mpipipe.stage.cuda_graph_runner import CudaGraphRunner
 from mpipipe.types import QuantizeName, SamplingParams, Tier, WeightsSource
 from mpipipe.weights.layer_layout import ALIGNMENT
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
@@ -355,6 +357,34 @@ def test_engines_that_run_ahead_stream_too(
     )
     pipeline = EnginePipeline(model, streaming, mode, offloading=offloading).prepare()
     assert pipeline.generate(requests) == resident
+
+
+@pytest.mark.parametrize(("reads_disk", "num_passes"), [(False, 5), (True, 2)])
+def test_a_stage_on_a_disk_is_ready_after_two_passes_over_its_weights(
+    reads_disk: bool,
+    num_passes: int,
+    tiny: Callable[[str], TinyModel],
+    offloading: Offloading,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The largest steps: others would each read all of the disk again."""
+    passes: list[int] = []
+    monkeypatch.setattr(CudaGraphRunner, "_work", counting(CudaGraphRunner._work, passes))
+    monkeypatch.setattr(StageModel, "forward", counting(StageModel.forward, passes))
+    plan = engine_plan(1)
+    if reads_disk:
+        stage = offloaded_stage(plan.stages[0], StageOffload(disk_layers=(0, 2, 3)))
+        plan = replace(plan, stages=(stage,))
+    EnginePipeline(tiny("llama"), plan, "tensors", offloading=offloading).prepare()
+    assert len(passes) == num_passes
+
+
+def counting(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(calls))
+        return function(*arguments)
+
+    return counted
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mpipipe.checkpoint.spec import read_spec
-from mpipipe.data_plane.lanes import ThreadLanes
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.operations import torch_operations
@@ -21,7 +20,7 @@ from mpipipe.planning.plan import StageOffload
 from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.types import QuantizeName
 from tests.contract import tiny_models
-from tests.contract.lane_threads import on_lanes
+from tests.contract.lane_threads import ThreadLanes, on_lanes
 from tests.contract.test_prequantized import FORMS, write
 from tests.contract.tiny_models import (
     NUM_LAYERS,

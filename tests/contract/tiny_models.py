@@ -355,7 +355,11 @@ class TinyModel:
 
 def save_tiny(name: str, folder: Path) -> TinyModel:
     """A random model of the family `name`, saved to `folder`; the same every time."""
-    config_class, settings = (FAMILIES | ROTARY)[name]
+    return save_config(*(FAMILIES | ROTARY)[name], folder)
+
+
+def save_config(config_class: str, settings: dict[str, Any], folder: Path) -> TinyModel:
+    """As `save_tiny`, with these settings of a class of transformers' configurations."""
     config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(0)
     # "eager" is each family's written formula (sdpa of transformers 5.17 forgets Gemma 2's softcap)

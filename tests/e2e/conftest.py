@@ -19,6 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240
 BESIDE = Path(sys.executable).parent
+# Those that take minutes begin first, so that no worker ends long after the other.
+LONGEST = ("test_tokens", "test_stop", "test_run", "test_lookahead", "test_replicas", "test_lanes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in `LONGEST` first; xdist hands them out in this order with --no-loadscope-reorder."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,41 +103,6 @@ def test_a_half_copied_or_foreign_model_is_one_sentence(
     assert_one_sentence(outcome, 3, *expected)
 
 
-def test_bad_prompts_become_error_records_and_the_others_complete(
-    tiny_config: Path, tmp_path: Path
-) -> None:
-    prompts = tmp_path / "mixed.jsonl"
-    lines = [
-        '{"id": "good", "prompt": "a good one"}',
-        "{not json",
-        '{"id": "good", "prompt": "the same id again"}',
-        '{"id": "empty", "prompt": ""}',
-        json.dumps({"id": "long", "prompt": "x" * 400}),
-        '{"id": "hot", "prompt": "x", "temperature": -3}',
-        '{"id": "last", "prompt": "another good one"}',
-    ]
-    prompts.write_text("\n".join(lines) + "\n")
-    outcome = run(2, tiny_config, tmp_path / "run", f"prompts.path={prompts}")
-    assert outcome.exit_code == 4, outcome.stderr
-    kinds = {r["id"]: r.get("error", {}).get("kind") for r in outcome.completions()}
-    assert [kind for kind in kinds.values() if kind is None] == [None, None]
-    assert kinds["good"] is None
-    assert kinds["last"] is None
-    assert set(kinds.values()) == {
-        None,
-        "invalid_json",
-        "duplicate_id",
-        "empty_prompt",
-        "too_long",
-        "invalid_sampling",
-    }
-    assert "line 2" in next(
-        r["error"]["message"]
-        for r in outcome.completions()
-        if r.get("error", {}).get("kind") == "invalid_json"
-    )
-
-
 def test_the_folder_of_another_run_is_refused_and_left_alone(
     tiny_config: Path, tiny_alone: Outcome, tmp_path: Path
 ) -> None:

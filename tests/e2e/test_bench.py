@@ -22,15 +22,30 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
     return [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("num_ranks", [0, 2])
+@pytest.fixture
+def random_config(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model without weight files and tokenizer."""
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
+    config = tmp_path / "random.toml"
+    config.write_text(f'model.path = "{folder}"\nmodel.weights = "random"\n')
+    return config
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "which", "weights"),
+    [(0, "random_config", "random"), (2, "tiny_config", "checkpoint")],
+)
 def test_throughput_prints_a_table_and_a_json_line_per_work(
-    num_ranks: int, tiny_config: Path, tmp_path: Path
+    num_ranks: int, which: str, weights: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = tmp_path / "records.jsonl"
     words = ["--work", "6x16x8", "--work", "1x20x12", "--json", str(path)]
-    outcome = bench(num_ranks, tiny_config, *words)
+    outcome = bench(num_ranks, request.getfixturevalue(which), *words)
     assert outcome.exit_code == 0, outcome.stderr
     found = records(outcome)
+    assert {record["plan"]["weights"] for record in found} == {weights}
     assert [json.loads(line) for line in path.read_text().splitlines()] == found
     assert outcome.stdout.splitlines()[-2:] == path.read_text().splitlines()
     assert [record["work"] for record in found] == ["6x16x8", "1x20x12"]
@@ -81,19 +96,9 @@ def test_a_work_longer_than_the_model_goes_is_told_before_loading(tiny_config: P
     assert outcome.stderr.count("mpipipe: error") == 1
 
 
-def test_random_weights_need_no_weight_files_and_no_tokenizer(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "shape"
-    folder.mkdir()
-    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
-    config = tmp_path / "random.toml"
-    config.write_text(f'model.path = "{folder}"\nmodel.weights = "random"\n')
-    outcome = bench(0, config, "--work", "3x8x4")
-    assert outcome.exit_code == 0, outcome.stderr
-    assert records(outcome)[0]["plan"]["weights"] == "random"
-    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(config)]
-    peer = execute([*command, "--work", "3x8x4"], folder)
+def test_transformers_is_timed_on_random_weights_too(random_config: Path) -> None:
+    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(random_config)]
+    peer = execute([*command, "--work", "3x8x4"], ROOT)
     assert peer.exit_code == 0, peer.stderr
     (record,) = records(peer)
     assert record["tokens_per_s"] == pytest.approx(12 / record["elapsed_s"])

@@ -1,4 +1,4 @@
-"""The library is given what is wrong: all ranks hear of it alike, and go on."""
+"""The library is given what is wrong: all ranks hear of it alike, and go on or end together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.conftest import execute, mpiexec
 
+ONE_AT_A_TIME = "pipeline.max_sequences_per_slot=1"  # a loop that breaks leaves prompts waiting
 # One start for everything that a script can get wrong: loading is what takes the time.
 SCRIPT = r"""
 import json, sys
@@ -63,22 +64,29 @@ with Pipeline(sys.argv[1], *sys.argv[3:]) as pipeline:
         for c in pipeline.generate_sync([prompt], ignore_eos=True, **options):
             number = len(c.token_ids)
             said.append(["length", number, c.num_prompt_tokens + number, c.error_kind])
-with open(f"{sys.argv[2]}/said_{rank}.json", "w") as file:
-    json.dump(said, file)
+    for c in pipeline.generate_sync(["a", "b", "c", "d"], max_new_tokens=9):
+        break
+    done = list(pipeline.generate_sync(["a", "b", ""], max_new_tokens=9))
+    said.append(["after a break", sorted(c.index for c in done)])
+    with open(f"{sys.argv[2]}/said_{rank}.json", "w") as file:
+        json.dump(said, file)
+    for c in pipeline.generate_sync(["x", "y"], max_new_tokens=4):
+        raise RuntimeError("the script is wrong")
 """
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "words"), [(1, []), (2, ["pipeline.lookahead=1", "pipeline.device=cpu"])]
 )
-def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on(
+def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on_until_the_script_fails(
     num_ranks: int, words: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "wrong.py"
     script.write_text(SCRIPT)
-    ours = [sys.executable, str(script), str(tiny_model), str(tmp_path), *words]
+    ours = [sys.executable, str(script), str(tiny_model), str(tmp_path), ONE_AT_A_TIME, *words]
     outcome = execute([*mpiexec(num_ranks), *ours], tmp_path)
-    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.exit_code != 0
+    assert "the script is wrong" in outcome.stderr
     said = [json.loads((tmp_path / f"said_{rank}.json").read_text()) for rank in range(num_ranks)]
     wrong_names = ["seed", "nan", "typo", "bool", "huge", "ids", "empty stop", "half", "n"]
     for heard in said:
@@ -114,3 +122,4 @@ def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on(
         [3, 4, None],
     ]
     assert lengths[1][1:] == [128, None], "it ends at the context"
+    assert head["after a break"] == [[0, 1, 2]]

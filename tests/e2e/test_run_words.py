@@ -28,19 +28,41 @@ def piped(
     )
 
 
-def test_standard_input_is_read_by_rank_0_and_a_resumed_run_knows_it(
+MIXED = [
+    '{"id": "good", "prompt": "a good one"}',
+    "{not json",
+    '{"id": "good", "prompt": "the same id again"}',
+    '{"id": "empty", "prompt": ""}',
+    json.dumps({"id": "long", "prompt": "x" * 400}),
+    '{"id": "hot", "prompt": "x", "temperature": -3}',
+    '{"prompt": "another good one"}',
+]
+
+
+def test_standard_input_is_read_by_rank_0_and_bad_prompts_become_error_records(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    prompts = b'{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": \n{"prompt": "y"}\n'
+    prompts = "".join(f"{line}\n" for line in MIXED).encode()
     words = [f"output.dir={tmp_path / 'run'}", "generation.max_new_tokens=3"]
     first = piped(2, prompts, tiny_model, *words)
     assert first.returncode == 4, first.stderr
     records = read_jsonl(tmp_path / "run" / "completions.jsonl")
-    assert [(record["id"], record["finish_reason"]) for record in records] == [
-        ("a", "length"),
-        ("b", "error"),
-        ("3", "length"),
-    ]
+    kinds = {record["id"]: record.get("error", {}).get("kind") for record in records}
+    assert len(kinds) == len(records) == len(MIXED)
+    assert {name for name, kind in kinds.items() if kind is None} == {"good", "7"}
+    assert set(kinds.values()) == {
+        None,
+        "invalid_json",
+        "duplicate_id",
+        "empty_prompt",
+        "too_long",
+        "invalid_sampling",
+    }
+    for record in records:
+        failed = kinds[record["id"]] is not None
+        assert record["finish_reason"] == ("error" if failed else "length")
+        if kinds[record["id"]] == "invalid_json":
+            assert "line 2" in record["error"]["message"]
     hashes = json.loads((tmp_path / "run" / "manifest.json").read_text())["hashes"]
     assert len(hashes["prompts"]) == 64
     again = piped(0, prompts, tiny_model, *words, "output.resume=true")

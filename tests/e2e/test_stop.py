@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ def job(tiny_config: Path, tmp_path: Path) -> list[str]:
         "generation.max_new_tokens=60",
         "generation.temperature=1.5",
         "generation.ignore_eos=true",
+        "pipeline.max_sequences_per_slot=8",
     ]
 
 
@@ -61,10 +63,12 @@ def stop_when(
     return Outcome(process.returncode, stdout, stderr, folder)
 
 
-def test_a_run_that_is_stopped_twice_killed_and_resumed_is_the_run_that_was_left_alone(
+def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_was_left_alone(
     job: list[str], tiny_config: Path, tmp_path: Path
 ) -> None:
+    """Also where its attempts are two stages, two replicas and one process in turn."""
     folder, resume = tmp_path / "run", "output.resume=true"
+    replicas = "pipeline.replicas=2"
     journal = folder / "completions_rank_0.jsonl"
 
     def num_lines() -> int:
@@ -109,21 +113,41 @@ def test_a_run_that_is_stopped_twice_killed_and_resumed_is_the_run_that_was_left
     num_done = num_lines()
     assert len(early) < num_done < NUM_PROMPTS
 
+    # The same to two replicas: the second rank is the head of one.
+    stopped = stop_when(
+        lambda: num_lines() > num_done, second_rank, tiny_config, folder, *job, resume, replicas
+    )
+    assert stopped.exit_code == EXIT_REQUEUE, stopped.stderr
+    num_stopped = len(stopped.completions())
+    assert num_done < num_stopped < NUM_PROMPTS
+    unfinished = stopped.json("metrics.json")["requests"]["num_unfinished"]
+    assert unfinished == NUM_PROMPTS - num_stopped
+    killed = stop_when(
+        lambda: num_lines() > num_stopped, second_rank, tiny_config, folder, *job, resume, replicas,
+        number=signal.SIGKILL,
+    )  # fmt: skip
+    assert killed.exit_code == EXIT_PEER_LOST, killed.stderr
+    assert "rank 1 on " in killed.stderr
+    num_killed = num_lines()
+    assert num_stopped < num_killed < NUM_PROMPTS
+
     with journal.open("a") as file:
         file.write('{"id": "p149", "text": "torn')
     resumed = run(0, tiny_config, folder, *job, resume)
     assert resumed.exit_code == 0, resumed.stderr
-    assert f"{num_done} prompts are done" in resumed.stdout
-    assert resumed.json("metrics.json")["requests"]["num_kept"] == num_done
+    assert f"{num_killed} prompts are done" in resumed.stdout
+    assert resumed.json("metrics.json")["requests"]["num_kept"] == num_killed
     manifest, metrics = resumed.json("manifest.json"), resumed.json("metrics.json")
     # The attempt that was stopped while it booted may have ended before it said that it is one.
     attempts = manifest["attempts"]
-    assert [attempt["num_kept"] for attempt in attempts[-3:]] == [0, len(early), num_done]
+    kept = [0, len(early), num_done, num_stopped, num_killed]
+    assert [attempt["num_kept"] for attempt in attempts[-5:]] == kept
     # What each attempt did is not lost, and each prompt counts once.
-    counts = (len(early), num_done - len(early), NUM_PROMPTS - num_done)
+    counts = [after - before for before, after in itertools.pairwise([*kept, NUM_PROMPTS])]
+    states = ("stopped", "interrupted", "stopped", "interrupted", "done")
     told = [(attempt["state"], attempt["num_completed"]) for attempt in metrics["attempts"]]
-    assert told[-3:] == list(zip(("stopped", "interrupted", "done"), counts, strict=True))
-    assert metrics["attempts"][-2]["num_output_tokens"] == 60 * counts[1]
+    assert told[-5:] == list(zip(states, counts, strict=True))
+    assert metrics["attempts"][-2]["num_output_tokens"] == 60 * counts[-2]
     assert metrics["attempts"][-2]["wall_s"] > metrics["attempts"][-2]["generate_s"] > 0
     assert len(told) == len(attempts) <= metrics["attempt"] == attempts[-1]["attempt"]
     assert metrics["run"] == manifest["run"] == stopped.json("metrics.json")["run"]

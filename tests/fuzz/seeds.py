@@ -27,7 +27,7 @@ from mpipipe.control_plane.messages import (
     StopRequested,
 )
 from mpipipe.planning.resources import RankResources
-from mpipipe.run_folder.journal import encode_line
+from mpipipe.run_folder.record_line import encode_line
 from mpipipe.types import SamplingParams, TokenLogprobs
 
 
@@ -419,7 +419,9 @@ def _record(name: str, **more: Any) -> dict[str, Any]:
 
 def _journal(*records: dict[str, Any]) -> bytes:
     """Lines with their checksums."""
-    return b"".join(encode_line(record) + b"\n" for record in records)
+    return b"".join(
+        encode_line(json.dumps(record, ensure_ascii=False)) + b"\n" for record in records
+    )
 
 
 _ERROR = {"kind": "invalid_json", "message": "line 2 is not valid JSON"}

@@ -7,8 +7,7 @@ path, and of transformers on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,36 +25,18 @@ from mpipipe.stage.launched import LaunchedStep
 from mpipipe.stage.timeline import StepEvents, StreamTimeline
 from mpipipe.types import Request, SamplingParams
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.tiny_models import TinyModel
 from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_stream"),
 ]
 MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
 FAMILIES = ["llama", "llama-head_dim-100", "opt", "qwen3"]
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _own_stream() -> Iterator[None]:
-    """A stream makes its stream the thread's current one: put the default one back."""
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> EnginePipeline:

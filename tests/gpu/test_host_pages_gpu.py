@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,49 +23,16 @@ from tests.contract.engine_pipeline import (
     engine_plan,
     make_requests,
 )
-from tests.contract.tiny_models import TinyModel, save_tiny
-from tests.gpu.test_engine_gpu import sampled
+from tests.contract.tiny_models import TinyModel
+from tests.gpu.test_engine_gpu import MODES, on_gpu, sampled
 from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_stream"),
 ]
-MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _own_stream() -> Iterator[None]:
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.default_stream())
-
-
-def on_gpu(
-    model: TinyModel, num_stages: int, name: str, *, num_pages: int, num_host_pages: int
-) -> EnginePipeline:
-    plan = engine_plan(
-        num_stages,
-        graphs=name == "graphs",
-        hidden_size=model.reference.config.hidden_size,
-        num_pages=num_pages,
-        max_sequences=4,
-        num_host_pages=num_host_pages,
-    )
-    device = f"cuda:{torch.cuda.current_device()}"
-    return EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
 
 
 def new_cache(device: torch.device, *, head_major: bool) -> PagedKVCache:
@@ -85,6 +51,27 @@ def new_cache(device: torch.device, *, head_major: bool) -> PagedKVCache:
     return cache
 
 
+LATE_CYCLES = 20_000_000  # some 10 ms: longer than what reads or overwrites the pages meanwhile
+
+
+@pytest.fixture
+def late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch of copies is late, so that whoever does not wait for it sees other bytes."""
+    copy = HostPages._copy
+
+    def late(self: HostPages, *pages: Any, to_host: bool) -> None:
+        with torch.cuda.stream(self._copies):
+            torch.cuda._sleep(LATE_CYCLES)  # type: ignore[no-untyped-call]
+        copy(self, *pages, to_host=to_host)
+
+    monkeypatch.setattr(HostPages, "_copy", late)
+
+
+def settle_nothing(self: HostPages, pages: Iterable[int]) -> None:
+    """In the place of `HostPages.settle`: what follows waits for no copy."""
+
+
+@pytest.mark.usefixtures("late_copies")
 @pytest.mark.parametrize("is_pinned", [True, False])
 @pytest.mark.parametrize("head_major", [False, True])
 def test_pages_come_back_as_they_were(
@@ -92,6 +79,19 @@ def test_pages_come_back_as_they_were(
 ) -> None:
     """In batches of few pages, also where memory could not be pinned."""
     monkeypatch.setattr("mpipipe.kv_cache.host_pages._BATCH_BYTES", 1 << 16)
+    check_pages_come_back(head_major=head_major, is_pinned=is_pinned)
+
+
+@pytest.mark.usefixtures("late_copies")
+def test_pages_that_nothing_waits_for_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would prove nothing."""
+    monkeypatch.setattr(HostPages, "settle", settle_nothing)
+    with pytest.raises(AssertionError):
+        check_pages_come_back(head_major=True, is_pinned=True)
+
+
+def check_pages_come_back(*, head_major: bool, is_pinned: bool) -> None:
+    """Save pages, overwrite them, restore them to other places, and look at what is there."""
     device = torch.device("cuda", torch.cuda.current_device())
     cache_ = new_cache(device, head_major=head_major)
     before = [part.clone() for part in (*cache_.keys, *cache_.values)]
@@ -127,10 +127,14 @@ def test_preempted_sequences_go_on_with_their_pages_and_end_the_same(
     """With all sampling options: the tokens of a cache that holds everything."""
     model = tiny("llama-head_dim-100")
     requests: list[Request] = make_requests((*LENGTHS, *LENGTHS), sampled)
-    with closing(on_gpu(model, num_stages, name, num_pages=90, num_host_pages=0)) as roomy:
+    with closing(
+        on_gpu(model, num_stages, name, max_sequences=4, num_pages=90, num_host_pages=0)
+    ) as roomy:
         wanted = roomy.generate(requests, seed=1)
         assert not roomy.num_preemptions
-    tight = on_gpu(model, num_stages, name, num_pages=16, num_host_pages=num_host_pages)
+    tight = on_gpu(
+        model, num_stages, name, max_sequences=4, num_pages=16, num_host_pages=num_host_pages
+    )
     num_saved = 0
     with closing(tight):
         for seed in range(3):
@@ -145,20 +149,29 @@ def test_preempted_sequences_go_on_with_their_pages_and_end_the_same(
     assert num_saved > 3
 
 
+@pytest.mark.usefixtures("late_copies")
+@pytest.mark.parametrize("settles", [True, False])
 def test_greedy_tokens_are_those_of_transformers_when_pages_move(
-    tiny: Callable[[str], TinyModel],
+    settles: bool, tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And others where steps do not wait for the pages that they read."""
+    if not settles:
+        monkeypatch.setattr(HostPages, "settle", settle_nothing)
     model = tiny("llama")
     requests = make_requests(LENGTHS, lambda _: SamplingParams(max_new_tokens=20, ignore_eos=True))
     wanted = [model.greedy(r.prompt_ids, 20) for r in requests]
-    with closing(on_gpu(model, 2, "graphs", num_pages=16, num_host_pages=60)) as pipeline:
+    with closing(
+        on_gpu(model, 2, "graphs", max_sequences=4, num_pages=16, num_host_pages=60)
+    ) as pipeline:
         found = pipeline.generate(requests)
         assert pipeline.num_saved > 0
-    assert [list(outcome.token_ids) for outcome in found] == wanted
+    assert ([list(outcome.token_ids) for outcome in found] == wanted) == settles
 
 
 def test_moving_pages_waits_for_nothing(tiny: Callable[[str], TinyModel]) -> None:
-    with closing(on_gpu(tiny("llama"), 1, "graphs", num_pages=16, num_host_pages=60)) as pipeline:
+    with closing(
+        on_gpu(tiny("llama"), 1, "graphs", max_sequences=4, num_pages=16, num_host_pages=60)
+    ) as pipeline:
         requests = make_requests(
             LENGTHS, lambda _: SamplingParams(max_new_tokens=20, ignore_eos=True)
         )
@@ -195,7 +208,9 @@ def test_memory_that_cannot_be_pinned_still_moves_pages(
     model = tiny("llama")
     requests = make_requests(LENGTHS, lambda _: SamplingParams(max_new_tokens=20, ignore_eos=True))
     wanted = [model.greedy(r.prompt_ids, 20) for r in requests]
-    with closing(on_gpu(model, 1, "graphs", num_pages=16, num_host_pages=60)) as pipeline:
+    with closing(
+        on_gpu(model, 1, "graphs", max_sequences=4, num_pages=16, num_host_pages=60)
+    ) as pipeline:
         assert pipeline.pinned.refused_bytes > 0
         found = pipeline.generate(requests)
         assert pipeline.num_saved > 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from mpipipe.types import SamplingParams
 from mpipipe.weights.pinned_memory import PinnedMemory, device_view
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
 from tests.contract.test_offload import offloaded_stage
-from tests.contract.tiny_models import NUM_LAYERS, Offloading, TinyModel, save_tiny
+from tests.contract.tiny_models import NUM_LAYERS, Offloading, TinyModel
+from tests.gpu.test_engine_gpu import MODES
 from tests.gpu.waiting import no_synchronisation
 
 pytestmark = [
@@ -34,7 +34,6 @@ pytestmark = [
 ]
 ALL = tuple(range(NUM_LAYERS))
 LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
-MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
 PLACEMENTS = {
     "two in host memory": StageOffload(host_layers=(1, 3)),
     "three in host memory": StageOffload(host_layers=(0, 2, 3)),
@@ -46,17 +45,6 @@ PLACEMENTS = {
     "host and disk in turn": StageOffload(host_layers=(0, 2), disk_layers=(1, 3), num_buffers=3),
     "everything on disk": StageOffload(disk_layers=ALL, embedding="disk", head="disk"),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ In float32, with weights whose logits lie far apart: the tokens are those of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,12 +14,13 @@ from packaging.version import Version
 
 from mpipipe.types import SamplingParams
 from tests.contract.engine_pipeline import make_requests
-from tests.contract.tiny_models import ORIGINAL, TinyModel, save_tiny
+from tests.contract.tiny_models import ORIGINAL, TinyModel
 from tests.gpu.test_engine_gpu import MODES, on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_stream"),
 ]
 FORMS = {
     "llama-longrope": "fast",
@@ -34,25 +34,6 @@ FORMS = {
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 LENGTHS = (3, *range(ORIGINAL - 3, ORIGINAL + 4), 9, 23)
 GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _own_stream() -> Iterator[None]:
-    """A stream makes its stream the thread's current one: put the default one back."""
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 @pytest.mark.parametrize("num_pages", [60, 10], ids=["roomy", "preempting"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,31 +11,14 @@ from mpipipe.clock import MonotonicClock
 from mpipipe.types import SamplingParams
 from tests.contract.engine_pipeline import MAX_TOKENS, EnginePipeline, engine_plan
 from tests.contract.test_shared_prefixes import check_shared_prefixes, sharers
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.tiny_models import TinyModel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_stream"),
 ]
 MODES = {"graphs": "replayed", "eager": "tensors", "varlen": "varlen"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _own_stream() -> Iterator[None]:
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 @pytest.mark.parametrize("name", MODES)

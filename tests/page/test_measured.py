@@ -1,4 +1,7 @@
-"""A real small experiment, reported as a user would: what the runs write is what the page reads."""
+"""A real small experiment, as a user runs and reports it: what the runs write is what is read.
+
+One experiment for its launches, its records, going on with it, the best batch, and its page.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from mpipipe.config.load import load_config
+from mpipipe.errors import EXIT_CONFIG, EXIT_OK, EXIT_PROMPTS
 from mpipipe.experiments.folder import ExperimentFolder
-from tests.e2e.conftest import execute, tiny_model
+from tests.e2e.conftest import Outcome, execute, tiny_model
 from tests.page.browser import visit
 
 __all__ = ["tiny_model"]
@@ -24,28 +29,101 @@ MEASURED = {  # each of these comes from another part of a run's files
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A batch experiment on two stages: a launch to warm up and two that are measured."""
-    folder = tmp_path_factory.mktemp("measured")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"id": "{n}", "prompt": "{n} is"}}\n' for n in range(8)))
-    words = [
-        "model.dtype=float32", "generation.max_new_tokens=110", "log.sample_interval_s=0.2",
-        "pipeline.threads_per_rank=1", "generation.ignore_eos=true",
+CASES = ("batch_2", "batch_8")
+NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 100
+
+
+def bench(model: Path, folder: Path, *words: str) -> Outcome:
+    """The batch experiment on two stages: a launch to warm up and two that are measured."""
+    options = [
+        "--stages=2", "--batch=2,8", "--repeat=1", f"--prompts={NUM_PROMPTS}",
+        f"--prompt-tokens={PROMPT_TOKENS}", f"--out={folder}",
     ]  # fmt: skip
-    options = ["--stages=2", "--batch=2,8", "--repeat=1", f"--out={folder / 'batch'}"]
-    command = [*MPIPIPE, "bench", "batch", str(tiny_model), str(prompts), *words, *options]
-    done = execute(command, folder)
-    assert done.exit_code == 0, done.stdout + done.stderr
-    reported = execute([*MPIPIPE, "report", str(folder / "batch")], folder)
-    assert reported.exit_code == 0, reported.stdout + reported.stderr
-    return folder / "batch"
+    settings = [
+        "model.dtype=float32", f"generation.max_new_tokens={NEW_TOKENS}",
+        "log.sample_interval_s=0.2", "pipeline.threads_per_rank=1", "generation.ignore_eos=true",
+    ]  # fmt: skip
+    command = [*MPIPIPE, "bench", "batch", str(model), *settings, *options, *words]
+    return execute(command, folder)
+
+
+@pytest.fixture(scope="session")
+def begun(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The experiment, all of it."""
+    outcome = bench(tiny_model, tmp_path_factory.mktemp("measured") / "batch")
+    assert outcome.exit_code == EXIT_OK, outcome.stdout + outcome.stderr
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def measured(begun: Outcome) -> Path:
+    """Its folder, with the report."""
+    reported = execute([*MPIPIPE, "report", str(begun.folder)], begun.folder)
+    assert reported.exit_code == EXIT_OK, reported.stdout + reported.stderr
+    return begun.folder
+
+
+def test_a_batch_experiment_from_launches_to_the_best_configuration(
+    begun: Outcome, measured: Path, tiny_model: Path
+) -> None:
+    assert "2 of 2 launches are missing" in begun.stdout
+    assert "warm-up, not measured" in begun.stdout
+    records = ExperimentFolder(measured).records()
+    assert [record.order for record in records] == [0, 1]
+    assert {record.case.name for record in records} == set(CASES)
+    for record in records:
+        assert (record.outcome, record.num_places, len(record.hosts)) == (
+            "ok",
+            record.case.batch,
+            2,
+        )
+        assert record.metrics is not None
+        assert record.metrics["requests"]["num_output_tokens"] == NUM_PROMPTS * NEW_TOKENS
+        assert record.metrics["requests"]["num_prompt_tokens"] == NUM_PROMPTS * PROMPT_TOKENS
+        assert record.ceiling is not None
+        assert record.command[-1] == "output.resume=false"
+    # Greedy in float32: neither the batch nor chance decides the tokens.
+    assert len({record.tokens_hash for record in records}) == 1
+
+    best = load_config(measured / "best.toml").config
+    assert best.pipeline.num_stages == best.pipeline.num_slots == 2
+    assert best.pipeline.max_sequences_per_slot in {1, 4}
+    assert (best.model.path, best.generation.max_new_tokens) == (str(tiny_model), NEW_TOKENS)
+
+
+def test_an_experiment_is_gone_on_with_and_not_mixed_with_another(
+    measured: Path, tiny_model: Path
+) -> None:
+    folder, records = measured, measured / "records"
+    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    again = bench(tiny_model, folder, "--json")
+    assert again.exit_code == EXIT_OK, again.stderr
+    assert "0 of 2 launches are missing" in again.stderr
+    verdict = json.loads(again.stdout)
+    assert [case["case"]["name"] for case in verdict["cases"]] == list(CASES)
+    assert verdict["largest_safe_batch"] == 8
+    assert {path.name: path.read_bytes() for path in records.iterdir()} == before
+
+    changed = bench(tiny_model, folder, "generation.max_new_tokens=9")
+    assert changed.exit_code == EXIT_CONFIG
+    assert f"generation.max_new_tokens: {NEW_TOKENS} → 9" in changed.stderr
+
+    (records / "batch_2_r1.json").unlink()
+    missing = bench(tiny_model, folder, "--table")
+    (records / "batch_2_r1.json").write_bytes(before["batch_2_r1.json"])
+    assert missing.exit_code == EXIT_PROMPTS
+    assert "1 of 2 launches are missing" in missing.stdout
+
+
+def test_replicas_are_refused_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    refused = bench(tiny_model, tmp_path / "batch", "--replicas=2")
+    assert refused.exit_code == EXIT_CONFIG
+    assert "runs of one pipeline each" in refused.stderr
 
 
 def test_every_column_of_a_real_experiment_has_a_figure(measured: Path) -> None:
     rows = json.loads((measured / "report.json").read_text())["rows"]
-    assert [row["case"] for row in rows] == ["batch_2", "batch_8"]
+    assert [row["case"] for row in rows] == list(CASES)
     for row in rows:
         found = {key for key, spread in row["figures"].items() if spread is not None}
         assert found >= MEASURED

@@ -7,7 +7,8 @@ stopped by a signal, prompts of other lengths. A stage that sleeps and a disk th
 into one rank by `slowed_rank`. Where the time of a test depends on the machine's speed, both stages
 sleep as long in each step (`PACE`), so that what is slowed is large beside it everywhere.
 
-Alone on the machine, as chaos: two tests at once share cores, which is one of the culprits.
+Alone on the machine, as chaos: two tests at once share cores, which is one of the culprits. A run
+that other work got in the way of says nothing about what was planted: `explain` repeats it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,53 @@ PACE = "stage:*:0.005"
 STEP_S = 0.005
 LIMIT_S = 60.0
 NUM_RIVALS = 5  # more than a machine that runs other tests, too, puts on the other core
-pytestmark = pytest.mark.timeout(120)
+TRIALS = 3
+BUSY_PERCENT = 25  # of a core, used by others: more than a quiet machine's own chores
+QUIET_LIMIT_S = 60.0
+pytestmark = pytest.mark.timeout(300)
+
+Culprit = Mapping[str, Any]
 
 
-def check(culprit: Mapping[str, Any], kind: str, **fields: object) -> None:
+def explain(job: Job, launch: Callable[[Job], None], check: Callable[[Culprit], None]) -> None:
+    """Launch the job, and check whom its files name.
+
+    Once more, when the machine is quiet again, if that failed while other work took a core: the
+    culprit is then that work, or hidden by it. It fails for good where it fails undisturbed.
+    """
+    for number in range(TRIALS):
+        trial = replace(job, folder=job.folder.with_name(f"run_{number}"))
+        launch(trial)
+        try:
+            check(trial.culprit())
+        except AssertionError as error:
+            percent = others_percent(trial.folder)
+            error.add_note(f"run {number + 1}: others used {percent:.0f} % of a core")
+            if percent < BUSY_PERCENT or number + 1 == TRIALS:
+                raise
+            wait_for_quiet()
+        else:
+            return
+
+
+def wait_for_quiet() -> None:
+    """Until less than BUSY_PERCENT of a core is used, or for QUIET_LIMIT_S."""
+    until_s = time.monotonic() + QUIET_LIMIT_S
+    while time.monotonic() < until_s:
+        idle_s, begin_s = _idle_s(), time.monotonic()
+        time.sleep(1)
+        used_s = (os.cpu_count() or 1) * (time.monotonic() - begin_s) - (_idle_s() - idle_s)
+        if used_s < BUSY_PERCENT / 100:
+            return
+
+
+def _idle_s() -> float:
+    """The seconds that all cores together have been idle, disks waited for included."""
+    _, _, _, _, idle, waiting, *_ = Path("/proc/stat").read_text().split()
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
+
+
+def check(culprit: Culprit, kind: str, **fields: object) -> None:
     """The culprit is of that kind, and has those fields."""
     assert culprit["kind"] == kind, culprit
     for name, value in fields.items():
@@ -44,37 +89,45 @@ def check(culprit: Mapping[str, Any], kind: str, **fields: object) -> None:
 
 
 def others_percent(folder: Path) -> float:
-    """CPU that other processes used at the end of a run, in percent of a core."""
-    last = [read_jsonl(folder / f"samples_rank_{rank}.jsonl")[-1] for rank in (0, 1)]
-    node = float(last[0]["node_cpu_percent"]) * (os.cpu_count() or 1)
-    return node - sum(float(sample["cpu_percent"]) for sample in last)
+    """CPU that other processes used in a run, in percent of a core, on an average."""
+    ranks = [read_jsonl(folder / f"samples_rank_{rank}.jsonl") for rank in (0, 1)]
+    shares = [
+        float(first["node_cpu_percent"]) * (os.cpu_count() or 1)
+        - float(first["cpu_percent"])
+        - float(second["cpu_percent"])
+        for first, second in zip(*ranks, strict=False)
+        if None not in (first["node_cpu_percent"], first["cpu_percent"], second["cpu_percent"])
+    ]
+    return sum(shares) / max(1, len(shares))
 
 
 def test_a_run_that_nothing_slows_has_no_culprit(job: Job) -> None:
     """Both stages sleep as long: what a run waits for by itself is no one's fault."""
-    job.run(slowed=PACE)
-    culprit = job.culprit()
-    if culprit["kind"] == "shared_core" and (percent := others_percent(job.folder)) > 25:
-        pytest.skip(f"other work on this machine takes {percent:.0f} % of a core")
-    check(culprit, "none", rank=None, stage=None, seconds=0.0)
-    assert culprit["sentence"].startswith("no single culprit")
+
+    def no_one(culprit: Culprit) -> None:
+        check(culprit, "none", rank=None, stage=None, seconds=0.0)
+        assert culprit["sentence"].startswith("no single culprit")
+
+    explain(job, lambda job: job.run(slowed=PACE), no_one)
 
 
 def test_a_stage_that_sleeps_in_each_step_is_the_slow_stage(job: Job) -> None:
-    job.run(slowed=f"stage:1:{STEP_S}")
-    culprit = job.culprit()
-    check(culprit, "slow_stage", rank=1, stage=1)
-    # Two slots of 48 decode steps, and their prompts; the bare steps are of one length.
-    assert culprit["seconds"] == pytest.approx(2 * 48 * STEP_S, rel=0.5)
-    assert "stage 1 is the slowest" in culprit["sentence"]
+    def second_stage(culprit: Culprit) -> None:
+        check(culprit, "slow_stage", rank=1, stage=1)
+        # Two slots of 48 decode steps, and their prompts; the bare steps are of one length.
+        assert culprit["seconds"] == pytest.approx(2 * 48 * STEP_S, rel=0.5)
+        assert "stage 1 is the slowest" in culprit["sentence"]
+
+    explain(job, lambda job: job.run(slowed=f"stage:1:{STEP_S}"), second_stage)
 
 
 def test_a_disk_that_one_rank_reads_slowly_is_the_slow_read(job: Job) -> None:
-    job.run(slowed="read:1:2e6")
-    culprit = job.culprit()
-    check(culprit, "slow_read", rank=1, stage=1)
-    assert culprit["seconds"] > 2
-    assert "rank 1 read its weights at 2" in culprit["sentence"]
+    def second_rank(culprit: Culprit) -> None:
+        check(culprit, "slow_read", rank=1, stage=1)
+        assert culprit["seconds"] > 2
+        assert "rank 1 read its weights at 2" in culprit["sentence"]
+
+    explain(job, lambda job: job.run(slowed="read:1:2e6"), second_rank)
 
 
 @pytest.fixture
@@ -91,14 +144,19 @@ def network(tmp_path: Path) -> Iterator[Network]:
 
 def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: Network) -> None:
     network.throttle("n1", "4mbit")
-    mpmd = [":", "-n", "1"]
-    ours = [*network.enter("n1"), *job.words(), *mpmd, *network.enter("n2"), *job.words()]
-    # Not by shared memory, which namespaces of one machine still have.
-    apart = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
-    job.execute([*mpiexec(1), *ours], slowed=PACE, **apart)
-    culprit = job.culprit()
-    check(culprit, "slow_link", rank=1, stage=1)
-    assert "the link 0→1 took" in culprit["sentence"]
+
+    def launch(job: Job) -> None:
+        mpmd = [":", "-n", "1"]
+        ours = [*network.enter("n1"), *job.words(), *mpmd, *network.enter("n2"), *job.words()]
+        # Not by shared memory, which namespaces of one machine still have.
+        apart = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
+        job.execute([*mpiexec(1), *ours], slowed=PACE, **apart)
+
+    def first_link(culprit: Culprit) -> None:
+        check(culprit, "slow_link", rank=1, stage=1)
+        assert "the link 0→1 took" in culprit["sentence"]
+
+    explain(job, launch, first_link)
 
 
 @contextmanager
@@ -147,20 +205,28 @@ def test_a_rank_that_shares_its_core_with_a_busy_process_is_named(
     job = make_job(tmp_path, demo_model, [12] * 8)
     own = 'exec taskset --cpu-list "$(("$PMI_RANK" ? $1 : $0))" "${@:2}"'
     before = ["bash", "-c", own, str(core_of(0)), str(core_of(1))]
-    # From the first step on: a boot on a sixth of a core takes a minute and shows nothing.
-    with running(job, "pipeline.bind=none", before=before, slowed="") as process, busy(core_of(1)):
-        assert process.wait(LIMIT_S) == 0
-    culprit = job.culprit()
-    check(culprit, "shared_core", rank=1, stage=1)
-    assert "rank 1 shares its core" in culprit["sentence"]
+
+    def launch(job: Job) -> None:
+        # From the first step on: a boot on a sixth of a core takes a minute and shows nothing.
+        words = "pipeline.bind=none"
+        with running(job, words, before=before, slowed="") as process, busy(core_of(1)):
+            assert process.wait(LIMIT_S) == 0
+
+    def second_core(culprit: Culprit) -> None:
+        check(culprit, "shared_core", rank=1, stage=1)
+        assert "rank 1 shares its core" in culprit["sentence"]
+
+    explain(job, launch, second_core)
 
 
 def test_prompts_of_very_unequal_length_are_named(model: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path, model, [200, 4, 4, 4])
-    job.run(slowed=PACE)
-    culprit = job.culprit()
-    check(culprit, "unequal_prompts", rank=None)
-    assert culprit["seconds"] > 100 * STEP_S
+
+    def prompts(culprit: Culprit) -> None:
+        check(culprit, "unequal_prompts", rank=None)
+        assert culprit["seconds"] > 100 * STEP_S
+
+    explain(job, lambda job: job.run(slowed=PACE), prompts)
 
 
 def pid_of(folder: Path, rank: int) -> int:
@@ -172,12 +238,17 @@ def pid_of(folder: Path, rank: int) -> int:
 
 def test_a_rank_that_is_stopped_for_four_seconds_is_a_stall(model: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path, model, [200] * 8)
-    with running(job, "log.steps=all", slowed=PACE) as process:
-        second = pid_of(job.folder, rank=1)
-        os.kill(second, signal.SIGSTOP)
-        time.sleep(4)
-        os.kill(second, signal.SIGCONT)
-        assert process.wait(LIMIT_S) == 0
-    culprit = job.culprit()
-    check(culprit, "stall", rank=1, stage=1)
-    assert culprit["seconds"] == pytest.approx(4, abs=0.7)
+
+    def launch(job: Job) -> None:
+        with running(job, "log.steps=all", slowed=PACE) as process:
+            second = pid_of(job.folder, rank=1)
+            os.kill(second, signal.SIGSTOP)
+            time.sleep(4)
+            os.kill(second, signal.SIGCONT)
+            assert process.wait(LIMIT_S) == 0
+
+    def second_rank(culprit: Culprit) -> None:
+        check(culprit, "stall", rank=1, stage=1)
+        assert culprit["seconds"] == pytest.approx(4, abs=0.7)
+
+    explain(job, launch, second_rank)

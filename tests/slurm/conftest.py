@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.e2e.conftest import demo_model, tiny_model
 from tests.slurm.cluster import Cluster
+from tests.slurm.held import prepare
 from tests.slurm.packages import ClusterUnavailableError
 from tests.slurm.scenarios import TINY_PROMPTS
 from tests.slurm.site import Site, installations
@@ -20,8 +22,9 @@ from tests.slurm.site import Site, installations
 __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
-STORY_LIMIT_S = 300
+STORY_LIMIT_S = 540
 RESTARTS = pytest.StashKey[list[str]]()
+TIMES = pytest.StashKey[list[str]]()
 
 Story = Callable[..., Any]
 
@@ -32,11 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """MPIPIPE_SLURM_TESTS=off: for machines that cannot have the cluster, and only by choice."""
-    if os.environ.get("MPIPIPE_SLURM_TESTS") == "off":
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
+    """A limit for stories that run beside other suites.
+
+    MPIPIPE_SLURM_TESTS=off: for machines that cannot have the cluster, and only by choice.
+    """
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.timeout(STORY_LIMIT_S + 60))
+        if os.environ.get("MPIPIPE_SLURM_TESTS") == "off":
+            item.add_marker(pytest.mark.skip(reason="MPIPIPE_SLURM_TESTS=off"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -44,6 +52,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for text in terminalreporter.config.stash.get(RESTARTS, []):
         terminalreporter.write_sep("=", "a node of the cluster was restarted")
         terminalreporter.write_line(text)
+    if times := terminalreporter.config.stash.get(TIMES, []):
+        terminalreporter.write_sep("=", "seconds from when to when a story took")
+        for text in times:
+            terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")
@@ -80,23 +92,35 @@ def site(
         "pipeline.threads_per_rank = 1\npipeline.max_sequences_per_slot = 1\n"
         "memory.num_kv_pages = 64\n"
     )
+    prepare(folder / "held")
     return Site(cluster, installations(folder), folder, config)
 
 
 class Stories:
     """Stories that were started, each once, and how they ended."""
 
-    def __init__(self, pool: ThreadPoolExecutor, site: Site) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, site: Site, times: list[str]) -> None:
         self._pool = pool
         self._site = site
+        self._times = times
+        self._began_s = time.monotonic()
         self._started: dict[tuple[Any, ...], Future[Any]] = {}
 
     def start(self, story: Story, *arguments: str) -> Future[Any]:
         """The running or ended story; started unless it was."""
         key = (story, *arguments)
         if key not in self._started:
-            self._started[key] = self._pool.submit(story, self._site, *arguments)
+            self._started[key] = self._pool.submit(self._live, story, *arguments)
         return self._started[key]
+
+    def _live(self, story: Story, *arguments: str) -> Any:
+        begin_s = time.monotonic() - self._began_s
+        try:
+            return story(self._site, *arguments)
+        finally:
+            end_s = time.monotonic() - self._began_s
+            name = " ".join((story.__name__, *arguments))
+            self._times.append(f"{begin_s:6.1f} {end_s:6.1f}  {name}")
 
     def end_of(self, story: Story, *arguments: str) -> Any:
         """How it ended; an assertion that failed on the way is raised here."""
@@ -107,7 +131,9 @@ class Stories:
 def stories(request: pytest.FixtureRequest, site: Site) -> Iterator[Stories]:
     """The stories of all chosen tests, started in the tests' order."""
     pool = ThreadPoolExecutor(SIDE_BY_SIDE)
-    stories = Stories(pool, site)
+    times: list[str] = []
+    request.config.stash[TIMES] = times
+    stories = Stories(pool, site, times)
     for item in request.session.items:
         marker = item.get_closest_marker("story")
         if marker is not None:

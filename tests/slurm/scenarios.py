@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.slurm import held
 from tests.slurm.apptainer import install_apptainer
 from tests.slurm.image import borrowed_packages, build_image
 from tests.slurm.network import HEAD
@@ -50,10 +52,10 @@ __all__ = [
 DEMO = "configs/demo.toml"
 # Every node sees all cores of the machine, and there are few: more threads only get in their way.
 DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
-TINY_PROMPTS = 40  # of 48 tokens: some 5 s on two ranks
-ARRAY_PROMPTS = 20
-SEEN = 3  # completions before something happens to a job
-EXPERIMENT_LIMIT_S = 290.0  # four tasks of two launches each, beside other jobs
+TINY_PROMPTS = 20  # of 48 tokens
+ARRAY_PROMPTS = 10
+SEEN = 3  # completions before something happens to a job, which is held from then on
+EXPERIMENT_LIMIT_S = 420.0  # four tasks of two launches each, beside other jobs
 # MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
 FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
 
@@ -62,11 +64,16 @@ def _alone(site: Site, config: Path | str, name: str, *words: str) -> dict[str, 
     folder = site.folder / name
     command = [sys.executable, "-m", "mpipipe", "run", str(config), f"output.dir={folder}", *words]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return {line["id"]: line["token_ids"] for line in read_jsonl(folder / "completions.jsonl")}
+
+
+def _held(site: Site) -> Mapping[str, str]:
+    """The environment of a job that cannot end before it is touched."""
+    return held.environ(site.folder / "held", SEEN)
 
 
 def demo_alone(site: Site) -> dict[str, list[int]]:
@@ -84,7 +91,7 @@ def demo_on_two_nodes(site: Site, mpi: str) -> JobEnd:
     doctor = "full" if mpi == "mpich" else "off"
     environ = {"MPIPIPE_DOCTOR": doctor, **FORCED_NETWORK}
     job = site.sbatch(mpi, DEMO, *DEMO_WORDS, env=environ)
-    site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=240)
+    site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=300)
     before = site.cluster.network.bytes_sent("n1")
     end = site.finish(job, DEMO)
     end.observed["bytes"] = site.cluster.network.bytes_sent("n1") - before
@@ -115,7 +122,7 @@ def demo_in_image(site: Site) -> JobEnd:
 def told_to_stop(site: Site) -> JobEnd:
     """The batch script gets USR1, as --signal=B:USR1@120 sends it; then the job goes on."""
     config = site.tiny_config
-    job = site.sbatch("mpich", config)
+    job = site.sbatch("mpich", config, env=_held(site))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     while_running = login_node(site, "status", job, "--json")
@@ -138,7 +145,7 @@ def held_in_the_queue(site: Site) -> subprocess.CompletedProcess[str]:
 def admin_requeue(site: Site) -> JobEnd:
     """`scontrol requeue`, which is what a preemption does: TERM, KillWait, KILL."""
     config = site.tiny_config
-    job = site.sbatch("openmpi", config)
+    job = site.sbatch("openmpi", config, env=_held(site))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     site.cluster.ask("scontrol", "requeue", job)
@@ -149,7 +156,8 @@ def admin_requeue(site: Site) -> JobEnd:
 def node_loses_power(site: Site) -> JobEnd:
     """The second node of a job falls silent; Slurm starts the job again on the others."""
     config = site.tiny_config
-    job = site.sbatch("mpich", config, options=("--partition=fragile",), env=FORCED_NETWORK)
+    environ = {**FORCED_NETWORK, **_held(site)}
+    job = site.sbatch("mpich", config, options=("--partition=fragile",), env=environ)
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     nodes = site.cluster.ask("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"])
@@ -176,7 +184,7 @@ def rank_killed(site: Site) -> JobEnd:
     Another job is then given the folder of the failed one.
     """
     config = site.tiny_config
-    job = site.sbatch("openmpi", config)
+    job = site.sbatch("openmpi", config, env=_held(site))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     ranks = _ranks(site, "n2")
@@ -222,7 +230,7 @@ def array(site: Site) -> list[JobEnd]:
     config = site.tiny_config
     options = ("--array=0-1", "--nodes=1")
     words = (f"prompts.limit={ARRAY_PROMPTS}", "generation.seed=%a")
-    job = site.sbatch("mpich", config, *words, options=options)
+    job = site.sbatch("mpich", config, *words, options=options, env=_held(site))
     tasks = [f"{job}_{task}" for task in range(2)]
     for task in tasks:
         site.wait_for_completions(site.job_folder(task, config), SEEN, task)

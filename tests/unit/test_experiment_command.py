@@ -131,7 +131,7 @@ def test_a_signal_ends_the_experiment_in_order(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--replicas=2",), "runs of one pipeline each"),
+        (("--ranks=2",), "--ranks: the batch experiment takes --stages, --replicas and --tensor"),
         (("--batch=1,x",), "--batch 1,x: give whole numbers from 1"),
         (("--stages=0",), "--stages 0: give whole numbers from 1"),
         (("--nodes=1,2",), "--nodes has 2 numbers and --stages 1"),

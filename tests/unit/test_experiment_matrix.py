@@ -74,6 +74,38 @@ def test_the_same_stages_on_other_nodes_are_other_cases() -> None:
     ]
 
 
+def test_every_case_may_have_replicas_and_lanes() -> None:
+    options = options_of("strong", stages=(1, 2), batches=(4,), replicas=2, lanes=3)
+    cases = make_cases(options, 32)
+    assert [shape(case) for case in cases] == [
+        ("memory-filling_n1", 8, 32, "1", "4"),
+        ("memory-filling_n2", 16, 32, "2", "4"),
+        ("fixed-total_n1", 4, 32, "1", "2"),
+        ("fixed-total_n2", 4, 32, "2", "1"),
+    ]
+    assert [case.num_ranks for case in cases] == [6, 12] * 2
+    assert {setting(case, "replicas") for case in cases} == {"2"}
+    assert {setting(case, "tensor_parallel") for case in cases} == {"3"}
+    weak = make_cases(options_of("weak", replicas=2, num_prompts=3), 12)
+    assert [(case.num_prompts, case.batch) for case in weak] == [(6, 6), (12, 12)]
+    with pytest.raises(ConfigError, match="needs 12 prompts, and there are 11"):
+        make_cases(options_of("weak", replicas=2, num_prompts=3), 11)
+
+
+def test_arrangements_are_the_same_work_on_the_same_ranks() -> None:
+    cuts = ((1, 4, 1), (2, 1, 2), (4, 1, 1))
+    options = options_of("arrangements", arrangements=cuts, nodes=(1, 1, 1), batches=(16,))
+    cases = make_cases(options, 32)
+    assert [shape(case) for case in cases] == [
+        ("r1_n4_t1", 16, 32, "4", "4"),
+        ("r2_n1_t2", 16, 32, "1", "8"),
+        ("r4_n1_t1", 16, 32, "1", "4"),
+    ]
+    assert [case.num_ranks for case in cases] == [4, 4, 4]
+    assert [case.arrangement for case in cases] == ["1 × 4 × 1", "2 × 1 × 2", "4 × 1 × 1"]
+    assert [setting(case, "replicas") for case in cases] == ["1", "2", "4"]
+
+
 def test_all_prompts_at_once_need_not_fill_the_slots_equally() -> None:
     (case,) = make_cases(options_of("batch", stages=(4,), batches=(5,)), 5)
     assert shape(case) == ("batch_5", 5, 5, "4", "2")
@@ -89,6 +121,11 @@ def test_all_prompts_at_once_need_not_fill_the_slots_equally() -> None:
         (options_of("strong", batches=(8,)), 8, "a batch of 16 needs as many prompts"),
         (options_of("batch", stages=(3,), batches=(4,)), 8, "choose a multiple of 3"),
         (options_of("batch", stages=(1, 2)), 8, "run it once for each"),
+        (
+            options_of("batch", stages=(2,), batches=(4,), replicas=3, lanes=2),
+            8,
+            "one for each of 3 replicas of 2 stages of 2 lanes: choose a multiple of 3",
+        ),
         (options_of("weak", batches=(1, 2)), 8, "the batch experiment varies it"),
         (options_of("batch", batches=(2, 2)), 8, "batch_2 is asked for twice"),
         (options_of("weak", stages=(1, 9)), 8, "too few for 9 stages"),

@@ -14,7 +14,7 @@ from mpipipe.errors import ConfigError
 from mpipipe.experiments.best import best_config
 from mpipipe.experiments.folder import ExperimentFolder
 from mpipipe.experiments.record import ExperimentName, Matrix
-from mpipipe.experiments.setup import experiment_matrix
+from mpipipe.experiments.setup import experiment_matrix, possible_arrangements
 from mpipipe.experiments.verdict import judge
 from tests.unit.experiment_records import an_experiment, options_of
 
@@ -101,7 +101,7 @@ def test_the_same_command_finds_its_matrix_and_an_edited_file_is_told(tmp_path: 
         (("pipeline.num_slots=2",), {}, "pipeline.num_slots is what the experiment sets"),
         (("output.dir=x",), {}, "output.dir is what the experiment sets"),
         (("pipeline.split=13,13",), {}, "set pipeline.split=auto"),
-        (("pipeline.tensor_parallel=2",), {}, "starts one rank for each stage; set pipeline.tens"),
+        (("pipeline.tensor_parallel=2",), {}, "pipeline.tensor_parallel is what the experiment"),
         (("prompts.path=-",), {}, "write them to a file"),
         (("prompts.path=x.jsonl",), {"prompt_tokens": 4, "num_prompts": 1}, "leave one of them"),
         ((), {"prompt_tokens": 4}, "add --prompts"),
@@ -115,6 +115,32 @@ def test_a_request_that_makes_no_experiment_is_refused(
     with pytest.raises(ConfigError, match=told):
         matrix_of(tmp_path, a_config(tmp_path), *words, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_lanes_of_the_configuration_are_not_overruled_in_silence(tmp_path: Path) -> None:
+    config = a_config(tmp_path, "[pipeline]\ntensor_parallel = 3")
+    with pytest.raises(ConfigError, match="give --tensor-parallel 3, or set"):
+        matrix_of(tmp_path, config)
+    matrix = matrix_of(tmp_path, config, lanes=3)
+    assert {case.num_ranks for case in matrix.cases} == {3, 6}
+
+
+def test_arrangements_are_those_that_the_models_shapes_allow(tmp_path: Path) -> None:
+    config = a_config(tmp_path)
+    assert possible_arrangements(config, (), 2) == ((1, 2, 1), (1, 1, 2), (2, 1, 1))
+    assert possible_arrangements(config, (), 3) == ((1, 3, 1), (3, 1, 1)), "32 heads"
+
+
+def test_the_best_arrangement_is_a_configuration_too(tmp_path: Path) -> None:
+    config, cuts = a_config(tmp_path), ((1, 2, 1), (2, 1, 1))
+    matrix = matrix_of(tmp_path, config, experiment="arrangements", arrangements=cuts, batches=(8,))
+    verdict = judge(matrix, an_experiment(matrix, {"r1_n2_t1": [5.0] * 5, "r2_n1_t1": [9.0] * 5}))
+    place = tmp_path / "out/best.toml"
+    place.write_text(best_config(matrix, verdict, place, extends=config) or "")
+    found = load_config(place).config.pipeline
+    assert (found.replicas, found.num_stages, found.tensor_parallel) == (2, 1, 1)
+    assert (found.num_slots, found.max_sequences_per_slot) == (1, 4)
+    assert "`mpipipe bench arrangements`: r2_n1_t1 made 9.0 tokens/s" in place.read_text()
 
 
 def test_a_prompt_that_cannot_complete_is_named(tmp_path: Path) -> None:
@@ -138,7 +164,7 @@ def test_the_best_batch_is_a_configuration_that_builds_on_the_given_one(tmp_path
     assert (found.generation.seed, found.memory.page_size_tokens) == (3, 32)
     assert (found.generation.max_new_tokens, found.generation.ignore_eos) == (12, False)
     assert found.prompts.path == str(tmp_path / "prompts.jsonl")
-    assert place.read_text().splitlines()[0].endswith("batch 8 made 9.0 tokens/s (9.0 to 9.0).")
+    assert place.read_text().splitlines()[0].endswith("batch_8 made 9.0 tokens/s (9.0 to 9.0).")
 
 
 def test_the_best_batch_of_a_model_folder_names_the_model_and_the_prompts(tmp_path: Path) -> None:

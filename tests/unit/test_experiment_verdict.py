@@ -40,6 +40,29 @@ def test_each_arm_is_compared_with_its_own_smallest_case() -> None:
     assert any("fixed-total_n2" in note and "no difference" in note for note in verdict.notes)
 
 
+def test_arrangements_are_compared_with_the_plain_pipeline_and_the_fastest_is_named() -> None:
+    cuts = ((1, 2, 1), (1, 1, 2), (2, 1, 1))
+    matrix = a_matrix("arrangements", arrangements=cuts, nodes=(1, 1, 1))
+    speeds = {"r1_n2_t1": SAME, "r1_n1_t2": scaled(0.5), "r2_n1_t1": scaled(1.5)}
+    verdict = judge(matrix, an_experiment(matrix, speeds))
+    assert [case.base for case in verdict.cases] == [None, "r1_n2_t1", "r1_n2_t1"]
+    assert verdict.best is not None
+    assert verdict.best.case.name == "r2_n1_t1"
+    assert verdict.cases[2].efficiency == pytest.approx(1.5)
+    assert any("r1_n1_t2: 0.50× r1_n2_t1" in note and "slower" in note for note in verdict.notes)
+    assert verdict.notes[-1] == (
+        "The fastest is r2_n1_t1, replicas × stages × lanes = 2 × 1 × 1: 15.0 tokens/s."
+    )
+    partly = judge(matrix, an_experiment(matrix, speeds)[:-1])
+    assert not any("The fastest" in note for note in partly.notes)
+
+
+def test_replicas_and_lanes_are_ranks_that_a_speedup_is_measured_by() -> None:
+    matrix = a_matrix("weak", stages=(1, 2), replicas=2, lanes=2)
+    records = an_experiment(matrix, {"weak_n1": SAME, "weak_n2": scaled(1.8)})
+    assert judge(matrix, records).cases[1].efficiency == pytest.approx(0.9)
+
+
 def test_two_repeats_are_no_verdict() -> None:
     matrix = a_matrix("strong", batches=(4,), repeat=2)
     speeds = {case.name: [10.0 * case.num_stages] * 2 for case in matrix.cases}

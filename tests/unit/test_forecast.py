@@ -401,6 +401,23 @@ def test_few_pages_keep_prompts_waiting_and_preempt_the_youngest() -> None:
     assert tight.rows_per_slot < roomy.rows_per_slot
 
 
+def test_preempted_sequences_whose_pages_are_moved_are_not_computed_anew() -> None:
+    tight = plan_of((1,), pages=14)
+    anew = followed(tight, [(32, 65)] * 4, Scripted())
+    moving = replace(tight, num_host_pages=100, moved_page_s=0.25)
+    moved = followed(moving, [(32, 65)] * 4, Scripted())
+    assert moved.num_preemptions > 0
+    assert (anew.prefill_s, moved.prefill_s) == (10.0 * (2 + anew.num_preemptions), 20.0)
+    waited_s = moved.decode_s - moved.num_rounds  # a round takes a second
+    pages = waited_s / 0.25
+    assert pages == pytest.approx(round(pages))
+    assert 3 * moved.num_preemptions <= pages <= 7 * moved.num_preemptions
+    few = followed(replace(moving, num_host_pages=2), [(32, 65)] * 4, Scripted())
+    assert few.prefill_s == anew.prefill_s, "no sequence fits"
+    short = followed(replace(moving, min_saved_tokens=1000), [(32, 65)] * 4, Scripted())
+    assert short.prefill_s == anew.prefill_s, "none is long enough"
+
+
 def test_unlike_outputs_leave_rows_empty_at_the_end() -> None:
     lengths = [(16, 20), (16, 40), (16, 60), (16, 80)]
     found = followed(plan_of((1,)), lengths, Scripted(prefill=0.0))

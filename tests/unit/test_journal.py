@@ -17,15 +17,8 @@ import pytest
 
 from mpipipe.errors import OutputError
 from mpipipe.run_folder import journal as journal_module
-from mpipipe.run_folder.journal import (
-    CompletionWriter,
-    KeptRecords,
-    completion_record,
-    decode_line,
-    encode_line,
-    merge,
-    read_journals,
-)
+from mpipipe.run_folder.journal import CompletionWriter, KeptRecords, merge, read_journals
+from mpipipe.run_folder.record_line import completion_json, decode_line, encode_line
 from mpipipe.types import Completion, FinishReason, TokenLogprobs
 
 NAMES = [f"p{i}" for i in range(6)]
@@ -41,13 +34,18 @@ def completion(name: str, text: str = "Größe\n{}", **more: object) -> Completi
     return Completion(**(values | more))  # type: ignore[arg-type]
 
 
+def line_of(ended: Completion) -> bytes:
+    return encode_line(completion_json(ended)) + b"\n"
+
+
 def line(name: str, text: str = "…") -> bytes:
-    return encode_line(completion_record(completion(name, text))) + b"\n"
+    return line_of(completion(name, text))
 
 
 def old_line(name: str, **differs: object) -> bytes:
     """As versions without checksums wrote it."""
-    return json.dumps(completion_record(completion(name)) | differs, ensure_ascii=False).encode()
+    record = json.loads(completion_json(completion(name)))
+    return json.dumps(record | differs, ensure_ascii=False).encode()
 
 
 # ---- a line --------------------------------------------------------------------------------------
@@ -59,23 +57,79 @@ def checks(text: bytes) -> bool:
     return b'%08x"}' % zlib.crc32(body) == rest.rstrip()
 
 
-def test_a_line_is_the_record_with_a_checksum_that_a_plain_reader_ignores() -> None:
-    logprobs = (TokenLogprobs(3, -0.5, ((3, -0.5), (4, -1.0))), TokenLogprobs(4, -0.1))
-    for each in (
-        completion("a"),
-        completion("ü", "", logprobs=logprobs),
-        completion("b", error_kind="too_long", error_message='"x", "crc32": "0"'),
-        completion("\ud800 half a pair", 'says "crc32": "12345678"} \udfff'),
-    ):
-        text = encode_line(completion_record(each))
-        read = json.loads(text)
-        assert re.fullmatch("[0-9a-f]{8}", read.pop("crc32"))
-        assert read == json.loads(json.dumps(completion_record(each)))
-        assert b"\n" not in text
-        assert checks(text)
-        decoded = decode_line(text)
+def as_documented(completion: Completion) -> dict[str, object]:
+    """The record that README.md documents, field by field."""
+    record: dict[str, object] = {"id": completion.request_id}
+    if completion.error_kind is not None:
+        record["error"] = {"kind": completion.error_kind, "message": completion.error_message}
+    record |= {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason.value,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_output_tokens": completion.num_output_tokens,
+        "queue_s": round(completion.queue_s, 6),
+        "ttft_s": round(completion.ttft_s, 6),
+        "latency_s": round(completion.latency_s, 6),
+        "tokens_per_s": round(completion.tokens_per_s, 3),
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [
+            {
+                "token_id": entry.token_id,
+                "logprob": entry.logprob,
+                "top": [{"token_id": i, "logprob": p} for i, p in entry.top],
+            }
+            for entry in completion.logprobs
+        ]
+    return record
+
+
+LOGPROBS = (TokenLogprobs(3, -0.5, ((3, -0.5), (4, -1.0))), TokenLogprobs(4, -0.1))
+COMPLETIONS = (
+    completion("a"),
+    completion("", "", token_ids=(), latency_s=0.0),
+    completion("ü", "", logprobs=LOGPROBS),
+    completion("no", "none was taken", logprobs=()),
+    completion("b", error_kind="too_long", error_message='"x", "crc32": "0"'),
+    completion('q"u\\o\nte', '", "num_output_tokens": 9, "crc32": "0"}', queue_s=1e-6, ttft_s=2e10),
+    completion("\ud800 half a pair", 'says "crc32": "12345678"} \udfff \x00\x1f\x7f\u2028'),
+)
+
+
+@pytest.mark.parametrize("each", COMPLETIONS)
+def test_a_line_is_the_record_with_a_checksum_that_a_plain_reader_ignores(each: Completion) -> None:
+    assert completion_json(each) == json.dumps(as_documented(each), ensure_ascii=False)
+    text = encode_line(completion_json(each))
+    read = json.loads(text)
+    assert re.fullmatch("[0-9a-f]{8}", read.pop("crc32"))
+    assert read == json.loads(json.dumps(as_documented(each)))
+    assert b"\n" not in text
+    assert checks(text)
+    decoded = decode_line(text)
+    assert decoded is not None
+    assert (decoded.prompt_id, decoded.has_failed) == (each.request_id, bool(each.error_kind))
+    assert decoded.num_output_tokens == each.num_output_tokens
+    assert decoded.checksum == zlib.crc32(text)
+
+
+def test_a_line_with_a_checksum_may_have_its_fields_in_any_order() -> None:
+    for each in COMPLETIONS:
+        turned = dict(reversed(as_documented(each).items()))
+        decoded = decode_line(encode_line(json.dumps(turned, ensure_ascii=False)))
+        ours = decode_line(encode_line(completion_json(each)))
         assert decoded is not None
-        assert (decoded.prompt_id, decoded.has_failed) == (each.request_id, bool(each.error_kind))
+        assert ours is not None
+        assert decoded._replace(checksum=0) == ours._replace(checksum=0)
+
+
+def test_completions_that_are_written_together_are_lines_of_their_own(tmp_path: Path) -> None:
+    together = [completion(name) for name in NAMES]
+    with CompletionWriter(tmp_path, 0) as writer:
+        writer.write(*together[:4])
+        writer.write(*together[4:])
+    assert writer.path.read_bytes() == b"".join(map(line_of, together))
+    assert merge(tmp_path, INDEX_OF, writer.written).read_bytes() == writer.path.read_bytes()
 
 
 def test_every_flipped_bit_is_found() -> None:

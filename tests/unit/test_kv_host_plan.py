@@ -12,7 +12,9 @@ from mpipipe.errors import PlanError
 from mpipipe.planning.cost import kv_page_bytes
 from mpipipe.planning.explain import plan_lines
 from mpipipe.planning.links import compute_ceilings
+from mpipipe.planning.offload_search import RankRoom
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.rank_rooms import rank_rooms
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.workload import Workload
@@ -180,7 +182,13 @@ def test_a_cache_without_pages_moves_none() -> None:
 # ---- the cache of some layers in host memory -----------------------------------------------------
 
 
-def small(kv_host_bytes: int | str = 70 * GIB, **fields: Any) -> PipelinePlan:
+def small(
+    kv_host_bytes: int | str = 70 * GIB,
+    *,
+    num_output_tokens: int = 256 * 128,
+    link_generation: int = 3,
+    **fields: Any,
+) -> PipelinePlan:
     """A model of 12.6 GiB on a device of 4 GiB, whose cache is what limits its rows."""
     memory = MemoryConfig(device_bytes=4 * GIB, kv_host_bytes=kv_host_bytes)
     memory = replace(memory, **fields)
@@ -188,10 +196,12 @@ def small(kv_host_bytes: int | str = 70 * GIB, **fields: Any) -> PipelinePlan:
         num_requests=256,
         longest_request_tokens=640,
         num_prompt_tokens=256 * 512,
-        num_output_tokens=256 * 128,
+        num_output_tokens=num_output_tokens,
     )
     config = Config(memory=memory, pipeline=PipelineConfig(device="cuda"))
-    return make_plan(config, OPENLLAMA_7B, gpus(1, host=100 * GIB), "/models/m", workload)
+    (rank,) = gpus(1, host=100 * GIB)
+    rank = replace(rank, gpu=replace(rank.gpu, link_generation=link_generation))
+    return make_plan(config, OPENLLAMA_7B, [rank], "/models/m", workload)
 
 
 def layers_reason(made: PipelinePlan) -> str:
@@ -235,6 +245,25 @@ def test_device_and_host_hold_what_is_planned() -> None:
         assert in_host + stage.offload.host_bytes <= 98.5 * GIB
 
 
+def test_weights_and_cache_in_host_memory_may_each_be_what_is_asked_for_of_them() -> None:
+    def room(**asked: Any) -> RankRoom:
+        (found,) = rank_rooms(
+            MemoryConfig(**asked),
+            ranks := gpus(1, host=100 * GIB),
+            ranks,
+            on_gpus=True,
+            num_threads=1,
+        )
+        return found
+
+    assert room().pool_bytes == pytest.approx(70 * GIB, rel=0.005)
+    both = room(host_bytes=45 * GIB, kv_host_bytes=45 * GIB)
+    assert both.pool_bytes == pytest.approx(90 * GIB, rel=0.005)
+    assert room(host_bytes=80 * GIB).pool_bytes == pytest.approx(80 * GIB, rel=0.005)
+    more = room(host_bytes=80 * GIB, kv_host_bytes=80 * GIB)
+    assert more.pool_bytes == pytest.approx(98.5 * GIB, rel=0.005)
+
+
 def test_layers_that_are_spread_leave_the_first_ones_on_the_device() -> None:
     (stage,) = small().stages
     assert stage.kv_in_host is not None
@@ -247,11 +276,18 @@ def test_a_cache_whose_size_is_asked_for_stays_on_the_device() -> None:
     assert small(kv_cache_bytes=GIB).stages[0].kv_in_host is None
 
 
-def test_no_layers_cache_leaves_the_device_unasked() -> None:
-    """What kernels reach over the link was not timed on a GPU."""
+def test_by_itself_only_where_weights_are_streamed_and_pinning_pays() -> None:
     made = small("auto")
-    assert made.stages[0].kv_in_host is None
-    assert not layers_reason(made)
+    assert made.stages[0].kv_in_host is not None
+    assert "with all of it on the devices" in layers_reason(made)
+    assert layers_reason(made) == layers_reason(small())
+    whole = plan(gpus(1))
+    assert whole.stages[0].offload is None
+    assert whole.stages[0].kv_in_host is None
+    assert small("auto", link_generation=5).stages[0].kv_in_host is not None
+    short = small("auto", link_generation=5, num_output_tokens=256)
+    assert short.stages[0].kv_in_host is None
+    assert "all of the KV cache is on the devices" in layers_reason(short)
 
 
 def test_where_it_gains_nothing_the_plan_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -313,12 +314,8 @@ def test_what_makes_a_run_no_faster_is_not_advised() -> None:
         for work in ((512, 100, 30), (4000, 8, 8), (4, 1000, 30)):
             tried = replace(memory, device_bytes=mib * 2**20)
             told = reasons(plan(t4(1), tried, work=work)).get("memory.offload", "")
-            rates = [
-                float(clause.split(" tokens/s")[0].split()[-1].replace(",", ""))
-                for clause in told.split("; ")
-                if "tokens/s predicted" in clause
-            ]
-            assert all(rate >= 1.02 * rates[0] for rate in rates[1:]), told
+            gains = re.findall(r"([\d.]+) times as fast", told)
+            assert all(float(gain) >= 1.02 for gain in gains), told
 
 
 def test_stages_that_are_alike_are_placed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,11 +327,11 @@ def test_stages_that_are_alike_are_placed_once(monkeypatch: pytest.MonkeyPatch) 
         return place_stage(*arguments)
 
     monkeypatch.setattr(offload_search, "place_stage", counted)
-    large = replace(OPENLLAMA_7B, num_layers=320)
+    large = replace(OPENLLAMA_7B, num_layers=160)
     numbers = []
-    for num_ranks in (4, 8):
+    for num_ranks in (2, 4):
         calls.clear()
-        assert plan(t4(num_ranks, memory=400 * GIB), spec=large).stages[1].offload is not None
+        assert plan(t4(num_ranks, memory=200 * GIB), spec=large).stages[1].offload is not None
         numbers.append(len(calls))
     assert numbers[1] <= numbers[0]
 

@@ -63,7 +63,7 @@ def placed(
     return place_stage(model, shape, room, StepWork(rows, 300.0), SPEED)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(specs, shapes, sizes, sizes, st.booleans(), st.integers(1, 512), st.booleans())
 def test_a_stage_keeps_to_its_room_and_places_every_layer_once(
     spec: ModelSpec,
@@ -103,7 +103,7 @@ def test_a_stage_keeps_to_its_room_and_places_every_layer_once(
     )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(specs, shapes, sizes, sizes, sizes, st.booleans())
 def test_more_room_makes_no_step_longer(
     spec: ModelSpec, ends: tuple[bool, bool], device: int, host: int, more: int, disk: bool
@@ -119,7 +119,7 @@ def test_more_room_makes_no_step_longer(
         assert after.forecast.step_s <= before.forecast.step_s * slack + 1e-12
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(3, 40), sizes, sizes, st.sampled_from(["host", "disk"]))
 def test_more_device_bytes_never_stream_more(
     layers: int, device: int, more: int, tier: str

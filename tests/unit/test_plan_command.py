@@ -245,6 +245,24 @@ def test_reasons_are_told_when_asked_for(capsys: pytest.CaptureFixture[str]) -> 
     assert "fits 2 x t4" in told
 
 
+def test_numbers_that_the_cards_lack_are_replaced_and_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["model.dtype=bfloat16", "model.weights=random"]
+    work = {"gpus": "h100, t4", "work": "64x512x128"}
+    assert plan_command(OPENLLAMA_7B, asked, PlanRequest(**work)) == 0
+    told = capsys.readouterr().out
+    assert "32 layers), float16: fits h100, t4" in told
+    assert "needs       model.dtype=float16: T4 cannot compute in bfloat16" in told
+    found = answer(capsys, OPENLLAMA_7B, *asked, **work)
+    in_half = answer(capsys, OPENLLAMA_7B, asked[1], "model.dtype=float16", **work)
+    assert found["forecast"] == in_half["forecast"]
+    assert plan_command(OPENLLAMA_7B, asked, PlanRequest(gpus="2 x l4", work="64x512x128")) == 0
+    told = capsys.readouterr().out
+    assert "bfloat16: fits" in told
+    assert "needs" not in told
+
+
 def test_the_configuration_does_not_say_which_devices_are_described(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

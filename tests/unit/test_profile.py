@@ -155,6 +155,8 @@ def test_a_brief_stays_within_the_plan_the_model_and_the_memory() -> None:
     brief = Brief.of(short, a_plan(), 26)
     assert max(shape.num_cached + shape.length for shape in brief.prompts) < 256
     assert max(shape.context_tokens for shape in brief.decodes) < 256
+    # What a key costs in a large step follows from as many tokens in short prompts and in one.
+    assert {(7, 32), (1, 224)} <= {(shape.num_sequences, shape.length) for shape in brief.prompts}
 
 
 # ---- what is made of it --------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_ids_are_unique_and_the_first_whole_line_has_its_own(
         _FoundPrompt(number, prompt_id, {} if is_whole else None)
         for number, (prompt_id, is_whole) in enumerate(said, start=1)
     ]
-    own = _own_ids(lines)
+    own, _ = _own_ids(lines)
     assert len(set(own)) == len(own) == len(lines)
     for prompt_id in {line.prompt_id for line in lines} - {None}:
         first = [line for line in lines if line.prompt_id == prompt_id and line.fields == {}]

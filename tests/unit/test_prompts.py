@@ -140,6 +140,31 @@ def test_overrides_do_not_leak_to_the_next_line(tmp_path: Path) -> None:
     assert [x.sampling.max_new_tokens for x in lines if x.sampling] == [1, 20]
 
 
+def test_lines_that_ask_for_the_same_are_judged_alike_each_with_its_seed(tmp_path: Path) -> None:
+    """What was judged once is remembered: 1, true and 1.0 are three different things."""
+    asked: list[dict[str, Any]] = [
+        {"max_tokens": 1, "stop": ["x"]}, {"max_tokens": True, "stop": ["x"]},
+        {"max_tokens": 1.0, "stop": ["x"]}, {"max_tokens": 1, "stop": ["x"], "seed": 5},
+        {"max_tokens": 1, "stop": ["y"]}, {"max_tokens": 1, "stop": ["x"], "n": 1},
+        {"max_tokens": 1, "stop": ["x"], "n": 2}, {},
+    ]  # fmt: skip
+    alone = [
+        read(tmp_path, {"id": str(i), "prompt": "a", **more})[0] for i, more in enumerate(asked)
+    ]
+    twice = [{"id": str(i), "prompt": "a", **more} for i, more in enumerate(asked + asked)]
+    together = read(tmp_path, *twice)
+    for line in together:
+        one = alone[line.index % len(asked)]
+        assert (line.error is None) is (one.error is None)
+        if line.sampling is None or one.sampling is None:
+            assert line.sampling is one.sampling
+            continue
+        seed = line.sampling.seed
+        assert seed == (5 if line.index % len(asked) == 3 else prompt_seed(11, line.prompt_id))
+        assert line.sampling == one.sampling.replace(seed=seed)
+    assert [line.index for line in together if line.error] == [1, 2, 6, 9, 10, 14]
+
+
 def test_a_bad_line_keeps_its_id_for_the_record(tmp_path: Path) -> None:
     lines = read(tmp_path, {"id": "a", "prompt": ""}, b"{", {"id": "b", "prompt": "x", "zz": 1})
     assert [x.prompt_id for x in lines] == ["a", "2", "b"]

@@ -11,7 +11,7 @@ import pytest
 
 from mpipipe.errors import OutputError
 from mpipipe.logs.reading import RunFiles
-from mpipipe.metrics.lines import request_fields, step_line
+from mpipipe.metrics.lines import request_line, step_line
 from mpipipe.plain_values import to_json
 from mpipipe.simulation.recorded_run import RecordedTimes, read_recorded_run
 from mpipipe.simulation.simulate import ReplicaPlan, Simulation, SimulationOptions, simulate_job
@@ -62,8 +62,8 @@ def write_run(folder: Path, simulation: Simulation) -> RunFiles:
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with (folder / "requests.jsonl").open("w") as file:
         for record in simulation.requests:
-            line = {**IDENTITY, "t_s": 0.0, **request_fields(record, token_times=False)}
-            file.write(json.dumps(line) + "\n")
+            start = json.dumps(IDENTITY)[:-1]
+            file.write(request_line(start, record, record.gaps_s(), token_times=False))
     return RunFiles(folder)
 
 

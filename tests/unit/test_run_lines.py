@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -16,9 +17,8 @@ from mpipipe.metrics.gap_histogram import GapHistogram
 from mpipipe.metrics.identity import RunIdentity
 from mpipipe.metrics.lines import (
     RequestRecord,
-    json_line,
     line_start,
-    request_fields,
+    request_line,
     step_line,
 )
 from mpipipe.metrics.summary import percentile
@@ -85,8 +85,12 @@ def completion(error_kind: str | None = None) -> Completion:
 
 def test_the_line_of_a_request_has_its_life() -> None:
     ended = RequestRecord(completion(), 1, 10.0, 10.5, 14.5, 2, (11.0, 12.0, 14.0))
-    fields = request_fields(ended, 3, token_times=False)
+    line = request_line(START, ended, ended.gaps_s(), replica=3, token_times=False)
+    assert line.endswith("}\n")
+    fields = json.loads(line)
     assert fields == {
+        **IDENTITY.fields(),
+        "t_s": 14.5,
         "id": "p1",
         "index": 4,
         "on_replica": 3,
@@ -106,18 +110,24 @@ def test_the_line_of_a_request_has_its_life() -> None:
         "finish_reason": "length",
         "error_kind": None,
     }
-    times = request_fields(ended, 3, token_times=True)
-    assert times == {**fields, "token_s": [11.0, 12.0, 14.0]}
-    line = json_line(START, 14.5, fields)
-    assert json.loads(line) == {**IDENTITY.fields(), "t_s": 14.5, **fields}
+    times = request_line(START, ended, ended.gaps_s(), replica=3, token_times=True)
+    assert json.loads(times) == {**fields, "token_s": [11.0, 12.0, 14.0]}
+
+
+def test_the_line_of_a_request_whose_id_needs_escapes_is_one_line() -> None:
+    ended = replace(completion(), request_id='a "b"\n\\')
+    line = request_line(START, RequestRecord.refused(ended, 3.0), (), token_times=False)
+    assert line.count("\n") == 1
+    assert json.loads(line)["id"] == ended.request_id
 
 
 def test_a_refused_prompt_has_no_times_but_its_end() -> None:
     refused = RequestRecord(completion("too_long"), None, None, None, 3.0, 0, ())
-    fields = request_fields(refused, token_times=True)
+    fields = json.loads(request_line(START, refused, (), token_times=True))
     assert fields["error_kind"] == "too_long"
     assert fields["token_s"] == []
     unknown = {name for name, value in fields.items() if value is None}
+    unknown -= IDENTITY.fields().keys()
     assert unknown == {
         "slot", "arrived_s", "admitted_s", "first_token_s", "queue_s", "ttft_s", "latency_s",
         "itl_p50_s", "itl_p95_s",

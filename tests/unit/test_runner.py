@@ -214,6 +214,21 @@ def outcome(completion: Completion) -> tuple[list[int], str, FinishReason]:
     return list(completion.token_ids), completion.text, completion.finish_reason
 
 
+def test_the_longest_expected_outputs_start_first_and_equal_ones_as_they_come() -> None:
+    limits = (2, 9, 2, 30, 9, 2, 30)
+    wanted = [
+        replace(request, sampling=request.sampling.replace(max_new_tokens=limit))
+        for request, limit in zip(requests(len(limits)), limits, strict=True)
+    ]
+    pipeline = Pipeline()
+    complete(make_core("phases"), wanted, pipeline)
+    started = [
+        wanted.index(next(r for r in wanted if r.prompt_ids == o.prompt_ids))
+        for o in sorted(pipeline.opened, key=lambda opened: opened.sequence_id)
+    ]
+    assert started == [3, 6, 1, 4, 0, 2, 5]
+
+
 def test_the_log_tells_each_admission_and_what_page_pressure_undid() -> None:
     events = Events()
     core = make_core("mixed", num_pages=14)

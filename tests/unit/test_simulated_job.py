@@ -32,7 +32,7 @@ lengths = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     requests=st.lists(lengths, min_size=1, max_size=20),
     num_stages=st.integers(1, 4),

@@ -140,6 +140,7 @@ def test_names_of_gpt2_and_a_null_inner_size(tmp_path: Path) -> None:
             {"model_type": "qwen2_moe", "num_experts": 60, "moe_intermediate_size": 1408},
             60 * 9600 * 1408,
         ),
+        ({"model_type": "aria_text", "moe_num_experts": 4}, 4 * 3 * 3200 * 8640),
     ],
 )
 def test_all_experts_of_a_layer_are_counted(
@@ -225,6 +226,9 @@ def test_an_unstated_dtype_is_that_of_the_safetensors_file(tmp_path: Path) -> No
         ({"model_type": "gpt_neo"}, UnsupportedModelError, "embeds positions"),
         ({"model_type": "xglm"}, UnsupportedModelError, "embeds positions"),
         ({"model_type": "rwkv", "num_attention_heads": "absent"}, UnsupportedModelError, "RWKV"),
+        ({"model_type": "minicpm3"}, UnsupportedModelError, "keys and values of several sizes"),
+        ({"model_type": "granite_swa"}, UnsupportedModelError, "a learned sink"),
+        ({"model_type": "doge"}, UnsupportedModelError, "chooses the keys"),
         ({"model_type": "bert"}, UnsupportedModelError, "is an encoder"),
         ({"architectures": ["BertForMaskedLM"]}, UnsupportedModelError, "BertForMaskedLM"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),

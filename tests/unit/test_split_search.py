@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from mpipipe.config.schema import Config, ModelConfig, PipelineConfig
+from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.known_times import KnownTimes
+from mpipipe.planning.offload_advice import offload_cost
 from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.rate_times import with_offload
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.split_search import search_split, split_by_speed
 from mpipipe.planning.workload import Workload
@@ -147,6 +149,28 @@ def test_a_split_that_is_asked_for_and_unknown_lengths_are_left_alone() -> None:
     assert split_of(planned(6.0, DECODING, asked)) == [20, 5, 5]
     unknown = replace(DECODING, lengths=())
     assert planned(6.0, unknown) == make_plan(CONFIG, SMOL, RANKS, "/m", unknown)
+
+
+def test_what_is_said_of_offload_goes_by_measured_times_too() -> None:
+    memory = MemoryConfig(device_bytes=150 * 2**20, offload_dir="/scratch/o")
+    config = replace(CONFIG, memory=memory)
+    (by_rates,) = plan_job(config, SMOL, RANKS, "/m", DECODING, times=known(9.0))
+    plan = planned(9.0, DECODING, config)
+    steps = known(9.0)(SMOL, plan, RANKS).steps
+    for stage, reckoned in zip(plan.stages, by_rates.stages, strict=True):
+        assert stage.offload is not None
+        assert reckoned.offload is not None
+        forecast = stage.offload.forecast
+        alone = replace(stage, offload=None)
+        assert forecast.compute_s == steps.decode_s(alone, forecast.rows, 116.5)
+        assert forecast.compute_s != reckoned.offload.forecast.compute_s
+        assert forecast.disk_s == reckoned.offload.forecast.disk_s > 0
+        step_s = with_offload(stage.offload, forecast.compute_s, forecast.rows)
+        assert step_s == pytest.approx(forecast.step_s)
+    cost = note_of(plan, "memory.offload")
+    assert cost.value == offload_cost([s.offload.forecast for s in plan.stages if s.offload])
+    assert cost.reason == note_of(by_rates, "memory.offload").reason
+    assert "tokens/s" not in cost.reason, "the forecast says so, by measured times"
 
 
 @pytest.mark.parametrize(("gib", "fewest", "most"), [(80, 19, 19), (15, 16, 18)])

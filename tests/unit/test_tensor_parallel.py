@@ -184,3 +184,18 @@ def test_lanes_halve_a_step_but_for_what_they_add_up() -> None:
     slow = replace(both, near=replace(both.near, bytes_per_s=1e9))
     prompts_s = [times.prefill_s(two.stages[0], 4096, 256.0) for times in (both, slow)]
     assert prompts_s[1] > 4 * prompts_s[0]
+
+
+def test_lanes_on_cpus_take_the_time_of_two_sums_of_all_parts_a_layer() -> None:
+    world = ranks(*"aaa")
+    made = plan(world, pipeline=THREE)
+    times, (stage,), rows = rate_times(SMOL, made, world), made.stages, 8
+    alone = replace(times, num_lanes=1)
+    sum_s = 0.17e-3 + 2 * rows * SMOL.hidden_size * 4 / 1.5e9
+    for both, one in (
+        (times.decode_s(stage, rows, 100.0), alone.decode_s(stage, rows, 100.0)),
+        (times.prefill_s(stage, rows, 4.0), alone.prefill_s(stage, rows, 4.0)),
+    ):
+        assert both - one == pytest.approx(2 * SMOL.num_layers * sum_s)
+    headless = replace(times, spec=replace(times.spec, head_rows=0))
+    assert headless.decode_s(stage, rows, 100.0) != times.decode_s(stage, rows, 100.0)

@@ -16,7 +16,9 @@ echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
 echo "said $*"
 [ "${!#}" != "$FAILS" ] || exit 7
 """
-REST = "unit,contract,mpi-1,mpi-2,mpi-4,e2e,chaos,slowed,page,slurm"
+FIRST = "unit,contract"
+REST = "mpi-1,mpi-2,mpi-4,e2e,chaos,slowed,page"
+ALL = ("lint", "type", "slurm", FIRST, REST)
 
 
 def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int, str, list[str]]:
@@ -45,17 +47,17 @@ def test_all_environments_run_and_the_shared_one_is_made_once(tmp_path: Path) ->
     code, said, calls = run(tmp_path)
     assert code == 0, said
     full = "brings full up to date: run --notest -e full"
-    # Lint begins beside the installation, types beside the suites: nothing orders these.
-    assert sorted(calls) == sorted(
-        [full, "brings full up to date: run -e lint", ": run -e type", f": run -e {REST}"]
-    )
-    for after in (": run -e type", f": run -e {REST}"):
+    # Lint begins beside the installation, types and Slurm beside the first suites.
+    beside = [f": run -e {name}" for name in ("type", "slurm", FIRST, REST)]
+    assert sorted(calls) == sorted([full, "brings full up to date: run -e lint", *beside])
+    for after in beside:
         assert calls.index(full) < calls.index(after)
-    for environment in ("lint", "type", REST):
+    assert calls[-1] == f": run -e {REST}", "nothing runs beside what knows time limits"
+    for environment in ALL:
         assert f"said run -e {environment}\n" in said
 
 
-@pytest.mark.parametrize("fails", ["lint", "full", "type", REST])
+@pytest.mark.parametrize("fails", ["full", *ALL])
 def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path) -> None:
     code, said, calls = run(tmp_path, fails=fails)
     assert code == 7, said
@@ -63,7 +65,7 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
         assert not [call for call in calls if call.startswith(": ")], "nothing runs without it"
     else:
         assert f"said run -e {fails}" in said
-        assert len(calls) == 4
+        assert len(calls) == 1 + len(ALL)
 
 
 def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
@@ -71,7 +73,8 @@ def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
 ) -> None:
     off = {"MPIPIPE_PAGE_TESTS": "off", "MPIPIPE_SLURM_TESTS": "off"}
     _, _, calls = run(tmp_path / "off", **off)
-    assert f": run -e {REST.removesuffix(',page,slurm')}" in calls
+    assert f": run -e {REST.removesuffix(',page')}" in calls
+    assert not [call for call in calls if "slurm" in call]
     _, _, calls = run(tmp_path / "named", "unit,mpi-2")
     assert calls == ["brings full up to date: run -e unit,mpi-2"]
     assert run(tmp_path / "failing", "unit", fails="unit")[0] == 7

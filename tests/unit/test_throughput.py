@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mpipipe.bench.workloads import BenchWork, bench_requests, warm_up_requests
+from mpipipe.bench.workloads import (
+    BenchWork,
+    bench_requests,
+    least_warm_up_requests,
+    warm_up_requests,
+)
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.errors import ConfigError
@@ -14,6 +19,7 @@ from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.summary import RankReport
 from mpipipe.metrics.throughput import FloorTimes, JobTiming, reports_since, throughput_record
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.plan import StageOffload
 from mpipipe.types import Completion, FinishReason
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
@@ -45,14 +51,18 @@ def report(stage: int, steps: int, compute_s: float, idle_s: float) -> RankRepor
 # ---- works ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["512x512x128", "1×20×3", "64xmixed"])
+@pytest.mark.parametrize(
+    "text", ["512x512x128", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"]
+)
 def test_a_work_reads_back_as_it_is_named(text: str) -> None:
     work = BenchWork.parse(text)
     assert BenchWork.parse(work.name) == work
     assert work.name == text.replace("×", "x")
 
 
-@pytest.mark.parametrize("text", ["512x512", "axbxc", "0x5x5", "5x5x0", "", "0xmixed", "-1x2x3"])
+@pytest.mark.parametrize(
+    "text", ["512x512", "axbxc", "0x5x5", "5x5x0", "", "0xmixed", "-1x2x3", "9xmixedxtail"]
+)
 def test_a_wrong_work_is_told(text: str) -> None:
     with pytest.raises(ConfigError, match="work"):
         BenchWork.parse(text)
@@ -65,6 +75,24 @@ def test_mixed_lengths_are_seeded_and_stay_in_their_ranges() -> None:
     assert all(64 <= tokens_in <= 1024 and 16 <= out <= 256 for tokens_in, out in lengths)
     assert max(sum(pair) for pair in lengths) <= work.longest_tokens
     assert len({tokens_in for tokens_in, _ in lengths}) > 200
+
+
+def test_a_heavy_tail_has_few_outputs_that_are_much_longer() -> None:
+    work = BenchWork.parse("2000x512x64xtail")
+    lengths = work.lengths(0)
+    assert {tokens_in for tokens_in, _ in lengths} == {512}
+    assert sorted(out for _, out in lengths) == [64] * 1980 + [1280] * 20
+    assert work.longest_tokens == 512 + 1280
+    assert lengths != work.lengths(1)
+    assert max(BenchWork.parse("3x512x64xtail").lengths(0)) == (512, 1280)
+
+
+@pytest.mark.parametrize("text", ["512xmixed", "301x512x64xtail"])
+def test_even_lengths_are_the_same_tokens(text: str) -> None:
+    lengths, even = BenchWork.parse(text).lengths(3), BenchWork.parse(f"{text}xeven").lengths(3)
+    for given, found in zip(zip(*lengths, strict=True), zip(*even, strict=True), strict=True):
+        assert (len(given), sum(given)) == (len(found), sum(found))
+        assert max(found) - min(found) <= 1
 
 
 def test_requests_are_greedy_random_and_ordinary() -> None:
@@ -90,6 +118,17 @@ def test_a_warm_up_has_the_rows_of_its_work_and_costs_little() -> None:
     assert len(requests[0].prompt_ids) == 512
     assert sum(len(request.prompt_ids) for request in requests) <= 65_536 + 512
     assert max(request.sampling.max_new_tokens for request in requests) == 8
+
+
+def test_a_warm_up_whose_weights_come_from_a_disk_is_two_steps() -> None:
+    work = BenchWork(512, 512, 128)
+    (request,) = least_warm_up_requests(work, LLAMA3, 0)
+    assert (len(request.prompt_ids), request.sampling.max_new_tokens) == (64, 2)
+    (short,) = least_warm_up_requests(BenchWork(3, 5, 1), LLAMA3, 0)
+    assert (len(short.prompt_ids), short.sampling.max_new_tokens) == (5, 1)
+    assert StageOffload(disk_layers=(3,)).reads_disk
+    assert StageOffload(head="disk").reads_disk
+    assert not StageOffload(host_layers=(3,), embedding="disk").reads_disk
 
 
 # ---- the record ----------------------------------------------------------------------------------

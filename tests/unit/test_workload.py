@@ -26,6 +26,12 @@ def test_the_use_of_a_run_is_the_union_over_its_requests() -> None:
     assert SamplingUse.of([GREEDY.replace(top_k=4)]) == SamplingUse()  # a filter of a greedy one
 
 
+def test_a_seed_of_its_own_makes_no_prompt_another_kind() -> None:
+    seeded = [kind.replace(seed=seed) for seed in range(9) for kind in (GREEDY, DRAWN)]
+    assert SamplingUse.of(seeded) == SamplingUse(SamplingNeeds.DRAW)
+    assert SamplingUse.of([GREEDY.replace(seed=7)]) == SamplingUse()
+
+
 def test_one_kind_of_step_serves_all_and_a_second_one_the_plain_requests() -> None:
     assert SamplingUse.of([GREEDY]).kinds == (NOTHING,)
     drawn = (SamplingNeeds.DRAW, False)
