@@ -376,6 +376,7 @@ class _Resolver:
         pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
         num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
         lookahead, prefill = self._scheduling_mode()
+        sharing = max_sharing_tokens(self.decisions, spec.rotary, limits.max_context_tokens)
         # Only steps that are sent ahead need tables that are no wider than the run's requests.
         longest_tokens = demand.longest_tokens if lookahead else limits.max_context_tokens
         return PipelinePlan(
@@ -405,9 +406,7 @@ class _Resolver:
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
             max_sequence_tokens=longest_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
-            max_sharing_tokens=max_sharing_tokens(
-                self.decisions, spec.rotary, limits.max_context_tokens
-            ),
+            max_sharing_tokens=sharing,
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
