@@ -184,7 +184,7 @@ async def _do(job: Job, joined: Joined[list[PromptLine]]) -> int:
             job.files.post(lambda: _tell_stop(job))
 
         async with watch_for_stop(ranks, stop), _steps_told(ranks, job.page):
-            exit_code = await _run(job, session, prepared)
+            exit_code = await _run(job, session, prepared.prompts)
         job.files.close()  # not before: a stop may come until here
         return exit_code
 
@@ -240,8 +240,7 @@ def _tell_plan(job: Job, session: Session, prompts: PreparedPrompts, problem: st
     job.view.planned(session.plan, [*warnings, problem] if problem else warnings)
 
 
-async def _run(job: Job, session: Session, prepared: Prepared) -> int:
-    prompts = prepared.prompts
+async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
     loaded, folder = job.loaded, job.acquired.folder
     problem = profiler_problem(loaded.config.profile.tool, os.environ, host_name())
     if problem:
@@ -254,8 +253,9 @@ async def _run(job: Job, session: Session, prepared: Prepared) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     predicting = session.predicting()
-    lengths = prompts.lengths(session.plan.max_context_tokens)
-    planned = predicting(lengths, prepared.workload.shared_ratio)
+    planned = predicting(
+        prompts.lengths(session.plan.max_context_tokens), session.expected_shared_ratio
+    )
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
@@ -264,6 +264,7 @@ async def _run(job: Job, session: Session, prepared: Prepared) -> int:
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     requests = all_requests(job, tally, prompts.num_prompts)
+    shared_ratio = tally.shared_ratio(session.num_shared_tokens)
     summary = summarize(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
@@ -276,9 +277,7 @@ async def _run(job: Job, session: Session, prepared: Prepared) -> int:
         itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,
         planned=planned,
-        predicted=None
-        if requests.num_unfinished
-        else predicting(tally.lengths, tally.shared_ratio(session.num_shared_tokens)),
+        predicted=None if requests.num_unfinished else predicting(tally.lengths, shared_ratio),
     )
     return await share_exit_code(job.ranks, await report(job, summary), _EXIT_DEADLINE_S)
 

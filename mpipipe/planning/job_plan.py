@@ -58,10 +58,7 @@ def plan_job(
     if not workload.lengths:
         return plans
     known = [times(spec, plan, ranks) for plan in plans]
-    steps, shape = (
-        [each.steps for each in known],
-        JobShape.of(workload.lengths, workload.shared_ratio),
-    )
+    steps, shape = [each.steps for each in known], _shape(workload)
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
 
@@ -84,6 +81,10 @@ def plan_job(
     shared = (_with_shares(plan, forecasts[best]) for plan in plans)
     context = itertools.repeat(shape.mean_context_tokens)
     return tuple(map(_as_measured, shared, known, context))
+
+
+def _shape(workload: Workload) -> JobShape:
+    return JobShape.of(workload.lengths, workload.shared_ratio)
 
 
 def _split(plan: PipelinePlan) -> _Split:

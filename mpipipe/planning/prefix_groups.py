@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpipipe.checkpoint.families import RotaryFacts
+from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.plan import Decisions
+from mpipipe.planning.step_limits import StepLimits
 
 __all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups"]
 
@@ -22,17 +23,17 @@ Prompt = tuple[int, ...] | bytes
 _GROUP_PART = 0.5  # of its tokens that the prompts of a group have in common, at least
 
 
-def max_sharing_tokens(decisions: Decisions, rotary: RotaryFacts, max_context_tokens: int) -> int:
+def max_sharing_tokens(decisions: Decisions, spec: ModelSpec, limits: StepLimits) -> int:
     """`PipelinePlan.max_sharing_tokens`; the contiguous cache has no pages to share."""
-    memory, limit = decisions.config.memory, rotary.max_equal_tokens
+    memory, limit = decisions.config.memory, spec.rotary.max_equal_tokens
     if not memory.share_prefixes or memory.kv_cache != "paged":
         return 0
-    if limit is None or limit >= max_context_tokens:
-        return max_context_tokens
+    if limit is None or limit >= limits.max_context_tokens:
+        return limits.max_context_tokens
     decisions.note(
         "memory.share_prefixes",
         f"up to {limit} tokens",
-        f"the rotary embedding ({rotary.kind}) of longer prompts depends on how long they are",
+        f"the rotary embedding ({spec.rotary.kind}) of longer prompts depends on how long they are",
     )
     return limit
 

@@ -108,6 +108,7 @@ class Session:
         self._model = boot.model
         self._tokenizer = tokenizer = boot.prepared.tokenizer
         self._decode = boot.prepared.decode
+        self.expected_shared_ratio = boot.prepared.workload.shared_ratio  # as `Workload` has it
         self._special = SpecialTokens(tokenizer.special_tokens if tokenizer else {})
         self._log = boot.log
         self._worker = worker
