@@ -19,8 +19,8 @@ SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-pytho
 # Fields of the plan, by their names.
 _PLANNED = (
     "dtype", "num_replicas", "num_slots", "max_sequences_per_slot", "max_tokens_per_step",
-    "num_kv_pages", "num_host_pages", "page_size_tokens", "transport", "attention", "lookahead",
-    "prefill", "weights",
+    "num_kv_pages", "num_host_pages", "page_size_tokens", "max_sharing_tokens", "transport",
+    "attention", "lookahead", "prefill", "weights",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def environment(session: Session) -> dict[str, Any]:
         "num_preemptions": session.num_preemptions,
         "num_saved": session.num_saved,
         "drafts": asdict(session.drafts),
+        "num_shared_tokens": session.num_shared_tokens,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

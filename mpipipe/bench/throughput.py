@@ -239,7 +239,7 @@ class _Bench:
         return completions
 
     def _predicted(self, work: BenchWork) -> Prediction | None:
-        return self.session.predicting()(work.lengths(self.options.seed))
+        return self.session.predicting()(work.lengths(self.options.seed), work.shared_ratio)
 
     def _floor(self, work: BenchWork) -> FloorTimes | None:
         session, plan = self.session, self.session.plan
@@ -251,7 +251,7 @@ class _Bench:
             return None
         lengths = sorted(work.lengths(self.options.seed), reverse=True)
         share = lengths[:: plan.num_replicas]  # the largest that one replica gets, if all are fair
-        floor = job_floor(self.model.spec, plan, JobShape.of(share), ceilings)
+        floor = job_floor(self.model.spec, plan, JobShape.of(share, work.shared_ratio), ceilings)
         if plan.num_replicas == 1:
             return floor
         more = sum(output for _, output in lengths) / sum(output for _, output in share)

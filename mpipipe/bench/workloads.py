@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpipipe.errors import ConfigError
+from mpipipe.planning.prompt_lengths import PromptLengths
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Request, SamplingParams
 
@@ -34,7 +35,7 @@ _MIXED_OUTPUT = (16, 256)
 _TAIL_PART, _TAIL_FACTOR = 100, 20
 _PASSAGE_TOKENS = 32  # which a prompt of `repeat` says again and again
 _FORM = re.compile(
-    r"(\d+)[x×](?:(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?(?P<repeat>[x×]repeat)?"
+    r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?(?P<repeat>[x×]repeat)?"
 )
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
@@ -47,10 +48,11 @@ _LEAST_PROMPT_TOKENS = 64  # one step, with any limit
 class BenchWork:
     """Prompts × input × output, or lengths that differ.
 
-    `mixed`: drawn from fixed ranges. `tail`: one output in a hundred, at least one, is 20 times
-    longer. `even`: as many tokens in all, with lengths that differ by one at most: what the same
-    mix takes at fixed lengths. `repeats`: every prompt is one passage again and again, which a
-    trained model goes on copying: text for drafts (`pipeline.num_speculative_tokens`).
+    `common_tokens` of the input are the same in all prompts: they begin with them. `mixed`: drawn
+    from fixed ranges. `tail`: one output in a hundred, at least one, is 20 times longer. `even`: as
+    many tokens in all, with lengths that differ by one at most: what the same mix takes at fixed
+    lengths. `repeats`: every prompt is one passage again and again, which a trained model goes on
+    copying: text for drafts (`pipeline.num_speculative_tokens`).
     """
 
     num_prompts: int
@@ -60,10 +62,14 @@ class BenchWork:
     tail: bool = False
     even: bool = False
     repeats: bool = False
+    common_tokens: int = 0
 
     @staticmethod
     def parse(text: str) -> BenchWork:
-        """From `512x512x128`, `512xmixed` or `2000x512x64xtail`; with `xeven`, `xrepeat` behind it.
+        """From `512x512x128`, `512x1024+128x128`, `512xmixed` or `2000x512x64xtail`.
+
+        With `xeven` behind one of these also the same at fixed lengths, with `xrepeat` of repeated
+        passages.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -72,26 +78,30 @@ class BenchWork:
         if found is None:
             raise ConfigError(
                 f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
-                "512xmixed for mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, "
-                "either with xeven behind it for the same tokens at fixed lengths, any of them "
+                "512x1024+128x128 for prompts that begin with 1,024 common tokens, 512xmixed for "
+                "mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, either with "
+                "xeven behind it for the same tokens at fixed lengths, any of them "
                 "with xrepeat for prompts that repeat a passage"
             )
-        prompts, tokens_in, tokens_out = (int(part or 0) for part in found.groups()[:3])
-        mixed, tail, even = found[2] is None, found[4] is not None, found[5] is not None
+        prompts, common, own, output = (int(part or 0) for part in found.groups()[:4])
         work = BenchWork(
-            *(prompts, tokens_in, tokens_out, mixed),
-            tail=tail,
-            even=even,
+            *(prompts, common + own, output),
+            mixed=found[3] is None,
+            tail=found[5] is not None,
+            even=found[6] is not None,
             repeats=found["repeat"] is not None,
+            common_tokens=common,
         )
-        if not prompts or not (work.mixed or (tokens_in and tokens_out)):
+        if not prompts or not (work.mixed or (own and output)) or found[2] == "0":
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
 
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        lengths = "mixed" if self.mixed else f"{self.input_tokens}x{self.output_tokens}"
+        common = f"{self.common_tokens}+" if self.common_tokens else ""
+        lengths = f"{common}{self.input_tokens - self.common_tokens}x{self.output_tokens}"
+        lengths = "mixed" if self.mixed else lengths
         kinds = f"{'xtail' * self.tail}{'xeven' * self.even}{'xrepeat' * self.repeats}"
         return f"{self.num_prompts}x{lengths}{kinds}"
 
@@ -126,10 +136,24 @@ class BenchWork:
             lengths = list(zip(_evened(prompts), _evened(outputs), strict=True))
         return lengths
 
+    @property
+    def shared_ratio(self) -> float:
+        """Of all prompt tokens, those with which prompts begin as the first does."""
+        if not self.common_tokens:
+            return 0.0
+        return self.common_tokens / self.input_tokens * (1 - 1 / self.num_prompts)
+
+    def prompt_lengths(self, seed: int, source: str) -> PromptLengths:
+        """As those of a file of prompts; `source` says where they come from."""
+        lengths = tuple(self.lengths(seed))
+        common = ((0, self.common_tokens),) * len(lengths) if self.common_tokens else ()
+        return PromptLengths(lengths, source, shared_ratio=self.shared_ratio, common=common)
+
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
-    return _requests(work.lengths(seed), vocabulary, seed, repeats=work.repeats)
+    common = vocabulary.draw(random.Random(f"common {seed}"), work.common_tokens)
+    return _requests(work.lengths(seed), vocabulary, seed, common, repeats=work.repeats)
 
 
 def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
@@ -137,7 +161,8 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
 
     The requests of `bench_requests` and `warm_up_requests` ask nothing but greedy tokens.
     """
-    lengths = max((work.lengths(seed) for work in works), key=_num_tokens)
+    largest = max(works, key=lambda work: _num_tokens(work.lengths(seed)))
+    lengths = largest.lengths(seed)
     return Workload(
         num_requests=max(work.num_prompts for work in works),
         longest_request_tokens=max(work.longest_tokens for work in works),
@@ -145,6 +170,7 @@ def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
         num_output_tokens=sum(output for _, output in lengths),
         sampling=SamplingUse(),
         lengths=tuple(lengths),
+        shared_ratio=largest.shared_ratio,
     )
 
 
@@ -186,14 +212,20 @@ def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -
 
 
 def _requests(
-    lengths: list[tuple[int, int]], vocabulary: Vocabulary, seed: int, *, repeats: bool = False
+    lengths: list[tuple[int, int]],
+    vocabulary: Vocabulary,
+    seed: int,
+    common: tuple[int, ...] = (),
+    *,
+    repeats: bool = False,
 ) -> list[Request]:
     generator = random.Random(f"prompts {seed}")
     return [
         Request(
             request_id=str(index),
             index=index,
-            prompt_ids=_prompt(vocabulary, generator, tokens_in, repeats=repeats),
+            prompt_ids=common
+            + _prompt(vocabulary, generator, tokens_in - len(common), repeats=repeats),
             sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
         )
         for index, (tokens_in, tokens_out) in enumerate(lengths)

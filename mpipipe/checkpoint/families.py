@@ -16,7 +16,7 @@ keys they have, and need nothing here: `models.rotary` decides what each token s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpipipe.errors import UnsupportedModelError
@@ -158,6 +158,7 @@ def split_refusal(config: Mapping[str, object]) -> str:
 # model_type → original context of a file that does not state it, as in transformers' configuration.
 RESTARTING = {"phi3": 4096}
 _LONG = frozenset({"longrope", "su", "yarn"})  # Phi-3 reads the older two names as the first
+_BY_LENGTH = frozenset({"longrope", "su", "dynamic"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +167,42 @@ class RotaryFacts:
 
     kind: str = "default"
     restart_tokens: int = 0  # with so many known tokens `generate` starts over; 0: never
+    # Sequences that begin with at most so many tokens see the same at equal positions; None: all.
+    max_equal_tokens: int | None = None
 
 
 def read_rotary(config: Mapping[str, object]) -> RotaryFacts:
     """The facts of a model's `config.json`."""
-    kind = "default"
+    kind, given = "default", []
     for name in ("rope_scaling", "rope_parameters"):  # transformers lets the former win
         parameters = config.get(name)
         if isinstance(parameters, Mapping) and parameters:
             kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+            # Some families have parameters for each type of layer.
+            given = [parameters, *(p for p in parameters.values() if isinstance(p, Mapping))]
             break
+    max_equal_tokens = _max_equal_tokens(config, given)
     original = RESTARTING.get(str(config.get("model_type")))
     if original is None or kind not in _LONG:
-        return RotaryFacts(kind)
-    stated = config.get("original_max_position_embeddings")
-    if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
-        original = stated
-    return RotaryFacts("longrope", original + 1)
+        return RotaryFacts(kind, max_equal_tokens=max_equal_tokens)
+    stated = _positive(config.get("original_max_position_embeddings"))
+    original = stated or original
+    return RotaryFacts("longrope", original + 1, original)
+
+
+def _max_equal_tokens(
+    config: Mapping[str, object], given: Sequence[Mapping[str, object]]
+) -> int | None:
+    """The least of the contexts that the file states, if frequencies depend on the length."""
+    kinds = {str(parameters.get("rope_type") or parameters.get("type")) for parameters in given}
+    if kinds.isdisjoint(_BY_LENGTH):
+        return None
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    stated = [_positive(source.get(name)) for source in (config, *given) for name in names]
+    return min(filter(None, stated), default=0)
+
+
+def _positive(value: object) -> int:
+    """`value`, if it is a number of tokens; else 0."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return int(str(value)) if is_number else 0

@@ -260,12 +260,14 @@ def _prompts(loaded: LoadedConfig, model: ModelFacts, request: PlanRequest) -> P
     else:
         source = "--work"
     if work is not None:
-        lengths = BenchWork.parse(work).lengths(loaded.config.generation.seed)
+        asked_for = BenchWork.parse(work)
+        lengths = asked_for.lengths(loaded.config.generation.seed)
         cut = tuple((prompt, min(output, limit - prompt)) for prompt, output in lengths)
         cut = tuple(pair for pair in cut if pair[1] > 0)
         if not cut:
             raise ConfigError(f"--work {work}: no prompt fits a context of {limit} tokens")
-        return PromptLengths(cut, source, len(lengths) - len(cut))
+        num_cut = len(lengths) - len(cut)
+        return PromptLengths(cut, source, num_cut, shared_ratio=asked_for.shared_ratio)
     lines = configured_prompts(loaded)
     found = prompt_lengths(lines, model.tokenizer_folder, limit)
     if found is None:

@@ -145,7 +145,11 @@ def _described_job(request: SimulationRequest) -> _Job:
     if num_planned < num_replicas:
         replicas = [replicas[number % num_planned] for number in range(num_replicas)]
         forecast *= num_replicas / num_planned
-    requests = [RequestLengths(i, *pair, pair[1]) for i, pair in enumerate(prompts.lengths)]
+    common = prompts.common or ((-1, 0),) * len(prompts.lengths)
+    requests = [
+        RequestLengths(i, *pair, pair[1], *begins)
+        for i, (pair, begins) in enumerate(zip(prompts.lengths, common, strict=True))
+    ]
     message_s, prompt_s = request.dispatch_s
     head = HeadTimes(_STEP_S, _MESSAGE_S, _NOTICE_S, message_s, prompt_s)
     source = f"{_machine_words(request)}; {prompts.source}"
@@ -187,8 +191,7 @@ def _ranks(request: SimulationRequest, model: ModelFacts, num_planned: int) -> l
 def _prompts(request: SimulationRequest, model: ModelFacts) -> PromptLengths:
     """The prompts as far as a simulation looks at them, and how their lengths were found."""
     if request.work:
-        found = BenchWork.parse(request.work).lengths(request.seed)
-        return PromptLengths(tuple(found), request.work)
+        return BenchWork.parse(request.work).prompt_lengths(request.seed, request.work)
     lines = configured_prompts(model.loaded)
     counted = prompt_lengths(lines, model.tokenizer_folder, model.spec.max_context_tokens)
     if counted is None:
@@ -202,8 +205,10 @@ def _share(prompts: PromptLengths, part: int, whole: int) -> PromptLengths:
         return prompts
     lengths = prompts.lengths
     number = -(-len(lengths) * part // whole)
-    shared = tuple([lengths[i * len(lengths) // number] for i in range(number)])
-    return replace(prompts, lengths=shared)
+    numbers = [i * len(lengths) // number for i in range(number)]
+    shared = tuple([lengths[i] for i in numbers])
+    common = tuple([prompts.common[i] for i in numbers]) if prompts.common else ()
+    return replace(prompts, lengths=shared, common=common)
 
 
 def _machine_words(request: SimulationRequest) -> str:

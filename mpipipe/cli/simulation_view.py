@@ -70,6 +70,8 @@ def show_result(
         f"first token {_seconds(result.ttft_p50_s)} p50 · {_seconds(result.ttft_p95_s)} p95; "
         f"completion {_seconds(result.latency_p50_s)} p50 · {_seconds(result.latency_p95_s)} p95"
     )
+    if result.num_shared_tokens:
+        print(f"{result.num_shared_tokens:,} prompt tokens in shared prefixes, not computed")
     if result.num_preemptions:
         print(
             f"{result.num_preemptions:,} preemptions, {result.num_recomputed_tokens:,} tokens "

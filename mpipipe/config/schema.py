@@ -169,6 +169,8 @@ class MemoryConfig:
     """Replay decode steps as CUDA graphs; captured at boot. false: the same, but eagerly."""
     gpu_memory_fraction: float = 0.9
     """Share of a GPU's free memory that weights, cache and work space may take together."""
+    share_prefixes: bool = True
+    """Compute what prompts begin with alike, in whole pages, once. false: each prompt by itself."""
     kv_cache: CacheKind = "paged"
     """`paged`, or `contiguous` (slow and simple: the oracle of the tests)."""
 

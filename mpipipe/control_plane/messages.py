@@ -130,8 +130,8 @@ class ScheduledSequence:
     """One sequence's share of a step.
 
     `num_computed` tokens are already in the KV cache; this step computes the next `num_tokens`.
-    `num_computed == 0` means a fresh start (first chunk, or recomputation after preemption): the
-    stage forgets the pages it knew. `new_pages` are appended to the sequence's page table.
+    The first after `RequestOpened` may begin at any page, behind those that others have filled.
+    `new_pages` are appended to the sequence's page table, in the first with those of others.
     `sample`: these are its last known tokens, so the last stage draws the next one.
     """
 
@@ -273,10 +273,11 @@ class PagesSaved:
 
 @dataclass(frozen=True, slots=True)
 class PagesRestored:
-    """head → stages: copy `host_pages` to `pages`, which are the page table of a sequence now.
+    """head → stages: copy `host_pages` to the last of `pages`, a sequence's page table from now on.
 
-    The sequence goes on with `num_computed` tokens in them: as a row that joins a batch, or with
-    the next chunk of its prompt. All else that the stages know of it stays.
+    The first of these, if there are more, hold its tokens already. The sequence goes on with
+    `num_computed` tokens in all of them: as a row that joins a batch, or with the next chunk of its
+    prompt. All else that the stages know of it stays.
     """
 
     sequence_id: int
@@ -357,6 +358,7 @@ class ReplicaTold:
     num_waiting: int = 0
     num_preemptions: int = 0
     num_saved: int = 0  # of these, whose pages went to host memory
+    num_shared_tokens: int = 0  # of prompts, not computed: they were in pages of others
     starved_s: float = 0.0  # it had no request, and might still get some
     is_done: bool = False  # no request is left here, and none will come; its last of this call
     drafts: DraftUse = field(default_factory=DraftUse)  # in this call so far

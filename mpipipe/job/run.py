@@ -259,7 +259,9 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     predicting = session.predicting()
-    planned = predicting(prompts.lengths(session.plan.max_context_tokens))
+    planned = predicting(
+        prompts.lengths(session.plan.max_context_tokens), session.expected_shared_ratio
+    )
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
@@ -268,19 +270,21 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
     reports = await session.gather_reports()
     assert reports is not None, "the head gathers"
     requests = all_requests(job, tally, prompts.num_prompts)
+    shared_ratio = tally.shared_ratio(session.num_shared_tokens)
     summary = summarize(
         job,
         job.marks.phases(session.ranks.clock.now_s()),
         requests,
         num_preemptions=session.num_preemptions,
         drafts=session.drafts,
+        num_shared_tokens=session.num_shared_tokens,
         ranks=reports,
         replicas=session.replica_totals(),
         itl_p50_s=recorded.gaps.percentile(50),
         itl_p95_s=recorded.gaps.percentile(95),
         io_write_s=job.files.busy_s,
         planned=planned,
-        predicted=None if requests.num_unfinished else predicting(tally.lengths),
+        predicted=None if requests.num_unfinished else predicting(tally.lengths, shared_ratio),
     )
     return await share_exit_code(job.ranks, await report(job, summary), _EXIT_DEADLINE_S)
 

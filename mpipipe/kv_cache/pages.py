@@ -8,7 +8,7 @@ histories give equal page tables.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from mpipipe.errors import OutOfPagesError
 
@@ -57,7 +57,7 @@ class PageAllocator:
             self._is_owned[page] = 1
         return pages
 
-    def free(self, pages: Iterable[int]) -> None:
+    def free(self, pages: Sequence[int]) -> None:
         """Give pages back. Giving back a free or unknown page is our own bug and asserts."""
         for page in pages:
             assert 0 <= page < self.num_pages, f"page {page} is not of this pool"

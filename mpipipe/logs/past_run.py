@@ -37,6 +37,7 @@ def read_past_run(place: Path) -> PastRun:
             generate_s=_seconds(metrics, "generate_s"),
             start_s=_seconds(metrics, "boot_s") + _seconds(metrics, "load_s"),
             load_s=max(number(rank, "load_s") or 0.0 for rank in rows(metrics, "ranks")),
+            shared_ratio=_shared_ratio(metrics),
         )
     except (MpipipeError, ValueError) as error:
         raise _refused(files, str(error)) from error
@@ -44,6 +45,12 @@ def read_past_run(place: Path) -> PastRun:
     if not run.lengths or len(run.ranks) < stages or len(run.decode_steps_s) != stages:
         raise _refused(files, "prompts, ranks or stages are missing")
     return run
+
+
+def _shared_ratio(metrics: Line) -> float:
+    requests = metrics.get("requests")
+    num_tokens = whole(requests, "num_prompt_tokens", 0) if isinstance(requests, dict) else 0
+    return min(1.0, whole(metrics, "num_shared_tokens", 0) / num_tokens) if num_tokens else 0.0
 
 
 def _refused(files: RunFiles, why: str) -> OutputError:

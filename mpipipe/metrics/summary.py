@@ -146,6 +146,11 @@ class RequestTally:
         self._latencies_s.append(completion.latency_s)
         self.lengths.append((completion.num_prompt_tokens, completion.num_output_tokens))
 
+    def shared_ratio(self, num_shared_tokens: int) -> float:
+        """Of the prompt tokens, this part."""
+        num_tokens = self._num_prompt_tokens
+        return min(1.0, num_shared_tokens / num_tokens) if num_tokens else 0.0
+
     def totals(self) -> RequestTotals:
         """The counts so far, with percentiles: sorts every time, so not while the run goes on."""
         return RequestTotals(
@@ -169,6 +174,7 @@ class RunSummary:
     requests: RequestTotals
     num_preemptions: int
     ranks: tuple[RankReport, ...]  # in the order of replicas and stages
+    num_shared_tokens: int = 0  # of prompts, not computed: other prompts begin in the same way
     itl_p50_s: float | None = None  # between the tokens of a request, over all requests
     itl_p95_s: float | None = None
     identity: RunIdentity | None = None  # of the head
@@ -292,6 +298,7 @@ class RunSummary:
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
         * `drafts`: the fields of `DraftUse`: tokens drafted by n-gram lookup, and accepted
+        * `num_shared_tokens`: prompt tokens that were not computed, as others begin with the same
         * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
@@ -318,6 +325,7 @@ class RunSummary:
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,
             "drafts": dataclasses.asdict(self.drafts),
+            "num_shared_tokens": self.num_shared_tokens,
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
-    from mpipipe.metrics.summary import RankReport, RequestTotals, RunSummary
+    from mpipipe.metrics.summary import RankReport, RunSummary
 
 __all__ = ["summary_lines"]
 
@@ -78,7 +78,7 @@ def _replica_row(replica: ReplicaTotals) -> tuple[str, ...]:
 def _headlines(summary: RunSummary) -> list[str]:
     requests, phases = summary.requests, summary.phases
     facts = {
-        "prompts": _prompts(requests),
+        "prompts": _prompts(summary),
         "wall clock": (
             _seconds(phases.wall_s),
             f"boot {_seconds(phases.boot_s)}",
@@ -111,13 +111,14 @@ def _headlines(summary: RunSummary) -> list[str]:
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
 
 
-def _prompts(requests: RequestTotals) -> tuple[str, ...]:
+def _prompts(summary: RunSummary) -> tuple[str, ...]:
+    requests = summary.requests
     return (
         f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
         *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
         *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
         *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
-        f"{requests.num_prompt_tokens:,} prompt tokens",
+        _prompt_tokens(summary),
         f"{requests.num_output_tokens:,} output tokens",
     )
 
@@ -239,6 +240,13 @@ def _offload_row(name: str, rank: RankReport, use: OffloadUse) -> tuple[str, ...
         *_rate(use.disk_bytes_per_s, use.planned_disk_bytes_per_s),
         f"{_seconds(use.wait_s)} {_share(use.wait_s / wall_s if wall_s > 0 else None):>4}",
     )
+
+
+def _prompt_tokens(summary: RunSummary) -> str:
+    """With those that were not computed."""
+    told = f"{summary.requests.num_prompt_tokens:,} prompt tokens"
+    shared = summary.num_shared_tokens
+    return f"{told}, {shared:,} of them in shared prefixes" if shared else told
 
 
 def _preemptions(summary: RunSummary) -> str:

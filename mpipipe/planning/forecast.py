@@ -6,7 +6,8 @@ until the next ones end. What runs out of pages gives up its youngest sequences,
 anew, or whose pages are moved to host memory and back.
 
 Simplifications: slots are equally full; a stage is busy while it computes and while tensors pass
-its edges; outputs are as long as they may be.
+its edges; outputs are as long as they may be. What prompts share is taken off all of them equally,
+also from the pages that each needs.
 """
 
 from __future__ import annotations
@@ -103,13 +104,14 @@ def forecast_job(
         times: of steps and hops.
         watts: the power limit of every rank's GPU, where known.
     """
+    shape = shape.as_under(plan)
     lengths = shape.lengths
     most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
     step = -(-len(lengths) // most)
     sample = lengths[::step]
     grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
     longest_first = sorted(itertools.starmap(_Sequence, sample), key=lambda known: -known.output)
-    job = _Job(plan, times, deque(longest_first), grain)
+    job = _Job(plan, times, deque(longest_first), grain, shape.shared_ratio)
     job.run()
     # A sample has its share of the work; what it does not have are full pipes at its end.
     scale = len(lengths) / len(sample)
@@ -216,6 +218,7 @@ class _Job:
     times: StepTimes
     waiting: deque[_Sequence]
     grain: float  # rounds within which sequences count as ending together
+    shared_ratio: float = 0.0  # of each prompt: neither computed nor kept
     running: dict[_Sequence, None] = field(default_factory=dict)  # by admission
     busy: list[_Busy] = field(default_factory=list)  # by stage
     rounds: float = 0.0
@@ -230,6 +233,7 @@ class _Job:
     _ends: list[tuple[float, int, _Sequence]] = field(default_factory=list)  # heap by round
     _number: int = 0
     _num_known: float = 0.0  # tokens of all running sequences
+    _num_shared: float = 0.0  # of these, those that others have computed
     _moved_pages: int = 0  # in host memory
 
     def run(self) -> None:
@@ -261,6 +265,7 @@ class _Job:
             if left > 0:
                 self.running[sequence] = None
                 self._num_known += sequence.known(self.rounds)
+                self._num_shared += self.shared_ratio * sequence.prompt
                 sequence.number = self._number = self._number + 1
                 heapq.heappush(self._ends, (self.rounds + left, sequence.number, sequence))
 
@@ -271,7 +276,8 @@ class _Job:
         free = self._free_pages() - _HEADROOM_PAGES * len(self.running)
         admitted = 0
         for sequence in itertools.islice(self.waiting, places):
-            free -= -(-(sequence.prompt + sequence.made + 1) // plan.page_size_tokens)
+            own = sequence.prompt * (1 - self.shared_ratio) + sequence.made
+            free -= -(-(own + 1) // plan.page_size_tokens)
             free -= _HEADROOM_PAGES
             if free < 0:
                 break
@@ -280,15 +286,20 @@ class _Job:
 
     def _free_pages(self) -> float:
         """A sequence's last page is half full in the mean."""
-        used = self._num_known / self.plan.page_size_tokens + len(self.running) / 2
+        num_kept = self._num_known - self._num_shared
+        used = num_kept / self.plan.page_size_tokens + len(self.running) / 2
         return self.plan.num_kv_pages - used
 
     def _prefill(self, newcomers: list[_Sequence]) -> None:
         """Steps of chunks of a slot each, one behind the other through the stages."""
-        tokens = [sequence.prompt + sequence.made for sequence in newcomers]
-        total, pairs = sum(tokens), sum(number * number / 2 for number in tokens)
+        tokens = [
+            (sequence.prompt * self.shared_ratio, sequence.prompt + sequence.made)
+            for sequence in newcomers
+        ]
+        total = sum(end - start for start, end in tokens)
+        pairs = sum((end * end - start * start) / 2 for start, end in tokens)
         num_slots = min(self.plan.num_slots, len(newcomers))
-        num_steps = num_slots * -(-total // (num_slots * self.plan.max_tokens_per_step))
+        num_steps = num_slots * -int(-total // (num_slots * self.plan.max_tokens_per_step))
         per_step = max(1, round(total / num_steps))
         steps_s = [
             self.times.prefill_s(stage, per_step, pairs / total) for stage in self.plan.stages
@@ -375,6 +386,7 @@ class _Job:
     def _leave(self, sequence: _Sequence) -> None:
         del self.running[sequence]
         self._num_known -= sequence.known(self.rounds)
+        self._num_shared -= self.shared_ratio * sequence.prompt
         sequence.number = -1
 
     # ---- edges -----------------------------------------------------------------------------------

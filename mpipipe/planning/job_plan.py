@@ -59,7 +59,7 @@ def plan_job(
     known = [times(spec, plan, ranks) for plan in plans]
     if not workload.lengths:
         return _with_drafts(plans, config, spec, known)
-    steps, shape = [each.steps for each in known], JobShape.of(workload.lengths)
+    steps, shape = [each.steps for each in known], _shape(workload)
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
 
@@ -82,6 +82,10 @@ def plan_job(
     shared = (_with_shares(plan, forecasts[best]) for plan in plans)
     context = itertools.repeat(shape.mean_context_tokens)
     return _with_drafts([*map(_as_measured, shared, known, context)], config, spec, known)
+
+
+def _shape(workload: Workload) -> JobShape:
+    return JobShape.of(workload.lengths, workload.shared_ratio)
 
 
 def _split(plan: PipelinePlan) -> _Split:

@@ -34,6 +34,7 @@ class PastRun:
     generate_s: float
     start_s: float  # boot and load
     load_s: float  # of the slowest rank
+    shared_ratio: float = 0.0  # of the prompt tokens, that were not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def learn(spec: ModelSpec, run: PastRun, known: KnownTimes) -> Learnt:
     A kind of step that the run did not have alone takes the factor of the other kind; where it had
     neither (on CPUs most steps have both), all of them take that of the whole.
     """
-    shape = JobShape.of(run.lengths)
+    shape = JobShape.of(run.lengths, run.shared_ratio)
     forecast = forecast_job(spec, run.plan, shape, known.steps)
     decode = _factor(run.decode_steps_s, [stage.decode_step_s for stage in forecast.stages])
     prefill = _factor(run.prefill_steps_s, [stage.prefill_step_s for stage in forecast.stages])

@@ -27,9 +27,9 @@ __all__ = ["Outlook", "PlannedJob"]
 
 
 @functools.lru_cache(maxsize=1)
-def _shape(lengths: tuple[tuple[int, int], ...]) -> JobShape:
+def _shape(lengths: tuple[tuple[int, int], ...], shared_ratio: float) -> JobShape:
     """Of one job again and again: it takes a tenth of a second for 100,000 prompts."""
-    return JobShape.of(lengths)
+    return JobShape.of(lengths, shared_ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class PlannedJob:
 
     def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:
         """What the job takes under the plans of its replicas, each with its times."""
-        shape = _shape(self.prompts.lengths)
+        shape = _shape(self.prompts.lengths, self.prompts.shared_ratio)
         return forecast_replicas(self.spec, plans, shape, times, watts=self._watts(plans))
 
     def having(self, section: str, **settings: Any) -> PlannedJob:

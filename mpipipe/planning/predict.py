@@ -22,16 +22,17 @@ __all__ = ["predict"]
 def predict(
     spec: ModelSpec,
     plans: Sequence[PipelinePlan],
-    lengths: Sequence[tuple[int, int]],
     known: Sequence[KnownTimes],
+    lengths: Sequence[tuple[int, int]],
+    shared_ratio: float = 0.0,
 ) -> Prediction | None:
     """Of a job of sequences of these lengths, (prompt, output) tokens each; None without any.
 
-    `plans` and `known` are of all replicas.
+    `plans` and `known` are of all replicas; `shared_ratio` as in `JobShape`.
     """
     if not lengths:
         return None
-    shape = JobShape.of(lengths)
+    shape = JobShape.of(lengths, shared_ratio)
     forecast = forecast_replicas(spec, plans, shape, [each.steps for each in known])
     starts = [each.start(spec, plan) for each, plan in zip(known, plans, strict=True)]
     stages = tuple(

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpipipe.config.prompts import PromptLine
+from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.planning.workload import SamplingUse, Workload
 
 __all__ = ["PromptLengths", "prompt_lengths"]
 
 _BYTES_PER_TOKEN = 4.0  # English text and current vocabularies
 _MESSAGE_TOKENS = 5  # role and separators of a chat's message
+_PAGE_TOKENS = 16  # of KV pages, unless they are set
 _SPECIAL_TOKENS = 1  # a beginning-of-sequence token
 _SAMPLE_BYTES = 256 * 1024  # a quarter of a second
 # Read in 0.1 s a MB: Llama 3's vocabulary has 9 MB and would take the second that is left.
@@ -33,6 +35,9 @@ class PromptLengths:
     source: str  # how they were found, e.g. "estimated: 4 bytes a token"
     num_rejected: int = 0  # prompts that become error records
     sampling: SamplingUse | None = None  # of all of them; None: not known
+    shared_ratio: float = 0.0  # of the prompt tokens, with which prompts begin as others do
+    # Of every prompt its group, and the tokens with which all of the group begin; empty: none do.
+    common: tuple[tuple[int, int], ...] = ()
 
     def workload(self, max_context_tokens: int) -> Workload:
         """What the plan is made for."""
@@ -43,6 +48,7 @@ class PromptLengths:
             num_output_tokens=sum(output for _, output in self.lengths),
             sampling=self.sampling,
             lengths=self.lengths,
+            shared_ratio=self.shared_ratio,
         )
 
 
@@ -57,6 +63,7 @@ def prompt_lengths(
     per_token, source = _bytes_per_token([text for text in texts if text], tokenizer_folder)
     lengths: list[tuple[int, int]] = []
     samplings = []
+    kept: list[PromptLine] = []
     for line in lines:
         if line.error is not None or line.sampling is None:
             continue
@@ -65,18 +72,47 @@ def prompt_lengths(
         if output > 0:
             lengths.append((prompt, output))
             samplings.append(line.sampling)
+            kept.append(line)
     if not lengths:
         return None
     if all(line.token_ids is not None for line in lines if line.error is None):
         source = "token ids"
     num_rejected = len(lines) - len(lengths)
-    return PromptLengths(tuple(lengths), source, num_rejected, SamplingUse.of(samplings))
+    num_shared, common = _shared(kept, per_token)
+    return PromptLengths(
+        lengths=tuple(lengths),
+        source=source,
+        num_rejected=num_rejected,
+        sampling=SamplingUse.of(samplings),
+        shared_ratio=min(1.0, num_shared / sum(prompt for prompt, _ in lengths)),
+        common=common,
+    )
 
 
 def _text(line: PromptLine) -> str:
     if line.messages is not None:
         return "\n".join(message["content"] for message in line.messages)
     return line.text or ""
+
+
+def _shared(
+    lines: Sequence[PromptLine], per_token: float
+) -> tuple[float, tuple[tuple[int, int], ...]]:
+    """Tokens with which prompts begin as earlier ones do, and `PromptLengths.common`.
+
+    Those given as ids by these, the others by their texts.
+    """
+    num_shared, common = 0.0, [(-1, 0)] * len(lines)
+    for has_ids in (False, True):
+        numbers = [n for n, line in enumerate(lines) if (line.token_ids is not None) is has_ids]
+        size = 1.0 if has_ids else per_token
+        contents = [lines[n].token_ids or _text(lines[n]).encode() for n in numbers]
+        found = prefix_groups(contents, max(1, round(_PAGE_TOKENS * size)))
+        num_shared += found.num_shared / size
+        for members, num_common in zip(found.groups, found.num_common, strict=True):
+            for member in members if num_common else ():
+                common[numbers[member]] = numbers[members[0]], int(num_common / size)
+    return num_shared, tuple(common) if num_shared else ()
 
 
 def _prompt_tokens(line: PromptLine, per_token: float) -> int:

@@ -43,7 +43,7 @@ def forecast_replicas(
         return forecast_job(spec, plans[0], shape, times[0], watts=watts)
 
     def forecast(replica: int, num_sequences: int) -> JobForecast:
-        share = JobShape.of(_sample(shape.lengths, num_sequences))
+        share = JobShape.of(_sample(shape.lengths, num_sequences), shape.shared_ratio)
         return forecast_job(spec, plans[replica], share, times[replica], watts=watts)
 
     alike: dict[tuple[object, ...], list[int]] = {}

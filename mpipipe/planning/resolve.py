@@ -43,6 +43,7 @@ from mpipipe.planning.layout import (
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.prefix_groups import max_sharing_tokens
 from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
@@ -374,9 +375,7 @@ class _Resolver:
         backend = self.decisions.settle("pipeline.attention", *attention)
         pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
         num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
-        lookahead, prefill = self._scheduling_mode()
-        # Only steps that are sent ahead need tables that are no wider than the run's requests.
-        longest_tokens = demand.longest_tokens if lookahead else limits.max_context_tokens
+        lookahead, prefill, sharing = self._scheduling_mode()
         return PipelinePlan(
             model_path=path,
             model_type=spec.model_type,
@@ -402,8 +401,10 @@ class _Resolver:
             weights=self.decisions.config.model.weights,
             quantize=spec.quantized,
             offload_dir=memory.offload_dir if any(map(_uses_disk, stages)) else "",
-            max_sequence_tokens=longest_tokens,
+            # Only steps that are sent ahead need tables that are no wider than the run's requests.
+            max_sequence_tokens=demand.longest_tokens if lookahead else limits.max_context_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
+            max_sharing_tokens=sharing,
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
@@ -431,12 +432,13 @@ class _Resolver:
         )
         return choose_attention(self.decisions.config.pipeline.attention, facts)
 
-    def _scheduling_mode(self) -> tuple[int, PrefillMode]:
+    def _scheduling_mode(self) -> tuple[int, PrefillMode, int]:
         config = self.decisions.config
         lookahead, reason = choose_lookahead(config.pipeline, self.device, config.memory.kv_cache)
         self.decisions.settle("pipeline.lookahead", lookahead, reason)
         prefill, reason = choose_prefill(config.pipeline.prefill, lookahead)
-        return lookahead, self.decisions.settle("pipeline.prefill", prefill, reason)
+        prefill = self.decisions.settle("pipeline.prefill", prefill, reason)
+        return lookahead, prefill, max_sharing_tokens(self.decisions, self.spec, self.limits)
 
     def _cuda_graphs(self, attention: AttentionName, stages: Sequence[StagePlan]) -> bool:
         """Whether any stage captures decode steps; notes the reason of those that cannot."""

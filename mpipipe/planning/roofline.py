@@ -64,9 +64,11 @@ class JobShape:
     prompt_pairs: float  # sum over prompts of length² / 2: query-key pairs under the causal mask
     cached_tokens: float  # sum over all decoded tokens of the tokens before and including them
     lengths: Sequence[tuple[int, int]]  # of every sequence: prompt tokens, output tokens
+    # Of the prompt tokens, those that are not computed where prefixes are shared: as much of each.
+    shared_ratio: float = 0.0
 
     @staticmethod
-    def of(lengths: Sequence[tuple[int, int]]) -> JobShape:
+    def of(lengths: Sequence[tuple[int, int]], shared_ratio: float = 0.0) -> JobShape:
         """The shape of sequences given as (prompt tokens, output tokens)."""
         return JobShape(
             num_sequences=len(lengths),
@@ -78,7 +80,12 @@ class JobShape:
                 (output - 1) * prompt + (output - 1) * output / 2 for prompt, output in lengths
             ),
             lengths=lengths,
+            shared_ratio=shared_ratio,
         )
+
+    def as_under(self, plan: PipelinePlan) -> JobShape:
+        """Nothing is shared under a plan that does without it."""
+        return self if plan.max_sharing_tokens else replace(self, shared_ratio=0.0)
 
     @property
     def num_decoded_tokens(self) -> int:
@@ -96,9 +103,11 @@ def job_floor(
 ) -> FloorTimes:
     """The floors of `shape` under `plan` when every rank has the same `ceilings`."""
     spec = lane_spec(replace(spec, quantized=plan.quantize), plan.tensor_parallel)
+    shape = shape.as_under(plan)
     running = min(shape.num_sequences, plan.num_slots * plan.max_sequences_per_slot)
     num_active_slots = min(plan.num_slots, running)
-    num_chunks = max(1, -(-shape.num_prompt_tokens // plan.max_tokens_per_step))
+    num_computed = round(shape.num_prompt_tokens * (1 - shape.shared_ratio))
+    num_chunks = max(1, -(-num_computed // plan.max_tokens_per_step))
     decodes_s, prefills_s = [], []
     for stage in plan.stages:
         decode = _decode_step(spec, plan.dtype, stage, shape, running / num_active_slots)
@@ -138,6 +147,8 @@ def _prefill_step(
     head = spec.head_parameters if stage.has_head else 0
     moved = stage.num_layers * layer_weight_bytes(spec, dtype)
     moved += head_weight_bytes(spec, dtype) if stage.has_head else 0
-    attention = 4 * shape.prompt_pairs * stage.num_layers * spec.num_heads * spec.head_dim
-    flops = 2 * shape.num_prompt_tokens * layers + 2 * shape.num_sequences * head + attention
+    num_computed = shape.num_prompt_tokens * (1 - shape.shared_ratio)
+    pairs = shape.prompt_pairs * (1 - shape.shared_ratio**2)
+    attention = 4 * pairs * stage.num_layers * spec.num_heads * spec.head_dim
+    flops = 2 * num_computed * layers + 2 * shape.num_sequences * head + attention
     return StepCost(float(moved), flops / num_chunks)

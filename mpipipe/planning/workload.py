@@ -68,6 +68,7 @@ class Workload:
     num_output_tokens: int | None = None  # that they may generate
     sampling: SamplingUse | None = None
     lengths: tuple[tuple[int, int], ...] = ()  # prompt and output tokens of each; empty: unknown
+    shared_ratio: float = 0.0  # of the prompt tokens, with which prompts begin as others do
 
     def share_of(self, num_replicas: int) -> Workload:
         """What one of `num_replicas` replicas gets of it."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.garbage import no_garbage_collection
+from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.planning.prompt_lengths import prompt_lengths
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.types import Completion, Request, SamplingParams
@@ -176,15 +177,20 @@ def _needs_no_text(line: PromptLine) -> bool:
 
 def workload_of(model: ModelFacts, prompts: PreparedPrompts) -> Workload:
     """How much there is to do, for the plan."""
-    limit = model.loaded.config.memory.max_context_tokens
+    memory = model.loaded.config.memory
+    limit = memory.max_context_tokens
     context = model.spec.max_context_tokens if limit == AUTO else int(limit)
+    num_prompt_tokens = sum(len(request.prompt_ids) for request in prompts.requests)
+    ids, page_size = [r.prompt_ids for r in prompts.requests], memory.page_size_tokens
+    num_shared = prefix_groups(ids, page_size).num_shared if memory.share_prefixes else 0
     return Workload(
         num_requests=len(prompts.requests),
         longest_request_tokens=prompts.longest_tokens(context),
-        num_prompt_tokens=sum(len(request.prompt_ids) for request in prompts.requests),
+        num_prompt_tokens=num_prompt_tokens,
         num_output_tokens=sum(request.sampling.max_new_tokens for request in prompts.requests),
         sampling=SamplingUse.of(request.sampling for request in prompts.requests),
         lengths=prompts.lengths(context),
+        shared_ratio=num_shared / max(1, num_prompt_tokens),
     )
 
 

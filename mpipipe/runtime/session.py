@@ -112,6 +112,7 @@ class Session:
         self._model = boot.model
         self._tokenizer = tokenizer = boot.prepared.tokenizer
         self._decode = boot.prepared.decode
+        self.expected_shared_ratio = boot.prepared.workload.shared_ratio  # as `Workload` has it
         self._special = SpecialTokens(tokenizer.special_tokens if tokenizer else {})
         self._log = boot.log
         self._worker = worker
@@ -149,12 +150,15 @@ class Session:
         assert self._model is not None, "only a head knows the model"
         return self._model.spec.vocab_size
 
-    def predicting(self) -> Callable[[Sequence[tuple[int, int]]], Prediction | None]:
-        """Predicts what requests of given (prompt, output) tokens take here; on heads only."""
+    def predicting(self) -> Callable[[Sequence[tuple[int, int]], float], Prediction | None]:
+        """Predicts what requests of given (prompt, output) tokens take here; on heads only.
+
+        Behind them the part of the prompt tokens that is not computed, as others begin alike.
+        """
         assert self._model is not None, "only a head knows the model"
         spec = self._model.spec
         known = [known_times(spec, plan, self.resources) for plan in self.plans]
-        return partial(predict, spec, self.plans, known=known)
+        return partial(predict, spec, self.plans, known)
 
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there
@@ -211,6 +215,14 @@ class Session:
         statistics = self.statistics()
         return statistics.drafts if statistics is not None else DraftUse()
 
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed: they were in pages of others."""
+        if self._dispatch is not None:
+            return self._dispatch.num_shared_tokens
+        statistics = self.statistics()
+        return statistics.num_shared_tokens if statistics is not None else 0
+
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""
         return () if self._dispatch is None else self._dispatch.totals()
@@ -254,6 +266,7 @@ class Session:
             self.ranks.clock,
             requests,
             [ReplicaPlace(plan.head_rank, plan.capacity) for plan in self.plans],
+            page_size=self.plan.page_size_tokens if self.plan.max_sharing_tokens else 0,
             ahead_s=self.clocks.ahead_s,
             on_request=self._tell_request,
         )

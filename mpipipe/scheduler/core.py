@@ -49,6 +49,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.metrics.drafts import DraftUse
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.scheduler.decode_batch import Rows
 from mpipipe.scheduler.drafts import Drafter, NgramDrafter, agreed
 from mpipipe.scheduler.instructions import (
@@ -127,6 +128,7 @@ class SchedulerCore:
             max_sequence_tokens=plan.max_sequence_tokens,
             num_host_pages=plan.num_host_pages,
             min_saved_tokens=plan.min_saved_tokens,
+            max_sharing_tokens=plan.max_sharing_tokens,
         )
         return cls(
             limits,
@@ -135,6 +137,14 @@ class SchedulerCore:
             restart_tokens=plan.restart_tokens,
             drafter=None if plan.drafts is None else NgramDrafter(plan.drafts),
         )
+
+    def in_order(self, requests: Iterable[Request]) -> list[Request]:
+        """The order in which to add requests: where pages are shared, sharers run together."""
+        given = list(requests)
+        if not self._limits.max_sharing_tokens:
+            return given
+        prompts = [request.prompt_ids for request in given]
+        return [given[number] for number in prefix_groups(prompts, self._limits.page_size).order]
 
     @property
     def is_idle(self) -> bool:
@@ -168,6 +178,17 @@ class SchedulerCore:
         """The sequences that `step` samples, in order, if one of them asked; empty: none did."""
         flight = self._flights[step - self._returned - 1]
         return flight.rows.ids if flight.rows.with_logprobs else ()
+
+    def begins(self, sequence_id: int, step: int) -> bool:
+        """Whether `step`, the latest, has the first chunk of a sequence, or of its new beginning.
+
+        It need not be of its first tokens: those may be in pages that it shares.
+        """
+        return self._sequences[sequence_id].began_at == step
+
+    def num_shared_tokens(self, sequence_id: int) -> int:
+        """Of a sequence that begins, the tokens that it need not compute."""
+        return self._sequences[sequence_id].num_shared_tokens
 
     def known_tokens(self, sequence_id: int) -> tuple[int, ...]:
         """The prompt of a sequence, with all its tokens so far: the stages compute them anew."""

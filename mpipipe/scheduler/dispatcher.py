@@ -1,7 +1,9 @@
 """Which replica computes which request: the longest waiting one goes to the least loaded replica.
 
 Pure: replicas ask (`asked`) and end requests (`ended`), `hand_out` says who gets what. Longest
-first keeps the end of a run short: what is handed out last ends soon.
+first keeps the end of a run short: what is handed out last ends soon. Prompts with most of their
+tokens in common (`planning.prefix_groups`) go to one replica, which computes these once, as long as
+that leaves no replica without work.
 
 Invariants: each request is handed out once and ends once, at the replica that has it. After
 `hand_out` either no request waits, or no replica with a free place has asked for more than it got;
@@ -14,10 +16,11 @@ replica has asked once: the first to come would get all of a short job.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.types import Request
 
 __all__ = ["Dispatcher", "HandedOut", "expected_work"]
@@ -46,6 +49,7 @@ class HandedOut:
 @dataclass(slots=True)
 class _Replica:
     capacity: int  # sequences that it runs at once: what its load is measured by
+    group: deque[Request]  # what it is given next
     num_wanted: int | None = None  # asked for and not handed out; None: it has not asked yet
     held: dict[int, float] = field(default_factory=dict)  # expected work by index of the request
     work: float = 0.0  # the sum of it
@@ -61,20 +65,30 @@ class Dispatcher:
     Args:
         requests: in any order; no two have the same `index`.
         capacities: of each replica, the sequences that it can run at once.
+        page_size: tokens of the pages that prompts share; 0: they share none.
     """
 
-    def __init__(self, requests: Iterable[Request], capacities: Sequence[int]) -> None:
+    def __init__(
+        self, requests: Iterable[Request], capacities: Sequence[int], page_size: int = 0
+    ) -> None:
         # Of equal ones the first of the input goes first: equal calls hand out in equal order.
         in_order = sorted(requests, key=lambda request: (-expected_work(request), request.index))
-        self._waiting = deque(in_order)
-        self._replicas = [_Replica(capacity) for capacity in capacities]
+        groups: Sequence[Sequence[int]] = [(number,) for number in range(len(in_order))]
+        if page_size:
+            prompts = [request.prompt_ids for request in in_order]
+            groups = prefix_groups(prompts, page_size).groups
+        # Of which no replica has got any yet.
+        self._untouched = deque(deque(in_order[number] for number in group) for group in groups)
+        self._num_waiting = len(in_order)
+        self._num_by_work = Counter(map(expected_work, in_order))  # of those that wait
+        self._replicas = [_Replica(capacity, deque()) for capacity in capacities]
         self._capacity = sum(capacities)
         self._num_held = 0
 
     @property
     def num_waiting(self) -> int:
         """Requests that no replica has yet."""
-        return len(self._waiting)
+        return self._num_waiting
 
     @property
     def num_held(self) -> int:
@@ -108,23 +122,26 @@ class Dispatcher:
 
     def stop(self) -> int:
         """Hand out nothing more; returns how many requests no replica will get."""
-        num_waiting = len(self._waiting)
-        self._waiting.clear()
+        num_waiting, self._num_waiting = self._num_waiting, 0
+        self._untouched.clear()
+        for replica in self._replicas:
+            replica.group.clear()
         return num_waiting
 
     def hand_out(self) -> list[HandedOut]:
         """What replicas get now, by their numbers; each has asked for as many or more."""
-        if not self._waiting or any(replica.num_wanted is None for replica in self._replicas):
+        if not self._num_waiting or any(replica.num_wanted is None for replica in self._replicas):
             return []
         asking = [(r.load, number) for number, r in enumerate(self._replicas) if self._gets(r)]
         heapq.heapify(asking)
         given: dict[int, list[Request]] = {number: [] for _, number in asking}
-        while asking and self._waiting:
+        while asking and self._num_waiting:
             _, number = asking[0]
-            replica, request = self._replicas[number], self._waiting.popleft()
+            replica = self._replicas[number]
+            request = self._next_of(replica)
             given[number].append(request)
             self._hold(replica, request)
-            if self._waiting and self._gets(replica):
+            if self._num_waiting and self._gets(replica):
                 heapq.heapreplace(asking, (replica.load, number))
             else:
                 heapq.heappop(asking)
@@ -140,10 +157,23 @@ class Dispatcher:
         if not replica.num_wanted:
             return False
         has_place = len(replica.held) < replica.capacity
-        return has_place or len(self._waiting) > self._capacity or not self._are_alike()
+        are_alike = len(self._num_by_work) == 1
+        return has_place or self._num_waiting > self._capacity or not are_alike
 
-    def _are_alike(self) -> bool:
-        return expected_work(self._waiting[0]) == expected_work(self._waiting[-1])
+    def _next_of(self, replica: _Replica) -> Request:
+        """From its group, or from the next one; where all are taken, from the largest one left."""
+        if not replica.group:
+            if self._untouched:
+                replica.group = self._untouched.popleft()
+            else:
+                replica.group = max((other.group for other in self._replicas), key=len)
+        self._num_waiting -= 1
+        request = replica.group.popleft()
+        work = expected_work(request)
+        self._num_by_work[work] -= 1
+        if not self._num_by_work[work]:
+            del self._num_by_work[work]
+        return request
 
     def _hold(self, replica: _Replica, request: Request) -> None:
         assert replica.num_wanted, "it has asked"

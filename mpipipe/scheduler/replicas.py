@@ -145,6 +145,7 @@ class ReplicaLink:
             num_waiting=statistics.num_waiting,
             num_preemptions=statistics.num_preemptions,
             num_saved=statistics.num_saved,
+            num_shared_tokens=statistics.num_shared_tokens,
             starved_s=self._starved_s,
             drafts=statistics.drafts,
         )
@@ -166,6 +167,7 @@ class Dispatch:
         clock: monotonic seconds.
         requests: to complete, each once.
         replicas: of each replica its head and the sequences that it runs at once.
+        page_size: tokens of the pages that prompts share; 0: they share none.
         ahead_s: by rank, how far its clock is ahead of this one; NaN: not known.
         on_request: told of every request that has ended, by this rank's clock, and by its replica.
     """
@@ -177,12 +179,14 @@ class Dispatch:
         requests: Iterable[Request],
         replicas: Sequence[ReplicaPlace],
         *,
+        page_size: int = 0,
         ahead_s: Callable[[int], float] = lambda _: 0.0,
         on_request: Callable[[RequestRecord, int], object] = lambda _record, _replica: None,
     ) -> None:
         self._messages = messages
         self._clock = clock
-        self._dispatcher = Dispatcher(requests, [replica.capacity for replica in replicas])
+        capacities = [replica.capacity for replica in replicas]
+        self._dispatcher = Dispatcher(requests, capacities, page_size)
         self._ahead_s = ahead_s
         self._on_request = on_request
         self._replicas = [_Replica(number, place) for number, place in enumerate(replicas)]
@@ -221,6 +225,11 @@ class Dispatch:
     def drafts(self) -> DraftUse:
         """Of all replicas, as last told."""
         return sum((replica.told.drafts for replica in self._replicas), DraftUse())
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed, as last told."""
+        return sum(replica.told.num_shared_tokens for replica in self._replicas)
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

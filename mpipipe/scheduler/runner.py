@@ -143,11 +143,11 @@ class Runner:
     async def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
         """Complete every request once; yield each completion as it ends, errors included.
 
-        They start in `admission_order`. With a link to rank 0 also those that it gives. After
-        `stop`, only those that end with the steps in flight.
+        They start in `admission_order`, sharers together. With a link to rank 0 also those that it
+        gives. After `stop`, only those that end with the steps in flight.
         """
         now_s = self._clock.now_s()
-        for request in admission_order(requests):
+        for request in self._core.in_order(admission_order(requests)):
             self._submit(request, now_s)
         self._dispatch()
         self._end_turn()
@@ -226,7 +226,7 @@ class Runner:
         while (step := self._next_step()) is not None:
             chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
             for chunk in chunks:
-                if not chunk.num_computed:
+                if self._core.begins(chunk.sequence_id, step.step):
                     self._open(chunk.sequence_id, step.slot)
             self._in_flight[step.step] = self._core.logprob_rows(step.step)
             self._group.broadcast_message(step)
@@ -268,6 +268,7 @@ class Runner:
             sequence=sequence_id,
             slot=slot,
             num_tokens=len(token_ids),
+            num_shared_tokens=self._core.num_shared_tokens(sequence_id),  # in pages of others
             num_output_tokens=num_output_tokens,  # more than 0: it was preempted
         )
         self._group.broadcast_message(

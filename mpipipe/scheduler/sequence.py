@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mpipipe.kv_cache.shared_pages import KnownPage
 from mpipipe.scheduler.draft_history import DraftHistory
 from mpipipe.types import Request
 
@@ -109,6 +110,13 @@ class Sequence:
     may_draft: bool = False  # it takes the likeliest tokens, and nothing else is asked of it
     is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
     history: DraftHistory | None = None  # None: nothing was drafted for it yet
+    begins: bool = False  # it has a place, and no chunk is dispatched yet
+    began_at: int = -1  # number of the step with its first chunk since it got its place
+    num_shared_tokens: int = 0  # that it did not compute then
+    # The last page of its prompt that others may find. While it waits: as of the latest look.
+    known: KnownPage | None = None
+    # Behind which page it is about to compute which tokens, for others that wait for them.
+    computing: tuple[KnownPage, tuple[int, ...]] | None = None
 
     @property
     def is_prefilled(self) -> bool:

@@ -15,6 +15,12 @@ Invariants:
   has room: its pages are saved there and restored when it is admitted again. The moves are messages
   (`page_moves`) that the stages must get before the next step, in order. So a freed page, here or
   there, may be given away at once.
+* Whole pages of a prompt that another sequence has computed, or computes in the step being made,
+  are not computed again (`shared_prefixes`): a sequence owns those that it finds when it gets its
+  place, and more that it finds with its first chunk, which waits while another one computes the
+  page behind them. A preempted sequence gives up its own share of such pages, and no more.
+* Steps write only to pages with one owner, which no other sequence can find: decodes write behind
+  the prompt, chunks behind the pages that were found.
 """
 
 from __future__ import annotations
@@ -26,10 +32,12 @@ from itertools import takewhile
 
 from mpipipe.control_plane.messages import PagesRestored, PagesSaved, ScheduledSequence
 from mpipipe.kv_cache.pages import PageAllocator
+from mpipipe.kv_cache.shared_pages import KnownPage, SharedPages
 from mpipipe.scheduler.decode_batch import DecodeBatch
 from mpipipe.scheduler.instructions import Preempted, SchedulerStatistics
 from mpipipe.scheduler.policy import admission_headroom, refill_target
 from mpipipe.scheduler.sequence import Sequence, SequenceEvent, SequenceState, next_state
+from mpipipe.scheduler.shared_prefixes import SharedPrefixes
 
 __all__ = ["SchedulerLimits", "Slot", "SlotAllocator"]
 
@@ -50,6 +58,7 @@ class SchedulerLimits:
     max_sequence_tokens: int | None = None  # that the stages' tables hold; None: the context
     num_host_pages: int = 0  # for pages of preempted sequences, in host memory
     min_saved_tokens: int = 1  # computed tokens from which pages are saved, not recomputed
+    max_sharing_tokens: int = 0  # of a sequence that shares pages, when it begins; 0: none does
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +98,8 @@ class SlotAllocator:
     """The waiting queue, the ring of slots and the pool of pages."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
-        self.pages = PageAllocator(limits.num_pages, limits.page_size)
+        self.pages = SharedPages(limits.num_pages, limits.page_size)
+        self.prefixes = SharedPrefixes(self.pages, limits.max_sharing_tokens)
         self.slots = [
             Slot(index, DecodeBatch(limits.page_size, limits.lookahead))
             for index in range(limits.num_slots)
@@ -128,6 +138,7 @@ class SlotAllocator:
             num_saved=self.num_saved,
             num_saved_pages=self.num_saved_pages,
             max_host_pages_used=self.max_host_pages_used,
+            num_shared_tokens=self.prefixes.num_shared_tokens,
         )
 
     # ---- admission -------------------------------------------------------------------------------
@@ -146,16 +157,18 @@ class SlotAllocator:
         num_request_rows -= self.num_open
         num_free = self.pages.num_free - self._num_promised
         limit = min(limit, num_places)
+        found: set[KnownPage] = set()
         count = 0
         for sequence in self.waiting:
             num_request_rows -= not sequence.is_open
-            num_free -= self._pages_to_first_token(sequence)
             if (
                 count >= limit
                 or sequence.last_step > returned  # its tokens are not all known
                 or num_request_rows < 0
-                or num_free < admission_headroom(num_running + count)
             ):
+                break
+            num_free -= self._pages_to_first_token(sequence) - self.prefixes.count(sequence, found)
+            if num_free < admission_headroom(num_running + count):
                 break
             count += 1
         return count
@@ -180,8 +193,9 @@ class SlotAllocator:
         while num_admissible and budget > 0:
             num_admissible -= 1
             sequence = self.waiting[0]
-            budget -= len(sequence.tokens) - (sequence.num_computed if sequence.host_pages else 0)
+            num_known = len(sequence.tokens)
             self._admit_first(slot)
+            budget -= num_known - sequence.num_computed
 
     def restore(self, returned: int, step: int) -> None:
         """As `admit`, before `step`, for the first that wait if their pages are saved."""
@@ -202,8 +216,9 @@ class SlotAllocator:
         if sequence.host_pages:
             self._restore_pages(sequence)
         else:
-            sequence.num_computed = 0
             sequence.num_to_prefill = len(sequence.tokens)
+            sequence.begins = True
+            self._find_pages(sequence)
         if sequence.is_prefilled:
             sequence.num_to_prefill = sequence.num_computed  # `num_to_sample` counts from there
             insort(slot.joining, sequence, key=_last_step)
@@ -222,6 +237,16 @@ class SlotAllocator:
         if youngest is not None and _arrival(youngest) > _arrival(sequence):
             self.running = dict.fromkeys(sorted(self.running, key=_arrival))
 
+    def _find_pages(self, sequence: Sequence) -> int:
+        """Give a sequence of which no chunk is dispatched all pages that it need not compute.
+
+        Returns how many it did not have before.
+        """
+        num_found = self.prefixes.take(sequence)
+        sequence.num_computed = len(sequence.pages) * self.pages.page_size
+        self._note_use()
+        return num_found
+
     def _pages_to_first_token(self, sequence: Sequence) -> int:
         return self.pages.pages_for_tokens(len(sequence.tokens) + 1)
 
@@ -231,8 +256,13 @@ class SlotAllocator:
         """The next tokens of a prompt, at most `budget`, with their pages.
 
         None: no page is left and no sequence is younger; this one waits, or has even been released.
+        Or another one computes the prefix that both share: this one begins when it has.
         """
         size = self.pages.page_size
+        if sequence.begins:
+            self._unpromise(sequence, self._find_pages(sequence))
+            if self.prefixes.is_computed(sequence):
+                return None
         wanted = min(budget, sequence.num_to_prefill - sequence.num_computed)
         while (room := self._room_tokens(sequence)) <= 0:
             if not self._preempt_younger(sequence):
@@ -240,13 +270,20 @@ class SlotAllocator:
         start = sequence.num_computed
         end = start + min(wanted, room)
         new_pages = self._take(-(-end // size) - len(sequence.pages))
-        sequence.pages.extend(new_pages)
         fulfilled = min(sequence.num_promised, len(new_pages))
+        if sequence.begins:
+            sequence.begins, sequence.began_at = False, step
+            sequence.num_shared_tokens = start
+            self.prefixes.num_shared_tokens += start
+            new_pages = (*sequence.pages, *new_pages)
+            sequence.pages.clear()
+        sequence.pages.extend(new_pages)
         self._unpromise(
             sequence, sequence.num_promised if end == sequence.num_to_prefill else fulfilled
         )
         sequence.num_computed = end
         sequence.last_step = step
+        self.prefixes.tell(sequence)
         slot = self.slots[sequence.slot]
         if sequence.is_prefilled:
             slot.prefilling.remove(sequence)
@@ -299,9 +336,12 @@ class SlotAllocator:
 
     def _take(self, num_pages: int) -> tuple[int, ...]:
         pages = self.pages.allocate(num_pages)
+        self._note_use()
+        return pages
+
+    def _note_use(self) -> None:
         used = self.pages.num_pages - self.pages.num_free
         self.max_pages_used = max(self.max_pages_used, used)
-        return pages
 
     def _unpromise(self, sequence: Sequence, num_pages: int) -> None:
         sequence.num_promised -= num_pages
@@ -321,7 +361,7 @@ class SlotAllocator:
         """Take place and pages away for an older one; save the pages where that pays."""
         pages, is_drafting = tuple(sequence.pages), sequence.is_drafting
         self._give_up_place(sequence)
-        lost = sequence.num_computed
+        lost = 0 if sequence.begins else sequence.num_computed
         # With drafts in flight it is not known how much is computed; its last token is not on the
         # device in any case.
         if not is_drafting and self._can_save(sequence):
@@ -348,7 +388,7 @@ class SlotAllocator:
     def _can_save(self, sequence: Sequence) -> bool:
         """Whether its pages, released just now, have room in host memory, and are worth it."""
         num_pages = self.pages.pages_for_tokens(sequence.num_computed)
-        is_worth_it = sequence.num_computed >= self._min_saved_tokens
+        is_worth_it = not sequence.begins and sequence.num_computed >= self._min_saved_tokens
         return is_worth_it and 0 < num_pages <= self.host_pages.num_free
 
     def _save_pages(self, sequence: Sequence, pages: tuple[int, ...]) -> None:
@@ -361,12 +401,16 @@ class SlotAllocator:
         self.max_host_pages_used = max(self.max_host_pages_used, used)
 
     def _restore_pages(self, sequence: Sequence) -> None:
-        pages, host_pages = self._take(len(sequence.host_pages)), sequence.host_pages
+        """Those that it still finds here are not copied."""
+        host_pages = sequence.host_pages[self.prefixes.take(sequence) :]
+        sequence.pages.extend(self._take(len(host_pages)))
         self.page_moves.append(
-            PagesRestored(sequence.sequence_id, sequence.num_computed, host_pages, pages)
+            PagesRestored(
+                sequence.sequence_id, sequence.num_computed, host_pages, tuple(sequence.pages)
+            )
         )
-        sequence.pages.extend(pages)
         self._drop_saved(sequence)
+        self.prefixes.tell(sequence)
 
     def _drop_saved(self, sequence: Sequence) -> None:
         self.host_pages.free(sequence.host_pages)
@@ -385,6 +429,7 @@ class SlotAllocator:
         else:
             slot.prefilling.remove(sequence)
             self._unpromise(sequence, sequence.num_promised)
+        self.prefixes.withdraw(sequence)
         self.pages.free(sequence.pages)
         sequence.pages.clear()
         sequence.slot = -1

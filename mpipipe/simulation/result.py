@@ -69,6 +69,7 @@ class SimulationResult:
     num_steps: int  # of the simulated replicas, as the following counts
     num_preemptions: int
     num_recomputed_tokens: int
+    num_shared_tokens: int  # of prompts, not computed: others begin with the same
     ttft_p50_s: float | None
     ttft_p95_s: float | None
     latency_p50_s: float | None

@@ -174,6 +174,7 @@ def _result(
         num_steps=sum(now.num_steps for now in statistics),
         num_preemptions=sum(now.num_preemptions for now in statistics),
         num_recomputed_tokens=sum(now.num_recomputed_tokens for now in statistics),
+        num_shared_tokens=sum(now.num_shared_tokens for now in statistics),
         ttft_p50_s=percentile(ttfts_s, 50),
         ttft_p95_s=percentile(ttfts_s, 95),
         latency_p50_s=percentile(latencies_s, 50),

@@ -126,7 +126,8 @@ class StageEngine:
         if isinstance(message, PagesSaved):
             self._host_pages.save(message.pages, message.host_pages)
             return
-        self._host_pages.restore(message.host_pages, message.pages)
+        num_found = len(message.pages) - len(message.host_pages)
+        self._host_pages.restore(message.host_pages, message.pages[num_found:])
         self.request_table.restore(message)
 
     def page_moves(self) -> PageMoveUse | None:

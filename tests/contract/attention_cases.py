@@ -93,6 +93,34 @@ def random_steps(shape: Shape, dtype: torch.dtype) -> Iterator[Step]:
         )
 
 
+def shared_step(shape: Shape, dtype: torch.dtype) -> tuple[Step, Step, list[int]]:
+    """A prompt, and behind it another one that reads the first two pages of it in the same step.
+
+    Then the same with both computed whole, and its rows that must be those of the first.
+    """
+    generator = torch.Generator().manual_seed(1)
+    common, first, second = 2 * PAGE_SIZE, 2 * PAGE_SIZE + 3, 2 * PAGE_SIZE + 5
+
+    def draw(num_heads: int, num_tokens: int) -> torch.Tensor:
+        drawn = torch.randn(num_heads, num_tokens, shape.head_dim, generator=generator)
+        return drawn.to(dtype).transpose(0, 1)
+
+    lens = (SequenceLens(0, 0, first, first), SequenceLens(1, first, second, second))
+    whole = Step(
+        build_layout([(lens[0], [9, 5, 7]), (lens[1], [1, 2, 3, 4])], PAGE_SIZE),
+        draw(shape.num_heads, first + second),
+        draw(shape.num_kv_heads, first + second),
+        draw(shape.num_kv_heads, first + second),
+    )
+    for rows_TKD in (whole.key_TKD, whole.value_TKD):
+        rows_TKD[first : first + common] = rows_TKD[:common]
+    rows = [*range(first), *range(first + common, first + second)]
+    shared = SequenceLens(1, first, second - common, second)
+    layout = build_layout([(lens[0], [9, 5, 7]), (shared, [9, 5, 3, 4])], PAGE_SIZE)
+    parts = (whole.query_THD, whole.key_TKD, whole.value_TKD)
+    return Step(layout, *(part[rows] for part in parts)), whole, rows
+
+
 def on_device(step: Step, device: torch.device) -> Step:
     """The step as kernels get it: int32 tables and query starts, on `device`."""
     return Step(

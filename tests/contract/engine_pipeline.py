@@ -92,6 +92,7 @@ def engine_plan(
     kv_cache: CacheKind = "paged",
     num_host_pages: int = 0,
     drafted_rows: int = 0,
+    max_sharing_tokens: int = 0,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -120,6 +121,7 @@ def engine_plan(
         max_sequence_tokens=MAX_TOKENS,
         num_host_pages=num_host_pages,
         drafts=DraftPlan(7, (drafted_rows,), (1.0,), 0.0) if drafted_rows else None,
+        max_sharing_tokens=max_sharing_tokens,
     )
 
 
@@ -283,6 +285,7 @@ class EnginePipeline:
         self.num_preemptions = 0
         self.num_saved = 0
         self.drafts = DraftUse()
+        self.num_shared_tokens = 0
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
@@ -307,6 +310,7 @@ class EnginePipeline:
                 plan.max_sequence_tokens,
                 plan.lookahead,
                 num_host_pages=plan.num_host_pages,
+                max_sharing_tokens=plan.max_sharing_tokens,
             ),
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
@@ -329,6 +333,7 @@ class EnginePipeline:
         self.num_preemptions = core.statistics().num_preemptions
         self.num_saved = core.statistics().num_saved
         self.drafts = core.statistics().drafts
+        self.num_shared_tokens = core.statistics().num_shared_tokens
         for engine in self.engines:
             engine.clear()
             assert not len(engine.request_table), "a sequence was never closed"
@@ -358,7 +363,7 @@ class EnginePipeline:
     def _send(self, core: SchedulerCore, step: Step, requests: Sequence[Request]) -> None:
         chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks
         for scheduled in chunks:
-            if not scheduled.num_computed:
+            if core.begins(scheduled.sequence_id, step.step):
                 known = core.known_tokens(scheduled.sequence_id)
                 request = requests[scheduled.sequence_id]
                 message = RequestOpened(

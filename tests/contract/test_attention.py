@@ -23,6 +23,7 @@ from tests.contract.attention_cases import (
     Step,
     on_device,
     random_steps,
+    shared_step,
     without_spans,
 )
 
@@ -118,6 +119,12 @@ def check_varlen_steps(
             torch.testing.assert_close(
                 actual.cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
             )
+        shared, whole, rows = shared_step(shape, dtype)
+        expected = attend(ReferenceAttention(), whole, ContiguousKVCache(), options)[rows]
+        actual = attend(backend, on_device(shared, device), cache, options)
+        torch.testing.assert_close(
+            actual.cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
 
 
 def check_decode_steps(

@@ -5,6 +5,7 @@ The oracle is each request alone, and `AwaitingCore` on the same requests.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
     VerifiedSequence,
 )
+from mpipipe.kv_cache.shared_pages import KnownPage
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.drafts import agreed
 from mpipipe.scheduler.instructions import (
@@ -36,7 +38,7 @@ from mpipipe.scheduler.instructions import (
 from mpipipe.scheduler.sequence import Sequence
 from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.oracles.awaiting_core import AwaitingCore
-from tests.unit.test_awaiting_core import EOS, Case, Simulation, alone, cases, next_token
+from tests.unit.test_awaiting_core import EOS, VOCAB, Case, Simulation, alone, cases, next_token
 
 Step = StepScheduled | DecodeScheduled
 Move = PagesSaved | PagesRestored
@@ -52,6 +54,14 @@ class AheadCase:
     num_host_pages: int = 0
     min_saved_tokens: int = 1
     drafts: int = 0  # seed of the drafts; 0: there are none
+    shares: bool = False
+
+    @property
+    def max_sharing_tokens(self) -> int:
+        """Sequences that begin shorter than the restart see equal rotary frequencies."""
+        if not self.shares:
+            return 0
+        return self.case.restart_tokens - 1 if self.case.restart_tokens else 1000
 
     def core(self) -> SchedulerCore:
         case = self.case
@@ -65,6 +75,7 @@ class AheadCase:
             lookahead=self.lookahead,
             num_host_pages=self.num_host_pages,
             min_saved_tokens=self.min_saved_tokens,
+            max_sharing_tokens=self.max_sharing_tokens,
         )
         return SchedulerCore(
             limits,
@@ -143,13 +154,28 @@ def ahead_cases(draw: st.DrawFn) -> AheadCase:
     )
 
 
+@st.composite
+def sharing_cases(draw: st.DrawFn) -> AheadCase:
+    """Prompts that begin as one of two texts do, for some tokens."""
+    ahead = draw(ahead_cases())
+    texts = [draw(st.lists(st.integers(1, 3), min_size=20, max_size=20)) for _ in range(2)]
+    requests = []
+    for request in ahead.case.requests:
+        text, num_common = draw(st.sampled_from(texts)), draw(st.integers(0, 20))
+        own = draw(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=4))
+        prompt = (*text[:num_common], *own)[: ahead.case.max_context_tokens - 1]
+        requests.append(replace(request, prompt_ids=prompt))
+    return replace(ahead, case=replace(ahead.case, requests=tuple(requests)), shares=True)
+
+
 @dataclass
 class Stage:
     """What a stage does: request rows, batches by deltas, page tables, and the contents of the
     pages."""
 
     case: Case
-    # (sequence, token, rotary length)
+    max_sharing_tokens: int = 0
+    # (whose, token, rotary length)
     memory: list[tuple[int, int, int] | None] = field(default_factory=list)
     host_memory: dict[int, list[tuple[int, int, int] | None]] = field(default_factory=dict)
     rotary_lens: dict[int, int] = field(default_factory=dict)
@@ -168,7 +194,8 @@ class Stage:
                 sequence_id = message.sequence_id
                 assert self.computed[sequence_id] == message.num_computed > 0
                 self.tables[sequence_id] = list(message.pages)
-                for page, host_page in zip(message.pages, message.host_pages, strict=True):
+                copied = message.pages[len(message.pages) - len(message.host_pages) :]
+                for page, host_page in zip(copied, message.host_pages, strict=True):
                     self.memory[self.cells(page)] = self.host_memory.pop(host_page)
             case RequestOpened():
                 sequence_id = message.sequence_id
@@ -193,6 +220,9 @@ class Stage:
     def prefill(self, chunks: tuple[ScheduledSequence, ...]) -> tuple[int, ...]:
         for chunk in chunks:
             sequence_id = chunk.sequence_id
+            if not self.computed[sequence_id]:  # it begins, behind what others have computed
+                assert chunk.num_computed % self.case.page_size == 0
+                self.computed[sequence_id] = chunk.num_computed
             assert self.computed[sequence_id] == chunk.num_computed
             self.tables[sequence_id].extend(chunk.new_pages)
             for _ in range(chunk.num_tokens):
@@ -237,7 +267,8 @@ class Stage:
             self.compute(sequence_id)
         cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
         begun = self.rotary_len(sequence_id)
-        assert cached == [(sequence_id, token, begun) for token in history], "overwritten"
+        places = range(len(history))
+        assert cached == [self.cell(sequence_id, place, begun) for place in places], "overwritten"
         seed = self.sampling[sequence_id].seed
         sampled = [next_token(history[: known + row], seed) for row in range(len(draft) + 1)]
         history[known:] = sampled[: agreed(draft, sampled) + 1]
@@ -250,11 +281,18 @@ class Stage:
         request = self.case.requests[sequence_id]  # they are added in order
         return self.case.rotary_len(request, len(self.histories[sequence_id]))
 
+    def cell(self, sequence_id: int, position: int, rotary_len: int) -> tuple[int, int, int]:
+        """What a token's keys and values follow from; the sequence, where it may share none."""
+        token = self.histories[sequence_id][position]
+        if rotary_len > self.max_sharing_tokens or position >= rotary_len:
+            return sequence_id, token, rotary_len
+        tokens_before = bytes(self.histories[sequence_id][:position])
+        return -1 - zlib.crc32(tokens_before), token, 0
+
     def compute(self, sequence_id: int) -> None:
         table, position = self.tables[sequence_id], self.computed[sequence_id]
-        token = self.histories[sequence_id][position]
         size = self.case.page_size
-        cell = sequence_id, token, self.rotary_lens[sequence_id]
+        cell = self.cell(sequence_id, position, self.rotary_lens[sequence_id])
         self.memory[table[position // size] * size + position % size] = cell
         self.computed[sequence_id] = position + 1
 
@@ -265,7 +303,7 @@ class Stage:
         assert len(table) == -(-len(history) // size), "exactly the pages needed"
         cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
         begun = self.rotary_len(sequence_id)
-        wanted = [(sequence_id, token, begun) for token in history]
+        wanted = [self.cell(sequence_id, position, begun) for position in range(len(history))]
         assert cached == wanted, "a page was overwritten, or should have been"
         token = next_token(history, self.sampling[sequence_id].seed)
         history.append(token)
@@ -297,7 +335,8 @@ class AheadSimulation:
     def run(self) -> Outcome:
         case, random = self.ahead.case, Random(self.ahead.case.seed)
         core = self.core = self.ahead.core()
-        self.stage = Stage(case, [None] * (case.num_pages * case.page_size))
+        num_cells = case.num_pages * case.page_size
+        self.stage = Stage(case, self.ahead.max_sharing_tokens, [None] * num_cells)
         self.stage.batches = [[] for _ in range(case.num_slots)]
         arrivals = deque(case.requests)
         to_cancel = list(case.cancel)
@@ -336,10 +375,12 @@ class AheadSimulation:
 
     def dispatch(self) -> bool:
         case, rounds, num_in_flight = self.ahead.case, self.ahead.lookahead, len(self.flight)
+        known = self.core._slot_allocator.pages._known.copy()
         step = self.core.next_step()
         self.messages.extend(self.core.take_page_moves())
         if step is None:
             return False
+        self.check_writes(step, known)
         assert step.step == len(self.outcome.steps)
         assert num_in_flight < case.num_slots * (1 + rounds)
         assert step.num_tokens <= case.max_tokens_per_step or not step_chunks(step)
@@ -368,13 +409,34 @@ class AheadSimulation:
         self.outcome.steps.append(step)
         return True
 
+    def check_writes(self, step: Step, known: dict[int, KnownPage]) -> None:
+        """No step writes to a page that others may have found before."""
+        allocator, size = self.core._slot_allocator, self.ahead.case.page_size
+        running = {sequence.sequence_id: sequence for sequence in allocator.running}
+        written: list[int] = []
+        for chunk in step_chunks(step):
+            end = chunk.num_computed + chunk.num_tokens
+            if (sequence := running.get(chunk.sequence_id)) is not None:
+                written += sequence.pages[chunk.num_computed // size : -(-end // size)]
+        if isinstance(step, DecodeScheduled):
+            batch = allocator.slots[step.slot].batch
+            for sequence in batch.rows.sequences:
+                if sequence.in_batch:
+                    page = sequence.pages[(sequence.base + batch.round - 1) // size]
+                    assert allocator.pages.num_owners(page) == 1
+                    written.append(page)
+        now = allocator.pages._known
+        assert not [p for p in written if p in known and now.get(p) is known[p]]
+
     def rows_of_chunks(self, chunks: tuple[ScheduledSequence, ...]) -> tuple[int, ...]:
         sizes = [chunk.num_tokens > 1 for chunk in chunks]
         assert sizes == sorted(sizes), "shares of one token first"
         for chunk in chunks:
             assert chunk.num_tokens > 0
-            if chunk.num_computed == 0:
+            if self.core.begins(chunk.sequence_id, len(self.outcome.steps)):
                 self.open(chunk.sequence_id)
+            else:
+                assert chunk.num_computed > 0
         return tuple(chunk.sequence_id for chunk in chunks if chunk.sample)
 
     def rows_of_decode(self, step: DecodeScheduled) -> tuple[int, ...]:
@@ -415,8 +477,11 @@ class AheadSimulation:
         assert sum(counts) == len(self.ahead.case.requests) - num_to_arrive
         if not statistics.num_running:
             assert statistics.num_free_pages == self.ahead.case.num_pages
-        owned = [page for s in self.core._slot_allocator.running for page in s.pages]
-        assert len(owned) == len(set(owned)) == statistics.num_pages - statistics.num_free_pages
+        pages = self.core._slot_allocator.pages
+        owned = Counter(page for s in self.core._slot_allocator.running for page in s.pages)
+        assert len(owned) == statistics.num_pages - statistics.num_free_pages
+        assert all(pages.num_owners(page) == owned[page] for page in range(pages.num_pages))
+        assert all(page in pages._known for page, number in owned.items() if number > 1)
         saved = [page for s in self.core._slot_allocator.waiting for page in s.host_pages]
         assert len(saved) == len(set(saved)) <= self.ahead.num_host_pages
         num_free = self.core._slot_allocator.host_pages.num_free
@@ -472,6 +537,25 @@ def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> N
         tokens, reason = ahead.expected(request)
         assert outcome.tokens[request.request_id] == tokens
         assert outcome.reasons[request.request_id] is reason
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(sharing_cases())
+def test_sequences_that_share_pages_get_the_tokens_they_would_get_alone(ahead: AheadCase) -> None:
+    outcome = AheadSimulation(ahead).run()
+    found = outcome.statistics
+    assert found is not None
+    event(f"shared: {found.num_shared_tokens > 0}, preempted: {found.num_preemptions > 0}")
+    event(f"shared: {found.num_shared_tokens > 0}, saved: {found.num_saved > 0}")
+    for request in ahead.case.requests:
+        tokens, reason = ahead.expected(request)
+        assert outcome.tokens[request.request_id] == tokens
+        assert outcome.reasons[request.request_id] is reason
+    chunks = [chunk for step in outcome.steps for chunk in step_chunks(step)]
+    num_known = sum(len(request.prompt_ids) for request in ahead.case.requests)
+    num_computed = sum(chunk.num_tokens for chunk in chunks)
+    if not found.num_preemptions and not ahead.case.restart_tokens and not ahead.stop_at:
+        assert num_computed + found.num_shared_tokens == num_known
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

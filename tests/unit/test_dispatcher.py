@@ -187,3 +187,49 @@ def test_equal_events_give_equal_assignments() -> None:
         return told
 
     assert run() == run()
+
+
+# ---- prompts that begin alike --------------------------------------------------------------------
+
+
+def sharers(*groups: int) -> list[Request]:
+    """So many requests of each group, mixed: 40 common tokens, and one of their own."""
+    order = [(member, group) for group, size in enumerate(groups) for member in range(size)]
+    return [
+        Request(
+            f"r{index}", index, (*(100 + group,) * 40, member), SamplingParams(max_new_tokens=8)
+        )
+        for index, (member, group) in enumerate(sorted(order))
+    ]
+
+
+def group_of(request: Request) -> int:
+    return request.prompt_ids[0] - 100
+
+
+def test_those_that_begin_alike_go_to_one_replica() -> None:
+    dispatcher = Dispatcher(sharers(4, 4, 4, 4), [8, 8], page_size=16)
+    for replica in range(2):
+        dispatcher.asked(replica, 8)
+    for handed in dispatcher.hand_out():
+        groups = [group_of(request) for request in handed.requests]
+        assert groups == sorted(groups)
+        assert len(set(groups)) == 2
+    assert not dispatcher.num_waiting
+
+
+def test_no_replica_is_idle_while_a_group_is_left() -> None:
+    dispatcher = Dispatcher(sharers(12), [4, 4, 4], page_size=16)
+    for replica in range(3):
+        dispatcher.asked(replica, 4)
+    assert [len(handed.requests) for handed in dispatcher.hand_out()] == [4, 4, 4]
+
+
+def test_what_is_left_of_a_group_waits_no_more_when_told_to_stop() -> None:
+    dispatcher = Dispatcher(sharers(6), [2, 2], page_size=16)
+    for replica in range(2):
+        dispatcher.asked(replica, 2)
+    dispatcher.hand_out()
+    assert dispatcher.stop() == 2
+    dispatcher.asked(0, 2)
+    assert not dispatcher.hand_out()

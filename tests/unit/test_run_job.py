@@ -57,7 +57,8 @@ def test_the_manifest_is_brought_to_the_disk_beside_the_event_loop(
     )
     session: Any = SimpleNamespace(
         is_head=True,
-        predicting=lambda: lambda _: None,
+        predicting=lambda: lambda _lengths, _shared_ratio: None,
+        expected_shared_ratio=0.0,
         plan=SimpleNamespace(max_context_tokens=8),
     )
     prompts: Any = SimpleNamespace(lengths=lambda _: ())

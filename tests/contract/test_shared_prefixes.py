@@ -1,0 +1,142 @@
+"""Prompts that begin alike share pages on every stage, and the tokens are those of each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from mpipipe.checkpoint.spec import read_spec
+from mpipipe.scheduler.sequence import Sequence
+from mpipipe.scheduler.shared_prefixes import SharedPrefixes
+from mpipipe.types import Request, SamplingParams
+from tests.contract.engine_pipeline import (
+    MAX_TOKENS,
+    EnginePipeline,
+    engine_plan,
+    make_requests,
+    plain_outcomes,
+)
+from tests.contract.test_stage_engine import sampled
+from tests.contract.tiny_models import TinyModel
+
+MODES = ["varlen", "tensors", "replayed"]
+# Of each prompt: which text it begins with, how many tokens of it, and how many of its own follow.
+# A page has four tokens, a step sixteen: texts end within, at and behind the ends of both.
+BEGINNINGS = (
+    (0, 22, 3), (0, 22, 1), (0, 16, 2), (1, 9, 4), (0, 24, 0), (1, 8, 1), (0, 3, 5), (0, 24, 0),
+    (1, 24, 2), (0, 20, 6),
+)  # fmt: skip
+
+
+def sharers(sampling: Callable[[int], SamplingParams]) -> list[Request]:
+    texts = [request.prompt_ids for request in make_requests((24, 24), sampling)]
+    own = make_requests([6] * len(BEGINNINGS), sampling)
+    return [
+        replace(request, prompt_ids=texts[text][:num_common] + request.prompt_ids[:num_own])
+        for request, (text, num_common, num_own) in zip(own, BEGINNINGS, strict=True)
+    ]
+
+
+def check_shared_prefixes(
+    requests: list[Request],
+    wanted: list[tuple[int, ...]],
+    make: Callable[[int, int], EnginePipeline],
+    num_pages: int,
+) -> None:
+    """Of `make`(pages, pages in host memory) pipelines. Also run on GPUs."""
+    num_shared = num_preemptions = 0
+    for num_host_pages in (0, 30):
+        pipeline = make(num_pages, num_host_pages)
+        for seed in range(2):
+            found = pipeline.generate(requests, seed=seed)
+            assert [outcome.token_ids for outcome in found] == wanted
+            num_shared += pipeline.num_shared_tokens
+            num_preemptions += pipeline.num_preemptions
+            computed = [
+                chunk.num_tokens
+                for step in pipeline.steps
+                for chunk in getattr(step, "sequences", ()) or getattr(step, "chunks", ())
+            ]
+            pipeline.steps.clear()
+            if not pipeline.num_preemptions:
+                num_known = sum(len(request.prompt_ids) for request in requests)
+                assert sum(computed) + pipeline.num_shared_tokens == num_known
+    assert num_shared >= 4 * 90
+    assert (num_preemptions > 0) == (num_pages < 30)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_pages", [18, 80])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_tokens_are_those_of_each_prompt_alone(
+    num_stages: int, num_pages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    requests = sharers(lambda n: sampled(n).replace(max_new_tokens=16))
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+
+    def make(num_pages: int, num_host_pages: int) -> EnginePipeline:
+        plan = engine_plan(
+            num_stages,
+            num_pages=num_pages,
+            graphs=mode == "replayed",
+            max_sequences=4,
+            num_host_pages=num_host_pages,
+            max_sharing_tokens=MAX_TOKENS,
+        )
+        return EnginePipeline(model, plan, mode).prepare()
+
+    check_shared_prefixes(requests, wanted, make, num_pages)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("name", ["opt", "phi3-longrope"])
+def test_families_with_positions_of_their_own_share_what_is_equal(
+    name: str, lookahead: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Long prompts of `longrope` share nothing; short ones do, until they start over."""
+    model = tiny(name)
+    requests = sharers(lambda _: SamplingParams(max_new_tokens=20, ignore_eos=True))
+    limit = read_spec(model.folder).rotary.max_equal_tokens
+    found, num_shared = [], []
+    for max_sharing_tokens in (0, MAX_TOKENS if limit is None else limit):
+        plan = engine_plan(
+            2,
+            max_sequences=4,
+            lookahead=lookahead,
+            hidden_size=model.reference.config.hidden_size,
+            prefill="phases" if lookahead else "mixed",
+            max_sharing_tokens=max_sharing_tokens,
+        )
+        pipeline = EnginePipeline(model, plan, "varlen").prepare()
+        found.append([o.token_ids for o in pipeline.generate(requests)])
+        num_shared.append(pipeline.num_shared_tokens)
+    assert found[0] == found[1]
+    assert num_shared[0] == 0
+    assert num_shared[1] > 0
+
+
+def test_tokens_come_from_the_shared_pages(
+    tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that are found by fewer tokens than they hold would be noticed."""
+
+    def by_first_token(prefixes: SharedPrefixes, sequence: Sequence) -> object:
+        known, token_ids = key(prefixes, sequence)
+        return known, token_ids[:1] * len(token_ids)
+
+    model = tiny("llama")
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    requests = [
+        replace(request, prompt_ids=(7, *request.prompt_ids))
+        for request in make_requests((20, 21, 22), lambda _: sampling)
+    ]
+    wanted = [o.token_ids for o in plain_outcomes(model, requests)]
+    plan = engine_plan(1, max_sharing_tokens=MAX_TOKENS)
+    pipeline = EnginePipeline(model, plan, "varlen").prepare()
+    assert [o.token_ids for o in pipeline.generate(requests)] == wanted
+    key = SharedPrefixes._key
+    monkeypatch.setattr(SharedPrefixes, "_key", by_first_token)
+    assert [o.token_ids for o in pipeline.generate(requests)] != wanted
