@@ -19,7 +19,7 @@ from mpipipe.topology.process import process_age_s
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["warm_command"]
+__all__ = ["boot_lines", "warm_command"]
 
 _SHOWN_S = 0.05
 
@@ -35,7 +35,7 @@ def warm_command(config: Path, overrides: Sequence[str], *, debug: bool) -> int:
     boot = BootTimeline(clock, clock.now_s() - (process_age_s() or 0.0))
 
     def tell(ended: BootTimeline) -> None:
-        for line in _lines(ended):
+        for line in boot_lines(ended):
             print(line, flush=True)
 
     try:
@@ -47,7 +47,7 @@ def warm_command(config: Path, overrides: Sequence[str], *, debug: bool) -> int:
     return 0
 
 
-def _lines(boot: BootTimeline) -> list[str]:
+def boot_lines(boot: BootTimeline) -> list[str]:
     """The parts of rank 0's boot, and where the caches are."""
     seconds: dict[str, float] = {}
     for part in boot.parts:

@@ -29,7 +29,7 @@ from mpipipe.errors import UnsupportedModelError
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
 from mpipipe.models.families import ModelParts, locate_parts, refuse, refuse_split
-from mpipipe.models.fused_cpu import fuse_layers
+from mpipipe.models.fused_cpu import FusedLayer, fuse_layers
 from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_reason
 from mpipipe.models.layer_options import AttentionOptions
 from mpipipe.models.llama_modules import LlamaModel
@@ -338,6 +338,8 @@ class StageModel(PlainStage):
         if streamed.gates is not NO_GATES:
             self._leave_head()
         fuse_layers(layers, self._context, self._options, streamed)
+        if self.plan.has_head and isinstance(layers[-1], FusedLayer):
+            self._context.cut_layer = len(layers) - 1
         prepack_linears(self.module, kept)
         self._tensor_split.attach(self.module, self.lanes)
 
@@ -383,7 +385,8 @@ class StageModel(PlainStage):
         if not self.plan.has_head:
             return self._hidden(inputs, layout)
         if sample_rows is None or not sample_rows.numel():
-            self._hidden(inputs, layout)  # for the keys and values only
+            # For the keys and values only.
+            self._hidden(inputs, layout, torch.empty(0, dtype=torch.int64, device=inputs.device))
             return torch.empty(0, self.vocab_size, device=inputs.device)
         return self._logits(inputs, layout, sample_rows).float()
 
@@ -405,9 +408,13 @@ class StageModel(PlainStage):
             return self._hidden(inputs, layout)
         return self._logits(inputs, layout, None)
 
-    def _hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        run = self.run_base if self._fused is None else self._fused.hidden
-        return run(inputs, layout)
+    def _hidden(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden], of which `rows_S` will be read; None: all."""
+        if self._fused is None:
+            return self.run_base(inputs, layout, rows_S)
+        return self._fused.hidden(inputs, layout)
 
     def _logits(
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None

@@ -54,12 +54,16 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What the attention modules of one stage share. `layout` is the step being run."""
+    """What the layers of one stage share. `layout` is the step being run."""
 
     backend: AttentionBackend
     first_layer: int
     cache: KVCache | None = None
     layout: BatchLayout | None = None
+    # The layer, within the stage, behind whose attention only `sampled_rows_S` are computed: the
+    # model's last one, if it can.
+    cut_layer: int | None = None
+    sampled_rows_S: torch.Tensor | None = None  # int64, of the step being run; None: all
     calls: list[AttentionCall] | None = None  # a list: record every call
     options: dict[tuple[float | None, int | None, float | None], AttentionOptions] = field(
         default_factory=dict

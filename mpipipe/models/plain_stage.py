@@ -48,9 +48,15 @@ class PlainStage:
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen by `recording`
         self._streamed = StreamedWeights()
 
-    def run_base(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """The stage without LM head (but with the final norm, if it is here): [T, hidden]."""
-        self._context.layout = layout
+    def run_base(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The stage without LM head (but with the final norm, if it is here): [T, hidden].
+
+        `rows_S` are those whose output will be read, None: all. The others may be left out, if
+        this is the last stage.
+        """
+        self._context.layout, self._context.sampled_rows_S = layout, rows_S
         output = self._base(**self._arguments(inputs, layout), use_cache=False)
         self._streamed.gates.end()
         hidden_TH: torch.Tensor = output.last_hidden_state[0]
@@ -60,10 +66,12 @@ class PlainStage:
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None
     ) -> torch.Tensor:
         """The last stage, head included: logits [S, vocabulary] of `rows_S`; None: of all rows."""
-        self._context.layout = layout
+        context = self._context
+        context.layout, context.sampled_rows_S = layout, rows_S
+        is_cut = context.cut_layer is not None
         output = self.module(
             **self._arguments(inputs, layout),
-            logits_to_keep=0 if rows_S is None else rows_S,
+            logits_to_keep=0 if rows_S is None or is_cut else rows_S,
             use_cache=False,
         )
         self._streamed.gates.end()
