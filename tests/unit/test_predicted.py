@@ -132,7 +132,8 @@ def test_a_cpu_that_has_the_embedding_as_its_head_holds_a_packed_copy_of_it() ->
     memory = []
     for spec in (SMOL, dataclasses.replace(SMOL, tied_embeddings=False)):
         plan = make_plan(config, spec, ranks, "/m", workload)
-        found = predict(spec, [plan], ((4, 4),), [KnownTimes(rate_times(spec, plan, ranks), 0, 0)])
+        known = KnownTimes(rate_times(spec, plan, ranks), start_s=0.0, load_s=0.0)
+        found = predict(spec, [plan], ((4, 4),), [known])
         assert found is not None
         memory.append(found.stages[0].memory_bytes)
     assert memory[0] == memory[1], "an untied head takes as much"
