@@ -97,7 +97,7 @@ def test_a_prediction_is_the_jobs_forecast_with_the_memory_that_it_will_touch() 
     )
     plan = make_plan(config, SMOL, ranks, "/m", workload)
     known = KnownTimes(rate_times(SMOL, plan, ranks), start_s=7.0, load_s=2.0)
-    found = predict(SMOL, [plan], lengths, [known])
+    found = predict(SMOL, [plan], [known], lengths)
     assert found is not None
     assert (found.num_prompt_tokens, found.num_output_tokens) == (320, 192)
     assert found.tokens_per_s == pytest.approx(192 / found.generate_s)
@@ -109,7 +109,7 @@ def test_a_prediction_is_the_jobs_forecast_with_the_memory_that_it_will_touch() 
         beside = predicted.memory_bytes - stage.weight_bytes
         # Eight sequences of four pages at the end, and less than 100 MiB for the largest step.
         assert 8 * 4 * page_bytes <= beside <= 8 * 4 * page_bytes + 100 * MIB
-    assert predict(SMOL, [plan], (), [known]) is None
+    assert predict(SMOL, [plan], [known], ()) is None
 
 
 def test_stages_of_several_replicas_have_both_numbers() -> None:
@@ -132,8 +132,7 @@ def test_a_cpu_that_has_the_embedding_as_its_head_holds_a_packed_copy_of_it() ->
     memory = []
     for spec in (SMOL, dataclasses.replace(SMOL, tied_embeddings=False)):
         plan = make_plan(config, spec, ranks, "/m", workload)
-        known = KnownTimes(rate_times(spec, plan, ranks), start_s=0.0, load_s=0.0)
-        found = predict(spec, [plan], ((4, 4),), [known])
+        found = predict(spec, [plan], [KnownTimes(rate_times(spec, plan, ranks))], ((4, 4),))
         assert found is not None
         memory.append(found.stages[0].memory_bytes)
     assert memory[0] == memory[1], "an untied head takes as much"
