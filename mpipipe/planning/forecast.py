@@ -108,10 +108,9 @@ def forecast_job(
     lengths = shape.lengths
     most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
     step = -(-len(lengths) // most)
-    sample = lengths[::step]
-    grain = max(output for _, output in sample) / _GROUPS_OF_ENDS
-    longest_first = sorted(itertools.starmap(_Sequence, sample), key=lambda known: -known.output)
-    job = _Job(plan, times, deque(longest_first), grain, shape.shared_ratio)
+    sample = sorted(lengths[::step], key=lambda pair: -pair[1])  # as they are admitted
+    sequences = deque(itertools.starmap(_Sequence, sample))
+    job = _Job(plan, times, sequences, sample[0][1] / _GROUPS_OF_ENDS, shape.shared_ratio)
     job.run()
     # A sample has its share of the work; what it does not have are full pipes at its end.
     scale = len(lengths) / len(sample)
