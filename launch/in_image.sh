@@ -23,8 +23,8 @@ flags=(--cleanenv --no-eval --pwd "$PWD")
 if [ "${MPIPIPE_NV:-auto}" = on ] || { [ "${MPIPIPE_NV:-auto}" = auto ] && [ -e /dev/nvidiactl ]; }; then
     flags+=(--nv)
 fi
-# Where a PMIx library meets Slurm's PMIx server; and the demo model.
-for path in "${PMIX_SERVER_TMPDIR:-}" "${MPIPIPE_CACHE:-}"; do
+# Where a PMIx library meets Slurm's PMIx server; the demo model and tokenizers; compiled kernels.
+for path in "${PMIX_SERVER_TMPDIR:-}" "${MPIPIPE_CACHE:-}" "${TRITON_CACHE_DIR:-}"; do
     [ ! -d "$path" ] || flags+=(--bind "$path")
 done
 IFS=, read -ra binds <<<"${MPIPIPE_JOB_BINDS:-},${MPIPIPE_BINDS:-}"

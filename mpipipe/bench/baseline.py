@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaselinePlace",
     "BaselineResult",
+    "generate_rows",
     "generate_with_transformers",
     "open_baseline",
     "time_with_transformers",
@@ -161,7 +162,7 @@ def _timed(model: Any, jobs: Sequence[tuple[Any, Any]], batch_size: int) -> tupl
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         longest = max(sampling.max_new_tokens for _, sampling in batch)
-        rows = _generate_rows(model, [ids for ids, _ in batch], longest, ignore_eos=True)
+        rows = generate_rows(model, [ids for ids, _ in batch], longest, ignore_eos=True)
         assert all(len(row) == longest for row in rows), "generate stopped early"
     num_tokens = sum(sampling.max_new_tokens for _, sampling in jobs)
     return time.perf_counter() - started_s, num_tokens
@@ -182,7 +183,7 @@ def _generate_batch(
             "transformers has one for all: set --batch-size 1"
         )
     (penalty,) = penalties
-    rows = _generate_rows(model, prompts, longest, ignore_eos=ignore_eos, penalty=penalty)
+    rows = generate_rows(model, prompts, longest, ignore_eos=ignore_eos, penalty=penalty)
     elapsed_s = time.perf_counter() - started_s
     return [
         _completion(request, row, () if ignore_eos else eos, decode, elapsed_s)
@@ -190,7 +191,7 @@ def _generate_batch(
     ]
 
 
-def _generate_rows(
+def generate_rows(
     model: Any,
     prompts: Sequence[tuple[int, ...]],
     max_new_tokens: int,

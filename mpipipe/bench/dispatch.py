@@ -36,6 +36,7 @@ from mpipipe.runtime.ranks import open_ranks
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.types import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ async def _replicate(mesh: Mesh, clock: Clock, options: DispatchOptions) -> None
         runner = Runner(
             core=options.core(),
             group=group,
-            decode=_text_of,
+            texts=TextMaker(_text_of),
             clock=clock,
             log=NullLog(),
             on_request=link.ended,

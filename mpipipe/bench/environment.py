@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ def environment(session: Session) -> dict[str, Any]:
         "num_preemptions": session.num_preemptions,
         "num_saved": session.num_saved,
         "num_shared_tokens": session.num_shared_tokens,
+        "drafts": asdict(session.drafts),
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

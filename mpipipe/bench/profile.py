@@ -3,7 +3,9 @@
 All ranks measure at the same time, each on its own device, so that ranks of a host share its cores
 and memory as they do in a run. From slices of the model with few and with more layers, with and
 without embedding and head, follows what a layer, the head, the embedding and a step cost. Then the
-links between neighbouring stages, one pair after the other. The head keeps what all have measured.
+links between neighbouring stages, one pair after the other. With lanes (pipeline.tensor_parallel)
+each rank measures the part of one lane: what lanes take for their sums is left to rates. The head
+keeps what all have measured.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from mpipipe.planning.profile import (
     write_profile,
 )
 from mpipipe.planning.resolve import make_plan
+from mpipipe.planning.tensor_parallel import lane_spec
 from mpipipe.runtime.ranks import in_phase, told_by_head
 from mpipipe.runtime.startup import Joined, joined_ranks
 from mpipipe.runtime.tensor_channel import open_links
@@ -117,7 +120,9 @@ def _decide(joined: Joined[None]) -> Brief:
     few = replace(spec, num_layers=len(joined.resources))
     config = replace(config, pipeline=pipeline, memory=memory)
     plan = make_plan(config, few, joined.resources, str(model.folder))
-    return Brief.of(replace(spec, quantized=plan.quantize), plan, spec.num_layers)
+    num_lanes = model.loaded.config.pipeline.tensor_parallel
+    lane_spec(spec, num_lanes)  # what a run would refuse
+    return Brief.of(replace(spec, quantized=plan.quantize), plan, spec.num_layers, num_lanes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ class _Measuring:
             device = torch.device("cuda", joined.resources[ranks.mesh.rank].gpu.index)
             torch.cuda.set_device(device)
         slices = SliceOpener(
-            plan=brief.plan,
+            plan=brief.lane_plan,
             device=device,
             clock=ranks.clock,
             progress=ranks.engine,
@@ -170,7 +175,7 @@ class _Measuring:
         times = SliceTimes(few.timed, many.timed, first.timed, last.timed, brief.num_layers)
         resources, rank = self.joined.resources, ranks.mesh.rank
         return Profile(
-            key=ProfileKey.of(brief.plan, brief.shape, resources, rank),
+            key=ProfileKey.of(brief.lane_plan, brief.shape, resources, rank),
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
             decode=decode_part(times),
             prefill=prefill_part(times),

@@ -73,12 +73,22 @@ class Brief:
     decodes: tuple[DecodeShape, ...]
     prompts: tuple[PromptShape, ...]
     hop_rows: tuple[int, ...]
+    num_lanes: int  # of which each rank measures the part of one; `plan` has none
+
+    @property
+    def lane_plan(self) -> PipelinePlan:
+        """The plan of what is measured: as if each stage had its other lanes."""
+        if self.num_lanes == 1:
+            return self.plan
+        lanes = tuple(range(self.num_lanes))
+        stages = tuple(replace(stage, lane_ranks=lanes) for stage in self.plan.stages)
+        return replace(self.plan, stages=stages)
 
     @staticmethod
-    def of(spec: ModelSpec, plan: PipelinePlan, num_model_layers: int) -> Brief:
+    def of(spec: ModelSpec, plan: PipelinePlan, num_model_layers: int, num_lanes: int = 1) -> Brief:
         """For `plan`, made for a model of as many layers as fit any rank.
 
-        `num_model_layers`: how many the model has.
+        `num_model_layers`: how many the model has; `num_lanes`: the lanes that share a layer.
         """
         small, large = slice_layers(layer_weight_bytes(spec, plan.dtype), num_model_layers)
         page_size = plan.page_size_tokens
@@ -117,7 +127,8 @@ class Brief:
         )
         rows = (*_up_to(_DECODE_ROWS, plan.max_sequences_per_slot), plan.max_tokens_per_step)
         shape = ProfileKey.shape_of(spec)
-        return Brief(limits, shape, (small, large), decodes, prompts, tuple(sorted({*rows})))
+        sizes = tuple(sorted({*rows}))
+        return Brief(limits, shape, (small, large), decodes, prompts, sizes, num_lanes)
 
     def stage(self, num_layers: int, *, has_embedding: bool, has_head: bool) -> StagePlan:
         """A slice, as a stage of this rank: with its first layers, or with its last."""

@@ -22,6 +22,7 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
+from mpipipe.data_plane.lanes import ALONE, joined_columns
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.runtime.loading import StageParts, load_parts
 from mpipipe.stage.assembly import open_engine, open_stream
@@ -54,7 +55,7 @@ _NUM_IDS = 97  # that inputs vary over; any vocabulary has more
 class SliceOpener:
     """What all slices of one measurement share."""
 
-    plan: PipelinePlan  # its limits and forms; its stages are not looked at
+    plan: PipelinePlan  # its limits, forms and lanes; else its stages are not looked at
     device: torch.device
     clock: Clock
     progress: ProgressEngine
@@ -67,7 +68,7 @@ class SliceOpener:
         """`stage`, loaded and ready; its memory is free again afterwards."""
         torch.set_num_threads(self.plan.threads_per_rank)
         began_s = time.perf_counter()
-        parts = load_parts(self.plan, stage, self.trust_remote_code, self.device, self.boot)
+        parts = self._load(stage)
         loaded_s = time.perf_counter()
         _touch(parts)
         stream = open_stream(
@@ -103,6 +104,29 @@ class SliceOpener:
             parts.close()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _load(self, stage: StagePlan) -> StageParts:
+        trust, num_lanes = self.trust_remote_code, self.plan.tensor_parallel
+        lanes = ALONE if num_lanes == 1 else _FirstLane(num_lanes)
+        return load_parts(self.plan, stage, trust, self.device, self.boot, lanes=lanes)
+
+
+class _FirstLane:
+    """One of several lanes, without the others: its tokens mean nothing, its own work is whole."""
+
+    lane = 0
+
+    def __init__(self, num_lanes: int) -> None:
+        self.num_lanes = num_lanes
+
+    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
+        return partial
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return joined_columns(part.expand(self.num_lanes, *part.shape))
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 def _touch(parts: StageParts) -> None:

@@ -93,7 +93,7 @@ async def run_throughput(
     """
 
     def load() -> LoadedConfig:
-        return load_config(config_path, overrides)
+        return _with_drafts_asked(load_config(config_path, overrides), options.works)
 
     def check(model: ModelFacts) -> None:
         _check_lengths(model, options)
@@ -280,6 +280,19 @@ class _Bench:
 def _shortened(request: Request, most_tokens: int) -> Request:
     count = min(request.sampling.max_new_tokens, most_tokens)
     return dataclasses.replace(request, sampling=request.sampling.replace(max_new_tokens=count))
+
+
+def _with_drafts_asked(loaded: LoadedConfig, works: Sequence[BenchWork]) -> LoadedConfig:
+    """Random tokens are no text, and what random weights repeat says nothing about drafts.
+
+    So `auto` means drafts only for works that repeat.
+    """
+    pipeline = loaded.config.pipeline
+    if pipeline.num_speculative_tokens != AUTO or any(work.repeats for work in works):
+        return loaded
+    pipeline = dataclasses.replace(pipeline, num_speculative_tokens=0)
+    config = dataclasses.replace(loaded.config, pipeline=pipeline)
+    return dataclasses.replace(loaded, config=config)
 
 
 def _check_lengths(model: ModelFacts, options: ThroughputOptions) -> None:

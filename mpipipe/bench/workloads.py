@@ -33,7 +33,10 @@ _MIXED_INPUT = (64, 1024)  # tokens, both ends included
 _MIXED_OUTPUT = (16, 256)
 # A heavy tail: one output in so many is so many times longer than the others.
 _TAIL_PART, _TAIL_FACTOR = 100, 20
-_FORM = re.compile(r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?")
+_PASSAGE_TOKENS = 32  # which a prompt of `repeat` says again and again
+_FORM = re.compile(
+    r"(\d+)[x×](?:(?:(\d+)\+)?(\d+)[x×](\d+)([x×]tail)?|mixed)([x×]even)?(?P<repeat>[x×]repeat)?"
+)
 
 # What a warm-up may cost: enough tokens for several full chunks of prompts, not a whole prefill.
 _WARM_UP_PROMPT_TOKENS = 65_536
@@ -48,7 +51,8 @@ class BenchWork:
     `common_tokens` of the input are the same in all prompts: they begin with them. `mixed`: drawn
     from fixed ranges. `tail`: one output in a hundred, at least one, is 20 times longer. `even`: as
     many tokens in all, with lengths that differ by one at most: what the same mix takes at fixed
-    lengths.
+    lengths. `repeats`: every prompt is one passage again and again, which a trained model goes on
+    copying: text for drafts (`pipeline.num_speculative_tokens`).
     """
 
     num_prompts: int
@@ -57,13 +61,14 @@ class BenchWork:
     mixed: bool = False
     tail: bool = False
     even: bool = False
+    repeats: bool = False
     common_tokens: int = 0
 
     @staticmethod
     def parse(text: str) -> BenchWork:
         """From `512x512x128`, `512x1024+128x128`, `512xmixed` or `2000x512x64xtail`.
 
-        With `xeven` behind one of these also the same at fixed lengths.
+        With `xeven`, `xrepeat` behind it.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -73,12 +78,18 @@ class BenchWork:
             raise ConfigError(
                 f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
                 "512x1024+128x128 for prompts that begin with 1,024 common tokens, 512xmixed for "
-                "mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, or with xeven "
-                "behind it for the same tokens at fixed lengths"
+                "mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, either with "
+                "xeven behind it for the same tokens at fixed lengths, any of them with xrepeat "
+                "for prompts that repeat a passage"
             )
         prompts, common, own, output = (int(part or 0) for part in found.groups()[:4])
-        mixed, tail, even = found[3] is None, found[5] is not None, found[6] is not None
-        work = BenchWork(prompts, common + own, output, mixed, tail, even, common)
+        work = BenchWork(
+            *(prompts, common + own, output, found[3] is None),
+            tail=found[5] is not None,
+            even=found[6] is not None,
+            repeats=found["repeat"] is not None,
+            common_tokens=common,
+        )
         if not prompts or not (work.mixed or (own and output)) or found[2] == "0":
             raise ConfigError(f"the work {text!r} has a zero: all counts must be at least 1")
         return work
@@ -89,7 +100,8 @@ class BenchWork:
         common = f"{self.common_tokens}+" if self.common_tokens else ""
         lengths = f"{common}{self.input_tokens - self.common_tokens}x{self.output_tokens}"
         lengths = "mixed" if self.mixed else lengths
-        return f"{self.num_prompts}x{lengths}{'xtail' * self.tail}{'xeven' * self.even}"
+        kinds = f"{'xtail' * self.tail}{'xeven' * self.even}{'xrepeat' * self.repeats}"
+        return f"{self.num_prompts}x{lengths}{kinds}"
 
     @property
     def is_fixed(self) -> bool:
@@ -139,7 +151,7 @@ class BenchWork:
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
     """The requests of `work`: greedy, past any end-of-sequence token."""
     common = vocabulary.draw(random.Random(f"common {seed}"), work.common_tokens)
-    return _requests(work.lengths(seed), vocabulary, seed, common)
+    return _requests(work.lengths(seed), vocabulary, seed, common, repeats=work.repeats)
 
 
 def bench_workload(works: Sequence[BenchWork], seed: int) -> Workload:
@@ -184,7 +196,7 @@ def warm_up_requests(
         for tokens_in, tokens_out in lengths
     ]
     shorter[0] = (max(tokens_in for tokens_in, _ in lengths), shorter[0][1])
-    return _requests(shorter, vocabulary, seed + 1)
+    return _requests(shorter, vocabulary, seed + 1, repeats=work.repeats)
 
 
 def least_warm_up_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:
@@ -202,14 +214,26 @@ def _requests(
     vocabulary: Vocabulary,
     seed: int,
     common: tuple[int, ...] = (),
+    *,
+    repeats: bool = False,
 ) -> list[Request]:
     generator = random.Random(f"prompts {seed}")
     return [
         Request(
             request_id=str(index),
             index=index,
-            prompt_ids=common + vocabulary.draw(generator, tokens_in - len(common)),
+            prompt_ids=common
+            + _prompt(vocabulary, generator, tokens_in - len(common), repeats=repeats),
             sampling=SamplingParams(max_new_tokens=tokens_out, ignore_eos=True),
         )
         for index, (tokens_in, tokens_out) in enumerate(lengths)
     ]
+
+
+def _prompt(
+    vocabulary: Vocabulary, generator: random.Random, num_tokens: int, *, repeats: bool
+) -> tuple[int, ...]:
+    if not repeats:
+        return vocabulary.draw(generator, num_tokens)
+    passage = vocabulary.draw(generator, min(num_tokens, _PASSAGE_TOKENS))
+    return (passage * -(-num_tokens // len(passage)))[:num_tokens]

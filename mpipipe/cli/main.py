@@ -17,6 +17,7 @@ from mpipipe.cli.bench_dispatch import bench_dispatch
 from mpipipe.cli.logs import logs
 from mpipipe.cli.simulate import simulate
 from mpipipe.cli.terminal import Terminal, guard_terminal, is_broken_pipe
+from mpipipe.cli.warm import warm
 from mpipipe.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, MpipipeError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
 app.command()(simulate)
+app.command()(warm)
 bench.command("dispatch")(bench_dispatch)
 slurm = typer.Typer(help="What the launch scripts ask.", no_args_is_help=True, hidden=True)
 app.add_typer(slurm, name="slurm")
@@ -59,7 +61,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: the same tokens, fixed lengths."
+_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: fixed lengths; [xrepeat]: a text."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."

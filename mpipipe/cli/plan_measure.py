@@ -55,7 +55,8 @@ def measure_command(
 def _print(kept: Kept, console: Console) -> None:
     profile, key = kept.profile, kept.profile.key
     sharing = f", {key.ranks_per_host} ranks on a host" if key.ranks_per_host > 1 else ""
-    console.print(f"{key.shape}, {key.dtype}, {key.device}{sharing}: milliseconds")
+    lanes = f", one of {key.num_lanes} lanes" if key.num_lanes > 1 else ""
+    console.print(f"{key.shape}, {key.dtype}, {key.device}{sharing}{lanes}: milliseconds")
     table = Table("step", "tokens", "context", "a layer", "LM head", "embedding", "the rest")
     for name, part in (("decode", profile.decode), ("prefill", profile.prefill)):
         for row in _rows(part):

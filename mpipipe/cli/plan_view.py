@@ -222,10 +222,10 @@ def _batch(outlook: Outlook) -> str:
         f"mean; the cache holds {held:,} sequences of {longest:,} tokens"
     )
     if forecast.num_preemptions:
-        anew = "computed twice"
-        if plan.num_host_pages:
-            anew = "preempted, and computed twice where their pages do not move to host memory"
-        told += f", so about {forecast.num_preemptions:,} are {anew}"
+        anew, saved = forecast.num_preemptions - forecast.num_saved, forecast.num_saved
+        waiting = [f"{saved:,} wait in host memory"] * (saved > 0)
+        waiting += [f"{anew:,} are computed twice"] * (anew > 0)
+        told += f", so about {' and '.join(waiting)}"
     return told
 
 

@@ -54,6 +54,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("pipeline.split", _is_split, 'a list of layer counts from 1 on, e.g. [14, 16], or "auto"'),
     ("pipeline.lookahead", lambda v: v in {0, 1, 2, 3, AUTO}, '0, 1, 2, 3 or "auto"'),
+    (
+        "pipeline.num_speculative_tokens",
+        lambda v: v == AUTO or (isinstance(v, int) and 0 <= v <= 63),
+        'a whole number from 0 (none) to 63, or "auto"',
+    ),
     ("memory.gpu_memory_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("pipeline.handshake_timeout_s", lambda v: 0 < v < math.inf, "seconds, above 0"),
     (

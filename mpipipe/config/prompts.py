@@ -235,6 +235,8 @@ def _read_id(line: Mapping[str, Any]) -> tuple[str | None, PromptError | None]:
     """The object's id as text, None without a readable one; and what is wrong with it."""
     if line.keys().isdisjoint(ID_KEYS):
         return None, None
+    if "custom_id" not in line and type(known := line["id"]) is str and known.strip():
+        return known, None  # of almost every line
     given = {key: line[key] for key in ID_KEYS if line.get(key) is not None}
     readable = [found for value in given.values() if (found := _as_text(value)) is not None]
     prompt_id = readable[0] if readable else None

@@ -9,50 +9,23 @@ Changing a message or a tag means raising `PROTOCOL_VERSION`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.planning.resources import RankResources
 from mpipipe.types import Request, SamplingParams, TokenLogprobs
 
 __all__ = [
-    "PROTOCOL_VERSION",
-    "TAGS",
-    "BarrierEntered",
-    "BarrierReleased",
-    "Broadcast",
-    "ClockAsked",
-    "ClockTold",
-    "ClocksCompared",
-    "DecodeScheduled",
-    "DispatchBegan",
-    "DispatchEnded",
-    "Echo",
-    "GatherPart",
-    "GenerationBegan",
-    "GenerationEnded",
-    "Heartbeat",
-    "Hello",
-    "LogprobsSampled",
-    "Message",
-    "NoMoreRequests",
-    "PagesRestored",
-    "PagesSaved",
-    "PhaseReport",
-    "PhaseVerdict",
-    "RankLost",
-    "ReplicaTold",
-    "RequestClosed",
-    "RequestOpened",
-    "RequestsGiven",
-    "ScheduledSequence",
-    "SessionEnded",
-    "StepSampled",
-    "StepScheduled",
-    "StepTimes",
-    "StopRequested",
-]
+    "PROTOCOL_VERSION", "TAGS", "BarrierEntered", "BarrierReleased", "Broadcast", "ClockAsked",
+    "ClockTold", "ClocksCompared", "DecodeScheduled", "DispatchBegan", "DispatchEnded", "Echo",
+    "GatherPart", "GenerationBegan", "GenerationEnded", "Heartbeat", "Hello", "LogprobsSampled",
+    "Message", "NoMoreRequests", "PagesRestored", "PagesSaved", "PhaseReport", "PhaseVerdict",
+    "RankLost", "ReplicaTold", "RequestClosed", "RequestOpened", "RequestsGiven",
+    "ScheduledSequence", "SessionEnded", "StepSampled", "StepScheduled", "StepTimes",
+    "StopRequested", "VerifiedSequence",
+]  # fmt: skip
 
 PROTOCOL_VERSION = 13
 
@@ -194,9 +167,29 @@ class StepScheduled:
         return len(self.sequences)
 
     @property
-    def phase(self) -> Literal["prefill", "decode", "mixed"]:
+    def has_chunks(self) -> bool:
+        """Prompts are computed: no graph can hold it."""
+        return True
+
+    @property
+    def phase(self) -> Literal["prefill"]:
         """Chunks of prompts alone."""
         return "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSequence:
+    """One sequence's rows of a step that verifies drafts.
+
+    `token_ids`: its last token, which no step has computed yet, then those that were drafted. Each
+    is a row: the first at position `num_computed`. The page table is cut to the pages of
+    `num_computed` tokens (drafts that were refused may have had more), then gets `new_pages`.
+    """
+
+    sequence_id: int
+    num_computed: int
+    token_ids: tuple[int, ...]
+    new_pages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +207,11 @@ class DecodeScheduled:
     Then every row computes the one token that it sampled last, at the position after all it has
     computed so far, and samples the next one. `chunks` of prompts are computed behind the rows, as
     those of a `StepScheduled`; their sequences are no rows of the batch before a later step.
+
+    With `verified` all rows leave the batch, none joins, and there are no chunks: the rows are the
+    tokens of these sequences, one after the other, and every row samples what follows it. A
+    sequence with a single token may join the batch in the next step; its sample is then the last
+    one, as a prompt's.
     """
 
     step: int
@@ -225,6 +223,7 @@ class DecodeScheduled:
     new_pages: tuple[int, ...]
     steady: bool  # as in StepScheduled
     chunks: tuple[ScheduledSequence, ...] = ()
+    verified: tuple[VerifiedSequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -239,11 +238,18 @@ class DecodeScheduled:
     @property
     def num_sequences(self) -> int:
         """Sequences that have a share of it."""
-        return self.num_rows + len(self.chunks)
+        return len(self.verified) or self.num_rows + len(self.chunks)
 
     @property
-    def phase(self) -> Literal["prefill", "decode", "mixed"]:
-        """One token of each sequence, and perhaps chunks of prompts."""
+    def has_chunks(self) -> bool:
+        """Prompts are computed: no graph can hold it."""
+        return bool(self.chunks)
+
+    @property
+    def phase(self) -> Literal["decode", "mixed", "verify"]:
+        """One token of each sequence, and perhaps chunks of prompts; or drafts."""
+        if self.verified:
+            return "verify"
         return "mixed" if self.chunks else "decode"
 
 
@@ -355,6 +361,7 @@ class ReplicaTold:
     num_shared_tokens: int = 0  # of prompts, not computed: they were in pages of others
     starved_s: float = 0.0  # it had no request, and might still get some
     is_done: bool = False  # no request is left here, and none will come; its last of this call
+    drafts: DraftUse = field(default_factory=DraftUse)  # in this call so far
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,7 +285,7 @@ def _best_arrangement(best: CaseVerdict | None, num_missing: int) -> Iterator[st
         return
     case = best.case
     yield (
-        f"The fastest is {case.name}, replicas × stages × lanes = {case.arrangement}: "
+        f"{case.name} (replicas × stages × lanes: {case.arrangement}) had the highest throughput: "
         f"{best.speed.median:,.1f} tokens/s."
     )
 

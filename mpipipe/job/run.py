@@ -24,6 +24,7 @@ from mpipipe.job.manifest import complete_manifest, record_start
 from mpipipe.job.recording import Recording, recording
 from mpipipe.job.supervision import RankPage, RankPhase
 from mpipipe.metrics.log import open_log
+from mpipipe.models.chat import start_early
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.run_folder.files import write_json
 from mpipipe.run_folder.status_file import (
@@ -88,13 +89,10 @@ async def run_job(
         page.silence_limit_s = loaded.config.pipeline.heartbeat_timeout_s
         return loaded
 
-    def read(model: ModelFacts) -> list[PromptLine]:
-        return configured_prompts(model.loaded)
-
     joining = joined_ranks(
         boot.clock,
         load,
-        read,
+        _read_prompts,
         expect=expected_workload,
         heartbeats=True,
         stop=stop,
@@ -111,6 +109,14 @@ async def run_job(
         job.log.close()
         acquired.close()
         return exit_code
+
+
+def _read_prompts(model: ModelFacts) -> list[PromptLine]:
+    """The configured ones; what renders conversations starts, if there are some."""
+    lines = configured_prompts(model.loaded)
+    if any(line.messages is not None for line in lines):
+        start_early()
+    return lines
 
 
 def _open_job(
@@ -253,9 +259,8 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     predicting = session.predicting()
-    planned = predicting(
-        prompts.lengths(session.plan.max_context_tokens), session.expected_shared_ratio
-    )
+    lengths = prompts.lengths(session.plan.max_context_tokens)
+    planned = predicting(lengths, session.expected_shared_ratio)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:
@@ -271,6 +276,7 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         requests,
         num_preemptions=session.num_preemptions,
         num_shared_tokens=session.num_shared_tokens,
+        drafts=session.drafts,
         ranks=reports,
         replicas=session.replica_totals(),
         itl_p50_s=recorded.gaps.percentile(50),

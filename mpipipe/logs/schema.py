@@ -88,7 +88,7 @@ _RANK_LOG = (
 _STEPS = (
     _field("step", "int", "number of the step, the same on all stages"),
     _field("slot", "int", "place in the ring of micro-batches"),
-    _field("phase", "str", "prefill, decode or mixed"),
+    _field("phase", "str", "prefill, decode, mixed, or verify: drafted tokens"),
     _field("num_rows", "int", "sequences that get a token"),
     _field("num_tokens", "int", "rows computed"),
     _field("start_s", "float", "the stage was free: the step before had left it"),

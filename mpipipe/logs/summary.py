@@ -19,7 +19,16 @@ from mpipipe.metrics.boot import PREPROCESSING, READING
 
 __all__ = ["COLUMNS", "RankTime", "RunTime", "summarise"]
 
-LOADING = ("build", "read weights", "convert weights", "cache", "warm-up", "capture", "edges")
+LOADING = (
+    "build",
+    "read weights",
+    "convert weights",
+    "cache",
+    "kernels",
+    "warm-up",
+    "capture",
+    "edges",
+)
 _WAITING = "wait"  # the boot event, not the part of a step
 COLUMNS = ("boot", "preprocessing", "load", "barriers", *PARTS, "shutdown", "unexplained")
 

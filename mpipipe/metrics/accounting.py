@@ -39,7 +39,7 @@ _PARTS = ("compute", "wait", "transfer", "send", "idle", "overhead")
 
 _MOST_TIMES = 4096  # of the stage before: many more than steps are in flight
 
-StepPhase = Literal["prefill", "decode", "mixed"]
+StepPhase = Literal["prefill", "decode", "mixed", "verify"]
 
 
 class ScheduledStep(Protocol):
@@ -72,7 +72,7 @@ class ScheduledStep(Protocol):
 
     @property
     def phase(self) -> StepPhase:
-        """Chunks of prompts, one token of each sequence, or both."""
+        """Chunks of prompts, one token of each sequence, or both; or drafted tokens."""
         ...
 
     @property
@@ -215,9 +215,9 @@ class _UpstreamTimes:
 
     def __init__(self) -> None:
         self._first = 0
-        self._times_ns: deque[int] = deque()
+        self._times_ns: deque[int | None] = deque()
 
-    def add(self, first_step: int, times_ns: Sequence[int]) -> None:
+    def add(self, first_step: int, times_ns: Sequence[int | None]) -> None:
         assert first_step == self._first + len(self._times_ns), "times come in the order of steps"
         self._times_ns.extend(times_ns)
         self.forget_before(first_step + len(times_ns) - _MOST_TIMES)
@@ -226,7 +226,7 @@ class _UpstreamTimes:
         return len(self._times_ns)
 
     def find(self, step: int) -> int | None:
-        """None: not told yet. 0 of one that was forgotten: long ago."""
+        """None: not told yet, or not known. 0 of one that was forgotten: long ago."""
         place = step - self._first
         if place < 0:
             return 0
@@ -371,12 +371,14 @@ class StageAccount:
 
     # ---- dividing the time without the input -----------------------------------------------------
 
-    def upstream_computed(self, first_step: int, times_s: Sequence[float]) -> None:
+    def upstream_computed(self, first_step: int, times_s: Sequence[float | None]) -> None:
         """When the stage before had computed its steps from `first_step` on, on this clock.
 
-        `first_step` counts over all calls; every step of that stage is told once, in order.
+        `first_step` counts over all calls; every step of that stage is told once, in order. None:
+        it is not known, and what waited for that step is given up.
         """
-        self._upstream.add(first_step, [_ns(time_s) for time_s in times_s])
+        times_ns = [None if time_s is None else _ns(time_s) for time_s in times_s]
+        self._upstream.add(first_step, times_ns)
         self._divide()
 
     def give_up(self, before_s: float) -> None:

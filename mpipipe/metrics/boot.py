@@ -32,6 +32,7 @@ PartName = Literal[
     "build",  # the stage's layers, without weights
     "read weights",
     "convert weights",  # to the run's dtype and the device, then into the layout to compute with
+    "kernels",  # compiled beside, and not ready yet
     "cache",
     "warm-up",
     "capture",  # CUDA graphs

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpipipe.metrics.accounting import StageTotals
 from mpipipe.metrics.attempts import DONE, AttemptState, AttemptTotals, total_of
 from mpipipe.metrics.boot import PREPROCESSING, READING, BootPart, PartName
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
@@ -115,6 +116,7 @@ class RequestTotals:
     # the failed ones of this attempt, as many as completions.jsonl has lines.
     num_kept: int = 0
     num_damaged: int = 0  # lines of earlier attempts that were set aside; their prompts ran again
+    ttft_min_s: float | None = None  # from the start of generating to the run's first token
 
 
 class RequestTally:
@@ -160,6 +162,7 @@ class RequestTally:
             ttft_p95_s=percentile(self._ttfts_s, 95),
             latency_p50_s=percentile(self._latencies_s, 50),
             latency_p95_s=percentile(self._latencies_s, 95),
+            ttft_min_s=min(self._ttfts_s, default=None),
         )
 
 
@@ -179,6 +182,7 @@ class RunSummary:
     earlier: tuple[AttemptTotals, ...] = ()  # attempts before this one
     io_write_s: float = 0.0  # of the head's other thread that writes: completions, status, merging
     replicas: tuple[ReplicaTotals, ...] = ()  # empty where there is one
+    drafts: DraftUse = field(default_factory=DraftUse)  # by n-gram lookup
     planned: Prediction | None = None  # before the run, with the longest outputs that are allowed
     predicted: Prediction | None = None  # for the tokens that were made; None: some prompts are not
 
@@ -200,6 +204,24 @@ class RunSummary:
             ("load_s", predicted.load_s, load_s),
             *stage_figures(predicted, self.ranks),
         )
+
+    @property
+    def start_parts(self) -> dict[str, float]:
+        """Where the head's time went from its start to the first token, in seconds: all of it.
+
+        The parts of its boot in their order, then `run files` and `first step`. Empty where there
+        was no token, or the head's boot is not known.
+        """
+        first_step_s = self.requests.ttft_min_s
+        boot = self.ranks[0].boot if self.ranks else ()
+        if first_step_s is None or not boot:
+            return {}
+        parts: dict[str, float] = {}
+        for part in boot:
+            parts[part.name] = parts.get(part.name, 0.0) + part.seconds
+        before_s = self.phases.boot_s + self.phases.load_s
+        rest_s = max(0.0, before_s - sum(parts.values()))
+        return {**parts, "run files": rest_s, "first step": first_step_s}
 
     @property
     def attempts(self) -> tuple[AttemptTotals, ...]:
@@ -272,9 +294,11 @@ class RunSummary:
         * `schema`, and the identity of the head's lines: `run`, `attempt`, `job`, `replica` …
         * `state`: `done`, or `stopped` before all prompts were
         * `phases`: `boot_s`, `load_s`, `generate_s`, `shutdown_s`, and their sum `wall_s`
+        * `start`: seconds by part, from the head's start to the first token (`start_parts`)
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
         * `num_shared_tokens`: prompt tokens that were not computed, as others begin with the same
+        * `drafts`: the fields of `DraftUse`: tokens drafted by n-gram lookup, and accepted
         * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
@@ -296,10 +320,12 @@ class RunSummary:
             **(self.identity.fields() if self.identity is not None else {}),
             "state": self.state,
             "phases": {**dataclasses.asdict(self.phases), "wall_s": self.phases.wall_s},
+            "start": self.start_parts,
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,
             "num_shared_tokens": self.num_shared_tokens,
+            "drafts": dataclasses.asdict(self.drafts),
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

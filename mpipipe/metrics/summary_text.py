@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
+    from mpipipe.metrics.drafts import DraftUse
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
@@ -77,14 +78,7 @@ def _replica_row(replica: ReplicaTotals) -> tuple[str, ...]:
 def _headlines(summary: RunSummary) -> list[str]:
     requests, phases = summary.requests, summary.phases
     facts = {
-        "prompts": (
-            f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
-            *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
-            *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
-            *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
-            _prompt_tokens(summary),
-            f"{requests.num_output_tokens:,} output tokens",
-        ),
+        "prompts": _prompts(summary),
         "wall clock": (
             _seconds(phases.wall_s),
             f"boot {_seconds(phases.boot_s)}",
@@ -92,12 +86,14 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"generate {_seconds(phases.generate_s)}",
             f"shutdown {_seconds(phases.shutdown_s)}",
         ),
+        **({"start": started} if (started := _start(summary)) else {}),
         **({"slowest boot": (slowest,)} if (slowest := _slowest_boot(summary)) else {}),
         "throughput": (
             f"{summary.output_tokens_per_s:,.1f} output tokens/s",
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
             _preemptions(summary),
         ),
+        **({"drafts": _drafts(summary.drafts)} if summary.drafts.num_drafted else {}),
         "first token": (
             f"{_seconds(requests.ttft_p50_s)} p50",
             f"{_seconds(requests.ttft_p95_s)} p95",
@@ -113,6 +109,18 @@ def _headlines(summary: RunSummary) -> list[str]:
         **_compared(summary),
     }
     return [f"{label:<14}{' · '.join(values)}" for label, values in facts.items()]
+
+
+def _prompts(summary: RunSummary) -> tuple[str, ...]:
+    requests = summary.requests
+    return (
+        f"{requests.num_completed:,} completed, {requests.num_failed:,} failed",
+        *([f"{requests.num_unfinished:,} unfinished"] if requests.num_unfinished else []),
+        *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
+        *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
+        _prompt_tokens(summary),
+        f"{requests.num_output_tokens:,} output tokens",
+    )
 
 
 def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:
@@ -155,6 +163,21 @@ def _worst(compared: Sequence[Compared], prefix: str) -> Compared | None:
 
 def _tokens_per_s(value: float) -> str:
     return f"{value:,.1f} tokens/s"
+
+
+_START_SHARE = 0.03  # of the start; smaller parts are told together
+
+
+def _start(summary: RunSummary) -> tuple[str, ...]:
+    """What the seconds until the first token went to, on the head."""
+    parts = summary.start_parts
+    whole_s = sum(parts.values())
+    told = {name: s for name, s in parts.items() if s >= _START_SHARE * whole_s}
+    rest_s = whole_s - sum(told.values())
+    seconds = [f"{name} {_seconds(s)}" for name, s in told.items()]
+    if not seconds:
+        return ()
+    return (f"first token after {_seconds(whole_s)}", *seconds, f"rest {_seconds(rest_s)}")
 
 
 def _slowest_boot(summary: RunSummary) -> str:
@@ -229,6 +252,14 @@ def _prompt_tokens(summary: RunSummary) -> str:
 def _preemptions(summary: RunSummary) -> str:
     told = f"{summary.num_preemptions:,} preemptions"
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
+
+
+def _drafts(use: DraftUse) -> tuple[str, ...]:
+    return (
+        f"{use.num_accepted:,} of {use.num_drafted:,} tokens accepted",
+        f"{use.num_saved_steps:,} decode steps saved",
+        "not in the prediction",
+    )
 
 
 def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:

@@ -1,8 +1,9 @@
-"""A stage of a transformers model, from empty modules to computing steps over layers [first, last).
+"""A stage of a model, from empty modules to computing steps over layers [first, last).
 
-The full model is built on the meta device (no memory), everything another stage holds is taken
-out, and the loader fills the rest. The stage then runs transformers' own code (`plain_stage`), with
-our attention and cache (`attention_bridge`), or a faster execution mode of it.
+The full model is built on the meta device (no memory), of our own modules for Llama-like families
+(`llama_modules`), else of transformers'. Everything another stage holds is taken out, and the
+loader fills the rest. The stage then runs these modules' code (`plain_stage`), with our attention
+and cache (`attention_bridge`), or a faster execution mode of it.
 
 Life of a stage: `build_stage_model` → `weights.loader.load_stage` replaces every name of
 `wanted_names` in `module` → `finish(cache)` → `forward` or `forward_decode` per step.
@@ -11,7 +12,7 @@ Life of a stage: `build_stage_model` → `weights.loader.load_stage` replaces ev
 
 * `packed`, on a CPU: prepacked weights and fused layers (`prepacked_linear`, `fused_cpu`);
 * `fast`, on a GPU: the fused stack (`fused_gpu`);
-* `plain`: transformers' own modules.
+* `plain`: the modules' own code.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from mpipipe.errors import UnsupportedModelError
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention_bridge import ForwardContext, attach_context
 from mpipipe.models.families import ModelParts, locate_parts, refuse, refuse_split
-from mpipipe.models.fused_cpu import fuse_layers
+from mpipipe.models.fused_cpu import FusedLayer, fuse_layers
 from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_reason
+from mpipipe.models.layer_options import AttentionOptions
+from mpipipe.models.llama_modules import LlamaModel
 from mpipipe.models.operations import choose_operations
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
@@ -185,6 +188,11 @@ class StageModel(PlainStage):
         self.rotary_by_length = False  # layouts of prompt chunks need `rotary_lens_T`
 
     @property
+    def backend(self) -> AttentionBackend:
+        """What computes attention."""
+        return self._context.backend
+
+    @property
     def all_names(self) -> frozenset[str]:
         """The names of the full model's `state_dict`."""
         return frozenset(self.names.shells)
@@ -278,6 +286,24 @@ class StageModel(PlainStage):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the plain weights and the trial steps' tensors
 
+    def finish_without_weights(self, cache: KVCache, operations: Operations) -> None:
+        """As `finish`, in mode `fast`, of a stage whose weights stay on the meta device.
+
+        It computes shapes, and launches the kernels that it would launch. Of Llama-like models.
+        """
+        assert isinstance(self.module, LlamaModel), "transformers' modules need trial steps"
+        self.device, self.operations = torch.device("meta"), operations
+        use_products(self.module, operations.quantized_product)
+        self._tensor_split.cut_head(self.module)
+        self._tensor_split.attach(self.module, self.lanes)
+        attentions = [layer.self_attn for layer in self._base.layers]
+        self._options = {
+            number: AttentionOptions(attention.scaling, attention.sliding_window)
+            for number, attention in enumerate(attentions)
+        }
+        self._context.cache = cache
+        self._fused = self._fuse()
+
     def _verified(self) -> tuple[int, int]:
         """KV heads and head dimension, after the trial steps."""
         try:
@@ -312,6 +338,8 @@ class StageModel(PlainStage):
         if streamed.gates is not NO_GATES:
             self._leave_head()
         fuse_layers(layers, self._context, self._options, streamed)
+        if self.plan.has_head and isinstance(layers[-1], FusedLayer):
+            self._context.cut_layer = len(layers) - 1
         prepack_linears(self.module, kept)
         self._tensor_split.attach(self.module, self.lanes)
 
@@ -357,7 +385,8 @@ class StageModel(PlainStage):
         if not self.plan.has_head:
             return self._hidden(inputs, layout)
         if sample_rows is None or not sample_rows.numel():
-            self._hidden(inputs, layout)  # for the keys and values only
+            # For the keys and values only.
+            self._hidden(inputs, layout, torch.empty(0, dtype=torch.int64, device=inputs.device))
             return torch.empty(0, self.vocab_size, device=inputs.device)
         return self._logits(inputs, layout, sample_rows).float()
 
@@ -379,9 +408,13 @@ class StageModel(PlainStage):
             return self._hidden(inputs, layout)
         return self._logits(inputs, layout, None)
 
-    def _hidden(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        run = self.run_base if self._fused is None else self._fused.hidden
-        return run(inputs, layout)
+    def _hidden(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden], of which `rows_S` will be read; None: all."""
+        if self._fused is None:
+            return self.run_base(inputs, layout, rows_S)
+        return self._fused.hidden(inputs, layout)
 
     def _logits(
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None
@@ -413,6 +446,6 @@ def _choose_mode(
         problem = unsupported_reason(model, layers, cache.keys[0].shape[-1])
     assert asked == "auto" or not problem, f"no fused form: {problem}"
     if problem:
-        return "plain", f"transformers' own modules: {problem}"
+        return "plain", f"plain modules: {problem}"
     operations, reason = choose_operations(device)
     return "fast", f"fused layers with {operations.name} operations: {reason}"

@@ -12,19 +12,24 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 from mpipipe.models.layer_options import AttentionOptions
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.attention.base import AttentionBackend
 
-__all__ = ["ATTENTION_NAME", "AttentionCall", "ForwardContext", "attach_context", "register"]
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionCall",
+    "ForwardContext",
+    "attach_context",
+    "attend_in_context",
+    "register",
+]
 
 ATTENTION_NAME = "mpipipe_varlen"
 _CONTEXT = "mpipipe_context"
@@ -49,12 +54,16 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What the attention modules of one stage share. `layout` is the step being run."""
+    """What the layers of one stage share. `layout` is the step being run."""
 
     backend: AttentionBackend
     first_layer: int
     cache: KVCache | None = None
     layout: BatchLayout | None = None
+    # The layer, within the stage, behind whose attention only `sampled_rows_S` are computed: the
+    # model's last one, if it can.
+    cut_layer: int | None = None
+    sampled_rows_S: torch.Tensor | None = None  # int64, of the step being run; None: all
     calls: list[AttentionCall] | None = None  # a list: record every call
     options: dict[tuple[float | None, int | None, float | None], AttentionOptions] = field(
         default_factory=dict
@@ -63,6 +72,8 @@ class ForwardContext:
 
 def register() -> None:
     """Make `ATTENTION_NAME` known to transformers. Idempotent."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
 
@@ -71,6 +82,20 @@ def attach_context(layers: nn.ModuleList, context: ForwardContext) -> None:
     for module in layers.modules():
         if isinstance(vars(module).get("layer_idx"), int):
             setattr(module, _CONTEXT, context)
+
+
+def attend_in_context(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention for modules of our own: [1, heads, T, D] in, [1, T, heads, D] out."""
+    window = sliding_window
+    return _attention(module, query, key, value, None, scaling=scaling, sliding_window=window)[0]
 
 
 def _attention(

@@ -4,9 +4,9 @@ Templates are found as transformers finds them: `chat_template.jinja` (called `d
 `additional_chat_templates/<name>.jinja`, else `chat_template` in `tokenizer_config.json` (a text, a
 list of `{"name", "template"}`, or an object of names and texts), else in `chat_template.json`.
 
-The process (`template_process`) starts with the first conversation, serves all that follow, and is
-started again when a rendering ended it. It uses transformers' own renderer, so the text is the one
-of `apply_chat_template`.
+The process (`template_process`) starts with the first conversation, or before (`start_early`),
+serves all that follow, and is started again when a rendering ended it. It uses transformers' own
+renderer, so the text is the one of `apply_chat_template`.
 
 Invariants: whatever a template does to one conversation is a `PromptError` of that conversation,
 within `RenderLimits`; all that a template wastes in failing is bounded, too.
@@ -24,6 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = [
     "RenderLimits",
     "chat_templates_of",
     "read_chat_templates",
+    "start_early",
 ]
 
 Message = Mapping[str, Any]  # keys "role" and "content", and what the template knows more
@@ -238,18 +240,8 @@ class ChatRenderer:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None:
             return self._process
-        command = [sys.executable, "-P", "-m", "mpipipe.models.template_process"]
-        # It must find the same modules, wherever this process has them from.
-        places = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
-                encoding="ascii",
-            )
+            process = _EARLY.pop() if _EARLY else _started()
         except OSError as error:
             raise _cannot_start(f"{error.strerror or error}") from error
         self._process = process
@@ -289,6 +281,29 @@ class ChatRenderer:
             )
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"crashed the process that renders it ({cause}): {_REMEDY}"
+
+
+_EARLY: list[subprocess.Popen[str]] = []  # no renderer's yet
+
+
+def start_early() -> None:
+    """Start the process of the first renderer: it imports for a second or more before it serves."""
+    with suppress(OSError):  # the renderer will tell
+        _EARLY.append(_started())
+
+
+def _started() -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "mpipipe.models.template_process"]
+    # It must find the same modules, wherever this process has them from.
+    places = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+        encoding="ascii",
+    )
 
 
 def _end_process(process: subprocess.Popen[str]) -> int:

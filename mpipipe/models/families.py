@@ -11,16 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from mpipipe.checkpoint.families import refuse, refuse_split
+from mpipipe.models.llama_modules import LlamaLayer, LlamaModel
 from mpipipe.models.quantized_linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 __all__ = [
     "LinearTensors",
@@ -30,7 +32,7 @@ __all__ = [
     "detach_inputs",
     "detach_outputs",
     "has_silu",
-    "is_of_transformers",
+    "is_known",
     "join_rows",
     "locate_parts",
     "merge_linears",
@@ -71,12 +73,14 @@ class ModelParts:
     layers: nn.ModuleList
 
 
-def is_of_transformers(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether `module` is one of transformers' classes `names`.
+def is_known(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether `module` is one of ours for Llama-like models, or one of transformers' `names`.
 
     A class of that name in a model's own code may compute something else.
     """
     kind = type(module)
+    if kind in {LlamaLayer, LlamaModel}:
+        return True
     return kind.__name__ in names and kind.__module__.startswith("transformers.models.")
 
 
@@ -161,6 +165,9 @@ def check_config(config: PretrainedConfig) -> None:
     other_types = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
     if other_types:
         raise refuse(model_type, f"has layers of type {', '.join(sorted(other_types))}")
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
     conversions = get_checkpoint_conversion_mapping(model_type)
     for conversion in conversions or ():
         if isinstance(conversion, WeightConverter) and not _is_expert_fusion(conversion):
@@ -179,7 +186,7 @@ def _is_expert_fusion(conversion: WeightConverter) -> bool:
     )
 
 
-def locate_parts(model: PreTrainedModel) -> ModelParts:
+def locate_parts(model: PreTrainedModel | LlamaModel) -> ModelParts:
     """Find embedding, layers, norm and head in a full model.
 
     Raises:
@@ -225,7 +232,7 @@ def detach_outputs(parts: ModelParts) -> None:
 def _base_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     """The innermost transformers model that owns the layers, and its path."""
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and name and hasattr(module, "layers"):
+        if name and hasattr(module, "base_model_prefix") and hasattr(module, "layers"):
             return name, module
     raise refuse(model.config.model_type, "has no inner model with layers")
 

@@ -24,7 +24,7 @@ from torch.nn.functional import rms_norm, silu
 from mpipipe.models.families import (
     can_merge,
     has_silu,
-    is_of_transformers,
+    is_known,
     merge_linears,
     merged_linears,
 )
@@ -86,9 +86,15 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **_: object,
     ) -> torch.Tensor:
-        """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here."""
+        """[1, T, hidden] → [1, T, hidden]; transformers' other arguments mean nothing here.
+
+        Behind the model's last attention only the rows that are sampled from go on: [1, S, hidden].
+        """
         hidden_TH = hidden_states[0]
         attended_TX = self._attend(_norm(self.input_norm, hidden_TH), position_embeddings)
+        rows_S = self._context.sampled_rows_S
+        if rows_S is not None and self._number == self._context.cut_layer:
+            hidden_TH, attended_TX = hidden_TH[rows_S], attended_TX[rows_S]
         hidden_TH = _plus(self.output, attended_TX, hidden_TH, self._join[0])
         gate_up_TI = self.gate_up(_norm(self.post_norm, hidden_TH))
         gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
@@ -174,7 +180,9 @@ def fuse_layers(
 
 
 def _is_fusable(layer: Any) -> bool:
-    if not is_of_transformers(layer, FUSABLE) or not has_silu(layer):
+    if not is_known(layer, FUSABLE) or not has_silu(layer):
+        return False
+    if hasattr(layer.self_attn, "q_norm"):
         return False
     return all(
         can_merge(*linears) and (isinstance(linears[0], QuantizedLinear) or can_prepack(linears[0]))

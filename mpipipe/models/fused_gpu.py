@@ -27,7 +27,7 @@ from mpipipe.models.families import (
     LinearTensors,
     can_merge,
     has_silu,
-    is_of_transformers,
+    is_known,
     merge_linears,
     merged_linears,
 )
@@ -70,10 +70,10 @@ def unsupported_reason(model: Any, layers: Sequence[Any], head_dim: int) -> str:
         layers: the stage's.
         head_dim: of the stage's KV cache.
     """
-    if not is_of_transformers(model, _MODELS):
+    if not is_known(model, _MODELS):
         return f"{type(model).__name__} is not one of the fused families"
     for layer in layers:
-        if not is_of_transformers(layer, _LAYERS):
+        if not is_known(layer, _LAYERS):
             return f"{type(layer).__name__} is not one of the fused layers"
         if not has_silu(layer):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"

@@ -1,4 +1,4 @@
-"""A stage as transformers computes it: the family's own modules, with our attention and cache.
+"""A stage as its modules compute it, transformers' or ours, with our attention and cache.
 
 The base model's forward runs on all stages but the last, the causal model's forward on the last
 one, so that what a family does to its hidden states or logits comes with it.
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention_bridge import AttentionCall, ForwardContext
 from mpipipe.models.streaming import StreamedWeights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mpipipe.kv_cache.base import KVCache
     from mpipipe.kv_cache.layout import BatchLayout
     from mpipipe.models.families import ModelParts
@@ -47,9 +48,15 @@ class PlainStage:
         self._options: dict[int, AttentionOptions] = {}  # by layer, as seen by `recording`
         self._streamed = StreamedWeights()
 
-    def run_base(self, inputs: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """The stage without LM head (but with the final norm, if it is here): [T, hidden]."""
-        self._context.layout = layout
+    def run_base(
+        self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The stage without LM head (but with the final norm, if it is here): [T, hidden].
+
+        `rows_S` are those whose output will be read, None: all. The others may be left out, if
+        this is the last stage.
+        """
+        self._context.layout, self._context.sampled_rows_S = layout, rows_S
         output = self._base(**self._arguments(inputs, layout), use_cache=False)
         self._streamed.gates.end()
         hidden_TH: torch.Tensor = output.last_hidden_state[0]
@@ -59,10 +66,12 @@ class PlainStage:
         self, inputs: torch.Tensor, layout: BatchLayout, rows_S: torch.Tensor | None
     ) -> torch.Tensor:
         """The last stage, head included: logits [S, vocabulary] of `rows_S`; None: of all rows."""
-        self._context.layout = layout
+        context = self._context
+        context.layout, context.sampled_rows_S = layout, rows_S
+        is_cut = context.cut_layer is not None
         output = self.module(
             **self._arguments(inputs, layout),
-            logits_to_keep=0 if rows_S is None else rows_S,
+            logits_to_keep=0 if rows_S is None or is_cut else rows_S,
             use_cache=False,
         )
         self._streamed.gates.end()

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mpipipe.models.families import refuse
 
@@ -74,6 +72,8 @@ class LengthRotary(nn.Module):
         lens_T = None if layout is None else layout.rotary_lens_T
         rows_T = (positions_T + 1 if lens_T is None else lens_T) - found.first
         rows_T = rows_T.clamp(0, len(found.rows_RF) - 1)
+
+        from torch.func import functional_call, vmap
 
         def rotate(frequencies_F: torch.Tensor, positions: torch.Tensor) -> Any:
             buffers = {found.buffer: frequencies_F}
@@ -173,6 +173,8 @@ def _compute(
     module: nn.Module, kind: str, seq_len: int | torch.Tensor, layer_type: str | None
 ) -> torch.Tensor:
     """By the formula of transformers; `seq_len` [N, 1] gives frequencies [N, F]."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config = vars(module)["config"]
     device = next(module.buffers()).device
     compute: Any = ROPE_INIT_FUNCTIONS[kind]

@@ -17,8 +17,9 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
-from mpipipe.errors import CheckpointError
+from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates
+from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code
 from mpipipe.models.tokenizer_base import Tokenizer
 
 __all__ = ["SentencePieceTokenizer"]
@@ -40,6 +41,8 @@ class _Settings:
 
 class SentencePieceTokenizer(Tokenizer):
     """Implements `Tokenizer` over one sentencepiece model."""
+
+    decodes_beside = True
 
     def __init__(
         self,
@@ -83,24 +86,70 @@ class SentencePieceTokenizer(Tokenizer):
                 return text
         return str(self._first.id_to_piece(token_id))
 
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool
+    ) -> list[tuple[int, ...] | PromptError]:
+        """`encode` of every text: plain ones in one go, in threads, unless one of them fails."""
+        is_plain = [len(self._stretches(text)) == 1 for text in texts]
+        plain = [text for text, is_one in zip(texts, is_plain, strict=True) if is_one]
+        before, behind = self._around() if add_special_tokens else ((), ())
+        try:
+            with foreign_code(*ENCODE_FAILED):
+                ids = iter(self._first.encode(plain) if plain else ())
+        except PromptError:
+            return super().encode_all(texts, add_special_tokens)
+        found: list[tuple[int, ...] | PromptError] = []
+        for text, is_one in zip(texts, is_plain, strict=True):
+            if is_one:
+                found.append((*before, *next(ids), *behind))
+            else:
+                found += super().encode_all([text], add_special_tokens)
+        return found
+
+    def _stretches(self, text: str) -> list[str]:
+        """Text and the tokenizer's own tokens in turn, text first."""
+        # re.split with a group keeps what it splits at.
+        return self._splitter.split(text) if self._own_tokens else [text]
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens before and behind a text."""
+        bos = self.bos_token_id
+        before = (bos,) if self._settings.add_bos and bos is not None else ()
+        return before, self.eos_token_ids if self._settings.add_eos else ()
+
     def _encode(self, text: str, add_special_tokens: bool) -> Iterable[int]:
-        ids: list[int] = []
-        bos, eos = self.bos_token_id, self.eos_token_ids
-        if add_special_tokens and self._settings.add_bos and bos is not None:
-            ids.append(bos)
-        # re.split with a group: text and special tokens alternate, text first.
-        stretches = self._splitter.split(text) if self._own_tokens else [text]
-        for position, stretch in enumerate(stretches):
+        before, behind = self._around() if add_special_tokens else ((), ())
+        ids = [*before]
+        for position, stretch in enumerate(self._stretches(text)):
             if position % 2:
                 ids.append(self._own_tokens[stretch])
             elif stretch:
                 ids += (self._later if position else self._first).encode(stretch)
-        if add_special_tokens and self._settings.add_eos:
-            ids += eos
-        return ids
+        return [*ids, *behind]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return "".join(self._texts(ids))
+
+    def decode_all(self, all_ids: Sequence[Sequence[int]]) -> list[str | PromptError]:
+        """`decode` of each of them: plain ones in one go, in threads, unless one of them fails."""
+        pieces = [self._pieces(ids) for ids in all_ids]
+        try:
+            with foreign_code(*DECODE_FAILED):
+                plain = [run for run in pieces if run is not None]
+                texts = iter(self._first.decode(plain) if plain else ())
+        except PromptError:
+            return super().decode_all(all_ids)
+        found: list[str | PromptError] = []
+        for ids, run in zip(all_ids, pieces, strict=True):
+            found += super().decode_all([ids]) if run is None else [next(texts)]
+        return found
+
+    def _pieces(self, ids: Sequence[int]) -> list[int] | None:
+        """Those of sentencepiece that have a text; None: some are tokens that it does not know."""
+        if not self._added_texts.keys().isdisjoint(ids):
+            return None
+        num_pieces = self._first.get_piece_size()
+        return [n for n in ids if 0 <= n < num_pieces and n not in self._special_ids]
 
     def _texts(self, ids: Sequence[int]) -> Iterator[str]:
         num_pieces = self._first.get_piece_size()

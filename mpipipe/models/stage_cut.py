@@ -12,38 +12,59 @@ so that it is left alone.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from mpipipe.checkpoint.jsonfile import read_json_object
 from mpipipe.errors import UnsupportedModelError
 from mpipipe.models.attention_bridge import ATTENTION_NAME, register
 from mpipipe.models.families import ModelParts, check_config, detach_inputs, detach_outputs, refuse
+from mpipipe.models.llama_config import llama_config
+from mpipipe.models.llama_modules import LlamaModel, empty_llama
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
     from mpipipe.planning.plan import StagePlan
 
 __all__ = ["CheckpointNames", "cut_stage", "empty_model", "loaded_device", "materialise_buffers"]
 
 
-def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def empty_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel | LlamaModel:
     """The full model on the meta device, with our attention.
+
+    Its modules are ours, where there are some for its family (`llama_modules`), else transformers',
+    which is imported then.
+
+    Args:
+        folder: its `config.json` is read.
+        dtype: of the parameters.
+        trust_remote_code: run Python code found in the folder.
 
     Raises:
         UnsupportedModelError: transformers does not know it, or its configuration rules it out.
     """
+    known = llama_config(read_json_object(folder / "config.json"))
+    if known is not None:
+        return empty_llama(known, dtype)
+    return _empty_of_transformers(folder, dtype, trust_remote_code)
+
+
+def _empty_of_transformers(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     config = _read_config(folder, trust_remote_code)
     check_config(config)
     register()
@@ -67,6 +88,8 @@ def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pr
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -102,7 +125,7 @@ def cut_stage(parts: ModelParts, stage: StagePlan) -> nn.ModuleList:
 
 
 def materialise_buffers(
-    model: PreTrainedModel, base: PreTrainedModel, device: torch.device
+    model: PreTrainedModel | LlamaModel, base: Any, device: torch.device
 ) -> None:
     """Give every non-persistent buffer memory on `device` and its value.
 
@@ -114,7 +137,8 @@ def materialise_buffers(
         for module in model.modules()
     }
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        vars(parameter)["_is_hf_initialized"] = True
+    guarded = _guard_of(model)
     for module, names in owners.items():
         for name in names:
             shell = module.get_buffer(name)
@@ -123,12 +147,22 @@ def materialise_buffers(
             buffer = torch.full(shell.shape, fill, dtype=shell.dtype, device=device)
             module.register_buffer(name, buffer, persistent=False)
         if names:
-            with torch.no_grad(), initialization.guard_torch_init_functions():
+            with torch.no_grad(), guarded():
                 base._init_weights(module)
     for module, names in owners.items():
         for name in names:
             if bool(torch.isnan(module.get_buffer(name)).any()):
                 raise refuse(model.config.model_type, f'leaves its buffer "{name}" without values')
+
+
+def _guard_of(model: PreTrainedModel | LlamaModel) -> Callable[[], AbstractContextManager[object]]:
+    """What keeps the family's own code from filling parameters again."""
+    if isinstance(model, LlamaModel):
+        return nullcontext
+    from transformers import initialization
+
+    guard: Callable[[], AbstractContextManager[object]] = initialization.guard_torch_init_functions
+    return guard
 
 
 def loaded_device(module: nn.Module) -> torch.device:
@@ -146,30 +180,50 @@ class CheckpointNames:
 
     shells: dict[str, torch.Tensor]  # the full state_dict, on the meta device
     tied: dict[str, str]  # name → the name it shares its tensor with
-    renamings: tuple[WeightRenaming, ...]
-    base_prefix: str  # "model" in "model.layers.0…"
+    rename: Callable[[str], str]  # see `canonical`
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> CheckpointNames:
+    def of(cls, model: PreTrainedModel | LlamaModel) -> CheckpointNames:
         """The names of `model`, which must be whole."""
-        renamings = tuple(
-            transform
-            for transform in get_model_conversion_mapping(model)
-            if isinstance(transform, WeightRenaming)
-        )
-        return cls(
-            shells=dict(model.state_dict()),
-            tied=dict(model.all_tied_weights_keys),
-            renamings=renamings,
-            base_prefix=model.base_model_prefix,
-        )
+        shells = dict(model.state_dict())
+        ours = isinstance(model, LlamaModel)
+        rename = partial(_prefixed, shells) if ours else _renaming_of(model, shells)
+        return cls(shells, dict(model.all_tied_weights_keys), rename)
 
     def canonical(self, checkpoint_name: str) -> str:
         """The full model's name for a tensor found in a checkpoint; unchanged if it has none.
 
         Adds or drops the base model's prefix where that makes it a name of the model.
         """
+        return self.rename(checkpoint_name)
+
+
+def _prefixed(shells: Mapping[str, object], checkpoint_name: str) -> str:
+    """As `CheckpointNames.canonical`, for our own modules."""
+    prefix = f"{LlamaModel.base_model_prefix}."
+    for name in (checkpoint_name.removeprefix(prefix), prefix + checkpoint_name):
+        if checkpoint_name not in shells and name in shells:
+            return name
+    return checkpoint_name
+
+
+def _renaming_of(
+    model: PreTrainedModel, shells: Mapping[str, torch.Tensor]
+) -> Callable[[str], str]:
+    """What transformers does with the names of a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [
+        transform
+        for transform in get_model_conversion_mapping(model)
+        if isinstance(transform, WeightRenaming)
+    ]
+
+    def rename(checkpoint_name: str) -> str:
         name: str = rename_source_key(
-            checkpoint_name, list(self.renamings), [], self.base_prefix, self.shells
+            checkpoint_name, renamings, [], model.base_model_prefix, shells
         )[0]
         return name
+
+    return rename

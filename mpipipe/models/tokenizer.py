@@ -2,14 +2,17 @@
 
 | files in the folder | read by |
 |---|---|
-| `tokenizer.json` | transformers (`AutoTokenizer`) |
-| `vocab.json` + `merges.txt` | transformers (`AutoTokenizer`) |
+| `tokenizer.json` | transformers (`AutoTokenizer`), then `tokenizers` alone |
+| `vocab.json` + `merges.txt` | the same |
 | `tokenizer.model` alone | sentencepiece (`sentencepiece_tokenizer`) |
 
 Why not transformers for the third: 5.17–5.23 rebuild a sentencepiece model as a different one. With
 `tokenizer.model` alone they add neither BOS nor the leading space; with a `LlamaTokenizer`
 configuration they drop its normaliser and one leading space. sentencepiece is what the model was
-trained with. `scheduler/detokenize.py` makes text as tokens come.
+trained with.
+
+What transformers makes of a folder is kept for the next start (`fast_tokenizer`), which then
+imports no transformers. `scheduler/detokenize.py` makes text as tokens come.
 
 Invariants: nothing is downloaded; encoding and decoding are pure functions of their arguments.
 """
@@ -18,11 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.checkpoint.jsonfile import read_json_object, require_content
 from mpipipe.errors import CheckpointError, PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates, chat_templates_of, read_chat_templates
+from mpipipe.models.fast_tokenizer import (
+    FastTokenizer,
+    TokenizerFacts,
+    is_plain,
+    kept_tokenizer,
+    known_ids,
+)
 from mpipipe.models.foreign import ENCODE_FAILED, foreign_code, in_short
 from mpipipe.models.tokenizer_base import Tokenizer
 
@@ -67,16 +77,13 @@ def _open(folder: Path, trust_remote_code: bool) -> Tokenizer:
     if trust_remote_code and _brings_code(folder):
         return _open_with_transformers(folder, trust_remote_code, templates, {})
     if (folder / "tokenizer.json").exists():
-        read_json_object(folder / "tokenizer.json")
-        return _open_with_transformers(folder, trust_remote_code, templates, {})
+        return _open_kept(folder, templates, {})
     if (folder / "tokenizer.model").exists():
         from mpipipe.models.sentencepiece_tokenizer import SentencePieceTokenizer
 
         return SentencePieceTokenizer.open(folder, templates)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        read_json_object(folder / "vocab.json")
-        require_content(folder / "merges.txt")
-        return _open_with_transformers(folder, trust_remote_code, templates, _unsaid(folder))
+        return _open_kept(folder, templates, _unsaid(folder))
     raise CheckpointError(_missing(folder))
 
 
@@ -107,12 +114,33 @@ def _unsaid(folder: Path) -> dict[str, str | bool]:
     return {**_OPT_SPECIAL, "add_bos_token": True} if is_opt else {}
 
 
+def _open_kept(
+    folder: Path, templates: ChatTemplates, settings: Mapping[str, str | bool]
+) -> Tokenizer:
+    """As transformers does, by what it made of the folder in an earlier start, if there was one."""
+    kept = kept_tokenizer(folder, settings)
+    found = kept.read(templates)
+    if found is not None:
+        return found
+    if (folder / "tokenizer.json").exists():
+        read_json_object(folder / "tokenizer.json")
+    else:
+        read_json_object(folder / "vocab.json")
+        require_content(folder / "merges.txt")
+    opened = _open_with_transformers(folder, False, templates, settings)
+    plain = opened.plain()
+    if plain is None:
+        return opened
+    kept.write(*plain)
+    return FastTokenizer.of(*plain, templates)
+
+
 def _open_with_transformers(
     folder: Path,
     trust_remote_code: bool,
     templates: ChatTemplates,
     settings: Mapping[str, str | bool],
-) -> Tokenizer:
+) -> TransformersTokenizer:
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(
@@ -153,6 +181,24 @@ class TransformersTokenizer(Tokenizer):
         except PromptError:
             return super().encode_all(texts, add_special_tokens)
 
+    def plain(self) -> tuple[str, TokenizerFacts] | None:
+        """What `tokenizers` alone needs to compute the same; None: it cannot."""
+        backend: Any = self._backend
+        if not is_plain(backend):
+            return None
+        facts = TokenizerFacts(
+            vocab_size=self.vocab_size,
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=self.eos_token_ids,
+            roles=dict(backend.special_tokens_map),
+            special_tokens=dict(self.special_tokens),
+            splits_special_tokens=bool(backend.split_special_tokens),
+        )
+        try:
+            return backend.backend_tokenizer.to_str(), facts
+        except Exception:  # noqa: BLE001 - `tokenizers` raises it bare: parts written in Python
+            return None
+
     def _token_text(self, token_id: int) -> str:
         return str(self._backend.convert_ids_to_tokens(token_id))
 
@@ -161,9 +207,10 @@ class TransformersTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
-        known = [number for number in ids if 0 <= number < self.vocab_size]
         text = self._backend.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            known_ids(ids, self.vocab_size),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text

@@ -29,6 +29,8 @@ class Tokenizer(ABC):
     # End of sequence, as the tokenizer's files say; the model's own list has precedence.
     eos_token_ids: tuple[int, ...]
     special_tokens: Mapping[str, int]  # that `decode` skips: their texts and ids
+    # Whether `decode_all` lets other threads run, and may run beside `decode`.
+    decodes_beside: bool = False
 
     def __init__(self, renderer: ChatRenderer) -> None:
         self._renderer = renderer
@@ -62,6 +64,16 @@ class Tokenizer(ABC):
         """The text of `ids`: special tokens and ids beyond the vocabulary are skipped."""
         with foreign_code(*DECODE_FAILED):
             return self._decode(ids)
+
+    def decode_all(self, all_ids: Sequence[Sequence[int]]) -> list[str | PromptError]:
+        """`decode` of each of them, its error where it has one."""
+        found: list[str | PromptError] = []
+        for ids in all_ids:
+            try:
+                found.append(self.decode(ids))
+            except PromptError as error:
+                found.append(error)
+        return found
 
     def render(self, messages: Sequence[Message], options: ChatOptions = PLAIN_CHAT) -> str:
         """A conversation through the model's chat template: special tokens written out.

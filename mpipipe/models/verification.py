@@ -11,7 +11,7 @@ these does not hold:
    outside our cache, nothing that mixes neighbours).
 
 Three forward passes over a handful of tokens: about a tenth of a second for a 135M model on a CPU
-core. They run on transformers' own modules with SDPA, whatever execution mode and backend the
+core. They run on the plain modules with SDPA, whatever execution mode and backend the
 stage takes.
 """
 

@@ -471,8 +471,7 @@ def _folder(found: Candidate) -> str:
 
 
 def _split_reason(best: Candidate) -> str:
-    steps_s = ", ".join(f"{choice.forecast.step_s:.3g}" for choice in best.stages)
-    return f"balanced by what a step of {best.rows} rows takes, with what is brought: {steps_s} s"
+    return f"balanced by what a step of {best.rows} rows takes, with what is brought"
 
 
 def _avoidable(problem: OffloadProblem, best: Candidate) -> str:

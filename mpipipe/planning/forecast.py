@@ -74,6 +74,7 @@ class JobForecast:
     rows_per_slot: float  # mean, of decode steps
     num_rounds: float
     num_preemptions: int
+    num_saved: int  # of these, to host memory; the others are computed anew
     num_kv_pages: int  # most that hold tokens at the same time
     bubble: float  # mean over the stages
     stages: tuple[StageForecast, ...]
@@ -103,8 +104,7 @@ def forecast_job(
         times: of steps and hops.
         watts: the power limit of every rank's GPU, where known.
     """
-    shape = shape.as_under(plan)
-    lengths = shape.lengths
+    shape, lengths = shape.as_under(plan), shape.lengths
     most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
     step = -(-len(lengths) // most)
     sample = lengths[::step]
@@ -129,6 +129,7 @@ def forecast_job(
         rows_per_slot=job.row_steps / job.slot_steps if job.slot_steps else 0.0,
         num_rounds=job.rounds * scale,
         num_preemptions=round(job.num_preemptions * scale),
+        num_saved=round(job.num_saved * scale),
         num_kv_pages=min(plan.num_kv_pages, math.ceil(job.most_pages)),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
@@ -226,6 +227,7 @@ class _Job:
     slot_steps: float = 0.0
     num_prefill_steps: float = 0.0
     num_preemptions: int = 0
+    num_saved: int = 0
     most_pages: float = 0.0  # that hold tokens
     _ends: list[tuple[float, int, _Sequence]] = field(default_factory=list)  # heap by round
     _number: int = 0
@@ -371,6 +373,7 @@ class _Job:
         is_worth_it = num_tokens >= self.plan.min_saved_tokens
         if is_worth_it and self._moved_pages + num_pages <= self.plan.num_host_pages:
             sequence.moved_pages = num_pages
+            self.num_saved += 1
             self._moved_pages += num_pages
 
     def _bring_back(self, sequence: _Sequence) -> None:

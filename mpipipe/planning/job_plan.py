@@ -15,6 +15,7 @@ from dataclasses import replace
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import AUTO, Config
 from mpipipe.errors import PlanError
+from mpipipe.planning.drafts import with_drafts
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes, known_times
 from mpipipe.planning.layout import Layout
@@ -55,9 +56,9 @@ def plan_job(
     job = Job.of(config, spec, ranks, model_path, workload, notes=notes)
     layout = layout or job.choose_layout()
     plans = job.plans(layout)
-    if not workload.lengths:
-        return plans
     known = [times(spec, plan, ranks) for plan in plans]
+    if not workload.lengths:
+        return _with_drafts(plans, config, spec, known)
     steps, shape = [each.steps for each in known], _shape(workload)
     first = best = _split(plans[0])
     forecasts = {first: forecast_replicas(spec, plans, shape, steps)}
@@ -80,7 +81,7 @@ def plan_job(
         plans = job.with_split(best, note).plans(layout)
     shared = (_with_shares(plan, forecasts[best]) for plan in plans)
     context = itertools.repeat(shape.mean_context_tokens)
-    return tuple(map(_as_measured, shared, known, context))
+    return _with_drafts([*map(_as_measured, shared, known, context)], config, spec, known)
 
 
 def _shape(workload: Workload) -> JobShape:
@@ -115,6 +116,14 @@ def _note(best: _Split, faster: JobForecast, slower: JobForecast, split: _Split)
         f"by cost, {slower.generating_s:,.3g} s"
     )
     return Resolved("pipeline.split", str(list(best)), reason)
+
+
+def _with_drafts(
+    plans: Sequence[PipelinePlan], config: Config, spec: ModelSpec, known: Sequence[KnownTimes]
+) -> tuple[PipelinePlan, ...]:
+    return tuple(
+        with_drafts(plan, config, spec, own.steps) for plan, own in zip(plans, known, strict=True)
+    )
 
 
 def _with_shares(plan: PipelinePlan, forecast: JobForecast) -> PipelinePlan:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.forecast import startup_s, weights_s
 from mpipipe.planning.plan import PipelinePlan, StagePlan
-from mpipipe.planning.profile import Profile, ProfileKey, profile_path, read_profile
+from mpipipe.planning.profile import (
+    Profile,
+    ProfileKey,
+    profile_path,
+    read_profile,
+    unused_profile,
+)
 from mpipipe.planning.profile_times import profile_times
 from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resources import RankResources
@@ -67,13 +73,13 @@ def known_times(
         folder: of profiles; None: the cache's.
     """
     rates = rates or rate_times(spec, plan, [r for r in ranks if r.rank in plan.ranks])
-    if plan.tensor_parallel > 1:  # profiles are of whole layers, without the lanes' sums
-        return KnownTimes(rates)
     shape = ProfileKey.shape_of(spec)
     keys = {stage.rank: ProfileKey.of(plan, shape, ranks, stage.rank) for stage in plan.stages}
     found = {key: read_profile(key, folder) for key in dict.fromkeys(keys.values())}
     profiles = {rank: profile for rank, key in keys.items() if (profile := found[key])}
     if len(profiles) < len(keys):
-        return KnownTimes(rates)
+        missing = next(key for key in keys.values() if found[key] is None)
+        hint = unused_profile(missing, folder)
+        return KnownTimes(replace(rates, source=f"{rates.source}; {hint}") if hint else rates)
     files = tuple(str(profile_path(key, folder)) for key in found)
     return KnownTimes(profile_times(plan, profiles, rates), files, tuple(profiles.items()))

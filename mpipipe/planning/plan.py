@@ -24,6 +24,7 @@ from mpipipe.types import (
 
 __all__ = [
     "Decisions",
+    "DraftPlan",
     "KvInHost",
     "PipelinePlan",
     "Resolved",
@@ -145,6 +146,18 @@ class KvInHost:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """Drafts by n-gram lookup (`scheduler.drafts`): how many tokens, and what their steps cost."""
+
+    max_tokens: int  # drafted for a sequence in one step, at most
+    rows: tuple[int, ...]  # sizes of steps, ascending; no step with drafts has more than the last
+    step_s: tuple[float, ...]  # predicted: of a step of each size through all stages, empty cache
+    key_s: float  # and for every token in the cache of every row
+    awaited_s: float = 0.0  # what a step takes longer if the tokens before it must be known first
+    alone: bool = False  # only while no other slot has sequences
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """The slice of the model that one rank holds, or several under tensor parallelism: lanes."""
 
@@ -218,6 +231,7 @@ class PipelinePlan:
     max_sharing_tokens: int = 0  # of a sequence that shares pages, when it begins; 0: none does
     moved_page_s: float = 0.0  # that steps wait while one of these is moved there and back
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
+    drafts: DraftPlan | None = None  # None: every token has a step of its own
     replica: int = 0  # which of the job's pipelines
     num_replicas: int = 1
 
@@ -244,6 +258,12 @@ class PipelinePlan:
     def ranks(self) -> tuple[int, ...]:
         """The ranks of the pipeline, in the order of its stages and their lanes."""
         return tuple(rank for stage in self.stages for rank in stage.ranks)
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Rows of a decode step at most: of sequences, or of sequences with drafts."""
+        most_drafted = 0 if self.drafts is None else self.drafts.rows[-1]
+        return max(self.max_sequences_per_slot, most_drafted)
 
     @property
     def capacity(self) -> int:

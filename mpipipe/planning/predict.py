@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.metrics.predicted import Prediction, StagePrediction
-from mpipipe.planning.cost import kv_page_bytes
+from mpipipe.planning.cost import head_weight_bytes, kv_page_bytes
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.known_times import KnownTimes
 from mpipipe.planning.plan import PipelinePlan
@@ -76,4 +76,9 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: Jo
         max_context_tokens=plan.max_context_tokens,
     )
     work_bytes = limits.step_bytes(spec, plan.dtype, plan.sampling, has_head=stage.has_head)
-    return stage.device_weight_bytes + num_pages * page_bytes + work_bytes
+    held = stage.device_weight_bytes + num_pages * page_bytes + work_bytes
+    # A CPU multiplies by a packed copy of the embedding (`models/prepacked_linear.py`).
+    is_packed = not on_gpu and stage.has_embedding and stage.has_head and stage.offload is None
+    if is_packed and spec.is_head_the_embedding:
+        held += head_weight_bytes(spec, plan.dtype)
+    return held

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -37,11 +38,27 @@ __all__ = [
     "profile_folder",
     "profile_path",
     "read_profile",
+    "unused_profile",
     "with_known_hops",
     "write_profile",
 ]
 
 _FORMAT = 1  # of the file; another number is another file name, so that old files are not read
+
+
+_KEY_WORDS = {
+    "dtype": "model.dtype",
+    "quantize": "model.quantize",
+    "device": "device",
+    "attention": "pipeline.attention",
+    "cuda_graphs": "memory.cuda_graphs",
+    "threads_per_rank": "pipeline.threads_per_rank",
+    "num_lanes": "pipeline.tensor_parallel",
+    "ranks_per_host": "ranks a host",
+    "sampling": "sampling",
+    "mpipipe": "mpipipe",
+    "torch": "torch",
+}
 
 
 @functools.cache
@@ -178,6 +195,28 @@ def read_profile(key: ProfileKey, folder: Path | None = None) -> Profile | None:
     except (OSError, ValueError):
         return None
     return profile if profile.key == key else None
+
+
+def unused_profile(key: ProfileKey, folder: Path | None = None) -> str:
+    """Why the nearest profile of the same model is not one of `key`; empty: there is none."""
+    wanted = dataclasses.asdict(key)
+    nearest: tuple[str, dict[str, object]] | None = None
+    for path in sorted((folder or profile_folder()).glob(f"profile-v{_FORMAT}-*.json")):
+        try:
+            record = json.loads(path.read_bytes())
+            there, day = record["key"], record["measured"][:10]
+            unlike = {name: there[name] for name in wanted if there[name] != wanted[name]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if unlike and "shape" not in unlike and (nearest is None or len(unlike) < len(nearest[1])):
+            nearest = (day, unlike)
+    if nearest is None:
+        return ""
+    day, unlike = nearest
+    told = ", ".join(f"{_KEY_WORDS[name]} {unlike[name]}, here {wanted[name]}" for name in unlike)
+    how = ", the prompts' sampling set in [generation]," if "sampling" in unlike else ""
+    remedy = f"`mpipipe plan --measure`{how} measures this"
+    return f"not as measured {day}: that was with {told} ({remedy})"
 
 
 def write_profile(profile: Profile, folder: Path | None = None) -> Path:

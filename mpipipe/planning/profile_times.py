@@ -113,7 +113,7 @@ class ProfileTimes:
     parts: Mapping[int, tuple[_Part, _Part]]  # of decode and of prefill steps, by rank
     hops: Mapping[bool, Curve | None]  # over bytes, by whether hosts are crossed
     row_bytes: int  # of a hidden state
-    rates: RateTimes  # for links that were not measured, and for pages in host memory
+    rates: RateTimes  # for links that were not measured, sums of lanes, and pages in host memory
     source: str
 
     def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
@@ -121,6 +121,7 @@ class ProfileTimes:
         decode, _ = self.parts[stage.rank]
         seconds = decode.seconds(stage, rows, context_tokens)
         seconds += decode.head.at(rows) if stage.has_head else 0.0
+        seconds += self.rates.lanes_s(stage, rows, rows)
         in_host_s = self.rates.kv_in_host_s(stage, rows * context_tokens)
         return with_offload(stage.offload, seconds, rows) + in_host_s
 
@@ -128,9 +129,9 @@ class ProfileTimes:
         """See `StepTimes`. The head computes the last token of each prompt, as in decode steps."""
         decode, prefill = self.parts[stage.rank]
         seconds = prefill.seconds(stage, tokens, context_tokens)
-        if stage.has_head:
-            prompts = tokens / max(1.0, 2 * context_tokens)
-            seconds += decode.head.at(max(1.0, prompts))
+        prompts = max(1.0, tokens / max(1.0, 2 * context_tokens))
+        seconds += decode.head.at(prompts) if stage.has_head else 0.0
+        seconds += self.rates.lanes_s(stage, tokens, prompts)
         in_host_s = self.rates.kv_in_host_s(stage, 2 * tokens)
         return with_offload(stage.offload, seconds, tokens) + in_host_s
 

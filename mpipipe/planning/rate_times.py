@@ -116,8 +116,8 @@ class RateTimes:
         scores_s = 4 * cached * spec.num_heads * spec.head_dim / ceilings.flops_per_s
         attention_s = max(read_s, scores_s) * stage.num_kv_device_layers / stage.num_layers
         layer_s = max(products_s + attention_s + shares.layer_s, shares.host_layer_s)
-        layer_s += 2 * self._sum_s(rows)
         compute_s = stage.num_layers * layer_s + self._head_s(stage, rows) + shares.step_s
+        compute_s += self.lanes_s(stage, rows, rows)
         return with_offload(stage.offload, compute_s, rows) + self.kv_in_host_s(stage, cached)
 
     def prefill_s(self, stage: StagePlan, tokens: int, context_tokens: float) -> float:
@@ -126,9 +126,10 @@ class RateTimes:
         products_s = self._layer_products_s(ceilings, tokens, shares.prompt_products)
         attention_s = 4 * tokens * context_tokens * spec.num_heads * spec.head_dim
         attention_s /= ceilings.flops_per_s * shares.prompt_attention
-        layer_s = products_s + attention_s + shares.layer_s + 2 * self._sum_s(tokens)
+        layer_s = products_s + attention_s + shares.layer_s
         prompts = min(tokens, tokens / (2 * context_tokens)) if context_tokens > 0 else tokens
-        head_s = self._head_s(stage, max(1.0, prompts))
+        head_rows = max(1.0, prompts)
+        head_s = self._head_s(stage, head_rows) + self.lanes_s(stage, tokens, head_rows)
         compute_s = stage.num_layers * layer_s + head_s + shares.step_s + shares.prompt_step_s
         # K and V are written, and read at least once.
         return with_offload(stage.offload, compute_s, tokens) + self.kv_in_host_s(stage, 2 * tokens)
@@ -146,6 +147,11 @@ class RateTimes:
             return 0.0
         moved = num_tokens * self._cache_row_bytes() * len(known.layers)
         return moved * known.step_s / known.step_bytes
+
+    def lanes_s(self, stage: StagePlan, rows: float, head_rows: float) -> float:
+        """What the lanes of a stage take for each other: two sums a layer, and the logits."""
+        logits_s = self._gather_s(head_rows) if stage.has_head else 0.0
+        return 2 * stage.num_layers * self._sum_s(rows) + logits_s
 
     def _sum_s(self, rows: float) -> float:
         """What the lanes of a stage take to add up their hidden states."""
@@ -186,7 +192,7 @@ class RateTimes:
             self.ceilings[stage.rank], spec.head_parameters, narrow, rows, share
         )
         choosing_s = rows * spec.vocab_size / 1000 * self.shares.row_s
-        return products_s + self._gather_s(rows) + choosing_s
+        return products_s + choosing_s
 
     def _products_s(
         self, ceilings: Ceilings, parameters: int, held_bytes: int, rows: float, share: float

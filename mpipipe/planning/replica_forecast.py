@@ -119,6 +119,7 @@ def _together(
         startup_s=max(forecast.startup_s for forecast in found),
         rows_per_slot=sum(rows) / len(rows),
         num_preemptions=sum(forecast.num_preemptions for forecast in by_replica.values()),
+        num_saved=sum(forecast.num_saved for forecast in by_replica.values()),
         bubble=sum(stage.bubble for stage in stages) / len(stages),
         stages=stages,
         energy_j=None if None in energies else sum(filter(None, energies)),

@@ -31,7 +31,9 @@ def experiment_charts(section: Section, machine: str) -> list[Chart]:
     charts: list[Chart | None] = []
     if section.matrix.experiment == "batch":
         charts += [_batch_throughput(section, machine), _batch_latency(section, machine)]
-    elif section.matrix.experiment != "arrangements":  # which have no order
+    elif section.matrix.experiment == "arrangements":  # which have no order
+        charts.append(_arrangement_throughput(section, machine))
+    else:
         charts += [_speedup(section, machine), _efficiency(section, machine)]
     charts += [*_parts(section, machine), _rates(section.rows, machine)]
     return [chart for chart in charts if chart is not None]
@@ -118,6 +120,23 @@ def _ceiling(arm: str, rows: Sequence[Row], *, per_size: bool) -> list[Curve]:
     ]
     x, y = zip(*points, strict=True)
     return [Curve(f"{arm}: ceiling", x, y, _ARM_COLORS[arm], kind="ceiling")]
+
+
+# ---- replicas, stages and lanes ------------------------------------------------------------------
+
+
+def _arrangement_throughput(section: Section, machine: str) -> BarChart | None:
+    found = [(row, row.throughput.median) for row in section.rows if row.throughput is not None]
+    if not found:
+        return None
+    return BarChart(
+        "Throughput by arrangement of ranks",
+        f"Output tokens per second while generating; from zero; medians. {machine}",
+        "replicas × stages × lanes",
+        "throughput (tokens/s)",
+        tuple((row.case.arrangement, ("",)) for row, _ in found),
+        (Part("measured", tuple(median for _, median in found), 0),),
+    )
 
 
 # ---- the batch sweep -----------------------------------------------------------------------------

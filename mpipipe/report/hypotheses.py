@@ -72,6 +72,8 @@ def compare(found: Spread | None, supposed: float) -> str:
 def verdict(experiment: ExperimentName, arm: Sequence[Row]) -> str:
     """One paragraph on what was supposed of this experiment, for one of its arms."""
     supposed = [h for h in HYPOTHESES if h.experiment == experiment]
+    if not supposed:
+        return "Nothing."
     sentences = [_sentence(hypothesis, arm) for hypothesis in supposed]
     return " ".join([*sentences, *_cautions(supposed, arm)])
 

@@ -76,8 +76,8 @@ def make_report(folder: Path, *, against: Path | None = None, hypotheses: bool =
     """The report of the experiments in `folder`, or of the run that it holds.
 
     Args:
-        folder: written by `mpipipe bench strong | weak | batch`, or several such folders in it, or
-            a run folder.
+        folder: written by `mpipipe bench strong | weak | batch | arrangements`, or several such
+            folders in it, or a run folder.
         against: older records of the same experiments.
         hypotheses: show the supposed values in the tables.
 
@@ -92,7 +92,7 @@ def make_report(folder: Path, *, against: Path | None = None, hypotheses: bool =
     if not any((folder / name).is_file() for name in ("manifest.json", "metrics.json")):
         raise OutputError(
             f"{folder} holds no records of an experiment and no run: give a folder that "
-            "`mpipipe bench strong`, `weak` or `batch` has written, or a run folder"
+            "`mpipipe bench strong`, `weak`, `batch` or `arrangements` has written, or a run folder"
         )
     if against is not None:
         raise ConfigError(

@@ -25,6 +25,7 @@ from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
+from mpipipe.runtime.kernels_ahead import stages_on_host
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head
@@ -50,6 +51,7 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
     plan = _own(boot, plans)
     stage = plan.stage_of_rank(ranks.mesh.rank)
     device = _device_of(boot, plan)
+    _order_kernels(boot, plans, device)
     started_s, baseline_rss_bytes = ranks.clock.now_s(), peak_rss_bytes()
     limit_memory(boot.loaded.config.memory.device_bytes, device)
     with ExitStack() as opened_parts:
@@ -120,7 +122,15 @@ async def _load(
         ranks.memory_needs.update(stage_bytes(plan, stage))
         _use_device(plan, device)
         lanes = ALONE if links is None else links.lanes
-        parts = load_parts(plan, stage, trust_remote_code, device, ranks.boot, lanes=lanes)
+        parts = load_parts(
+            plan,
+            stage,
+            trust_remote_code,
+            device,
+            ranks.boot,
+            lanes=lanes,
+            before_steps=partial(_await_kernels, boot),
+        )
         opened.callback(_close, parts)
         return parts
 
@@ -130,6 +140,30 @@ async def _load(
     for warning in parts.load_warnings:
         boot.log.warning("loading", message=warning)
     return parts
+
+
+def _order_kernels(boot: Boot, plans: Sequence[PipelinePlan], device: torch.device) -> None:
+    """Let the kernels of this host be compiled, while its ranks load."""
+    if boot.kernels is None or device.type != "cuda":
+        return
+    plan, host = _own(boot, plans), boot.hosts[boot.ranks.mesh.rank]  # other replicas' are alike
+    properties = torch.cuda.get_device_properties(device)
+    boot.kernels.order(
+        plan,
+        stages_on_host(plan, host),
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+    )
+
+
+def _await_kernels(boot: Boot) -> None:
+    """Until what this host's stages launch is compiled: before its first rank launches some."""
+    if boot.kernels is None:
+        return
+    boot.ranks.boot.begin("kernels")
+    compiled = boot.kernels.wait()
+    if compiled is not None:
+        boot.log.info("kernels", **dataclasses.asdict(compiled))
 
 
 async def _prepare_offload(ranks: Ranks, plans: Sequence[PipelinePlan], stage: StagePlan) -> None:

@@ -26,6 +26,8 @@ from mpipipe.weights.offload import StageTensors, open_offload
 from mpipipe.weights.random import fill_random
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpipipe.data_plane.lanes import Lanes
     from mpipipe.metrics.boot import BootTimeline
     from mpipipe.metrics.offload import OffloadUse
@@ -84,10 +86,12 @@ def load_parts(
     boot: BootTimeline,
     *,
     lanes: Lanes = ALONE,
+    before_steps: Callable[[], object] = lambda: None,
 ) -> StageParts:
     """Build, fill and bind this rank's layers on `device`. Nothing of another stage is read.
 
-    Its parts begin in `boot`. Trial steps at the end of it need the other `lanes` of the stage.
+    Its parts begin in `boot`. Trial steps at the end of it need the other `lanes` of the stage;
+    `before_steps` is called before them.
 
     Raises:
         CheckpointError: the weights do not fit the model, or cannot be read.
@@ -95,7 +99,8 @@ def load_parts(
         EnvironmentSetupError: the GPU's memory does not hold what was planned.
     """
     try:
-        return _load_parts(plan, stage, trust_remote_code, device, boot, lanes=lanes)
+        model = _built(plan, stage, trust_remote_code, lanes)
+        return _load_parts(plan, stage, model, device, boot, before_steps=before_steps)
     except torch.OutOfMemoryError as error:
         raise EnvironmentSetupError(
             f"the GPU of stage {stage.stage} ({stage.host}) has too little memory for its weights "
@@ -104,26 +109,31 @@ def load_parts(
         ) from error
 
 
-def _load_parts(
-    plan: PipelinePlan,
-    stage: StagePlan,
-    trust_remote_code: bool,
-    device: torch.device,
-    boot: BootTimeline,
-    *,
-    lanes: Lanes,
-) -> StageParts:
-    backend = make_backend(plan.attention)
-    model = build_stage_model(
+def _built(
+    plan: PipelinePlan, stage: StagePlan, trust_remote_code: bool, lanes: Lanes
+) -> StageModel:
+    return build_stage_model(
         Path(plan.model_path),
         stage,
         dtype=getattr(torch, plan.dtype),
-        backend=backend,
+        backend=make_backend(plan.attention),
         max_sequence_tokens=plan.max_sequence_tokens,
         trust_remote_code=trust_remote_code,
         quantize=plan.quantize,
         lanes=lanes,
     )
+
+
+def _load_parts(
+    plan: PipelinePlan,
+    stage: StagePlan,
+    model: StageModel,
+    device: torch.device,
+    boot: BootTimeline,
+    *,
+    before_steps: Callable[[], object],
+) -> StageParts:
+    backend = model.backend
     tensors = stage_tensors(model)
     with ExitStack() as opened:
         offloaded = _open_offload(plan, stage, model, tensors, device)
@@ -133,6 +143,7 @@ def _load_parts(
         boot.begin("cache")
         kv_memory = open_kv_memory(plan, stage, device, head_major=backend.head_major)
         opened.callback(kv_memory.close)
+        before_steps()
         boot.begin("convert weights")  # into the layout to compute with, after trial steps
         model.finish(kv_memory.cache, streamed=streamed_weights(offloaded, tensors))
         opened.pop_all()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.config.schema import AUTO
 from mpipipe.errors import CheckpointError, PromptError
+from mpipipe.garbage import no_garbage_collection
 from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.planning.prompt_lengths import prompt_lengths
 from mpipipe.planning.workload import SamplingUse, Workload
@@ -87,9 +88,10 @@ def prepare(
             None: every id is taken.
     """
     preparation = _Preparation(tokenizer, add_special_tokens, vocab_size)
-    for first in range(0, len(lines), _LINES_AT_ONCE):
-        preparation.take(lines[first : first + _LINES_AT_ONCE])
-    return preparation.result()
+    with no_garbage_collection():
+        for first in range(0, len(lines), _LINES_AT_ONCE):
+            preparation.take(lines[first : first + _LINES_AT_ONCE])
+        return preparation.result()
 
 
 _NO_PROMPTS, _UNKNOWN = PreparedPrompts(), Workload()

@@ -15,6 +15,7 @@ from mpipipe.control_plane.messages import (
     GenerationEnded,
     SessionEnded,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
@@ -24,6 +25,7 @@ from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.topology.host import host_name, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
     from mpipipe.planning.resources import RankResources
     from mpipipe.runtime.clock_offsets import ClockOffset, Clocks
+    from mpipipe.runtime.kernels_ahead import KernelProcess
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
     from mpipipe.scheduler.instructions import SchedulerStatistics
@@ -65,6 +68,7 @@ class Boot:
     prepared: Prepared  # on these; all of it on rank 0
     log: Logger
     folder: Path  # for what a profiler records
+    kernels: KernelProcess | None = None  # compiles what this host's stages launch
 
     @property
     def hosts(self) -> list[str]:
@@ -211,6 +215,14 @@ class Session:
         statistics = self.statistics()
         return statistics.num_shared_tokens if statistics is not None else 0
 
+    @property
+    def drafts(self) -> DraftUse:
+        """Tokens drafted by n-gram lookup, and what came of it."""
+        if self._dispatch is not None:
+            return self._dispatch.drafts
+        statistics = self.statistics()
+        return statistics.drafts if statistics is not None else DraftUse()
+
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""
         return () if self._dispatch is None else self._dispatch.totals()
@@ -317,14 +329,20 @@ class Session:
         self._runner = Runner(
             core=self._core,
             group=self._group,
-            decode=self._decode or self.tokenizer.decode,
+            texts=self._text_maker(),
             clock=self.ranks.clock,
             log=self._log,
-            special=self._special,
             on_request=on_request,
             link=link,
         )
         return self._runner
+
+    def _text_maker(self) -> TextMaker:
+        if self._decode is not None:
+            return TextMaker(self._decode, special=self._special)
+        tokenizer = self.tokenizer
+        decode_all = tokenizer.decode_all if tokenizer.decodes_beside else None
+        return TextMaker(tokenizer.decode, special=self._special, decode_all=decode_all)
 
     def _tell_request(self, record: RequestRecord, replica: int = 0) -> None:
         if self._on_request is not None:

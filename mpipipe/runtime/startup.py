@@ -23,6 +23,7 @@ from mpipipe.planning.model_facts import ModelFacts, read_model
 from mpipipe.planning.resolve import choose_layout, is_layout_open
 from mpipipe.planning.workload import Workload
 from mpipipe.runtime.handshake import handshake
+from mpipipe.runtime.kernels_ahead import KernelProcess, kernels_ahead
 from mpipipe.runtime.ranks import Ranks, in_phase, open_ranks
 from mpipipe.runtime.requests import Prepared, prepare_text
 from mpipipe.runtime.session import Boot, Session
@@ -55,6 +56,7 @@ class Joined(Generic[T]):
     layout: Layout  # which ranks make which replica
     model: ModelFacts | None  # on the head
     inputs: T | None  # on the head: what else was read
+    kernels: KernelProcess | None = None  # compiles what this host's stages launch
 
 
 @asynccontextmanager
@@ -91,26 +93,37 @@ async def joined_ranks(
         loaded = await in_phase(ranks, "configuration", load, _CONFIG_DEADLINE_S)
         if heartbeats:
             ranks.vitals.timeout_s = loaded.config.pipeline.heartbeat_timeout_s
-        ranks.boot.begin("handshake")
-        resources = await handshake(ranks, loaded)
+        with kernels_ahead(loaded.config.pipeline.device) as kernels:
+            yield await _joined(ranks, loaded, read, expect, kernels)
 
-        def read_inputs() -> tuple[ModelFacts, T, Layout] | None:
-            if not ranks.is_head:
-                return None
-            model = read_model(loaded)
-            inputs = read(model)
-            config = model.loaded.config
-            workload = expect(model, inputs) if is_layout_open(config) else Workload()
-            return model, inputs, choose_layout(config, model.spec, resources, workload)
 
-        ranks.boot.begin("read prompts")
-        found = await in_phase(ranks, "inputs", read_inputs)
-        model, inputs, chosen = found or (None, None, None)
-        layout = await _told_layout(ranks, chosen)
-        ranks.boot.begin("model folder")
-        await check_model_folder(ranks, model)
-        loaded = loaded if model is None else model.loaded
-        yield Joined(ranks, loaded, resources, layout, model, inputs)
+async def _joined(
+    ranks: Ranks,
+    loaded: LoadedConfig,
+    read: Callable[[ModelFacts], T],
+    expect: Callable[[ModelFacts, T], Workload],
+    kernels: KernelProcess | None,
+) -> Joined[T]:
+    ranks.boot.begin("handshake")
+    resources = await handshake(ranks, loaded)
+
+    def read_inputs() -> tuple[ModelFacts, T, Layout] | None:
+        if not ranks.is_head:
+            return None
+        model = read_model(loaded)
+        inputs = read(model)
+        config = model.loaded.config
+        workload = expect(model, inputs) if is_layout_open(config) else Workload()
+        return model, inputs, choose_layout(config, model.spec, resources, workload)
+
+    ranks.boot.begin("read prompts")
+    found = await in_phase(ranks, "inputs", read_inputs)
+    model, inputs, chosen = found or (None, None, None)
+    layout = await _told_layout(ranks, chosen)
+    ranks.boot.begin("model folder")
+    await check_model_folder(ranks, model)
+    loaded = loaded if model is None else model.loaded
+    return Joined(ranks, loaded, resources, layout, model, inputs, kernels)
 
 
 async def _told_layout(ranks: Ranks, chosen: Layout | None) -> Layout:
@@ -153,7 +166,17 @@ async def loaded_session(
         return own, text(own)
 
     known, prepared = await in_phase(ranks, "tokenizer", prepare_head)
-    boot = Boot(ranks, joined.loaded, joined.resources, joined.layout, known, prepared, log, folder)
+    boot = Boot(
+        ranks,
+        joined.loaded,
+        joined.resources,
+        joined.layout,
+        known,
+        prepared,
+        log,
+        folder,
+        joined.kernels,
+    )
     async with open_session(boot) as session:
         yield session, prepared
 

@@ -5,6 +5,7 @@ Knows no loop, no MPI, no torch and no clock; the runner feeds it and carries ou
     core.add(request)            -> the id of its sequence
     core.next_step()             -> a step to send, or None; call until None
     core.sampled(step, ids)      -> [TokensEmitted, Finished …, Closed]; once for every step sent
+    core.accepted()              -> the same of drafts that were right; after `sampled`, until empty
     core.stop(sequence, reason)  -> [Finished, Closed …]
 
 With lookahead, decode steps are sent before their input tokens are known here: tokens pass from
@@ -18,6 +19,8 @@ Invariants:
   sequence. Steps come back in the order in which they were sent.
 * A step is chunks of prompts of one slot (`StepScheduled`), or one token of every sequence in a
   slot's decode batch (`DecodeScheduled`), with chunks behind them where `steps` fills steps up.
+* A sequence with drafts has one step in flight, and all its tokens before that are known here.
+  What it has computed and which pages it has follows from what was accepted.
 * A decode step is numbered at least `num_slots` after the steps whose tokens it computes, because
   the first stage would have to wait for those; earlier only when the pipe would run dry.
 * No sequence grows beyond `max_sequence_tokens`, the smaller of the context and all pages together:
@@ -33,8 +36,9 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Literal, Self
 
 from mpipipe.control_plane.messages import (
@@ -43,9 +47,11 @@ from mpipipe.control_plane.messages import (
     PagesSaved,
     StepScheduled,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.prefix_groups import prefix_groups
 from mpipipe.scheduler.decode_batch import Rows
+from mpipipe.scheduler.drafts import Drafter, NgramDrafter, agreed
 from mpipipe.scheduler.instructions import (
     Closed,
     Finished,
@@ -71,6 +77,7 @@ class SchedulerCore:
         eos_token_ids: end a sequence, unless its request ignores them.
         prefill: "phases" or "mixed": see `StepMaker`.
         restart_tokens: known tokens with which a sequence starts over; 0: none does.
+        drafter: decides on drafts; None: every token has a step of its own.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class SchedulerCore:
         eos_token_ids: Iterable[int] = (),
         prefill: Literal["phases", "mixed"] = "phases",
         restart_tokens: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
         assert limits.num_slots >= 1, f"num_slots = {limits.num_slots}"
         assert limits.lookahead >= 0, f"lookahead = {limits.lookahead}"
@@ -90,7 +98,7 @@ class SchedulerCore:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._restart_tokens = restart_tokens
         self._slot_allocator = SlotAllocator(limits)
-        self._steps = StepMaker(limits, self._slot_allocator, prefill)
+        self._steps = StepMaker(limits, self._slot_allocator, prefill, drafter)
         self.max_sequence_tokens = min(
             limits.max_context_tokens, limits.num_pages * limits.page_size
         )
@@ -99,6 +107,10 @@ class SchedulerCore:
         self._flights: deque[Dispatched] = deque()
         self._closing: dict[int, list[int]] = {}  # finished, by the last step that contains them
         self._returned = -1  # the latest step that has come back
+        self._accepted: list[tuple[Sequence, list[int]]] = []  # of the latest step, not emitted yet
+        self._num_drafted = 0
+        self._num_accepted = 0
+        self._num_saved_steps = 0
         self._num_sequences = 0
         self._num_finished = 0
 
@@ -123,6 +135,7 @@ class SchedulerCore:
             eos_token_ids=eos_token_ids,
             prefill=plan.prefill,
             restart_tokens=plan.restart_tokens,
+            drafter=None if plan.drafts is None else NgramDrafter(plan.drafts),
         )
 
     def in_order(self, requests: Iterable[Request]) -> list[Request]:
@@ -151,13 +164,15 @@ class SchedulerCore:
     def statistics(self) -> SchedulerStatistics:
         """Counts of this moment and since the start."""
         num_waiting = len(self._slot_allocator.waiting)
-        return self._slot_allocator.statistics(
+        now = self._slot_allocator.statistics(
             # Those whose last token is on its way have no place any more, and yet they run.
             num_running=self._num_sequences - self._num_finished - num_waiting,
             num_steps_in_flight=len(self._flights),
             num_steps=self._steps.num_steps,
             num_finished=self._num_finished,
         )
+        drafts = DraftUse(self._num_drafted, self._num_accepted, self._num_saved_steps)
+        return replace(now, drafts=drafts)
 
     def logprob_rows(self, step: int) -> tuple[int, ...]:
         """The sequences that `step` samples, in order, if one of them asked; empty: none did."""
@@ -219,6 +234,7 @@ class SchedulerCore:
             max_tokens=min(num_tokens, self.max_sequence_tokens),
             stop_ids=stop_ids,
             wants_logprobs=sampling.num_logprobs >= 0,
+            may_draft=not sampling.needs and sampling.num_logprobs < 0,
             restart_tokens=self._restart_tokens,
         )
         self._num_sequences += 1
@@ -227,26 +243,75 @@ class SchedulerCore:
         return sequence.sequence_id
 
     def sampled(self, step: int, token_ids: SequenceOf[int]) -> list[Instruction]:
-        """Step `step` came back with one id per sampled sequence, in the order of the step."""
+        """Step `step` came back with one id per sampled row, in the order of the step.
+
+        Of drafts that it verified the first token of each sequence; `accepted` gives the others.
+        """
         awaited = self._returned + 1
         assert step == awaited, f"step {step} came back before {awaited}"
-        num_sampled = len(self._flights[0].rows.ids)
+        assert not self._accepted, f"step {step} came back before drafts were taken"
+        num_sampled = self._flights[0].message.num_sampled
         assert len(token_ids) == num_sampled, f"step {step}: {len(token_ids)} ids, {num_sampled}"
         flight = self._flights.popleft()
         self._returned = step
         rows, ids = flight.rows, tuple(token_ids)
+        if flight.drafts:
+            ids = self._accept(flight, ids)
         if flight.has_ended:
             rows, ids = _without_ended(rows, ids)
+        ending = _ending(rows) if flight.drafts else flight.ending
+        first = _first_tokens if flight.has_chunks else None
+        return self._emit(rows, ids, ending, first=first)
+
+    def accepted(self) -> list[Instruction]:
+        """The next token of each sequence whose drafts were right; empty: all are emitted.
+
+        One after the other, so that each may end its sequence: those behind it are dropped then.
+        """
+        left = [entry for entry in self._accepted if entry[0].state < SequenceState.FINISHED]
+        self._accepted = [(sequence, ids[1:]) for sequence, ids in left if len(ids) > 1]
+        if not left:
+            return []
+        self._num_saved_steps += 1
+        self._num_accepted += len(left)
+        rows = Rows([sequence for sequence, _ in left])
+        return self._emit(rows, tuple([ids[0] for _, ids in left]), _ending(rows))
+
+    def _accept(self, flight: Dispatched, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The first token of each row; those behind it, as far as drafts were right, are kept."""
+        first: list[int] = []
+        start = 0
+        for sequence, draft in zip(flight.rows.sequences, flight.drafts, strict=True):
+            end = start + 1 + len(draft)
+            sampled = ids[start : start + 1 + agreed(draft, ids[start:end])]
+            start = end
+            first.append(sampled[0])
+            self._num_drafted += len(draft)
+            if len(sampled) > 1:
+                self._accepted.append((sequence, list(sampled[1:])))
+            if sequence.is_drafting:
+                sequence.num_computed = len(sequence.tokens) - 1 + len(sampled)
+                self._slot_allocator.cut_pages(sequence)
+        return tuple(first)
+
+    def _emit(
+        self,
+        rows: Rows,
+        ids: tuple[int, ...],
+        ending: list[Sequence],
+        *,
+        first: Callable[[Rows], tuple[int, ...]] | None = None,
+    ) -> list[Instruction]:
+        """Add a token to each row, and say what follows from it."""
         for tokens, token_id in zip(rows.tokens, ids, strict=True):
             tokens.append(token_id)
-        reasons = self._reasons(flight, rows, ids)
+        reasons = self._reasons(ending, rows, ids)
         instructions: list[Instruction] = []
         if ids:
-            first = _first_tokens(rows) if flight.has_chunks else ()
-            instructions.append(TokensEmitted(rows.ids, ids, reasons, first))
+            instructions.append(TokensEmitted(rows.ids, ids, reasons, first(rows) if first else ()))
         for row, reason in reasons.items():
             instructions.append(self._finish(rows.sequences[row], reason))
-        if (closed := self._closing.pop(step, None)) is not None:
+        if (closed := self._closing.pop(self._returned, None)) is not None:
             instructions.append(self._close(closed))
         return instructions
 
@@ -264,13 +329,15 @@ class SchedulerCore:
         return instructions
 
     def _reasons(
-        self, flight: Dispatched, rows: Rows, ids: tuple[int, ...]
+        self, ending: list[Sequence], rows: Rows, ids: tuple[int, ...]
     ) -> dict[int, FinishReason]:
         """The rows that end with this token, ascending, and why."""
         reasons: dict[int, FinishReason] = {}
-        for sequence in flight.ending:
+        for sequence in ending:
             if sequence.state is not SequenceState.FINISHED:
-                row = sequence.row if rows is flight.rows else rows.sequences.index(sequence)
+                row = sequence.row
+                if row >= len(ids) or rows.sequences[row] is not sequence:  # others ended
+                    row = rows.sequences.index(sequence)
                 reasons[row] = FinishReason.LENGTH
         if self._stop_ids and not self._stop_ids.isdisjoint(ids):
             for row, token_id in enumerate(ids):
@@ -305,6 +372,11 @@ def _without_ended(rows: Rows, ids: tuple[int, ...]) -> tuple[Rows, tuple[int, .
     if len(kept) == len(ids):
         return rows, ids
     return Rows([sequence for sequence, _ in kept]), tuple([token_id for _, token_id in kept])
+
+
+def _ending(rows: Rows) -> list[Sequence]:
+    """Those that end with the next token at the latest."""
+    return [s for s in rows.sequences if len(s.tokens) + 1 == s.max_tokens]
 
 
 def _first_tokens(rows: Rows) -> tuple[int, ...]:

@@ -56,6 +56,13 @@ class DecodeBatch:
         """Rows that have not left."""
         return len(self.rows.sequences) - len(self._leaving)
 
+    def live_rows(self) -> list[Sequence]:
+        """The rows that have not left, in order."""
+        if not self._leaving:
+            return self.rows.sequences
+        gone = set(self._leaving)
+        return [s for row, s in enumerate(self.rows.sequences) if row not in gone]
+
     def has_room(self, returned: int) -> bool:
         """Whether no row has 1 + `lookahead` samples in flight; steps ≤ `returned` have come back.
 

@@ -6,9 +6,9 @@ tokens in common (`planning.prefix_groups`) go to one replica, which computes th
 that leaves no replica without work.
 
 Invariants: each request is handed out once and ends once, at the replica that has it. After
-`hand_out` either no request waits, or no replica has asked for more than it got; so a replica that
-keeps asking is never idle while work is left. Nothing is handed out before every replica has asked
-once: the first to come would get all of a short job.
+`hand_out` either no request waits, or no replica with a free place has asked for more than it got;
+so one that keeps asking is never idle while work is left. Nothing is handed out before every
+replica has asked once: the first to come would get all of a short job.
 
 `replicas` carries this out over messages.
 """
@@ -16,7 +16,7 @@ once: the first to come would get all of a short job.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -80,7 +80,9 @@ class Dispatcher:
         # Of which no replica has got any yet.
         self._untouched = deque(deque(in_order[number] for number in group) for group in groups)
         self._num_waiting = len(in_order)
+        self._waiting_works = Counter(expected_work(request) for request in in_order)
         self._replicas = [_Replica(capacity, deque()) for capacity in capacities]
+        self._capacity = sum(capacities)
         self._num_held = 0
 
     @property
@@ -130,7 +132,7 @@ class Dispatcher:
         """What replicas get now, by their numbers; each has asked for as many or more."""
         if not self._num_waiting or any(replica.num_wanted is None for replica in self._replicas):
             return []
-        asking = [(r.load, number) for number, r in enumerate(self._replicas) if r.num_wanted]
+        asking = [(r.load, number) for number, r in enumerate(self._replicas) if self._gets(r)]
         heapq.heapify(asking)
         given: dict[int, list[Request]] = {number: [] for _, number in asking}
         while asking and self._num_waiting:
@@ -139,7 +141,7 @@ class Dispatcher:
             request = self._next_of(replica)
             given[number].append(request)
             self._hold(replica, request)
-            if replica.num_wanted:
+            if self._num_waiting and self._gets(replica):
                 heapq.heapreplace(asking, (replica.load, number))
             else:
                 heapq.heappop(asking)
@@ -152,8 +154,26 @@ class Dispatcher:
                 replica.group = self._untouched.popleft()
             else:
                 replica.group = max((other.group for other in self._replicas), key=len)
+        request = replica.group.popleft()
         self._num_waiting -= 1
-        return replica.group.popleft()
+        work = expected_work(request)
+        self._waiting_works[work] -= 1
+        if not self._waiting_works[work]:
+            del self._waiting_works[work]
+        return request
+
+    def _gets(self, replica: _Replica) -> bool:
+        """Whether one that asks gets a request now.
+
+        Equal requests end in waves. When no more of them wait than run at once, one whose places
+        are taken gets none beforehand: it would take from the last wave of the others, and run one
+        more itself. 256 requests on two replicas of 64 without lookahead took 40 % longer.
+        """
+        if not replica.num_wanted:
+            return False
+        has_place = len(replica.held) < replica.capacity
+        are_alike = len(self._waiting_works) < 2
+        return has_place or self._num_waiting > self._capacity or not are_alike
 
     def _hold(self, replica: _Replica, request: Request) -> None:
         assert replica.num_wanted, "it has asked"

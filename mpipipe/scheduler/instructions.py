@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.types import FinishReason
 
 __all__ = [
@@ -77,3 +78,4 @@ class SchedulerStatistics:
     num_saved_pages: int = 0
     max_host_pages_used: int = 0
     num_shared_tokens: int = 0  # of known tokens, those that were in shared pages: not computed
+    drafts: DraftUse = field(default_factory=DraftUse)

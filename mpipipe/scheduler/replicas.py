@@ -21,6 +21,7 @@ from mpipipe.control_plane.messages import (
     ReplicaTold,
     RequestsGiven,
 )
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.replicas import ReplicaTotals
 from mpipipe.scheduler.dispatcher import Dispatcher
 
@@ -146,6 +147,7 @@ class ReplicaLink:
             num_saved=statistics.num_saved,
             num_shared_tokens=statistics.num_shared_tokens,
             starved_s=self._starved_s,
+            drafts=statistics.drafts,
         )
         *parts, last = _in_parts(records, _num_output_tokens)
         for part in parts:
@@ -223,6 +225,11 @@ class Dispatch:
     def num_shared_tokens(self) -> int:
         """Of prompts, those that were not computed, as last told."""
         return sum(replica.told.num_shared_tokens for replica in self._replicas)
+
+    @property
+    def drafts(self) -> DraftUse:
+        """Of all replicas, as last told."""
+        return sum((replica.told.drafts for replica in self._replicas), DraftUse())
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

@@ -4,7 +4,8 @@ Runs on the head only. It watches for stop strings as tokens arrive (only then d
 token by itself), and yields each completion when its last token is known. It owns no decision but
 "the stop string is here".
 
-The next steps are sent before completions are made and yielded: no stage waits for text.
+The next steps are sent before completions are made and yielded: no stage waits for text. Long texts
+are made in a thread (`texts`), and what they belong to is yielded when they come.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mpipipe.control_plane.messages import (
     LogprobsSampled,
@@ -25,21 +26,24 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.errors import PromptError
 from mpipipe.metrics.lines import RequestRecord
-from mpipipe.scheduler.detokenize import NO_SPECIAL_TOKENS, SpecialTokens, StopWatch
 from mpipipe.scheduler.instructions import Closed, Finished, TokensEmitted
 from mpipipe.scheduler.policy import admission_order
 from mpipipe.types import Completion, FinishReason, Request, TokenLogprobs
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from mpipipe.clock import Clock
     from mpipipe.control_plane.group import RankGroup
+    from mpipipe.control_plane.mailbox import Mailbox
     from mpipipe.control_plane.messages import DecodeScheduled
     from mpipipe.metrics.log import Logger
     from mpipipe.scheduler.core import SchedulerCore
+    from mpipipe.scheduler.detokenize import StopWatch
     from mpipipe.scheduler.instructions import Instruction
     from mpipipe.scheduler.replicas import ReplicaLink
+    from mpipipe.scheduler.texts import TextMaker, Texts
 
 __all__ = ["Runner"]
 
@@ -61,7 +65,29 @@ class _Active:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
-_Ended = tuple[_Active, Finished]
+@dataclass(slots=True)
+class _Ended:
+    """A request whose last token is known."""
+
+    active: _Active
+    finished: Finished
+    ended_s: float  # its last token was here
+    text: str | PromptError | None = None  # None: it is still to be made of the tokens
+    reason: FinishReason | None = None  # None: as the core said
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens that are text."""
+        ids = self.finished.token_ids
+        return ids[:-1] if self.finished.reason is FinishReason.STOP else ids
+
+
+@dataclass(frozen=True, slots=True)
+class _TextsMade:
+    """What comes back from the thread that makes texts, through the mailbox of the steps."""
+
+    ended: list[_Ended]
+    texts: asyncio.Future[Texts]
 
 
 class Runner:
@@ -71,10 +97,9 @@ class Runner:
         core: the scheduler; must hold no unfinished sequence.
         group: control messages to and from the ranks of the pipeline. The runner receives
             `StepSampled`, `LogprobsSampled`, and what rank 0 says to a `link`.
-        decode: token ids to text, special tokens skipped.
+        texts: makes texts of token ids.
         clock: monotonic seconds.
         log: told of preemptions.
-        special: the tokenizer's special tokens, which stop strings may name.
         on_request: told of every request that has ended.
         link: to rank 0, which hands requests to this replica; None: all of them are known.
     """
@@ -84,21 +109,21 @@ class Runner:
         *,
         core: SchedulerCore,
         group: RankGroup,
-        decode: Callable[[Sequence[int]], str],
+        texts: TextMaker,
         clock: Clock,
         log: Logger,
-        special: SpecialTokens = NO_SPECIAL_TOKENS,
         on_request: Callable[[RequestRecord], None] | None = None,
         link: ReplicaLink | None = None,
     ) -> None:
         self._core = core
         self._group = group
-        self._decode = decode
-        self._special = special
+        self._texts = texts
         self._clock = clock
         self._log = log
         self._on_request = on_request
         self._link = link
+        self._num_making = 0  # times that texts are being made beside the event loop
+        self._ready: deque[_Ended] = deque()  # with their texts, and not yielded yet
         self._active: dict[int, _Active] = {}
         self._watches: dict[int, StopWatch] = {}  # of the active ones with stop strings
         # By step: the sequences whose log-probabilities come too, in a message of their own.
@@ -109,7 +134,10 @@ class Runner:
         self._busy_s = 0.0  # deciding on steps and taking their tokens, in the current turn
         self._turns_s: deque[float] = deque(maxlen=_NUM_RECENT)  # one step back, the next one sent
         self._stopped = False
-        self._inbox = group.mailbox(StepSampled, RequestsGiven, NoMoreRequests)
+        self._inbox = cast(
+            "Mailbox[tuple[int, object]]",
+            group.mailbox(StepSampled, RequestsGiven, NoMoreRequests),
+        )
         self._logprobs = group.mailbox(LogprobsSampled)
 
     async def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
@@ -125,12 +153,15 @@ class Runner:
         self._end_turn()
         while self._refused:
             yield self._refused.popleft()
-        while self._in_flight or self._is_fed:
+        while self._in_flight or self._is_fed or self._num_making:
             ended = await self._take()
-            self._dispatch()
-            for active, finished in ended:
-                completion = self._complete(active, finished)
-                self.record(completion, active)
+            if ended is not None:
+                self._dispatch()
+                self._make_texts(ended)
+            while self._ready:
+                completed = self._ready.popleft()
+                completion = self._complete(completed)
+                self.record(completion, completed.active)
                 yield completion
             self._end_turn()
             while self._refused:
@@ -183,8 +214,7 @@ class Runner:
             self.record(refused)
             self._refused.append(refused)
             return
-        stops = [stop for stop in request.sampling.stop if stop]
-        watch = StopWatch(self._decode, stops, self._special) if stops else None
+        watch = self._texts.watch(request.sampling.stop)
         if watch is not None:
             self._watches[sequence_id] = watch
         self._active[sequence_id] = _Active(request, submitted_s, watch)
@@ -247,13 +277,17 @@ class Runner:
 
     # ---- back from the stages --------------------------------------------------------------------
 
-    async def _take(self) -> list[_Ended]:
-        """Take the next step that came back, or do what rank 0 says.
+    async def _take(self) -> list[_Ended] | None:
+        """Take the next step that came back, or do what rank 0 says; None: texts have come instead.
 
         A cancelled call leaves the step to the next one.
         """
         if self._taken is None:
             received = await self._receive()
+            if isinstance(received, _TextsMade):
+                self._num_making -= 1
+                self._take_texts(received.ended, received.texts.result())
+                return None
             if not isinstance(received, StepSampled):
                 self._follow(received)
                 return []
@@ -266,6 +300,8 @@ class Runner:
         ended: list[_Ended] = []
         started_s = self._clock.now_s()
         self._carry_out(self._core.sampled(message.step, message.token_ids), ended)
+        while accepted := self._core.accepted():
+            self._carry_out(accepted, ended)
         self._busy_s += self._clock.now_s() - started_s
         return ended
 
@@ -317,7 +353,8 @@ class Runner:
                 case TokensEmitted():
                     self._take_tokens(instruction, ended)
                 case Finished() if instruction.sequence_id in self._active:
-                    ended.append((self._active.pop(instruction.sequence_id), instruction))
+                    active = self._active.pop(instruction.sequence_id)
+                    ended.append(_Ended(active, instruction, self._clock.now_s()))
                     self._watches.pop(instruction.sequence_id, None)
                 case Closed():
                     self._group.broadcast_message(RequestClosed(instruction.sequence_ids))
@@ -350,40 +387,61 @@ class Runner:
         if has_ended and reason is None:
             self._carry_out(self._core.stop(sequence_id, FinishReason.STOP), ended)
 
-    def _text(self, active: _Active, finished: Finished) -> tuple[str, FinishReason]:
-        """The text of a completion: up to a stop string, else of all its tokens.
+    # ---- texts -----------------------------------------------------------------------------------
 
-        Raises:
-            PromptError: the tokenizer makes no text of them.
-        """
+    def _make_texts(self, ended: list[_Ended]) -> None:
+        """Make what has ended ready: now, or when the texts of its tokens are made."""
+        if not ended:
+            return
+        for completed in ended:
+            self._take_watched(completed)
+
+        def made(texts: asyncio.Future[Texts]) -> None:
+            self._inbox.put((self._group.rank, _TextsMade(ended, texts)))
+
+        all_ids = [completed.text_ids for completed in ended if completed.text is None]
+        texts = self._texts.make(all_ids, made)
+        if texts is None:
+            self._num_making += 1
+        else:
+            self._take_texts(ended, texts)
+
+    def _take_watched(self, completed: _Ended) -> None:
+        """The text that is known because it was watched: up to a stop string."""
+        active = completed.active
         if active.error is not None:
-            raise active.error
-        if active.watch is not None:
+            completed.text = active.error
+        elif active.watch is not None:
             text = active.watch.finish()
             if active.watch.stopped:
-                return text, FinishReason.STOP
-        token_ids, reason = finished.token_ids, finished.reason
-        return self._decode(token_ids[:-1] if reason is FinishReason.STOP else token_ids), reason
+                completed.text, completed.reason = text, FinishReason.STOP
 
-    def _complete(self, active: _Active, finished: Finished) -> Completion:
-        assert finished.token_ids, "a sequence finishes with at least one token"
-        assert active.first_step_s is not None
-        request, token_ids = active.request, finished.token_ids
+    def _take_texts(self, ended: list[_Ended], texts: Texts) -> None:
+        made = iter(texts)
+        for completed in ended:
+            if completed.text is None:
+                completed.text = next(made)
+        self._ready += ended
+
+    def _complete(self, completed: _Ended) -> Completion:
+        active, text = completed.active, completed.text
+        request, token_ids = active.request, completed.finished.token_ids
         num_prompt_tokens = len(request.prompt_ids)
-        try:
-            text, reason = self._text(active, finished)
-        except PromptError as error:
-            return Completion.rejected(request.request_id, request.index, error, num_prompt_tokens)
+        assert token_ids, "a sequence finishes with at least one token"
+        assert active.first_step_s is not None
+        assert text is not None
+        if isinstance(text, PromptError):
+            return Completion.rejected(request.request_id, request.index, text, num_prompt_tokens)
         return Completion(
             request_id=request.request_id,
             index=request.index,
             text=text,
             token_ids=token_ids,
-            finish_reason=reason,
+            finish_reason=completed.reason or completed.finished.reason,
             num_prompt_tokens=num_prompt_tokens,
             queue_s=active.first_step_s - active.submitted_s,
             ttft_s=active.token_s[0] - active.submitted_s,
-            latency_s=self._clock.now_s() - active.submitted_s,
+            latency_s=completed.ended_s - active.submitted_s,
             logprobs=tuple(active.logprobs) if request.sampling.num_logprobs >= 0 else None,
         )
 

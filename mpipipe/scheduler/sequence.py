@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mpipipe.kv_cache.shared_pages import KnownPage
+from mpipipe.scheduler.draft_history import DraftHistory
 from mpipipe.types import Request
 
 __all__ = [
@@ -113,6 +114,9 @@ class Sequence:
     known: KnownPage | None = None
     # Behind which page it is about to compute which tokens, for others that wait for them.
     computing: tuple[KnownPage, tuple[int, ...]] | None = None
+    may_draft: bool = False  # it takes the likeliest tokens, and nothing else is asked of it
+    is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
+    history: DraftHistory | None = None  # None: nothing was drafted for it yet
 
     @property
     def is_prefilled(self) -> bool:
@@ -129,6 +133,17 @@ class Sequence:
         """Samples to dispatch after the one of its last chunk, before it ends or starts over."""
         num_tokens = self.restart_tokens if self.will_restart else self.max_tokens
         return num_tokens - self.num_to_prefill - 1
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens to draft at most while all of it is known; negative: it may not be in such a step.
+
+        Where it starts over follows from steps of one token each.
+        """
+        most = self.max_tokens - len(self.tokens) - 1
+        if self.will_restart:
+            most = min(most, self.restart_tokens - len(self.tokens) - 2)
+        return most if self.may_draft else -1
 
     @property
     def rotary_len(self) -> int:

@@ -63,23 +63,35 @@ class SchedulerLimits:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A fixed place in the ring: prompts in the making, those that may join, and the batch."""
+    """A fixed place in the ring: prompts in the making, those that may join, and the batch.
+
+    Or, instead of a batch, sequences with drafts: the batch has no live rows then.
+    """
 
     index: int
     batch: DecodeBatch
     prefilling: list[Sequence] = field(default_factory=list)  # oldest first
     joining: list[Sequence] = field(default_factory=list)  # in the order of their last chunks
+    drafting: list[Sequence] = field(default_factory=list)
+    awaits_tokens: bool = False  # for drafts: no step before all its tokens are known
+    judged_at: int = -2  # the step that had come back when that was decided
     sampled_in: int = -1  # the latest step of this slot that brings tokens back
 
     @property
     def num_members(self) -> int:
         """Sequences that have a place here."""
-        return len(self.prefilling) + len(self.joining) + self.batch.num_live
+        num_decoding = self.batch.num_live + len(self.drafting) + len(self.joining)
+        return len(self.prefilling) + num_decoding
 
     @property
     def decodes(self) -> bool:
         """Some sequence here has only tokens to decode."""
-        return bool(self.joining) or self.batch.num_live > 0
+        return bool(self.joining) or bool(self.drafting) or self.batch.num_live > 0
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Those sequences: of the batch, with drafts, and those that may join."""
+        return [*self.batch.live_rows(), *self.drafting, *self.joining]
 
 
 class SlotAllocator:
@@ -299,6 +311,25 @@ class SlotAllocator:
             sequence.pages.append(page)
         return given
 
+    def give_draft_pages(self, sequence: Sequence, num_tokens: int) -> tuple[int, tuple[int, ...]]:
+        """Pages for a token and `num_tokens` drafted ones, or for as many as there is room for.
+
+        The token has its page. Drafts preempt no sequence, and take no page that is promised.
+        Returns how many drafted tokens have room, and the pages that were added.
+        """
+        size, first = self.pages.page_size, sequence.num_computed + 1
+        num_free = max(0, self.pages.num_free - self._num_promised)
+        num_tokens = min(num_tokens, (len(sequence.pages) + num_free) * size - first)
+        new_pages = self._take(max(0, -(-(first + num_tokens) // size) - len(sequence.pages)))
+        sequence.pages.extend(new_pages)
+        return num_tokens, new_pages
+
+    def cut_pages(self, sequence: Sequence) -> None:
+        """Take back the pages of drafts that were refused."""
+        kept = self.pages.pages_for_tokens(sequence.num_computed)
+        self.pages.free(sequence.pages[kept:])
+        del sequence.pages[kept:]
+
     def _room_tokens(self, sequence: Sequence) -> int:
         num_pages = len(sequence.pages) + self.pages.num_free
         return num_pages * self.pages.page_size - sequence.num_computed
@@ -328,10 +359,12 @@ class SlotAllocator:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take place and pages away for an older one; save the pages where that pays."""
-        pages = tuple(sequence.pages)
+        pages, is_drafting = tuple(sequence.pages), sequence.is_drafting
         self._give_up_place(sequence)
         lost = 0 if sequence.begins else sequence.num_computed
-        if self._can_save(sequence):
+        # With drafts in flight it is not known how much is computed; its last token is not on the
+        # device in any case.
+        if not is_drafting and self._can_save(sequence):
             self._save_pages(sequence, pages)
             lost = 0
         saved = len(sequence.host_pages)
@@ -388,6 +421,9 @@ class SlotAllocator:
         slot = self.slots[sequence.slot]
         if sequence.in_batch:
             slot.batch.leave(sequence)
+        elif sequence.is_drafting:
+            slot.drafting.remove(sequence)
+            sequence.is_drafting = False
         elif sequence.is_prefilled:
             slot.joining.remove(sequence)
         else:

@@ -37,7 +37,11 @@ class PlannedTimes:
         return known
 
     def _step_s(self, stage: StagePlan, work: StepWork) -> float:
-        """A mixed step reads the weights once: chunks cost what they add to a step of the rows."""
+        """A mixed step reads the weights once: chunks cost what they add to a step of the rows.
+
+        Beside that it costs what a step of prompts does more than one of decodes, however small:
+        no graph replays it.
+        """
         rows, tokens, context = work.rows, work.chunk_tokens, work.chunk_context_tokens
         if not rows:
             return self._times.prefill_s(stage, tokens, context)
@@ -45,7 +49,9 @@ class PlannedTimes:
         if not tokens:
             return decode_s
         both_s = self._times.prefill_s(stage, rows + tokens, context)
-        return decode_s + max(0.0, both_s - self._times.prefill_s(stage, rows, context))
+        added_s = max(0.0, both_s - self._times.prefill_s(stage, rows, context))
+        started_s = self._times.prefill_s(stage, 1, 0.5) - self._times.decode_s(stage, 1, 1)
+        return decode_s + added_s + max(0.0, started_s)
 
     def hops_s(self, num_tokens: int) -> tuple[float, ...]:
         """As `StageTimes`."""

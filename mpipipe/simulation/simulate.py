@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpipipe.metrics.summary import percentile
@@ -65,6 +65,7 @@ class ReplicaPlan:
             keep_sequences=with_stops,
             trace_steps=trace_steps,
         )
+        plan = replace(plan, drafts=None)  # tokens are made up: what recurs in them means nothing
         return ReplicaParts(SchedulerCore.of_plan(plan, (STOP_ID,)), stages, self.capacity)
 
 

@@ -21,6 +21,7 @@ from mpipipe.control_plane.messages import (
 )
 from mpipipe.metrics.log import NullLog
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.simulation.hand_driven import HandDriven, SimulatedInbox
 from mpipipe.simulation.simulated_requests import FILLER_ID, STOP_ID, scripted_stop
 from mpipipe.simulation.simulated_stages import SimulatedStages
@@ -168,7 +169,7 @@ class SimulatedReplica:
         self._runner = Runner(
             core=core,
             group=cast("RankGroup", self._group),
-            decode=_text_of,
+            texts=TextMaker(_text_of),
             clock=clock,
             log=NullLog(),
             on_request=on_request,

@@ -72,9 +72,11 @@ def open_engine(
     `host_memory`: for the plan's pages in host memory, as `HostPages` takes it.
     """
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
-    rows = plan.max_sequences_per_slot
     request_table = RequestTable(
-        num_request_rows(plan.num_slots, rows), max_pages, model.vocab_size
+        num_request_rows(plan.num_slots, plan.max_sequences_per_slot),
+        max_pages,
+        model.vocab_size,
+        plan.page_size_tokens,
     )
     batches = _open_batches(plan, request_table, stream)
     use_graphs = plan.cuda_graphs and not model.graphs_unsupported_reason()
@@ -104,7 +106,7 @@ def open_engine(
 def _open_batches(
     plan: PipelinePlan, request_table: RequestTable, stream: Stream
 ) -> tuple[DecodeBatch, ...]:
-    rows = plan.max_sequences_per_slot
+    rows = plan.max_decode_rows
     unused = (request_table.num_request_rows, plan.num_kv_pages)
     return tuple(
         DecodeBatch(request_table, stream, max_rows=rows, unused=unused)
@@ -131,12 +133,15 @@ def _open_tensors(
     *,
     use_graphs: bool,
 ) -> StageTensors:
-    rows = plan.max_sequences_per_slot
-    request_rows = num_request_rows(plan.num_slots, rows)
+    rows = plan.max_decode_rows
+    request_rows = num_request_rows(plan.num_slots, plan.max_sequences_per_slot)
     hidden_in_BH = None
     if not model.plan.has_embedding:
         hidden_in_BH = torch.zeros(rows, plan.hidden_size, dtype=model.dtype, device=stream.device)
-    last_token = torch.zeros(request_rows + 1, dtype=torch.int64, device=stream.device)
+    num_drafted = 0 if plan.drafts is None else rows  # rows of drafts have places of their own
+    last_token = torch.zeros(
+        request_rows + 1 + num_drafted, dtype=torch.int64, device=stream.device
+    )
     sent_ids = None
     if use_graphs and model.plan.has_head and not model.plan.has_embedding:
         sent_ids = last_token.new_zeros(plan.num_slots, rows)

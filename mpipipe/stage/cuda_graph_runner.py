@@ -32,21 +32,7 @@ if TYPE_CHECKING:
     from mpipipe.stage.stream import Stream
     from mpipipe.stage.token_history import TokenHistory
 
-__all__ = ["GREEDY", "CudaGraphRunner", "DecodeOutput", "GraphKey", "StageTensors", "row_buckets"]
-
-
-def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes that get a graph of their own; a step takes the next larger one.
-
-    Fine where a row costs most of a step's time, coarser above: at most 25 % of the rows are
-    padding from 8 rows on, on average 8 %. 19 sizes up to 256.
-    """
-    sizes: list[int] = [1, 2, 4]
-    size = 8
-    while size < max_rows:
-        sizes.append(size)
-        size += max(8, 1 << (size.bit_length() - 3))
-    return (*(size for size in sizes if size < max_rows), max_rows)
+__all__ = ["GREEDY", "CudaGraphRunner", "DecodeOutput", "GraphKey", "StageTensors"]
 
 
 GREEDY = SamplingNeeds.NOTHING
@@ -57,9 +43,9 @@ class StageTensors:
     """Device tensors that all steps of a stage share."""
 
     cache: KVCache
-    last_token: (
-        torch.Tensor
-    )  # int64 [request rows + 1]: the token each sequence sampled last (stage 0)
+    # int64 [request rows + 1 + rows of drafts]: the token each sequence sampled last, and what the
+    # rows of drafts compute (stage 0).
+    last_token: torch.Tensor
     history: TokenHistory  # what the penalties remember (last stage)
     hidden_in_BH: torch.Tensor | None  # where hidden states arrive; None on the first stage
     # int64 [slots, rows]: ids on their way to the head, which no other slot's step overwrites. Only

@@ -5,6 +5,10 @@ copy at all: lengths and positions advance on the device. When it does change (a
 joined, a page was added), the whole batch is uploaded in one copy from the host's mirror, which
 knows all of it but the tokens; those never leave the device (`last_token`).
 
+A step that verifies drafts takes the place of the rows: its rows are tokens of the same few
+sequences, one position behind the other, that share a page table. All is uploaded for it, its
+tokens as well, which `last_token` holds for it beyond the request rows of sequences.
+
 Rows without a sequence, which fill a batch up to its graph's size, have length 0, sit in the last
 request row and write to the last page of the cache, which belongs to no sequence.
 """
@@ -22,7 +26,7 @@ from mpipipe.types import SamplingParams
 
 if TYPE_CHECKING:
     from mpipipe.control_plane.messages import DecodeScheduled
-    from mpipipe.stage.request_table import RequestTable
+    from mpipipe.stage.request_table import Placed, RequestTable
     from mpipipe.stage.stream import Stream
 
 __all__ = ["DecodeBatch", "PackedArrays"]
@@ -77,7 +81,7 @@ class DecodeBatch:
     Args:
         request_rows: this stage's sequences.
         stream: the device.
-        max_rows: sequences of a slot at most.
+        max_rows: of a step at most.
         unused: the request row and the page of rows without a sequence.
     """
 
@@ -146,8 +150,13 @@ class DecodeBatch:
             )
         return latest
 
-    def apply(self, step: DecodeScheduled) -> None:
-        """Change the rows as `step` says, and advance every length by the token it computes."""
+    def apply(self, step: DecodeScheduled) -> list[Placed]:
+        """Change the rows as `step` says, and advance every length by the token it computes.
+
+        Returns where sequences with drafts lie in it, and their pages; empty: it has none.
+        """
+        if step.verified:
+            return self._show_drafts(step)
         if step.left or step.joined:
             self._regroup(step)
         elif step.page_rows:
@@ -156,18 +165,49 @@ class DecodeBatch:
             self._upload()
         self._arrays.host["kv_len"][: len(self._rows)] += 1
         self.last_step = step.step
+        return []
 
-    def _upload(self) -> None:
+    def catch_up(self) -> None:
+        """Behind a step that was no graph: the device's lengths have not advanced by themselves."""
+        self._arrays.upload()
+
+    def _show_drafts(self, step: DecodeScheduled) -> list[Placed]:
+        """Lay out the rows of `step.verified` instead of the batch, all of which has left.
+
+        The first row of a sequence has its request row, so that what a step without drafts samples
+        is its last token. The others have rows of their own, which nothing else reads.
+        """
+        assert len(step.left) == len(self._rows), "a step with drafts has no other rows"
+        self._rows = np.empty(0, dtype=np.int64)
+        self.last_step = step.step
+        self._rebuild()
+        host, pages = self._arrays.host, self._pages.host["pages"]
+        num_pages = 1
+        placed = self._request_table.place_drafts(step.verified, step.step)
+        for seq, _ in placed:
+            rows = slice(seq.query_start, seq.query_start + seq.query_len)
+            places = np.arange(rows.start, rows.stop)
+            host["request_rows"][rows] = self._unused_request_row + 1 + places
+            host["request_rows"][rows.start] = seq.sequence_id
+            host["active"][rows] = 1
+            host["kv_len"][rows] = seq.num_computed + places - rows.start
+            pages[rows] = self._request_table.pages[seq.sequence_id]
+            num_pages = max(num_pages, int(self._request_table.num_pages[seq.sequence_id]))
+        self._upload(num_pages)
+        return placed
+
+    def _upload(self, num_pages: int = 1) -> None:
         """Make the device's side equal to the host's, as far as it is read.
 
         The page table of a context of 128k tokens has 8,192 columns: 8 MB for 256 rows.
+        `num_pages`: of rows that are not the batch's, at most.
         """
         self._arrays.upload()
         host, device = self._pages.host["pages"], self._pages.device["pages"]
         if host.nbytes <= _WHOLE_TABLE_BYTES:
             self._pages.upload()
             return
-        used = max(1, int(self._request_table.num_pages[self._rows].max(initial=0)))
+        used = int(self._request_table.num_pages[self._rows].max(initial=num_pages))
         device[:, :used].copy_(self._stream.upload(np.ascontiguousarray(host[:, :used])))
 
     def _regroup(self, step: DecodeScheduled) -> None:

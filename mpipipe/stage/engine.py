@@ -2,9 +2,9 @@
 
 Every step is [inputs are there → compute → outputs are there] in the order of the stream; the
 worker puts the transfers around it. Prompt chunks run as they are, at their lengths (varlen);
-decode steps are replayed as CUDA graphs where the attention backend works from device tensors
-alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the oracle of
-the graphs.
+decode steps without them are replayed as CUDA graphs where the attention backend works from device
+tensors alone, and run varlen otherwise (`needs_seq_lens`): slower, but for every backend, and the
+oracle of the graphs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 
 from mpipipe.control_plane.messages import DecodeScheduled, PagesSaved
 from mpipipe.kv_cache.layout import BatchLayout, SequenceLens, build_layout, to_device
+from mpipipe.planning.step_limits import row_buckets
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.cuda_graph_runner import (
     GREEDY,
     CudaGraphRunner,
     GraphKey,
     StageTensors,
-    row_buckets,
 )
 from mpipipe.stage.device_logprobs import select_logprobs
 from mpipipe.stage.device_sampler import SamplingColumns, sample_on_device
 from mpipipe.stage.launched import LaunchedStep, LogprobTensors
 from mpipipe.stage.prefill import full_decode, full_prefill, sampled_rows
-from mpipipe.stage.request_table import RequestTable
+from mpipipe.stage.request_table import Placed, RequestTable
 from mpipipe.stage.token_feedback import RowSlices, TokenFeedback
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class StageEngine:
         self._slices = RowSlices()
         self._feedback = TokenFeedback(
             tensors.last_token,
-            max_rows=plan.max_sequences_per_slot,
+            max_rows=plan.max_decode_rows,
             stream=stream,
             fixed=graph_runner.use_graphs,
         )
-        self._buckets = row_buckets(plan.max_sequences_per_slot)
+        self._buckets = row_buckets(plan.max_decode_rows)
         self._is_last = model.plan.has_head
         self._is_first = model.plan.has_embedding
 
@@ -113,6 +113,8 @@ class StageEngine:
 
     def needed_sample(self, step: DecodeScheduled) -> int:
         """The latest step whose ids must be in `last_token` before `step` runs; -1: none."""
+        if step.verified:  # brings its own
+            return -1
         return self._batches[step.slot].latest_sample(step.joined)
 
     # ---- pages in host memory --------------------------------------------------------------------
@@ -235,7 +237,7 @@ class StageEngine:
         assert buffer_BH is not None, "the first stage receives none"
         if self.free_inputs:
             return buffer_BH.new_empty(step.num_tokens, self._plan.hidden_size)
-        if isinstance(step, DecodeScheduled):
+        if isinstance(step, DecodeScheduled) and not step.chunks:
             return self._slices.of(buffer_BH, self._num_rows(step))
         num_tokens = step.num_tokens
         if num_tokens <= buffer_BH.shape[0]:
@@ -256,11 +258,22 @@ class StageEngine:
         The result has all rows of the graph, those without a sequence included.
         """
         batch = self._batches[step.slot]
-        self._settle_pages(step.new_pages, step.joined, step.chunks)
-        batch.apply(step)
+        new_pages = step.new_pages
+        for verified in step.verified:
+            new_pages += verified.new_pages
+        drafting = tuple([verified.sequence_id for verified in step.verified])
+        self._settle_pages(new_pages, step.joined + drafting, step.chunks)
+        drafted = batch.apply(step)
+        if drafted and self._varlen:
+            return self._verify_varlen(step, batch, drafted, hidden_BH)
+        if drafted and self._is_first:
+            rows_R = self._request_rows_of(batch, step.num_rows)
+            self._tensors.last_token.index_copy_(0, rows_R, self._drafted_ids(step))
         if step.chunks:
-            assert self._varlen, "graphs hold decodes only"
-            return self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            launched = self._chunks_behind(batch, step.step, step.chunks, hidden_BH)
+            if not self._varlen:
+                batch.catch_up()
+            return launched
         if self._varlen:
             return self._decode_varlen(batch, hidden_BH)
         rows = self._num_rows(step)
@@ -273,6 +286,30 @@ class StageEngine:
             logits_SV, ids_S = output.logits_BV[:num_rows], output.result[:num_rows]
             logprobs = self._logprobs(logits_SV, ids_S, batch.request_rows)
         return LaunchedStep(output.result, self._request_rows_of(batch, rows), logprobs)
+
+    def _drafted_ids(self, step: DecodeScheduled) -> torch.Tensor:
+        """What the rows of a step with drafts compute: int64 [rows]."""
+        ids = [token_id for drafted in step.verified for token_id in drafted.token_ids]
+        return self._stream.upload(np.array(ids, dtype=np.int64))
+
+    def _verify_varlen(
+        self,
+        step: DecodeScheduled,
+        batch: DecodeBatch,
+        drafted: list[Placed],
+        hidden_BH: torch.Tensor | None,
+    ) -> LaunchedStep:
+        """A step with drafts as chunks, each of which samples behind all of its tokens."""
+        layout = self._on_device(drafted)
+        request_rows_S = batch.device["request_rows"][: step.num_rows]
+        inputs = self._drafted_ids(step) if hidden_BH is None else hidden_BH
+        if not self._is_last:
+            return LaunchedStep(self._model.forward(inputs, layout, None), request_rows_S)
+        rows_S = self._stream.upload(np.arange(step.num_rows))
+        logits_SV = self._model.forward(inputs, layout, rows_S)
+        request_rows = np.array([seq.sequence_id for seq, _ in drafted])
+        columns, positions_S = batch.columns(step.num_rows), layout.positions_T + 1
+        return self._sample(logits_SV, request_rows, positions_S, columns, GREEDY)
 
     def _num_rows(self, step: DecodeScheduled) -> int:
         """Rows that are computed and sent; every stage comes to the same number."""

@@ -19,9 +19,16 @@ from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import COLUMNS, column_entries
 
 if TYPE_CHECKING:
-    from mpipipe.control_plane.messages import PagesRestored, RequestOpened, ScheduledSequence
+    from mpipipe.control_plane.messages import (
+        PagesRestored,
+        RequestOpened,
+        ScheduledSequence,
+        VerifiedSequence,
+    )
 
-__all__ = ["RequestTable"]
+__all__ = ["Placed", "RequestTable"]
+
+Placed = tuple[SequenceLens, Sequence[int]]  # a sequence in a step, and its page table
 
 
 class RequestTable:
@@ -32,11 +39,15 @@ class RequestTable:
         without sequence.
         max_pages: pages of the longest sequence.
         vocab_size: of the model, for the sampling columns.
+        page_size: tokens per page.
     """
 
-    def __init__(self, num_request_rows: int, max_pages: int, vocab_size: int) -> None:
+    def __init__(
+        self, num_request_rows: int, max_pages: int, vocab_size: int, page_size: int
+    ) -> None:
         self.num_request_rows = num_request_rows
         self.max_pages = max_pages
+        self._page_size = page_size
         self.pages = np.zeros((num_request_rows, max_pages), dtype=np.int32)
         self.num_pages = np.zeros(num_request_rows, dtype=np.int32)
         self.num_computed = np.zeros(num_request_rows, dtype=np.int32)
@@ -115,9 +126,9 @@ class RequestTable:
 
     def place(
         self, chunks: Sequence[ScheduledSequence], step: int, first_row: int = 0
-    ) -> list[tuple[SequenceLens, Sequence[int]]]:
+    ) -> list[Placed]:
         """Apply the chunks of a step: page deltas, lengths; the lengths and page table of each."""
-        placed: list[tuple[SequenceLens, Sequence[int]]] = []
+        placed: list[Placed] = []
         start = first_row
         for scheduled in chunks:
             request_row = self._request_row_of[scheduled.sequence_id]
@@ -139,6 +150,23 @@ class RequestTable:
                 (seq_len, self.pages[request_row, : self.num_pages[request_row]].tolist())
             )
             start += scheduled.num_tokens
+        return placed
+
+    def place_drafts(self, verified: Sequence[VerifiedSequence], step: int) -> list[Placed]:
+        """As `place`, of sequences whose last token and draft a step computes."""
+        placed: list[Placed] = []
+        start = 0
+        for drafted in verified:
+            request_row = self._request_row_of[drafted.sequence_id]
+            self.num_pages[request_row] = -(-drafted.num_computed // self._page_size)
+            self.add_pages(request_row, drafted.new_pages)
+            num_tokens = len(drafted.token_ids)
+            end = drafted.num_computed + num_tokens
+            self.num_computed[request_row] = end
+            self.sampled_in[request_row] = step
+            pages = self.pages[request_row, : self.num_pages[request_row]].tolist()
+            placed.append((SequenceLens(request_row, start, num_tokens, end), pages))
+            start += num_tokens
         return placed
 
     def input_ids(self, chunks: Sequence[ScheduledSequence]) -> np.ndarray:

@@ -79,7 +79,7 @@ class StageTransfers:
 
     def send(self, step: _Step, tensor: torch.Tensor, to: int, kind: EdgeKind) -> None:
         """Add a send of what `step` made."""
-        if self._repeating is None or not isinstance(step, DecodeScheduled):
+        if self._repeating is None or step.has_chunks:
             transfer = self._channel.send(tensor, destination=to, kind=kind)
             if self._most_unsent is not None:
                 self._unsent.append(transfer)
@@ -112,7 +112,7 @@ class StageTransfers:
         kind: EdgeKind,
     ) -> None:
         """Add a receive of what `step` needs, or made."""
-        if self._repeating is None or not isinstance(step, DecodeScheduled):
+        if self._repeating is None or step.has_chunks:
             transfer = self._channel.receive(buffer, source=source, kind=kind)
             started_s = self._clock.now_s()
             await transfer.wait()

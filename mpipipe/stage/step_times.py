@@ -100,8 +100,7 @@ class StepTimesLink:
             source, told = received
             assert isinstance(told, StepTimes)
             shift_s = self._ahead_s(self._mesh.rank) - self._ahead_s(source)
-            if math.isnan(shift_s):  # so these steps are told without the division
-                continue
-            self._account.upstream_computed(
-                told.first_step, [at_s + shift_s for at_s in told.computed_s]
-            )
+            # Of a clock that is not known yet: these steps are told without the division.
+            is_known = not math.isnan(shift_s)
+            times_s = [at_s + shift_s if is_known else None for at_s in told.computed_s]
+            self._account.upstream_computed(told.first_step, times_s)

@@ -326,7 +326,7 @@ class StageWorker:
         self._id_bytes = 0
         self._timeline.add(events)
         self._progress.wake()
-        if isinstance(step, DecodeScheduled) and compute_s is None:
+        if step.phase == "decode" and compute_s is None:
             self._launches_s.append(self._clock.now_s() - self._transfers.awaited_s - started_s)
 
     def _pass_on(self, step: _Step, launched: LaunchedStep) -> None:
@@ -373,7 +373,7 @@ class StageWorker:
         """Receive the oldest ids that are still out, for the next steps and for the host."""
         returning = self._returning.popleft()
         step = returning.step
-        if isinstance(step, DecodeScheduled) and not self._engine.free_inputs:
+        if not step.has_chunks and not self._engine.free_inputs:
             ids_S = self._engine.ids_buffer(len(returning.request_rows_S))
         else:
             num_ids = step.num_sampled or 1  # `LaunchedStep.result`: a sign that the step is done

@@ -1,10 +1,11 @@
 """What the head spends on bookkeeping for a long prompt file, and how fast a resume reads it.
 
-    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--lookahead 1]
+    python -m tests.benchmarks.head [--prompts 100000] [--tokens 128] [--lookahead 1] [--model DIR]
 
 The head's own code from the prompt file to the merged completions, over memory channels; the stage
-is a stub that answers every step at once, so there is no torch, no model and no tokenizer. All that
-it takes is bookkeeping. Not run by CI: it is measured, not judged.
+is a stub that answers every step at once. With the tokenizer of a model folder prompts are
+tokenised and completions detokenised; without one there is no torch and no tokenizer. All that it
+takes is bookkeeping. Not run by CI: it is measured, not judged.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import asyncio
 import dataclasses
 import gc
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpipipe.cli.run_view import TerminalView
 from mpipipe.cli.terminal import Terminal
 from mpipipe.clock import MonotonicClock
 from mpipipe.config.load import LoadedConfig, load_config
-from mpipipe.config.prompts import read_prompts
+from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.control_plane.messages import (
     DecodeScheduled,
     GenerationBegan,
@@ -40,6 +42,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.job import generating
 from mpipipe.job.acquire import Acquired, acquire_folder
 from mpipipe.job.job import Job, Marks
+from mpipipe.job.recording import recording
 from mpipipe.job.supervision import open_rank_page
 from mpipipe.metrics.log import NullLog, open_log
 from mpipipe.planning.layout import Place
@@ -48,13 +51,26 @@ from mpipipe.progress import new_event_loop
 from mpipipe.run_folder.fingerprint import completions_fingerprint
 from mpipipe.run_folder.status_file import ProgressFile, RunState
 from mpipipe.runtime.ranks import Ranks, open_ranks
-from mpipipe.runtime.requests import PreparedPrompts
+from mpipipe.runtime.requests import PreparedPrompts, prepare
 from mpipipe.runtime.session import Session
 from mpipipe.types import Request
 from tests.unit.test_plan import make_plan
 
+if TYPE_CHECKING:
+    from mpipipe.models.tokenizer_base import Tokenizer
+
 _NUM_LEFT = 10  # prompts that the resume has still to do
+_TOKEN_ID = 1007
 _TOKENS_PER_S = 17_695  # of the fastest run so far: 128 each, two H100
+
+
+def open_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """That of a model folder."""
+    if folder is None:
+        return None
+    from mpipipe.models import tokenizer  # imports transformers
+
+    return tokenizer.open_tokenizer(folder)
 
 
 @contextmanager
@@ -63,8 +79,17 @@ def measured(what: str, num_prompts: int) -> Iterator[None]:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     yield
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-    each_us = cpu_s / num_prompts * 1e6
-    print(f"{what:<34}{wall_s:7.2f} s {cpu_s:7.2f} s CPU {each_us:8.1f} us/prompt")
+    each_us, per_s = cpu_s / num_prompts * 1e6, num_prompts / wall_s
+    print(
+        f"{what:<34}{wall_s:7.2f} s {cpu_s:7.2f} s CPU {each_us:8.1f} us/prompt "
+        f"{per_s:9,.0f} prompts/s {resident_bytes() >> 20:6,} MiB",
+        flush=True,
+    )
+
+
+def resident_bytes() -> int:
+    """What this process occupies now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class StubStage:
@@ -83,6 +108,9 @@ class StubStage:
             SessionEnded,
         )
 
+    async def settle(self) -> None:
+        """All is known of its steps."""
+
     async def serve(self, began: Callable[[], object]) -> bool:
         """As a stage does."""
         while True:
@@ -91,7 +119,7 @@ class StubStage:
                 case RequestOpened():
                     self.opened_s.append(time.process_time())
                 case StepScheduled() | DecodeScheduled():
-                    token_ids = (7,) * message.num_sampled
+                    token_ids = (_TOKEN_ID,) * message.num_sampled
                     self._mesh.send(self._mesh.rank, StepSampled(message.step, token_ids))
                     await asyncio.sleep(0)
                 case GenerationEnded():
@@ -116,38 +144,67 @@ def read(loaded: LoadedConfig, model: Path) -> Acquired:
     return acquire_folder(loaded, lines, fingerprint, None)
 
 
+def tokenised(
+    lines: Sequence[PromptLine], tokenizer: Tokenizer | None, num_prompts: int
+) -> PreparedPrompts:
+    """The requests of a run; without a tokenizer 16 ids each."""
+    if tokenizer is not None:
+        with measured("tokenised", num_prompts):
+            return prepare(lines, tokenizer, add_special_tokens=True)
+    ids = tuple(range(3, 19))
+    return PreparedPrompts(
+        tuple(
+            Request(line.prompt_id, line.index, ids, line.sampling)
+            for line in lines
+            if line.sampling is not None
+        )
+    )
+
+
 async def complete(
-    loaded: LoadedConfig, acquired: Acquired, asked: argparse.Namespace
+    loaded: LoadedConfig,
+    acquired: Acquired,
+    prepared: PreparedPrompts,
+    tokenizer: Tokenizer | None,
+    asked: argparse.Namespace,
 ) -> StubStage:
-    """Generate for every prompt that is left, write, merge."""
+    """Generate for every prompt that is left, record, write, merge."""
     clock = MonotonicClock()
     async with open_ranks(clock) as ranks:
         gc.collect()
         gc.freeze()  # as a boot ends
         stage = StubStage(ranks)
-        session = make_session(ranks, stage, asked.lookahead)
-        requests = [
-            Request(line.prompt_id, line.index, tuple(range(3, 19)), line.sampling)
-            for line in acquired.lines_left
-            if line.sampling is not None
-        ]
+        session = make_session(ranks, stage, tokenizer, asked.lookahead)
         identity = acquired.identity(0, Place(0, 0))
         log = open_log(acquired.folder / "rank_0.log", identity=identity, host="here")
         progress = ProgressFile(acquired.folder, ["here"])
         progress.write(RunState.LOADING)
         marks = Marks(clock.now_s())
+        wanted = loaded.config.log
         with closing(log):
             page = open_rank_page()
             view = TerminalView(Terminal(), show=False)
             job = Job(ranks, loaded, acquired, identity, log, view, marks, progress, page)
-            prepared = PreparedPrompts(tuple(requests), ())
-            tally = await generating.complete(job, session, prepared, {})
-        assert tally.num_completed == len(requests)
-        assert tally.totals().num_output_tokens == asked.tokens * len(requests)
+            recorded = recording(
+                acquired.folder, identity, wanted, session, log=log.file, on_failure=print
+            )
+            loop_s = time.thread_time()
+            async with recorded:
+                tally = await generating.complete(job, session, prepared, {})
+            loop_us = (time.thread_time() - loop_s) / len(prepared.requests) * 1e6
+        generated_s = marks.generated_s - marks.loaded_s
+        print(
+            f"  generating {len(prepared.requests) / generated_s:,.0f} prompts/s; the event loop "
+            f"used {loop_us:.1f} us/prompt"
+        )
+        assert tally.num_completed == len(prepared.requests)
+        assert tally.totals().num_output_tokens == asked.tokens * len(prepared.requests)
     return stage
 
 
-def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
+def make_session(
+    ranks: Ranks, stage: StubStage, tokenizer: Tokenizer | None, lookahead: int
+) -> Session:
     """A session of one rank with the stub for its worker."""
     plan = make_plan()
     whole = dataclasses.replace(plan.stages[0], last_layer=30, has_head=True)
@@ -166,11 +223,18 @@ def make_session(ranks: Ranks, stage: StubStage, lookahead: int) -> Session:
     spec = SimpleNamespace(eos_token_ids=(1,))
     boot: Any = SimpleNamespace(
         ranks=ranks, resources=(), model=SimpleNamespace(spec=spec),
-        prepared=SimpleNamespace(tokenizer=None, decode=decode), log=NullLog(),
+        prepared=SimpleNamespace(tokenizer=tokenizer, decode=None if tokenizer else decode),
+        log=NullLog(),
     )  # fmt: skip
-    nothing: Any = None
+
+    async def compare() -> None:
+        """There is one clock."""
+
     worker: Any = stage
-    return Session(boot, plan=plan, worker=worker, account=nothing, clocks=nothing, load=nothing)
+    account: Any = SimpleNamespace(on_step=None, num_steps=0, give_up=lambda _: None)
+    clocks: Any = SimpleNamespace(offsets=(), on_compared=None, compare=compare)
+    nothing: Any = None
+    return Session(boot, plan=plan, worker=worker, account=account, clocks=clocks, load=nothing)
 
 
 def run(work: Callable[[], Any]) -> Any:
@@ -193,6 +257,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--lookahead", type=int, default=1, help="0: as on CPUs")
+    parser.add_argument("--model", type=Path, help="a folder with a tokenizer; none: ids")
     asked = parser.parse_args()
     num_prompts = asked.prompts
     with tempfile.TemporaryDirectory() as name:
@@ -205,12 +270,17 @@ def main() -> None:
             "log.progress=plain",
         ]  # fmt: skip
         loaded = load_config(None, words)
+        tokenizer = open_tokenizer(asked.model)
+        began_s = time.perf_counter()
         with measured("prompts read, folder acquired", num_prompts):
             acquired = read(loaded, folder)
+        prepared = tokenised(acquired.lines_left, tokenizer, num_prompts)
         (folder / "run" / "manifest.json").write_text(json.dumps({"basis": acquired.fingerprint}))
         cpu_s = time.process_time()
         with measured("generated, written, merged", num_prompts):
-            stage = run(lambda: complete(loaded, acquired, asked))
+            stage = run(lambda: complete(loaded, acquired, prepared, tokenizer, asked))
+        per_s = num_prompts / (time.perf_counter() - began_s)
+        print(f"  from the file to the merged file {per_s:,.0f} prompts/s")
         cpu_s = time.process_time() - cpu_s
         acquired.close()
         first, last = rates(stage.opened_s)
@@ -225,7 +295,8 @@ def main() -> None:
             acquired = read(loaded, folder)
         assert len(acquired.lines_left) == min(_NUM_LEFT, num_prompts)
         with measured("resumed: generated, merged", num_prompts):
-            run(lambda: complete(loaded, acquired, asked))
+            prepared = tokenised(acquired.lines_left, None, num_prompts)
+            run(lambda: complete(loaded, acquired, prepared, tokenizer, asked))
         acquired.close()
 
 

@@ -26,15 +26,18 @@ from mpipipe.control_plane.messages import (
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.host_pages import page_bytes
 from mpipipe.kv_cache.paged import HostLayers, PagedKVCache
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.models.adapter import StageModel
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.attention.triton_paged import TritonAttention
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import DraftPlan, PipelinePlan
 from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.drafts import Drafter
 from mpipipe.scheduler.instructions import Closed, Finished, Instruction
+from mpipipe.scheduler.sequence import Sequence as SequenceRecord
 from mpipipe.stage.assembly import open_engine, open_stream
 from mpipipe.stage.device_logprobs import logprobs_of
 from mpipipe.stage.engine import StageEngine
@@ -89,6 +92,7 @@ def engine_plan(
     kv_cache: CacheKind = "paged",
     num_host_pages: int = 0,
     max_sharing_tokens: int = 0,
+    drafted_rows: int = 0,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -117,7 +121,36 @@ def engine_plan(
         max_sequence_tokens=MAX_TOKENS,
         num_host_pages=num_host_pages,
         max_sharing_tokens=max_sharing_tokens,
+        drafts=DraftPlan(7, (drafted_rows,), (1.0,), 0.0) if drafted_rows else None,
     )
+
+
+class ForetellingDrafter:
+    """Drafts what the sequences will go on with, now and then with a mistake."""
+
+    def __init__(self, wanted: Sequence[Sequence[int]], seed: int, max_rows: int = 8) -> None:
+        self.max_rows, self.max_sequences, self.alone = max_rows, max_rows // 2, False
+        self._wanted = wanted
+        self._random = Random(seed)
+
+    def expects_gain(self, sequences: Sequence[SequenceRecord]) -> bool:
+        return self._random.random() < 0.7
+
+    def propose(
+        self, sequences: Sequence[SequenceRecord], rooms: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        if self._random.random() < 0.2:
+            return []
+        most = self.max_rows // len(sequences) - 1
+        return [
+            self._draft(sequence, self._random.randint(0, min(most, room)))
+            for sequence, room in zip(sequences, rooms, strict=True)
+        ]
+
+    def _draft(self, sequence: SequenceRecord, num_tokens: int) -> tuple[int, ...]:
+        num_outputs = len(sequence.tokens) - len(sequence.request.prompt_ids)
+        coming = self._wanted[sequence.sequence_id][num_outputs : num_outputs + num_tokens]
+        return tuple(i if self._random.random() < 0.8 else abs(i - 1) for i in coming)
 
 
 def build_stage(
@@ -252,6 +285,7 @@ class EnginePipeline:
         self.num_preemptions = 0
         self.num_saved = 0
         self.num_shared_tokens = 0
+        self.drafts = DraftUse()
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
@@ -261,7 +295,9 @@ class EnginePipeline:
             engine.prepare(use or SamplingUse())
         return self
 
-    def generate(self, requests: Sequence[Request], *, seed: int = 0) -> list[Outcome]:
+    def generate(
+        self, requests: Sequence[Request], *, seed: int = 0, drafter: Drafter | None = None
+    ) -> list[Outcome]:
         """Complete all requests. `seed` decides how late the head hears of each step."""
         rng, plan = Random(seed), self.plan
         core = SchedulerCore(
@@ -279,6 +315,7 @@ class EnginePipeline:
             eos_token_ids=(EOS,),
             prefill=plan.prefill,
             restart_tokens=self._restart_tokens,
+            drafter=drafter,
         )
         outcomes: dict[int, Outcome] = {}
         logprobs: dict[int, list[TokenLogprobs | None]] = {n: [] for n in range(len(requests))}
@@ -296,6 +333,7 @@ class EnginePipeline:
         self.num_preemptions = core.statistics().num_preemptions
         self.num_saved = core.statistics().num_saved
         self.num_shared_tokens = core.statistics().num_shared_tokens
+        self.drafts = core.statistics().drafts
         for engine in self.engines:
             engine.clear()
             assert not len(engine.request_table), "a sequence was never closed"
@@ -387,6 +425,8 @@ class EnginePipeline:
         del ids[flight.step.num_sampled :]  # of rows without a sequence
         assert min(ids, default=0) >= 0, f"step {flight.step.step}: logits are not finite"
         self._carry_out(core.sampled(flight.step.step, ids), outcomes)
+        while accepted := core.accepted():
+            self._carry_out(accepted, outcomes)
 
     def _carry_out(self, instructions: Sequence[Instruction], outcomes: dict[int, Outcome]) -> None:
         for instruction in instructions:

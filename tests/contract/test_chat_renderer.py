@@ -16,7 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mpipipe.config.chat_fields import ChatOptions
 from mpipipe.errors import CheckpointError, EnvironmentSetupError, PromptError
-from mpipipe.models.chat import ChatRenderer, ChatTemplates, RenderLimits, read_chat_templates
+from mpipipe.models import chat
+from mpipipe.models.chat import (
+    ChatRenderer,
+    ChatTemplates,
+    RenderLimits,
+    read_chat_templates,
+    start_early,
+)
 from mpipipe.models.tokenizer import open_tokenizer
 from mpipipe.models.tokenizer_base import Tokenizer
 from tests.contract.chat_ids import chat_ids
@@ -308,3 +315,15 @@ def test_a_text_that_is_no_unicode_fails_alone(folder: Path) -> None:
     ]
     assert found[0] == outcome(tokenizer, "the fox") != "tokenizer"
     assert outcome(tokenizer, texts[1]) == "tokenizer"
+
+
+def test_a_process_that_was_started_early_is_the_first_renderers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_early()
+    (process,) = chat._EARLY
+    monkeypatch.setattr(chat, "_started", lambda: pytest.fail("another process was started"))
+    early = renderer("{{ messages[0].content }}")
+    assert early.render([USER]) == "hi"
+    assert early._process is process
+    assert not chat._EARLY

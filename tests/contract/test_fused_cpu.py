@@ -76,3 +76,29 @@ def test_families_whose_mathematics_differ_are_left_alone(
     for family in ("gemma", "olmo2", "granite", "phi3"):
         stage = load_stage(tiny(family).folder, split(1)[0], mode="packed")
         assert not any(isinstance(module, FusedLayer) for module in stage.module.modules())
+
+
+@pytest.mark.parametrize("rows", [(4, 7), (7,), ()])
+def test_behind_the_last_attention_only_sampled_rows_are_computed(
+    folder: Path, rows: tuple[int, ...]
+) -> None:
+    """Two prompts, of which `rows` are sampled from; then a decode step of both."""
+    prompts = build_layout([(SequenceLens(0, 0, 5, 5), [1]), (SequenceLens(1, 5, 3, 3), [3])], 16)
+    decodes = build_layout([(SequenceLens(0, 0, 1, 6), [1]), (SequenceLens(1, 1, 1, 4), [3])], 16)
+    rows_S = torch.tensor(rows, dtype=torch.int64)
+    logits, num_normed = {}, {}
+    for mode in ("plain", "packed"):
+        stage = load_stage(folder, split(2)[1], mode=mode, cache=ContiguousKVCache())
+        sizes: list[int] = []
+        stage.module.model.norm.register_forward_hook(
+            lambda _module, _inputs, output, sizes=sizes: sizes.append(output.shape[-2])
+        )
+        torch.manual_seed(1)
+        hidden_TH = torch.randn(8, stage.hidden_size)
+        first_SV = stage.forward(hidden_TH, prompts, rows_S)
+        second_SV = stage.forward_decode(hidden_TH[:2], decodes)
+        logits[mode] = torch.cat((first_SV, second_SV))
+        num_normed[mode] = sizes
+    assert logits["packed"].shape == (len(rows) + 2, logits["plain"].shape[1])
+    torch.testing.assert_close(logits["packed"], logits["plain"], rtol=1e-4, atol=1e-4)
+    assert num_normed == {"plain": [8, 2], "packed": [len(rows), 2]}

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,13 @@ from tests.contract.stage_steps import (
     step_cache,
     varlen_layout,
 )
-from tests.contract.tiny_models import TinyModel, fill, load_stage, split
+from tests.contract.tiny_models import (
+    TinyModel,
+    fill,
+    load_stage,
+    modules_of_transformers,
+    split,
+)
 
 FAMILIES = [
     "llama",
@@ -59,13 +66,14 @@ def finished_stage(
 ) -> StageModel:
     """Stage `number` of two. The first has one layer, the second three."""
     config = AutoConfig.from_pretrained(folder)
-    stage = build_stage_model(
-        folder,
-        split(2)[number],
-        dtype=dtype,
-        backend=backend or SdpaAttention(),
-        max_sequence_tokens=32,
-    )
+    with modules_of_transformers() if mode == "plain" else nullcontext():
+        stage = build_stage_model(
+            folder,
+            split(2)[number],
+            dtype=dtype,
+            backend=backend or SdpaAttention(),
+            max_sequence_tokens=32,
+        )
     fill(stage, folder, device)
     heads = config.num_attention_heads
     pages = step_cache(

@@ -359,7 +359,7 @@ def test_engines_that_run_ahead_stream_too(
     assert pipeline.generate(requests) == resident
 
 
-@pytest.mark.parametrize(("reads_disk", "num_passes"), [(False, 5), (True, 2)])
+@pytest.mark.parametrize(("reads_disk", "num_passes"), [(False, 4), (True, 2)])
 def test_a_stage_on_a_disk_is_ready_after_two_passes_over_its_weights(
     reads_disk: bool,
     num_passes: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -16,13 +17,14 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
+from mpipipe.planning.step_limits import row_buckets
 from mpipipe.planning.workload import SamplingUse
 from mpipipe.progress import ProgressEngine
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage import decode_batch
 from mpipipe.stage.assembly import open_engine
 from mpipipe.stage.cpu_stream import CpuStream
-from mpipipe.stage.cuda_graph_runner import GraphKey, row_buckets
+from mpipipe.stage.cuda_graph_runner import GraphKey
 from mpipipe.stage.decode_batch import DecodeBatch
 from mpipipe.stage.device_sampler import column_entries
 from mpipipe.stage.request_table import RequestTable
@@ -30,6 +32,7 @@ from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.contract.engine_pipeline import (
     EOS,
     EnginePipeline,
+    ForetellingDrafter,
     TensorSdpa,
     build_stage,
     cache_of,
@@ -62,7 +65,7 @@ def chunk(
 
 
 def test_a_sequence_keeps_its_request_row_until_it_is_closed_and_then_another_gets_it() -> None:
-    request_table = RequestTable(2, 4, VOCAB)
+    request_table = RequestTable(2, 4, VOCAB, 16)
     first, second = request_table.open(opened(7)), request_table.open(opened(8))
     assert {first, second} == {0, 1}
     assert request_table.open(opened(7, (1, 2, 3, 4))) == first  # begins again
@@ -77,7 +80,7 @@ def test_a_sequence_keeps_its_request_row_until_it_is_closed_and_then_another_ge
 
 
 def test_chunks_of_a_prompt_are_placed_one_after_the_other() -> None:
-    request_table = RequestTable(4, 3, VOCAB)
+    request_table = RequestTable(4, 3, VOCAB, 16)
     request_table.open(opened(5, tuple(range(10, 19))))
     request_table.open(opened(6, (40, 41)))
     step = chunk(0, (6, 0, 2, (3,), True), (5, 0, 5, (8, 2), False))
@@ -98,7 +101,7 @@ def test_chunks_of_a_prompt_are_placed_one_after_the_other() -> None:
 
 
 def test_a_sequence_that_begins_again_forgets_its_pages() -> None:
-    request_table = RequestTable(1, 3, VOCAB)
+    request_table = RequestTable(1, 3, VOCAB, 16)
     request_table.open(opened(0, (1, 2, 3, 4)))
     request_table.place(chunk(0, (0, 0, 4, (5, 6), True)).sequences, 0)
     request_table.open(opened(0, (1, 2, 3, 4, 5)))
@@ -127,7 +130,7 @@ class Scripted:
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
-        self.request_table = RequestTable(12, 30, VOCAB)
+        self.request_table = RequestTable(12, 30, VOCAB, 16)
         stream = CpuStream(torch.device("cpu"), ScriptedClock(), ProgressEngine())
         self.batches = [
             DecodeBatch(self.request_table, stream, max_rows=5, unused=(12, 777)) for _ in range(2)
@@ -358,6 +361,51 @@ def test_tokens_do_not_depend_on_how_steps_are_formed(
     plan = engine_plan(2, graphs=mode == "replayed", **shape)  # type: ignore[arg-type]
     pipeline = EnginePipeline(model, plan, mode).prepare()
     assert tokens_of(pipeline, requests) == wanted
+
+
+# ---- drafts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("shape", [{}, {"num_pages": 16}, {"lookahead": 2}], ids=str)
+def test_drafts_change_no_token(
+    shape: dict[str, int], num_stages: int, mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Right, wrong, and right up to a point; beside sequences that may have none."""
+    model = tiny("llama")
+    requests = greedy_requests(20)
+    requests[3] = dataclasses.replace(requests[3], sampling=sampled(2))
+    requests[6] = dataclasses.replace(requests[6], sampling=sampled(1))
+    plan = engine_plan(num_stages, graphs=mode == "replayed", drafted_rows=8, **shape)  # type: ignore[arg-type]
+    pipeline = EnginePipeline(model, plan, mode)
+    pipeline.prepare(SamplingUse.of(request.sampling for request in requests))
+    wanted = pipeline.generate(requests)
+    assert not pipeline.drafts.num_drafted
+    token_ids = [outcome.token_ids for outcome in wanted]
+    for seed in range(3):
+        drafter = ForetellingDrafter(token_ids, seed)
+        found = pipeline.generate(requests, seed=seed, drafter=drafter)
+        assert [outcome.token_ids for outcome in found] == token_ids
+        assert [outcome.reason for outcome in found] == [outcome.reason for outcome in wanted]
+        assert 0 < pipeline.drafts.num_accepted < pipeline.drafts.num_drafted
+    assert (pipeline.num_preemptions > 0) == ("num_pages" in shape)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_with_drafts_has_a_graph_though_slots_have_one_sequence(
+    mode: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model, requests = tiny("llama"), greedy_requests(30)[:1]
+    wanted = model.greedy(requests[0].prompt_ids, requests[0].sampling.max_new_tokens)
+    plan = engine_plan(2, graphs=mode == "replayed", drafted_rows=8, max_sequences=1)
+    pipeline = EnginePipeline(model, plan, mode).prepare()
+    num_graphs = [engine.graph_runner.num_graphs for engine in pipeline.engines]
+    assert num_graphs == [(mode == "replayed") * len(row_buckets(8)) * plan.num_slots] * 2
+    (found,) = pipeline.generate(requests, drafter=ForetellingDrafter([wanted], 0))
+    assert list(found.token_ids) == wanted
+    assert pipeline.drafts.num_saved_steps == pipeline.drafts.num_accepted > 10
+    assert [engine.graph_runner.num_graphs for engine in pipeline.engines] == num_graphs
 
 
 # ---- sampling, against the plain path ------------------------------------------------------------

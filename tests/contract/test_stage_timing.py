@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpipipe.bench.profile_points import MOST_DECODES, DecodeShape, PromptShape
+from mpipipe.bench.profile_points import MOST_DECODES, Brief, DecodeShape, PromptShape
 from mpipipe.bench.stage_timing import SliceOpener
 from mpipipe.clock import MonotonicClock
 from mpipipe.errors import ConfigError
@@ -86,6 +86,47 @@ def test_steps_have_the_asked_for_rows_and_keys(
     assert [10] in decodes
     assert [18, 18] in decodes
     assert max(map(max, decodes)) <= 17 + MOST_DECODES
+
+
+def test_the_part_of_one_lane_is_timed_without_the_others(
+    tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(
+        engine_plan(1),
+        model_path=str(tiny("opt").folder),
+        num_kv_pages=64,
+        max_sequence_tokens=60,
+        max_sequences_per_slot=2,
+    )
+    brief = Brief(plan, "", (1, 2), (), (), (), num_lanes=2)
+    logits: list[tuple[int, ...]] = []
+    lanes: set[tuple[int, bool]] = set()  # and whether linears are cut, whose results are summed
+    run_decode = StageModel.forward_decode
+
+    def forward_decode(
+        model: StageModel, inputs: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        lanes.add((model.lanes.num_lanes, bool(model._tensor_split.summed)))
+        result = run_decode(model, inputs, layout)
+        logits.append(tuple(result.shape))
+        return result
+
+    monkeypatch.setattr(StageModel, "forward_decode", forward_decode)
+    for made in (plan, brief.lane_plan):
+        clock = MonotonicClock()
+        opener = SliceOpener(
+            plan=made,
+            device=torch.device("cpu"),
+            clock=clock,
+            progress=ProgressEngine(),
+            boot=BootTimeline(clock),
+            sampling=SamplingParams(max_new_tokens=1),
+        )
+        with opener.opened(plan.stages[0]) as timer:
+            assert timer.timed(SHAPES[:1], PROMPTS[:1]).decodes[SHAPES[0]] > 0
+    assert brief.lane_plan.tensor_parallel == 2
+    assert len(set(logits)) == 1, "as many columns as all lanes have"
+    assert lanes == {(1, False), (2, True)}
 
 
 def test_measuring_has_no_other_machine_and_no_other_work() -> None:

@@ -13,7 +13,7 @@ from mpipipe.clock import ScriptedClock
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
-from mpipipe.stage.cuda_graph_runner import row_buckets
+from mpipipe.planning.step_limits import row_buckets
 from mpipipe.stage.stage_transfers import StageTransfers
 from tests.contract.engine_pipeline import EnginePipeline, engine_plan
 from tests.contract.tiny_models import save_tiny

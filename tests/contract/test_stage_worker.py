@@ -32,6 +32,7 @@ from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime.session import Session
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.stage.device_use import DeviceUse
 from mpipipe.stage.launched import LaunchedStep
 from mpipipe.stage.step_times import StepTimesLink
@@ -213,7 +214,7 @@ class VirtualRanks:
         runner = Runner(
             core=core,
             group=RankGroup(self.ranks[0].mesh, range(len(self.ranks))),
-            decode=text_of,
+            texts=TextMaker(text_of),
             clock=MonotonicClock(),
             log=NullLog(),
         )

@@ -394,8 +394,8 @@ def test_too_little_memory_for_a_trial_step_is_not_put_down_to_the_family(
 
 
 class NoAttention(nn.Module):
-    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
-        return hidden_states, None
+    def forward(self, hidden_states: torch.Tensor, _rotary: object) -> torch.Tensor:
+        return hidden_states
 
 
 def test_a_layer_that_never_calls_attention_is_caught(tiny: Callable[[str], TinyModel]) -> None:

@@ -13,7 +13,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from mpipipe.errors import CheckpointError, PromptError
-from mpipipe.models.tokenizer import open_tokenizer
+from mpipipe.models.chat import read_chat_templates
+from mpipipe.models.tokenizer import (
+    TransformersTokenizer,
+    open_tokenizer,
+)
 from mpipipe.models.tokenizer_base import Tokenizer
 from tests.contract.chat_ids import chat_ids
 from tests.contract.published_tokenizers import (
@@ -273,6 +277,32 @@ def test_many_texts_at_once_have_the_ids_of_each_alone(any_folder: Path, special
     texts = [*TEXTS, *CORPUS, "<s>the fox</s>"]
     assert tokenizer.encode_all(texts, special) == [tokenizer.encode(t, special) for t in texts]
     assert tokenizer.encode_all([], special) == []
+
+
+def test_many_completions_at_once_have_the_texts_of_each_alone(any_folder: Path) -> None:
+    tokenizer = open_tokenizer(any_folder)
+    texts = [*TEXTS, *CORPUS, "<s>the fox</s>"]
+    ids = [tokenizer.encode(text, True) for text in texts]
+    ids += [(), (tokenizer.vocab_size, *ids[0], -1), *[each[1:-1] for each in ids]]
+    assert tokenizer.decode_all(ids) == [tokenizer.decode(each) for each in ids]
+    assert tokenizer.decode_all([]) == []
+
+
+def test_what_a_class_does_with_texts_and_ids_is_done_in_batches_too(json_folder: Path) -> None:
+    """Only what transformers hands to `tokenizers` as it is goes there directly."""
+
+    class Shouting(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _decode(self, *args: object, **settings: object) -> str:
+            return str(super()._decode(*args, **settings)).upper()
+
+    templates = read_chat_templates(json_folder)
+    plain = PreTrainedTokenizerFast.from_pretrained(json_folder, local_files_only=True)
+    shouting = Shouting.from_pretrained(json_folder, local_files_only=True)
+    ids = plain.encode("the fox")
+    assert TransformersTokenizer(plain, templates).decode_all([ids, ids]) == ["the fox"] * 2
+    assert TransformersTokenizer(shouting, templates).decode_all([ids, ids]) == ["THE FOX"] * 2
+    assert TransformersTokenizer(plain, templates).plain() is not None
+    assert TransformersTokenizer(shouting, templates).plain() is None
 
 
 def test_special_tokens_are_those_without_a_text(any_folder: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -16,6 +19,7 @@ from mpipipe.data_plane.lanes import ALONE, Lanes
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
+from mpipipe.models import stage_cut
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -395,6 +399,19 @@ def split(num_stages: int, num_layers: int = NUM_LAYERS) -> list[StagePlan]:
     ]
 
 
+_PATCHING = threading.Lock()
+
+
+@contextmanager
+def modules_of_transformers() -> Iterator[None]:
+    """Inside, stages of Llama-like models are of transformers' modules, the oracle of ours.
+
+    One thread at a time: lanes are threads in some tests.
+    """
+    with _PATCHING, mock.patch.object(stage_cut, "llama_config", return_value=None):
+        yield
+
+
 def load_stage(
     folder: Path,
     plan: StagePlan,
@@ -412,17 +429,18 @@ def load_stage(
 ) -> StageModel:
     """Build, load and finish one stage from a single safetensors file.
 
-    `offloading` is needed where `plan` offloads weights.
+    `offloading` is needed where `plan` offloads weights. "plain" means transformers' own modules.
     """
-    stage = build_stage_model(
-        folder,
-        plan,
-        dtype=dtype,
-        backend=backend or SdpaAttention(),
-        max_sequence_tokens=max_sequence_tokens,
-        quantize=quantize,
-        lanes=lanes,
-    )
+    with modules_of_transformers() if mode == "plain" else nullcontext():
+        stage = build_stage_model(
+            folder,
+            plan,
+            dtype=dtype,
+            backend=backend or SdpaAttention(),
+            max_sequence_tokens=max_sequence_tokens,
+            quantize=quantize,
+            lanes=lanes,
+        )
     if offloading is None:
         assert plan.offload is None
         fill(stage, folder, device)

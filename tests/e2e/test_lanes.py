@@ -32,7 +32,7 @@ def test_two_lanes_of_one_stage(tiny_config: Path, tiny_alone: Outcome, tmp_path
     assert [rank["loaded_bytes"] for rank in ranks] == [ranks[0]["loaded_bytes"]] * 2
     assert ranks[0]["loaded_bytes"] < 0.6 * alone["loaded_bytes"]
     assert [2 * rank["kv_bytes"] for rank in ranks] == [alone["kv_bytes"]] * 2
-    assert all(rank["stage"]["num_steps"] == alone["stage"]["num_steps"] for rank in ranks)
+    assert ranks[0]["stage"]["num_steps"] == ranks[1]["stage"]["num_steps"]
 
 
 def test_two_stages_of_two_lanes_draw_the_same_tokens(tiny_config: Path, tmp_path: Path) -> None:

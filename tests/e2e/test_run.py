@@ -250,7 +250,7 @@ def _check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
     steps = read_jsonl(folder / f"steps_rank_{rank}.jsonl")
     _identities(folder, steps, rank)
     assert [line["step"] for line in steps] == list(range(stage["num_steps"]))
-    assert {line["phase"] for line in steps} <= {"prefill", "decode", "mixed"}
+    assert {line["phase"] for line in steps} <= {"prefill", "decode", "mixed", "verify"}
     for line in steps:
         parts_s = sum(line[name] for name in PARTS)
         assert parts_s == pytest.approx(line["t_s"] - line["start_s"], abs=1e-8)

@@ -8,6 +8,7 @@ path, and of transformers on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ from mpipipe.stage.engine import StageEngine
 from mpipipe.stage.launched import LaunchedStep
 from mpipipe.stage.timeline import StepEvents, StreamTimeline
 from mpipipe.types import Request, SamplingParams
-from tests.contract.engine_pipeline import EnginePipeline, engine_plan, make_requests
+from tests.contract.engine_pipeline import (
+    EnginePipeline,
+    ForetellingDrafter,
+    engine_plan,
+    make_requests,
+)
 from tests.contract.tiny_models import TinyModel
 from tests.gpu.waiting import no_synchronisation
 
@@ -39,13 +45,13 @@ LENGTHS = (5, 11, 3, 18, 7, 1, 26, 4)
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
-def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: int) -> EnginePipeline:
+def on_gpu(model: TinyModel, num_stages: int, name: str, **shape: Any) -> EnginePipeline:
     """All stages on the current GPU, prepared."""
     plan = engine_plan(
         num_stages,
         graphs=name == "graphs",
         hidden_size=model.reference.config.hidden_size,
-        **shape,  # type: ignore[arg-type]
+        **shape,
     )
     device = f"cuda:{torch.cuda.current_device()}"
     return EnginePipeline(model, plan, MODES[name], MonotonicClock(), device).prepare()
@@ -62,12 +68,32 @@ def test_greedy_tokens_are_those_of_transformers(
     model = tiny(family)
     requests = make_requests(LENGTHS, lambda n: GREEDY.replace(max_new_tokens=9 + n % 3))
     wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
-    for num_stages in (1, 2):
-        pipeline = on_gpu(model, num_stages, name)
+    mixed = {"prefill": "mixed", "max_tokens_per_step": 8}
+    for num_stages, shape in ((1, {}), (2, {}), (1, mixed), (2, mixed)):
+        pipeline = on_gpu(model, num_stages, name, **shape)
         assert (pipeline.engines[0].graph_runner.num_graphs > 0) == (name == "graphs")
         for seed in range(2):
             found = pipeline.generate(requests, seed=seed)
             assert [list(outcome.token_ids) for outcome in found] == wanted
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("max_sequences", [3, 1])
+def test_drafts_change_no_token(
+    max_sequences: int, name: str, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama-head_dim-100")
+    requests = make_requests(LENGTHS, lambda n: GREEDY.replace(max_new_tokens=18 + n % 3))
+    wanted = [model.greedy(r.prompt_ids, r.sampling.max_new_tokens) for r in requests]
+    for num_stages in (1, 2):
+        pipeline = on_gpu(model, num_stages, name, max_sequences=max_sequences, drafted_rows=8)
+        num_graphs = [engine.graph_runner.num_graphs for engine in pipeline.engines]
+        for seed in range(3):
+            drafter = ForetellingDrafter(wanted, seed)
+            found = pipeline.generate(requests, seed=seed, drafter=drafter)
+            assert [list(outcome.token_ids) for outcome in found] == wanted
+            assert 0 < pipeline.drafts.num_accepted < pipeline.drafts.num_drafted
+        assert [engine.graph_runner.num_graphs for engine in pipeline.engines] == num_graphs
 
 
 def sampled(number: int) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.contract.stage_steps import (
     step_cache,
     tensor_layout,
 )
-from tests.contract.tiny_models import fill, split
+from tests.contract.tiny_models import fill, modules_of_transformers, split
 from tests.gpu.sized_models import FUSED, SIZED, SizedModel, save_sized
 
 pytestmark = [
@@ -51,13 +52,14 @@ def finished(
 ) -> StageModel:
     """Stage `number` of two, with the head-major cache of `stage_steps`."""
     config = model.config
-    stage = build_stage_model(
-        model.folder,
-        split(2)[number],
-        dtype=dtype or model.dtype,
-        backend=make_backend(attention) if device == "cuda" else SdpaAttention(),
-        max_sequence_tokens=64,
-    )
+    with modules_of_transformers() if mode == "plain" else nullcontext():
+        stage = build_stage_model(
+            model.folder,
+            split(2)[number],
+            dtype=dtype or model.dtype,
+            backend=make_backend(attention) if device == "cuda" else SdpaAttention(),
+            max_sequence_tokens=64,
+        )
     fill(stage, model.folder, device)
     heads = config.num_attention_heads
     pages = step_cache(

@@ -28,6 +28,7 @@ from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.types import Completion, Request, SamplingParams
 from tests.unit.planned_rank import make_rank
 
@@ -100,7 +101,7 @@ async def serve_head(mesh: Mesh, ranks: tuple[int, ...]) -> int:
     runner = Runner(
         core=SchedulerCore(limits, prefill="mixed"),
         group=RankGroup(mesh, ranks),
-        decode=lambda ids: f"{len(ids)} tokens",
+        texts=TextMaker(lambda ids: f"{len(ids)} tokens"),
         clock=MonotonicClock(),
         log=NullLog(),
         on_request=link.ended,

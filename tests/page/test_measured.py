@@ -115,12 +115,6 @@ def test_an_experiment_is_gone_on_with_and_not_mixed_with_another(
     assert "1 of 2 launches are missing" in missing.stdout
 
 
-def test_replicas_are_refused_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
-    refused = bench(tiny_model, tmp_path / "batch", "--replicas=2")
-    assert refused.exit_code == EXIT_CONFIG
-    assert "runs of one pipeline each" in refused.stderr
-
-
 def test_every_column_of_a_real_experiment_has_a_figure(measured: Path) -> None:
     rows = json.loads((measured / "report.json").read_text())["rows"]
     assert [row["case"] for row in rows] == list(CASES)

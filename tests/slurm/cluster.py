@@ -30,8 +30,8 @@ __all__ = ["Cluster", "until"]
 PREFIX = "mpipipe-slurm-"
 UP_LIMIT_S = 40
 COMMAND_LIMIT_S = 120
-# Two nodes for jobs; two for what ends within seconds; three of which one may die.
-PARTITIONS = {"main": "n1,n2", "short": "n3,n4", "fragile": "n5,n6,n7"}
+# Two nodes for jobs; two for what ends within seconds; three of which one may die; two for arrays.
+PARTITIONS = {"main": "n1,n2", "short": "n3,n4", "fragile": "n5,n6,n7", "arrays": "n8,n9"}
 NODES = tuple(name for members in PARTITIONS.values() for name in members.split(","))
 
 

@@ -22,6 +22,7 @@ from tests.slurm.site import Site, installations
 __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
+LONGEST = ("demo_in_image", "experiment")  # these begin first
 STORY_LIMIT_S = 540
 RESTARTS = pytest.StashKey[list[str]]()
 TIMES = pytest.StashKey[list[str]]()
@@ -129,15 +130,15 @@ class Stories:
 
 @pytest.fixture(scope="session")
 def stories(request: pytest.FixtureRequest, site: Site) -> Iterator[Stories]:
-    """The stories of all chosen tests, started in the tests' order."""
+    """The stories of all chosen tests: the longest begin, then the tests' order."""
     pool = ThreadPoolExecutor(SIDE_BY_SIDE)
     times: list[str] = []
     request.config.stash[TIMES] = times
     stories = Stories(pool, site, times)
-    for item in request.session.items:
-        marker = item.get_closest_marker("story")
-        if marker is not None:
-            stories.start(*marker.args)
+    marked = [item.get_closest_marker("story") for item in request.session.items]
+    chosen = [marker.args for marker in marked if marker is not None]
+    for story in sorted(chosen, key=lambda story: story[0].__name__ not in LONGEST):
+        stories.start(*story)
     yield stories
     pool.shutdown(cancel_futures=True)
 

@@ -336,7 +336,7 @@ def experiment(site: Site) -> JobEnd:
     said = site.cluster.on(
         HEAD, f"{site.environments['mpich']}/bin/mpipipe", "bench", "strong", str(site.tiny_config),
         "--stages=1,2", "--nodes=1,2", "--batch=4", "--prompts=8", "--repeat=1", f"--out={out}",
-        "--sbatch", "--sbatch-option=--partition=short",
+        "--sbatch", "--sbatch-option=--partition=arrays",
         env=site.environ("mpich", FORCED_NETWORK), cwd=ROOT,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr

@@ -25,7 +25,16 @@ from mpipipe.experiments.record import (
 )
 from mpipipe.plain_values import to_json
 
-__all__ = ["NOISE", "Planted", "batch", "make_run_folder", "strong", "weak", "write"]
+__all__ = [
+    "NOISE",
+    "Planted",
+    "arrangements",
+    "batch",
+    "make_run_folder",
+    "strong",
+    "weak",
+    "write",
+]
 
 REPEATS = 5
 # By repeat, turned by one place from case to case: every case has all of them.
@@ -52,6 +61,8 @@ class Planted:
     energy_j: float | None = None
     gpu: str = ""
     label: str = ""  # the name, where another case has the same size
+    num_replicas: int = 1
+    num_lanes: int = 1
 
     @property
     def name(self) -> str:
@@ -65,8 +76,9 @@ class Planted:
     def case(self) -> Case:
         """As the matrix has it."""
         return Case(
-            self.name, self.arm, self.num_stages, self.num_nodes, 1, self.batch, self.num_prompts
-        )
+            self.name, self.arm, self.num_stages, self.num_nodes, self.num_replicas, self.batch,
+            self.num_prompts, num_lanes=self.num_lanes,
+        )  # fmt: skip
 
 
 def strong() -> list[Planted]:
@@ -108,6 +120,15 @@ def batch(scale: float = 1.0) -> list[Planted]:
             reason="memory ran out on rank 1 (CUDA): 2.0 GiB more were needed for the KV cache",
         ),
     ]  # fmt: skip
+
+
+def arrangements() -> list[Planted]:
+    """Four ranks, in three ways."""
+    return [
+        Planted("arrangements", 4, 100.0, label="r1_n4_t1"),
+        Planted("arrangements", 2, 80.0, num_lanes=2, label="r1_n2_t2"),
+        Planted("arrangements", 2, 150.0, num_replicas=2, label="r2_n2_t1"),
+    ]
 
 
 def write(folder: Path, experiment: ExperimentName, planted: Sequence[Planted]) -> Path:

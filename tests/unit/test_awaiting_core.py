@@ -72,6 +72,7 @@ def cases(draw: st.DrawFn) -> Case:
             seed=index,
             ignore_eos=draw(st.booleans()),
             stop_token_ids=draw(st.sampled_from([(), (1,), (2, 3)])),
+            temperature=draw(st.sampled_from([0.0, 0.0, 0.0, 0.7])),  # which the fake model ignores
         )
         requests.append(Request(f"r{index}", index, tuple(prompt), sampling))
     return Case(

@@ -47,6 +47,7 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
     StepTimes,
     StopRequested,
+    VerifiedSequence,
 )
 from mpipipe.errors import ProtocolMismatchError
 from mpipipe.metrics.lines import RequestRecord
@@ -130,6 +131,10 @@ MESSAGES: tuple[Message, ...] = (
     DecodeScheduled(
         *(301, 1, 3, (), (), (), (), False), (ScheduledSequence(4, 0, 200, (6,), True),)
     ),
+    DecodeScheduled(
+        *(302, 1, 3, (0,), (), (), (), False),
+        verified=(VerifiedSequence(4, 199, (7, 8, 9), (12,)),),
+    ),
     RequestClosed((3, 4)),
     StepSampled(7, (15, 0)),
     LogprobsSampled(7, (None, TokenLogprobs(15, -0.5, ((15, -0.5), (16, -2.0))))),
@@ -177,9 +182,10 @@ GOLDEN = (
         "000000000000cb3fe0000000000000cbbff40000000000000992a20a0aa3454e449202cdc450c3030301"
     ),
     "95090701929503140190c3950400cd012c930506ce00011170c2c3",
-    "9a10cd012c010392000291079201029205ce00011170c290",
-    "9a10cd012d010390909090c390",
-    "9a10cd012d010390909090c291950400ccc89106c3",
+    "9b10cd012c010392000291079201029205ce00011170c29090",
+    "9b10cd012d010390909090c39090",
+    "9b10cd012d010390909090c291950400ccc89106c390",
+    "9b10cd012e01039100909090c290919404ccc793070809910c",
     "920a920304",
     "930b07920f00",
     "930c0792c0930fcbbfe000000000000092920fcbbfe00000000000009210cbc000000000000000",
@@ -196,10 +202,10 @@ GOLDEN = (
     "921892cb0000000000000000cbbfd0000000000000",
     "9119",
     (
-        "9c1a91979ca16102a56974206973920f00a473746f7002cb3fe0000000000000cb3fe8000000000000cb3f"
+        "9d1a91979ca16102a56974206973920f00a473746f7002cb3fe0000000000000cb3fe8000000000000cb3f"
         "f000000000000092930fcbbfe0000000000000909300cbbff000000000000090c0c001cb40000000000000"
         "00c0cb40080000000000000092cb4004000000000000cb400800000000000003cb3ff80000000000002804"
-        "01020105cb3fd0000000000000c3"
+        "01020105cb3fd0000000000000c393000000"
     ),
     (
         "931b9194a161029201cd012c9d10cb3fe000000000000005cb3fe8000000000000cb3fd0000000000000cb"
@@ -309,7 +315,7 @@ def test_a_step_of_eight_decoding_sequences_stays_small() -> None:
 
 
 def test_a_decode_step_without_changes_is_as_small_for_any_number_of_rows() -> None:
-    assert len(encode(DecodeScheduled(100_000, 1, 256, (), (), (), (), True))) <= 17
+    assert len(encode(DecodeScheduled(100_000, 1, 256, (), (), (), (), True))) <= 18
 
 
 def test_why_a_completion_ended_is_a_reason_again_and_not_its_text() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -22,9 +23,11 @@ from mpipipe.control_plane.messages import (
     RequestOpened,
     ScheduledSequence,
     StepScheduled,
+    VerifiedSequence,
 )
 from mpipipe.kv_cache.shared_pages import KnownPage
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.scheduler.drafts import agreed
 from mpipipe.scheduler.instructions import (
     Closed,
     Finished,
@@ -32,6 +35,7 @@ from mpipipe.scheduler.instructions import (
     SchedulerStatistics,
     TokensEmitted,
 )
+from mpipipe.scheduler.sequence import Sequence
 from mpipipe.types import FinishReason, Request, SamplingParams
 from tests.oracles.awaiting_core import AwaitingCore
 from tests.unit.test_awaiting_core import EOS, VOCAB, Case, Simulation, alone, cases, next_token
@@ -49,6 +53,7 @@ class AheadCase:
     stop_at: dict[int, int] = field(default_factory=dict)  # request → token of its "stop string"
     num_host_pages: int = 0
     min_saved_tokens: int = 1
+    drafts: int = 0  # seed of the drafts; 0: there are none
     shares: bool = False
 
     @property
@@ -77,6 +82,7 @@ class AheadCase:
             eos_token_ids=(EOS,),
             prefill="mixed" if self.mixed else "phases",
             restart_tokens=case.restart_tokens,
+            drafter=ScriptedDrafter(self.drafts) if self.drafts else None,
         )
 
     def expected(self, request: Request) -> tuple[list[int], FinishReason]:
@@ -92,9 +98,46 @@ class AheadCase:
 STOP = FinishReason.STOP
 
 
+class ScriptedDrafter:
+    """Drafts that are right now and then, in part or as a whole, whatever the text."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+        self.max_rows = self._random.randint(2, 20)
+        self.max_sequences = self._random.randint(1, 4)
+        self.alone = self._random.random() < 0.3
+
+    def expects_gain(self, sequences: SequenceOf[Sequence]) -> bool:
+        assert 0 < len(sequences) <= self.max_sequences
+        return self._random.random() < 0.6
+
+    def propose(
+        self, sequences: SequenceOf[Sequence], rooms: SequenceOf[int]
+    ) -> list[tuple[int, ...]]:
+        assert 0 < len(sequences) <= self.max_sequences
+        if self._random.random() < 0.3:
+            return []
+        left = self.max_rows - len(sequences)
+        drafts = []
+        for sequence, room in zip(sequences, rooms, strict=True):
+            assert room >= 0
+            draft: list[int] = []
+            for _ in range(self._random.randint(0, max(0, min(left, room, 6)))):
+                right = next_token([*sequence.tokens, *draft], sequence.request.sampling.seed)
+                draft.append(right if self._random.random() < 0.8 else right ^ 1)
+            left -= len(draft)
+            drafts.append(tuple(draft))
+        return drafts
+
+
 def step_chunks(step: Step) -> tuple[ScheduledSequence, ...]:
     """The prompts in a step."""
     return step.sequences if isinstance(step, StepScheduled) else step.chunks
+
+
+def verified_in(step: Step) -> tuple[VerifiedSequence, ...]:
+    """The sequences in a step that have rows for drafts."""
+    return step.verified if isinstance(step, DecodeScheduled) else ()
 
 
 @st.composite
@@ -107,6 +150,7 @@ def ahead_cases(draw: st.DrawFn) -> AheadCase:
         stop_at=draw(st.dictionaries(st.integers(0, 13), st.integers(1, 23), max_size=4)),
         num_host_pages=draw(st.sampled_from([0, 2, 6, 50])),
         min_saved_tokens=draw(st.sampled_from([1, 1, 5])),
+        drafts=draw(st.sampled_from([0, 1, 2, 3, 4])),
     )
 
 
@@ -193,6 +237,10 @@ class Stage:
         for row in reversed(step.left):
             del rows[row]
         rows.extend(step.joined)
+        if step.verified:
+            assert not rows
+            assert not step.joined
+            return tuple(token for each in step.verified for token in self.verify(each))
         assert len(rows) == step.num_rows == len(set(rows)) > 0
         for row, page in zip(step.page_rows, step.new_pages, strict=True):
             self.tables[rows[row]].append(page)
@@ -201,6 +249,29 @@ class Stage:
         of_chunks = self.prefill(step.chunks)
         # The last of the writes may not have spoilt what another row reads.
         return tuple(self.sample(sequence_id) for sequence_id in rows) + of_chunks
+
+    def verify(self, verified: VerifiedSequence) -> list[int]:
+        """The token behind each row; of those that follow from right drafts the history is made."""
+        sequence_id, table = verified.sequence_id, self.tables[verified.sequence_id]
+        history, size = self.histories[sequence_id], self.case.page_size
+        known, draft = len(history), verified.token_ids[1:]
+        assert not self.sampling[sequence_id].needs, "only the likeliest tokens can be verified"
+        assert verified.token_ids[0] == history[-1]
+        assert known == verified.num_computed + 1 <= self.computed[sequence_id] + 1
+        self.computed[sequence_id] = verified.num_computed
+        del table[-(-verified.num_computed // size) :]
+        table.extend(verified.new_pages)
+        assert len(table) == -(-(known + len(draft)) // size), "exactly the pages needed"
+        history.extend(draft)
+        for _ in verified.token_ids:
+            self.compute(sequence_id)
+        cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
+        begun = self.rotary_len(sequence_id)
+        assert cached == [(sequence_id, token, begun) for token in history], "overwritten"
+        seed = self.sampling[sequence_id].seed
+        sampled = [next_token(history[: known + row], seed) for row in range(len(draft) + 1)]
+        history[known:] = sampled[: agreed(draft, sampled) + 1]
+        return sampled
 
     def cells(self, page: int) -> slice:
         return slice(page * self.case.page_size, (page + 1) * self.case.page_size)
@@ -298,6 +369,8 @@ class AheadSimulation:
         while (message := self.messages.popleft()) is not step:
             self.stage.follow(message)
         self.obey(self.core.sampled(step.step, self.stage.follow(step)))
+        while accepted := self.core.accepted():
+            self.obey(accepted)
 
     def dispatch(self) -> bool:
         case, rounds, num_in_flight = self.ahead.case, self.ahead.lookahead, len(self.flight)
@@ -313,17 +386,22 @@ class AheadSimulation:
         rows: tuple[int, ...] = ()
         if isinstance(step, DecodeScheduled):
             rows = self.rows_of_decode(step)
-            if num_in_flight >= case.num_slots:
+            if num_in_flight >= case.num_slots and not step.verified:
                 ready = [self.sampled_in[sequence_id] + case.num_slots for sequence_id in rows]
                 assert max(ready) <= step.step, "the first stage would wait for these tokens"
         rows += self.rows_of_chunks(step_chunks(step))
-        assert len(rows) == step.num_sampled == len(set(rows))
+        num_rows = {each.sequence_id: len(each.token_ids) for each in verified_in(step)}
+        assert len(rows) == len(set(rows)) > 0 or not step.num_sampled
+        assert step.num_sampled == sum(num_rows.get(row, 1) for row in rows)
         self.sampled_in.update(dict.fromkeys(rows, step.step))
         self.flight.append((step, rows))
         pending = Counter(row for _, rows_of_step in self.flight for row in rows_of_step)
         assert not pending or max(pending.values()) <= 1 + rounds
         for sequence_id in rows:
-            self.check_length(sequence_id, pending[sequence_id])
+            num_pending = pending[sequence_id]
+            if sequence_id in num_rows:
+                assert num_pending == 1, "drafts follow known tokens"
+            self.check_length(sequence_id, num_rows.get(sequence_id, num_pending))
         if step.steady:
             assert not any(step_chunks(other) for other, _ in self.flight)
         self.messages.append(step)
@@ -365,6 +443,9 @@ class AheadSimulation:
         for row in reversed(step.left):
             del rows[row]
         rows.extend(step.joined)
+        if step.verified:
+            assert not rows
+            rows = [each.sequence_id for each in step.verified]
         assert len(rows) <= self.ahead.case.max_sequences_per_slot
         finished = [row for row in rows if self.requests[row].request_id in self.outcome.reasons]
         assert not finished, "a sequence that is known to have ended leaves at the next step"
@@ -449,6 +530,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> N
     assert outcome.statistics is not None
     event(f"preempted: {outcome.statistics.num_preemptions > 0}")
     event(f"saved: {outcome.statistics.num_saved > 0}")
+    event(f"accepted: {outcome.statistics.drafts.num_accepted > 0}")
     assert list(outcome.tokens) == [request.request_id for request in ahead.case.requests]
     for request in ahead.case.requests:
         tokens, reason = ahead.expected(request)
@@ -487,7 +569,7 @@ def test_completions_are_those_of_the_core_that_awaits_every_token(ahead: AheadC
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(ahead_cases())
 def test_without_lookahead_no_token_is_surplus(ahead: AheadCase) -> None:
-    outcome = AheadSimulation(replace(ahead, lookahead=0)).run()
+    outcome = AheadSimulation(replace(ahead, lookahead=0, drafts=0)).run()
     num_sampled = sum(step.num_sampled for step in outcome.steps)
     assert num_sampled == sum(len(tokens) for tokens in outcome.tokens.values())
 
@@ -610,7 +692,7 @@ def test_the_cases_reach_heavy_preemption(
     if num_host_pages == 200 and not restart_tokens:
         assert not found.num_recomputed_tokens
     filled_up = any(isinstance(step, DecodeScheduled) and step.chunks for step in outcome.steps)
-    assert filled_up == (mixed and not lookahead)
+    assert filled_up == mixed
     assert [outcome.tokens[r.request_id] for r in requests] == [alone(case, r)[0] for r in requests]
 
 

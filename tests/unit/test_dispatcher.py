@@ -50,10 +50,34 @@ def test_a_long_request_counts_as_much_as_several_short_ones() -> None:
 
 
 def test_a_replica_that_runs_twice_as_many_gets_twice_as_many() -> None:
-    dispatcher = Dispatcher([request(index) for index in range(9)], [2, 4])
+    dispatcher = Dispatcher([request(index) for index in range(9)], [4, 8])
     dispatcher.asked(0, 9)
     dispatcher.asked(1, 9)
     assert {number: len(got) for number, got in handed_out(dispatcher).items()} == {0: 3, 1: 6}
+
+
+def test_equal_requests_of_the_last_wave_wait_for_places() -> None:
+    dispatcher = Dispatcher([request(index) for index in range(14)], [4, 4])
+    dispatcher.asked(0, 5)
+    dispatcher.asked(1, 4)
+    assert handed_out(dispatcher) == {0: [0, 2, 4, 6], 1: [1, 3, 5, 7]}  # 6 are left for 8 places
+    dispatcher.asked(0, 1)
+    assert handed_out(dispatcher) == {}
+    dispatcher.ended(0, 0)
+    assert handed_out(dispatcher) == {0: [8]}
+    dispatcher.ended(1, 1)
+    assert handed_out(dispatcher) == {}  # it has not asked
+    dispatcher.asked(1, 2)
+    assert handed_out(dispatcher) == {1: [9]}
+
+
+def test_unlike_requests_and_those_of_earlier_waves_are_handed_out_beforehand() -> None:
+    unlike = Dispatcher([request(index, 1, 40 - index) for index in range(14)], [4, 4])
+    early = Dispatcher([request(index) for index in range(18)], [4, 4])
+    for dispatcher in (unlike, early):
+        dispatcher.asked(0, 5)
+        dispatcher.asked(1, 4)
+        assert {r: len(got) for r, got in handed_out(dispatcher).items()} == {0: 5, 1: 4}
 
 
 def test_the_one_that_is_free_first_gets_the_next() -> None:
@@ -184,7 +208,7 @@ def group_of(request: Request) -> int:
 
 
 def test_those_that_begin_alike_go_to_one_replica() -> None:
-    dispatcher = Dispatcher(sharers(4, 4, 4, 4), [4, 4], page_size=16)
+    dispatcher = Dispatcher(sharers(4, 4, 4, 4), [8, 8], page_size=16)
     for replica in range(2):
         dispatcher.asked(replica, 8)
     for handed in dispatcher.hand_out():

@@ -51,10 +51,10 @@ def test_arrangements_are_compared_with_the_plain_pipeline_and_the_fastest_is_na
     assert verdict.cases[2].efficiency == pytest.approx(1.5)
     assert any("r1_n1_t2: 0.50× r1_n2_t1" in note and "slower" in note for note in verdict.notes)
     assert verdict.notes[-1] == (
-        "The fastest is r2_n1_t1, replicas × stages × lanes = 2 × 1 × 1: 15.0 tokens/s."
+        "r2_n1_t1 (replicas × stages × lanes: 2 × 1 × 1) had the highest throughput: 15.0 tokens/s."
     )
     partly = judge(matrix, an_experiment(matrix, speeds)[:-1])
-    assert not any("The fastest" in note for note in partly.notes)
+    assert not any("highest" in note for note in partly.notes)
 
 
 def test_replicas_and_lanes_are_ranks_that_a_speedup_is_measured_by() -> None:

@@ -367,6 +367,14 @@ def test_the_demo_model_is_found_in_an_image_where_caches_are_kept_elsewhere(sta
     assert f"APPTAINERENV_MPIPIPE_CACHE={cache}" in (stand.folder / "image.env").read_text()
 
 
+def test_compiled_kernels_are_found_in_an_image(stand: Stand) -> None:
+    kernels = stand.folder / "kernels"
+    kernels.mkdir()
+    stand.environ["TRITON_CACHE_DIR"] = str(kernels)
+    assert f"--bind {kernels}" in bound_in_image(stand, stand.model)
+    assert f"APPTAINERENV_TRITON_CACHE_DIR={kernels}" in (stand.folder / "image.env").read_text()
+
+
 def test_a_model_folder_made_of_links_is_bound_with_what_they_point_to(stand: Stand) -> None:
     (stand.folder / "blobs").mkdir()
     (stand.folder / "blobs/1").touch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -206,19 +205,41 @@ def test_prompts_wait_in_phases_until_enough_places_are_free() -> None:
     assert free_places == 3  # an eighth of the 29 others
 
 
-def test_mixed_sends_one_step_of_prompts_and_then_every_slot_decodes() -> None:
+def test_mixed_fills_decode_steps_up_with_prompts_before_their_tokens_are_known() -> None:
     core = make_core(max_tokens=8, mixed=True)
     add(core, *[8] * 12)
     flight = steps(core)
-    kinds = []
-    for _ in range(30):
-        step = flight.pop(0)
-        kinds.append(isinstance(step, StepScheduled))
-        give_back(core, step)
+    assert [step.phase for step in flight] == ["prefill", "prefill", "mixed", "mixed"]
+    assert decodes(flight)[0].joined == (0,)  # nothing has come back yet
+    phases = [step.phase for step in flight]
+    while not core.is_idle:
+        give_back(core, flight.pop(0))
+        sent = steps(core)
+        phases += [step.phase for step in sent]
+        flight += sent
+        assert all(step.num_tokens <= 8 for step in sent)
+    num_mixed = phases.count("mixed")
+    assert num_mixed > 10
+    assert phases == ["prefill"] * 2 + ["mixed"] * num_mixed + ["decode"] * (
+        len(phases) - num_mixed - 2
+    )
+
+
+def test_mixed_fills_again_when_an_eighth_of_the_places_is_free() -> None:
+    core = make_core(max_sequences=16, max_tokens=64, mixed=True)
+    add(core, *[2] * 50)
+    flight: list[Step] = []
+    for _ in range(8):
         flight += steps(core)
-    assert kinds[4:].count(True) >= 6
-    since = [i for i, prompts in enumerate(kinds) if prompts]
-    assert all(b - a == 3 for a, b in pairwise(since[2:]))
+        give_back(core, flight.pop(0))
+    assert core.statistics().num_waiting == 18
+    free_places = 0
+    while core.statistics().num_waiting == 18:
+        core.stop(free_places, FinishReason.ERROR)
+        free_places += 1
+        give_back(core, flight.pop(0))
+        flight += steps(core)
+    assert free_places == 3  # an eighth of the 29 others
 
 
 def test_stages_never_know_more_than_two_sequences_a_place() -> None:

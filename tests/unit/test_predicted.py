@@ -122,3 +122,17 @@ def test_stages_of_several_replicas_have_both_numbers() -> None:
     found = {name: measured for name, _, measured in stage_figures(predicted, ranks)}
     assert found["decode_step_s_0.0"] == pytest.approx(0.1)
     assert found["decode_step_s_1.0"] == pytest.approx(1.1)
+
+
+def test_a_cpu_that_has_the_embedding_as_its_head_holds_a_packed_copy_of_it() -> None:
+    workload = Workload(
+        num_requests=1, longest_request_tokens=8, num_prompt_tokens=4, num_output_tokens=4
+    )
+    config, ranks = Config(model=ModelConfig(dtype="float32")), [make_rank(0)]
+    memory = []
+    for spec in (SMOL, dataclasses.replace(SMOL, tied_embeddings=False)):
+        plan = make_plan(config, spec, ranks, "/m", workload)
+        found = predict(spec, [plan], [KnownTimes(rate_times(spec, plan, ranks), 0, 0)], ((4, 4),))
+        assert found is not None
+        memory.append(found.stages[0].memory_bytes)
+    assert memory[0] == memory[1], "an untied head takes as much"

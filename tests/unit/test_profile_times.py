@@ -25,6 +25,8 @@ from mpipipe.planning.profile_times import Curve, ProfileTimes, profile_times
 from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.workload import SamplingUse
+from mpipipe.sampling_options import SamplingNeeds
 from tests.unit.model_specs import SMOL
 from tests.unit.planned_rank import make_rank
 
@@ -130,15 +132,47 @@ def test_measured_times_are_known_where_every_rank_was_measured(tmp_path: Path) 
     assert str(written) in known_times(SMOL, plan(), RANKS, folder=tmp_path).files
 
 
-def test_profiles_of_whole_layers_say_nothing_of_lanes(tmp_path: Path) -> None:
+def test_a_profile_of_one_lane_and_the_rates_of_sums_make_a_step_of_lanes(tmp_path: Path) -> None:
     world = [make_rank(rank, processor="A") for rank in range(3)]
     pipeline = PipelineConfig(tensor_parallel=3)
     config = Config(model=ModelConfig(dtype="float32"), pipeline=pipeline)
     lanes = make_plan(config, SMOL, world, "/models/smol")
-    whole = profile(0)
+    (stage,) = lanes.stages
     key = ProfileKey.of(lanes, ProfileKey.shape_of(SMOL), world, 0)
+    whole = dataclasses.replace(profile(0), key=dataclasses.replace(key, num_lanes=1))
+    write_profile(whole, tmp_path)
+    steps = known_times(SMOL, lanes, world, folder=tmp_path).steps
+    assert isinstance(steps, RateTimes), "whole layers say nothing of lanes"
+    assert "that was with pipeline.tensor_parallel 1, here 3 (`mpipipe plan" in steps.source
+    sums_s = steps.lanes_s(stage, 8, 8)
+    assert sums_s > 2 * stage.num_layers * 0.17e-3
+    own_s = profile_times(lanes, {0: whole}, dataclasses.replace(steps, num_lanes=1))
     write_profile(dataclasses.replace(whole, key=key), tmp_path)
-    assert isinstance(known_times(SMOL, lanes, world, folder=tmp_path).steps, RateTimes)
+    measured = known_times(SMOL, lanes, world, folder=tmp_path).steps
+    assert isinstance(measured, ProfileTimes)
+    logits_s = own_s.rates.lanes_s(stage, 8, 8)
+    together_s, alone_s = (each.decode_s(stage, 8, 64) for each in (measured, own_s))
+    assert together_s - alone_s == pytest.approx(sums_s - logits_s)
+    steps_s = [each.prefill_s(stage, 64, 32) for each in (measured, own_s)]
+    sums_s = 2 * stage.num_layers * (0.17e-3 + 2 * 64 * SMOL.hidden_size * 4 / 1.5e9)
+    assert steps_s[0] - steps_s[1] == pytest.approx(sums_s)
+
+
+def test_a_profile_that_is_not_used_is_named_with_what_is_unlike(tmp_path: Path) -> None:
+    def source(made: PipelinePlan) -> str:
+        return known_times(SMOL, made, RANKS, folder=tmp_path).steps.source
+
+    assert "not as measured" not in source(plan())
+    for rank in (0, 1):
+        write_profile(profile(rank), tmp_path)
+    (tmp_path / "profile-v1-0123456789abcdef.json").write_text("{")
+    assert "not as measured" not in source(plan()), "both are used"
+    drawn = SamplingUse(SamplingNeeds.DRAW)
+    told = source(dataclasses.replace(plan(), sampling=drawn))
+    assert told.endswith(
+        "not as measured 2026-11-27: that was with sampling NOTHING, here DRAW "
+        "(`mpipipe plan --measure`, the prompts' sampling set in [generation], measures this)"
+    )
 
 
 def test_a_job_is_forecast_with_them() -> None:

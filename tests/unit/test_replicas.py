@@ -36,6 +36,7 @@ from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
 from mpipipe.scheduler.instructions import SchedulerStatistics
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
+from mpipipe.scheduler.texts import TextMaker
 from mpipipe.types import Completion, Request, SamplingParams
 
 LIMIT_S = 20
@@ -125,7 +126,7 @@ class World:
             runner = Runner(
                 core=core,
                 group=RankGroup(mesh, (mesh.rank,)),
-                decode=lambda ids: " ".join(map(str, ids)),
+                texts=TextMaker(lambda ids: " ".join(map(str, ids))),
                 clock=MonotonicClock(),
                 log=NullLog(),
                 on_request=link.ended,

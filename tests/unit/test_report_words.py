@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mpipipe.cli.main import app
 from mpipipe.errors import EXIT_REGRESSION, ConfigError, OutputError
 from mpipipe.report import make, page
-from mpipipe.report.charts import LineChart
+from mpipipe.report.charts import BarChart, LineChart
 from mpipipe.report.experiment_files import find_experiments
 from mpipipe.report.experiment_section import section_charts
 from mpipipe.report.make import make_report
@@ -51,6 +51,32 @@ def test_the_batch_sweep_has_a_verdict_for_each_supposed_size(tmp_path: Path) ->
     assert "For a batch of 2: batch efficiency 0.891 (0.865–0.928), which cannot be told" in text
     assert "For a batch of 4: batch efficiency 0.730 (0.723–0.753), below the 0.8 sup" in text
     assert "For a batch of 8: batch efficiency 0.473 (0.459–0.478), above the 0.43 sup" in text
+
+
+def test_arrangements_are_told_by_replicas_stages_and_lanes(tmp_path: Path) -> None:
+    folder = made_experiments.write(tmp_path, "arrangements", made_experiments.arrangements())
+    files = make_report(folder).files
+    text = files["report.md"].decode()
+    assert "## Replicas, stages and lanes" in text
+    assert (
+        "r2_n2_t1 (replicas × stages × lanes: 2 × 2 × 1) had the highest throughput: 150.0 "
+        "tokens/s. That is 1.49 (1.47–1.53) times the tokens per second of r1_n4_t1, faster beyond "
+        "the noise."
+    ) in text
+    assert "2 stages of 2 lanes" in text
+    assert "2 replicas of 2 stages" in text
+    rows = {row["case"]: row for row in json.loads(files["report.json"])["rows"]}
+    assert (rows["r1_n2_t2"]["size"], rows["r1_n2_t2"]["num_lanes"]) == (4, 2)
+    assert rows["r1_n2_t2"]["efficiency"]["median"] == pytest.approx(0.8, rel=0.03)
+    (found,) = find_experiments(folder)
+    charts = {chart.title: chart for chart in section_charts(found.section)}
+    titles = [*charts]
+    assert "Where the time of each stage went" in titles
+    bars = charts["Throughput by arrangement of ranks"]
+    assert isinstance(bars, BarChart)
+    assert [name for name, _ in bars.groups] == ["1 × 4 × 1", "1 × 2 × 2", "2 × 2 × 1"]
+    assert bars.parts[0].values == pytest.approx((100, 80, 150))
+    assert not any("over stages" in title for title in titles)
 
 
 def test_other_tokens_too_few_runs_and_failures_get_no_verdict(tmp_path: Path) -> None:

@@ -119,6 +119,18 @@ def test_two_replicas_are_twice_as_fast_as_one() -> None:
     assert one / two == pytest.approx(2, rel=0.03)
 
 
+def test_equal_requests_on_alike_replicas_end_with_the_same_wave() -> None:
+    """Without lookahead: 256 on two with 64 places each were four waves of one and five of one."""
+    head = HeadTimes(90e-6, 20e-6, 20e-6, 20e-6, 5e-6)
+    times = ScriptedTimes((0.02, 0.02), (0.5e-4, 0.5e-4))
+    parts = [made_parts(times, num_stages=2, rows=32) for _ in range(2)]
+    job = run_job(parts, alike(256, 64, 32), head)
+    ends_s = [replica.ended_s for replica in job.replicas]
+    assert max(ends_s) - min(ends_s) < 0.01 * max(ends_s)
+    alone = run_job(made_parts(times, num_stages=2, rows=32), alike(128, 64, 32), head)
+    assert max(ends_s) < 1.02 * alone.clock.now_s()
+
+
 def test_a_faster_replica_completes_more() -> None:
     """Stages of 10 and of 30 ms: the requests are dispatched on demand, three to one."""
     parts = [made_parts(uniform(2, step_s), num_stages=2) for step_s in (0.03, 0.01)]

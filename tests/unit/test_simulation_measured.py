@@ -1,7 +1,6 @@
 """Simulated jobs beside measured ones (DESIGN section 9, BENCHMARKS.md), and beside forecasts.
 
-The rates of a step were fitted to jobs of the first kind, so they say little of the schedule. What
-was never fitted to is what happens when prompts come between decode steps (`prefill = "mixed"`).
+The rates of a step were fitted to jobs of the first kind, so they say little of the schedule.
 """
 
 from __future__ import annotations
@@ -78,29 +77,6 @@ def test_jobs_on_h100_are_as_fast_as_measured(
     shape: str, gpus: str, work: str, measured: float
 ) -> None:
     assert simulated(planned(shape, gpus, work)).tokens_per_s == pytest.approx(measured, rel=0.08)
-
-
-@pytest.mark.parametrize(
-    ("shape", "work", "phases", "mixed"),
-    [
-        ("openllama_3b", "128x1024x256", 9_714, 8_302),
-        ("openllama_3b", "512xmixed", 15_318, 12_557),
-        ("llama3_8b", "128x1024x256", 9_155, 6_808),
-        ("llama3_8b", "512x512x128", 13_434, 9_238),
-    ],
-)
-def test_prompts_between_decode_steps_cost_what_they_did(
-    shape: str, work: str, phases: float, mixed: float
-) -> None:
-    """On two H200: 14 to 31 % of the throughput, in bubbles of 16 to 33 %."""
-    found = {
-        mode: simulated(planned(shape, "2 x h200", work, f"pipeline.prefill={mode}"))
-        for mode in ("phases", "mixed")
-    }
-    assert found["phases"].tokens_per_s == pytest.approx(phases, rel=0.08)
-    assert found["mixed"].tokens_per_s == pytest.approx(mixed, rel=0.08)
-    assert 0.14 < found["mixed"].bubble < 0.35
-    assert found["phases"].bubble < 0.05
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_a_split_that_is_asked_for_and_unknown_lengths_are_left_alone() -> None:
     asked = replace(CONFIG, pipeline=PipelineConfig(split=(20, 5, 5)))
     assert split_of(planned(6.0, DECODING, asked)) == [20, 5, 5]
     unknown = replace(DECODING, lengths=())
-    assert planned(6.0, unknown) == make_plan(CONFIG, SMOL, RANKS, "/m", unknown)
+    plain = replace(CONFIG, pipeline=PipelineConfig(num_speculative_tokens=0))
+    assert planned(6.0, unknown, plain) == make_plan(plain, SMOL, RANKS, "/m", unknown)
 
 
 def test_what_is_said_of_offload_goes_by_measured_times_too() -> None:

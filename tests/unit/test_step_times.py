@@ -40,6 +40,7 @@ class Linked:
     def __init__(self, ahead_s: float = 5.0) -> None:
         self.wire, self.clock, self.account = Wire(), ScriptedClock(100.0), StageAccount(1)
         self.told: list[tuple[int, Any]] = []
+        self.ahead_s = ahead_s
         self.account.on_step = lambda record, transfer_s: self.told.append(
             (record.step, transfer_s)
         )
@@ -50,7 +51,7 @@ class Linked:
             mesh=cast("Any", self.wire),
             account=self.account,
             clock=self.clock,
-            ahead_s=lambda rank: ahead_s if rank == 1 else 0.0,
+            ahead_s=lambda rank: self.ahead_s if rank == 1 else 0.0,
         )
 
     def step(self, number: int) -> None:
@@ -144,3 +145,18 @@ def test_times_of_a_clock_that_is_not_known_divide_nothing() -> None:
     linked.clock.advance(3.0)
     linked.link.poll()
     assert linked.told == [(0, None)]
+
+
+def test_times_go_on_when_a_clock_becomes_known() -> None:
+    """Ranks measure their clocks while the first steps run: those of a busy machine take long."""
+    linked = Linked(ahead_s=math.nan)
+    linked.step(0)
+    linked.wire.inbox.put((0, StepTimes(0, (94.75,))))
+    linked.link.poll()
+    linked.clock.advance(3.0)
+    linked.link.poll()
+    linked.ahead_s = 5.0
+    linked.step(0)  # the second of all calls: waited from 102 to 103
+    linked.wire.inbox.put((0, StepTimes(1, (97.5,))))
+    linked.link.poll()
+    assert linked.told == [(0, None), (0, 0.5)]

@@ -193,6 +193,34 @@ def test_writing_is_that_of_the_rank_that_wrote_longest(summary: RunSummary) -> 
     assert write_s(0.5, 0.25, 0.875) == 0.875
 
 
+def test_the_seconds_until_the_first_token_add_up(summary: RunSummary) -> None:
+    parts = summary.start_parts
+    assert parts["wait"] == 50.0
+    assert parts["first step"] == pytest.approx(0.1)  # the earliest of 20
+    assert parts["run files"] == 0.0  # the boot alone is longer than the phases of this fixture
+    assert sum(parts.values()) == pytest.approx(sum(p.seconds for p in summary.ranks[0].boot) + 0.1)
+    assert summary.to_dict()["start"] == parts
+    (line,) = (line for line in summary_lines(summary) if line.startswith("start "))
+    assert line.split(" · ") == [
+        "start         first token after 55.1 s",
+        "wait 50.0 s",
+        "read weights 2.0 s",
+        "rest 3.1 s",
+    ]
+
+
+def test_what_follows_the_boot_belongs_to_the_start(summary: RunSummary) -> None:
+    phases = PhaseTimes(boot_s=50.0, load_s=8.0, generate_s=10.0, shutdown_s=0.5)
+    parts = replace(summary, phases=phases).start_parts
+    assert sum(parts.values()) == pytest.approx(58.1)
+
+
+def test_a_run_without_tokens_has_no_start(summary: RunSummary) -> None:
+    empty = replace(summary, requests=RequestTally().totals())
+    assert empty.start_parts == {}
+    assert not [line for line in summary_lines(empty) if line.startswith("start ")]
+
+
 def test_the_slowest_boot_is_named_with_its_reason(summary: RunSummary) -> None:
     (line,) = (line for line in summary_lines(summary) if line.startswith("slowest boot"))
     assert line.endswith("rank 1 on node1 took 7.2 s, 6.0 s of it: read weights, 250 MiB")

@@ -52,7 +52,11 @@ def report(stage: int, steps: int, compute_s: float, idle_s: float) -> RankRepor
 
 
 @pytest.mark.parametrize(
-    "text", ["512x512x128", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"]
+    "text",
+    [
+        *("512x512x128", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"),
+        *("1x512x128xrepeat", "64xmixedxevenxrepeat"),
+    ],
 )
 def test_a_work_reads_back_as_it_is_named(text: str) -> None:
     work = BenchWork.parse(text)
@@ -61,7 +65,8 @@ def test_a_work_reads_back_as_it_is_named(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["512x512", "axbxc", "0x5x5", "5x5x0", "", "0xmixed", "-1x2x3", "9xmixedxtail"]
+    "text",
+    ["512x512", "axbxc", "0x5x5", "5x5x0", "", "0xmixed", "-1x2x3", "9xmixedxtail", "5xrepeat"],
 )
 def test_a_wrong_work_is_told(text: str) -> None:
     with pytest.raises(ConfigError, match="work"):
@@ -104,6 +109,17 @@ def test_requests_are_greedy_random_and_ordinary() -> None:
     assert len(ids) > 1000
     assert max(ids) < 128_000  # Llama 3's special tokens start there
     assert bench_requests(BenchWork(3, 500, 16), LLAMA3, seed=1) == requests
+
+
+def test_prompts_that_repeat_say_one_passage_again_and_again() -> None:
+    work = BenchWork.parse("2x100x16xrepeat")
+    for request in bench_requests(work, LLAMA3, seed=1) + warm_up_requests(
+        work, LLAMA3, 1, num_running=2
+    ):
+        ids = request.prompt_ids
+        assert len(ids) == 100
+        assert ids[32:] == ids[:-32]
+        assert len(set(ids[:32])) > 16
 
 
 def test_special_ids_are_not_drawn_from_a_small_vocabulary() -> None:

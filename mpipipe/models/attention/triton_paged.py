@@ -148,7 +148,10 @@ def can_attend_fresh(
 
 @cache
 def _has_flash_kernel(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    from mpipipe.models.kernels.launch import gpu_capability
+
+    capability = gpu_capability(device)
+    return capability is None or capability >= (8, 0)
 
 
 def _attend_fresh(

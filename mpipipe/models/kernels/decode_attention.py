@@ -21,6 +21,7 @@ from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
     block_dim,
+    gpu_capability,
     has_async_copy,
     launch_options,
     loaded_dim,
@@ -112,7 +113,7 @@ _MAX_PIECES = 64
 
 
 def _default_tuning(key_cache: torch.Tensor) -> DecodeTuning:
-    if key_cache.is_cuda and not has_async_copy(key_cache.device):
+    if gpu_capability(key_cache.device) is not None and not has_async_copy(key_cache.device):
         return DecodeTuning(block_tokens=32, num_warps=4, num_stages=1)
     row_bytes = key_cache.shape[3] * key_cache.element_size()
     if row_bytes <= 256:  # wide ones: within the 99 KB of shared memory of consumer GPUs

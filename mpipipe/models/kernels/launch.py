@@ -15,6 +15,7 @@ way fit in between.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,11 +25,14 @@ import triton.language as tl
 __all__ = [
     "LOG2_E",
     "MAX_COUNTERS",
+    "GpuFacts",
     "await_inputs",
     "block_dim",
+    "gpu_capability",
     "has_async_copy",
     "launch_options",
     "loaded_dim",
+    "meta_stands_for",
     "num_processors",
     "soft_capped",
     "zeroed_counters",
@@ -40,6 +44,29 @@ MAX_COUNTERS = 1 << 16
 EARLY_LAUNCH = True
 
 
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What the form of kernels follows from."""
+
+    capability: tuple[int, int]
+    num_processors: int  # multiprocessors
+
+
+_STAND_IN: list[GpuFacts] = []  # at most one
+
+
+def meta_stands_for(gpu: GpuFacts) -> None:
+    """From here on, kernels take the form for meta tensors that they have on `gpu` (`ahead`)."""
+    _STAND_IN[:] = [gpu]
+
+
+def gpu_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of the GPU that holds tensors of `device`; None: it is none."""
+    if device.type == "meta":
+        return _STAND_IN[0].capability if _STAND_IN else None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """The options with which every kernel on `device` is launched: early, where that is allowed."""
     early = EARLY_LAUNCH and _supports_early_launch(device)
@@ -48,9 +75,9 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 @cache
 def _supports_early_launch(device: torch.device) -> bool:
-    if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):  # Triton 3.4 brought it
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    capability = gpu_capability(device)
+    # Triton 3.4 brought it.
+    return capability is not None and capability >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 @cache
@@ -99,6 +126,8 @@ def loaded_dim(cache: torch.Tensor) -> int:
 @cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 elsewhere (Triton's interpreter)."""
+    if device.type == "meta" and _STAND_IN:
+        return _STAND_IN[0].num_processors
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -107,7 +136,8 @@ def num_processors(device: torch.device) -> int:
 @cache
 def has_async_copy(device: torch.device) -> bool:
     """Whether loads can be pipelined through shared memory (Ampere and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = gpu_capability(device)
+    return capability is not None and capability >= (8, 0)
 
 
 @triton.jit

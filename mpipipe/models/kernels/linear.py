@@ -21,6 +21,7 @@ import triton.language as tl
 from mpipipe.models.kernels.launch import (
     MAX_COUNTERS,
     await_inputs,
+    gpu_capability,
     has_async_copy,
     launch_options,
     num_processors,
@@ -81,7 +82,8 @@ def prefers_small_linear(num_rows: int, num_out: int, num_in: int, device: torch
     (17280x3200: 32.4 us against 30.4). 28672x4096 is equal alone and 4 % faster between kernels
     that are launched early. Other GPUs were not measured.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    capability = gpu_capability(device)
+    if capability is None or capability[0] != 9:
         return False
     if not 0 < num_rows <= MAX_ROWS or num_in % 8:
         return False
@@ -97,7 +99,8 @@ def default_tuning(num_out: int, num_in: int, device: torch.device) -> LinearTun
     """
     if not has_async_copy(device):
         return LinearTuning(block_out=32, block_in=64, num_stages=1)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in {9, 10}:
+    capability = gpu_capability(device)
+    if capability is not None and capability[0] not in {9, 10}:
         return LinearTuning(block_out=32, num_stages=3)  # within 99 KB
     processors, tiles = num_processors(device), -(-num_out // 64)
     pieces = 1

@@ -17,6 +17,7 @@ from mpipipe.models.kernels.launch import (
     LOG2_E,
     await_inputs,
     block_dim,
+    gpu_capability,
     has_async_copy,
     launch_options,
     loaded_dim,
@@ -104,13 +105,16 @@ def _default_tuning(key_cache: torch.Tensor, max_query_len: int) -> PrefillTunin
     On an H200, 16 prompts of 512: 189 us with 128 tokens a block for D = 128 (64 tokens: 199), but
     256 us with 64 tokens for D = 100 (128 tokens: 276).
     """
-    device, row_bytes = key_cache.device, key_cache.shape[3] * key_cache.element_size()
+    capability, row_bytes = (
+        gpu_capability(key_cache.device),
+        key_cache.shape[3] * key_cache.element_size(),
+    )
     wide = row_bytes > 256
-    if device.type == "cuda" and not has_async_copy(device):
+    if capability is not None and not has_async_copy(key_cache.device):
         return PrefillTuning(16 if wide else 32, 32, 4, 1)
     if row_bytes > 512:
         return PrefillTuning(32, 32, 4, 1)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in {9, 10}:
+    if capability is not None and capability[0] not in {9, 10}:
         return PrefillTuning(64, 32, 4, 1 if wide else 2)
     if wide or max_query_len <= 64:
         return PrefillTuning(64, 64, 4, 2)

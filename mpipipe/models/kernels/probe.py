@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
 from mpipipe.models.foreign import in_short
 from mpipipe.topology.packages import has_c_compiler
 
-__all__ = ["available"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["available", "launch_trial"]
 
 
 @cache
@@ -24,6 +28,16 @@ def available() -> tuple[bool, str]:
     """
     reason = _missing_part() or _trial_failure()
     return (reason == "", reason)
+
+
+def launch_trial(device: str) -> torch.Tensor:
+    """What `available` runs: its result is 1 everywhere."""
+    import torch
+
+    from mpipipe.models.kernels.rowwise import rms_norm
+
+    hidden_TH = torch.full((2, 96), 3.0, dtype=torch.float16, device=device)
+    return rms_norm(hidden_TH, torch.ones_like(hidden_TH[0]), 0.0)
 
 
 def _missing_part() -> str:
@@ -43,14 +57,8 @@ def _missing_part() -> str:
 
 def _trial_failure() -> str:
     """Run one kernel; what Triton raises has no common class (its own, OSError, RuntimeError)."""
-    import torch
-
     try:
-        from mpipipe.models.kernels.rowwise import rms_norm
-
-        hidden_TH = torch.full((2, 96), 3.0, dtype=torch.float16, device="cuda")
-        out_TH = rms_norm(hidden_TH, torch.ones_like(hidden_TH[0]), 0.0)
-        wrong = bool((out_TH - 1.0).abs().max() > 1e-2)
+        wrong = bool((launch_trial("cuda") - 1.0).abs().max() > 1e-2)
     except Exception as error:  # noqa: BLE001 - Triton's compile errors derive from Exception alone
         return f"a trial kernel failed: {in_short(error)}"
     return "a trial kernel computed wrong numbers" if wrong else ""

@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from mpipipe.models.kernels.launch import (
     await_inputs,
+    gpu_capability,
     has_async_copy,
     launch_options,
     num_processors,
@@ -98,9 +99,9 @@ def max_streamed_rows(dtype: torch.dtype, weight_dtype: torch.dtype, device: tor
     the sums of 40 rows take as long. For float8, `torch._scaled_mm` takes over where converting
     would fall behind the memory.
     """
-    if device.type != "cuda" or dtype == torch.float32:  # its tiles exceed the shared memory
+    capability = gpu_capability(device)
+    if capability is None or dtype == torch.float32:  # its tiles exceed the shared memory
         return 0
-    capability = torch.cuda.get_device_capability(device)
     if weight_dtype == _FP8:
         return 32 if capability >= _FP8_CAPABILITY else 0
     return 512 if capability >= (8, 0) else 32
@@ -169,13 +170,15 @@ def _pieces(tiles: int, programs: int, num_in: int, *, least: int) -> int:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    capability = gpu_capability(device)
+    return capability is not None and capability[0] == 9
 
 
 @cache
 def _multiplies_fp8(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `torch._scaled_mm` takes such a product with scales for rows and columns."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+    capability = gpu_capability(device)
+    if capability is None or capability < _FP8_CAPABILITY:
         return False
     return dtype == torch.bfloat16 and num_out % 16 == 0 and num_in % 16 == 0
 

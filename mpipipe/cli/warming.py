@@ -1,0 +1,60 @@
+"""What `mpipipe warm` does on a rank, and what it prints on the head."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpipipe.cli.terminal import guard_terminal
+from mpipipe.clock import MonotonicClock
+from mpipipe.demo.model import cache_folder
+from mpipipe.errors import MpipipeError
+from mpipipe.job.warm import warm_up
+from mpipipe.metrics.boot import BootTimeline
+from mpipipe.progress import run_async
+from mpipipe.topology.launcher import detect
+from mpipipe.topology.process import process_age_s
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["boot_lines", "warm_command"]
+
+_SHOWN_S = 0.05
+
+
+def warm_command(config: Path, overrides: Sequence[str], *, debug: bool) -> int:
+    """Boot on this rank and end; the exit code.
+
+    Raises:
+        MpipipeError: on the head, to be shown once; other ranks return its exit code silently.
+    """
+    guard_terminal()
+    clock = MonotonicClock()
+    boot = BootTimeline(clock, clock.now_s() - (process_age_s() or 0.0))
+
+    def tell(ended: BootTimeline) -> None:
+        for line in boot_lines(ended):
+            print(line, flush=True)
+
+    try:
+        run_async(warm_up(config, overrides, boot, tell, debug=debug))
+    except MpipipeError as error:
+        if detect(os.environ).rank in (None, 0) or debug:
+            raise
+        return error.exit_code
+    return 0
+
+
+def boot_lines(boot: BootTimeline) -> list[str]:
+    """The parts of rank 0's boot, and where the caches are."""
+    seconds: dict[str, float] = {}
+    for part in boot.parts:
+        seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds
+    told = [f"{name} {s:.1f} s" for name, s in seconds.items() if s >= _SHOWN_S]
+    kernels = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+    return [
+        f"ready after {boot.wall_s:.1f} s: {' · '.join(told)}",
+        f"kernels are in {kernels}, the tokenizer is in {cache_folder()}",
+    ]

@@ -1,0 +1,148 @@
+"""What is compiled ahead of a run is what its launches ask for. Needs no GPU: ptxas is Triton's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.runtime import kernels_ahead as module
+from mpipipe.runtime.kernels_ahead import KernelProcess
+from tests.contract.engine_pipeline import engine_plan
+from tests.contract.tiny_models import NUM_LAYERS, TinyModel, split
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is nothing to compile with"
+)
+GPU = (9, 0), 132
+LIMIT_S = 240.0
+
+# What a rank does, but for the driver: the stage's launches, by the same calls, with the cache that
+# was filled ahead. `warmup` compiles what a launch would, and launches nothing.
+_LAUNCH = """
+import sys
+import triton
+from triton.runtime.jit import JITFunction
+from mpipipe.models.kernels import rowwise
+from mpipipe.models.kernels.ahead import recorded_launches
+from mpipipe.models.kernels.launch import GpuFacts
+import torch
+
+with recorded_launches(GpuFacts((9, 0), 132)):
+    pass
+launch = JITFunction.run
+JITFunction.run = lambda self, *args, warmup, **more: launch(self, *args, warmup=True, **more)
+rows = torch.empty(int(sys.argv[1]), 48, dtype=torch.bfloat16, device="meta")
+rowwise.rms_norm(rows, rows[0], 1e-6)
+"""
+
+
+@pytest.fixture
+def plan(tiny: Callable[[str], TinyModel]) -> PipelinePlan:
+    stages = [dataclasses.replace(stage, host="here") for stage in split(1)]
+    return dataclasses.replace(
+        engine_plan(1),
+        model_path=str(tiny("llama").folder),
+        dtype="bfloat16",
+        attention="triton",
+        num_layers=NUM_LAYERS,
+        stages=tuple(stages),
+        max_sequences_per_slot=2,
+    )
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    kept = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "TRITON_CACHE_DIR": str(tmp_path / "kernels")}
+
+
+@pytest.fixture
+def process(environ: dict[str, str]) -> Iterator[KernelProcess]:
+    started = module._start(environ, 2)
+    assert started is not None
+    with closing(started):
+        yield started
+
+
+def entries(environ: dict[str, str]) -> set[str]:
+    return set(os.listdir(environ["TRITON_CACHE_DIR"]))
+
+
+def test_a_launch_finds_what_the_process_compiled(
+    plan: PipelinePlan, environ: dict[str, str], process: KernelProcess
+) -> None:
+    process.order(plan, [0], *GPU)
+    compiled = process.wait(LIMIT_S)
+    assert compiled is not None
+    assert compiled.problem == ""
+    assert compiled.num_kernels >= 9  # norms, rotation, both attentions, SiLU, linear, rows, ids
+    found = entries(environ)
+    assert len(found) >= compiled.num_kernels
+    for rows, is_new in (("2", False), ("1", False)):
+        command = [sys.executable, "-c", _LAUNCH, rows]
+        subprocess.run(command, env=environ, check=True, timeout=LIMIT_S)
+        assert (entries(environ) != found) == is_new
+
+
+def test_nothing_is_compiled_for_what_is_not_known_ahead(
+    plan: PipelinePlan, process: KernelProcess
+) -> None:
+    process.order(dataclasses.replace(plan, attention="sdpa"), [0], *GPU)
+    compiled = process.wait(LIMIT_S)
+    assert compiled is not None
+    assert (compiled.num_kernels, compiled.problem) == (0, "")
+    assert process.wait() is None  # one order, one answer
+
+
+def test_a_process_without_an_order_ends_with_its_rank(process: KernelProcess) -> None:
+    assert process.wait() is None
+    process.close()
+    assert process._process.returncode is not None
+
+
+def test_a_failure_is_told(plan: PipelinePlan, process: KernelProcess, tmp_path: Path) -> None:
+    process.order(dataclasses.replace(plan, model_path=str(tmp_path / "gone")), [0], *GPU)
+    compiled = process.wait(LIMIT_S)
+    assert compiled is not None
+    assert "gone" in compiled.problem
+
+
+def test_a_process_that_takes_too_long_is_not_waited_for(
+    plan: PipelinePlan, process: KernelProcess
+) -> None:
+    process.order(plan, [0], *GPU)
+    compiled = process.wait(0.0)  # it is not even imported
+    assert compiled is not None
+    assert "after so long" in compiled.problem
+
+
+def test_a_process_that_dies_is_told(plan: PipelinePlan, process: KernelProcess) -> None:
+    process._process.kill()
+    process.order(plan, [0], *GPU)
+    compiled = process.wait(LIMIT_S)
+    assert compiled is not None
+    assert "ended" in compiled.problem
+
+
+def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+
+    def start(*_: object, env: dict[str, str], **__: object) -> None:
+        given.update(env)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    ranks = {"PMI_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "HOME": "/home/me"}
+    assert module._start({**environ, **ranks}, 1) is None
+    assert not {*ranks} - {"HOME"} & {*given}
+    assert (given["HOME"], given["CUDA_VISIBLE_DEVICES"]) == ("/home/me", "")
+    assert given["TRITON_CACHE_DIR"] == environ["TRITON_CACHE_DIR"]
