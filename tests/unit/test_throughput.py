@@ -122,6 +122,16 @@ def test_prompts_that_repeat_say_one_passage_again_and_again() -> None:
         assert len(set(ids[:32])) > 16
 
 
+def test_prompts_of_a_work_with_a_common_beginning_share_it_and_no_more() -> None:
+    work = BenchWork.parse("3x64+16x4")
+    first, *others = bench_requests(work, LLAMA3, seed=1)
+    for other in others:
+        assert len(other.prompt_ids) == 80
+        assert other.prompt_ids[:64] == first.prompt_ids[:64]
+        assert other.prompt_ids[64:] != first.prompt_ids[64:]
+    assert work.shared_ratio == pytest.approx(2 * 64 / (3 * 80))
+
+
 def test_special_ids_are_not_drawn_from_a_small_vocabulary() -> None:
     vocabulary = Vocabulary(0, 3, frozenset({1, 2}))
     assert set(vocabulary.draw(random.Random(0), 50)) == {0, 3}
