@@ -54,7 +54,7 @@ def report(stage: int, steps: int, compute_s: float, idle_s: float) -> RankRepor
 @pytest.mark.parametrize(
     "text",
     [
-        *("512x512x128", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"),
+        *("512x512x128", "512x1024+128x16", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"),
         *("1x512x128xrepeat", "64xmixedxevenxrepeat"),
     ],
 )
