@@ -38,8 +38,8 @@ def environment(session: Session) -> dict[str, Any]:
         },
         "num_preemptions": session.num_preemptions,
         "num_saved": session.num_saved,
-        "num_shared_tokens": session.num_shared_tokens,
         "drafts": asdict(session.drafts),
+        "num_shared_tokens": session.num_shared_tokens,
         "versions": {
             "mpipipe": __version__,
             "mpi": session.ranks.mpi_library or None,

@@ -68,7 +68,8 @@ class BenchWork:
     def parse(text: str) -> BenchWork:
         """From `512x512x128`, `512x1024+128x128`, `512xmixed` or `2000x512x64xtail`.
 
-        With `xeven`, `xrepeat` behind it.
+        With `xeven` behind one of these also the same at fixed lengths, with `xrepeat` of repeated
+        passages.
 
         Raises:
             ConfigError: it has another form, or a count is zero.
@@ -79,12 +80,13 @@ class BenchWork:
                 f"the work {text!r} is not of the form PROMPTSxINPUTxOUTPUT: write 512x512x128, "
                 "512x1024+128x128 for prompts that begin with 1,024 common tokens, 512xmixed for "
                 "mixed lengths, 2000x512x64xtail for a few outputs 20 times longer, either with "
-                "xeven behind it for the same tokens at fixed lengths, any of them with xrepeat "
-                "for prompts that repeat a passage"
+                "xeven behind it for the same tokens at fixed lengths, any of them "
+                "with xrepeat for prompts that repeat a passage"
             )
         prompts, common, own, output = (int(part or 0) for part in found.groups()[:4])
         work = BenchWork(
-            *(prompts, common + own, output, found[3] is None),
+            *(prompts, common + own, output),
+            mixed=found[3] is None,
             tail=found[5] is not None,
             even=found[6] is not None,
             repeats=found["repeat"] is not None,

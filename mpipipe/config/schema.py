@@ -121,9 +121,9 @@ class PipelineConfig:
     `auto`: 1 on GPUs, 0 on CPUs."""
     num_speculative_tokens: int | str = AUTO
     """Tokens drafted at most for a sequence in one step, by looking its last ids up in its own text
-    (prompt lookup, n-gram speculative decoding). Only where few sequences run, of those that are
-    greedy without penalties and log-probabilities, and while it is predicted to pay; completions
-    stay the same. `auto`: 7 where the plan predicts that drafts can gain; 0: none."""
+    (prompt lookup, n-gram speculative decoding). Only in slots of at most 8 sequences, all greedy
+    without penalties and log-probabilities, and while it is predicted to pay; completions stay the
+    same. `auto`: 7 where the plan predicts that drafts can gain; 0: none."""
     prefill: Auto | PrefillMode = AUTO
     """`phases`: prompts first, then decode until places are free again; `mixed`: one step of prompt
     chunks per round, or, without lookahead, chunks in every decode step that has room; `auto`:

@@ -297,8 +297,8 @@ class RunSummary:
         * `start`: seconds by part, from the head's start to the first token (`start_parts`)
         * `requests`: the fields of `RequestTotals`
         * `num_preemptions`; `num_saved`: those whose pages went to host memory, to come back
-        * `num_shared_tokens`: prompt tokens that were not computed, as others begin with the same
         * `drafts`: the fields of `DraftUse`: tokens drafted by n-gram lookup, and accepted
+        * `num_shared_tokens`: prompt tokens that were not computed, as others begin with the same
         * `output_tokens_per_s`, `total_tokens_per_s`
         * `bubble_ratio`, `steady_bubble_ratio`: over all stages
         * `itl_p50_s`, `itl_p95_s`: seconds between the tokens of a request
@@ -324,8 +324,8 @@ class RunSummary:
             "requests": dataclasses.asdict(self.requests),
             "num_preemptions": self.num_preemptions,
             "num_saved": self.num_saved,
-            "num_shared_tokens": self.num_shared_tokens,
             "drafts": dataclasses.asdict(self.drafts),
+            "num_shared_tokens": self.num_shared_tokens,
             "output_tokens_per_s": self.output_tokens_per_s,
             "total_tokens_per_s": self.total_tokens_per_s,
             "bubble_ratio": self.bubble_ratio,

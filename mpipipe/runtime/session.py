@@ -208,20 +208,20 @@ class Session:
         return statistics.num_saved if statistics is not None else 0
 
     @property
-    def num_shared_tokens(self) -> int:
-        """Of prompts, those that were not computed: they were in pages of others."""
-        if self._dispatch is not None:
-            return self._dispatch.num_shared_tokens
-        statistics = self.statistics()
-        return statistics.num_shared_tokens if statistics is not None else 0
-
-    @property
     def drafts(self) -> DraftUse:
         """Tokens drafted by n-gram lookup, and what came of it."""
         if self._dispatch is not None:
             return self._dispatch.drafts
         statistics = self.statistics()
         return statistics.drafts if statistics is not None else DraftUse()
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed: they were in pages of others."""
+        if self._dispatch is not None:
+            return self._dispatch.num_shared_tokens
+        statistics = self.statistics()
+        return statistics.num_shared_tokens if statistics is not None else 0
 
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""

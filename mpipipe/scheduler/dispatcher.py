@@ -80,7 +80,7 @@ class Dispatcher:
         # Of which no replica has got any yet.
         self._untouched = deque(deque(in_order[number] for number in group) for group in groups)
         self._num_waiting = len(in_order)
-        self._waiting_works = Counter(expected_work(request) for request in in_order)
+        self._num_by_work = Counter(map(expected_work, in_order))  # of those that wait
         self._replicas = [_Replica(capacity, deque()) for capacity in capacities]
         self._capacity = sum(capacities)
         self._num_held = 0
@@ -147,21 +147,6 @@ class Dispatcher:
                 heapq.heappop(asking)
         return [HandedOut(number, tuple(got)) for number, got in sorted(given.items()) if got]
 
-    def _next_of(self, replica: _Replica) -> Request:
-        """From its group, or from the next one; where all are taken, from the largest one left."""
-        if not replica.group:
-            if self._untouched:
-                replica.group = self._untouched.popleft()
-            else:
-                replica.group = max((other.group for other in self._replicas), key=len)
-        request = replica.group.popleft()
-        self._num_waiting -= 1
-        work = expected_work(request)
-        self._waiting_works[work] -= 1
-        if not self._waiting_works[work]:
-            del self._waiting_works[work]
-        return request
-
     def _gets(self, replica: _Replica) -> bool:
         """Whether one that asks gets a request now.
 
@@ -172,8 +157,23 @@ class Dispatcher:
         if not replica.num_wanted:
             return False
         has_place = len(replica.held) < replica.capacity
-        are_alike = len(self._waiting_works) < 2
+        are_alike = len(self._num_by_work) == 1
         return has_place or self._num_waiting > self._capacity or not are_alike
+
+    def _next_of(self, replica: _Replica) -> Request:
+        """From its group, or from the next one; where all are taken, from the largest one left."""
+        if not replica.group:
+            if self._untouched:
+                replica.group = self._untouched.popleft()
+            else:
+                replica.group = max((other.group for other in self._replicas), key=len)
+        self._num_waiting -= 1
+        request = replica.group.popleft()
+        work = expected_work(request)
+        self._num_by_work[work] -= 1
+        if not self._num_by_work[work]:
+            del self._num_by_work[work]
+        return request
 
     def _hold(self, replica: _Replica, request: Request) -> None:
         assert replica.num_wanted, "it has asked"

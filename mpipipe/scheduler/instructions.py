@@ -77,5 +77,5 @@ class SchedulerStatistics:
     num_saved: int = 0  # of the preemptions, those whose pages were saved in host memory
     num_saved_pages: int = 0
     max_host_pages_used: int = 0
-    num_shared_tokens: int = 0  # of known tokens, those that were in shared pages: not computed
     drafts: DraftUse = field(default_factory=DraftUse)
+    num_shared_tokens: int = 0  # of known tokens, those that were in shared pages: not computed

@@ -222,14 +222,14 @@ class Dispatch:
         return sum(replica.told.num_saved for replica in self._replicas)
 
     @property
-    def num_shared_tokens(self) -> int:
-        """Of prompts, those that were not computed, as last told."""
-        return sum(replica.told.num_shared_tokens for replica in self._replicas)
-
-    @property
     def drafts(self) -> DraftUse:
         """Of all replicas, as last told."""
         return sum((replica.told.drafts for replica in self._replicas), DraftUse())
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of prompts, those that were not computed, as last told."""
+        return sum(replica.told.num_shared_tokens for replica in self._replicas)
 
     def totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did, once the call has ended."""

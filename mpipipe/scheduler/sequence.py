@@ -107,6 +107,9 @@ class Sequence:
     ends_at: int = 0  # rounds of the batch when the last of `num_to_sample` is dispatched
     is_open: bool = False  # the stages know it
     restart_tokens: int = 0  # with so many known tokens it starts over once; 0: never
+    may_draft: bool = False  # it takes the likeliest tokens, and nothing else is asked of it
+    is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
+    history: DraftHistory | None = None  # None: nothing was drafted for it yet
     begins: bool = False  # it has a place, and no chunk is dispatched yet
     began_at: int = -1  # number of the step with its first chunk since it got its place
     num_shared_tokens: int = 0  # that it did not compute then
@@ -114,9 +117,6 @@ class Sequence:
     known: KnownPage | None = None
     # Behind which page it is about to compute which tokens, for others that wait for them.
     computing: tuple[KnownPage, tuple[int, ...]] | None = None
-    may_draft: bool = False  # it takes the likeliest tokens, and nothing else is asked of it
-    is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
-    history: DraftHistory | None = None  # None: nothing was drafted for it yet
 
     @property
     def is_prefilled(self) -> bool:

@@ -91,8 +91,8 @@ def engine_plan(
     lookahead: int = 1,
     kv_cache: CacheKind = "paged",
     num_host_pages: int = 0,
-    max_sharing_tokens: int = 0,
     drafted_rows: int = 0,
+    max_sharing_tokens: int = 0,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -120,8 +120,8 @@ def engine_plan(
         cuda_graphs=graphs,
         max_sequence_tokens=MAX_TOKENS,
         num_host_pages=num_host_pages,
-        max_sharing_tokens=max_sharing_tokens,
         drafts=DraftPlan(7, (drafted_rows,), (1.0,), 0.0) if drafted_rows else None,
+        max_sharing_tokens=max_sharing_tokens,
     )
 
 
@@ -284,8 +284,8 @@ class EnginePipeline:
         self.steps: list[Step] = []
         self.num_preemptions = 0
         self.num_saved = 0
-        self.num_shared_tokens = 0
         self.drafts = DraftUse()
+        self.num_shared_tokens = 0
         self._returning: deque[_Flight] = deque()  # not yet taken by stage 0
         self._arrived: deque[_Flight] = deque()  # on the head's desk
 
@@ -332,8 +332,8 @@ class EnginePipeline:
                 self._hear(core, outcomes, logprobs)
         self.num_preemptions = core.statistics().num_preemptions
         self.num_saved = core.statistics().num_saved
-        self.num_shared_tokens = core.statistics().num_shared_tokens
         self.drafts = core.statistics().drafts
+        self.num_shared_tokens = core.statistics().num_shared_tokens
         for engine in self.engines:
             engine.clear()
             assert not len(engine.request_table), "a sequence was never closed"

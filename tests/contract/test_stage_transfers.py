@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpipipe.clock import ScriptedClock
-from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
+from mpipipe.control_plane.messages import DecodeScheduled, ScheduledSequence, StepScheduled
 from mpipipe.data_plane.channel import EdgeKind
 from mpipipe.data_plane.loopback import LoopbackChannel, open_loopback_channels
 from mpipipe.planning.step_limits import row_buckets
@@ -20,6 +21,7 @@ from tests.contract.tiny_models import save_tiny
 
 DECODE = DecodeScheduled(0, 0, 1, (), (), (), (), False)
 PROMPT = StepScheduled(0, 0, (), False)
+MIXED = replace(DECODE, chunks=(ScheduledSequence(1, 0, 3, (), sample=True),))
 
 
 class Repeating:
@@ -95,7 +97,7 @@ def test_a_receive_is_prepared_once_too() -> None:
 
 def test_prompts_and_results_that_move_about_travel_plainly() -> None:
     async def session() -> None:
-        for fixed, step in ((True, PROMPT), (False, DECODE)):
+        for fixed, step in ((True, PROMPT), (True, MIXED), (False, DECODE)):
             repeating, here, there = pair(fixed=fixed)
             arrived = torch.empty(5)
             here.send(step, torch.ones(5), 1, EdgeKind.HIDDEN)

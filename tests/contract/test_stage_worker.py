@@ -318,6 +318,25 @@ def test_tokens_do_not_depend_on_how_far_steps_are_ahead_or_how_they_are_filled(
         assert not isinstance(cache, ContiguousKVCache) or not cache.entries, "all are forgotten"
 
 
+@pytest.mark.parametrize("num_pages", [14, 200])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_prompts_ride_in_decode_steps_beside_graphs(
+    num_stages: int, num_pages: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny("llama")
+    settings = [
+        SamplingParams(max_new_tokens=16, temperature=1.1, seed=3, ignore_eos=True),
+        SamplingParams(max_new_tokens=12, repetition_penalty=1.4, num_logprobs=2),
+        SamplingParams(max_new_tokens=1),  # it rides, and never joins: the rows do not change
+    ]
+    requests = make_requests((*LENGTHS, *LENGTHS), lambda n: settings[n % 3])
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+    shape: dict[str, Any] = {"prefill": "mixed", "max_tokens_per_step": 8, "num_pages": num_pages}
+    ranks = virtual(model, num_stages, "replayed", max_sequences=4, **shape)
+    for completions in ranks.generate(requests, requests):
+        assert [completion.token_ids for completion in completions] == wanted
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_the_compute_thread_ends_the_session_with_it(
     failing: int, tiny: Callable[[str], TinyModel]

@@ -189,12 +189,11 @@ def test_preemption_and_stop_strings_with_steps_in_flight(
     [
         (2, []),
         (2, ["memory.cuda_graphs=false", "pipeline.prefill=mixed"]),
-        (2, ["pipeline.prefill=mixed", "pipeline.max_tokens_per_step=32"]),
         (2, [SHARED]),
         (3, [SHARED, "pipeline.max_sequences_per_slot=4"]),
         (2, [SHARED, "pipeline.attention=sdpa"]),
     ],
-    ids=["nccl", "nccl-eager-mixed", "nccl-mixed", "shared-2", "shared-3", "shared-sdpa"],
+    ids=["nccl", "nccl-eager-mixed", "shared-2", "shared-3", "shared-sdpa"],
 )
 def test_ranks_together_give_the_models_tokens(
     num_ranks: int, words: list[str], saved: Callable[[str], RunModel], tmp_path: Path

@@ -267,8 +267,8 @@ class Stage:
             self.compute(sequence_id)
         cached = [self.memory[table[p // size] * size + p % size] for p in range(len(history))]
         begun = self.rotary_len(sequence_id)
-        wanted = [self.cell(sequence_id, position, begun) for position in range(len(history))]
-        assert cached == wanted, "overwritten"
+        places = range(len(history))
+        assert cached == [self.cell(sequence_id, place, begun) for place in places], "overwritten"
         seed = self.sampling[sequence_id].seed
         sampled = [next_token(history[: known + row], seed) for row in range(len(draft) + 1)]
         history[known:] = sampled[: agreed(draft, sampled) + 1]
