@@ -259,9 +259,8 @@ async def _run(job: Job, session: Session, prompts: PreparedPrompts) -> int:
         return await share_exit_code(job.ranks, EXIT_OK, _EXIT_DEADLINE_S)
     _tell_plan(job, session, prompts, problem)
     predicting = session.predicting()
-    planned = predicting(
-        prompts.lengths(session.plan.max_context_tokens), session.expected_shared_ratio
-    )
+    lengths = prompts.lengths(session.plan.max_context_tokens)
+    planned = predicting(lengths, session.expected_shared_ratio)
     manifest = complete_manifest(job.first_manifest, session, loaded, job.acquired)
     await job.files.run(lambda: write_json(folder / "manifest.json", manifest))
     async with _recording(job, session) as recorded:

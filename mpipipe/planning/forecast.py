@@ -104,8 +104,7 @@ def forecast_job(
         times: of steps and hops.
         watts: the power limit of every rank's GPU, where known.
     """
-    shape = shape.as_under(plan)
-    lengths = shape.lengths
+    shape, lengths = shape.as_under(plan), shape.lengths
     most = max(_MOST_SEQUENCES, _FEWEST_WAVES * plan.num_slots * plan.max_sequences_per_slot)
     step = -(-len(lengths) // most)
     sample = sorted(lengths[::step], key=lambda pair: -pair[1])  # as they are admitted

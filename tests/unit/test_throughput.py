@@ -54,7 +54,7 @@ def report(stage: int, steps: int, compute_s: float, idle_s: float) -> RankRepor
 @pytest.mark.parametrize(
     "text",
     [
-        *("512x512x128", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"),
+        *("512x512x128", "512x1024+128x16", "1×20×3", "64xmixed", "200x9x2xtail", "64xmixedxeven"),
         *("1x512x128xrepeat", "64xmixedxevenxrepeat"),
     ],
 )
@@ -120,6 +120,16 @@ def test_prompts_that_repeat_say_one_passage_again_and_again() -> None:
         assert len(ids) == 100
         assert ids[32:] == ids[:-32]
         assert len(set(ids[:32])) > 16
+
+
+def test_prompts_of_a_work_with_a_common_beginning_share_it_and_no_more() -> None:
+    work = BenchWork.parse("3x64+16x4")
+    first, *others = bench_requests(work, LLAMA3, seed=1)
+    for other in others:
+        assert len(other.prompt_ids) == 80
+        assert other.prompt_ids[:64] == first.prompt_ids[:64]
+        assert other.prompt_ids[64:] != first.prompt_ids[64:]
+    assert work.shared_ratio == pytest.approx(2 * 64 / (3 * 80))
 
 
 def test_special_ids_are_not_drawn_from_a_small_vocabulary() -> None:
