@@ -23,8 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from mpipipe.demo.model import cache_folder
 from mpipipe.errors import PromptError
 from mpipipe.models.chat import ChatRenderer, ChatTemplates
@@ -33,6 +31,7 @@ from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.plain_values import from_json, to_json
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer", "known_ids"]
@@ -91,6 +90,8 @@ class FastTokenizer(Tokenizer):
     @staticmethod
     def of(serialized: str, facts: TokenizerFacts, templates: ChatTemplates) -> FastTokenizer:
         """Its texts are neither cut nor filled up, whatever the file says."""
+        import tokenizers  # runs of token ids need none
+
         backend = tokenizers.Tokenizer.from_str(serialized)
         backend.no_truncation()
         backend.no_padding()

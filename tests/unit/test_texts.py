@@ -131,17 +131,22 @@ def test_a_text_that_cannot_be_made_is_an_error_record_of_its_own() -> None:
 def test_what_has_ended_when_the_run_is_stopped_still_comes() -> None:
     wanted, make, pipeline = requests(40), Maker(), Pipeline()
     make.may_go_on.clear()
-    runner = runner_with(make, pipeline)
-    give_back = pipeline.give_back
 
-    async def give_some_back() -> None:
-        giving = asyncio.ensure_future(give_back())
-        await asyncio.to_thread(make.has_begun.wait, LIMIT_S)
-        runner.stop()
-        make.may_go_on.set()
-        await giving
+    class StopsThen(NullLog):
+        """Half of the prompts are admitted, the first have ended, and no text is made yet."""
 
-    pipeline.give_back = give_some_back  # type: ignore[method-assign]
+        def debug(self, event: str, **_: object) -> None:
+            if event == "admitted" and len(pipeline.opened) == len(wanted) // 2:
+                runner.stop()
+                make.may_go_on.set()
+
+    runner = Runner(
+        core=make_core("phases"),
+        group=cast("RankGroup", pipeline),
+        clock=pipeline.clock,
+        log=StopsThen(),
+        texts=TextMaker(decode, decode_all=make),
+    )
     found = completed(runner, pipeline, wanted)
     assert 0 < len(found) < len(wanted)
     assert [outcome(completion) for completion in found] == [
