@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpipipe.cli.terminal import guard_terminal
@@ -13,11 +12,13 @@ from mpipipe.errors import MpipipeError
 from mpipipe.job.warm import warm_up
 from mpipipe.metrics.boot import BootTimeline
 from mpipipe.progress import run_async
+from mpipipe.runtime.kernels_ahead import triton_cache
 from mpipipe.topology.launcher import detect
 from mpipipe.topology.process import process_age_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = ["boot_lines", "warm_command"]
 
@@ -53,8 +54,7 @@ def boot_lines(boot: BootTimeline) -> list[str]:
     for part in boot.parts:
         seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds
     told = [f"{name} {s:.1f} s" for name, s in seconds.items() if s >= _SHOWN_S]
-    kernels = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
     return [
         f"ready after {boot.wall_s:.1f} s: {' · '.join(told)}",
-        f"kernels are in {kernels}, the tokenizer is in {cache_folder()}",
+        f"kernels are in {triton_cache()}, the tokenizer is in {cache_folder()}",
     ]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from mpipipe.plain_values import to_json
+from mpipipe.planning.plan import PipelinePlan
 from mpipipe.runtime import kernels_ahead as module
+from mpipipe.runtime.kernel_process import Compiled
 from mpipipe.runtime.kernels_ahead import KernelProcess, kernels_ahead, stages_on_host
 from tests.unit.test_plan import make_plan
 
@@ -81,3 +87,65 @@ def test_stages_that_hold_the_same_ends_launch_the_same_kernels() -> None:
     plan = dataclasses.replace(make_plan(), stages=stages)
     assert stages_on_host(plan, "here") == (0, 1)
     assert stages_on_host(plan, "elsewhere") == (3,)
+
+
+# ---- what was compiled before --------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelinePlan:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "version", lambda _: "1.0")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    return dataclasses.replace(make_plan(), model_path=str(tmp_path))
+
+
+def answer(plan: PipelinePlan, compiled: Compiled, processors: int = 132) -> Compiled | None:
+    """What a process says that gives this answer to any order; None: it was not asked."""
+    code = f"import sys; sys.stdin.readline(); print({to_json(compiled)!r})"
+    popen = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="ascii",
+        start_new_session=True,
+    )
+    process = KernelProcess(popen, 1)
+    try:
+        process.order(plan, (0, 1), (9, 0), processors)
+        return process.wait(20.0)
+    finally:
+        process.close()
+
+
+def test_what_was_compiled_for_a_plan_is_not_compiled_again(plan: PipelinePlan) -> None:
+    compiled = Compiled(19, 5.0)
+    assert answer(plan, compiled) == compiled
+    assert answer(plan, compiled) is None
+    alike = dataclasses.replace(plan, num_kv_pages=plan.num_kv_pages + 1, resolved=())
+    assert answer(alike, compiled) is None
+    others = [
+        dataclasses.replace(plan, max_tokens_per_step=plan.max_tokens_per_step + 1),
+        dataclasses.replace(plan, stages=plan.stages[::-1]),
+    ]
+    for other in others:
+        assert answer(other, compiled) == compiled
+    assert answer(plan, compiled, processors=114) == compiled
+
+
+def test_it_is_compiled_again_if_the_cache_or_the_model_is_another(plan: PipelinePlan) -> None:
+    compiled = Compiled(19, 5.0)
+    assert answer(plan, compiled) == compiled
+    (Path(plan.model_path) / "config.json").write_text('{"head_dim": 64}', encoding="utf-8")
+    assert answer(plan, compiled) == compiled
+    assert answer(plan, compiled) is None
+    for note in (Path(plan.model_path) / "cache").iterdir():
+        note.unlink()
+    assert answer(plan, compiled) == compiled
+
+
+@pytest.mark.parametrize("compiled", [Compiled(0, 0.1), Compiled(19, 5.0, "ptxas is missing")])
+def test_what_came_to_nothing_is_tried_again(plan: PipelinePlan, compiled: Compiled) -> None:
+    assert answer(plan, compiled) == compiled
+    assert answer(plan, compiled) == compiled
