@@ -28,6 +28,7 @@ from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.metrics.accounting import StageAccount, StepRecord
 from mpipipe.metrics.log import NullLog
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.workload import Workload
 from mpipipe.progress import ProgressEngine, new_event_loop
 from mpipipe.runtime.session import Session
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
@@ -374,7 +375,7 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
         ranks=SimpleNamespace(mesh=None),
         resources=(),
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
-        prepared=SimpleNamespace(tokenizer=None, decode=text_of),
+        prepared=SimpleNamespace(tokenizer=None, decode=text_of, workload=Workload()),
         log=NullLog(),
     )
     nothing: Any = None
