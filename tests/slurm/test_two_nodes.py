@@ -25,8 +25,8 @@ from tests.slurm.site import JobEnd
 
 story = pytest.mark.story.with_args  # a marker with one function would decorate it
 
-# Eight prompts of 17 tokens and 24 new ones: as many hidden states of 576 float32 leave stage 0, but
-# for a page of 16 tokens with which a prompt begins as another does.
+# Eight prompts of 17 tokens and 24 new ones: as many hidden states of 576 float32 leave stage 0,
+# but for a page of 16 tokens with which a prompt begins as another does.
 HIDDEN_BYTES = (8 * (17 + 23) - 16) * 576 * 4
 
 
