@@ -290,9 +290,11 @@ class _Job:
 
     def _prefill(self, newcomers: list[_Sequence]) -> None:
         """Steps of chunks of a slot each, one behind the other through the stages."""
+        ends = [sequence.prompt + sequence.made for sequence in newcomers]
+        # Each computes a token at least: the last one samples.
         tokens = [
-            (sequence.prompt * self.shared_ratio, sequence.prompt + sequence.made)
-            for sequence in newcomers
+            (min(sequence.prompt * self.shared_ratio, end - 1), end)
+            for sequence, end in zip(newcomers, ends, strict=True)
         ]
         total = sum(end - start for start, end in tokens)
         pairs = sum((end * end - start * start) / 2 for start, end in tokens)

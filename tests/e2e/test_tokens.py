@@ -19,7 +19,7 @@ from tests.e2e.conftest import ROOT, read_jsonl, run
 
 NEW_TOKENS = 16
 # It goes on alone when the others have ended, and then by drafts.
-REPEATING = {"id": "repeating", "prompt": "red green blue black " * 9, "max_new_tokens": 48}
+REPEATING = {"id": "repeating", "prompt": "red green blue black " * 9, "max_new_tokens": 96}
 
 
 @pytest.fixture(scope="session")

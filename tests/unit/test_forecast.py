@@ -365,6 +365,14 @@ def test_one_stage_adds_up() -> None:
     assert found.stages[0].decode_step_s == 2
 
 
+def test_prompts_that_are_shared_as_a_whole_compute_their_last_token() -> None:
+    """As much can be told of a run whose preempted sequences found their own pages again."""
+    shape = JobShape.of([(32, 5)] * 4, shared_ratio=1.0)
+    found = forecast_job(SMOL, plan_of((2,)), shape, Scripted())
+    assert found.prefill_s == pytest.approx(10)
+    assert found.decode_s == pytest.approx(4 * 2)
+
+
 def test_a_second_wave_waits_for_places() -> None:
     found = followed(plan_of((1,)), [(16, 5)] * 6, Scripted(prefill=0.0))
     assert found.num_rounds == 8
