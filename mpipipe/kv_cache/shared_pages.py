@@ -15,6 +15,7 @@ its owners only read it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class SharedPages(PageAllocator):
         self._num_owners = [0] * num_pages
         self._known: dict[int, KnownPage] = {}  # by page: those in the trie
         # Pages in the trie without an owner, in the order in which they lost the last one.
-        self._kept: dict[int, KnownPage] = {}
+        self._kept: OrderedDict[int, KnownPage] = OrderedDict()
 
     @property
     def num_free(self) -> int:
@@ -100,8 +101,7 @@ class SharedPages(PageAllocator):
         return known
 
     def _forget_oldest(self) -> int:
-        page = next(iter(self._kept))
-        known = self._kept.pop(page)
+        page, known = self._kept.popitem(last=False)
         assert not known.children, "children are forgotten before their parents"
         assert known.parent is not None, "the root is no page"
         del known.parent.children[known.token_ids]

@@ -95,16 +95,16 @@ def prefix_groups(prompts: Sequence[Prompt], page_size: int) -> PrefixGroups:
 
 def _num_common(prompts: Sequence[Prompt], num_known: int, page_size: int) -> int:
     """Pages that all of them begin with and can share; `num_known` of these are known."""
-    first = prompts[0]
+    first, begin = prompts[0], num_known * page_size
     depth = min(max(0, len(prompt) - 1) // page_size for prompt in prompts)
-    common = first[: depth * page_size]
+    common = first[begin : depth * page_size]
     for prompt in prompts:
-        if prompt[: depth * page_size] == common:
+        if prompt[begin : depth * page_size] == common:
             continue
         depth = num_known
         while _page(first, depth, page_size) == _page(prompt, depth, page_size):
             depth += 1
-        common = first[: depth * page_size]
+        common = first[begin : depth * page_size]
     return depth
 
 

@@ -368,7 +368,8 @@ def test_one_stage_adds_up() -> None:
 def test_prompts_that_are_shared_as_a_whole_compute_their_last_token() -> None:
     """As much can be told of a run whose preempted sequences found their own pages again."""
     shape = JobShape.of([(32, 5)] * 4, shared_ratio=1.0)
-    found = forecast_job(SMOL, plan_of((2,)), shape, Scripted())
+    plan = replace(plan_of((2,)), max_sharing_tokens=1000)
+    found = forecast_job(SMOL, plan, shape, Scripted())
     assert found.prefill_s == pytest.approx(10)
     assert found.decode_s == pytest.approx(4 * 2)
 
