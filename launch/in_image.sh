@@ -24,6 +24,9 @@ if [ "${MPIPIPE_NV:-auto}" = on ] || { [ "${MPIPIPE_NV:-auto}" = auto ] && [ -e 
     flags+=(--nv)
 fi
 # Where a PMIx library meets Slurm's PMIx server; the demo model and tokenizers; compiled kernels.
+for path in "${MPIPIPE_CACHE:-}" "${TRITON_CACHE_DIR:-}"; do
+    [ -z "$path" ] || mkdir -p "$path" || true # a folder that is not there cannot be bound
+done
 for path in "${PMIX_SERVER_TMPDIR:-}" "${MPIPIPE_CACHE:-}" "${TRITON_CACHE_DIR:-}"; do
     [ ! -d "$path" ] || flags+=(--bind "$path")
 done

@@ -35,8 +35,8 @@ def warm_command(config: Path, overrides: Sequence[str], *, debug: bool) -> int:
     clock = MonotonicClock()
     boot = BootTimeline(clock, clock.now_s() - (process_age_s() or 0.0))
 
-    def tell(ended: BootTimeline) -> None:
-        for line in boot_lines(ended):
+    def tell(ended: BootTimeline, problem: str) -> None:
+        for line in boot_lines(ended, problem):
             print(line, flush=True)
 
     try:
@@ -48,13 +48,18 @@ def warm_command(config: Path, overrides: Sequence[str], *, debug: bool) -> int:
     return 0
 
 
-def boot_lines(boot: BootTimeline) -> list[str]:
-    """The parts of rank 0's boot, and where the caches are."""
+def boot_lines(boot: BootTimeline, problem: str = "") -> list[str]:
+    """The parts of rank 0's boot, and where there are caches.
+
+    `problem`: what kept kernels from being compiled ahead.
+    """
     seconds: dict[str, float] = {}
     for part in boot.parts:
         seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds
     told = [f"{name} {s:.1f} s" for name, s in seconds.items() if s >= _SHOWN_S]
-    return [
-        f"ready after {boot.wall_s:.1f} s: {' · '.join(told)}",
-        f"kernels are in {triton_cache()}, the tokenizer is in {cache_folder()}",
-    ]
+    lines = [f"ready after {boot.wall_s:.1f} s: {' · '.join(told)}"]
+    if problem:
+        lines.append(f"kernels were not compiled ahead, ranks compiled what they use: {problem}")
+    places = {"kernels": triton_cache(), "tokenizers": cache_folder() / "tokenizers"}
+    lines += [f"{what}: {folder}" for what, folder in places.items() if folder.is_dir()]
+    return lines

@@ -30,11 +30,12 @@ async def warm_up(
     config_path: Path,
     overrides: Sequence[str],
     boot: BootTimeline,
-    tell: Callable[[BootTimeline], object],
+    tell: Callable[[BootTimeline, str], object],
     *,
     debug: bool,
 ) -> None:
-    """Boot and end, on every rank; `tell` gets the finished boot of rank 0.
+    """Boot and end, on every rank; `tell` gets the finished boot of rank 0, and what kept kernels
+    from being compiled ahead (empty: nothing).
 
     Without configured prompts the plan is made for unknown ones, as the library's is.
 
@@ -55,9 +56,20 @@ async def warm_up(
         def prepare(model: ModelFacts) -> Prepared:
             return tokenize(model, lines) if lines else prepare_text(model)
 
-        async with loaded_session(joined, prepare, NullLog()) as (session, _):
+        log = _KernelsLog()
+        async with loaded_session(joined, prepare, log) as (session, _):
             if not session.is_head:
                 await session.serve_until_ended()
                 return
             session.end()
-            tell(boot)
+            tell(boot, log.problem)
+
+
+class _KernelsLog(NullLog):
+    """Remembers what the process that compiles kernels has said."""
+
+    problem = ""
+
+    def info(self, event: str, **fields: object) -> None:
+        if event == "kernels":
+            self.problem = str(fields.get("problem", ""))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer", "known_ids"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 # What a class must leave to transformers' own base class, to be nothing but its `_tokenizer`.
 _METHODS = (
@@ -142,26 +142,34 @@ def known_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """Where a folder's tokenizer is kept: a line of facts, then the tokenizer."""
+    """Where a folder's tokenizer is kept: a checksum, a line of facts, then the tokenizer."""
 
-    path: Path
+    path: Path | None  # None: nowhere
 
     def read(self, templates: ChatTemplates) -> FastTokenizer | None:
         """What was kept; None: nothing that can be read."""
+        if self.path is None:
+            return None
         try:
-            first, _, serialized = self.path.read_text(encoding="utf-8").partition("\n")
+            kept, _, rest = self.path.read_text(encoding="utf-8").partition("\n")
+            if kept != _checksum(rest):
+                return None
+            first, _, serialized = rest.partition("\n")
             return FastTokenizer.of(serialized, from_json(TokenizerFacts, first), templates)
         except Exception:  # noqa: BLE001 - `tokenizers` raises it bare for a damaged file
             return None
 
     def write(self, serialized: str, facts: TokenizerFacts) -> None:
         """Keep it, where that can be done; readers see it whole or not at all."""
+        if self.path is None:
+            return
+        rest = f"{to_json(facts)}\n{serialized}"
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             number, name = tempfile.mkstemp(dir=self.path.parent, prefix=".tokenizer-")
             try:
                 with os.fdopen(number, "w", encoding="utf-8") as file:
-                    file.write(f"{to_json(facts)}\n{serialized}")
+                    file.write(f"{_checksum(rest)}\n{rest}")
                 Path(name).chmod(0o644)  # a cache folder may be shared
                 Path(name).replace(self.path)
             except OSError:
@@ -172,14 +180,22 @@ class _Kept:
 def kept_tokenizer(folder: Path, settings: Mapping[str, Any]) -> _Kept:
     """The place of what transformers makes of `folder` with `settings`.
 
-    Raises:
-        OSError: a file cannot be read.
+    Nowhere, if there is no cache folder, or a file of the model's that may matter cannot be read.
     """
     digest = hashlib.sha256()
     libraries = [version(name) for name in ("transformers", "tokenizers")]
     digest.update(json.dumps([_FORMAT, libraries, settings], sort_keys=True).encode())
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _SUFFIXES and path.is_file():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"\n{path.name} {content}".encode())
-    return _Kept(cache_folder() / "tokenizers" / f"{digest.hexdigest()[:32]}.json")
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _SUFFIXES and path.is_file():
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"\n{path.name} {content}".encode())
+        place = cache_folder() / "tokenizers"
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return _Kept(None)
+    return _Kept(place / f"{digest.hexdigest()[:32]}.json")
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -110,7 +110,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig | None:
         return None
     try:
         return _read(config, family)
-    except _UnreadError:
+    except (_UnreadError, TypeError, ValueError, OverflowError):  # of values that are no settings
         return None
 
 
@@ -127,7 +127,8 @@ def _read(config: Mapping[str, Any], family: _Family) -> LlamaConfig:
     if head_dim is None:
         _require(not family.head_norms)  # Qwen 3 has a default that follows from nothing
         head_dim = hidden_size // num_heads
-    _require(_is_size(num_kv_heads) and _is_size(head_dim) and num_heads % num_kv_heads == 0)
+    _require(_is_size(num_kv_heads) and _is_size(head_dim))
+    _require(num_heads % num_kv_heads == 0 and head_dim % 2 == 0)
     attention_bias = family.reads_attention_bias and _flag(config, "attention_bias")
     return LlamaConfig(
         model_type=str(config["model_type"]),
@@ -151,9 +152,10 @@ def _read(config: Mapping[str, Any], family: _Family) -> LlamaConfig:
 
 def _window(config: Mapping[str, Any], family: _Family) -> int | None:
     types = config.get("layer_types")
+    if types is not None:
+        _require(set(types) == {"full_attention"} and len(types) == config["num_hidden_layers"])
     if family.may_have_window:
         _require(not _flag(config, "use_sliding_window"))
-        _require(types is None or set(types) == {"full_attention"})
         return None
     if not family.has_window:
         return None

@@ -53,10 +53,12 @@ def main() -> None:
     # A terminal's ^C and a scheduler's signals are meant for the ranks.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # ranks block some
     import mpipipe.models.kernels.ahead
     import mpipipe.stage.dry_run  # noqa: F401 - seconds, while there is nothing to do yet
 
     line = sys.stdin.readline()
+    _end_with_input()
     if line:
         compiled = _answer(from_json(Order, line))
         sys.stdout.write(to_json(compiled) + "\n")
@@ -67,7 +69,6 @@ def _answer(order: Order) -> Compiled:
     began_s = time.monotonic()
     try:
         launches = _launches(order)
-        _end_with_input()
         from mpipipe.models.kernels.ahead import compile_launches
 
         compile_launches(launches, order.num_processes)

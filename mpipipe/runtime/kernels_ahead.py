@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class KernelProcess:
     ) -> None:
         """Let it compile the kernels of `stages` of `plan`, for GPUs like this."""
         order = Order(plan, tuple(stages), capability, processors, self._num_processes)
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # a file that cannot be read, no home folder
             self._note = _note_of(order)
             if self._note.exists():
                 self.close()
@@ -138,7 +138,10 @@ def _start(environ: Mapping[str, str], num_processes: int) -> KernelProcess | No
 
 def triton_cache() -> Path:
     """Where Triton keeps what it compiles."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    told = os.environ.get("TRITON_CACHE_DIR")
+    if told:
+        return Path(told)
+    return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
 
 
 def _note_of(order: Order) -> Path:
@@ -149,10 +152,11 @@ def _note_of(order: Order) -> Path:
 
     Raises:
         OSError: the model's configuration cannot be read.
+        RuntimeError: there is no home folder.
     """
     plan = order.plan
     asked = (
-        *(version("triton"), version("torch"), order.capability, order.num_processors),
+        *(_version("triton"), _version("torch"), order.capability, order.num_processors),
         *(plan.dtype, plan.quantize, plan.kv_cache, plan.attention, plan.page_size_tokens),
         *(plan.max_decode_rows, plan.max_sequences_per_slot, plan.max_tokens_per_step),
         *(plan.max_context_tokens, plan.max_sequence_tokens, plan.cuda_graphs, plan.sampling),
@@ -165,6 +169,14 @@ def _note_of(order: Order) -> Path:
     for source in sorted(sources.glob("*.py")):
         digest.update(source.read_bytes())
     return triton_cache() / f"mpipipe-{digest.hexdigest()[:32]}"
+
+
+def _version(name: str) -> str:
+    """Empty: it was installed by another name, as vendors' Triton is."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def _launched_by(stage: StagePlan) -> tuple[bool, ...]:

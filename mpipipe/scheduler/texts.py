@@ -53,7 +53,7 @@ class TextMaker:
     ) -> Texts | None:
         """The texts, if they are made at once; else None, and `made` is called in the event loop.
 
-        Few tokens are made at once, unless others are under way: texts come in the order of calls.
+        Few tokens are made at once, unless others are under way. A text may overtake one before it.
         """
         decode_all = self._decode_all
         if decode_all is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -173,6 +174,44 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path, content: byt
     kept.write_bytes(content)
     assert open_tokenizer(tmp_path).encode("the fox", True) == expected
     assert kept.read_bytes() == whole
+
+
+def test_a_cache_with_another_digit_is_made_again(tmp_path: Path, cache: Path) -> None:
+    _generic(tmp_path)
+    open_tokenizer(tmp_path)
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    at = max(whole.rfind(b"%d" % digit) for digit in range(10))
+    kept.write_bytes(whole[:at] + (b"1" if whole[at : at + 1] != b"1" else b"2") + whole[at + 1 :])
+    open_tokenizer(tmp_path)
+    assert kept.read_bytes() == whole
+
+
+def test_a_file_that_cannot_be_read_and_a_missing_home_keep_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _generic(tmp_path)
+    expected = open_tokenizer(tmp_path).encode("the fox", True)
+    for path in cache.iterdir():
+        path.unlink()
+    (tmp_path / "NOTES.txt").write_text("ours")
+    opened = Path.open
+
+    def refusing(path: Path, *words: Any, **more: Any) -> Any:
+        if path.name == "NOTES.txt":
+            raise PermissionError(path)
+        return opened(path, *words, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refusing)
+        assert open_tokenizer(tmp_path).encode("the fox", True) == expected
+
+    def homeless() -> Path:
+        raise RuntimeError("no home folder")
+
+    monkeypatch.setattr("mpipipe.models.fast_tokenizer.cache_folder", homeless)
+    assert open_tokenizer(tmp_path).encode("the fox", True) == expected
+    assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

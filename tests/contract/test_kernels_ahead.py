@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 
+from mpipipe.models.kernels import ahead
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernels_ahead import KernelProcess
@@ -131,6 +134,31 @@ def test_a_process_that_dies_is_told(plan: PipelinePlan, process: KernelProcess)
     compiled = process.wait(LIMIT_S)
     assert compiled is not None
     assert "ended" in compiled.problem
+
+
+class _Kernel:
+    """In the place of Triton's."""
+
+    def preload(self, specialization: str) -> str:
+        return specialization
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_processes_that_ignore_signals_end_and_one_that_is_killed_is_told(
+    is_killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_driver() -> None:
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ahead, "_build_driver", build_driver)
+    monkeypatch.setattr(ahead, "_build_launcher", lambda _: None)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(BrokenProcessPool) if is_killed else nullcontext():
+            ahead.compile_launches([(_Kernel(), "")] * 6, 4)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,12 @@ from mpipipe.plain_values import to_json
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernel_process import Compiled
-from mpipipe.runtime.kernels_ahead import KernelProcess, kernels_ahead, stages_on_host
+from mpipipe.runtime.kernels_ahead import (
+    KernelProcess,
+    kernels_ahead,
+    stages_on_host,
+    triton_cache,
+)
 from tests.unit.test_plan import make_plan
 
 
@@ -143,6 +149,32 @@ def test_it_is_compiled_again_if_the_cache_or_the_model_is_another(plan: Pipelin
     for note in (Path(plan.model_path) / "cache").iterdir():
         note.unlink()
     assert answer(plan, compiled) == compiled
+
+
+def test_an_order_needs_no_package_of_that_name_and_no_home(
+    plan: PipelinePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = Compiled(19, 5.0)
+
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    def homeless() -> Path:
+        raise RuntimeError("no home folder")
+
+    monkeypatch.setattr(module, "version", unknown)
+    assert answer(plan, compiled) == compiled
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert answer(plan, compiled) == compiled
+
+
+def test_the_cache_is_where_triton_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_HOME", "/shared")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert triton_cache() == Path("/shared/.triton/cache")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/kernels")
+    assert triton_cache() == Path("/kernels")
 
 
 @pytest.mark.parametrize("compiled", [Compiled(0, 0.1), Compiled(19, 5.0, "ptxas is missing")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mpipipe.cli.warming import boot_lines
@@ -9,9 +11,13 @@ from mpipipe.clock import ScriptedClock
 from mpipipe.metrics.boot import BootTimeline, PartName
 
 
-def test_the_parts_of_the_boot_and_the_caches_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/shared/kernels")
-    monkeypatch.setenv("MPIPIPE_CACHE", "/shared/mpipipe")
+def test_the_parts_of_the_boot_and_the_caches_that_there_are_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(kernels))
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "mpipipe"))
     clock = ScriptedClock(100.0)
     boot = BootTimeline(clock)
     parts: list[tuple[PartName, float]] = [
@@ -26,5 +32,9 @@ def test_the_parts_of_the_boot_and_the_caches_are_told(monkeypatch: pytest.Monke
     boot.end()
     assert boot_lines(boot) == [
         "ready after 6.3 s: imports 4.0 s · kernels 2.2 s",
-        "kernels are in /shared/kernels, the tokenizer is in /shared/mpipipe",
+        f"kernels: {kernels}",
     ]
+    told = boot_lines(boot, "they are not compiled after so long a time")
+    assert told[1].endswith(
+        "ranks compiled what they use: they are not compiled after so long a time"
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +75,18 @@ def recorded_launches(gpu: GpuFacts) -> Iterator[list[Launch]]:
 def compile_launches(launches: Sequence[Launch], num_processes: int) -> None:
     """Bring every kernel of `launches` into Triton's cache; what it holds already costs little.
 
+    Not with `multiprocessing.Pool`: it ends its processes by SIGTERM, which they ignore as their
+    parent does, and it waits for ever for the work of one that was killed.
+
     Raises:
-        Exception: what Triton raised in one of the processes.
+        Exception: what Triton raised in one of the processes, or one of them was killed.
     """
     if not launches:
         return
     fork = multiprocessing.get_context("fork")  # children share what is imported
     _Shared.launches = launches
-    with fork.Pool(min(num_processes, len(launches) + 1)) as pool:
-        for _ in pool.imap_unordered(_compile, range(-1, len(launches))):
+    with ProcessPoolExecutor(min(num_processes, len(launches) + 1), mp_context=fork) as pool:
+        for _ in pool.map(_compile, range(-1, len(launches))):
             pass
 
 
