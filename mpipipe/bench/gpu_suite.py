@@ -4,8 +4,11 @@ Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` an
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
 and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `lanes_<shape>` on two
 that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights that stream from pinned
-host memory under a limit of GPU memory), `transformers_1` and `transformers_2` (generate on one
-GPU, device_map over two), `tests` (launch/test_gpu.sh). `launch/bench_gpu.py` runs them.
+host memory under a limit of GPU memory); on two, `prefix_<shape>` and `apart_<shape>` (prompts that
+begin alike, with and without sharing), `tail_<shape>` (a few long outputs, and the same tokens at
+fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that repeats); `transformers_1` and
+`transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
+`launch/bench_gpu.py` runs them.
 
 Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
 greedy decoding and fixed lengths unless a work says mixed.
@@ -63,6 +66,12 @@ _QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 # Two GPUs as the lanes of one stage, held against `single_` and against the same GPUs as stages.
 _LANES = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
+# Of 1,152 tokens 1,024 are the same in all prompts; 512x512x128 shares nothing: what looking costs.
+_PREFIX = dict.fromkeys(_SHAPES, ("512x1024+128x16", "512x1024+128x128", "512x512x128"))
+_TAIL = dict.fromkeys(
+    _SHAPES, ("512xmixed", "512xmixedxeven", "2000x512x64xtail", "2000x512x64xtailxeven")
+)
+_REPEATING = {"openllama_3b": ("1x512x128xrepeat", "1x512x512xrepeat")}
 # Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
 _OFFLOAD = {
     "offload_32_rows": (
@@ -209,6 +218,11 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("fp8", 1, "model.quantize=fp8", _QUANTIZED),
         ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
+        ("prefix", 2, "memory.share_prefixes=true", _PREFIX),
+        ("apart", 2, "memory.share_prefixes=false", _PREFIX),
+        ("tail", 2, "", _TAIL),
+        ("drafts", 2, "", _REPEATING),
+        ("undrafted", 2, "pipeline.num_speculative_tokens=0", _REPEATING),
     )
     parts = [
         _throughput_part(f"{kind}_{shape}", shape, works, ranks, options, variant=variant)

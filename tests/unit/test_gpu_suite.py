@@ -9,6 +9,7 @@ import pytest
 
 from mpipipe.bench import gpu_suite
 from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part, table_lines
+from mpipipe.bench.workloads import BenchWork
 
 STAGE = {
     "gpu_peak_bytes": 3 << 30,
@@ -72,6 +73,15 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
     lanes = parts["lanes_llama3_8b"]
     assert (lanes.command[2], lanes.labels["variant"]) == ("2", "tensor_parallel=2")
     assert "pipeline.tensor_parallel=2" in lanes.command
+    shared, apart = parts["prefix_llama3_8b"].command, parts["apart_llama3_8b"].command
+    assert [word.replace("false", "true") for word in apart if "jsonl" not in word] == [
+        word for word in shared if "jsonl" not in word
+    ]
+    assert "512x1024+128x128" in shared
+    for part in parts.values():
+        for at, word in enumerate(part.command):
+            if word == "--work":
+                BenchWork.parse(part.command[at + 1])  # a work that there is
     limited = parts["offload_32_rows"]
     assert limited.labels == {
         "shape": "openllama_7b",
