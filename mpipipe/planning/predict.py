@@ -77,8 +77,8 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: Jo
     )
     work_bytes = limits.step_bytes(spec, plan.dtype, plan.sampling, has_head=stage.has_head)
     held = stage.device_weight_bytes + num_pages * page_bytes + work_bytes
-    # A CPU multiplies by a packed copy of the embedding (`models/prepacked_linear.py`).
-    is_packed = not on_gpu and stage.has_embedding and stage.has_head and stage.offload is None
-    if is_packed and spec.is_head_the_embedding:
+    # On a CPU the head is packed (`models/prepacked_linear.py`): the most is held while both forms
+    # of it are there, or always, where the plain one is the embedding.
+    if not on_gpu and stage.has_head and stage.offload is None:
         held += head_weight_bytes(spec, plan.dtype)
     return held
