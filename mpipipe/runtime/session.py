@@ -15,7 +15,6 @@ from mpipipe.control_plane.messages import (
     GenerationEnded,
     SessionEnded,
 )
-from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
@@ -23,6 +22,7 @@ from mpipipe.planning.known_times import known_times
 from mpipipe.planning.predict import predict
 from mpipipe.scheduler.core import SchedulerCore
 from mpipipe.scheduler.detokenize import SpecialTokens
+from mpipipe.scheduler.instructions import SchedulerStatistics
 from mpipipe.scheduler.replicas import Dispatch, ReplicaLink, ReplicaPlace
 from mpipipe.scheduler.runner import Runner
 from mpipipe.scheduler.texts import TextMaker
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from mpipipe.config.load import LoadedConfig
     from mpipipe.metrics.accounting import StageAccount, StepRecord
+    from mpipipe.metrics.drafts import DraftUse
     from mpipipe.metrics.log import Logger
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Prediction
@@ -47,13 +48,13 @@ if TYPE_CHECKING:
     from mpipipe.runtime.kernels_ahead import KernelProcess
     from mpipipe.runtime.ranks import Ranks
     from mpipipe.runtime.requests import Prepared
-    from mpipipe.scheduler.instructions import SchedulerStatistics
     from mpipipe.stage.worker import StageWorker
     from mpipipe.types import Completion, Request
 
 __all__ = ["Boot", "LoadFacts", "Session"]
 
 _GATHER_DEADLINE_S = 120.0
+_NOTHING_YET = SchedulerStatistics()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,12 @@ class Session:
     # Of the latest `generate` so far: on rank 0 of all replicas, on another head of its own one.
 
     @property
+    def _counts(self) -> Dispatch | SchedulerStatistics:
+        if self._dispatch is not None:
+            return self._dispatch
+        return self.statistics() or _NOTHING_YET
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens made."""
         if self._dispatch is not None:
@@ -178,50 +185,32 @@ class Session:
     @property
     def num_running(self) -> int:
         """Sequences in slots."""
-        if self._dispatch is not None:
-            return self._dispatch.num_running
-        statistics = self.statistics()
-        return statistics.num_running if statistics is not None else 0
+        return self._counts.num_running
 
     @property
     def num_waiting(self) -> int:
         """Requests without a place."""
-        if self._dispatch is not None:
-            return self._dispatch.num_waiting
-        statistics = self.statistics()
-        return statistics.num_waiting if statistics is not None else 0
+        return self._counts.num_waiting
 
     @property
     def num_preemptions(self) -> int:
         """Sequences that lost their pages."""
-        if self._dispatch is not None:
-            return self._dispatch.num_preemptions
-        statistics = self.statistics()
-        return statistics.num_preemptions if statistics is not None else 0
+        return self._counts.num_preemptions
 
     @property
     def num_saved(self) -> int:
         """Of the preemptions, those whose pages went to host memory."""
-        if self._dispatch is not None:
-            return self._dispatch.num_saved
-        statistics = self.statistics()
-        return statistics.num_saved if statistics is not None else 0
+        return self._counts.num_saved
 
     @property
     def drafts(self) -> DraftUse:
         """Tokens drafted by n-gram lookup, and what came of it."""
-        if self._dispatch is not None:
-            return self._dispatch.drafts
-        statistics = self.statistics()
-        return statistics.drafts if statistics is not None else DraftUse()
+        return self._counts.drafts
 
     @property
     def num_shared_tokens(self) -> int:
         """Of prompts, those that were not computed: they were in pages of others."""
-        if self._dispatch is not None:
-            return self._dispatch.num_shared_tokens
-        statistics = self.statistics()
-        return statistics.num_shared_tokens if statistics is not None else 0
+        return self._counts.num_shared_tokens
 
     def replica_totals(self) -> tuple[ReplicaTotals, ...]:
         """What each replica did in the latest `generate` (rank 0); empty where there is one."""

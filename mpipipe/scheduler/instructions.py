@@ -62,18 +62,18 @@ Instruction = TokensEmitted | Finished | Closed
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStatistics:
-    """A snapshot of the core."""
+    """A snapshot of the core; as it is made, of one that did nothing yet."""
 
-    num_waiting: int  # preempted ones included
-    num_running: int
-    num_steps_in_flight: int
-    num_free_pages: int
-    num_pages: int
-    num_steps: int  # since the start, as the following
-    num_finished: int
-    num_preemptions: int
-    num_recomputed_tokens: int  # lost to preemption
-    max_pages_used: int
+    num_waiting: int = 0  # preempted ones included
+    num_running: int = 0
+    num_steps_in_flight: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    num_steps: int = 0  # since the start, as the following
+    num_finished: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0  # lost to preemption
+    max_pages_used: int = 0
     num_saved: int = 0  # of the preemptions, those whose pages were saved in host memory
     num_saved_pages: int = 0
     max_host_pages_used: int = 0

@@ -109,12 +109,15 @@ class StepMaker:
                 slot = next((slot for slot in able if self._due(slot) <= self.num_steps), None)
             if slot is None:
                 return None
-            if drafts := self._drafts_of(slot):
-                dispatched = self._verify(slot, drafts)
-            else:
-                dispatched = self._decode(slot, self._joined(slot))
+            dispatched = self._go_on(slot)
             if dispatched is not None:
                 return dispatched
+
+    def _go_on(self, slot: Slot, budget: int = 0) -> Dispatched | None:
+        """The slot's next step: of drafts where it has some, else as `_decode` makes it."""
+        if drafts := self._drafts_of(slot):
+            return self._verify(slot, drafts)
+        return self._decode(slot, self._joined(slot), budget)
 
     def _joined(self, slot: Slot) -> list[Sequence]:
         """Who joins the batch of `slot` now: those that are awaited no longer than it is itself.
@@ -158,10 +161,7 @@ class StepMaker:
         for slot in sorted(in_turn, key=self._due) if early else in_turn:
             if self._admits():
                 self._slot_allocator.refill(slot, self._budget(slot), self._returned)
-            if drafts := self._drafts_of(slot):
-                dispatched = self._verify(slot, drafts)
-            else:
-                dispatched = self._decode(slot, self._joined(slot), self._budget(slot))
+            dispatched = self._go_on(slot, self._budget(slot))
             if dispatched is not None:
                 self._turn = (slot.index + 1) % self._limits.num_slots
                 return dispatched
@@ -169,9 +169,7 @@ class StepMaker:
 
     def _goes_on(self, slot: Slot, early: bool) -> bool:
         """Whether a step of `slot` finds its tokens on the first stage, or soon if `early`."""
-        if self._awaits:
-            return slot.sampled_in <= self._returned
-        if slot.drafting:
+        if self._awaits or slot.drafting:
             return slot.sampled_in <= self._returned
         if not slot.decodes:
             return True

@@ -44,12 +44,14 @@ class Maker:
         return decode(ids)
 
 
-def runner_with(make: Maker, pipeline: Pipeline, kind: str = "phases") -> Runner:
+def runner_with(
+    make: Maker, pipeline: Pipeline, kind: str = "phases", log: NullLog | None = None
+) -> Runner:
     return Runner(
         core=make_core(kind),
         group=cast("RankGroup", pipeline),
         clock=pipeline.clock,
-        log=NullLog(),
+        log=log or NullLog(),
         on_request=pipeline.records.append,
         texts=TextMaker(decode, decode_all=make),
     )
@@ -105,13 +107,7 @@ def test_steps_go_on_while_texts_are_made_and_latencies_leave_that_out() -> None
             if event == "admitted" and len(pipeline.opened) == len(wanted) - 1:
                 make.may_go_on.set()
 
-    runner = Runner(
-        core=make_core("phases"),
-        group=cast("RankGroup", pipeline),
-        clock=pipeline.clock,
-        log=LetGo(),
-        texts=TextMaker(decode, decode_all=make),
-    )
+    runner = runner_with(make, pipeline, log=LetGo())
     found = completed(runner, pipeline, wanted)
     assert {c.request_id: c.latency_s for c in found} == {
         c.request_id: c.latency_s for c in at_once
@@ -140,13 +136,7 @@ def test_what_has_ended_when_the_run_is_stopped_still_comes() -> None:
                 runner.stop()
                 make.may_go_on.set()
 
-    runner = Runner(
-        core=make_core("phases"),
-        group=cast("RankGroup", pipeline),
-        clock=pipeline.clock,
-        log=StopsThen(),
-        texts=TextMaker(decode, decode_all=make),
-    )
+    runner = runner_with(make, pipeline, log=StopsThen())
     found = completed(runner, pipeline, wanted)
     assert 0 < len(found) < len(wanted)
     assert [outcome(completion) for completion in found] == [
