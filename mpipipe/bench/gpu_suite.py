@@ -200,13 +200,19 @@ def _works(works: tuple[str, ...], options: SuiteOptions) -> tuple[str, ...]:
 
 
 def _whole_run_part(
-    name: str, shape: str, work: str, options: SuiteOptions, kernels: KernelCache = ""
+    name: str,
+    shape: str,
+    work: str,
+    options: SuiteOptions,
+    *,
+    kernels: KernelCache = "",
+    more: tuple[str, ...] = (),
 ) -> Part:
-    """A whole `mpipipe run` of a shape over two ranks."""
+    """A whole `mpipipe run` of a shape over two ranks. `more`: settings."""
     run = WholeRun(
         work=_works((work,), options)[0],
         config=options.root / "configs" / "bench_gpu.toml",
-        settings=_settings(shape, options),
+        settings=(*_settings(shape, options), *more),
         folder=options.out / f"{name}_{shape}",
         kernels=kernels,
     )
@@ -251,10 +257,13 @@ def all_parts(options: SuiteOptions) -> list[Part]:
     ]
     shape = SHAPES[0]
     parts += [
-        _whole_run_part("boot_cold", shape, _BOOT, options, "cold"),
-        _whole_run_part("boot_warm", shape, _BOOT, options, "warm"),  # behind the cold one
+        _whole_run_part("boot_cold", shape, _BOOT, options, kernels="cold"),
+        _whole_run_part("boot_warm", shape, _BOOT, options, kernels="warm"),  # behind it
         _throughput_part(f"file_bench_{shape}", shape, (_FILE,), 2, options, variant=""),
-        _whole_run_part("file_run", shape, _FILE, options),
+        # Without drafts, as `bench throughput` does works that do not repeat.
+        _whole_run_part(
+            "file_run", shape, _FILE, options, more=("pipeline.num_speculative_tokens=0",)
+        ),
         _transformers_part("transformers_1", "none", options),
     ]
     if options.device == "cuda":

@@ -49,9 +49,7 @@ class WholeRun:
             f"prompts.path={self._prompts}",
             f"output.dir={self.folder}",
             "output.overwrite=true",
-            # As `bench throughput` does it.
-            "generation.ignore_eos=true",
-            "pipeline.num_speculative_tokens=0",
+            "generation.ignore_eos=true",  # as `bench throughput` does it
         )
         return ("run", str(self.config), *self.settings, *own)
 
