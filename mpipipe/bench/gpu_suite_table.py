@@ -57,7 +57,7 @@ def table_lines(results: Sequence[Result], seconds: float) -> list[str]:
     lines += [*_start_lines(runs), *_file_lines(runs, ours)]
     if measured := [*ours, *runs]:
         lines += [_where(measured), ""]
-    lines += _header("part", "seconds", "outcome")
+    lines += ["| part | seconds | outcome |", "|---|---:|---|"]
     lines += [f"| {r.part.name} | {r.seconds:.0f} | {r.problem or 'ok'} |" for r in results]
     return [*lines, "", f"All parts: {seconds:.0f} s."]
 
@@ -144,7 +144,7 @@ def _start_lines(runs: Sequence[Record]) -> list[str]:
         return []
     lines = _header(
         "start of", "kernel cache", "GPUs", "first token s", "target", "foretold until it "
-        "generates", "measured", "launcher s", "kernels kept", "parts in s",
+        "generates", "measured", "launcher s", "entries kept", "parts in s",
     )  # fmt: skip
     for record in starts:
         first_s, phases = record["first_token_s"], record["phases"]
