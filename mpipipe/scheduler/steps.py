@@ -374,7 +374,9 @@ class StepMaker:
             if sequence.slot < 0:  # a victim of those before it
                 continue
             if sequence.is_prefilled:
-                given.update(self._slot_allocator.give_pages([sequence]))
+                page = self._slot_allocator.give_page(sequence)
+                if page is not None:
+                    given[sequence] = page
             elif budget:
                 chunk = self._slot_allocator.give_chunk(sequence, budget, self.num_steps)
                 if chunk is not None:
