@@ -316,9 +316,9 @@ class StepMaker:
         joined = [sequence for sequence in joined if sequence.slot >= 0]
         if not joined and not batch.num_live:
             return self._send_chunks(slot, chunks) if chunks else None
-        if joined:
-            slot.joining = [sequence for sequence in slot.joining if sequence not in joined]
         left = batch.change(joined)
+        if joined:
+            slot.joining = [sequence for sequence in slot.joining if not sequence.in_batch]
         leaving = batch.advance(number, joined)
         rows = batch.rows
         if chunks:
