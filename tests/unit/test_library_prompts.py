@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpipipe.config.load import load_config
-from mpipipe.config.prompt_fields import keyword_sampling
-from mpipipe.config.prompt_fields import prompt_seed
+from mpipipe.config.prompt_fields import keyword_sampling, prompt_seed
 from mpipipe.config.prompts import library_prompts, read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, SettingError
