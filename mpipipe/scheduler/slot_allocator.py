@@ -305,8 +305,9 @@ class SlotAllocator:
         else:
             given = {}
             for sequence in sorted(needing, key=_arrival):
-                if sequence.slot >= 0 and (page := self.give_page(sequence)) is not None:
-                    given[sequence] = page
+                given_page = self.give_page(sequence) if sequence.slot >= 0 else None
+                if given_page is not None:
+                    given[sequence] = given_page
         return given
 
     def give_page(self, sequence: Sequence) -> int | None:
