@@ -42,7 +42,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
+_BENCH = "Measure. Under mpirun: dispatch, control, throughput; from strong on, ranks are started."
+bench = typer.Typer(help=_BENCH, no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
 app.command()(simulate)
