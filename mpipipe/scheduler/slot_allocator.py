@@ -273,9 +273,10 @@ class SlotAllocator:
         new_pages = self._take(-(-end // size) - len(sequence.pages))
         fulfilled = min(sequence.num_promised, len(new_pages))
         if sequence.begins:
+            # What it finds when it comes back, it has once computed, or it was counted then.
+            self.prefixes.num_shared_tokens += start if sequence.began_at < 0 else 0
             sequence.begins, sequence.began_at = False, step
             sequence.num_shared_tokens = start
-            self.prefixes.num_shared_tokens += start
             new_pages = (*sequence.pages, *new_pages)
             sequence.pages.clear()
         sequence.pages.extend(new_pages)
