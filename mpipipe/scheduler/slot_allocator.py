@@ -306,8 +306,8 @@ class SlotAllocator:
         else:
             given = {}
             for sequence in sorted(needing, key=_arrival):
-                if sequence.slot >= 0 and (page := self.give_page(sequence)) is not None:
-                    given[sequence] = page
+                if sequence.slot >= 0 and (last := self.give_page(sequence)) is not None:
+                    given[sequence] = last
         return given
 
     def give_page(self, sequence: Sequence) -> int | None:
