@@ -114,7 +114,8 @@ class SharedPrefixes:
         return min(len(sequence.request.prompt_ids), num_known) // self._pages.page_size
 
     def _shares(self, sequence: Sequence) -> bool:
-        return sequence.rotary_len <= self._max_sharing_tokens
+        most = self._max_sharing_tokens  # `rotary_len` is never more than its tokens
+        return len(sequence.tokens) <= most or sequence.rotary_len <= most
 
     def _key(self, sequence: Sequence) -> _Key:
         known, size = sequence.known or self._pages.root, self._pages.page_size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,3 +241,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "file"))
     assert open_tokenizer(tmp_path).encode("the fox", False)
+
+
+def test_the_cache_keeps_the_newest(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _generic(tmp_path)
+    monkeypatch.setattr("mpipipe.models.fast_tokenizer._MOST_KEPT", 2)
+    cache.mkdir(parents=True)
+    for name, age_s in (("old", 300), ("older", 400), ("new", 100)):
+        path = cache / f"{name}.json"
+        path.touch()
+        os.utime(path, (time.time() - age_s,) * 2)
+    open_tokenizer(tmp_path)
+    names = {path.name for path in cache.iterdir()}
+    assert len(names) == 2
+    assert "new.json" in names
+    forbid_transformers(monkeypatch)
+    open_tokenizer(tmp_path)  # what was just kept is the other one

@@ -46,13 +46,20 @@ def said(outcome: Outcome) -> list[dict[str, Any]]:
     return [{name: line[name] for name in line if name not in timed} for line in lines]
 
 
+def paced(num_ranks: int, config: Path, folder: Path, *words: str) -> Outcome:
+    """As `run`. Each step sleeps: no replica is quicker than another by what else the cores do."""
+    rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
+    command = [*mpiexec(num_ranks), *rank, f"output.dir={folder}", *words]
+    return execute(command, folder, SLOWED="stage:*:0.02")
+
+
 def test_two_replicas_complete_what_one_rank_does(tiny_config: Path, tmp_path: Path) -> None:
     words = [f"prompts.path={write_prompts(tmp_path, 40)}"]
     alone = run(0, tiny_config, tmp_path / "alone", *words)
-    two = run(2, tiny_config, tmp_path / "two", *words, "pipeline.replicas=2",
-              "pipeline.num_stages=1")  # fmt: skip
-    longer = run(4, tiny_config, tmp_path / "longer", *words, "pipeline.replicas=2",
-                 "pipeline.lookahead=1", "pipeline.max_sequences_per_slot=4")  # fmt: skip
+    two = paced(2, tiny_config, tmp_path / "two", *words, "pipeline.replicas=2",
+                "pipeline.num_stages=1")  # fmt: skip
+    longer = paced(4, tiny_config, tmp_path / "longer", *words, "pipeline.replicas=2",
+                   "pipeline.lookahead=1", "pipeline.max_sequences_per_slot=4")  # fmt: skip
     for outcome in (alone, two, longer):
         assert outcome.exit_code == EXIT_PROMPTS, outcome.stderr
         assert said(outcome) == said(alone)
