@@ -229,6 +229,20 @@ def _transformers_part(name: str, device_map: str, options: SuiteOptions) -> Par
     return Part(name, command, 75.0, None, {"shape": SHAPES[0], "ranks": name[-1]})
 
 
+def _whole_run_parts(options: SuiteOptions) -> list[Part]:
+    """Starts, the warm one behind the cold one, and a file beside the bench of its work."""
+    shape = SHAPES[0]
+    return [
+        _whole_run_part("boot_cold", shape, _BOOT, options, kernels="cold"),
+        _whole_run_part("boot_warm", shape, _BOOT, options, kernels="warm"),
+        _throughput_part(f"file_bench_{shape}", shape, (_FILE,), 2, options, variant=""),
+        # Without drafts, as `bench throughput` does works that do not repeat.
+        _whole_run_part(
+            "file_run", shape, _FILE, options, more=("pipeline.num_speculative_tokens=0",)
+        ),
+    ]
+
+
 def all_parts(options: SuiteOptions) -> list[Part]:
     """In the order to run them: the figures of the table first, they matter most."""
     throughput = (
@@ -255,17 +269,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         _throughput_part(name, shape, works, 1, options, variant=settings)
         for name, (shape, settings, works) in _OFFLOAD.items()
     ]
-    shape = SHAPES[0]
-    parts += [
-        _whole_run_part("boot_cold", shape, _BOOT, options, kernels="cold"),
-        _whole_run_part("boot_warm", shape, _BOOT, options, kernels="warm"),  # behind it
-        _throughput_part(f"file_bench_{shape}", shape, (_FILE,), 2, options, variant=""),
-        # Without drafts, as `bench throughput` does works that do not repeat.
-        _whole_run_part(
-            "file_run", shape, _FILE, options, more=("pipeline.num_speculative_tokens=0",)
-        ),
-        _transformers_part("transformers_1", "none", options),
-    ]
+    parts += [*_whole_run_parts(options), _transformers_part("transformers_1", "none", options)]
     if options.device == "cuda":
         parts.append(_transformers_part("transformers_2", "auto", options))
     # The GPU tests; those that need ranks start them themselves.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer", "known_ids"]
 
-_FORMAT = 2
+_FORMAT = 3
 _MOST_KEPT = 32  # of a few MB each; every version of a folder or library makes one
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 # What a class must leave to transformers' own base class, to be nothing but its `_tokenizer`.

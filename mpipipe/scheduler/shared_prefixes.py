@@ -30,7 +30,7 @@ class SharedPrefixes:
     """
 
     def __init__(self, pages: SharedPages, max_sharing_tokens: int) -> None:
-        self.num_shared_tokens = 0  # of known tokens, those that no step computed
+        self.num_shared_tokens = 0  # of prompts, found when they first began: not computed
         self._pages = pages
         self._max_sharing_tokens = max_sharing_tokens
         self._computing: dict[_Key, Sequence] = {}  # who fills the page that comes next there

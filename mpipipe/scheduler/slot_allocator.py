@@ -273,9 +273,10 @@ class SlotAllocator:
         new_pages = self._take(-(-end // size) - len(sequence.pages))
         fulfilled = min(sequence.num_promised, len(new_pages))
         if sequence.begins:
+            # What it finds when it comes back, it has once computed, or it was counted then.
+            self.prefixes.num_shared_tokens += start if sequence.began_at < 0 else 0
             sequence.begins, sequence.began_at = False, step
             sequence.num_shared_tokens = start
-            self.prefixes.num_shared_tokens += start
             new_pages = (*sequence.pages, *new_pages)
             sequence.pages.clear()
         sequence.pages.extend(new_pages)
@@ -305,9 +306,8 @@ class SlotAllocator:
         else:
             given = {}
             for sequence in sorted(needing, key=_arrival):
-                given_page = self.give_page(sequence) if sequence.slot >= 0 else None
-                if given_page is not None:
-                    given[sequence] = given_page
+                if sequence.slot >= 0 and (last := self.give_page(sequence)) is not None:
+                    given[sequence] = last
         return given
 
     def give_page(self, sequence: Sequence) -> int | None:

@@ -156,6 +156,24 @@ def test_a_changed_folder_is_opened_anew(folder: Path) -> None:
     assert tokenizer.eos_token_ids == (tokenizer.special_tokens["<s>"],)
 
 
+def test_a_token_that_two_files_call_special_and_not_is_left_to_transformers(
+    tmp_path: Path,
+) -> None:
+    """In transformers it stays special; the written form of its tokenizer has forgotten that."""
+    _generic(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    added = {"2": {"content": "</s>", "special": False, **flags}}
+    write(path, {**json.loads(path.read_text()), "added_tokens_decoder": added})
+    reference = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ids = reference.encode("the</s> fox")
+    assert 2 in ids
+    for _ in range(2):
+        assert open_tokenizer(tmp_path).decode(ids) == reference.decode(
+            ids, skip_special_tokens=True
+        )
+
+
 def test_another_version_of_transformers_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
