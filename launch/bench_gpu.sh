@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# All GPU benchmarks and tests on this machine; prints one table. The last measured, on two H200: the
-# benchmarks 250 s, the tests 238 s, each in a call of its own.
+# All GPU benchmarks and tests on this machine; prints one table. launch/bench_gpu.py says what the
+# words mean, launch/README.md what the parts are.
 #
 #   ./launch/bench_gpu.sh
 #   ./launch/bench_gpu.sh --only pipeline,tests --out /tmp/results
+#   ./launch/bench_gpu.sh --only boot,file --out after
+#   ./launch/bench_gpu.sh --compare before after
 #
 # Runs from the source tree with PYTHON (python3): torch, transformers, mpi4py, msgpack, structlog,
 # rich and typer must be importable there, and an mpirun on PATH. As root, Open MPI wants

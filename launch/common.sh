@@ -6,7 +6,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 venv=${MPIPIPE_VENV:-$root/.venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-export PIP_CONSTRAINT=${PIP_CONSTRAINT:-$root/launch/constraints.txt}
+# As a URL: pip reads the variable as a list with spaces between.
+export PIP_CONSTRAINT=${PIP_CONSTRAINT:-file://${root// /%20}/launch/constraints.txt}
 
 # The first Python of version 3.11 or newer.
 find_python() {

@@ -20,7 +20,7 @@ export MPIPIPE_NO_SKIPS=1
 # Lint and types keep one core busy and know no time limits; the jobs of the Slurm cluster wait most
 # of their time, and their limits are wide. They run beside others, which know no time limits.
 declare -A beside
-said=$(mktemp -d)
+said=$(mktemp -d) # what each run of tox has said
 trap 'kill "${beside[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
 
 begin_beside() {
@@ -36,18 +36,36 @@ end_beside() {
     return "$code"
 }
 
+run_now() {
+    tox run -e "$1" 2>&1 | tee "$said/$1"
+}
+
+# What failed, within the last screen of a long log: environments, tests, and tests that hung, which
+# are in the stacks that end their process. Whole lines of what has no tests.
+tell_failures() {
+    local name
+    echo "================ what failed ================"
+    for name in lint type; do
+        ! grep -q "^  $name: FAIL" "$said/$name" || tail -n 15 "$said/$name"
+    done
+    grep -hE '^  [a-z0-9-]+: FAIL' "$said"/* || true
+    grep -hE '^(FAILED|ERROR) |, in test_\w+$| hung for [0-9]+ s ' "$said"/* |
+        cut -c1-180 | awk '!seen[$0]++' | head -n 25 || true
+}
+
 begin_beside lint
 tox run --notest -e full
 export MPIPIPE_TEST_SETUP= # it is up to date for all that follow
 begin_beside type
 [ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || begin_beside slurm
 code=0
-tox run -e unit,contract || code=$?
+run_now unit,contract || code=$?
 [ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || end_beside slurm || code=$?
 end_beside type || code=$?
 # Ranks that wait for each other, limits, and cores that a run shall have for itself: alone from here.
 rest=mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
 [ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
-tox run -e "$rest" || code=$?
+run_now "$rest" || code=$?
 end_beside lint || code=$?
+[ "$code" = 0 ] || tell_failures
 exit "$code"

@@ -78,6 +78,8 @@ class FinishReason(str, enum.Enum):
 # Below this, dividing float32 logits of magnitude 8 or more (spacing 1e-6) separates neighbours by
 # a factor e or more: the draw is greedy, and the division could only overflow.
 _GREEDY_BELOW_TEMPERATURE = 1e-6
+# Enum operations are slow, and a scheduler asks of every request.
+_OPTIONS_WITH_NEEDS = {name: option for name, option in OPTIONS.items() if option.needs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class SamplingParams(SamplingOptions):
     def needs(self) -> SamplingNeeds:
         """The operations that choose its tokens. Filters of a greedy one change nothing."""
         needs = SamplingNeeds.NOTHING
-        for name, option in OPTIONS.items():
+        for name, option in _OPTIONS_WITH_NEEDS.items():
             if getattr(self, name) != option.default:
                 needs |= option.needs
         return needs & SamplingNeeds.HISTORY if self.is_greedy else needs

@@ -277,11 +277,24 @@ async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> Dispa
     """Hand the prompts out to all other ranks, and say what it took."""
     requests = options.requests()
     places = [ReplicaPlace(rank, options.capacity) for rank in range(1, mesh.world_size)]
-    gc.collect()
-    gc.freeze()  # as a boot ends
-    cpu_s, began_s = time.process_time(), clock.now_s()
     messages = _TimedMessages(mesh, clock)
     dispatch = Dispatch(messages, clock, requests, places)
+    gc.collect()
+    gc.freeze()  # as a boot ends
+    try:
+        return await _time_dispatch(dispatch, messages, clock, options, len(places))
+    finally:
+        gc.unfreeze()
+
+
+async def _time_dispatch(
+    dispatch: Dispatch,
+    messages: _TimedMessages,
+    clock: Clock,
+    options: DispatchOptions,
+    num_replicas: int,
+) -> DispatchRates:
+    cpu_s, began_s = time.process_time(), clock.now_s()
     dispatch.begin()
     async with aclosing(dispatch.completions()) as completions:
         async for _ in completions:
@@ -291,7 +304,7 @@ async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> Dispa
     cpu_s = time.process_time() - cpu_s
     await dispatch.end()
     return DispatchRates(
-        num_replicas=len(places),
+        num_replicas=num_replicas,
         num_prompts=len(messages.waited_s),
         elapsed_s=elapsed_s,
         handed_to_told_p50_s=median(messages.waited_s),

@@ -1,4 +1,4 @@
-"""All benchmarks and tests of the GPU engine, as parts to run on one machine, and their table.
+"""All benchmarks and tests of the GPU engine, as parts to run on one machine.
 
 Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
 (pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
@@ -6,9 +6,12 @@ and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `lanes
 that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights that stream from pinned
 host memory under a limit of GPU memory); on two, `prefix_<shape>` and `apart_<shape>` (prompts that
 begin alike, with and without sharing), `tail_<shape>` (a few long outputs, and the same tokens at
-fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that repeats); `transformers_1` and
-`transformers_2` (generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh).
-`launch/bench_gpu.py` runs them.
+fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that repeats), `boot_cold_<shape>`
+and `boot_warm_<shape>` (a whole `mpipipe run` of few tokens, with an empty kernel cache and with
+what that left), `file_bench_<shape>` and `file_run_<shape>` (10,000 prompts: `bench throughput`,
+and a whole run from a file of them to the merged file); `transformers_1` and `transformers_2`
+(generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh). `launch/bench_gpu.py` runs
+them, `gpu_suite_table` shows what they left.
 
 Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
 greedy decoding and fixed lengths unless a work says mixed.
@@ -23,24 +26,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpipipe.bench.figures import number, share, stage_cells
-from mpipipe.errors import EnvironmentSetupError
+from mpipipe.bench.whole_run import KernelCache, WholeRun
+from mpipipe.errors import EnvironmentSetupError, MpipipeError
 
 __all__ = [
+    "SHAPES",
     "Part",
     "Result",
     "SuiteOptions",
     "all_parts",
     "mpirun_command",
     "run_part",
-    "table_lines",
 ]
 
-_SHAPES = ("openllama_3b", "llama3_8b")
+SHAPES = ("openllama_3b", "llama3_8b")
 _QUICK = ("4x16x8", "1x16x8")
 
 # The order matters: the trace shows the last work of the first part, so that comes last there.
@@ -67,11 +71,15 @@ _QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _LANES = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
 _QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
 # Of 1,152 tokens 1,024 are the same in all prompts; 512x512x128 shares nothing: what looking costs.
-_PREFIX = dict.fromkeys(_SHAPES, ("512x1024+128x16", "512x1024+128x128", "512x512x128"))
+_PREFIX = dict.fromkeys(SHAPES, ("512x1024+128x16", "512x1024+128x128", "512x512x128"))
 _TAIL = dict.fromkeys(
-    _SHAPES, ("512xmixed", "512xmixedxeven", "2000x512x64xtail", "2000x512x64xtailxeven")
+    SHAPES, ("512xmixed", "512xmixedxeven", "2000x512x64xtail", "2000x512x64xtailxeven")
 )
 _REPEATING = {"openllama_3b": ("1x512x128xrepeat", "1x512x512xrepeat")}
+# Enough prompts for steps of many rows; what it makes matters less than when.
+_BOOT = "32x128x8"
+# 760 prompts a second by forecast: few tokens each, so that rank 0 has much to do.
+_FILE = "10000x128x32"
 # Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
 _OFFLOAD = {
     "offload_32_rows": (
@@ -96,27 +104,12 @@ _OFFLOAD = {
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 _TRANSFORMERS = ("1x512x128", "32x512x128")
 
-# The target on two GPUs, and vLLM 0.26.0 on the same kind of machine on two GPUs and on one.
-_HELD_AGAINST: dict[tuple[str, str], tuple[int | None, int | None, int | None]] = {
-    ("openllama_3b", "512x512x128"): (16_000, 9_860, 5_270),
-    ("openllama_3b", "128x1024x256"): (9_500, 5_236, 3_057),
-    ("openllama_3b", "64x512x128"): (9_500, 6_368, None),
-    ("openllama_3b", "32x512x128"): (6_200, 3_641, 3_698),
-    ("openllama_3b", "1x512x128"): (420, 313, 335),
-    ("llama3_8b", "512x512x128"): (13_500, 12_268, 6_974),
-    ("llama3_8b", "128x1024x256"): (9_500, 7_995, 5_608),
-    ("llama3_8b", "64x512x128"): (6_800, 5_478, None),
-    ("llama3_8b", "1x512x128"): (225, 196, 200),
-}
-# Weak scaling: (work on one GPU, work on two) with the same rows in every slot.
-_SCALING = ("64x512x128", "128x512x128")
-
 
 @dataclass(frozen=True, slots=True)
 class SuiteOptions:
     """What all parts share."""
 
-    root: Path  # of the source tree
+    root: Path  # of the source tree whose mpipipe is measured
     out: Path  # where results go
     device: str = "cuda"  # of transformers; cpu to try the suite
     quick: bool = False  # tiny works, to try the suite
@@ -133,6 +126,7 @@ class Part:
     limit_s: float
     json_path: Path | None = None  # where the records appear, one by one; None: on standard output
     labels: dict[str, Any] = field(default_factory=dict)  # added to each record
+    whole_run: WholeRun | None = None  # the record is made of what it left
 
 
 @dataclass
@@ -161,11 +155,17 @@ def mpirun_command(num_ranks: int) -> list[str]:
     return command
 
 
+_MPIPIPE = (sys.executable, "-m", "mpipipe")
+
+
 def _bench(kind: str, shape: str, options: SuiteOptions) -> list[str]:
     """`mpipipe bench <kind>` of a shape."""
-    configs = options.root / "configs"
-    command = [sys.executable, "-m", "mpipipe", "bench", kind, str(configs / "bench_gpu.toml")]
-    return [*command, f"model.path={configs / 'shapes' / shape}", *options.overrides]
+    config = options.root / "configs" / "bench_gpu.toml"
+    return [*_MPIPIPE, "bench", kind, str(config), *_settings(shape, options)]
+
+
+def _settings(shape: str, options: SuiteOptions) -> tuple[str, ...]:
+    return (f"model.path={options.root / 'configs' / 'shapes' / shape}", *options.overrides)
 
 
 def _throughput_part(
@@ -182,7 +182,7 @@ def _throughput_part(
     command = [*mpirun_command(num_ranks), *_bench("throughput", shape, options)]
     command += variant.split()
     command += [word for work in _works(works, options) for word in ("--work", work)]
-    if name == f"pipeline_{_SHAPES[0]}":
+    if name == f"pipeline_{SHAPES[0]}":
         command += ["--trace", str(options.out / "trace.json"), "--trace-steps", "50"]
     if options.profile and name == f"pipeline_{options.profile}":
         command += ["--profile", str(options.out / "profile.json")]
@@ -199,12 +199,48 @@ def _works(works: tuple[str, ...], options: SuiteOptions) -> tuple[str, ...]:
     return _QUICK if options.quick else works
 
 
+def _whole_run_part(
+    name: str,
+    shape: str,
+    work: str,
+    options: SuiteOptions,
+    *,
+    kernels: KernelCache = "",
+    more: tuple[str, ...] = (),
+) -> Part:
+    """A whole `mpipipe run` of a shape over two ranks. `more`: settings."""
+    run = WholeRun(
+        work=_works((work,), options)[0],
+        config=options.root / "configs" / "bench_gpu.toml",
+        settings=(*_settings(shape, options), *more),
+        folder=options.out / f"{name}_{shape}",
+        kernels=kernels,
+    )
+    command = [*mpirun_command(2), *_MPIPIPE, *run.words]
+    labels = {"shape": shape, "ranks": 2, "variant": ""}
+    return Part(f"{name}_{shape}", command, 100.0, labels=labels, whole_run=run)
+
+
 def _transformers_part(name: str, device_map: str, options: SuiteOptions) -> Part:
     """`bench transformers` of the first shape."""
-    command = _bench("transformers", _SHAPES[0], options)
+    command = _bench("transformers", SHAPES[0], options)
     command += ["--device", options.device, "--device-map", device_map]
     command += [word for work in _works(_TRANSFORMERS, options) for word in ("--work", work)]
-    return Part(name, command, 75.0, None, {"shape": _SHAPES[0], "ranks": name[-1]})
+    return Part(name, command, 75.0, None, {"shape": SHAPES[0], "ranks": name[-1]})
+
+
+def _whole_run_parts(options: SuiteOptions) -> list[Part]:
+    """Starts, the warm one behind the cold one, and a file beside the bench of its work."""
+    shape = SHAPES[0]
+    return [
+        _whole_run_part("boot_cold", shape, _BOOT, options, kernels="cold"),
+        _whole_run_part("boot_warm", shape, _BOOT, options, kernels="warm"),
+        _throughput_part(f"file_bench_{shape}", shape, (_FILE,), 2, options, variant=""),
+        # Without drafts, as `bench throughput` does works that do not repeat.
+        _whole_run_part(
+            "file_run", shape, _FILE, options, more=("pipeline.num_speculative_tokens=0",)
+        ),
+    ]
 
 
 def all_parts(options: SuiteOptions) -> list[Part]:
@@ -233,7 +269,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         _throughput_part(name, shape, works, 1, options, variant=settings)
         for name, (shape, settings, works) in _OFFLOAD.items()
     ]
-    parts.append(_transformers_part("transformers_1", "none", options))
+    parts += [*_whole_run_parts(options), _transformers_part("transformers_1", "none", options)]
     if options.device == "cuda":
         parts.append(_transformers_part("transformers_2", "auto", options))
     # The GPU tests; those that need ranks start them themselves.
@@ -245,13 +281,37 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     """Run one part, at most `limit_s`; its output goes to the log."""
     if part.json_path is not None:
         part.json_path.unlink(missing_ok=True)
+    if part.whole_run is None:
+        output, problem, seconds = _ran(part, {}, root, limit_s, log)
+        records = _records_of(part, output)
+    else:
+        output, records, seconds = "", [], 0.0
+        try:
+            part.whole_run.prepare()
+            environ = part.whole_run.environ
+            output, problem, seconds = _ran(part, environ, root, limit_s, log)
+            if not problem:
+                record = part.whole_run.record(seconds)
+                records = [{"part": part.name, **part.labels, **record}]
+        except MpipipeError as error:
+            problem = str(error)
+    shown = [line for line in output.splitlines() if not line.startswith("{")]
+    return Result(part, seconds, problem, records, shown[-25:])
+
+
+def _ran(
+    part: Part, environ: Mapping[str, str], root: Path, limit_s: float, log: TextIO
+) -> tuple[str, str, float]:
+    """The part's output, what went wrong, and its seconds."""
     log.write(f"\n==== {part.name}: {' '.join(part.command)}\n")
     log.flush()
+    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     started_s = time.monotonic()
     process = subprocess.Popen(
         part.command,
         cwd=root,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **own, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -268,8 +328,7 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     seconds = time.monotonic() - started_s
     log.write(output)
     log.flush()
-    shown = [line for line in output.splitlines() if not line.startswith("{")]
-    return Result(part, seconds, problem, _records_of(part, output), shown[-25:])
+    return output, problem, seconds
 
 
 def _end(process: subprocess.Popen[str]) -> str:
@@ -299,92 +358,3 @@ def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
             except ValueError:
                 continue  # a line cut off when the part was stopped
     return found
-
-
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def table_lines(results: list[Result], seconds: float) -> list[str]:
-    """Markdown: ours beside everything it is held against."""
-    records = [record for result in results for record in result.records]
-    peers = {
-        (record["shape"], record["work"], record["ranks"]): record
-        for record in records
-        if record.get("peer")
-    }
-    ours = [record for record in records if not record.get("peer")]
-    header = (
-        "model", "work", "GPUs", "tokens/s", "target", "vLLM", "floor", "of floor",
-        "transformers 1 GPU", "device_map 2 GPUs", "ms/round", "of decode floor", "bubble",
-        "steady", "CPU µs/step", "GiB",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
-    lines += [_row(record, peers) for record in ours]
-    lines += ["", *_scaling_lines(ours), *_boot_lines(ours)]
-    if ours:
-        devices = ", ".join(sorted({name for record in ours for name in record["devices"]}))
-        versions = ", ".join(f"{k} {v}" for k, v in ours[0]["versions"].items() if v)
-        lines += [f"{ours[0]['date']}, {devices}; {versions}."]
-    lines += ["", "| part | seconds | outcome |", "|---|---:|---|"]
-    lines += [f"| {r.part.name} | {r.seconds:.0f} | {r.problem or 'ok'} |" for r in results]
-    return [*lines, "", f"All parts: {seconds:.0f} s."]
-
-
-def _row(record: dict[str, Any], peers: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    """One line of the table."""
-    key, ranks, variant = (record["shape"], record["work"]), record["ranks"], record["variant"]
-    target, *vllm = _HELD_AGAINST.get(key, (None, None, None))
-    target = target if ranks == 2 and not variant else None
-    speed = record["tokens_per_s"]
-    shown = f"**{speed:,.0f}**" if target and speed >= target else f"{speed:,.0f}"
-    peer = [peers.get((*key, number), {}) for number in ("1", "2")]
-    cells = [
-        f"{record['shape']}, {variant}" if variant else record["shape"],
-        record["work"],
-        str(ranks),
-        shown,
-        number(target),
-        number(vllm[2 - ranks]),
-        number((record["floor"] or {}).get("tokens_per_s")),
-        share(record["share_of_floor"]),
-        *(entry.get("error") or number(entry.get("tokens_per_s")) for entry in peer),
-        number(record["ms_per_round"], 3),
-        share(record["share_of_decode_floor"]),
-        *stage_cells(record),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _scaling_lines(ours: list[dict[str, Any]]) -> list[str]:
-    """Weak scaling from one GPU to two, every slot keeping its rows."""
-    of = {
-        (record["shape"], record["work"], record["ranks"]): record
-        for record in ours
-        if not record["variant"]
-    }
-    lines = []
-    for shape in _SHAPES:
-        one, two = of.get((shape, _SCALING[0], 1)), of.get((shape, _SCALING[1], 2))
-        if one and two and one["ms_per_round"] and two["ms_per_round"]:
-            job = two["tokens_per_s"] / (2 * one["tokens_per_s"])
-            decode = one["ms_per_round"] / two["ms_per_round"]
-            text = (
-                f"Weak scaling 1 → 2 GPUs, {shape}, {_SCALING[0]} → {_SCALING[1]} (64 rows in "
-                f"every slot): decode {decode:.3f}, whole job {job:.3f}."
-            )
-            lines += [text, ""]
-    return lines
-
-
-def _boot_lines(ours: list[dict[str, Any]]) -> list[str]:
-    """From the start of the processes to the first token, once per part."""
-    lines = []
-    for part in dict.fromkeys(record["part"] for record in ours):
-        boot = next(record["boot"] for record in ours if record["part"] == part)
-        text = (
-            f"{part}: first token {boot['first_token_s']:.1f} s after the process started (meet "
-            f"{number(boot['greet_s'], 1)}, import {number(boot['import_s'], 1)}, load "
-            f"{number(boot['load_s'], 1)} of which graphs {number(boot['capture_s'], 1)})."
-        )
-        lines += [text, ""]
-    return lines

@@ -240,16 +240,21 @@ class _Measuring:
 
 @dataclass(slots=True)
 class _Slice:
-    """A loaded slice, and the least seconds of its steps so far."""
+    """A loaded slice, and the seconds of its steps in every pass so far."""
 
     timer: StageTimer
     decodes: tuple[DecodeShape, ...]
     prompts: tuple[PromptShape, ...]
-    timed: Timed = field(default_factory=Timed)
+    passes: list[Timed] = field(default_factory=list)
 
     def time_again(self) -> None:
         """Time every shape once more."""
-        self.timed = self.timed.at_best(self.timer.timed(self.decodes, self.prompts))
+        self.passes.append(self.timer.timed(self.decodes, self.prompts))
+
+    @property
+    def timed(self) -> Timed:
+        """Of each shape the median of all passes."""
+        return Timed.of_passes(self.passes)
 
 
 def _copy_rate(device: torch.device) -> float:

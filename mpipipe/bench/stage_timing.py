@@ -11,6 +11,7 @@ import itertools
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -267,8 +268,7 @@ class StageTimer:
             once_s = self._once_s(work)
         repeats = int(max(_LEAST_REPEATS, min(most_repeats, _ENOUGH_S / max(once_s, 1e-9))))
         if self._stream.device.type != "cuda":
-            # The fastest: what else runs on the cores just now is no part of the step.
-            return min(self._once_s(work) for _ in range(repeats))
+            return median(self._once_s(work) for _ in range(repeats))
         # As in a run, the host is ahead: it adds all of these while the device still waits.
         self._hold(_HOST_SHARE * repeats * self._launch_s(work))
         start = self._stream.record_event()

@@ -129,6 +129,8 @@ def refusal(config: Mapping[str, object]) -> str:
         return _ALIBI if config.get("alibi") else ""
     if config.get("is_encoder_decoder"):
         return "has an encoder beside the decoder"
+    if not config.get("is_causal", True):
+        return "lets tokens see later ones (is_causal is not true)"
     return _REASON_OF.get(str(model_type), "")
 
 

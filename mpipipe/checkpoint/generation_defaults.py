@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mpipipe.checkpoint.families import read_rotary
 from mpipipe.sampling_options import OPTIONS
 
 __all__ = ["GenerationDefaults", "ModelSetting", "read_generation_defaults"]
@@ -126,6 +127,9 @@ def read_generation_defaults(
         value = source.get(name)
         if value not in (*_ABSENT, _NEUTRAL.get(name)):
             ignored.append(ModelSetting(name, _text(value), f"not applied: {why}"))
+    if source.get("use_cache") is False and _moves_keys(config):
+        why = "not applied: keys are kept here, as their tokens first saw the rotary embedding"
+        ignored.append(ModelSetting("use_cache", _text(False), why))
     if generation is not None:
         known = _WITHOUT_EFFECT | set(_APPLICABLE) | set(_REASON_OF)
         ignored += [
@@ -134,6 +138,15 @@ def read_generation_defaults(
             if name not in known and value not in _ABSENT
         ]
     return GenerationDefaults(tuple(applied), tuple(ignored))
+
+
+def _moves_keys(config: Mapping[str, object]) -> bool:
+    """Whether transformers without a cache computes other keys for a token than with one.
+
+    A family that starts over does so with one, too.
+    """
+    rotary = read_rotary(config)
+    return rotary.max_equal_tokens is not None and not rotary.restart_tokens
 
 
 def _samples(

@@ -42,7 +42,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure a part of the system.", no_args_is_help=True)
+_BENCH = "Measure. Under mpirun: dispatch, control, throughput; from strong on, ranks are started."
+bench = typer.Typer(help=_BENCH, no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(logs, name="logs")
 app.command()(simulate)
@@ -61,11 +62,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[PROMPTS] [SECTION.KEY=VALUE]...", help=_WORDS),
 ]
 _MIXED = "Prompts of 64-1,024 and outputs of 16-256 tokens."
-_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed; [xeven]: fixed lengths; [xrepeat]: a text."
+_WORK = "PROMPTSxINPUTxOUTPUT, PROMPTSxmixed; then xtail, xeven (fixed lengths), xrepeat (a text)."
 _COLD = "Also from storage: the model's files are dropped from the page cache."
 _PEER_WORK = "Random prompts instead: PROMPTSxINPUTxOUTPUT, as often as wanted; prints JSON."
 _FORM = "model.quantize, as often as wanted; the first is compared with. Default: all."
-_MODEL = "A model folder, a .gguf file, or hf:ORG/NAME[@REVISION] with a network."
+_MODEL = "A model folder, a .gguf file, or, with a network, hf:ORG/NAME or hf:ORG/NAME@REVISION."
 _SHARDS = "Largest weight file, as 5GB; .safetensors files are copied as they are without it."
 _TOKENIZER = "Folder of the tokenizer's files, where the source's own do not do."
 _MEASURE = "Time the model's parts here instead (also under mpirun or srun), for later plans."
@@ -78,7 +79,7 @@ _NODES = "Nodes that the GPUs are spread over, in equal blocks (default 1)."
 _LINK = "Between nodes: 1GbE, 10GbE (default) … 100GbE, HDR, NDR; on one: NVLink, PCIe3 … PCIe5."
 _HOST_MEMORY = "Free memory of a node, to offload weights to (default 64GiB)."
 _GPU_TABLE = "TOML file with more GPUs, or other figures for known ones."
-_PLAN_WORK = "PROMPTSxINPUTxOUTPUT[xtail], or PROMPTSxmixed, instead of the configured prompts."
+_PLAN_WORK = "PROMPTSxINPUTxOUTPUT(xtail), or PROMPTSxmixed, instead of the configured prompts."
 _RANKS_HERE = typer.Option("--stages", "-n", min=1, help="Ranks here.", show_default=False)
 _COMPARE = "Compare all ways to use the ranks: stages, lanes (tensor_parallel), replicas."
 _REASONS = "With --gpus: also every setting, with its reason."

@@ -15,7 +15,7 @@ __all__ = ["simulate"]
 _CONFIG = "Configuration or model folder, as `mpipipe run` takes it; not needed with --from."
 _WORDS = "Settings that win over the configuration."
 _GPUS = 'As "2 x t4" or "h100, 3 x t4"; without it, CPU ranks of this host.'
-_WORK = "PROMPTSxINPUTxOUTPUT[xtail] tokens, or PROMPTSxmixed; default: the configured prompts."
+_WORK = "PROMPTSxINPUTxOUTPUT(xtail) tokens, or PROMPTSxmixed; default: the configured prompts."
 _FROM = "A run folder (log.steps=all): its plan, prompts and stage times, beside what it took."
 _STANDING = "So many of the replicas stand for all; 0: as many as can be simulated in seconds."
 _DISPATCH = "Of rank 0 for each message of the dispatch, and for each prompt in it (microseconds)."

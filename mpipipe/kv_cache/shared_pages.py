@@ -53,7 +53,7 @@ class SharedPages(PageAllocator):
     @property
     def num_free(self) -> int:
         """Pages that no sequence owns, those in the trie included."""
-        return super().num_free + len(self._kept)
+        return len(self._free) + len(self._kept)
 
     def num_owners(self, page: int) -> int:
         """Sequences that own it."""
@@ -61,7 +61,7 @@ class SharedPages(PageAllocator):
 
     def allocate(self, num_pages: int) -> tuple[int, ...]:
         """As `PageAllocator.allocate`; pages in the trie are forgotten where no other is free."""
-        missing = num_pages - super().num_free
+        missing = num_pages - len(self._free)
         if 0 < missing <= len(self._kept):
             super().free([self._forget_oldest() for _ in range(missing)])
         pages = super().allocate(num_pages)

@@ -24,8 +24,8 @@ _SETTINGS = {
     "argv": "command",
 }
 _FIGURES = ("phases", "requests", "time", "output_tokens_per_s", "total_tokens_per_s",
-            "bubble_ratio", "steady_bubble_ratio", "num_preemptions", "itl_p50_s", "itl_p95_s",
-            "energy_j", "ranks")  # fmt: skip
+            "bubble_ratio", "steady_bubble_ratio", "num_preemptions", "num_shared_tokens",
+            "drafts", "itl_p50_s", "itl_p95_s", "energy_j", "ranks")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

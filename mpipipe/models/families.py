@@ -155,6 +155,8 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(model_type, "has an encoder beside the decoder")
     if config.get_text_config() is not config:
         raise refuse(model_type, "is multi-modal")
+    if not getattr(config, "is_causal", True):
+        raise refuse(model_type, f"lets tokens see later ones (is_causal = {config.is_causal!r})")
     if model_type not in _PARTS_BY_HAND and not config.base_model_pp_plan:
         raise refuse(
             model_type, "declares no base_model_pp_plan, so nothing says how it can be split"

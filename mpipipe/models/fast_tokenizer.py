@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FastTokenizer", "TokenizerFacts", "is_plain", "kept_tokenizer", "known_ids"]
 
-_FORMAT = 2
+_FORMAT = 3
+_MOST_KEPT = 32  # of a few MB each; every version of a folder or library makes one
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 # What a class must leave to transformers' own base class, to be nothing but its `_tokenizer`.
 _METHODS = (
@@ -175,6 +176,7 @@ class _Kept:
             except OSError:
                 Path(name).unlink(missing_ok=True)
                 raise
+            _remove_oldest(self.path.parent)
 
 
 def kept_tokenizer(folder: Path, settings: Mapping[str, Any]) -> _Kept:
@@ -195,6 +197,17 @@ def kept_tokenizer(folder: Path, settings: Mapping[str, Any]) -> _Kept:
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return _Kept(None)
     return _Kept(place / f"{digest.hexdigest()[:32]}.json")
+
+
+def _remove_oldest(place: Path) -> None:
+    """Keep the newest. One that is still in use is made again by the next start.
+
+    Raises:
+        OSError: another process has removed it first, or this one may not.
+    """
+    kept = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in kept[:-_MOST_KEPT]:
+        path.unlink()
 
 
 def _checksum(text: str) -> str:

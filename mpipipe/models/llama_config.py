@@ -71,8 +71,6 @@ class _Family:
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
     head_norms: bool = False
-    head_dim: int | None = None  # None: hidden_size / heads
-    num_kv_heads: int | None = None  # where the file does not say; None: as many as heads
     has_window: bool = False  # `sliding_window` holds for all layers
     may_have_window: bool = False  # `use_sliding_window` says whether some layers have one
 
@@ -93,10 +91,11 @@ _CHANGES_MODEL = (
     "hidden_size_per_layer_input",
     "num_kv_shared_layers",
     "attention_chunk_size",
-    "partial_rotary_factor",
     "per_layer_config",
     "original_max_position_embeddings",  # moves into the rotary settings
 )
+# What else than these changes it: `is_causal` even as null.
+_ONLY_AS: dict[str, set[object]] = {"is_causal": {True}, "partial_rotary_factor": {None, 1}}
 
 
 class _UnreadError(Exception):
@@ -109,6 +108,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig | None:
     if family is None or any(config.get(name) for name in _CHANGES_MODEL):
         return None
     try:
+        _require(all(config[name] in known for name, known in _ONLY_AS.items() if name in config))
         return _read(config, family)
     except (_UnreadError, TypeError, ValueError, OverflowError):  # of values that are no settings
         return None
@@ -122,7 +122,7 @@ def _read(config: Mapping[str, Any], family: _Family) -> LlamaConfig:
     _require(pad is None or (type(pad) is int and -vocab_size <= pad < vocab_size))
     num_kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
     if num_kv_heads is None:
-        _require(family.num_kv_heads is None and "num_key_value_heads" not in config)
+        _require(config["model_type"] == "llama")  # others have a default that follows from nothing
         num_kv_heads = num_heads
     if head_dim is None:
         _require(not family.head_norms)  # Qwen 3 has a default that follows from nothing
@@ -158,6 +158,7 @@ def _window(config: Mapping[str, Any], family: _Family) -> int | None:
         _require(not _flag(config, "use_sliding_window"))
         return None
     if not family.has_window:
+        _require(config.get("sliding_window") is None)  # transformers caches no more than that
         return None
     _require(types is None and "sliding_window" in config)  # silent, it has 4,096
     window = config["sliding_window"]
@@ -171,12 +172,11 @@ def _rotary(config: Mapping[str, Any]) -> RotarySettings:
     _require(not (old and new))
     settings = old or new or {}
     _require(isinstance(settings, Mapping))
+    _require(not any(isinstance(value, Mapping) for value in settings.values()))  # by layer type
     kind = settings.get("rope_type", settings.get("type", "default"))
-    theta = settings.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        _require(config["model_type"] == "llama" and "rope_theta" not in config)
-        theta = 10000.0
-    _require(_is_number(theta) and settings.get("partial_rotary_factor") in {None, 1})
+    default = 10000.0 if config["model_type"] == "llama" else None
+    theta = settings.get("rope_theta", config.get("rope_theta", default))
+    _require(_is_number(theta) and settings.get("partial_rotary_factor", 1) == 1)
     if kind == "default":
         return RotarySettings(float(theta))
     factor = _number(settings, "factor")

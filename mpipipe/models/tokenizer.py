@@ -131,8 +131,24 @@ def _open_kept(
     plain = opened.plain()
     if plain is None:
         return opened
+    fast = FastTokenizer.of(*plain, templates)
+    if not _agree_on(opened.added_tokens, opened, fast):
+        return opened
     kept.write(*plain)
-    return FastTokenizer.of(*plain, templates)
+    return fast
+
+
+def _agree_on(added: Mapping[int, str], opened: Tokenizer, fast: Tokenizer) -> bool:
+    """Whether both treat the tokens that were `added` to the vocabulary alike.
+
+    `tokenizers` writes down how a token was added last. That it was special before, in another of
+    the folder's files, still counts in the tokenizer that transformers made, not in its copy.
+    """
+    alone = [(number,) for number in added]
+    texts = [f"a{token} {token} a" for token in added.values()]
+    return opened.decode_all(alone) == fast.decode_all(alone) and (
+        opened.encode_all(texts, False) == fast.encode_all(texts, False)
+    )
 
 
 def _open_with_transformers(
@@ -180,6 +196,12 @@ class TransformersTokenizer(Tokenizer):
                 return [tuple(ids) for ids in found["input_ids"]]
         except PromptError:
             return super().encode_all(texts, add_special_tokens)
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Those beside the vocabulary of the model, or taken out of it: ids and texts."""
+        added = self._backend.added_tokens_decoder
+        return {number: token.content for number, token in added.items()}
 
     def plain(self) -> tuple[str, TokenizerFacts] | None:
         """What `tokenizers` alone needs to compute the same; None: it cannot."""

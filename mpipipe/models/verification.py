@@ -132,8 +132,11 @@ def _check_calls(stage: PlainStage, calls: list[AttentionCall]) -> tuple[int, in
             call.value_dim,
         ):
             raise refuse(stage.model_type, "has keys and values of several sizes")
-        if _has_window(stage, call.layer) and call.options.window is None:
+        window = call.options.window
+        if _has_window(stage, call.layer) and window is None:
             raise refuse(stage.model_type, "hides its sliding window in a mask")
+        if window is not None and window < 1:
+            raise refuse(stage.model_type, f"has a sliding window of {window} tokens")
     return calls[0].num_kv_heads, calls[0].key_dim
 
 

@@ -10,7 +10,7 @@ from mpipipe.errors import ConfigError, EnvironmentSetupError, UnsupportedModelE
 from mpipipe.planning.cost import stage_weight_bytes
 from mpipipe.planning.link_table import LINKS, Link
 from mpipipe.planning.machine import rank_like
-from mpipipe.planning.planned_job import Outlook, PlannedJob
+from mpipipe.planning.planned_job import FREE_STAGES, Outlook, PlannedJob
 from mpipipe.planning.rate_times import RateTimes
 
 __all__ = ["Advice", "advise", "what_fits"]
@@ -129,11 +129,10 @@ def _changes(outlook: Outlook) -> Iterator[_Change]:
 
 def _more_lanes(job: PlannedJob) -> Iterator[_Change]:
     """The same ranks, several of them to a stage."""
-    free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
     for lanes in (2, 4, 8):
         if len(job.ranks) % lanes == 0 and job.config.pipeline.tensor_parallel != lanes:
-            changed = job.having("pipeline", tensor_parallel=lanes, **free)
-            yield _Change("lanes", f"pipeline.tensor_parallel={lanes}", changed)
+            changed = job.having("pipeline", tensor_parallel=lanes, **FREE_STAGES)
+            yield _Change("lanes", f"pipeline.tensor_parallel={lanes}{_freed(job)}", changed)
 
 
 def _narrower(job: PlannedJob) -> Iterator[_Change]:
@@ -154,8 +153,9 @@ def _grown(job: PlannedJob, more: int) -> _Change:
 
 
 def _freed(job: PlannedJob) -> str:
-    """What must be set beside other ranks: `PlannedJob.on_ranks` makes a stage of each."""
-    return "" if job.config.pipeline.num_stages == AUTO else ", pipeline.num_stages=auto"
+    """What must be set beside another number of stages, where it is given now."""
+    given = [name for name in FREE_STAGES if getattr(job.config.pipeline, name) != AUTO]
+    return "".join(f", pipeline.{name}=auto" for name in given)
 
 
 def _fewer(job: PlannedJob) -> Iterator[_Change]:
@@ -172,11 +172,12 @@ def _other_replicas(outlook: Outlook) -> Iterator[_Change]:
     job, num_ranks = outlook.job, len(outlook.job.ranks)
     for number in range(1, min(num_ranks, _MOST_REPLICAS) + 1):
         if num_ranks % number == 0 and number != outlook.plan.num_replicas:
-            free = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
-            changed = job.having("pipeline", replicas=number, **free)
+            changed = job.having("pipeline", replicas=number, **FREE_STAGES)
             stages = num_ranks // number
-            words = f"pipeline.replicas={number}, of {stages} stage{'s' * (stages > 1)}"
-            yield _Change("replicas", words, changed)
+            words = (
+                f"pipeline.replicas={number}, of {stages} stage{'s' * (stages > 1)}{_freed(job)}"
+            )
+            yield _Change("replicas", words + _freed(job), changed)
 
 
 def _other_limits(outlook: Outlook) -> Iterator[_Change]:

@@ -57,7 +57,7 @@ def with_drafts(
     told = f"a step of {num_rows} rows makes up to {gain:.1f} times the tokens of steps of one row"
     if asked == AUTO and gain < _LEAST_GAIN:
         return _noted(plan, 0, f"no drafts: {told} in the same time, as predicted")
-    told = f"where text recurs {told} in the same time, as predicted"
+    told = f"where text recurs {told} in the same time, as predicted; forecasts do not count that"
     return replace(_noted(plan, num_tokens, told), drafts=drafts)
 
 

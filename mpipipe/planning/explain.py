@@ -142,6 +142,12 @@ def _stage_row(stage: StagePlan) -> tuple[str, str, str]:
     return f"stage {stage.stage}", " + ".join(parts), facts
 
 
+def _sharing(plan: PipelinePlan) -> str:
+    if 0 < plan.max_sharing_tokens < plan.max_context_tokens:
+        return f"up to {plan.max_sharing_tokens} tokens"
+    return str(plan.max_sharing_tokens > 0).lower()
+
+
 def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
     split = [stage.num_layers for stage in plan.stages]
     return (
@@ -163,9 +169,11 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         ("pipeline.device", plan.device),
         ("pipeline.attention", plan.attention),
         ("pipeline.lookahead", str(plan.lookahead)),
+        ("pipeline.num_speculative_tokens", str(plan.drafts.max_tokens if plan.drafts else 0)),
         ("pipeline.prefill", plan.prefill),
         ("pipeline.threads_per_rank", str(plan.threads_per_rank)),
         ("memory.kv_cache", plan.kv_cache),
+        ("memory.share_prefixes", _sharing(plan)),
         ("memory.page_size_tokens", str(plan.page_size_tokens)),
         ("memory.num_kv_pages", str(plan.num_kv_pages)),
         ("memory.max_context_tokens", str(plan.max_context_tokens)),

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.links import DISK_BYTES_PER_S
+from mpipipe.planning.padding import padded_tokens
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
@@ -328,12 +329,23 @@ class _Job:
         stride = max(self._next_end() - self.rounds, self.grain)
         most = self._free_pages() * self.plan.page_size_tokens / num_running
         stride = min(stride, max(1.0, most))
-        self._run_rounds(stride, self._num_known / num_running + stride / 2)
+        self._run_rounds(stride, self._mean_context(stride))
         self._num_known += stride * num_running
         self.rounds += stride
         self.most_pages = max(self.most_pages, self.plan.num_kv_pages - self._free_pages())
         while self._ends and self._next_end() <= self.rounds + 1e-6:
             self._leave(heapq.heappop(self._ends)[2])
+
+    def _mean_context(self, num_rounds: float) -> float:
+        """Tokens that attention reads of a sequence in the mean of so many rounds."""
+        num_running = len(self.running)
+        if self.plan.attention != "sdpa":
+            return self._num_known / num_running + num_rounds / 2
+        known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in self.running]
+        known.sort()
+        num_slots = min(self.plan.num_slots, num_running)
+        slots = (known[slot::num_slots] for slot in range(num_slots))
+        return sum(map(padded_tokens, slots)) / num_running
 
     def _next_end(self) -> float:
         """The round in which the next sequence ends; infinity: none runs."""

@@ -68,12 +68,14 @@ class Learnt:
     start_s: float
     load_s: float
     name: str  # of the run
+    has_drafts: bool = False  # the factors have what its drafts gained, or cost
 
     def applied_to(self, known: KnownTimes) -> KnownTimes:
         """`known`, corrected by the run."""
         source = (
             f"{known.steps.source}; by the run {self.name} decode steps take {self.decode:.2f} "
             f"times, steps of prompts {self.prefill:.2f} times as long"
+            f"{', with what its drafts gained' if self.has_drafts else ''}"
         )
         steps = LearntTimes(known.steps, self.decode, self.prefill, source)
         return replace(known, steps=steps, start_s=self.start_s, load_s=self.load_s)
@@ -92,7 +94,14 @@ def learn(spec: ModelSpec, run: PastRun, known: KnownTimes) -> Learnt:
     decode, prefill = decode or prefill or 1.0, prefill or decode or 1.0
     steps = LearntTimes(known.steps, decode, prefill, "")
     whole = run.generate_s / forecast_job(spec, run.plan, shape, steps).generating_s
-    return Learnt(decode * whole, prefill * whole, run.start_s, run.load_s, run.name)
+    return Learnt(
+        decode=decode * whole,
+        prefill=prefill * whole,
+        start_s=run.start_s,
+        load_s=run.load_s,
+        name=run.name,
+        has_drafts=run.plan.drafts is not None,
+    )
 
 
 def _factor(measured_s: Sequence[float], predicted_s: Sequence[float]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.config.schema import Config
+from mpipipe.config.schema import AUTO, Config
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
 from mpipipe.planning.job_plan import plan_job
@@ -23,7 +23,10 @@ from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["Outlook", "PlannedJob"]
+__all__ = ["FREE_STAGES", "Outlook", "PlannedJob"]
+
+# What goes with a number of stages, for the plan to choose anew.
+FREE_STAGES: Final = {"num_stages": AUTO, "num_slots": AUTO, "split": AUTO}
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,8 +103,7 @@ class PlannedJob:
     def on_ranks(self, ranks: Sequence[RankResources]) -> PlannedJob:
         """The job on other ranks, numbered anew, with a stage for each."""
         numbered = tuple(replace(rank, rank=number) for number, rank in enumerate(ranks))
-        free = {"num_stages": "auto", "num_slots": "auto", "split": "auto"}
-        return replace(self.having("pipeline", **free), ranks=numbered)
+        return replace(self.having("pipeline", **FREE_STAGES), ranks=numbered)
 
     def _known(
         self, spec: ModelSpec, plan: PipelinePlan, ranks: Sequence[RankResources]

@@ -43,7 +43,7 @@ __all__ = [
     "write_profile",
 ]
 
-_FORMAT = 1  # of the file; another number is another file name, so that old files are not read
+_FORMAT = 2  # of the file; another number is another file name, so that old files are not read
 
 
 _KEY_WORDS = {

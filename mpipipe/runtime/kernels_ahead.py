@@ -26,7 +26,7 @@ from mpipipe.runtime.kernel_process import Compiled, Order
 from mpipipe.topology.gpu import driver_in_sight, told_local_rank
 
 if TYPE_CHECKING:
-    from mpipipe.planning.plan import PipelinePlan, StagePlan
+    from mpipipe.planning.plan import PipelinePlan
 
 __all__ = ["KernelProcess", "kernels_ahead", "stages_on_host", "triton_cache"]
 
@@ -155,13 +155,14 @@ def _note_of(order: Order) -> Path:
         RuntimeError: there is no home folder.
     """
     plan = order.plan
+    stages = [plan.stages[number] for number in order.stages]
     asked = (
         *(_version("triton"), _version("torch"), order.capability, order.num_processors),
         *(plan.dtype, plan.quantize, plan.kv_cache, plan.attention, plan.page_size_tokens),
         *(plan.max_decode_rows, plan.max_sequences_per_slot, plan.max_tokens_per_step),
-        *(plan.max_context_tokens, plan.max_sequence_tokens, plan.cuda_graphs, plan.sampling),
-        *(plan.tensor_parallel, plan.num_host_pages > 0),
-        *(_launched_by(plan.stages[number]) for number in order.stages),
+        *(plan.max_sequence_tokens, plan.tensor_parallel),
+        # Dry runs put all layers and their caches on the device.
+        *((stage.has_embedding, stage.has_head) for stage in stages),
     )
     digest = hashlib.sha256(repr(asked).encode())
     digest.update((Path(plan.model_path) / "config.json").read_bytes())
@@ -177,11 +178,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
-
-
-def _launched_by(stage: StagePlan) -> tuple[bool, ...]:
-    is_offloaded, has_host_cache = stage.offload is not None, stage.kv_in_host is not None
-    return stage.has_embedding, stage.has_head, is_offloaded, has_host_cache
 
 
 def stages_on_host(plan: PipelinePlan, host: str) -> tuple[int, ...]:

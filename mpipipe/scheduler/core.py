@@ -97,6 +97,7 @@ class SchedulerCore:
         self._limits = limits
         self._eos_token_ids = frozenset(eos_token_ids)
         self._restart_tokens = restart_tokens
+        self._drafts = drafter is not None
         self._slot_allocator = SlotAllocator(limits)
         self._steps = StepMaker(limits, self._slot_allocator, prefill, drafter)
         self.max_sequence_tokens = min(
@@ -223,10 +224,11 @@ class SchedulerCore:
         )
         sampling = request.sampling
         num_tokens = len(request.prompt_ids) + sampling.max_new_tokens
-        stop_ids = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            stop_ids |= self._eos_token_ids
-        self._stop_ids |= stop_ids
+        stop_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        if sampling.stop_token_ids:
+            stop_ids = stop_ids.union(sampling.stop_token_ids)
+        if not stop_ids <= self._stop_ids:
+            self._stop_ids |= stop_ids
         sequence = Sequence(
             sequence_id=self._num_sequences,
             request=request,
@@ -234,7 +236,7 @@ class SchedulerCore:
             max_tokens=min(num_tokens, self.max_sequence_tokens),
             stop_ids=stop_ids,
             wants_logprobs=sampling.num_logprobs >= 0,
-            may_draft=not sampling.needs and sampling.num_logprobs < 0,
+            may_draft=self._drafts and sampling.num_logprobs < 0 and not sampling.needs,
             restart_tokens=self._restart_tokens,
         )
         self._num_sequences += 1
@@ -348,8 +350,9 @@ class SchedulerCore:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
         self._slot_allocator.finish(sequence)
         self._num_finished += 1
-        for flight in self._flights:
-            flight.has_ended = flight.has_ended or flight.message.step <= sequence.last_step
+        if sequence.last_step > self._returned:
+            for flight in self._flights:
+                flight.has_ended = flight.has_ended or flight.message.step <= sequence.last_step
         self._closing.setdefault(sequence.last_step, []).append(sequence.sequence_id)
         token_ids = tuple(sequence.tokens[len(sequence.request.prompt_ids) :])
         return Finished(sequence.sequence_id, reason, token_ids)

@@ -78,4 +78,4 @@ class SchedulerStatistics:
     num_saved_pages: int = 0
     max_host_pages_used: int = 0
     drafts: DraftUse = field(default_factory=DraftUse)
-    num_shared_tokens: int = 0  # of known tokens, those that were in shared pages: not computed
+    num_shared_tokens: int = 0  # of prompts, found in shared pages when they first began

@@ -111,7 +111,7 @@ class Sequence:
     is_drafting: bool = False  # in no batch: its next step verifies drafts, or the latest did
     history: DraftHistory | None = None  # None: nothing was drafted for it yet
     begins: bool = False  # it has a place, and no chunk is dispatched yet
-    began_at: int = -1  # number of the step with its first chunk since it got its place
+    began_at: int = -1  # number of the step with its first chunk since it last got a place
     num_shared_tokens: int = 0  # that it did not compute then
     # The last page of its prompt that others may find. While it waits: as of the latest look.
     known: KnownPage | None = None

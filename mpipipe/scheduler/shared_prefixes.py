@@ -30,7 +30,7 @@ class SharedPrefixes:
     """
 
     def __init__(self, pages: SharedPages, max_sharing_tokens: int) -> None:
-        self.num_shared_tokens = 0  # of known tokens, those that no step computed
+        self.num_shared_tokens = 0  # of prompts, found when they first began: not computed
         self._pages = pages
         self._max_sharing_tokens = max_sharing_tokens
         self._computing: dict[_Key, Sequence] = {}  # who fills the page that comes next there
@@ -114,7 +114,8 @@ class SharedPrefixes:
         return min(len(sequence.request.prompt_ids), num_known) // self._pages.page_size
 
     def _shares(self, sequence: Sequence) -> bool:
-        return sequence.rotary_len <= self._max_sharing_tokens
+        most = self._max_sharing_tokens  # `rotary_len` is never more than its tokens
+        return len(sequence.tokens) <= most or sequence.rotary_len <= most
 
     def _key(self, sequence: Sequence) -> _Key:
         known, size = sequence.known or self._pages.root, self._pages.page_size

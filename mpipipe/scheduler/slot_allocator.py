@@ -244,7 +244,8 @@ class SlotAllocator:
         """
         num_found = self.prefixes.take(sequence)
         sequence.num_computed = len(sequence.pages) * self.pages.page_size
-        self._note_use()
+        if num_found:
+            self._note_use()
         return num_found
 
     def _pages_to_first_token(self, sequence: Sequence) -> int:
@@ -272,9 +273,10 @@ class SlotAllocator:
         new_pages = self._take(-(-end // size) - len(sequence.pages))
         fulfilled = min(sequence.num_promised, len(new_pages))
         if sequence.begins:
+            # What it finds when it comes back, it has once computed, or it was counted then.
+            self.prefixes.num_shared_tokens += start if sequence.began_at < 0 else 0
             sequence.begins, sequence.began_at = False, step
             sequence.num_shared_tokens = start
-            self.prefixes.num_shared_tokens += start
             new_pages = (*sequence.pages, *new_pages)
             sequence.pages.clear()
         sequence.pages.extend(new_pages)
@@ -299,17 +301,24 @@ class SlotAllocator:
         """
         if len(needing) <= self.pages.num_free:
             given = dict(zip(needing, self._take(len(needing)), strict=True))
+            for sequence, page in given.items():
+                sequence.pages.append(page)
         else:
             given = {}
             for sequence in sorted(needing, key=_arrival):
-                while sequence.slot >= 0 and not self.pages.num_free:
-                    if not self._preempt_younger(sequence):
-                        self._preempt(sequence)
-                if sequence.slot >= 0:
-                    (given[sequence],) = self._take(1)
-        for sequence, page in given.items():
-            sequence.pages.append(page)
+                if sequence.slot >= 0 and (last := self.give_page(sequence)) is not None:
+                    given[sequence] = last
         return given
+
+    def give_page(self, sequence: Sequence) -> int | None:
+        """One page; younger sequences are preempted for want of pages. None: so is it itself."""
+        while not self.pages.num_free:
+            if not self._preempt_younger(sequence):
+                self._preempt(sequence)
+                return None
+        (page,) = self._take(1)
+        sequence.pages.append(page)
+        return page
 
     def give_draft_pages(self, sequence: Sequence, num_tokens: int) -> tuple[int, tuple[int, ...]]:
         """Pages for a token and `num_tokens` drafted ones, or for as many as there is room for.

@@ -316,9 +316,9 @@ class StepMaker:
         joined = [sequence for sequence in joined if sequence.slot >= 0]
         if not joined and not batch.num_live:
             return self._send_chunks(slot, chunks) if chunks else None
-        if joined:
-            slot.joining = [sequence for sequence in slot.joining if sequence not in joined]
         left = batch.change(joined)
+        if joined:
+            slot.joining = [sequence for sequence in slot.joining if not sequence.in_batch]
         leaving = batch.advance(number, joined)
         rows = batch.rows
         if chunks:
@@ -374,7 +374,9 @@ class StepMaker:
             if sequence.slot < 0:  # a victim of those before it
                 continue
             if sequence.is_prefilled:
-                given.update(self._slot_allocator.give_pages([sequence]))
+                page = self._slot_allocator.give_page(sequence)
+                if page is not None:
+                    given[sequence] = page
             elif budget:
                 chunk = self._slot_allocator.give_chunk(sequence, budget, self.num_steps)
                 if chunk is not None:

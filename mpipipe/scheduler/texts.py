@@ -45,8 +45,9 @@ class TextMaker:
 
     def watch(self, stops: Sequence[str]) -> StopWatch | None:
         """What looks for stop strings in one completion; None: there are none."""
-        wanted = [stop for stop in stops if stop]
-        return StopWatch(self._decode, wanted, self._special) if wanted else None
+        if not any(stops):
+            return None
+        return StopWatch(self._decode, [stop for stop in stops if stop], self._special)
 
     def make(
         self, all_ids: Sequence[Sequence[int]], made: Callable[[asyncio.Future[Texts]], object]

@@ -147,18 +147,22 @@ def read(loaded: LoadedConfig, model: Path) -> Acquired:
 def tokenised(
     lines: Sequence[PromptLine], tokenizer: Tokenizer | None, num_prompts: int
 ) -> PreparedPrompts:
-    """The requests of a run; without a tokenizer 16 ids each."""
+    """The requests of a run; without a tokenizer 16 ids each, no two alike."""
     if tokenizer is not None:
         with measured("tokenised", num_prompts):
             return prepare(lines, tokenizer, add_special_tokens=True)
-    ids = tuple(range(3, 19))
     return PreparedPrompts(
         tuple(
-            Request(line.prompt_id, line.index, ids, line.sampling)
+            Request(line.prompt_id, line.index, ids_of(line), line.sampling)
             for line in lines
             if line.sampling is not None
         )
     )
+
+
+def ids_of(line: PromptLine) -> tuple[int, ...]:
+    """The ids of a prompt that begins like no other."""
+    return tuple(range(line.index, line.index + 16))
 
 
 async def complete(
@@ -215,6 +219,7 @@ def make_session(
         num_kv_pages=4000,
         lookahead=lookahead,
         max_sequence_tokens=plan.max_context_tokens,
+        max_sharing_tokens=plan.max_context_tokens,
     )
 
     def decode(ids: Sequence[int]) -> str:
@@ -223,7 +228,10 @@ def make_session(
     spec = SimpleNamespace(eos_token_ids=(1,))
     boot: Any = SimpleNamespace(
         ranks=ranks, resources=(), model=SimpleNamespace(spec=spec),
-        prepared=SimpleNamespace(tokenizer=tokenizer, decode=None if tokenizer else decode),
+        prepared=SimpleNamespace(
+            tokenizer=tokenizer, decode=None if tokenizer else decode,
+            workload=SimpleNamespace(shared_ratio=0.0),
+        ),
         log=NullLog(),
     )  # fmt: skip
 

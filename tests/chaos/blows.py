@@ -96,7 +96,7 @@ def draw(rng: Random, kind: str, num_ranks: int, deadline_s: float) -> Blow:
         moment=moment,
         progress=rng.random(),
         delay_s=rng.uniform(0.2, 4.0) if moment == "boot" else rng.uniform(0.0, 0.3),
-        pause_s=rng.uniform(0.3, 0.6) * deadline_s,
+        pause_s=rng.uniform(0.3, 0.5) * deadline_s,  # as much is left for a busy machine
         whole_rank=rng.random() < 0.5,
     )
 

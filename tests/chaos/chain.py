@@ -38,7 +38,7 @@ class Job:
     words: Sequence[str] = ()
     deadline_s: float = 10.0  # a rank that says nothing for so long is lost
     start_deadline_s: float = 30.0  # the same until all ranks have met
-    spare_s: float = 10.0  # what an end may take beyond these
+    spare_s: float = 20.0  # what an end may take beyond these
 
     def limit_s(self, blow: Blow) -> float:
         """From the blow to the end of the last process."""

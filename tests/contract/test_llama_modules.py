@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpipipe.kv_cache.base import ContiguousKVCache
 from mpipipe.kv_cache.layout import SequenceLens, build_layout
 from mpipipe.models.adapter import StageModel, build_stage_model
 from mpipipe.models.attention.sdpa import SdpaAttention
 from mpipipe.models.llama_config import llama_config
-from mpipipe.models.llama_modules import LlamaModel
+from mpipipe.models.llama_modules import LlamaModel, empty_llama, inverse_frequencies
 from tests.contract.tiny_models import FAMILIES, TinyModel, fill, modules_of_transformers, split
 
 OURS = [
@@ -102,6 +106,13 @@ def test_names_of_checkpoints_are_read_as_transformers_does(
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}},
         {"partial_rotary_factor": 0.5},
+        {"partial_rotary_factor": 0.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        {"is_causal": False},
+        {"is_causal": None},
+        {"sliding_window": 8},  # which transformers' cache has, and its layers do not
+        {"model_type": "qwen2", "num_key_value_heads": None},
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": [1]}},
         {"layer_types": 3},
         {"layer_types": ["linear_attention"]},
@@ -124,6 +135,73 @@ def test_what_our_modules_do_not_compute_is_left_to_transformers(
     config = json.loads((tiny("llama").folder / "config.json").read_text())
     assert llama_config(config) is not None
     assert llama_config(config | change) is None
+
+
+_ROTARY = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["default", "linear", "llama3", "dynamic"]),
+        "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn"]),
+        "rope_theta": st.sampled_from([1e4, 500000, 5e6, None]),
+        "factor": st.sampled_from([2.0, 8]),
+        "low_freq_factor": st.sampled_from([1.0, 2]),
+        "high_freq_factor": st.sampled_from([4.0, 2]),
+        "original_max_position_embeddings": st.sampled_from([8, 64]),
+        "partial_rotary_factor": st.sampled_from([1.0, 0.5, None]),
+        "full_attention": st.just({"rope_type": "default", "rope_theta": 1e4}),
+    },
+)
+_CONFIGS = st.fixed_dictionaries(
+    {
+        "model_type": st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+        "hidden_size": st.just(48),
+        "intermediate_size": st.just(64),
+        "num_hidden_layers": st.just(2),
+        "num_attention_heads": st.sampled_from([2, 4]),
+        "vocab_size": st.just(97),
+        "max_position_embeddings": st.just(64),
+        "rms_norm_eps": st.sampled_from([1e-6, 1e-5]),
+    },
+    optional={
+        "num_key_value_heads": st.sampled_from([1, 2, None]),
+        "head_dim": st.sampled_from([16, 20, None]),
+        "attention_bias": st.booleans(),
+        "mlp_bias": st.booleans(),
+        "tie_word_embeddings": st.booleans(),
+        "pad_token_id": st.sampled_from([0, -1, None]),
+        "sliding_window": st.sampled_from([8, None]),
+        "use_sliding_window": st.booleans(),
+        "layer_types": st.sampled_from([["full_attention"] * 2, ["sliding_attention"] * 2, None]),
+        "rope_theta": st.sampled_from([1e4, 1000000, None]),
+        "rope_scaling": _ROTARY | st.none(),
+        "rope_parameters": _ROTARY | st.none(),
+        "partial_rotary_factor": st.sampled_from([1.0, 0.5, None]),
+        "is_causal": st.sampled_from([True, False, None]),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(raw=_CONFIGS)
+def test_what_is_read_of_a_configuration_is_what_transformers_reads(raw: dict[str, Any]) -> None:
+    ours = llama_config(raw)
+    if ours is None:
+        return
+    event(ours.model_type)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(raw)))
+    mine = empty_llama(ours, torch.float32)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in mine.state_dict().items()} == shapes
+    assert mine.all_tied_weights_keys == theirs.all_tied_weights_keys
+    assert getattr(theirs.config, "is_causal", True)
+    window = getattr(theirs.config, "sliding_window", None)
+    types = getattr(theirs.config, "layer_types", None) or ["sliding_attention"] * 2
+    assert ours.sliding_window == (window if "sliding_attention" in types else None)
+    rotary = type(theirs.model.rotary_emb)(theirs.config)
+    found = inverse_frequencies(ours.rotary, ours.head_dim)
+    assert torch.equal(found, rotary.inv_freq)
+    assert rotary.attention_scaling == 1
 
 
 def test_every_family_of_ours_is_one_of_the_tiny_models() -> None:

@@ -37,6 +37,7 @@ from tests.contract.tiny_models import (
     fill,
     load_stage,
     paged_cache,
+    save_config,
     split,
 )
 
@@ -249,6 +250,7 @@ REFUSED = {
     "qwen3_next": (transformers.Qwen3NextConfig(), "linear_attention"),
     "minimax": (transformers.MiniMaxConfig(), "linear_attention"),
     "gemma3n_text": (transformers.Gemma3nTextConfig(), "token ids into every layer"),
+    "llama": (transformers.LlamaConfig(is_causal=False), "see later ones"),
 }
 
 
@@ -313,6 +315,22 @@ def loaded(model: TinyModel, num_stages: int, stage: int) -> StageModel:
     loaded_stage = build(model.folder, num_stages, stage)
     fill(loaded_stage, model.folder)
     return loaded_stage
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "reason"),
+    [
+        ("LlamaConfig", {"sliding_window": 4}, "hides its sliding window"),
+        ("MistralConfig", {"sliding_window": 0}, "window of 0 tokens"),
+    ],
+)
+def test_windows_that_the_layers_do_not_compute_are_refused(
+    config_class: str, settings: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    """Transformers' cache drops keys beyond a window of Llama, which its layers do not have."""
+    model = save_config(config_class, {**FAMILIES["llama"][1], **settings}, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load_stage(model.folder, split(1)[0])
 
 
 def test_attention_sinks_are_refused(tmp_path: Path) -> None:

@@ -104,6 +104,24 @@ def test_transformers_is_timed_on_random_weights_too(random_config: Path) -> Non
     assert record["tokens_per_s"] == pytest.approx(12 / record["elapsed_s"])
 
 
+def test_the_suite_reads_what_a_whole_run_leaves(random_config: Path, tmp_path: Path) -> None:
+    shape, out = random_config.parent / "shape", tmp_path / "out"
+    script = [sys.executable, str(ROOT / "launch" / "bench_gpu.py")]
+    words = ["--quick", "--only", "file_run", "--out", str(out), "pipeline.device=cpu"]
+    outcome = execute([*script, *words, "model.dtype=float32", f"model.path={shape}"], ROOT)
+    assert outcome.exit_code == 0, outcome.stdout
+    (record,) = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert (record["work"], record["devices"]) == ("4x16x8", ["cpu", "cpu"])
+    assert sum(record["start"].values()) >= record["first_token_s"] - 1e-6 > 0
+    assert record["first_token_s"] < record["phases"]["wall_s"] < record["command_s"]
+    assert record["predicted"]["tokens_per_s"] > 0
+    assert sum(record["plan"]["split"]) == 4
+    assert "| openllama_3b | 4x16x8 | 2 |" in (out / "table.md").read_text()
+    compared = execute([*script, "--compare", str(out), str(out)], ROOT)
+    assert "| openllama_3b | 4x16x8 of a file | 2 |" in compared.stdout
+    assert "| +0.0% |" in compared.stdout
+
+
 def test_a_wrong_device_is_one_sentence(tiny_config: Path) -> None:
     command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(tiny_config)]
     outcome = execute([*command, "--device", "tpu", "--work", "1x4x4"], ROOT)

@@ -21,7 +21,7 @@ NUM_PROMPTS = 150
 
 @pytest.fixture
 def job(tiny_config: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
-    """Settings that keep the tiny model busy for some seconds, and a model that may be changed."""
+    """Most prompts are left after the first completions; the model may be changed."""
     prompts, model = tmp_path / "many.jsonl", tmp_path / "model"
     lines = [{"id": f"p{i}", "prompt": f"prompt {i}"} for i in range(NUM_PROMPTS)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -37,11 +37,12 @@ def test_a_journal_that_is_removed_and_damaged_and_weights_that_are_others(
 ) -> None:
     folder = tmp_path / "run"
     journal = folder / "completions_rank_0.jsonl"
-    command = [sys.executable, "-m", "mpipipe", "run", str(tiny_config), f"output.dir={folder}"]
+    held = f"held:*:{journal}"  # each step sleeps from the first completion until that is gone
+    rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(tiny_config)]
     with subprocess.Popen(
-        [*command, *job],
+        [*rank, f"output.dir={folder}", *job],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": held},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

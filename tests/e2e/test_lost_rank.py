@@ -20,25 +20,27 @@ from mpipipe.logs.reading import RunFiles
 from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 5.0  # a rank that gets no core for so long would look frozen, too
 NUM_PROMPTS = 100
 
 
 def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -> Outcome:
     """Run on two ranks and stop the process of `rank` for good.
 
-    Not before there is a completion, and a heartbeat has had the time to tell of a step.
+    Not before there is a completion, from which on each step sleeps, and a heartbeat has had the
+    time to tell of a step.
     """
-    command = [*mpiexec(2), sys.executable, "-m", "mpipipe", "run", str(config)]
+    journal = folder / "completions_rank_0.jsonl"
+    command = [*mpiexec(2), sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
     with subprocess.Popen(
         [*command, f"output.dir={folder}", f"pipeline.heartbeat_timeout_s={TIMEOUT_S}", *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": f"held:*:{journal}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        journal, until = folder / "completions_rank_0.jsonl", time.monotonic() + LIMIT_S
+        until = time.monotonic() + LIMIT_S
         steps = folder / f"steps_rank_{rank}.jsonl"
         while process.poll() is None and not (
             journal.exists()

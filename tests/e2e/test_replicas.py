@@ -26,11 +26,13 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.3, "top_k": 20, "temperature": 0.8},
 )
 
+COMMON = "All of these prompts begin alike: "  # two pages, a token a byte
+
 
 def write_prompts(folder: Path, count: int) -> Path:
     path = folder / "many.jsonl"
     lines = [
-        {"id": f"p{i}", "prompt": f"prompt {i} " * (1 + i % 4), **KINDS[i % len(KINDS)]}
+        {"id": f"p{i}", "prompt": COMMON + f"prompt {i} " * (1 + i % 4), **KINDS[i % len(KINDS)]}
         for i in range(count)
     ]
     lines[5] = {"id": "p5", "prompt": "too long " * 40}
@@ -46,17 +48,29 @@ def said(outcome: Outcome) -> list[dict[str, Any]]:
     return [{name: line[name] for name in line if name not in timed} for line in lines]
 
 
+def paced(num_ranks: int, config: Path, folder: Path, *words: str) -> Outcome:
+    """As `run`. Each step sleeps: no replica is quicker than another by what else the cores do."""
+    rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
+    command = [*mpiexec(num_ranks), *rank, f"output.dir={folder}", *words]
+    return execute(command, folder, SLOWED="stage:*:0.02")
+
+
 def test_two_replicas_complete_what_one_rank_does(tiny_config: Path, tmp_path: Path) -> None:
     words = [f"prompts.path={write_prompts(tmp_path, 40)}"]
-    alone = run(0, tiny_config, tmp_path / "alone", *words)
-    two = run(2, tiny_config, tmp_path / "two", *words, "pipeline.replicas=2",
-              "pipeline.num_stages=1")  # fmt: skip
-    longer = run(4, tiny_config, tmp_path / "longer", *words, "pipeline.replicas=2",
-                 "pipeline.lookahead=1", "pipeline.max_sequences_per_slot=4")  # fmt: skip
+    alone = run(0, tiny_config, tmp_path / "alone", *words, "memory.share_prefixes=false",
+                "pipeline.num_speculative_tokens=0")  # fmt: skip
+    two = paced(2, tiny_config, tmp_path / "two", *words, "pipeline.replicas=2",
+                "pipeline.num_stages=1")  # fmt: skip
+    longer = paced(4, tiny_config, tmp_path / "longer", *words, "pipeline.replicas=2",
+                   "pipeline.lookahead=1", "pipeline.max_sequences_per_slot=4")  # fmt: skip
     for outcome in (alone, two, longer):
         assert outcome.exit_code == EXIT_PROMPTS, outcome.stderr
         assert said(outcome) == said(alone)
         assert len(outcome.completions()) == 40
+    shared = [outcome.json("metrics.json")["num_shared_tokens"] for outcome in (alone, two, longer)]
+    # The first of each replica computes them; "p5" is too long for the model.
+    assert shared == [0, 37 * 32, 37 * 32]
+    assert f"{37 * 32:,} of them in shared prefixes" in two.stdout
     assert "replica  prompts  output tokens" in two.stdout
     check_figures(two, num_stages=1)
     check_figures(longer, num_stages=2)

@@ -108,7 +108,8 @@ def check_explained(folder: Path) -> None:
     assert files.notes() == []
     assert [rank.num_steps_kept for rank in found.ranks] == [rank.num_steps for rank in found.ranks]
     for rank in found.ranks:
-        assert rank.seconds["unexplained"] <= 0.01 * rank.wall_s, rank.seconds
+        # 0.1 s: between two parts another process may have the core.
+        assert rank.seconds["unexplained"] <= 0.01 * rank.wall_s + 0.1, rank.seconds
         assert rank.seconds["compute"] > 0
         assert rank.seconds["load"] > 0
 
@@ -174,10 +175,11 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
     names = {part["name"] for part in boot}
     assert {"process", "imports", "mpi", "build", "read weights", "wait"} <= names
     assert rank["rank"] != 0 or "tokenizer" in names  # elsewhere it is nothing, or a moment
-    # From the process's start, as the kernel tells it, to the first sign of being ready.
+    # From the process's start, as the kernel tells it, until it has said that it is ready.
     (ready,) = (event for event in events if event["event"] == "ready")
-    wall_s = ready["t_s"] - boot[0]["start_s"]
-    assert sum(part["seconds"] for part in boot) == pytest.approx(wall_s, rel=0.01)
+    wall_s = logged[-1]["end_s"] - boot[0]["start_s"]
+    assert sum(part["seconds"] for part in boot) == pytest.approx(wall_s, abs=1e-4)
+    assert logged[-1]["start_s"] <= ready["t_s"] <= logged[-1]["end_s"]
     (read,) = (part for part in boot if part["name"] == "read weights")
     assert read["bytes"] == rank["loaded_bytes"] > 0
     own_s = sum(part["seconds"] for part in boot if part["name"] != "wait")
@@ -223,8 +225,8 @@ def test_the_metrics_and_the_lines_about_the_run_add_up(on_two_ranks: Outcome) -
         overall = stage["overall"]
         assert sum(overall[name] for name in PARTS) == pytest.approx(overall["wall_s"], abs=1e-6)
         generate_s = metrics["phases"]["generate_s"]
-        # 0.1 s: a message at either end, on cores that another test's ranks use, too.
-        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.1
+        # 0.5 s: a message at either end, on cores that another test's ranks use, too.
+        assert abs(overall["wall_s"] - generate_s) <= generate_s * 0.01 + 0.5
         _check_steps(folder, rank["rank"], stage)
         _check_samples(folder, rank["rank"], stage, outcome)
     first, last = (rank["stage"] for rank in metrics["ranks"])
@@ -261,6 +263,10 @@ def _check_steps(folder: Path, rank: int, stage: dict[str, Any]) -> None:
         total_s = sum(line[name] for line in steps)
         assert total_s == pytest.approx(stage["overall"][name], abs=1e-6)
     assert all(later["start_s"] == earlier["t_s"] for earlier, later in itertools.pairwise(steps))
+    # They begin with the call, before the rank says so, not with what came first to be computed.
+    events = read_jsonl(folder / f"rank_{rank}.log")
+    (generating,) = (event for event in events if event["event"] == "generating")
+    assert steps[0]["start_s"] <= generating["t_s"] + 1e-6
 
 
 def _check_samples(folder: Path, rank: int, stage: dict[str, Any], outcome: Outcome) -> None:

@@ -19,11 +19,12 @@ from mpipipe.errors import EXIT_PEER_LOST, EXIT_REQUEUE
 from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
 
 NUM_PROMPTS = 150
+JOURNAL = "completions_rank_0.jsonl"
 
 
 @pytest.fixture
 def job(tiny_config: Path, tmp_path: Path) -> list[str]:
-    """Settings under which the tiny model is busy for some seconds after its first completion."""
+    """Settings under which most prompts are left after the first completions."""
     prompts = tmp_path / "many.jsonl"
     lines = [{"id": f"p{i}", "prompt": f"prompt {i}"} for i in range(NUM_PROMPTS)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -44,12 +45,16 @@ def stop_when(
     *words: str,
     number: signal.Signals = signal.SIGUSR1,
 ) -> Outcome:
-    """Start a run on two ranks, and send it `number` when it is `ready`; `pid` says to whom."""
-    command = [*mpiexec(2), sys.executable, "-m", "mpipipe", "run", str(config)]
+    """Start a run on two ranks, and send it `number` when it is `ready`; `pid` says to whom.
+
+    From its first completion on each of its steps sleeps: it does not end before it is told.
+    """
+    held = f"held:*:{folder / JOURNAL}"
+    command = [*mpiexec(2), sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
     with subprocess.Popen(
         [*command, f"output.dir={folder}", *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": held},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,7 +74,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_was_left_alone
     """Also where its attempts are two stages, two replicas and one process in turn."""
     folder, resume = tmp_path / "run", "output.resume=true"
     replicas = "pipeline.replicas=2"
-    journal = folder / "completions_rank_0.jsonl"
+    journal = folder / JOURNAL
 
     def num_lines() -> int:
         return journal.read_bytes().count(b"\n") if journal.exists() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ from tests.e2e.conftest import ROOT, read_jsonl, run
 
 NEW_TOKENS = 16
 REPEATING = {"id": "repeating", "prompt": "red green blue black " * 9, "max_new_tokens": 48}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Without what `plan --measure` found on this machine: drafts pay by the planner's rates."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / demo_model.name).symlink_to(demo_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPIPIPE_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.contract.tiny_models import TinyModel, save_tiny
+from tests.contract.conftest import tiny
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    """A tiny model by its name in `tiny_models`, saved once a file."""
-    torch.set_num_threads(1)
-
-    @cache
-    def make(name: str) -> TinyModel:
-        return save_tiny(name, tmp_path_factory.mktemp(name))
-
-    return make
+__all__ = ["own_stream", "tiny"]
 
 
 @pytest.fixture

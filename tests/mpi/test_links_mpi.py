@@ -19,6 +19,7 @@ from mpipipe.runtime.tensor_channel import open_transport
 from mpipipe.topology.host import host_name
 
 LIMIT_S = 40
+SOON_S = 20  # and not after 25 or 30 s, which are the limits of connecting and measuring
 
 
 def on_ranks(body) -> None:  # type: ignore[no-untyped-def]
@@ -69,7 +70,7 @@ def test_a_rank_that_cannot_connect_is_an_error_on_every_rank_at_once(
             return
         with pytest.raises(MpipipeError, match="no way through"):
             await measure_links(ranks, device="cpu")
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < SOON_S
 
     on_ranks(body)
 
@@ -121,6 +122,6 @@ def test_a_rank_without_memory_is_an_error_of_all_and_no_traceback(
             await measure_links(ranks, device="cpu")
         assert "--gpus-per-node=N" in str(raised.value)
         assert raised.value.exit_code == 5
-        assert time.monotonic() - start_s < 5  # no rank waits for tensors that do not come
+        assert time.monotonic() - start_s < SOON_S  # no rank waits for tensors that do not come
 
     on_ranks(body)

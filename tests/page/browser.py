@@ -21,7 +21,7 @@ from tests.slurm.packages import ClusterUnavailableError, install_programs
 
 __all__ = ["Visit", "lay_out", "visit"]
 
-LIMIT_S = 60
+LIMIT_S = 150
 LEFT_OUT_WITH = "MPIPIPE_PAGE_TESTS=off"
 # Runs in a copy of the page: sizes of what could stick out, and where each text of a plot is.
 _SCRIPT = """

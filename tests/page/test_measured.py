@@ -129,7 +129,7 @@ def test_every_column_of_a_real_experiment_has_a_figure(measured: Path) -> None:
         generate_s = row["figures"]["generate_s"]["median"]
         for stage in parts:  # all of the time is told, but for the files read before
             told_s = sum(seconds for part, seconds in stage.items() if part != "I/O")
-            assert told_s == pytest.approx(generate_s, rel=0.15, abs=0.1)
+            assert told_s == pytest.approx(generate_s, rel=0.15, abs=0.3)
             assert stage["compute"] > 0
 
 

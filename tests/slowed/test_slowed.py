@@ -14,6 +14,7 @@ that other work got in the way of says nothing about what was planted: `explain`
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,12 +34,12 @@ from tests.slurm.network import Network
 
 PACE = "stage:*:0.005"
 STEP_S = 0.005
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 NUM_RIVALS = 5  # more than a machine that runs other tests, too, puts on the other core
 TRIALS = 3
 BUSY_PERCENT = 25  # of a core, used by others: more than a quiet machine's own chores
-QUIET_LIMIT_S = 60.0
-pytestmark = pytest.mark.timeout(300)
+QUIET_LIMIT_S = 120.0
+pytestmark = pytest.mark.timeout(900)  # three runs of 240 s at most, and waits for quiet
 
 Culprit = Mapping[str, Any]
 
@@ -114,8 +115,10 @@ def test_a_run_that_nothing_slows_has_no_culprit(job: Job) -> None:
 def test_a_stage_that_sleeps_in_each_step_is_the_slow_stage(job: Job) -> None:
     def second_stage(culprit: Culprit) -> None:
         check(culprit, "slow_stage", rank=1, stage=1)
-        # Two slots of 48 decode steps, and their prompts; the bare steps are of one length.
-        assert culprit["seconds"] == pytest.approx(2 * 48 * STEP_S, rel=0.5)
+        # Two slots of 48 decode steps, and their prompts; the bare steps are of one length. Some
+        # kernels end a sleep at their next tick, up to 10 ms late, and none ends it early.
+        slept_s = 2 * 48 * STEP_S
+        assert 0.5 * slept_s < culprit["seconds"] < 4 * slept_s
         assert "stage 1 is the slowest" in culprit["sentence"]
 
     explain(job, lambda job: job.run(slowed=f"stage:1:{STEP_S}"), second_stage)
@@ -125,7 +128,9 @@ def test_a_disk_that_one_rank_reads_slowly_is_the_slow_read(job: Job) -> None:
     def second_rank(culprit: Culprit) -> None:
         check(culprit, "slow_read", rank=1, stage=1)
         assert culprit["seconds"] > 2
-        assert "rank 1 read its weights at 2" in culprit["sentence"]
+        found = re.search(r"rank 1 read its weights at ([0-9.]+) MB/s", culprit["sentence"])
+        assert found, culprit["sentence"]
+        assert 1.0 < float(found[1]) <= 2.0, "no faster than that disk; reading takes time, too"
 
     explain(job, lambda job: job.run(slowed="read:1:2e6"), second_rank)
 

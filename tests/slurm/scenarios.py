@@ -314,7 +314,7 @@ def rank_killed_under_plain_srun(site: Site) -> tuple[int, str, float]:
         site.until(lambda: journal.exists() and bool(journal.read_bytes()), "a completion", 120)
         os.kill(_ranks(site, "n4")[0], signal.SIGKILL)
         begin = time.monotonic()
-        said, _ = step.communicate(timeout=60)
+        said, _ = step.communicate(timeout=120)
         return step.returncode, said, time.monotonic() - begin
     finally:
         step.kill()

@@ -103,10 +103,12 @@ def make_core(
     num_pages: int = 1000,
     page_size: int = 4,
     max_context: int = 1000,
+    max_sharing: int = 0,
 ) -> FollowedCore:
     limits = SchedulerLimits(
-        num_slots, max_sequences, max_tokens, num_pages, page_size, max_context, lookahead=0
-    )
+        num_slots, max_sequences, max_tokens, num_pages, page_size, max_context, lookahead=0,
+        max_sharing_tokens=max_sharing,
+    )  # fmt: skip
     return FollowedCore(limits, eos_token_ids=(EOS,), prefill="mixed")
 
 
@@ -464,6 +466,16 @@ def test_the_youngest_is_preempted_for_the_oldest_and_starts_over_later() -> Non
     (step,) = steps(core)
     assert shape(step) == [(1, 0, 9, True)]  # prompt and generated tokens again
     assert step.sequences[0].new_pages == (0, 1, 2)
+
+
+def test_tokens_that_a_preempted_sequence_finds_again_are_not_counted_as_shared_twice() -> None:
+    core = make_core(num_slots=1, num_pages=6, max_sharing=1000)
+    add(core, 9, 9, sampling=SamplingParams(max_new_tokens=12))
+    while not core.is_idle:
+        (step,) = steps(core)
+        give_back(core, step)
+    assert core.statistics().num_preemptions == 1
+    assert core.statistics().num_shared_tokens == 8  # two pages, when 1 first began
 
 
 def test_a_token_in_flight_of_a_preempted_sequence_counts() -> None:

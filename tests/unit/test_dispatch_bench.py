@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 from mpipipe.bench.dispatch import DispatchOptions, DispatchRates, measure_in_process
 from mpipipe.clock import MonotonicClock
@@ -39,5 +40,6 @@ def test_every_prompt_is_handed_out_and_told_once() -> None:
 def test_a_fast_rank_0_is_hardly_busy_with_a_prompt() -> None:
     """20,000 prompts/s leave rank 0 50 µs for each; a loaded machine is given ten times as long."""
     rates = measured(DispatchOptions(num_prompts=4000))
+    assert gc.get_freeze_count() == 0, "what comes after in this process is as it was"
     assert 0 < rates.handling_us + rates.decoding_us < 500
     assert rates.busy_share < 1

@@ -86,6 +86,7 @@ def test_one_sequence_on_gpus_may_have_seven_drafted_tokens_beside_its_last() ->
     ((value, reason),) = told(plan)
     assert value == "7"
     assert "a step of 8 rows makes up to" in reason
+    assert reason.endswith("forecasts do not count that")
 
 
 def test_of_full_batches_only_few_rows_are_drafted() -> None:

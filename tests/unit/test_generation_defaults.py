@@ -163,6 +163,20 @@ def test_what_is_not_applied_is_said_one_line_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "model_type", "is_said"),
+    [("dynamic", "llama", True), ("linear", "llama", False), ("longrope", "phi3", False)],
+)
+def test_a_model_without_a_cache_is_named_where_that_changes_keys(
+    kind: str, model_type: str, is_said: bool, tmp_path: Path
+) -> None:
+    """Transformers without one computes all keys anew, as the length then has it."""
+    rope = {"rope_type": kind, "factor": 2.0}
+    config = {"use_cache": False, "rope_scaling": rope, "model_type": model_type}
+    found = facts(tmp_path, None, **config)
+    assert ("generation_config.use_cache" in notes(found)) == is_said
+
+
+@pytest.mark.parametrize(
     "odd",
     [
         {"repetition_penalty": "1.3"},

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpipipe.bench import gpu_suite
-from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part, table_lines
-from mpipipe.bench.workloads import BenchWork
+from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part
+from mpipipe.bench.gpu_suite_table import compare_lines, table_lines
+from mpipipe.bench.whole_run import WholeRun
+from mpipipe.bench.workloads import BenchWork, bench_requests
+from mpipipe.checkpoint.vocabulary import Vocabulary
+from mpipipe.config.load import load_config
+from mpipipe.config.prompts import configured_prompts
+from mpipipe.errors import OutputError
+from mpipipe.planning.model_facts import read_model
 
 STAGE = {
     "gpu_peak_bytes": 3 << 30,
@@ -82,6 +94,25 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         for at, word in enumerate(part.command):
             if word == "--work":
                 BenchWork.parse(part.command[at + 1])  # a work that there is
+    # The start with a warm kernel cache is the one with a cold cache again, behind it.
+    names = list(parts)
+    assert names.index("boot_warm_openllama_3b") == names.index("boot_cold_openllama_3b") + 1
+    cold, warm = parts["boot_cold_openllama_3b"], parts["boot_warm_openllama_3b"]
+    assert [word.replace("_warm_", "_cold_") for word in warm.command] == cold.command
+    assert cold.whole_run is not None
+    assert warm.whole_run is not None
+    assert warm.whole_run.environ == cold.whole_run.environ
+    assert warm.whole_run.environ["TRITON_CACHE_DIR"].startswith(str(options.out))
+    # A file of prompts is the work of its bench, with the same settings.
+    whole, bench = parts["file_run_openllama_3b"], parts["file_bench_openllama_3b"]
+    assert whole.whole_run is not None
+    assert bench.command[bench.command.index("--work") + 1] == whole.whole_run.work
+    assert whole.labels == bench.labels
+    assert not whole.whole_run.environ
+    for part in (cold, whole):
+        assert part.command[:3] == ["mpirun", "-n", "2"]
+        assert "model.dtype=float32" in part.command
+        assert f"output.dir={options.out / part.name}" in part.command
     limited = parts["offload_32_rows"]
     assert limited.labels == {
         "shape": "openllama_7b",
@@ -117,3 +148,169 @@ def test_the_table_holds_ours_beside_target_rival_and_scaling(options: SuiteOpti
     assert "| 10%/10% | 2.0%/2.0% | 100/100 | 3.0/3.0 |" in row
     assert any("decode 1.000, whole job 0.950" in line for line in lines)
     assert any("| pipeline_openllama_3b | 12 | exit code 1 |" in line for line in lines)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = ROOT / "configs" / "shapes" / "smollm2_135m"
+
+
+@pytest.fixture
+def whole_run(tmp_path: Path) -> WholeRun:
+    settings = (f"model.path={SHAPE}", "pipeline.device=cpu")
+    config = ROOT / "configs" / "bench_gpu.toml"
+    return WholeRun("3x5x2", config, settings, tmp_path / "boot", "cold")
+
+
+def ended(run: WholeRun, ids: Sequence[str] = ("0", "1", "2"), num_tokens: int = 2) -> None:
+    """The files of a run that has made `num_tokens` of each prompt."""
+    run.folder.mkdir()
+    metrics = {
+        "output_tokens_per_s": 12.0,
+        "phases": {
+            "boot_s": 3.0, "load_s": 2.0, "generate_s": 0.5, "shutdown_s": 0.25, "wall_s": 5.75
+        },
+        "requests": {"ttft_min_s": 0.125, "ttft_p50_s": 0.2},
+        "start": {"imports": 3.0, "read weights": 2.0, "first step": 0.125},
+        "predicted": {"tokens_per_s": 13.0, "start_s": 6.0, "generate_s": 0.4, "wall_s": 6.4},
+    }  # fmt: skip
+    stages = [{"first_layer": 0, "last_layer": 16}, {"first_layer": 16, "last_layer": 30}]
+    manifest = {
+        "plan": {"stages": stages},
+        "hashes": {"plan": "p"},
+        "versions": {"torch": "2.13"},
+        "started": "2026-11-27",
+    }
+    handshake = {"event": "handshake", "resources": [{"gpu": {"name": "H100"}}, {"gpu": None}]}
+    lines = [{"id": prompt_id, "num_output_tokens": num_tokens} for prompt_id in ids]
+    for name, content in (
+        ("metrics.json", [metrics]),
+        ("manifest.json", [manifest]),
+        ("rank_0.log", [{"event": "boot"}, handshake]),
+        ("completions.jsonl", lines),
+    ):
+        (run.folder / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+
+
+def test_a_whole_run_reads_the_prompts_of_the_bench(whole_run: WholeRun) -> None:
+    kernels = Path(whole_run.environ["TRITON_CACHE_DIR"])
+    for folder in (kernels, whole_run.folder):
+        folder.mkdir()
+        (folder / "old").touch()
+    whole_run.prepare()
+    assert not kernels.exists()
+    assert not whole_run.folder.exists()
+    path = next(word.partition("=")[2] for word in whole_run.words if word.startswith("prompts."))
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    facts = read_model(load_config(whole_run.config, whole_run.settings))
+    asked = bench_requests(BenchWork.parse("3x5x2"), Vocabulary.of(facts.folder, facts.spec), 0)
+    assert [tuple(line["prompt"]) for line in lines] == [request.prompt_ids for request in asked]
+    assert {line["max_new_tokens"] for line in lines} == {2}
+    # As the run reads them: no line is an error, nothing ends at an end-of-sequence token.
+    read = configured_prompts(load_config(whole_run.config, whole_run.words[2:]))
+    assert [line.token_ids for line in read] == [request.prompt_ids for request in asked]
+    assert all(line.sampling is not None and line.sampling.ignore_eos for line in read)
+
+
+def test_a_warm_start_finds_what_the_cold_one_left(whole_run: WholeRun) -> None:
+    warm = replace(whole_run, kernels="warm", folder=whole_run.folder.with_name("again"))
+    kernels = Path(whole_run.environ["TRITON_CACHE_DIR"])
+    assert Path(warm.environ["TRITON_CACHE_DIR"]) == kernels
+    kernels.mkdir()
+    (kernels / "kernel").touch()
+    warm.prepare()
+    ended(warm)
+    assert warm.record(9.0)["num_cached_kernels"] == 1
+
+
+def test_the_record_of_a_whole_run_has_its_times_and_its_prediction(whole_run: WholeRun) -> None:
+    ended(whole_run)
+    record = whole_run.record(7.0)
+    assert record["first_token_s"] == 5.125
+    assert record["first_token_s"] == sum(record["start"].values())
+    assert record["merged_per_s"] == 4.0
+    assert record["predicted"] == {"tokens_per_s": 13.0, "start_s": 6.0, "generate_s": 0.4}
+    assert (record["devices"], record["plan"]["split"]) == (["H100", "cpu"], [16, 14])
+    assert record["num_cached_kernels"] == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_tokens"),
+    [(("0", "1"), 2), (("0", "2", "1"), 2), (("0", "1", "2"), 1), (("0", "1", "2", "3"), 2)],
+)
+def test_a_run_that_lacks_a_completion_is_no_measurement(
+    whole_run: WholeRun, ids: Sequence[str], num_tokens: int
+) -> None:
+    ended(whole_run, ids, num_tokens)
+    with pytest.raises(OutputError, match="is not the completion that was asked for, of 3"):
+        whole_run.record(7.0)
+
+
+def test_a_part_that_is_a_whole_run_is_told_by_its_files(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    script = "import os; print(os.environ['TRITON_CACHE_DIR'], os.environ['PYTHONPATH'])"
+    part = Part("boot", [sys.executable, "-c", script], 30.0, None, {"ranks": 2}, whole_run)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert "metrics.json" in result.problem
+    assert result.records == []
+    kernels, python_path = result.last_lines[0].split()
+    assert kernels == whole_run.environ["TRITON_CACHE_DIR"]
+    assert python_path.split(os.pathsep)[0] == str(tmp_path)  # the tree that is measured
+
+
+def run_record(**more: Any) -> dict[str, Any]:
+    """As `WholeRun.record` makes it."""
+    return {
+        "mode": "run", "shape": "openllama_3b", "ranks": 2, "variant": "", "work": "32x128x8",
+        "kernels": "cold", "tokens_per_s": 100.0, "first_token_s": 14.5,
+        "start": {"imports": 4.0, "handshake": 10.0, "plan": 0.25, "first step": 0.25},
+        "phases": {
+            "boot_s": 10.0, "load_s": 4.25, "generate_s": 2.0, "shutdown_s": 0.5, "wall_s": 16.75
+        },
+        "command_s": 18.0, "merged_per_s": 12.0, "num_cached_kernels": 22,
+        "predicted": {"tokens_per_s": 105.0, "start_s": 15.0, "generate_s": 1.9},
+        "plan": {"split": [13, 13], "hash": "p"},
+        "devices": ["H100", "H100"], "versions": {"torch": "2.13"}, "date": "2026-11-27", **more,
+    }  # fmt: skip
+
+
+def test_the_table_says_where_a_start_went(options: SuiteOptions) -> None:
+    warm = run_record(kernels="warm", first_token_s=8.25)
+    result = Result(all_parts(options)[0], 12.0, "", [run_record(), warm], [])
+    lines = table_lines([result], 12.0)
+    row = next(line for line in lines if "| cold |" in line)
+    assert "| **14.5** | 15 | 15.0 | 14.2 | 1.2 | 22 |" in row  # within the target; foretold; real
+    assert row.endswith("| handshake 10.0, imports 4.0, the rest 0.5 |")
+    assert any("| warm | 2 | 8.2 | 8 |" in line for line in lines)
+    assert any("2026-11-27, H100; torch 2.13." in line for line in lines)
+
+
+def test_the_table_holds_a_file_against_the_bench_of_its_work(options: SuiteOptions) -> None:
+    run = run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)
+    bench = record("10000x128x32", 2, 10000.0, shape="openllama_3b", plan={"hash": "p"})
+    part = all_parts(options)[0]
+    lines = table_lines([Result(part, 1.0, "", [bench, run], [])], 1.0)
+    assert any("| 9,600 | 10,000 | **96.0%** | 95% | 105 | 18.0 |" in line for line in lines)
+    unlike = {**bench, "plan": {"hash": "q"}, "tokens_per_s": 12000.0}
+    lines = table_lines([Result(part, 1.0, "", [unlike, run], [])], 1.0)
+    assert any("| 12,000 (another plan) | 80.0% |" in line for line in lines)
+    assert any(
+        "| 9,600 | - | - |" in line for line in table_lines([Result(part, 1, "", [run], [])], 1)
+    )
+
+
+def test_before_and_after_stand_side_by_side() -> None:
+    before = [record("64x512x128", 2, speed) for speed in (6000.0, 6400.0, 6200.0)]
+    before += [run_record(first_token_s=17.8), {**run_record(), "error": "out of memory"}]
+    after = [record("64x512x128", 2, 6820.0), run_record(first_token_s=8.9)]
+    after += [run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)]
+    after += [record("64x512x128", 1, 3000.0, variant="quantize=int8")]
+    lines = compare_lines(before, after)
+    assert "| llama3_8b | 64x512x128 | 2 | 6,200 | 6,820 | +10.0% |" in lines
+    assert "| openllama_3b | first token s, cold kernel cache | 2 | 17.8 | 8.9 | -50.0% |" in lines
+    assert "| openllama_3b | 10000x128x32 of a file | 2 | - | 9,600 | - |" in lines
+    assert "| llama3_8b, quantize=int8 | 64x512x128 | 1 | - | 3,000 | - |" in lines
+    assert lines[-1] == "After: 2026-11-27, H100; torch 2.13."

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpipipe.plain_values import to_json
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import KvInHost, PipelinePlan
 from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernel_process import Compiled
 from mpipipe.runtime.kernels_ahead import (
@@ -131,6 +131,10 @@ def test_what_was_compiled_for_a_plan_is_not_compiled_again(plan: PipelinePlan) 
     assert answer(plan, compiled) is None
     alike = dataclasses.replace(plan, num_kv_pages=plan.num_kv_pages + 1, resolved=())
     assert answer(alike, compiled) is None
+    in_host = KvInHost(layers=(0,))
+    stages = tuple(dataclasses.replace(stage, kv_in_host=in_host) for stage in plan.stages)
+    offloaded = dataclasses.replace(plan, stages=stages, num_host_pages=8)
+    assert answer(offloaded, compiled) is None  # a dry run knows no host memory
     others = [
         dataclasses.replace(plan, max_tokens_per_step=plan.max_tokens_per_step + 1),
         dataclasses.replace(plan, stages=plan.stages[::-1]),

@@ -16,7 +16,7 @@ from mpipipe.logs.past_run import read_past_run
 from mpipipe.planning.forecast import forecast_job
 from mpipipe.planning.known_times import KnownTimes
 from mpipipe.planning.learnt import LearntTimes, PastRun, learn
-from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.plan import DraftPlan, PipelinePlan
 from mpipipe.planning.rate_times import rate_times
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.roofline import JobShape
@@ -81,6 +81,22 @@ def test_what_the_steps_do_not_explain_is_taken_over_too() -> None:
         SMOL, plan(), JobShape.of(LENGTHS), learnt.applied_to(KnownTimes(rates())).steps
     )
     assert forecast.generating_s == pytest.approx(slower.generate_s, rel=0.02)
+
+
+def test_what_drafts_gained_is_in_the_factors_and_is_said() -> None:
+    drafting = dataclasses.replace(
+        plan(), drafts=DraftPlan(max_tokens=1, rows=(1, 2), step_s=(0.1, 0.1), key_s=0.0)
+    )
+    run = run_with(1.0, 1.0, plan=drafting)
+    learnt = learn(SMOL, dataclasses.replace(run, generate_s=run.generate_s / 2), _known())
+    assert learnt.decode == pytest.approx(0.5, rel=0.02)
+    assert "what its drafts gained" in learnt.applied_to(_known()).steps.source
+    without = learn(SMOL, run_with(1.0, 1.0), _known())
+    assert "drafts" not in without.applied_to(_known()).steps.source
+
+
+def _known() -> KnownTimes:
+    return KnownTimes(rates())
 
 
 # ---- from a folder -------------------------------------------------------------------------------

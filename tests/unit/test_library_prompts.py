@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpipipe.config.load import load_config
-from mpipipe.config.prompt_fields import keyword_sampling
-from mpipipe.config.prompts import library_prompts, prompt_seed, read_prompts
+from mpipipe.config.prompt_fields import keyword_sampling, prompt_seed
+from mpipipe.config.prompts import library_prompts, read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError, SettingError
 from mpipipe.types import SamplingParams
@@ -23,7 +23,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
 def test_texts_chats_and_objects_are_prompts_called_by_their_position() -> None:
     lines = library_prompts(
         ["a", CHAT, tuple(CHAT), {"id": "own", "prompt": "b", "max_tokens": 2}, {"prompt": "c"}],
-        SamplingParams(seed=5, max_new_tokens=9),
+        SamplingParams(seed=5, max_new_tokens=9, temperature=0.5),
     )
     assert [line.error for line in lines] == [None] * 5
     assert [line.prompt_id for line in lines] == ["0", "1", "2", "own", "4"]

@@ -527,11 +527,15 @@ def test_two_runs_differ_in_settings_and_figures(run: WrittenRun, tmp_path: Path
     manifest["config"]["name"] = "slower"
     manifest["environment"]["OMP_NUM_THREADS"] = "8"
     (other.folder / "manifest.json").write_text(json.dumps(manifest))
+    metrics = json.loads((other.folder / "metrics.json").read_text())
+    metrics |= {"num_shared_tokens": 64, "drafts": {"num_accepted": 5}}
+    (other.folder / "metrics.json").write_text(json.dumps(metrics))
     found = ask_json("diff", run.folder, other.folder)["differences"]
     by_name = {one["name"]: one for one in found}
     assert by_name["config.name"]["second"] == "slower"
     assert by_name["environment.OMP_NUM_THREADS"]["first"] == "1"
     assert by_name["ranks[1].stage.overall.compute_s"]["ratio"] == pytest.approx(2.0)
+    assert [by_name[n]["second"] for n in ("num_shared_tokens", "drafts.num_accepted")] == [64, 5]
     assert "ranks[0].stage.overall.compute_s" not in by_name
     shown = ask("diff", run.folder, other.folder)
     assert "configuration" in shown

@@ -6,7 +6,7 @@ import pytest
 
 from mpipipe.errors import PlanError
 from mpipipe.planning.explain import plan_lines, plan_rows
-from mpipipe.planning.plan import PipelinePlan, Resolved, StagePlan
+from mpipipe.planning.plan import DraftPlan, PipelinePlan, Resolved, StagePlan
 
 
 def make_plan() -> PipelinePlan:
@@ -76,6 +76,21 @@ def test_rows_show_every_stage_and_the_reason_of_every_auto() -> None:
     assert rows["pipeline.num_slots"] == ("2", "as configured")
     assert rows["pipeline.lookahead"] == ("0", "as configured")
     assert "memory.cuda_graphs" not in rows  # says nothing on a CPU
+
+
+def test_rows_say_whether_drafts_are_made_and_prefixes_are_shared() -> None:
+    why = Resolved("pipeline.num_speculative_tokens", "7", "where text recurs")
+    drafts = DraftPlan(7, (1, 8), (0.1, 0.2), 0.0, 0.0, False)
+    plans = (
+        replace(make_plan(), drafts=drafts, max_sharing_tokens=8192, resolved=(why,)),
+        replace(make_plan(), max_sharing_tokens=4096),
+        make_plan(),
+    )
+    told = [{name: row for name, *row in plan_rows(plan)} for plan in plans]
+    assert told[0]["pipeline.num_speculative_tokens"] == ["7", "where text recurs"]
+    assert told[2]["pipeline.num_speculative_tokens"] == ["0", "as configured"]
+    sharing = [rows["memory.share_prefixes"][0] for rows in told]
+    assert sharing == ["true", "up to 4096 tokens", "false"]
 
 
 def test_rows_of_a_gpu_plan_say_whether_graphs_are_captured() -> None:

@@ -282,6 +282,11 @@ def test_the_configuration_does_not_say_which_devices_are_described(
             "1 more T4, 4 in all, pipeline.num_stages=auto",
         ),
         (
+            ["pipeline.split=[10,22]", "pipeline.num_slots=4"],
+            "pipeline.split = [10, 22] has 2 entries for 3 stages",
+            "1 more T4, 4 in all, pipeline.num_slots=auto, pipeline.split=auto",
+        ),
+        (
             ["pipeline.num_stages=2", "pipeline.replicas=auto"],
             "there are 3 ranks, which are no whole number of pipelines of pipeline.num_stages = 2",
             "pipeline.num_stages=auto",

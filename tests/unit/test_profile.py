@@ -205,11 +205,15 @@ def test_one_slice_does_for_a_model_of_one_layer() -> None:
     assert part.step == part.head == (RowPoint(1, 0.0),)
 
 
-def test_the_least_seconds_of_all_passes_count() -> None:
+def test_the_median_of_all_passes_counts_for_each_shape() -> None:
     one, two, prompt = DecodeShape(1, 64), DecodeShape(2, 64), PromptShape(1, 16)
-    passes = Timed({one: 1.0, two: 5.0}, {prompt: 2.0}), Timed({one: 3.0, two: 4.0}, {prompt: 1.0})
-    assert Timed().at_best(passes[0]) == passes[0]
-    assert passes[0].at_best(passes[1]) == Timed({one: 1.0, two: 4.0}, {prompt: 1.0})
+    passes = [
+        Timed({one: 1.0, two: 5.0}, {prompt: 2.0}),
+        Timed({one: 3.0, two: 4.0}, {prompt: 9.0}),
+        Timed({one: 2.0, two: 4.5}, {prompt: 1.0}),
+    ]
+    assert Timed.of_passes(passes[:1]) == passes[0]
+    assert Timed.of_passes(passes) == Timed({one: 2.0, two: 4.5}, {prompt: 2.0})
 
 
 def test_noise_makes_no_part_negative() -> None:

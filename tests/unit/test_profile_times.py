@@ -165,7 +165,7 @@ def test_a_profile_that_is_not_used_is_named_with_what_is_unlike(tmp_path: Path)
     assert "not as measured" not in source(plan())
     for rank in (0, 1):
         write_profile(profile(rank), tmp_path)
-    (tmp_path / "profile-v1-0123456789abcdef.json").write_text("{")
+    (tmp_path / "profile-v2-0123456789abcdef.json").write_text("{")
     assert "not as measured" not in source(plan()), "both are used"
     drawn = SamplingUse(SamplingNeeds.DRAW)
     told = source(dataclasses.replace(plan(), sampling=drawn))

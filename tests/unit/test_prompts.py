@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mpipipe.config.prompts import PromptLine, prompt_seed, read_prompts
+from mpipipe.config.prompt_fields import prompt_seed
+from mpipipe.config.prompts import PromptLine, read_prompts
 from mpipipe.config.schema import GenerationConfig
 from mpipipe.errors import ConfigError
 
@@ -248,6 +249,18 @@ def test_seed_depends_on_run_seed_and_id_only(tmp_path: Path) -> None:
     other = seeds(read(tmp_path, a, b, generation=GenerationConfig(seed=12)))
     assert other["a"] != first["a"]
     assert first["a"] == prompt_seed(11, "a")
+
+
+def test_greedy_prompts_that_ask_for_the_same_share_their_settings(tmp_path: Path) -> None:
+    """A seed would change nothing: a long file has one object, not one for each prompt."""
+    greedy = {"prompt": "x", "temperature": 0}
+    lines = read(tmp_path, greedy, greedy, greedy | {"max_tokens": 3}, greedy | {"seed": 5})
+    first, second, other, seeded = [line.sampling for line in lines]
+    assert first is second
+    assert first is not None
+    assert first.seed == 11
+    assert other == first.replace(max_new_tokens=3)
+    assert seeded == first.replace(seed=5)
 
 
 def test_seed_is_the_same_on_every_machine_and_version() -> None:

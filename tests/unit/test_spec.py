@@ -220,6 +220,7 @@ def test_an_unstated_dtype_is_that_of_the_safetensors_file(tmp_path: Path) -> No
             UnsupportedModelError,
             "an encoder beside the decoder",
         ),
+        ({"is_causal": False}, UnsupportedModelError, "lets tokens see later ones"),
         # These state other sizes than most do, or none: that is not what is wrong with them.
         ({"model_type": "bloom", "n_head": 4}, UnsupportedModelError, "ALiBi"),
         ({"model_type": "falcon", "alibi": True}, UnsupportedModelError, "ALiBi"),

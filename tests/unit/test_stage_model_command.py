@@ -45,7 +45,9 @@ def test_what_was_written_kept_and_left_out_is_said() -> None:
 def test_a_second_run_says_that_nothing_was_to_be_done() -> None:
     (line,) = _lines(StagingOutcome(RECORD, 0, 2), FOLDER)
     assert "since 2026-01-01T00:00:00+00:00: nothing to do" in line
-    assert "--verify /shared/name" in line
+    assert "--verify /shared/name`" in line
+    (line,) = _lines(StagingOutcome(RECORD, 0, 2), Path("/shared/my models"))
+    assert "`mpipipe stage-model --verify '/shared/my models'`" in line
 
 
 @pytest.mark.parametrize(

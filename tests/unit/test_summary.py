@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from mpipipe.logs.pages import FILES_PAGE, page
 from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootPart
@@ -126,6 +128,12 @@ def test_throughput_is_over_the_generate_phase(summary: RunSummary) -> None:
 def test_bubble_ratio_weighs_stages_by_their_time(summary: RunSummary) -> None:
     assert summary.bubble_ratio == pytest.approx(9 / 20)
     assert summary.steady_bubble_ratio == pytest.approx(0.2)
+
+
+def test_the_page_of_files_names_every_part_of_metrics_json(summary: RunSummary) -> None:
+    named = set(re.findall(r"`([^`\n]+)`", page(FILES_PAGE)))
+    told = summary.to_dict()
+    assert [name for name in (*told, *told["drafts"]) if name not in named] == []
 
 
 def test_metrics_json_holds_every_figure(summary: RunSummary) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def replica(shape: str, gpus: str, work: str, *words: str) -> ReplicaPlan:
     return ReplicaPlan(outlook.plans[0], PlannedTimes(outlook.plans[0], outlook.times[0]))
 
 
+@functools.cache
+def even_s(shape: str, gpus: str, work: str) -> float:
+    """Of the same tokens at fixed lengths, prompts first."""
+    return elapsed_s(replica(shape, gpus, work), f"{work}xeven")
+
+
 def elapsed_s(planned: ReplicaPlan, work: str) -> float:
     lengths = BenchWork.parse(work).lengths(0)
     requests = [RequestLengths(i, tokens, out, out) for i, (tokens, out) in enumerate(lengths)]
@@ -46,8 +53,7 @@ def elapsed_s(planned: ReplicaPlan, work: str) -> float:
 
 def share_of_even(shape: str, gpus: str, work: str, *words: str) -> float:
     """Throughput beside that of the same tokens at fixed lengths, prompts first."""
-    even_s = elapsed_s(replica(shape, gpus, work), f"{work}xeven")
-    return even_s / elapsed_s(replica(shape, gpus, work, *words), work)
+    return even_s(shape, gpus, work) / elapsed_s(replica(shape, gpus, work, *words), work)
 
 
 @pytest.mark.parametrize("shape", ["openllama_3b", "llama3_8b"])

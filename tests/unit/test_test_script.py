@@ -14,8 +14,26 @@ LIMIT_S = 60
 TOX = """#!/usr/bin/env bash
 echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
 echo "said $*"
-[ "${!#}" != "$FAILS" ] || exit 7
+[ "${!#}" != "$FAILS" ] || { cat "$REPORT"; exit 7; }
 """
+# What tox prints of a suite in which a test fails, one hangs, and the ranks of a third do.
+REPORT = """\
+tests/e2e/test_a.py:7: AssertionError
++++++++++++++++++++++++++++++ Timeout +++++++++++++++++++++++++++++
+  File "tests/chaos/test_b.py", line 9, in test_that_hangs
+    time.sleep(9)
++++++++++++++++++++++++++++++ Timeout +++++++++++++++++++++++++++++
+the MPI suite hung for 600 s on 4 ranks
+=========================== short test summary info ============================
+FAILED tests/e2e/test_a.py::test_that_fails[1] - AssertionError: assert 1 == 2
+ERROR tests/e2e/test_c.py::test_without_its_fixture
+"""
+NAMED = (
+    '  File "tests/chaos/test_b.py", line 9, in test_that_hangs',
+    "the MPI suite hung for 600 s on 4 ranks",
+    "FAILED tests/e2e/test_a.py::test_that_fails[1] - AssertionError: assert 1 == 2",
+    "ERROR tests/e2e/test_c.py::test_without_its_fixture",
+)
 FIRST = "unit,contract"
 REST = "mpi-1,mpi-2,mpi-4,e2e,chaos,slowed,page"
 ALL = ("lint", "type", "slurm", FIRST, REST)
@@ -29,7 +47,12 @@ def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     calls = folder / "calls"
-    ours = {"MPIPIPE_VENV": str(folder / "venv"), "CALLS": str(calls), "FAILS": fails, **environ}
+    report = folder / "report"
+    report.write_text(REPORT + "said\n" * 200 + f"  {fails}: FAIL code 1 (7.00 seconds)\n")
+    ours = {
+        "MPIPIPE_VENV": str(folder / "venv"), "CALLS": str(calls), "FAILS": fails,
+        "REPORT": str(report), **environ,
+    }  # fmt: skip
     kept = {name: text for name, text in os.environ.items() if not name.startswith("MPIPIPE_")}
     result = subprocess.run(
         [ROOT / "launch/test.sh", *words],
@@ -66,6 +89,9 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
     else:
         assert f"said run -e {fails}" in said
         assert len(calls) == 1 + len(ALL)
+        end = said.splitlines()[-60:]
+        assert [line for line in NAMED if line not in end] == [], "the end of a log names them"
+        assert f"  {fails}: FAIL code 1 (7.00 seconds)" in end or "," in fails
 
 
 def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(

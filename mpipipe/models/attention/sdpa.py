@@ -4,7 +4,8 @@ Decodes: K and V of the decoding sequences are gathered into one padded tensor, 
 that share a KV head are laid along the query axis, so that grouped-query attention needs no copies
 of K and V ([B, K, G, D] against [B, K, L, D]). Measured on one CPU core, 8 sequences of 128 tokens,
 9/3 heads of 64: 0.16 ms gather + 0.11 ms attention; with `enable_gqa` 0.16 ms, written out 0.36 ms.
-Padding costs a gather, so sequences of very different lengths are gathered in groups.
+Padding costs a gather, so sequences of very different lengths are gathered in groups
+(`planning.padding`).
 
 Decodes that begin with the same pages attend to these together, as one sequence with a query for
 each of them, and to what they have alone as above; the two parts are joined by their softmax sums.
@@ -35,16 +36,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from mpipipe.kv_cache.common_pages import CommonPages, common_pages
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
+from mpipipe.planning.padding import padded_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
     from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["SdpaAttention"]
 
-# A sequence shares a gather with one up to twice as long, or up to this many tokens longer: the
-# fixed cost of one more group (about 60 µs a layer) buys the gather of about 200 tokens.
-_MAX_PADDING_TOKENS = 128
 # Joining two parts costs about 60 µs a layer: the gather of so many tokens, which is spared.
 _MIN_SPARED_TOKENS = 512
 
@@ -222,14 +223,19 @@ def _decode_groups(
     alone = set(range(len(lengths)))
     for common in _common_pages(layout, lengths, shared_page_size):
         num_common = common.num_pages * shared_page_size
-        own_lengths = {row: lengths[row] - num_common for row in common.rows}
-        for members in _by_length(own_lengths):
+        for members in _padded([lengths[row] - num_common for row in common.rows], common.rows):
             if (len(members) - 1) * num_common >= _MIN_SPARED_TOKENS:
                 seq = replace(layout.seq_lens[members[0]], kv_len=num_common)
                 groups.append(_group(members, lengths, device, seq))
                 alone.difference_update(members)
-    parts = _by_length({row: lengths[row] for row in sorted(alone)})
+    rows = sorted(alone)
+    parts = _padded([lengths[row] for row in rows], rows)
     return (*groups, *(_group(members, lengths, device) for members in parts))
+
+
+def _padded(lengths: list[int], rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, which read so many tokens each, in parts that are gathered together."""
+    return [[rows[index] for index in part] for part in padded_groups(lengths)]
 
 
 def _group(
@@ -251,19 +257,6 @@ def _common_pages(layout: BatchLayout, lengths: list[int], page_size: int) -> li
         return []
     page_table_BP = layout.page_table_BP[: len(lengths)].numpy()
     return common_pages(page_table_BP, (np.array(lengths) - 1) // page_size)
-
-
-def _by_length(lengths: dict[int, int]) -> list[list[int]]:
-    """The keys of `lengths`, the longest first, in parts that are gathered together."""
-    parts: list[list[int]] = []
-    longest = 0
-    for index in sorted(lengths, key=lambda index: -lengths[index]):
-        length = lengths[index]
-        if not parts or (2 * length < longest and length + _MAX_PADDING_TOKENS < longest):
-            parts.append([])
-            longest = length
-        parts[-1].append(index)
-    return parts
 
 
 def _decode_mask(
