@@ -192,12 +192,12 @@ def _reject_unknown(line: Mapping[str, Any], known: Mapping[str, None]) -> None:
         return
     for key, value in line.items():
         if key not in known and value is not None:
-            guess = nearest(key, known)
-            hint = f'did you mean "{guess}"? ' if guess else ""
-            raise PromptError(
-                "unknown_field",
-                f'unknown field "{key:.60}"; {hint}(notes of your own go under "metadata")',
-            )
+            hint = 'notes of your own go under "metadata"'
+            if isinstance(value, str) and line.keys().isdisjoint((*_TEXT_KEYS, "body")):
+                hint = f'the text of a prompt goes under "prompt", {hint}'
+            elif guess := nearest(key.lower(), known):
+                hint = f'did you mean "{guess}"? ({hint})'
+            raise PromptError("unknown_field", f'unknown field "{key:.60}": {hint}')
 
 
 def _check_endpoint(line: Mapping[str, Any]) -> None:
@@ -223,8 +223,8 @@ def _content(asked: Mapping[str, Any]) -> _Content:
     if given == ["messages"]:
         return None, chat_messages(asked["messages"]), None
     text = asked["prompt"]
-    if isinstance(text, list) and len(text) == 1:  # the batch form allows a list
-        text = text[0]
+    if isinstance(text, list) and len(text) == 1 and type(text[0]) is not int:
+        text = text[0]  # the batch form allows a list of prompts
     if isinstance(text, list) and text and all(type(number) is int for number in text):
         return None, None, tuple(text)
     if not isinstance(text, str):

@@ -71,6 +71,8 @@ def error_of(folder: Path, line: object) -> tuple[str, str]:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "invalid_messages",
          "tool_calls"),
         ({"prompt": "x", "temprature": 1}, "unknown_field", '"temperature"'),
+        ({"prompt": "x", "Temperature": 1}, "unknown_field", 'mean "temperature"'),
+        ({"input": "x"}, "unknown_field", 'text of a prompt goes under "prompt"'),
         ({"custom_id": "a", "body": {"prompt": "x"}, "seed": 1}, "unknown_field", '"seed"'),
         ({"custom_id": "a", "body": {"prompt": "x", "max_token": 1}}, "unknown_field",
          '"max_tokens"'),
