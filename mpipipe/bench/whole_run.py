@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mpipipe.bench.workloads import BenchWork, bench_requests
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
-from mpipipe.errors import OutputError
+from mpipipe.errors import ConfigError, OutputError
 from mpipipe.plain_values import json_object
 from mpipipe.planning.model_facts import read_model
 
@@ -70,8 +70,14 @@ class WholeRun:
         """Write the prompts; empty the kernel cache, where it is to be cold.
 
         Raises:
-            MpipipeError: a wrong setting or model folder, or a file that cannot be written.
+            MpipipeError: a wrong setting or model folder, a file that cannot be written, or no
+                cold start before a warm one.
         """
+        if self.kernels == "warm" and not self._kernel_folder.is_dir():
+            raise ConfigError(
+                f"there is no {self._kernel_folder}, so the kernel cache would be cold: let a cold "
+                "start with the same --out go before"
+            )
         model = read_model(load_config(self.config, self.settings))
         vocabulary = Vocabulary.of(model.folder, model.spec)
         lines = [
@@ -91,6 +97,7 @@ class WholeRun:
         shutil.rmtree(self.folder, ignore_errors=True)  # its files are no results of this run
         if self.kernels == "cold":
             shutil.rmtree(self._kernel_folder, ignore_errors=True)
+            self._kernel_folder.mkdir(parents=True)
 
     def record(self, command_s: float) -> dict[str, Any]:
         """What the run was, by its files; `command_s`: from starting mpirun to its end.
@@ -178,7 +185,7 @@ class WholeRun:
         """Entries of the kernel cache."""
         if not self.kernels:
             return None
-        return len(list(self._kernel_folder.iterdir())) if self._kernel_folder.is_dir() else 0
+        return len(list(self._kernel_folder.iterdir()))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -152,7 +152,7 @@ def _described_job(request: SimulationRequest) -> _Job:
     ]
     message_s, prompt_s = request.dispatch_s
     head = HeadTimes(_STEP_S, _MESSAGE_S, _NOTICE_S, message_s, prompt_s)
-    source = f"{_machine_words(request)}; {prompts.source}"
+    source = f"{_machine_words(request, outlook.forecast.source)}; {prompts.source}"
     return _Job(replicas, requests, head, source, forecast=forecast)
 
 
@@ -211,9 +211,9 @@ def _share(prompts: PromptLengths, part: int, whole: int) -> PromptLengths:
     return replace(prompts, lengths=shared, common=common)
 
 
-def _machine_words(request: SimulationRequest) -> str:
+def _machine_words(request: SimulationRequest, times_source: str) -> str:
     if not request.gpus:
-        return "rates of CPU ranks of this host"
+        return f"of CPU ranks of this host, {times_source}"
     over = f" over {request.link}" if request.num_nodes > 1 else ""
     nodes = f"{request.num_nodes:,} node{'s' * (request.num_nodes > 1)}"
     return f"rates of {request.gpus}, {nodes}{over}"

@@ -223,8 +223,8 @@ def _content(asked: Mapping[str, Any]) -> _Content:
     if given == ["messages"]:
         return None, chat_messages(asked["messages"]), None
     text = asked["prompt"]
-    if isinstance(text, list) and len(text) == 1:  # the batch form allows a list
-        text = text[0]
+    if isinstance(text, list) and len(text) == 1 and type(text[0]) is not int:
+        text = text[0]  # the batch form allows a list of prompts
     if isinstance(text, list) and text and all(type(number) is int for number in text):
         return None, None, tuple(text)
     if not isinstance(text, str):

@@ -16,6 +16,7 @@ from mpipipe.control_plane.messages import (
     ScheduledSequence,
     StepScheduled,
 )
+from mpipipe.planning.padding import padded_tokens
 from mpipipe.simulation.stage_times import StepWork
 
 __all__ = ["FollowedSteps", "Step"]
@@ -38,9 +39,15 @@ class _SlotRows:
 
 
 class FollowedSteps:
-    """Follows the steps of one replica in their order."""
+    """Follows the steps of one replica in their order.
 
-    def __init__(self, num_slots: int) -> None:
+    Args:
+        num_slots: in the ring.
+        pads: attention reads all rows of a step as `planning.padding` has it.
+    """
+
+    def __init__(self, num_slots: int, *, pads: bool = False) -> None:
+        self._pads = pads
         self._slots = [_SlotRows() for _ in range(num_slots)]
         # Of sequences whose prompt is computed, or whose pages came back, and that are in no batch:
         # tokens, and by which step.
@@ -90,6 +97,9 @@ class FollowedSteps:
         slot.last_step = step.step
         rows = len(slot.ids)
         assert rows == step.num_rows, f"step {step.step}: {rows} rows, and {step.num_rows} sent"
+        if self._pads:
+            tokens = padded_tokens([offset + slot.rounds for offset in slot.offsets])
+            return rows, tokens / rows, needed
         return rows, slot.sum_of_offsets / rows + slot.rounds, needed
 
     def _prefill(self, step: int, chunks: Sequence[ScheduledSequence]) -> tuple[int, float]:

@@ -64,6 +64,7 @@ class ReplicaPlan:
             num_ranks=len(plan.ranks),
             keep_sequences=with_stops,
             trace_steps=trace_steps,
+            pads=plan.attention == "sdpa",
         )
         plan = replace(plan, drafts=None)  # tokens are made up: what recurs in them means nothing
         return ReplicaParts(SchedulerCore.of_plan(plan, (STOP_ID,)), stages, self.capacity)

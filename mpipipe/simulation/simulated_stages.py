@@ -74,6 +74,7 @@ class SimulatedStages:
         num_ranks: of all lanes of all stages; 0: a rank is a stage.
         keep_sequences: remember which sequences each step samples.
         trace_steps: of how many of the last steps to keep records.
+        pads: attention reads all rows of a step as `planning.padding` has it.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class SimulatedStages:
         num_ranks: int = 0,
         keep_sequences: bool = False,
         trace_steps: int = 0,
+        pads: bool = False,
     ) -> None:
         self.uses = [StageUse() for _ in range(num_stages)]
         self.records: list[deque[StepRecord]] = [
@@ -99,7 +101,7 @@ class SimulatedStages:
         self._launch_s = launch_s
         self._launched_s = [0.0] * num_stages
         self._keep_sequences = keep_sequences
-        self._followed = FollowedSteps(num_slots)
+        self._followed = FollowedSteps(num_slots, pads=pads)
         self._edges_free_s = [0.0] * num_stages
         self._returning: deque[_Returning] = deque()
         self._num_claimed = 0  # of `_returning`: their time of notice is known

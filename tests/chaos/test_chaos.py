@@ -26,7 +26,7 @@ def right(job: Job) -> dict[str, list[int]]:
     return reference(job, job.config.with_name("reference"))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)  # twelve starts at most, each with limits of its own
 @pytest.mark.parametrize(
     ("num_ranks", "kinds"),
     [

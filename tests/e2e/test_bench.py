@@ -108,7 +108,8 @@ def test_the_suite_reads_what_a_whole_run_leaves(random_config: Path, tmp_path: 
     shape, out = random_config.parent / "shape", tmp_path / "out"
     script = [sys.executable, str(ROOT / "launch" / "bench_gpu.py")]
     words = ["--quick", "--only", "file_run", "--out", str(out), "pipeline.device=cpu"]
-    outcome = execute([*script, *words, "model.dtype=float32", f"model.path={shape}"], ROOT)
+    words += ["model.dtype=float32", f"model.path={shape}"]
+    outcome = execute([*script, *words], ROOT, PYTHONPATH=str(ROOT))
     assert outcome.exit_code == 0, outcome.stdout
     (record,) = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert (record["work"], record["devices"]) == ("4x16x8", ["cpu", "cpu"])
@@ -117,7 +118,7 @@ def test_the_suite_reads_what_a_whole_run_leaves(random_config: Path, tmp_path: 
     assert record["predicted"]["tokens_per_s"] > 0
     assert sum(record["plan"]["split"]) == 4
     assert "| openllama_3b | 4x16x8 | 2 |" in (out / "table.md").read_text()
-    compared = execute([*script, "--compare", str(out), str(out)], ROOT)
+    compared = execute([*script, "--compare", str(out), str(out)], ROOT, PYTHONPATH=str(ROOT))
     assert "| openllama_3b | 4x16x8 of a file | 2 |" in compared.stdout
     assert "| +0.0% |" in compared.stdout
 

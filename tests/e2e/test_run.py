@@ -179,7 +179,8 @@ def _check_boot(folder: Path, rank: dict[str, Any]) -> None:
     (ready,) = (event for event in events if event["event"] == "ready")
     wall_s = logged[-1]["end_s"] - boot[0]["start_s"]
     assert sum(part["seconds"] for part in boot) == pytest.approx(wall_s, abs=1e-4)
-    assert logged[-1]["start_s"] <= ready["t_s"] <= logged[-1]["end_s"]
+    # Which it says at once: 0.3 ms later. 0.5 s: another process may have the core.
+    assert -1e-5 <= ready["t_s"] - logged[-1]["end_s"] < 0.5
     (read,) = (part for part in boot if part["name"] == "read weights")
     assert read["bytes"] == rank["loaded_bytes"] > 0
     own_s = sum(part["seconds"] for part in boot if part["name"] != "wait")

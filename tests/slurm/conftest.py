@@ -23,7 +23,7 @@ __all__ = ["demo_model", "tiny_model"]
 
 SIDE_BY_SIDE = 6
 LONGEST = ("demo_in_image", "experiment")  # these begin first
-STORY_LIMIT_S = 540
+STORY_LIMIT_S = 1500
 RESTARTS = pytest.StashKey[list[str]]()
 TIMES = pytest.StashKey[list[str]]()
 

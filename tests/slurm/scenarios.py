@@ -21,7 +21,7 @@ from tests.slurm import held
 from tests.slurm.apptainer import install_apptainer
 from tests.slurm.image import borrowed_packages, build_image
 from tests.slurm.network import HEAD
-from tests.slurm.site import ENDED, ROOT, JobEnd, Site, read_jsonl
+from tests.slurm.site import ENDED, JOB_LIMIT_S, ROOT, JobEnd, Site, read_jsonl
 
 __all__ = [
     "ARRAY_PROMPTS",
@@ -55,7 +55,7 @@ DEMO_WORDS = ("generation.max_new_tokens=24", "pipeline.threads_per_rank=1")
 TINY_PROMPTS = 20  # of 48 tokens
 ARRAY_PROMPTS = 10
 SEEN = 3  # completions before something happens to a job, which is held from then on
-EXPERIMENT_LIMIT_S = 420.0  # four tasks of two launches each, beside other jobs
+EXPERIMENT_LIMIT_S = 900.0  # four tasks of two launches each, beside other jobs
 # MPICH finds the shared memory of the machine across the nodes' namespaces, unless told otherwise.
 FORCED_NETWORK = {"UCX_TLS": "tcp,self"}
 
@@ -91,7 +91,7 @@ def demo_on_two_nodes(site: Site, mpi: str) -> JobEnd:
     doctor = "full" if mpi == "mpich" else "off"
     environ = {"MPIPIPE_DOCTOR": doctor, **FORCED_NETWORK}
     job = site.sbatch(mpi, DEMO, *DEMO_WORDS, env=environ)
-    site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=300)
+    site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=JOB_LIMIT_S)
     before = site.cluster.network.bytes_sent("n1")
     end = site.finish(job, DEMO)
     end.observed["bytes"] = site.cluster.network.bytes_sent("n1") - before
@@ -219,8 +219,10 @@ def near_its_wall_time(site: Site) -> str:
     )
     options = ("--partition=short", "--nodes=1", "--time=1", "--signal=B:USR1@20")
     job = site.sbatch("mpich", config, f"prompts.path={many}", options=options)
-    site.until(lambda: site.cluster.job(job)["JobState"] == "RUNNING", "the job to start", 150)
-    site.until(lambda: "goes back into the queue" in site.log(job), "the job to stop", 70)
+    site.until(
+        lambda: site.cluster.job(job)["JobState"] == "RUNNING", "the job to start", JOB_LIMIT_S
+    )
+    site.until(lambda: "goes back into the queue" in site.log(job), "the job to stop", 100)
     site.cluster.ask("scancel", job)
     return site.log(job)
 
@@ -311,7 +313,9 @@ def rank_killed_under_plain_srun(site: Site) -> tuple[int, str, float]:
     )  # fmt: skip
     try:
         journal = folder / "completions_rank_0.jsonl"
-        site.until(lambda: journal.exists() and bool(journal.read_bytes()), "a completion", 120)
+        site.until(
+            lambda: journal.exists() and bool(journal.read_bytes()), "a completion", JOB_LIMIT_S
+        )
         os.kill(_ranks(site, "n4")[0], signal.SIGKILL)
         begin = time.monotonic()
         said, _ = step.communicate(timeout=120)

@@ -25,7 +25,7 @@ __all__ = ["ROOT", "JobEnd", "Site", "installations", "read_jsonl"]
 
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-JOB_LIMIT_S = 300.0  # in the queue behind other stories, beside other suites
+JOB_LIMIT_S = 600.0  # in the queue behind other stories, beside other suites
 _OTHER = {"mpich": "openmpi", "openmpi": "mpich"}
 _COMMAND = """\
 #!{python}
@@ -194,7 +194,7 @@ class Site:
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log(job_id)}") from None
 
-    def until(self, done: Callable[[], bool], what: str, limit_s: float = 60) -> float:
+    def until(self, done: Callable[[], bool], what: str, limit_s: float = 120) -> float:
         """Wait; returns the seconds it took."""
         begin = time.monotonic()
         until(done, what, limit_s)

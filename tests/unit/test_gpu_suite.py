@@ -20,7 +20,7 @@ from mpipipe.bench.workloads import BenchWork, bench_requests
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
 from mpipipe.config.prompts import configured_prompts
-from mpipipe.errors import OutputError
+from mpipipe.errors import ConfigError, OutputError
 from mpipipe.planning.model_facts import read_model
 
 STAGE = {
@@ -199,7 +199,7 @@ def test_a_whole_run_reads_the_prompts_of_the_bench(whole_run: WholeRun) -> None
         folder.mkdir()
         (folder / "old").touch()
     whole_run.prepare()
-    assert not kernels.exists()
+    assert not list(kernels.iterdir())
     assert not whole_run.folder.exists()
     path = next(word.partition("=")[2] for word in whole_run.words if word.startswith("prompts."))
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -217,7 +217,9 @@ def test_a_warm_start_finds_what_the_cold_one_left(whole_run: WholeRun) -> None:
     warm = replace(whole_run, kernels="warm", folder=whole_run.folder.with_name("again"))
     kernels = Path(whole_run.environ["TRITON_CACHE_DIR"])
     assert Path(warm.environ["TRITON_CACHE_DIR"]) == kernels
-    kernels.mkdir()
+    with pytest.raises(ConfigError, match="so the kernel cache would be cold"):
+        warm.prepare()
+    whole_run.prepare()
     (kernels / "kernel").touch()
     warm.prepare()
     ended(warm)
@@ -225,6 +227,7 @@ def test_a_warm_start_finds_what_the_cold_one_left(whole_run: WholeRun) -> None:
 
 
 def test_the_record_of_a_whole_run_has_its_times_and_its_prediction(whole_run: WholeRun) -> None:
+    whole_run.prepare()
     ended(whole_run)
     record = whole_run.record(7.0)
     assert record["first_token_s"] == 5.125

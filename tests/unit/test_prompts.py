@@ -136,6 +136,12 @@ def test_a_prompt_may_be_token_ids(tmp_path: Path, prompt: object) -> None:
     assert line.sampling.max_new_tokens == 3
 
 
+@pytest.mark.parametrize("prompt", [[7], [[7]]])
+def test_a_prompt_may_be_one_token_id(tmp_path: Path, prompt: object) -> None:
+    (line,) = read(tmp_path, {"prompt": prompt})
+    assert (line.error, line.text, line.token_ids) == (None, None, (7,))
+
+
 def test_overrides_do_not_leak_to_the_next_line(tmp_path: Path) -> None:
     lines = read(tmp_path, {"prompt": "x", "max_tokens": 1}, {"prompt": "y"})
     assert [x.sampling.max_new_tokens for x in lines if x.sampling] == [1, 20]

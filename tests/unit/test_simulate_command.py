@@ -61,6 +61,14 @@ def test_two_t4_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["forecast_tokens_per_s"] == pytest.approx(found["tokens_per_s"], rel=0.1)
 
 
+def test_cpus_say_whose_step_times_they_have(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path))  # no profiles
+    found = simulated(capsys, ROOT / "configs/shapes/smollm2_135m", num_stages=1, work="4x16x8")
+    assert "CPU ranks of this host, one CPU core of planning/cost.py" in found["times"]
+
+
 def test_a_slower_link_makes_the_job_slower(capsys: pytest.CaptureFixture[str]) -> None:
     rates = [
         simulated(capsys, gpus="4 x t4", num_nodes=4, link=link)["tokens_per_s"]
