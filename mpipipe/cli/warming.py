@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpipipe.cli.terminal import guard_terminal
@@ -60,6 +61,11 @@ def boot_lines(boot: BootTimeline, problem: str = "") -> list[str]:
     lines = [f"ready after {boot.wall_s:.1f} s: {' · '.join(told)}"]
     if problem:
         lines.append(f"kernels were not compiled ahead, ranks compiled what they use: {problem}")
-    places = {"kernels": triton_cache(), "tokenizers": cache_folder() / "tokenizers"}
-    lines += [f"{what}: {folder}" for what, folder in places.items() if folder.is_dir()]
+    with suppress(RuntimeError):  # there is no home folder
+        places = {"kernels": triton_cache(), "tokenizers": cache_folder() / "tokenizers"}
+        lines += [f"{what}: {folder}" for what, folder in places.items() if folder.is_dir()]
+        kept = places["tokenizers"]
+        there = next(folder for folder in (kept, *kept.parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            lines.append(f"{kept} cannot be written, so no tokenizer was kept: set MPIPIPE_CACHE")
     return lines

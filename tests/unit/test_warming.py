@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,22 @@ def test_the_parts_of_the_boot_and_the_caches_that_there_are_are_told(
     assert told[1].endswith(
         "ranks compiled what they use: they are not compiled after so long a time"
     )
+
+
+def test_a_cache_that_cannot_be_written_and_no_home_folder_are_no_secret_and_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = BootTimeline(ScriptedClock(100.0))
+    boot.end()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "cache"))
+    assert len(boot_lines(boot)) == 1
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    (told,) = boot_lines(boot)[1:]
+    assert told.startswith(f"{tmp_path}/cache/tokenizers cannot be written, so no tokenizer")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("mpipipe.cli.warming.cache_folder", no_home)
+    assert len(boot_lines(boot)) == 1
