@@ -113,19 +113,30 @@ class PagedKVCache:
         return key_LKD[: seq.kv_len], value_LKD[: seq.kv_len]
 
     def read_padded(
-        self, layer: int, indices: tuple[int, ...], max_len: int, layout: BatchLayout
+        self,
+        layer: int,
+        indices: tuple[int, ...],
+        max_len: int,
+        layout: BatchLayout,
+        *,
+        first_page: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the step's sequences `indices`, whole pages: two [len(indices), L, K, D]."""
+        """K and V of the step's sequences `indices`, whole pages: two [len(indices), L, K, D].
+
+        `first_page`: of each of them, from which on they are read.
+        """
         num_pages = min(-(-max_len // self.page_size), layout.page_table_BP.shape[1])
         pages_N = layout.derive(
-            ("paged", indices, num_pages), lambda: _pages(indices, num_pages, layout)
+            ("paged", indices, first_page, num_pages),
+            lambda: _pages(indices, slice(first_page, num_pages), layout),
         )
         keys, values = self.keys[layer], self.values[layer]
         if keys.is_contiguous():
             # Page rows are copied whole: one memcpy of page_size * K * D elements per page.
             keys, values = keys.flatten(1), values.flatten(1)
         key_NX, value_NX = keys.index_select(0, pages_N), values.index_select(0, pages_N)
-        shape = (len(indices), num_pages * self.page_size, *self.keys[layer].shape[2:])
+        num_tokens = (num_pages - first_page) * self.page_size
+        shape = (len(indices), num_tokens, *self.keys[layer].shape[2:])
         return key_NX.view(shape), value_NX.view(shape)
 
     def forget(self, sequence_id: int) -> None:
@@ -150,13 +161,13 @@ def store_rows(
     pages_PSKD.index_put_((slot_mapping_T // page_size, slot_mapping_T % page_size), rows_TKD)
 
 
-def _pages(indices: tuple[int, ...], num_pages: int, layout: BatchLayout) -> torch.Tensor:
-    """The first `num_pages` pages of the sequences in one row."""
+def _pages(indices: tuple[int, ...], columns: slice, layout: BatchLayout) -> torch.Tensor:
+    """The pages of the sequences in `columns` of the page table, in one row."""
     table_BP = layout.page_table_BP
     if indices != tuple(range(table_BP.shape[0])):
         rows_B = torch.tensor(indices, dtype=torch.int64, device=table_BP.device)
         table_BP = table_BP.index_select(0, rows_B)
-    return table_BP[:, :num_pages].flatten()
+    return table_BP[:, columns].flatten()
 
 
 def _pairs(

@@ -121,6 +121,60 @@ def shared_step(shape: Shape, dtype: torch.dtype) -> tuple[Step, Step, list[int]
     return Step(layout, *(part[rows] for part in parts)), whole, rows
 
 
+# Decode steps of sequences that share pages: the length of each, and its page table. Among them are
+# rows that share more with some than with others, sharers of very different lengths, one with no
+# token of its own but the newest, one alone, and a page that the newest token has just filled.
+_A, _B = [91, 7, 53, 28, 66, 12, 80, 3], [5, 77, 21]
+SHARING_STEPS: tuple[tuple[tuple[int, list[int]], ...], ...] = (
+    (
+        (30, _A),
+        (33, [*_A, 40]),
+        (14, [*_B, 41]),
+        (26, [*_A[:6], 42]),
+        (9, [43, 44, 45]),
+        (15, [*_B, 46]),
+    ),
+    (
+        (31, _A),
+        (34, [*_A, 40]),
+        (16, [*_B, 46]),
+        (25, [*_A[:6], 47]),
+        (164, [*_A[:6], *range(93, 128)]),
+    ),
+    (
+        (26, [*_A[:2], *range(50, 55)]),
+        (26, [*_A[:2], *range(56, 61)]),
+        (33, [*_B, *range(30, 36)]),
+        (33, [*_A, 40]),
+        (32, _A),
+        (34, [*_A, 47]),
+    ),
+    ((35, [*_A, 40]),),
+    ((17, [*_B, 46, 48]), (36, [*_A, 40])),
+)
+
+
+def sharing_steps(shape: Shape, dtype: torch.dtype) -> Iterator[Step]:
+    """Those of `SHARING_STEPS` with random rows for the newest tokens; the others are cached."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(num_heads: int, num_tokens: int) -> torch.Tensor:
+        drawn = torch.randn(num_heads, num_tokens, shape.head_dim, generator=generator)
+        return drawn.to(dtype).transpose(0, 1)
+
+    for rows in SHARING_STEPS:
+        entries = [
+            (SequenceLens(row, row, 1, kv_len), table) for row, (kv_len, table) in enumerate(rows)
+        ]
+        layout, num_rows = build_layout(entries, PAGE_SIZE), len(rows)
+        yield Step(
+            layout,
+            draw(shape.num_heads, num_rows),
+            draw(shape.num_kv_heads, num_rows),
+            draw(shape.num_kv_heads, num_rows),
+        )
+
+
 def on_device(step: Step, device: torch.device) -> Step:
     """The step as kernels get it: int32 tables and query starts, on `device`."""
     return Step(

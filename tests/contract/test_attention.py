@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 
 from mpipipe.kv_cache.base import ContiguousKVCache, KVCache
-from mpipipe.kv_cache.layout import to_device
+from mpipipe.kv_cache.layout import SequenceLens, build_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
-from mpipipe.models.attention import triton_paged
+from mpipipe.models.attention import sdpa, triton_paged
 from mpipipe.models.attention.base import AttentionBackend
 from mpipipe.models.attention.reference import ReferenceAttention
 from mpipipe.models.attention.sdpa import SdpaAttention
@@ -24,6 +25,7 @@ from tests.contract.attention_cases import (
     on_device,
     random_steps,
     shared_step,
+    sharing_steps,
     without_spans,
 )
 
@@ -150,6 +152,81 @@ def check_decode_steps(
             actual[: len(expected)].cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
         )
     assert num_decode_steps >= 2
+
+
+def filled_cache(shape: Shape, dtype: torch.dtype, device: torch.device = CPU) -> PagedKVCache:
+    """Pages of random keys and values."""
+    cache = new_cache("paged", shape, dtype, device, head_major=device.type != "cpu")
+    assert isinstance(cache, PagedKVCache)
+    generator = torch.Generator().manual_seed(3)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).to(dtype))
+    return cache
+
+
+@pytest.fixture
+def num_joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sequences of each call that read pages together, however few tokens that spares."""
+    found: list[int] = []
+    join = sdpa._attend_joined
+
+    def counted(query_BKGD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found.append(len(query_BKGD))
+        return join(query_BKGD, *rest)
+
+    monkeypatch.setattr(sdpa, "_MIN_SPARED_TOKENS", 1)
+    monkeypatch.setattr(sdpa, "_attend_joined", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_decodes_that_share_pages_read_them_together(
+    shape: Shape, options: AttentionOptions, dtype: torch.dtype, num_joined: list[int]
+) -> None:
+    cache = filled_cache(shape, dtype)
+    for step in sharing_steps(shape, dtype):
+        actual = attend(SdpaAttention(), step, cache, options)
+        expected = attend(ReferenceAttention(), step, cache, options)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    together = options.softcap is None and options.window is None
+    # By step: those of A and those of B; those of A, but for one that is far longer; those with
+    # most of A, and those with its first two pages only.
+    assert num_joined == ([3, 2, 3, 3, 2] if together else [])
+
+
+def test_decodes_beside_chunks_read_what_they_share_together(num_joined: list[int]) -> None:
+    """And a window that no sequence reaches is none."""
+    shape, options = SHAPES["grouped"], AttentionOptions(scale=0.25, window=64)
+    cache = filled_cache(shape, torch.float32)
+    first = next(sharing_steps(shape, torch.float32))
+    pages = first.layout.page_table_BP.tolist()
+    entries = [(seq, pages[seq.sequence_id]) for seq in first.layout.seq_lens]
+    entries.append((SequenceLens(6, 6, 5, 17), [*pages[2][:3], 48, 49]))
+    generator = torch.Generator().manual_seed(4)
+    step = Step(
+        build_layout(entries, PAGE_SIZE),
+        *(
+            torch.randn(11, heads, shape.head_dim, generator=generator)
+            for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        ),
+    )
+    actual = attend(SdpaAttention(), step, cache, options)
+    torch.testing.assert_close(
+        actual, attend(ReferenceAttention(), step, cache, options), rtol=1e-5, atol=1e-5
+    )
+    assert num_joined == [3, 2]
+
+
+def test_few_tokens_in_common_are_read_by_each_sequence(num_joined: list[int]) -> None:
+    shape = SHAPES["grouped"]
+    cache = filled_cache(shape, torch.float32)
+    sdpa._MIN_SPARED_TOKENS = 49  # what the three of the first step spare, and one more
+    for step, _ in zip(sharing_steps(shape, torch.float32), range(1), strict=False):
+        attend(SdpaAttention(), step, cache, OPTIONS["plain"])
+    assert num_joined == []
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

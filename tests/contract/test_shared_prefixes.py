@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.models.attention import sdpa
 from mpipipe.scheduler.sequence import Sequence
 from mpipipe.scheduler.shared_prefixes import SharedPrefixes
-from mpipipe.types import Request, SamplingParams
+from mpipipe.types import PrefillMode, Request, SamplingParams
 from tests.contract.engine_pipeline import (
     MAX_TOKENS,
     EnginePipeline,
@@ -89,6 +92,43 @@ def test_the_tokens_are_those_of_each_prompt_alone(
         return EnginePipeline(model, plan, mode).prepare()
 
     check_shared_prefixes(requests, wanted, make, num_pages)
+
+
+@pytest.mark.parametrize("num_pages", [18, 80])
+@pytest.mark.parametrize("prefill", ["phases", "mixed"])
+def test_the_tokens_are_the_same_where_decodes_read_shared_pages_together(
+    prefill: PrefillMode,
+    num_pages: int,
+    tiny: Callable[[str], TinyModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However few tokens that spares; sequences join, leave, are preempted and restored."""
+    model = tiny("llama")
+    requests = sharers(lambda n: sampled(n).replace(max_new_tokens=16))
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+    monkeypatch.setattr(sdpa, "_MIN_SPARED_TOKENS", 1)
+    num_joined = []
+    join = sdpa._attend_joined
+
+    def counted(query_BKGD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        num_joined.append(len(query_BKGD))
+        return join(query_BKGD, *rest)
+
+    monkeypatch.setattr(sdpa, "_attend_joined", counted)
+
+    def make(num_pages: int, num_host_pages: int) -> EnginePipeline:
+        plan = engine_plan(
+            2,
+            num_pages=num_pages,
+            prefill=prefill,
+            max_sequences=4,
+            num_host_pages=num_host_pages,
+            max_sharing_tokens=MAX_TOKENS,
+        )
+        return EnginePipeline(model, plan, "varlen").prepare()
+
+    check_shared_prefixes(requests, wanted, make, num_pages)
+    assert {2, 3} <= set(num_joined)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

@@ -16,10 +16,12 @@ import pytest
 from mpipipe.config.load import load_config
 from mpipipe.errors import EXIT_CONFIG, EXIT_OK, EXIT_PROMPTS
 from mpipipe.experiments.folder import ExperimentFolder
-from tests.e2e.conftest import Outcome, execute, tiny_model
+from tests.e2e.conftest import TEST_LIMIT_S, Outcome, execute, tiny_model
 from tests.page.browser import visit
 
 __all__ = ["tiny_model"]
+
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)  # a launch has a limit of its own
 
 MPIPIPE = [sys.executable, "-m", "mpipipe"]
 MEASURED = {  # each of these comes from another part of a run's files
