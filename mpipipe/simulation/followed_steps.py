@@ -53,6 +53,11 @@ class FollowedSteps:
         # tokens, and by which step.
         self._prefilled: dict[int, tuple[int, int]] = {}
 
+    @property
+    def num_slots(self) -> int:
+        """In the ring."""
+        return len(self._slots)
+
     def follow(self, step: Step) -> tuple[StepWork, int]:
         """The work of `step`, and the latest step whose tokens it reads; -1: it reads none."""
         chunks = step.sequences if isinstance(step, StepScheduled) else step.chunks

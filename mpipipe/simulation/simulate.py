@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpipipe.metrics.summary import percentile
 from mpipipe.scheduler.core import SchedulerCore
+from mpipipe.simulation.followed_steps import FollowedSteps
 from mpipipe.simulation.result import DispatchLoad, HeadLoad, SimulationResult, StageResult
 from mpipipe.simulation.simulated_job import ReplicaParts, SimulatedJob
 from mpipipe.simulation.simulated_requests import STOP_ID
@@ -58,13 +59,12 @@ class ReplicaPlan:
         stages = SimulatedStages(
             self.times,
             num_stages=plan.num_stages,
-            num_slots=plan.num_slots,
+            followed=FollowedSteps(plan.num_slots, pads=plan.attention == "sdpa"),
             in_stream=plan.device == "cuda",
             launch_s=launch_s if plan.device == "cuda" else 0.0,
             num_ranks=len(plan.ranks),
             keep_sequences=with_stops,
             trace_steps=trace_steps,
-            pads=plan.attention == "sdpa",
         )
         plan = replace(plan, drafts=None)  # tokens are made up: what recurs in them means nothing
         return ReplicaParts(SchedulerCore.of_plan(plan, (STOP_ID,)), stages, self.capacity)

@@ -68,13 +68,12 @@ class SimulatedStages:
     Args:
         times: of its stages and edges.
         num_stages: of the pipeline.
-        num_slots: in the ring.
+        followed: which rows its steps have; new.
         in_stream: as a GPU's queue does it: see above.
         launch_s: of a stage's host for each step, before its device can begin with it.
         num_ranks: of all lanes of all stages; 0: a rank is a stage.
         keep_sequences: remember which sequences each step samples.
         trace_steps: of how many of the last steps to keep records.
-        pads: attention reads all rows of a step as `planning.padding` has it.
     """
 
     def __init__(
@@ -82,13 +81,12 @@ class SimulatedStages:
         times: StageTimes,
         *,
         num_stages: int,
-        num_slots: int,
+        followed: FollowedSteps,
         in_stream: bool,
         launch_s: float = 0.0,
         num_ranks: int = 0,
         keep_sequences: bool = False,
         trace_steps: int = 0,
-        pads: bool = False,
     ) -> None:
         self.uses = [StageUse() for _ in range(num_stages)]
         self.records: list[deque[StepRecord]] = [
@@ -96,12 +94,11 @@ class SimulatedStages:
         ]
         self.num_ranks = num_ranks or num_stages
         self._times = times
-        self._num_slots = num_slots
         self._in_stream = in_stream and num_stages > 1
         self._launch_s = launch_s
         self._launched_s = [0.0] * num_stages
         self._keep_sequences = keep_sequences
-        self._followed = FollowedSteps(num_slots, pads=pads)
+        self._followed = followed
         self._edges_free_s = [0.0] * num_stages
         self._returning: deque[_Returning] = deque()
         self._num_claimed = 0  # of `_returning`: their time of notice is known
@@ -137,7 +134,7 @@ class SimulatedStages:
         arrival_s = self._pass(step, (scheduled_s, ready_s), compute_s, work.num_tokens)
         self._was_steady = step.steady
         self._ids_at_s[step.step] = arrival_s
-        self._ids_at_s.pop(step.step - 4 * self._num_slots, None)
+        self._ids_at_s.pop(step.step - 4 * self._followed.num_slots, None)
         sampled = self._followed.sampled(step) if self._keep_sequences else ()
         returning = _Returning(step, sampled, arrival_s)
         if not self._in_stream:
@@ -156,7 +153,7 @@ class SimulatedStages:
             return scheduled_s
         if not self._in_stream:
             return max(scheduled_s, self._ids_at_s.get(needed, 0.0))
-        needed = max(needed, step.step - self._num_slots)
+        needed = max(needed, step.step - self._followed.num_slots)
         ready_s = max(self.uses[0].free_s, scheduled_s)
         for position in range(self._num_claimed, len(self._returning)):
             returning = self._returning[position]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mpipipe.control_plane.messages import DecodeScheduled, StepScheduled
 from mpipipe.scheduler.core import SchedulerCore, SchedulerLimits
+from mpipipe.simulation.followed_steps import FollowedSteps
 from mpipipe.simulation.simulated_job import ReplicaParts, SimulatedJob
 from mpipipe.simulation.simulated_requests import STOP_ID, RequestLengths
 from mpipipe.simulation.simulated_stages import SimulatedStages
@@ -49,7 +50,7 @@ def made_parts(
     stages = SimulatedStages(
         times,
         num_stages=num_stages,
-        num_slots=num_stages,
+        followed=FollowedSteps(num_stages),
         in_stream=lookahead > 0,
         launch_s=launch_s,
         keep_sequences=True,
