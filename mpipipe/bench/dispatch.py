@@ -277,24 +277,20 @@ async def _dispatch(mesh: Mesh, clock: Clock, options: DispatchOptions) -> Dispa
     """Hand the prompts out to all other ranks, and say what it took."""
     requests = options.requests()
     places = [ReplicaPlace(rank, options.capacity) for rank in range(1, mesh.world_size)]
-    messages = _TimedMessages(mesh, clock)
-    dispatch = Dispatch(messages, clock, requests, places)
     gc.collect()
     gc.freeze()  # as a boot ends
     try:
-        return await _time_dispatch(dispatch, messages, clock, options, len(places))
+        return await _time_dispatch(mesh, clock, requests, places)
     finally:
         gc.unfreeze()
 
 
 async def _time_dispatch(
-    dispatch: Dispatch,
-    messages: _TimedMessages,
-    clock: Clock,
-    options: DispatchOptions,
-    num_replicas: int,
+    mesh: Mesh, clock: Clock, requests: list[Request], places: list[ReplicaPlace]
 ) -> DispatchRates:
     cpu_s, began_s = time.process_time(), clock.now_s()
+    messages = _TimedMessages(mesh, clock)
+    dispatch = Dispatch(messages, clock, requests, places)
     dispatch.begin()
     async with aclosing(dispatch.completions()) as completions:
         async for _ in completions:
@@ -304,12 +300,12 @@ async def _time_dispatch(
     cpu_s = time.process_time() - cpu_s
     await dispatch.end()
     return DispatchRates(
-        num_replicas=num_replicas,
+        num_replicas=len(places),
         num_prompts=len(messages.waited_s),
         elapsed_s=elapsed_s,
         handed_to_told_p50_s=median(messages.waited_s),
-        handling_us=messages.handling_s / options.num_prompts * 1e6,
-        decoding_us=messages.decoding_s() / options.num_prompts * 1e6,
+        handling_us=messages.handling_s / len(requests) * 1e6,
+        decoding_us=messages.decoding_s() / len(requests) * 1e6,
         process_share=cpu_s / elapsed_s,
         messages_per_s=len(messages.seen) / elapsed_s,
         bytes_per_s=messages.num_bytes() / elapsed_s,
