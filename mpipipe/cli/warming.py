@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from os.path import exists, isdir
 from typing import TYPE_CHECKING
 
 from mpipipe.cli.terminal import guard_terminal
@@ -63,9 +64,10 @@ def boot_lines(boot: BootTimeline, problem: str = "") -> list[str]:
         lines.append(f"kernels were not compiled ahead, ranks compiled what they use: {problem}")
     with suppress(RuntimeError):  # there is no home folder
         places = {"kernels": triton_cache(), "tokenizers": cache_folder() / "tokenizers"}
-        lines += [f"{what}: {folder}" for what, folder in places.items() if folder.is_dir()]
+        lines += [f"{what}: {folder}" for what, folder in places.items() if isdir(folder)]
         kept = places["tokenizers"]
-        there = next(folder for folder in (kept, *kept.parents) if folder.exists())
+        # Not the methods of Path: they raise where a parent may not be entered.
+        there = next(folder for folder in (kept, *kept.parents) if exists(folder))
         if not os.access(there, os.W_OK):
             lines.append(f"{kept} cannot be written, so no tokenizer was kept: set MPIPIPE_CACHE")
     return lines

@@ -53,6 +53,13 @@ def test_a_cache_that_cannot_be_written_and_no_home_folder_are_no_secret_and_no_
     (told,) = boot_lines(boot)[1:]
     assert told.startswith(f"{tmp_path}/cache/tokenizers cannot be written, so no tokenizer")
 
+    def closed(_: Path) -> bool:
+        raise PermissionError("a folder above may not be entered")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    monkeypatch.setattr(Path, "is_dir", closed)
+    assert boot_lines(boot)[1:] == [told]
+
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
