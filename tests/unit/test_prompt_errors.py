@@ -73,6 +73,8 @@ def error_of(folder: Path, line: object) -> tuple[str, str]:
         ({"prompt": "x", "temprature": 1}, "unknown_field", '"temperature"'),
         ({"prompt": "x", "Temperature": 1}, "unknown_field", 'mean "temperature"'),
         ({"input": "x"}, "unknown_field", 'text of a prompt goes under "prompt"'),
+        ({"prompt": None, "text": "x"}, "unknown_field", 'text of a prompt goes under "prompt"'),
+        ({"role": "user", "content": "x"}, "unknown_field", 'a list under "messages"'),
         ({"custom_id": "a", "body": {"prompt": "x"}, "seed": 1}, "unknown_field", '"seed"'),
         ({"custom_id": "a", "body": {"prompt": "x", "max_token": 1}}, "unknown_field",
          '"max_tokens"'),

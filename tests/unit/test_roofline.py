@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,14 @@ def test_a_memory_bound_step_takes_its_bytes_over_the_bandwidth() -> None:
     assert floor.decode_round_s == 2 * last  # the slowest stage for both slots
     assert num_rounds(floor, 12) == pytest.approx(2)
     assert floor.prefill_s == pytest.approx(2 * 108 + 2 * 148)
+
+
+def test_what_prompts_share_is_read_once_for_the_rows_of_a_slot() -> None:
+    shape = JobShape.of([(4, 3)] * 4, shared_ratio=0.5)
+    shared = replace(plan(TINY, 1, 8), max_sharing_tokens=64)
+    floor = job_floor(TINY, shared, shape, Ceilings(1.0, 1e9, "test"))
+    # 4 rows: 3.5 tokens of their own each, and 2 of all.
+    assert floor.decode_round_s == pytest.approx(2 * (2 * (108 + (4 * 3.5 + 2) * 4) + 40))
 
 
 def test_a_compute_bound_step_takes_its_flops() -> None:

@@ -51,7 +51,7 @@ def test_a_cache_that_cannot_be_written_and_no_home_folder_are_no_secret_and_no_
     assert len(boot_lines(boot)) == 1
     monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
     (told,) = boot_lines(boot)[1:]
-    assert told.startswith(f"{tmp_path}/cache/tokenizers cannot be written, so no tokenizer")
+    assert told.startswith(f"{tmp_path}/cache/tokenizers cannot be written: a tokenizer that is")
 
     def closed(_: Path) -> bool:
         raise PermissionError("a folder above may not be entered")

@@ -36,7 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mpipipe.kv_cache.common_pages import CommonPages, common_pages
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
-from mpipipe.planning.padding import padded_groups
+from mpipipe.planning.padding import MIN_SPARED_TOKENS, padded_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["SdpaAttention"]
-
-# Joining two parts costs about 60 µs a layer: the gather of so many tokens, which is spared.
-_MIN_SPARED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +221,7 @@ def _decode_groups(
     for common in _common_pages(layout, lengths, shared_page_size):
         num_common = common.num_pages * shared_page_size
         for members in _padded([lengths[row] - num_common for row in common.rows], common.rows):
-            if (len(members) - 1) * num_common >= _MIN_SPARED_TOKENS:
+            if (len(members) - 1) * num_common >= MIN_SPARED_TOKENS:
                 seq = replace(layout.seq_lens[members[0]], kv_len=num_common)
                 groups.append(_group(members, lengths, device, seq))
                 alone.difference_update(members)
