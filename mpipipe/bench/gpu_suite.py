@@ -345,8 +345,11 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 
 def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
-    """The JSON records that a part left, also one that failed halfway."""
-    lines = output.splitlines()
+    """The JSON records that a part left, also one that failed halfway.
+
+    What tests print may be JSON too (a line of a log), and is no record.
+    """
+    lines = output.splitlines() if part.labels else []
     if part.json_path is not None:
         lines = part.json_path.read_text().splitlines() if part.json_path.is_file() else []
         part.json_path.unlink(missing_ok=True)
@@ -354,7 +357,9 @@ def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
     for line in lines:
         if line.startswith("{"):
             try:
-                found.append({"part": part.name, **part.labels, **json.loads(line)})
+                record = json.loads(line)
             except ValueError:
                 continue  # a line cut off when the part was stopped
+            if "work" in record:
+                found.append({"part": part.name, **part.labels, **record})
     return found

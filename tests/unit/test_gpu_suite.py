@@ -135,6 +135,17 @@ def test_a_part_that_fails_is_told_and_keeps_the_records_it_left(tmp_path: Path)
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("labels", "works"), [({}, []), ({"shape": "s"}, ["x"])])
+def test_a_line_of_a_log_is_no_record(
+    tmp_path: Path, labels: dict[str, Any], works: list[str]
+) -> None:
+    script = """echo '{"event": "e"}'; echo '{"work": "x"}'"""
+    part = Part("tests", ["bash", "-c", script], 30.0, labels=labels)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert [record["work"] for record in result.records] == works
+
+
 def test_the_table_holds_ours_beside_target_rival_and_scaling(options: SuiteOptions) -> None:
     ours = [record("64x512x128", 1, 3000.0), record("128x512x128", 2, 5700.0)]
     ours += [record("64x512x128", 2, 7000.0)]
