@@ -281,11 +281,12 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     """Run one part, at most `limit_s`; its output goes to the log."""
     if part.json_path is not None:
         part.json_path.unlink(missing_ok=True)
+    records: list[dict[str, Any]] = []
     if part.whole_run is None:
         output, problem, seconds = _ran(part, {}, root, limit_s, log)
         records = _records_of(part, output)
     else:
-        output, records, seconds = "", [], 0.0
+        output, problem, seconds = "", "", 0.0
         try:
             part.whole_run.prepare()
             environ = part.whole_run.environ
@@ -295,6 +296,9 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
                 records = [{"part": part.name, **part.labels, **record}]
         except MpipipeError as error:
             problem = str(error)
+        finally:
+            if not records:
+                part.whole_run.failed()
     shown = [line for line in output.splitlines() if not line.startswith("{")]
     return Result(part, seconds, problem, records, shown[-25:])
 

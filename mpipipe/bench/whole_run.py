@@ -99,6 +99,11 @@ class WholeRun:
             shutil.rmtree(self._kernel_folder, ignore_errors=True)
             self._kernel_folder.mkdir(parents=True)
 
+    def failed(self) -> None:
+        """Leave no warm kernel cache behind a cold start that did not come to its end."""
+        if self.kernels == "cold":
+            shutil.rmtree(self._kernel_folder, ignore_errors=True)
+
     def record(self, command_s: float) -> dict[str, Any]:
         """What the run was, by its files; `command_s`: from starting mpirun to its end.
 

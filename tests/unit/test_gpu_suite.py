@@ -275,6 +275,16 @@ def test_a_part_that_is_a_whole_run_is_told_by_its_files(
     assert python_path.split(os.pathsep)[0] == str(tmp_path)  # the tree that is measured
 
 
+def test_behind_a_cold_start_that_failed_there_is_no_warm_one(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    warm = replace(whole_run, kernels="warm", folder=whole_run.folder.with_name("again"))
+    with (tmp_path / "log.txt").open("w") as log:
+        for run, problem in ((whole_run, "exit code 3"), (warm, "so the kernel cache would be")):
+            part = Part("boot", ["bash", "-c", "exit 3"], 30.0, whole_run=run)
+            assert problem in run_part(part, tmp_path, 30.0, log).problem
+
+
 def run_record(**more: Any) -> dict[str, Any]:
     """As `WholeRun.record` makes it."""
     return {
