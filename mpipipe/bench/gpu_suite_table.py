@@ -33,6 +33,8 @@ _LEAST_PART_S = 0.3  # of a start: smaller parts are told together
 _FILE_TARGET = 0.95
 
 Record = dict[str, Any]
+# Part, model with its variant, work, number of GPUs, and whether these are seconds of a start.
+_Figure = tuple[str, str, str, str, bool]
 
 
 def table_lines(results: Sequence[Result], seconds: float) -> list[str]:
@@ -213,7 +215,10 @@ def _file_lines(runs: Sequence[Record], ours: Sequence[Record]) -> list[str]:
 
 
 def _is_same_work(run: Record, bench: Record) -> bool:
-    return all(run[name] == bench[name] for name in ("shape", "ranks", "variant", "work"))
+    """Other parts have the work too, under a plan for the largest of theirs."""
+    is_its_bench = bench["part"].startswith("file_bench_")
+    same = all(run[name] == bench[name] for name in ("shape", "ranks", "variant", "work"))
+    return is_its_bench and same
 
 
 def _other_plan(run: Record, bench: Record) -> str:
@@ -231,12 +236,13 @@ def compare_lines(before: Sequence[Record], after: Sequence[Record]) -> list[str
     """
     figures = [_figures(records) for records in (before, after)]
     names = dict.fromkeys((*figures[0], *figures[1]))
-    lines = _header("model", "work", "GPUs", "before", "after", "change")
+    lines = _header("part", "model", "work", "GPUs", "before", "after", "change")
     for name in names:
-        shape, work, ranks, is_start = name
+        part, shape, work, ranks, is_start = name
         known = [median(found[name]) if name in found else None for found in figures]
         digits = 1 if is_start else 0
-        cells = [shape, work, ranks, *(number(value, digits) for value in known), _change(*known)]
+        shown = (number(value, digits) for value in known)
+        cells = [part, shape, work, ranks, *shown, _change(*known)]
         lines.append("| " + " | ".join(cells) + " |")
     for side, records in (("Before", before), ("After", after)):
         if own := [record for record in records if not record.get("peer")]:
@@ -244,9 +250,9 @@ def compare_lines(before: Sequence[Record], after: Sequence[Record]) -> list[str
     return lines
 
 
-def _figures(records: Sequence[Record]) -> dict[tuple[str, str, str, bool], list[float]]:
-    """By model with its variant, work, number of GPUs, and whether these are seconds of a start."""
-    found: dict[tuple[str, str, str, bool], list[float]] = {}
+def _figures(records: Sequence[Record]) -> dict[_Figure, list[float]]:
+    """By part, as two parts may do one work under two plans."""
+    found: dict[_Figure, list[float]] = {}
     for record in records:
         if record.get("error"):
             continue
@@ -256,7 +262,7 @@ def _figures(records: Sequence[Record]) -> dict[tuple[str, str, str, bool], list
         work = f"{record['work']} of a file" if is_run else record["work"]
         work = f"first token s, {kernels} kernel cache" if kernels else work
         value = record["first_token_s" if kernels else "tokens_per_s"]
-        name = (shape, work, str(record["ranks"]), bool(kernels))
+        name = (record["part"], shape, work, str(record["ranks"]), bool(kernels))
         found.setdefault(name, []).append(value)
     return found
 

@@ -288,7 +288,8 @@ def test_behind_a_cold_start_that_failed_there_is_no_warm_one(
 def run_record(**more: Any) -> dict[str, Any]:
     """As `WholeRun.record` makes it."""
     return {
-        "mode": "run", "shape": "openllama_3b", "ranks": 2, "variant": "", "work": "32x128x8",
+        "mode": "run", "part": "boot_cold_openllama_3b", "shape": "openllama_3b", "ranks": 2,
+        "variant": "", "work": "32x128x8",
         "kernels": "cold", "tokens_per_s": 100.0, "first_token_s": 14.5,
         "start": {"imports": 4.0, "handshake": 10.0, "plan": 0.25, "first step": 0.25},
         "phases": {
@@ -315,8 +316,10 @@ def test_the_table_says_where_a_start_went(options: SuiteOptions) -> None:
 def test_the_table_holds_a_file_against_the_bench_of_its_work(options: SuiteOptions) -> None:
     run = run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)
     bench = record("10000x128x32", 2, 10000.0, shape="openllama_3b", plan={"hash": "p"})
+    bench["part"] = "file_bench_openllama_3b"
+    other = {**bench, "part": "pipeline_openllama_3b", "tokens_per_s": 11000.0}
     part = all_parts(options)[0]
-    lines = table_lines([Result(part, 1.0, "", [bench, run], [])], 1.0)
+    lines = table_lines([Result(part, 1.0, "", [other, bench, run], [])], 1.0)
     assert any("| 9,600 | 10,000 | **96.0%** | 95% | 105 | 18.0 |" in line for line in lines)
     unlike = {**bench, "plan": {"hash": "q"}, "tokens_per_s": 12000.0}
     lines = table_lines([Result(part, 1.0, "", [unlike, run], [])], 1.0)
@@ -332,9 +335,13 @@ def test_before_and_after_stand_side_by_side() -> None:
     after = [record("64x512x128", 2, 6820.0), run_record(first_token_s=8.9)]
     after += [run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)]
     after += [record("64x512x128", 1, 3000.0, variant="quantize=int8")]
+    after += [record("64x512x128", 2, 5000.0, part="tail_llama3_8b")]  # another plan
     lines = compare_lines(before, after)
-    assert "| llama3_8b | 64x512x128 | 2 | 6,200 | 6,820 | +10.0% |" in lines
-    assert "| openllama_3b | first token s, cold kernel cache | 2 | 17.8 | 8.9 | -50.0% |" in lines
-    assert "| openllama_3b | 10000x128x32 of a file | 2 | - | 9,600 | - |" in lines
-    assert "| llama3_8b, quantize=int8 | 64x512x128 | 1 | - | 3,000 | - |" in lines
+    ours = "| pipeline_llama3_8b | llama3_8b"
+    assert f"{ours} | 64x512x128 | 2 | 6,200 | 6,820 | +10.0% |" in lines
+    assert "| tail_llama3_8b | llama3_8b | 64x512x128 | 2 | - | 5,000 | - |" in lines
+    start = "| boot_cold_openllama_3b | openllama_3b | first token s, cold kernel cache | 2"
+    assert f"{start} | 17.8 | 8.9 | -50.0% |" in lines
+    assert any(line.endswith("| 10000x128x32 of a file | 2 | - | 9,600 | - |") for line in lines)
+    assert f"{ours}, quantize=int8 | 64x512x128 | 1 | - | 3,000 | - |" in lines
     assert lines[-1] == "After: 2026-11-27, H100; torch 2.13."
