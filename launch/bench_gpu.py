@@ -52,6 +52,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
     args = parser.parse_args()
     args.out, args.tree = args.out.absolute(), args.tree.absolute()
+    if not (args.tree / "mpipipe").is_dir():
+        sys.exit(f"bench_gpu: there is no {args.tree / 'mpipipe'}: give a checkout as --tree")
     return args
 
 

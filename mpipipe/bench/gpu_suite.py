@@ -281,24 +281,27 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     """Run one part, at most `limit_s`; its output goes to the log."""
     if part.json_path is not None:
         part.json_path.unlink(missing_ok=True)
+    output, problem, seconds = "", "", 0.0
     records: list[dict[str, Any]] = []
-    if part.whole_run is None:
-        output, problem, seconds = _ran(part, {}, root, limit_s, log)
-        records = _records_of(part, output)
-    else:
-        output, problem, seconds = "", "", 0.0
-        try:
+    try:
+        if part.whole_run is None:
+            output, problem, seconds = _ran(part, {}, root, limit_s, log)
+            records = _records_of(part, output)
+        else:
             part.whole_run.prepare()
             environ = part.whole_run.environ
             output, problem, seconds = _ran(part, environ, root, limit_s, log)
             if not problem:
                 record = part.whole_run.record(seconds)
                 records = [{"part": part.name, **part.labels, **record}]
-        except MpipipeError as error:
-            problem = str(error)
-        finally:
-            if not records:
-                part.whole_run.failed()
+    except MpipipeError as error:
+        problem = str(error)
+    except (KeyError, TypeError, OSError) as error:
+        # Such as files of another tree that lack what this one reads.
+        problem = f"not measured, {type(error).__name__}: {error}"
+    finally:
+        if part.whole_run is not None and not records:
+            part.whole_run.failed()
     shown = [line for line in output.splitlines() if not line.startswith("{")]
     return Result(part, seconds, problem, records, shown[-25:])
 
@@ -318,7 +321,8 @@ def _ran(
         env={**os.environ, **own, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # a rank that is killed may leave half a character
         start_new_session=True,
     )
     problem = ""
@@ -355,7 +359,8 @@ def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
     """
     lines = output.splitlines() if part.labels else []
     if part.json_path is not None:
-        lines = part.json_path.read_text().splitlines() if part.json_path.is_file() else []
+        found_file = part.json_path.is_file()
+        lines = part.json_path.read_text("utf-8", "replace").splitlines() if found_file else []
         part.json_path.unlink(missing_ok=True)
     found = []
     for line in lines:

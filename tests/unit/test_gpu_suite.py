@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -273,6 +274,47 @@ def test_a_part_that_is_a_whole_run_is_told_by_its_files(
     kernels, python_path = result.last_lines[0].split()
     assert kernels == whole_run.environ["TRITON_CACHE_DIR"]
     assert python_path.split(os.pathsep)[0] == str(tmp_path)  # the tree that is measured
+
+
+@pytest.mark.parametrize("lacks", ["phases", "requests", "output_tokens_per_s"])
+def test_a_run_of_a_tree_that_lacks_a_figure_loses_only_its_own(
+    whole_run: WholeRun, tmp_path: Path, lacks: str
+) -> None:
+    ended(whole_run)
+    metrics = json.loads((whole_run.folder / "metrics.json").read_text())
+    del metrics[lacks]
+    (whole_run.folder / "metrics.json").write_text(json.dumps(metrics))
+    left = tmp_path / "left"
+    whole_run.folder.rename(left)  # as the preparation removes what was there
+    part = Part("boot", ["cp", "-r", str(left), str(whole_run.folder)], 30.0, whole_run=whole_run)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert (result.problem, result.records) == (f"not measured, KeyError: '{lacks}'", [])
+
+
+@pytest.mark.parametrize(
+    ("command", "problem", "last_lines"),
+    [
+        (["printf", "%b", r"half \xe2\x82"], "", ["half \ufffd"]),
+        (["/no/such/mpirun"], "not measured, FileNotFoundError: ", []),
+    ],
+)
+def test_no_output_and_no_missing_program_ends_the_suite(
+    tmp_path: Path, command: list[str], problem: str, last_lines: list[str]
+) -> None:
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as log:
+        result = run_part(Part("tests", command, 30.0), tmp_path, 30.0, log)
+    assert result.problem.startswith(problem)
+    assert result.last_lines == last_lines
+
+
+def test_a_tree_without_mpipipe_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "bench_gpu.py"), "--tree", "typo"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    there = tmp_path / "typo" / "mpipipe"
+    assert said.stderr == f"bench_gpu: there is no {there}: give a checkout as --tree\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_behind_a_cold_start_that_failed_there_is_no_warm_one(
