@@ -312,13 +312,11 @@ def _ran(
     """The part's output, what went wrong, and its seconds."""
     log.write(f"\n==== {part.name}: {' '.join(part.command)}\n")
     log.flush()
-    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     started_s = time.monotonic()
     process = subprocess.Popen(
         part.command,
         cwd=root,
-        env={**os.environ, **own, **environ},
+        env={**_environ(root), **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -333,10 +331,20 @@ def _ran(
     except subprocess.TimeoutExpired:
         problem = f"stopped after {limit_s:.0f} s"
         output = _end(process)
+    except BaseException:
+        _end(process)  # no interrupt of ours reaches a session of its own
+        raise
     seconds = time.monotonic() - started_s
     log.write(output)
     log.flush()
     return output, problem, seconds
+
+
+def _environ(root: Path) -> dict[str, str]:
+    """Of everything that is started: mpipipe is that of the tree to measure."""
+    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
+    return {**os.environ, **own}
 
 
 def _end(process: subprocess.Popen[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -306,6 +307,25 @@ def test_no_output_and_no_missing_program_ends_the_suite(
         result = run_part(Part("tests", command, 30.0), tmp_path, 30.0, log)
     assert result.problem.startswith(problem)
     assert result.last_lines == last_lines
+
+
+def test_an_interrupt_leaves_no_rank_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process: subprocess.Popen[str], *args: Any, **named: Any) -> Any:
+        if not started:
+            started.append(process)
+            raise KeyboardInterrupt
+        return communicate(process, *args, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    part = Part("tests", ["bash", "-c", "sleep 60 & wait"], 30.0)
+    with (tmp_path / "log.txt").open("w") as log, pytest.raises(KeyboardInterrupt):
+        run_part(part, tmp_path, 30.0, log)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_a_tree_without_mpipipe_is_one_sentence(tmp_path: Path) -> None:
