@@ -19,6 +19,7 @@ greedy decoding and fixed lengths unless a work says mixed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -289,6 +290,8 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
             records = _records_of(part, output)
         else:
             part.whole_run.prepare()
+            if part.whole_run.kernels:
+                _read_libraries(root, limit_s)
             environ = part.whole_run.environ
             output, problem, seconds = _ran(part, environ, root, limit_s, log)
             if not problem:
@@ -304,6 +307,24 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
             part.whole_run.failed()
     shown = [line for line in output.splitlines() if not line.startswith("{")]
     return Result(part, seconds, problem, records, shown[-25:])
+
+
+def _read_libraries(root: Path, limit_s: float) -> None:
+    """Have a start find its libraries in memory: it is the kernels that are cold or warm.
+
+    The first start on a machine would read some gigabytes of them from disk.
+    """
+    log = subprocess.DEVNULL  # the start that follows says what is missing
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-c", "import torch, transformers"],
+            cwd=root,
+            env=_environ(root),
+            stdout=log,
+            stderr=log,
+            timeout=limit_s,
+            check=False,
+        )
 
 
 def _ran(

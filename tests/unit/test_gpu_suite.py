@@ -17,7 +17,7 @@ import pytest
 from mpipipe.bench import gpu_suite
 from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part
 from mpipipe.bench.gpu_suite_table import compare_lines, table_lines
-from mpipipe.bench.whole_run import WholeRun
+from mpipipe.bench.whole_run import KernelCache, WholeRun
 from mpipipe.bench.workloads import BenchWork, bench_requests
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
@@ -171,6 +171,9 @@ SHAPE = ROOT / "configs" / "shapes" / "smollm2_135m"
 
 @pytest.fixture
 def whole_run(tmp_path: Path) -> WholeRun:
+    # What the tree has comes first: libraries that take no time.
+    (tmp_path / "torch.py").write_text("print(file=open('imported', 'a'))")
+    (tmp_path / "transformers.py").touch()
     settings = (f"model.path={SHAPE}", "pipeline.device=cpu")
     config = ROOT / "configs" / "bench_gpu.toml"
     return WholeRun("3x5x2", config, settings, tmp_path / "boot", "cold")
@@ -335,6 +338,17 @@ def test_a_tree_without_mpipipe_is_one_sentence(tmp_path: Path) -> None:
     there = tmp_path / "typo" / "mpipipe"
     assert said.stderr == f"bench_gpu: there is no {there}: give a checkout as --tree\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kernels", "imports"), [("cold", 1), ("", 0)])
+def test_a_start_finds_the_libraries_in_memory(
+    whole_run: WholeRun, tmp_path: Path, kernels: KernelCache, imports: int
+) -> None:
+    run = replace(whole_run, kernels=kernels)
+    part = Part("boot", ["bash", "-c", "touch imported; wc -l < imported"], 30.0, whole_run=run)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert result.last_lines == [str(imports)]
 
 
 def test_behind_a_cold_start_that_failed_there_is_no_warm_one(
