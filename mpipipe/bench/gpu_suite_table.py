@@ -194,14 +194,13 @@ def _file_lines(runs: Sequence[Record], ours: Sequence[Record]) -> list[str]:
     for record in files:
         bench = next((other for other in ours if _is_same_work(record, other)), None)
         speed, phases = record["tokens_per_s"], record["phases"]
-        of_bench = None if bench is None else speed / bench["tokens_per_s"]
         cells = [
             record["shape"],
             record["work"],
             str(record["ranks"]),
             number(speed),
             "-" if bench is None else number(bench["tokens_per_s"]) + _other_plan(record, bench),
-            f"**{of_bench:.1%}**" if of_bench and of_bench >= _FILE_TARGET else share(of_bench, 1),
+            _share_of_bench(record, bench),
             share(_FILE_TARGET),
             number(record["predicted"]["tokens_per_s"]),
             number(record["command_s"], 1),
@@ -219,6 +218,15 @@ def _is_same_work(run: Record, bench: Record) -> bool:
     is_its_bench = bench["part"].startswith("file_bench_")
     same = all(run[name] == bench[name] for name in ("shape", "ranks", "variant", "work"))
     return is_its_bench and same
+
+
+def _share_of_bench(run: Record, bench: Record | None) -> str:
+    """Bold where the target is reached, which is one for the same plan."""
+    if bench is None:
+        return share(None)
+    of_bench = run["tokens_per_s"] / bench["tokens_per_s"]
+    is_reached = of_bench >= _FILE_TARGET and not _other_plan(run, bench)
+    return f"**{of_bench:.1%}**" if is_reached else share(of_bench, 1)
 
 
 def _other_plan(run: Record, bench: Record) -> str:
