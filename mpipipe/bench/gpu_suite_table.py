@@ -8,7 +8,7 @@ from typing import Any
 
 from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.bench.gpu_suite import SHAPES, Result
-from mpipipe.bench.whole_run import RUN_MODE
+from mpipipe.bench.whole_run import MEDIAN_PROMPT, RUN_MODE
 
 __all__ = ["compare_lines", "table_lines"]
 
@@ -152,6 +152,7 @@ def _start_lines(runs: Sequence[Record]) -> list[str]:
         first_s, phases = record["first_token_s"], record["phases"]
         target_s = _START_TARGETS_S[record["kernels"]] if _has_start_target(record) else None
         shown = f"**{first_s:.1f}**" if target_s and first_s <= target_s else f"{first_s:.1f}"
+        shown += " (median prompt's)" if _is_median(record) else ""
         cells = [
             record["shape"],
             record["kernels"],
@@ -170,6 +171,11 @@ def _start_lines(runs: Sequence[Record]) -> list[str]:
 
 def _has_start_target(record: Record) -> bool:
     return (record["shape"], record["ranks"]) == (SHAPES[0], 2)
+
+
+def _is_median(record: Record) -> bool:
+    """Of trees that do not tell when the first of all prompts had its token."""
+    return bool(record.get("first_token_of") == MEDIAN_PROMPT)
 
 
 def _parts(start: Mapping[str, float]) -> str:
@@ -240,7 +246,8 @@ def _other_plan(run: Record, bench: Record) -> str:
 def compare_lines(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
     """Every line that one of the two has, beside the other's: medians where there are several.
 
-    Tokens per second; of starts the seconds to the first token, where less is better.
+    Tokens per second; of starts the seconds to the first token, where less is better. That of the
+    median prompt, which is all that older trees tell, has a line of its own.
     """
     figures = [_figures(records) for records in (before, after)]
     names = dict.fromkeys((*figures[0], *figures[1]))
@@ -268,7 +275,8 @@ def _figures(records: Sequence[Record]) -> dict[_Figure, list[float]]:
         shape = f"{record['shape']}, {variant}" if variant else record["shape"]
         kernels, is_run = record.get("kernels"), record.get("mode") == RUN_MODE
         work = f"{record['work']} of a file" if is_run else record["work"]
-        work = f"first token s, {kernels} kernel cache" if kernels else work
+        first = "first token s of the median prompt" if _is_median(record) else "first token s"
+        work = f"{first}, {kernels} kernel cache" if kernels else work
         value = record["first_token_s" if kernels else "tokens_per_s"]
         name = (record["part"], shape, work, str(record["ranks"]), bool(kernels))
         found.setdefault(name, []).append(value)

@@ -252,6 +252,23 @@ def test_the_record_of_a_whole_run_has_its_times_and_its_prediction(whole_run: W
     assert record["predicted"] == {"tokens_per_s": 13.0, "start_s": 6.0, "generate_s": 0.4}
     assert (record["devices"], record["plan"]["split"]) == (["H100", "cpu"], [16, 14])
     assert record["num_cached_kernels"] == 0
+    assert record["first_token_of"] == "first prompt"
+
+
+def test_a_start_that_tells_only_the_median_prompt_says_so(
+    whole_run: WholeRun, options: SuiteOptions
+) -> None:
+    whole_run.prepare()
+    ended(whole_run)
+    path = whole_run.folder / "metrics.json"
+    path.write_text(path.read_text().replace("ttft_min_s", "ttft_first_s"))
+    labels = {"part": "boot", "shape": "openllama_3b", "ranks": 2, "variant": ""}
+    record = {**labels, **whole_run.record(7.0)}
+    assert record["first_token_s"] == pytest.approx(5.2)
+    lines = table_lines([Result(all_parts(options)[0], 12.0, "", [record], [])], 12.0)
+    assert any("| cold | 2 | **5.2** (median prompt's) | 15 |" in line for line in lines)
+    lines = compare_lines([record], [{**record, "first_token_of": "first prompt"}])
+    assert sum("kernel cache" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize(
