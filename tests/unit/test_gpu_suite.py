@@ -349,8 +349,11 @@ def test_an_interrupt_leaves_no_rank_behind(
 
 
 def test_a_tree_without_mpipipe_is_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "launch" / "bench_gpu.py"), "--tree", "typo"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [str(ROOT / "launch" / "bench_gpu.sh"), "--tree", "typo"]  # from where it is called
+    environ = {**os.environ, "PYTHON": sys.executable}
+    said = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
     assert said.returncode == 1
     there = tmp_path / "typo" / "mpipipe"
     assert said.stderr == f"bench_gpu: there is no {there}: give a checkout as --tree\n"
