@@ -9,12 +9,14 @@
 
 `mpipipe.bench.gpu_suite` has the parts. A part that fails or takes too long is told of and loses
 only its own figures. Writes table.md, records.jsonl, trace.json (50 decode steps of both stages,
-for Perfetto) and log.txt to `--out`; records.jsonl grows as parts end. `--tree` measures another
-checkout, e.g. of the commit before, which says what it does not know; `--compare` puts what two
-calls left side by side.
+for Perfetto) and log.txt to `--out`; records.jsonl grows as parts end. Whole runs leave their
+folders there, their prompts (*.prompts.jsonl), and kernels/, which is Triton's cache of the starts.
+`--tree` measures another checkout, e.g. of the commit before, which says what it does not know;
+`--compare` puts what two calls left side by side. A relative path of these is the caller's, one in
+an override is looked up in the tree that is measured.
 
-The last measured, on two H200: the benchmarks 250 s without `prefix` and what follows it (440 s by
-estimate), the tests 238 s, each in a call of its own.
+All of it takes about 12 minutes by estimate. The last measured, on two H200: the benchmarks 250 s
+without `prefix` and what follows it (440 s with it, by estimate), the tests 238 s.
 A part is stopped after 100 s (transformers 75, the tests 420), all of it after `--budget` seconds.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,6 +55,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
     args = parser.parse_args()
     args.out, args.tree = args.out.absolute(), args.tree.absolute()
+    if not (args.tree / "mpipipe").is_dir():
+        sys.exit(f"bench_gpu: there is no {args.tree / 'mpipipe'}: give a checkout as --tree")
     return args
 
 
@@ -70,6 +75,7 @@ def main() -> int:
         profile=args.profile,
         overrides=tuple(args.overrides),
     )
+    os.chdir(args.tree)  # where its parts run, so that a path in an override means one file
     wanted = [word for word in args.only.split(",") if word]
     try:
         parts = all_parts(options)

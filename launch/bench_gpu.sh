@@ -7,10 +7,11 @@
 #   ./launch/bench_gpu.sh --only boot,file --out after
 #   ./launch/bench_gpu.sh --compare before after
 #
-# Runs from the source tree with PYTHON (python3): torch, transformers, mpi4py, msgpack, structlog,
-# rich and typer must be importable there, and an mpirun on PATH. As root, Open MPI wants
+# Runs the source tree that it is in, with PYTHON (python3): torch, transformers, mpi4py, msgpack,
+# structlog, rich and typer must be importable there, and an mpirun on PATH. As root, Open MPI wants
 # OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 where its own flag is not enough.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" launch/bench_gpu.py "$@"
+# No cd: --out, --tree and --compare are the caller's paths.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" "$root/launch/bench_gpu.py" "$@"

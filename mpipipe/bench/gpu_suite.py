@@ -19,6 +19,7 @@ greedy decoding and fixed lengths unless a work says mixed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -281,22 +282,49 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     """Run one part, at most `limit_s`; its output goes to the log."""
     if part.json_path is not None:
         part.json_path.unlink(missing_ok=True)
-    if part.whole_run is None:
-        output, problem, seconds = _ran(part, {}, root, limit_s, log)
-        records = _records_of(part, output)
-    else:
-        output, records, seconds = "", [], 0.0
-        try:
+    output, problem, seconds = "", "", 0.0
+    records: list[dict[str, Any]] = []
+    try:
+        if part.whole_run is None:
+            output, problem, seconds = _ran(part, {}, root, limit_s, log)
+            records = _records_of(part, output)
+        else:
             part.whole_run.prepare()
+            if part.whole_run.kernels:
+                _read_libraries(root, limit_s)
             environ = part.whole_run.environ
             output, problem, seconds = _ran(part, environ, root, limit_s, log)
             if not problem:
                 record = part.whole_run.record(seconds)
                 records = [{"part": part.name, **part.labels, **record}]
-        except MpipipeError as error:
-            problem = str(error)
+    except MpipipeError as error:
+        problem = str(error)
+    except (KeyError, TypeError, OSError) as error:
+        # Such as files of another tree that lack what this one reads.
+        problem = f"not measured, {type(error).__name__}: {error}"
+    finally:
+        if part.whole_run is not None and not records:
+            part.whole_run.failed()
     shown = [line for line in output.splitlines() if not line.startswith("{")]
     return Result(part, seconds, problem, records, shown[-25:])
+
+
+def _read_libraries(root: Path, limit_s: float) -> None:
+    """Have a start find its libraries in memory: it is the kernels that are cold or warm.
+
+    The first start on a machine would read some gigabytes of them from disk.
+    """
+    log = subprocess.DEVNULL  # the start that follows says what is missing
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-c", "import torch, transformers"],
+            cwd=root,
+            env=_environ(root),
+            stdout=log,
+            stderr=log,
+            timeout=limit_s,
+            check=False,
+        )
 
 
 def _ran(
@@ -305,16 +333,15 @@ def _ran(
     """The part's output, what went wrong, and its seconds."""
     log.write(f"\n==== {part.name}: {' '.join(part.command)}\n")
     log.flush()
-    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     started_s = time.monotonic()
     process = subprocess.Popen(
         part.command,
         cwd=root,
-        env={**os.environ, **own, **environ},
+        env={**_environ(root), **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # a rank that is killed may leave half a character
         start_new_session=True,
     )
     problem = ""
@@ -325,10 +352,20 @@ def _ran(
     except subprocess.TimeoutExpired:
         problem = f"stopped after {limit_s:.0f} s"
         output = _end(process)
+    except BaseException:
+        _end(process)  # no interrupt of ours reaches a session of its own
+        raise
     seconds = time.monotonic() - started_s
     log.write(output)
     log.flush()
     return output, problem, seconds
+
+
+def _environ(root: Path) -> dict[str, str]:
+    """Of everything that is started: mpipipe is that of the tree to measure."""
+    python_path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
+    return {**os.environ, **own}
 
 
 def _end(process: subprocess.Popen[str]) -> str:
@@ -345,16 +382,22 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 
 def _records_of(part: Part, output: str) -> list[dict[str, Any]]:
-    """The JSON records that a part left, also one that failed halfway."""
-    lines = output.splitlines()
+    """The JSON records that a part left, also one that failed halfway.
+
+    What tests print may be JSON too (a line of a log), and is no record.
+    """
+    lines = output.splitlines() if part.labels else []
     if part.json_path is not None:
-        lines = part.json_path.read_text().splitlines() if part.json_path.is_file() else []
+        found_file = part.json_path.is_file()
+        lines = part.json_path.read_text("utf-8", "replace").splitlines() if found_file else []
         part.json_path.unlink(missing_ok=True)
     found = []
     for line in lines:
         if line.startswith("{"):
             try:
-                found.append({"part": part.name, **part.labels, **json.loads(line)})
+                record = json.loads(line)
             except ValueError:
                 continue  # a line cut off when the part was stopped
+            if "work" in record:
+                found.append({"part": part.name, **part.labels, **record})
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpipipe.bench.figures import number, share, stage_cells
 from mpipipe.bench.gpu_suite import SHAPES, Result
-from mpipipe.bench.whole_run import RUN_MODE
+from mpipipe.bench.whole_run import MEDIAN_PROMPT, RUN_MODE
 
 __all__ = ["compare_lines", "table_lines"]
 
@@ -33,6 +33,8 @@ _LEAST_PART_S = 0.3  # of a start: smaller parts are told together
 _FILE_TARGET = 0.95
 
 Record = dict[str, Any]
+# Part, model with its variant, work, number of GPUs, and whether these are seconds of a start.
+_Figure = tuple[str, str, str, str, bool]
 
 
 def table_lines(results: Sequence[Result], seconds: float) -> list[str]:
@@ -150,6 +152,7 @@ def _start_lines(runs: Sequence[Record]) -> list[str]:
         first_s, phases = record["first_token_s"], record["phases"]
         target_s = _START_TARGETS_S[record["kernels"]] if _has_start_target(record) else None
         shown = f"**{first_s:.1f}**" if target_s and first_s <= target_s else f"{first_s:.1f}"
+        shown += " (median prompt's)" if _is_median(record) else ""
         cells = [
             record["shape"],
             record["kernels"],
@@ -168,6 +171,11 @@ def _start_lines(runs: Sequence[Record]) -> list[str]:
 
 def _has_start_target(record: Record) -> bool:
     return (record["shape"], record["ranks"]) == (SHAPES[0], 2)
+
+
+def _is_median(record: Record) -> bool:
+    """Of trees that do not tell when the first of all prompts had its token."""
+    return bool(record.get("first_token_of") == MEDIAN_PROMPT)
 
 
 def _parts(start: Mapping[str, float]) -> str:
@@ -192,14 +200,13 @@ def _file_lines(runs: Sequence[Record], ours: Sequence[Record]) -> list[str]:
     for record in files:
         bench = next((other for other in ours if _is_same_work(record, other)), None)
         speed, phases = record["tokens_per_s"], record["phases"]
-        of_bench = None if bench is None else speed / bench["tokens_per_s"]
         cells = [
             record["shape"],
             record["work"],
             str(record["ranks"]),
             number(speed),
             "-" if bench is None else number(bench["tokens_per_s"]) + _other_plan(record, bench),
-            f"**{of_bench:.1%}**" if of_bench and of_bench >= _FILE_TARGET else share(of_bench, 1),
+            _share_of_bench(record, bench),
             share(_FILE_TARGET),
             number(record["predicted"]["tokens_per_s"]),
             number(record["command_s"], 1),
@@ -213,7 +220,19 @@ def _file_lines(runs: Sequence[Record], ours: Sequence[Record]) -> list[str]:
 
 
 def _is_same_work(run: Record, bench: Record) -> bool:
-    return all(run[name] == bench[name] for name in ("shape", "ranks", "variant", "work"))
+    """Other parts have the work too, under a plan for the largest of theirs."""
+    is_its_bench = bench["part"].startswith("file_bench_")
+    same = all(run[name] == bench[name] for name in ("shape", "ranks", "variant", "work"))
+    return is_its_bench and same
+
+
+def _share_of_bench(run: Record, bench: Record | None) -> str:
+    """Bold where the target is reached, which is one for the same plan."""
+    if bench is None:
+        return share(None)
+    of_bench = run["tokens_per_s"] / bench["tokens_per_s"]
+    is_reached = of_bench >= _FILE_TARGET and not _other_plan(run, bench)
+    return f"**{of_bench:.1%}**" if is_reached else share(of_bench, 1)
 
 
 def _other_plan(run: Record, bench: Record) -> str:
@@ -227,16 +246,18 @@ def _other_plan(run: Record, bench: Record) -> str:
 def compare_lines(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
     """Every line that one of the two has, beside the other's: medians where there are several.
 
-    Tokens per second; of starts the seconds to the first token, where less is better.
+    Tokens per second; of starts the seconds to the first token, where less is better. That of the
+    median prompt, which is all that older trees tell, has a line of its own.
     """
     figures = [_figures(records) for records in (before, after)]
     names = dict.fromkeys((*figures[0], *figures[1]))
-    lines = _header("model", "work", "GPUs", "before", "after", "change")
+    lines = _header("part", "model", "work", "GPUs", "before", "after", "change")
     for name in names:
-        shape, work, ranks, is_start = name
+        part, shape, work, ranks, is_start = name
         known = [median(found[name]) if name in found else None for found in figures]
         digits = 1 if is_start else 0
-        cells = [shape, work, ranks, *(number(value, digits) for value in known), _change(*known)]
+        shown = (number(value, digits) for value in known)
+        cells = [part, shape, work, ranks, *shown, _change(*known)]
         lines.append("| " + " | ".join(cells) + " |")
     for side, records in (("Before", before), ("After", after)):
         if own := [record for record in records if not record.get("peer")]:
@@ -244,9 +265,9 @@ def compare_lines(before: Sequence[Record], after: Sequence[Record]) -> list[str
     return lines
 
 
-def _figures(records: Sequence[Record]) -> dict[tuple[str, str, str, bool], list[float]]:
-    """By model with its variant, work, number of GPUs, and whether these are seconds of a start."""
-    found: dict[tuple[str, str, str, bool], list[float]] = {}
+def _figures(records: Sequence[Record]) -> dict[_Figure, list[float]]:
+    """By part, as two parts may do one work under two plans."""
+    found: dict[_Figure, list[float]] = {}
     for record in records:
         if record.get("error"):
             continue
@@ -254,9 +275,10 @@ def _figures(records: Sequence[Record]) -> dict[tuple[str, str, str, bool], list
         shape = f"{record['shape']}, {variant}" if variant else record["shape"]
         kernels, is_run = record.get("kernels"), record.get("mode") == RUN_MODE
         work = f"{record['work']} of a file" if is_run else record["work"]
-        work = f"first token s, {kernels} kernel cache" if kernels else work
+        first = "first token s of the median prompt" if _is_median(record) else "first token s"
+        work = f"{first}, {kernels} kernel cache" if kernels else work
         value = record["first_token_s" if kernels else "tokens_per_s"]
-        name = (shape, work, str(record["ranks"]), bool(kernels))
+        name = (record["part"], shape, work, str(record["ranks"]), bool(kernels))
         found.setdefault(name, []).append(value)
     return found
 

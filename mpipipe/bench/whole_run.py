@@ -20,9 +20,11 @@ from mpipipe.errors import ConfigError, OutputError
 from mpipipe.plain_values import json_object
 from mpipipe.planning.model_facts import read_model
 
-__all__ = ["RUN_MODE", "KernelCache", "WholeRun"]
+__all__ = ["MEDIAN_PROMPT", "RUN_MODE", "KernelCache", "WholeRun"]
 
 RUN_MODE = "run"  # the `mode` of these records
+# Whose token `first_token_s` is (`first_token_of`).
+FIRST_PROMPT, MEDIAN_PROMPT = "first prompt", "median prompt"
 _SEED = 0  # as `bench throughput` has it by default
 
 KernelCache = Literal["", "cold", "warm"]
@@ -99,11 +101,17 @@ class WholeRun:
             shutil.rmtree(self._kernel_folder, ignore_errors=True)
             self._kernel_folder.mkdir(parents=True)
 
+    def failed(self) -> None:
+        """Leave no warm kernel cache behind a cold start that did not come to its end."""
+        if self.kernels == "cold":
+            shutil.rmtree(self._kernel_folder, ignore_errors=True)
+
     def record(self, command_s: float) -> dict[str, Any]:
         """What the run was, by its files; `command_s`: from starting mpirun to its end.
 
         `first_token_s` counts from the start of rank 0's process, `start` are its parts (none
-        before they were told). `merged_per_s`: prompts a second from the first step to the merged
+        before they were told); `first_token_of`: the first prompt to have one, or the median where
+        the run tells no more. `merged_per_s`: prompts a second from the first step to the merged
         file. Null: not told.
 
         Raises:
@@ -114,7 +122,8 @@ class WholeRun:
         work = BenchWork.parse(self.work)
         self._check(work)
         phases, requests = metrics["phases"], metrics["requests"]
-        ttft_s = requests.get("ttft_min_s") or requests["ttft_p50_s"]
+        told_s = requests.get("ttft_min_s")
+        ttft_s = requests["ttft_p50_s"] if told_s is None else told_s
         predicted = metrics.get("predicted") or {}
         return {
             "mode": RUN_MODE,
@@ -122,6 +131,7 @@ class WholeRun:
             "kernels": self.kernels,
             "tokens_per_s": metrics["output_tokens_per_s"],
             "first_token_s": phases["boot_s"] + phases["load_s"] + ttft_s,
+            "first_token_of": MEDIAN_PROMPT if told_s is None else FIRST_PROMPT,
             "start": metrics.get("start") or {},
             "phases": phases,
             "command_s": command_s,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 from mpipipe.bench import gpu_suite
 from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part
 from mpipipe.bench.gpu_suite_table import compare_lines, table_lines
-from mpipipe.bench.whole_run import WholeRun
+from mpipipe.bench.whole_run import KernelCache, WholeRun
 from mpipipe.bench.workloads import BenchWork, bench_requests
 from mpipipe.checkpoint.vocabulary import Vocabulary
 from mpipipe.config.load import load_config
@@ -135,6 +137,17 @@ def test_a_part_that_fails_is_told_and_keeps_the_records_it_left(tmp_path: Path)
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("labels", "works"), [({}, []), ({"shape": "s"}, ["x"])])
+def test_a_line_of_a_log_is_no_record(
+    tmp_path: Path, labels: dict[str, Any], works: list[str]
+) -> None:
+    script = """echo '{"event": "e"}'; echo '{"work": "x"}'"""
+    part = Part("tests", ["bash", "-c", script], 30.0, labels=labels)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert [record["work"] for record in result.records] == works
+
+
 def test_the_table_holds_ours_beside_target_rival_and_scaling(options: SuiteOptions) -> None:
     ours = [record("64x512x128", 1, 3000.0), record("128x512x128", 2, 5700.0)]
     ours += [record("64x512x128", 2, 7000.0)]
@@ -158,6 +171,9 @@ SHAPE = ROOT / "configs" / "shapes" / "smollm2_135m"
 
 @pytest.fixture
 def whole_run(tmp_path: Path) -> WholeRun:
+    # What the tree has comes first: libraries that take no time.
+    (tmp_path / "torch.py").write_text("print(file=open('imported', 'a'))")
+    (tmp_path / "transformers.py").touch()
     settings = (f"model.path={SHAPE}", "pipeline.device=cpu")
     config = ROOT / "configs" / "bench_gpu.toml"
     return WholeRun("3x5x2", config, settings, tmp_path / "boot", "cold")
@@ -236,6 +252,23 @@ def test_the_record_of_a_whole_run_has_its_times_and_its_prediction(whole_run: W
     assert record["predicted"] == {"tokens_per_s": 13.0, "start_s": 6.0, "generate_s": 0.4}
     assert (record["devices"], record["plan"]["split"]) == (["H100", "cpu"], [16, 14])
     assert record["num_cached_kernels"] == 0
+    assert record["first_token_of"] == "first prompt"
+
+
+def test_a_start_that_tells_only_the_median_prompt_says_so(
+    whole_run: WholeRun, options: SuiteOptions
+) -> None:
+    whole_run.prepare()
+    ended(whole_run)
+    path = whole_run.folder / "metrics.json"
+    path.write_text(path.read_text().replace("ttft_min_s", "ttft_first_s"))
+    labels = {"part": "boot", "shape": "openllama_3b", "ranks": 2, "variant": ""}
+    record = {**labels, **whole_run.record(7.0)}
+    assert record["first_token_s"] == pytest.approx(5.2)
+    lines = table_lines([Result(all_parts(options)[0], 12.0, "", [record], [])], 12.0)
+    assert any("| cold | 2 | **5.2** (median prompt's) | 15 |" in line for line in lines)
+    lines = compare_lines([record], [{**record, "first_token_of": "first prompt"}])
+    assert sum("kernel cache" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize(
@@ -264,10 +297,95 @@ def test_a_part_that_is_a_whole_run_is_told_by_its_files(
     assert python_path.split(os.pathsep)[0] == str(tmp_path)  # the tree that is measured
 
 
+@pytest.mark.parametrize("lacks", ["phases", "requests", "output_tokens_per_s"])
+def test_a_run_of_a_tree_that_lacks_a_figure_loses_only_its_own(
+    whole_run: WholeRun, tmp_path: Path, lacks: str
+) -> None:
+    ended(whole_run)
+    metrics = json.loads((whole_run.folder / "metrics.json").read_text())
+    del metrics[lacks]
+    (whole_run.folder / "metrics.json").write_text(json.dumps(metrics))
+    left = tmp_path / "left"
+    whole_run.folder.rename(left)  # as the preparation removes what was there
+    part = Part("boot", ["cp", "-r", str(left), str(whole_run.folder)], 30.0, whole_run=whole_run)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert (result.problem, result.records) == (f"not measured, KeyError: '{lacks}'", [])
+
+
+@pytest.mark.parametrize(
+    ("command", "problem", "last_lines"),
+    [
+        (["printf", "%b", r"half \xe2\x82"], "", ["half \ufffd"]),
+        (["/no/such/mpirun"], "not measured, FileNotFoundError: ", []),
+    ],
+)
+def test_no_output_and_no_missing_program_ends_the_suite(
+    tmp_path: Path, command: list[str], problem: str, last_lines: list[str]
+) -> None:
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as log:
+        result = run_part(Part("tests", command, 30.0), tmp_path, 30.0, log)
+    assert result.problem.startswith(problem)
+    assert result.last_lines == last_lines
+
+
+def test_an_interrupt_leaves_no_rank_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process: subprocess.Popen[str], *args: Any, **named: Any) -> Any:
+        if not started:
+            started.append(process)
+            raise KeyboardInterrupt
+        return communicate(process, *args, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    part = Part("tests", ["bash", "-c", "sleep 60 & wait"], 30.0)
+    with (tmp_path / "log.txt").open("w") as log, pytest.raises(KeyboardInterrupt):
+        run_part(part, tmp_path, 30.0, log)
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_a_tree_without_mpipipe_is_one_sentence(tmp_path: Path) -> None:
+    command = [str(ROOT / "launch" / "bench_gpu.sh"), "--tree", "typo"]  # from where it is called
+    environ = {**os.environ, "PYTHON": sys.executable}
+    said = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 1
+    there = tmp_path / "typo" / "mpipipe"
+    assert said.stderr == f"bench_gpu: there is no {there}: give a checkout as --tree\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kernels", "imports"), [("cold", 1), ("", 0)])
+def test_a_start_finds_the_libraries_in_memory(
+    whole_run: WholeRun, tmp_path: Path, kernels: KernelCache, imports: int
+) -> None:
+    run = replace(whole_run, kernels=kernels)
+    part = Part("boot", ["bash", "-c", "touch imported; wc -l < imported"], 30.0, whole_run=run)
+    with (tmp_path / "log.txt").open("w") as log:
+        result = run_part(part, tmp_path, 30.0, log)
+    assert result.last_lines == [str(imports)]
+
+
+def test_behind_a_cold_start_that_failed_there_is_no_warm_one(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    warm = replace(whole_run, kernels="warm", folder=whole_run.folder.with_name("again"))
+    with (tmp_path / "log.txt").open("w") as log:
+        for run, problem in ((whole_run, "exit code 3"), (warm, "so the kernel cache would be")):
+            part = Part("boot", ["bash", "-c", "exit 3"], 30.0, whole_run=run)
+            assert problem in run_part(part, tmp_path, 30.0, log).problem
+
+
 def run_record(**more: Any) -> dict[str, Any]:
     """As `WholeRun.record` makes it."""
     return {
-        "mode": "run", "shape": "openllama_3b", "ranks": 2, "variant": "", "work": "32x128x8",
+        "mode": "run", "part": "boot_cold_openllama_3b", "shape": "openllama_3b", "ranks": 2,
+        "variant": "", "work": "32x128x8",
         "kernels": "cold", "tokens_per_s": 100.0, "first_token_s": 14.5,
         "start": {"imports": 4.0, "handshake": 10.0, "plan": 0.25, "first step": 0.25},
         "phases": {
@@ -294,10 +412,15 @@ def test_the_table_says_where_a_start_went(options: SuiteOptions) -> None:
 def test_the_table_holds_a_file_against_the_bench_of_its_work(options: SuiteOptions) -> None:
     run = run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)
     bench = record("10000x128x32", 2, 10000.0, shape="openllama_3b", plan={"hash": "p"})
+    bench["part"] = "file_bench_openllama_3b"
+    other = {**bench, "part": "pipeline_openllama_3b", "tokens_per_s": 11000.0}
     part = all_parts(options)[0]
-    lines = table_lines([Result(part, 1.0, "", [bench, run], [])], 1.0)
+    lines = table_lines([Result(part, 1.0, "", [other, bench, run], [])], 1.0)
     assert any("| 9,600 | 10,000 | **96.0%** | 95% | 105 | 18.0 |" in line for line in lines)
-    unlike = {**bench, "plan": {"hash": "q"}, "tokens_per_s": 12000.0}
+    unlike = {**bench, "plan": {"hash": "q"}}
+    lines = table_lines([Result(part, 1.0, "", [unlike, run], [])], 1.0)
+    assert any("| 10,000 (another plan) | 96.0% |" in line for line in lines)  # not bold
+    unlike["tokens_per_s"] = 12000.0
     lines = table_lines([Result(part, 1.0, "", [unlike, run], [])], 1.0)
     assert any("| 12,000 (another plan) | 80.0% |" in line for line in lines)
     assert any(
@@ -311,9 +434,13 @@ def test_before_and_after_stand_side_by_side() -> None:
     after = [record("64x512x128", 2, 6820.0), run_record(first_token_s=8.9)]
     after += [run_record(kernels="", work="10000x128x32", tokens_per_s=9600.0)]
     after += [record("64x512x128", 1, 3000.0, variant="quantize=int8")]
+    after += [record("64x512x128", 2, 5000.0, part="tail_llama3_8b")]  # another plan
     lines = compare_lines(before, after)
-    assert "| llama3_8b | 64x512x128 | 2 | 6,200 | 6,820 | +10.0% |" in lines
-    assert "| openllama_3b | first token s, cold kernel cache | 2 | 17.8 | 8.9 | -50.0% |" in lines
-    assert "| openllama_3b | 10000x128x32 of a file | 2 | - | 9,600 | - |" in lines
-    assert "| llama3_8b, quantize=int8 | 64x512x128 | 1 | - | 3,000 | - |" in lines
+    ours = "| pipeline_llama3_8b | llama3_8b"
+    assert f"{ours} | 64x512x128 | 2 | 6,200 | 6,820 | +10.0% |" in lines
+    assert "| tail_llama3_8b | llama3_8b | 64x512x128 | 2 | - | 5,000 | - |" in lines
+    start = "| boot_cold_openllama_3b | openllama_3b | first token s, cold kernel cache | 2"
+    assert f"{start} | 17.8 | 8.9 | -50.0% |" in lines
+    assert any(line.endswith("| 10000x128x32 of a file | 2 | - | 9,600 | - |") for line in lines)
+    assert f"{ours}, quantize=int8 | 64x512x128 | 1 | - | 3,000 | - |" in lines
     assert lines[-1] == "After: 2026-11-27, H100; torch 2.13."
