@@ -60,6 +60,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def check_wall_clock(folder: Path, rank: int, wall_s: float) -> None:
+    """What a rank has booked covers its steps, and ends before its log says that it has ended.
+
+    By this rank's own clock, in the order of its own code: no other process can get in between.
+    """
+    steps = read_jsonl(folder / f"steps_rank_{rank}.jsonl")
+    at_s = {line["event"]: line["t_s"] for line in read_jsonl(folder / f"rank_{rank}.log")}
+    begun_s = steps[0]["start_s"]
+    assert at_s["generating"] < steps[-1]["t_s"] <= at_s["generated"] + 1e-5
+    assert steps[-1]["t_s"] - begun_s - 1e-5 <= wall_s <= at_s["generated"] - begun_s + 1e-5
+
+
 def mpiexec(num_ranks: int) -> list[str]:
     """The launcher beside this Python, or the site's."""
     found = shutil.which("mpiexec", path=f"{BESIDE}{os.pathsep}{os.environ['PATH']}")
