@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,30 @@ def execute(command: list[str], folder: Path, **environment: str) -> Outcome:
         check=False,
     )
     return Outcome(result.returncode, result.stdout, result.stderr, folder)
+
+
+@contextmanager
+def launched(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`command` in the project's root while the block talks with it; no launch outlives the block.
+
+    Popen alone would wait without a limit where the block raises. It is the launcher that is
+    killed: MPICH's ranks end with it, also a stopped one.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        except BaseException as error:
+            error.add_note(f"in the launch {shlex.join(command)}")
+            raise
+        finally:
+            process.kill()  # of one that has ended and was waited for: nothing
 
 
 def run(num_ranks: int, config: Path | str, folder: Path, *words: str) -> Outcome:
