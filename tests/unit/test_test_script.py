@@ -14,6 +14,7 @@ LIMIT_S = 60
 TOX = """#!/usr/bin/env bash
 echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
 echo "said $*"
+[ -z "${FORCE_COLOR-}" ] && [ -n "${NO_COLOR-}" ] || echo "in colours"
 [ "${!#}" != "$FAILS" ] || { cat "$REPORT"; exit 7; }
 """
 # What tox prints of a suite in which a test fails, one hangs, and the ranks of a third do.
@@ -63,12 +64,14 @@ def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int
         timeout=LIMIT_S,
         check=False,
     )
-    return result.returncode, result.stdout, calls.read_text().splitlines()
+    called = calls.read_text().splitlines() if calls.exists() else []
+    return result.returncode, result.stdout, called
 
 
 def test_all_environments_run_and_the_shared_one_is_made_once(tmp_path: Path) -> None:
-    code, said, calls = run(tmp_path)
+    code, said, calls = run(tmp_path, FORCE_COLOR="1")
     assert code == 0, said
+    assert "in colours" not in said, "its end looks for lines that begin with a word"
     full = "brings full up to date: run --notest -e full"
     # Lint begins beside the installation, types and Slurm beside the first suites.
     beside = [f": run -e {name}" for name in ("type", "slurm", FIRST, REST)]
@@ -91,6 +94,8 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
         assert len(calls) == 1 + len(ALL)
         end = said.splitlines()[-60:]
         assert [line for line in NAMED if line not in end] == [], "the end of a log names them"
+        told = said.partition("= what failed =")[2]
+        assert told.count(f"  {fails}: FAIL") <= 1, "said once"
         assert f"  {fails}: FAIL code 1 (7.00 seconds)" in end or "," in fails
 
 
@@ -104,6 +109,12 @@ def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
     _, _, calls = run(tmp_path / "named", "unit,mpi-2")
     assert calls == ["brings full up to date: run -e unit,mpi-2"]
     assert run(tmp_path / "failing", "unit", fails="unit")[0] == 7
+
+
+def test_a_second_list_of_environments_is_refused_not_left_out(tmp_path: Path) -> None:
+    code, said, calls = run(tmp_path, "unit", "contract")
+    assert (code, calls) == (2, [])
+    assert said.endswith(": unit,contract\n")
 
 
 def test_every_folder_of_tests_has_an_environment_that_runs() -> None:
