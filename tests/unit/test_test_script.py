@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -115,6 +116,23 @@ def test_a_second_list_of_environments_is_refused_not_left_out(tmp_path: Path) -
     code, said, calls = run(tmp_path, "unit", "contract")
     assert (code, calls) == (2, [])
     assert said.endswith(": unit,contract\n")
+
+
+@pytest.mark.parametrize("name", ["plain", "a#b%20c", "with #a b%c space"])
+def test_pip_finds_the_constraints_of_a_checkout_of_any_name(name: str, tmp_path: Path) -> None:
+    constraints = tmp_path / name / "launch/constraints.txt"
+    constraints.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "launch/common.sh", constraints.parent)
+    result = subprocess.run(
+        ["bash", "-euc", 'source "$0"; echo "$PIP_CONSTRAINT"', constraints.with_name("common.sh")],
+        env={key: text for key, text in os.environ.items() if key != "PIP_CONSTRAINT"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    is_url = " " in name  # pip reads a list with spaces between
+    assert result.stdout == f"{constraints.as_uri() if is_url else constraints}\n"
 
 
 def test_every_folder_of_tests_has_an_environment_that_runs() -> None:
