@@ -6,8 +6,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 venv=${MPIPIPE_VENV:-$root/.venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# As a URL: pip reads the variable as a list with spaces between.
-export PIP_CONSTRAINT=${PIP_CONSTRAINT:-file://${root// /%20}/launch/constraints.txt}
 
 # The first Python of version 3.11 or newer.
 find_python() {
@@ -22,6 +20,20 @@ find_python() {
     echo "mpipipe needs Python 3.11 or newer, and none was found: install one, or set PYTHON to it." >&2
     return 1
 }
+
+# A path with a space as a URL: pip reads the variable as a list with spaces between.
+default_constraint() {
+    local path=$root/launch/constraints.txt python
+    if [[ $path = *[[:space:]]* ]]; then
+        python=$(find_python) || return
+        "$python" -c 'import pathlib, sys; print(pathlib.Path(sys.argv[1]).as_uri())' "$path"
+    else
+        echo "$path"
+    fi
+}
+
+PIP_CONSTRAINT=${PIP_CONSTRAINT:-$(default_constraint)} || exit 1
+export PIP_CONSTRAINT
 
 make_venv() {
     local python

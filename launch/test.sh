@@ -10,11 +10,18 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+if [ $# -gt 1 ]; then
+    echo "test.sh takes one list of environments with commas between: $(IFS=,; echo "$*")" >&2
+    exit 2
+fi
 make_venv
 [ -x "$venv/bin/tox" ] || "$venv/bin/python" -m pip install --quiet "tox>=4.11"
 export PATH="$venv/bin:$PATH"
 # A test that is skipped has not been passed: only GPU tests may be left out.
 export MPIPIPE_NO_SKIPS=1
+# Colours would hide the lines that tell_failures looks for.
+unset FORCE_COLOR
+export NO_COLOR=1
 [ $# -eq 0 ] || exec tox run -e "$1"
 
 # Lint and types keep one core busy and know no time limits; the jobs of the Slurm cluster wait most
@@ -46,7 +53,8 @@ tell_failures() {
     local name
     echo "================ what failed ================"
     for name in lint type; do
-        ! grep -q "^  $name: FAIL" "$said/$name" || tail -n 15 "$said/$name"
+        ! grep -q "^  $name: FAIL" "$said/$name" ||
+            tail -n 15 "$said/$name" | grep -v "^  $name: FAIL" || true
     done
     grep -hE '^  [a-z0-9-]+: FAIL' "$said"/* || true
     grep -hE '^(FAILED|ERROR) |, in test_\w+$| hung for [0-9]+ s ' "$said"/* |

@@ -38,7 +38,8 @@ class Job:
     words: Sequence[str] = ()
     deadline_s: float = 10.0  # a rank that says nothing for so long is lost
     start_deadline_s: float = 30.0  # the same until all ranks have met
-    spare_s: float = 20.0  # what an end may take beyond these
+    # What an end may take beyond these: with it less than the slack of a start, which must be off.
+    spare_s: float = 18.0
 
     def limit_s(self, blow: Blow) -> float:
         """From the blow to the end of the last process."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,13 +105,19 @@ def test_a_template_that_never_ends_is_given_up_after_a_bounded_time() -> None:
     assert time.process_time() - started_s < 1.0
 
 
-def test_quick_refusals_never_count_as_a_broken_template() -> None:
+def test_quick_refusals_never_count_as_a_broken_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = RenderLimits()
+    num_refused = 3000
     refusing = renderer(
-        "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}yes",
-        RenderLimits(max_failing_s=0.2, cheap_s=2.0),  # no stall of the machine is as long
+        "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}yes", limits
     )
     assert refusing.render([USER]) == "yes"
-    for _ in range(3000):  # more than 0.2 s
+    # Each takes half of what is cheap, on any machine; all together would be far too much.
+    assert num_refused * limits.cheap_s / 2 > 1.5 * limits.max_failing_s
+    readings = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(readings) * limits.cheap_s / 2)
+    monkeypatch.setattr(chat, "time", clock)
+    for _ in range(num_refused):
         with pytest.raises(PromptError, match="TemplateError: no"):
             refusing.render([{"role": "user", "content": "no"}])
     assert refusing.render([USER]) == "yes"

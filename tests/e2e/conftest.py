@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def check_wall_clock(folder: Path, rank: int, wall_s: float) -> None:
+    """What a rank has booked covers its steps, and ends before its log says that it has ended.
+
+    By this rank's own clock, in the order of its own code: no other process can get in between.
+    """
+    steps = read_jsonl(folder / f"steps_rank_{rank}.jsonl")
+    at_s = {line["event"]: line["t_s"] for line in read_jsonl(folder / f"rank_{rank}.log")}
+    begun_s = steps[0]["start_s"]
+    assert at_s["generating"] < steps[-1]["t_s"] <= at_s["generated"] + 1e-5
+    assert steps[-1]["t_s"] - begun_s - 1e-5 <= wall_s <= at_s["generated"] - begun_s + 1e-5
+
+
 def mpiexec(num_ranks: int) -> list[str]:
     """The launcher beside this Python, or the site's."""
     found = shutil.which("mpiexec", path=f"{BESIDE}{os.pathsep}{os.environ['PATH']}")
@@ -83,6 +98,30 @@ def execute(command: list[str], folder: Path, **environment: str) -> Outcome:
         check=False,
     )
     return Outcome(result.returncode, result.stdout, result.stderr, folder)
+
+
+@contextmanager
+def launched(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`command` in the project's root while the block talks with it; no launch outlives the block.
+
+    Popen alone would wait without a limit where the block raises. It is the launcher that is
+    killed: MPICH's ranks end with it, also a stopped one.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        except BaseException as error:
+            error.add_note(f"in the launch {shlex.join(command)}")
+            raise
+        finally:
+            process.kill()  # of one that has ended and was waited for: nothing
 
 
 def run(num_ranks: int, config: Path | str, folder: Path, *words: str) -> Outcome:

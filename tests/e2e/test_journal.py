@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import LIMIT_S, ROOT, read_jsonl, run
+from tests.e2e.conftest import LIMIT_S, launched, read_jsonl, run
 
 NUM_PROMPTS = 150
 
@@ -39,14 +37,7 @@ def test_a_journal_that_is_removed_and_damaged_and_weights_that_are_others(
     journal = folder / "completions_rank_0.jsonl"
     held = f"held:*:{journal}"  # each step sleeps from the first completion until that is gone
     rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(tiny_config)]
-    with subprocess.Popen(
-        [*rank, f"output.dir={folder}", *job],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": held},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with launched([*rank, f"output.dir={folder}", *job], SLOWED=held) as process:
         until = time.monotonic() + LIMIT_S
         while not has_content(journal) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

@@ -18,7 +18,7 @@ from mpipipe.logs.facts import read_facts
 from mpipipe.logs.problems import find_problems
 from mpipipe.logs.reading import RunFiles
 from mpipipe.logs.summary import summarise
-from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl
+from tests.e2e.conftest import LIMIT_S, Outcome, execute, launched, mpiexec, read_jsonl
 
 TIMEOUT_S = 5.0  # a rank that gets no core for so long would look frozen, too
 NUM_PROMPTS = 100
@@ -32,14 +32,8 @@ def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -
     """
     journal = folder / "completions_rank_0.jsonl"
     command = [*mpiexec(2), sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
-    with subprocess.Popen(
-        [*command, f"output.dir={folder}", f"pipeline.heartbeat_timeout_s={TIMEOUT_S}", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": f"held:*:{journal}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command += [f"output.dir={folder}", f"pipeline.heartbeat_timeout_s={TIMEOUT_S}", *words]
+    with launched(command, SLOWED=f"held:*:{journal}") as process:
         until = time.monotonic() + LIMIT_S
         steps = folder / f"steps_rank_{rank}.jsonl"
         while process.poll() is None and not (

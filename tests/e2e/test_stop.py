@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpipipe.errors import EXIT_PEER_LOST, EXIT_REQUEUE
-from tests.e2e.conftest import LIMIT_S, ROOT, Outcome, execute, mpiexec, read_jsonl, run
+from tests.e2e.conftest import LIMIT_S, Outcome, execute, launched, mpiexec, read_jsonl, run
 
 NUM_PROMPTS = 150
 JOURNAL = "completions_rank_0.jsonl"
@@ -51,14 +50,7 @@ def stop_when(
     """
     held = f"held:*:{folder / JOURNAL}"
     command = [*mpiexec(2), sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
-    with subprocess.Popen(
-        [*command, f"output.dir={folder}", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWED": held},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with launched([*command, f"output.dir={folder}", *words], SLOWED=held) as process:
         until = time.monotonic() + LIMIT_S
         while not ready() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

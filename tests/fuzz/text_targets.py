@@ -27,7 +27,7 @@ __all__ = ["TEXT_TARGETS"]
 
 # Quick to give up, and never tired of broken templates.
 _LIMITS = RenderLimits(cpu_s=0.5, max_failing_s=math.inf, max_failed_s=math.inf)
-_SLOW_TEMPLATE_S = 20.0  # a process that a template has ended is started again
+_SLOW_TEMPLATE_S = 5.0  # 20 s by the clock: a process that a template has ended is started again
 _TAG_END = re.compile(rb"[%}]}")
 _SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _CHATML = (

@@ -184,7 +184,8 @@ def rank_killed(site: Site) -> JobEnd:
     Another job is then given the folder of the failed one.
     """
     config = site.tiny_config
-    job = site.sbatch("openmpi", config, env=_held(site))
+    # So long a silence cannot have been what ended the job so soon.
+    job = site.sbatch("openmpi", config, "pipeline.heartbeat_timeout_s=60", env=_held(site))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     ranks = _ranks(site, "n2")

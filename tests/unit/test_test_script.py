@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ LIMIT_S = 60
 TOX = """#!/usr/bin/env bash
 echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
 echo "said $*"
+[ -z "${FORCE_COLOR-}" ] && [ -n "${NO_COLOR-}" ] || echo "in colours"
 [ "${!#}" != "$FAILS" ] || { cat "$REPORT"; exit 7; }
 """
 # What tox prints of a suite in which a test fails, one hangs, and the ranks of a third do.
@@ -63,12 +65,14 @@ def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int
         timeout=LIMIT_S,
         check=False,
     )
-    return result.returncode, result.stdout, calls.read_text().splitlines()
+    called = calls.read_text().splitlines() if calls.exists() else []
+    return result.returncode, result.stdout, called
 
 
 def test_all_environments_run_and_the_shared_one_is_made_once(tmp_path: Path) -> None:
-    code, said, calls = run(tmp_path)
+    code, said, calls = run(tmp_path, FORCE_COLOR="1")
     assert code == 0, said
+    assert "in colours" not in said, "its end looks for lines that begin with a word"
     full = "brings full up to date: run --notest -e full"
     # Lint begins beside the installation, types and Slurm beside the first suites.
     beside = [f": run -e {name}" for name in ("type", "slurm", FIRST, REST)]
@@ -91,6 +95,8 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
         assert len(calls) == 1 + len(ALL)
         end = said.splitlines()[-60:]
         assert [line for line in NAMED if line not in end] == [], "the end of a log names them"
+        told = said.partition("= what failed =")[2]
+        assert told.count(f"  {fails}: FAIL") <= 1, "said once"
         assert f"  {fails}: FAIL code 1 (7.00 seconds)" in end or "," in fails
 
 
@@ -104,6 +110,29 @@ def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
     _, _, calls = run(tmp_path / "named", "unit,mpi-2")
     assert calls == ["brings full up to date: run -e unit,mpi-2"]
     assert run(tmp_path / "failing", "unit", fails="unit")[0] == 7
+
+
+def test_a_second_list_of_environments_is_refused_not_left_out(tmp_path: Path) -> None:
+    code, said, calls = run(tmp_path, "unit", "contract")
+    assert (code, calls) == (2, [])
+    assert said.endswith(": unit,contract\n")
+
+
+@pytest.mark.parametrize("name", ["plain", "a#b%20c", "with #a b%c space"])
+def test_pip_finds_the_constraints_of_a_checkout_of_any_name(name: str, tmp_path: Path) -> None:
+    constraints = tmp_path / name / "launch/constraints.txt"
+    constraints.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "launch/common.sh", constraints.parent)
+    result = subprocess.run(
+        ["bash", "-euc", 'source "$0"; echo "$PIP_CONSTRAINT"', constraints.with_name("common.sh")],
+        env={key: text for key, text in os.environ.items() if key != "PIP_CONSTRAINT"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    is_url = " " in name  # pip reads a list with spaces between
+    assert result.stdout == f"{constraints.as_uri() if is_url else constraints}\n"
 
 
 def test_every_folder_of_tests_has_an_environment_that_runs() -> None:
