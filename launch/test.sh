@@ -28,10 +28,24 @@ export NO_COLOR=1
 # of their time, and their limits are wide. They run beside others, which know no time limits.
 declare -A beside
 said=$(mktemp -d) # what each run of tox has said
-trap 'kill "${beside[@]}" 2>/dev/null || true; rm -rf "$said"' EXIT
+trap 'end_all; rm -rf "$said"' EXIT
+
+# Each run beside others is a group of processes: tox alone would leave what it runs. As by Ctrl-C,
+# after which pytest closes its Slurm cluster.
+end_all() {
+    local pid
+    for pid in "${beside[@]}"; do
+        kill -INT -- "-$pid" 2>/dev/null || true
+    done
+    for pid in "${beside[@]}"; do
+        wait "$pid" 2>/dev/null || true
+    done
+}
 
 begin_beside() {
-    tox run -e "$1" >"$said/$1" 2>&1 &
+    set -m # a group of its own
+    tox run -e "$1" >"$said/$1" 2>&1 </dev/null &
+    set +m
     beside[$1]=$!
 }
 

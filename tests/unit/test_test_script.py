@@ -15,6 +15,8 @@ LIMIT_S = 60
 TOX = """#!/usr/bin/env bash
 echo "${MPIPIPE_TEST_SETUP-brings full up to date}: $*" >>"$CALLS"
 echo "said $*"
+[ "${!#}" != "${HANGS-}" ] || sh -c 'echo $$ >"$CHILD"; exec sleep 300'
+[ "${!#}" != full ] || [ -z "${HANGS-}" ] || until [ -s "$CHILD" ]; do sleep 0.01; done
 [ -z "${FORCE_COLOR-}" ] && [ -n "${NO_COLOR-}" ] || echo "in colours"
 [ "${!#}" != "$FAILS" ] || { cat "$REPORT"; exit 7; }
 """
@@ -110,6 +112,14 @@ def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
     _, _, calls = run(tmp_path / "named", "unit,mpi-2")
     assert calls == ["brings full up to date: run -e unit,mpi-2"]
     assert run(tmp_path / "failing", "unit", fails="unit")[0] == 7
+
+
+def test_what_runs_beside_ends_with_the_script_and_with_what_it_has_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code, said, _ = run(tmp_path, fails="full", HANGS="lint", CHILD=str(child))
+    assert code == 7, said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
 
 
 def test_a_second_list_of_environments_is_refused_not_left_out(tmp_path: Path) -> None:
