@@ -174,7 +174,7 @@ def num_joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(query_BKGD))
         return join(query_BKGD, *rest)
 
-    monkeypatch.setattr(sdpa, "_MIN_SPARED_TOKENS", 1)
+    monkeypatch.setattr(sdpa, "MIN_SPARED_TOKENS", 1)
     monkeypatch.setattr(sdpa, "_attend_joined", counted)
     return found
 
@@ -220,10 +220,13 @@ def test_decodes_beside_chunks_read_what_they_share_together(num_joined: list[in
     assert num_joined == [3, 2]
 
 
-def test_few_tokens_in_common_are_read_by_each_sequence(num_joined: list[int]) -> None:
+def test_few_tokens_in_common_are_read_by_each_sequence(
+    num_joined: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = SHAPES["grouped"]
     cache = filled_cache(shape, torch.float32)
-    sdpa._MIN_SPARED_TOKENS = 49  # what the three of the first step spare, and one more
+    # What the three of the first step spare, and one more.
+    monkeypatch.setattr(sdpa, "MIN_SPARED_TOKENS", 49)
     for step, _ in zip(sharing_steps(shape, torch.float32), range(1), strict=False):
         attend(SdpaAttention(), step, cache, OPTIONS["plain"])
     assert num_joined == []

@@ -106,7 +106,7 @@ def test_the_tokens_are_the_same_where_decodes_read_shared_pages_together(
     model = tiny("llama")
     requests = sharers(lambda n: sampled(n).replace(max_new_tokens=16))
     wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
-    monkeypatch.setattr(sdpa, "_MIN_SPARED_TOKENS", 1)
+    monkeypatch.setattr(sdpa, "MIN_SPARED_TOKENS", 1)
     num_joined = []
     join = sdpa._attend_joined
 
