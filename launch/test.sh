@@ -28,11 +28,11 @@ export NO_COLOR=1
 # of their time, and their limits are wide. They run beside others, which know no time limits.
 declare -A beside
 said=$(mktemp -d) # what each run of tox has said
-trap 'end_all; rm -rf "$said"' EXIT
 
 # Each run beside others is a group of processes: tox alone would leave what it runs. As by Ctrl-C,
 # after which pytest closes its Slurm cluster.
-end_all() {
+# shellcheck disable=SC2329 # the trap calls it
+leave() {
     local pid
     for pid in "${beside[@]}"; do
         kill -INT -- "-$pid" 2>/dev/null || true
@@ -40,7 +40,9 @@ end_all() {
     for pid in "${beside[@]}"; do
         wait "$pid" 2>/dev/null || true
     done
+    rm -rf "$said"
 }
+trap leave EXIT
 
 begin_beside() {
     set -m # a group of its own
