@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from mpipipe.models.chat import ChatRenderer, ChatTemplates
 from mpipipe.models.foreign import DECODE_FAILED, ENCODE_FAILED, foreign_code
 from mpipipe.models.tokenizer_base import Tokenizer
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.topology.packages import package_versions
 
 if TYPE_CHECKING:
     import tokenizers
@@ -185,7 +185,7 @@ def kept_tokenizer(folder: Path, settings: Mapping[str, Any]) -> _Kept:
     Nowhere, if there is no cache folder, or a file of the model's that may matter cannot be read.
     """
     digest = hashlib.sha256()
-    libraries = [version(name) for name in ("transformers", "tokenizers")]
+    libraries = list(package_versions(("transformers", "tokenizers")).values())
     digest.update(json.dumps([_FORMAT, libraries, settings], sort_keys=True).encode())
     try:
         for path in sorted(folder.iterdir()):

@@ -17,13 +17,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpipipe.plain_values import from_json, to_json
 from mpipipe.runtime.kernel_process import Compiled, Order
 from mpipipe.topology.gpu import driver_in_sight, told_local_rank
+from mpipipe.topology.packages import package_versions
 
 if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
@@ -157,7 +157,8 @@ def _note_of(order: Order) -> Path:
     plan = order.plan
     stages = [plan.stages[number] for number in order.stages]
     asked = (
-        *(_version("triton"), _version("torch"), order.capability, order.num_processors),
+        *package_versions(("triton", "torch")).values(),
+        *(order.capability, order.num_processors),
         *(plan.dtype, plan.quantize, plan.kv_cache, plan.attention, plan.page_size_tokens),
         *(plan.max_decode_rows, plan.max_sequences_per_slot, plan.max_tokens_per_step),
         *(plan.max_sequence_tokens, plan.tensor_parallel),
@@ -170,14 +171,6 @@ def _note_of(order: Order) -> Path:
     for source in sorted(sources.glob("*.py")):
         digest.update(source.read_bytes())
     return triton_cache() / f"mpipipe-{digest.hexdigest()[:32]}"
-
-
-def _version(name: str) -> str:
-    """Empty: it was installed by another name, as vendors' Triton is."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def stages_on_host(plan: PipelinePlan, host: str) -> tuple[int, ...]:

@@ -179,7 +179,9 @@ def test_another_version_of_transformers_is_asked_again(
 ) -> None:
     _generic(tmp_path)
     open_tokenizer(tmp_path)
-    monkeypatch.setattr("mpipipe.models.fast_tokenizer.version", lambda _: "0.0")
+    monkeypatch.setattr(
+        "mpipipe.models.fast_tokenizer.package_versions", lambda names: dict.fromkeys(names, "0.0")
+    )
     forbid_transformers(monkeypatch)
     with pytest.raises(Exception, match="transformers was asked"):
         open_tokenizer(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -101,7 +101,6 @@ def test_stages_that_hold_the_same_ends_launch_the_same_kernels() -> None:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelinePlan:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "version", lambda _: "1.0")
     (tmp_path / "cache").mkdir()
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     return dataclasses.replace(make_plan(), model_path=str(tmp_path))
@@ -160,13 +159,13 @@ def test_an_order_needs_no_package_of_that_name_and_no_home(
 ) -> None:
     compiled = Compiled(19, 5.0)
 
-    def unknown(name: str) -> str:
-        raise PackageNotFoundError(name)
+    def unknown(names: Iterable[str]) -> dict[str, str | None]:
+        return dict.fromkeys(names)
 
     def homeless() -> Path:
         raise RuntimeError("no home folder")
 
-    monkeypatch.setattr(module, "version", unknown)
+    monkeypatch.setattr(module, "package_versions", unknown)
     assert answer(plan, compiled) == compiled
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(Path, "home", homeless)
