@@ -75,10 +75,10 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             _settle_garbage()
             with ranks.boot.waiting("ready"):
                 await ranks.mesh.barrier("ready", PHASE_DEADLINE_S)
+            ranks.boot.end()
             load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
             _log_ready(boot, plan, parts, load, opened)
             ranks.vitals.last_step = lambda: account.last_step
-            ranks.boot.end()
             try:
                 own = partial(Session, boot, plan=plan, plans=plans, worker=opened.worker)
                 yield own(account=account, clocks=clocks, load=load)

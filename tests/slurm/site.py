@@ -181,11 +181,13 @@ class Site:
         """
 
         def enough() -> bool:
+            # The state is asked first: a job may write its last lines and end meanwhile.
+            ended = self.cluster.job(job_id)["JobState"] in ENDED
             lines = sum(
                 path.read_bytes().count(b"\n")
                 for path in (folder / "outputs").glob("completions_rank_*.jsonl")
             )
-            if lines < number and self.cluster.job(job_id)["JobState"] in ENDED:
+            if lines < number and ended:
                 raise AssertionError(f"job {job_id} ended early:\n{self.log(job_id)}")
             return lines >= number
 
