@@ -77,19 +77,48 @@ tell_failures() {
         cut -c1-180 | awk '!seen[$0]++' | head -n 25 || true
 }
 
+# Suites whose tests are runs of many processes. A machine may do to one of these what no test can rule
+# out, so what failed there, if it is little, is tried once more with nothing beside it. It is named
+# among what failed in any case; what fails twice, hangs or fails elsewhere, fails for good.
+try_again() { # succeeds where all that failed passes now
+    local suite suites
+    suites=$(grep -hoE '^  [a-z0-9-]+: FAIL' "$said"/* | sed -E 's/^ +//; s/:.*//')
+    [ -n "$suites" ] && [ -z "$untold" ] || return 1
+    for suite in $suites; do
+        case $suite in e2e | chaos | slowed | page | slurm) ;; *) return 1 ;; esac
+        case $(cat "$said"/* | grep -cE "^(FAILED|ERROR) tests/$suite/") in [123]) ;; *) return 1 ;; esac
+    done
+    for suite in $suites; do
+        echo "================ once more: what failed in $suite ================"
+        tox run -e "$suite" -- --last-failed --last-failed-no-failures=none || return 1
+    done
+    echo "what failed above has passed on the second try: $(echo "$suites" | xargs)"
+}
+
+# A failure that tox has not told of an environment, as where tox itself ends early.
+untold=''
+note_failure() { # the code, and what of
+    code=$1
+    grep -qE '^  [a-z0-9-]+: FAIL' "$said/$2" || untold=$2
+}
+
+rm -f .tox/*/.pytest_cache/v/cache/lastfailed # of an earlier run
 begin_beside lint
 tox run --notest -e full
 export MPIPIPE_TEST_SETUP= # it is up to date for all that follow
 begin_beside type
 [ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || begin_beside slurm
 code=0
-run_now unit,contract || code=$?
-[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || end_beside slurm || code=$?
-end_beside type || code=$?
+run_now unit,contract || note_failure $? unit,contract
+[ "${MPIPIPE_SLURM_TESTS:-on}" = off ] || end_beside slurm || note_failure $? slurm
+end_beside type || note_failure $? type
 # Ranks that wait for each other, limits, and cores that a run shall have for itself: alone from here.
 rest=mpi-1,mpi-2,mpi-4,e2e,chaos,slowed
 [ "${MPIPIPE_PAGE_TESTS:-on}" = off ] || rest+=,page
-run_now "$rest" || code=$?
-end_beside lint || code=$?
-[ "$code" = 0 ] || tell_failures
+run_now "$rest" || note_failure $? "$rest"
+end_beside lint || note_failure $? lint
+if [ "$code" != 0 ]; then
+    tell_failures
+    if try_again; then code=0; fi
+fi
 exit "$code"

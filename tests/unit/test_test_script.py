@@ -18,6 +18,8 @@ echo "said $*"
 [ "${!#}" != "${HANGS-}" ] || sh -c 'echo $$ >"$CHILD"; exec sleep 300'
 [ "${!#}" != full ] || [ -z "${HANGS-}" ] || until [ -s "$CHILD" ]; do sleep 0.01; done
 [ -z "${FORCE_COLOR-}" ] && [ -n "${NO_COLOR-}" ] || echo "in colours"
+# What the words after -- are for is the second try, of the suite before them.
+if [[ " $* " = *" -- "* ]]; then exit "${AGAIN-0}"; fi
 [ "${!#}" != "$FAILS" ] || { cat "$REPORT"; exit 7; }
 """
 # What tox prints of a suite in which a test fails, one hangs, and the ranks of a third do.
@@ -100,6 +102,55 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
         told = said.partition("= what failed =")[2]
         assert told.count(f"  {fails}: FAIL") <= 1, "said once"
         assert f"  {fails}: FAIL code 1 (7.00 seconds)" in end or "," in fails
+
+
+def write_report(folder: Path, suite: str, *failed: str) -> str:
+    """A file like what tox prints of a suite in which those tests fail."""
+    path = folder / f"{suite}.txt"
+    lines = [f"FAILED tests/{suite}/test_a.py::{test} - assert 1 == 2" for test in failed]
+    path.write_text("\n".join([*lines, f"  {suite}: FAIL code 1 (7.00 seconds)", ""]))
+    return str(path)
+
+
+@pytest.mark.parametrize(("again", "code"), [("0", 0), ("1", 7)])
+def test_a_run_that_failed_is_tried_once_more_and_named(
+    again: str, code: int, tmp_path: Path
+) -> None:
+    report = write_report(tmp_path, "slurm", "test_one", "test_two[1]")
+    ended, said, calls = run(tmp_path, fails="slurm", REPORT=report, AGAIN=again)
+    assert ended == code, said
+    assert calls[-1] == ": run -e slurm -- --last-failed --last-failed-no-failures=none"
+    told = said.partition("= what failed =")[2]
+    assert "FAILED tests/slurm/test_a.py::test_two[1]" in told
+    assert ("passed on the second try: slurm" in told) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("fails", "suite", "failed"),
+    [
+        ("slurm", "slurm", ["a", "b", "c", "d"]),  # more than an accident
+        ("slurm", "slurm", []),  # a test hung, which ends pytest without a word
+        (FIRST, "unit", ["a"]),  # no processes: nothing to blame the machine for
+        (REST, "mpi-2", ["a"]),
+        ("lint", "slurm-is-not-lint", ["a"]),
+    ],
+)
+def test_what_is_no_accident_of_a_run_is_not_tried_again(
+    fails: str, suite: str, failed: list[str], tmp_path: Path
+) -> None:
+    report = write_report(tmp_path, suite, *failed)
+    code, said, calls = run(tmp_path, fails=fails, REPORT=report)
+    assert code == 7, said
+    assert not [call for call in calls if " -- " in call]
+
+
+def test_a_suite_that_ended_without_a_word_hides_behind_no_second_try(tmp_path: Path) -> None:
+    report = write_report(tmp_path, "e2e", "test_one")
+    code, said, _ = run(tmp_path, fails=REST, REPORT=report)
+    assert code == 0, said
+    (tmp_path / "e2e.txt").write_text("FAILED tests/e2e/test_a.py::test_one\n")
+    code, said, _ = run(tmp_path / "untold", fails=REST, REPORT=report)
+    assert code == 7, said
 
 
 def test_what_needs_root_is_left_out_by_choice_and_environments_may_be_named(
