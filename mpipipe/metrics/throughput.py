@@ -204,6 +204,8 @@ def _stage(report: RankReport) -> dict[str, Any]:
         "kv_host_bytes": report.kv_host_bytes,
         "gpu_peak_bytes": report.gpu_peak_bytes,
         "peak_rss_bytes": report.peak_rss_bytes,
+        # Of the session so far, not of this job alone; null: all weights stand on the device.
+        "offload": None if report.offload is None else dataclasses.asdict(report.offload),
     }
 
 
