@@ -1,13 +1,14 @@
 r"""Holds what is predicted against what is measured, by rates and by a profile that is made first.
 
-    python launch/bench_predictions.py --ranks 1,2 --config configs/bench_gpu.toml \
+    python launch/bench_predictions.py --ranks 2,1 --config configs/bench_gpu.toml \
         --models configs/shapes/openllama_3b,configs/shapes/llama3_8b \
         --works 64x512x128,512x512x128,512xmixed --out predictions
 
-For every number of ranks and model: a forecast from rates (`mpipipe plan`, with an empty folder of
-profiles), `mpipipe plan --measure`, then each work in a process of its own (`mpipipe bench
-throughput`, whose record has the forecast from the profile). Prints a table, and writes table.md,
-records.jsonl and log.txt to `--out`.
+For every model and number of ranks: `mpipipe plan --measure`, a forecast from rates (`mpipipe
+plan`, with an empty folder of profiles), then each work in a process of its own (`mpipipe bench
+throughput`, whose record has the forecast from the profile). Prints a table and below it how far
+the forecasts were off in all; writes table.md, records.jsonl and log.txt to `--out`. What fails is
+told of and loses only its own line; after `--limit-s` no further process is started.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from mpipipe.bench.gpu_suite import mpirun_command
+from mpipipe.bench.prediction_table import error_lines, prediction_header, prediction_row
 from mpipipe.demo.model import DEMO_MODEL, demo_model_folder
 
-_LIMIT_S = 300.0  # of one process
-_HEADER = (
-    "model", "ranks", "work", "tokens/s", "by rates", "error", "by profile", "error", "seconds",
-    "by profile", "error", "memory error", "decode step error", "split",
-)  # fmt: skip
+_PROCESS_LIMIT_S = 300.0
+_LEAST_S = 5.0  # that it takes to see anything
 
 
 def parsed() -> argparse.Namespace:
@@ -40,8 +40,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", default="configs/shapes/openllama_3b", help="with commas")
     parser.add_argument("--works", default="64x512x128,512xmixed", help="with commas")
     parser.add_argument("--out", type=Path, default=Path("predictions"))
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="for everything")
+    parser.add_argument(
+        "--measure-once",
+        action="store_true",
+        help="with the first number of ranks only: a GPU's profile holds for any number",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value for every process")
     return parser.parse_args()
+
+
+class ProcessFailedError(Exception):
+    """A command ended with an error, or was stopped at the limit."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Bench:
     overrides: Sequence[str]
     out: Path
     log: TextIO
+    ends_s: float  # of the monotonic clock
 
     def words(self, model: str) -> list[str]:
         """Configuration, model and settings, as every command takes them."""
@@ -61,96 +72,85 @@ class Bench:
     def run(self, launcher: Sequence[str], words: Sequence[str], cache: str = "profiles") -> str:
         """What a command prints; its errors go to the log."""
         command = [*launcher, sys.executable, "-m", "mpipipe", *words]
+        left_s = self.ends_s - time.monotonic()
+        if left_s < _LEAST_S:
+            raise ProcessFailedError(f"no time left for {' '.join(words)}")
         self.log.write(f"\n==== {' '.join(command)}\n")
         self.log.flush()
-        ended = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            timeout=_LIMIT_S,
-            check=False,
-            env={**os.environ, "MPIPIPE_CACHE": str((self.out / cache).absolute())},
-        )
+        try:
+            ended = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+                timeout=min(_PROCESS_LIMIT_S, left_s),
+                check=False,
+                env={**os.environ, "MPIPIPE_CACHE": str((self.out / cache).absolute())},
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProcessFailedError(f"stopped after {error.timeout:.0f} s: {words}") from error
         self.log.write(ended.stdout)
         self.log.flush()
         if ended.returncode:
-            sys.exit(f"exit code {ended.returncode} of {' '.join(command)}; see log.txt")
+            raise ProcessFailedError(f"exit code {ended.returncode} of {' '.join(words)}")
         return ended.stdout
 
-    def rows(self, model: str, num_ranks: int, works: Sequence[str]) -> list[dict[str, Any]]:
-        """Measure, then every work; a record of each."""
-        words, launcher = self.words(model), mpirun_command(num_ranks)
-        self.run(launcher, ["plan", "--measure", *words])
-        records = []
-        for work in works:
-            plan = ["plan", *words, "--stages", str(num_ranks), "--work", work, "--json"]
-            by_rates = json.loads(self.run([], plan, cache="no_profiles"))
-            path = self.out / "record.jsonl"
-            path.unlink(missing_ok=True)
-            bench = ["bench", "throughput", *words, "--work", work, "--json", str(path)]
-            self.run(launcher, bench)
-            record = json.loads(path.read_text().splitlines()[-1])
-            records.append(
-                {
-                    **record,
-                    "model": Path(model).name,
-                    "ranks": num_ranks,
-                    "by_rates": by_rates["forecast"],
-                }
-            )
-        return records
+    def measure(self, model: str, num_ranks: int) -> None:
+        """Make a profile."""
+        self.run(mpirun_command(num_ranks), ["plan", "--measure", *self.words(model)])
+
+    def record(self, model: str, num_ranks: int, work: str) -> dict[str, Any]:
+        """Forecast and run one work."""
+        words = self.words(model)
+        plan = ["plan", *words, "--stages", str(num_ranks), "--work", work, "--json"]
+        by_rates = json.loads(self.run([], plan, cache="no_profiles"))
+        path = self.out / "record.jsonl"
+        path.unlink(missing_ok=True)
+        bench = ["bench", "throughput", *words, "--work", work, "--json", str(path)]
+        self.run(mpirun_command(num_ranks), bench)
+        record = json.loads(path.read_text().splitlines()[-1])
+        told = {name: by_rates[name] for name in ("forecast", "wall_clock_s")}
+        return {**record, "model": Path(model).name, "ranks": num_ranks, "by_rates": told}
 
 
-def row(record: dict[str, Any]) -> str:
-    """One line of the table."""
-    compared, rates_per_s = record["compared"], record["by_rates"]["tokens_per_s"]
-    speed, whole = compared["tokens_per_s"], compared["generate_s"]
-    cells = [
-        record["model"],
-        record["ranks"],
-        record["work"],
-        f"{speed['measured']:,.1f}",
-        f"{rates_per_s:,.1f}",
-        f"{rates_per_s / speed['measured'] - 1:+.1%}",
-        f"{speed['predicted']:,.1f}",
-        f"{speed['predicted'] / speed['measured'] - 1:+.1%}",
-        f"{whole['measured']:.2f}",
-        f"{whole['predicted']:.2f}",
-        f"{whole['predicted'] / whole['measured'] - 1:+.1%}",
-        worst(compared, "memory_bytes_"),
-        worst(compared, "decode_step_s_"),
-        record["plan"]["split"],
-    ]
-    return f"| {' | '.join(map(str, cells))} |"
+def tasks(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """(model, ranks, work); no work: make a profile."""
+    for model in args.models.split(","):
+        for place, num_ranks in enumerate(map(int, args.ranks.split(","))):
+            if not (args.measure_once and place):
+                yield model, num_ranks, ""
+            for work in args.works.split(","):
+                yield model, num_ranks, work
 
 
-def worst(compared: dict[str, Any], prefix: str) -> str:
-    """By how much the farthest of the stages was predicted wrong."""
-    errors = [
-        each["predicted"] / each["measured"] - 1
-        for name, each in compared.items()
-        if name.startswith(prefix)
-    ]
-    return f"{max(errors, key=abs):+.1%}" if errors else "-"
-
-
-def main() -> None:
-    """Run all, and print the table."""
+def main() -> int:
+    """Run all, and print the tables; 1 if anything failed."""
     args = parsed()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = [f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
+    lines, records, failed = prediction_header(), [], False
     with (args.out / "log.txt").open("w") as log, (args.out / "records.jsonl").open("w") as kept:
-        bench = Bench(args.config, args.overrides, args.out, log)
-        for num_ranks in map(int, args.ranks.split(",")):
-            for model in args.models.split(","):
-                for record in bench.rows(model, num_ranks, args.works.split(",")):
-                    kept.write(json.dumps(record) + "\n")
-                    kept.flush()
-                    lines.append(row(record))
-                    print(lines[-1], flush=True)
+        ends_s = time.monotonic() + args.limit_s
+        bench = Bench(args.config, args.overrides, args.out, log, ends_s)
+        for model, num_ranks, work in tasks(args):
+            try:
+                if not work:
+                    bench.measure(model, num_ranks)
+                    continue
+                record = bench.record(model, num_ranks, work)
+            except ProcessFailedError as error:
+                print(f"{Path(model).name}, {num_ranks} ranks: {error}; see log.txt", flush=True)
+                failed = True
+                continue
+            records.append(record)
+            kept.write(json.dumps(record) + "\n")
+            kept.flush()
+            lines.append(prediction_row(record))
+            print(lines[-1], flush=True)
+    lines += ["", *error_lines(records)]
+    print(*lines[-len(error_lines(records)) :], sep="\n", flush=True)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,109 +1,32 @@
-"""All benchmarks and tests of the GPU engine, as parts to run on one machine.
-
-Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` and `chunks_<shape>`
-(pipeline.prefill = mixed instead of phases) on two GPUs, `single_<shape>` on one, `int8_<shape>`
-and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two, `lanes_<shape>` on two
-that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights that stream from pinned
-host memory under a limit of GPU memory); on two, `prefix_<shape>` and `apart_<shape>` (prompts that
-begin alike, with and without sharing), `tail_<shape>` (a few long outputs, and the same tokens at
-fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that repeats), `boot_cold_<shape>`
-and `boot_warm_<shape>` (a whole `mpipipe run` of few tokens, with an empty kernel cache and with
-what that left), `file_bench_<shape>` and `file_run_<shape>` (10,000 prompts: `bench throughput`,
-and a whole run from a file of them to the merged file); `transformers_1` and `transformers_2`
-(generate on one GPU, device_map over two), `tests` (launch/test_gpu.sh). `launch/bench_gpu.py` runs
-them, `gpu_suite_table` shows what they left.
-
-Figures are output tokens per second of a whole job, prefill included, with random weights, bf16,
-greedy decoding and fixed lengths unless a work says mixed.
-"""
+"""Runs the parts of the GPU suite (`gpu_parts`): a process or an mpirun each, within its limit."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpipipe.bench.whole_run import KernelCache, WholeRun
+from mpipipe.bench.whole_run import WholeRun
 from mpipipe.errors import EnvironmentSetupError, MpipipeError
 
-__all__ = [
-    "SHAPES",
-    "Part",
-    "Result",
-    "SuiteOptions",
-    "all_parts",
-    "mpirun_command",
-    "run_part",
-]
+__all__ = ["Part", "Result", "SuiteOptions", "mpirun_command", "run_part"]
 
-SHAPES = ("openllama_3b", "llama3_8b")
-_QUICK = ("4x16x8", "1x16x8")
 
-# The order matters: the trace shows the last work of the first part, so that comes last there.
-_PIPELINE = {
-    "openllama_3b": (
-        "1x512x128", "32x512x128", "128x512x128", "128x1024x256", "512x512x128", "512xmixed",
-        "64x512x128",
-    ),
-    "llama3_8b": ("64x512x128", "128x512x128", "128x1024x256", "512x512x128"),
-}  # fmt: skip
-# A plan is balanced for the largest work of its process, so a batch of one has a process of its own
-# where that changes the split (the LM head weighs as much as 2.4 layers of Llama-3-8B).
-_LATENCY = {"llama3_8b": ("1x512x128",)}
-_SINGLE = {
-    "openllama_3b": ("1x512x128", "32x512x128", "64x512x128", "128x1024x256", "512x512x128"),
-    "llama3_8b": ("1x512x128", "64x512x128", "128x1024x256", "512x512x128"),
-}
-# Prompt chunks between the decode steps, for requests that arrive over time: what that costs a job
-# whose prompts are all there, for which prompts come first (phases, the default of a run).
-_MIXED_PREFILL = {"openllama_3b": ("512xmixed",)}
-# Held against `single_` and `pipeline_`: decode of few rows, of many, and a job with much prefill.
-_QUANTIZED = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
-# Two GPUs as the lanes of one stage, held against `single_` and against the same GPUs as stages.
-_LANES = {"llama3_8b": ("1x512x128", "64x512x128", "512x512x128")}
-_QUANTIZED_PIPELINE = {"llama3_8b": ("512x512x128",)}
-# Of 1,152 tokens 1,024 are the same in all prompts; 512x512x128 shares nothing: what looking costs.
-_PREFIX = dict.fromkeys(SHAPES, ("512x1024+128x16", "512x1024+128x128", "512x512x128"))
-_TAIL = dict.fromkeys(
-    SHAPES, ("512xmixed", "512xmixedxeven", "2000x512x64xtail", "2000x512x64xtailxeven")
+# As pytest names them: beside others in workers, alone ("… FAILED"), and in its summary.
+_FAILED_TEST = re.compile(
+    r"(?m)(?<=FAILED )tests/\S+::\S+|(?<=ERROR )tests/\S+::\S+|^tests/\S+::\S+(?= (?:FAILED|ERROR))"
 )
-_REPEATING = {"openllama_3b": ("1x512x128xrepeat", "1x512x512xrepeat")}
-# Enough prompts for steps of many rows; what it makes matters less than when.
-_BOOT = "32x128x8"
-# 760 prompts a second by forecast: few tokens each, so that rank 0 has much to do.
-_FILE = "10000x128x32"
-# Under a limit of GPU memory. A number of pages keeps the rows, which the plan would lower else.
-_OFFLOAD = {
-    "offload_32_rows": (
-        "openllama_7b",
-        "memory.device_bytes=11.5GiB memory.num_kv_pages=1104 pipeline.max_sequences_per_slot=32",
-        ("32x512x32",),
-    ),
-    "offload_512_rows": (
-        "openllama_7b",
-        "memory.device_bytes=26GiB memory.num_kv_pages=2816 pipeline.max_sequences_per_slot=512",
-        ("512x64x16",),
-    ),
-    "offload_half": (
-        "openllama_7b",
-        "memory.device_bytes=17GiB memory.num_kv_pages=1104 pipeline.max_sequences_per_slot=32",
-        ("32x512x32",),
-    ),
-    "offload_4gb": ("openllama_7b", "memory.device_bytes=4GB", ("16x256x32",)),
-    "offload_8gb": ("llama3_8b", "memory.device_bytes=8GB", ("64x512x32",)),
-    "offload_16gb": ("opt_6p7b", "memory.device_bytes=16GB", ("64x512x32",)),
-}  # fmt: skip
-# Small enough that the slowest (32 tokens/s) takes 4 s.
-_TRANSFORMERS = ("1x512x128", "32x512x128")
+_TEST_COUNTS = re.compile(r"(?m)^=*\s*(\d+ (?:passed|failed|error).* in [\d.]+s.*?)\s*=*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +35,13 @@ class SuiteOptions:
 
     root: Path  # of the source tree whose mpipipe is measured
     out: Path  # where results go
+    scratch: Path  # where runs, prompts, compiled kernels and a model go
     device: str = "cuda"  # of transformers; cpu to try the suite
     quick: bool = False  # tiny works, to try the suite
     profile: str = ""  # a shape: profile its first pipeline work
     overrides: tuple[str, ...] = ()  # section.key=value for every run
+    num_gpus: int = 2  # parts that need more are left out
+    disk: Path | None = None  # a folder on a disk, for the part that reads weights from one
 
 
 @dataclass(frozen=True)
@@ -128,6 +54,10 @@ class Part:
     json_path: Path | None = None  # where the records appear, one by one; None: on standard output
     labels: dict[str, Any] = field(default_factory=dict)  # added to each record
     whole_run: WholeRun | None = None  # the record is made of what it left
+    about_s: float = 60.0  # it is expected to take
+    environ: Mapping[str, str] = field(default_factory=dict)  # beside what is there
+    before: Callable[[], object] | None = None  # called first, its time is no part of the part's
+    has_tests: bool = False  # pytest's, with their names
 
 
 @dataclass
@@ -139,6 +69,8 @@ class Result:
     problem: str  # "" when all went well
     records: list[dict[str, Any]]
     last_lines: list[str]
+    failed_tests: tuple[str, ...] = ()
+    test_counts: tuple[str, ...] = ()  # pytest's last lines
 
 
 def mpirun_command(num_ranks: int) -> list[str]:
@@ -156,128 +88,6 @@ def mpirun_command(num_ranks: int) -> list[str]:
     return command
 
 
-_MPIPIPE = (sys.executable, "-m", "mpipipe")
-
-
-def _bench(kind: str, shape: str, options: SuiteOptions) -> list[str]:
-    """`mpipipe bench <kind>` of a shape."""
-    config = options.root / "configs" / "bench_gpu.toml"
-    return [*_MPIPIPE, "bench", kind, str(config), *_settings(shape, options)]
-
-
-def _settings(shape: str, options: SuiteOptions) -> tuple[str, ...]:
-    return (f"model.path={options.root / 'configs' / 'shapes' / shape}", *options.overrides)
-
-
-def _throughput_part(
-    name: str,
-    shape: str,
-    works: tuple[str, ...],
-    num_ranks: int,
-    options: SuiteOptions,
-    *,
-    variant: str,
-) -> Part:
-    """`bench throughput` of a shape. `variant`: settings and their values."""
-    json_path = options.out / f"{name}.jsonl"
-    command = [*mpirun_command(num_ranks), *_bench("throughput", shape, options)]
-    command += variant.split()
-    command += [word for work in _works(works, options) for word in ("--work", work)]
-    if name == f"pipeline_{SHAPES[0]}":
-        command += ["--trace", str(options.out / "trace.json"), "--trace-steps", "50"]
-    if options.profile and name == f"pipeline_{options.profile}":
-        command += ["--profile", str(options.out / "profile.json")]
-    labels = {"shape": shape, "ranks": num_ranks, "variant": _short(variant)}
-    return Part(name, [*command, "--json", str(json_path)], 100.0, json_path, labels)
-
-
-def _short(variant: str) -> str:
-    """Of the first setting, without its section."""
-    return variant.partition(" ")[0].partition(".")[2]
-
-
-def _works(works: tuple[str, ...], options: SuiteOptions) -> tuple[str, ...]:
-    return _QUICK if options.quick else works
-
-
-def _whole_run_part(
-    name: str,
-    shape: str,
-    work: str,
-    options: SuiteOptions,
-    *,
-    kernels: KernelCache = "",
-    more: tuple[str, ...] = (),
-) -> Part:
-    """A whole `mpipipe run` of a shape over two ranks. `more`: settings."""
-    run = WholeRun(
-        work=_works((work,), options)[0],
-        config=options.root / "configs" / "bench_gpu.toml",
-        settings=(*_settings(shape, options), *more),
-        folder=options.out / f"{name}_{shape}",
-        kernels=kernels,
-    )
-    command = [*mpirun_command(2), *_MPIPIPE, *run.words]
-    labels = {"shape": shape, "ranks": 2, "variant": ""}
-    return Part(f"{name}_{shape}", command, 100.0, labels=labels, whole_run=run)
-
-
-def _transformers_part(name: str, device_map: str, options: SuiteOptions) -> Part:
-    """`bench transformers` of the first shape."""
-    command = _bench("transformers", SHAPES[0], options)
-    command += ["--device", options.device, "--device-map", device_map]
-    command += [word for work in _works(_TRANSFORMERS, options) for word in ("--work", work)]
-    return Part(name, command, 75.0, None, {"shape": SHAPES[0], "ranks": name[-1]})
-
-
-def _whole_run_parts(options: SuiteOptions) -> list[Part]:
-    """Starts, the warm one behind the cold one, and a file beside the bench of its work."""
-    shape = SHAPES[0]
-    return [
-        _whole_run_part("boot_cold", shape, _BOOT, options, kernels="cold"),
-        _whole_run_part("boot_warm", shape, _BOOT, options, kernels="warm"),
-        _throughput_part(f"file_bench_{shape}", shape, (_FILE,), 2, options, variant=""),
-        # Without drafts, as `bench throughput` does works that do not repeat.
-        _whole_run_part(
-            "file_run", shape, _FILE, options, more=("pipeline.num_speculative_tokens=0",)
-        ),
-    ]
-
-
-def all_parts(options: SuiteOptions) -> list[Part]:
-    """In the order to run them: the figures of the table first, they matter most."""
-    throughput = (
-        ("pipeline", 2, "", _PIPELINE),
-        ("latency", 2, "", _LATENCY),
-        ("chunks", 2, "pipeline.prefill=mixed", _MIXED_PREFILL),
-        ("single", 1, "", _SINGLE),
-        ("int8", 1, "model.quantize=int8", _QUANTIZED),
-        ("fp8", 1, "model.quantize=fp8", _QUANTIZED),
-        ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
-        ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
-        ("prefix", 2, "memory.share_prefixes=true", _PREFIX),
-        ("apart", 2, "memory.share_prefixes=false", _PREFIX),
-        ("tail", 2, "", _TAIL),
-        ("drafts", 2, "", _REPEATING),
-        ("undrafted", 2, "pipeline.num_speculative_tokens=0", _REPEATING),
-    )
-    parts = [
-        _throughput_part(f"{kind}_{shape}", shape, works, ranks, options, variant=variant)
-        for kind, ranks, variant, by_shape in throughput
-        for shape, works in by_shape.items()
-    ]
-    parts += [
-        _throughput_part(name, shape, works, 1, options, variant=settings)
-        for name, (shape, settings, works) in _OFFLOAD.items()
-    ]
-    parts += [*_whole_run_parts(options), _transformers_part("transformers_1", "none", options)]
-    if options.device == "cuda":
-        parts.append(_transformers_part("transformers_2", "auto", options))
-    # The GPU tests; those that need ranks start them themselves.
-    tests = ["bash", str(options.root / "launch" / "test_gpu.sh")]
-    return [*parts, Part("tests", tests, 420.0)]
-
-
 def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     """Run one part, at most `limit_s`; its output goes to the log."""
     if part.json_path is not None:
@@ -285,8 +95,10 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
     output, problem, seconds = "", "", 0.0
     records: list[dict[str, Any]] = []
     try:
+        if part.before is not None:
+            part.before()
         if part.whole_run is None:
-            output, problem, seconds = _ran(part, {}, root, limit_s, log)
+            output, problem, seconds = _ran(part, part.environ, root, limit_s, log)
             records = _records_of(part, output)
         else:
             part.whole_run.prepare()
@@ -306,7 +118,11 @@ def run_part(part: Part, root: Path, limit_s: float, log: TextIO) -> Result:
         if part.whole_run is not None and not records:
             part.whole_run.failed()
     shown = [line for line in output.splitlines() if not line.startswith("{")]
-    return Result(part, seconds, problem, records, shown[-25:])
+    result = Result(part, seconds, problem, records, shown[-25:])
+    if part.has_tests:
+        result.failed_tests = tuple(dict.fromkeys(_FAILED_TEST.findall(output)))
+        result.test_counts = tuple(_TEST_COUNTS.findall(output))
+    return result
 
 
 def _read_libraries(root: Path, limit_s: float) -> None:

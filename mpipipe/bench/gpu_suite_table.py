@@ -7,7 +7,9 @@ from statistics import median
 from typing import Any
 
 from mpipipe.bench.figures import number, share, stage_cells
-from mpipipe.bench.gpu_suite import SHAPES, Result
+from mpipipe.bench.gpu_parts import SHAPES
+from mpipipe.bench.gpu_suite import Result
+from mpipipe.bench.gpu_suite_pairs import pair_lines
 from mpipipe.bench.whole_run import MEDIAN_PROMPT, RUN_MODE
 
 __all__ = ["compare_lines", "table_lines"]
@@ -56,7 +58,7 @@ def table_lines(results: Sequence[Result], seconds: float) -> list[str]:
         )  # fmt: skip
         lines += [*_header(*header), *(_row(record, peers) for record in ours), ""]
         lines += [*_scaling_lines(ours), *_boot_lines(ours)]
-    lines += [*_start_lines(runs), *_file_lines(runs, ours)]
+    lines += [*_start_lines(runs), *_file_lines(runs, ours), *pair_lines(ours)]
     if measured := [*ours, *runs]:
         lines += [_where(measured), ""]
     lines += ["| part | seconds | outcome |", "|---|---:|---|"]

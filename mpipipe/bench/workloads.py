@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpipipe.errors import ConfigError
@@ -26,6 +26,7 @@ __all__ = [
     "bench_requests",
     "bench_workload",
     "least_warm_up_requests",
+    "quick_work",
     "warm_up_requests",
 ]
 
@@ -148,6 +149,21 @@ class BenchWork:
         lengths = tuple(self.lengths(seed))
         common = ((0, self.common_tokens),) * len(lengths) if self.common_tokens else ()
         return PromptLengths(lengths, source, shared_ratio=self.shared_ratio, common=common)
+
+
+def quick_work(work: BenchWork) -> BenchWork:
+    """The same kind of work with few tokens, to try what runs it; text that repeats has more."""
+    if work.mixed:
+        return replace(work, num_prompts=min(work.num_prompts, 2))
+    own = min(work.input_tokens - work.common_tokens, 16)
+    common = min(work.common_tokens, 32)
+    return replace(
+        work,
+        num_prompts=min(work.num_prompts, 4),
+        input_tokens=common + own,
+        output_tokens=min(work.output_tokens, 64 if work.repeats else 8),
+        common_tokens=common,
+    )
 
 
 def bench_requests(work: BenchWork, vocabulary: Vocabulary, seed: int) -> list[Request]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from mpipipe.bench import gpu_suite
-from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, all_parts, run_part
+from mpipipe.bench import gpu_parts
+from mpipipe.bench.gpu_parts import all_parts
+from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, run_part
 from mpipipe.bench.gpu_suite_table import compare_lines, table_lines
 from mpipipe.bench.whole_run import KernelCache, WholeRun
 from mpipipe.bench.workloads import BenchWork, bench_requests
@@ -38,9 +39,11 @@ STAGE = {
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuiteOptions:
     monkeypatch.setattr(
-        gpu_suite, "mpirun_command", lambda num_ranks: ["mpirun", "-n", str(num_ranks)]
+        gpu_parts, "mpirun_command", lambda num_ranks: ["mpirun", "-n", str(num_ranks)]
     )
-    return SuiteOptions(tmp_path, tmp_path, overrides=("model.dtype=float32",))
+    return SuiteOptions(
+        tmp_path, tmp_path, tmp_path / "scratch", overrides=("model.dtype=float32",)
+    )
 
 
 def record(work: str, ranks: int, speed: float, **more: Any) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def record(work: str, ranks: int, speed: float, **more: Any) -> dict[str, Any]:
 def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOptions) -> None:
     parts = {part.name: part for part in all_parts(options)}
     assert list(parts)[:2] == ["pipeline_openllama_3b", "pipeline_llama3_8b"]
-    assert list(parts)[-3:] == ["transformers_1", "transformers_2", "tests"]
+    assert list(parts)[-2:] == ["tests_cold", "tests_warm"]
     chunks = parts["chunks_openllama_3b"]
     assert chunks.command[:3] == ["mpirun", "-n", "2"]
     assert {"pipeline.prefill=mixed", "model.dtype=float32"} <= set(chunks.command)
@@ -104,7 +107,7 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
     assert cold.whole_run is not None
     assert warm.whole_run is not None
     assert warm.whole_run.environ == cold.whole_run.environ
-    assert warm.whole_run.environ["TRITON_CACHE_DIR"].startswith(str(options.out))
+    assert warm.whole_run.environ["TRITON_CACHE_DIR"].startswith(str(options.scratch))
     # A file of prompts is the work of its bench, with the same settings.
     whole, bench = parts["file_run_openllama_3b"], parts["file_bench_openllama_3b"]
     assert whole.whole_run is not None
@@ -114,7 +117,7 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
     for part in (cold, whole):
         assert part.command[:3] == ["mpirun", "-n", "2"]
         assert "model.dtype=float32" in part.command
-        assert f"output.dir={options.out / part.name}" in part.command
+        assert f"output.dir={options.scratch / part.name}" in part.command
     limited = parts["offload_32_rows"]
     assert limited.labels == {
         "shape": "openllama_7b",
