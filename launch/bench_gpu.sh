@@ -3,7 +3,7 @@
 # words mean, launch/README.md what the parts are.
 #
 #   ./launch/bench_gpu.sh
-#   ./launch/bench_gpu.sh --only pipeline,tests --out /tmp/results
+#   ./launch/bench_gpu.sh --only pipeline,tests --out /tmp/results --list
 #   ./launch/bench_gpu.sh --only boot,file --out after
 #   ./launch/bench_gpu.sh --compare before after
 #

@@ -112,8 +112,8 @@ _DISK = (
 # On a CPU, where there are no pinned buffers: about half of the weights of SmolLM2 in float32.
 _QUICK_DISK = "memory.device_bytes=300MiB memory.host_bytes=0"
 _PREDICTED = (*SHAPES, "llama32_3b")
-_PREDICTED_WORKS = ("128x512x128", "256xmixed")
-_QUICK_PREDICTED_WORKS = ("4x16x8", "2xmixed")
+_PREDICTED_WORKS = ("256x512x128", "256xmixed")
+_QUICK_PREDICTED_WORKS = ("4x16x8", "1xmixed")
 # Small enough that the slowest (32 tokens/s) takes 4 s.
 _TRANSFORMERS = ("1x512x128", "32x512x128")
 

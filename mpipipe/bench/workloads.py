@@ -154,7 +154,7 @@ class BenchWork:
 def quick_work(work: BenchWork) -> BenchWork:
     """The same kind of work with few tokens, to try what runs it; text that repeats has more."""
     if work.mixed:
-        return replace(work, num_prompts=min(work.num_prompts, 2))
+        return replace(work, num_prompts=1)
     own = min(work.input_tokens - work.common_tokens, 16)
     common = min(work.common_tokens, 32)
     return replace(

@@ -98,7 +98,7 @@ def test_drafts_are_tried_on_text_that_repeats_and_on_text_that_does_not(
     [
         ("10000x128x32", "4x16x8"),
         ("512x1024+128x128", "4x32+16x8"),
-        ("512xmixedxeven", "2xmixedxeven"),
+        ("512xmixedxeven", "1xmixedxeven"),
         ("2000x512x64xtail", "4x16x8xtail"),
         ("1x512x128xrepeat", "1x16x64xrepeat"),
     ],
