@@ -29,6 +29,7 @@ from mpipipe.bench.prediction_table import error_lines, prediction_header, predi
 from mpipipe.demo.model import DEMO_MODEL, demo_model_folder
 
 _PROCESS_LIMIT_S = 300.0
+_END_S = 8.0
 _LEAST_S = 5.0  # that it takes to see anything
 
 
@@ -77,23 +78,24 @@ class Bench:
             raise ProcessFailedError(f"no time left for {' '.join(words)}")
         self.log.write(f"\n==== {' '.join(command)}\n")
         self.log.flush()
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "MPIPIPE_CACHE": str((self.out / cache).absolute())},
+        )
+        limit_s = min(_PROCESS_LIMIT_S, left_s)
         try:
-            ended = subprocess.run(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                text=True,
-                timeout=min(_PROCESS_LIMIT_S, left_s),
-                check=False,
-                env={**os.environ, "MPIPIPE_CACHE": str((self.out / cache).absolute())},
-            )
+            said, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired as error:
-            raise ProcessFailedError(f"stopped after {error.timeout:.0f} s: {words}") from error
-        self.log.write(ended.stdout)
+            _end(process)
+            raise ProcessFailedError(f"stopped after {limit_s:.0f} s: {' '.join(words)}") from error
+        self.log.write(said)
         self.log.flush()
-        if ended.returncode:
-            raise ProcessFailedError(f"exit code {ended.returncode} of {' '.join(words)}")
-        return ended.stdout
+        if process.returncode:
+            raise ProcessFailedError(f"exit code {process.returncode} of {' '.join(words)}")
+        return said
 
     def measure(self, model: str, num_ranks: int) -> None:
         """Make a profile."""
@@ -111,6 +113,16 @@ class Bench:
         record = json.loads(path.read_text().splitlines()[-1])
         told = {name: by_rates[name] for name in ("forecast", "wall_clock_s")}
         return {**record, "model": Path(model).name, "ranks": num_ranks, "by_rates": told}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """In order: an mpirun that is killed would leave its ranks, and they their GPUs' memory."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def tasks(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
