@@ -33,7 +33,7 @@ def prediction_row(record: Record) -> str:
     """One line: of a record of `bench throughput` with `by_rates`, `plan --json` for its work."""
     compared, by_rates = record["compared"], record["by_rates"]
     speed, rates_per_s = compared["tokens_per_s"], by_rates["forecast"]["tokens_per_s"]
-    wall_s, profile_wall_s = _wall_s(record), _profile_wall_s(record)
+    wall_s = _wall_s(record)
     cells = [
         record["model"],
         record["ranks"],
@@ -41,13 +41,11 @@ def prediction_row(record: Record) -> str:
         f"{speed['measured']:,.1f}",
         f"{rates_per_s:,.1f}",
         f"{_error(rates_per_s, speed['measured']):+.1%}",
-        f"{speed['predicted']:,.1f}",
-        f"{_error(speed['predicted'], speed['measured']):+.1%}",
+        *_profile_cells(record, speed["predicted"], speed["measured"]),
         f"{wall_s:.1f}",
         f"{by_rates['wall_clock_s']:.1f}",
         f"{_error(by_rates['wall_clock_s'], wall_s):+.1%}",
-        f"{profile_wall_s:.1f}",
-        f"{_error(profile_wall_s, wall_s):+.1%}",
+        *_profile_cells(record, _profile_wall_s(record), wall_s),
         _worst(compared, "memory_bytes_"),
         _worst(compared, "decode_step_s_"),
         record["plan"]["split"],
@@ -78,11 +76,23 @@ def _errors(record: Record) -> Iterator[tuple[str, float]]:
     speed, wall_s = compared["tokens_per_s"], _wall_s(record)
     rates_per_s = by_rates["forecast"]["tokens_per_s"]
     yield "tokens/s by rates", _error(rates_per_s, speed["measured"])
-    yield "tokens/s by profile", _error(speed["predicted"], speed["measured"])
     yield "wall-clock by rates", _error(by_rates["wall_clock_s"], wall_s)
-    yield "wall-clock by profile", _error(_profile_wall_s(record), wall_s)
+    if _has_profile(record):
+        yield "tokens/s by profile", _error(speed["predicted"], speed["measured"])
+        yield "wall-clock by profile", _error(_profile_wall_s(record), wall_s)
     for each in _named(compared, "memory_bytes_"):
         yield "memory", _error(each["predicted"], each["measured"])
+
+
+def _has_profile(record: Record) -> bool:
+    """Whether the run found a profile; else it was foretold by rates, too."""
+    return str(record["predicted"]["source"]).startswith("measured ")
+
+
+def _profile_cells(record: Record, predicted: float, measured: float) -> tuple[str, str]:
+    if not _has_profile(record):
+        return "no profile", "-"
+    return f"{predicted:,.1f}", f"{_error(predicted, measured):+.1%}"
 
 
 def _wall_s(record: Record) -> float:

@@ -17,7 +17,7 @@ from mpipipe.bench.cold_disk import ColdFiles, disk_record, plain_rates
 from mpipipe.bench.gpu_parts import all_parts
 from mpipipe.bench.gpu_suite import Part, Result, SuiteOptions, run_part
 from mpipipe.bench.gpu_suite_pairs import lines_of_tests, pair_lines
-from mpipipe.bench.prediction_table import error_lines
+from mpipipe.bench.prediction_table import error_lines, prediction_row
 from mpipipe.bench.workloads import BenchWork, quick_work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,8 @@ def predicted(work: str = "4x16x8") -> dict[str, Any]:
     return {
         "model": "m", "ranks": 2, "work": work, "compared": compared, "elapsed_s": 6.0,
         "boot": {"greet_s": 1.0, "import_s": 1.0, "load_s": 2.0},
-        "predicted": {"start_s": 5.0, "generate_s": 4.0}, "plan": {"split": [1, 1]},
+        "predicted": {"start_s": 5.0, "generate_s": 4.0, "source": "measured today on cards"},
+        "plan": {"split": [1, 1]},
         "by_rates": {"forecast": {"tokens_per_s": 70.0}, "wall_clock_s": 11.0},
     }  # fmt: skip
 
@@ -264,6 +265,14 @@ def test_errors_of_forecasts_are_told_in_all() -> None:
     assert "| wall-clock by rates | 1 | 10.0% | +10.0% | 25% | 1 |" in lines
     assert "| wall-clock by profile | 1 | 10.0% | -10.0% | 10% | 1 |" in lines
     assert "| memory | 2 | 5.5% | -10.0% | 5% | 1 |" in lines
+
+
+def test_a_run_that_found_no_profile_says_nothing_of_profiles() -> None:
+    record = predicted()
+    record["predicted"]["source"] = "cards: rates of a data sheet"
+    assert not [line for line in error_lines([record]) if "by profile" in line]
+    assert prediction_row(record).count("| no profile | - |") == 2
+    assert "108.0 | +8.0%" in prediction_row(predicted())
 
 
 @pytest.fixture
