@@ -68,6 +68,17 @@ class Rank:
     worker: StageWorker
     account: StageAccount
     told: list[tuple[StepRecord, float | None]] = field(default_factory=list)  # by the account
+    times_s: list[float] = field(default_factory=list)  # of each call, when it began and ended
+
+
+def noted(book: Callable[[float], None], times_s: list[float]) -> Callable[[float], None]:
+    """`book`, which is told a time, and notes it."""
+
+    def book_and_note(now_s: float) -> None:
+        times_s.append(now_s)
+        book(now_s)
+
+    return book_and_note
 
 
 class SlowReceiver:
@@ -133,7 +144,7 @@ class VirtualRanks:
         self.pipeline = pipeline
         self.plan: PipelinePlan = pipeline.plan
         self.ranks: list[Rank] = []
-        self.elapsed_s = 0.0  # of the session, without its set-up
+        self.told_end_s: list[float] = []  # when the head ended each call
         self.slow: SlowReceiver | None = None  # the second of two stages
 
     def generate(self, *calls: Sequence[Request]) -> list[list[Completion]]:
@@ -177,21 +188,21 @@ class VirtualRanks:
                 progress=progress,
                 clock=clock,
             )
-            self.ranks.append(Rank(mesh, worker, account, told))
+            self.ranks.append(rank := Rank(mesh, worker, account, told))
+            for name in ("begin", "end"):
+                setattr(account, name, noted(getattr(account, name), rank.times_s))
         completed: list[list[Completion]] = []
         async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
             polling = tasks.create_task(progress.run())
             for rank in self.ranks:
                 rank.mesh.start()
             await asyncio.gather(*(rank.worker.exercise_edges() for rank in self.ranks))
-            started_s = clock.now_s()
             for requests in calls:
                 completed.append(await self._call(tasks, requests))  # noqa: PERF401
             await asyncio.gather(*(rank.worker.settle() for rank in self.ranks))
             ending = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
             self.ranks[0].mesh.broadcast_message(SessionEnded())
             assert await asyncio.gather(*ending) == [False] * len(ending)
-            self.elapsed_s = clock.now_s() - started_s
             polling.cancel()
         return completed
 
@@ -222,6 +233,7 @@ class VirtualRanks:
         self.ranks[0].mesh.broadcast_message(GenerationBegan())
         serving = [tasks.create_task(rank.worker.serve()) for rank in self.ranks]
         completions = [completion async for completion in runner.generate(requests)]
+        self.told_end_s.append(MonotonicClock().now_s())
         self.ranks[0].mesh.broadcast_message(GenerationEnded())
         assert await asyncio.gather(*serving) == [True] * len(serving)
         assert core.is_idle
@@ -400,8 +412,12 @@ def test_every_second_of_every_rank_is_booked(tiny: Callable[[str], TinyModel]) 
         totals = rank.account.snapshot()
         assert totals.num_sampled == 6 * len(LENGTHS)
         assert totals.overall.compute_s > 0
-        # Both calls of `serve`, the last one of which only hears that the session is over.
-        assert 0 <= ranks.elapsed_s - totals.overall.wall_s < 0.05
+        # From the head's word that the call begins, which is before any step, to its word that it
+        # ends. The second `serve` only hears that the session is over.
+        begun_s, ended_s = rank.times_s
+        assert begun_s <= rank.told[0][0].scheduled_s
+        assert ended_s >= ranks.told_end_s[0] > rank.told[-1][0].compute_end_s - 1e-6
+        assert totals.overall.wall_s == pytest.approx(ended_s - begun_s, abs=1e-6)
         assert totals.overall.overhead_s > 0, "handing work to the thread takes a moment"
         assert rank.worker.device_use() == DeviceUse(), "on a CPU computing is the host's time"
 
