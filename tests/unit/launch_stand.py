@@ -107,7 +107,7 @@ class Stand:
 
     def run(self, script: str, *words: str, **environ: str) -> tuple[int, str]:
         process = self.start(script, *words, environ=environ)
-        text, _ = process.communicate(timeout=30)
+        text, _ = process.communicate(timeout=120)
         return process.returncode, text
 
     def asked(self, program: str) -> list[str]:

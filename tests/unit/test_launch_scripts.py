@@ -223,7 +223,7 @@ def test_the_signal_before_the_wall_time_reaches_the_ranks(stand: Stand) -> None
     process = stand.start("submit.sbatch", "configs/demo.toml", environ={"RUN_WAITS": str(ready)})
     assert ready.read_text() == "ready\n"  # the run's trap is set
     process.send_signal(signal.SIGUSR1)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=120)
     assert process.returncode == 75, text
     assert stand.asked("scontrol requeue"), "told to stop: it goes on later"
 
@@ -242,7 +242,7 @@ def test_a_signal_that_comes_before_the_run_can_hear_it_is_a_stop_too(
     process.send_signal(signal.SIGUSR1)
     if where != "deaf":  # there the run is ended by the signal
         fifo.write_text("go on\n")
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=120)
     assert process.returncode == 75, text
     runs = [line for line in stand.asked("srun") if "mpipipe run" in line]
     assert len(runs) == (where == "deaf")
