@@ -6,6 +6,7 @@ is waiting; Slurm itself sees to it that a node runs one job at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -71,9 +72,25 @@ def _alone(site: Site, config: Path | str, name: str, *words: str) -> dict[str, 
     return {line["id"]: line["token_ids"] for line in read_jsonl(folder / "completions.jsonl")}
 
 
-def _held(site: Site) -> Mapping[str, str]:
-    """The environment of a job that cannot end before it is touched."""
-    return held.environ(site.folder / "held", SEEN)
+def _held(site: Site, gate: Path | None = None) -> Mapping[str, str]:
+    """The environment of a job that cannot end before it is touched.
+
+    Nor can it go on, after a requeue, before `_first_attempt` has opened the gate.
+    """
+    return held.environ(site.folder / "held", SEEN, gate)
+
+
+def _first_attempt(site: Site, job: str, folder: Path, gate: Path) -> list[dict[str, object]]:
+    """What the first attempt left, when it is over; then the next one may begin."""
+
+    def is_over() -> bool:
+        fields = site.cluster.job(job)  # it may run again already, and waits at the gate
+        return fields["JobState"] != "RUNNING" or fields["Restarts"] != "0"
+
+    site.until(is_over, "the first attempt to end")
+    first = _attempt(folder)
+    gate.touch()
+    return first
 
 
 def demo_alone(site: Site) -> dict[str, list[int]]:
@@ -89,10 +106,14 @@ def tiny_alone(site: Site) -> dict[str, list[int]]:
 def demo_on_two_nodes(site: Site, mpi: str) -> JobEnd:
     """As the guide has it; the bytes between the nodes are counted."""
     doctor = "full" if mpi == "mpich" else "off"
-    environ = {"MPIPIPE_DOCTOR": doctor, **FORCED_NETWORK}
+    gate = site.folder / f"gate-demo-{mpi}"
+    environ = {
+        "MPIPIPE_DOCTOR": doctor, **FORCED_NETWORK, **held.behind(site.folder / "held", gate)
+    }  # fmt: skip
     job = site.sbatch(mpi, DEMO, *DEMO_WORDS, env=environ)
     site.cluster.wait_for_state(job, "RUNNING", "COMPLETED", "FAILED", limit_s=JOB_LIMIT_S)
     before = site.cluster.network.bytes_sent("n1")
+    gate.touch()  # nothing is sent before, however late its start was seen
     end = site.finish(job, DEMO)
     end.observed["bytes"] = site.cluster.network.bytes_sent("n1") - before
     return end
@@ -122,13 +143,13 @@ def demo_in_image(site: Site) -> JobEnd:
 def told_to_stop(site: Site) -> JobEnd:
     """The batch script gets USR1, as --signal=B:USR1@120 sends it; then the job goes on."""
     config = site.tiny_config
-    job = site.sbatch("mpich", config, env=_held(site))
+    gate = site.folder / "gate-told"
+    job = site.sbatch("mpich", config, env=_held(site, gate))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     while_running = login_node(site, "status", job, "--json")
     site.cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to stop")
-    first = _attempt(folder)
+    first = _first_attempt(site, job, folder, gate)
     end = site.finish(job, config, first=first, while_running=while_running.stdout)
     end.observed["after"] = login_node(site, "status", str(end.folder)).stdout
     return end
@@ -145,26 +166,27 @@ def held_in_the_queue(site: Site) -> subprocess.CompletedProcess[str]:
 def admin_requeue(site: Site) -> JobEnd:
     """`scontrol requeue`, which is what a preemption does: TERM, KillWait, KILL."""
     config = site.tiny_config
-    job = site.sbatch("openmpi", config, env=_held(site))
+    gate = site.folder / "gate-requeue"
+    job = site.sbatch("openmpi", config, env=_held(site, gate))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     site.cluster.ask("scontrol", "requeue", job)
-    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "the job to stop")
-    return site.finish(job, config, first=_attempt(folder))
+    return site.finish(job, config, first=_first_attempt(site, job, folder, gate))
 
 
 def node_loses_power(site: Site) -> JobEnd:
     """The second node of a job falls silent; Slurm starts the job again on the others."""
     config = site.tiny_config
-    environ = {**FORCED_NETWORK, **_held(site)}
+    gate = site.folder / "gate-power"
+    environ = {**FORCED_NETWORK, **_held(site, gate)}
     job = site.sbatch("mpich", config, options=("--partition=fragile",), env=environ)
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     nodes = site.cluster.ask("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"])
     victim = nodes.split()[1]
     site.cluster.network.cut_power(victim)
-    site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", "Slurm to notice")
-    return site.finish(job, config, first=_attempt(folder), victim=victim)
+    first = _first_attempt(site, job, folder, gate)
+    return site.finish(job, config, first=first, victim=victim)
 
 
 def _attempt(folder: Path) -> list[dict[str, object]]:
@@ -185,7 +207,7 @@ def rank_killed(site: Site) -> JobEnd:
     """
     config = site.tiny_config
     # So long a silence cannot have been what ended the job so soon.
-    job = site.sbatch("openmpi", config, "pipeline.heartbeat_timeout_s=60", env=_held(site))
+    job = site.sbatch("openmpi", config, "pipeline.heartbeat_timeout_s=600", env=_held(site))
     folder = site.job_folder(job, config)
     site.wait_for_completions(folder, SEEN, job)
     ranks = _ranks(site, "n2")
@@ -202,28 +224,29 @@ def _ranks(site: Site, node: str) -> list[int]:
     """The ranks on `node`; not their supervisors, which are their parents."""
     parents: dict[int, int] = {}
     for process in site.cluster.network.processes(node):
-        if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes():
-            status = Path(f"/proc/{process}/stat").read_text()
-            parents[process] = int(status.rpartition(")")[2].split()[1])
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"mpipipe\0run" in Path(f"/proc/{process}/cmdline").read_bytes():
+                status = Path(f"/proc/{process}/stat").read_text()
+                parents[process] = int(status.rpartition(")")[2].split()[1])
     return [process for process in parents if process not in parents.values()]
 
 
 def near_its_wall_time(site: Site) -> str:
-    """A job of one minute that has work for longer; what it printed when Slurm had told it.
+    """A job of two minutes that has work for longer; what it printed when Slurm had told it.
 
-    Slurm looks every 30 s, so USR1 comes 20 to 50 s before the end.
+    Slurm looks every 30 s, so USR1 comes 60 to 90 s before the end: 30 s or more after the start.
     """
     config = site.tiny_config
     many = site.folder / "many.jsonl"
     many.write_text(
         "".join(json.dumps({"id": f"m{i}", "prompt": "on"}) + "\n" for i in range(9999))
     )
-    options = ("--partition=short", "--nodes=1", "--time=1", "--signal=B:USR1@20")
+    options = ("--partition=short", "--nodes=1", "--time=2", "--signal=B:USR1@60")
     job = site.sbatch("mpich", config, f"prompts.path={many}", options=options)
     site.until(
         lambda: site.cluster.job(job)["JobState"] == "RUNNING", "the job to start", JOB_LIMIT_S
     )
-    site.until(lambda: "goes back into the queue" in site.log(job), "the job to stop", 100)
+    site.until(lambda: "goes back into the queue" in site.log(job), "the job to stop", 300)
     site.cluster.ask("scancel", job)
     return site.log(job)
 

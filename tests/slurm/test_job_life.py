@@ -92,7 +92,7 @@ def test_a_killed_rank_ends_the_job_soon_and_its_output_is_whole(end: JobEnd) ->
     assert end.state == "FAILED", end.log
     assert end.fields["Restarts"] == "0"
     assert len(end.observed["ranks"]) == 1
-    assert end.observed["took_s"] < 30  # without the 60 s of a silence and Slurm's 30 s of KillWait
+    assert end.observed["took_s"] < 100  # without the 600 s of a silence
     for path in (end.folder / "outputs").glob("completions_rank_*.jsonl"):
         assert len(read_jsonl(path)) >= SEEN
 
