@@ -20,7 +20,7 @@ from mpipipe.logs.reading import RunFiles
 from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import LIMIT_S, Outcome, execute, launched, mpiexec, read_jsonl
 
-TIMEOUT_S = 5.0  # a rank that gets no core for so long would look frozen, too
+TIMEOUT_S = 8.0  # a rank that gets no core for so long would look frozen, too
 NUM_PROMPTS = 100
 
 
@@ -45,6 +45,9 @@ def freeze_when_generating(rank: int, config: Path, folder: Path, *words: str) -
             time.sleep(0.01)
         manifest = json.loads((folder / "manifest.json").read_text())
         pid = int(manifest["hosts"][rank]["pid"])
+        # Its supervisor first, which would end it a moment after the others have named it: with the
+        # cores busy, before they have.
+        os.kill(supervisor_of(pid), signal.SIGSTOP)
         os.kill(pid, signal.SIGSTOP)
         stdout, stderr = process.communicate(timeout=LIMIT_S)
     while not has_ended(pid):  # the launcher ends the stopped process too, a moment later
@@ -61,6 +64,13 @@ def _stepped_s(steps: Path) -> float:
         return 0.0
     first, last = json.loads(lines[0]), json.loads(lines[-1])
     return float(last["t_s"]) - float(first["t_s"])
+
+
+def supervisor_of(pid: int) -> int:
+    """The process that watches over a rank: its parent."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert b"slowed_rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    return parent
 
 
 def has_ended(pid: int) -> bool:
