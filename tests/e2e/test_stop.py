@@ -19,6 +19,7 @@ from tests.e2e.conftest import LIMIT_S, Outcome, execute, launched, mpiexec, rea
 
 NUM_PROMPTS = 150
 JOURNAL = "completions_rank_0.jsonl"
+SLOW_DISK = 500  # bytes a second: minutes for the tiny model
 
 
 @pytest.fixture
@@ -43,12 +44,14 @@ def stop_when(
     folder: Path,
     *words: str,
     number: signal.Signals = signal.SIGUSR1,
+    slowed: str = "",
 ) -> Outcome:
     """Start a run on two ranks, and send it `number` when it is `ready`; `pid` says to whom.
 
     From its first completion on each of its steps sleeps: it does not end before it is told.
+    `slowed`: what else holds it up, for `slowed_rank`.
     """
-    held = f"held:*:{folder / JOURNAL}"
+    held = f"held:*:{folder / JOURNAL},{slowed}"
     command = [*mpiexec(2), sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
     with launched([*command, f"output.dir={folder}", *words], SLOWED=held) as process:
         until = time.monotonic() + LIMIT_S
@@ -78,7 +81,8 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_was_left_alone
     # While booting, through the launcher; then in the middle, on a rank that is not the head.
     folder.mkdir()
     log = folder / "rank_0.log"
-    booting = stop_when(log.exists, lambda pid: pid, tiny_config, folder, *job)
+    never_loads = f"read:*:{SLOW_DISK}"  # however late it is told
+    booting = stop_when(log.exists, lambda pid: pid, tiny_config, folder, *job, slowed=never_loads)
     assert booting.exit_code == EXIT_REQUEUE, booting.stderr
     assert "told to stop (SIGUSR1" in booting.stderr
     assert "Traceback" not in booting.stderr
