@@ -189,7 +189,16 @@ def test_only_weights_that_half_precision_holds_exactly_are_stored_in_it() -> No
     assert isinstance(prepack(exact, None), HalfStoredLinear)
     for changed in (exact + 2.0**-20, exact * 2.0**40, exact * 2.0**-20):
         assert isinstance(prepack(changed, None), BlockedLinear)
-    assert isinstance(prepack(exact.bfloat16(), None), BlockedLinear)
+
+
+def test_weights_in_bfloat16_are_packed_where_the_processor_can_and_else_left() -> None:
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    model = nn.Sequential(linear)
+    prepack_linears(model)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert isinstance(model[0], BlockedLinear)
+    else:
+        assert model[0] is linear
 
 
 def test_packing_frees_the_plain_weights_but_keeps_the_embedding(
