@@ -161,6 +161,12 @@ def split_refusal(config: Mapping[str, object]) -> str:
 RESTARTING = {"phi3": 4096}
 _LONG = frozenset({"longrope", "su", "yarn"})  # Phi-3 reads the older two names as the first
 _BY_LENGTH = frozenset({"longrope", "su", "dynamic"})
+# Kinds that make a context longer by their factor: of what the file states as its positions, or of
+# the original context that a `yarn` may state beside them. Others state the longer one,
+# and so do these families.
+_STRETCHING = frozenset({"dynamic", "linear", "yarn"})
+_STATED_STRETCHED = frozenset({"gemma3", "gemma3_text"})
+_MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +177,8 @@ class RotaryFacts:
     restart_tokens: int = 0  # with so many known tokens `generate` starts over; 0: never
     # Sequences that begin with at most so many tokens see the same at equal positions; None: all.
     max_equal_tokens: int | None = None
+    # The context that its factor makes of the stated one; 0: it makes none longer.
+    stretched_tokens: int = 0
 
 
 def read_rotary(config: Mapping[str, object]) -> RotaryFacts:
@@ -186,7 +194,8 @@ def read_rotary(config: Mapping[str, object]) -> RotaryFacts:
     max_equal_tokens = _max_equal_tokens(config, given)
     original = RESTARTING.get(str(config.get("model_type")))
     if original is None or kind not in _LONG:
-        return RotaryFacts(kind, max_equal_tokens=max_equal_tokens)
+        stretched = _stretched(config, given[0], kind) if given else 0
+        return RotaryFacts(kind, max_equal_tokens=max_equal_tokens, stretched_tokens=stretched)
     stated = _positive(config.get("original_max_position_embeddings"))
     original = stated or original
     return RotaryFacts("longrope", original + 1, original)
@@ -202,6 +211,23 @@ def _max_equal_tokens(
     names = ("original_max_position_embeddings", "max_position_embeddings")
     stated = [_positive(source.get(name)) for source in (config, *given) for name in names]
     return min(filter(None, stated), default=0)
+
+
+def _stretched(config: Mapping[str, object], parameters: Mapping[str, object], kind: str) -> int:
+    factor = parameters.get("factor")
+    if kind not in _STRETCHING or config.get("model_type") in _STATED_STRETCHED:
+        return 0
+    if not isinstance(factor, int | float) or not 1 < factor <= _MAX_TOKENS:
+        return 0
+    stated = next(
+        filter(None, (_positive(config.get(n)) for n in ALIASES["max_context_tokens"])), 0
+    )
+    original = stated
+    if kind == "yarn":
+        name = "original_max_position_embeddings"
+        original = _positive(parameters.get(name)) or _positive(config.get(name)) or stated
+    tokens = int(original * factor)
+    return tokens if stated < tokens <= _MAX_TOKENS else 0
 
 
 def _positive(value: object) -> int:

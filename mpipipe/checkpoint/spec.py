@@ -197,6 +197,7 @@ def read_spec(folder: Path) -> ModelSpec:
     hidden_size, num_heads = sizes.need("hidden_size"), sizes.need("num_heads")
     model_type = str(config.get("model_type", ""))
     num_layers, is_tied = sizes.need("num_layers"), _tied(outer, inner, model_type)
+    context_tokens, rotary = sizes.need("max_context_tokens"), read_rotary(config)
     plain = PlainLinears() if quantization is None else _plain_linears(folder, quantization)
     return ModelSpec(
         model_type=model_type,
@@ -210,13 +211,13 @@ def read_spec(folder: Path) -> ModelSpec:
         num_kv_heads=_num_kv_heads(config, sizes, num_heads),
         head_dim=_head_dim(config, hidden_size, num_heads),
         vocab_size=sizes.need("vocab_size"),
-        max_context_tokens=sizes.need("max_context_tokens"),
+        max_context_tokens=rotary.stretched_tokens or context_tokens,
         tied_embeddings=is_tied,
         gated_mlp=model_type not in PLAIN_MLP,
         dtype=_dtype(folder, outer, config),
         eos_token_ids=_eos_token_ids(generation, config),
         embedding_size=_positive(config.get("word_embed_proj_dim")) or 0,
-        rotary=read_rotary(config),
+        rotary=rotary,
         generation=read_generation_defaults(generation, config),
         num_experts=sizes.find("num_experts") or 1,
         quantized=quantization.scheme if quantization else "none",

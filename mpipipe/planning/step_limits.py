@@ -105,9 +105,9 @@ def choose_step_limits(
     if device == "cuda":
         sequences = gpu_sequences_per_slot(num_requests, num_slots)
         tokens = gpu_tokens_per_step(least_capable(ranks).gpu.capability, spec)
-        budget = decisions.config.pipeline.max_tokens_per_step
-        if isinstance(budget, int) and budget < sequences[0]:
-            sequences = (budget, "one token each in max_tokens_per_step")
+    budget = decisions.config.pipeline.max_tokens_per_step
+    if isinstance(budget, int) and budget < sequences[0]:
+        sequences = (budget, "one token each in max_tokens_per_step")
     max_sequences = decisions.settle("pipeline.max_sequences_per_slot", *sequences)
     max_tokens = decisions.settle(
         "pipeline.max_tokens_per_step", max(tokens[0], max_sequences), tokens[1]
@@ -120,6 +120,8 @@ def choose_step_limits(
         )
     limit = spec.max_context_tokens
     reason = "what the model was made for"
+    if spec.rotary.stretched_tokens:
+        reason = f"the model's positions, stretched by its rotary embedding ({spec.rotary.kind})"
     max_context = decisions.settle("memory.max_context_tokens", limit, reason)
     if max_context > limit:
         raise PlanError(

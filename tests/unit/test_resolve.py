@@ -5,6 +5,7 @@ from itertools import permutations
 
 import pytest
 
+from mpipipe.checkpoint.families import RotaryFacts
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import Config, MemoryConfig, ModelConfig, PipelineConfig
 from mpipipe.errors import EnvironmentSetupError, PlanError
@@ -306,6 +307,19 @@ def test_more_ranks_than_layers_or_a_wrong_split_are_refused() -> None:
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(PlanError, match=r"max_context_tokens = 9000 is more than the 8192"):
         plan(ranks("a"), memory=MemoryConfig(max_context_tokens=9000))
+
+
+def test_a_stretched_context_is_told_with_its_reason() -> None:
+    stretched = replace(SMOL, rotary=RotaryFacts("yarn", stretched_tokens=8192))
+    made = plan(ranks("a"), spec=stretched)
+    assert reason(made, "memory.max_context_tokens") == (
+        "the model's positions, stretched by its rotary embedding (yarn)"
+    )
+
+
+def test_a_small_step_budget_lowers_the_size_of_a_slot_that_is_left_open() -> None:
+    made = plan(ranks("a"), pipeline=PipelineConfig(max_tokens_per_step=8))
+    assert (made.max_tokens_per_step, made.max_sequences_per_slot) == (8, 8)
 
 
 def test_a_step_budget_below_the_slot_size_is_refused() -> None:

@@ -255,6 +255,32 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         read_spec(tmp_path / "nowhere")
 
 
+_YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}, 5120),
+        ({"rope_scaling": {**_YARN, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_scaling": {**_YARN, "original_max_position_embeddings": 512}}, 2048),  # stated
+        ({"rope_scaling": _YARN}, 8192),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, 2048),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, 2048),
+        ({"rope_scaling": {"type": "dynamic", "factor": float("nan")}}, 2048),
+        ({"rope_scaling": {"type": "dynamic", "factor": 10**400}}, 2048),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, 2048),
+        ({"rope_scaling": {"type": "dynamic"}}, 2048),
+        ({"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}}, 2048),
+    ],
+)
+def test_a_rotary_embedding_stretches_the_context_by_its_factor(
+    tmp_path: Path, changes: dict[str, object], tokens: int
+) -> None:
+    assert spec_of(tmp_path, LLAMA, **changes).max_context_tokens == tokens
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_hub_name_gets_its_own_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
