@@ -60,7 +60,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanRequest", "plan_command", "ranks_of_this_host"]
 
-_ASSUMED_WORK = "512x512x128"  # where the configuration names no prompts
+# Where the configuration names no prompts, as far as the context holds them.
+_ASSUMED_PROMPTS, _ASSUMED_TOKENS, _ASSUMED_OUTPUT = 512, 512, 128
 _STANDARD_INPUT = "-"
 
 
@@ -242,6 +243,12 @@ def _model(loaded: LoadedConfig) -> tuple[ModelFacts, tuple[str, ...]]:
     return read_model(loaded, needs_weights=False), (warning,)
 
 
+def _assumed_work(limit: int) -> str:
+    """Prompts that a context of `limit` tokens holds, a fifth of it for the output at least."""
+    tokens = min(_ASSUMED_TOKENS, max(1, limit * 4 // 5))
+    return f"{_ASSUMED_PROMPTS}x{tokens}x{_ASSUMED_OUTPUT}"
+
+
 def _prompts(loaded: LoadedConfig, model: ModelFacts, request: PlanRequest) -> PromptLengths:
     """The lengths of the configuration's prompts, or of other work.
 
@@ -254,9 +261,15 @@ def _prompts(loaded: LoadedConfig, model: ModelFacts, request: PlanRequest) -> P
     limit = limit or model.spec.max_context_tokens
     work = request.work
     if work is None and not (path or loaded.inline_prompts):
-        work, source = _ASSUMED_WORK, "assumed: no prompts are configured, --work says others"
+        work, source = (
+            _assumed_work(limit),
+            "assumed: no prompts are configured, --work says others",
+        )
     elif work is None and path == _STANDARD_INPUT:
-        work, source = _ASSUMED_WORK, "assumed: standard input is not read, --work says others"
+        work, source = (
+            _assumed_work(limit),
+            "assumed: standard input is not read, --work says others",
+        )
     else:
         source = "--work"
     if work is not None:

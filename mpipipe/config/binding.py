@@ -167,6 +167,8 @@ def fit(name: str, value: Any) -> Any:
     try:
         return _convert(value, kind)
     except TypeError:
+        if _has_large_number(value):
+            raise ValueError(f"is out of range: whole numbers go to {_MAX_INT}") from None
         expected = f'a size such as "6GiB", {_describe(kind)}' if is_size else _describe(kind)
         raise ValueError(f"does not fit: expected {expected}") from None
 
@@ -181,6 +183,11 @@ def _convert(value: Any, kind: Any) -> Any:
         if type(value) is option and _is_carried(value):
             return value
     raise TypeError
+
+
+def _has_large_number(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else (value,)
+    return any(type(item) is int and abs(item) > _MAX_INT for item in items)
 
 
 def _is_carried(value: Any) -> bool:

@@ -197,6 +197,13 @@ def _reject_unknown(line: Mapping[str, Any], known: Mapping[str, None]) -> None:
             hint = 'notes of your own go under "metadata"'
             if not has_text and {"role", "content"} <= given:
                 hint = 'turns of a conversation go into a list under "messages"'
+            elif not has_text and isinstance(value, list):
+                hint = (
+                    'turns of a conversation go under "messages", each with role and content, the '
+                    f'text of a prompt goes under "prompt", {hint}'
+                )
+            elif not has_text and isinstance(value, Mapping):
+                hint = f'what a batch line asks for goes under "body", {hint}'
             elif not has_text and isinstance(value, str):
                 hint = f'the text of a prompt goes under "prompt", {hint}'
             elif guess := nearest(key.lower(), known):

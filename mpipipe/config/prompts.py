@@ -126,7 +126,8 @@ def _file_prompts(path: Path) -> list[_FoundPrompt]:
 def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
     # Bytes are split at newlines only: U+2028 and its like are ordinary characters in JSON.
     for number, line in enumerate(io.BytesIO(raw), start=1):
-        if stripped := line.strip():
+        # Files that were joined have the byte order mark of each at its first line.
+        if stripped := line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, stripped
 
 
@@ -167,13 +168,15 @@ def _id_beside_other_faults(prompt: object) -> str | None:
         return None
 
 
+_JSON_NAMES = {list: "a list", bool: "true or false", type(None): "null"}
+
+
 def _object_prompt(value: Any, number: int, unit: str) -> _FoundPrompt:
     if isinstance(value, str):  # an inline prompt, or a line that is just a quoted text
         value = {"prompt": value}
     if not isinstance(value, Mapping):
-        error = PromptError(
-            "invalid_json", f"{unit} {number} is a {type(value).__name__}, not a JSON object"
-        )
+        what = _JSON_NAMES.get(type(value), "a number")
+        error = PromptError("invalid_json", f"{unit} {number} is {what}, not a JSON object")
         return _FoundPrompt(number, None, error=error)
     prompt_id, problem = _read_id(value)
     if problem is not None:

@@ -434,6 +434,11 @@ def test_standard_input_is_left_to_the_run(capsys: pytest.CaptureFixture[str]) -
     assert found["source"] == "assumed: standard input is not read, --work says others"
 
 
+def test_assumed_prompts_fit_a_short_context(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, OPENLLAMA_7B, "memory.max_context_tokens=100", gpus="2 x t4")["prompts"]
+    assert (found["num_prompt_tokens"], found["num_output_tokens"]) == (512 * 80, 512 * 20)
+
+
 def test_many_prompts_are_counted_by_a_sample(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -234,6 +234,13 @@ def test_byte_order_mark_crlf_and_unicode_line_separators(tmp_path: Path) -> Non
     assert lines[1].text == "x\u2028y\u0085z"
 
 
+def test_files_that_were_joined_keep_their_byte_order_marks(tmp_path: Path) -> None:
+    path = tmp_path / "joined.jsonl"
+    path.write_bytes(2 * b'\xef\xbb\xbf{"prompt": "x"}\r\n' + b"\xef\xbb\xbf\r\n")
+    lines = read_prompts(path, GenerationConfig())
+    assert [(line.text, line.error) for line in lines] == [("x", None)] * 2
+
+
 def test_escaped_surrogate_pair_is_one_character(tmp_path: Path) -> None:
     (line,) = read(tmp_path, b'{"prompt": "\\ud83d\\ude00"}')
     assert line.text == "\U0001f600"
