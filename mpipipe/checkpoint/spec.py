@@ -191,8 +191,7 @@ def read_spec(folder: Path) -> ModelSpec:
     inner = outer.get("text_config")
     config = {**outer, **inner} if isinstance(inner, dict) else outer
     _require_decoder(outer, config)
-    quantization = quantization_of(outer)
-    generation = _generation_config(folder)
+    quantization, generation = quantization_of(outer), _generation_config(folder)
     sizes = _Sizes(folder / "config.json", config)
     hidden_size, num_heads = sizes.need("hidden_size"), sizes.need("num_heads")
     model_type = str(config.get("model_type", ""))
