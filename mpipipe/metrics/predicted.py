@@ -16,7 +16,8 @@ class StagePrediction:
     stage: int
     prefill_step_s: float
     decode_step_s: float
-    # Weights, cache and work space: on a GPU what torch holds, on a CPU beside what libraries hold.
+    # The peak: on a GPU what torch reserves; on a CPU the resident size (VmHWM) beyond that before
+    # loading, which Python and its libraries take (`RankReport.used_bytes`).
     memory_bytes: int
 
 

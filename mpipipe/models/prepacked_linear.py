@@ -32,6 +32,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from mpipipe.models.packed_padding import half_packed
+
 __all__ = [
     "BlockedLinear",
     "HalfStoredLinear",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 _BATCH_HINT = 8
-_CHECKED_ELEMENTS = 1 << 20  # of a weight at once: 6 MB of copies
+_CHECKED_ELEMENTS = 1 << 17  # of a weight at once: 0.8 MB of copies, which stay in the cache
 
 
 # Both compute what the `nn.Linear` of their weight does, up to rounding. What they pack is opaque,
@@ -78,7 +80,7 @@ class HalfStoredLinear(nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight_OI, bias_O)
+        self._packed = half_packed(weight_OI, bias_O)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features]."""

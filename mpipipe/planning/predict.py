@@ -19,6 +19,7 @@ from mpipipe.planning.tensor_parallel import lane_spec
 __all__ = ["predict"]
 
 _HUGE_PAGE_BYTES = 2 << 20  # of Linux on x86
+_READ_BUFFER_BYTES = 16 << 20  # of weights that are converted (`weights/filling.py`, one reader)
 
 
 def predict(
@@ -85,27 +86,34 @@ def _memory_bytes(spec: ModelSpec, plan: PipelinePlan, number: int, forecast: Jo
     # pages of 12 KiB, 60 times: 181 MiB are 301 MiB resident.)
     written = forecast.num_kv_pages * page_bytes + 2 * stage.num_kv_device_layers * _HUGE_PAGE_BYTES
     kv_bytes = min(plan.num_kv_pages * page_bytes, written)
-    return _cpu_weight_bytes(spec, plan, stage) + kv_bytes + work_bytes
+    loading, computing = _cpu_weight_bytes(spec, plan, stage)
+    return max(loading, computing + kv_bytes + work_bytes)
 
 
-def _cpu_weight_bytes(spec: ModelSpec, plan: PipelinePlan, stage: StagePlan) -> int:
-    """The most of a stage's weights: as they are read, or packed (`models/prepacked_linear.py`).
+def _cpu_weight_bytes(spec: ModelSpec, plan: PipelinePlan, stage: StagePlan) -> tuple[int, int]:
+    """The most of a stage's weights while it loads, and while it computes.
 
-    The head is packed last, and its plain form is there until then, or always, as the embedding.
-    What packing frees is not taken off: the allocator keeps much of it.
+    They are read as they run, and then packed (`models/prepacked_linear.py`): the head last, whose
+    plain form is there until then, or always, as the embedding.
     """
     weights = stage.device_weight_bytes
+    is_converted = plan.weights != "random" and spec.dtype != plan.dtype
+    loading = weights + is_converted * _READ_BUFFER_BYTES
     if stage.offload is not None:
-        return weights
+        return loading, weights
+    share = _packed_share(spec, plan)
     packed = weights
-    share = _packed_share(spec, plan.dtype, plan.quantize)
     if share < 1:
         packed -= int((1 - share) * stage.num_layers * layer_weight_bytes(spec, plan.dtype))
-    if stage.has_head:
-        packed += int(share * head_weight_bytes(spec, plan.dtype))
-    return max(weights, packed)
+    if not stage.has_head:
+        return max(loading, packed), packed
+    head_bytes = head_weight_bytes(spec, plan.dtype)
+    packed += int(share * head_bytes)
+    stays = stage.has_embedding and spec.is_head_the_embedding
+    return max(loading, packed), packed - (not stays) * head_bytes
 
 
-def _packed_share(spec: ModelSpec, dtype: str, quantize: str) -> float:
+def _packed_share(spec: ModelSpec, plan: PipelinePlan) -> float:
     """Of a weight's bytes on a CPU, when it is packed: half of those that float16 holds exactly."""
-    return 0.5 if dtype == "float32" and spec.dtype != "float32" and quantize == "none" else 1.0
+    is_exact = plan.dtype == "float32" and plan.weights != "random" and spec.dtype != "float32"
+    return 0.5 if is_exact and plan.quantize == "none" else 1.0

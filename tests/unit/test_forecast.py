@@ -156,7 +156,9 @@ def forecast(
     on_gpus = ranks[0].has_gpu
     dtype: DtypeName = "bfloat16" if on_gpus else "float32"
     config = Config(
-        model=ModelConfig(dtype=dtype, weights="random", quantize=quantize),
+        model=ModelConfig(
+            dtype=dtype, weights="random" if on_gpus else "checkpoint", quantize=quantize
+        ),
         memory=memory or MemoryConfig(),
     )
     pipeline = replace(
