@@ -27,6 +27,7 @@ from mpipipe.models.prepacked_linear import (
     HalfStoredLinear,
     PrepackedLinear,
     prepack,
+    prepack_linears,
 )
 from mpipipe.types import QuantizeName
 from tests.contract.tiny_models import (
