@@ -66,6 +66,8 @@ def show_summary(files: RunFiles, run: RunFacts, found: RunTime, *, as_json: boo
     )
     told = {name.removesuffix("_s"): value for name, value in found.time.items()}
     _print("          " + " · ".join(f"{name} {_seconds(value)}" for name, value in told.items()))
+    for label, words in found.spared.words().items():
+        _print(f"{label:<10}{' · '.join(words)}")
     _print(f"culprit   {found.culprit.sentence}")
     _print("")
     _show_times(found)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mpipipe.errors import EXIT_OK, OutputError
+from mpipipe.metrics.drafts import DraftUse
+from mpipipe.metrics.spared import SparedWork
 from mpipipe.run_folder.accounts import follow_up_accounts
 from mpipipe.run_folder.status import (
     RunStatus,
@@ -178,6 +180,13 @@ def _lines(seen: _Seen) -> list[str]:
     return lines[1:]
 
 
+def _spared(values: Mapping[str, Any]) -> SparedWork:
+    drafts = DraftUse(values.get("num_drafted", 0), values.get("num_accepted", 0))
+    return SparedWork(
+        values.get("num_shared_tokens", 0), drafts, values.get("num_output_tokens", 0)
+    )
+
+
 def _progress(values: Mapping[str, Any]) -> dict[str, str]:
     """What the run counted, by label."""
     if "num_prompts" not in values:
@@ -196,6 +205,7 @@ def _progress(values: Mapping[str, Any]) -> dict[str, str]:
             left_s = (total - done) * elapsed_s / completed
             speed += f", about {duration(left_s)} to go"
         facts["speed"] = speed
+    facts |= {label: ", ".join(words) for label, words in _spared(values).words().items()}
     if values.get("stops_in_s") is not None and values.get("state") == "generating":
         facts["time"] = f"stops in {duration(values['stops_in_s'])} to keep the wall time"
     hosts, num_replicas = dict.fromkeys(values.get("hosts", ())), values.get("num_replicas", 1)

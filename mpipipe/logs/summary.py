@@ -13,9 +13,11 @@ from typing import Any
 
 from mpipipe.logs.culprit import Culprit, find_culprit
 from mpipipe.logs.facts import RankFacts, RunFacts
-from mpipipe.logs.reading import Line, number
+from mpipipe.logs.reading import Line, number, whole
 from mpipipe.logs.steps import PARTS
 from mpipipe.metrics.boot import PREPROCESSING, READING
+from mpipipe.metrics.drafts import DraftUse
+from mpipipe.metrics.spared import SparedWork
 
 __all__ = ["COLUMNS", "RankTime", "RunTime", "summarise"]
 
@@ -60,6 +62,7 @@ class RunTime:
     ranks: tuple[RankTime, ...]
     time: Mapping[str, float | None]  # preprocessing_s, io_read_s, io_write_s, communication_s
     culprit: Culprit
+    spared: SparedWork  # what was not computed; zero where the run did not tell
 
     @property
     def shares(self) -> Mapping[str, float]:
@@ -72,7 +75,9 @@ class RunTime:
 
     def to_dict(self) -> dict[str, Any]:
         """What `mpipipe logs summary --json` prints."""
-        return {**dataclasses.asdict(self), "shares": dict(self.shares)}
+        values = dataclasses.asdict(self)
+        values["spared"]["tokens_per_step"] = self.spared.tokens_per_step
+        return {**values, "shares": dict(self.shares)}
 
 
 def summarise(run: RunFacts, metrics: Line) -> RunTime:
@@ -88,6 +93,20 @@ def summarise(run: RunFacts, metrics: Line) -> RunTime:
         ranks=ranks,
         time=_time(ranks, metrics),
         culprit=find_culprit(run),
+        spared=_spared(metrics),
+    )
+
+
+def _spared(metrics: Line) -> SparedWork:
+    drafts, requests = metrics.get("drafts"), metrics.get("requests")
+    drafts = drafts if isinstance(drafts, dict) else {}
+    names = ("num_drafted", "num_accepted", "num_saved_steps")
+    return SparedWork(
+        num_shared_tokens=max(0, whole(metrics, "num_shared_tokens")),
+        drafts=DraftUse(*(max(0, whole(drafts, name)) for name in names)),
+        num_output_tokens=whole(
+            requests if isinstance(requests, dict) else {}, "num_output_tokens"
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from mpipipe.metrics.identity import SCHEMA
 from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.predicted import Compared, Prediction, compared, compared_fields
 from mpipipe.metrics.replicas import ReplicaTotals
+from mpipipe.metrics.spared import SparedWork
 
 if TYPE_CHECKING:
     from mpipipe.metrics.identity import RunIdentity
@@ -250,6 +251,11 @@ class RunSummary:
             rank.replica: rank.page_moves for rank in reversed(self.ranks) if not rank.stage.stage
         }
         return sum(moves.num_saved for moves in first.values() if moves is not None)
+
+    @property
+    def spared(self) -> SparedWork:
+        """What was not computed."""
+        return SparedWork(self.num_shared_tokens, self.drafts, self.requests.num_output_tokens)
 
     @property
     def energy_j(self) -> float | None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpipipe.metrics.accounting import TimeParts
-    from mpipipe.metrics.drafts import DraftUse
     from mpipipe.metrics.offload import OffloadUse
     from mpipipe.metrics.predicted import Compared, Prediction
     from mpipipe.metrics.replicas import ReplicaTotals
@@ -93,7 +92,7 @@ def _headlines(summary: RunSummary) -> list[str]:
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
             _preemptions(summary),
         ),
-        **({"drafts": _drafts(summary.drafts)} if summary.drafts.num_drafted else {}),
+        **_drafts(summary),
         "first token": (
             f"{_seconds(requests.ttft_p50_s)} p50",
             f"{_seconds(requests.ttft_p95_s)} p95",
@@ -254,12 +253,9 @@ def _preemptions(summary: RunSummary) -> str:
     return f"{told}, {summary.num_saved:,} by moving pages" if summary.num_saved else told
 
 
-def _drafts(use: DraftUse) -> tuple[str, ...]:
-    return (
-        f"{use.num_accepted:,} of {use.num_drafted:,} tokens accepted",
-        f"{use.num_saved_steps:,} decode steps saved",
-        "not in the prediction",
-    )
+def _drafts(summary: RunSummary) -> dict[str, tuple[str, ...]]:
+    told = summary.spared.words().get("drafts")
+    return {} if told is None else {"drafts": (*told, "not in the prediction")}
 
 
 def _kv_host_table(ranks: Sequence[tuple[str, RankReport]]) -> list[str]:

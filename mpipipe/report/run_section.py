@@ -16,6 +16,7 @@ from mpipipe.report.timeline import occupancy_charts, rate_curve
 
 if TYPE_CHECKING:
     from mpipipe.logs.reading import Line
+    from mpipipe.metrics.spared import SparedWork
     from mpipipe.report.charts import Chart
     from mpipipe.report.run_files import RunLines
 
@@ -82,6 +83,7 @@ def plain_run(run: RunLines) -> dict[str, Any]:
         "run": run.manifest.get("run"),
         "figures": {figure.key: _value(run, facts, figure.key) for figure in FIGURES},
         "stage_parts_s": _parts(run),
+        "spared": run.time.to_dict()["spared"],
     }
 
 
@@ -139,12 +141,26 @@ def _figures_table(run: RunLines) -> Table:
             (figure.title, number(_value(run, facts, figure.key)), figure.meaning)
             for figure in FIGURES
         ),
+        *_spared_rows(run.time.spared),
     ]
     return Table(
         "Measured",
         ("Figure", "Value", "Meaning"),
         tuple((_words(name), Cell(value), _words(meaning)) for name, value, meaning in rows),
     )
+
+
+def _spared_rows(spared: SparedWork) -> list[tuple[str, str, str]]:
+    """Nothing where no prompts begin alike and nothing was drafted."""
+    rows = []
+    if spared.num_shared_tokens:
+        told = "prompt tokens not computed: other prompts begin in the same way"
+        rows.append(("Shared prefixes", f"{spared.num_shared_tokens:,}", told))
+    if drafts := spared.words().get("drafts"):
+        use, told = spared.drafts, ", ".join(drafts[1:])
+        value = f"{use.num_accepted:,} of {use.num_drafted:,}"
+        rows.append(("Drafts", value, f"drafted tokens accepted{told and f': {told}'}"))
+    return rows
 
 
 def _batch(pipeline: Mapping[str, Any]) -> str:
