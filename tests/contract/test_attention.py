@@ -192,9 +192,9 @@ def test_decodes_that_share_pages_read_them_together(
         assert actual.dtype == dtype
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     together = options.softcap is None and options.window is None
-    # By step: those of A and those of B; those of A, but for one that is far longer; those with
-    # most of A, and those with its first two pages only.
-    assert num_joined == ([3, 2, 3, 3, 2] if together else [])
+    # By step: those of A and those of B; those of A, but for one that is far longer; those with the
+    # first two pages of A only, and those with most of it.
+    assert num_joined == ([3, 2, 3, 2, 3] if together else [])
 
 
 def test_decodes_beside_chunks_read_what_they_share_together(num_joined: list[int]) -> None:

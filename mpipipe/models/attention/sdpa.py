@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mpipipe.kv_cache.common_pages import CommonPages, common_pages
+from mpipipe.kv_cache.common_pages import CommonPagesMemory
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention.base import AttentionBackend, AttentionInputs
 from mpipipe.planning.padding import MIN_SPARED_TOKENS, padded_groups
@@ -41,6 +41,7 @@ from mpipipe.planning.padding import MIN_SPARED_TOKENS, padded_groups
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpipipe.kv_cache.common_pages import CommonPages
     from mpipipe.kv_cache.layout import BatchLayout, SequenceLens
     from mpipipe.models.layer_options import AttentionOptions
 
@@ -65,15 +66,18 @@ class SdpaAttention(AttentionBackend):
     needs_seq_lens = True
     head_major = False
 
+    def __init__(self) -> None:
+        self._common_pages = CommonPagesMemory()
+
     def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
         """See `AttentionBackend`."""
         layer, query_THD, key_TKD, value_TKD, cache, layout, options = inputs
         num_decodes = layout.num_decodes
         if layout.is_decode:
-            return _decode(query_THD, inputs)
+            return _decode(query_THD, inputs, self._common_pages)
         outputs: list[torch.Tensor] = []
         if num_decodes:
-            outputs.append(_decode(query_THD[:num_decodes], inputs))
+            outputs.append(_decode(query_THD[:num_decodes], inputs, self._common_pages))
         for index in range(num_decodes, len(layout.seq_lens)):
             seq = layout.seq_lens[index]
             rows = slice(seq.query_start, seq.query_start + seq.query_len)
@@ -86,14 +90,16 @@ class SdpaAttention(AttentionBackend):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _decode(query_BHD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+def _decode(
+    query_BHD: torch.Tensor, inputs: AttentionInputs, memory: CommonPagesMemory
+) -> torch.Tensor:
     """One token of each decoding sequence over its cache: [B, H, D]."""
     output_BHD: torch.Tensor | None = None
     layout = inputs.layout
     shared_size = _shared_page_size(inputs)
     groups = layout.derive(
         ("sdpa", "groups", shared_size),
-        lambda: _decode_groups(layout, query_BHD.device, shared_size),
+        lambda: _decode_groups(layout, query_BHD.device, shared_size, memory),
     )
     for group in groups:
         rows_B = group.rows_B
@@ -210,7 +216,7 @@ def _shared_page_size(inputs: AttentionInputs) -> int:
 
 
 def _decode_groups(
-    layout: BatchLayout, device: torch.device, shared_page_size: int
+    layout: BatchLayout, device: torch.device, shared_page_size: int, memory: CommonPagesMemory
 ) -> tuple[_DecodeGroup, ...]:
     """The decoding sequences by what they share, then by length."""
     if not layout.seq_lens:
@@ -218,7 +224,7 @@ def _decode_groups(
     lengths = [seq.kv_len for seq in layout.seq_lens[: layout.num_decodes]]
     groups: list[_DecodeGroup] = []
     alone = set(range(len(lengths)))
-    for common in _common_pages(layout, lengths, shared_page_size):
+    for common in _common_pages(layout, lengths, shared_page_size, memory):
         num_common = common.num_pages * shared_page_size
         for members in _padded([lengths[row] - num_common for row in common.rows], common.rows):
             if (len(members) - 1) * num_common >= MIN_SPARED_TOKENS:
@@ -248,12 +254,15 @@ def _group(
     return _DecodeGroup(tuple(members), rows_B, lengths[members[0]], common)
 
 
-def _common_pages(layout: BatchLayout, lengths: list[int], page_size: int) -> list[CommonPages]:
+def _common_pages(
+    layout: BatchLayout, lengths: list[int], page_size: int, memory: CommonPagesMemory
+) -> list[CommonPages]:
     """Which decodes begin with the same pages; the newest token of each is its own."""
     if not page_size:
         return []
     page_table_BP = layout.page_table_BP[: len(lengths)].numpy()
-    return common_pages(page_table_BP, (np.array(lengths) - 1) // page_size)
+    num_whole_B = (np.array(lengths) - 1) // page_size
+    return memory.find(page_table_BP, num_whole_B, -(-MIN_SPARED_TOKENS // page_size))
 
 
 def _decode_mask(
