@@ -36,8 +36,7 @@ def shown(*words: str | Path) -> str:
 
 
 def page(folder: Path) -> str:
-    content = make_report(folder).files["report.html"]
-    return content if isinstance(content, str) else content.decode()
+    return make_report(folder).files["report.html"].decode()
 
 
 def test_tokens_per_step_are_those_of_steps_that_gave_any() -> None:
