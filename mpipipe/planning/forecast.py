@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.cost import dtype_bytes
 from mpipipe.planning.links import DISK_BYTES_PER_S
-from mpipipe.planning.padding import MIN_SPARED_TOKENS, padded_tokens
+from mpipipe.planning.padding import joined_tokens
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
 from mpipipe.planning.step_times import StepTimes
@@ -352,14 +352,7 @@ class _Job:
         What its prompts share counts once for all of them, as if they all began alike.
         """
         known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in slot]
-        common = self.shared_ratio * sum(sequence.prompt for sequence in slot) / len(slot)
-        if (len(slot) - 1) * common < MIN_SPARED_TOKENS:
-            return padded_tokens(known)
-        own = [
-            length - self.shared_ratio * sequence.prompt
-            for length, sequence in zip(known, slot, strict=True)
-        ]
-        return padded_tokens(own) + common
+        return joined_tokens(known, [self.shared_ratio * sequence.prompt for sequence in slot])
 
     def _next_end(self) -> float:
         """The round in which the next sequence ends; infinity: none runs."""

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["MIN_SPARED_TOKENS", "padded_groups", "padded_tokens"]
+__all__ = ["MIN_SPARED_TOKENS", "joined_tokens", "padded_groups", "padded_tokens"]
 
 # A sequence shares a gather with one up to twice as long, or up to this many tokens longer: the
 # fixed cost of one more group (about 60 µs a layer) buys the gather of about 200 tokens.
 _MAX_PADDING_TOKENS = 128
 _GROUP_TOKENS = 200
 # Sequences that begin with the same pages read these once for all where it spares so many tokens:
-# joining the two parts costs about 60 µs a layer, as a gather of so many tokens does.
+# joining the two parts costs about 60 µs a layer, as a gather of so many tokens does. Each group of
+# `kv_cache.common_pages` spares at least so many.
 MIN_SPARED_TOKENS = 512
 
 
@@ -42,6 +43,20 @@ def padded_tokens(lengths: Sequence[float]) -> float:
             longest, num_groups = length, num_groups + 1
         read += longest
     return read + _GROUP_TOKENS * max(0, num_groups - 1)
+
+
+def joined_tokens(lengths: Sequence[float], shared: Sequence[float]) -> float:
+    """As `padded_tokens`, of sequences that begin alike: what they share is read once for all.
+
+    Args:
+        lengths: tokens of each sequence.
+        shared: of these, those that it shares. Where they are not equally many, the mean is read.
+    """
+    common = sum(shared) / len(shared)
+    if (len(shared) - 1) * common < MIN_SPARED_TOKENS:
+        return padded_tokens(lengths)
+    own = [length - part for length, part in zip(lengths, shared, strict=True)]
+    return padded_tokens(own) + common
 
 
 def _is_apart(length: float, longest: float) -> bool:

@@ -56,10 +56,15 @@ class ReplicaPlan:
     def parts(self, *, with_stops: bool, launch_s: float, trace_steps: int) -> ReplicaParts:
         """A replica at its beginning."""
         plan = self.plan
+        pads = plan.attention == "sdpa"
+        shares = pads and plan.device == "cpu" and plan.max_sharing_tokens > 0
+        followed = FollowedSteps(
+            plan.num_slots, pads=pads, shared_page_size=plan.page_size_tokens * shares
+        )
         stages = SimulatedStages(
             self.times,
             num_stages=plan.num_stages,
-            followed=FollowedSteps(plan.num_slots, pads=plan.attention == "sdpa"),
+            followed=followed,
             in_stream=plan.device == "cuda",
             launch_s=launch_s if plan.device == "cuda" else 0.0,
             num_ranks=len(plan.ranks),

@@ -102,10 +102,12 @@ class _StageGroup:
                 self._stages.send(message, done_s + self._times.message_s * (self._num_others > 0))
                 self.num_in_flight += 1
             case RequestOpened():
+                self._stages.open(message.sequence_id)
                 stop = scripted_stop(message.sampling)
                 if stop is not None:
                     self._stops[message.sequence_id] = [message.num_output_tokens, stop]
             case RequestClosed():
+                self._stages.close(message.sequence_ids)
                 for sequence_id in message.sequence_ids:
                     self._stops.pop(sequence_id, None)
             case PagesRestored():

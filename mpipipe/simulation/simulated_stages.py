@@ -16,6 +16,7 @@ host in no time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpipipe.control_plane.messages import PagesRestored
@@ -141,6 +142,14 @@ class SimulatedStages:
             returning.noticed_s = arrival_s
             self._num_claimed += 1
         self._returning.append(returning)
+
+    def open(self, sequence_id: int) -> None:
+        """A sequence begins, or begins again."""
+        self._followed.open(sequence_id)
+
+    def close(self, sequence_ids: Sequence[int]) -> None:
+        """Sequences have ended."""
+        self._followed.close(sequence_ids)
 
     def restore(self, restored: PagesRestored) -> None:
         """The pages of a sequence come back from host memory, before the next step, in no time."""
