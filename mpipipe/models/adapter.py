@@ -34,7 +34,6 @@ from mpipipe.models.fused_gpu import FusedStack, build_fused_stack, unsupported_
 from mpipipe.models.layer_options import AttentionOptions
 from mpipipe.models.llama_modules import LlamaModel
 from mpipipe.models.operations import choose_operations
-from mpipipe.models.packed_padding import own_mappings
 from mpipipe.models.plain_stage import PlainStage
 from mpipipe.models.prepacked_linear import prepack_linears
 from mpipipe.models.quantized_linear import quantize_linears, quantized_linears, use_products
@@ -338,11 +337,10 @@ class StageModel(PlainStage):
         kept = [layers[number] for number in sorted(streamed.layers)]
         if streamed.gates is not NO_GATES:
             self._leave_head()
-        with own_mappings():
-            fuse_layers(layers, self._context, self._options, streamed)
-            if self.plan.has_head and isinstance(layers[-1], FusedLayer):
-                self._context.cut_layer = len(layers) - 1
-            prepack_linears(self.module, kept)
+        fuse_layers(layers, self._context, self._options, streamed)
+        if self.plan.has_head and isinstance(layers[-1], FusedLayer):
+            self._context.cut_layer = len(layers) - 1
+        prepack_linears(self.module, kept)
         self._tensor_split.attach(self.module, self.lanes)
 
     def _leave_head(self) -> None:

@@ -32,8 +32,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mpipipe.models.packed_padding import half_packed
-
 __all__ = [
     "BlockedLinear",
     "HalfStoredLinear",
@@ -80,7 +78,7 @@ class HalfStoredLinear(nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
-        self._packed = half_packed(weight_OI, bias_O)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight_OI, bias_O)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features]."""
