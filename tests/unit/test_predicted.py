@@ -104,8 +104,8 @@ def test_a_prediction_is_the_jobs_forecast_with_the_memory_that_it_will_touch() 
     assert (found.start_s, found.load_s, found.wall_s) == (7.0, 2.0, 7.0 + found.generate_s)
     # The first stage needs most while its weights are read: half of them is given back before the
     # first step. The last when its head is packed, which is there twice then: twelve layers of
-    # 13.5 MiB in half, each with 3.9375 MiB of zeros in blocks of 512 inputs, and the head of 108 MiB
-    # one and a half times, with 42 MiB of zeros.
+    # 13.5 MiB in half, each with 3.9375 MiB of zeros in blocks of 512 inputs, and one and a half
+    # times the head of 108 MiB, with 42 MiB of zeros.
     assert found.stages[0].memory_bytes == plan.stages[0].weight_bytes + 16 * MIB
     assert plan.stages[1].num_layers == 12
     expected_mib = 12 * (13.5 / 2 + 3.9375) + 1.5 * 108 + 42
