@@ -1,9 +1,9 @@
 """`DecodeBatch`: one slot's decoding sequences, as rows, on the host and on the device.
 
 The rows follow the head's `DecodeScheduled` deltas. While a batch does not change, a step needs no
-copy at all: lengths and positions advance on the device. When it does change (a sequence left or
-joined, a page was added), the whole batch is uploaded in one copy from the host's mirror, which
-knows all of it but the tokens; those never leave the device (`last_token`).
+copy at all: lengths and positions advance on the device. When a page was added, the page tables are
+uploaded; when a sequence left or joined, the whole batch: in one copy each from the host's mirror,
+which knows all of it but the tokens; those never leave the device (`last_token`).
 
 A step that verifies drafts takes the place of the rows: its rows are tokens of the same few
 sequences, one position behind the other, that share a page table. All is uploaded for it, its
@@ -159,10 +159,10 @@ class DecodeBatch:
             return self._show_drafts(step)
         if step.left or step.joined:
             self._regroup(step)
+            self._upload()
         elif step.page_rows:
             self._add_pages(step)
-        if step.left or step.joined or step.page_rows:
-            self._upload()
+            self._upload_pages()
         self._arrays.host["kv_len"][: len(self._rows)] += 1
         self.last_step = step.step
         return []
@@ -199,10 +199,16 @@ class DecodeBatch:
     def _upload(self, num_pages: int = 1) -> None:
         """Make the device's side equal to the host's, as far as it is read.
 
-        The page table of a context of 128k tokens has 8,192 columns: 8 MB for 256 rows.
         `num_pages`: of rows that are not the batch's, at most.
         """
         self._arrays.upload()
+        self._upload_pages(num_pages)
+
+    def _upload_pages(self, num_pages: int = 1) -> None:
+        """Of the device's side only the page tables.
+
+        The page table of a context of 128k tokens has 8,192 columns: 8 MB for 256 rows.
+        """
         host, device = self._pages.host["pages"], self._pages.device["pages"]
         if host.nbytes <= _WHOLE_TABLE_BYTES:
             self._pages.upload()
@@ -222,16 +228,14 @@ class DecodeBatch:
         rows = np.concatenate((rows, np.array(joined, dtype=np.int64)))
         assert len(rows) == step.num_rows, f"{len(rows)} rows, the head has {step.num_rows}"
         self._rows = rows
-        for row, page in zip(step.page_rows, step.new_pages, strict=True):
-            table.add_pages(int(rows[row]), (page,))
+        if step.page_rows:
+            table.add_a_page_each(rows[list(step.page_rows)], step.new_pages)
         self._rebuild()
 
     def _add_pages(self, step: DecodeScheduled) -> None:
-        pages = self._pages.host["pages"]
-        for row, page in zip(step.page_rows, step.new_pages, strict=True):
-            request_row = int(self._rows[row])
-            self._request_table.add_pages(request_row, (page,))
-            pages[row] = self._request_table.pages[request_row]
+        rows = list(step.page_rows)
+        places = self._request_table.add_a_page_each(self._rows[rows], step.new_pages)
+        self._pages.host["pages"][rows, places] = step.new_pages
 
     def _rebuild(self) -> None:
         table, rows, host = self._request_table, self._rows, self._arrays.host

@@ -111,6 +111,14 @@ class RequestTable:
         self.pages[request_row, first:end] = new_pages
         self.num_pages[request_row] = end
 
+    def add_a_page_each(self, request_rows: np.ndarray, new_pages: Sequence[int]) -> np.ndarray:
+        """Append a page to each of several page tables; returns the places where they stand."""
+        places = self.num_pages[request_rows]
+        assert places.max() < self.max_pages, f"a sequence has {self.max_pages} pages at most"
+        self.pages[request_rows, places] = new_pages
+        self.num_pages[request_rows] = places + 1
+        return places
+
     def restore(self, message: PagesRestored) -> None:
         """A sequence goes on, with all its computed tokens in other pages."""
         request_row = self._request_row_of[message.sequence_id]
