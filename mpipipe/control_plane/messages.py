@@ -228,11 +228,15 @@ class DecodeScheduled:
     @property
     def num_tokens(self) -> int:
         """Rows of the hidden state on every edge."""
+        if not self.chunks:  # asked several times a step
+            return self.num_rows
         return self.num_rows + sum([chunk.num_tokens for chunk in self.chunks])
 
     @property
     def num_sampled(self) -> int:
         """Length of the ids tensor that comes back from the last stage."""
+        if not self.chunks:
+            return self.num_rows
         return self.num_rows + sum([chunk.sample for chunk in self.chunks])
 
     @property

@@ -298,7 +298,7 @@ class StageWorker:
         stream, engine = self._stream, self._engine
         started_s = self._clock.now_s() - self._transfers.awaited_s
         taken_up = stream.record_event()
-        hidden_TH, needs = None, step.step
+        hidden_TH, needs, input_there = None, step.step, None
         if arriving is not None:
             hidden_TH = arriving.hidden_TH
             await arriving.transfer.wait()
@@ -306,10 +306,10 @@ class StageWorker:
             hidden_TH = engine.hidden_buffer(step)
             await self._transfers.receive(step, hidden_TH, self._neighbour(-1), EdgeKind.HIDDEN)
         elif not self.is_last:
-            needs = await self._receive_needed(step)
+            needs, input_there = await self._receive_needed(step)
         else:
             needs = -1
-        input_there = stream.record_event()
+        input_there = input_there or stream.record_event()
         if isinstance(step, DecodeScheduled):
             work = partial(engine.decode, step, hidden_TH)
         else:
@@ -348,16 +348,20 @@ class StageWorker:
 
     # ---- ids, on the first stage -----------------------------------------------------------------
 
-    async def _receive_needed(self, step: _Step) -> int:
-        """Receive the ids that `step` reads, and all that are a round old; the latest such step."""
+    async def _receive_needed(self, step: _Step) -> tuple[int, Event | None]:
+        """Receive the ids that `step` reads, and all that are a round old.
+
+        Returns the latest such step, and the event behind the last ids; None: there is none here.
+        """
         if self._engine.free_inputs:
-            return await self._wait_for_ids(step)
+            return await self._wait_for_ids(step), None
         needed = step.step - self._plan.num_slots
         if isinstance(step, DecodeScheduled):
             needed = max(needed, self._engine.needed_sample(step))
+        here: Event | None = None
         while self._returning and self._returning[0].step.step <= needed:
-            await self._receive_ids()
-        return needed
+            here = await self._receive_ids()
+        return needed, here
 
     async def _wait_for_ids(self, step: _Step) -> int:
         """Wait until the return task has received the ids that `step` reads."""
@@ -369,8 +373,11 @@ class StageWorker:
             await self._ids_here.wait()
         return needed
 
-    async def _receive_ids(self) -> None:
-        """Receive the oldest ids that are still out, for the next steps and for the host."""
+    async def _receive_ids(self) -> Event:
+        """Receive the oldest ids that are still out, for the next steps and for the host.
+
+        Returns the event behind all of it.
+        """
         returning = self._returning.popleft()
         step = returning.step
         if not step.has_chunks and not self._engine.free_inputs:
@@ -386,12 +393,14 @@ class StageWorker:
                 self._engine.take_ids(returning.request_rows_S, ids_S)
         self._received = step.step
         self._ids_here.set()
-        self._bring_to_host(step, ids_S if step.num_sampled else None)
+        return self._bring_to_host(step, ids_S if step.num_sampled else None)
 
-    def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> None:
+    def _bring_to_host(self, step: _Step, ids_S: torch.Tensor | None) -> Event:
         host_S = None if ids_S is None else self._stream.download(ids_S)
-        self._on_the_way.append(_OnTheWay(step, host_S, self._stream.record_event()))
+        here = self._stream.record_event()
+        self._on_the_way.append(_OnTheWay(step, host_S, here))
         self._progress.wake()
+        return here
 
     # ---- what the device has done ----------------------------------------------------------------
 
