@@ -36,7 +36,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Literal, Self
@@ -262,8 +262,7 @@ class SchedulerCore:
         if flight.has_ended:
             rows, ids = _without_ended(rows, ids)
         ending = _ending(rows) if flight.drafts else flight.ending
-        first = _first_tokens if flight.has_chunks else None
-        return self._emit(rows, ids, ending, first=first)
+        return self._emit(rows, ids, ending)
 
     def accepted(self) -> list[Instruction]:
         """The next token of each sequence whose drafts were right; empty: all are emitted.
@@ -296,21 +295,14 @@ class SchedulerCore:
                 self._slot_allocator.cut_pages(sequence)
         return tuple(first)
 
-    def _emit(
-        self,
-        rows: Rows,
-        ids: tuple[int, ...],
-        ending: list[Sequence],
-        *,
-        first: Callable[[Rows], tuple[int, ...]] | None = None,
-    ) -> list[Instruction]:
+    def _emit(self, rows: Rows, ids: tuple[int, ...], ending: list[Sequence]) -> list[Instruction]:
         """Add a token to each row, and say what follows from it."""
-        for tokens, token_id in zip(rows.tokens, ids, strict=True):
-            tokens.append(token_id)
+        assert len(ids) == len(rows.tokens), (len(ids), len(rows.tokens))
+        deque(map(list.append, rows.tokens, ids), maxlen=0)  # half the time of a loop
         reasons = self._reasons(ending, rows, ids)
         instructions: list[Instruction] = []
         if ids:
-            instructions.append(TokensEmitted(rows.ids, ids, reasons, first(rows) if first else ()))
+            instructions.append(TokensEmitted(rows.ids, ids, reasons))
         for row, reason in reasons.items():
             instructions.append(self._finish(rows.sequences[row], reason))
         if (closed := self._closing.pop(self._returned, None)) is not None:
@@ -380,10 +372,3 @@ def _without_ended(rows: Rows, ids: tuple[int, ...]) -> tuple[Rows, tuple[int, .
 def _ending(rows: Rows) -> list[Sequence]:
     """Those that end with the next token at the latest."""
     return [s for s in rows.sequences if len(s.tokens) + 1 == s.max_tokens]
-
-
-def _first_tokens(rows: Rows) -> tuple[int, ...]:
-    """Those of whose completion one token is known, in order."""
-    return tuple(
-        [s.sequence_id for s in rows.sequences if len(s.tokens) == len(s.request.prompt_ids) + 1]
-    )

@@ -29,7 +29,6 @@ class TokensEmitted:
     sequence_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reasons: Mapping[int, FinishReason]  # by index into both, of those that end with it
-    first: tuple[int, ...] = ()  # the sequences of which it is the first token
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Runner"]
 
 _NUM_RECENT = 4096
+_NUM_KEPT_ROWS = 16  # more than slots
 
 
 @dataclass(slots=True)
@@ -131,6 +132,7 @@ class Runner:
         self._taken: StepSampled | None = None  # received, its log-probabilities not yet
         self._refused: deque[Completion] = deque()  # recorded, and not yielded yet
         self._num_output_tokens = 0
+        self._times_of: dict[tuple[int, ...], list[list[float]]] = {}  # see `_token_times`
         self._busy_s = 0.0  # deciding on steps and taking their tokens, in the current turn
         self._turns_s: deque[float] = deque(maxlen=_NUM_RECENT)  # one step back, the next one sent
         self._stopped = False
@@ -361,15 +363,25 @@ class Runner:
 
     def _take_tokens(self, emitted: TokensEmitted, ended: list[_Ended]) -> None:
         self._num_output_tokens += len(emitted.token_ids)
-        active, now_s = self._active, self._clock.now_s()
-        for sequence_id in emitted.sequence_ids:
-            active[sequence_id].token_s.append(now_s)
+        now_s = self._clock.now_s()
+        for token_s in self._token_times(emitted.sequence_ids):
+            token_s.append(now_s)
         if not self._watches:
             return
         for row, sequence_id in enumerate(emitted.sequence_ids):
             if sequence_id in self._watches:
                 reason = emitted.finish_reasons.get(row)
                 self._watch(sequence_id, emitted.token_ids[row], reason, ended)
+
+    def _token_times(self, sequence_ids: tuple[int, ...]) -> list[list[float]]:
+        """`token_s` of each. The rows of a slot's steps are mostly those of the step before it."""
+        found = self._times_of.get(sequence_ids)
+        if found is None:
+            if len(self._times_of) >= _NUM_KEPT_ROWS:
+                self._times_of.clear()
+            found = [self._active[sequence_id].token_s for sequence_id in sequence_ids]
+            self._times_of[sequence_ids] = found
+        return found
 
     def _watch(
         self, sequence_id: int, token_id: int, reason: FinishReason | None, ended: list[_Ended]

@@ -32,7 +32,6 @@ class Dispatched:
     message: StepScheduled | DecodeScheduled
     rows: Rows
     ending: list[Sequence]  # those that sample for the last time
-    has_chunks: bool  # of prompts: some rows may sample the first token of their completion
     has_ended: bool = False  # a sequence ended since: it may be among the rows
     drafts: tuple[tuple[int, ...], ...] = ()  # of each row, if the step verifies any
 
@@ -413,7 +412,7 @@ class StepMaker:
             else:
                 self._slot_allocator.release(sequence)
                 ending.append(sequence)
-        return Dispatched(step, rows, ending, self._last_prefill == step.step)
+        return Dispatched(step, rows, ending)
 
 
 def _sampled(chunks: list[_Chunk], *, first_row: int) -> list[Sequence]:

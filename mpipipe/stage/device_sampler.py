@@ -68,13 +68,15 @@ COLUMNS: Mapping[str, Column] = {
 }
 
 
+_OF_DRAWS = {name for name in COLUMNS if OPTIONS[name].needs & SamplingNeeds.DRAWING}
+
+
 def column_entries(sampling: SamplingParams, vocab_size: int) -> dict[str, float]:
     """The columns' entries of one sequence; of a greedy one, neutral where only draws read them."""
+    unused = _OF_DRAWS if sampling.is_greedy else ()
     entries: dict[str, float] = {}
     for name, column in COLUMNS.items():
-        option = OPTIONS[name]
-        unused = sampling.is_greedy and option.needs & SamplingNeeds.DRAWING
-        value = option.default if unused else getattr(sampling, name)
+        value = OPTIONS[name].default if name in unused else getattr(sampling, name)
         entries[name] = column.entry(value, vocab_size)
     return entries
 

@@ -516,9 +516,8 @@ class AwaitingCore:
             return
         sequence.tokens.append(token_id)
         reason = finish_reason_of(sequence, token_id, self._eos_token_ids, self.max_sequence_tokens)
-        first = (sequence.sequence_id,) if sequence.num_output_tokens == 1 else ()
         reasons = {} if reason is None else {0: reason}
-        instructions.append(TokensEmitted((sequence.sequence_id,), (token_id,), reasons, first))
+        instructions.append(TokensEmitted((sequence.sequence_id,), (token_id,), reasons))
         if reason is not None:
             instructions.append(self._finish(sequence, reason))
         elif len(sequence.tokens) == sequence.restart_tokens:

@@ -328,7 +328,7 @@ def test_the_last_token_carries_the_reason_and_the_sequence_is_closed() -> None:
     core = make_core()
     add(core, 3, sampling=SamplingParams(max_new_tokens=2))
     (step,) = steps(core)
-    assert give_back(core, step, 7) == [TokensEmitted((0,), (7,), {}, first=(0,))]
+    assert give_back(core, step, 7) == [TokensEmitted((0,), (7,), {})]
     (step,) = steps(core)
     assert give_back(core, step, 8) == [
         TokensEmitted((0,), (8,), {0: FinishReason.LENGTH}),
@@ -397,7 +397,7 @@ def test_a_sequence_stopped_in_flight_drops_its_token_and_is_closed_when_the_ste
     add(core, 3, 3, 3)
     flight = steps(core)
     assert core.stop(1, FinishReason.ERROR) == [Finished(1, FinishReason.ERROR)]
-    assert give_back(core, flight[0]) == [TokensEmitted((0,), (7,), {}, first=(0,)), Closed((1,))]
+    assert give_back(core, flight[0]) == [TokensEmitted((0,), (7,), {}), Closed((1,))]
 
 
 def test_a_waiting_sequence_can_be_stopped() -> None:

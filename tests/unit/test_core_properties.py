@@ -494,7 +494,6 @@ class AheadSimulation:
         for instruction in instructions:
             match instruction:
                 case TokensEmitted():
-                    self.check_first(instruction)
                     assert set(instruction.finish_reasons) <= set(range(len(instruction.token_ids)))
                     pairs = zip(instruction.sequence_ids, instruction.token_ids, strict=True)
                     for row, (sequence_id, token_id) in enumerate(pairs):
@@ -509,11 +508,6 @@ class AheadSimulation:
                     self.messages.append(RequestClosed(instruction.sequence_ids))
                     flying = {row for _, rows in self.flight for row in rows}
                     assert not flying & set(instruction.sequence_ids), "closed while in flight"
-
-    def check_first(self, emitted: TokensEmitted) -> None:
-        requests = [self.requests[sequence_id] for sequence_id in emitted.sequence_ids]
-        first = [r.index for r in requests if not self.outcome.tokens[r.request_id]]
-        assert [self.requests[sequence_id].index for sequence_id in emitted.first] == first
 
     def take(self, sequence_id: int, token_id: int, ends: bool) -> None:
         """As the runner: a stop string is noticed when its last token is."""

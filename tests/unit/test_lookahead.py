@@ -65,7 +65,7 @@ def test_decode_steps_are_sent_before_their_tokens_are_known() -> None:
     assert third == DecodeScheduled(2, 0, 1, (), (0,), (), (), False)
     assert fourth == DecodeScheduled(3, 1, 1, (), (1,), (), (), False)
     assert core.next_step() is None
-    assert give_back(core, first) == [TokensEmitted((0,), (7,), {}, first=(0,))]
+    assert give_back(core, first) == [TokensEmitted((0,), (7,), {})]
     assert core.next_step() == DecodeScheduled(4, 0, 1, (), (), (), (), False)
 
 
@@ -132,7 +132,7 @@ def test_a_completion_of_one_token_never_joins_a_batch() -> None:
     add(core, 5, max_new_tokens=1)
     (prefill,) = steps(core)
     assert give_back(core, prefill) == [
-        TokensEmitted((0,), (7,), {0: FinishReason.LENGTH}, first=(0,)),
+        TokensEmitted((0,), (7,), {0: FinishReason.LENGTH}),
         Finished(0, FinishReason.LENGTH),
         Closed((0,)),
     ]
@@ -171,7 +171,7 @@ def test_a_cancelled_sequence_is_closed_when_no_step_has_it() -> None:
     assert core.stop(0, FinishReason.ERROR) == [Finished(0, FinishReason.ERROR)]
     assert core.stop(0, FinishReason.ERROR) == []
     assert give_back(core, flight[0]) == []
-    assert give_back(core, flight[1]) == [TokensEmitted((1,), (7,), {}, first=(1,))]
+    assert give_back(core, flight[1]) == [TokensEmitted((1,), (7,), {})]
     assert give_back(core, flight[2]) == [Closed((0,))]
 
 
