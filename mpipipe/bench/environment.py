@@ -19,7 +19,8 @@ SPEED_PACKAGES = ("torch", "triton", "transformers", "mpi4py", "flashinfer-pytho
 # Fields of the plan, by their names.
 _PLANNED = (
     "dtype", "num_replicas", "num_slots", "max_sequences_per_slot", "max_tokens_per_step",
-    "num_kv_pages", "num_host_pages", "page_size_tokens", "max_sharing_tokens", "transport",
+    "num_kv_pages", "num_host_pages", "page_size_tokens", "max_sharing_tokens",
+    "read_prefixes_once", "transport",
     "attention", "lookahead", "prefill", "weights",
 )  # fmt: skip
 

@@ -317,6 +317,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
         ("prefix", 2, "memory.share_prefixes=true", _PREFIX),
+        ("prefix_once", 2, "memory.read_prefixes_once=true", _PREFIX),
         ("apart", 2, "memory.share_prefixes=false", _PREFIX),
         ("tail", 2, "", _TAIL),
     )

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from mpipipe.kv_cache.common_tables import CommonTables
 
 __all__ = [
     "BatchLayout",
@@ -63,6 +66,7 @@ class BatchLayout:
     # int64 [T]: the length that each token's rotary embedding sees, where the model's frequencies
     # depend on it; None: position + 1, as in all decode steps.
     rotary_lens_T: torch.Tensor | None = None
+    common: CommonTables | None = None  # of a decode step; None: each row reads alone
     _derived: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -176,6 +180,7 @@ def decode_layout(
     page_size: int,
     max_kv_len: int,
     placed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    common: CommonTables | None = None,
 ) -> BatchLayout:
     """The layout of a decode step from device tensors alone, fit for a CUDA graph: no `seq_lens`.
 
@@ -186,6 +191,7 @@ def decode_layout(
         page_size: tokens per page.
         max_kv_len: what no entry of `kv_lens_B` exceeds in any replay of the graph.
         placed: positions and cache slots of the rows, int64 [B] each, where they are known.
+        common: which rows may read pages together.
     """
     if placed is None:
         placed = place_rows(page_table_BP, kv_lens_B, page_size)
@@ -198,4 +204,5 @@ def decode_layout(
         kv_lens_B=kv_lens_B,
         max_query_len=1,
         max_kv_len=max_kv_len,
+        common=common,
     )

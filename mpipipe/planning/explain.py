@@ -174,6 +174,11 @@ def _settings(plan: PipelinePlan) -> tuple[tuple[str, str], ...]:
         ("pipeline.threads_per_rank", str(plan.threads_per_rank)),
         ("memory.kv_cache", plan.kv_cache),
         ("memory.share_prefixes", _sharing(plan)),
+        *(
+            (("memory.read_prefixes_once", str(plan.read_prefixes_once).lower()),)
+            if plan.device == "cuda"
+            else ()
+        ),
         ("memory.page_size_tokens", str(plan.page_size_tokens)),
         ("memory.num_kv_pages", str(plan.num_kv_pages)),
         ("memory.max_context_tokens", str(plan.max_context_tokens)),

@@ -339,7 +339,7 @@ class _Job:
     def _mean_context(self, num_rounds: float) -> float:
         """Tokens that attention reads of a sequence in the mean of so many rounds."""
         num_running = len(self.running)
-        if self.plan.attention != "sdpa":
+        if self.plan.attention != "sdpa" and not self.plan.read_prefixes_once:
             return self._num_known / num_running + num_rounds / 2
         ordered = sorted(self.running, key=lambda sequence: sequence.known(self.rounds))
         num_slots = min(self.plan.num_slots, num_running)
@@ -352,7 +352,8 @@ class _Job:
         What its prompts share counts once for all of them, as if they all began alike.
         """
         known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in slot]
-        return joined_tokens(known, [self.shared_ratio * sequence.prompt for sequence in slot])
+        shared = [self.shared_ratio * sequence.prompt for sequence in slot]
+        return joined_tokens(known, shared, padded=self.plan.attention == "sdpa")
 
     def _next_end(self) -> float:
         """The round in which the next sequence ends; infinity: none runs."""

@@ -229,6 +229,7 @@ class PipelinePlan:
     num_host_pages: int = 0  # in the host memory of each rank, for those of preempted sequences
     min_saved_tokens: int = 1  # in the cache of a sequence from which its pages are moved there
     max_sharing_tokens: int = 0  # of a sequence that shares pages, when it begins; 0: none does
+    read_prefixes_once: bool = False  # decode steps on GPUs read pages that rows share once
     moved_page_s: float = 0.0  # that steps wait while one of these is moved there and back
     sampling: SamplingUse = field(default_factory=SamplingUse)  # what the stages make ready
     drafts: DraftPlan | None = None  # None: every token has a step of its own

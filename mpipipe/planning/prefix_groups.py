@@ -16,7 +16,7 @@ from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.step_limits import StepLimits
 
-__all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups"]
+__all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups", "reads_prefixes_once"]
 
 Prompt = tuple[int, ...] | bytes
 
@@ -36,6 +36,22 @@ def max_sharing_tokens(decisions: Decisions, spec: ModelSpec, limits: StepLimits
         f"the rotary embedding ({spec.rotary.kind}) of longer prompts depends on how long they are",
     )
     return limit
+
+
+def reads_prefixes_once(decisions: Decisions, attention: str, sharing_tokens: int) -> bool:
+    """`PipelinePlan.read_prefixes_once`; notes why it is not so where it was asked for."""
+    if not decisions.config.memory.read_prefixes_once:
+        return False
+    reason = ""
+    if attention == "sdpa":
+        reason = "sdpa attention does so on CPUs without being asked, and never on GPUs"
+    elif attention != "triton":
+        reason = f"{attention} attention reads the pages of each row"
+    elif not sharing_tokens:
+        reason = "prompts share no pages (memory.share_prefixes, memory.kv_cache)"
+    if reason:
+        decisions.note("memory.read_prefixes_once", "false", reason)
+    return not reason
 
 
 @dataclass(frozen=True, slots=True)

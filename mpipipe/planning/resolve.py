@@ -43,7 +43,7 @@ from mpipipe.planning.layout import (
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
-from mpipipe.planning.prefix_groups import max_sharing_tokens
+from mpipipe.planning.prefix_groups import max_sharing_tokens, reads_prefixes_once
 from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
@@ -371,7 +371,6 @@ class _Resolver:
         """The plan: the answers so far, and the remaining ones."""
         memory, spec, limits = self.decisions.config.memory, self.spec, self.limits
         stages, demand = fitted.stages, fitted.demand
-        transport = self._transport()
         backend = self.decisions.settle("pipeline.attention", *attention)
         pages = choose_num_pages(memory, fitted.needs, demand, fitted.remedies)
         num_pages = self.decisions.settle("memory.num_kv_pages", *pages)
@@ -391,7 +390,7 @@ class _Resolver:
             num_kv_pages=num_pages,
             max_context_tokens=limits.max_context_tokens,
             kv_cache=memory.kv_cache,
-            transport=transport,
+            transport=self._transport(),
             device=self.device,
             attention=backend,
             threads_per_rank=self._threads(),
@@ -405,6 +404,7 @@ class _Resolver:
             max_sequence_tokens=demand.longest_tokens if lookahead else limits.max_context_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             max_sharing_tokens=sharing,
+            read_prefixes_once=reads_prefixes_once(self.decisions, backend, sharing),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )
@@ -453,12 +453,12 @@ class _Resolver:
             self.decisions.note("memory.cuda_graphs", "false", unsupported_reason)
             return False
         on_disk = [str(stage.stage) for stage in stages if _uses_disk(stage)]
+        graphs = len(on_disk) < len(stages)
         if on_disk:
             who = f"stage{'s' * (len(on_disk) > 1)} {', '.join(on_disk)}"
             reason = f"not on {who}: a graph cannot read weights from a disk"
-            value = str(len(on_disk) < len(stages)).lower()
-            self.decisions.note("memory.cuda_graphs", value, reason)
-        return len(on_disk) < len(stages)
+            self.decisions.note("memory.cuda_graphs", str(graphs).lower(), reason)
+        return graphs
 
     def _restart_tokens(self, longest_tokens: int) -> int:
         """Where sequences start over, if any of the run grows as far."""

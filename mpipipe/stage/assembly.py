@@ -109,7 +109,13 @@ def _open_batches(
     rows = plan.max_decode_rows
     unused = (request_table.num_request_rows, plan.num_kv_pages)
     return tuple(
-        DecodeBatch(request_table, stream, max_rows=rows, unused=unused)
+        DecodeBatch(
+            request_table,
+            stream,
+            max_rows=rows,
+            unused=unused,
+            groups_rows=plan.read_prefixes_once,
+        )
         for _ in range(plan.num_slots)
     )
 

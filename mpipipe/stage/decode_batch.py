@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mpipipe.kv_cache.common_tables import CommonTables, fill_tables, table_fields
 from mpipipe.sampling_options import SamplingNeeds
 from mpipipe.stage.device_sampler import COLUMNS, SamplingColumns, column_entries
 from mpipipe.types import SamplingParams
@@ -83,26 +84,25 @@ class DecodeBatch:
         stream: the device.
         max_rows: of a step at most.
         unused: the request row and the page of rows without a sequence.
+        groups_rows: find the rows that begin with the same pages.
     """
 
     def __init__(
-        self, request_table: RequestTable, stream: Stream, *, max_rows: int, unused: tuple[int, int]
+        self,
+        request_table: RequestTable,
+        stream: Stream,
+        *,
+        max_rows: int,
+        unused: tuple[int, int],
+        groups_rows: bool = False,
     ) -> None:
         rows = -(-max_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self.max_rows = max_rows
         self._request_table = request_table
         self._unused_request_row, self._unused_page = unused
         self._rows = np.empty(0, dtype=np.int64)  # the request row of each row
-        columns = sorted(request_table.columns.items(), key=lambda entry: -entry[1].itemsize)
-        self._arrays = PackedArrays.allocate(
-            {
-                "request_rows": ((rows,), np.int64),
-                **{name: ((rows,), column.dtype.type) for name, column in columns},
-                "active": ((rows,), np.int32),
-                "kv_len": ((rows,), np.int32),
-            },
-            stream,
-        )
+        fields = _fields(rows, request_table, groups_rows)
+        self._arrays = PackedArrays.allocate(fields, stream)
         shape = (rows, request_table.max_pages)
         self._pages = PackedArrays.allocate({"pages": (shape, np.int32)}, stream)
         self._stream = stream
@@ -112,6 +112,8 @@ class DecodeBatch:
         self.needs = SamplingNeeds.NOTHING
         self.max_logprobs = -1  # of the rows that ask for some; -1: none does
         self.last_step = -1
+        self._groups_rows = groups_rows
+        self.has_groups = False  # of rows that begin with the same pages
         self.clear()
 
     def __len__(self) -> int:
@@ -133,6 +135,11 @@ class DecodeBatch:
         return SamplingColumns(
             {name: tensors[name][:num_rows] for name in COLUMNS}, tensors["request_rows"][:num_rows]
         )
+
+    def common_tables(self, num_rows: int) -> CommonTables:
+        """Which of the first rows read pages together; only where the batch groups its rows."""
+        tokens, rows, ends = (self.device[name] for name in CommonTables._fields)
+        return CommonTables(tokens[:num_rows], rows[:num_rows], ends)
 
     def clear(self) -> None:
         """No rows, on both sides."""
@@ -252,6 +259,23 @@ class DecodeBatch:
         for name, column in table.columns.items():
             host[name][:num_rows] = column[rows]
             host[name][num_rows:] = self._neutral[name]
+        if self._groups_rows:
+            lengths, page_size = host["kv_len"][:num_rows], table.page_size
+            self.has_groups = fill_tables(host, pages[:num_rows], lengths, page_size)
         self.needs = table.needs_of(rows)
         asked = table.num_logprobs[rows]
         self.max_logprobs = int(asked.max()) if num_rows else -1
+
+
+def _fields(
+    rows: int, request_table: RequestTable, groups_rows: bool
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """What a batch holds of each row beside its pages, as `PackedArrays.allocate` takes it."""
+    columns = sorted(request_table.columns.items(), key=lambda entry: -entry[1].itemsize)
+    return {
+        "request_rows": ((rows,), np.int64),
+        **{name: ((rows,), column.dtype.type) for name, column in columns},
+        "active": ((rows,), np.int32),
+        "kv_len": ((rows,), np.int32),
+        **(table_fields(rows) if groups_rows else {}),
+    }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.kv_cache.common_tables import CommonTables, table_fields
 from mpipipe.kv_cache.layout import SequenceLens, build_layout, decode_layout, to_device
 from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.adapter import StageModel, build_stage_model
@@ -75,6 +76,8 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
     model.finish_without_weights(_cache(plan, model), triton_operations())
     for rows in row_buckets(plan.max_decode_rows):
         _decode(plan, model, rows)
+        if plan.read_prefixes_once:
+            _decode(plan, model, rows, common=_common_tables(rows))
     seq_lens, pages = full_prefill(plan)
     _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])
     # Prompts of unequal lengths, the shorter ones within the least block of queries.
@@ -97,7 +100,14 @@ def _cache(plan: PipelinePlan, model: StageModel) -> PagedKVCache:
     )
 
 
-def _decode(plan: PipelinePlan, model: StageModel, rows: int) -> None:
+def _common_tables(rows: int) -> CommonTables:
+    shapes = (shape for shape, _ in table_fields(rows).values())
+    return CommonTables(*(torch.empty(s, dtype=torch.int32, device=_META) for s in shapes))
+
+
+def _decode(
+    plan: PipelinePlan, model: StageModel, rows: int, common: CommonTables | None = None
+) -> None:
     """As `CudaGraphRunner` does; what follows greedy choices is torch's."""
     max_pages = -(-plan.max_sequence_tokens // plan.page_size_tokens)
     num_tokens = num_request_rows(plan.num_slots, plan.max_sequences_per_slot) + 1
@@ -115,6 +125,7 @@ def _decode(plan: PipelinePlan, model: StageModel, rows: int) -> None:
         page_size=plan.page_size_tokens,
         max_kv_len=plan.max_sequence_tokens,
         placed=(positions_B, slots_B),
+        common=common,
     )
     inputs = tokens_B if model.plan.has_embedding else _hidden(model, rows)
     result = model.forward_decode(inputs, layout)

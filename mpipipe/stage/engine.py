@@ -176,9 +176,10 @@ class StageEngine:
         if self._is_last:
             self._tensors.history.make(use.needs)
         keys = [
-            GraphKey(slot, rows, needs, with_logits)
+            GraphKey(slot, rows, needs, with_logits, in_groups)
             for rows in reversed(self._buckets)
             for needs, with_logits in kinds
+            for in_groups in ((False, True) if self._plan.read_prefixes_once else (False,))
             for slot in range(len(self._batches))
         ]
         if self._model.waits_on_host:  # for each of them all weights would come from the disk
@@ -279,7 +280,8 @@ class StageEngine:
         rows = self._num_rows(step)
         needs = batch.needs if self._is_last else GREEDY
         with_logits = self._is_last and batch.max_logprobs >= 0
-        output = self.graph_runner.run(GraphKey(step.slot, rows, needs, with_logits))
+        key = GraphKey(step.slot, rows, needs, with_logits, batch.has_groups)
+        output = self.graph_runner.run(key)
         num_rows = step.num_rows
         logprobs = None
         if output.logits_BV is not None:

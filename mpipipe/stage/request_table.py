@@ -47,7 +47,7 @@ class RequestTable:
     ) -> None:
         self.num_request_rows = num_request_rows
         self.max_pages = max_pages
-        self._page_size = page_size
+        self.page_size = page_size
         self.pages = np.zeros((num_request_rows, max_pages), dtype=np.int32)
         self.num_pages = np.zeros(num_request_rows, dtype=np.int32)
         self.num_computed = np.zeros(num_request_rows, dtype=np.int32)
@@ -166,7 +166,7 @@ class RequestTable:
         start = 0
         for drafted in verified:
             request_row = self._request_row_of[drafted.sequence_id]
-            self.num_pages[request_row] = -(-drafted.num_computed // self._page_size)
+            self.num_pages[request_row] = -(-drafted.num_computed // self.page_size)
             self.add_pages(request_row, drafted.new_pages)
             num_tokens = len(drafted.token_ids)
             end = drafted.num_computed + num_tokens

@@ -93,6 +93,7 @@ def engine_plan(
     num_host_pages: int = 0,
     drafted_rows: int = 0,
     max_sharing_tokens: int = 0,
+    read_prefixes_once: bool = False,
 ) -> PipelinePlan:
     """A plan of one in-process machine, in float32."""
     return PipelinePlan(
@@ -122,6 +123,7 @@ def engine_plan(
         num_host_pages=num_host_pages,
         drafts=DraftPlan(7, (drafted_rows,), (1.0,), 0.0) if drafted_rows else None,
         max_sharing_tokens=max_sharing_tokens,
+        read_prefixes_once=read_prefixes_once,
     )
 
 
@@ -244,6 +246,7 @@ class EnginePipeline:
         clock: of the stream.
         device: of all stages.
         offloading: where the plan offloads weights.
+        backend: attention; None: as `mode` and `device` say.
     """
 
     def __init__(
@@ -254,12 +257,13 @@ class EnginePipeline:
         clock: Clock | None = None,
         device: str = "cpu",
         offloading: Offloading | None = None,
+        backend: AttentionBackend | None = None,
     ) -> None:
         self.plan = plan
         self._restart_tokens = read_spec(model.folder).rotary.restart_tokens
-        backend: AttentionBackend = SdpaAttention()
-        if mode != "varlen":
-            backend = TensorSdpa() if device == "cpu" else TritonAttention()
+        if backend is None:
+            by_tensors = TensorSdpa() if device == "cpu" else TritonAttention()
+            backend = SdpaAttention() if mode == "varlen" else by_tensors
         self.pinned = PinnedMemory(torch.device(device))
         stages = range(plan.num_stages)
         self.models = [

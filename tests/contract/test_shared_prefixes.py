@@ -10,13 +10,20 @@ import pytest
 import torch
 
 from mpipipe.checkpoint.spec import read_spec
+from mpipipe.kv_cache import common_tables
+from mpipipe.kv_cache.layout import BatchLayout
+from mpipipe.kv_cache.paged import PagedKVCache
 from mpipipe.models.attention import sdpa
+from mpipipe.models.attention.base import AttentionInputs
+from mpipipe.models.attention.triton_paged import TritonAttention
 from mpipipe.scheduler.sequence import Sequence
 from mpipipe.scheduler.shared_prefixes import SharedPrefixes
+from mpipipe.stage.cuda_graph_runner import CudaGraphRunner, DecodeOutput, GraphKey
 from mpipipe.types import PrefillMode, Request, SamplingParams
 from tests.contract.engine_pipeline import (
     MAX_TOKENS,
     EnginePipeline,
+    TensorSdpa,
     engine_plan,
     make_requests,
     plain_outcomes,
@@ -129,6 +136,103 @@ def test_the_tokens_are_the_same_where_decodes_read_shared_pages_together(
 
     check_shared_prefixes(requests, wanted, make, num_pages)
     assert {2, 3} <= set(num_joined)
+
+
+class LedSdpa(TensorSdpa):
+    """Rows of a group read the common pages of its first row, as our kernels do."""
+
+    def attend_stored(self, inputs: AttentionInputs) -> torch.Tensor:
+        assert isinstance(inputs.cache, PagedKVCache)
+        if inputs.layout.common is not None:
+            page_size, layout = inputs.cache.page_size, inputs.layout
+            led = layout.derive(("led",), lambda: led_layout(layout, page_size))
+            inputs = inputs._replace(layout=led)
+        return super().attend_stored(inputs)
+
+
+def led_layout(layout: BatchLayout, page_size: int) -> BatchLayout:
+    """With what the tables say, by operations on tensors alone: a row that they forget reads row 0.
+
+    R places in the table of rows, B rows.
+    """
+    assert layout.common is not None
+    tokens_B, rows_R, ends_G = (table.long() for table in layout.common)
+    place_R = torch.arange(len(rows_R))
+    group_R = torch.searchsorted(ends_G, place_R, right=True).clamp(max=len(ends_G) - 1)
+    start_R = torch.where(group_R == 0, 0, ends_G[group_R - 1])
+    is_placed_RB = (rows_R[:, None] == place_R[None, :]) & (place_R < ends_G[-1])[:, None]
+    leader_B = (rows_R[start_R][:, None] * is_placed_RB).sum(dim=0)
+    column_P = torch.arange(layout.page_table_BP.shape[1])
+    is_common_BP = column_P[None, :] < (tokens_B // page_size)[:, None]
+    table_BP = torch.where(is_common_BP, layout.page_table_BP[leader_B], layout.page_table_BP)
+    return replace(layout, page_table_BP=table_BP, _derived={})
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each decode step that runs, or is replayed, reads common pages together."""
+    monkeypatch.setattr(common_tables, "MIN_SPARED_TOKENS_GPU", 1)
+    steps: list[bool] = []
+    run = CudaGraphRunner.run
+
+    def noted(runner: CudaGraphRunner, key: GraphKey) -> DecodeOutput:
+        steps.append(key.in_groups)
+        return run(runner, key)
+
+    monkeypatch.setattr(CudaGraphRunner, "run", noted)
+    return steps
+
+
+@pytest.mark.parametrize("mode", ["tensors", "replayed"])
+@pytest.mark.parametrize("num_pages", [18, 80])
+@pytest.mark.parametrize("prefill", ["phases", "mixed"])
+def test_the_tokens_are_the_same_where_tables_say_who_reads_together(
+    prefill: PrefillMode,
+    num_pages: int,
+    mode: str,
+    tiny: Callable[[str], TinyModel],
+    grouped: list[bool],
+) -> None:
+    """Tables on the device follow the rows as these join, leave, are preempted and restored."""
+    model = tiny("llama")
+    requests = sharers(lambda n: sampled(n).replace(max_new_tokens=16))
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+
+    def make(num_pages: int, num_host_pages: int) -> EnginePipeline:
+        plan = engine_plan(
+            2,
+            num_pages=num_pages,
+            graphs=mode == "replayed",
+            prefill=prefill,
+            max_sequences=4,
+            num_host_pages=num_host_pages,
+            max_sharing_tokens=MAX_TOKENS,
+            read_prefixes_once=True,
+        )
+        return EnginePipeline(model, plan, mode, backend=LedSdpa()).prepare()
+
+    check_shared_prefixes(requests, wanted, make, num_pages)
+    assert set(grouped) == {False, True}
+
+
+@pytest.mark.parametrize("read_prefixes_once", [False, True])
+def test_our_kernels_read_together_only_where_the_plan_says_so(
+    read_prefixes_once: bool, tiny: Callable[[str], TinyModel], grouped: list[bool]
+) -> None:
+    """In Triton's interpreter, so few sequences."""
+    pytest.importorskip("triton", reason="triton is part of the dev extra on Linux x86_64 only")
+    model = tiny("llama")
+    requests = sharers(lambda _: SamplingParams(max_new_tokens=4, ignore_eos=True))[:3]
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+    plan = engine_plan(
+        1,
+        max_sequences=4,
+        max_sharing_tokens=MAX_TOKENS,
+        read_prefixes_once=read_prefixes_once,
+    )
+    pipeline = EnginePipeline(model, plan, "tensors", backend=TritonAttention())
+    assert [outcome.token_ids for outcome in pipeline.generate(requests)] == wanted
+    assert any(grouped) == read_prefixes_once
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

@@ -396,6 +396,17 @@ def test_what_prompts_share_is_read_once_for_all_rows_by_sdpa() -> None:
     assert each - once == pytest.approx(2 * (320 - 320 / 4))  # two rounds
 
 
+def test_what_prompts_share_is_read_once_by_our_kernels_where_the_plan_says_so() -> None:
+    shape = JobShape.of([(1600, 3)] * 4, shared_ratio=0.5)
+    each = replace(plan_of((2,)), attention="triton", max_sharing_tokens=2000)
+    once = replace(each, read_prefixes_once=True)
+    few = JobShape.of([(1600, 3)] * 4, shared_ratio=0.4)  # 3 rows would spare 1,920 tokens
+    alone, together = (forecast_job(SMOL, p, shape, ByContext()).decode_s for p in (each, once))
+    assert alone - together == pytest.approx(2 * (800 - 800 / 4))  # two rounds
+    alone, together = (forecast_job(SMOL, p, few, ByContext()).decode_s for p in (each, once))
+    assert alone == pytest.approx(together)
+
+
 def test_what_prompts_hardly_share_is_read_with_the_rest() -> None:
     shape = JobShape.of([(640, 3)] * 4, shared_ratio=0.2)  # 3 rows would spare 384 tokens
     shared = replace(plan_of((2,)), attention="sdpa", max_sharing_tokens=1000)

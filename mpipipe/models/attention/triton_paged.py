@@ -1,6 +1,7 @@
 """Attention with our own Triton kernels: any GPU since Turing, any head dimension up to 256.
 
-Decode steps need tensors alone (`kv_cache.layout.decode_layout`), so a CUDA graph may hold them. In
+Decode steps need tensors alone (`kv_cache.layout.decode_layout`), so a CUDA graph may hold them;
+rows that begin with the same pages may read these together (`BatchLayout.common`). In
 other steps the leading decodes go to the decode kernel and the chunks of prompts to the prefill
 kernel; prompts that begin in this step go to torch's flash attention where that is allowed and
 possible, over the step's own K and V.
@@ -71,17 +72,23 @@ def _decode(
     layout: BatchLayout,
     options: AttentionOptions,
 ) -> torch.Tensor:
+    from mpipipe.models.kernels.common_attention import attend_common, can_attend_common
     from mpipipe.models.kernels.decode_attention import paged_decode_attention
 
+    keys, values, max_kv_len = cache.keys[layer], cache.values[layer], layout.max_kv_len
     num_rows = query_BHD.shape[0]
+    page_table_BP, parts = layout.page_table_BP[:num_rows], None
+    if layout.common and can_attend_common(query_BHD, keys, max_kv_len, options):
+        parts = attend_common(
+            *(query_BHD, keys, values, page_table_BP, layout.common),
+            max_kv_len=max_kv_len,
+            options=options,
+        )
     return paged_decode_attention(
-        query_BHD,
-        cache.keys[layer],
-        cache.values[layer],
-        layout.page_table_BP[:num_rows],
-        layout.kv_lens_B[:num_rows],
-        max_kv_len=layout.max_kv_len,
+        *(query_BHD, keys, values, page_table_BP, layout.kv_lens_B[:num_rows]),
+        max_kv_len=max_kv_len,
         options=options,
+        common=parts,
     )
 
 

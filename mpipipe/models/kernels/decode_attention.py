@@ -4,6 +4,9 @@ The method is flash decoding: programs take pieces of one sequence's K and V wit
 and the pieces are joined by their softmax sums. All query heads of a KV head are served by one
 program, so K and V are read once. The grid depends on host-known bounds only; programs derive their
 pieces from lengths on the device, so lengths may advance between the replays of a CUDA graph.
+
+Where rows have read the beginnings of their sequences together (`common_attention`), the first
+piece of a row begins with what came of that, and its pieces are those of the rest.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from mpipipe.models.kernels.launch import (
 )
 
 if TYPE_CHECKING:
+    from mpipipe.models.kernels.common_attention import CommonParts
     from mpipipe.models.layer_options import AttentionOptions
 
 __all__ = ["DecodeTuning", "num_pieces", "paged_decode_attention"]
@@ -55,6 +59,7 @@ def paged_decode_attention(
     *,
     max_kv_len: int,
     options: AttentionOptions,
+    common: CommonParts | None = None,
     tuning: DecodeTuning | None = None,
 ) -> torch.Tensor:
     """softmax(scale · q kᵀ) v of each row over its first `kv_lens_B` cached tokens: [B, H, D].
@@ -67,6 +72,8 @@ def paged_decode_attention(
         kv_lens_B: int32, this token included; a row of length 0 gives zeros.
         max_kv_len: what no entry of `kv_lens_B` exceeds; only the cut into pieces follows from it.
         options: scale, window, softcap.
+        common: what rows found in the common pages of their groups; of the same call's arguments,
+            so that no window ends within them.
         tuning: None takes what was measured best.
     """
     num_rows = query_BHD.shape[0]
@@ -79,7 +86,7 @@ def paged_decode_attention(
         streams, processors = num_rows * key_cache.shape[2], num_processors(query_BHD.device)
         pieces = tuning.pieces or num_pieces(streams, longest, tuning.block_tokens, processors)
         tensors = (query_BHD, key_cache, value_cache, page_table_BP, kv_lens_B, out_BHD)
-        _launch(tensors, pieces, options, tuning)
+        _launch(tensors, pieces, options, common, tuning)
     return out_BHD
 
 
@@ -122,9 +129,13 @@ def _default_tuning(key_cache: torch.Tensor) -> DecodeTuning:
 
 
 def _launch(
-    tensors: tuple[torch.Tensor, ...], pieces: int, options: AttentionOptions, tuning: DecodeTuning
+    tensors: tuple[torch.Tensor, ...],
+    pieces: int,
+    options: AttentionOptions,
+    common: CommonParts | None,
+    tuning: DecodeTuning,
 ) -> None:
-    query_BHD, key_cache, _, page_table_BP, _, out_BHD = tensors
+    query_BHD, key_cache, _, page_table_BP, kv_lens_B, out_BHD = tensors
     num_rows, num_heads, head_dim = query_BHD.shape
     _, page_size, num_kv_heads, _ = key_cache.shape
     group = num_heads // num_kv_heads
@@ -137,13 +148,14 @@ def _launch(
     shape = {"HEAD_DIM": head_dim, "PIECES": pieces, "BLOCK_DIM": block_dim(head_dim)}
     shape["BLOCK_PIECES"] = triton.next_power_of_2(pieces)
     _decode_kernel[(num_kv_heads, num_rows, pieces)](
-        *(*tensors, parts, sums, counters),
+        *(*tensors, parts, sums, counters, *(common or (kv_lens_B, out_BHD, out_BHD))),
         *(options.scale if options.softcap else options.scale * LOG2_E, options.softcap or 0.0),
         *(*query_BHD.stride()[:2], page_table_BP.stride(0), *key_cache.stride()[:3]),
         PAGE_SIZE=page_size,
         LOADED_DIM=loaded_dim(key_cache),
         GROUP=group,
-        WINDOW=options.window or 0,
+        WINDOW=0 if common else options.window or 0,
+        COMMON_PIECES=common.sums_BHP.shape[2] if common else 0,
         SOFTCAP=options.softcap is not None,
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16),
         BLOCK_TOKENS=tuning.block_tokens,
@@ -165,6 +177,9 @@ def _decode_kernel(
     part_ptr,
     sum_ptr,
     counter_ptr,
+    common_ptr,
+    common_part_ptr,
+    common_sum_ptr,
     scale,
     softcap,
     query_row_stride,
@@ -179,6 +194,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
     WINDOW: tl.constexpr,
+    COMMON_PIECES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -192,9 +208,13 @@ def _decode_kernel(
     row = tl.program_id(1).to(tl.int64)
     piece = tl.program_id(2)
     kv_len = tl.load(lens_ptr + row)
-    first_block = tl.maximum(kv_len - WINDOW, 0) // BLOCK_TOKENS if WINDOW > 0 else 0
-    per_piece = tl.cdiv(tl.cdiv(kv_len, BLOCK_TOKENS) - first_block, PIECES)
-    begin = (first_block + piece * per_piece) * BLOCK_TOKENS
+    first = 0
+    if COMMON_PIECES > 0:
+        first = tl.load(common_ptr + row)
+    elif WINDOW > 0:
+        first = tl.maximum(kv_len - WINDOW, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+    per_piece = tl.cdiv(tl.cdiv(kv_len - first, BLOCK_TOKENS), PIECES)
+    begin = first + piece * per_piece * BLOCK_TOKENS
     end = tl.minimum(begin + per_piece * BLOCK_TOKENS, kv_len)
     member = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
@@ -205,6 +225,22 @@ def _decode_kernel(
     top = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    num_kv_heads = tl.num_programs(0)
+    stream = row * num_kv_heads * GROUP + head
+    if COMMON_PIECES > 0:
+        begun = member < tl.where(piece == 0, tl.minimum(first, 1) * GROUP, 0)
+        for one in tl.static_range(COMMON_PIECES):  # none has begun: all stays as it is
+            held = stream * COMMON_PIECES + one
+            held_score = tl.load(common_sum_ptr + held, mask=begun, other=float("-inf"))
+            held_values = common_part_ptr + held[:, None] * HEAD_DIM + dim[None, :]
+            held_mixed = tl.load(held_values, mask=begun[:, None] & known, other=0.0)
+            held_top = tl.maximum(top, held_score)
+            base = tl.where(held_top == float("-inf"), 0.0, held_top)
+            held_weight = tl.exp2(held_score - base)
+            kept = tl.exp2(top - base)
+            total = total * kept + held_weight
+            mixed = mixed * kept[:, None] + held_mixed * held_weight[:, None]
+            top = held_top
     for start in tl.range(begin, end, BLOCK_TOKENS, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_TOKENS)
         seen = token < end
@@ -229,8 +265,6 @@ def _decode_kernel(
         top = new_top
     total = tl.where(total > 0.0, total, 1.0)  # 0: an empty piece, whose `top` is -inf
     mixed = mixed / total[:, None]
-    num_kv_heads = tl.num_programs(0)
-    stream = row * num_kv_heads * GROUP + head
     if PIECES == 1:
         tl.store(out_ptr + stream[:, None] * HEAD_DIM + dim[None, :], mixed, mask=known)
     else:
@@ -242,9 +276,9 @@ def _decode_kernel(
         counter = counter_ptr + row * num_kv_heads + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == PIECES - 1:
             tl.store(counter, 0)
-            first = row * num_kv_heads * GROUP + kv_head * GROUP
+            streams = (row * num_kv_heads + kv_head) * GROUP
             for one in tl.static_range(GROUP):
-                place = (part_ptr, sum_ptr, out_ptr, first + one)
+                place = (part_ptr, sum_ptr, out_ptr, streams + one)
                 _join(place, HEAD_DIM, PIECES, BLOCK_PIECES, BLOCK_DIM)
 
 

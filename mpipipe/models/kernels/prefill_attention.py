@@ -27,7 +27,7 @@ from mpipipe.models.kernels.launch import (
 if TYPE_CHECKING:
     from mpipipe.models.layer_options import AttentionOptions
 
-__all__ = ["Chunks", "PrefillTuning", "paged_prefill_attention"]
+__all__ = ["Chunks", "PrefillTuning", "paged_prefill_attention", "prefill_tuning"]
 
 
 class Chunks(NamedTuple):
@@ -77,7 +77,7 @@ def paged_prefill_attention(
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
     if not num_rows:
         return out_THD
-    tuning = tuning or _default_tuning(key_cache, chunks.max_len)
+    tuning = tuning or prefill_tuning(key_cache, chunks.max_len)
     grid = (triton.cdiv(chunks.max_len, tuning.block_queries), num_heads, kv_lens_B.shape[0])
     _prefill_kernel[grid](
         *(query_THD, key_cache, value_cache, page_table_BP, kv_lens_B, chunks.starts_B1, out_THD),
@@ -99,8 +99,10 @@ def paged_prefill_attention(
     return out_THD
 
 
-def _default_tuning(key_cache: torch.Tensor, max_query_len: int) -> PrefillTuning:
-    """Within 64 KB of shared memory on Turing, 99 on consumer Ampere and Ada, 227 on Hopper.
+def prefill_tuning(key_cache: torch.Tensor, max_query_len: int) -> PrefillTuning:
+    """Of chunks of so many queries at most.
+
+    Within 64 KB of shared memory on Turing, 99 on consumer Ampere and Ada, 227 on Hopper.
 
     On an H200, 16 prompts of 512: 189 us with 128 tokens a block for D = 128 (64 tokens: 199), but
     256 us with 64 tokens for D = 100 (128 tokens: 276).
