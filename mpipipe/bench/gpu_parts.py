@@ -5,7 +5,8 @@ Parts (one process or one mpirun each): `pipeline_<shape>`, `latency_<shape>` an
 four, `int8_<shape>` and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<shape>` on two,
 `lanes_<shape>` on two that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights
 that stream from pinned host memory under a limit of GPU memory), `disk` on one (weights that stream
-from a disk past the page cache, where a folder is given); on two, `prefix_<shape>` and
+from a disk past the page cache, where a folder is given); on two, `prefix_<shape>`,
+`prefix_once_<shape>` (shared pages also read once) and
 `apart_<shape>` (prompts that begin alike, with and without sharing), `tail_<shape>` (a few long
 outputs, and the same tokens at fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that
 is not foreseen), `drafts_copying` and `undrafted_copying` (text that repeats: `copying_model`),
