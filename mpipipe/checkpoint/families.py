@@ -162,8 +162,9 @@ RESTARTING = {"phi3": 4096}
 _LONG = frozenset({"longrope", "su", "yarn"})  # Phi-3 reads the older two names as the first
 _BY_LENGTH = frozenset({"longrope", "su", "dynamic"})
 # Kinds that make a context longer by their factor: of what the file states as its positions, or of
-# the original context that a `yarn` may state beside them. Others state the longer one,
-# and so do these families.
+# the original context that a `yarn` may state beside them, as vLLM reads them. Others state the
+# longer one, and so do these families. A file with `linear` may do so too, which nothing tells
+# (deepseek-coder): `memory.max_context_tokens` lowers it.
 _STRETCHING = frozenset({"dynamic", "linear", "yarn"})
 _STATED_STRETCHED = frozenset({"gemma3", "gemma3_text"})
 _MAX_TOKENS = 2**31 - 1

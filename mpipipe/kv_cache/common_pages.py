@@ -20,6 +20,7 @@ __all__ = ["CommonPages", "CommonPagesMemory", "common_pages"]
 
 _IMPOSSIBLE = -(1 << 60)
 _MAX_KEPT = 64  # more than the slots of a pipeline
+_MAX_KEPT_BYTES = 8 << 20  # of page tables in keys: 256 rows of 2,000 pages are 2 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ class CommonPagesMemory:
         if deepest >= self._num_columns:
             self._num_columns = deepest + 1
             self._kept.clear()
-        elif len(self._kept) >= _MAX_KEPT:
+        key_bytes = len(num_whole_B) * min(self._num_columns, page_table_BP.shape[1]) * 4
+        num_kept = max(1, min(_MAX_KEPT, _MAX_KEPT_BYTES // key_bytes))
+        while len(self._kept) >= num_kept:
             del self._kept[next(iter(self._kept))]
         self._kept[self._key(page_table_BP, num_whole_B, min_spared_pages)] = found
         return found

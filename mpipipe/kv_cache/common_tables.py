@@ -52,11 +52,8 @@ def fill_tables(
         num_computed_B: tokens of each row before this step; the pages that they fill may be shared.
         page_size: tokens per page.
     """
-    groups = [
-        group
-        for group in common_pages(page_table_BP, num_computed_B // page_size)
-        if (len(group.rows) - 1) * group.num_pages * page_size >= MIN_SPARED_TOKENS_GPU
-    ]
+    least = -(-MIN_SPARED_TOKENS_GPU // page_size)
+    groups = common_pages(page_table_BP, num_computed_B // page_size, least)
     groups.sort(key=lambda group: -(len(group.rows) - 1) * group.num_pages)
     tokens, rows, ends = (tables[name] for name in CommonTables._fields)
     tokens[:] = 0

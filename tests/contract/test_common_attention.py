@@ -293,6 +293,17 @@ def test_tables_hold_the_groups_that_spare_enough(monkeypatch: pytest.MonkeyPatc
     assert not fill_tables(host, table_BP[:0], num_computed_B[:0], 16)
 
 
+def test_groups_that_spare_enough_are_found_where_those_that_spare_most_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(common_tables, "MIN_SPARED_TOKENS_GPU", 5 * 16)
+    # Two pairs would spare four pages each, all four rows together two each: six.
+    table_BP = np.array([[1, 2, pair, pair, row] for row, pair in enumerate((10, 10, 20, 20), 30)])
+    host = empty_tables(4)
+    assert fill_tables(host, table_BP, np.full(4, 4 * 16), 16)
+    assert groups_of(host) == [([0, 1, 2, 3], 2 * 16)]
+
+
 def test_of_too_many_groups_those_that_spare_most_are_kept() -> None:
     pairs = np.repeat(np.arange(MAX_GROUPS + 8), 2)
     table_BP = np.stack([1000 + pairs, 2000 + pairs], axis=1)

@@ -173,6 +173,23 @@ def test_steps_in_which_no_row_changes_search_nothing(monkeypatch: pytest.Monkey
     assert memory.find(*tables(one_left), 1) == [CommonPages((0, 1, 2), 3)]
 
 
+def test_wide_tables_are_kept_in_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Counting(module._search)
+    monkeypatch.setattr(module, "_search", search)
+    memory = CommonPagesMemory()
+    slots = [[(1, 2, 3), (1, 2, 4)], [(1, 2, 5), (1, 2, 6)]]
+    for _ in range(3):
+        for rows in slots:
+            memory.find(*tables(rows), 1)
+    several = search.num_calls
+    monkeypatch.setattr(module, "_MAX_KEPT_BYTES", 2 * 3 * 4)  # of one table of two rows
+    for _ in range(3):
+        for rows in ([(1, 2, 7), (1, 2, 8)], [(1, 2, 7), (1, 2, 9)]):
+            memory.find(*tables(rows), 1)
+    assert several <= 3
+    assert search.num_calls == several + 6, "each takes the place of the other"
+
+
 def test_nothing_is_looked_up_where_no_row_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     search = Counting(module._search)
     monkeypatch.setattr(module, "_search", search)
