@@ -113,7 +113,7 @@ class RequestTable:
 
     def add_a_page_each(self, request_rows: np.ndarray, new_pages: Sequence[int]) -> np.ndarray:
         """Append a page to each of several page tables; returns the places where they stand."""
-        places = self.num_pages[request_rows]
+        places: np.ndarray = self.num_pages[request_rows]
         assert places.max() < self.max_pages, f"a sequence has {self.max_pages} pages at most"
         self.pages[request_rows, places] = new_pages
         self.num_pages[request_rows] = places + 1
