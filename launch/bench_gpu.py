@@ -129,7 +129,13 @@ def num_gpus_here(device: str) -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip()])
     with opened_nvml() as nvml:
-        return 0 if nvml is None else int(nvml.ask("nvmlDeviceGetCount") or 0)
+        found = 0 if nvml is None else int(nvml.ask("nvmlDeviceGetCount") or 0)
+    if not found:
+        sys.exit(
+            "bench_gpu: no GPU was found, or nvidia-ml-py, which counts them, is not installed: "
+            "give --gpus N, or --device cpu for a trial"
+        )
+    return found
 
 
 def ran(parts: Sequence[Part], args: argparse.Namespace, started_s: float) -> list[Result]:

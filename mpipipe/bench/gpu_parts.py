@@ -223,7 +223,7 @@ def _draft_parts(options: SuiteOptions) -> list[Part]:
     folder = options.scratch / "copying_model"
     shape = options.root / "configs" / "shapes" / SHAPES[0]
     if paths := [word for word in options.overrides if word.startswith("model.path=")]:
-        shape = Path(paths[-1].partition("=")[2])
+        shape = options.root / paths[-1].partition("=")[2]
     write = partial(write_copying_model, shape.absolute(), folder)
     parts = []
     for kind, variant in (("drafts", ""), ("undrafted", "pipeline.num_speculative_tokens=0")):

@@ -64,10 +64,12 @@ def _ratio(first: Record, second: Record, target: float) -> list[str]:
 
 def _prefix_lines(records: Sequence[Record]) -> list[str]:
     rows = []
-    for shared, apart in _pairs(records, "prefix_", "apart_"):
+    once = _pairs(records, "prefix_once_", "apart_")
+    for shared, apart in (*_pairs(records, "prefix_", "apart_"), *once):
         target = _PREFIX_TARGETS[0 if BenchWork.parse(shared["work"]).common_tokens else 1]
         of_all = f"{shared['num_shared_tokens']:,} of {shared['num_prompt_tokens']:,}"
-        rows.append([shared["shape"], shared["work"], *_ratio(shared, apart, target), of_all])
+        name = shared["part"].removeprefix("prefix_").replace("once_", "read once, ")
+        rows.append([name, shared["work"], *_ratio(shared, apart, target), of_all])
     names = (
         "prefixes of",
         "work",

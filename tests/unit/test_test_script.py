@@ -104,11 +104,11 @@ def test_one_failure_fails_it_all_and_hides_no_other(fails: str, tmp_path: Path)
         assert f"  {fails}: FAIL code 1 (7.00 seconds)" in end or "," in fails
 
 
-def write_report(folder: Path, suite: str, *failed: str) -> str:
+def write_report(folder: Path, suite: str, *failed: str, code: int = 1, more: str = "") -> str:
     """A file like what tox prints of a suite in which those tests fail."""
     path = folder / f"{suite}.txt"
     lines = [f"FAILED tests/{suite}/test_a.py::{test} - assert 1 == 2" for test in failed]
-    path.write_text("\n".join([*lines, f"  {suite}: FAIL code 1 (7.00 seconds)", ""]))
+    path.write_text("\n".join([*lines, more, f"  {suite}: FAIL code {code} (7.00 seconds)", ""]))
     return str(path)
 
 
@@ -141,6 +141,25 @@ def test_what_is_no_accident_of_a_run_is_not_tried_again(
     report = write_report(tmp_path, suite, *failed)
     code, said, calls = run(tmp_path, fails=fails, REPORT=report)
     assert code == 7, said
+    assert not [call for call in calls if " -- " in call]
+
+
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        (2, ""),  # a file could not be collected: no test has run
+        (1, "FAILED tests/e2e/test_b.py::test_hangs - worker 'gw0' crashed while running"),
+        (1, "[gw0] node down: Not properly terminated"),
+        (1, "+++++++++++ Timeout +++++++++++"),
+        (1, "the MPI suite hung for 600 s on 4 ranks"),
+    ],
+)
+def test_a_suite_that_has_not_run_to_its_end_is_not_tried_again(
+    code: int, more: str, tmp_path: Path
+) -> None:
+    report = write_report(tmp_path, "e2e", "test_one", code=code, more=more)
+    ended, said, calls = run(tmp_path, fails=REST, REPORT=report)
+    assert ended == 7, said
     assert not [call for call in calls if " -- " in call]
 
 
