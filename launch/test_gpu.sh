@@ -59,7 +59,8 @@ part() {
 if [ $# -eq 0 ]; then
     # In one go: the workers' imports are a good part of the time.
     part "one process each" "$python" -m pytest "${options[@]}" "${parallel[@]}" tests/gpu \
-        tests/contract/test_kernels.py tests/contract/test_quantized_kernels.py \
+        tests/contract/test_kernels.py tests/contract/test_common_attention.py \
+        tests/contract/test_quantized_kernels.py \
         tests/contract/test_device_sampler.py tests/contract/test_stage_engine.py \
         tests/contract/test_stage_worker.py
 else
