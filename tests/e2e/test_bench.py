@@ -107,8 +107,8 @@ def test_transformers_is_timed_on_random_weights_too(random_config: Path) -> Non
 def test_the_suite_reads_what_a_whole_run_leaves(random_config: Path, tmp_path: Path) -> None:
     shape, out = random_config.parent / "shape", tmp_path / "out"
     script = [sys.executable, str(ROOT / "launch" / "bench_gpu.py")]
-    words = ["--quick", "--only", "file_run", "--out", str(out), "pipeline.device=cpu"]
-    words += ["model.dtype=float32", f"model.path={shape}"]
+    words = ["--quick", "--only", "file_run", "--out", str(out), "--device", "cpu"]
+    words += ["pipeline.device=cpu", "model.dtype=float32", f"model.path={shape}"]
     outcome = execute([*script, *words], ROOT, PYTHONPATH=str(ROOT))
     assert outcome.exit_code == 0, outcome.stdout
     (record,) = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
