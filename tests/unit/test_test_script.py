@@ -52,6 +52,10 @@ def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int
     for name, text in (("python", "#!/bin/sh\nexit 9\n"), ("tox", TOX)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
+    launch = folder / "tree" / "launch"  # a copy: the script removes what is in its tree
+    launch.mkdir(parents=True)
+    for name in ("test.sh", "common.sh", "constraints.txt"):
+        shutil.copy(ROOT / "launch" / name, launch)
     calls = folder / "calls"
     report = folder / "report"
     report.write_text(REPORT + "said\n" * 200 + f"  {fails}: FAIL code 1 (7.00 seconds)\n")
@@ -61,7 +65,7 @@ def run(folder: Path, *words: str, fails: str = "", **environ: str) -> tuple[int
     }  # fmt: skip
     kept = {name: text for name, text in os.environ.items() if not name.startswith("MPIPIPE_")}
     result = subprocess.run(
-        [ROOT / "launch/test.sh", *words],
+        [launch / "test.sh", *words],
         env={**kept, **ours},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
