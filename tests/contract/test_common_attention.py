@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +23,7 @@ from mpipipe.models.kernels import common_attention
 from mpipipe.models.kernels.common_attention import _most_tiles, _num_pieces, attend_common
 from mpipipe.models.kernels.decode_attention import DecodeTuning, paged_decode_attention
 from mpipipe.models.kernels.prefill_attention import PrefillTuning
+from tests.contract.compiling import output_of
 from tests.contract.test_kernels import (
     DEVICE,
     DOT_DTYPES,
@@ -40,7 +38,6 @@ from tests.contract.test_kernels import (
     plain_attention,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [Heads(2, 2, 100), Heads(8, 2, 64), Heads(9, 3, 64), Heads(8, 1, 80), Heads(4, 2, 160)]
 TILE = PrefillTuning(16, 32, 4, 1)  # 16, 4, 5, 2 and 8 rows
 # Of each row: the group that it begins as, and its tokens. Groups of three rows, of seven, which
@@ -368,15 +365,5 @@ print("done")
 def test_the_kernels_compile_within_the_shared_memory_of_every_kind_of_gpu(
     gpu: tuple[int, int, int], limit: int, tmp_path: Path
 ) -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, gpu), str(limit)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env={**environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("done\n")
-    assert {"_common_kernel", "_decode_kernel"} <= set(result.stdout.split())
+    lines = output_of(PROGRAM, *gpu, limit, cache=tmp_path / "cache")
+    assert {"_common_kernel", "_decode_kernel"} <= {line.split()[0] for line in lines}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +16,9 @@ pytest.importorskip("triton", reason="triton is part of the dev extra on Linux x
 
 from mpipipe.models.kernels import quantized_linear as kernels
 from mpipipe.models.kernels.linear import LinearTuning, launch_linear
+from tests.contract.compiling import output_of
 from tests.contract.test_kernels import DEVICE, DOT_DTYPES, INTERPRETED, TOLERANCE, assert_near
 
-ROOT = Path(__file__).parents[2]
 FP8 = torch.float8_e4m3fn
 # 5 rows in one tile; 40 in one, or in three, of which the last is not full.
 CUTS = [
@@ -305,17 +302,5 @@ print("done")
 
 
 def test_the_kernels_compile_within_the_shared_memory_of_every_kind_of_gpu(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, str(program)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env={**environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("done\n")
-    assert {line.split()[0] for line in result.stdout.splitlines()[:-1]} == {"75", "80", "89", "90"}
+    lines = output_of(PROGRAM, cache=tmp_path / "cache")
+    assert {line.split()[0] for line in lines} == {"75", "80", "89", "90"}
