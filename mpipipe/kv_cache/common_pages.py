@@ -84,7 +84,7 @@ class CommonPagesMemory:
         if deepest >= self._num_columns:
             self._num_columns = deepest + 1
             self._kept.clear()
-        key_bytes = len(num_whole_B) * min(self._num_columns, page_table_BP.shape[1]) * 4
+        key_bytes = page_table_BP[:, : self._num_columns].nbytes
         num_kept = max(1, min(_MAX_KEPT, _MAX_KEPT_BYTES // key_bytes))
         while len(self._kept) >= num_kept:
             del self._kept[next(iter(self._kept))]

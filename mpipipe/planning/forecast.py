@@ -349,10 +349,12 @@ class _Job:
     def _gathered(self, slot: Sequence[_Sequence], num_rounds: float) -> float:
         """Tokens that a step of `slot` reads in the mean of so many rounds.
 
-        What its prompts share counts once for all of them, as if they all began alike.
+        What its prompts share counts once for all of them, as if they all began alike, where steps
+        read it once: on CPUs, and on GPUs if they are told to.
         """
         known = [sequence.known(self.rounds) + num_rounds / 2 for sequence in slot]
-        shared = [self.shared_ratio * sequence.prompt for sequence in slot]
+        reads_once = self.plan.device == "cpu" or self.plan.read_prefixes_once
+        shared = [reads_once * self.shared_ratio * sequence.prompt for sequence in slot]
         return joined_tokens(known, shared, padded=self.plan.attention == "sdpa")
 
     def _next_end(self) -> float:

@@ -182,7 +182,7 @@ def test_wide_tables_are_kept_in_few_numbers(monkeypatch: pytest.MonkeyPatch) ->
         for rows in slots:
             memory.find(*tables(rows), 1)
     several = search.num_calls
-    monkeypatch.setattr(module, "_MAX_KEPT_BYTES", 2 * 3 * 4)  # of one table of two rows
+    monkeypatch.setattr(module, "_MAX_KEPT_BYTES", 2 * 3 * 8)  # of one table of two rows
     for _ in range(3):
         for rows in ([(1, 2, 7), (1, 2, 8)], [(1, 2, 7), (1, 2, 9)]):
             memory.find(*tables(rows), 1)

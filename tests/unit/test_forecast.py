@@ -386,13 +386,16 @@ class ByContext(Scripted):
 
 def test_what_prompts_share_is_read_once_for_all_rows_by_sdpa() -> None:
     shape = JobShape.of([(640, 3)] * 4, shared_ratio=0.5)
-    shared = replace(plan_of((2,)), attention="sdpa", max_sharing_tokens=1000)
+    shared = replace(plan_of((2,)), device="cpu", attention="sdpa", max_sharing_tokens=1000)
     alone = replace(shared, max_sharing_tokens=0)
     pages = replace(shared, attention="triton")
-    once, each, paged = (
-        forecast_job(SMOL, plan, shape, ByContext()).decode_s for plan in (shared, alone, pages)
+    on_gpu = replace(shared, device="cuda")  # where sdpa gathers each row
+    once, each, paged, gathered = (
+        forecast_job(SMOL, plan, shape, ByContext()).decode_s
+        for plan in (shared, alone, pages, on_gpu)
     )
     assert each == pytest.approx(paged)
+    assert each == pytest.approx(gathered)
     assert each - once == pytest.approx(2 * (320 - 320 / 4))  # two rounds
 
 
@@ -409,7 +412,7 @@ def test_what_prompts_share_is_read_once_by_our_kernels_where_the_plan_says_so()
 
 def test_what_prompts_hardly_share_is_read_with_the_rest() -> None:
     shape = JobShape.of([(640, 3)] * 4, shared_ratio=0.2)  # 3 rows would spare 384 tokens
-    shared = replace(plan_of((2,)), attention="sdpa", max_sharing_tokens=1000)
+    shared = replace(plan_of((2,)), device="cpu", attention="sdpa", max_sharing_tokens=1000)
     found, each = (
         forecast_job(SMOL, plan, shape, ByContext()).decode_s
         for plan in (shared, replace(shared, max_sharing_tokens=0))
