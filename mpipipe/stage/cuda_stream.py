@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from mpipipe.abandoned import abandon
@@ -13,8 +14,6 @@ from mpipipe.stage.pinned import PinnedRing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import numpy as np
 
     from mpipipe.progress import ProgressEngine
     from mpipipe.stage.stream import Event

@@ -247,6 +247,7 @@ class EnginePipeline:
         device: of all stages.
         offloading: where the plan offloads weights.
         backend: attention; None: as `mode` and `device` say.
+        stream: of all stages; None: as `mode` and `device` say.
     """
 
     def __init__(
@@ -258,20 +259,24 @@ class EnginePipeline:
         device: str = "cpu",
         offloading: Offloading | None = None,
         backend: AttentionBackend | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self.plan = plan
         self._restart_tokens = read_spec(model.folder).rotary.restart_tokens
         if backend is None:
             by_tensors = TensorSdpa() if device == "cpu" else TritonAttention()
             backend = SdpaAttention() if mode == "varlen" else by_tensors
+        self.stream: Stream
         self.pinned = PinnedMemory(torch.device(device))
         stages = range(plan.num_stages)
         self.models = [
             build_stage(model, plan, n, backend, device, offloading, self.pinned) for n in stages
         ]
         clock = clock or ScriptedClock()
-        if mode == "replayed" and device == "cpu":
-            self.stream: Stream = ReplayingStream(torch.device(device), clock, ProgressEngine())
+        if stream is not None:
+            self.stream = stream
+        elif mode == "replayed" and device == "cpu":
+            self.stream = ReplayingStream(torch.device(device), clock, ProgressEngine())
         else:
             self.stream = open_stream(torch.device(device), clock, ProgressEngine())
         self.engines = [

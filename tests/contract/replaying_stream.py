@@ -14,11 +14,11 @@ from mpipipe.clock import Clock
 from mpipipe.progress import ProgressEngine
 from mpipipe.stage.cpu_stream import CpuStream
 
-__all__ = ["PooledStream", "ReplayingStream"]
+__all__ = ["PooledStream", "ReplayingStream", "Tape"]
 
 
 @dataclass
-class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What torch was asked to do, on which tensors: no number that Python saw changes later."""
 
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
@@ -87,7 +87,7 @@ class ReplayingStream(CpuStream):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:  # type: ignore[override]
         """Record `work`, undo it, and return what repeats it."""
         self.num_captures += 1
-        tape = _Tape()
+        tape = Tape()
         with tape:
             work()
         tape.rewind()
@@ -100,10 +100,10 @@ class ReplayingStream(CpuStream):
 
         return replay
 
-    def _recorded(self, tape: _Tape) -> None:
+    def _recorded(self, tape: Tape) -> None:
         """For streams that keep account of their captures."""
 
-    def _before_replay(self, tape: _Tape) -> None:
+    def _before_replay(self, tape: Tape) -> None:
         """For streams whose captures get in each other's way."""
 
 
@@ -115,12 +115,12 @@ class PooledStream(ReplayingStream):
 
     def __init__(self, device: torch.device, clock: Clock, progress: ProgressEngine) -> None:
         super().__init__(device, clock, progress)
-        self._tapes: list[_Tape] = []
+        self._tapes: list[Tape] = []
 
-    def _recorded(self, tape: _Tape) -> None:
+    def _recorded(self, tape: Tape) -> None:
         self._tapes.append(tape)
 
-    def _before_replay(self, tape: _Tape) -> None:
+    def _before_replay(self, tape: Tape) -> None:
         for other in self._tapes:
             if other is not tape:
                 for memory in other.made():
