@@ -161,14 +161,18 @@ def _note_of(order: Order) -> Path:
         *(order.capability, order.num_processors),
         *(plan.dtype, plan.quantize, plan.kv_cache, plan.attention, plan.page_size_tokens),
         *(plan.max_decode_rows, plan.max_sequences_per_slot, plan.max_tokens_per_step),
-        *(plan.max_sequence_tokens, plan.tensor_parallel),
+        *(plan.max_sequence_tokens, plan.tensor_parallel, plan.read_prefixes_once),
         # Dry runs put all layers and their caches on the device.
         *((stage.has_embedding, stage.has_head) for stage in stages),
     )
     digest = hashlib.sha256(repr(asked).encode())
     digest.update((Path(plan.model_path) / "config.json").read_bytes())
-    sources = Path(__file__).parents[1] / "models" / "kernels"
-    for source in sorted(sources.glob("*.py")):
+    package = Path(__file__).parents[1]
+    # The dry run says which of the kernels are launched.
+    for source in (
+        *sorted((package / "models" / "kernels").glob("*.py")),
+        package / "stage" / "dry_run.py",
+    ):
         digest.update(source.read_bytes())
     return triton_cache() / f"mpipipe-{digest.hexdigest()[:32]}"
 

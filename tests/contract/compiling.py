@@ -15,6 +15,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 def output_of(program: str, *arguments: object, cache: Path) -> list[str]:
     """The lines of a program that ends with "done", which is left out; `cache`: of its kernels."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path_before = environ.get("PYTHONPATH")
     # From a file: Triton reads the source of kernels.
     path = cache.with_suffix(".py")
     path.write_text(program)
@@ -24,7 +25,11 @@ def output_of(program: str, *arguments: object, cache: Path) -> list[str]:
         text=True,
         timeout=180,
         check=False,
-        env={**environ, "PYTHONPATH": str(_ROOT), "TRITON_CACHE_DIR": str(cache)},
+        env={
+            **environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), path_before])),
+            "TRITON_CACHE_DIR": str(cache),
+        },
     )
     assert result.returncode == 0, result.stderr
     *lines, last = result.stdout.splitlines()

@@ -136,6 +136,7 @@ def test_what_was_compiled_for_a_plan_is_not_compiled_again(plan: PipelinePlan) 
     assert answer(offloaded, compiled) is None  # a dry run knows no host memory
     others = [
         dataclasses.replace(plan, max_tokens_per_step=plan.max_tokens_per_step + 1),
+        dataclasses.replace(plan, read_prefixes_once=not plan.read_prefixes_once),
         dataclasses.replace(plan, stages=plan.stages[::-1]),
     ]
     for other in others:
