@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpipipe.abandoned import abandon
+from mpipipe.garbage import no_garbage_collection
 from mpipipe.stage.pinned import PinnedRing
 
 if TYPE_CHECKING:
@@ -123,11 +124,12 @@ class CudaStream:
         """See `Stream.capture`. `work` must have run once before, so that its kernels are loaded.
 
         torch's own `torch.cuda.graph` collects garbage and empties the allocator around each
-        capture, about 0.1 s each time; with dozens of graphs that is most of a start.
+        capture, about 0.1 s each time; with dozens of graphs that is most of a start. Here no
+        garbage is collected meanwhile: a graph in it that is destroyed spoils the capture.
         """
         graph = torch.cuda.CUDAGraph()
         self._capture_stream.wait_stream(self._stream)
-        with torch.cuda.stream(self._capture_stream):
+        with no_garbage_collection(), torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()

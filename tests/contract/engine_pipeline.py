@@ -7,6 +7,7 @@ CUDA graph would be). The oracle is the plain path: `AwaitingCore` and `StageExe
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -268,6 +269,8 @@ class EnginePipeline:
             backend = SdpaAttention() if mode == "varlen" else by_tensors
         self.stream: Stream
         self.pinned = PinnedMemory(torch.device(device))
+        # What is freed while it is pinned makes CUDA refuse copies of what is allocated there next.
+        weakref.finalize(self, _unpin, torch.device(device), self.pinned)
         stages = range(plan.num_stages)
         self.models = [
             build_stage(model, plan, n, backend, device, offloading, self.pinned) for n in stages
@@ -364,8 +367,7 @@ class EnginePipeline:
 
     def close(self) -> None:
         """Unpin what pages were saved in."""
-        self.stream.drain()
-        self.pinned.close()
+        _unpin(self.stream.device, self.pinned)
 
     # ---- towards the stages ----------------------------------------------------------------------
 
@@ -544,3 +546,10 @@ def make_requests(
         )
         for number, length in enumerate(lengths)
     ]
+
+
+def _unpin(device: torch.device, pinned: PinnedMemory) -> None:
+    """When nothing copies from or to it any more."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    pinned.close()

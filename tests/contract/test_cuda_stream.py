@@ -6,6 +6,7 @@ that cannot run anywhere is found before one is there.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -154,6 +155,14 @@ def test_captured_work_is_repeated_until_it_is_released(stream: CudaStream) -> N
     stream.release_captured()
     with pytest.raises(AssertionError, match="reset"):
         replay()
+
+
+def test_no_garbage_is_collected_while_work_is_captured(stream: CudaStream) -> None:
+    """CUDA allows no graph to be destroyed then, and old ones may be in the garbage."""
+    enabled = list[bool]()
+    stream.capture(lambda: enabled.append(gc.isenabled()))
+    assert enabled == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("drafted_rows", [0, 8])
