@@ -6,7 +6,7 @@ four, `int8_<shape>` and `fp8_<shape>` on one (model.quantize), `fp8_pipeline_<s
 `lanes_<shape>` on two that share one stage (pipeline.tensor_parallel), `offload_…` on one (weights
 that stream from pinned host memory under a limit of GPU memory), `disk` on one (weights that stream
 from a disk past the page cache, where a folder is given); on two, `prefix_<shape>`,
-`prefix_once_<shape>` (shared pages also read once) and
+`prefix_each_<shape>` (shared pages read by each row, not once) and
 `apart_<shape>` (prompts that begin alike, with and without sharing), `tail_<shape>` (a few long
 outputs, and the same tokens at fixed lengths), `drafts_<shape>` and `undrafted_<shape>` (text that
 is not foreseen), `drafts_copying` and `undrafted_copying` (text that repeats: `copying_model`),
@@ -318,7 +318,7 @@ def all_parts(options: SuiteOptions) -> list[Part]:
         ("lanes", 2, "pipeline.tensor_parallel=2", _LANES),
         ("fp8_pipeline", 2, "model.quantize=fp8", _QUANTIZED_PIPELINE),
         ("prefix", 2, "memory.share_prefixes=true", _PREFIX),
-        ("prefix_once", 2, "memory.read_prefixes_once=true", _PREFIX),
+        ("prefix_each", 2, "memory.read_prefixes_once=false", _PREFIX),
         ("apart", 2, "memory.share_prefixes=false", _PREFIX),
         ("tail", 2, "", _TAIL),
     )

@@ -64,11 +64,11 @@ def _ratio(first: Record, second: Record, target: float) -> list[str]:
 
 def _prefix_lines(records: Sequence[Record]) -> list[str]:
     rows = []
-    once = _pairs(records, "prefix_once_", "apart_")
-    for shared, apart in (*_pairs(records, "prefix_", "apart_"), *once):
+    each = _pairs(records, "prefix_each_", "apart_")
+    for shared, apart in (*_pairs(records, "prefix_", "apart_"), *each):
         target = _PREFIX_TARGETS[0 if BenchWork.parse(shared["work"]).common_tokens else 1]
         of_all = f"{shared['num_shared_tokens']:,} of {shared['num_prompt_tokens']:,}"
-        name = shared["part"].removeprefix("prefix_").replace("once_", "read once, ")
+        name = shared["part"].removeprefix("prefix_").replace("each_", "read by each row, ")
         rows.append([name, shared["work"], *_ratio(shared, apart, target), of_all])
     names = (
         "prefixes of",

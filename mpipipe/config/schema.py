@@ -171,9 +171,9 @@ class MemoryConfig:
     """Share of a GPU's free memory that weights, cache and work space may take together."""
     share_prefixes: bool = True
     """Compute what prompts begin with alike, in whole pages, once. false: each prompt by itself."""
-    read_prefixes_once: bool = False
+    read_prefixes_once: bool = True
     """On GPUs (`triton` attention): decode steps read pages that several rows share once for all of
-    them (cascade attention), as CPUs always do. Not yet measured on a GPU, hence off."""
+    them (cascade attention), as CPUs always do. false: each row reads its own."""
     kv_cache: CacheKind = "paged"
     """`paged`, or `contiguous` (slow and simple: the oracle of the tests)."""
 

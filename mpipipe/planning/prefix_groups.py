@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.planning.plan import Decisions
 from mpipipe.planning.step_limits import StepLimits
+from mpipipe.planning.workload import Workload
 
 __all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups", "reads_prefixes_once"]
 
@@ -38,20 +39,19 @@ def max_sharing_tokens(decisions: Decisions, spec: ModelSpec, limits: StepLimits
     return limit
 
 
-def reads_prefixes_once(decisions: Decisions, attention: str, sharing_tokens: int) -> bool:
-    """`PipelinePlan.read_prefixes_once`; notes why it is not so where it was asked for."""
-    if not decisions.config.memory.read_prefixes_once:
+def reads_prefixes_once(
+    decisions: Decisions, attention: str, sharing_tokens: int, workload: Workload
+) -> bool:
+    """`PipelinePlan.read_prefixes_once`; notes why a GPU does not, where prompts share pages."""
+    if not decisions.config.memory.read_prefixes_once or not sharing_tokens:
         return False
-    reason = ""
-    if attention == "sdpa":
-        reason = "sdpa attention does so on CPUs without being asked, and never on GPUs"
-    elif attention != "triton":
-        reason = f"{attention} attention reads the pages of each row"
-    elif not sharing_tokens:
-        reason = "prompts share no pages (memory.share_prefixes, memory.kv_cache)"
-    if reason:
+    if attention != "triton":  # sdpa does so on CPUs without being asked, and never on GPUs
+        return False
+    if workload.lengths and not workload.shared_ratio:
+        reason = "no two prompts begin alike: steps need no CUDA graphs that look for it"
         decisions.note("memory.read_prefixes_once", "false", reason)
-    return not reason
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

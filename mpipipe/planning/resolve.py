@@ -232,8 +232,7 @@ class Job:
         num_stages = len(layout.replicas[replica]) // layout.num_lanes
         num_replicas, decisions = len(layout.replicas), Decisions(config, list(self.notes))
         staged = sharing(ranks, layout.replicas[replica])
-        if num_replicas > 1:
-            workload = workload.share_of(num_replicas)
+        workload = workload.share_of(num_replicas)
         decisions.settle("pipeline.replicas", num_replicas, layout.reason)
         whose = "one per rank" if layout.num_lanes == 1 else f"one per {layout.num_lanes} ranks"
         whose += "" if num_replicas == 1 else " of a replica"
@@ -255,7 +254,7 @@ class Job:
         note_replicas(ranks, layout, decisions)
         note_layout(staged, decisions)
         resolver = _Resolver(
-            spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
+            spec, staged, ranks, layout, device, dtype, limits, sampling, decisions, workload
         )
         stages = resolver.stages(num_stages, _work_mix(limits, workload))
         attention = resolver.attention()
@@ -314,6 +313,7 @@ class _Resolver:
     limits: StepLimits
     sampling: SamplingUse
     decisions: Decisions
+    workload: Workload
 
     def stages(self, num_stages: int, mix: WorkMix) -> tuple[StagePlan, ...]:
         """Which rank holds which layers."""
@@ -404,7 +404,7 @@ class _Resolver:
             max_sequence_tokens=demand.longest_tokens if lookahead else limits.max_context_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             max_sharing_tokens=sharing,
-            read_prefixes_once=reads_prefixes_once(self.decisions, backend, sharing),
+            read_prefixes_once=reads_prefixes_once(self.decisions, backend, sharing, self.workload),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )

@@ -95,8 +95,8 @@ def test_every_part_has_its_ranks_its_model_and_the_overrides(options: SuiteOpti
         word for word in shared if "jsonl" not in word
     ]
     assert "512x1024+128x128" in shared
-    once = parts["prefix_once_llama3_8b"].command
-    assert {"memory.read_prefixes_once=true", "512x1024+128x128"} <= set(once)
+    each = parts["prefix_each_llama3_8b"].command
+    assert {"memory.read_prefixes_once=false", "512x1024+128x128"} <= set(each)
     for part in parts.values():
         for at, word in enumerate(part.command):
             if word == "--work":
