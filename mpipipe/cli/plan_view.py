@@ -230,11 +230,16 @@ def _batch(outlook: Outlook) -> str:
 
 
 def _wall_clock(outlook: Outlook) -> str:
-    forecast = outlook.forecast
+    forecast, compiling = outlook.forecast, ""
+    if forecast.compile_s:
+        compiling = (
+            f" ({_duration(forecast.compile_s)} of it for kernels, which `mpipipe warm` compiles "
+            "beforehand)"
+        )
     return (
         f"{_duration(forecast.wall_clock_s)} for these prompts: start-up "
-        f"{_duration(forecast.startup_s)}, prompts {_duration(forecast.prefill_s)}, decoding "
-        f"{_duration(forecast.decode_s)}"
+        f"{_duration(forecast.startup_s)}{compiling}, prompts {_duration(forecast.prefill_s)}, "
+        f"decoding {_duration(forecast.decode_s)}"
     )
 
 

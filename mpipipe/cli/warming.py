@@ -13,8 +13,8 @@ from mpipipe.demo.model import cache_folder
 from mpipipe.errors import MpipipeError
 from mpipipe.job.warm import warm_up
 from mpipipe.metrics.boot import BootTimeline
+from mpipipe.planning.compiled_kernels import triton_cache
 from mpipipe.progress import run_async
-from mpipipe.runtime.kernels_ahead import triton_cache
 from mpipipe.topology.launcher import detect
 from mpipipe.topology.process import process_age_s
 

@@ -64,6 +64,7 @@ def read_gpu(local_rank: int) -> GpuFacts:
         pci=_pci_address(properties),
         link_generation=link_generation,
         link_width=link_width,
+        num_processors=properties.multi_processor_count,
     )
 
 

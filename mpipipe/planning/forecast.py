@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.planning.cost import dtype_bytes
-from mpipipe.planning.links import DISK_BYTES_PER_S
 from mpipipe.planning.padding import joined_tokens
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.startup import startup_by_rates
 from mpipipe.planning.step_times import StepTimes
 
-__all__ = ["JobForecast", "StageForecast", "forecast_job", "startup_s", "weights_s"]
+__all__ = ["JobForecast", "StageForecast", "forecast_job"]
 
 # The scheduler's own choices (`scheduler.policy`): prompts interrupt decoding when an eighth of the
 # running sequences can be admitted, and half a page is kept back for each of these.
@@ -41,11 +40,6 @@ _GROUPS_OF_ENDS = 64
 # Draw of a GPU, as a share of its limit: measured on H100 between half idle and full pipes.
 _IDLE_WATTS = 0.17
 _BUSY_WATTS = 0.65
-# From the start of the process to the first step, beside reading weights. Measured: H100, warm
-# kernel cache, 15 s on one GPU, 22 to 24 s on two and four; SmolLM2 on CPUs 4.4 to 6.2 s.
-_GPU_STARTUP_S = 15.0
-_SEVERAL_GPUS_STARTUP_S = 7.0
-_CPU_STARTUP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +62,8 @@ class JobForecast:
 
     tokens_per_s: float  # output tokens over `generating_s`
     generating_s: float
-    startup_s: float  # before it: processes, imports, weights, graphs
+    startup_s: float  # before it: processes, imports, weights, kernels, graphs
+    compile_s: float  # of `startup_s`: waiting for kernels that were not compiled before
     prefill_s: float  # of `generating_s`
     decode_s: float
     decode_round_s: float  # mean time of a token of every running sequence
@@ -115,14 +110,14 @@ def forecast_job(
     # A sample has its share of the work; what it does not have are full pipes at its end.
     scale = len(lengths) / len(sample)
     generating_s = (job.prefill_s + job.decode_s) * scale
-    stages = tuple(
-        _stage_forecast(stage, job, busy, scale)
-        for stage, busy in zip(plan.stages, job.busy, strict=True)
-    )
+    pairs = zip(plan.stages, job.busy, strict=True)
+    stages = tuple(_stage_forecast(stage, job, busy, scale) for stage, busy in pairs)
+    startup = startup_by_rates(spec, plan)
     return JobForecast(
         tokens_per_s=shape.num_output_tokens / generating_s,
         generating_s=generating_s,
-        startup_s=startup_s(spec, plan),
+        startup_s=startup.start_s,
+        compile_s=startup.compile_s,
         prefill_s=job.prefill_s * scale,
         decode_s=job.decode_s * scale,
         decode_round_s=job.decode_s / job.rounds if job.rounds else 0.0,
@@ -136,26 +131,6 @@ def forecast_job(
         energy_j=_energy_j(stages, generating_s, watts or {}),
         source=times.source,
     )
-
-
-def startup_s(spec: ModelSpec, plan: PipelinePlan) -> float:
-    """From the start of the processes to the first step, with a warm kernel cache."""
-    begin_s = _CPU_STARTUP_S
-    if plan.device == "cuda":
-        begin_s = _GPU_STARTUP_S + (len(plan.ranks) > 1) * _SEVERAL_GPUS_STARTUP_S
-    return begin_s + weights_s(spec, plan)
-
-
-def weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:
-    """Reading weights from a slow disk, which the ranks of a host share; random ones are made."""
-    if plan.weights == "random":
-        return 0.0
-    share = dtype_bytes(spec.dtype) / dtype_bytes(plan.dtype)
-    by_host: dict[str, float] = {}
-    for stage in plan.stages:
-        read = len(stage.ranks) * stage.weight_bytes * share
-        by_host[stage.host] = by_host.get(stage.host, 0.0) + read
-    return max(by_host.values()) / DISK_BYTES_PER_S
 
 
 def _stage_forecast(stage: StagePlan, job: _Job, busy: _Busy, scale: float) -> StageForecast:

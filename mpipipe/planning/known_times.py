@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.planning.forecast import startup_s, weights_s
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.profile import (
     Profile,
@@ -19,6 +18,7 @@ from mpipipe.planning.profile import (
 from mpipipe.planning.profile_times import profile_times
 from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resources import RankResources
+from mpipipe.planning.startup import Startup, startup_by_rates, startup_of_parts
 from mpipipe.planning.step_times import StepTimes
 
 __all__ = ["KnownTimes", "known_times"]
@@ -34,25 +34,36 @@ class KnownTimes:
     start_s: float | None = None  # of an earlier run; None: no run was asked
     load_s: float | None = None  # likewise
 
-    def start(self, spec: ModelSpec, plan: PipelinePlan) -> tuple[float, float]:
-        """Seconds from the start of the processes to the first step, and of loading in them.
+    def start(self, spec: ModelSpec, plan: PipelinePlan, *, is_compiled: bool = False) -> Startup:
+        """From the start of the processes to the first step.
 
         As measured, where all ranks were; the slowest rank counts, as all begin together.
+        `is_compiled`: the kernels of `plan` are; an earlier run's start has what it waited for.
         """
         if self.start_s is not None and self.load_s is not None:
-            return self.start_s, self.load_s
+            return Startup(self.start_s, self.load_s)
         if not self.profiles:
-            return startup_s(spec, plan), weights_s(spec, plan)
+            return startup_by_rates(spec, plan, is_compiled=is_compiled)
         stages = {stage.rank: stage for stage in plan.stages}
-        starts = [_start(profile, stages[rank]) for rank, profile in self.profiles]
-        return max(start_s for start_s, _ in starts), max(load_s for _, load_s in starts)
+        starts = [
+            startup_of_parts(
+                plan,
+                profile.start_s,
+                _weights_s(profile, plan, stages[rank]),
+                is_compiled=is_compiled,
+            )
+            for rank, profile in self.profiles
+        ]
+        slowest = max(starts, key=lambda each: each.start_s)
+        return replace(slowest, load_s=max(each.load_s for each in starts))
 
 
-def _start(profile: Profile, stage: StagePlan) -> tuple[float, float]:
-    load_s = profile.load_fixed_s
-    if profile.load_bytes_per_s:
-        load_s += stage.weight_bytes / profile.load_bytes_per_s
-    return profile.start_s + load_s, load_s
+def _weights_s(profile: Profile, plan: PipelinePlan, stage: StagePlan) -> float:
+    """Of weights, and on a CPU of what a load takes beside: all that it takes."""
+    beside_s = 0.0 if plan.device == "cuda" else profile.load_fixed_s
+    if not profile.load_bytes_per_s:
+        return beside_s
+    return beside_s + stage.weight_bytes / profile.load_bytes_per_s
 
 
 def known_times(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from mpipipe.checkpoint.spec import ModelSpec
 from mpipipe.config.schema import AUTO, Config
+from mpipipe.planning.compiled_kernels import are_kernels_compiled
 from mpipipe.planning.forecast import JobForecast
 from mpipipe.planning.gpu_table import GpuTable, known_gpus
 from mpipipe.planning.job_plan import plan_job
@@ -84,9 +85,14 @@ class PlannedJob:
         )
         known = [self._known(self.spec, plan, self.ranks) for plan in plans]
         times = tuple(each.steps for each in known)
-        starts = (each.start(self.spec, plan) for each, plan in zip(known, plans, strict=True))
-        startup_s = max(start_s for start_s, _ in starts)
-        forecast = replace(self.forecast(plans, times), startup_s=startup_s)
+        starts = (
+            each.start(self.spec, plan, is_compiled=are_kernels_compiled(plan, self.ranks))
+            for each, plan in zip(known, plans, strict=True)
+        )
+        slowest = max(starts, key=lambda each: each.start_s)
+        forecast = replace(
+            self.forecast(plans, times), startup_s=slowest.start_s, compile_s=slowest.compile_s
+        )
         return Outlook(self, plans, times, forecast)
 
     def forecast(self, plans: Sequence[PipelinePlan], times: Sequence[StepTimes]) -> JobForecast:

@@ -31,16 +31,22 @@ def predict(
     known: Sequence[KnownTimes],
     lengths: Sequence[tuple[int, int]],
     shared_ratio: float = 0.0,
+    *,
+    is_compiled: bool = False,
 ) -> Prediction | None:
     """Of a job of sequences of these lengths, (prompt, output) tokens each; None without any.
 
-    `plans` and `known` are of all replicas; `shared_ratio` as in `JobShape`.
+    `plans` and `known` are of all replicas; `shared_ratio` as in `JobShape`; `is_compiled`: the
+    plans' kernels were, before the start.
     """
     if not lengths:
         return None
     shape = JobShape.of(lengths, shared_ratio)
     forecast = forecast_replicas(spec, plans, shape, [each.steps for each in known])
-    starts = [each.start(spec, plan) for each, plan in zip(known, plans, strict=True)]
+    starts = [
+        each.start(spec, plan, is_compiled=is_compiled)
+        for each, plan in zip(known, plans, strict=True)
+    ]
     stages = tuple(
         StagePrediction(
             replica=stage.replica,
@@ -56,8 +62,8 @@ def predict(
         num_output_tokens=shape.num_output_tokens,
         tokens_per_s=forecast.tokens_per_s,
         generate_s=forecast.generating_s,
-        start_s=max(start_s for start_s, _ in starts),
-        load_s=max(load_s for _, load_s in starts),
+        start_s=max(each.start_s for each in starts),
+        load_s=max(each.load_s for each in starts),
         stages=stages,
         source=known[0].steps.source,
     )

@@ -170,7 +170,9 @@ class Profile:
     hops: tuple[HopPoint, ...] = ()  # empty: one rank measured alone
     host_to_device_bytes_per_s: float = 0.0  # from pinned memory; 0: not a GPU
     load_bytes_per_s: float = 0.0  # of weights: built, read and converted
-    load_fixed_s: float = 0.0  # beside that: warm-up and graphs
+    # Beside that: warm-up and graphs. On GPUs a run takes longer, whose process has not loaded and
+    # captured other slices before (`startup.py`).
+    load_fixed_s: float = 0.0
     start_s: float = 0.0  # start of the process until it could load: imports, MPI, tokenizer
 
 

@@ -117,6 +117,7 @@ def _together(
         slowest,
         tokens_per_s=shape.num_output_tokens / slowest.generating_s,
         startup_s=max(forecast.startup_s for forecast in found),
+        compile_s=max(forecast.compile_s for forecast in found),
         rows_per_slot=sum(rows) / len(rows),
         num_preemptions=sum(forecast.num_preemptions for forecast in by_replica.values()),
         num_saved=sum(forecast.num_saved for forecast in by_replica.values()),

@@ -21,11 +21,11 @@ from mpipipe.abandoned import is_abandoned_work_running
 from mpipipe.data_plane.lanes import ALONE
 from mpipipe.metrics.accounting import StageAccount
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.compiled_kernels import stages_on_host
 from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
-from mpipipe.runtime.kernels_ahead import stages_on_host
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head

@@ -8,7 +8,6 @@ launches was compiled before, it is ended at once: with a warm cache on a host w
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import select
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.compiled_kernels import compiled_note
 from mpipipe.runtime.kernel_process import Compiled, Order
 from mpipipe.topology.gpu import driver_in_sight, told_local_rank
-from mpipipe.topology.packages import package_versions
 
 if TYPE_CHECKING:
     from mpipipe.planning.plan import PipelinePlan
 
-__all__ = ["KernelProcess", "kernels_ahead", "stages_on_host", "triton_cache"]
+__all__ = ["KernelProcess", "kernels_ahead"]
 
 _MOST_PROCESSES = 8
 _LIMIT_S = 120.0  # ten times what one core needs for all kernels of a stage
@@ -43,7 +42,8 @@ class KernelProcess:
         self._process = process
         self._num_processes = num_processes
         self._ordered = False
-        self._note: Path | None = None  # see `_note_of`
+        self._note: Path | None = None  # see `compiled_note`
+        self.found_compiled = False  # all that was ordered was compiled before
 
     def order(
         self,
@@ -55,8 +55,9 @@ class KernelProcess:
         """Let it compile the kernels of `stages` of `plan`, for GPUs like this."""
         order = Order(plan, tuple(stages), capability, processors, self._num_processes)
         with suppress(OSError, RuntimeError):  # a file that cannot be read, no home folder
-            self._note = _note_of(order)
+            self._note = compiled_note(plan, stages, capability, processors)
             if self._note.exists():
+                self.found_compiled = True
                 self.close()
                 return
         with suppress(OSError):  # it has ended: `wait` says so
@@ -134,53 +135,3 @@ def _start(environ: Mapping[str, str], num_processes: int) -> KernelProcess | No
     except OSError:
         return None
     return KernelProcess(process, num_processes)
-
-
-def triton_cache() -> Path:
-    """Where Triton keeps what it compiles."""
-    told = os.environ.get("TRITON_CACHE_DIR")
-    if told:
-        return Path(told)
-    return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
-
-
-def _note_of(order: Order) -> Path:
-    """The file that says that all of `order` is in Triton's cache; it is there, and goes with it.
-
-    Its name follows from what kernels are specialised for. Where that leaves something out, ranks
-    compile what is missing.
-
-    Raises:
-        OSError: the model's configuration cannot be read.
-        RuntimeError: there is no home folder.
-    """
-    plan = order.plan
-    stages = [plan.stages[number] for number in order.stages]
-    asked = (
-        *package_versions(("triton", "torch")).values(),
-        *(order.capability, order.num_processors),
-        *(plan.dtype, plan.quantize, plan.kv_cache, plan.attention, plan.page_size_tokens),
-        *(plan.max_decode_rows, plan.max_sequences_per_slot, plan.max_tokens_per_step),
-        *(plan.max_sequence_tokens, plan.tensor_parallel, plan.read_prefixes_once),
-        # Dry runs put all layers and their caches on the device.
-        *((stage.has_embedding, stage.has_head) for stage in stages),
-    )
-    digest = hashlib.sha256(repr(asked).encode())
-    digest.update((Path(plan.model_path) / "config.json").read_bytes())
-    package = Path(__file__).parents[1]
-    # The dry run says which of the kernels are launched.
-    for source in (
-        *sorted((package / "models" / "kernels").glob("*.py")),
-        package / "stage" / "dry_run.py",
-    ):
-        digest.update(source.read_bytes())
-    return triton_cache() / f"mpipipe-{digest.hexdigest()[:32]}"
-
-
-def stages_on_host(plan: PipelinePlan, host: str) -> tuple[int, ...]:
-    """The stages of `plan` on `host` that launch different kernels: what they hold of the ends."""
-    found: dict[tuple[bool, bool], int] = {}
-    for stage in plan.stages:
-        if stage.host == host:
-            found.setdefault((stage.has_embedding, stage.has_head), stage.stage)
-    return tuple(found.values())

@@ -114,6 +114,7 @@ class Session:
         self._tokenizer = tokenizer = boot.prepared.tokenizer
         self._decode = boot.prepared.decode
         self.expected_shared_ratio = boot.prepared.workload.shared_ratio  # as `Workload` has it
+        self._kernels = boot.kernels
         self._special = SpecialTokens(tokenizer.special_tokens if tokenizer else {})
         self._log = boot.log
         self._worker = worker
@@ -159,7 +160,9 @@ class Session:
         assert self._model is not None, "only a head knows the model"
         spec = self._model.spec
         known = [known_times(spec, plan, self.resources) for plan in self.plans]
-        return partial(predict, spec, self.plans, known)
+        # As it was before this start: by now they are compiled in any case.
+        is_compiled = self._kernels is not None and self._kernels.found_compiled
+        return partial(predict, spec, self.plans, known, is_compiled=is_compiled)
 
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there

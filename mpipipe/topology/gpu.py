@@ -50,6 +50,7 @@ class GpuFacts:
     pci: str = ""  # address, e.g. "0000:3b:00.0"; the same for two slices (MIG) of one GPU
     link_generation: int = 0  # of PCI Express, that card and slot can do together; 0: not told
     link_width: int = 0  # its lanes
+    num_processors: int = 0  # streaming multiprocessors; 0: not told
 
 
 # ---- which one -----------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ _THROTTLE_REASONS = (
 )
 _SM_CLOCK, _MEMORY_CLOCK = 1, 2  # NVML_CLOCK_SM, NVML_CLOCK_MEM
 _GPU_SENSOR = 0  # NVML_TEMPERATURE_GPU
+# Capabilities with 64 cores a multiprocessor: P100, V100, Xavier, Turing, A100. Others since 2014
+# have 128 (CUDA's programming guide, arithmetic instructions).
+_HALVED_PROCESSORS = {(6, 0), (7, 0), (7, 2), (7, 5), (8, 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,7 @@ class Nvml:
                 pci=f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0" if pci else "",
                 link_generation=generation,
                 link_width=width,
+                num_processors=self._num_processors(handle, capability),
             )
             found.append(facts)
         return tuple(found)
@@ -180,6 +184,11 @@ class Nvml:
             for _, handle in self._handles()
             for process in self.ask("nvmlDeviceGetComputeRunningProcesses_v3", handle) or ()
         )
+
+    def _num_processors(self, handle: Any, capability: tuple[int, int]) -> int:
+        """Streaming multiprocessors, by their cores; 0: not told."""
+        num_cores = self.ask("nvmlDeviceGetNumGpuCores", handle) or 0
+        return int(num_cores // (64 if capability in _HALVED_PROCESSORS else 128))
 
     def _uuid(self, handle: Any) -> str:
         """As torch writes it, without "GPU-"; empty: not told."""

@@ -232,7 +232,7 @@ def make_session(
             tokenizer=tokenizer, decode=None if tokenizer else decode,
             workload=SimpleNamespace(shared_ratio=0.0),
         ),
-        log=NullLog(),
+        log=NullLog(), kernels=None,
     )  # fmt: skip
 
     async def compare() -> None:

@@ -12,15 +12,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from mpipipe.checkpoint.spec import read_spec
+from mpipipe.metrics.log import NullLog
 from mpipipe.models.kernels import ahead
 from mpipipe.planning.plan import PipelinePlan
+from mpipipe.planning.startup import startup_by_rates
+from mpipipe.planning.workload import Workload
 from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernels_ahead import KernelProcess
+from mpipipe.runtime.session import Session
+from mpipipe.topology.gpu import GpuFacts
 from tests.contract.engine_pipeline import engine_plan
 from tests.contract.tiny_models import NUM_LAYERS, TinyModel, split
+from tests.unit.planned_rank import make_rank
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="there is nothing to compile with"
@@ -175,3 +184,33 @@ def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     assert not {*ranks} - {"HOME"} & {*given}
     assert (given["HOME"], given["CUDA_VISIBLE_DEVICES"]) == ("/home/me", "")
     assert given["TRITON_CACHE_DIR"] == environ["TRITON_CACHE_DIR"]
+
+
+# ---- what a run's forecast knows of it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("found_compiled", [False, True])
+def test_a_run_is_forecast_with_the_kernels_that_were_there_before_it(
+    found_compiled: bool, plan: PipelinePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "none"))  # of profiles
+    on_gpu = dataclasses.replace(plan, device="cuda", weights="random")
+    spec = read_spec(Path(plan.model_path))
+    gpu = GpuFacts(index=0, name="NVIDIA H200", capability=90, num_processors=132)
+    boot: Any = SimpleNamespace(
+        ranks=SimpleNamespace(mesh=None, is_head=True),
+        resources=(make_rank(0, "here", gpu=gpu),),
+        model=SimpleNamespace(spec=spec),
+        prepared=SimpleNamespace(tokenizer=None, decode=None, workload=Workload()),
+        log=NullLog(),
+        kernels=SimpleNamespace(found_compiled=found_compiled),
+    )
+    nothing: Any = None
+    session = Session(
+        boot, plan=on_gpu, worker=nothing, account=nothing, clocks=nothing, load=nothing
+    )
+    predicted = session.predicting()([(8, 8)], 0.0)
+    assert predicted is not None
+    start = startup_by_rates(spec, on_gpu, is_compiled=found_compiled)
+    assert (predicted.start_s, predicted.load_s) == (start.start_s, start.load_s)
+    assert (start.compile_s > 0) != found_compiled

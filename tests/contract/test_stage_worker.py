@@ -389,6 +389,7 @@ def test_a_session_admits_what_its_stages_were_planned_for_and_no_more() -> None
         model=SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(EOS,))),
         prepared=SimpleNamespace(tokenizer=None, decode=text_of, workload=Workload()),
         log=NullLog(),
+        kernels=None,
     )
     nothing: Any = None
     session = Session(

@@ -18,6 +18,7 @@ from mpipipe.planning.replica_forecast import forecast_replicas
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.resources import RankResources
 from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.startup import startup_by_rates
 from mpipipe.planning.workload import SamplingUse, Workload
 from mpipipe.topology.gpu import GpuFacts
 from mpipipe.types import DtypeName, QuantizeName
@@ -500,6 +501,15 @@ def test_starting_reads_the_weights_of_each_host() -> None:
     assert together.startup_s - apart.startup_s == pytest.approx(1.0)  # 1 GB more at 1 GB/s
     unread = replace(plan_of((1, 1)), weights="random")
     assert followed(unread, [(16, 2)], Scripted()).startup_s < apart.startup_s
+
+
+def test_a_forecast_takes_kernels_for_new_where_nothing_is_known_of_them() -> None:
+    plan = plan_of((1, 1))
+    found, start = followed(plan, [(16, 2)], Scripted()), startup_by_rates(SMOL, plan)
+    assert (found.startup_s, found.compile_s) == (start.start_s, start.compile_s)
+    assert found.compile_s > 0
+    replicas = forecast_replicas(SMOL, [plan, plan], JobShape.of([(16, 2)] * 8), [Scripted()] * 2)
+    assert replicas.compile_s == found.compile_s
 
 
 # ---- replicas ------------------------------------------------------------------------------------

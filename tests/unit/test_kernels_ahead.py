@@ -1,4 +1,4 @@
-"""Which rank has the process that compiles kernels, and for which stages."""
+"""Which rank has the process that compiles kernels, and when it is not asked."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from pathlib import Path
 import pytest
 
 from mpipipe.plain_values import to_json
+from mpipipe.planning import compiled_kernels
 from mpipipe.planning.plan import KvInHost, PipelinePlan
 from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernel_process import Compiled
-from mpipipe.runtime.kernels_ahead import (
-    KernelProcess,
-    kernels_ahead,
-    stages_on_host,
-    triton_cache,
-)
+from mpipipe.runtime.kernels_ahead import KernelProcess, kernels_ahead
 from tests.unit.test_plan import make_plan
 
 
@@ -82,19 +78,6 @@ def test_a_rank_with_one_core_keeps_it(started: list[int], monkeypatch: pytest.M
         assert not started
 
 
-def test_stages_that_hold_the_same_ends_launch_the_same_kernels() -> None:
-    first, last = make_plan().stages
-    inner = [dataclasses.replace(first, stage=number, has_embedding=False) for number in (1, 2)]
-    stages = (
-        dataclasses.replace(first, host="here"),
-        *(dataclasses.replace(stage, host="here") for stage in inner),
-        dataclasses.replace(last, stage=3, host="elsewhere"),
-    )
-    plan = dataclasses.replace(make_plan(), stages=stages)
-    assert stages_on_host(plan, "here") == (0, 1)
-    assert stages_on_host(plan, "elsewhere") == (3,)
-
-
 # ---- what was compiled before --------------------------------------------------------------------
 
 
@@ -119,7 +102,9 @@ def answer(plan: PipelinePlan, compiled: Compiled, processors: int = 132) -> Com
     process = KernelProcess(popen, 1)
     try:
         process.order(plan, (0, 1), (9, 0), processors)
-        return process.wait(20.0)
+        answered = process.wait(20.0)
+        assert process.found_compiled == (answered is None)  # not what it has compiled itself
+        return answered
     finally:
         process.close()
 
@@ -166,19 +151,11 @@ def test_an_order_needs_no_package_of_that_name_and_no_home(
     def homeless() -> Path:
         raise RuntimeError("no home folder")
 
-    monkeypatch.setattr(module, "package_versions", unknown)
+    monkeypatch.setattr(compiled_kernels, "package_versions", unknown)
     assert answer(plan, compiled) == compiled
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(Path, "home", homeless)
     assert answer(plan, compiled) == compiled
-
-
-def test_the_cache_is_where_triton_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_HOME", "/shared")
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    assert triton_cache() == Path("/shared/.triton/cache")
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/kernels")
-    assert triton_cache() == Path("/kernels")
 
 
 @pytest.mark.parametrize("compiled", [Compiled(0, 0.1), Compiled(19, 5.0, "ptxas is missing")])

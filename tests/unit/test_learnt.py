@@ -59,7 +59,8 @@ def test_the_factors_of_a_run_are_found_again() -> None:
     learnt = learn(SMOL, run_with(1.5, 0.8), KnownTimes(rates()))
     assert (learnt.decode, learnt.prefill) == pytest.approx((1.5, 0.8))
     known = learnt.applied_to(KnownTimes(rates()))
-    assert known.start(SMOL, plan()) == (9.0, 2.0)
+    start = known.start(SMOL, plan())
+    assert (start.start_s, start.load_s, start.compile_s) == (9.0, 2.0, 0.0)
     assert "by the run run-1 decode steps take 1.50 times" in known.steps.source
     stage = plan().stages[1]
     assert known.steps.decode_s(stage, 8, 64) == pytest.approx(1.5 * rates().decode_s(stage, 8, 64))

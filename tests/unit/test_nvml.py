@@ -36,8 +36,12 @@ def test_the_gpus_of_a_host_become_facts_and_one_without_numbers_is_left_out() -
     h200 = FakeCard(
         "GPU-aa", answers=answers((9, 0), 143771, 143000) | {"nvmlDeviceGetPciInfo": pci}
     )
-    link = {"nvmlDeviceGetMaxPcieLinkGeneration": 3, "nvmlDeviceGetMaxPcieLinkWidth": 16}
-    t4 = FakeCard("GPU-bb", "Tesla T4", answers=answers((7, 5), 15360, 15000) | link)
+    told = {
+        "nvmlDeviceGetMaxPcieLinkGeneration": 3,
+        "nvmlDeviceGetMaxPcieLinkWidth": 16,
+        "nvmlDeviceGetNumGpuCores": 2560,
+    }
+    t4 = FakeCard("GPU-bb", "Tesla T4", answers=answers((7, 5), 15360, 15000) | told)
     k10 = FakeCard("GPU-cc", "Tesla K10", answers={"nvmlDeviceGetMemoryInfo": memory(1, 1)})
     mig = FakeCard("MIG-dd", part_of=h200, answers=answers((9, 0), 1, 1))
     library = FakeNvml(h200, t4, k10, mig)
@@ -52,8 +56,21 @@ def test_the_gpus_of_a_host_become_facts_and_one_without_numbers_is_left_out() -
     assert (second.capability, second.free_bytes) == (75, 15000 * MIB)
     assert (second.link_generation, second.link_width) == (3, 16)
     assert (first.link_generation, first.link_width) == (0, 0), "not told"
+    assert (first.num_processors, second.num_processors) == (0, 40)
     assert (first.pci, second.pci) == ("0000:3b:00.0", "")  # as in /sys/bus/pci/devices
     assert library.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_cores", "num_processors"),
+    [((7, 0), 5120, 80), ((8, 0), 6912, 108), ((8, 9), 7424, 58), ((9, 0), 16896, 132)],
+)
+def test_multiprocessors_are_told_by_their_cores(
+    capability: tuple[int, int], num_cores: int, num_processors: int
+) -> None:
+    told = answers(capability, 9, 9) | {"nvmlDeviceGetNumGpuCores": num_cores}
+    ((gpu,), _) = query_host(FakeNvml(FakeCard("GPU-0", answers=told)))
+    assert gpu.num_processors == num_processors
 
 
 def test_a_gpu_that_is_lost_does_not_hide_the_others() -> None:

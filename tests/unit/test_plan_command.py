@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from mpipipe.cli import plan as plan_cli
 from mpipipe.cli.plan import PlanRequest, plan_command
 from mpipipe.errors import ConfigError
+from mpipipe.plain_values import from_json
+from mpipipe.planning.compiled_kernels import compiled_note
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.topology.gpu import GpuFacts
 
 ROOT = Path(__file__).resolve().parents[2]
 OPENLLAMA_7B = ROOT / "configs/shapes/openllama_7b"
@@ -46,6 +51,7 @@ def test_does_openllama_7b_fit_two_t4s(capsys: pytest.CaptureFixture[str]) -> No
     for label in ("tokens/s", "batch", "wall-clock", "energy", "bottleneck", "would help", "rates"):
         assert any(line.startswith(label) for line in lines), label
     assert "2 slots of up to 32 rows" in told.out
+    assert "for kernels, which `mpipipe warm` compiles beforehand)" in " ".join(told.out.split())
     assert "holds no weights: planned from its config.json alone" in told.err
 
 
@@ -66,6 +72,7 @@ def test_json_carries_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["wall_clock_s"] == pytest.approx(
         forecast["startup_s"] + forecast["prefill_s"] + forecast["decode_s"]
     )
+    assert 0 < forecast["compile_s"] < forecast["startup_s"], "of these GPUs nothing is known"
     assert forecast["energy_j"] > 0
     assert found["bottleneck"]["resource"] == "memory bandwidth"
     assert 1 <= len(found["advice"]) <= 3
@@ -448,3 +455,37 @@ def test_many_prompts_are_counted_by_a_sample(
     assert found["prompts"]["num_prompts"] == 2100
     assert found["prompts"]["num_output_tokens"] == 4200
     assert found["forecast"]["tokens_per_s"] > 0
+
+
+# ---- on the machine itself -----------------------------------------------------------------------
+
+
+def test_kernels_that_this_machine_has_compiled_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gpu = GpuFacts(
+        index=0,
+        name="NVIDIA H200",
+        uuid="aa",
+        capability=90,
+        memory_bytes=140 * 2**30,
+        free_bytes=139 * 2**30,
+        nccl_version="unknown",
+        num_processors=132,
+    )
+    monkeypatch.setattr(plan_cli, "query_host", lambda: ((gpu,), ()))
+    monkeypatch.setattr(plan_cli, "driver_in_sight", lambda: True)
+    monkeypatch.setattr(plan_cli, "installed_attention_backends", lambda: ("triton",))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path))
+    words = ["model.weights=random", "pipeline.device=cuda"]
+    new = answer(capsys, LLAMA_3_8B, *words, work="8x64x8")
+    plan = from_json(PipelinePlan, json.dumps(new["plan"]))
+    compiled_note(plan, (0,), (9, 0), 132).touch()
+    known = answer(capsys, LLAMA_3_8B, *words, work="8x64x8")
+    assert new["forecast"]["compile_s"] > known["forecast"]["compile_s"] == 0
+    assert new["wall_clock_s"] - known["wall_clock_s"] == pytest.approx(
+        new["forecast"]["compile_s"]
+    )
+    plan_command(LLAMA_3_8B, words, PlanRequest(work="8x64x8"))
+    assert "mpipipe warm" not in capsys.readouterr().out

@@ -9,7 +9,6 @@ import pytest
 
 from mpipipe.config.schema import Config, ModelConfig, PipelineConfig
 from mpipipe.planning.forecast import forecast_job
-from mpipipe.planning.forecast import startup_s as forecast_startup_s
 from mpipipe.planning.known_times import known_times
 from mpipipe.planning.plan import PipelinePlan, StageOffload, StepForecast
 from mpipipe.planning.profile import (
@@ -25,6 +24,7 @@ from mpipipe.planning.profile_times import Curve, ProfileTimes, profile_times
 from mpipipe.planning.rate_times import RateTimes, rate_times
 from mpipipe.planning.resolve import make_plan
 from mpipipe.planning.roofline import JobShape
+from mpipipe.planning.startup import startup_by_rates
 from mpipipe.planning.workload import SamplingUse
 from mpipipe.sampling_options import SamplingNeeds
 from tests.unit.model_specs import SMOL
@@ -116,13 +116,13 @@ def test_what_is_offloaded_comes_beside_the_compute() -> None:
 def test_measured_times_are_known_where_every_rank_was_measured(tmp_path: Path) -> None:
     def found() -> tuple[object, float]:
         known = known_times(SMOL, plan(), RANKS, folder=tmp_path)
-        return known.steps, known.start(SMOL, plan())[0]
+        return known.steps, known.start(SMOL, plan()).start_s
 
     assert isinstance(found()[0], RateTimes)
     write_profile(profile(0), tmp_path)
     steps, startup_s = found()
     assert isinstance(steps, RateTimes), "of rank 1 nothing is known"
-    assert startup_s == forecast_startup_s(SMOL, plan())
+    assert startup_s == startup_by_rates(SMOL, plan()).start_s
     written = write_profile(profile(1, scale=2.0), tmp_path)
     steps, startup_s = found()
     assert isinstance(steps, ProfileTimes)
