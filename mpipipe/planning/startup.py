@@ -12,7 +12,8 @@ from mpipipe.planning.plan import PipelinePlan
 __all__ = ["Startup", "startup_by_rates", "startup_of_parts"]
 
 # Processes, MPI, prompts, imports, tokenizer: until ranks could load. Measured on two H200, 16
-# cores a GPU: 4.8 to 7.5 s in 12 starts, mean 6.0, on one GPU and on two alike.
+# cores a GPU: 4.8 to 7.5 s in 12 starts, mean 6.0, on one GPU and on two alike. The first process
+# of a machine reads torch from its disk: 9.7 s in a `plan --measure`, 5.3 to 6.7 s later.
 _GPU_PROCESSES_S = 6.0
 # What a load takes on a GPU beside weights. Measured in one start on two H200 whose kernels were
 # compiled before, 2.2 s of which 0.2 were weights: plan, NCCL, loading kernels, trial steps 1.1; of
@@ -45,13 +46,16 @@ def startup_by_rates(spec: ModelSpec, plan: PipelinePlan, *, is_compiled: bool =
 def startup_of_parts(
     plan: PipelinePlan, processes_s: float, weights_s: float, *, is_compiled: bool
 ) -> Startup:
-    """Of processes that could load after `processes_s`, and need `weights_s` for weights."""
+    """Of processes that could load after `processes_s`, and need `weights_s` for weights.
+
+    On a GPU no more than usual counts of the first: what is longer was measured with cold files.
+    """
     if plan.device != "cuda":
         return Startup(processes_s + weights_s, weights_s)
     # Other attention's kernels are not known before they are launched.
     compile_s = 0.0 if is_compiled or plan.attention != "triton" else _COMPILE_S
     load_s = weights_s + _GPU_LOAD_S + plan.cuda_graphs * _GPU_GRAPHS_S + compile_s
-    return Startup(processes_s + load_s, load_s, compile_s)
+    return Startup(min(processes_s, _GPU_PROCESSES_S) + load_s, load_s, compile_s)
 
 
 def _weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:

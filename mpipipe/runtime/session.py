@@ -18,6 +18,7 @@ from mpipipe.control_plane.messages import (
 from mpipipe.metrics.lines import RequestRecord
 from mpipipe.metrics.summary import RankReport
 from mpipipe.plain_values import from_json, to_json
+from mpipipe.planning.compiled_kernels import are_kernels_compiled
 from mpipipe.planning.known_times import known_times
 from mpipipe.planning.predict import predict
 from mpipipe.scheduler.core import SchedulerCore
@@ -160,9 +161,17 @@ class Session:
         assert self._model is not None, "only a head knows the model"
         spec = self._model.spec
         known = [known_times(spec, plan, self.resources) for plan in self.plans]
-        # As it was before this start: by now they are compiled in any case.
-        is_compiled = self._kernels is not None and self._kernels.found_compiled
-        return partial(predict, spec, self.plans, known, is_compiled=is_compiled)
+        return partial(predict, spec, self.plans, known, is_compiled=self._found_compiled())
+
+    def _found_compiled(self) -> bool:
+        """Whether the kernels were compiled before this start; by now they are in any case.
+
+        Without the process that compiles them (a rank bound to one core has none) no note came of
+        this start.
+        """
+        if self._kernels is not None:
+            return self._kernels.found_compiled
+        return all(are_kernels_compiled(plan, self.resources) for plan in self.plans)
 
     def statistics(self) -> SchedulerStatistics | None:
         """The counts of this replica's scheduler; None before the first `generate` and where there

@@ -20,6 +20,7 @@ import pytest
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.metrics.log import NullLog
 from mpipipe.models.kernels import ahead
+from mpipipe.planning.compiled_kernels import compiled_note
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.startup import startup_by_rates
 from mpipipe.planning.workload import Workload
@@ -189,12 +190,22 @@ def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch)
 # ---- what a run's forecast knows of it -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("has_process", [False, True])
 @pytest.mark.parametrize("found_compiled", [False, True])
 def test_a_run_is_forecast_with_the_kernels_that_were_there_before_it(
-    found_compiled: bool, plan: PipelinePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found_compiled: bool,
+    has_process: bool,
+    plan: PipelinePlan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The process knows. Where a rank has none the note says it: such a start leaves no note."""
     monkeypatch.setenv("MPIPIPE_CACHE", str(tmp_path / "none"))  # of profiles
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
     on_gpu = dataclasses.replace(plan, device="cuda", weights="random")
+    if found_compiled or has_process:  # the process has left one by then in any case
+        (tmp_path / "kernels").mkdir()
+        compiled_note(on_gpu, [0], (9, 0), 132).touch()
     spec = read_spec(Path(plan.model_path))
     gpu = GpuFacts(index=0, name="NVIDIA H200", capability=90, num_processors=132)
     boot: Any = SimpleNamespace(
@@ -203,7 +214,7 @@ def test_a_run_is_forecast_with_the_kernels_that_were_there_before_it(
         model=SimpleNamespace(spec=spec),
         prepared=SimpleNamespace(tokenizer=None, decode=None, workload=Workload()),
         log=NullLog(),
-        kernels=SimpleNamespace(found_compiled=found_compiled),
+        kernels=SimpleNamespace(found_compiled=found_compiled) if has_process else None,
     )
     nothing: Any = None
     session = Session(

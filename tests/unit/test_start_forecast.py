@@ -86,7 +86,7 @@ def test_a_measured_start_on_gpus_has_what_a_new_process_takes_beside_weights(
         part,
         load_bytes_per_s=1e9,
         load_fixed_s=0.1,
-        start_s=6.5,
+        start_s=4.5,
     )
     write_profile(profile, tmp_path)
     known = known_times(SMOL, plan, RANKS, folder=tmp_path)
@@ -94,8 +94,19 @@ def test_a_measured_start_on_gpus_has_what_a_new_process_takes_beside_weights(
     weights_s = plan.stages[0].weight_bytes / 1e9
     beside = startup_of_parts(plan, 0.0, 0.0, is_compiled=True)
     warm = known.start(SMOL, plan, is_compiled=True)
-    assert warm.start_s == pytest.approx(6.5 + weights_s + beside.load_s)
+    assert warm.start_s == pytest.approx(4.5 + weights_s + beside.load_s)
     assert warm.load_s == pytest.approx(weights_s + beside.load_s)
     cold = known.start(SMOL, plan)
     assert cold.start_s == pytest.approx(warm.start_s + cold.compile_s)
     assert cold.compile_s == startup_by_rates(SMOL, plan).compile_s
+
+
+def test_processes_that_were_measured_with_cold_files_count_as_usual_ones() -> None:
+    usual, cold = (
+        startup_of_parts(gpu_plan(), seconds, 0.5, is_compiled=True) for seconds in (6.0, 9.7)
+    )
+    assert usual == cold
+    quick = startup_of_parts(gpu_plan(), 3.0, 0.5, is_compiled=True)
+    assert quick.start_s == pytest.approx(usual.start_s - 3.0)
+    on_cpu = dataclasses.replace(gpu_plan(), device="cpu")
+    assert startup_of_parts(on_cpu, 9.7, 0.5, is_compiled=True).start_s == pytest.approx(10.2)
