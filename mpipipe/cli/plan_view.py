@@ -233,8 +233,8 @@ def _wall_clock(outlook: Outlook) -> str:
     forecast, compiling = outlook.forecast, ""
     if forecast.compile_s:
         compiling = (
-            f" ({_duration(forecast.compile_s)} of it for kernels, which `mpipipe warm` compiles "
-            "beforehand)"
+            f" ({_duration(forecast.compile_s)} of it for kernels that are not known to be "
+            "compiled: see `mpipipe warm`)"
         )
     return (
         f"{_duration(forecast.wall_clock_s)} for these prompts: start-up "

@@ -1,4 +1,4 @@
-"""A job on given ranks: planned and forecast, and planned anew with other settings. Pure."""
+"""A job on given ranks: planned and forecast, and planned anew with other settings."""
 
 from __future__ import annotations
 

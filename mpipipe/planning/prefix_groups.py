@@ -10,14 +10,15 @@ Prompts are token ids, or text where the ids are not known yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpipipe.checkpoint.spec import ModelSpec
-from mpipipe.planning.plan import Decisions
+from mpipipe.planning.padding import MIN_SPARED_TOKENS_GPU
+from mpipipe.planning.plan import Decisions, PipelinePlan
 from mpipipe.planning.step_limits import StepLimits
 from mpipipe.planning.workload import Workload
 
-__all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups", "reads_prefixes_once"]
+__all__ = ["PrefixGroups", "max_sharing_tokens", "prefix_groups", "with_prefixes_read_once"]
 
 Prompt = tuple[int, ...] | bytes
 
@@ -39,19 +40,26 @@ def max_sharing_tokens(decisions: Decisions, spec: ModelSpec, limits: StepLimits
     return limit
 
 
-def reads_prefixes_once(
-    decisions: Decisions, attention: str, sharing_tokens: int, workload: Workload
-) -> bool:
-    """`PipelinePlan.read_prefixes_once`; notes why a GPU does not, where prompts share pages."""
-    if not decisions.config.memory.read_prefixes_once or not sharing_tokens:
-        return False
-    if attention != "triton":  # sdpa does so on CPUs without being asked, and never on GPUs
-        return False
-    if workload.lengths and not workload.shared_ratio:
-        reason = "no two prompts begin alike: steps need no CUDA graphs that look for it"
-        decisions.note("memory.read_prefixes_once", "false", reason)
-        return False
-    return True
+def with_prefixes_read_once(
+    plan: PipelinePlan, decisions: Decisions, workload: Workload
+) -> PipelinePlan:
+    """`plan` with `read_prefixes_once` as its GPUs do; notes why not where pages are shared.
+
+    A CPU needs no telling: its attention looks at the pages of each step.
+    """
+    asked = decisions.config.memory.read_prefixes_once
+    if not asked or plan.device != "cuda" or not plan.max_sharing_tokens:
+        return plan
+    reason = ""
+    num_shared = workload.shared_ratio * sum(prompt for prompt, _ in workload.lengths)
+    if plan.attention != "triton":
+        reason = f"{plan.attention} attention reads the pages of each row; triton could do it"
+    elif workload.lengths and num_shared < MIN_SPARED_TOKENS_GPU:  # no group can spare as many
+        reason = "the prompts have too little in common for the CUDA graphs that it takes"
+    if not reason:
+        return replace(plan, read_prefixes_once=True)
+    decisions.note("memory.read_prefixes_once", "false", reason)
+    return replace(plan, resolved=tuple(decisions.notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,8 @@ class Profile:
     hops: tuple[HopPoint, ...] = ()  # empty: one rank measured alone
     host_to_device_bytes_per_s: float = 0.0  # from pinned memory; 0: not a GPU
     load_bytes_per_s: float = 0.0  # of weights: built, read and converted
-    # Beside that: warm-up and graphs. On GPUs a run takes longer, whose process has not loaded and
-    # captured other slices before (`startup.py`).
+    # Beside that: warm-up and graphs. Forecasts on GPUs do not use it: a run takes longer, whose
+    # process has not loaded and captured other slices before (`startup.py`).
     load_fixed_s: float = 0.0
     start_s: float = 0.0  # start of the process until it could load: imports, MPI, tokenizer
 

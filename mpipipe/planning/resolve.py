@@ -43,7 +43,7 @@ from mpipipe.planning.layout import (
 from mpipipe.planning.memory import KvDemand, choose_num_pages
 from mpipipe.planning.partition import check_split, split_layers, stage_costs
 from mpipipe.planning.plan import Decisions, PipelinePlan, Resolved, StagePlan
-from mpipipe.planning.prefix_groups import max_sharing_tokens, reads_prefixes_once
+from mpipipe.planning.prefix_groups import max_sharing_tokens, with_prefixes_read_once
 from mpipipe.planning.quantization import choose_numbers
 from mpipipe.planning.replica_rates import predicted_rate
 from mpipipe.planning.resources import RankResources
@@ -254,7 +254,7 @@ class Job:
         note_replicas(ranks, layout, decisions)
         note_layout(staged, decisions)
         resolver = _Resolver(
-            spec, staged, ranks, layout, device, dtype, limits, sampling, decisions, workload
+            spec, staged, ranks, layout, device, dtype, limits, sampling, decisions
         )
         stages = resolver.stages(num_stages, _work_mix(limits, workload))
         attention = resolver.attention()
@@ -264,7 +264,7 @@ class Job:
         fitted = fitting.fit(stages, demand, workload)
         plan = replace(resolver, limits=fitted.limits).plan(self.model_path, fitted, attention)
         facts = KvHostFacts(spec, staged, ranks, fitted.demand, fitted.needs, decisions, workload)
-        plan = with_host_pages(plan, facts)
+        plan = with_prefixes_read_once(with_host_pages(plan, facts), decisions, workload)
         return replace(plan, replica=replica, num_replicas=num_replicas)
 
 
@@ -313,7 +313,6 @@ class _Resolver:
     limits: StepLimits
     sampling: SamplingUse
     decisions: Decisions
-    workload: Workload
 
     def stages(self, num_stages: int, mix: WorkMix) -> tuple[StagePlan, ...]:
         """Which rank holds which layers."""
@@ -404,7 +403,6 @@ class _Resolver:
             max_sequence_tokens=demand.longest_tokens if lookahead else limits.max_context_tokens,
             restart_tokens=self._restart_tokens(demand.longest_tokens),
             max_sharing_tokens=sharing,
-            read_prefixes_once=reads_prefixes_once(self.decisions, backend, sharing, self.workload),
             sampling=self.sampling,
             resolved=tuple(self.decisions.notes),  # last: the calls above add to them
         )

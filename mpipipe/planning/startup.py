@@ -12,14 +12,16 @@ from mpipipe.planning.plan import PipelinePlan
 __all__ = ["Startup", "startup_by_rates", "startup_of_parts"]
 
 # Processes, MPI, prompts, imports, tokenizer: until ranks could load. Measured on two H200, 16
-# cores a GPU: 4.8 to 7.5 s in 12 starts, mean 6.0, on one GPU and on two alike. The first process
-# of a machine reads torch from its disk: 9.7 s in a `plan --measure`, 5.3 to 6.7 s later.
+# cores a GPU: 4.8 to 7.5 s in 12 starts, mean 6.0, on one GPU and on two alike. (The first
+# process of a machine reads torch from its disk: 9.7 s.)
 _GPU_PROCESSES_S = 6.0
 # What a load takes on a GPU beside weights. Measured in one start on two H200 whose kernels were
 # compiled before, 2.2 s of which 0.2 were weights: plan, NCCL, loading kernels, trial steps 1.1; of
 # CUDA graphs in 12 starts 0.7 to 1.1, mean 0.9, with 13 layers as with 32.
 _GPU_LOAD_S = 1.1
 _GPU_GRAPHS_S = 0.9
+# Further graphs for steps that read common pages once: 0.25 and 0.45 s in one start each.
+_COMMON_GRAPHS_S = 0.35
 # What ranks wait for their kernels beyond that. Measured in 12 starts of plans that were new to
 # Triton's cache: 3.2 to 7.2 s, mean 5.2, with 8 processes that compile. The imports of the process
 # that starts them are most of it.
@@ -46,16 +48,14 @@ def startup_by_rates(spec: ModelSpec, plan: PipelinePlan, *, is_compiled: bool =
 def startup_of_parts(
     plan: PipelinePlan, processes_s: float, weights_s: float, *, is_compiled: bool
 ) -> Startup:
-    """Of processes that could load after `processes_s`, and need `weights_s` for weights.
-
-    On a GPU no more than usual counts of the first: what is longer was measured with cold files.
-    """
+    """Of processes that could load after `processes_s`, and need `weights_s` for weights."""
     if plan.device != "cuda":
         return Startup(processes_s + weights_s, weights_s)
     # Other attention's kernels are not known before they are launched.
     compile_s = 0.0 if is_compiled or plan.attention != "triton" else _COMPILE_S
-    load_s = weights_s + _GPU_LOAD_S + plan.cuda_graphs * _GPU_GRAPHS_S + compile_s
-    return Startup(min(processes_s, _GPU_PROCESSES_S) + load_s, load_s, compile_s)
+    graphs_s = _GPU_GRAPHS_S + plan.read_prefixes_once * _COMMON_GRAPHS_S
+    load_s = weights_s + _GPU_LOAD_S + plan.cuda_graphs * graphs_s + compile_s
+    return Startup(processes_s + load_s, load_s, compile_s)
 
 
 def _weights_s(spec: ModelSpec, plan: PipelinePlan) -> float:

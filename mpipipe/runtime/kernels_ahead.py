@@ -79,7 +79,7 @@ class KernelProcess:
             compiled = from_json(Compiled, answers.readline())
         except (OSError, ValueError):
             return Compiled(0, 0.0, "the process that compiles them has ended")
-        if self._note is not None and compiled.num_kernels and not compiled.problem:
+        if self._note is not None and not compiled.problem:  # also where none is known ahead
             with suppress(OSError):
                 self._note.touch()
         return compiled

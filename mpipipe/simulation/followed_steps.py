@@ -19,7 +19,12 @@ from mpipipe.control_plane.messages import (
     StepScheduled,
 )
 from mpipipe.kv_cache.common_pages import CommonPages, common_pages
-from mpipipe.planning.padding import MIN_SPARED_TOKENS, joined_tokens, padded_tokens
+from mpipipe.planning.padding import (
+    MIN_SPARED_TOKENS,
+    MIN_SPARED_TOKENS_GPU,
+    joined_tokens,
+    padded_tokens,
+)
 from mpipipe.simulation.stage_times import StepWork
 
 __all__ = ["FollowedSteps", "Step"]
@@ -48,7 +53,8 @@ class FollowedSteps:
 
     Args:
         num_slots: in the ring.
-        pads: attention reads all rows of a step as `planning.padding` has it.
+        pads: attention reads all rows of a step as `planning.padding` has it; else, as on a GPU,
+            each as long as it is.
         shared_page_size: tokens of a page, where rows read pages that they share once; else 0.
     """
 
@@ -120,12 +126,13 @@ class FollowedSteps:
             slot.sum_of_offsets += slot.offsets[-1]
             slot.pages.append(self._whole_pages(sequence_id, num_tokens))
         if self._page_size and (step.left or step.joined):
-            slot.groups = _groups(slot.pages, -(-MIN_SPARED_TOKENS // self._page_size))
+            least = MIN_SPARED_TOKENS if self._pads else MIN_SPARED_TOKENS_GPU
+            slot.groups = _groups(slot.pages, -(-least // self._page_size))
         slot.rounds += 1
         slot.last_step = step.step
         rows = len(slot.ids)
         assert rows == step.num_rows, f"step {step.step}: {rows} rows, and {step.num_rows} sent"
-        if self._pads:
+        if self._pads or slot.groups:
             return rows, self._tokens_read(slot) / rows, needed
         return rows, slot.sum_of_offsets / rows + slot.rounds, needed
 
@@ -135,15 +142,17 @@ class FollowedSteps:
         return self._pages[sequence_id][: num_tokens // self._page_size]
 
     def _tokens_read(self, slot: _SlotRows) -> float:
-        """By attention in a step, padded; what rows share counts once."""
+        """By attention in a step, on a CPU padded; what rows share counts once."""
         lengths = [offset + slot.rounds for offset in slot.offsets]
         read, alone = 0.0, set(range(len(lengths)))
         for group in slot.groups:
             num_common = group.num_pages * self._page_size
             members = [lengths[row] for row in group.rows]
-            read += joined_tokens(members, [num_common] * len(members))
+            shared = [num_common] * len(members)
+            read += joined_tokens(members, shared, padded=self._pads)
             alone.difference_update(group.rows)
-        return read + padded_tokens([lengths[row] for row in sorted(alone)])
+        rest = [lengths[row] for row in sorted(alone)]
+        return read + (padded_tokens(rest) if self._pads else sum(rest))
 
     def _prefill(self, step: int, chunks: Sequence[ScheduledSequence]) -> tuple[int, float]:
         num_tokens, pairs = 0, 0.0
@@ -160,7 +169,7 @@ class FollowedSteps:
 
 
 def _groups(rows: Sequence[tuple[int, ...]], min_spared_pages: int) -> list[CommonPages]:
-    """As attention groups rows (`models/attention/sdpa.py`)."""
+    """As attention groups rows (`models/attention/sdpa.py`, `kv_cache/common_tables.py`)."""
     num_whole_B = np.array([len(pages) for pages in rows], dtype=np.int64)
     page_table_BP = np.zeros((len(rows), num_whole_B.max(initial=0)), dtype=np.int64)
     for row, pages in enumerate(rows):

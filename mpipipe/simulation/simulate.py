@@ -57,7 +57,8 @@ class ReplicaPlan:
         """A replica at its beginning."""
         plan = self.plan
         pads = plan.attention == "sdpa"
-        shares = pads and plan.device == "cpu" and plan.max_sharing_tokens > 0
+        reads_once = (pads and plan.device == "cpu") or plan.read_prefixes_once
+        shares = reads_once and plan.max_sharing_tokens > 0
         followed = FollowedSteps(
             plan.num_slots, pads=pads, shared_page_size=plan.page_size_tokens * shares
         )

@@ -76,7 +76,7 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
     model.finish_without_weights(_cache(plan, model), triton_operations())
     for rows in row_buckets(plan.max_decode_rows):
         _decode(plan, model, rows)
-        if plan.read_prefixes_once:
+        if plan.read_prefixes_once and rows > 1:
             _decode(plan, model, rows, common=_common_tables(rows))
     seq_lens, pages = full_prefill(plan)
     _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])

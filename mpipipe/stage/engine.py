@@ -179,7 +179,7 @@ class StageEngine:
             GraphKey(slot, rows, needs, with_logits, in_groups)
             for rows in reversed(self._buckets)
             for needs, with_logits in kinds
-            for in_groups in ((False, True) if self._plan.read_prefixes_once else (False,))
+            for in_groups in (False, True)[: 1 + (self._plan.read_prefixes_once and rows > 1)]
             for slot in range(len(self._batches))
         ]
         if self._model.waits_on_host:  # for each of them all weights would come from the disk

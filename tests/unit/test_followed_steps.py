@@ -38,18 +38,26 @@ def decode(
     return followed.follow(message)[0].context_tokens
 
 
-def begun(shared_page_size: int) -> FollowedSteps:
+def begun(shared_page_size: int, *, pads: bool = True) -> FollowedSteps:
     """Three prompts of 1,040 tokens that begin alike."""
-    followed = FollowedSteps(1, pads=True, shared_page_size=shared_page_size)
+    followed = FollowedSteps(1, pads=pads, shared_page_size=shared_page_size)
     for sequence_id in range(3):
         prefill(followed, sequence_id, sequence_id, (*COMMON, 100 + sequence_id))
     return followed
 
 
-def test_what_rows_share_counts_once() -> None:
+@pytest.mark.parametrize("pads", [True, False], ids=["cpu", "gpu"])
+def test_what_rows_share_counts_once(pads: bool) -> None:
     """1,024 tokens once, and 17 of each row; in parts of eight tokens."""
-    assert decode(begun(SIZE), 3, 3, joined=(0, 1, 2)) == round((1024 + 3 * 17) / 3 / 8) * 8
-    assert decode(begun(0), 3, 3, joined=(0, 1, 2)) == round(1041 / 8) * 8
+    once, each = begun(SIZE, pads=pads), begun(0, pads=pads)
+    assert decode(once, 3, 3, joined=(0, 1, 2)) == round((1024 + 3 * 17) / 3 / 8) * 8
+    assert decode(each, 3, 3, joined=(0, 1, 2)) == round(1041 / 8) * 8
+
+
+def test_two_rows_spare_a_gpu_too_little() -> None:
+    """1,024 tokens: less than what the further launches cost."""
+    followed = begun(SIZE, pads=False)
+    assert decode(followed, 3, 2, joined=(0, 1)) == round(1041 / 8) * 8
 
 
 def test_rows_that_go_share_no_more_and_those_that_come_back_do() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpipipe.config.schema import Config, MemoryConfig
-from mpipipe.planning.plan import Decisions
-from mpipipe.planning.prefix_groups import prefix_groups, reads_prefixes_once
-from mpipipe.planning.workload import Workload
+from mpipipe.planning.prefix_groups import prefix_groups
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -60,32 +56,3 @@ def test_as_many_tokens_are_shared_as_the_order_says(
         num_shared += page_size * sum(pages in known for pages in whole)
         known.update(whole)
     assert found.num_shared == num_shared
-
-
-ALIKE = Workload(lengths=((100, 9), (100, 9)), shared_ratio=0.4)
-
-
-@pytest.mark.parametrize(
-    ("asked", "attention", "sharing_tokens", "workload", "wanted"),
-    [
-        (True, "triton", 512, ALIKE, True),
-        (True, "triton", 512, Workload(), True),  # of requests that are not known
-        (True, "triton", 512, Workload(lengths=((100, 9), (100, 9))), False),
-        (True, "triton", 0, ALIKE, False),  # no pages are shared
-        (True, "sdpa", 512, ALIKE, False),
-        (True, "flashinfer", 512, ALIKE, False),
-        (False, "triton", 512, ALIKE, False),
-    ],
-)
-def test_gpus_read_once_what_prompts_share(
-    asked: bool, attention: str, sharing_tokens: int, workload: Workload, wanted: bool
-) -> None:
-    decisions = Decisions(Config(memory=MemoryConfig(read_prefixes_once=asked)), [])
-    assert reads_prefixes_once(decisions, attention, sharing_tokens, workload) == wanted
-    told = [note.setting for note in decisions.notes]
-    is_nothing_shared = bool(workload.lengths) and not workload.shared_ratio
-    assert told == ["memory.read_prefixes_once"] * is_nothing_shared
-
-
-def test_it_is_on_unless_it_is_switched_off() -> None:
-    assert Config().memory.read_prefixes_once

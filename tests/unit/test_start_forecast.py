@@ -99,14 +99,3 @@ def test_a_measured_start_on_gpus_has_what_a_new_process_takes_beside_weights(
     cold = known.start(SMOL, plan)
     assert cold.start_s == pytest.approx(warm.start_s + cold.compile_s)
     assert cold.compile_s == startup_by_rates(SMOL, plan).compile_s
-
-
-def test_processes_that_were_measured_with_cold_files_count_as_usual_ones() -> None:
-    usual, cold = (
-        startup_of_parts(gpu_plan(), seconds, 0.5, is_compiled=True) for seconds in (6.0, 9.7)
-    )
-    assert usual == cold
-    quick = startup_of_parts(gpu_plan(), 3.0, 0.5, is_compiled=True)
-    assert quick.start_s == pytest.approx(usual.start_s - 3.0)
-    on_cpu = dataclasses.replace(gpu_plan(), device="cpu")
-    assert startup_of_parts(on_cpu, 9.7, 0.5, is_compiled=True).start_s == pytest.approx(10.2)
