@@ -27,7 +27,7 @@ __all__ = [
     "StopRequested", "VerifiedSequence",
 ]  # fmt: skip
 
-PROTOCOL_VERSION = 13
+PROTOCOL_VERSION = 14
 
 
 # ---- coming together -----------------------------------------------------------------------------

@@ -189,3 +189,14 @@ def test_pages_that_prompts_share_are_read_once_on_cpus(
     apart = simulated(capsys, SMOLLM2, *words, **asked)
     assert once["num_shared_tokens"] == apart["num_shared_tokens"] > 0
     assert once["elapsed_s"] < 0.9 * apart["elapsed_s"]
+
+
+def test_pages_that_prompts_share_are_read_once_on_gpus_as_plans_count_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: dict[str, Any] = {"work": "64x1024+32x32", "gpus": "2 x h200"}
+    settings = "model.weights=random"
+    once = simulated(capsys, SMOLLM2, settings, **asked)
+    apart = simulated(capsys, SMOLLM2, settings, "memory.read_prefixes_once=false", **asked)
+    assert once["num_shared_tokens"] == apart["num_shared_tokens"] > 0
+    assert once["elapsed_s"] < apart["elapsed_s"]
