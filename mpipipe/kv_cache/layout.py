@@ -144,11 +144,21 @@ def _rotary_lens(seq_lens: Sequence[SequenceLens], positions_T: np.ndarray) -> t
     return torch.from_numpy(np.maximum(positions_T + 1, begun_T))
 
 
-def to_device(layout: BatchLayout, sent: Callable[[torch.Tensor], torch.Tensor]) -> BatchLayout:
+def to_device(
+    layout: BatchLayout,
+    sent: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    max_kv_len: int | None = None,
+) -> BatchLayout:
     """`layout`, built on the host, for kernels on a GPU: int32 tables, query starts, bounds.
 
-    `sent` copies a host tensor to the GPU, in the order of the current stream.
+    Args:
+        layout: of a step.
+        sent: copies a host tensor to the GPU, in the order of the current stream.
+        max_kv_len: what no sequence of any step exceeds, so that decodes are cut as in the graphs;
+            None: the longest of this step.
     """
+    longest = max((seq.kv_len for seq in layout.seq_lens), default=0)
     starts = [seq.query_start for seq in layout.seq_lens] + [layout.num_tokens]
     return BatchLayout(
         seq_lens=layout.seq_lens,
@@ -159,7 +169,7 @@ def to_device(layout: BatchLayout, sent: Callable[[torch.Tensor], torch.Tensor])
         kv_lens_B=sent(layout.kv_lens_B.int()),
         query_starts_B1=sent(torch.tensor(starts, dtype=torch.int32)),
         max_query_len=max((seq.query_len for seq in layout.seq_lens), default=0),
-        max_kv_len=max((seq.kv_len for seq in layout.seq_lens), default=0),
+        max_kv_len=longest if max_kv_len is None else max_kv_len,
         rotary_lens_T=None if layout.rotary_lens_T is None else sent(layout.rotary_lens_T),
     )
 

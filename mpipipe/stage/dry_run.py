@@ -59,8 +59,25 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
 
     So it is where transformers' modules compute, or another attention than ours.
     """
-    if plan.attention != "triton":
+    model = _dry_model(plan, stage)
+    if model is None:
         return False
+    for rows in row_buckets(plan.max_decode_rows):
+        _decode(plan, model, rows)
+        if plan.read_prefixes_once and rows > 1:
+            _decode(plan, model, rows, common=_common_tables(rows))
+    seq_lens, pages = full_prefill(plan)
+    _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])
+    # Prompts of unequal lengths, the shorter ones within the least block of queries.
+    for lengths in ((17, 3), (129, 65)):
+        _prefill(plan, model, _chunks(plan, lengths))
+    return True
+
+
+def _dry_model(plan: PipelinePlan, stage: StagePlan) -> StageModel | None:
+    """The first layers of `stage`, without weights."""
+    if plan.attention != "triton":
+        return None
     last_layer = min(stage.last_layer, stage.first_layer + _LAYERS)
     model = build_stage_model(
         Path(plan.model_path),
@@ -72,18 +89,9 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
         lanes=_EmptyLane(plan.tensor_parallel),
     )
     if not isinstance(model.module, LlamaModel):
-        return False
+        return None
     model.finish_without_weights(_cache(plan, model), triton_operations())
-    for rows in row_buckets(plan.max_decode_rows):
-        _decode(plan, model, rows)
-        if plan.read_prefixes_once and rows > 1:
-            _decode(plan, model, rows, common=_common_tables(rows))
-    seq_lens, pages = full_prefill(plan)
-    _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])
-    # Prompts of unequal lengths, the shorter ones within the least block of queries.
-    for lengths in ((17, 3), (129, 65)):
-        _prefill(plan, model, _chunks(plan, lengths))
-    return True
+    return model
 
 
 def _cache(plan: PipelinePlan, model: StageModel) -> PagedKVCache:
@@ -147,7 +155,9 @@ def _prefill(
     plan: PipelinePlan, model: StageModel, entries: list[tuple[SequenceLens, Sequence[int]]]
 ) -> None:
     layout = to_device(
-        build_layout(entries, plan.page_size_tokens), lambda tensor: tensor.to(_META)
+        build_layout(entries, plan.page_size_tokens),
+        lambda tensor: tensor.to(_META),
+        max_kv_len=plan.max_sequence_tokens,
     )
     inputs = torch.empty(layout.num_tokens, dtype=torch.int64, device=_META)
     if not model.plan.has_embedding:

@@ -228,7 +228,11 @@ class StageEngine:
         if self.free_inputs:
             return layout
         stream = self._stream
-        return to_device(layout, lambda tensor: stream.upload(tensor.numpy()))
+        return to_device(
+            layout,
+            lambda tensor: stream.upload(tensor.numpy()),
+            max_kv_len=self._plan.max_sequence_tokens,
+        )
 
     # ---- steps -----------------------------------------------------------------------------------
 

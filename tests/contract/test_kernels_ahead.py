@@ -20,6 +20,7 @@ import pytest
 from mpipipe.checkpoint.spec import read_spec
 from mpipipe.metrics.log import NullLog
 from mpipipe.models.kernels import ahead
+from mpipipe.plain_values import to_json
 from mpipipe.planning.compiled_kernels import compiled_note
 from mpipipe.planning.plan import PipelinePlan
 from mpipipe.planning.startup import startup_by_rates
@@ -55,6 +56,42 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **more: launch(self, *args, warmup=True, **more)
 rows = torch.empty(int(sys.argv[1]), 48, dtype=torch.bfloat16, device="meta")
 rowwise.rms_norm(rows, rows[0], 1e-6)
+"""
+
+# Steps of any kind, on tensors without memory, whose views lie where those of a GPU would: which
+# kernels they launch that a dry run does not.
+_STEPS = """
+import random
+import sys
+import torch
+from mpipipe.kv_cache.layout import SequenceLens
+from mpipipe.models.kernels.ahead import recorded_launches
+from mpipipe.models.kernels.launch import GpuFacts
+from mpipipe.plain_values import from_json
+from mpipipe.planning.plan import PipelinePlan
+from mpipipe.stage import dry_run as module
+
+torch.Tensor.data_ptr = lambda self: self.storage_offset() * self.element_size()
+plan = from_json(PipelinePlan, sys.argv[1])
+gpu = GpuFacts((9, 0), 132)
+with recorded_launches(gpu) as ahead:
+    assert module.dry_run(plan, plan.stages[0])
+    model = module._dry_model(plan, plan.stages[0])
+draw = random.Random(0)
+lengths = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 512]
+with torch.inference_mode(), recorded_launches(gpu) as launches:
+    for step in range(300):
+        num_decodes = draw.choice((0, 0, 0, 1, 2, 3, 4, 5, 7, 8, 11, 16))
+        chunks = [1] * num_decodes + draw.choices(lengths, k=draw.randrange(not num_decodes, 10))
+        chunks = chunks[: plan.max_sequences_per_slot]
+        row, entries = 0, []
+        for number, length in enumerate(chunks):
+            held = draw.choice((0, 1, 15, 16, 100, plan.max_sequence_tokens - length))
+            entries.append((SequenceLens(number, row, length, held + length), range(99)))
+            row += length
+        module._prefill(plan, model, entries)
+for kernel, specialization in set(launches) - set(ahead):
+    print(kernel.__name__, specialization)
 """
 
 
@@ -185,6 +222,27 @@ def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     assert not {*ranks} - {"HOME"} & {*given}
     assert (given["HOME"], given["CUDA_VISIBLE_DEVICES"]) == ("/home/me", "")
     assert given["TRITON_CACHE_DIR"] == environ["TRITON_CACHE_DIR"]
+
+
+def test_no_step_launches_a_kernel_that_is_not_compiled_ahead(
+    plan: PipelinePlan, environ: dict[str, str]
+) -> None:
+    """Else it is compiled in the middle of a run. One token of a prompt is a decode's kernel."""
+    long = dataclasses.replace(
+        plan,
+        max_context_tokens=1024,
+        max_sequence_tokens=1024,
+        page_size_tokens=16,
+        num_kv_pages=2048,
+        max_tokens_per_step=2048,
+        max_sequences_per_slot=16,
+        read_prefixes_once=True,
+    )
+    command = [sys.executable, "-c", _STEPS, to_json(long)]
+    ended = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr[-2000:]
 
 
 # ---- what a run's forecast knows of it -----------------------------------------------------------

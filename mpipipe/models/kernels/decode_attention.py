@@ -145,12 +145,12 @@ def _launch(
         counters = zeroed_counters(query_BHD.device)
         parts = query_BHD.new_empty((num_rows, num_heads, pieces, head_dim), dtype=torch.float32)
         sums = query_BHD.new_empty((num_rows, num_heads, pieces), dtype=torch.float32)
-    shape = {"HEAD_DIM": head_dim, "PIECES": pieces, "BLOCK_DIM": block_dim(head_dim)}
+    shape = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim(head_dim)}
     shape["BLOCK_PIECES"] = triton.next_power_of_2(pieces)
     _decode_kernel[(num_kv_heads, num_rows, pieces)](
         *(*tensors, parts, sums, counters, *(common or (kv_lens_B, out_BHD, out_BHD))),
         *(options.scale if options.softcap else options.scale * LOG2_E, options.softcap or 0.0),
-        *(*query_BHD.stride()[:2], page_table_BP.stride(0), *key_cache.stride()[:3]),
+        *(*query_BHD.stride()[:2], page_table_BP.stride(0), pieces, *key_cache.stride()[:3]),
         PAGE_SIZE=page_size,
         LOADED_DIM=loaded_dim(key_cache),
         GROUP=group,
@@ -166,7 +166,12 @@ def _launch(
     )
 
 
-@triton.jit
+# What differs from step to step outside of graphs makes no kernel of its own: each would be compiled
+# in the middle of a run (0.7 s on an H200's host).
+@triton.jit(
+    do_not_specialize=["table_stride", "pieces"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "common_ptr"],
+)
 def _decode_kernel(
     query_ptr,
     key_ptr,
@@ -185,6 +190,7 @@ def _decode_kernel(
     query_row_stride,
     query_head_stride,
     table_stride,
+    pieces,
     PAGE_STRIDE: tl.constexpr,
     OFFSET_STRIDE: tl.constexpr,
     HEAD_STRIDE: tl.constexpr,
@@ -192,7 +198,6 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     LOADED_DIM: tl.constexpr,
     GROUP: tl.constexpr,
-    PIECES: tl.constexpr,
     WINDOW: tl.constexpr,
     COMMON_PIECES: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -213,7 +218,7 @@ def _decode_kernel(
         first = tl.load(common_ptr + row)
     elif WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0) // BLOCK_TOKENS * BLOCK_TOKENS
-    per_piece = tl.cdiv(tl.cdiv(kv_len - first, BLOCK_TOKENS), PIECES)
+    per_piece = tl.cdiv(tl.cdiv(kv_len - first, BLOCK_TOKENS), pieces)
     begin = first + piece * per_piece * BLOCK_TOKENS
     end = tl.minimum(begin + per_piece * BLOCK_TOKENS, kv_len)
     member = tl.arange(0, BLOCK_GROUP)
@@ -265,28 +270,28 @@ def _decode_kernel(
         top = new_top
     total = tl.where(total > 0.0, total, 1.0)  # 0: an empty piece, whose `top` is -inf
     mixed = mixed / total[:, None]
-    if PIECES == 1:
+    if BLOCK_PIECES == 1:
         tl.store(out_ptr + stream[:, None] * HEAD_DIM + dim[None, :], mixed, mask=known)
     else:
-        part = stream * PIECES + piece
+        part = stream * pieces + piece
         tl.store(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=known)
         tl.store(sum_ptr + part, top + tl.log2(total), mask=member < GROUP)
         # The program of a row that ends last joins its pieces.
         tl.debug_barrier()  # all threads have stored before the program is counted as done
         counter = counter_ptr + row * num_kv_heads + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == PIECES - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
             tl.store(counter, 0)
             streams = (row * num_kv_heads + kv_head) * GROUP
             for one in tl.static_range(GROUP):
                 place = (part_ptr, sum_ptr, out_ptr, streams + one)
-                _join(place, HEAD_DIM, PIECES, BLOCK_PIECES, BLOCK_DIM)
+                _join(place, pieces, HEAD_DIM, BLOCK_PIECES, BLOCK_DIM)
 
 
 @triton.jit
 def _join(
     place,
+    pieces,
     HEAD_DIM: tl.constexpr,
-    PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -294,10 +299,10 @@ def _join(
     part_ptr, sum_ptr, out_ptr, stream = place
     piece = tl.arange(0, BLOCK_PIECES)
     dim = tl.arange(0, BLOCK_DIM)
-    known = piece < PIECES
-    score = sum_ptr + stream * PIECES + piece
+    known = piece < pieces
+    score = sum_ptr + stream * pieces + piece
     score = tl.load(score, mask=known, other=float("-inf"), cache_modifier=".cg")
-    parts = part_ptr + (stream * PIECES + piece[:, None]) * HEAD_DIM + dim[None, :]
+    parts = part_ptr + (stream * pieces + piece[:, None]) * HEAD_DIM + dim[None, :]
     inside = known[:, None] & (dim < HEAD_DIM)[None, :]
     part = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
     top = tl.max(score, axis=0)

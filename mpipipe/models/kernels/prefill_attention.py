@@ -123,7 +123,11 @@ def prefill_tuning(key_cache: torch.Tensor, max_query_len: int) -> PrefillTuning
     return PrefillTuning(block_tokens=128) if row_bytes == 256 else PrefillTuning()
 
 
-@triton.jit
+# What differs from step to step makes no kernel of its own: see `decode_attention`.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "starts_ptr"],
+)
 def _prefill_kernel(
     query_ptr,
     key_ptr,
