@@ -131,7 +131,8 @@ def _num_pieces(num_streams: int, max_kv_len: int, block_tokens: int, processors
     return 1 << (max(most, 1).bit_length() - 1)
 
 
-# What differs from step to step outside of graphs makes no kernel of its own: see `decode_attention`.
+# What differs from step to step outside of graphs makes no kernel of its own:
+# see `decode_attention`.
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["table_ptr", "tokens_ptr", "rows_ptr", "ends_ptr"],

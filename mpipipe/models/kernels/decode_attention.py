@@ -166,8 +166,8 @@ def _launch(
     )
 
 
-# What differs from step to step outside of graphs makes no kernel of its own: each would be compiled
-# in the middle of a run (0.7 s on an H200's host).
+# What differs from step to step outside of graphs makes no kernel of its own: each would be
+# compiled in the middle of a run (0.7 s on an H200's host).
 @triton.jit(
     do_not_specialize=["table_stride", "pieces"],
     do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "common_ptr"],
