@@ -26,6 +26,7 @@ from mpipipe.planning.job_plan import plan_job
 from mpipipe.planning.plan import PipelinePlan, StagePlan
 from mpipipe.planning.resolve import deepspeed_warnings
 from mpipipe.runtime.clock_offsets import compared_clocks
+from mpipipe.runtime.late_kernels import late_kernels_told
 from mpipipe.runtime.loading import StageParts, load_parts, stage_bytes
 from mpipipe.runtime.offload_folder import offload_need, prepare_offload_folder
 from mpipipe.runtime.ranks import PHASE_DEADLINE_S, Ranks, in_phase, told_by_head
@@ -81,7 +82,8 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             ranks.vitals.last_step = lambda: account.last_step
             try:
                 own = partial(Session, boot, plan=plan, plans=plans, worker=opened.worker)
-                yield own(account=account, clocks=clocks, load=load)
+                with late_kernels_told(boot.log):
+                    yield own(account=account, clocks=clocks, load=load)
             finally:
                 gc.unfreeze()
 

@@ -95,6 +95,25 @@ for kernel, specialization in set(launches) - set(ahead):
 """
 
 
+# The same launch while late kernels are told.
+_LATE = (
+    _LAUNCH.rsplit("rows =", 1)[0]
+    + """
+from mpipipe.metrics.log import NullLog
+from mpipipe.runtime.late_kernels import late_kernels_told
+
+class Told(NullLog):
+    def warning(self, event, **fields):
+        print(event, fields["kernel"], fields["seconds"] > 0)
+
+rows = torch.empty(3, 48, dtype=torch.bfloat16, device="meta")
+with late_kernels_told(Told()):
+    rowwise.rms_norm(rows, rows[0], 1e-6)
+rowwise.gated_silu(rows)
+"""
+)
+
+
 @pytest.fixture
 def plan(tiny: Callable[[str], TinyModel]) -> PipelinePlan:
     stages = [dataclasses.replace(stage, host="here") for stage in split(1)]
@@ -243,6 +262,19 @@ def test_no_step_launches_a_kernel_that_is_not_compiled_ahead(
         command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr[-2000:]
+
+
+def test_a_kernel_that_is_compiled_late_is_told_and_one_that_was_compiled_before_is_not(
+    environ: dict[str, str],
+) -> None:
+    command = [sys.executable, "-c", _LATE]
+    told = [
+        subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert told == ["late_kernel _rms_norm_kernel True\n", ""]
 
 
 # ---- what a run's forecast knows of it -----------------------------------------------------------
