@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -80,12 +80,19 @@ async def open_session(boot: Boot) -> AsyncIterator[Session]:
             load = _load_facts(parts, opened, ranks.boot.own_s(started_s), baseline_rss_bytes)
             _log_ready(boot, plan, parts, load, opened)
             ranks.vitals.last_step = lambda: account.last_step
-            try:
-                own = partial(Session, boot, plan=plan, plans=plans, worker=opened.worker)
-                with late_kernels_told(boot.log):
-                    yield own(account=account, clocks=clocks, load=load)
-            finally:
-                gc.unfreeze()
+            own = partial(Session, boot, plan=plan, plans=plans, worker=opened.worker)
+            with _ready(boot):
+                yield own(account=account, clocks=clocks, load=load)
+
+
+@contextmanager
+def _ready(boot: Boot) -> Iterator[None]:
+    """From the end of the boot on: kernels that are compiled are late, garbage is set aside."""
+    try:
+        with late_kernels_told(boot.log):
+            yield
+    finally:
+        gc.unfreeze()
 
 
 async def _links_for_loading(
