@@ -76,8 +76,7 @@ def test_a_page_is_moved_with_all_its_layers() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_host_pages", [4, 40])
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(("num_stages", "num_host_pages"), [(1, 40), (2, 4)])
 def test_preempted_sequences_go_on_with_their_pages_and_end_the_same(
     num_stages: int, num_host_pages: int, mode: str, tiny: Callable[[str], TinyModel]
 ) -> None:

@@ -78,8 +78,7 @@ def check_shared_prefixes(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_pages", [18, 80])
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(("num_stages", "num_pages"), [(1, 80), (2, 18)])
 def test_the_tokens_are_those_of_each_prompt_alone(
     num_stages: int, num_pages: int, mode: str, tiny: Callable[[str], TinyModel]
 ) -> None:
