@@ -40,7 +40,7 @@ class PlannedTimes:
         """A mixed step reads the weights once: chunks cost what they add to a step of the rows.
 
         Beside that it costs what a step of prompts does more than one of decodes, however small:
-        no graph replays it.
+        no graph replays it, and its launches take the host's time.
         """
         rows, tokens, context = work.rows, work.chunk_tokens, work.chunk_context_tokens
         if not rows:

@@ -66,23 +66,28 @@ def test_with_more_prompts_than_places_unlike_outputs_cost_little(
     assert share_of_even(shape, gpus, "2000xmixed") > share
 
 
-def test_prompts_in_decode_steps_hide_the_longest_outputs_behind_the_prompts() -> None:
-    gpus = "2 x h100"
-    for work in ("512xmixed", "2000x512x64xtail"):
-        phases = share_of_even("llama3_8b", gpus, work)
-        words = ("pipeline.prefill=mixed", "pipeline.max_tokens_per_step=512")
-        mixed = share_of_even("llama3_8b", gpus, work, *words)
-        assert mixed > 1.03 * phases
+@pytest.mark.parametrize(
+    ("work", "tokens", "least", "most"),
+    [("512xmixed", 1024, 0.7, 0.9), ("2000x512x64xtail", 2048, 0.95, 1.05)],
+)
+def test_prompts_in_decode_steps_gain_nothing_as_was_measured(
+    work: str, tokens: int, least: float, most: float
+) -> None:
+    """Two H200, beside prompts first: 11,286 : 15,243 and 10,014 : 10,064 tokens/s."""
+    words = ("pipeline.prefill=mixed", f"pipeline.max_tokens_per_step={tokens}")
+    phases, mixed = (share_of_even("openllama_3b", "2 x h200", work, *more) for more in ((), words))
+    assert least < mixed / phases < most
 
 
-def test_a_mixed_step_costs_what_prompts_cost_to_start_beside_a_graph() -> None:
+def test_a_mixed_step_takes_as_long_as_its_launches_at_least() -> None:
     times = replica("llama3_8b", "2 x h100", "512xmixed").times
     (decode_s, _), (both_s, _) = (
         times.compute_s(StepWork(rows=64, context_tokens=512, chunk_tokens=tokens), 0)
         for tokens in (0, 1)
     )
     (chunk_s, _) = times.compute_s(StepWork(chunk_tokens=2048, chunk_context_tokens=256), 0)
-    assert decode_s + 0.5e-3 < both_s < decode_s + 1e-3
+    launched_s = 16 * 0.6e-3  # no graph replays it
+    assert launched_s < both_s < decode_s + launched_s
     (filled_s, _) = times.compute_s(
         StepWork(rows=64, context_tokens=512, chunk_tokens=1984, chunk_context_tokens=256), 0
     )
