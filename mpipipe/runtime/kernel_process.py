@@ -54,8 +54,10 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # ranks block some
-    import mpipipe.models.kernels.ahead
-    import mpipipe.stage.dry_run  # noqa: F401 - seconds, while there is nothing to do yet
+    import mpipipe.models.kernels.ahead  # noqa: F401 - as what follows
+    from mpipipe.stage.dry_run import prepare
+
+    prepare()  # seconds, while there is nothing to do yet
 
     line = sys.stdin.readline()
     _end_with_input()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mpipipe.planning.plan import PipelinePlan, StagePlan
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "prepare"]
 
 _META = torch.device("meta")
 _LAYERS = 2
@@ -51,6 +51,11 @@ class _EmptyLane:
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+
+def prepare() -> None:
+    """Import what torch's meta device takes at its first use: 3 s, torch._dynamo and sympy."""
+    torch.cat([torch.arange(1, device=_META)] * 2)
 
 
 @torch.inference_mode()

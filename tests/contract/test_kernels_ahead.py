@@ -74,8 +74,11 @@ from mpipipe.stage import dry_run as module
 torch.Tensor.data_ptr = lambda self: self.storage_offset() * self.element_size()
 plan = from_json(PipelinePlan, sys.argv[1])
 gpu = GpuFacts((9, 0), 132)
+module.prepare()
+known = set(sys.modules)
 with recorded_launches(gpu) as ahead:
     assert module.dry_run(plan, plan.stages[0])
+    print(*(set(sys.modules) - known) & {"sympy", "torch._dynamo"}, end="")  # seconds
     model = module._dry_model(plan, plan.stages[0])
 draw = random.Random(0)
 lengths = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 512]
@@ -206,6 +209,9 @@ def test_a_process_that_dies_is_told(plan: PipelinePlan, process: KernelProcess)
 class _Kernel:
     """In the place of Triton's."""
 
+    def __init__(self, src: str = "") -> None:
+        self.src = src
+
     def preload(self, specialization: str) -> str:
         return specialization
 
@@ -223,9 +229,10 @@ def test_processes_that_ignore_signals_end_and_one_that_is_killed_is_told(
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(BrokenProcessPool) if is_killed else nullcontext():
-            ahead.compile_launches([(_Kernel(), "")] * 6, 4)
+            ahead.compile_launches([(_Kernel("x" * size), "") for size in range(6)], 4)
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert [len(kernel.src) for kernel, _ in ahead._Shared.launches] == [5, 4, 3, 2, 1, 0]
 
 
 def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
