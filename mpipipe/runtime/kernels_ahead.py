@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelProcess", "kernels_ahead"]
 
-_MOST_PROCESSES = 16  # a plan has about 25 kernels, the longest of which takes a tenth of all
+_MOST_PROCESSES = 10  # the longest kernel of a plan takes a tenth of the time of all
 _LIMIT_S = 120.0  # ten times what one core needs for all kernels of a stage
 # Of launchers: a process that has them might be taken for a rank.
 _RANK_VARIABLES = ("PMI", "OMPI_", "MPI", "HYDRA", "HYDI", "TRITON_INTERPRET")

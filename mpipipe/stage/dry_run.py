@@ -34,6 +34,8 @@ __all__ = ["dry_run", "prepare"]
 
 _META = torch.device("meta")
 _LAYERS = 2
+# Tokens of the steps for which products of 8-bit weights are cut alike (`quantized_tuning`).
+_NARROW_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512)
 
 
 @dataclass(slots=True)
@@ -71,8 +73,10 @@ def dry_run(plan: PipelinePlan, stage: StagePlan) -> bool:
         _decode(plan, model, rows)
         if plan.read_prefixes_once and rows > 1:
             _decode(plan, model, rows, common=_common_tables(rows))
-    seq_lens, pages = full_prefill(plan)
-    _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])
+    narrow = () if plan.quantize == "none" else _NARROW_STEPS
+    for tokens in {plan.max_tokens_per_step, *narrow}:
+        seq_lens, pages = full_prefill(replace(plan, max_tokens_per_step=tokens))
+        _prefill(plan, model, [(seq_len, pages) for seq_len in seq_lens])
     # Prompts of unequal lengths, the shorter ones within the least block of queries.
     for lengths in ((17, 3), (129, 65)):
         _prefill(plan, model, _chunks(plan, lengths))

@@ -29,6 +29,7 @@ from mpipipe.runtime import kernels_ahead as module
 from mpipipe.runtime.kernels_ahead import KernelProcess
 from mpipipe.runtime.session import Session
 from mpipipe.topology.gpu import GpuFacts
+from mpipipe.types import QuantizeName
 from tests.contract.engine_pipeline import engine_plan
 from tests.contract.tiny_models import NUM_LAYERS, TinyModel, split
 from tests.unit.planned_rank import make_rank
@@ -250,8 +251,9 @@ def test_it_is_no_rank(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     assert given["TRITON_CACHE_DIR"] == environ["TRITON_CACHE_DIR"]
 
 
+@pytest.mark.parametrize(("quantize", "rows"), [("none", 16), ("int8", 1), ("fp8", 1)])
 def test_no_step_launches_a_kernel_that_is_not_compiled_ahead(
-    plan: PipelinePlan, environ: dict[str, str]
+    quantize: QuantizeName, rows: int, plan: PipelinePlan, environ: dict[str, str]
 ) -> None:
     """Else it is compiled in the middle of a run. One token of a prompt is a decode's kernel."""
     long = dataclasses.replace(
@@ -261,8 +263,9 @@ def test_no_step_launches_a_kernel_that_is_not_compiled_ahead(
         page_size_tokens=16,
         num_kv_pages=2048,
         max_tokens_per_step=2048,
-        max_sequences_per_slot=16,
-        read_prefixes_once=True,
+        max_sequences_per_slot=rows,
+        read_prefixes_once=rows > 1,
+        quantize=quantize,
     )
     command = [sys.executable, "-c", _STEPS, to_json(long)]
     ended = subprocess.run(
