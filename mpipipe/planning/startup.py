@@ -22,10 +22,9 @@ _GPU_LOAD_S = 1.1
 _GPU_GRAPHS_S = 0.9
 # Further graphs for steps that read common pages once: 0.25 and 0.45 s in one start each.
 _COMMON_GRAPHS_S = 0.35
-# What ranks wait for their kernels beyond that. Measured in 12 starts of plans that were new to
-# Triton's cache: 3.2 to 7.2 s, mean 5.2, with 8 processes that compile, most of it imports of the
-# process that starts them. Since then these are made before it is asked: not measured again.
-_COMPILE_S = 5.2
+# What ranks wait for their kernels beyond that. Measured in two starts of a plan that was new to
+# Triton's cache, with 10 processes that compile: 3.8 and 3.8 s.
+_COMPILE_S = 3.8
 # Of all but the weights. Measured: SmolLM2 on CPUs 4.4 to 6.2 s.
 _CPU_STARTUP_S = 5.0
 
