@@ -253,6 +253,26 @@ def test_rotation_is_transformers_and_lands_in_the_cache(
         assert int((cache != 0).flatten(2).any(dim=2).sum()) == num_tokens  # and nothing else
 
 
+@pytest.mark.parametrize("head_dim", [100, 60, 20])  # 60: the padding exceeds a block of halves
+def test_padding_of_rows_that_are_written_becomes_zeros(head_dim: int) -> None:
+    heads = Heads(4, 2, head_dim)
+    caches = cache_pair(heads, 3, "head-major-padded", torch.float32, fill=POISON)
+    angles_TD = torch.rand(2, head_dim, device=DEVICE)
+    slots_T = torch.tensor([PAGE_SIZE - 1, 2 * PAGE_SIZE], device=DEVICE)
+    rotate_and_store(
+        drawn(2, 8 * head_dim, dtype=torch.float32), angles_TD, angles_TD, *caches,
+        slot_mapping_T=slots_T,
+    )  # fmt: skip
+    for cache in caches:
+        row = cache.stride(1)
+        rows = cache.as_strided((3, PAGE_SIZE, 2, row), cache.stride())
+        written = (rows != POISON).any(dim=3)
+        assert written.flatten(0, 1)[slots_T].all()
+        assert int(written.sum()) == 2 * 2
+        assert (rows[written][:, head_dim:] == 0.0).all()
+        assert row > head_dim
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 SHAPES = [Heads(2, 2, 100), Heads(8, 2, 64), Heads(2, 1, 80), Heads(3, 3, 96), Heads(4, 2, 160)]

@@ -4,6 +4,10 @@ One launch per layer instead of about a dozen. cos and sin come as tensors that 
 once per step and all layers share: 200 bytes a token and layer, against 20 kB that the kernel moves
 anyway, and every variant of rotary scaling stays transformers' own business. (Computing them here
 would need sin and cos of large arguments in every layer and would have to repeat each variant.)
+
+Rows of the cache that are padded in memory are written padding included, with zeros: a GPU reads
+what surrounds a sector (32 bytes) that is written in part. On an H200, 4,096 tokens, 32 and 32
+heads of 100 in rows of 104: 64 us, 90 without.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpipipe.models.kernels.launch import await_inputs, launch_options
+from mpipipe.models.kernels.launch import await_inputs, launch_options, loaded_dim
 
 if TYPE_CHECKING:
     from mpipipe.models.layer_options import HeadNorms
@@ -44,7 +48,8 @@ def rotate_and_store(
             with i + D / 2. Products are rounded to the dtype before they are added, as transformers
             does.
         sin_TD: like `cos_TD`.
-        key_cache: [pages, page_size, K, D] with any strides but 1 along D.
+        key_cache: [pages, page_size, K, D] with any strides but 1 along D; padding up to the next
+            multiple of 8 elements is set to zero where rows have it.
         value_cache: the same shape and strides.
         slot_mapping_T: int64: page * page_size + offset.
         norms: applied to q and k first.
@@ -69,6 +74,7 @@ def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms 
     qkv_TX, cos_TD, _, _, key_cache, _, _ = tensors
     _, page_size, num_kv_heads, head_dim = key_cache.shape
     heads = min(triton.next_power_of_2(num_kv_heads), _MAX_HEADS_PER_PROGRAM)
+    stored_dim = loaded_dim(key_cache)
     blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
     _rotate_kernel[(qkv_TX.shape[0], blocks)](
         *tensors,
@@ -84,7 +90,8 @@ def _launch(tensors: tuple[torch.Tensor, ...], num_heads: int, norms: HeadNorms 
         PAGE_SIZE=page_size,
         NORMS=norms is not None,
         HEADS=heads,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        STORED_DIM=stored_dim,
+        BLOCK_HALF=triton.next_power_of_2(stored_dim - head_dim // 2),
         num_warps=4,
         enable_fp_fusion=False,  # else a product and the sum become one operation, rounded once
         **launch_options(qkv_TX.device),
@@ -114,6 +121,7 @@ def _rotate_kernel(
     PAGE_SIZE: tl.constexpr,
     NORMS: tl.constexpr,
     HEADS: tl.constexpr,
+    STORED_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -137,11 +145,12 @@ def _rotate_kernel(
     stored = cell + (head * HEAD_STRIDE)[:, None]
     column = tl.arange(0, BLOCK_HALF)[None, :]
     inside = known[:, None] & (column < HALF)
+    with_padding = known[:, None] & (column < STORED_DIM - HALF)  # zeros: see `other`
     low = tl.load(source + column, mask=inside, other=0.0)
     high = tl.load(source + HALF + column, mask=inside, other=0.0)
     if is_value:
         tl.store(value_cache_ptr + stored + column, low, mask=inside)
-        tl.store(value_cache_ptr + stored + HALF + column, high, mask=inside)
+        tl.store(value_cache_ptr + stored + HALF + column, high, mask=with_padding)
     else:
         if NORMS:
             norm = query_norm_ptr if is_query else key_norm_ptr
@@ -157,7 +166,7 @@ def _rotate_kernel(
         tl.store(target + HALF + column, turned_high, mask=inside)
         if block >= QUERY_BLOCKS:
             tl.store(key_cache_ptr + stored + column, turned_low, mask=inside)
-            tl.store(key_cache_ptr + stored + HALF + column, turned_high, mask=inside)
+            tl.store(key_cache_ptr + stored + HALF + column, turned_high, mask=with_padding)
 
 
 @triton.jit
