@@ -30,6 +30,7 @@ async def asynchronous(model: str) -> None:
 
 
 if __name__ == "__main__":
-    synchronous(sys.argv[1])
+    asked_for = sys.argv[1] if len(sys.argv) > 1 else "demo:smollm2"
+    synchronous(asked_for)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(asynchronous(sys.argv[1]))
+        runner.run(asynchronous(asked_for))

@@ -26,6 +26,7 @@ from mpipipe.experiments.setup import experiment_matrix, possible_arrangements
 from mpipipe.experiments.slurm_jobs import job_scripts, submit
 from mpipipe.experiments.verdict import CaseVerdict, ExperimentVerdict, judge
 from mpipipe.plain_values import to_json
+from mpipipe.report.numbers import count
 from mpipipe.run_folder.files import write_whole
 from mpipipe.topology.host import usable_cores
 
@@ -251,7 +252,8 @@ class _View:
         """How much there is to do."""
         self._num_cells = num_missing
         self._print(
-            f"{matrix.experiment}: {len(matrix.cases)} cases, {matrix.repeat} repeats; "
+            f"{matrix.experiment}: {count(len(matrix.cases), 'case')}, "
+            f"{count(matrix.repeat, 'repeat')}; "
             f"{num_missing} of {len(matrix.order)} launches are missing"
         )
 

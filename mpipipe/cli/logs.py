@@ -34,11 +34,11 @@ def summary(
 ) -> None:
     """Where each second of the run went, and what held it up."""
     from mpipipe.cli.logs_view import show_summary
+    from mpipipe.logs.attempts import find_attempt
     from mpipipe.logs.facts import read_facts
-    from mpipipe.logs.reading import find_run
     from mpipipe.logs.summary import summarise
 
-    files = find_run(run)
+    files = find_attempt(run, attempt)
     facts = read_facts(files, attempt)
     metrics = files.document("metrics.json")
     is_told = metrics.get("attempt", facts.num_attempts) == facts.attempt
@@ -57,10 +57,10 @@ def requests(
 ) -> None:
     """The slowest prompts, and percentiles over all."""
     from mpipipe.cli.logs_view import show_requests
+    from mpipipe.logs.attempts import find_attempt
     from mpipipe.logs.prompts import read_requests
-    from mpipipe.logs.reading import find_run
 
-    files = find_run(run)
+    files = find_attempt(run, attempt)
     lines = files.lines("requests.jsonl", attempt)
     figures = read_requests(lines, num_slowest=slowest, only=only)
     show_requests(files, figures, whole=only is not None, as_json=as_json)
@@ -76,11 +76,11 @@ def steps(
 ) -> None:
     """How long steps take, and the stalls: which step, which rank, why."""
     from mpipipe.cli.logs_view import show_steps
+    from mpipipe.logs.attempts import find_attempt
     from mpipipe.logs.facts import read_facts
-    from mpipipe.logs.reading import find_run
     from mpipipe.logs.step_report import report_steps
 
-    files = find_run(run)
+    files = find_attempt(run, attempt)
     facts = read_facts(files, attempt)
     show_steps(files, report_steps(facts, least), as_json=as_json)
 
@@ -95,12 +95,11 @@ def samples(
 ) -> None:
     """Tokens per second, memory and load over time."""
     from mpipipe.cli.logs_view import show_samples
-    from mpipipe.logs.attempts import choose_attempt
+    from mpipipe.logs.attempts import choose_attempt, find_attempt
     from mpipipe.logs.clocks import read_clocks
     from mpipipe.logs.rates import intervals
-    from mpipipe.logs.reading import find_run
 
-    files = find_run(run)
+    files = find_attempt(run, attempt)
     chosen = attempt or choose_attempt(files)
     clocks = read_clocks(files.lines("clock.jsonl", chosen))
     found = []
@@ -135,11 +134,10 @@ def timeline(
 ) -> None:
     """All ranks on one clock, as JSON for ui.perfetto.dev or chrome://tracing."""
     from mpipipe.cli.logs_view import show_written
-    from mpipipe.logs.attempts import choose_attempt
-    from mpipipe.logs.reading import find_run
+    from mpipipe.logs.attempts import choose_attempt, find_attempt
     from mpipipe.logs.timeline import write_timeline
 
-    files = find_run(run)
+    files = find_attempt(run, attempt)
     num_events = write_timeline(files, output, attempt or choose_attempt(files), steps)
     show_written(files, output, num_events)
 

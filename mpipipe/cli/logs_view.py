@@ -147,7 +147,10 @@ def show_requests(files: RunFiles, figures: RequestFigures, *, whole: bool, as_j
             for name, value in line.items():
                 _print(f"{name:<19}{value}")
         if not figures.slowest:
-            _print("no such request has ended")
+            _print(
+                "no such request has ended: without --id, `--slowest N` lists N of those that "
+                "have, and `mpipipe status` tells how many are left"
+            )
         return
     _print(
         f"{figures.num_completed:,} completed, {figures.num_failed:,} failed, "

@@ -165,7 +165,7 @@ def _row(outlook: Outlook, plan: PipelinePlan, stage: StagePlan) -> tuple[str, .
     device = "CPU" if plan.device == "cpu" else card.key if card is not None else rank.gpu.name
     if plan.tensor_parallel > 1:
         device = f"{plan.tensor_parallel} x {device}"
-    parts = [f"{stage.first_layer}–{stage.last_layer - 1}"]
+    parts = [_span((stage.first_layer, stage.last_layer - 1))]
     parts = ["emb"] * stage.has_embedding + parts + ["head"] * stage.has_head
     page_bytes = kv_page_bytes(
         lane_spec(outlook.job.spec, plan.tensor_parallel),
@@ -245,9 +245,8 @@ def _wall_clock(outlook: Outlook) -> str:
 
 def _energy(joules: float, outlook: Outlook) -> str:
     tokens = sum(output for _, output in outlook.job.prompts.lengths)
-    return (
-        f"{figure(joules / 1000)} kJ while generating, {joules / tokens:.2g} J a token, GPUs alone"
-    )
+    told = f"{figure(joules / 1000)} kJ" if joules >= 1000 else f"{figure(joules)} J"
+    return f"{told} while generating, {joules / tokens:.2g} J a token, GPUs alone"
 
 
 def _advice(advice: Sequence[Advice], nothing: str) -> list[str]:

@@ -89,10 +89,14 @@ class TerminalView:
     def stopped(self, reason: str, num_unfinished: int, folder: Path) -> None:
         """Say that there is more to do, and how."""
         text = (
-            f"mpipipe: stopped ({reason}): {num_unfinished:,} prompts are not done; to go on, "
+            f"mpipipe: stopped ({reason}): {_prompts_are(num_unfinished)} not done; to go on, "
             f"where the job is not requeued: {how_to_go_on(folder)}"
         )
         print(text, file=sys.stderr, flush=True)
+
+
+def _prompts_are(number: int) -> str:
+    return "1 prompt is" if number == 1 else f"{number:,} prompts are"
 
 
 class ProgressView:
@@ -137,8 +141,8 @@ class ProgressView:
         facts.append(f"{max(0, self._total - finished - running)} waiting")
         if failed:
             facts.append(f"{failed} failed")
-        if 0 < finished < self._total:
-            facts.append(f"ETA {duration(elapsed_s / finished * (self._total - finished))}")
+        if done and finished < self._total:  # bad lines fail at once, and tell nothing
+            facts.append(f"ETA {duration(elapsed_s / done * (self._total - finished))}")
         self._display.show(finished, f"{finished}/{self._total} prompts · {' · '.join(facts)}")
 
     def close(self) -> None:

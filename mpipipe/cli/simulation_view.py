@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["result_fields", "show_result", "write_trace"]
 
-_WIDTH = 120  # where the output is no terminal
+_WIDTH = 140  # where the output is no terminal
 _MOST_STAGES = 12  # of more, those that are alike are shown as one
 _ALIKE = 0.01  # in their bubbles
 _COLUMNS = (

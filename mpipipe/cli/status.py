@@ -13,6 +13,7 @@ from typing import Any
 from mpipipe.errors import EXIT_OK, OutputError
 from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.spared import SparedWork
+from mpipipe.report.numbers import count
 from mpipipe.run_folder.accounts import follow_up_accounts
 from mpipipe.run_folder.status import (
     RunStatus,
@@ -209,6 +210,6 @@ def _progress(values: Mapping[str, Any]) -> dict[str, str]:
     if values.get("stops_in_s") is not None and values.get("state") == "generating":
         facts["time"] = f"stops in {duration(values['stops_in_s'])} to keep the wall time"
     hosts, num_replicas = dict.fromkeys(values.get("hosts", ())), values.get("num_replicas", 1)
-    ranks = f"{len(values.get('hosts', ()))} ranks"
+    ranks = count(len(values.get("hosts", ())), "rank")
     ranks += f" in {num_replicas} replicas" if num_replicas > 1 else ""
     return {**facts, "hosts": f"{ranks} on {' '.join(hosts)}"}

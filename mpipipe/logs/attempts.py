@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from mpipipe.logs.reading import RunFiles, number, rows, text, whole
+from pathlib import Path
 
-__all__ = ["choose_attempt", "last_attempt", "told_state"]
+from mpipipe.errors import ConfigError
+from mpipipe.logs.reading import RunFiles, find_run, number, rows, text, whole
+
+__all__ = ["choose_attempt", "find_attempt", "last_attempt", "told_state"]
 
 _GENERATING = {"generating", "generated"}  # events of a rank's log
 
@@ -17,6 +20,23 @@ def last_attempt(files: RunFiles) -> int:
         whole(line, "attempt", 1) for rank in files.ranks()[:1] for line in files.log_lines(rank)
     ]
     return max([1, len(listed), *logged])
+
+
+def find_attempt(folder: Path, attempt: int | None) -> RunFiles:
+    """The run, as `find_run` does; of a start that it never had there are no zeros to show.
+
+    Raises:
+        ConfigError: there was no such attempt.
+        OutputError: there is no run.
+    """
+    files = find_run(folder)
+    if attempt is not None and attempt > (last := last_attempt(files)):
+        have = "1 attempt" if last == 1 else f"{last} attempts"
+        raise ConfigError(
+            f"there is no attempt {attempt} of {files.folder}: it has {have}; give --attempt a "
+            "number up to that, or leave it out"
+        )
+    return files
 
 
 def choose_attempt(files: RunFiles) -> int:

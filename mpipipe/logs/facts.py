@@ -117,7 +117,8 @@ class RunFacts:
     attempt: int
     num_attempts: int
     state: str  # as the run itself said; empty: it did not say
-    ranks: tuple[RankFacts, ...]  # in the order of replicas and stages
+    # In the order of replicas and stages; those that other attempts alone had are left out.
+    ranks: tuple[RankFacts, ...]
     requests: tuple[RequestSpan, ...] = ()
     num_slots: int = 0  # of all replicas; 0: unknown
     device: str = ""
@@ -198,7 +199,12 @@ def read_facts(files: RunFiles, attempt: int | None = None) -> RunFacts:
         attempt=attempt,
         num_attempts=num_attempts,
         state=told_state(files, attempt, num_attempts),
-        ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.stage or 0, rank.rank))),
+        ranks=tuple(
+            sorted(
+                [rank for rank in ranks if rank.ended_s is not None] or ranks,
+                key=lambda rank: (rank.replica, rank.stage or 0, rank.rank),
+            )
+        ),
         requests=tuple(_spans(files.lines("requests.jsonl", attempt))),
         num_slots=whole(plan, "num_slots") * whole(plan, "num_replicas", 1),
         device=text(plan, "device"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpipipe.logs.attempts import last_attempt
 from mpipipe.logs.clocks import read_clocks
-from mpipipe.logs.reading import Line, RunFiles, number, text, whole
+from mpipipe.logs.reading import Line, RunFiles, number, rows, text, whole
 
 __all__ = ["Problem", "find_problems"]
 
@@ -42,6 +42,7 @@ def find_problems(files: RunFiles, *, with_warnings: bool) -> list[Problem]:
                 found.append(_problem(line, rank, level))
             elif failed and text(line, "event") == "completed":
                 found.append(_problem(line, rank, "prompt"))
+    found += _told_of_earlier_attempts(files, found)
     found += _told_of_the_run(files, found)
     clocks = {
         attempt: read_clocks(files.lines("clock.jsonl", attempt))
@@ -62,10 +63,26 @@ def _told_of_the_run(files: RunFiles, found: Sequence[Problem]) -> list[Problem]
     message = text(status, "error")
     if text(status, "state") != "failed" or any(message in problem.message for problem in found):
         return []
-    attempt = last_attempt(files)
-    times_s = [number(line, "t_s") or 0.0 for line in files.log_lines(0, attempt)]
-    last_s, time = max(times_s, default=0.0), text(status, "updated_at")
-    return [Problem(last_s, time, attempt, 0, "error", "run failed", message, "")]
+    return [_end_of(files, last_attempt(files), message, text(status, "updated_at"))]
+
+
+def _told_of_earlier_attempts(files: RunFiles, found: Sequence[Problem]) -> list[Problem]:
+    """The same of attempts before: the manifest keeps it, as each has replaced the status."""
+    ended = []
+    for place, entry in enumerate(rows(files.document("manifest.json"), "attempts"), 1):
+        attempt, message = whole(entry, "attempt", place), text(entry, "error")
+        of_it = (problem.message for problem in found if problem.attempt == attempt)
+        if message and not any(message in told for told in of_it):
+            ended.append(_end_of(files, attempt, message, ""))
+    return ended
+
+
+def _end_of(files: RunFiles, attempt: int, message: str, time: str) -> Problem:
+    """At the head's last sign of that attempt; `time`: as told, or empty: of that sign."""
+    lines = list(files.log_lines(0, attempt))
+    last_s = max((number(line, "t_s") or 0.0 for line in lines), default=0.0)
+    time = time or (text(lines[-1], "time") if lines else "")
+    return Problem(last_s, time, attempt, 0, "error", "run failed", message, "")
 
 
 def _problem(line: Line, rank: int, level: str) -> Problem:

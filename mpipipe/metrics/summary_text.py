@@ -88,7 +88,7 @@ def _headlines(summary: RunSummary) -> list[str]:
         **({"start": started} if (started := _start(summary)) else {}),
         **({"slowest boot": (slowest,)} if (slowest := _slowest_boot(summary)) else {}),
         "throughput": (
-            f"{summary.output_tokens_per_s:,.1f} output tokens/s",
+            f"{summary.output_tokens_per_s:,.1f} output tokens/s{_of_completed(summary)}",
             f"{summary.total_tokens_per_s:,.1f} tokens/s with prompts",
             _preemptions(summary),
         ),
@@ -118,8 +118,13 @@ def _prompts(summary: RunSummary) -> tuple[str, ...]:
         *([f"{requests.num_kept:,} of earlier attempts"] if requests.num_kept else []),
         *([f"{requests.num_damaged:,} lines were damaged"] if requests.num_damaged else []),
         _prompt_tokens(summary),
-        f"{requests.num_output_tokens:,} output tokens",
+        f"{requests.num_output_tokens:,} output tokens{_of_completed(summary)}",
     )
+
+
+def _of_completed(summary: RunSummary) -> str:
+    """What unfinished prompts have made so far is made again later, and in no figure."""
+    return " of completed prompts" if summary.requests.num_unfinished else ""
 
 
 def _compared(summary: RunSummary) -> dict[str, tuple[str, ...]]:

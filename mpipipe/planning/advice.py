@@ -147,9 +147,13 @@ def _grown(job: PlannedJob, more: int) -> _Change:
     for _ in range(more):
         ranks.append(rank_like(ranks))
     last = ranks[-1]
-    what = last.gpu.name if last.has_gpu else "host like this"
-    words = f"{more} more {what}, {len(ranks)} in all{_freed(job)}"
-    return _Change("ranks", words, job.on_ranks(ranks))
+    if last.has_gpu:
+        words = f"{more} more {last.gpu.name}, {len(ranks)} in all"
+    elif more == 1:
+        words = f"1 more rank, on another host like this, {len(ranks)} ranks in all"
+    else:
+        words = f"{more} more ranks, each on another host like this, {len(ranks)} ranks in all"
+    return _Change("ranks", f"{words}{_freed(job)}", job.on_ranks(ranks))
 
 
 def _freed(job: PlannedJob) -> str:

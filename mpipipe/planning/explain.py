@@ -128,7 +128,8 @@ def _ms(seconds: float) -> str:
 
 
 def _stage_row(stage: StagePlan) -> tuple[str, str, str]:
-    parts = [f"layers {stage.first_layer}–{stage.last_layer - 1} ({stage.num_layers})"]
+    first, last = stage.first_layer, stage.last_layer - 1
+    parts = [f"layers {first}–{last} ({stage.num_layers})" if first < last else f"layer {first}"]
     if stage.has_embedding:
         parts.insert(0, "embedding")
     if stage.has_head:

@@ -207,18 +207,24 @@ def _host(run: RunLines, stage: int) -> str:
 
 
 def _boot_table(run: RunLines) -> Table | None:
-    boots = [
-        {event["name"]: event["seconds"] for event in rank.get("boot") or ()}
-        for rank in run_facts(run).ranks
-    ]
+    ranks = run_facts(run).ranks
+    boots = [_boot_seconds(rank.get("boot") or ()) for rank in ranks]
     names = list(dict.fromkeys(name for boot in boots for name in boot))
     if not names:
         return None
     return Table(
         "Boot, event by event",
-        ("Event", *(f"rank {rank} (s)" for rank in range(len(boots)))),
+        ("Event", *(f"rank {rank.get('rank', place)} (s)" for place, rank in enumerate(ranks))),
         tuple((_words(name), *(Cell(number(boot.get(name))) for boot in boots)) for name in names),
     )
+
+
+def _boot_seconds(boot: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By name; an event that something interrupted comes in several parts."""
+    seconds: dict[str, float] = {}
+    for part in boot:
+        seconds[part["name"]] = seconds.get(part["name"], 0.0) + part["seconds"]
+    return seconds
 
 
 def _attempts_table(run: RunLines) -> Table | None:

@@ -68,7 +68,18 @@ def told_attempts(
             after = kept_counts(records) if is_last else attempts[position]
             totals = _recovered(folder, number, entry, after, _state(folder, is_last=is_last))
         told.append({**entry, **dataclasses.asdict(totals)})
+    if told and (error := _failure(folder, told[-1]["attempt"])):
+        told[-1]["error"] = error
     return tuple(told)
+
+
+def _failure(folder: Path, number: int) -> str:
+    """What ended that attempt, the last, as its status tells: the next one's replaces that."""
+    status, logged = last_status(folder), last_logged(folder)[0]
+    is_its_own = logged in {0, number}  # and not that of a start that has no entry
+    if not is_its_own or status.get("state") != RunState.FAILED.value:
+        return ""
+    return str(status.get("error", ""))
 
 
 def last_logged(folder: Path) -> tuple[int, str]:

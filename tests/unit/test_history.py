@@ -65,6 +65,26 @@ def test_each_prompt_counts_for_one_attempt(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_ended_an_attempt_outlives_its_status(tmp_path: Path) -> None:
+    failed = {"state": "failed", "error": "rank 1 was killed"}
+    (tmp_path / "status.json").write_text(json.dumps(failed))
+    write_lines(tmp_path / "rank_0.log", line(1, 105.0))
+    (told,) = told_attempts(tmp_path, [start()], NONE)
+    assert told["error"] == "rank 1 was killed"
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
+    write_lines(tmp_path / "rank_0.log", line(1, 105.0), line(2, 205.0))
+    first, second = told_attempts(tmp_path, [told, start(t_s=200.0)], NONE)
+    assert (first["error"], "error" in second) == ("rank 1 was killed", False)
+
+
+def test_an_attempt_is_not_told_what_ended_a_later_start_without_an_entry(tmp_path: Path) -> None:
+    failed = {"state": "failed", "error": "the folder is full"}
+    (tmp_path / "status.json").write_text(json.dumps(failed))
+    write_lines(tmp_path / "rank_0.log", line(1, 105.0), line(2, 205.0))
+    (told,) = told_attempts(tmp_path, [start()], NONE)
+    assert "error" not in told
+
+
 def test_tokens_of_an_attempt_of_unknown_length_make_no_rate(tmp_path: Path) -> None:
     unknown = AttemptTotals(1, "interrupted", 3600.0, 0.0, 3, 0, 1_000_000)
     known = AttemptTotals(2, "done", 12.0, 10.0, 1, 0, 2_000)

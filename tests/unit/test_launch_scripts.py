@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import mpipipe
 from tests.unit.launch_stand import LAUNCH, Stand
 
 
@@ -409,3 +412,21 @@ def test_every_example_runs_the_one_submit_script() -> None:
         assert "/launch/submit.sbatch" in text, path.name
         for option in ("--signal=B:USR1@120", "--requeue", "--open-mode=append"):
             assert f"#SBATCH {option}" in text, f"{path.name}: {option}"
+
+
+def test_the_library_example_takes_the_demo_model_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def opened(model: str) -> None:
+        asked.append(model)
+        raise InterruptedError
+
+    monkeypatch.setattr(mpipipe, "Pipeline", opened)
+    script = LAUNCH / "library_example.py"
+    for words in ([], ["models/mine"]):
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        with pytest.raises(InterruptedError):
+            runpy.run_path(str(script), run_name="__main__")
+    assert asked == ["demo:smollm2", "models/mine"]

@@ -228,6 +228,12 @@ def test_an_attempt_that_generated_nothing_hides_none_that_did(tmp_path: Path, s
     assert remark not in asked_for["notes"]
 
 
+@pytest.mark.parametrize("command", ["summary", "requests", "steps", "samples"])
+def test_an_attempt_that_never_was_is_refused(run: WrittenRun, command: str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no attempt 2 of .* it has 1 attempt;"):
+        ask(command, run.folder, "--attempt", "2")
+
+
 def test_attempts_are_told_apart(tmp_path: Path) -> None:
     first = WrittenRun(tmp_path, num_steps=100, parts={1: {"compute_s": 0.03}})
     first.write()
@@ -347,6 +353,26 @@ def test_what_ended_a_run_is_told_where_no_rank_lived_to_log_it(run: WrittenRun)
         file.write(json.dumps({**line, "error": "rank 1 was killed"}) + "\n")
     (found,) = ask_json("errors", run.folder)["errors"]
     assert found["event"] == "ended early"
+
+
+def test_what_ended_an_earlier_attempt_is_told_when_the_run_is_done(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_steps=10).write()
+    WrittenRun(tmp_path, num_steps=10, attempt=2).write()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["attempts"][0]["error"] = "rank 1 was killed"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (found,) = ask_json("errors", tmp_path)["errors"]
+    told = (found["attempt"], found["event"], found["message"])
+    assert told == (1, "run failed", "rank 1 was killed")
+
+
+def test_ranks_that_another_attempt_alone_had_are_in_no_table(tmp_path: Path) -> None:
+    WrittenRun(tmp_path, num_ranks=3, num_steps=10).write()
+    WrittenRun(tmp_path, num_ranks=2, num_steps=10, attempt=2).write()
+    assert [rank["rank"] for rank in ask_json("summary", tmp_path)["ranks"]] == [0, 1]
+    assert "ranks     2 on" in ask("summary", tmp_path)
+    earlier = ask_json("summary", tmp_path, "--attempt", "1")
+    assert [rank["rank"] for rank in earlier["ranks"]] == [0, 1, 2]
 
 
 def test_a_run_without_errors_says_so(run: WrittenRun) -> None:

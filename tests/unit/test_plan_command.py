@@ -57,6 +57,28 @@ def test_does_openllama_7b_fit_two_t4s(capsys: pytest.CaptureFixture[str]) -> No
     assert "holds no weights: planned from its config.json alone" in told.err
 
 
+def test_a_stage_of_one_layer_and_little_energy_are_told_plainly(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    request = PlanRequest(gpus="2 x h100", work="8x64x8")
+    split = ["pipeline.split=[1, 29]", "pipeline.num_stages=2"]
+    assert plan_command(ROOT / "configs/shapes/smollm2_135m", split, request) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines if "of node" in line] == ["emb+0", "1–29+head"]
+    (energy,) = (line for line in lines if line.startswith("energy"))
+    assert float(energy.split()[1]) >= 1
+    assert energy.split()[2] == "J"
+
+
+def test_one_more_rank_on_cpus_is_not_told_as_one_more_of_the_hosts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = PlanRequest(num_stages=2, work="64x64x64")
+    plan_command(ROOT / "configs/shapes/smollm2_135m", [], asked)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 more rank, on another host like this, 3 ranks in all" in told
+
+
 def test_json_carries_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, OPENLLAMA_7B, gpus="2 x t4", work="64x512x128")
     assert found["fits"]

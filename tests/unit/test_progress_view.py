@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -33,14 +34,14 @@ def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
     assert lines[2].startswith("6/10 prompts")
 
 
-def test_failed_prompts_are_named_and_count_as_finished() -> None:
+def test_failed_prompts_are_named_and_make_no_time_left_shorter() -> None:
     clock, stream = ScriptedClock(), io.StringIO()
     view = ProgressView("plain", 4, stream, clock=clock)
     view.start()
     clock.advance(90.0)
     view.update(done=1, failed=2, output_tokens=9, running=1)
     assert stream.getvalue() == (
-        "3/4 prompts · 9 tokens · 0.1 tokens/s · 1 running · 0 waiting · 2 failed · ETA 30 s\n"
+        "3/4 prompts · 9 tokens · 0.1 tokens/s · 1 running · 0 waiting · 2 failed · ETA 90 s\n"
     )
 
 
@@ -49,6 +50,7 @@ def test_no_time_left_is_guessed_before_the_first_prompt_or_after_the_last() -> 
     view = ProgressView("plain", 2, stream, clock=clock, interval_s=0.0)
     view.update(done=0, failed=0, output_tokens=0, running=2)
     clock.advance(1.0)
+    view.update(done=0, failed=1, output_tokens=0, running=1)
     view.update(done=2, failed=0, output_tokens=8, running=0)
     assert "ETA" not in stream.getvalue()
 
@@ -128,3 +130,12 @@ def test_a_warning_on_a_full_or_closed_standard_error_is_no_reason_to_end(
     for stream in (FullDisk(), closed):
         monkeypatch.setattr("sys.stderr", stream)
         view.warned("the log cannot be written")
+
+
+def test_one_prompt_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
+    view = TerminalView(GuardedTerminal(), show=False)
+    view.stopped("SIGTERM", 1, Path("runs/x"))
+    view.stopped("SIGTERM", 2, Path("runs/x"))
+    told = capsys.readouterr()
+    assert "(SIGTERM): 1 prompt is not done; to go on" in told.err
+    assert "(SIGTERM): 2 prompts are not done; to go on" in told.err

@@ -250,6 +250,12 @@ def test_a_running_job_is_shown_by_its_id(
     ]
 
 
+def test_a_single_rank_is_not_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", state="done", num_prompts=4, hosts=["n1"])
+    assert status_command(str(tmp_path / "run"), as_json=False, run=slurm()) == 0
+    assert "hosts    1 rank on n1" in capsys.readouterr().out.splitlines()
+
+
 def test_a_run_of_several_replicas_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

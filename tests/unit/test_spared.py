@@ -39,6 +39,19 @@ def page(folder: Path) -> str:
     return make_report(folder).files["report.html"].decode()
 
 
+def test_boot_events_that_come_in_parts_are_summed_in_the_report(tmp_path: Path) -> None:
+    WrittenRun(tmp_path).write()
+    path = tmp_path / "metrics.json"
+    metrics = json.loads(path.read_text())
+    parts = [("imports", 1.5), ("mpi", 0.25), ("imports", 2.25)]
+    boot = [{"name": name, "seconds": seconds} for name, seconds in parts]
+    metrics["ranks"] = [{**rank, "rank": 7, "boot": boot} for rank in metrics["ranks"][:1]]
+    path.write_text(json.dumps(metrics))
+    told = make_report(tmp_path).files["report.md"].decode()
+    assert "| Event | rank 7 (s) |" in told
+    assert "| imports | 3.75 |" in told
+
+
 def test_tokens_per_step_are_those_of_steps_that_gave_any() -> None:
     assert SparedWork(0, DraftUse(200, 120, 90), 480).tokens_per_step == pytest.approx(4 / 3)
     assert SparedWork(num_output_tokens=480).tokens_per_step == 1.0

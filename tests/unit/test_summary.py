@@ -287,6 +287,14 @@ def test_the_text_says_what_the_user_asked_for(summary: RunSummary) -> None:
     assert max(map(len, lines)) <= 110
 
 
+def test_figures_of_a_stopped_run_are_of_what_it_completed(summary: RunSummary) -> None:
+    assert "of completed prompts" not in "\n".join(summary_lines(summary))
+    requests = replace(summary.requests, num_unfinished=3)
+    text = "\n".join(summary_lines(replace(summary, requests=requests)))
+    assert "100 output tokens of completed prompts" in text
+    assert "10.0 output tokens/s of completed prompts · 24.0" in text
+
+
 def test_table_columns_are_aligned(summary: RunSummary) -> None:
     lines = summary_lines(summary)
     header = next(index for index, line in enumerate(lines) if line.lstrip().startswith("stage"))
