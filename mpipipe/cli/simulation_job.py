@@ -75,6 +75,7 @@ class _Job:
     source: str
     measured: Measured | None = None
     forecast: float | None = None  # tokens/s, by `mpipipe plan`
+    notes: tuple[str, ...] = ()
 
 
 def simulate_command(request: SimulationRequest) -> int:
@@ -92,7 +93,8 @@ def simulate_command(request: SimulationRequest) -> int:
         trace_steps=_TRACE_STEPS if request.trace is not None else 0,
     )
     simulation = simulate_job(job.replicas, job.requests, options)
-    result = replace(simulation.result, simulation_s=time.perf_counter() - began_s)
+    took_s = time.perf_counter() - began_s
+    result = replace(simulation.result, simulation_s=took_s, notes=job.notes)
     if request.trace is not None:
         write_trace(request.trace, simulation.records, result)
     if request.as_json:
@@ -113,7 +115,14 @@ def _recorded_job(request: SimulationRequest) -> _Job:
     recorded = read_recorded_run(files)
     replica = ReplicaPlan(recorded.plan, recorded.times)
     source = f"the steps of {files.folder}"
-    return _Job([replica], recorded.requests, recorded.head, source, recorded.measured)
+    return _Job(
+        [replica],
+        recorded.requests,
+        recorded.head,
+        source,
+        measured=recorded.measured,
+        notes=recorded.notes,
+    )
 
 
 def _described_job(request: SimulationRequest) -> _Job:

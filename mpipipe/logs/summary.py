@@ -100,13 +100,13 @@ def summarise(run: RunFacts, metrics: Line) -> RunTime:
 def _spared(metrics: Line) -> SparedWork:
     drafts, requests = metrics.get("drafts"), metrics.get("requests")
     drafts = drafts if isinstance(drafts, dict) else {}
+    requests = requests if isinstance(requests, dict) else {}
     names = ("num_drafted", "num_accepted", "num_saved_steps")
-    return SparedWork(
-        num_shared_tokens=max(0, whole(metrics, "num_shared_tokens")),
-        drafts=DraftUse(*(max(0, whole(drafts, name)) for name in names)),
-        num_output_tokens=whole(
-            requests if isinstance(requests, dict) else {}, "num_output_tokens"
-        ),
+    return SparedWork.of_run(
+        max(0, whole(metrics, "num_shared_tokens")),
+        DraftUse(*(max(0, whole(drafts, name)) for name in names)),
+        num_output_tokens=whole(requests, "num_output_tokens"),
+        num_unfinished=whole(requests, "num_unfinished"),
     )
 
 

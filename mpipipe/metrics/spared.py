@@ -6,6 +6,7 @@ The closing text, `mpipipe status`, `mpipipe logs summary` and the report say it
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from mpipipe.metrics.drafts import DraftUse
 
@@ -18,7 +19,22 @@ class SparedWork:
 
     num_shared_tokens: int = 0  # of prompts, not computed: other prompts begin in the same way
     drafts: DraftUse = field(default_factory=DraftUse)  # by n-gram lookup
-    num_output_tokens: int = 0
+    num_output_tokens: int = 0  # 0: not known
+
+    @classmethod
+    def of_run(
+        cls,
+        num_shared_tokens: int,
+        drafts: DraftUse,
+        *,
+        num_output_tokens: int,
+        num_unfinished: int,
+    ) -> Self:
+        """Of a run that has ended: `num_output_tokens` are those of the prompts it has completed.
+
+        Drafts count for all prompts, so with unfinished ones nothing follows from the two.
+        """
+        return cls(num_shared_tokens, drafts, 0 if num_unfinished else num_output_tokens)
 
     @property
     def tokens_per_step(self) -> float | None:

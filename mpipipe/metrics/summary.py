@@ -255,7 +255,12 @@ class RunSummary:
     @property
     def spared(self) -> SparedWork:
         """What was not computed."""
-        return SparedWork(self.num_shared_tokens, self.drafts, self.requests.num_output_tokens)
+        return SparedWork.of_run(
+            self.num_shared_tokens,
+            self.drafts,
+            num_output_tokens=self.requests.num_output_tokens,
+            num_unfinished=self.requests.num_unfinished,
+        )
 
     @property
     def energy_j(self) -> float | None:

@@ -250,7 +250,11 @@ def _prompt_tokens(summary: RunSummary) -> str:
     """With those that were not computed."""
     told = f"{summary.requests.num_prompt_tokens:,} prompt tokens"
     shared = summary.num_shared_tokens
-    return f"{told}, {shared:,} of them in shared prefixes" if shared else told
+    if not shared:
+        return told
+    if summary.requests.num_unfinished:
+        return f"{told}, {shared:,} in shared prefixes (unfinished prompts included)"
+    return f"{told}, {shared:,} of them in shared prefixes"
 
 
 def _preemptions(summary: RunSummary) -> str:

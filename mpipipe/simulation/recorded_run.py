@@ -90,6 +90,7 @@ class RecordedRun:
     times: RecordedTimes
     head: HeadTimes
     measured: Measured
+    notes: tuple[str, ...] = ()  # what it did that a simulation does not
 
 
 def read_recorded_run(files: RunFiles) -> RecordedRun:
@@ -127,7 +128,20 @@ def read_recorded_run(files: RunFiles) -> RecordedRun:
     head = HeadTimes(
         step_s=max(head_us, default=0.0) * 1e-6, message_s=_MESSAGE_S, notice_s=_MESSAGE_S
     )
-    return RecordedRun(plan, requests, times, head, measured)
+    return RecordedRun(plan, requests, times, head, measured, _notes(metrics))
+
+
+def _notes(metrics: Line) -> tuple[str, ...]:
+    """Its files have the lengths of its prompts, not their tokens."""
+    drafts = metrics.get("drafts")
+    spared = (
+        (whole(metrics, "num_shared_tokens"), "prompt tokens in shared prefixes"),
+        (whole(drafts if isinstance(drafts, dict) else {}, "num_accepted"), "drafted tokens"),
+    )
+    told = " and ".join([f"{count:,} {what}" for count, what in spared if count > 0])
+    if not told:
+        return ()
+    return (f"the run was spared {told}, which the simulation computes: it takes longer for them",)
 
 
 def _held_share(rank: RankFacts) -> float:

@@ -73,7 +73,9 @@ class ReplicaPlan:
             trace_steps=trace_steps,
         )
         plan = replace(plan, drafts=None)  # tokens are made up: what recurs in them means nothing
-        return ReplicaParts(SchedulerCore.of_plan(plan, (STOP_ID,)), stages, self.capacity)
+        core = SchedulerCore.of_plan(plan, (STOP_ID,))
+        page_size = plan.page_size_tokens if plan.max_sharing_tokens else 0
+        return ReplicaParts(core, stages, self.capacity, page_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ class ReplicaParts:
     core: SchedulerCore
     stages: SimulatedStages
     capacity: int  # sequences that it runs at once
+    shared_page_size: int = 0  # tokens of the pages that prompts share; 0: they share none
 
 
 @dataclass(slots=True)
@@ -221,6 +222,7 @@ class SimulatedJob:
             self.clock,
             self._requests,
             places,
+            page_size=self._parts[0].shared_page_size,
             on_request=lambda record, _: self.records.append(record),
         )
         self._dispatching = HandDriven(self._dispatch.completions())

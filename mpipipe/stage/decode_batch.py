@@ -149,8 +149,12 @@ class DecodeBatch:
         self._upload()
 
     def latest_sample(self, joined: tuple[int, ...]) -> int:
-        """The latest step whose tokens the next step of this batch needs."""
-        latest = self.last_step if len(self._rows) else -1
+        """The latest step whose tokens the next step of this batch needs.
+
+        Also of one without drafts that ends them, whose sequences are no rows any more: its tokens
+        find their request rows in this batch.
+        """
+        latest = self.last_step
         for sequence_id in joined:
             latest = max(
                 latest, int(self._request_table.sampled_in[self._request_table.row(sequence_id)])

@@ -395,6 +395,36 @@ def test_drafts_change_no_token(
     assert (pipeline.num_preemptions > 0) == ("num_pages" in shape)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_tokens_of_the_step_that_ends_drafts_are_awaited_by_the_next_of_its_slot(
+    lookahead: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Also where others of the slot go on before those that had drafts: pages are few."""
+    model, limits = tiny("llama"), (20, 1, 3, 2, 8, 1)
+
+    def sampling(number: int) -> SamplingParams:
+        num_logprobs = 0 if number else -1  # one sequence alone may have drafts
+        options = SamplingParams(max_new_tokens=limits[number], ignore_eos=True)
+        return options.replace(num_logprobs=num_logprobs)
+
+    requests = make_requests((8, 24, 25, 12, 12, 12), sampling)
+    wanted = [outcome.token_ids for outcome in plain_outcomes(model, requests)]
+    plan = engine_plan(
+        2,
+        max_sequences=2,
+        lookahead=lookahead,
+        drafted_rows=8,
+        num_pages=12,
+        max_tokens_per_step=8,
+    )
+    pipeline = EnginePipeline(model, plan, "varlen").prepare()
+    for seed in range(4):
+        drafter = ForetellingDrafter(wanted, seed)
+        found = pipeline.generate(requests, seed=seed, drafter=drafter)
+        assert [outcome.token_ids for outcome in found] == wanted
+        assert pipeline.drafts.num_drafted > 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_with_drafts_has_a_graph_though_slots_have_one_sequence(
     mode: str, tiny: Callable[[str], TinyModel]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mpipipe.cli.simulation_job import simulate_command
 from mpipipe.errors import OutputError
 from mpipipe.logs.reading import RunFiles
 from mpipipe.metrics.lines import request_line, step_line
@@ -18,6 +19,7 @@ from mpipipe.simulation.simulate import ReplicaPlan, Simulation, SimulationOptio
 from mpipipe.simulation.simulated_requests import RequestLengths
 from mpipipe.simulation.stage_times import HeadTimes, StepWork
 from tests.unit.test_plan import make_plan
+from tests.unit.test_simulate_command import request
 
 IDENTITY = {"run": "0123456789ab", "attempt": 1, "job": None, "replica": 0}
 NO_TIME = SimulationOptions(HeadTimes(), trace_steps=10_000)
@@ -43,7 +45,7 @@ class Uneven:
         return 0.0001
 
 
-def write_run(folder: Path, simulation: Simulation) -> RunFiles:
+def write_run(folder: Path, simulation: Simulation, **spared: Any) -> RunFiles:
     """The files of a run that took what `simulation` says."""
     folder.mkdir()
     config = {"generation": {"max_new_tokens": 12}}
@@ -58,7 +60,7 @@ def write_run(folder: Path, simulation: Simulation) -> RunFiles:
         start = json.dumps({**IDENTITY, "rank": stage.stage, "stage": stage.stage})[:-1]
         lines = [step_line(start, record, 0.0) for record in simulation.records[stage.stage]]
         (folder / f"steps_rank_{stage.stage}.jsonl").write_text("".join(lines))
-    metrics = {"attempt": 1, "ranks": ranks}
+    metrics = {"attempt": 1, "ranks": ranks, **spared}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with (folder / "requests.jsonl").open("w") as file:
         for record in simulation.requests:
@@ -101,6 +103,33 @@ def test_steps_that_were_not_recorded_take_what_lies_between_those_that_were() -
     assert times.compute_s(StepWork(rows=2), 3) == (0.010,)
     assert times.compute_s(StepWork(chunk_tokens=200), 3) == pytest.approx((0.4,))
     assert times.compute_s(StepWork(rows=50, chunk_tokens=50), 3) == (0.2,)  # none was mixed
+
+
+@pytest.mark.parametrize(
+    ("spared", "told"),
+    [
+        ({}, ""),
+        ({"num_shared_tokens": 0, "drafts": {"num_drafted": 8, "num_accepted": 0}}, ""),
+        ({"num_shared_tokens": 7168}, "spared 7,168 prompt tokens in shared prefixes, which"),
+        (
+            {"num_shared_tokens": 16, "drafts": {"num_accepted": 120}},
+            "spared 16 prompt tokens in shared prefixes and 120 drafted tokens, which",
+        ),
+    ],
+)
+def test_what_the_run_was_spared_and_the_simulation_computes_is_told(
+    tmp_path: Path,
+    simulation: Simulation,
+    capsys: pytest.CaptureFixture[str],
+    spared: dict[str, Any],
+    told: str,
+) -> None:
+    """Beside the comparison of the two, which is of unlike work then."""
+    files = write_run(tmp_path / "run", simulation, **spared)
+    assert simulate_command(request(None, from_run=files.folder, as_json=False)) == 0
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert ("the run was spared" in shown) == bool(told)
 
 
 @pytest.mark.parametrize(

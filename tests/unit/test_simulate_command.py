@@ -200,3 +200,21 @@ def test_pages_that_prompts_share_are_read_once_on_gpus_as_plans_count_them(
     apart = simulated(capsys, SMOLLM2, settings, "memory.read_prefixes_once=false", **asked)
     assert once["num_shared_tokens"] == apart["num_shared_tokens"] > 0
     assert once["elapsed_s"] < apart["elapsed_s"]
+
+
+def test_prompts_that_begin_alike_go_to_one_replica_as_in_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight texts of eight prompts each: four replicas compute as few of their tokens as one."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": f"{number % 8} " * 500 + f"{number:03} " * 8, "max_new_tokens": 8 + number % 3}
+        for number in range(64)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = (f"prompts.path={path}", "model.weights=random", "pipeline.max_sequences_per_slot=4")
+    found = [
+        simulated(capsys, SMOLLM2, *words, work="", num_stages=1, num_replicas=number)
+        for number in (1, 4)
+    ]
+    assert found[0]["num_shared_tokens"] == found[1]["num_shared_tokens"] > 0

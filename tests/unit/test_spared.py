@@ -71,6 +71,21 @@ def test_the_summary_of_logs_shows_them_where_they_apply(tmp_path: Path) -> None
     assert "drafts" not in plain
 
 
+def test_of_a_stopped_run_no_tokens_a_step_are_told(tmp_path: Path) -> None:
+    """Its drafts are those of unfinished prompts, too: 120 accepted, of 60 tokens or of more."""
+    assert SparedWork.of_run(
+        0, DraftUse(200, 120, 90), num_output_tokens=480, num_unfinished=0
+    ) == SparedWork(0, DraftUse(200, 120, 90), 480)
+    folder = written(tmp_path / "stopped", **COUNTS)
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["requests"] |= {"num_output_tokens": 130, "num_unfinished": 4}
+    path.write_text(json.dumps(metrics))
+    told = shown("logs", "summary", folder)
+    assert f"drafts    {ACCEPTED}" in told
+    assert "tokens a step" not in told  # it was 13.00
+
+
 @pytest.mark.parametrize("odd", [{"drafts": [1]}, {"drafts": {"num_drafted": "8"}, "requests": 3}])
 def test_odd_counts_are_left_out(tmp_path: Path, odd: dict[str, object]) -> None:
     assert "drafts" not in shown("logs", "summary", written(tmp_path / "odd", **odd))

@@ -12,6 +12,7 @@ from mpipipe.logs.pages import FILES_PAGE, page
 from mpipipe.metrics.accounting import StageTotals, TimeParts
 from mpipipe.metrics.attempts import AttemptTotals
 from mpipipe.metrics.boot import BootPart
+from mpipipe.metrics.drafts import DraftUse
 from mpipipe.metrics.identity import RunIdentity
 from mpipipe.metrics.offload import OffloadUse, PageMoveUse
 from mpipipe.metrics.replicas import ReplicaTotals
@@ -102,6 +103,19 @@ def summary() -> RunSummary:
         ),
         itl_p50_s=0.25,
     )
+
+
+def test_tokens_of_unfinished_prompts_are_not_known_so_no_tokens_a_step_are(
+    summary: RunSummary,
+) -> None:
+    drafted = replace(summary, drafts=DraftUse(50, 40, 30), num_shared_tokens=4096)
+    assert drafted.spared.tokens_per_step is not None
+    assert "4,096 of them in shared prefixes" in "\n".join(summary_lines(drafted))
+    stopped = replace(drafted, requests=replace(summary.requests, num_unfinished=3))
+    assert stopped.spared.tokens_per_step is None
+    assert stopped.spared.drafts == drafted.drafts
+    told = "4,096 in shared prefixes (unfinished prompts included)"
+    assert told in "\n".join(summary_lines(stopped))
 
 
 def test_percentiles_are_nearest_rank() -> None:
