@@ -125,6 +125,7 @@ def test_a_model_larger_than_its_memory_streams_from_disk_once_a_step(
         f"memory.device_bytes={allowed}",
         "memory.host_bytes=0",
         f"memory.offload_dir={offload_dir}",
+        warm=False,  # its memory is measured
     )
     assert outcome.exit_code == 0, outcome.stderr
     tokens = {record["id"]: tuple(record["token_ids"]) for record in outcome.completions()}
