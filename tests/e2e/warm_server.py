@@ -43,7 +43,7 @@ LEFT_OUT = (
     "mpipipe.__main__", "mpipipe.control_plane.mpi", "mpipipe.data_plane.mpi", "mpipipe.gguf_model",
     "mpipipe.models.kernels.", "mpipipe.models.template_process",
 )  # fmt: skip
-LATE = ("pydantic", "structlog", "tokenizers")  # which mpipipe imports where it uses them
+LATE = ("structlog", "tokenizers", "typer._adapters")  # imported where they are used first
 
 
 @functools.cache
