@@ -167,10 +167,14 @@ def test_every_shape(heads: Heads, layout: str) -> None:
     check(heads, layout, torch.float32, AttentionOptions(0.1), 1)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(
-    ("common_pieces", "pieces", "softcap"),
-    [(1, None, None), (2, 1, None), (2, 3, 2.0), (8, 3, None)],  # of 8 some are empty
+    ("common_pieces", "pieces", "softcap", "dtype"),
+    [
+        *((1, None, None, dtype) for dtype in DOT_DTYPES),
+        *((2, 1, None, dtype) for dtype in DOT_DTYPES),
+        (2, 3, 2.0, DOT_DTYPES[1]),
+        (8, 3, None, DOT_DTYPES[0]),  # some are empty
+    ],
 )
 def test_every_cut(
     common_pieces: int,
@@ -359,10 +363,10 @@ print("done")
 
 @pytest.mark.parametrize(
     ("gpu", "limit"),
-    [((7, 5, 40), 64 << 10), ((8, 0, 108), 163 << 10), ((8, 9, 80), 99 << 10),
-     ((9, 0, 132), 227 << 10)],
+    # Not 8.0: the kernels do there what they do on 8.9, which has less.
+    [((7, 5, 40), 64 << 10), ((8, 9, 80), 99 << 10), ((9, 0, 132), 227 << 10)],
     ids=str,
-)  # fmt: skip
+)
 def test_the_kernels_compile_within_the_shared_memory_of_every_kind_of_gpu(
     gpu: tuple[int, int, int], limit: int, tmp_path: Path
 ) -> None:

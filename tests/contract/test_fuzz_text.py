@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.engine import Target, fuzz
 from tests.fuzz.text_targets import TEXT_TARGETS
 
-NUM_INPUTS = {"template": 600, "template-messages": 1_500, "tokenizer-text": 1_500}
+NUM_INPUTS = {"template": 300, "template-messages": 750, "tokenizer-text": 750}
 FEW = 60  # a tokenizer is opened for each
 
 

@@ -93,7 +93,7 @@ def test_preempted_sequences_go_on_with_their_pages_and_end_the_same(
     )
     pipeline = EnginePipeline(model, plan, mode).prepare()
     num_saved = num_preemptions = 0
-    for seed in range(4):
+    for seed in range(2):
         found = pipeline.generate(requests, seed=seed)
         assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
         for ours, theirs in zip(found, wanted, strict=True):
@@ -101,7 +101,7 @@ def test_preempted_sequences_go_on_with_their_pages_and_end_the_same(
             assert told[0] == told[1]
         num_saved += pipeline.num_saved
         num_preemptions += pipeline.num_preemptions
-    assert num_saved > 4
+    assert num_saved > 2
     assert (num_saved < num_preemptions) == (num_host_pages == 4)
     for engine in pipeline.engines:
         use = engine.page_moves()

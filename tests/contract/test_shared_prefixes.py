@@ -57,9 +57,9 @@ def check_shared_prefixes(
 ) -> None:
     """Of `make`(pages, pages in host memory) pipelines. Also run on GPUs."""
     num_shared = num_preemptions = 0
-    for num_host_pages in (0, 30):
+    for num_host_pages, seeds in ((0, (0,)), (30, (0, 1))):
         pipeline = make(num_pages, num_host_pages)
-        for seed in range(2):
+        for seed in seeds:
             found = pipeline.generate(requests, seed=seed)
             assert [outcome.token_ids for outcome in found] == wanted
             num_shared += pipeline.num_shared_tokens
@@ -73,7 +73,7 @@ def check_shared_prefixes(
             if not pipeline.num_preemptions:
                 num_known = sum(len(request.prompt_ids) for request in requests)
                 assert sum(computed) + pipeline.num_shared_tokens == num_known
-    assert num_shared >= 4 * 90
+    assert num_shared >= 3 * 90
     assert (num_preemptions > 0) == (num_pages < 30)
 
 

@@ -386,7 +386,7 @@ def test_drafts_change_no_token(
     wanted = pipeline.generate(requests)
     assert not pipeline.drafts.num_drafted
     token_ids = [outcome.token_ids for outcome in wanted]
-    for seed in range(3):
+    for seed in range(2):
         drafter = ForetellingDrafter(token_ids, seed)
         found = pipeline.generate(requests, seed=seed, drafter=drafter)
         assert [outcome.token_ids for outcome in found] == token_ids
@@ -601,11 +601,11 @@ def test_preempted_sequences_start_over_and_end_the_same(
     plan = engine_plan(num_stages, num_pages=14, graphs=mode == "replayed", max_sequences=4)
     pipeline = EnginePipeline(model, plan, mode).prepare()
     num_preemptions = 0
-    for seed in range(4):
+    for seed in range(2):
         found = pipeline.generate(requests, seed=seed)
         assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
         num_preemptions += pipeline.num_preemptions
-    assert num_preemptions > 4
+    assert num_preemptions > 2
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,6 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.e2e.warm_server import warm_python
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 400  # of one launch, the longest of which takes 40 s on two cores
 TEST_LIMIT_S = 1200  # of a test, which may have many
@@ -124,11 +126,21 @@ def launched(command: list[str], **environment: str) -> Iterator[subprocess.Pope
             process.kill()  # of one that has ended and was waited for: nothing
 
 
-def run(num_ranks: int, config: Path | str, folder: Path, *words: str) -> Outcome:
-    """`mpipipe run CONFIG output.dir=FOLDER WORDS…` on `num_ranks` ranks; 0: without a launcher."""
+def mpipipe(num_ranks: int, *words: str, warm: bool = True) -> list[str]:
+    """The command `mpipipe WORDS…` on `num_ranks` ranks; 0: without a launcher.
+
+    Not `warm`: each rank starts from nothing, as a user's does, which costs most of its time.
+    """
     launch = mpiexec(num_ranks) if num_ranks else []
-    command = [*launch, sys.executable, "-m", "mpipipe", "run", str(config)]
-    return execute([*command, f"output.dir={folder}", *words], folder)
+    return [*launch, *(warm_python() if warm else (sys.executable,)), "-m", "mpipipe", *words]
+
+
+def run(
+    num_ranks: int, config: Path | str, folder: Path, *words: str, warm: bool = True
+) -> Outcome:
+    """`mpipipe run CONFIG output.dir=FOLDER WORDS…` on `num_ranks` ranks; 0: without a launcher."""
+    words = ("run", str(config), f"output.dir={folder}", *words)
+    return execute(mpipipe(num_ranks, *words, warm=warm), folder)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import BESIDE, Outcome, execute, mpiexec, run
+from tests.e2e.conftest import BESIDE, Outcome, execute, mpipipe, run
 
 
 def assert_one_sentence(outcome: Outcome, exit_code: int, *words: str) -> None:
@@ -115,10 +115,9 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(
 
 def test_only_some_ranks_started_ends_with_a_sentence(tiny_config: Path, tmp_path: Path) -> None:
     """One of the two launched processes never joins: the launch must not hang."""
-    mpipipe = [sys.executable, "-m", "mpipipe", "run", str(tiny_config)]
-    launch = [*mpiexec(1), *mpipipe, f"output.dir={tmp_path / 'run'}", ":", "-n", "1"]
+    words = ["run", str(tiny_config), f"output.dir={tmp_path / 'run'}"]
     outcome = execute(
-        [*launch, sys.executable, "-c", "import time; time.sleep(60)"],
+        [*mpipipe(1, *words), ":", "-n", "1", sys.executable, "-c", "import time; time.sleep(60)"],
         tmp_path / "run",
         MPIPIPE_INIT_TIMEOUT_S="3",
     )
@@ -128,9 +127,9 @@ def test_only_some_ranks_started_ends_with_a_sentence(tiny_config: Path, tmp_pat
 
 
 def test_ranks_with_different_settings_are_told_apart(tiny_config: Path, tmp_path: Path) -> None:
-    one = [sys.executable, "-m", "mpipipe", "run", str(tiny_config), "generation.seed=1"]
-    two = [sys.executable, "-m", "mpipipe", "run", str(tiny_config), "generation.seed=2"]
-    outcome = execute([*mpiexec(1), *one, ":", "-n", "1", *two], tmp_path / "run")
+    one = mpipipe(1, "run", str(tiny_config), "generation.seed=1")
+    two = mpipipe(0, "run", str(tiny_config), "generation.seed=2")
+    outcome = execute([*one, ":", "-n", "1", *two], tmp_path / "run")
     assert_one_sentence(outcome, 5, "configuration")
 
 

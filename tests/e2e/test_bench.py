@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Outcome, execute, mpiexec
+from tests.e2e.conftest import ROOT, Outcome, execute, mpipipe
 
 
 def bench(num_ranks: int, config: Path, *words: str) -> Outcome:
-    launch = mpiexec(num_ranks) if num_ranks else []
-    command = [*launch, sys.executable, "-m", "mpipipe", "bench", "throughput", str(config)]
-    return execute([*command, *words], ROOT)
+    return execute(mpipipe(num_ranks, "bench", "throughput", str(config), *words), ROOT)
 
 
 def records(outcome: Outcome) -> list[dict[str, Any]]:
@@ -97,8 +95,8 @@ def test_a_work_longer_than_the_model_goes_is_told_before_loading(tiny_config: P
 
 
 def test_transformers_is_timed_on_random_weights_too(random_config: Path) -> None:
-    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(random_config)]
-    peer = execute([*command, "--work", "3x8x4"], ROOT)
+    words = ["bench", "transformers", str(random_config), "--work", "3x8x4"]
+    peer = execute(mpipipe(0, *words), ROOT)
     assert peer.exit_code == 0, peer.stderr
     (record,) = records(peer)
     assert record["tokens_per_s"] == pytest.approx(12 / record["elapsed_s"])
@@ -125,7 +123,7 @@ def test_the_suite_reads_what_a_whole_run_leaves(random_config: Path, tmp_path: 
 
 
 def test_a_wrong_device_is_one_sentence(tiny_config: Path) -> None:
-    command = [sys.executable, "-m", "mpipipe", "bench", "transformers", str(tiny_config)]
-    outcome = execute([*command, "--device", "tpu", "--work", "1x4x4"], ROOT)
+    words = ["bench", "transformers", str(tiny_config), "--device", "tpu", "--work", "1x4x4"]
+    outcome = execute(mpipipe(0, *words), ROOT)
     assert outcome.exit_code == 2
     assert outcome.stderr.strip() == "mpipipe: error: --device tpu is not known: use cpu or cuda"

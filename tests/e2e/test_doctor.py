@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import Outcome, execute, mpiexec
+from tests.e2e.conftest import Outcome, execute, mpipipe
 
 
 def doctor(num_ranks: int, *words: str, folder: Path, **environment: str) -> Outcome:
-    launch = mpiexec(num_ranks) if num_ranks else []
-    command = [*launch, sys.executable, "-m", "mpipipe", "doctor", "--json", *words]
+    command = mpipipe(num_ranks, "doctor", "--json", *words)
     return execute(command, folder, HF_HUB_OFFLINE="1", **environment)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import LIMIT_S, launched, read_jsonl, run
+from tests.e2e.warm_server import warm_python
 
 NUM_PROMPTS = 150
 
@@ -36,7 +36,7 @@ def test_a_journal_that_is_removed_and_damaged_and_weights_that_are_others(
     folder = tmp_path / "run"
     journal = folder / "completions_rank_0.jsonl"
     held = f"held:*:{journal}"  # each step sleeps from the first completion until that is gone
-    rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(tiny_config)]
+    rank = [*warm_python(), "-m", "tests.slowed.slowed_rank", "run", str(tiny_config)]
     with launched([*rank, f"output.dir={folder}", *job], SLOWED=held) as process:
         until = time.monotonic() + LIMIT_S
         while not has_content(journal) and process.poll() is None and time.monotonic() < until:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from tests.e2e.conftest import ROOT, Outcome, execute, mpiexec
+from tests.e2e.warm_server import warm_python
 
 DEALT = Path(__file__).with_name("dealt_rank.py")
 
@@ -15,7 +15,7 @@ def test_ranks_dealt_round_two_hosts_give_the_same_tokens(
     tiny_config: Path, tiny_alone: Outcome, tmp_path: Path
 ) -> None:
     """With lookahead; without it, on two real nodes: `cyclic` of tests/slurm."""
-    command = [*mpiexec(4), sys.executable, str(DEALT), "run", str(tiny_config)]
+    command = [*mpiexec(4), *warm_python(), str(DEALT), "run", str(tiny_config)]
     words = [f"output.dir={tmp_path / 'run'}", "pipeline.lookahead=1"]
     dealt = execute([*command, *words], tmp_path / "run", PYTHONPATH=str(ROOT))
     assert dealt.exit_code == 0, dealt.stderr

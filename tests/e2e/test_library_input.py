@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import execute, mpiexec
+from tests.e2e.warm_server import warm_python
 
 ONE_AT_A_TIME = "pipeline.max_sequences_per_slot=1"  # a loop that breaks leaves prompts waiting
 # One start for everything that a script can get wrong: loading is what takes the time.
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_told_on_every_rank_and_the_session_goes_on_until_the_s
 ) -> None:
     script = tmp_path / "wrong.py"
     script.write_text(SCRIPT)
-    ours = [sys.executable, str(script), str(tiny_model), str(tmp_path), ONE_AT_A_TIME, *words]
+    ours = [*warm_python(), str(script), str(tiny_model), str(tmp_path), ONE_AT_A_TIME, *words]
     outcome = execute([*mpiexec(num_ranks), *ours], tmp_path)
     assert outcome.exit_code != 0
     assert "the script is wrong" in outcome.stderr

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Outcome, check_wall_clock, execute, run
+from tests.e2e.conftest import Outcome, check_wall_clock, execute, mpipipe, run
 
 AHEAD = ["pipeline.lookahead=1", "pipeline.device=cpu"]
 LINES: list[dict[str, Any]] = [
@@ -166,7 +165,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_ends_the_run_before_it_loads(
     config: Path, tmp_path: Path
 ) -> None:
     words = [f"output.dir={tmp_path / 'run'}", "pipeline.device=cuda"]
-    command = [sys.executable, "-m", "mpipipe", "run", str(config), *words]
+    command = mpipipe(0, "run", str(config), *words)
     outcome = execute(command, tmp_path / "run", CUDA_VISIBLE_DEVICES="")
     assert outcome.exit_code == 5, outcome.stderr
     assert outcome.stderr.count("error:") == 1

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from tests.e2e.conftest import execute, mpiexec
-
-COMMAND = [sys.executable, "-m", "mpipipe"]
+from tests.e2e.conftest import execute, mpipipe
 
 
 def test_what_was_measured_is_used_compared_and_learnt_from(
     tiny_config: Path, tmp_path: Path
 ) -> None:
     cache, folder = str(tmp_path / "cache"), tmp_path / "run"
-    two_ranks = mpiexec(2)
-
-    measured = execute(
-        [*two_ranks, *COMMAND, "plan", "--measure", str(tiny_config)], folder, MPIPIPE_CACHE=cache
-    )
+    words = ["plan", "--measure", str(tiny_config)]
+    measured = execute(mpipipe(2, *words), folder, MPIPIPE_CACHE=cache)
     assert measured.exit_code == 0, measured.stderr
     (path,) = (tmp_path / "cache" / "profiles").iterdir()
     assert path.name in measured.stdout.replace("\n", "")
@@ -31,7 +25,7 @@ def test_what_was_measured_is_used_compared_and_learnt_from(
     assert max(point["seconds"] for point in profile["decode"]["layer"]) > 0
 
     words = ["run", str(tiny_config), f"output.dir={folder}"]
-    outcome = execute([*two_ranks, *COMMAND, *words], folder, MPIPIPE_CACHE=cache)
+    outcome = execute(mpipipe(2, *words), folder, MPIPIPE_CACHE=cache)
     assert outcome.exit_code == 0, outcome.stderr
     plan = outcome.json("manifest.json")["plan"]
     (note,) = (note for note in plan["resolved"] if note["setting"] == "forecast.times")
@@ -45,7 +39,7 @@ def test_what_was_measured_is_used_compared_and_learnt_from(
     assert f"measured {metrics['output_tokens_per_s']:,.1f} tokens/s" in line
 
     words = ["plan", str(tiny_config), "--stages", "2", "--from", str(folder), "--json"]
-    learnt = execute([*COMMAND, *words], folder, MPIPIPE_CACHE=cache)
+    learnt = execute(mpipipe(0, *words), folder, MPIPIPE_CACHE=cache)
     assert learnt.exit_code == 0, learnt.stderr
     forecast = json.loads(learnt.stdout)["forecast"]
     assert forecast["source"].startswith(f"{note['value']}; by the run run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mpipipe.logs.step_report import report_steps
 from mpipipe.logs.summary import summarise
 from tests.e2e.conftest import Outcome, execute, mpiexec, read_jsonl, run
 from tests.e2e.test_bench import bench, records
+from tests.e2e.warm_server import warm_python
 
 # What a request's tokens, text and end may depend on: all of it must follow from the request alone.
 KINDS: tuple[dict[str, Any], ...] = (
@@ -50,7 +50,7 @@ def said(outcome: Outcome) -> list[dict[str, Any]]:
 
 def paced(num_ranks: int, config: Path, folder: Path, *words: str) -> Outcome:
     """As `run`. Each step sleeps: no replica is quicker than another by what else the cores do."""
-    rank = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(config)]
+    rank = [*warm_python(), "-m", "tests.slowed.slowed_rank", "run", str(config)]
     command = [*mpiexec(num_ranks), *rank, f"output.dir={folder}", *words]
     return execute(command, folder, SLOWED="stage:*:0.02")
 
@@ -157,7 +157,7 @@ def test_the_library_and_the_benchmark_use_all_replicas(
         path = tmp_path / f"said_{num_ranks}.json"
         text = LIBRARY if num_ranks == 2 else LIBRARY.replace("replicas=2", "replicas=1")
         script.write_text(text)
-        command = [*mpiexec(num_ranks), sys.executable, str(script), str(tiny_model), str(path)]
+        command = [*mpiexec(num_ranks), *warm_python(), str(script), str(tiny_model), str(path)]
         outcome = execute(command, tmp_path)
         assert outcome.exit_code == 0, outcome.stderr
         said.append(json.loads(path.read_text()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ from tests.e2e.conftest import (
     check_wall_clock,
     execute,
     mpiexec,
+    mpipipe,
     read_jsonl,
     run,
 )
+from tests.e2e.warm_server import warm_python
 from tests.unit.trace_format import faults
 
 SAMPLED = ["generation.temperature=1.5", "generation.top_k=50", "generation.seed=11"]
@@ -64,7 +65,7 @@ def on_two_ranks(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "log.sample_interval_s=0.2", "log.token_times=true", "generation.max_new_tokens=90",
         "profile.tool=perf", "log.level=debug",
     )  # fmt: skip
-    outcome = run(2, tiny_config, tmp_path_factory.mktemp("two") / "run", *words)
+    outcome = run(2, tiny_config, tmp_path_factory.mktemp("two") / "run", *words, warm=False)
     assert outcome.exit_code == 0, outcome.stderr
     return outcome
 
@@ -137,7 +138,7 @@ def repeated(on_two_ranks: Outcome, tmp_path_factory: pytest.TempPathFactory) ->
     again = folder / "again.json"
     again.write_text(json.dumps(on_two_ranks.json("manifest.json")["config"]))
     words = ("profile.tool=torch", "profile.steps=[2,4]", "generation.num_logprobs=3")
-    outcome = run(2, again, folder / "run", *words)
+    outcome = run(2, again, folder / "run", *words, warm=False)
     assert outcome.exit_code == 0, outcome.stderr
     return outcome
 
@@ -212,7 +213,7 @@ def _ready_s(folder: Path, rank: int) -> float:
 def test_the_timeline_keeps_the_rules_of_its_format(on_two_ranks: Outcome, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     words = ["logs", "timeline", str(on_two_ranks.folder), "-o", str(path)]
-    outcome = execute([sys.executable, "-m", "mpipipe", *words], on_two_ranks.folder)
+    outcome = execute(mpipipe(0, *words), on_two_ranks.folder)
     assert outcome.exit_code == 0, outcome.stderr
     document = json.loads(path.read_text())
     assert faults(document) == []
@@ -426,7 +427,7 @@ def test_sampled_tokens_do_not_depend_on_how_they_are_computed(
 
 def test_the_library_example_runs_on_two_ranks(tiny_model: Path) -> None:
     example = ROOT / "launch" / "library_example.py"
-    command = [*mpiexec(2), sys.executable, str(example), str(tiny_model)]
+    command = [*mpiexec(2), *warm_python(), str(example), str(tiny_model)]
     outcome = execute(command, ROOT)
     assert outcome.exit_code == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
@@ -472,7 +473,7 @@ def test_a_step_that_fails_on_one_rank_ends_all_ranks_with_its_error(
         "from mpipipe.cli.main import main\n"
         "main()\n"
     )
-    command = [*mpiexec(2), sys.executable, str(script), "run", str(tiny_config)]
+    command = [*mpiexec(2), *warm_python(), str(script), "run", str(tiny_config)]
     outcome = execute([*command, f"output.dir={tmp_path / 'run'}"], tmp_path / "run")
     assert outcome.exit_code != 0
     assert "the logits are no numbers" in outcome.stderr

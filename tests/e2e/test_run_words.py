@@ -6,19 +6,17 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.e2e.conftest import LIMIT_S, ROOT, mpiexec, read_jsonl
+from tests.e2e.conftest import LIMIT_S, ROOT, mpipipe, read_jsonl
 
 
 def piped(
     num_ranks: int, prompts: bytes, model: Path, *words: str
 ) -> subprocess.CompletedProcess[bytes]:
     """`mpipipe run MODEL - WORDS…` with `prompts` on standard input."""
-    launch = mpiexec(num_ranks) if num_ranks else []
     return subprocess.run(
-        [*launch, sys.executable, "-m", "mpipipe", "run", str(model), "-", *words],
+        mpipipe(num_ranks, "run", str(model), "-", *words),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         input=prompts,
@@ -77,7 +75,7 @@ def test_a_compressed_prompt_file_beside_a_model_is_enough(
 ) -> None:
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"id": "a", "prompt": "x", "max_tokens": 2}\n'))
-    command = [sys.executable, "-m", "mpipipe", "run", str(tiny_model), str(path)]
+    command = mpipipe(0, "run", str(tiny_model), str(path), warm=False)
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, timeout=LIMIT_S, check=False
     )

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 
 from mpipipe.checkpoint.staged import MANIFEST_NAME, UNFINISHED_NAME
 from mpipipe.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_ENVIRONMENT, EXIT_OK, EXIT_REQUEUE
-from tests.e2e.conftest import Outcome, execute, run
+from tests.e2e.conftest import Outcome, execute, mpipipe, run
 from tests.e2e.fake_hub import COMMIT, fake_hub
 
 KILLED = Path(__file__).with_name("killed_staging.py")
 SHARDS = "--shard-size=60MB"
 
 
-def mpipipe(*words: str, **environment: str) -> Outcome:
-    return execute([sys.executable, "-m", "mpipipe", *words], Path(words[-1]), **environment)
+def call(*words: str, **environment: str) -> Outcome:
+    return execute(mpipipe(0, *words), Path(words[-1]), **environment)
 
 
 def killed(number: str, file: int, *words: str) -> Outcome:
@@ -38,7 +38,7 @@ def test_a_copy_that_was_killed_and_stopped_goes_on_and_runs(
     first = {path.name: path.stat().st_mtime_ns for path in staged.glob("model-*.safetensors")}
     assert len(first) == 1
 
-    outcome = mpipipe("run", str(staged))
+    outcome = call("run", str(staged))
     assert outcome.exit_code == EXIT_CHECKPOINT
     assert "is not finished (6 of " in outcome.stderr
     assert " ".join(words) in outcome.stderr
@@ -49,7 +49,7 @@ def test_a_copy_that_was_killed_and_stopped_goes_on_and_runs(
     assert "stopped (SIGTERM): what is complete is kept" in outcome.stderr
     assert not half_written.exists()
 
-    outcome = mpipipe(*words)
+    outcome = call(*words)
     assert outcome.exit_code == EXIT_OK, outcome.stderr
     assert "7 of them kept" in outcome.stdout
     assert (
@@ -63,10 +63,10 @@ def test_a_copy_that_was_killed_and_stopped_goes_on_and_runs(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
-    outcome = mpipipe(*words)
+    outcome = call(*words)
     assert outcome.exit_code == EXIT_OK
     assert "nothing to do" in outcome.stdout
-    assert mpipipe("stage-model", "--verify", str(staged)).exit_code == EXIT_OK
+    assert call("stage-model", "--verify", str(staged)).exit_code == EXIT_OK
 
     outcome = run(
         0,
@@ -93,13 +93,13 @@ def test_a_model_comes_from_a_hub_and_is_compared_with_its_hashes(
         }
         words = ("stage-model", "hf:some-org/some-model", str(staged))
         hub.damaged = {"model.safetensors"}
-        outcome = mpipipe(*words, **online)
+        outcome = call(*words, **online)
         assert outcome.exit_code == EXIT_CHECKPOINT, outcome.stderr
         assert "the hub says" in outcome.stderr
         assert not (staged / "model.safetensors").exists()
 
         hub.damaged, hub.broken_off = set(), {"model.safetensors": 1000}
-        outcome = mpipipe(*words, **online)
+        outcome = call(*words, **online)
         assert outcome.exit_code == EXIT_OK, outcome.stderr
         assert hub.fetched.count("model.safetensors") == 3  # the rest came with the third
         for path in tiny_model.iterdir():
@@ -109,20 +109,20 @@ def test_a_model_comes_from_a_hub_and_is_compared_with_its_hashes(
         assert COMMIT in (staged / MANIFEST_NAME).read_text()
 
         fetched = len(hub.fetched)
-        at_commit = mpipipe("stage-model", f"{words[1]}@{COMMIT}", str(staged), HF_HUB_OFFLINE="1")
+        at_commit = call("stage-model", f"{words[1]}@{COMMIT}", str(staged), HF_HUB_OFFLINE="1")
         assert at_commit.exit_code == EXIT_OK, at_commit.stderr
         assert "nothing to do" in at_commit.stdout
-        again = mpipipe(*words, **online)
+        again = call(*words, **online)
         assert again.exit_code == EXIT_OK, again.stderr
         assert "nothing to do" in again.stdout
         assert {path.name for path in staged.iterdir()} == {*names, MANIFEST_NAME}
         assert len(hub.fetched) == fetched
 
-        wrong = mpipipe("stage-model", "hf:some-org/other", str(tmp_path / "other"), **online)
+        wrong = call("stage-model", "hf:some-org/other", str(tmp_path / "other"), **online)
         assert wrong.exit_code == EXIT_CHECKPOINT
         assert "the hub has no hf:some-org/other" in wrong.stderr
         assert not (tmp_path / "other").exists()
-    offline = mpipipe("stage-model", words[1], str(tmp_path / "other"), HF_HUB_OFFLINE="1")
+    offline = call("stage-model", words[1], str(tmp_path / "other"), HF_HUB_OFFLINE="1")
     assert offline.exit_code == EXIT_ENVIRONMENT
     assert "HF_HUB_OFFLINE is set" in offline.stderr
     for outcome in (wrong, offline):
@@ -134,7 +134,7 @@ def test_wrong_words_are_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
         (("--dtype=int4",), "--dtype int4"),
         (("--shard-size=5XB",), '--shard-size "5XB" has the unit "XB"'),
     ):
-        outcome = mpipipe("stage-model", *words, str(tiny_model), str(tmp_path / "staged"))
+        outcome = call("stage-model", *words, str(tiny_model), str(tmp_path / "staged"))
         assert outcome.exit_code == EXIT_CONFIG
         assert expected in outcome.stderr
     assert not (tmp_path / "staged").exists()

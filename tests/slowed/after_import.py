@@ -18,8 +18,11 @@ __all__ = ["after_import", "before_each_step"]
 
 
 def after_import(name: str, change: Callable[[ModuleType], None]) -> None:
-    """Call `change` with the module `name` as soon as it is imported."""
-    sys.meta_path.insert(0, _AfterImport(name, change))
+    """Call `change` with the module `name` as soon as it is imported, now if it has been."""
+    if name in sys.modules:
+        change(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, change))
 
 
 class _AfterImport(MetaPathFinder):

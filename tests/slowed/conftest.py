@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import demo_model, execute, mpiexec, save_random_llama
+from tests.e2e.conftest import demo_model, execute, mpiexec, mpipipe, save_random_llama
+from tests.e2e.warm_server import warm_python
 
 __all__ = ["Job", "demo_model"]
 
@@ -28,9 +29,10 @@ class Job:
     config: Path
     folder: Path
 
-    def words(self, *words: str) -> list[str]:
-        """The command of one rank."""
-        command = [sys.executable, "-m", "tests.slowed.slowed_rank", "run", str(self.config)]
+    def words(self, *words: str, warm: bool = True) -> list[str]:
+        """The command of one rank. Not `warm`: where it is to run in another namespace."""
+        python = warm_python() if warm else (sys.executable,)
+        command = [*python, "-m", "tests.slowed.slowed_rank", "run", str(self.config)]
         return [*command, f"output.dir={self.folder}", PATIENT, *words]
 
     def run(
@@ -46,8 +48,8 @@ class Job:
 
     def culprit(self) -> Mapping[str, Any]:
         """What `mpipipe logs summary` names."""
-        words = [sys.executable, "-m", "mpipipe", "logs", "summary", str(self.folder), "--json"]
-        outcome = execute(words, self.folder)
+        words = ["logs", "summary", str(self.folder), "--json"]
+        outcome = execute(mpipipe(0, *words), self.folder)
         assert outcome.exit_code == 0, outcome.stderr
         culprit: Mapping[str, Any] = json.loads(outcome.stdout)["culprit"]
         return culprit

@@ -151,8 +151,8 @@ def test_a_link_that_lets_few_bytes_through_is_the_slow_link(job: Job, network: 
     network.throttle("n1", "4mbit")
 
     def launch(job: Job) -> None:
-        mpmd = [":", "-n", "1"]
-        ours = [*network.enter("n1"), *job.words(), *mpmd, *network.enter("n2"), *job.words()]
+        mpmd, words = [":", "-n", "1"], job.words(warm=False)
+        ours = [*network.enter("n1"), *words, *mpmd, *network.enter("n2"), *words]
         # Not by shared memory, which namespaces of one machine still have.
         apart = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
         job.execute([*mpiexec(1), *ours], slowed=PACE, **apart)

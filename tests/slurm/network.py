@@ -63,6 +63,10 @@ class Network:
         words += ["unshare", "--uts", "--mount", "--propagation", "private", "--"]
         return [*words, "sh", "-c", _ENTER, "enter", host, str(self._hosts_file)]
 
+    def reach(self, host: str) -> list[str]:
+        """The words before a client that needs the network of `host` only: a tenth of the work."""
+        return ["nsenter", f"--net={self._path(host)}"]
+
     def bytes_sent(self, host: str) -> int:
         """Bytes that left `host` through its network device so far."""
         links = json.loads(self._in(host, "-json", "-stats", "link", "show", "eth0"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import CLIENT_PAUSE_S, Cluster, until
 from tests.slurm.network import HEAD
 
 __all__ = ["ROOT", "JobEnd", "Site", "installations", "read_jsonl"]
@@ -192,12 +192,12 @@ class Site:
             return lines >= number
 
         try:
-            until(enough, f"{number} completions in {folder}", JOB_LIMIT_S)
+            until(enough, f"{number} completions in {folder}", JOB_LIMIT_S, CLIENT_PAUSE_S)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log(job_id)}") from None
 
     def until(self, done: Callable[[], bool], what: str, limit_s: float = 120) -> float:
         """Wait; returns the seconds it took."""
         begin = time.monotonic()
-        until(done, what, limit_s)
+        until(done, what, limit_s, CLIENT_PAUSE_S)
         return time.monotonic() - begin

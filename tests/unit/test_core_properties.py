@@ -518,7 +518,7 @@ class AheadSimulation:
             self.obey(self.core.stop(sequence_id, STOP))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(ahead_cases())
 def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> None:
     outcome = AheadSimulation(ahead).run()
@@ -533,7 +533,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(ahead: AheadCase) -> N
         assert outcome.reasons[request.request_id] is reason
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=125, deadline=None, derandomize=True)
 @given(sharing_cases())
 def test_sequences_that_share_pages_get_the_tokens_they_would_get_alone(ahead: AheadCase) -> None:
     outcome = AheadSimulation(ahead).run()

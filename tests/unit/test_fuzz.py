@@ -24,7 +24,7 @@ from tests.fuzz.mutate import (
 )
 from tests.fuzz.targets import TARGETS
 
-NUM_INPUTS = 800
+NUM_INPUTS = 400
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
