@@ -62,7 +62,9 @@ class BaselinePlace:
         """For people."""
         if self.device_map == "auto":
             return "device_map over all GPUs"
-        return "one GPU" if self.device == "cuda" else f"CPU, {self.num_threads} threads"
+        if self.device == "cuda":
+            return "one GPU"
+        return f"CPU, {self.num_threads} thread{'s' * (self.num_threads > 1)}"
 
 
 @dataclass(frozen=True, slots=True)
