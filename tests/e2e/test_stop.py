@@ -71,8 +71,8 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_was_left_alone
     replicas = "pipeline.replicas=2"
     journal = folder / JOURNAL
 
-    def num_lines() -> int:
-        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+    def num_lines(path: Path = journal) -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def second_rank(_: int) -> int:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -123,9 +123,12 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_was_left_alone
     assert num_done < num_stopped < NUM_PROMPTS
     unfinished = stopped.json("metrics.json")["requests"]["num_unfinished"]
     assert unfinished == NUM_PROMPTS - num_stopped
+    # What a killed attempt has done is known from lines that its head had time to write.
+    requests = folder / "requests.jsonl"
+    num_told = num_lines(requests)
     killed = stop_when(
-        lambda: num_lines() > num_stopped, second_rank, tiny_config, folder, *job, resume, replicas,
-        number=signal.SIGKILL,
+        lambda: num_lines() > num_stopped and num_lines(requests) > num_told,
+        second_rank, tiny_config, folder, *job, resume, replicas, number=signal.SIGKILL,
     )  # fmt: skip
     assert killed.exit_code == EXIT_PEER_LOST, killed.stderr
     assert "rank 1 on " in killed.stderr
