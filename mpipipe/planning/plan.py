@@ -271,6 +271,11 @@ class PipelinePlan:
         """Sequences that have a place at once, if their pages fit."""
         return self.num_slots * self.max_sequences_per_slot
 
+    @property
+    def shared_page_size(self) -> int:
+        """Tokens of the pages that prompts share; 0: they share none."""
+        return self.page_size_tokens if self.max_sharing_tokens else 0
+
     def stage_of_rank(self, rank: int) -> StagePlan:
         """The stage that `rank` runs.
 

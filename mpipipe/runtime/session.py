@@ -267,7 +267,7 @@ class Session:
             self.ranks.clock,
             requests,
             [ReplicaPlace(plan.head_rank, plan.capacity) for plan in self.plans],
-            page_size=self.plan.page_size_tokens if self.plan.max_sharing_tokens else 0,
+            page_size=self.plan.shared_page_size,
             ahead_s=self.clocks.ahead_s,
             on_request=self._tell_request,
         )

@@ -43,7 +43,7 @@ class ReplicaPlan:
     @property
     def capacity(self) -> int:
         """Sequences that it runs at once."""
-        return self.plan.num_slots * self.plan.max_sequences_per_slot
+        return self.plan.capacity
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -58,9 +58,8 @@ class ReplicaPlan:
         plan = self.plan
         pads = plan.attention == "sdpa"
         reads_once = (pads and plan.device == "cpu") or plan.read_prefixes_once
-        shares = reads_once and plan.max_sharing_tokens > 0
         followed = FollowedSteps(
-            plan.num_slots, pads=pads, shared_page_size=plan.page_size_tokens * shares
+            plan.num_slots, pads=pads, shared_page_size=plan.shared_page_size * reads_once
         )
         stages = SimulatedStages(
             self.times,
@@ -74,8 +73,7 @@ class ReplicaPlan:
         )
         plan = replace(plan, drafts=None)  # tokens are made up: what recurs in them means nothing
         core = SchedulerCore.of_plan(plan, (STOP_ID,))
-        page_size = plan.page_size_tokens if plan.max_sharing_tokens else 0
-        return ReplicaParts(core, stages, self.capacity, page_size)
+        return ReplicaParts(core, stages, self.capacity, plan.shared_page_size)
 
 
 @dataclass(frozen=True, slots=True)
